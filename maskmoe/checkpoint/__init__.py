@@ -1,0 +1,1 @@
+"""What is read out of and put into checkpoints besides Megatron's own."""

@@ -1,0 +1,50 @@
+"""What every command line tool shares: how it reports bad input and how it writes its output."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from maskmoe.errors import UserError
+
+EXIT_BAD_INPUT = 2
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run `main`; a `UserError` becomes one line on stderr and exit code 2, as argparse does for bad flags."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
+
+    Readers see the old file or the complete new one, never a part.
+
+    Raises:
+        UserError: the folder of `path` does not exist or is not writable.
+    """
+    path = Path(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose an existing, writable folder") from error
+    os.close(descriptor)
+    temporary_path = Path(temporary)
+    try:
+        yield temporary_path
+        # mkstemp makes files private; outputs follow the user's umask like any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary_path.chmod(0o666 & ~umask)
+        os.replace(temporary_path, path)
+    finally:
+        temporary_path.unlink(missing_ok=True)

@@ -1,0 +1,305 @@
+"""Megatron-Core's indexed dataset format, read and written with numpy alone.
+
+A dataset is a pair of files (`megatron.core.datasets.indexed_dataset`, all integers little endian):
+
+`PREFIX.bin`
+    the token ids of all sequences, one after the other.
+`PREFIX.idx`
+    magic (9 bytes), version (uint64), dtype code (uint8), number of sequences S (uint64), number of documents + 1 = D
+    (uint64), sequence lengths in tokens (int32 [S]), sequence offsets in bytes (int64 [S]), index of each document's
+    first sequence and, last, S (int64 [D]), and in multimodal datasets a mode per sequence (int8 [S]).
+
+Beside the pair, `PREFIX.tokenizer.json` records which tokenizer made the ids. Megatron ignores it.
+"""
+
+import hashlib
+import json
+import struct
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from maskmoe.cli import atomic_output
+from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+_CODE_OF_DTYPE = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+_DTYPE_OF_CODE = {code: np.dtype(name) for name, code in _CODE_OF_DTYPE.items()}
+
+
+def optimal_dtype(vocab_size: int) -> np.dtype:
+    """The dtype that ids of a vocabulary are stored in (Megatron-Core's `DType.optimal_dtype`)."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """Where the token ids are."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """Where the index is."""
+    return Path(f"{prefix}.idx")
+
+
+def tokenizer_record_path(prefix: str | Path) -> Path:
+    """Where the record of the tokenizer is."""
+    return Path(f"{prefix}.tokenizer.json")
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """The content of an `.idx` file.
+
+    Attributes:
+        dtype: of the token ids in the `.bin` file.
+        sequence_lengths: tokens per sequence, int32 [sequences].
+        document_indices: each document's first sequence, then the number of sequences, int64 [documents + 1].
+    """
+
+    dtype: np.dtype
+    sequence_lengths: np.ndarray
+    document_indices: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Token ids in all sequences together."""
+        return int(self.sequence_lengths.sum(dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class IndexedDatasetInfo:
+    """What identifies a dataset and how large it is, in one record.
+
+    Attributes:
+        prefix: path of the pair without `.bin` and `.idx`.
+        dtype: of the token ids.
+        num_sequences, num_documents, num_tokens: counts.
+        bin_bytes: size of the `.bin` file.
+        idx_sha256: hex digest of the `.idx` file.
+    """
+
+    prefix: str
+    dtype: np.dtype
+    num_sequences: int
+    num_documents: int
+    num_tokens: int
+    bin_bytes: int
+    idx_sha256: str
+
+
+def read_index(prefix: str | Path) -> DatasetIndex:
+    """Read `PREFIX.idx` and check it against itself and against the size of `PREFIX.bin`.
+
+    Raises:
+        UserError: a file is missing, is not of this format, is truncated, or the two do not belong together.
+    """
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            hint = "; give the prefix, without .bin or .idx" if Path(prefix).suffix in (".bin", ".idx") else ""
+            raise UserError(f"dataset {prefix}: {path} does not exist{hint}")
+    index = _parse_index(idx_path(prefix))
+    expected, actual = index.num_tokens * index.dtype.itemsize, bin_path(prefix).stat().st_size
+    if actual != expected:
+        raise UserError(
+            f"{bin_path(prefix)} has {actual} bytes, but {idx_path(prefix)} describes {expected}; "
+            "the pair is truncated or mixed up: make the dataset again or copy both files anew"
+        )
+    return index
+
+
+def _parse_index(path: Path) -> DatasetIndex:
+    actual = path.stat().st_size
+    if actual < _HEADER.size:
+        raise UserError(f"{path} has {actual} bytes, fewer than the {_HEADER.size} of an index header; it is truncated")
+    with open(path, "rb") as stream:
+        magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(stream.read(_HEADER.size))
+        if magic != _MAGIC:
+            raise UserError(
+                f"{path} is not an index of a Megatron dataset (it does not begin with {_MAGIC[:7].decode()})"
+            )
+        if version != _VERSION:
+            raise UserError(f"{path} has format version {version}; only version {_VERSION} is known")
+        if code not in _DTYPE_OF_CODE:
+            raise UserError(f"{path} has dtype code {code}, which no integer token dtype has")
+        text_only = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
+        if actual not in (text_only, text_only + num_sequences):
+            raise UserError(
+                f"{path} has {actual} bytes, but its header describes {text_only}; it is truncated or damaged"
+            )
+        sequence_lengths = np.fromfile(stream, "<i4", num_sequences)
+        sequence_offsets = np.fromfile(stream, "<i8", num_sequences)
+        document_indices = np.fromfile(stream, "<i8", num_boundaries)
+    index = DatasetIndex(_DTYPE_OF_CODE[code], sequence_lengths, document_indices)
+    consistent = (
+        num_boundaries > 0
+        and document_indices[0] == 0
+        and document_indices[-1] == num_sequences
+        and bool((np.diff(document_indices) >= 0).all())
+        and bool((sequence_lengths >= 0).all())
+        and np.array_equal(sequence_offsets, _sequence_offsets(sequence_lengths, index.dtype))
+    )
+    if not consistent:
+        raise UserError(
+            f"{path} contradicts itself (sequence lengths, offsets and document ends disagree); it is damaged"
+        )
+    return index
+
+
+def _sequence_offsets(sequence_lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Byte offset of each sequence in the `.bin` file, int64 [sequences]."""
+    ends = np.cumsum(sequence_lengths, dtype=np.int64) * dtype.itemsize
+    return np.concatenate(([0], ends[:-1])) if ends.size else ends
+
+
+def open_tokens(prefix: str | Path) -> np.memmap:
+    """All token ids of a dataset, memory-mapped read-only, [tokens] in the dataset's dtype.
+
+    Raises:
+        UserError: as `read_index`, or the dataset has no token.
+    """
+    index = read_index(prefix)
+    if index.num_tokens == 0:
+        raise UserError(f"{bin_path(prefix)} holds no tokens")
+    return np.memmap(bin_path(prefix), dtype=index.dtype, mode="r")
+
+
+def read_info(prefix: str | Path) -> IndexedDatasetInfo:
+    """Identity and size of a dataset. Raises UserError as `read_index`."""
+    index = read_index(prefix)
+    with open(idx_path(prefix), "rb") as stream:
+        idx_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return IndexedDatasetInfo(
+        prefix=str(prefix),
+        dtype=index.dtype,
+        num_sequences=len(index.sequence_lengths),
+        num_documents=len(index.document_indices) - 1,
+        num_tokens=index.num_tokens,
+        bin_bytes=bin_path(prefix).stat().st_size,
+        idx_sha256=idx_sha256,
+    )
+
+
+def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
+    """Which tokenizer made the dataset, or None where that was not recorded (datasets of Megatron's own tools).
+
+    Raises:
+        UserError: the record exists but cannot be understood.
+    """
+    path = tokenizer_record_path(prefix)
+    if not path.exists():
+        return None
+    try:
+        return TokenizerRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a tokenizer record ({error}); delete it or make the dataset again") from error
+
+
+class IndexedDatasetWriter:
+    """Writes a dataset document by document; the files appear under their names only when all is written.
+
+    Use as a context manager. Leaving it normally publishes the dataset, replacing an earlier one; leaving it with an
+    exception publishes nothing and leaves an earlier one as it was. The old index goes first and the new one comes
+    last, so that the index never stands beside token ids that it does not describe.
+
+    Args:
+        prefix: path of the files without `.bin` and `.idx`.
+        dtype: of the stored ids, see `optimal_dtype`.
+        tokenizer: recorded in `PREFIX.tokenizer.json`.
+
+    Raises:
+        UserError: on entering, when the folder does not exist or is not writable.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type, tokenizer: TokenizerRecord | None = None) -> None:
+        self.prefix = prefix
+        self.dtype = np.dtype(dtype)
+        self.tokenizer = tokenizer
+        self._sequence_lengths = array("i")
+        self._document_indices = array("q", [0])
+        self._files = ExitStack()
+
+    def __enter__(self) -> "IndexedDatasetWriter":
+        with ExitStack() as files:  # renamed in the reverse order: .bin, record, .idx
+            self._idx = files.enter_context(atomic_output(idx_path(self.prefix)))
+            if self.tokenizer is not None:
+                record = files.enter_context(atomic_output(tokenizer_record_path(self.prefix)))
+                record.write_text(json.dumps(self.tokenizer.to_json(), indent=2) + "\n", encoding="utf-8")
+            self._bin = files.enter_context(open(files.enter_context(atomic_output(bin_path(self.prefix))), "wb"))
+            self._files = files.pop_all()
+        return self
+
+    def add_document(self, tokens: np.ndarray, sequence_lengths: Sequence[int] | None = None) -> None:
+        """Append one document.
+
+        Args:
+            tokens: ids of all its sequences, integer [tokens].
+            sequence_lengths: tokens per sequence; by default the document is one sequence, or none when it is empty.
+
+        Raises:
+            ValueError: an id does not fit the dtype, or the lengths do not sum up to the tokens.
+        """
+        if sequence_lengths is None:
+            sequence_lengths = [len(tokens)] if len(tokens) else []
+        if sum(sequence_lengths) != len(tokens):
+            raise ValueError(f"sequence lengths sum up to {sum(sequence_lengths)}, but there are {len(tokens)} tokens")
+        self._write_tokens(tokens)
+        self._sequence_lengths.extend(int(length) for length in sequence_lengths)
+        self._document_indices.append(len(self._sequence_lengths))
+
+    def add_documents(self, tokens: np.ndarray, document_lengths: np.ndarray) -> None:
+        """Append many documents at once, each one sequence, or none when it is empty.
+
+        Args:
+            tokens: ids of all documents, integer [tokens].
+            document_lengths: tokens per document, integer [documents].
+
+        Raises:
+            ValueError: as `add_document`.
+        """
+        if document_lengths.sum() != len(tokens):
+            raise ValueError(
+                f"documents' lengths sum up to {document_lengths.sum()}, but there are {len(tokens)} tokens"
+            )
+        self._write_tokens(tokens)
+        ends = len(self._sequence_lengths) + np.cumsum(document_lengths > 0, dtype=np.int64)
+        self._sequence_lengths.frombytes(document_lengths[document_lengths > 0].astype(np.int32).tobytes())
+        self._document_indices.frombytes(ends.tobytes())
+
+    def _write_tokens(self, tokens: np.ndarray) -> None:
+        tokens = np.asarray(tokens)
+        if tokens.dtype != self.dtype and tokens.size:
+            limits = np.iinfo(self.dtype)
+            if tokens.min() < limits.min or tokens.max() > limits.max:
+                raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
+        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._files.__exit__(kind, error, traceback)
+            return
+        with self._files:
+            self._bin.close()
+            self._write_index()
+            idx_path(self.prefix).unlink(missing_ok=True)
+            if self.tokenizer is None:
+                tokenizer_record_path(self.prefix).unlink(missing_ok=True)
+
+    def _write_index(self) -> None:
+        lengths = np.frombuffer(self._sequence_lengths, np.int32)
+        boundaries = np.frombuffer(self._document_indices, np.int64)
+        header = _HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self.dtype.name], len(lengths), len(boundaries))
+        offsets = _sequence_offsets(lengths, self.dtype)
+        with open(self._idx, "wb") as stream:
+            for part in (header, lengths, offsets, boundaries):
+                stream.write(part)

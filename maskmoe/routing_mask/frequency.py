@@ -1,0 +1,258 @@
+"""How often each token id occurs in Megatron indexed datasets."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from maskmoe.data.indexed_dataset import IndexedDatasetInfo, bin_path, read_info, read_tokenizer_record
+from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.parallel import map_in_processes
+from maskmoe.routing_mask.sealed_tensors import content_digest, load_sealed, save_sealed
+
+KIND = "token frequency"
+
+# np.bincount casts its input to int64 first; a block of this length (2 MiB after the cast) stays in cache, which nearly
+# doubles the speed.
+_BLOCK_IDS = 1 << 18
+_MIN_SPAN_BYTES = 64 << 20
+_MAX_SPANS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFrequency:
+    """Token counts of the datasets of a training blend, with what they were counted in.
+
+    Attributes:
+        counts: int64 `[datasets, vocab]`, exact number of occurrences of each id in each dataset.
+        weights: the blend weight of each dataset as given, or all None for an unweighted blend.
+        datasets: for each dataset its `name`, `num_tokens`, `idx_sha256` and `bin_bytes`.
+        tokenizer: the tokenizer that made the datasets (see `TokenizerRecord`), None when no dataset names one.
+    """
+
+    counts: np.ndarray
+    weights: tuple[float | None, ...]
+    datasets: tuple[dict[str, Any], ...]
+    tokenizer: dict[str, Any] | None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.counts.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all datasets together."""
+        return sum(dataset["num_tokens"] for dataset in self.datasets)
+
+    @cached_property
+    def occurrences(self) -> np.ndarray:
+        """Expected occurrences of each id in a training stream of `num_tokens` tokens, float64 `[vocab]`.
+
+        Unweighted: the exact counts. Weighted: Megatron normalises the weights and draws from each dataset in
+        proportion to its weight, whatever its size (`megatron.core.datasets.blended_dataset.BlendedDataset`).
+        """
+        if None in self.weights:
+            return self.counts.sum(axis=0).astype(np.float64)
+        weights = np.array(self.weights)
+        tokens = np.array([dataset["num_tokens"] for dataset in self.datasets])
+        tokens_drawn = self.num_tokens * weights / weights.sum()
+        return (tokens_drawn / tokens) @ self.counts
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) over counts, weights, datasets and tokenizer."""
+        return content_digest(self._tensors(), self._record())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file atomically.
+
+        Raises:
+            UserError: `path` cannot be written.
+        """
+        save_sealed(path, KIND, self._tensors(), self._record())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TokenFrequency":
+        """Read and verify a file written by `save`.
+
+        Raises:
+            UserError: the file is missing, no token frequency, damaged or altered.
+        """
+        tensors, record = load_sealed(path, KIND)
+        try:
+            frequency = cls(
+                tensors["counts"], tuple(record["weights"]), tuple(record["datasets"]), tokenizer=record["tokenizer"]
+            )
+            expected_tokens = [dataset["num_tokens"] for dataset in frequency.datasets]
+            consistent = (
+                frequency.counts.dtype == np.int64
+                and (frequency.counts >= 0).all()
+                and frequency.counts.sum(axis=1).tolist() == expected_tokens
+                and len(frequency.weights) == len(expected_tokens)
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} lacks parts of a token frequency; count again") from error
+        if not consistent:
+            raise UserError(f"{path}: counts and datasets contradict each other; count again")
+        return frequency
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return {"counts": self.counts}
+
+    def _record(self) -> dict[str, Any]:
+        return {"weights": list(self.weights), "datasets": list(self.datasets), "tokenizer": self.tokenizer}
+
+
+def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float | None]]:
+    """Split Megatron's `--data-path` into prefixes and blend weights (all None when it has none).
+
+    Follows `megatron.core.datasets.utils.get_blend_from_list`: an odd number of items, or items of which none at an
+    even place is a number, are prefixes; otherwise weights and prefixes alternate.
+
+    Raises:
+        UserError: it is empty, only some datasets have a weight, or a weight is not a positive number.
+    """
+    if not data_path:
+        raise UserError("--data-path is empty; give PREFIX… or WEIGHT PREFIX …")
+    prefixes = [item.strip() for item in data_path]
+    weights = [_as_number(item) for item in prefixes[::2]]
+    if len(prefixes) % 2 or all(weight is None for weight in weights):
+        return prefixes, [None] * len(prefixes)
+    for item, weight in zip(prefixes[::2], weights, strict=True):
+        if weight is None:
+            raise UserError(
+                f"--data-path has weights for some datasets, but {item!r} stands where a weight is expected"
+            )
+        if not 0 < weight < float("inf"):
+            raise UserError(f"--data-path: blend weight {item} is not a positive number")
+    return prefixes[1::2], weights
+
+
+def count_token_frequency(
+    data_path: Sequence[str], vocab_size: int, workers: int | None = None, progress: bool = False
+) -> TokenFrequency:
+    """Count every token id in the datasets of `data_path`.
+
+    Args:
+        data_path: Megatron's `--data-path`: dataset prefixes, or alternating weights and prefixes.
+        vocab_size: number of ids of the tokenizer; the length of each count.
+        workers: processes that count; all available cores when None.
+        progress: show a progress bar in bytes on stderr.
+
+    Raises:
+        UserError: a dataset is missing, truncated or empty, holds an id outside `[0, vocab_size)`, or was made with
+            another tokenizer than the others or than `vocab_size` says.
+    """
+    if vocab_size < 1:
+        raise UserError(f"--vocab-size must be at least 1, not {vocab_size}")
+    prefixes, weights = parse_data_path(data_path)
+    infos = [read_info(prefix) for prefix in prefixes]
+    for prefix, info in zip(prefixes, infos, strict=True):
+        if info.num_tokens == 0:
+            raise UserError(f"dataset {prefix} holds no tokens; leave it out of --data-path")
+    tokenizer = _common_tokenizer(prefixes, vocab_size)
+    spans = _split_into_spans(prefixes, infos, vocab_size)
+    counts = np.zeros((len(prefixes), vocab_size), dtype=np.int64)
+    total_bytes = sum(span.num_bytes for span in spans)
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="counting", disable=not progress) as bar:
+        for span, span_counts in zip(spans, map_in_processes(_count_span, spans, workers), strict=True):
+            counts[span.dataset] += span_counts
+            bar.update(span.num_bytes)
+    datasets = tuple(
+        {
+            "name": os.path.basename(prefix),
+            "num_tokens": info.num_tokens,
+            "idx_sha256": info.idx_sha256,
+            "bin_bytes": info.bin_bytes,
+        }
+        for prefix, info in zip(prefixes, infos, strict=True)
+    )
+    return TokenFrequency(counts, tuple(weights), datasets, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A run of consecutive tokens of one dataset: the work of one task."""
+
+    dataset: int
+    prefix: str
+    dtype: np.dtype
+    first: int
+    num_tokens: int
+    vocab_size: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_tokens * self.dtype.itemsize
+
+
+def _split_into_spans(prefixes: Sequence[str], infos: Sequence[IndexedDatasetInfo], vocab_size: int) -> list[_Span]:
+    # Few enough that all results waiting to be added fit in memory, many enough for an even spread and a smooth bar.
+    span_bytes = max(_MIN_SPAN_BYTES, sum(info.bin_bytes for info in infos) // _MAX_SPANS)
+    spans = []
+    for dataset, (prefix, info) in enumerate(zip(prefixes, infos, strict=True)):
+        step = span_bytes // info.dtype.itemsize
+        for first in range(0, info.num_tokens, step):
+            num_tokens = min(step, info.num_tokens - first)
+            spans.append(_Span(dataset, prefix, info.dtype, first, num_tokens, vocab_size))
+    return spans
+
+
+def _count_span(span: _Span) -> np.ndarray:
+    """Count the ids of a span, int64 `[vocab]`."""
+    offset = span.first * span.dtype.itemsize
+    ids = np.asarray(np.memmap(bin_path(span.prefix), span.dtype, mode="r", offset=offset, shape=(span.num_tokens,)))
+    # Seen as unsigned, a negative id is a large one: one comparison finds both kinds of bad id.
+    unsigned_ids = ids.view(f"u{span.dtype.itemsize}")
+    counts = np.zeros(span.vocab_size, dtype=np.int64)
+    for start in range(0, len(ids), _BLOCK_IDS):
+        block = slice(start, start + _BLOCK_IDS)
+        if unsigned_ids[block].max() >= span.vocab_size:
+            position = start + int(np.argmax(unsigned_ids[block] >= span.vocab_size))
+            raise UserError(
+                f"dataset {span.prefix}: token {span.first + position} has id {ids[position]}, outside the vocabulary "
+                f"of {span.vocab_size} ids; give the --vocab-size of the tokenizer that made the dataset"
+            )
+        counts += np.bincount(ids[block], minlength=span.vocab_size)
+    return counts
+
+
+def _common_tokenizer(prefixes: Sequence[str], vocab_size: int) -> dict[str, Any] | None:
+    """The tokenizer that all datasets with a tokenizer record share."""
+    records = {prefix: record for prefix in prefixes if (record := read_tokenizer_record(prefix)) is not None}
+    if not records:
+        return None
+    (first_prefix, first), *others = records.items()
+    for prefix, record in others:
+        if _identity(record) != _identity(first):
+            raise UserError(
+                f"datasets were made with different tokenizers: {first_prefix} with {_describe(first)}, "
+                f"{prefix} with {_describe(record)}; blend datasets of one tokenizer only"
+            )
+    if first.vocab_size != vocab_size:
+        raise UserError(
+            f"--vocab-size is {vocab_size}, but dataset {first_prefix} was made with {_describe(first)}; "
+            f"give --vocab-size {first.vocab_size}"
+        )
+    return asdict(first)
+
+
+def _identity(record: TokenizerRecord) -> Mapping[str, Any]:
+    """What makes two tokenizers the same: everything but the name of the file."""
+    return {field: value for field, value in asdict(record).items() if field != "model"}
+
+
+def _describe(record: TokenizerRecord) -> str:
+    return f"{record.type} {record.model} ({record.vocab_size} ids, sha256 {record.sha256[:12]})"
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

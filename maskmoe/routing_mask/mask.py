@@ -1,0 +1,324 @@
+"""The routing mask: which experts each token id may use in each layer, fixed before training."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table
+from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.routing_mask.parallel import map_in_processes
+from maskmoe.routing_mask.sealed_tensors import content_digest, load_sealed, save_sealed, seal, unseal
+
+KIND = "routing mask"
+
+
+@dataclass(frozen=True)
+class MaskProvenance:
+    """What a routing mask was made from.
+
+    Attributes:
+        assignment, frequent_mass, frequent_visible_experts, seed, expert_model_parallel_size, shared_table, preset: the
+            settings, see `MaskRecipe`.
+        counts_digest: digest of the `TokenFrequency`, None when the mask was made without counts.
+        datasets: the datasets that were counted, see `TokenFrequency`.
+        tokenizer: the tokenizer that made the datasets, None when unknown.
+    """
+
+    assignment: str
+    frequent_mass: float
+    frequent_visible_experts: int | None
+    seed: int
+    expert_model_parallel_size: int | None = None
+    shared_table: bool = False
+    preset: str | None = None
+    counts_digest: str | None = None
+    datasets: tuple[dict[str, Any], ...] = ()
+    tokenizer: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingMask:
+    """The visible experts of every token id in every layer.
+
+    An id with one visible expert costs one small integer per table; only the few sets of several experts are stored as
+    bits.
+
+    Attributes:
+        row_of_id: int16 (int32 where it does not fit) `[tables, vocab]`, each id's row of `visible_bits`.
+        visible_bits: uint8 `[tables, rows, ceil(N / 8)]`, expert e at bit e % 8 of byte e // 8. Row i < N is the set
+            {i}; rows from N on are sets of two or more experts.
+        vocab_size: ids of the tokenizer, without padding.
+        num_experts: N.
+        num_layers: transformer layers of the model, with or without experts. There are as many tables, or one for all.
+        provenance: what the mask was made from.
+
+    Raises:
+        UserError: the parts do not fit together, or an id sees no expert.
+    """
+
+    row_of_id: np.ndarray
+    visible_bits: np.ndarray
+    vocab_size: int
+    num_experts: int
+    num_layers: int
+    provenance: MaskProvenance
+
+    def __post_init__(self) -> None:
+        for name in ("row_of_id", "visible_bits"):
+            array = np.ascontiguousarray(getattr(self, name)).view()
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        if problem := self._find_problem():
+            raise UserError(f"not a valid routing mask: {problem}")
+
+    def _find_problem(self) -> str | None:
+        if self.num_experts < 2 or self.vocab_size < 1 or self.num_layers < 1:
+            return f"{self.num_experts} experts, {self.vocab_size} ids, {self.num_layers} layers"
+        if self.row_of_id.dtype not in (np.int16, np.int32) or self.visible_bits.dtype != np.uint8:
+            return f"tables have the types {self.row_of_id.dtype} and {self.visible_bits.dtype}"
+        tables = len(self.row_of_id)
+        if self.row_of_id.shape != (tables, self.vocab_size) or tables not in (1, self.num_layers):
+            return f"{self.row_of_id.shape} rows of ids for {self.num_layers} layers and {self.vocab_size} ids"
+        num_rows = self.visible_bits.shape[1] if self.visible_bits.ndim == 3 else 0
+        if self.visible_bits.shape != (tables, num_rows, -(-self.num_experts // 8)) or num_rows < self.num_experts:
+            return f"bits of shape {self.visible_bits.shape} for {tables} tables and {self.num_experts} experts"
+        if self.row_of_id.min() < 0 or self.row_of_id.max() >= num_rows:
+            return f"an id has a row outside 0 to {num_rows - 1}"
+        singletons = np.packbits(np.eye(self.num_experts, dtype=bool), axis=1, bitorder="little")
+        if (self.visible_bits[:, : self.num_experts] != singletons).any():
+            return f"the first {self.num_experts} rows are not the single experts"
+        if self.num_experts % 8 and (self.visible_bits[..., -1] >> self.num_experts % 8).any():
+            return f"a visible set has experts beyond the {self.num_experts}"
+        smallest = self._row_sizes[:, self.num_experts :].min(initial=2)
+        if smallest < 2:
+            return (
+                "a visible set is empty" if smallest == 0 else "a visible set of one expert is stored as one of several"
+            )
+        return None
+
+    @cached_property
+    def _row_sizes(self) -> np.ndarray:
+        """Experts in each row, int64 `[tables, rows]`."""
+        return np.bitwise_count(self.visible_bits).sum(axis=-1, dtype=np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) over content and provenance."""
+        return content_digest(self._arrays(), self._record())
+
+    @property
+    def is_shared(self) -> bool:
+        """One table serves all layers."""
+        return len(self.row_of_id) == 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, and but for a short header on disk."""
+        return self.row_of_id.nbytes + self.visible_bits.nbytes
+
+    @cached_property
+    def min_visible(self) -> int:
+        """The smallest number of experts that any id sees in any layer."""
+        return min(int(self.num_visible_of_layer(table).min()) for table in range(len(self.row_of_id)))
+
+    @property
+    def num_visible(self) -> np.ndarray:
+        """Experts that each id sees, int64 `[vocab]`. A mask that was built has the same number in every layer."""
+        return self.num_visible_of_layer(0)
+
+    def num_visible_of_layer(self, layer: int) -> np.ndarray:
+        """Experts that each id sees in a layer counted from 0, int64 `[vocab]`."""
+        table = self._table_index(layer)
+        return self._row_sizes[table][self.row_of_id[table]]
+
+    def table_of_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """The table of a layer counted from 0: row_of_id `[vocab]` and visible_bits `[rows, bytes]`."""
+        table = self._table_index(layer)
+        return self.row_of_id[table], self.visible_bits[table]
+
+    def visible_sets(self, layer: int) -> np.ndarray:
+        """The visible sets of a layer counted from 0, bool `[vocab, N]`. Large: for inspection and tests."""
+        row_of_id, visible_bits = self.table_of_layer(layer)
+        return unpack_bits(visible_bits, self.num_experts)[row_of_id]
+
+    def _table_index(self, layer: int) -> int:
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer {layer} of {self.num_layers}")
+        return 0 if self.is_shared else layer
+
+    def check_fits(
+        self,
+        *,
+        vocab_size: int,
+        num_experts: int,
+        num_layers: int,
+        expert_model_parallel_size: int | None = None,
+    ) -> None:
+        """Check that a model can use this mask.
+
+        Args:
+            vocab_size: ids of the model's tokenizer, without padding.
+            num_experts: experts in each MoE layer.
+            num_layers: transformer layers, with or without experts; any number fits a shared table.
+            expert_model_parallel_size: of the run; None where it does not matter, as when one process evaluates.
+
+        Raises:
+            UserError: naming what the mask has, what the model has, and what to do.
+        """
+        rebuild = "build a mask for this model with tools/build_routing_mask.py or change the model"
+        pairs = [
+            ("vocabulary size", self.vocab_size, vocab_size),
+            ("number of experts", self.num_experts, num_experts),
+            ("number of layers", num_layers if self.is_shared else self.num_layers, num_layers),
+        ]
+        for what, ours, models in pairs:
+            if ours != models:
+                raise UserError(f"routing mask does not fit: its {what} is {ours}, the model's is {models}; {rebuild}")
+        if expert_model_parallel_size is None:
+            return
+        if num_experts % expert_model_parallel_size:
+            raise UserError(
+                f"{num_experts} experts cannot be divided evenly over expert parallel size {expert_model_parallel_size}"
+            )
+        built_for = self.provenance.expert_model_parallel_size
+        if built_for not in (None, expert_model_parallel_size):
+            raise UserError(
+                f"routing mask does not fit: it is rank-local for expert parallel size {built_for}, the run's is "
+                f"{expert_model_parallel_size}; run with --expert-model-parallel-size {built_for} or build another mask"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file atomically.
+
+        Raises:
+            UserError: `path` cannot be written.
+        """
+        save_sealed(path, KIND, self._arrays(), self._record())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "RoutingMask":
+        """Read and verify a file written by `save`.
+
+        Raises:
+            UserError: the file is missing, no routing mask, damaged or altered.
+        """
+        return cls._from_record(*load_sealed(path, KIND), source=str(path))
+
+    def to_tensors(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Copies of the tables and string metadata with the digest, to be embedded in another file."""
+        return {name: array.copy() for name, array in self._arrays().items()}, seal(
+            KIND, self._arrays(), self._record()
+        )
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], source: str = "embedded routing mask"
+    ) -> "RoutingMask":
+        """The mask that `to_tensors` described, verified; `source` says in errors where it came from.
+
+        Raises:
+            UserError: it is damaged or altered.
+        """
+        return cls._from_record(tensors, unseal(KIND, tensors, metadata, source), source)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"row_of_id": self.row_of_id, "visible_bits": self.visible_bits}
+
+    def _record(self) -> dict[str, Any]:
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "num_experts", "num_layers")}
+        return sizes | {"provenance": asdict(self.provenance)}
+
+    @classmethod
+    def _from_record(cls, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], source: str) -> "RoutingMask":
+        try:
+            provenance = MaskProvenance(**record["provenance"] | {"datasets": tuple(record["provenance"]["datasets"])})
+            sizes = [int(record[name]) for name in ("vocab_size", "num_experts", "num_layers")]
+            return cls(tensors["row_of_id"], tensors["visible_bits"], *sizes, provenance)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{source} lacks parts of a routing mask; build it again") from error
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+
+
+def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
+    """Bits `[…, bytes]` as bool `[…, num_experts]`."""
+    return np.unpackbits(visible_bits, axis=-1, count=num_experts, bitorder="little").view(bool)
+
+
+def build_routing_mask(
+    recipe: MaskRecipe,
+    *,
+    frequency: TokenFrequency | None = None,
+    vocab_size: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+) -> RoutingMask:
+    """Make the routing mask of a recipe.
+
+    Args:
+        recipe: the settings.
+        frequency: token counts. Recipes that do not need them also work from `vocab_size` alone.
+        vocab_size: ids of the tokenizer, where there are no counts.
+        workers: processes that make tables; all available cores when None. The result does not depend on it.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: `recipe` needs counts and there are none.
+    """
+    if frequency is None and recipe.needs_counts:
+        raise UserError("this routing mask depends on how often each id occurs; give --token-frequency")
+    if frequency is None and (vocab_size is None or vocab_size < 1):
+        raise UserError("the vocabulary size is missing; give --token-frequency, or --vocab-size of at least 1")
+    occurrences = frequency.occurrences if frequency else np.zeros(vocab_size)
+    vocabulary = Vocabulary.from_occurrences(occurrences, recipe)
+    assign = partial(assign_table, recipe, vocabulary)
+    tables = map_in_processes(assign, range(recipe.num_tables), workers)
+    with tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", disable=not progress) as bar:
+        row_of_id, visible_bits = zip(*bar, strict=True)
+    settings = {field.name for field in fields(MaskProvenance)} & {field.name for field in fields(MaskRecipe)}
+    provenance = MaskProvenance(
+        **{name: getattr(recipe, name) for name in settings},
+        counts_digest=frequency and frequency.digest,
+        datasets=frequency.datasets if frequency else (),
+        tokenizer=frequency and frequency.tokenizer,
+    )
+    return RoutingMask(
+        row_of_id=np.stack(row_of_id),
+        visible_bits=np.stack(visible_bits),
+        vocab_size=len(occurrences),
+        num_experts=recipe.num_experts,
+        num_layers=recipe.num_layers,
+        provenance=provenance,
+    )
+
+
+def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
+    """Expected occurrences that each expert gets, float64 `[tables, N]`, if every visible set is used evenly.
+
+    Args:
+        occurrences: `[vocab]`, see `TokenFrequency.occurrences`.
+    """
+    loads = []
+    for row_of_id, visible_bits in zip(mask.row_of_id, mask.visible_bits, strict=True):
+        of_row = np.bincount(row_of_id, weights=occurrences, minlength=len(visible_bits))
+        visible = unpack_bits(visible_bits, mask.num_experts)
+        loads.append((of_row / visible.sum(axis=1)) @ visible)
+    return np.stack(loads)
+
+
+def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
+    """Ids that alone give an expert more than 1/N of all occurrences, so that no mask with these set sizes is balanced.
+
+    For a rank-local mask also those with more than one rank's share. The worst first, int64 `[ids]`.
+    """
+    num_ranks = mask.provenance.expert_model_parallel_size or 1
+    total = occurrences.sum()
+    per_expert = occurrences / mask.num_visible
+    ids = np.flatnonzero((per_expert > total / mask.num_experts) | (occurrences > total / num_ranks))
+    return ids[np.argsort(-per_expert[ids], kind="stable")]

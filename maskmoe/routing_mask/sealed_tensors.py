@@ -1,0 +1,99 @@
+"""Safetensors files that carry a JSON record and a digest over everything in them.
+
+The file's metadata holds one key, `maskmoe`, with canonical JSON: `kind` (what the file is), `version`, `record` and
+`sha256`. The digest covers the record and every tensor's name, dtype, shape and bytes, so a file that was damaged or
+edited is refused when it is read.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from maskmoe.cli import atomic_output
+from maskmoe.errors import UserError
+
+METADATA_KEY = "maskmoe"
+VERSION = 1
+
+_NUMPY_DTYPES = {"U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+
+
+def _canonical_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def content_digest(tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
+    """sha256 (hex) over the canonical JSON of `record` and the names, dtypes, shapes and bytes of `tensors`."""
+    digest = hashlib.sha256(_canonical_json(record).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype.str} {tensor.shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor))
+    return digest.hexdigest()
+
+
+def seal(kind: str, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the safetensors metadata that belongs to `tensors`."""
+    # A single key: safetensors writes several in random order, and equal content should give equal files.
+    envelope = {"kind": kind, "version": VERSION, "record": record, "sha256": content_digest(tensors, record)}
+    return {METADATA_KEY: _canonical_json(envelope)}
+
+
+def unseal(
+    kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None, source: str
+) -> dict[str, Any]:
+    """Return the record of `metadata` after verifying that it belongs to `tensors`.
+
+    Raises:
+        UserError: `metadata` is not of this `kind`, or the digest differs.
+    """
+    try:
+        envelope = json.loads((metadata or {})[METADATA_KEY])
+        found_kind, version, record, digest = (envelope[key] for key in ("kind", "version", "record", "sha256"))
+        intact = isinstance(record, dict) and content_digest(tensors, record) == digest
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not a {kind} file of MaskMoE") from error
+    if found_kind != kind:
+        raise UserError(f"{source} is a {found_kind} file, expected a {kind} file")
+    if version != VERSION:
+        raise UserError(f"{source} has format version {version}, this MaskMoE reads version {VERSION}")
+    if not intact:
+        raise UserError(f"{source} was altered or damaged: its content does not match its digest; build it again")
+    return record
+
+
+def save_sealed(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]
+) -> None:
+    """Write `tensors` and `record` to `path` atomically.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    with atomic_output(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=seal(kind, tensors, record))
+
+
+def load_sealed(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read and verify a file that `save_sealed` wrote; returns its tensors and its record.
+
+    Raises:
+        UserError: the file is missing, unreadable, of another kind, damaged or altered.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            if any(file.get_slice(name).get_dtype() not in _NUMPY_DTYPES for name in names):
+                raise UserError(f"{path} is not a {kind} file of MaskMoE: it holds tensors of an unexpected type")
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata()
+    except OSError as error:
+        raise UserError(f"cannot read {kind} file {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); build the {kind} again") from error
+    return tensors, unseal(kind, tensors, metadata, str(path))

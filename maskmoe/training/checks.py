@@ -1,0 +1,139 @@
+"""Checks of a run's settings and files that are made before any compute is spent."""
+
+import hashlib
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.training import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+from tqdm import tqdm
+
+from maskmoe.data.indexed_dataset import open_tokens, read_info, read_tokenizer_record
+from maskmoe.data.tokenizer import TOKENIZER_TYPES
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.mask import RoutingMask
+
+_CHUNK_TOKENS = 1 << 24
+
+
+def check_supported(args: Namespace) -> None:
+    """Refuse settings that do not work, or have no meaning yet, with masked routing.
+
+    Raises:
+        UserError: naming the setting and the reason.
+    """
+    balancing = args.moe_router_load_balancing_type
+    balancing = [balancing] if isinstance(balancing, str) else balancing
+    refusals = {
+        "--num-experts is missing: a MaskMoE model has experts": not args.num_experts,
+        "--moe-token-dispatcher-type must be alltoall": args.moe_token_dispatcher_type != "alltoall",
+        "--moe-router-load-balancing-type must be aux_loss or none": not set(balancing) <= {"aux_loss", "none"},
+        "--moe-router-score-function must be softmax or sigmoid": args.moe_router_score_function == "sqrtsoftplus",
+        "--moe-router-num-groups is not supported with masked routing": args.moe_router_num_groups,
+        "--moe-router-fusion is not supported with masked routing": args.moe_router_fusion,
+        "--moe-expert-capacity-factor is not supported with masked routing": args.moe_expert_capacity_factor,
+        "--moe-router-padding-for-quantization is not supported": args.moe_router_padding_for_quantization,
+        "--moe-enable-routing-replay is not supported": args.moe_enable_routing_replay,
+        "--overlap-moe-expert-parallel-comm drops the token ids": args.overlap_moe_expert_parallel_comm,
+        "--mlp-chunks-for-training drops the token ids": (args.mlp_chunks_for_training or 1) > 1,
+        "CUDA graphs are not supported: the number of rows that a rank sends varies": args.cuda_graph_impl != "none",
+        "--mtp-num-layers with --sequence-parallel shifts the token ids wrongly": (
+            args.mtp_num_layers and args.sequence_parallel
+        ),
+        "--moe-use-upcycling is not supported": args.moe_use_upcycling,
+        "--sft and --dataloader-inter-document-masking are not supported": (
+            args.sft or args.dataloader_inter_document_masking
+        ),
+        "--context-parallel-size above 1 needs Transformer Engine": (
+            args.context_parallel_size > 1 and args.transformer_impl == "local"
+        ),
+        "--ckpt-format must be torch_dist: other formats do not carry the routing mask": args.ckpt_format
+        != "torch_dist",
+    }
+    for message, refused in refusals.items():
+        if refused:
+            raise UserError(message)
+    if args.num_experts % args.expert_model_parallel_size:
+        raise UserError(
+            f"--num-experts {args.num_experts} is not divisible by "
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}"
+        )
+
+
+def check_tokenizer(args: Namespace) -> None:
+    """Check that the tokenizer's model exists, which Megatron finds out only in a traceback."""
+    is_file_expected = args.tokenizer_type == "SentencePieceTokenizer" and args.tokenizer_model is not None
+    if is_file_expected and not Path(args.tokenizer_model).is_file():
+        raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
+
+
+def check_mask(args: Namespace, mask: RoutingMask) -> None:
+    """Check that the mask fits the model, the layout and the tokenizer.
+
+    Raises:
+        UserError: naming both sides.
+    """
+    mask.check_fits(
+        vocab_size=get_tokenizer().vocab_size,
+        num_experts=args.num_experts,
+        num_layers=args.num_layers + (args.mtp_num_layers or 0),
+        expert_model_parallel_size=args.expert_model_parallel_size,
+    )
+    if mask.provenance.tokenizer is not None:
+        _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
+
+
+def check_data(args: Namespace, mask: RoutingMask) -> None:
+    """Check every dataset of the run: whole, made with the run's tokenizer, and no id beyond its vocabulary.
+
+    Datasets that were counted for the mask had their ids checked then. Others are read once, by one rank of each node.
+
+    Raises:
+        UserError: naming the file.
+    """
+    vocab_size = get_tokenizer().vocab_size
+    counted = {(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in mask.provenance.datasets}
+    for prefix in dict.fromkeys(_data_prefixes(args)):
+        info = read_info(prefix)
+        record = read_tokenizer_record(prefix)
+        if record is not None:
+            _check_same_tokenizer(args, record.to_json(), f"dataset {prefix} was")
+        is_known = (info.idx_sha256, info.bin_bytes) in counted
+        if not is_known and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            _check_token_ids(prefix, vocab_size)
+
+
+def _data_prefixes(args: Namespace) -> Iterator[str]:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    for part in [blend, *(blend_per_split or [])]:
+        if part is not None:
+            yield from part[0]
+
+
+def _check_same_tokenizer(args: Namespace, made_with: dict[str, Any], what: str) -> None:
+    if args.tokenizer_type not in TOKENIZER_TYPES or args.tokenizer_model is None:
+        return
+    path = Path(args.tokenizer_model)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if hashlib.sha256(path.read_bytes()).hexdigest() != made_with["sha256"]:
+        raise UserError(
+            f"{what} made with another tokenizer ({made_with['model']}, {made_with['vocab_size']} ids, "
+            f"sha256 {made_with['sha256'][:12]}…) than --tokenizer-model {args.tokenizer_model}"
+        )
+
+
+def _check_token_ids(prefix: str, vocab_size: int) -> None:
+    tokens = open_tokens(prefix)
+    starts = range(0, len(tokens), _CHUNK_TOKENS)
+    for start in tqdm(starts, desc=f"checking {Path(prefix).name}", unit="chunk", disable=len(starts) < 64):
+        chunk = tokens[start : start + _CHUNK_TOKENS]
+        if chunk.size and int(chunk.max()) >= vocab_size:
+            position = start + int(np.argmax(chunk >= vocab_size))
+            raise UserError(
+                f"dataset {prefix} holds token id {tokens[position]} at position {position}, but the tokenizer has "
+                f"{vocab_size} ids; it was made with another tokenizer"
+            )

@@ -1,0 +1,87 @@
+"""Builds the model from its configuration, through Megatron's model builder interface."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_layer_spec
+from maskmoe.transformer.router import AuxLossTokens
+from maskmoe.transformer.visible_experts import VisibleExperts
+
+
+@dataclass(kw_only=True)
+class MaskMoEGPTModelConfig(GPTModelConfig):
+    """`GPTModelConfig` of a model with a routing mask."""
+
+    builder: ClassVar[str] = "maskmoe.training.model_builder.MaskMoEGPTModelBuilder"
+
+    routing_mask: Path | None = None
+    """The routing mask: its file, or a checkpoint that holds it."""
+
+    aux_loss_tokens: AuxLossTokens = "all"
+    """See `MaskMoERouter`."""
+
+
+class MaskMoEGPTModelBuilder(GPTModelBuilder):
+    """`GPTModelBuilder` that builds a `MaskMoEGPTModel`."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> MaskMoEGPTModel:
+        """Build one pipeline stage; arguments as for `GPTModelBuilder.build_model`."""
+        settings = self._model_config
+        config = settings.transformer
+        vp_size = config.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
+        if post_process is None:
+            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
+
+        visible_experts = VisibleExperts(config, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
+        block_spec = get_maskmoe_decoder_block_spec(config, visible_experts, settings.aux_loss_tokens, vp_stage)
+        mtp_block_spec = None
+        if config.mtp_num_layers:
+            mtp_block_spec = get_gpt_mtp_block_spec(
+                config,
+                get_maskmoe_mtp_layer_spec(config, visible_experts, settings.aux_loss_tokens),
+                use_transformer_engine=config.transformer_impl == "transformer_engine",
+                vp_stage=vp_stage,
+            )
+        return MaskMoEGPTModel(
+            config=config,
+            transformer_layer_spec=block_spec,
+            mtp_block_spec=mtp_block_spec,
+            visible_experts=visible_experts,
+            vocab_size=settings.vocab_size,
+            max_sequence_length=settings.seq_length,
+            fp16_lm_cross_entropy=settings.fp16_lm_cross_entropy,
+            parallel_output=settings.parallel_output,
+            share_embeddings_and_output_weights=settings.share_embeddings_and_output_weights,
+            position_embedding_type=settings.position_embedding_type,
+            rotary_percent=settings.rotary_percent,
+            rotary_base=settings.rotary_base,
+            rope_scaling=settings.rope_scaling,
+            rope_scaling_factor=settings.rope_scaling_factor,
+            seq_len_interpolation_factor=settings.seq_len_interpolation_factor,
+            scatter_embedding_sequence_parallel=settings.scatter_embedding_sequence_parallel,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
