@@ -75,6 +75,7 @@ def install() -> None:
     _map_generators()
     _map_properties()
     _map_type_names()
+    _allow_uneven_collectives()
     _adapt_megatron()
 
 
@@ -263,6 +264,40 @@ def _map_properties() -> None:
     torch.cuda.mem_get_info = lambda device=None: (total_memory - resident_bytes(), total_memory)
 
 
+def _allow_uneven_collectives() -> None:
+    """gloo gathers and scatters tensors of one size only, NCCL those of any."""
+    all_gather = torch.distributed.all_gather
+    reduce_scatter = torch.distributed.reduce_scatter
+
+    def is_even(tensors: list[torch.Tensor]) -> bool:
+        return all(tensor.shape == tensors[0].shape for tensor in tensors)
+
+    @functools.wraps(all_gather)
+    def all_gather_any(tensor_list, tensor, group=None, async_op=False):
+        if is_even(tensor_list):
+            return all_gather(tensor_list, tensor, group, async_op)
+        rows = max(len(output) for output in tensor_list)
+        padded = tensor.new_zeros(rows, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in tensor_list]
+        all_gather(gathered, padded, group)
+        for output, source in zip(tensor_list, gathered, strict=True):
+            output.copy_(source[: len(output)])
+        return None
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_any(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+        if is_even(input_list):
+            return reduce_scatter(output, input_list, op, group, async_op)
+        total = torch.cat(input_list)
+        torch.distributed.all_reduce(total, op, group)
+        output.copy_(total.split([len(part) for part in input_list])[torch.distributed.get_rank(group)])
+        return None
+
+    torch.distributed.all_gather = all_gather_any
+    torch.distributed.reduce_scatter = reduce_scatter_any
+
+
 def _map_type_names() -> None:
     """Megatron compares `Tensor.type()` with names such as `torch.cuda.FloatTensor`."""
     original = torch.Tensor.type
@@ -280,6 +315,9 @@ def _map_type_names() -> None:
 
 def _adapt_megatron() -> None:
     """Cures for what the mapping alone does not reach; for megatron-core 0.19."""
+    # Megatron asks for it where CUDA kernels of communication and computation overlap.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
     # Megatron compiles its fusions, made for GPUs, when it is imported. On a CPU that needs a compiler and minutes.
     torch.compile = lambda model=None, **kwargs: (lambda function: function) if model is None else model
 

@@ -9,7 +9,7 @@ import torch
 def apply() -> None:
     """Replace what is listed in this module; call before `megatron.training.pretrain`."""
     _use_helpers_of_the_wheel()
-    _allow_optimizer_state_before_first_step()
+    _make_optimizer_state_loadable()
 
 
 def _use_helpers_of_the_wheel() -> None:
@@ -23,17 +23,20 @@ def _use_helpers_of_the_wheel() -> None:
     utils.compile_helpers = lambda: None
 
 
-def _allow_optimizer_state_before_first_step() -> None:
-    """Without Apex and Transformer Engine, `DistributedOptimizer.state_dict` wants the step that all parameters share.
+def _make_optimizer_state_loadable() -> None:
+    """Without Apex and Transformer Engine, `DistributedOptimizer` cannot load what it saved, for three reasons.
 
-    There is none before the first step, which is when a checkpoint is loaded. So allocate the state first, as Adam
-    itself would at its first step.
+    - `state_dict` wants the step that all parameters share, and there is none before the first step, which is when a
+      checkpoint is loaded. So allocate the state first, as Adam itself would at its first step.
+    - `load_state_dict` copies into views of fp32 parameters, which autograd forbids.
+    - It gives all parameters one and the same `step` tensor, so that every parameter's update advances it for all.
     """
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    original = distrib_optimizer.DistributedOptimizer.state_dict
+    stock_state_dict = distrib_optimizer.DistributedOptimizer.state_dict
+    stock_load_state_dict = distrib_optimizer.DistributedOptimizer.load_state_dict
 
     def state_dict(self):
         inner = self.optimizer
@@ -42,6 +45,13 @@ def _allow_optimizer_state_before_first_step() -> None:
                 inner.state[parameter]["step"] = torch.tensor(0.0)
                 for key in self.optimizer_state_keys:
                     inner.state[parameter][key] = torch.zeros_like(parameter)
-        return original(self)
+        return stock_state_dict(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        stock_load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
     distrib_optimizer.DistributedOptimizer.state_dict = state_dict
+    distrib_optimizer.DistributedOptimizer.load_state_dict = load_state_dict

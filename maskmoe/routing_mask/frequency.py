@@ -141,8 +141,8 @@ def count_token_frequency(
     Args:
         data_path: Megatron's `--data-path`: dataset prefixes, or alternating weights and prefixes.
         vocab_size: number of ids of the tokenizer; the length of each count.
-        workers: processes that count; all available cores when None.
-        progress: show a progress bar in bytes on stderr.
+        workers: processes that count; all available cores when None, unless there is too little to count.
+        progress: show a progress bar in bytes on stderr if it takes more than a moment.
 
     Raises:
         UserError: a dataset is missing, truncated or empty, holds an id outside `[0, vocab_size)`, or was made with
@@ -158,10 +158,13 @@ def count_token_frequency(
     tokenizer = _common_tokenizer(prefixes, vocab_size)
     spans = _split_into_spans(prefixes, infos, vocab_size)
     counts = np.zeros((len(prefixes), vocab_size), dtype=np.int64)
-    total_bytes = sum(span.num_bytes for span in spans)
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="counting", disable=not progress) as bar:
-        for span, span_counts in zip(spans, map_in_processes(_count_span, spans, workers), strict=True):
-            counts[span.dataset] += span_counts
+    total_bytes = sum(info.bin_bytes for info in infos)
+    if workers is None and total_bytes < _MIN_SPAN_BYTES:
+        workers = 1
+    span_counts = map_in_processes(_count_span, spans, workers)
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="counting", delay=0.5, disable=not progress) as bar:
+        for span, counts_of_span in zip(spans, span_counts, strict=True):
+            counts[span.dataset] += counts_of_span
             bar.update(span.num_bytes)
     datasets = tuple(
         {

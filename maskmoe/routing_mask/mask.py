@@ -17,6 +17,9 @@ from maskmoe.routing_mask.sealed_tensors import content_digest, load_sealed, sav
 
 KIND = "routing mask"
 
+# Fewer are made sooner than worker processes start.
+_FEW_ASSIGNMENTS = 1 << 20
+
 
 @dataclass(frozen=True)
 class MaskProvenance:
@@ -265,8 +268,9 @@ def build_routing_mask(
         recipe: the settings.
         frequency: token counts. Recipes that do not need them also work from `vocab_size` alone.
         vocab_size: ids of the tokenizer, where there are no counts.
-        workers: processes that make tables; all available cores when None. The result does not depend on it.
-        progress: show a progress bar on stderr.
+        workers: processes that make tables; all available cores when None, unless there is too little to do. The result
+            does not depend on it.
+        progress: show a progress bar on stderr if it takes more than a moment.
 
     Raises:
         UserError: `recipe` needs counts and there are none.
@@ -277,9 +281,11 @@ def build_routing_mask(
         raise UserError("the vocabulary size is missing; give --token-frequency, or --vocab-size of at least 1")
     occurrences = frequency.occurrences if frequency else np.zeros(vocab_size)
     vocabulary = Vocabulary.from_occurrences(occurrences, recipe)
+    if workers is None and recipe.num_tables * len(occurrences) < _FEW_ASSIGNMENTS:
+        workers = 1
     assign = partial(assign_table, recipe, vocabulary)
     tables = map_in_processes(assign, range(recipe.num_tables), workers)
-    with tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", disable=not progress) as bar:
+    with tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", delay=0.5, disable=not progress) as bar:
         row_of_id, visible_bits = zip(*bar, strict=True)
     settings = {field.name for field in fields(MaskProvenance)} & {field.name for field in fields(MaskRecipe)}
     provenance = MaskProvenance(

@@ -9,7 +9,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.cli import run_tool
 from maskmoe.training.batch import get_batch, loss_function, train_valid_test_datasets_provider
-from maskmoe.training.setup import model_config_from_args, parse_and_check_args
+from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 
 
@@ -27,12 +27,13 @@ def forward_step(data_iterator: Iterator, model: MaskMoEGPTModel) -> tuple:
 
 def main() -> None:
     args = parse_and_check_args()
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config_from_args(args)),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    with leaving_process_groups():
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """From the command line to a checked configuration, before any process group exists."""
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
@@ -57,3 +60,23 @@ def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
     config.routing_mask = Path(args.routing_mask or args.load)
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     return config
+
+
+@contextmanager
+def leaving_process_groups() -> Iterator[None]:
+    """Destroy the process groups when the block ends well, or by `sys.exit` as Megatron's training loop may end.
+
+    Left to the interpreter, gloo's threads can outlive what they work on and abort the process after all work is done.
+    """
+    try:
+        yield
+    except SystemExit:
+        _leave_process_groups()
+        raise
+    _leave_process_groups()
+
+
+def _leave_process_groups() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

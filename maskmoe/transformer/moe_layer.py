@@ -36,6 +36,10 @@ class MaskMoELayer(MoELayer):
         self.token_dispatcher = self._build_token_dispatcher(pg_collection)
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
+        # Megatron-Core gives experts an optimizer of their own under expert parallelism only, and a checkpoint of one
+        # arrangement cannot be loaded into the other. So they always get one.
+        for parameter in self.experts.parameters():
+            parameter.allreduce = False
 
     def _build_token_dispatcher(self, pg_collection: ProcessGroupCollection) -> MoETokenDispatcher:
         return MaskMoEAlltoAllTokenDispatcher(

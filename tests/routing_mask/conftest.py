@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from maskmoe.routing_mask import TokenFrequency
+
+# No test fails for being slow on a busy machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+
+@pytest.fixture
+def make_frequency():
+    """Token counts of one dataset, as if counted."""
+
+    def make(counts) -> TokenFrequency:
+        counts = np.asarray(counts, dtype=np.int64)[None]
+        dataset = {"name": "text", "num_tokens": int(counts.sum()), "idx_sha256": "0" * 64, "bin_bytes": 0}
+        return TokenFrequency(counts, (None,), (dataset,), None)
+
+    return make
+
+
+@pytest.fixture
+def zipf_frequency(make_frequency):
+    """Zipf counts, ids in random order, some never seen."""
+
+    def make(vocab_size: int, num_tokens: int) -> TokenFrequency:
+        rng = np.random.default_rng(0)
+        probabilities = 1 / np.arange(1, vocab_size + 1)
+        counts = rng.multinomial(num_tokens, probabilities / probabilities.sum())
+        return make_frequency(rng.permutation(counts))
+
+    return make

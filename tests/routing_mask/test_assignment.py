@@ -1,0 +1,213 @@
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table, uniform_subsets
+
+
+def visible_sets(recipe: MaskRecipe, occurrences: np.ndarray, table: int = 0) -> np.ndarray:
+    """bool [vocab, experts], unpacked without the package's help."""
+    row_of_id, visible_bits = assign_table(recipe, Vocabulary.from_occurrences(occurrences, recipe), table)
+    bits = [[visible_bits[row, e // 8] >> (e % 8) & 1 for e in range(recipe.num_experts)] for row in row_of_id]
+    return np.array(bits, dtype=bool)
+
+
+def frequent_reference(counts: list[int], mass: float) -> set[int]:
+    """The definition, word for word, in exact arithmetic."""
+    order = sorted(range(len(counts)), key=lambda token: (-counts[token], token))
+    share = Fraction(str(mass))
+    for length in range(len(order) + 1):
+        if sum(counts[token] for token in order[:length]) >= share * sum(counts):
+            return set(order[:length])
+    raise AssertionError("all ids together cover everything")
+
+
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any),
+    mass=st.integers(0, 100).map(lambda percent: percent / 100),
+)
+@example(counts=[7] + [1] * 93, mass=0.07)  # 0.07 * 100 > 7 in floating point
+def test_frequent_ids_are_the_shortest_prefix_that_covers_the_mass(counts, mass):
+    recipe = MaskRecipe(8, 1, "uniform", mass, 2)
+    vocabulary = Vocabulary.from_occurrences(np.array(counts, dtype=np.float64), recipe)
+    frequent = vocabulary.ids[: vocabulary.num_frequent].tolist()
+    assert set(frequent) == frequent_reference(counts, mass)
+    assert frequent == sorted(frequent, key=lambda token: (-counts[token], token))
+
+
+def test_all_mass_makes_every_seen_id_frequent_even_one_that_vanishes_in_the_sum():
+    recipe = MaskRecipe(8, 1, "uniform", 1.0, 2)
+    vocabulary = Vocabulary.from_occurrences(np.array([1e18, 0.25, 0.0]), recipe)
+    assert vocabulary.ids[: vocabulary.num_frequent].tolist() == [0, 1]
+
+
+@st.composite
+def recipes_and_counts(draw):
+    num_ranks = draw(st.sampled_from([1, 2, 4]))
+    num_experts = num_ranks * draw(st.integers(2, 9))
+    assignment = draw(st.sampled_from(["uniform", "balanced", "rank-local"]))
+    most_visible = num_experts // num_ranks if assignment == "rank-local" else num_experts
+    recipe = MaskRecipe(
+        num_experts,
+        num_layers=3,
+        assignment=assignment,
+        frequent_mass=draw(st.sampled_from([0.0, 0.3, 0.8, 1.0])),
+        frequent_visible_experts=draw(st.integers(2, most_visible)),
+        seed=draw(st.integers(0, 2**64)),
+        expert_model_parallel_size=num_ranks if assignment == "rank-local" else None,
+    )
+    counts = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=60).filter(any))
+    return recipe, np.array(counts, dtype=np.float64)
+
+
+@given(recipes_and_counts())
+def test_every_id_sees_exactly_its_number_of_experts(recipe_and_counts):
+    recipe, counts = recipe_and_counts
+    frequent = frequent_reference(counts.astype(int).tolist(), recipe.frequent_mass)
+    expected = [recipe.frequent_visible_experts if token in frequent else 1 for token in range(len(counts))]
+    assert visible_sets(recipe, counts).sum(axis=1).tolist() == expected
+
+
+@given(recipes_and_counts())
+def test_same_seed_and_table_give_the_same_bits(recipe_and_counts):
+    recipe, counts = recipe_and_counts
+    vocabulary = Vocabulary.from_occurrences(counts, recipe)
+    for first, second in zip(assign_table(recipe, vocabulary, 1), assign_table(recipe, vocabulary, 1), strict=True):
+        assert first.dtype == second.dtype
+        assert first.tobytes() == second.tobytes()
+
+
+@given(recipes_and_counts())
+def test_rank_local_sets_lie_on_one_rank(recipe_and_counts):
+    recipe, counts = recipe_and_counts
+    experts_per_rank = recipe.num_experts // recipe.num_ranks
+    for visible in visible_sets(recipe, counts):
+        ranks = {expert // experts_per_rank for expert in np.flatnonzero(visible)}
+        assert recipe.assignment != "rank-local" or len(ranks) == 1
+
+
+@given(
+    counts=st.lists(st.integers(1, 10**6), min_size=1, max_size=200),
+    num_experts=st.integers(2, 12),
+    seed=st.integers(0, 99),
+)
+def test_balanced_load_exceeds_the_mean_by_little_more_than_one_id(counts, num_experts, seed):
+    counts = np.array(counts, dtype=np.float64)
+    load = counts @ visible_sets(MaskRecipe(num_experts, 1, "balanced", 0.0, seed=seed), counts)
+    # Least-loaded placement: an expert was at most at the mean (plus the random quarter) when it got its last id.
+    assert load.max() <= load.mean() + 1.25 * counts.max()
+
+
+@pytest.mark.parametrize("num_ranks", [None, 4])
+def test_balanced_and_rank_local_level_a_zipf_vocabulary(zipf_frequency, num_ranks):
+    occurrences = zipf_frequency(4000, 10**6).occurrences
+    assignment = "rank-local" if num_ranks else "balanced"
+    recipe = MaskRecipe(16, 4, assignment, 0.4, 4, expert_model_parallel_size=num_ranks)
+    for table in range(4):
+        visible = visible_sets(recipe, occurrences, table)
+        load = (occurrences / visible.sum(axis=1)) @ visible
+        assert load.max() < 1.001 * load.mean()
+        rank_load = load.reshape(num_ranks or 1, -1).sum(axis=1)
+        assert rank_load.max() < 1.001 * rank_load.mean()
+
+
+def test_uniform_draws_every_expert_and_every_set_equally_often():
+    vocab_size, num_experts = 20000, 5
+    experts = visible_sets(MaskRecipe(num_experts, 1, "uniform", 0.0, seed=3), np.zeros(vocab_size)).sum(axis=0)
+    expected = vocab_size / num_experts
+    assert ((experts - expected) ** 2 / expected).sum() < 18.5  # chi-square with 4 degrees of freedom: p = 0.001
+
+    sets = uniform_subsets(np.random.default_rng(3), vocab_size, 3, num_experts)
+    counts = np.array([(sets[:, list(three)].all(axis=1)).sum() for three in itertools.combinations(range(5), 3)])
+    assert counts.sum() == vocab_size
+    expected = vocab_size / len(counts)
+    assert ((counts - expected) ** 2 / expected).sum() < 27.9  # 9 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize("assignment", ["uniform", "balanced", "rank-local"])
+def test_ids_that_share_an_expert_in_one_table_rarely_do_in_the_next(zipf_frequency, assignment):
+    occurrences = zipf_frequency(2000, 10**6).occurrences
+    ranks = 4 if assignment == "rank-local" else None
+    recipe = MaskRecipe(16, 2, assignment, 0.3, 4, expert_model_parallel_size=ranks)
+    first, second = (visible_sets(recipe, occurrences, table) for table in range(2))
+    single = first.sum(axis=1) == 1
+    weights = np.sqrt(np.outer(occurrences[single], occurrences[single]))
+    np.fill_diagonal(weights, 0)
+    together = [(visible[single].astype(int) @ visible[single].T) > 0 for visible in (first, second)]
+    repeated = weights[together[0] & together[1]].sum() / weights[together[0]].sum()
+    assert repeated < 2 / 16  # by chance 1 / 16
+
+
+@pytest.mark.parametrize("assignment", ["uniform", "balanced", "rank-local"])
+def test_ids_never_seen_are_spread_evenly(assignment):
+    occurrences = np.zeros(8000)
+    occurrences[:10] = np.arange(10, 0, -1)
+    ranks = 2 if assignment == "rank-local" else None
+    visible = visible_sets(MaskRecipe(8, 1, assignment, 0.3, 2, expert_model_parallel_size=ranks), occurrences)
+    assert (visible[10:].sum(axis=1) == 1).all()
+    per_expert = visible[10:].sum(axis=0)
+    assert per_expert.max() - per_expert.min() <= (200 if assignment == "uniform" else 2)
+
+
+@pytest.mark.parametrize("assignment", ["uniform", "balanced"])
+def test_presets(assignment):
+    counts = np.array([5.0, 3, 0, 2, 0, 1])
+    smoe = MaskRecipe.from_preset("smoe", 4, 6)
+    assert visible_sets(smoe, counts).all()
+    assert smoe.num_tables == 1
+    assert assign_table(smoe, Vocabulary.from_occurrences(counts, smoe), 0)[1].shape == (4 + 1, 1)
+    for preset in ("hash", "hash-balanced"):
+        assert (visible_sets(MaskRecipe.from_preset(preset, 4, 6), counts).sum(axis=1) == 1).all()
+    top_k = MaskRecipe.from_preset("top-k-hash", 4, 6, frequent_visible_experts=3, assignment=assignment)
+    assert (visible_sets(top_k, counts).sum(axis=1) == 3).all()
+
+
+def test_rows_widen_when_they_do_not_fit_16_bits():
+    occurrences = np.ones(40000)
+    recipe = MaskRecipe.from_preset("top-k-hash", 4, 1, frequent_visible_experts=2)
+    row_of_id, _ = assign_table(recipe, Vocabulary.from_occurrences(occurrences, recipe), 0)
+    assert row_of_id.dtype == np.int32
+    assert row_of_id.max() == 40000 + 4 - 1
+    for vocab_size, dtype in ((2**15 - 4, np.int16), (2**15 - 3, np.int32)):
+        few = Vocabulary.from_occurrences(occurrences[:vocab_size], recipe)
+        assert assign_table(recipe, few, 0)[0].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_experts": 1}, "2 experts"),
+        ({"num_layers": 0}, "1 layer"),
+        ({"seed": -1}, "seed"),
+        ({"assignment": "random"}, "unknown assignment"),
+        ({"frequent_mass": 1.1}, "between 0 and 1"),
+        ({"frequent_mass": float("nan")}, "between 0 and 1"),
+        ({"frequent_visible_experts": None}, "missing"),
+        ({"frequent_visible_experts": 1}, "2 to 8"),
+        ({"frequent_visible_experts": 9}, "2 to 8"),
+        ({"expert_model_parallel_size": 2}, "rank-local"),
+        ({"assignment": "rank-local"}, "expert-parallel size"),
+        ({"assignment": "rank-local", "expert_model_parallel_size": 0}, "at least 1"),
+        ({"assignment": "rank-local", "expert_model_parallel_size": 3}, "divided evenly"),
+        ({"assignment": "rank-local", "expert_model_parallel_size": 4}, "of one rank"),
+    ],
+)
+def test_contradictory_settings_are_refused(settings, message):
+    sound = {"num_experts": 8, "num_layers": 2, "assignment": "uniform", "frequent_mass": 0.4}
+    sound["frequent_visible_experts"] = 4
+    MaskRecipe(**sound)
+    with pytest.raises(UserError, match=message):
+        MaskRecipe(**sound | settings)
+
+
+@pytest.mark.parametrize("clash", [{"frequent_mass": 0.5}, {"assignment": "balanced"}, {"frequent_visible_experts": 2}])
+def test_a_preset_refuses_settings_that_it_decides(clash):
+    with pytest.raises(UserError, match="already decides"):
+        MaskRecipe.from_preset("smoe", 4, 1, **clash)
+    with pytest.raises(UserError, match="unknown preset"):
+        MaskRecipe.from_preset("dense", 4, 1)

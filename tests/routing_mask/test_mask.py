@@ -1,0 +1,282 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from maskmoe.errors import UserError
+from maskmoe.routing_mask import MaskProvenance, MaskRecipe, RoutingMask, build_routing_mask
+from maskmoe.routing_mask.mask import expected_expert_load, overloading_ids
+
+PROVENANCE = MaskProvenance("uniform", 0.5, 2, seed=0)
+
+
+@pytest.fixture
+def mask(zipf_frequency) -> RoutingMask:
+    return build_routing_mask(MaskRecipe(10, 3, "balanced", 0.5, 3, seed=7), frequency=zipf_frequency(200, 5000))
+
+
+def pack(sets: list[list[set[int]]], num_experts: int) -> np.ndarray:
+    """Visible bits [tables, rows, bytes] of sets of experts."""
+    bits = np.zeros((len(sets), len(sets[0]), -(-num_experts // 8)), dtype=np.uint8)
+    for table, row in np.ndindex(bits.shape[:2]):
+        for expert in sets[table][row]:
+            bits[table, row, expert // 8] |= 1 << expert % 8
+    return bits
+
+
+def small_mask(**changes) -> RoutingMask:
+    parts = {
+        "row_of_id": np.array([[0, 3, 2, 4], [1, 4, 3, 0]], dtype=np.int16),
+        "visible_bits": pack([[{0}, {1}, {2}, {0, 2}, {1, 2}], [{0}, {1}, {2}, {0, 1, 2}, {0, 1}]], 3),
+        "vocab_size": 4,
+        "num_experts": 3,
+        "num_layers": 2,
+        "provenance": PROVENANCE,
+    }
+    return RoutingMask(**parts | changes)
+
+
+def test_look_up():
+    mask = small_mask()
+    expected = [[{0}, {0, 2}, {2}, {1, 2}], [{1}, {0, 1}, {0, 1, 2}, {0}]]
+    for layer, sets in enumerate(expected):
+        assert [set(np.flatnonzero(row)) for row in mask.visible_sets(layer)] == sets
+        assert mask.num_visible_of_layer(layer).tolist() == [len(experts) for experts in sets]
+        row_of_id, visible_bits = mask.table_of_layer(layer)
+        assert row_of_id.shape == (4,)
+        assert visible_bits.shape == (5, 1)
+    assert mask.min_visible == 1
+    assert not mask.is_shared
+    for layer in (-1, 2):
+        with pytest.raises(IndexError):
+            mask.visible_sets(layer)
+
+
+def test_a_shared_table_serves_all_layers(zipf_frequency):
+    recipe = MaskRecipe(10, 3, "balanced", 0.5, 3, seed=7)
+    frequency = zipf_frequency(200, 5000)
+    per_layer = build_routing_mask(recipe, frequency=frequency)
+    shared = build_routing_mask(replace(recipe, shared_table=True), frequency=frequency)
+    assert shared.is_shared
+    assert shared.num_layers == 3
+    for layer in range(3):
+        assert np.array_equal(shared.visible_sets(layer), per_layer.visible_sets(0))
+    assert not np.array_equal(per_layer.visible_sets(0), per_layer.visible_sets(1))
+    assert shared.nbytes * 3 == per_layer.nbytes
+
+
+def test_building_does_not_depend_on_the_number_of_workers(mask, zipf_frequency):
+    recipe = MaskRecipe(10, 3, "balanced", 0.5, 3, seed=7)
+    assert build_routing_mask(recipe, frequency=zipf_frequency(200, 5000), workers=2).digest == mask.digest
+    other_seed = build_routing_mask(replace(recipe, seed=8), frequency=zipf_frequency(200, 5000), workers=1)
+    assert other_seed.digest != mask.digest
+
+
+def test_provenance_tells_what_the_mask_was_made_from(mask, zipf_frequency):
+    frequency = zipf_frequency(200, 5000)
+    assert mask.provenance == MaskProvenance(
+        assignment="balanced",
+        frequent_mass=0.5,
+        frequent_visible_experts=3,
+        seed=7,
+        counts_digest=frequency.digest,
+        datasets=frequency.datasets,
+    )
+
+
+def test_baselines_that_ignore_counts_need_only_the_vocabulary_size():
+    smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 9, 4), vocab_size=50)
+    assert smoe.min_visible == 9
+    assert smoe.is_shared
+    assert build_routing_mask(MaskRecipe.from_preset("hash", 9, 4), vocab_size=50).num_visible.tolist() == [1] * 50
+    for recipe in (MaskRecipe.from_preset("hash-balanced", 9, 4), MaskRecipe(9, 4, "uniform", 0.4, 2)):
+        with pytest.raises(UserError, match="--token-frequency"):
+            build_routing_mask(recipe, vocab_size=50)
+    with pytest.raises(UserError, match="vocabulary size is missing"):
+        build_routing_mask(MaskRecipe.from_preset("smoe", 9, 4))
+
+
+@pytest.mark.parametrize("assignment", ["uniform", "balanced"])
+def test_all_mass_and_all_experts_reproduce_smoe(make_frequency, assignment):
+    frequency = make_frequency([3, 1, 4, 1, 5])
+    everything = build_routing_mask(MaskRecipe(6, 2, assignment, 1.0, 6), frequency=frequency)
+    smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 6, 2), frequency=frequency)
+    for layer in range(2):
+        assert np.array_equal(everything.visible_sets(layer), smoe.visible_sets(layer))
+
+
+def test_a_large_mask_stays_under_20_mib(zipf_frequency, tmp_path):
+    frequency = zipf_frequency(131072, 10**9)
+    recipe = MaskRecipe(256, 64, "uniform", 0.4, 8)
+    mask = build_routing_mask(recipe, frequency=frequency, workers=1)
+    mask.save(tmp_path / "mask.safetensors")
+    assert mask.nbytes <= 20 * 2**20
+    assert (tmp_path / "mask.safetensors").stat().st_size <= 20 * 2**20
+
+
+def test_save_and_load_keep_every_bit(mask, tmp_path):
+    path = tmp_path / "mask.safetensors"
+    mask.save(path)
+    loaded = RoutingMask.load(path)
+    for name in ("row_of_id", "visible_bits"):
+        saved, read = getattr(mask, name), getattr(loaded, name)
+        assert (saved.dtype, saved.shape, saved.tobytes()) == (read.dtype, read.shape, read.tobytes())
+    assert loaded.provenance == mask.provenance
+    assert loaded.digest == mask.digest
+    mask.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_embedding_in_another_file(mask):
+    tensors, metadata = mask.to_tensors()
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert RoutingMask.from_tensors(tensors, metadata).digest == mask.digest
+    tensors["row_of_id"][0, 0] += 1  # a copy: the mask itself is not touched
+    with pytest.raises(UserError, match="checkpoint 7 was altered"):
+        RoutingMask.from_tensors(tensors, metadata, source="checkpoint 7")
+    assert RoutingMask.from_tensors(*mask.to_tensors()).digest == mask.digest
+
+
+def test_a_mask_cannot_be_changed(mask):
+    with pytest.raises(ValueError, match="read-only"):
+        mask.row_of_id[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visible_bits": pack([[{0}, {1}, {2}, set(), {1, 2}]] * 2, 3)}, "is empty"),
+        ({"visible_bits": pack([[{0}, {1}, {2}, {0}, {1, 2}]] * 2, 3)}, "one expert"),
+        ({"visible_bits": pack([[{0}, {1}, {2}, {0, 3}, {1, 2}]] * 2, 3)}, "beyond"),
+        ({"visible_bits": pack([[{1}, {0}, {2}, {0, 1}, {1, 2}]] * 2, 3)}, "single experts"),
+        ({"visible_bits": pack([[{0}, {1}]] * 2, 3)}, "shape"),
+        ({"visible_bits": np.zeros((2, 5, 2), dtype=np.uint8)}, "shape"),
+        ({"visible_bits": np.zeros(5, dtype=np.uint8)}, "shape"),
+        ({"visible_bits": np.zeros((2, 5, 1), dtype=np.int8)}, "types"),
+        ({"row_of_id": np.array([[0, 3, 2, 5]] * 2, dtype=np.int16)}, "row outside"),
+        ({"row_of_id": np.array([[0, 3, 2, -1]] * 2, dtype=np.int16)}, "row outside"),
+        ({"row_of_id": np.zeros((2, 3), dtype=np.int16)}, "rows of ids"),
+        ({"row_of_id": np.zeros(4, dtype=np.int16)}, "rows of ids"),
+        ({"num_layers": 3}, "rows of ids"),
+        ({"num_experts": 0}, "0 experts"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        small_mask(**changes)
+
+
+def test_check_fits(mask):
+    model = {"vocab_size": 200, "num_experts": 10, "num_layers": 3}
+    mask.check_fits(**model)
+    mask.check_fits(**model, expert_model_parallel_size=2)
+    mask.check_fits(**model, expert_model_parallel_size=5)
+    for name, what in (("vocab_size", "vocabulary"), ("num_experts", "experts"), ("num_layers", "layers")):
+        with pytest.raises(UserError, match=f"{what}.* is {model[name]}, the model's is 12"):
+            mask.check_fits(**model | {name: 12})
+    with pytest.raises(UserError, match="10 experts cannot be divided"):
+        mask.check_fits(**model, expert_model_parallel_size=4)
+
+
+def test_check_fits_of_shared_and_rank_local_masks(zipf_frequency):
+    recipe = MaskRecipe(8, 3, "rank-local", 0.5, 2, expert_model_parallel_size=4, shared_table=True)
+    mask = build_routing_mask(recipe, frequency=zipf_frequency(200, 5000))
+    model = {"vocab_size": 200, "num_experts": 8, "num_layers": 99}
+    mask.check_fits(**model)
+    mask.check_fits(**model, expert_model_parallel_size=4)
+    with pytest.raises(UserError, match="expert parallel size 4, the run's is 2"):
+        mask.check_fits(**model, expert_model_parallel_size=2)
+
+
+def test_expected_load_against_a_loop(mask, zipf_frequency):
+    occurrences = zipf_frequency(200, 5000).occurrences
+    expected = np.zeros((3, 10))
+    for layer in range(3):
+        for token, visible in enumerate(mask.visible_sets(layer)):
+            expected[layer, visible] += occurrences[token] / visible.sum()
+    np.testing.assert_allclose(expected_expert_load(mask, occurrences), expected)
+    np.testing.assert_allclose(expected.sum(axis=1), 5000)
+
+
+def test_ids_that_make_balance_impossible(make_frequency):
+    frequency = make_frequency([30, 5, 26, 5, 5, 5, 5, 5, 5, 9])
+    hashed = build_routing_mask(MaskRecipe.from_preset("hash", 4, 1), frequency=frequency)
+    assert overloading_ids(hashed, frequency.occurrences).tolist() == [0, 2]
+    balanced = build_routing_mask(MaskRecipe(4, 1, "balanced", 0.5, 2), frequency=frequency)
+    assert overloading_ids(balanced, frequency.occurrences).tolist() == []
+    local = MaskRecipe(8, 1, "rank-local", 0.5, 2, expert_model_parallel_size=4)
+    local_mask = build_routing_mask(local, frequency=frequency)
+    assert overloading_ids(local_mask, frequency.occurrences).tolist() == [0, 2]
+
+
+@pytest.fixture
+def mask_file(mask, tmp_path):
+    path = tmp_path / "mask.safetensors"
+    mask.save(path)
+    return path
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 10**6), flip=st.integers(1, 255))
+def test_no_altered_byte_goes_unnoticed(mask, mask_file, position, flip):
+    content = bytearray(mask_file.read_bytes())
+    altered = mask_file.with_name("altered.safetensors")
+    content[position % len(content)] ^= flip
+    altered.write_bytes(content)
+    try:
+        loaded = RoutingMask.load(altered)
+    except UserError:
+        return
+    # A flipped space in the padding of the header changes nothing; whatever loads is the mask itself.
+    assert loaded.digest == mask.digest
+    assert np.array_equal(loaded.row_of_id, mask.row_of_id)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(length=st.integers(0, 10**6), tail=st.binary(max_size=20))
+def test_truncated_files_and_garbage_are_refused(mask_file, length, tail):
+    content = mask_file.read_bytes()
+    damaged = mask_file.with_name("damaged.safetensors")
+    damaged.write_bytes(content[: length % len(content)] + tail)
+    if damaged.read_bytes() == content:
+        return
+    with pytest.raises(UserError, match=r"damaged\.safetensors"):
+        RoutingMask.load(damaged)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.recursive(
+        st.none() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(st.sampled_from(["kind", "version", "record", "sha256", "provenance"]), inner)
+        ),
+    )
+)
+def test_any_metadata_but_its_own_is_refused(mask, tmp_path, header):
+    path = tmp_path / "mask.safetensors"
+    save_file(mask.to_tensors()[0], path, metadata={"maskmoe": json.dumps(header)})
+    with pytest.raises(UserError, match=r"mask\.safetensors"):
+        RoutingMask.load(path)
+
+
+def test_files_of_other_kinds_are_refused(mask, mask_file, zipf_frequency, tmp_path):
+    counts = tmp_path / "counts.safetensors"
+    zipf_frequency(20, 100).save(counts)
+    with pytest.raises(UserError, match="is a token frequency file, expected a routing mask"):
+        RoutingMask.load(counts)
+    with pytest.raises(UserError, match="cannot read routing mask"):
+        RoutingMask.load(tmp_path / "missing.safetensors")
+    with pytest.raises(UserError, match="cannot read routing mask"):
+        RoutingMask.load(tmp_path)
+    save_file(load_file(mask_file), tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="not a routing mask file"):
+        RoutingMask.load(tmp_path / "bare.safetensors")
+    save_file({"weights": np.zeros(3, dtype=np.float16)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="not a routing mask file"):
+        RoutingMask.load(tmp_path / "model.safetensors")

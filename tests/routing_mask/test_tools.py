@@ -1,0 +1,192 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.routing_mask import RoutingMask, TokenFrequency
+
+TOOLS = Path(__file__).parents[2] / "tools"
+VOCAB_SIZE = 300
+
+
+def run(tool: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, TOOLS / tool, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def count(*arguments, cwd: Path, output: str = "counts.safetensors") -> subprocess.CompletedProcess:
+    return run("count_token_frequency.py", *arguments, "--output", output, cwd=cwd)
+
+
+def build(*arguments, cwd: Path, output: str = "mask.safetensors") -> subprocess.CompletedProcess:
+    return run("build_routing_mask.py", *arguments, "--output", output, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two datasets, the second with another tokenizer and a foreign id, and counts of the first."""
+    folder = tmp_path_factory.mktemp("tools")
+    rng = np.random.default_rng(0)
+    probabilities = 1 / np.arange(1, VOCAB_SIZE + 1)
+    ids = rng.choice(VOCAB_SIZE, size=5000, p=probabilities / probabilities.sum())
+    for name, sha256, tail in (("text", "a", [5]), ("other", "b", [VOCAB_SIZE])):
+        record = TokenizerRecord("HuggingFaceTokenizer", f"{name}.json", sha256 * 64, VOCAB_SIZE, eod_id=0)
+        with IndexedDatasetWriter(folder / name, np.uint16, record) as writer:
+            writer.add_document(np.concatenate([ids, tail]))
+    counted = count("--data-path", "text", "--vocab-size", VOCAB_SIZE, cwd=folder)
+    assert counted.returncode == 0, counted.stderr
+    return folder
+
+
+def assert_bad_input(process: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2 and a single line, but for argparse's usage, that holds `words`."""
+    assert process.returncode == 2, process.stderr
+    *usage, message = process.stderr.splitlines()
+    assert "error: " in message
+    assert not usage or usage[0].startswith("usage: ")
+    for word in words:
+        assert word in message
+
+
+def test_count(folder):
+    process = count(
+        "--data-path", "text", "--vocab-size", VOCAB_SIZE, "--workers", 2, cwd=folder, output="again.safetensors"
+    )
+    assert process.returncode == 0
+    frequency = TokenFrequency.load(folder / "again.safetensors")
+    assert frequency.num_tokens == 5001
+    assert frequency.tokenizer["model"] == "text.json"
+    assert "tokens           5,001" in process.stdout
+    most_frequent = np.argmax(frequency.counts[0])
+    assert f"most frequent    {most_frequent} (" in process.stdout
+    assert f"ids never seen   {(frequency.counts == 0).sum()} of 300" in process.stdout
+    assert frequency.digest in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data-path", "missing", "--vocab-size", 300], ["missing"]),
+        (["--data-path", "0.3", "text", "x", "text", "--vocab-size", 300], ["'x'", "weight"]),
+        (["--data-path", "other", "--vocab-size", 300], ["other", "token 5000", "id 300"]),
+        (["--data-path", "text", "--vocab-size", 299], ["--vocab-size is 299", "300 ids"]),
+        (["--data-path", "text", "other", "other", "--vocab-size", 300], ["text.json", "other.json"]),
+        (["--data-path", "text", "--vocab-size", "many"], ["many"]),
+    ],
+)
+def test_count_refuses_bad_input_and_touches_nothing(folder, arguments, words):
+    (folder / "kept").write_text("kept")
+    before = sorted(folder.iterdir())
+    assert_bad_input(count(*arguments, cwd=folder, output="kept"), *words)
+    assert_bad_input(count(*arguments, cwd=folder, output="never"), *words)
+    assert sorted(folder.iterdir()) == before
+    assert (folder / "kept").read_text() == "kept"
+
+
+def test_outputs_need_an_existing_folder(folder):
+    assert_bad_input(count("--data-path", "text", "--vocab-size", 300, cwd=folder, output="no/where"), "no/where")
+    smoe = ["--vocab-size", 9, "--preset", "smoe", "--num-experts", 4, "--num-layers", 2]
+    assert_bad_input(build(*smoe, cwd=folder, output="no/where"), "no/where")
+
+
+METHOD = ["--frequent-mass", 0.5, "--frequent-visible-experts", 2, "--seed", 3]
+MODEL = ["--num-experts", 8, "--num-layers", 3]
+COUNTS = ["--token-frequency", "counts.safetensors"]
+
+
+def test_build(folder):
+    rank_local = ["--assignment", "rank-local", "--expert-model-parallel-size", 2]
+    process = build(*COUNTS, *MODEL, *METHOD, *rank_local, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    mask = RoutingMask.load(folder / "mask.safetensors")
+    mask.check_fits(vocab_size=VOCAB_SIZE, num_experts=8, num_layers=3, expert_model_parallel_size=2)
+    provenance = mask.provenance
+    assert (provenance.assignment, provenance.frequent_mass, provenance.seed) == ("rank-local", 0.5, 3)
+    assert provenance.counts_digest == TokenFrequency.load(folder / "counts.safetensors").digest
+    assert provenance.tokenizer["model"] == "text.json"
+    for line in (
+        "frequent share   5",
+        "each sees 2 experts",
+        "expert load      expected max/mean",
+        "rank load ",
+        mask.digest,
+    ):
+        assert line in process.stdout
+    again = build(*COUNTS, *MODEL, *METHOD, *rank_local, "--workers", 1, cwd=folder, output="again.mask")
+    assert again.returncode == 0
+    assert (folder / "again.mask").read_bytes() == (folder / "mask.safetensors").read_bytes()
+    shared = build(*COUNTS, *MODEL, *METHOD, *rank_local, "--shared-table", cwd=folder, output="shared.mask")
+    assert "one table for all layers" in shared.stdout
+    assert RoutingMask.load(folder / "shared.mask").is_shared
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_visible"),
+    [
+        (["--vocab-size", 50, "--preset", "smoe"], 8),
+        (["--vocab-size", 50, "--preset", "hash"], 1),
+        ([*COUNTS, "--preset", "hash-balanced"], 1),
+        (["--vocab-size", 50, "--preset", "top-k-hash", "--frequent-visible-experts", 3], 3),
+    ],
+)
+def test_build_presets(folder, flags, num_visible):
+    process = build(*flags, *MODEL, cwd=folder, output="preset.safetensors")
+    assert process.returncode == 0, process.stderr
+    mask = RoutingMask.load(folder / "preset.safetensors")
+    assert set(mask.num_visible) == {num_visible}
+    assert mask.provenance.preset == flags[flags.index("--preset") + 1]
+
+
+def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
+    occurrences = TokenFrequency.load(folder / "counts.safetensors").occurrences
+    worst = int(np.argmax(occurrences))
+    process = build(*COUNTS, *MODEL, "--preset", "hash-balanced", cwd=folder, output="hash.safetensors")
+    assert process.returncode == 0
+    share = f"{occurrences[worst] / occurrences.sum():.2%}"
+    assert f"WARNING: balance is impossible: id {worst} alone has {share} of all occurrences" in process.stdout
+    fine = build(*COUNTS, *MODEL, *METHOD, "--assignment", "balanced", cwd=folder, output="hash.safetensors")
+    assert "WARNING" not in fine.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*COUNTS, *MODEL, "--frequent-mass", 0.4], ["--frequent-visible-experts, --assignment missing"]),
+        ([*COUNTS, *MODEL, *METHOD, "--assignment", "rank-local"], ["--expert-model-parallel-size"]),
+        (
+            [*COUNTS, *MODEL, *METHOD, "--assignment", "rank-local", "--expert-model-parallel-size", 3],
+            ["8 experts", "3 expert-parallel ranks"],
+        ),
+        (
+            [*COUNTS, *MODEL, *METHOD, "--assignment", "balanced", "--expert-model-parallel-size", 0],
+            ["0 expert-parallel"],
+        ),
+        ([*COUNTS, *MODEL, *METHOD, "--assignment", "best"], ["best"]),
+        ([*COUNTS, *MODEL, *METHOD, "--preset", "smoe"], ["preset smoe", "frequent mass"]),
+        ([*MODEL, "--preset", "smoe"], ["--token-frequency"]),
+        (["--vocab-size", 0, *MODEL, "--preset", "smoe"], ["vocabulary size"]),
+        (["--vocab-size", 50, *MODEL, "--preset", "hash-balanced"], ["--token-frequency"]),
+        (["--token-frequency", "missing", *MODEL, "--preset", "hash"], ["missing"]),
+        (["--token-frequency", "text.bin", *MODEL, "--preset", "hash"], ["text.bin"]),
+        (["--token-frequency", "mask.safetensors", *MODEL, "--preset", "hash"], ["is a routing mask file"]),
+    ],
+)
+def test_build_refuses_bad_input_and_touches_nothing(folder, arguments, words):
+    if not (folder / "mask.safetensors").exists():
+        build("--vocab-size", 50, *MODEL, "--preset", "smoe", cwd=folder)
+    (folder / "kept").write_text("kept")
+    before = sorted(folder.iterdir())
+    assert_bad_input(build(*arguments, cwd=folder, output="kept"), *words)
+    assert sorted(folder.iterdir()) == before
+    assert (folder / "kept").read_text() == "kept"
+
+
+def test_help_explains(folder):
+    for tool in ("count_token_frequency.py", "build_routing_mask.py"):
+        process = run(tool, "--help", cwd=folder)
+        assert process.returncode == 0
+        assert f"example:\n  python tools/{tool} --" in process.stdout

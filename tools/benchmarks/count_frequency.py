@@ -1,0 +1,80 @@
+"""Speed of counting token ids on one core, data in the page cache, against numpy.bincount of the whole file.
+
+The ids are Zipf-distributed. Also prints how long a large routing mask takes to build.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+import numpy as np
+
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens
+from maskmoe.routing_mask import MaskRecipe, TokenFrequency, build_routing_mask, count_token_frequency
+
+
+def zipf_probabilities(vocab_size: int) -> np.ndarray:
+    weights = 1 / np.arange(1, vocab_size + 1)
+    return weights / weights.sum()
+
+
+def write_dataset(prefix: Path, vocab_size: int, dtype: type, num_bytes: int) -> None:
+    """Write one block of Zipf-distributed ids over and over."""
+    rng = np.random.default_rng(0)
+    block = rng.permutation(vocab_size)[rng.choice(vocab_size, size=1 << 22, p=zipf_probabilities(vocab_size))]
+    block = block.astype(dtype)
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for _ in range(max(1, num_bytes // block.nbytes)):
+            writer.add_document(block)
+
+
+def counting_case(folder: Path, vocab_size: int, dtype: type, num_bytes: int) -> harness.Case:
+    prefix = folder / f"zipf{vocab_size}"
+    write_dataset(prefix, vocab_size, dtype, num_bytes)
+    gigabytes = open_tokens(prefix).nbytes / 1e9
+
+    def ours() -> None:
+        count_token_frequency([str(prefix)], vocab_size, workers=1)
+
+    def baseline() -> None:
+        np.bincount(open_tokens(prefix), minlength=vocab_size)
+
+    name = f"count {np.dtype(dtype).name} vocabulary {vocab_size}"
+    return harness.Case(name, "GB/s", harness.rate(ours, gigabytes), harness.rate(baseline, gigabytes))
+
+
+def print_mask_build_times() -> None:
+    vocab_size, num_experts, num_layers = 131072, 256, 64
+    counts = np.random.default_rng(0).multinomial(2 * 10**9, zipf_probabilities(vocab_size))[None]
+    dataset = {"name": "zipf", "num_tokens": int(counts.sum()), "idx_sha256": "", "bin_bytes": 0}
+    frequency = TokenFrequency(counts, (None,), (dataset,), None)
+    for assignment, ranks in (("uniform", None), ("balanced", None), ("rank-local", 8)):
+        recipe = MaskRecipe(num_experts, num_layers, assignment, 0.4, 8, expert_model_parallel_size=ranks)
+        start = time.perf_counter()
+        mask = build_routing_mask(recipe, frequency=frequency)
+        elapsed = time.perf_counter() - start
+        size = f"{vocab_size} ids, {num_experts} experts, {num_layers} layers"
+        print(f"mask build, {assignment}, {size}: {elapsed:.1f} s, {mask.nbytes / 2**20:.2f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--megabytes", type=int, default=256, metavar="M", help="size of each dataset (default: %(default)s)"
+    )
+    harness.add_arguments(parser)
+    arguments = parser.parse_args()
+    print_mask_build_times()
+    with tempfile.TemporaryDirectory() as folder:
+        num_bytes = arguments.megabytes * 10**6
+        cases = [
+            counting_case(Path(folder), 32000, np.uint16, num_bytes),
+            counting_case(Path(folder), 131072, np.int32, num_bytes),
+        ]
+        harness.report(harness.run(cases, arguments.repeats), arguments.json)
+
+
+if __name__ == "__main__":
+    main()

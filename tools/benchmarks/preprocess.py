@@ -1,0 +1,106 @@
+"""Speed of tools/preprocess_data.py, start to end, against the tokenizer library's own batch encoding in memory.
+
+Both use all cores. The text is that of tools/make_corpus.py; the tokenizers are trained on a part of it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import sentencepiece
+import tokenizers
+
+from maskmoe.data.default_corpus import default_corpus
+from maskmoe.data.preprocess import available_cores
+from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
+
+TOOL = Path(__file__).parents[1] / "preprocess_data.py"
+TRAINING_DOCUMENTS = 400
+
+
+def write_corpus(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def run_tool(corpus: Path, tokenizer_type: str, model: Path) -> Callable[[], None]:
+    flags = ["--input", corpus, "--tokenizer-type", tokenizer_type, "--tokenizer-model", model]
+    command = [
+        sys.executable,
+        TOOL,
+        *flags,
+        "--output-prefix",
+        corpus.parent / "out",
+        "--workers",
+        str(available_cores()),
+    ]
+    return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def sentencepiece_case(corpus: Path, texts: list[str], vocab_size: int) -> harness.Case:
+    model = corpus.parent / "sentencepiece.model"
+    model.write_bytes(train_tokenizer(texts[:TRAINING_DOCUMENTS], TokenizerTraining(vocab_size)))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+    def encode() -> list[list[int]]:
+        return processor.encode(texts, num_threads=available_cores())
+
+    millions = sum(map(len, encode())) / 1e6
+    ours = run_tool(corpus, "SentencePieceTokenizer", model)
+    return harness.Case(
+        "preprocess SentencePiece", "M tokens/s", harness.rate(ours, millions), harness.rate(encode, millions)
+    )
+
+
+def huggingface_case(corpus: Path, texts: list[str], vocab_size: int) -> harness.Case:
+    model = corpus.parent / "tokenizer.json"
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts[:TRAINING_DOCUMENTS], vocab_size, show_progress=False)
+    tokenizer.save(str(model))
+
+    def encode() -> list[tokenizers.Encoding]:
+        return tokenizer.encode_batch(texts)
+
+    millions = sum(map(len, encode())) / 1e6
+    ours = run_tool(corpus, "HuggingFaceTokenizer", model)
+    return harness.Case(
+        "preprocess Hugging Face", "M tokens/s", harness.rate(ours, millions), harness.rate(encode, millions)
+    )
+
+
+def startup_case(folder: Path) -> harness.Case:
+    """Encode one short document; the baseline is Python with the libraries that this takes."""
+    corpus, model = folder / "short.jsonl", folder / "sentencepiece.model"
+    write_corpus(corpus, ["hello"])
+    command = [sys.executable, "-c", "import numpy, sentencepiece, tqdm"]
+    ours = run_tool(corpus, "SentencePieceTokenizer", model)
+    baseline = harness.seconds(lambda: subprocess.run(command, check=True))
+    return harness.Case("preprocess start-up", "s", harness.seconds(ours), baseline)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--megabytes", type=int, default=32, metavar="M", help="size of the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=32000, metavar="V", help="of the tokenizers (default: %(default)s)"
+    )
+    harness.add_arguments(parser, repeats=5)
+    arguments = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # for the baseline; the tool decides for itself
+    texts = [document.text for document in default_corpus(arguments.megabytes * 10**6)]
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.jsonl"
+        write_corpus(corpus, texts)
+        cases = [make(corpus, texts, arguments.vocab_size) for make in (sentencepiece_case, huggingface_case)]
+        harness.report(harness.run([*cases, startup_case(Path(folder))], arguments.repeats), arguments.json)
+
+
+if __name__ == "__main__":
+    main()
