@@ -24,12 +24,13 @@ def _use_helpers_of_the_wheel() -> None:
 
 
 def _make_optimizer_state_loadable() -> None:
-    """Without Apex and Transformer Engine, `DistributedOptimizer` cannot load what it saved, for three reasons.
+    """Without Apex and Transformer Engine, `DistributedOptimizer` cannot load what it saved, for four reasons.
 
     - `state_dict` wants the step that all parameters share, and there is none before the first step, which is when a
       checkpoint is loaded. So allocate the state first, as Adam itself would at its first step.
     - `load_state_dict` copies into views of fp32 parameters, which autograd forbids.
     - It gives all parameters one and the same `step` tensor, so that every parameter's update advances it for all.
+    - It then overwrites the step with that of the state that was allocated for loading, or misses it.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -37,6 +38,7 @@ def _make_optimizer_state_loadable() -> None:
         return
     stock_state_dict = distrib_optimizer.DistributedOptimizer.state_dict
     stock_load_state_dict = distrib_optimizer.DistributedOptimizer.load_state_dict
+    stock_set_states = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
 
     def state_dict(self):
         inner = self.optimizer
@@ -53,5 +55,10 @@ def _make_optimizer_state_loadable() -> None:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
+    def set_states(self, model_param, tensors):
+        # What is no tensor is left as it is.
+        stock_set_states(self, model_param, tensors | {"step": None})
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     distrib_optimizer.DistributedOptimizer.state_dict = state_dict
     distrib_optimizer.DistributedOptimizer.load_state_dict = load_state_dict

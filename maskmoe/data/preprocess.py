@@ -23,7 +23,7 @@ from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.data.tokenizer import Tokenizer, load_tokenizer
 from maskmoe.errors import UserError
 
-_TASKS_PER_WORKER = 4
+_TASKS_PER_WORKER = 16
 
 
 @dataclass(frozen=True)
