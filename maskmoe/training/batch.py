@@ -68,20 +68,29 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
         num_samples: how many samples of train, validation and test data the run will take.
         vp_stage: unused; part of the signature that `pretrain` asks for.
     """
-    args = get_args()
     print_rank_0("> building train, validation, and test datasets for MaskMoE ...")
-    datasets = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        num_samples,
-        lambda: mpu.get_tensor_model_parallel_rank() == 0,
-        dataset_config_from_args(args),
-    ).build()
+    datasets = build_datasets(get_args(), num_samples)
     print_rank_0("> finished creating MaskMoE datasets ...")
     return datasets
 
 
 # Megatron's training loop builds datasets on all ranks if the provider says that it can be.
 train_valid_test_datasets_provider.is_distributed = True
+
+
+def build_datasets(args, num_samples: list[int | None]) -> list[GPTDataset | None]:
+    """Build the train, validation and test datasets that the command line describes, on ranks that read data.
+
+    Args:
+        args: Megatron's arguments.
+        num_samples: of each; None for one epoch.
+    """
+    return BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset,
+        num_samples,
+        lambda: mpu.get_tensor_model_parallel_rank() == 0,
+        dataset_config_from_args(args),
+    ).build()
 
 
 def dataset_config_from_args(args) -> GPTDatasetConfig:

@@ -81,7 +81,8 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         vocab_size=get_tokenizer().vocab_size,
         num_experts=args.num_experts,
         num_layers=args.num_layers + (args.mtp_num_layers or 0),
-        expert_model_parallel_size=args.expert_model_parallel_size,
+        # Where the experts of a rank-local mask are matters for the speed of training only.
+        expert_model_parallel_size=None if args.skip_train else args.expert_model_parallel_size,
     )
     if mask.provenance.tokenizer is not None:
         _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")

@@ -1,15 +1,20 @@
 """From the command line to a checked configuration, before any process group exists."""
 
-from argparse import Namespace
-from collections.abc import Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import setup_model_and_optimizer
 
-from maskmoe.checkpoint.routing_mask import has_checkpoint, read_routing_mask
+from maskmoe.checkpoint.routing_mask import has_checkpoint, latest_checkpoint, read_routing_mask
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments
@@ -17,19 +22,32 @@ from maskmoe.training.checks import check_data, check_mask, check_supported, che
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
 from maskmoe.transformer.visible_experts import check_same_mask
 
+ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
-def parse_and_check_args() -> Namespace:
+
+def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None) -> Namespace:
     """Parse the command line, check all that it names, and set Megatron's global variables.
+
+    Args:
+        extra_args_provider: adds the arguments of one entry point to those of all.
 
     Raises:
         UserError: settings that cannot work together, or a file that is missing, damaged or does not fit.
     """
-    args = parse_args(add_maskmoe_arguments)
+
+    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+        parser = add_maskmoe_arguments(parser)
+        return extra_args_provider(parser) if extra_args_provider else parser
+
+    args = parse_args(add_arguments)
+    if args.use_checkpoint_args:
+        latest_checkpoint(args.load or "(no --load)")
+        args, _ = load_args_from_checkpoint(args)
     check_supported(args)
     check_tokenizer(args)
     mask = find_routing_mask(args)
     try:
-        args = parse_and_validate_args(add_maskmoe_arguments)
+        args = parse_and_validate_args(add_arguments)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f"invalid settings: {error}") from error
     check_mask(args, mask)
@@ -52,6 +70,26 @@ def find_routing_mask(args: Namespace) -> RoutingMask:
     if args.routing_mask is not None and resumes:
         check_same_mask(mask.digest, read_routing_mask(args.load).digest)
     return mask
+
+
+def load_model(args: Namespace) -> torch.nn.Module:
+    """Initialise Megatron and build this rank's part of the model with the weights of the checkpoint in `--load`.
+
+    Raises:
+        UserError: there is no checkpoint, or the pipeline is interleaved, which only training profits from.
+    """
+    if args.load is None:
+        raise UserError("pass --load with the folder of the checkpoints")
+    latest_checkpoint(args.load)
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise UserError("interleaved pipelines are for training; leave --num-layers-per-virtual-pipeline-stage out")
+    initialize_megatron()
+    model, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return model[0]
 
 
 def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
