@@ -39,7 +39,7 @@ setup(
         "psutil>=5.9",  # Megatron's torch_dist checkpoint writer
         "pyyaml>=6.0",  # Megatron's configuration code
         "safetensors>=0.5",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",
         "tensorboard>=2.17",
         "tokenizers>=0.22",
         "torch>=2.11.0a0",  # NGC images call their builds alphas of the next release

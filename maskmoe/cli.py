@@ -30,9 +30,11 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     Readers see the old file or the complete new one, never a part.
 
     Raises:
-        UserError: the folder of `path` does not exist or is not writable.
+        UserError: `path` is a folder, or its own folder does not exist or is not writable.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:

@@ -9,6 +9,7 @@ The mapping is made of plain functions put in the place of others, once. Nothing
 
 import contextlib
 import functools
+import logging
 import os
 import resource
 import sys
@@ -224,6 +225,22 @@ def _map_generators() -> None:
         module.initial_seed = lambda: torch.default_generator.initial_seed()
     torch.cuda.default_generators = _OneGenerator()
     torch.cuda._lazy_call = lambda callable, **kwargs: callable()
+
+    # A data loader draws a seed from the CPU's generator, on a GPU no concern of dropout. Here it would shift the dropout
+    # of a resumed run, which makes its data loaders after the checkpoint has restored the generator.
+    make_iterator = torch.utils.data.DataLoader.__iter__
+
+    @functools.wraps(make_iterator)
+    def make_iterator_without_a_draw(self):
+        state = torch.default_generator.get_state()
+        iterator = make_iterator(self)
+        torch.default_generator.set_state(state)
+        return iterator
+
+    torch.utils.data.DataLoader.__iter__ = make_iterator_without_a_draw
+    # Megatron warns each time that it has drawn from the GPU's generator and the CPU's has moved.
+    random_logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    random_logger.addFilter(lambda record: "CPU RNG state changed" not in record.msg)
 
 
 def _map_properties() -> None:

@@ -1,0 +1,202 @@
+"""Time of a whole training step against stock Megatron-Core MoE of the same sizes.
+
+Forward, backward, gradient reduction and optimizer, on Zipf-distributed ids. Runs as one process, or with expert
+parallelism under torchrun:
+
+    python tools/benchmarks/train_step.py
+    torchrun --standalone --nproc-per-node 2 tools/benchmarks/train_step.py
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+import harness
+import numpy as np
+import torch
+
+# Prepares the process, hence before megatron.
+import maskmoe.training  # noqa: F401
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
+from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.visible_experts import VisibleExperts
+
+
+class Trainer:
+    """A model with its optimizer, which takes training steps on given batches.
+
+    Args:
+        model: one pipeline stage that holds the whole model.
+        config: its configuration.
+        batches: dictionaries with `tokens` and `labels`, int64 [batch, sequence].
+    """
+
+    def __init__(self, model: GPTModel, config: TransformerConfig, batches: Iterator[dict[str, torch.Tensor]]):
+        self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+        self.optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4), [self.model])
+        config.finalize_model_grads_func = finalize_model_grads
+        self.batches = batches
+
+    def step(self) -> None:
+        """Take one step; returns when all ranks have."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=self.batches,
+            model=[self.model],
+            num_microbatches=1,
+            # Sizes matter to pipelines only.
+            seq_length=0,
+            micro_batch_size=0,
+            forward_only=False,
+        )
+        self.optimizer.step()
+        torch.cuda.synchronize()
+        torch.distributed.barrier()
+
+    @staticmethod
+    def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple:
+        batch = next(batches)
+        position_ids = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device).expand_as(batch["tokens"])
+        losses = model(batch["tokens"], position_ids, None, labels=batch["labels"])
+        return losses, lambda output: (output.mean(), {})
+
+
+def zipf_batches(vocab_size: int, batch_size: int, seq_length: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of Zipf-distributed ids without end; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    probabilities = zipf_probabilities(vocab_size)
+    while True:
+        ids = torch.from_numpy(rng.choice(vocab_size, size=(batch_size, seq_length + 1), p=probabilities)).cuda()
+        yield {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+
+def zipf_probabilities(vocab_size: int) -> np.ndarray:
+    """Shares of the ids, float64 [vocab]."""
+    weights = 1 / np.arange(1, vocab_size + 1)
+    return weights / weights.sum()
+
+
+def uniform_mask(arguments: argparse.Namespace) -> RoutingMask:
+    """A mask with uniform assignment, made from the distribution that the batches have."""
+    counts = (zipf_probabilities(arguments.vocab_size) * 10**9).astype(np.int64)[None]
+    dataset = {"name": "zipf", "num_tokens": int(counts.sum()), "idx_sha256": "", "bin_bytes": 0}
+    recipe = MaskRecipe(
+        num_experts=arguments.num_experts,
+        num_layers=arguments.num_layers,
+        assignment="uniform",
+        frequent_mass=arguments.frequent_mass,
+        frequent_visible_experts=arguments.frequent_visible_experts,
+    )
+    return build_routing_mask(recipe, frequency=TokenFrequency(counts, (None,), (dataset,), None), workers=1)
+
+
+def build_trainers(arguments: argparse.Namespace, topk: int) -> tuple[Trainer, Trainer]:
+    """Ours and the stock model, from the same seed, on the same batches."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+
+    def config() -> TransformerConfig:
+        return TransformerConfig(
+            num_layers=arguments.num_layers,
+            hidden_size=arguments.hidden_size,
+            num_attention_heads=arguments.hidden_size // 64,
+            ffn_hidden_size=2 * arguments.hidden_size,
+            num_moe_experts=arguments.num_experts,
+            moe_router_topk=topk,
+            moe_router_pre_softmax=topk == 1,
+            moe_router_dtype="fp32",
+            moe_aux_loss_coeff=1e-2,
+            moe_token_dispatcher_type="alltoall",
+            expert_model_parallel_size=groups.ep.size(),
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+            apply_rope_fusion=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            normalization="RMSNorm",
+            persist_layer_norm=False,
+            transformer_impl="local",
+            use_cpu_initialization=not torch.cuda.is_available(),
+        )
+
+    sizes = {
+        "vocab_size": arguments.vocab_size,
+        "max_sequence_length": arguments.seq_length,
+        "position_embedding_type": "rope",
+        "pg_collection": groups,
+    }
+    rank = torch.distributed.get_rank()
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        return zipf_batches(arguments.vocab_size, arguments.batch_size, arguments.seq_length, seed=rank)
+
+    torch.manual_seed(1)
+    masked_config = config()
+    visible_experts = VisibleExperts(masked_config, uniform_mask(arguments), groups)
+    masked_spec = get_maskmoe_decoder_block_spec(masked_config, visible_experts)
+    masked = MaskMoEGPTModel(masked_config, masked_spec, visible_experts=visible_experts, **sizes).cuda()
+
+    torch.manual_seed(1)
+    stock_config = config()
+    stock_spec = get_gpt_decoder_block_spec(stock_config, use_transformer_engine=False, normalization="RMSNorm")
+    stock = GPTModel(stock_config, stock_spec, **sizes).cuda()
+    return Trainer(masked, masked_config, batches()), Trainer(stock, stock_config, batches())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--num-experts", type=int, default=16)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences of each rank in a step")
+    parser.add_argument("--topk", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--frequent-mass", type=float, default=0.4)
+    parser.add_argument("--frequent-visible-experts", type=int, default=8)
+    harness.add_arguments(parser, repeats=15)
+    arguments = parser.parse_args()
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}.items():
+        os.environ.setdefault(name, value)
+    torch.set_num_threads(1)
+    logging.getLogger().setLevel(logging.WARNING)
+    torch.distributed.init_process_group("gloo" if "maskmoe.cpu" in sys.modules else "nccl")
+    world_size = torch.distributed.get_world_size()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=world_size)
+    model_parallel_cuda_manual_seed(1)
+
+    cases = []
+    for topk in arguments.topk:
+        ours, baseline = build_trainers(arguments, topk)
+        name = f"train step top-{topk} of {arguments.num_experts} ranks {world_size}"
+        cases.append(harness.Case(name, "s", harness.seconds(ours.step), harness.seconds(baseline.step)))
+    results = harness.run(cases, arguments.repeats)
+    if torch.distributed.get_rank() == 0:
+        harness.report(results, arguments.json)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
