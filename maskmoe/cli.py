@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,18 @@ from maskmoe.errors import UserError
 
 EXIT_BAD_INPUT = 2
 
+# What a rank that meets bad input leaves the first rank of its node to say it, in seconds.
+_PRECEDENCE = 10
+
 
 def run_tool(main: Callable[[], None]) -> None:
     """Run `main`; a `UserError` becomes one line on stderr and exit code 2, as argparse does for bad flags."""
     try:
         main()
     except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Usually the first rank of the node meets the same: torchrun then ends this one before it says it again.
+            time.sleep(_PRECEDENCE)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -226,8 +227,8 @@ def _map_generators() -> None:
     torch.cuda.default_generators = _OneGenerator()
     torch.cuda._lazy_call = lambda callable, **kwargs: callable()
 
-    # A data loader draws a seed from the CPU's generator, on a GPU no concern of dropout. Here it would shift the dropout
-    # of a resumed run, which makes its data loaders after the checkpoint has restored the generator.
+    # A data loader draws a seed from the CPU's generator, on a GPU no concern of dropout. Here it would shift the
+    # dropout of a resumed run, which makes its data loaders after the checkpoint has restored the generator.
     make_iterator = torch.utils.data.DataLoader.__iter__
 
     @functools.wraps(make_iterator)
@@ -338,9 +339,12 @@ def _adapt_megatron() -> None:
     # Megatron compiles its fusions, made for GPUs, when it is imported. On a CPU that needs a compiler and minutes.
     torch.compile = lambda model=None, **kwargs: (lambda function: function) if model is None else model
 
-    # Warms the same fusions up.
-    import megatron.training.training
+    # They say that Transformer Engine and Apex are missing, which a machine without CUDA cannot have.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)
+        import megatron.training.training
 
+    # Warms up the fusions.
     megatron.training.training.set_jit_fusion_options = lambda tp_size=None: None
 
     # Where the dispatcher copies split sizes to the host, they become NumPy arrays for the collective to read.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
@@ -21,15 +22,18 @@ def latest_checkpoint(folder: str | Path) -> Path:
     """The folder of the newest checkpoint under `folder` (Megatron's `--save`).
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the record of which it is makes no sense.
     """
     tracker = Path(folder) / _TRACKER
     try:
         iteration = tracker.read_text().strip()
     except OSError as error:
         raise UserError(f"there is no checkpoint in {folder}: cannot read {_TRACKER} ({error.strerror})") from error
-    name = iteration if iteration == "release" else f"iter_{int(iteration):07d}"
-    return Path(folder) / name
+    if iteration == "release":
+        return Path(folder) / iteration
+    if not iteration.isdecimal():
+        raise UserError(f"{Path(folder) / _TRACKER} holds no iteration number: {iteration[:40]!r}")
+    return Path(folder) / f"iter_{int(iteration):07d}"
 
 
 def read_routing_mask(source: str | Path) -> RoutingMask:
@@ -47,16 +51,25 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
         return RoutingMask.load(source)
     folder = latest_checkpoint(source)
     try:
-        reader = torch_checkpoint.FileSystemReader(folder)
-        stored = reader.read_metadata().state_dict_metadata
-    except (OSError, ValueError) as error:
+        buffers = _read_buffers(folder)
+    except OSError as error:
         raise UserError(f"{folder} is not a readable torch_dist checkpoint: {error}") from error
-    buffers = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(CHECKPOINT_PREFIX)
-    }
+    # Whatever torch's unpickler and zip reader meet in damaged files.
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"{folder} is not a readable torch_dist checkpoint: its files are damaged") from error
     if not buffers:
         raise UserError(f"{folder} holds no routing mask: it is not a checkpoint of MaskMoE")
-    torch_checkpoint.load(buffers, storage_reader=reader, no_dist=True)
-    return routing_mask_from_buffers({name.removeprefix(CHECKPOINT_PREFIX): b for name, b in buffers.items()})
+    return routing_mask_from_buffers(buffers)
+
+
+def _read_buffers(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The routing mask's tensors in a `torch_dist` checkpoint, by their names without prefix; empty if it has none."""
+    reader = torch_checkpoint.FileSystemReader(checkpoint)
+    buffers = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(CHECKPOINT_PREFIX)
+    }
+    if buffers:
+        torch_checkpoint.load(buffers, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(CHECKPOINT_PREFIX): buffer for name, buffer in buffers.items()}

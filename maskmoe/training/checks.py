@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import open_tokens, read_info, read_tokenizer_record
+from maskmoe.data.indexed_dataset import open_tokens, read_index, read_info, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.frequency import parse_data_path
 from maskmoe.routing_mask.mask import RoutingMask
 
 _CHUNK_TOKENS = 1 << 24
+_PARTS = ("training", "validation", "test")
 
 
 def check_supported(args: Namespace) -> None:
@@ -48,8 +54,16 @@ def check_supported(args: Namespace) -> None:
         "--sft and --dataloader-inter-document-masking are not supported": (
             args.sft or args.dataloader_inter_document_masking
         ),
+        "--spec is not supported: the layers' spec is MaskMoE's own": args.spec is not None,
+        "--transformer-impl must be local or transformer_engine": args.transformer_impl == "inference_optimized",
+        "--multi-latent-attention needs Transformer Engine: local attention has one head size": (
+            args.multi_latent_attention and args.transformer_impl == "local"
+        ),
         "--context-parallel-size above 1 needs Transformer Engine": (
             args.context_parallel_size > 1 and args.transformer_impl == "local"
+        ),
+        "--tensor-model-parallel-size above 1 needs --sequence-parallel in training": (
+            args.tensor_model_parallel_size > 1 and not args.sequence_parallel and not args.skip_train
         ),
         "--ckpt-format must be torch_dist: other formats do not carry the routing mask": args.ckpt_format
         != "torch_dist",
@@ -57,6 +71,8 @@ def check_supported(args: Namespace) -> None:
     for message, refused in refusals.items():
         if refused:
             raise UserError(message)
+    if args.moe_router_topk > args.num_experts:
+        raise UserError(f"--moe-router-topk {args.moe_router_topk} is more than --num-experts {args.num_experts}")
     if args.num_experts % args.expert_model_parallel_size:
         raise UserError(
             f"--num-experts {args.num_experts} is not divisible by "
@@ -65,10 +81,35 @@ def check_supported(args: Namespace) -> None:
 
 
 def check_tokenizer(args: Namespace) -> None:
-    """Check that the tokenizer's model exists, which Megatron finds out only in a traceback."""
-    is_file_expected = args.tokenizer_type == "SentencePieceTokenizer" and args.tokenizer_model is not None
-    if is_file_expected and not Path(args.tokenizer_model).is_file():
+    """Check that the tokenizer is described in full, which Megatron finds out only in a traceback.
+
+    Raises:
+        UserError: its model does not exist on this machine, or its vocabulary size is missing.
+    """
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
+    if args.tokenizer_type not in TOKENIZER_TYPES or args.tokenizer_model is None:
+        return
+    if not Path(args.tokenizer_model).exists():
         raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
+    if args.tokenizer_type == "SentencePieceTokenizer" and not Path(args.tokenizer_model).is_file():
+        raise UserError(f"--tokenizer-model {args.tokenizer_model} is not a file")
+
+
+def check_save_folder(args: Namespace) -> None:
+    """Check that checkpoints can be written, which would otherwise come out when the first of them is due.
+
+    Raises:
+        UserError: the folder in `--save` can neither be written nor made.
+    """
+    if args.save is None:
+        return
+    folder = Path(args.save).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--save {args.save}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--save {args.save}: no permission to write in {existing}")
 
 
 def check_mask(args: Namespace, mask: RoutingMask) -> None:
@@ -91,11 +132,13 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
 def check_data(args: Namespace, mask: RoutingMask) -> None:
     """Check every dataset of the run: whole, made with the run's tokenizer, and no id beyond its vocabulary.
 
+    Before training also that the data have all the parts it will read.
     Datasets that were counted for the mask had their ids checked then. Others are read once, by one rank of each node.
 
     Raises:
         UserError: naming the file.
     """
+    _check_data_paths(args)
     vocab_size = get_tokenizer().vocab_size
     counted = {(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in mask.provenance.datasets}
     for prefix in dict.fromkeys(_data_prefixes(args)):
@@ -106,6 +149,54 @@ def check_data(args: Namespace, mask: RoutingMask) -> None:
         is_known = (info.idx_sha256, info.bin_bytes) in counted
         if not is_known and int(os.environ.get("LOCAL_RANK", "0")) == 0:
             _check_token_ids(prefix, vocab_size)
+    if not args.skip_train:
+        _check_parts(args)
+
+
+def _check_data_paths(args: Namespace) -> None:
+    paths = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
+    for path in paths:
+        if path is not None:
+            parse_data_path(path)
+    files = [args.data_args_path, args.per_split_data_args_path]
+    if all(source is None for source in paths + files) and not args.mock_data:
+        raise UserError("no dataset: pass --data-path PREFIX, made by tools/preprocess_data.py")
+
+
+def _check_parts(args: Namespace) -> None:
+    """Check that the data have the parts that training asks for.
+
+    Without training data Megatron ends at once as if all were done, without validation data it fails at the first
+    evaluation, and from a part that has a share but no token it draws samples for ever.
+    """
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend is not None:
+        parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    elif blend_per_split is not None:
+        parts = blend_per_split
+    else:
+        return
+    validates = args.full_validation or args.eval_iters > 0
+    for name, part, is_needed in zip(_PARTS, parts, (True, validates, False), strict=True):
+        if part is None and is_needed:
+            hint = " or pass --eval-iters 0" if name == "validation" else ""
+            raise UserError(f"there are no {name} data; give them a share in --split or a path of their own{hint}")
+    if blend is not None:
+        for prefix in blend[0]:
+            _check_split(prefix, args.split, parts)
+
+
+def _check_split(prefix: str, split: str, parts: list[tuple[float, float] | None]) -> None:
+    lengths = read_index(prefix).sequence_lengths
+    for name, part in zip(_PARTS, parts, strict=True):
+        if part is None:
+            continue
+        first, last = (round(bound * len(lengths)) for bound in part)
+        if not lengths[first:last].any():
+            raise UserError(
+                f"dataset {prefix}: --split {split} leaves the {name} part no tokens, since whole documents are "
+                f"dealt out and there are {len(lengths)}; give the part a share of 0, or more"
+            )
 
 
 def _data_prefixes(args: Namespace) -> Iterator[str]:
@@ -129,9 +220,11 @@ def _check_same_tokenizer(args: Namespace, made_with: dict[str, Any], what: str)
 
 def _check_token_ids(prefix: str, vocab_size: int) -> None:
     tokens = open_tokens(prefix)
+    # Seen as unsigned, a negative id is a large one.
+    unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
     starts = range(0, len(tokens), _CHUNK_TOKENS)
     for start in tqdm(starts, desc=f"checking {Path(prefix).name}", unit="chunk", disable=len(starts) < 64):
-        chunk = tokens[start : start + _CHUNK_TOKENS]
+        chunk = unsigned[start : start + _CHUNK_TOKENS]
         if chunk.size and int(chunk.max()) >= vocab_size:
             position = start + int(np.argmax(chunk >= vocab_size))
             raise UserError(

@@ -1,5 +1,6 @@
 """From the command line to a checked configuration, before any process group exists."""
 
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,18 +19,21 @@ from maskmoe.checkpoint.routing_mask import has_checkpoint, latest_checkpoint, r
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.checks import check_data, check_mask, check_supported, check_tokenizer
+from maskmoe.training.checks import check_data, check_mask, check_save_folder, check_supported, check_tokenizer
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
 from maskmoe.transformer.visible_experts import check_same_mask
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
-def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None) -> Namespace:
+def parse_and_check_args(
+    extra_args_provider: ArgumentsProvider | None = None, *, reads_data: bool = True
+) -> Namespace:
     """Parse the command line, check all that it names, and set Megatron's global variables.
 
     Args:
         extra_args_provider: adds the arguments of one entry point to those of all.
+        reads_data: whether the entry point needs a dataset.
 
     Raises:
         UserError: settings that cannot work together, or a file that is missing, damaged or does not fit.
@@ -45,13 +49,13 @@ def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None) -
         args, _ = load_args_from_checkpoint(args)
     check_supported(args)
     check_tokenizer(args)
+    check_save_folder(args)
     mask = find_routing_mask(args)
-    try:
+    with _megatrons_checks():
         args = parse_and_validate_args(add_arguments)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(f"invalid settings: {error}") from error
     check_mask(args, mask)
-    check_data(args, mask)
+    if reads_data:
+        check_data(args, mask)
     return args
 
 
@@ -93,11 +97,26 @@ def load_model(args: Namespace) -> torch.nn.Module:
 
 
 def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
-    """The configuration of the model that the command line describes."""
-    config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
+    """The configuration of the model that the command line describes.
+
+    Raises:
+        UserError: settings that cannot work together.
+    """
+    with _megatrons_checks():
+        config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
     config.routing_mask = Path(args.routing_mask or args.load)
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     return config
+
+
+@contextmanager
+def _megatrons_checks() -> Iterator[None]:
+    """What Megatron finds wrong with the settings, as a UserError; of an assertion without text, its condition."""
+    try:
+        yield
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise UserError(f"invalid settings: {' '.join(reason.split())}") from error
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A top-k router that chooses among the visible experts of each token's id only."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,6 +18,27 @@ from maskmoe.transformer.losses import masked_load_balancing_loss, masked_z_loss
 from maskmoe.transformer.visible_experts import VisibleExperts, VisibleSets
 
 AuxLossTokens = Literal["all", "routable"]
+
+
+class _VisibleTopK:
+    """Selects by score among the visible experts, in the place where `RouterReplay` would select.
+
+    Masked logits alone do not suffice. Score functions map -inf to 0, which an expert bias can lift above the score of
+    a visible expert, and to which that score rounds where its logit is far below 0 or below the largest one.
+
+    Args:
+        invisible: bool [tokens, experts].
+    """
+
+    def __init__(self, invisible: Tensor):
+        self.invisible = invisible
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: None, group_topk: None, compute_topk: Callable
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and indices [tokens, k] of the selected experts; invisible ones only after all visible ones."""
+        _, indices = compute_topk(scores.masked_fill(self.invisible, float("-inf")), topk)
+        return scores.gather(1, indices), indices
 
 
 class MaskMoERouter(TopKRouter):
@@ -84,17 +106,14 @@ class MaskMoERouter(TopKRouter):
         logits = logits.masked_fill(invisible, float("-inf"))
         logits = self._attach_z_loss(logits, visible)
 
-        # A bias is added after the score function, which maps -inf to 0: mask it, too, or it selects the invisible.
-        expert_bias = self.expert_bias
-        if expert_bias is not None:
-            expert_bias = expert_bias.expand_as(logits).masked_fill(invisible, float("-inf"))
         probs, routing_map = topk_routing_with_score_function(
             logits,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
-            expert_bias=expert_bias,
+            expert_bias=self.expert_bias,
+            router_replay=_VisibleTopK(invisible),
         )
         # Where k > V, top-k has also picked invisible experts, with weight 0.
         routing_map = routing_map & visible.experts
@@ -103,6 +122,12 @@ class MaskMoERouter(TopKRouter):
             probs = self._attach_load_balancing_loss(probs, logits, visible)
         self._apply_expert_bias(routing_map)
         return probs, routing_map
+
+    def _maintain_float32_expert_bias(self) -> None:
+        """As the method it overrides, and keeps the token counts in float32, too: bfloat16 rounds them from 257 on."""
+        super()._maintain_float32_expert_bias()
+        if self.local_tokens_per_expert is not None:
+            self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
 
     @property
     def _table(self) -> int:

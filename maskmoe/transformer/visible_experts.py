@@ -121,7 +121,10 @@ def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
         UserError: they are damaged or altered.
     """
     arrays = {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
-    metadata = json.loads(arrays.pop("metadata").tobytes())
+    try:
+        metadata = json.loads(arrays.pop("metadata").tobytes())
+    except ValueError:  # as good as none, which is refused below
+        metadata = None
     return RoutingMask.from_tensors(arrays, metadata, source="the checkpoint's routing mask")
 
 

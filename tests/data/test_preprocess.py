@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,3 +163,11 @@ def test_reading_stays_a_few_tasks_ahead() -> None:
     assert next(results) == 0
     assert len(taken) < 40
     results.close()
+
+
+@pytest.mark.parametrize("name", ["preprocess_data", "train_tokenizer", "make_corpus"])
+def test_tools_start_without_torch(name: str) -> None:
+    tools = Path(__file__).parents[2] / "tools"
+    code = f"import sys, {name}; print(*{{'torch', 'megatron'}} & {{*sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tools, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("\n", "")

@@ -1,0 +1,63 @@
+"""What this machine can train on."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+_COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+_CPU_PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The processing units of this machine.
+
+    Attributes:
+        num_gpus: CUDA devices that torch can use.
+        num_cores: CPU cores that this process may use.
+        has_transformer_engine: whether it is installed.
+    """
+
+    num_gpus: int
+    num_cores: int
+    has_transformer_engine: bool
+
+    @property
+    def num_processes(self) -> int:
+        """Processes to train with: one for each GPU, or 2 on the CPU."""
+        return self.num_gpus or _CPU_PROCESSES
+
+    def expert_model_parallel_size(self, num_experts: int) -> int:
+        """The largest that divides both the processes and the experts."""
+        return math.gcd(self.num_processes, num_experts)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of a process that trains."""
+        if self.num_gpus:
+            return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        return {"OMP_NUM_THREADS": str(max(1, self.num_cores // self.num_processes))}
+
+    @property
+    def megatron_flags(self) -> list[str]:
+        """Megatron's flags that depend on the device and on what is installed, for any entry point."""
+        if not self.num_gpus:
+            return ["--num-workers", "0"]
+        if self.has_transformer_engine:
+            return ["--bf16"]
+        fusions = ("rope", "masked-softmax", "gradient-accumulation")
+        without = [f"--no-{fusion}-fusion" for fusion in fusions]
+        return ["--bf16", "--transformer-impl", "local", "--no-persist-layer-norm", *without]
+
+
+def find_devices() -> Devices:
+    """Look at this machine. A process of its own imports torch, so that this one stays small."""
+    asked = subprocess.run([sys.executable, "-P", "-c", _COUNT_GPUS], capture_output=True, text=True, check=False)
+    return Devices(
+        num_gpus=int(asked.stdout) if asked.returncode == 0 else 0,
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+    )

@@ -1,0 +1,45 @@
+"""Finds, in the log of a stage that failed, the line that says why."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_RANK = r"(?:\[rank\d+\]:? ?)?"
+_USER_ERROR = re.compile(rf"^{_RANK}(?:\S+\.py: )?error: (?P<message>.+)")
+_EXCEPTION = re.compile(rf"^{_RANK}(?P<message>(?:\w+\.)*\w*(?:Error|Exception|Killed)\b: .+)")
+_KILLED = re.compile(r"Signal 9 \(SIGKILL\)|exitcode\s*: -9\b")
+# What other ranks, and torchrun, say when one rank has failed.
+_CONSEQUENCE = re.compile(
+    r"ChildFailedError|SignalException|Connection (?:closed|reset) by peer|Broken pipe|DistNetworkError|DistBackendError"
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage failed.
+
+    Attributes:
+        message: one line.
+        is_bad_input: it is the user's input that is at fault.
+    """
+
+    message: str
+    is_bad_input: bool
+
+
+def explain_failure(exit_code: int, lines: Sequence[str]) -> Failure:
+    """Find the reason in what a stage printed.
+
+    Args:
+        exit_code: of the stage, negative for a signal.
+        lines: of its output.
+    """
+    if reasons := [match["message"] for match in map(_USER_ERROR.match, lines) if match]:
+        return Failure(reasons[0], is_bad_input=True)
+    exceptions = [match["message"] for match in map(_EXCEPTION.match, lines) if match]
+    if reasons := [message for message in exceptions if not _CONSEQUENCE.search(message)]:
+        return Failure(reasons[-1], is_bad_input=False)
+    if exit_code == -9 or any(map(_KILLED.search, lines)):
+        return Failure("a process was killed, as the system does when memory runs out", is_bad_input=False)
+    written = [line.strip() for line in lines if line.strip()]
+    return Failure(written[-1] if written else f"exit code {exit_code}, and no output", is_bad_input=False)

@@ -1,0 +1,266 @@
+"""The stages of a quickstart: which public command each runs, on which files, and what it makes."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maskmoe.quickstart.devices import Devices
+from maskmoe.quickstart.settings import HEAD_SIZE, ROOT, RunFiles, Settings
+from maskmoe.quickstart.split import Split, choose_split, opening_of_held_out_text
+
+_PROMPT_TOKENS = 16
+_SAMPLE_TOKENS = 96
+_CHECKPOINTS_IN_A_RUN = 10
+_EVALUATIONS_IN_A_RUN = 10
+_LOG_LINES_IN_A_RUN = 200
+_MAX_TOKENIZER_LINES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: a short word; names the log.
+        command: program and arguments, run in the repository.
+        inputs: files and folders that the result depends on.
+        outputs: files and folders that it makes.
+        byproducts: what else it makes; kept apart with the outputs when the stage is done again.
+        scratch: folders that it may leave behind, removed before every start: what was cut off there must not be read.
+        environment: variables set in addition to those of this process.
+        continues: started again, it goes on from its own outputs.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+    byproducts: tuple[Path, ...] = ()
+    scratch: tuple[Path, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    continues: bool = False
+
+
+class Plan:
+    """The stages for some settings on some machine.
+
+    A stage is asked for when all before it are finished: its command may depend on what they made.
+    """
+
+    def __init__(self, settings: Settings, devices: Devices):
+        self.settings = settings
+        self.devices = devices
+        self.files = RunFiles(settings.run_dir, settings.json_key)
+
+    @property
+    def stages(self) -> tuple[Callable[[], Stage], ...]:
+        """Makers of all stages, in order."""
+        makers = (self.tokenizer, self.dataset, self.frequency, self.mask, self.train, self.evaluate, self.sample)
+        return makers if self.settings.input else (self.corpus, *makers)
+
+    @property
+    def expert_model_parallel_size(self) -> int:
+        return self.devices.expert_model_parallel_size(self.settings.num_experts)
+
+    def corpus(self) -> Stage:
+        command = _tool("make_corpus", "--output", self.files.corpus)
+        return Stage("corpus", command, inputs=(), outputs=(self.files.corpus,))
+
+    def tokenizer(self) -> Stage:
+        command = _tool(
+            "train_tokenizer",
+            *("--input", *self._text),
+            *("--json-keys", self.settings.json_key),
+            *("--vocab-size", self.settings.vocab_size),
+            *("--max-lines", _MAX_TOKENIZER_LINES),
+            *("--output-prefix", self.files.tokenizer_prefix),
+        )
+        vocabulary = Path(f"{self.files.tokenizer_prefix}.vocab")
+        return Stage("tokenizer", command, inputs=self._text, outputs=(self.files.tokenizer_model, vocabulary))
+
+    def dataset(self) -> Stage:
+        command = _tool(
+            "preprocess_data",
+            *("--input", *self._text),
+            *("--json-keys", self.settings.json_key),
+            *self._tokenizer_flags,
+            *("--output-prefix", self.files.dataset_stem),
+            "--append-eod",
+        )
+        inputs = (*self._text, self.files.tokenizer_model)
+        return Stage("dataset", command, inputs=inputs, outputs=self.files.dataset)
+
+    def frequency(self) -> Stage:
+        command = _tool(
+            "count_token_frequency",
+            *("--data-path", self.files.dataset_prefix),
+            *("--vocab-size", self.settings.vocab_size),
+            *("--output", self.files.token_frequency),
+        )
+        return Stage("frequency", command, inputs=self.files.dataset, outputs=(self.files.token_frequency,))
+
+    def mask(self) -> Stage:
+        settings = self.settings
+        command = _tool(
+            "build_routing_mask",
+            *("--token-frequency", self.files.token_frequency),
+            *("--num-experts", settings.num_experts),
+            *("--num-layers", settings.num_layers),
+            *("--frequent-mass", settings.frequent_mass),
+            *("--frequent-visible-experts", settings.frequent_visible_experts),
+            *("--assignment", settings.assignment),
+            *("--expert-model-parallel-size", self.expert_model_parallel_size),
+            *("--seed", settings.seed),
+            *("--output", self.files.routing_mask),
+        )
+        return Stage("mask", command, inputs=(self.files.token_frequency,), outputs=(self.files.routing_mask,))
+
+    def train(self) -> Stage:
+        settings, files = self.settings, self.files
+        save_interval = _at_least_once(settings.train_iters, _CHECKPOINTS_IN_A_RUN)
+        command = self._torchrun(
+            "pretrain",
+            *("--num-layers", settings.num_layers),
+            *("--hidden-size", settings.hidden_size),
+            *("--num-attention-heads", settings.hidden_size // HEAD_SIZE),
+            *("--seq-length", settings.seq_length),
+            *("--max-position-embeddings", settings.seq_length),
+            *("--position-embedding-type", "rope"),
+            *("--normalization", "RMSNorm"),
+            *("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
+            *("--attention-dropout", 0, "--hidden-dropout", 0),
+            *("--num-experts", settings.num_experts),
+            *("--moe-ffn-hidden-size", 2 * settings.hidden_size),
+            *("--moe-router-topk", 1, "--moe-router-pre-softmax"),
+            *("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", 0.01),
+            *("--routing-mask", files.routing_mask),
+            *("--expert-model-parallel-size", self.expert_model_parallel_size),
+            *("--micro-batch-size", self._micro_batch_size),
+            *("--global-batch-size", self._micro_batch_size * self.devices.num_processes),
+            *("--train-iters", settings.train_iters),
+            *("--lr", settings.lr, "--min-lr", settings.lr / 20),
+            *("--lr-decay-style", "cosine", "--lr-warmup-fraction", 0.05),
+            *("--weight-decay", 0.1, "--adam-beta2", 0.95, "--clip-grad", 1.0),
+            *("--seed", settings.seed),
+            *self._data_flags,
+            *("--eval-interval", _at_least_once(settings.train_iters, _EVALUATIONS_IN_A_RUN), "--eval-iters", 8),
+            *("--log-interval", _at_least_once(settings.train_iters, _LOG_LINES_IN_A_RUN)),
+            *("--save", files.checkpoints, "--load", files.checkpoints),
+            # Only the newest checkpoint is kept: none has an iteration that this divides.
+            *("--save-interval", save_interval, "--save-retain-interval", save_interval * settings.train_iters * 2),
+            "--exit-signal-handler",
+            *("--tensorboard-dir", files.tensorboard),
+        )
+        return Stage(
+            "train",
+            command,
+            inputs=(files.routing_mask, files.tokenizer_model, *files.dataset),
+            outputs=(files.checkpoints,),
+            byproducts=(files.tensorboard,),
+            scratch=(files.dataset_cache,),
+            environment=self.devices.environment,
+            continues=True,
+        )
+
+    def evaluate(self) -> Stage:
+        files = self.files
+        command = self._torchrun(
+            "evaluate",
+            *self._checkpoint_flags,
+            *self._data_flags,
+            *("--micro-batch-size", self._micro_batch_size),
+            *("--token-frequency", files.token_frequency),
+            *("--eval-output", files.evaluation),
+        )
+        return Stage(
+            "evaluate",
+            command,
+            inputs=(files.checkpoints, files.token_frequency, *files.dataset),
+            outputs=(files.evaluation,),
+            scratch=(files.dataset_cache,),
+            environment=self.devices.environment,
+        )
+
+    def sample(self) -> Stage:
+        files, prompt = self.files, self.settings.prompt
+        if prompt is None:
+            prompt = opening_of_held_out_text(files.dataset_prefix, files.tokenizer_model, self._split, _PROMPT_TOKENS)
+        command = self._torchrun(
+            "generate",
+            *self._checkpoint_flags,
+            *self._tokenizer_flags,
+            # As one word, so that it may begin with a dash.
+            f"--prompt={prompt}",
+            *("--max-new-tokens", min(_SAMPLE_TOKENS, self.settings.seq_length - _PROMPT_TOKENS)),
+            *("--seed", self.settings.seed),
+            *("--sample-output", files.sample),
+        )
+        return Stage(
+            "sample",
+            command,
+            inputs=(files.checkpoints, files.tokenizer_model),
+            outputs=(files.sample,),
+            environment=self.devices.environment,
+        )
+
+    @property
+    def _text(self) -> tuple[Path, ...]:
+        return self.settings.input or (self.files.corpus,)
+
+    @property
+    def _split(self) -> Split:
+        return choose_split(self.files.dataset_prefix, self.settings.seq_length)
+
+    @property
+    def _tokenizer_flags(self) -> tuple[object, ...]:
+        return ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", self.files.tokenizer_model)
+
+    @property
+    def _data_flags(self) -> tuple[object, ...]:
+        return (
+            *("--data-path", self.files.dataset_prefix),
+            *("--split", self._split.flag),
+            *self._tokenizer_flags,
+            *("--data-cache-path", self.files.dataset_cache),
+        )
+
+    @property
+    def _checkpoint_flags(self) -> tuple[object, ...]:
+        return (
+            *("--load", self.files.checkpoints, "--use-checkpoint-args"),
+            *("--expert-model-parallel-size", self.expert_model_parallel_size),
+        )
+
+    @property
+    def _micro_batch_size(self) -> int:
+        """Samples of a process in an iteration; the global batch is rounded up to a multiple of the processes."""
+        return -(-self.settings.global_batch_size // self.devices.num_processes)
+
+    def _torchrun(self, entry_point: str, *arguments: object) -> tuple[str, ...]:
+        return _words(
+            *(_short(Path(sys.executable)), "-m", "torch.distributed.run"),
+            *("--standalone", "--nproc-per-node", self.devices.num_processes),
+            *("-m", f"maskmoe.training.{entry_point}"),
+            *arguments,
+            *self.devices.megatron_flags,
+        )
+
+
+def _tool(name: str, *arguments: object) -> tuple[str, ...]:
+    return _words(_short(Path(sys.executable)), f"tools/{name}.py", *arguments)
+
+
+def _words(*arguments: object) -> tuple[str, ...]:
+    return tuple(_short(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
+
+
+def _short(path: Path) -> str:
+    """The path as a command in the repository names it."""
+    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)
+
+
+def _at_least_once(iterations: int, times: int) -> int:
+    """The interval at which something happens about so many times, and at least once."""
+    return max(1, iterations // times)

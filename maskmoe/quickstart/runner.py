@@ -1,0 +1,177 @@
+"""Takes a plan's stages in order, each once, however often the work is interrupted."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import time
+from pathlib import Path
+
+from maskmoe.cli import atomic_output
+from maskmoe.quickstart.failure import Failure, explain_failure
+from maskmoe.quickstart.plan import Plan, Stage
+from maskmoe.quickstart.process import LogTail, StageProcess
+from maskmoe.quickstart.progress import ProgressLine, StageProgress, format_seconds
+from maskmoe.quickstart.record import RunRecord
+from maskmoe.quickstart.settings import ROOT
+
+_POLL_SECONDS = 0.2
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class StageError(Exception):
+    """A stage failed.
+
+    Attributes:
+        failure: why.
+    """
+
+    def __init__(self, stage: Stage, failure: Failure, log: Path):
+        super().__init__(f"stage {stage.name} failed: {failure.message} (full output: {log})")
+        self.failure = failure
+
+
+class Runner:
+    """Runs the stages of a plan that are not finished yet.
+
+    Args:
+        plan: the stages.
+        record: of what was done before.
+        line: shows how far it is.
+        lock: descriptor of the locked lock file of the run folder.
+    """
+
+    def __init__(self, plan: Plan, record: RunRecord, line: ProgressLine, lock: int):
+        self._plan = plan
+        self._record = record
+        self._line = line
+        self._lock = lock
+        self._stages: list[Stage] = []
+
+    def run(self) -> None:
+        """Bring all stages to their ends.
+
+        Raises:
+            StageError: one failed.
+            UserError: what a stage made cannot be used by the next.
+        """
+        self._plan.files.logs.mkdir(parents=True, exist_ok=True)
+        for number, make_stage in enumerate(self._plan.stages, start=1):
+            stage = make_stage()
+            self._stages.append(stage)
+            self._write_commands()
+            title = f"[{number}/{len(self._plan.stages)}] {stage.name:<9}"
+            if self._record.is_finished(stage):
+                self._line.print(f"{title}  finished earlier ({format_seconds(self._record[stage.name].seconds)})")
+            else:
+                self._prepare(stage, title)
+                self._run_stage(stage, title)
+
+    def _write_commands(self) -> None:
+        """Write the commands of the stages so far, as a script that can be run or copied from."""
+        parts = [f"#!/usr/bin/env bash\nset -euo pipefail\ncd {shlex.quote(str(ROOT))}\n"]
+        for stage in self._stages:
+            parts.append(f"# {stage.name}\n{format_command(stage)}\n")
+        with atomic_output(self._plan.files.commands) as path:
+            path.write_text("\n".join(parts), encoding="utf-8")
+
+    def _prepare(self, stage: Stage, title: str) -> None:
+        """Make the stage ready to start from nothing, or to go on where an earlier start has ended."""
+        reason = self._record.reason_to_redo(stage)
+        goes_on = stage.continues and self._record.is_started(stage) and reason is None
+        if reason is not None:
+            self._line.print(f"{title}  is done again, for {reason}")
+        if goes_on:
+            iteration = repair_checkpoint_tracker(self._plan.files.checkpoints)
+            start = f"goes on from its checkpoint of iteration {iteration}" if iteration else "starts again"
+            self._line.print(f"{title}  {start}")
+        else:
+            self._set_aside(stage, title)
+            self._record.begin(stage)
+        for folder in stage.scratch:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _set_aside(self, stage: Stage, title: str) -> None:
+        """Move what an earlier start has left out of the way, so that nothing is lost and nothing is mixed up."""
+        files = self._plan.files
+        left = [path for path in (*stage.outputs, *stage.byproducts, files.log(stage.name)) if path.exists()]
+        if not left:
+            return
+        if any(path in left for path in stage.outputs):
+            self._line.print(f"{title}  earlier output is kept in {_shown(files.previous)}")
+        files.previous.mkdir(exist_ok=True)
+        for path in left:
+            kept = files.previous / path.name
+            if kept.is_dir():
+                shutil.rmtree(kept)
+            os.replace(path, kept)
+
+    def _run_stage(self, stage: Stage, title: str) -> None:
+        log = self._plan.files.log(stage.name)
+        progress = StageProgress(title, self._plan.settings.seq_length)
+        process = StageProcess(stage.command, stage.environment, log, self._lock, ROOT)
+        lines: list[str] = []
+        try:
+            self._follow(process, progress, lines)
+        except BaseException:
+            self._line.print(f"{title}  is being stopped")
+            process.stop()
+            self._record.pause(stage, progress.seconds)
+            raise
+        if process.exit_code != 0:
+            self._record.pause(stage, progress.seconds)
+            raise StageError(stage, explain_failure(process.exit_code, lines), log)
+        self._record.finish(stage, progress.seconds)
+        self._line.print(f"{title}  done in {format_seconds(self._record[stage.name].seconds)}")
+
+    def _follow(self, process: StageProcess, progress: StageProgress, lines: list[str]) -> None:
+        """Show progress until the process has ended; collects what it prints."""
+        is_running = True
+        while is_running:
+            is_running = process.exit_code is None
+            for line in process.new_lines():
+                lines.append(line)
+                progress.read(line)
+            self._line.update(str(progress))
+            if is_running:
+                process.wait(_POLL_SECONDS)
+
+
+def format_command(stage: Stage) -> str:
+    """The stage's command for a shell, one flag a line."""
+    lines = [" ".join([*(f"{name}={shlex.quote(value)}" for name, value in stage.environment.items())])]
+    for word in stage.command:
+        if word.startswith("--"):
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] = f"{lines[-1]} {shlex.quote(word)}".lstrip()
+    return " \\\n    ".join(lines)
+
+
+def repair_checkpoint_tracker(folder: Path) -> int:
+    """Make Megatron's note of the newest checkpoint point at a whole one, which a kill at the wrong time can prevent.
+
+    Returns:
+        the iteration of the newest whole checkpoint, 0 if there is none.
+    """
+    whole = sorted(int(path.parent.name.removeprefix("iter_")) for path in folder.glob("iter_*/.metadata"))
+    tracker = folder / _TRACKER
+    noted = tracker.read_text().strip() if tracker.exists() else ""
+    if noted.isdigit() and int(noted) in whole:
+        return int(noted)
+    if not whole:
+        with contextlib.suppress(FileNotFoundError):
+            tracker.unlink()
+        return 0
+    with atomic_output(tracker) as path:
+        path.write_text(str(whole[-1]))
+    return whole[-1]
+
+
+def read_log(path: Path) -> list[str]:
+    """All lines of a log; none if there is no log."""
+    return list(LogTail(path).new_lines()) if path.exists() else []
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)

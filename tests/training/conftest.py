@@ -1,0 +1,373 @@
+"""Real training runs of a tiny model, started once and shared by the tests of this folder.
+
+A test names the runs that it looks at with `@pytest.mark.runs(name, …)` and gets their outcomes, in that order, from
+the fixture `runs`. All runs that the selected tests name are queued with the first of them and run two at a time.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.frequency import count_token_frequency
+from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+
+VOCAB_SIZE = 510
+TRAINING = ("-m", "maskmoe.training.pretrain")
+SETTINGS = f"""
+    --num-layers 4 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32
+    --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --num-experts 8 --moe-ffn-hidden-size 32 --moe-router-topk 2
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 21
+    --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 3
+    --data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0
+    --eval-iters 1 --eval-interval 5 --save-interval 7 --log-interval 1 --tensorboard-log-interval 1
+"""
+TIMEOUT = 300
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        flags: added to `SETTINGS`, over which they win.
+        ranks: processes, one group.
+        continues: the run whose checkpoint it loads.
+        mask: file given as `--routing-mask`; None leaves the flag out.
+        saves: whether it writes checkpoints, every 7 iterations and where it ends.
+        program: what Python runs.
+        torchrun: started as users do, rather than by this module, which saves seconds.
+        logs_scalars: whether it writes TensorBoard events.
+    """
+
+    flags: str = ""
+    ranks: int = 1
+    continues: str | None = None
+    mask: str | None = "mask.safetensors"
+    saves: bool = False
+    program: Sequence[str] = TRAINING
+    torchrun: bool = False
+    logs_scalars: bool = True
+
+
+DISTRIBUTED = "--use-distributed-optimizer"
+EXPERT_2 = "--expert-model-parallel-size 2"
+PIPELINE_2 = "--pipeline-model-parallel-size 2"
+FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+# Checkpoints are written at 7, as `SETTINGS` has it, and at the end.
+UNTIL_12 = "--exit-interval 12"
+FROM_7 = f"{UNTIL_12} --ckpt-step 7"
+EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 9"
+STALE_IDS = (str(Path(__file__).with_name("pretrain_with_stale_ids.py")),)
+
+RUNS = {
+    # Initial weights depend on the layout. So what is compared over layouts starts from one checkpoint.
+    "start": Run("--exit-interval 1", saves=True),
+    "start, distributed optimizer": Run(f"--exit-interval 1 {DISTRIBUTED}", saves=True),
+    "reference": Run(),
+    "resumed from start": Run(continues="start", mask=None),
+    # Layouts.
+    "expert parallel 2": Run(EXPERT_2, ranks=2, continues="start", torchrun=True),
+    "expert parallel 4": Run("--expert-model-parallel-size 4", ranks=4, continues="start"),
+    "expert parallel 2, distributed optimizer": Run(
+        f"{EXPERT_2} {DISTRIBUTED}", ranks=2, continues="start, distributed optimizer"
+    ),
+    "pipeline 2": Run(f"{PIPELINE_2} --save-interval 21", ranks=2, continues="start", saves=True),
+    "interleaved pipeline": Run(f"{PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1", ranks=2, continues="start"),
+    "tensor 2 with sequence parallel": Run(
+        "--tensor-model-parallel-size 2 --sequence-parallel", ranks=2, continues="start"
+    ),
+    "data parallel 2, distributed optimizer": Run(
+        f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather",
+        ranks=2,
+        continues="start, distributed optimizer",
+    ),
+    # Recomputation.
+    "full recompute": Run(FULL_RECOMPUTE),
+    "selective recompute": Run("--recompute-granularity selective --recompute-modules moe"),
+    "pipeline 2, 8 micro-batches": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES}", ranks=2),
+    "pipeline 2, 8 micro-batches, full recompute": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2),
+    "pipeline 2, 8 micro-batches, full recompute, stale ids": Run(
+        f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2, program=STALE_IDS
+    ),
+    # Stop and resume.
+    "fp32": Run(f"{DROPOUT} {UNTIL_12}", saves=True),
+    "fp32, resumed": Run(f"{DROPOUT} {FROM_7}", continues="fp32"),
+    "bf16": Run(f"--bf16 {DROPOUT} {UNTIL_12}", saves=True),
+    "bf16, resumed": Run(f"--bf16 {DROPOUT} {FROM_7}", continues="bf16"),
+    "fp32, distributed optimizer": Run(f"{DISTRIBUTED} {DROPOUT} {UNTIL_12}", ranks=2, saves=True),
+    "fp32, distributed optimizer, resumed": Run(
+        f"{DISTRIBUTED} {DROPOUT} {FROM_7}", ranks=2, continues="fp32, distributed optimizer"
+    ),
+    "bf16, distributed optimizer": Run(f"--bf16 {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True),
+    "bf16, distributed optimizer, resumed": Run(
+        f"--bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
+    ),
+    # Another expert parallel size after a stop.
+    "experts on 2": Run(f"{EXPERT_2} {UNTIL_12}", ranks=2, saves=True),
+    "experts on 2, resumed": Run(f"{EXPERT_2} {FROM_7}", ranks=2, continues="experts on 2"),
+    "experts on 2, resumed on 1": Run(FROM_7, continues="experts on 2"),
+    "experts on 2, distributed optimizer": Run(f"{EXPERT_2} {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True),
+    "experts on 2, distributed optimizer, resumed": Run(
+        f"{EXPERT_2} {DISTRIBUTED} {FROM_7}", ranks=2, continues="experts on 2, distributed optimizer"
+    ),
+    "experts on 2, distributed optimizer, resumed on 1": Run(
+        f"{DISTRIBUTED} {FROM_7}", continues="experts on 2, distributed optimizer"
+    ),
+    # Other masks.
+    "mask of another seed": Run("--exit-interval 5", mask="other_seed.safetensors"),
+    "second rank without tokens, on 1": Run(UNTIL_12, mask="starving.safetensors", saves=True),
+    "second rank without tokens": Run(
+        f"{EXPERT_2} {FROM_7}", ranks=2, continues="second rank without tokens, on 1", mask="starving.safetensors"
+    ),
+}
+
+# What is compared: every loss that training logs, and the norm of all gradients.
+SCALARS = ("lm loss", "lm loss validation", "load_balancing_loss", "grad-norm")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run left.
+
+    Attributes:
+        exit_codes: one a rank; under torchrun that of torchrun alone.
+        errors: what was written to stderr, one text a rank, or one for all under torchrun.
+        folder: its checkpoints are in `save`, its TensorBoard events in `tensorboard`, its output in `*.log`.
+    """
+
+    exit_codes: tuple[int, ...]
+    errors: tuple[str, ...]
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "save"
+
+    @cached_property
+    def curves(self) -> dict[str, dict[int, float]]:
+        """`SCALARS` by iteration, with the precision of fp32."""
+        events = EventAccumulator(str(self.folder / "tensorboard"), size_guidance={"scalars": 0})
+        events.Reload()
+        return {name: {event.step: event.value for event in events.Scalars(name)} for name in SCALARS}
+
+    @property
+    def iterations(self) -> list[int]:
+        """The iterations that this run trained."""
+        return list(self.curves["lm loss"])
+
+    def difference(self, reference: "Outcome", scalars: Sequence[str] = SCALARS) -> float:
+        """The largest relative difference to a reference, over all iterations of this run and all `scalars`."""
+        values = [
+            (value, reference.curves[name][iteration])
+            for name in scalars
+            for iteration, value in self.curves[name].items()
+        ]
+        ours, theirs = np.array(values).T
+        return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
+
+    def report(self) -> str:
+        """The end of all that its processes wrote."""
+        logs = sorted(self.folder.glob("*.log"))
+        return f"exit codes {self.exit_codes}\n" + "\n".join(f"{log.name}: {log.read_text()[-4000:]}" for log in logs)
+
+
+class Workplace:
+    """A folder with a dataset, its token counts and routing masks, where training processes run.
+
+    Attributes:
+        folder: its path; holds `data.bin`, `data.idx`, `counts.safetensors`, `mask.safetensors`,
+            `other_seed.safetensors` and `starving.safetensors`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        write_dataset(folder / "data", np.random.default_rng(0))
+        frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
+        frequency.save(folder / "counts.safetensors")
+        for name, seed in (("mask", 1), ("other_seed", 2)):
+            recipe = MaskRecipe(8, 4, "uniform", frequent_mass=0.4, frequent_visible_experts=4, seed=seed)
+            mask = build_routing_mask(recipe, frequency=frequency)
+            mask.save(folder / f"{name}.safetensors")
+        starving = RoutingMask(mask.row_of_id % 4, mask.visible_bits, VOCAB_SIZE, 8, 4, mask.provenance)
+        starving.save(folder / "starving.safetensors")  # all tokens go to the first 4 experts
+
+    def run(self, run: Run, folder: Path, load: Path | None = None) -> Outcome:
+        """Start the processes of a run and wait for their end; if one fails or they hang, the others are killed."""
+        program = [*run.program, *self.flags(run, folder, load)]
+        folder.mkdir()
+        if run.torchrun:
+            launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks))
+            return self._execute([*launcher, *program], [{}], folder)
+        size = {"WORLD_SIZE": str(run.ranks), "LOCAL_WORLD_SIZE": str(run.ranks)}
+        group = size | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        ranks = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(run.ranks)]
+        return self._execute(program, ranks, folder)
+
+    def flags(self, run: Run, folder: Path, load: Path | None = None) -> list[str]:
+        """The command line arguments of a run that writes to `folder`."""
+        flags = [*shlex.split(SETTINGS), "--data-cache-path", str(folder / "cache")]
+        flags += ["--tensorboard-dir", str(folder / "tensorboard")] if run.logs_scalars else []
+        flags += ["--routing-mask", run.mask] if run.mask else []
+        flags += ["--load", str(load)] if load else []
+        flags += ["--save", str(folder / "save")] if run.saves else []
+        return [*flags, *shlex.split(run.flags)]
+
+    def _execute(self, program: Sequence[str], per_rank: Sequence[dict[str, str]], folder: Path) -> Outcome:
+        """Run Python on `program` once for each rank's additions to the environment."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, *program]
+        processes = []
+        for rank, variables in enumerate(per_rank):
+            with open(folder / f"out{rank}.log", "w") as out, open(folder / f"err{rank}.log", "w") as err:
+                process = subprocess.Popen(
+                    command,
+                    cwd=self.folder,
+                    env=environment | variables,
+                    stdout=out,
+                    stderr=err,
+                    start_new_session=True,
+                )
+            processes.append(process)
+        try:
+            wait_for(processes)
+        finally:
+            for process in processes:
+                kill_with_children(process)
+        errors = tuple((folder / f"err{rank}.log").read_text() for rank in range(len(processes)))
+        return Outcome(tuple(process.returncode for process in processes), errors, folder)
+
+
+def write_dataset(prefix: Path, random: np.random.Generator, vocab_size: int = VOCAB_SIZE) -> None:
+    """Write Zipf-distributed ids of which every second one follows from the one before; about 100 samples."""
+    shares = 1 / np.arange(1, vocab_size + 1)
+    with IndexedDatasetWriter(prefix, optimal_dtype(vocab_size)) as writer:
+        for _ in range(30):
+            ids = random.choice(vocab_size, size=2 * random.integers(25, 100), p=shares / shares.sum())
+            ids[1::2] = (ids[0::2] * 7 + 3) % vocab_size
+            writer.add_document(ids)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for(processes: Sequence[subprocess.Popen]) -> None:
+    """Return when all have ended, one has failed, or the time is over."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            return
+        time.sleep(0.05)
+
+
+def kill_with_children(process: subprocess.Popen) -> None:
+    """Kill what is left of a process group, and wait for its leader."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "runs(*names): training runs of tests/training/conftest.py that a test looks at")
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def start(workplace: Workplace) -> Iterator[Callable[..., Future[Outcome]]]:
+    """Queue a run in a folder of the given name."""
+    pool = ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 1) // 2))
+
+    def start(name: str, run: Run, source: Future[Outcome] | None = None) -> Future[Outcome]:
+        folder = workplace.folder / "runs" / re.sub(r"\W+", "_", name)
+        folder.parent.mkdir(exist_ok=True)
+        return pool.submit(lambda: workplace.run(run, folder, source and source.result().checkpoints))
+
+    yield start
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def start_by_name(
+    request: pytest.FixtureRequest, start: Callable[..., Future[Outcome]]
+) -> Callable[[str], Future[Outcome]]:
+    """Queue one of `RUNS`, once; those that the selected tests name are queued to begin with, in their order."""
+
+    @cache
+    def start_by_name(name: str) -> Future[Outcome]:
+        run = RUNS[name]
+        return start(name, run, start_by_name(run.continues) if run.continues else None)
+
+    for item in request.session.items:
+        for mark in item.iter_markers("runs"):
+            for name in mark.args:
+                start_by_name(name)
+    return start_by_name
+
+
+@pytest.fixture
+def runs(request: pytest.FixtureRequest, start_by_name: Callable[[str], Future[Outcome]]) -> list[Outcome]:
+    """The outcomes of the runs that the test's mark `runs` names; all ended well."""
+    outcomes = [start_by_name(name).result() for mark in request.node.iter_markers("runs") for name in mark.args]
+    for outcome in outcomes:
+        if any(outcome.exit_codes):
+            pytest.fail(f"{outcome.folder.name}: {outcome.report()}")
+    return outcomes
+
+
+class Refusal:
+    """Checks that a run was refused for bad input.
+
+    Attributes:
+        run: to be varied by the test; it would write everything that a run can write, but for TensorBoard's events.
+    """
+
+    run = Run(saves=True, logs_scalars=False)
+
+    def __call__(self, run: Future[Outcome], exit_code: int = 2) -> str:
+        """Wait for it, check its exit code and that it neither trained nor wrote; return its one error line."""
+        outcome = run.result()
+        lines = [line for text in outcome.errors for line in text.splitlines() if line.startswith("error: ")]
+        assert outcome.exit_codes == (exit_code,), outcome.report()
+        assert len(lines) == 1, outcome.report()
+        assert "Traceback (most recent call last)" not in "".join(outcome.errors) or exit_code == 1
+        assert not any(re.search(r"iteration +\d+/", log.read_text()) for log in outcome.folder.glob("out*.log"))
+        assert {path.name for path in outcome.folder.iterdir()} == {"out0.log", "err0.log"}
+        return lines[0]
+
+
+@pytest.fixture(scope="session")
+def refusal() -> Refusal:
+    return Refusal()
+
+
+@pytest.fixture(scope="session")
+def files_and_times() -> Callable[[Path], dict[Path, int]]:
+    """All files under a folder, and when they were last changed."""
+    return lambda folder: {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

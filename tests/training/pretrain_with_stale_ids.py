@@ -1,0 +1,33 @@
+"""Pretraining with the mistake that the tests of recomputation must notice.
+
+Routers take the token ids from a global that the model last set, not from what was handed down with the hidden states.
+Under recomputation in a pipeline these are the ids of another micro-batch.
+"""
+
+import maskmoe.training  # noqa: F401, before megatron is imported
+
+# isort: split
+from maskmoe.cli import run_tool
+from maskmoe.training.pretrain import main
+from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.moe_layer import MaskMoELayer
+
+newest_ids = None
+ids_of_this_rank = MaskMoEGPTModel._token_ids_of_this_rank
+layer_forward = MaskMoELayer.forward
+
+
+def remember(self, input_ids):
+    global newest_ids
+    newest_ids = ids_of_this_rank(self, input_ids)
+    return newest_ids
+
+
+def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
+    return layer_forward(self, hidden_states, intermediate_tensors, newest_ids)
+
+
+if __name__ == "__main__":
+    MaskMoEGPTModel._token_ids_of_this_rank = remember
+    MaskMoELayer.forward = forward
+    run_tool(main)

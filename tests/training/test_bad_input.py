@@ -1,0 +1,249 @@
+"""Bad input ends a training process before it trains or writes: exit code 2 and one line that names the culprit."""
+
+import io
+import sys
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.training.arguments import parse_args
+from megatron.training.global_vars import destroy_global_vars
+
+from maskmoe.cli import run_tool
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.tokenizer import SentencePieceTokenizer, TokenizerRecord
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.frequency import count_token_frequency
+from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.checks import check_supported
+from maskmoe.training.setup import parse_and_check_args
+
+SENTENCE_PIECE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model"
+
+MASK = "mask.safetensors"
+
+# name: flags, routing mask, what the line names. Paths under `bad/` are made by `bad_files`.
+CASES = {
+    "missing dataset": ("--data-path nowhere", MASK, ["nowhere", "does not exist"]),
+    "truncated bin": ("--data-path bad/short_bin", MASK, ["short_bin.bin", "truncated"]),
+    "truncated idx": ("--data-path bad/short_idx", MASK, ["short_idx.idx", "truncated"]),
+    "id beyond the vocabulary": ("--data-path bad/large_ids", MASK, ["bad/large_ids", "id 599 at position 57", "510"]),
+    "missing mask": ("", "nowhere.safetensors", ["nowhere.safetensors"]),
+    "no mask": ("", None, ["--routing-mask"]),
+    "mask with a flipped bit": ("", "bad/flipped.safetensors", ["bad/flipped.safetensors"]),
+    "mask with an altered seed": ("", "bad/altered.safetensors", ["bad/altered.safetensors"]),
+    "mask for another vocabulary": ("--vocab-size 500", MASK, ["vocabulary", "510", "500"]),
+    "mask for another N": ("--num-experts 4", MASK, ["number of experts is 8", "4"]),
+    "mask for another layer count": ("--num-layers 3", MASK, ["number of layers is 4", "3"]),
+    "mask for another expert parallel size": ("", "bad/for_2_ranks.safetensors", ["rank-local", "size 2", "1"]),
+    "N not divisible": ("--expert-model-parallel-size 3", MASK, ["--num-experts 8", "--expert-model-parallel-size 3"]),
+    "missing tokenizer model": (f"{SENTENCE_PIECE} nowhere.model", MASK, ["nowhere.model"]),
+    "dataset of another tokenizer": (
+        f"{SENTENCE_PIECE} bad/ours.model --data-path bad/theirs",
+        "bad/without_counts.safetensors",
+        ["dataset bad/theirs", "theirs.model", "bad/ours.model"],
+    ),
+    "counts of another tokenizer": (
+        f"{SENTENCE_PIECE} bad/ours.model --data-path bad/unknown",
+        "bad/of_their_counts.safetensors",
+        ["counts", "theirs.model", "bad/ours.model"],
+    ),
+    "setting without support": ("--moe-expert-capacity-factor 1", MASK, ["--moe-expert-capacity-factor"]),
+}
+# Found by the same checks; a process for each would take more time than it is worth.
+MORE_CASES = {
+    "no dataset": ("--data-path", MASK, ["--data-path"]),
+    "negative id": ("--data-path bad/negative_ids", MASK, ["negative_ids", "id -1 at position 57"]),
+    "blend weight below 0": ("--data-path -1 data", MASK, ["--data-path", "-1"]),
+    "too few documents for the split": ("--data-path bad/one_document", MASK, ["one_document", "--split 90,10,0"]),
+    "no training data": ("--split 0,100,0", MASK, ["no training data", "--split"]),
+    "no validation data": ("--split 100,0,0", MASK, ["no validation data", "--eval-iters 0"]),
+    "truncated mask": ("", "bad/truncated.safetensors", ["bad/truncated.safetensors"]),
+    "counts as mask": ("", "counts.safetensors", ["counts.safetensors"]),
+    "tokenizer model that is none": (f"{SENTENCE_PIECE} bad/short_bin.bin", MASK, ["short_bin.bin"]),
+    "tokenizer model that is a folder": (f"{SENTENCE_PIECE} bad", MASK, ["--tokenizer-model bad is not a file"]),
+    "missing tokenizer folder": (
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model nowhere",
+        MASK,
+        ["--tokenizer-model nowhere does not exist"],
+    ),
+    "setting that Megatron refuses without a word": ("--num-attention-heads 3", MASK, ["num_attention_heads"]),
+    "setting that Megatron refuses": ("--pipeline-model-parallel-size 3", MASK, ["world size (1)"]),
+    "lost checkpoint": ("--load bad/checkpoint", MASK, ["bad/checkpoint/iter_0000007"]),
+    "save into a file": ("--save bad/ours.model/save", MASK, ["--save", "ours.model is not a folder"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(workplace) -> Path:
+    """The damaged and unfitting files of `CASES`."""
+    folder = workplace.folder / "bad"
+    folder.mkdir()
+    for name in ("short_bin", "short_idx"):
+        for suffix in (".bin", ".idx"):
+            content = (workplace.folder / "data").with_suffix(suffix).read_bytes()
+            cut = len(content) - 2 if name.endswith(suffix[1:]) else None
+            (folder / name).with_suffix(suffix).write_bytes(content[:cut])
+    ids = np.full(120, 3)
+    for name, bad_id in (("large_ids", 599), ("negative_ids", -1)):
+        write_documents(folder / name, [np.where(np.arange(120) == 57, bad_id, ids)] * 10)
+    write_documents(folder / "one_document", [ids])
+    write_bad_masks(workplace.folder, folder)
+    write_tokenizers(folder)
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("7")
+    return folder
+
+
+def write_documents(prefix: Path, documents: list[np.ndarray], tokenizer: TokenizerRecord | None = None) -> None:
+    with IndexedDatasetWriter(prefix, np.int32, tokenizer) as writer:
+        for document in documents:
+            writer.add_document(document)
+
+
+def write_bad_masks(source: Path, folder: Path) -> None:
+    mask = (source / "mask.safetensors").read_bytes()
+    (folder / "flipped.safetensors").write_bytes(mask[:-5] + bytes([mask[-5] ^ 1]) + mask[-4:])
+    assert mask.count(b'\\"seed\\": 1') == 1 or mask.count(b'\\"seed\\":1') == 1
+    altered = mask.replace(b'\\"seed\\": 1', b'\\"seed\\": 2').replace(b'\\"seed\\":1', b'\\"seed\\":2')
+    (folder / "altered.safetensors").write_bytes(altered)
+    (folder / "truncated.safetensors").write_bytes(mask[: len(mask) // 2])
+    recipe = MaskRecipe(8, 4, "rank-local", 0.4, 4, expert_model_parallel_size=2)
+    counts = count_token_frequency([str(source / "data")], 510, workers=1)
+    build_routing_mask(recipe, frequency=counts).save(folder / "for_2_ranks.safetensors")
+
+
+def write_tokenizers(folder: Path) -> None:
+    """Two SentencePiece models of one size; a dataset that records one of them, one that records none, and masks."""
+    documents = [np.full(120, 3)] * 10
+    for name, letters in (("ours", "abcdefgh"), ("theirs", "klmnopqr")):
+        random = np.random.default_rng(0)
+        words = ["".join(random.choice(list(letters), 5)) for _ in range(400)]
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words), model_writer=model, vocab_size=40, minloglevel=2
+        )
+        (folder / f"{name}.model").write_bytes(model.getvalue())
+    tokenizer = SentencePieceTokenizer(folder / "theirs.model")
+    write_documents(folder / "theirs", documents, tokenizer.record())
+    write_documents(folder / "unknown", documents)
+    recipe = MaskRecipe(8, 4, "uniform", 0.0)
+    counts = count_token_frequency([str(folder / "theirs")], tokenizer.vocab_size, workers=1)
+    build_routing_mask(recipe, frequency=counts).save(folder / "of_their_counts.safetensors")
+    build_routing_mask(recipe, vocab_size=tokenizer.vocab_size).save(folder / "without_counts.safetensors")
+
+
+@pytest.fixture(scope="module")
+def refusals(request, start, refusal, bad_files) -> dict[str, Future]:
+    """The runs of the selected cases, queued at once."""
+    selected = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
+    return {
+        case: start(f"refuse {case}", replace(refusal.run, flags=flags, mask=mask))
+        for case, (flags, mask, _) in CASES.items()
+        if case in selected
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case, refusals, refusal):
+    message = refusal(refusals[case])
+    for part in CASES[case][-1]:
+        assert part in message
+
+
+@pytest.mark.parametrize("case", MORE_CASES)
+def test_bad_input_is_found_by_the_checks(case, workplace, bad_files, refusal, tmp_path, monkeypatch):
+    flags, mask, parts = MORE_CASES[case]
+    run = replace(refusal.run, flags=flags, mask=mask, saves="--save" not in flags)
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
+    try:
+        with pytest.raises(UserError) as error:
+            parse_and_check_args()
+    finally:
+        destroy_global_vars()
+        unset_num_microbatches_calculator()
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "flags, culprit",
+    [
+        ("--data-path nowhere", "nowhere"),  # every rank meets it
+        ("--data-path bad/large_ids", "large_ids"),  # the first rank alone reads the ids
+    ],
+)
+def test_one_line_from_many_ranks(flags, culprit, start, refusal, bad_files):
+    run = replace(refusal.run, flags=flags, ranks=2, torchrun=True)
+    assert culprit in refusal(start(f"refuse {culprit} on 2 ranks", run), exit_code=1)
+
+
+def test_rank_that_alone_meets_bad_input_says_so(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def fail():
+        raise UserError("only here")
+
+    with pytest.raises(SystemExit) as end:
+        run_tool(fail)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: only here\n"
+    assert len(waits) == 1
+
+
+@pytest.fixture
+def supported_args(monkeypatch):
+    """Parse flags as the entry points do."""
+
+    def parse(*flags: str):
+        monkeypatch.setattr(sys, "argv", ["pretrain", "--num-experts", "8", "--transformer-impl", "local", *flags])
+        return parse_args(add_maskmoe_arguments)
+
+    return parse
+
+
+def test_defaults_are_supported(supported_args):
+    check_supported(supported_args())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--moe-token-dispatcher-type allgather",
+        "--moe-router-load-balancing-type sinkhorn",
+        "--moe-router-load-balancing-type aux_loss seq_aux_loss",
+        "--moe-router-num-groups 2",
+        "--moe-router-fusion",
+        "--moe-expert-capacity-factor 1.0",
+        "--moe-router-topk 9",
+        "--overlap-moe-expert-parallel-comm",
+        "--tensor-model-parallel-size 2",
+        "--context-parallel-size 2",
+        "--expert-model-parallel-size 3",
+        "--ckpt-format torch",
+        "--mtp-num-layers 1 --tensor-model-parallel-size 2 --sequence-parallel",
+    ],
+)
+def test_unsupported_setting(supported_args, flags):
+    flags = flags.split()
+    with pytest.raises(UserError) as refusal:
+        check_supported(supported_args(*flags))
+    assert flags[0] in str(refusal.value)
+
+
+def test_model_without_experts(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    with pytest.raises(UserError, match="--num-experts is missing"):
+        check_supported(parse_args(add_maskmoe_arguments))

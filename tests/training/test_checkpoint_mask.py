@@ -1,0 +1,75 @@
+"""A checkpoint holds its routing mask, and refuses another."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.mask import RoutingMask
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=pytest.mark.runs(name))
+        for name in ("start", "pipeline 2", "experts on 2", "bf16, distributed optimizer")
+    ],
+)
+def test_checkpoint_holds_the_mask(runs, workplace, layout):
+    (run,) = runs
+    original = RoutingMask.load(workplace.folder / "mask.safetensors")
+    saved = read_routing_mask(run.checkpoints)
+    assert saved.digest == original.digest
+    assert (saved.row_of_id == original.row_of_id).all()
+    assert (saved.visible_bits == original.visible_bits).all()
+
+
+@pytest.mark.runs("start")
+def test_other_mask_is_refused(runs, workplace, start, refusal, files_and_times):
+    (run,) = runs
+    before = files_and_times(run.checkpoints)
+    flags = f"--load {run.checkpoints} --save {run.checkpoints}"
+    message = refusal(start("refuse another mask", replace(refusal.run, flags=flags, mask="other_seed.safetensors")))
+    for name in ("mask", "other_seed"):
+        assert RoutingMask.load(workplace.folder / f"{name}.safetensors").digest[:16] in message
+    assert files_and_times(run.checkpoints) == before
+
+
+@pytest.fixture
+def copy(runs, tmp_path):
+    """A copy of the checkpoints of the test's first run."""
+    return shutil.copytree(runs[0].checkpoints, tmp_path / "copy")
+
+
+@pytest.mark.runs("start")
+def test_damaged_tensors(copy):
+    (shard,) = copy.glob("iter_*/*.distcp")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 8])
+    with pytest.raises(UserError, match="iter_0000001 is not a readable torch_dist checkpoint"):
+        read_routing_mask(copy)
+
+
+@pytest.mark.runs("start")
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_damaged_metadata(copy, content):
+    metadata = copy / "iter_0000001" / ".metadata"
+    if content is None:
+        metadata.unlink()
+    else:
+        metadata.write_bytes(content)
+    with pytest.raises(UserError, match="iter_0000001 is not a readable torch_dist checkpoint"):
+        read_routing_mask(copy)
+
+
+@pytest.mark.runs("start")
+def test_damaged_record_of_the_newest(copy):
+    (copy / "latest_checkpointed_iteration.txt").write_text("seven\n")
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt holds no iteration number: 'seven'"):
+        read_routing_mask(copy)
+
+
+def test_folder_without_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        read_routing_mask(tmp_path)

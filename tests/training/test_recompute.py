@@ -1,0 +1,32 @@
+"""Recomputation routes every token as the forward pass did, bit for bit."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(name, marks=pytest.mark.runs("reference", name))
+        for name in ("full recompute", "selective recompute")
+    ],
+)
+def test_recompute_is_bit_equal(runs, kind):
+    reference, run = runs
+    assert run.iterations == reference.iterations
+    assert run.difference(reference) == 0
+
+
+@pytest.mark.runs("pipeline 2, 8 micro-batches", "pipeline 2, 8 micro-batches, full recompute")
+def test_recompute_in_pipeline_is_bit_equal(runs):
+    reference, run = runs
+    assert run.iterations == reference.iterations == list(range(1, 10))
+    assert run.difference(reference) == 0
+
+
+@pytest.mark.runs("pipeline 2, 8 micro-batches", "pipeline 2, 8 micro-batches, full recompute, stale ids")
+def test_ids_of_another_micro_batch_are_noticed(runs):
+    reference, run = runs
+    assert run.iterations == reference.iterations
+    assert run.curves["lm loss"][1] == reference.curves["lm loss"][1]  # wrong ids reach the backward pass only
+    assert run.curves["grad-norm"][1] != reference.curves["grad-norm"][1]
+    assert run.difference(reference, ["lm loss"]) > 1e-4

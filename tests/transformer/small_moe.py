@@ -1,0 +1,193 @@
+"""Small routing masks and models, and the router of METHOD.md once more, token by token in plain torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
+from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.moe_layer import MaskMoELayer
+from maskmoe.transformer.router import AuxLossTokens, MaskMoERouter
+from maskmoe.transformer.visible_experts import VisibleExperts
+
+# The CPU under the CPU adapter.
+DEVICE = torch.device(torch.cuda.current_device())
+
+
+def make_mask(visible: np.ndarray, num_layers: int | None = None) -> RoutingMask:
+    """The routing mask with these visible sets, bool [tables, vocab, N]; one table is shared by `num_layers` layers."""
+    tables, vocab_size, num_experts = visible.shape
+    row_of_id, rows_of_table = [], []
+    for table in visible:
+        is_single = table.sum(axis=1) == 1
+        sets, index = np.unique(table[~is_single], axis=0, return_inverse=True)
+        rows = np.empty(vocab_size, np.int16)
+        rows[is_single] = table[is_single].argmax(axis=1)
+        rows[~is_single] = num_experts + index.ravel()
+        row_of_id.append(rows)
+        rows_of_table.append(np.concatenate([np.eye(num_experts, dtype=bool), sets]))
+    num_rows = max(map(len, rows_of_table))
+    bits = np.ones((tables, num_rows, num_experts), bool)
+    for table, rows in enumerate(rows_of_table):
+        bits[table, : len(rows)] = rows
+    return RoutingMask(
+        row_of_id=np.stack(row_of_id),
+        visible_bits=np.packbits(bits, axis=-1, bitorder="little"),
+        vocab_size=vocab_size,
+        num_experts=num_experts,
+        num_layers=num_layers or tables,
+        provenance=MaskProvenance("uniform", 0.5, 2, seed=0, shared_table=tables == 1 and (num_layers or 1) > 1),
+    )
+
+
+def random_visible_sets(
+    seed: int, tables: int, vocab_size: int, num_experts: int, sizes: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Visible sets, bool [tables, vocab, N], of random `sizes`; by default one expert for half of the ids."""
+    rng = np.random.default_rng(seed)
+    if sizes is None:
+        num_visible = np.where(rng.random((tables, vocab_size)) < 0.5, 1, rng.integers(1, num_experts + 1, vocab_size))
+    else:
+        num_visible = rng.choice(sizes, (tables, vocab_size))
+    order = rng.random((tables, vocab_size, num_experts)).argsort(axis=-1)
+    return order < num_visible[..., None]
+
+
+def make_config(num_experts: int = 4, topk: int = 2, **settings: Any) -> TransformerConfig:
+    """A configuration of one layer, without the losses of the router."""
+    defaults = {
+        "num_layers": 1,
+        "hidden_size": 8,
+        "ffn_hidden_size": 12,
+        "num_attention_heads": 2,
+        "num_moe_experts": num_experts,
+        "moe_router_topk": topk,
+        "moe_router_pre_softmax": topk == 1,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": False,
+        "normalization": "RMSNorm",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "transformer_impl": "local",
+    }
+    return TransformerConfig(**(defaults | settings))
+
+
+def process_groups() -> ProcessGroupCollection:
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def make_visible_experts(config: TransformerConfig, mask: RoutingMask) -> VisibleExperts:
+    return VisibleExperts(config, mask, process_groups()).to(DEVICE)
+
+
+def make_router(config: TransformerConfig, mask: RoutingMask, layer_number: int = 1, **settings: Any) -> MaskMoERouter:
+    router = MaskMoERouter(config, process_groups(), visible_experts=make_visible_experts(config, mask), **settings).to(
+        DEVICE
+    )
+    router.set_layer_number(layer_number)
+    return router
+
+
+def make_layer(
+    config: TransformerConfig, mask: RoutingMask, layer_number: int = 1, aux_loss_tokens: AuxLossTokens = "all"
+) -> MaskMoELayer:
+    """The MoE layer of a transformer layer's spec."""
+    spec = get_maskmoe_decoder_block_spec(config, make_visible_experts(config, mask), aux_loss_tokens)
+    mlp = spec.layer_specs[layer_number - 1].submodules.mlp
+    layer = mlp(config, pg_collection=process_groups()).to(DEVICE)
+    layer.set_layer_number(layer_number)
+    return layer
+
+
+def make_model(config: TransformerConfig, mask: RoutingMask, sequence_length: int = 16) -> MaskMoEGPTModel:
+    visible_experts = make_visible_experts(config, mask)
+    return MaskMoEGPTModel(
+        config,
+        get_maskmoe_decoder_block_spec(config, visible_experts),
+        visible_experts=visible_experts,
+        vocab_size=mask.vocab_size,
+        max_sequence_length=sequence_length,
+        position_embedding_type="rope",
+    ).to(DEVICE)
+
+
+def take_metrics() -> dict[str, Tensor]:
+    """The router losses [layers] recorded since the last call."""
+    metrics = get_moe_metrics_tracker().metrics
+    values = {name: entry.values.clone() for name, entry in metrics.items()}
+    metrics.clear()
+    return values
+
+
+@dataclass(frozen=True)
+class ReferenceRouting:
+    """What METHOD.md says about some tokens: float64 [tokens, experts], bool [tokens, experts] and scalars."""
+
+    probs: Tensor
+    routing_map: Tensor
+    load_balancing_loss: Tensor
+    z_loss: Tensor
+
+
+def reference_routing(
+    logits: Tensor,
+    visible: Tensor,
+    topk: int,
+    *,
+    score_function: str = "softmax",
+    pre_softmax: bool = False,
+    expert_bias: Tensor | None = None,
+    aux_loss_tokens: str = "all",
+) -> ReferenceRouting:
+    """Route tokens one after the other; the losses are without their coefficients.
+
+    Args:
+        logits: [tokens, experts].
+        visible: bool [tokens, experts].
+    """
+    logits = logits.double()
+    num_tokens, num_experts = logits.shape
+    bias = torch.zeros(num_experts, device=logits.device) if expert_bias is None else expert_bias
+    probs, routing_map = torch.zeros_like(logits), torch.zeros_like(visible)
+    mean_score, assignments = torch.zeros_like(logits[0]), torch.zeros_like(logits[0])
+    z_loss = logits.new_zeros(())
+    num_counted = 0
+    for token in range(num_tokens):
+        seen = visible[token].nonzero().flatten()
+        num_selected = min(topk, len(seen))
+        z = logits[token, seen]
+        if score_function == "sigmoid":
+            scores = z.sigmoid()
+            chosen = (scores + bias[seen]).topk(num_selected).indices
+            weights = scores[chosen] / scores[chosen].sum() if topk > 1 else scores[chosen]
+            scores = scores / scores.sum()
+        else:
+            scores = z.softmax(0)
+            chosen = z.topk(num_selected).indices
+            weights = scores[chosen] if pre_softmax else z[chosen].softmax(0)
+        probs = probs.index_put((torch.tensor(token), seen[chosen]), weights)
+        routing_map[token, seen[chosen]] = True
+        if len(seen) > 1:
+            z_loss = z_loss + z.exp().sum().log().square() / num_tokens
+        if aux_loss_tokens == "all" or len(seen) > 1:
+            num_counted += 1
+            mean_score = mean_score.index_add(0, seen, scores)
+            assignments[seen[scores.topk(num_selected).indices]] += 1
+    share = assignments / assignments.sum().clamp(min=1)
+    load_balancing_loss = num_experts * (share * mean_score / max(num_counted, 1)).sum()
+    return ReferenceRouting(probs, routing_map, load_balancing_loss, z_loss)

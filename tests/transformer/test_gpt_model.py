@@ -1,0 +1,222 @@
+"""Every router sees the ids of the very tokens it routes."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+from small_moe import (
+    DEVICE,
+    make_config,
+    make_mask,
+    make_model,
+    make_visible_experts,
+    process_groups,
+    random_visible_sets,
+    take_metrics,
+)
+from torch import Tensor
+
+from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_layer_spec
+from maskmoe.transformer.router import MaskMoERouter
+
+NUM_LAYERS, VOCAB_SIZE, BATCH, SEQUENCE = 3, 40, 2, 16
+MASK = make_mask(random_visible_sets(6, NUM_LAYERS + 1, VOCAB_SIZE, 4))
+LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
+RECOMPUTE = {
+    "none": {},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full_in_blocks": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+}
+
+
+@dataclass(frozen=True)
+class RouterCall:
+    """One call of a router: the ids [sequence, batch] it was given and the map [tokens, experts] it made."""
+
+    layer_number: int
+    token_ids: Tensor
+    routing_map: Tensor
+
+
+@pytest.fixture
+def router_calls(monkeypatch: pytest.MonkeyPatch) -> list[RouterCall]:
+    """The calls of all routers, as they come."""
+    calls = []
+    route = MaskMoERouter.forward
+
+    def record(self, input, token_ids):
+        probs, routing_map = route(self, input, token_ids)
+        calls.append(RouterCall(self.layer_number, token_ids.clone(), routing_map))
+        return probs, routing_map
+
+    monkeypatch.setattr(MaskMoERouter, "forward", record)
+    return calls
+
+
+def model_config(**overrides):
+    return make_config(num_layers=NUM_LAYERS, hidden_size=16, **(LOSSES | overrides))
+
+
+def build_model(recompute: str = "none") -> MaskMoEGPTModel:
+    torch.manual_seed(0)
+    return make_model(model_config(**RECOMPUTE[recompute]), MASK, SEQUENCE)
+
+
+def micro_batches(number: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return list(torch.randint(0, VOCAB_SIZE, (number, BATCH, SEQUENCE), generator=generator).to(DEVICE))
+
+
+def forward(model: MaskMoEGPTModel, token_ids: Tensor) -> Tensor:
+    take_metrics()
+    positions = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, -1)
+    return model(token_ids, positions, None, labels=token_ids.roll(-1, dims=1))
+
+
+def check_two_micro_batches_in_flight(model: MaskMoEGPTModel, calls: list[RouterCall]) -> None:
+    """Both forward passes before the first backward pass, as on the first stage of a pipeline."""
+    batches = micro_batches(2)
+    losses, calls_of_batch = [], []
+    for token_ids in batches:
+        losses.append(forward(model, token_ids).mean())
+        calls_of_batch.append(calls.copy())
+        calls.clear()
+    for loss, made_forward in zip(losses, calls_of_batch, strict=True):
+        loss.backward()
+        made_forward += calls
+        calls.clear()
+    for token_ids, made in zip(batches, calls_of_batch, strict=True):
+        assert {call.layer_number for call in made} == set(range(1, NUM_LAYERS + 1))
+        for call in made:
+            assert torch.equal(call.token_ids, token_ids.T)
+            visible = torch.from_numpy(MASK.visible_sets(call.layer_number - 1)).to(DEVICE)[token_ids.T.flatten()]
+            assert not (call.routing_map & ~visible).any()
+            (first, *again) = [other.routing_map for other in made if other.layer_number == call.layer_number]
+            assert all(torch.equal(first, other) for other in again)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_two_micro_batches_in_flight(recompute: str, router_calls: list[RouterCall]) -> None:
+    model = build_model(recompute)
+    check_two_micro_batches_in_flight(model, router_calls)
+    plain = build_model()
+    check_two_micro_batches_in_flight(plain, router_calls)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_ids_kept_on_a_module_are_caught(
+    recompute: str, router_calls: list[RouterCall], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control of the check: routers that read the ids of the latest forward pass."""
+    model = build_model(recompute)
+    preprocess, route = MaskMoEGPTModel._preprocess, MaskMoERouter.forward
+
+    def keep_ids(self, input_ids, *args, **kwargs):
+        MaskMoERouter.current_ids = input_ids.T
+        return preprocess(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(MaskMoERouter, "current_ids", None, raising=False)
+    monkeypatch.setattr(MaskMoEGPTModel, "_preprocess", keep_ids)
+    monkeypatch.setattr(MaskMoERouter, "forward", lambda self, input, token_ids: route(self, input, self.current_ids))
+    with pytest.raises(AssertionError):
+        check_two_micro_batches_in_flight(model, router_calls)
+
+
+def test_each_layer_routes_by_its_own_table(router_calls: list[RouterCall]) -> None:
+    (token_ids,) = micro_batches(1)
+    forward(build_model(), token_ids)
+    for call in router_calls:
+        num_visible = torch.from_numpy(MASK.num_visible_of_layer(call.layer_number - 1)).to(DEVICE)
+        assert torch.equal(call.routing_map.sum(dim=1), num_visible[token_ids.T.flatten()].clamp(max=2))
+
+
+def test_later_pipeline_stage_routes_by_ids(router_calls: list[RouterCall]) -> None:
+    config = model_config()
+    visible_experts = make_visible_experts(config, MASK)
+    stage = MaskMoEGPTModel(
+        config,
+        get_maskmoe_decoder_block_spec(config, visible_experts),
+        visible_experts=visible_experts,
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+        pre_process=False,
+        post_process=False,
+    ).to(DEVICE)
+    (token_ids,) = micro_batches(1)
+    take_metrics()
+    stage.set_input_tensor(torch.randn(SEQUENCE, BATCH, 16, device=DEVICE))
+    assert stage(token_ids, None, None).shape == (SEQUENCE, BATCH, 16)
+    assert len(router_calls) == NUM_LAYERS
+    assert all(torch.equal(call.token_ids, token_ids.T) for call in router_calls)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_multi_token_prediction_routes_by_the_ids_it_embeds(recompute: str, router_calls: list[RouterCall]) -> None:
+    config = model_config(mtp_num_layers=1, mtp_loss_scaling_factor=0.1, **RECOMPUTE[recompute])
+    visible_experts = make_visible_experts(config, MASK)
+    mtp_spec = get_gpt_mtp_block_spec(
+        config, get_maskmoe_mtp_layer_spec(config, visible_experts), use_transformer_engine=False
+    )
+    model = MaskMoEGPTModel(
+        config,
+        get_maskmoe_decoder_block_spec(config, visible_experts),
+        mtp_block_spec=mtp_spec,
+        visible_experts=visible_experts,
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+        pg_collection=process_groups(),
+    ).to(DEVICE)
+    (token_ids,) = micro_batches(1)
+    forward(model, token_ids).mean().backward()
+    mtp_router = next(m for name, m in model.named_modules() if isinstance(m, MaskMoERouter) and "mtp" in name)
+    next_ids = torch.cat([token_ids[:, 1:], token_ids.new_zeros(BATCH, 1)], dim=1)
+    visible = torch.from_numpy(MASK.visible_sets(NUM_LAYERS)).to(DEVICE)[next_ids.T.flatten()]
+    calls = [call for call in router_calls if not torch.equal(call.token_ids, token_ids.T)]
+    assert len(calls) == (1 if recompute == "none" else 2)
+    for call in calls:
+        assert call.layer_number == mtp_router.layer_number
+        assert torch.equal(call.token_ids, next_ids.T)
+        assert torch.equal(call.routing_map.sum(dim=1), visible.sum(dim=1).clamp(max=2))
+        assert not (call.routing_map & ~visible).any()
+
+
+def test_sequence_parallel_ranks_take_their_part_of_the_ids() -> None:
+    token_ids = torch.arange(24).view(2, 12)
+    parts = []
+    for rank in range(3):
+        group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 3)
+        model = SimpleNamespace(config=SimpleNamespace(sequence_parallel=True), pg_collection=SimpleNamespace(tp=group))
+        parts.append(MaskMoEGPTModel._token_ids_of_this_rank(model, token_ids))
+    # The hidden states [sequence, batch, hidden] are split along the sequence.
+    for part, expected in zip(parts, token_ids.T.chunk(3), strict=True):
+        assert torch.equal(part.T, expected)
+
+
+def test_refuses_missing_ids_and_padding_masks() -> None:
+    model = build_model()
+    (token_ids,) = micro_batches(1)
+    positions = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, -1)
+    with pytest.raises(ValueError, match="needs input_ids on every pipeline stage"):
+        model(None, positions, None)
+    with pytest.raises(ValueError, match="no padding mask"):
+        model(token_ids, positions, None, padding_mask=torch.zeros_like(token_ids, dtype=torch.bool))
+
+
+def test_a_block_that_drops_the_ids_is_told() -> None:
+    model = build_model()
+    hidden = torch.randn(SEQUENCE, BATCH, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="got no token ids"):
+        model.decoder(hidden, attention_mask=None)
+
+
+def test_checkpoint_holds_the_mask_once() -> None:
+    names = [name for name in build_model().state_dict() if "row_of_id" in name or "visible_bits" in name]
+    assert names == ["routing_mask.row_of_id", "routing_mask.visible_bits"]

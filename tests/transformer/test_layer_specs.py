@@ -1,0 +1,163 @@
+"""Our specs are Megatron's with our modules in the place of theirs, and nothing else."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
+
+from maskmoe.transformer import layer_specs
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.moe_layer import MaskMoELayer
+from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.torch_norm import build_torch_norm
+
+PATTERNS = [1, 2, [0, 1, 1, 0], [1, 0, 0, 0]]
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a spec with their paths."""
+    if isinstance(node, partial):
+        yield from leaves(node.func, f"{path}.func")
+        yield from leaves(node.args, f"{path}.args")
+        node = node.keywords
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield from leaves(child, f"{path}.{name}")
+    elif isinstance(node, list | tuple):
+        for index, child in enumerate(node):
+            yield from leaves(child, f"{path}[{index}]")
+    elif is_dataclass(node) and not isinstance(node, type):
+        for field in fields(node):
+            yield from leaves(getattr(node, field.name), f"{path}.{field.name}")
+    else:
+        yield path, node
+
+
+def stock_block(config: TransformerConfig) -> Any:
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+
+
+def replaced(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Which replacement the leaf at `path` is; None if it is the same in both."""
+    if ours[path] is theirs[path] or ours[path] == theirs[path]:
+        return None
+    if theirs[path] is WrappedTorchNorm and ours[path] is build_torch_norm:
+        return "norm"
+    if theirs[path] is MoELayer and ours[path] is MaskMoELayer:
+        return "layer"
+    raise AssertionError(f"{path} is {ours[path]}, was {theirs[path]}")
+
+
+@pytest.mark.parametrize("shared_experts", [None, 10])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_replaces_exactly_the_moe_layers_their_routers_and_norms(pattern, shared_experts) -> None:
+    config = make_config(
+        num_layers=4, moe_layer_freq=pattern, moe_shared_expert_intermediate_size=shared_experts, qk_layernorm=True
+    )
+    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 4, 9, 4)))
+    theirs = dict(leaves(stock_block(config)))
+    ours = dict(leaves(get_maskmoe_decoder_block_spec(config, visible_experts, "routable")))
+
+    # The stock router is a field's default in some versions and explicit in others; ours is a partial with arguments.
+    router_paths = {path for path in theirs if path.split(".")[-1] == "router" or ".router." in path}
+    our_router_paths = {path for path in ours if ".router." in path}
+    assert theirs.keys() - router_paths == ours.keys() - our_router_paths
+    kinds = [replaced(path, ours, theirs) for path in theirs.keys() - router_paths]
+    moe_layers = config.moe_layer_freq if isinstance(pattern, list) else [int(i % pattern == 0) for i in range(4)]
+    assert kinds.count("layer") == sum(moe_layers)
+    assert MoELayer not in ours.values() and WrappedTorchNorm not in ours.values()
+    assert TopKRouter not in ours.values()
+    assert list(ours.values()).count(MaskMoERouter) == sum(moe_layers)
+    routers = [value for path, value in ours.items() if path.endswith("router.aux_loss_tokens")]
+    assert routers == ["routable"] * sum(moe_layers)
+
+
+def test_stock_specs_stay_as_they_are() -> None:
+    config = make_config(num_layers=4)
+    stock = stock_block(config)
+    before = list(leaves(stock))
+    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 4, 9, 4)))
+    layer_specs._with_maskmoe_modules(stock, visible_experts, "all")
+    get_maskmoe_decoder_block_spec(config, visible_experts)
+    after, fresh = list(leaves(stock)), list(leaves(stock_block(config)))
+    assert len(before) == len(after) == len(fresh)
+    assert all(x[0] == y[0] and x[1] is y[1] for x, y in zip(before, after, strict=True))
+    assert all(x[0] == y[0] and x[1] is y[1] for x, y in zip(before, fresh, strict=True))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_built_model_has_our_layers_where_the_pattern_says(pattern) -> None:
+    config = make_config(
+        num_layers=4, moe_layer_freq=pattern, moe_shared_expert_intermediate_size=10, normalization="LayerNorm"
+    )
+    model = make_model(config, make_mask(random_visible_sets(0, 4, 9, 4)))
+    has_moe = pattern if isinstance(pattern, list) else [int(i % pattern == 0) for i in range(4)]
+    for layer, expected in zip(model.decoder.layers, has_moe, strict=True):
+        assert (type(layer.mlp) is MaskMoELayer) == bool(expected)
+        if expected:
+            assert isinstance(layer.mlp.shared_experts, SharedExpertMLP)
+            assert layer.mlp.router.layer_number == layer.layer_number
+            assert layer.mlp.router.visible_experts is model.routing_mask
+
+
+def test_norms_of_a_sequence_parallel_model_are_marked() -> None:
+    """Building the whole model needs two ranks, its norms do not."""
+    config = make_config(num_layers=1, tensor_model_parallel_size=2, sequence_parallel=True)
+    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
+    spec = get_maskmoe_decoder_block_spec(config, visible_experts)
+    builders = [spec.layer_norm, spec.layer_specs[0].submodules.input_layernorm]
+    for builder in [*builders, spec.layer_specs[0].submodules.pre_mlp_layernorm]:
+        norm = builder(config=config, hidden_size=8, eps=1e-5)
+        assert norm.weight.sequence_parallel
+
+
+@dataclass
+class _Submodules:
+    linear: Any = None
+    mlp: Any = None
+
+
+class _TransformerEngineNorm:
+    """Stands for a module of Transformer Engine, which is a leaf like any other."""
+
+
+def test_specs_of_transformer_engine_keep_its_modules() -> None:
+    experts = partial(object, submodules=_Submodules(linear=_TransformerEngineNorm))
+    moe = partial(MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=None))
+    spec = [_Submodules(linear=_TransformerEngineNorm, mlp=moe), _Submodules(linear=WrappedTorchNorm)]
+    config = make_config()
+    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
+    first, second = layer_specs._with_maskmoe_modules(spec, visible_experts, "all")
+    assert first.linear is _TransformerEngineNorm
+    assert first.mlp.func is MaskMoELayer
+    submodules = first.mlp.keywords["submodules"]
+    assert submodules.router.func is MaskMoERouter
+    assert submodules.router.keywords == {"visible_experts": visible_experts, "aux_loss_tokens": "all"}
+    assert submodules.experts.keywords["submodules"].linear is _TransformerEngineNorm
+    assert second.linear is build_torch_norm
+    assert spec[0].mlp is moe and spec[1].linear is WrappedTorchNorm
+
+
+@pytest.mark.parametrize(("implementation", "expected"), [("transformer_engine", True), ("local", False)])
+def test_configuration_chooses_the_backend(implementation: str, expected: bool, monkeypatch) -> None:
+    config = make_config(qk_l2_norm=True)
+    config.transformer_impl = implementation
+    asked = []
+
+    def record(config, vp_stage=None, **backend):
+        asked.append((vp_stage, backend))
+        return _Submodules()
+
+    monkeypatch.setattr(layer_specs, "get_gpt_decoder_block_spec", record)
+    visible_experts = make_visible_experts(make_config(), make_mask(random_visible_sets(0, 1, 9, 4)))
+    get_maskmoe_decoder_block_spec(config, visible_experts, vp_stage=1)
+    assert asked == [(1, {"use_transformer_engine": expected, "normalization": "RMSNorm", "qk_l2_norm": True})]

@@ -1,0 +1,156 @@
+"""The layer against a plain loop over tokens, on one rank and on two."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from parallel_layer_ranks import CASES, LAYOUTS, is_possible, run_case
+from safetensors.torch import load_file
+from small_moe import DEVICE, make_config, make_layer, make_mask, random_visible_sets, reference_routing
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _loss_scale():
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0, device=DEVICE))
+
+
+def gated_mlp(hidden: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+    gate, value = linear(hidden, fc1).chunk(2, dim=-1)
+    return linear(silu(gate) * value, fc2)
+
+
+def reference_layer(config, weights: dict[str, Tensor], hidden: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """The output for hidden states [tokens, hidden], and the sum of the weighted router losses."""
+    routing = reference_routing(
+        linear(hidden, weights["router.weight"]),
+        visible,
+        config.moe_router_topk,
+        pre_softmax=config.moe_router_pre_softmax,
+    )
+    outputs = []
+    for token, state in enumerate(hidden):
+        output = torch.zeros_like(state)
+        for expert in routing.routing_map[token].nonzero().flatten().tolist():
+            mlp = f"experts.local_experts.{expert}."
+            expert_output = gated_mlp(state, weights[mlp + "linear_fc1.weight"], weights[mlp + "linear_fc2.weight"])
+            output = output + routing.probs[token, expert] * expert_output
+        if config.moe_shared_expert_intermediate_size:
+            shared = gated_mlp(
+                state, weights["shared_experts.linear_fc1.weight"], weights["shared_experts.linear_fc2.weight"]
+            )
+            if config.moe_shared_expert_gate:
+                shared = shared * linear(state, weights["shared_experts.gate_weight"]).sigmoid()
+            output = output + shared
+        outputs.append(output)
+    losses = LOSSES["moe_aux_loss_coeff"] * routing.load_balancing_loss + LOSSES["moe_z_loss_coeff"] * routing.z_loss
+    return torch.stack(outputs), losses
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"moe_shared_expert_intermediate_size": 10},
+        {"moe_shared_expert_intermediate_size": 10, "moe_shared_expert_gate": True},
+        {"moe_shared_expert_intermediate_size": 10, "moe_shared_expert_overlap": True},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("topk", [1, 2, 5])
+@pytest.mark.parametrize("sizes", [None, (1,), (2, 3), (6,)], ids=str)
+def test_equals_dense_reference(sizes, topk, overrides) -> None:
+    """With k > V, V >= k everywhere, and experts that get no token; float32 against float64."""
+    config = make_config(6, topk, **LOSSES, **overrides)
+    visible_sets = random_visible_sets(2, 1, 9, 6, sizes)
+    if sizes != (6,):
+        visible_sets[..., 3] = False
+        visible_sets[~visible_sets.any(axis=-1), 5] = True
+    layer = make_layer(config, make_mask(visible_sets))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    hidden = torch.randn(7, 2, 8, device=DEVICE, requires_grad=True)
+    token_ids = torch.randint(0, 9, (2, 7), device=DEVICE)
+    output, bias = layer(hidden, padding_mask=token_ids)
+    assert bias is None
+    output_grad = torch.randn_like(output)
+    output.backward(output_grad)
+
+    weights = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    exact = hidden.detach().double().requires_grad_()
+    visible = torch.from_numpy(visible_sets[0]).to(DEVICE)[token_ids.T.flatten()]
+    expected, losses = reference_layer(config, weights, exact.flatten(0, 1), visible)
+    ((expected * output_grad.flatten(0, 1)).sum() + losses).backward()
+
+    tolerance = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(output.flatten(0, 1), expected, **tolerance)
+    torch.testing.assert_close(hidden.grad, exact.grad, **tolerance)
+    for name, parameter in layer.named_parameters():
+        # Every parameter takes part in the backward pass, also of experts without tokens: its hooks must run.
+        assert parameter.grad is not None, name
+        grad = weights[name].grad
+        torch.testing.assert_close(
+            parameter.grad, torch.zeros_like(weights[name]) if grad is None else grad, **tolerance
+        )
+
+
+def test_experts_have_an_optimizer_of_their_own() -> None:
+    layer = make_layer(make_config(), make_mask(random_visible_sets(0, 1, 9, 4)))
+    assert all(parameter.allreduce is False for parameter in layer.experts.parameters())
+    assert getattr(layer.router.weight, "allreduce", True)
+
+
+def test_refuses_what_it_cannot_route() -> None:
+    layer = make_layer(make_config(), make_mask(random_visible_sets(0, 1, 9, 4)))
+    hidden, token_ids = torch.randn(3, 1, 8, device=DEVICE), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="got no token ids"):
+        layer(hidden)
+    with pytest.raises(ValueError, match="CUDA graphs"):
+        layer(hidden, intermediate_tensors=(hidden,), padding_mask=token_ids)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """What each of two ranks computed for all layouts and cases."""
+    folder = tmp_path_factory.mktemp("parallel_layer")
+    run_ranks(Path(__file__).with_name("parallel_layer_ranks.py"), folder)
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "case"), [(layout, case) for layout in LAYOUTS for case in CASES if is_possible(layout, case)]
+)
+def test_two_ranks_equal_one(layout: str, case: str, two_ranks: list[dict[str, Tensor]]) -> None:
+    whole = {key: value.cpu() for key, value in run_case(layout, case).items()}
+    prefix = f"{layout}/{case}/"
+    ranks = [{k.removeprefix(prefix): v for k, v in rank.items() if k.startswith(prefix)} for rank in two_ranks]
+    assert ranks[0].keys() | ranks[1].keys() == whole.keys()
+    for key, value in whole.items():
+        parts = [rank[key] for rank in ranks if key in rank]
+        if key in ("output", "input_grad"):
+            found = torch.cat(parts, dim=LAYOUTS[layout].split_dimension)
+        elif "local_experts" not in key:
+            found = sum(parts)
+        elif len(parts) == 1:
+            found = parts[0]
+        elif "linear_fc1" in key:
+            found = torch.cat([part.unflatten(0, (2, -1)) for part in parts], dim=1).flatten(0, 1)
+        else:
+            found = torch.cat(parts, dim=1)
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_starved_rank_gets_no_token() -> None:
+    """The case is what its name says."""
+    results = run_case("expert", "starved_last_rank")
+    for expert in range(6):
+        grads = [grad for key, grad in results.items() if f"local_experts.{expert}." in key]
+        assert len(grads) == 2
+        assert all(bool(grad.any()) is (expert < 3) for grad in grads)

@@ -1,0 +1,370 @@
+"""The two limits of the method, and everything between them against a plain reference."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from small_moe import (
+    DEVICE,
+    make_config,
+    make_mask,
+    make_router,
+    process_groups,
+    random_visible_sets,
+    reference_routing,
+    take_metrics,
+)
+from torch import Tensor
+
+from maskmoe.routing_mask import MaskRecipe, TokenFrequency, build_routing_mask
+
+LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
+SHAPES = [(1, 1), (5, 3), (16, 2)]
+LOSS_SCALE = 0.5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _loss_scale():
+    """Set the scale of the auxiliary losses' gradients, as the pipeline schedule does for each micro-batch."""
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(LOSS_SCALE, device=DEVICE))
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What came out of a router, and its gradients."""
+
+    probs: Tensor
+    routing_map: Tensor
+    input_grad: Tensor
+    weight_grad: Tensor
+    losses: dict[str, Tensor]
+    local_tokens_per_expert: Tensor | None
+
+
+def route(router: TopKRouter, hidden: Tensor, token_ids: Tensor | None = None) -> Routed:
+    hidden = hidden.clone().requires_grad_()
+    take_metrics()
+    probs, routing_map = router(hidden) if token_ids is None else router(hidden, token_ids)
+    generator = torch.Generator().manual_seed(3)
+    probs.backward(torch.randn(probs.shape, generator=generator).to(probs))
+    return Routed(
+        probs.detach(), routing_map, hidden.grad, router.weight.grad, take_metrics(), router.local_tokens_per_expert
+    )
+
+
+def assert_bit_equal(ours: Routed, stock: Routed) -> None:
+    for name in ("probs", "routing_map", "input_grad", "weight_grad"):
+        assert torch.equal(getattr(ours, name), getattr(stock, name)), name
+        assert getattr(ours, name).dtype == getattr(stock, name).dtype, name
+    assert ours.losses.keys() == stock.losses.keys()
+    for name, values in stock.losses.items():
+        assert torch.equal(ours.losses[name], values), name
+    if stock.local_tokens_per_expert is not None:
+        assert torch.equal(ours.local_tokens_per_expert, stock.local_tokens_per_expert)
+
+
+def all_visible_mask(kind: str, vocab_size: int, num_experts: int):
+    """Masks under which the first half of the vocabulary sees every expert."""
+    if kind == "smoe":
+        return build_routing_mask(MaskRecipe.from_preset("smoe", num_experts, 1), vocab_size=vocab_size)
+    counts = np.repeat([1000, 1], vocab_size // 2)[None].astype(np.int64)
+    dataset = {"name": "text", "num_tokens": int(counts.sum()), "idx_sha256": "0" * 64, "bin_bytes": 0}
+    recipe = MaskRecipe(num_experts, 1, "uniform", frequent_mass=0.99, frequent_visible_experts=num_experts)
+    mask = build_routing_mask(recipe, frequency=TokenFrequency(counts, (None,), (dataset,), None))
+    assert mask.min_visible == 1
+    return mask
+
+
+def check_equals_stock(config, mask_kind: str, shape=(5, 3), dtype=torch.float32, aux_loss_tokens="all", steps=1):
+    mask = all_visible_mask(mask_kind, vocab_size=20, num_experts=config.num_moe_experts)
+    ours = make_router(config, mask, aux_loss_tokens=aux_loss_tokens)
+    stock = TopKRouter(config, process_groups()).to(DEVICE)
+    stock.set_layer_number(1)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        stock.weight.copy_(torch.randn_like(stock.weight))
+        if stock.expert_bias is not None:
+            stock.expert_bias.copy_(torch.randn_like(stock.expert_bias))
+    ours.load_state_dict(stock.state_dict())
+    for _ in range(steps):
+        hidden = torch.randn(*shape, config.hidden_size, device=DEVICE, dtype=dtype)
+        token_ids = torch.randint(0, 10, shape, device=DEVICE)
+        assert_bit_equal(route(ours, hidden, token_ids), route(stock, hidden))
+
+
+@pytest.mark.parametrize("mask_kind", ["smoe", "frequent"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("losses", [{}, LOSSES], ids=["no_losses", "losses"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("topk", "pre_softmax"), [(1, True), (2, True), (2, False), (8, True), (8, False)], ids=str)
+def test_all_visible_equals_stock(topk, pre_softmax, shape, losses, dtype, mask_kind) -> None:
+    config = make_config(
+        12, topk, moe_router_pre_softmax=pre_softmax, params_dtype=dtype, bf16=dtype == torch.bfloat16, **losses
+    )
+    check_equals_stock(config, mask_kind, shape, dtype)
+
+
+@pytest.mark.parametrize("mask_kind", ["smoe", "frequent"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"moe_router_score_function": "sigmoid"},
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "topk": 1},
+        {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
+        {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
+        {"moe_router_dtype": None},
+        {"moe_router_dtype": "fp64"},
+        {"calculate_per_token_loss": True},
+        {"add_bias_linear": True},
+        {"num_experts": 9, "topk": 9},
+        {"moe_router_load_balancing_type": "none"},
+        {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [1e-2]},
+    ],
+    ids=str,
+)
+def test_all_visible_equals_stock_in_every_setting(overrides, mask_kind) -> None:
+    config = make_config(**({"num_experts": 12, "topk": 4} | LOSSES | overrides))
+    check_equals_stock(config, mask_kind, steps=2)
+
+
+def test_all_visible_equals_stock_when_only_routable_tokens_count() -> None:
+    check_equals_stock(make_config(12, 4, **LOSSES), "frequent", aux_loss_tokens="routable")
+
+
+def test_all_visible_equals_stock_on_many_tokens() -> None:
+    """Their squared number has more digits than float32."""
+    check_equals_stock(make_config(12, 4, **LOSSES), "frequent", shape=(4097, 3))
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad"])
+def test_no_losses_outside_training(mode) -> None:
+    router = make_router(make_config(**LOSSES), all_visible_mask("frequent", 20, 4))
+    token_ids = torch.arange(20, device=DEVICE).view(10, 2)
+    hidden = torch.randn(10, 2, 8, device=DEVICE)
+    if mode == "eval":
+        router.eval()
+    take_metrics()
+    with torch.set_grad_enabled(mode == "eval"):
+        router(hidden, token_ids)
+    assert not take_metrics()
+
+
+@pytest.mark.parametrize("losses", [{}, LOSSES], ids=["no_losses", "losses"])
+@pytest.mark.parametrize("aux_loss_tokens", ["all", "routable"])
+@pytest.mark.parametrize("pre_softmax", [True, False])
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_one_visible_expert_is_a_table_lookup(scale, topk, pre_softmax, aux_loss_tokens, losses) -> None:
+    config = make_config(5, topk, num_layers=3, **losses)
+    # The configuration refuses k = 1 with softmax after top-k, where the weight is constant. Here it is anyway.
+    config.moe_router_pre_softmax = pre_softmax
+    mask = build_routing_mask(MaskRecipe.from_preset("hash", 5, 3, seed=4), vocab_size=30)
+    for layer in range(3):
+        router = make_router(config, mask, layer_number=layer + 1, aux_loss_tokens=aux_loss_tokens)
+        token_ids = torch.arange(30, device=DEVICE).view(15, 2)
+        routed = route(router, scale * torch.randn(15, 2, 8, device=DEVICE), token_ids)
+        table = torch.from_numpy(mask.row_of_id[layer].astype(np.int64)).to(DEVICE)
+        assert torch.equal(routed.probs, torch.nn.functional.one_hot(table, 5).float())
+        assert torch.equal(routed.routing_map, torch.nn.functional.one_hot(table, 5).bool())
+        assert torch.equal(routed.weight_grad, torch.zeros_like(routed.weight_grad))
+        assert torch.equal(routed.input_grad, torch.zeros_like(routed.input_grad))
+
+
+@pytest.mark.parametrize("aux_loss_tokens", ["all", "routable"])
+@pytest.mark.parametrize(("topk", "pre_softmax"), [(1, True), (3, True), (3, False)])
+def test_single_expert_tokens_send_no_gradient_among_others(topk, pre_softmax, aux_loss_tokens) -> None:
+    mask = make_mask(random_visible_sets(0, 1, 40, 6))
+    config = make_config(6, topk, moe_router_pre_softmax=pre_softmax, **LOSSES)
+    router = make_router(config, mask, aux_loss_tokens=aux_loss_tokens)
+    token_ids = torch.arange(40, device=DEVICE).view(20, 2)
+    routed = route(router, torch.randn(20, 2, 8, device=DEVICE), token_ids)
+    is_single = torch.from_numpy(mask.num_visible == 1).to(DEVICE)
+    moved = routed.input_grad.flatten(0, 1).abs().amax(dim=1) > 0
+    assert torch.equal(moved, ~is_single)
+    assert torch.equal(routed.probs[is_single].amax(dim=1), torch.ones(int(is_single.sum()), device=DEVICE))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random router, mask and batch."""
+
+    seed: int
+    num_experts: int
+    topk: int
+    shape: tuple[int, int]
+    scores: str
+    aux_loss_tokens: str
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def score_function(self) -> str:
+        return "sigmoid" if "sigmoid" in self.scores else "softmax"
+
+    @property
+    def pre_softmax(self) -> bool:
+        return self.scores == "softmax_before" or (self.topk == 1 and self.score_function == "softmax")
+
+    @property
+    def mask(self):
+        return make_mask(random_visible_sets(self.seed, 2, 12, self.num_experts))
+
+    @property
+    def token_ids(self) -> Tensor:
+        return torch.from_numpy(np.random.default_rng(self.seed).integers(0, 12, self.shape)).to(DEVICE)
+
+    @property
+    def visible(self) -> Tensor:
+        """bool [tokens, experts], in the second layer."""
+        return torch.from_numpy(self.mask.visible_sets(1)).to(DEVICE)[self.token_ids.flatten()]
+
+    def logits(self, scale: float) -> Tensor:
+        values = np.random.default_rng(self.seed + 1).normal(scale=scale, size=(*self.shape, self.num_experts))
+        return torch.from_numpy(values).to(DEVICE, self.dtype).requires_grad_()
+
+    def router(self):
+        has_bias = self.scores == "sigmoid_with_bias"
+        config = make_config(
+            self.num_experts,
+            self.topk,
+            num_layers=2,
+            moe_router_score_function=self.score_function,
+            moe_router_pre_softmax=self.pre_softmax,
+            moe_router_enable_expert_bias=has_bias,
+            **LOSSES,
+        )
+        router = make_router(config, self.mask, layer_number=2, aux_loss_tokens=self.aux_loss_tokens)
+        if has_bias:
+            bias = np.random.default_rng(self.seed + 2).normal(scale=3, size=self.num_experts)
+            router.expert_bias.copy_(torch.from_numpy(bias))
+        return router
+
+
+@st.composite
+def cases(draw, dtypes=(torch.float32,)) -> Case:
+    num_experts = draw(st.integers(2, 20))
+    return Case(
+        seed=draw(st.integers(0, 2**32 - 1)),
+        num_experts=num_experts,
+        topk=draw(st.integers(1, num_experts)),
+        shape=draw(st.tuples(st.integers(1, 5), st.integers(1, 3))),
+        scores=draw(st.sampled_from(["softmax_before", "softmax_after", "sigmoid", "sigmoid_with_bias"])),
+        aux_loss_tokens=draw(st.sampled_from(["all", "routable"])),
+        dtype=draw(st.sampled_from(dtypes)),
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(case=cases())
+def test_follows_the_method(case: Case) -> None:
+    """Weights, map, losses and gradients equal the reference's; float32 against float64."""
+    router, logits = case.router(), case.logits(scale=2)
+    take_metrics()
+    probs, routing_map = router.routing(logits, case.token_ids)
+    losses = take_metrics()
+    output_grad = torch.from_numpy(np.random.default_rng(case.seed + 3).normal(size=probs.shape)).to(probs)
+    probs.backward(output_grad)
+
+    exact = logits.detach().double().requires_grad_()
+    reference = reference_routing(
+        exact.flatten(0, 1),
+        case.visible,
+        case.topk,
+        score_function=case.score_function,
+        pre_softmax=case.pre_softmax,
+        expert_bias=router.expert_bias,
+        aux_loss_tokens=case.aux_loss_tokens,
+    )
+    weighted = (
+        LOSSES["moe_aux_loss_coeff"] * reference.load_balancing_loss + LOSSES["moe_z_loss_coeff"] * reference.z_loss
+    )
+    ((reference.probs * output_grad).sum() + LOSS_SCALE * weighted).backward()
+
+    assert torch.equal(routing_map, reference.routing_map)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}
+    torch.testing.assert_close(probs, reference.probs, **tolerance)
+    torch.testing.assert_close(losses["load_balancing_loss"][1], reference.load_balancing_loss, **tolerance)
+    torch.testing.assert_close(losses["z_loss"][1], reference.z_loss, **tolerance)
+    torch.testing.assert_close(logits.grad, exact.grad, **tolerance)
+    if router.enable_expert_bias:
+        assert torch.equal(router.local_tokens_per_expert.long(), routing_map.sum(dim=0))
+
+
+@settings(deadline=None, max_examples=150)
+@given(case=cases(dtypes=(torch.float32, torch.bfloat16)), scale=st.sampled_from([1, 30, 500]))
+# The scores of visible experts round to 0, as those of invisible ones do.
+@example(case=Case(0, 20, 4, (5, 3), "softmax_before", "all"), scale=500)
+@example(case=Case(0, 20, 4, (5, 3), "sigmoid", "all"), scale=500)
+def test_nothing_invisible_is_ever_used(case: Case, scale: float) -> None:
+    """For logits of any size: `min(k, V)` visible experts, and no weight, gradient or NaN anywhere else."""
+    logits, visible = case.logits(scale), case.visible
+    take_metrics()
+    probs, routing_map = case.router().routing(logits, case.token_ids)
+    losses = take_metrics()
+    probs.sum().backward()
+    assert not (routing_map & ~visible).any()
+    assert torch.equal(routing_map.sum(dim=1), visible.sum(dim=1).clamp(max=case.topk))
+    assert not probs[~routing_map].any()
+    assert not logits.grad.flatten(0, 1)[~visible].any()
+    assert all(values.isfinite().all() for values in [probs, logits.grad, *losses.values()])
+
+
+@pytest.mark.parametrize("scores", ["softmax_before", "softmax_after", "sigmoid", "sigmoid_with_bias"])
+def test_logits_without_a_value_select_visible_experts(scores: str) -> None:
+    """So that a model that has diverged says so, and does not fail in the dispatcher."""
+    case = Case(0, 20, 4, (5, 3), scores, "all")
+    _, routing_map = case.router().routing(torch.full_like(case.logits(1), float("nan")), case.token_ids)
+    assert not (routing_map & ~case.visible).any()
+    assert torch.equal(routing_map.sum(dim=1), case.visible.sum(dim=1).clamp(max=4))
+
+
+def test_losses_without_a_routable_token_are_zero() -> None:
+    visible = random_visible_sets(0, 1, 10, 4, sizes=(1,))
+    visible[0, 0] = True
+    router = make_router(make_config(**LOSSES), make_mask(visible), aux_loss_tokens="routable")
+    routed = route(router, torch.randn(9, 1, 8, device=DEVICE), torch.arange(1, 10, device=DEVICE).view(9, 1))
+    assert routed.losses["load_balancing_loss"].item() == routed.losses["z_loss"].item() == 0
+    assert not routed.weight_grad.any()
+
+
+def test_expert_that_no_token_sees_gets_no_gradient() -> None:
+    visible = random_visible_sets(0, 1, 10, 6, sizes=(1, 2, 3))
+    visible[..., 4] = False
+    visible[~visible.any(axis=-1), 0] = True
+    router = make_router(make_config(6, 4, **LOSSES), make_mask(visible))
+    routed = route(router, torch.randn(10, 2, 8, device=DEVICE), torch.arange(20, device=DEVICE).view(10, 2) % 10)
+    assert not routed.weight_grad[4].any()
+    assert routed.weight_grad[0].any()
+
+
+def test_half_precision_model_counts_tokens_exactly() -> None:
+    """More tokens than bfloat16 can count."""
+    config = make_config(
+        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, params_dtype=torch.bfloat16
+    )
+    router = make_router(config, all_visible_mask("smoe", 20, 4)).bfloat16()
+    counts = torch.zeros(4, device=DEVICE, dtype=torch.int64)
+    for _ in range(3):
+        hidden = torch.randn(251, 3, 8, device=DEVICE, dtype=torch.bfloat16)
+        _, routing_map = router(hidden, torch.zeros(251, 3, dtype=torch.int64, device=DEVICE))
+        counts += routing_map.sum(dim=0)
+    assert torch.equal(router.local_tokens_per_expert.long(), counts)
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
+    if DEVICE.type == "cuda":
+        pytest.skip("an index error leaves the CUDA context unusable")
+    router = make_router(make_config(), all_visible_mask("smoe", 20, 4))
+    for token_id in (20, -1):
+        with pytest.raises(IndexError):
+            router(torch.randn(1, 1, 8), torch.tensor([[token_id]]))
+
+
+def test_router_registers_no_second_copy_of_the_mask() -> None:
+    router = make_router(make_config(), all_visible_mask("smoe", 20, 4))
+    assert router.state_dict().keys() == {"weight"}

@@ -1,0 +1,152 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.transformer.module import Float16Module
+from small_moe import DEVICE, make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
+
+from maskmoe.errors import UserError
+from maskmoe.transformer.visible_experts import VisibleExperts, check_same_mask, routing_mask_from_buffers
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tables=st.integers(1, 3),
+    vocab_size=st.integers(1, 40),
+    num_experts=st.integers(2, 70),
+    smallest=st.sampled_from([1, 2]),
+)
+def test_lookup_equals_the_mask(seed: int, tables: int, vocab_size: int, num_experts: int, smallest: int) -> None:
+    sizes = tuple(range(smallest, num_experts + 1))
+    mask = make_mask(random_visible_sets(seed, tables, vocab_size, num_experts, sizes), num_layers=max(tables, 2))
+    if tables == 3:
+        mask = make_mask(random_visible_sets(seed, tables, vocab_size, num_experts, sizes))
+    module = make_visible_experts(make_config(num_experts, num_layers=mask.num_layers), mask)
+    token_ids = np.random.default_rng(seed).integers(0, vocab_size, 30)
+    for layer in range(mask.num_layers):
+        found = module(torch.from_numpy(token_ids).to(DEVICE), module.table_of_layer(layer + 1))
+        expected = mask.visible_sets(layer)[token_ids]
+        assert found.experts.dtype == torch.bool
+        assert np.array_equal(found.experts.cpu(), expected)
+        if mask.min_visible > 1:
+            assert found.routable is None
+        else:
+            assert np.array_equal(found.routable.cpu(), expected.sum(axis=1) > 1)
+
+
+@pytest.fixture
+def mask():
+    return make_mask(random_visible_sets(0, 2, 30, 10))
+
+
+@pytest.fixture
+def module(mask) -> VisibleExperts:
+    return make_visible_experts(make_config(10, num_layers=2), mask)
+
+
+def test_half_precision_leaves_the_mask_alone(mask) -> None:
+    config = make_config(10, num_layers=2, bf16=True, params_dtype=torch.bfloat16)
+    module = make_visible_experts(config, mask)
+    Float16Module(config, module)
+    assert all(buffer.dtype != torch.bfloat16 for buffer in module.buffers())
+    token_ids = torch.arange(30, device=DEVICE)
+    assert np.array_equal(module(token_ids, 1).experts.cpu(), mask.visible_sets(1))
+
+
+def test_state_dict_round_trip(mask, module: VisibleExperts) -> None:
+    state = {name: buffer.clone() for name, buffer in module.state_dict().items()}
+    assert state.keys() == {"row_of_id", "visible_bits", "metadata"}
+    assert routing_mask_from_buffers(state).digest == mask.digest
+    assert np.array_equal(routing_mask_from_buffers(state).visible_sets(1), mask.visible_sets(1))
+    make_visible_experts(make_config(10, num_layers=2), mask).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        random_visible_sets(1, 2, 30, 10),
+        random_visible_sets(0, 2, 31, 10),
+        random_visible_sets(0, 2, 30, 9),
+        random_visible_sets(0, 1, 30, 10),
+    ],
+    ids=["sets", "vocabulary", "experts", "layers"],
+)
+def test_another_mask_is_refused(other: np.ndarray, mask, module: VisibleExperts) -> None:
+    other_mask = make_mask(other, num_layers=2)
+    config = make_config(other_mask.num_experts, num_layers=2)
+    state = make_visible_experts(config, other_mask).state_dict()
+    before = module.row_of_id.clone()
+    with pytest.raises(UserError) as error:
+        module.load_state_dict(state)
+    assert mask.digest[:16] in str(error.value) and other_mask.digest[:16] in str(error.value)
+    assert torch.equal(module.row_of_id, before)
+
+
+def test_same_mask_check_names_both() -> None:
+    check_same_mask("a" * 64, "a" * 64)
+    with pytest.raises(UserError, match=r"bbbbbbbbbbbbbbbb…, this run was given aaaaaaaaaaaaaaaa…"):
+        check_same_mask("a" * 64, "b" * 64)
+
+
+@pytest.mark.parametrize("name", ["row_of_id", "visible_bits", "metadata"])
+def test_damaged_buffers_are_refused(name: str, module: VisibleExperts) -> None:
+    state = {key: buffer.clone() for key, buffer in module.state_dict().items()}
+    state[name].flatten()[0] ^= 1
+    with pytest.raises(UserError):
+        module.load_state_dict(state)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'"text"', b"[1"], ids=str)
+def test_metadata_that_is_none_is_refused(content: bytes, module: VisibleExperts) -> None:
+    state = dict(module.state_dict())
+    state["metadata"] = torch.tensor(list(content), dtype=torch.uint8)
+    with pytest.raises(UserError):
+        routing_mask_from_buffers(state)
+
+
+def test_missing_buffers_are_reported(module: VisibleExperts) -> None:
+    state = dict(module.state_dict())
+    del state["metadata"]
+    with pytest.raises(RuntimeError, match="metadata"):
+        module.load_state_dict(state)
+
+
+def test_one_rank_and_model_chunk_writes_the_mask(mask) -> None:
+    def group(size: int, rank: int) -> SimpleNamespace:
+        return SimpleNamespace(size=lambda: size, rank=lambda: rank)
+
+    writers, seen = [], set()
+    for pp in range(2):
+        for vp_stage in (0, 1):
+            for tp in range(2):
+                for dp in range(3):
+                    groups = SimpleNamespace(pp=group(2, pp), tp=group(2, tp), dp_cp=group(3, dp))
+                    module = VisibleExperts(make_config(10, num_layers=2), mask, groups, vp_stage)
+                    tensors = module.sharded_state_dict("routing_mask.")
+                    assert tensors.keys() == {f"routing_mask.{name}" for name in module.state_dict()}
+                    ids = {tensor.replica_id for tensor in tensors.values()}
+                    assert len(ids) == 1
+                    writers += [replica_id for replica_id in ids if not any(replica_id)]
+                    seen |= ids
+    assert len(writers) == 1
+    assert len(seen) == 2 * 2 * 2 * 3
+
+
+def test_a_checkpoint_is_read_into_copies(module: VisibleExperts) -> None:
+    """The reader fills its tensors in place: the run's own mask must stay to be compared with."""
+    for name, tensor in module.sharded_state_dict("routing_mask.").items():
+        buffer = getattr(module, name.removeprefix("routing_mask."))
+        assert torch.equal(tensor.data, buffer)
+        assert tensor.data.data_ptr() != buffer.data_ptr()
+        assert tensor.global_shape == tuple(buffer.shape)
+
+
+def test_without_pipeline_there_is_one_chunk(mask) -> None:
+    module = VisibleExperts(make_config(10, num_layers=2), mask, process_groups())
+    assert module.sharded_state_dict()["row_of_id"].replica_id == (0, 0, 0)
+    assert json.loads(bytes(module.metadata.tolist()))
