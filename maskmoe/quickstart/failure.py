@@ -10,7 +10,7 @@ _EXCEPTION = re.compile(rf"^{_RANK}(?P<message>(?:\w+\.)*\w*(?:Error|Exception|K
 _KILLED = re.compile(r"Signal 9 \(SIGKILL\)|exitcode\s*: -9\b")
 # What other ranks, and torchrun, say when one rank has failed.
 _CONSEQUENCE = re.compile(
-    r"ChildFailedError|SignalException|Connection (?:closed|reset) by peer|Broken pipe|DistNetworkError|DistBackendError"
+    r"ChildFailedError|SignalException|Dist(?:Network|Backend)Error|Connection (?:closed|reset) by peer|Broken pipe"
 )
 
 

@@ -10,6 +10,7 @@ from maskmoe.quickstart.devices import Devices
 from maskmoe.quickstart.settings import HEAD_SIZE, ROOT, RunFiles, Settings
 from maskmoe.quickstart.split import Split, choose_split, opening_of_held_out_text
 
+_PROMPT_FOR_PYTHON = 'def read_lines(path):\n    """'
 _PROMPT_TOKENS = 16
 _SAMPLE_TOKENS = 96
 _CHECKPOINTS_IN_A_RUN = 10
@@ -184,15 +185,13 @@ class Plan:
         )
 
     def sample(self) -> Stage:
-        files, prompt = self.files, self.settings.prompt
-        if prompt is None:
-            prompt = opening_of_held_out_text(files.dataset_prefix, files.tokenizer_model, self._split, _PROMPT_TOKENS)
+        files = self.files
         command = self._torchrun(
             "generate",
             *self._checkpoint_flags,
             *self._tokenizer_flags,
             # As one word, so that it may begin with a dash.
-            f"--prompt={prompt}",
+            f"--prompt={self._prompt}",
             *("--max-new-tokens", min(_SAMPLE_TOKENS, self.settings.seq_length - _PROMPT_TOKENS)),
             *("--seed", self.settings.seed),
             *("--sample-output", files.sample),
@@ -212,6 +211,15 @@ class Plan:
     @property
     def _split(self) -> Split:
         return choose_split(self.files.dataset_prefix, self.settings.seq_length)
+
+    @property
+    def _prompt(self) -> str:
+        if self.settings.prompt is not None:
+            return self.settings.prompt
+        if not self.settings.input:
+            return _PROMPT_FOR_PYTHON
+        files = self.files
+        return opening_of_held_out_text(files.dataset_prefix, files.tokenizer_model, self._split, _PROMPT_TOKENS)
 
     @property
     def _tokenizer_flags(self) -> tuple[object, ...]:

@@ -102,7 +102,7 @@ def render_report(results: Results) -> str:
         "## Sample",
         f"{fence}text\n{results.sample}\n{fence}",
         "## Files",
-        _table(["what", "where"], [[what, os.fspath(path)] for what, path in results.paths.items()]),
+        "\n".join(f"- {what}: {os.fspath(path)}" for what, path in results.paths.items()),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -119,7 +119,7 @@ def _bands_table(evaluation: dict[str, Any]) -> str:
         ]
         for band in (*evaluation["bands"], overall)
     ]
-    return _table(["tokens", "share", "number", "loss", "perplexity"], rows)
+    return _table(["input tokens", "share", "tokens", "loss", "perplexity"], rows)
 
 
 def _load_table(expert_load: Sequence[dict[str, Any]]) -> str:
@@ -161,7 +161,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def draw_loss_curve(results: Results, path: Path) -> None:
     """Write a PNG of training and held-out loss over iterations, in place of an older one."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     trained = [(it, r.loss) for it, r in sorted(results.history.iterations.items()) if r.loss is not None]
     held_out = [(it, r.loss) for it, r in sorted(results.history.validations.items())]
@@ -184,7 +184,7 @@ def draw_loss_curve(results: Results, path: Path) -> None:
     perplexity.set_yscale("log")
     perplexity.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     perplexity.yaxis.set_major_formatter(ScalarFormatter())
-    perplexity.yaxis.set_minor_formatter(NullFormatter())
+    perplexity.yaxis.set_minor_locator(NullLocator())
     perplexity.set_ylabel("perplexity")
     axes.legend(frameon=False)
     with atomic_output(path) as temporary:

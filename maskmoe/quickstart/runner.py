@@ -4,7 +4,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import time
 from pathlib import Path
 
 from maskmoe.cli import atomic_output
@@ -139,13 +138,14 @@ class Runner:
 
 def format_command(stage: Stage) -> str:
     """The stage's command for a shell, one flag a line."""
-    lines = [" ".join([*(f"{name}={shlex.quote(value)}" for name, value in stage.environment.items())])]
-    for word in stage.command:
-        if word.startswith("--"):
-            lines.append(shlex.quote(word))
-        else:
-            lines[-1] = f"{lines[-1]} {shlex.quote(word)}".lstrip()
-    return " \\\n    ".join(lines)
+    variables = [f"{name}={shlex.quote(value)}" for name, value in stage.environment.items()]
+    program, first, *others = map(shlex.quote, stage.command)
+    lines = [[*variables, program, first]]
+    for word, quoted in zip(stage.command[2:], others, strict=True):
+        if word.startswith("-"):
+            lines.append([])
+        lines[-1].append(quoted)
+    return " \\\n    ".join(map(" ".join, lines))
 
 
 def repair_checkpoint_tracker(folder: Path) -> int:

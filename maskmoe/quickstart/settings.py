@@ -111,7 +111,9 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     add(training, "--train-iters", 700, "iterations")
     add(training, "--lr", 4e-3, "largest learning rate", metavar="X")
     add(training, "--seed", 1234, "of initial weights and the order of the data")
-    training.add_argument("--prompt", metavar="TEXT", help="what the sample shall continue [start of a held-out text]")
+    training.add_argument(
+        "--prompt", metavar="TEXT", help="what the sample shall continue [the start of a held-out text]"
+    )
 
     values = vars(parser.parse_args(arguments))
     values["input"] = tuple(path.absolute() for path in values["input"])

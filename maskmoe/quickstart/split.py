@@ -42,16 +42,14 @@ def choose_split(dataset_prefix: Path, seq_length: int) -> Split:
             "files, JSON lines with one document each, or a text file above 1 MB"
         )
     sample = seq_length + 1
-    wanted = max(sample, min(int(_HELD_OUT_SHARE * lengths.sum()), _MAX_HELD_OUT_TOKENS))
-    held_out = int(np.searchsorted(np.cumsum(lengths[::-1]), wanted)) + 1
-    held_out = min(held_out, len(lengths) - 1)
-    for part, tokens in (("training", lengths[:-held_out].sum()), ("evaluation", lengths[-held_out:].sum())):
-        if tokens < sample:
-            raise UserError(
-                f"the input leaves {tokens} tokens for {part}, less than one sample of --seq-length {seq_length}: "
-                "give more text, or a smaller --seq-length"
-            )
-    return Split(len(lengths) - held_out, held_out)
+    for wanted in (max(sample, min(int(_HELD_OUT_SHARE * lengths.sum()), _MAX_HELD_OUT_TOKENS)), sample):
+        held_out = int(np.searchsorted(np.cumsum(lengths[::-1]), wanted)) + 1
+        if held_out < len(lengths) and lengths[:-held_out].sum() >= sample:
+            return Split(len(lengths) - held_out, held_out)
+    raise UserError(
+        f"the input's {lengths.sum()} tokens in {len(lengths)} documents are too few to train and to evaluate on "
+        f"samples of --seq-length {seq_length}: give more or smaller documents, or a smaller --seq-length"
+    )
 
 
 def opening_of_held_out_text(dataset_prefix: Path, tokenizer_model: Path, split: Split, num_tokens: int) -> str:

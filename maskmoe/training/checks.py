@@ -50,6 +50,9 @@ def check_supported(args: Namespace) -> None:
         "--mtp-num-layers with --sequence-parallel shifts the token ids wrongly": (
             args.mtp_num_layers and args.sequence_parallel
         ),
+        "--recompute-modules moe is not supported with fp8 or fp4": (
+            (args.fp8 or args.fp4) and "moe" in (args.recompute_modules or ())
+        ),
         "--moe-use-upcycling is not supported": args.moe_use_upcycling,
         "--sft and --dataloader-inter-document-masking are not supported": (
             args.sft or args.dataloader_inter_document_masking

@@ -8,6 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -98,13 +99,23 @@ class ExpertLoadCounter:
 
     def __init__(self, model: torch.nn.Module, num_layers: int, num_experts: int):
         self.counts = torch.zeros(num_layers, num_experts, dtype=torch.long, device=torch.cuda.current_device())
+        self._counted_samples: Tensor | None = None
         for module in model.modules():
             if isinstance(module, MaskMoERouter):
                 module.register_forward_hook(self._count)
 
-    def _count(self, router: MaskMoERouter, _inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
-        _, routing_map = outputs
-        self.counts[router.layer_number - 1] += routing_map.sum(dim=0)
+    @contextmanager
+    def counting(self, counted_samples: Tensor) -> Iterator[None]:
+        """Count what is routed in this block, of the samples that are True in `counted_samples`, bool [batch]."""
+        self._counted_samples = counted_samples
+        yield
+        self._counted_samples = None
+
+    def _count(self, router: MaskMoERouter, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> None:
+        _, token_ids = inputs  # [sequence, batch]
+        _, routing_map = outputs  # [tokens, experts]
+        counted = self._counted_samples.expand_as(token_ids).reshape(-1, 1)
+        self.counts[router.layer_number - 1] += (routing_map & counted).sum(dim=0)
 
     def result(self) -> list[ExpertLoad]:
         """The load over all ranks of the layers that have experts; a collective call."""
@@ -214,9 +225,10 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyB
 
     def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         batch = get_batch(data_iterator)
-        output = model(
-            batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
-        )
+        with counter.counting(batch.loss_mask.any(dim=1)):
+            output = model(
+                batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
+            )
         return output, partial(band_loss_function, batch.tokens, batch.loss_mask, band_of_id, len(bands.names))
 
     data_iterator = iterate_split(dataset, num_steps, args.micro_batch_size)

@@ -26,9 +26,7 @@ from maskmoe.transformer.visible_experts import check_same_mask
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
-def parse_and_check_args(
-    extra_args_provider: ArgumentsProvider | None = None, *, reads_data: bool = True
-) -> Namespace:
+def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None, *, reads_data: bool = True) -> Namespace:
     """Parse the command line, check all that it names, and set Megatron's global variables.
 
     Args:

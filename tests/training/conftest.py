@@ -76,7 +76,7 @@ DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 # Checkpoints are written at 7, as `SETTINGS` has it, and at the end.
 UNTIL_12 = "--exit-interval 12"
 FROM_7 = f"{UNTIL_12} --ckpt-step 7"
-EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 9"
+EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(Path(__file__).with_name("pretrain_with_stale_ids.py")),)
 
 RUNS = {
@@ -218,10 +218,14 @@ class Workplace:
         if run.torchrun:
             launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks))
             return self._execute([*launcher, *program], [{}], folder)
-        size = {"WORLD_SIZE": str(run.ranks), "LOCAL_WORLD_SIZE": str(run.ranks)}
+        return self.execute(program, folder, run.ranks)
+
+    def execute(self, program: Sequence[str], folder: Path, ranks: int = 1) -> Outcome:
+        """Run Python on `program` as one group of ranks; their output goes to `folder`, which exists."""
+        size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         group = size | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-        ranks = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(run.ranks)]
-        return self._execute(program, ranks, folder)
+        per_rank = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        return self._execute(program, per_rank, folder)
 
     def flags(self, run: Run, folder: Path, load: Path | None = None) -> list[str]:
         """The command line arguments of a run that writes to `folder`."""

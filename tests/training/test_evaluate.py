@@ -1,0 +1,127 @@
+"""Evaluation of a checkpoint as real processes, in several layouts."""
+
+import json
+import math
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from maskmoe.data.indexed_dataset import open_tokens, read_index
+from maskmoe.routing_mask import RoutingMask
+
+SETTINGS = """
+    --use-checkpoint-args --data-path data --split 60,40,0 --tokenizer-type NullTokenizer --vocab-size 510
+    --token-frequency counts.safetensors --eval-output evaluation.json
+"""
+LAYOUTS = {
+    "one rank": ("", 1),
+    # Neither the 3 of a batch nor the 6 of two ranks divide the number of samples.
+    "uneven batches": ("--micro-batch-size 3", 1),
+    "expert parallel": ("--expert-model-parallel-size 2 --micro-batch-size 3", 2),
+    "pipeline": ("--pipeline-model-parallel-size 2", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def evaluate(workplace, start_by_name):
+    """Evaluate the checkpoint `start`; returns the results, and what was printed."""
+
+    def evaluate(name: str, flags: str, ranks: int) -> tuple[dict, str]:
+        checkpoints = start_by_name("start").result().checkpoints
+        folder = workplace.folder / "evaluations" / name.replace(" ", "_")
+        folder.mkdir(parents=True)
+        output = folder / "evaluation.json"
+        settings = shlex.split(SETTINGS.replace("evaluation.json", str(output)) + flags)
+        program = ["-m", "maskmoe.training.evaluate", "--load", str(checkpoints), *settings]
+        program += ["--data-cache-path", str(folder / "cache")]
+        outcome = workplace.execute(program, folder, ranks)
+        assert not any(outcome.exit_codes), outcome.report()
+        return json.loads(output.read_text()), (folder / "out0.log").read_text()
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def results(evaluate):
+    return {name: evaluate(name, *layout) for name, layout in LAYOUTS.items()}
+
+
+def samples_of_validation_split(workplace) -> int:
+    """Sequences of 32 tokens and their labels in the last 40 % of the documents."""
+    lengths = read_index(workplace.folder / "data").sequence_lengths
+    return (int(lengths[round(0.6 * len(lengths)) :].sum()) - 1) // 32
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_token_counts_once(results, workplace, name):
+    evaluation, _ = results[name]
+
+    assert evaluation["tokens"] == 32 * samples_of_validation_split(workplace)
+    assert sum(band["tokens"] for band in evaluation["bands"]) == evaluation["tokens"]
+    assert math.isclose(sum(band["share"] for band in evaluation["bands"]), 1)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one rank"])
+def test_layouts_agree(results, name):
+    """Losses are fp32 and differ by the order of sums only."""
+    evaluation, reference = results[name][0], results["one rank"][0]
+
+    assert math.isclose(evaluation["loss"], reference["loss"], rel_tol=1e-6)
+    for band, expected in zip(evaluation["bands"], reference["bands"], strict=True):
+        assert band["tokens"] == expected["tokens"]
+        assert math.isclose(band["loss"], expected["loss"], rel_tol=1e-6)
+    assert evaluation["expert_load"] == reference["expert_load"]
+
+
+def test_bands_make_up_the_whole(results):
+    evaluation, _ = results["one rank"]
+    bands = evaluation["bands"]
+
+    weighted = sum(band["loss"] * band["tokens"] for band in bands) / evaluation["tokens"]
+
+    assert [band["name"] for band in bands] == ["top 40 %", "next 50 %", "last 10 %"]
+    assert math.isclose(weighted, evaluation["loss"], rel_tol=1e-9)
+    assert math.isclose(evaluation["perplexity"], math.exp(evaluation["loss"]))
+
+
+def test_expert_load_is_what_the_mask_allows(results, workplace):
+    """Of the tokens with one visible expert, the mask tells the load; the others add what they can."""
+    evaluation, _ = results["one rank"]
+    mask = RoutingMask.load(workplace.folder / "mask.safetensors")
+    lengths = read_index(workplace.folder / "data").sequence_lengths
+    tokens = np.asarray(open_tokens(workplace.folder / "data"))[lengths[: round(0.6 * len(lengths))].sum() :]
+    left_out = len(tokens) - evaluation["tokens"]  # too few for a sample
+
+    assert [load["layer"] for load in evaluation["expert_load"]] == [1, 2, 3, 4]
+    for load in evaluation["expert_load"]:
+        visible = mask.visible_sets(load["layer"] - 1)[tokens]  # [tokens, experts]
+        counts = np.array(load["tokens_per_expert"])
+        assert 0 <= np.minimum(visible.sum(axis=1), 2).sum() - counts.sum() <= 2 * left_out
+        assert (counts >= visible[visible.sum(axis=1) == 1].sum(axis=0) - left_out).all()
+        assert (counts <= visible.sum(axis=0)).all()
+        assert math.isclose(load["max_over_mean"], counts.max() / counts.mean())
+
+
+def test_loss_is_megatrons_validation_loss(results, workplace, start_by_name):
+    """`pretrain` without training, on exactly the samples of the split."""
+    checkpoints = start_by_name("start").result().checkpoints
+    folder = workplace.folder / "evaluations" / "megatron"
+    folder.mkdir(parents=True)
+    flags = [*shlex.split(SETTINGS.split("--token-frequency")[0]), "--load", str(checkpoints), "--skip-train"]
+    flags += shlex.split(f"--micro-batch-size 1 --eval-iters {samples_of_validation_split(workplace)} --num-workers 0")
+    flags += ["--data-cache-path", str(folder / "cache"), "--global-batch-size", "1", "--train-iters", "1"]
+
+    outcome = workplace.execute(["-m", "maskmoe.training.pretrain", *flags], folder, 1)
+
+    assert not any(outcome.exit_codes), outcome.report()
+    printed = re.search(r"on validation set \| lm loss value: ([\d.E+-]+)", (folder / "out0.log").read_text())
+    assert math.isclose(float(printed[1]), results["one rank"][0]["loss"], rel_tol=1e-6)
+
+
+def test_table_shows_the_results(results):
+    evaluation, printed = results["one rank"]
+
+    assert re.search(rf"all +100.0% +{evaluation['tokens']:,} +{evaluation['loss']:.4f}", printed)
+    assert f"1: {evaluation['expert_load'][0]['max_over_mean']:.2f}" in printed

@@ -1,0 +1,76 @@
+"""Generation from a checkpoint as real processes."""
+
+import shlex
+
+import pytest
+import torch
+
+from maskmoe.training.generate import sample_next_token
+
+SETTINGS = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510 --max-new-tokens 6"
+
+
+@pytest.fixture(scope="module")
+def generate(workplace, start_by_name):
+    """Continue the ids "1 2 3" with the checkpoint `start`; returns the outcome, and the text if there is one."""
+
+    def generate(name: str, flags: str, ranks: int = 1) -> tuple:
+        checkpoints = start_by_name("start").result().checkpoints
+        folder = workplace.folder / "samples" / name
+        folder.mkdir(parents=True)
+        output = folder / "sample.txt"
+        program = ["-m", "maskmoe.training.generate", "--load", str(checkpoints), "--prompt", "1 2 3"]
+        program += ["--sample-output", str(output), *shlex.split(f"{SETTINGS} {flags}")]
+        outcome = workplace.execute(program, folder, ranks)
+        return outcome, output.read_text() if output.exists() else None
+
+    return generate
+
+
+def test_continues_the_prompt_alike_on_one_rank_and_two(generate):
+    outcome, text = generate("one", "--temperature 0")
+    _, text_of_two = generate("two", "--temperature 0 --expert-model-parallel-size 2", ranks=2)
+
+    assert not any(outcome.exit_codes), outcome.report()
+    assert text.startswith("1 2 3 ")
+    assert len(text.split()) <= 9
+    assert text == text_of_two
+    assert text in (outcome.folder / "out0.log").read_text()
+
+
+def test_seed_decides_the_sample(generate):
+    texts = [generate(name, f"--seed {seed}")[1] for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "name, flags, message",
+    [
+        ("long", "--max-new-tokens 100", "3 prompt tokens and 100 new ones exceed the model's 32 positions"),
+        ("cold", "--temperature -1", "--temperature"),
+    ],
+)
+def test_bad_settings_are_refused(generate, name, flags, message):
+    outcome, text = generate(name, flags)
+
+    assert outcome.exit_codes == (2,), outcome.report()
+    assert message in outcome.errors[0]
+    assert text is None
+
+
+class TestSampleNextToken:
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
+
+    def draw(self, temperature: float, top_k: int, count: int = 500) -> set[int]:
+        generator = torch.Generator().manual_seed(0)
+        return {sample_next_token(self.logits, temperature, top_k, generator).item() for _ in range(count)}
+
+    def test_temperature_0_takes_the_most_probable(self):
+        assert self.draw(temperature=0, top_k=0) == {1}
+
+    def test_top_k_bounds_the_choice(self):
+        assert self.draw(temperature=5, top_k=2) == {1, 3}
+
+    def test_without_bounds_every_token_can_be_drawn(self):
+        assert self.draw(temperature=5, top_k=0) == {0, 1, 2, 3}
