@@ -4,53 +4,90 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from maskmoe.errors import UserError
 
-_PATIENCE_SECONDS = 60.0
+_SECONDS_TO_END = 10.0
+_SECONDS_TO_GIVE_UP = 30.0
+
+
+@dataclass(frozen=True)
+class RunLock:
+    """The locked lock file of a run folder.
+
+    Processes that have it as their standard input hold the lock as well. So it is free only when all processes of a
+    quickstart have ended, also of one that was killed.
+
+    Attributes:
+        path: of the file.
+        descriptor: of the file, open.
+    """
+
+    path: Path
+    descriptor: int
+
+    def other_holders(self) -> set[psutil.Process]:
+        """Processes that have the lock as their standard input, with all their children (on Linux)."""
+        found: set[psutil.Process] = set()
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):
+                if os.path.samestat(os.stat(f"/proc/{process.pid}/fd/0"), os.fstat(self.descriptor)):
+                    found.update([process, *process.children(recursive=True)])
+        return found
+
+    def kill_other_holders(self) -> None:
+        """Leave no process of a stage behind."""
+        for process in self.other_holders():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @contextmanager
-def locked(path: Path, patience: float = _PATIENCE_SECONDS) -> Iterator[int]:
-    """Hold the lock file for the time of the block; yields its descriptor.
-
-    Processes that inherit the descriptor hold the lock as well. So it is free only when all processes of a quickstart
-    that was killed have ended, which may take some seconds: they are waited for.
+def locked(path: Path, seconds_to_end: float = _SECONDS_TO_END) -> Iterator[RunLock]:
+    """Hold a lock file for the time of the block.
 
     Args:
         path: of the file, which is made.
-        patience: seconds to wait for what a quickstart that is gone has left.
+        seconds_to_end: how long processes that a killed quickstart has left may take to end; then they are killed.
 
     Raises:
         UserError: another quickstart is at work here.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _acquire(descriptor, path, patience)
+        lock = RunLock(path, descriptor)
+        _acquire(lock, seconds_to_end)
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, f"{os.getpid()}\n".encode())
-        yield descriptor
+        yield lock
     finally:
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: Path, patience: float) -> None:
-    deadline = time.monotonic() + patience
+def _acquire(lock: RunLock, seconds_to_end: float) -> None:
+    start = time.monotonic()
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            owner = _read_owner(descriptor)
+            owner = _read_owner(lock.descriptor)
+        folder = lock.path.parent
         if owner is None or _is_alive(owner):
             at_work = f"process {owner}" if owner else "just started"
-            raise UserError(f"another quickstart ({at_work}) is at work in {path.parent}; give another --run-dir")
-        if time.monotonic() > deadline:
+            raise UserError(f"another quickstart ({at_work}) is at work in {folder}; give another --run-dir")
+        waited = time.monotonic() - start
+        if waited > seconds_to_end:
+            lock.kill_other_holders()
+        if waited > seconds_to_end + _SECONDS_TO_GIVE_UP:
             raise UserError(
-                f"processes of an earlier quickstart (process {owner}, which is gone) still work in {path.parent}: "
+                f"processes of an earlier quickstart (process {owner}, which is gone) still work in {folder}: "
                 "end them, or give another --run-dir"
             )
         time.sleep(0.2)
@@ -63,9 +100,6 @@ def _read_owner(descriptor: int) -> int | None:
 
 def _is_alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from maskmoe.quickstart.lock import RunLock
+
 _PR_SET_PDEATHSIG = 1
-_SECONDS_TO_END = 45.0  # torchrun gives its workers 30, in which they save a checkpoint
+_SECONDS_TO_END = 45.0  # torchrun gives its workers 30
 
 
 class StageProcess:
@@ -23,13 +26,14 @@ class StageProcess:
         command: program and arguments.
         environment: variables in addition to those of this process.
         log: file to which the output is appended.
-        lock: descriptor that all processes of the command inherit, which keeps the run folder locked.
+        lock: of the run folder, which all processes of the command hold too.
         folder: to run in.
     """
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], log: Path, lock: int, folder: Path
+        self, command: Sequence[str], environment: Mapping[str, str], log: Path, lock: RunLock, folder: Path
     ) -> None:
+        self._lock = lock
         parent = os.getpid()
 
         def end_with_parent() -> None:
@@ -45,7 +49,7 @@ class StageProcess:
                 cwd=folder,
                 env={**os.environ, **environment},
                 # torchrun's workers inherit the standard streams only, so one of them carries the lock.
-                stdin=lock,
+                stdin=lock.descriptor,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 # Ctrl-C reaches this process alone, which then ends the command in good order.
@@ -76,12 +80,15 @@ class StageProcess:
         try:
             self.wait(_SECONDS_TO_END)
         finally:
-            for process in {*family, *self._family()}:
-                try:
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
                     process.kill()
-                except psutil.NoSuchProcess:
-                    continue
             self._process.wait()
+            self.clear_up()
+
+    def clear_up(self) -> None:
+        """When it has ended: end what it has left, as it does if it was killed."""
+        self._lock.kill_other_holders()
 
     def _family(self) -> set[psutil.Process]:
         try:

@@ -1,6 +1,5 @@
 """Takes a plan's stages in order, each once, however often the work is interrupted."""
 
-import contextlib
 import os
 import shlex
 import shutil
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from maskmoe.cli import atomic_output
 from maskmoe.quickstart.failure import Failure, explain_failure
+from maskmoe.quickstart.lock import RunLock
 from maskmoe.quickstart.plan import Plan, Stage
 from maskmoe.quickstart.process import LogTail, StageProcess
 from maskmoe.quickstart.progress import ProgressLine, StageProgress, format_seconds
@@ -37,10 +37,10 @@ class Runner:
         plan: the stages.
         record: of what was done before.
         line: shows how far it is.
-        lock: descriptor of the locked lock file of the run folder.
+        lock: of the run folder.
     """
 
-    def __init__(self, plan: Plan, record: RunRecord, line: ProgressLine, lock: int):
+    def __init__(self, plan: Plan, record: RunRecord, line: ProgressLine, lock: RunLock):
         self._plan = plan
         self._record = record
         self._line = line
@@ -81,7 +81,7 @@ class Runner:
         if reason is not None:
             self._line.print(f"{title}  is done again, for {reason}")
         if goes_on:
-            iteration = repair_checkpoint_tracker(self._plan.files.checkpoints)
+            iteration = repair_checkpoints(self._plan.files.checkpoints)
             start = f"goes on from its checkpoint of iteration {iteration}" if iteration else "starts again"
             self._line.print(f"{title}  {start}")
         else:
@@ -118,6 +118,7 @@ class Runner:
             self._record.pause(stage, progress.seconds)
             raise
         if process.exit_code != 0:
+            process.clear_up()
             self._record.pause(stage, progress.seconds)
             raise StageError(stage, explain_failure(process.exit_code, lines), log)
         self._record.finish(stage, progress.seconds)
@@ -148,24 +149,32 @@ def format_command(stage: Stage) -> str:
     return " \\\n    ".join(map(" ".join, lines))
 
 
-def repair_checkpoint_tracker(folder: Path) -> int:
-    """Make Megatron's note of the newest checkpoint point at a whole one, which a kill at the wrong time can prevent.
+def repair_checkpoints(folder: Path) -> int:
+    """Undo what a kill while a checkpoint was written has done to Megatron's `--save` folder.
+
+    Removes checkpoints that are not whole, and makes the note of the newest one point at one that is.
 
     Returns:
         the iteration of the newest whole checkpoint, 0 if there is none.
     """
-    whole = sorted(int(path.parent.name.removeprefix("iter_")) for path in folder.glob("iter_*/.metadata"))
+    whole = []
+    for checkpoint in folder.glob("iter_*"):
+        # Written last.
+        if (checkpoint / ".metadata").is_file():
+            whole.append(int(checkpoint.name.removeprefix("iter_")))
+        else:
+            shutil.rmtree(checkpoint)
+    newest = max(whole, default=0)
     tracker = folder / _TRACKER
+    if newest == 0:
+        tracker.unlink(missing_ok=True)
+        return 0
     noted = tracker.read_text().strip() if tracker.exists() else ""
     if noted.isdigit() and int(noted) in whole:
         return int(noted)
-    if not whole:
-        with contextlib.suppress(FileNotFoundError):
-            tracker.unlink()
-        return 0
     with atomic_output(tracker) as path:
-        path.write_text(str(whole[-1]))
-    return whole[-1]
+        path.write_text(str(newest))
+    return newest
 
 
 def read_log(path: Path) -> list[str]:

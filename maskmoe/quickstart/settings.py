@@ -108,7 +108,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     training = parser.add_argument_group("training")
     add(training, "--seq-length", 256, "tokens in a sample")
     add(training, "--global-batch-size", 8, "samples in an iteration")
-    add(training, "--train-iters", 700, "iterations")
+    add(training, "--train-iters", 800, "iterations")
     add(training, "--lr", 4e-3, "largest learning rate", metavar="X")
     add(training, "--seed", 1234, "of initial weights and the order of the data")
     training.add_argument(

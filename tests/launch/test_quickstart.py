@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.errors import UserError
 from maskmoe.quickstart.devices import Devices
 from maskmoe.quickstart.failure import explain_failure
+from maskmoe.quickstart.lock import locked
 from maskmoe.quickstart.plan import Plan, Stage
 from maskmoe.quickstart.process import LogTail
 from maskmoe.quickstart.progress import (
@@ -35,7 +37,7 @@ from maskmoe.quickstart.progress import (
 )
 from maskmoe.quickstart.record import RunRecord, describe_change
 from maskmoe.quickstart.report import Results, draw_loss_curve, entropy, render_report
-from maskmoe.quickstart.runner import format_command, repair_checkpoint_tracker
+from maskmoe.quickstart.runner import format_command, repair_checkpoints
 from maskmoe.quickstart.settings import ROOT, parse_settings
 from maskmoe.quickstart.split import choose_split
 
@@ -341,6 +343,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from maskmoe.cli import run_tool
 from maskmoe.quickstart.__main__ import run_to_end
+from maskmoe.quickstart.lock import locked
 from maskmoe.quickstart.plan import Stage
 from maskmoe.quickstart.settings import RunFiles
 
@@ -531,6 +534,46 @@ def test_kill_ends_the_stage_too_and_the_next_run_waits_for_that(stub_run):
     assert stub_run.output("last").read_text() == "10"
 
 
+def worker_of(process):
+    """The process that does the work of the stage that a quickstart runs."""
+    (stage,) = psutil.Process(process.pid).children()
+    (worker,) = stage.children()
+    return stage, worker
+
+
+def has_ended(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes that hold a lock are found on Linux only")
+def test_workers_of_a_killed_stage_are_ended(stub_run):
+    stub_run.hold()
+    process = stub_run.start()
+    stub_run.wait_for_half()
+    stage, worker = worker_of(process)
+    stage.kill()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "a process was killed" in output
+    wait_until(lambda: has_ended(worker))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes that hold a lock are found on Linux only")
+def test_next_run_ends_the_workers_that_a_killed_one_has_left(stub_run):
+    stub_run.hold()
+    process = stub_run.start()
+    stub_run.wait_for_half()
+    stage, worker = worker_of(process)
+    # In this order the stage cannot end its worker.
+    stage.suspend()
+    process.kill()
+    process.communicate()
+    stage.kill()
+    assert not has_ended(worker)
+    with locked(stub_run.folder / ".lock", seconds_to_end=0.1):
+        wait_until(lambda: has_ended(worker))
+
+
 def test_continuing_with_other_settings_starts_from_nothing(stub_run):
     stub_run.hold()
     process = stub_run.start()
@@ -579,8 +622,9 @@ def test_tracker_points_at_a_whole_checkpoint(tmp_path, noted, whole, expected):
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     if noted is not None:
         tracker.write_text(noted)
-    assert repair_checkpoint_tracker(tmp_path) == expected
+    assert repair_checkpoints(tmp_path) == expected
     assert (tracker.read_text() if tracker.exists() else "0") == str(expected)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == [f"iter_{iteration:07d}" for iteration in whole]
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------

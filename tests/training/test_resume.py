@@ -24,7 +24,7 @@ def test_resume_after_stop_is_bit_equal(runs):
             ("fp32, distributed optimizer",),
             ("bf16, distributed optimizer",),
             ("experts on 2", pytest.mark.slow),
-            ("experts on 2, distributed optimizer",),
+            ("experts on 2, distributed optimizer", pytest.mark.slow),
         ]
     ],
 )
