@@ -46,7 +46,8 @@ def run_to_end(plan: Plan, report: Callable[[Plan, RunRecord], str]) -> None:
     except OSError as error:
         raise UserError(f"cannot work in --run-dir {plan.files.folder}: {error}") from error
     except StageError as error:
-        line.print(f"error: {error}")
+        line.clear()
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT if error.failure.is_bad_input else 1)
     except KeyboardInterrupt:
         line.print("interrupted; the same command goes on from here")

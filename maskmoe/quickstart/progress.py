@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
+_SEPARATOR = " · "
 _ITERATION = re.compile(
     r"^ \[[^]]+\] iteration +(?P<iteration>\d+)/ *(?P<total>\d+) \|"
     r".* elapsed time per iteration \(ms\): (?P<milliseconds>[\d.]+) \|"
@@ -130,17 +131,18 @@ class StageProgress:
             self._newest, self._time_of_newest = record, now
 
     def __str__(self) -> str:
-        parts = []
-        if record := self._newest:
-            parts.append(f"iteration {record.iteration}/{record.total}")
-            parts.append(f"loss {record.loss:.3f}" if record.loss is not None else "loss is not a number")
-            if self._newest_validation:
-                parts.append(f"held-out {self._newest_validation.loss:.3f}")
-            parts.append(f"{record.batch * self._seq_length / record.seconds:,.0f} tokens/s")
-            parts.append(f"ETA {self._eta()}")
-        else:
-            parts.append(format_seconds(self.seconds))
-        return f"{self.title}  {' · '.join(parts)}"
+        record = self._newest
+        if record is None:
+            return f"{self.title} {format_seconds(self.seconds)}"
+        parts = [
+            f"{record.iteration}/{record.total}",
+            f"loss {record.loss:.2f}" if record.loss is not None else "loss is not a number",
+            f"{record.batch * self._seq_length / record.seconds:,.0f} tokens/s",
+            f"ETA {self._eta()}",
+        ]
+        if self._newest_validation:
+            parts.append(f"valid {self._newest_validation.loss:.2f}")
+        return f"{self.title} {_SEPARATOR.join(parts)}"
 
     def _eta(self) -> str:
         if self._eta_at_newest is None:
@@ -153,6 +155,13 @@ def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _fitting(text: str, width: int) -> str:
+    """As many whole parts of the text as fit, but at least a piece of the first."""
+    while len(text) > width and _SEPARATOR in text:
+        text = text.rpartition(_SEPARATOR)[0]
+    return text[:width]
 
 
 class ProgressLine:
@@ -175,7 +184,7 @@ class ProgressLine:
     def update(self, text: str) -> None:
         """Show a passing state."""
         if self._is_terminal:
-            text = text[: shutil.get_terminal_size().columns - 1]
+            text = _fitting(text, shutil.get_terminal_size().columns - 1)
             if text != self._shown:
                 self._write(f"\r{text}\x1b[K")
                 self._shown = text
@@ -184,9 +193,15 @@ class ProgressLine:
 
     def print(self, text: str = "") -> None:
         """Write what shall stay."""
-        self._write(f"\r\x1b[K{text}\n" if self._shown else f"{text}\n")
-        self._shown = ""
+        self.clear()
+        self._write(f"{text}\n")
         self._next = self._clock() + self._interval
+
+    def clear(self) -> None:
+        """Take the passing state away."""
+        if self._shown:
+            self._write("\r\x1b[K")
+            self._shown = ""
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

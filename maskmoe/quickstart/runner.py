@@ -61,7 +61,7 @@ class Runner:
             self._write_commands()
             title = f"[{number}/{len(self._plan.stages)}] {stage.name:<9}"
             if self._record.is_finished(stage):
-                self._line.print(f"{title}  finished earlier ({format_seconds(self._record[stage.name].seconds)})")
+                self._line.print(f"{title} finished earlier ({format_seconds(self._record[stage.name].seconds)})")
             else:
                 self._prepare(stage, title)
                 self._run_stage(stage, title)
@@ -79,11 +79,11 @@ class Runner:
         reason = self._record.reason_to_redo(stage)
         goes_on = stage.continues and self._record.is_started(stage) and reason is None
         if reason is not None:
-            self._line.print(f"{title}  is done again, for {reason}")
+            self._line.print(f"{title} is done again, for {reason}")
         if goes_on:
             iteration = repair_checkpoints(self._plan.files.checkpoints)
             start = f"goes on from its checkpoint of iteration {iteration}" if iteration else "starts again"
-            self._line.print(f"{title}  {start}")
+            self._line.print(f"{title} {start}")
         else:
             self._set_aside(stage, title)
             self._record.begin(stage)
@@ -97,7 +97,7 @@ class Runner:
         if not left:
             return
         if any(path in left for path in stage.outputs):
-            self._line.print(f"{title}  earlier output is kept in {_shown(files.previous)}")
+            self._line.print(f"{title} earlier output is kept in {_shown(files.previous)}")
         files.previous.mkdir(exist_ok=True)
         for path in left:
             kept = files.previous / path.name
@@ -113,7 +113,7 @@ class Runner:
         try:
             self._follow(process, progress, lines)
         except BaseException:
-            self._line.print(f"{title}  is being stopped")
+            self._line.print(f"{title} is being stopped")
             process.stop()
             self._record.pause(stage, progress.seconds)
             raise
@@ -122,7 +122,7 @@ class Runner:
             self._record.pause(stage, progress.seconds)
             raise StageError(stage, explain_failure(process.exit_code, lines), log)
         self._record.finish(stage, progress.seconds)
-        self._line.print(f"{title}  done in {format_seconds(self._record[stage.name].seconds)}")
+        self._line.print(f"{title} done in {format_seconds(self._record[stage.name].seconds)}")
 
     def _follow(self, process: StageProcess, progress: StageProgress, lines: list[str]) -> None:
         """Show progress until the process has ended; collects what it prints."""
