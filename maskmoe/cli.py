@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from maskmoe.errors import UserError
+from maskmoe.errors import RunFailure, UserError
 
+EXIT_RUN_FAILURE = 1
 EXIT_BAD_INPUT = 2
 
 # What a rank that meets bad input leaves the first rank of its node to say it, in seconds.
@@ -17,15 +18,18 @@ _PRECEDENCE = 10
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run `main`; a `UserError` becomes one line on stderr and exit code 2, as argparse does for bad flags."""
+    """Run `main`; its `UserError` or `RunFailure` becomes one line on stderr.
+
+    The exit code is 2 for bad input, as argparse has it for bad flags, and 1 for a failed run.
+    """
     try:
         main()
-    except UserError as error:
+    except (UserError, RunFailure) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Usually the first rank of the node meets the same: torchrun then ends this one before it says it again.
             time.sleep(_PRECEDENCE)
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_RUN_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
 

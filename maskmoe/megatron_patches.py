@@ -1,15 +1,45 @@
-"""The one place where functions of Megatron-Core are replaced, on CPU and GPU alike.
+"""The one place where functions of Megatron-Core and torch are replaced, on CPU and GPU alike.
 
-Written for megatron-core 0.19.2; each entry says what goes wrong without it.
+Written for megatron-core 0.19.2 and torch 2.15; each entry says what goes wrong without it.
 """
+
+import functools
+import pickle
+import queue
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
 
 import torch
 
+from maskmoe.interruption import SIGNALS_THAT_SAVE
+
 
 def apply() -> None:
-    """Replace what is listed in this module; call before `megatron.training.pretrain`."""
+    """Replace what every entry point needs; call before `megatron.training.pretrain`."""
     _use_helpers_of_the_wheel()
     _make_optimizer_state_loadable()
+    _unpickle_data_only()
+    _keep_the_writers_queue_alive()
+
+
+@contextmanager
+def latent_projections_without_transformer_engine(linear: Callable[..., torch.nn.Module]) -> Iterator[None]:
+    """`MoELayer` makes its latent projections of Transformer Engine alone: without it they could not even be counted.
+
+    Args:
+        linear: makes a projection, called as `TELinear` is.
+    """
+    from megatron.core.transformer.moe import moe_layer
+
+    stock = moe_layer.HAVE_TE, moe_layer.TELinear
+    if not moe_layer.HAVE_TE:
+        moe_layer.HAVE_TE, moe_layer.TELinear = True, linear
+    try:
+        yield
+    finally:
+        moe_layer.HAVE_TE, moe_layer.TELinear = stock
 
 
 def _use_helpers_of_the_wheel() -> None:
@@ -62,3 +92,60 @@ def _make_optimizer_state_loadable() -> None:
     distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     distrib_optimizer.DistributedOptimizer.state_dict = state_dict
     distrib_optimizer.DistributedOptimizer.load_state_dict = load_state_dict
+
+
+def _unpickle_data_only() -> None:
+    """torch unpickles the layout and the objects of a checkpoint without restraint: a crafted one can run any code."""
+    from torch.distributed.checkpoint import default_planner, filesystem
+
+    from maskmoe.checkpoint.unpickling import read_layout, read_object
+
+    def load_bytes(self, read_item, value):
+        name = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            default_planner.set_element(self.original_state_dict, self.mappings[name], read_object(value))
+        else:
+            self.state_dict[name] = read_object(value)
+
+    filesystem.pickle = SimpleNamespace(load=read_layout, dump=pickle.dump)
+    default_planner.DefaultLoadPlanner.load_bytes = load_bytes
+
+
+def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager]) -> None:
+    """Megatron saves over the rests of an interrupted save, and records what it wrote on one rank, if asked to.
+
+    It chooses the class that writes and the function that saves by name and cannot be told of others.
+
+    Args:
+        while_saving: entered around each save.
+    """
+    from megatron.training import checkpointing, training
+
+    from maskmoe.checkpoint.saving import SealedSaveStrategy, saving_whole_checkpoints
+
+    checkpointing.TorchDistSaveShardedStrategy = SealedSaveStrategy
+    training.save_checkpoint = saving_whole_checkpoints(training.save_checkpoint, while_saving)
+
+
+def _keep_the_writers_queue_alive() -> None:
+    """The writer's results pass through a process that SIGTERM to the process group ends, and with it the last save.
+
+    torchrun and Slurm signal whole groups. Synchronous saving writes in this process and needs no other, which also
+    takes seconds to start. For asynchronous saving it starts with the signals blocked, and so they stay.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training import get_args
+
+    stock_get_queue = filesystem_async.get_write_results_queue
+
+    @functools.wraps(stock_get_queue)
+    def get_queue(*args, **kwargs):
+        if not get_args().async_save:
+            return queue.Queue()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_THAT_SAVE)
+        try:
+            return stock_get_queue(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    filesystem_async.get_write_results_queue = get_queue

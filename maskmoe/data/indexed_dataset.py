@@ -199,7 +199,7 @@ def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
         return None
     try:
         return TokenizerRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a tokenizer record ({error}); delete it or make the dataset again") from error
 
 

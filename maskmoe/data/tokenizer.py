@@ -40,8 +40,13 @@ class TokenizerRecord:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TokenizerRecord":
-        """The record that `to_json` described. Raises TypeError where keys are missing or unknown."""
-        return cls(**values)
+        """The record that `to_json` described. Raises TypeError where keys are missing, unknown or of another type."""
+        record = cls(**values)
+        texts = (record.type, record.model, record.sha256)
+        numbers = (record.vocab_size, 0 if record.eod_id is None else record.eod_id)
+        if any(type(text) is not str for text in texts) or any(type(number) is not int for number in numbers):
+            raise TypeError("a value has another type than a tokenizer record's")
+        return record
 
 
 class Tokenizer(ABC):

@@ -1,5 +1,6 @@
 """How often each token id occurs in Megatron indexed datasets."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from maskmoe.data.indexed_dataset import IndexedDatasetInfo, bin_path, read_info
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.parallel import map_in_processes
+from maskmoe.routing_mask.records import check_fields, read_datasets, read_tokenizer
 from maskmoe.routing_mask.sealed_tensors import content_digest, load_sealed, save_sealed
 
 KIND = "token frequency"
@@ -85,21 +87,30 @@ class TokenFrequency:
         """
         tensors, record = load_sealed(path, KIND)
         try:
+            check_fields(record, {"weights": list, "datasets": list, "tokenizer": (dict, type(None))})
             frequency = cls(
-                tensors["counts"], tuple(record["weights"]), tuple(record["datasets"]), tokenizer=record["tokenizer"]
+                tensors["counts"],
+                tuple(record["weights"]),
+                read_datasets(record["datasets"]),
+                tokenizer=read_tokenizer(record["tokenizer"]),
             )
-            expected_tokens = [dataset["num_tokens"] for dataset in frequency.datasets]
-            consistent = (
-                frequency.counts.dtype == np.int64
-                and (frequency.counts >= 0).all()
-                and frequency.counts.sum(axis=1).tolist() == expected_tokens
-                and len(frequency.weights) == len(expected_tokens)
-            )
+            consistent = frequency._is_consistent()
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} lacks parts of a token frequency; count again") from error
         if not consistent:
             raise UserError(f"{path}: counts and datasets contradict each other; count again")
         return frequency
+
+    def _is_consistent(self) -> bool:
+        """Whether counts, weights and datasets fit together."""
+        counts, tokens = self.counts, [dataset["num_tokens"] for dataset in self.datasets]
+        if counts.dtype != np.int64 or counts.ndim != 2 or 0 in counts.shape or len(self.weights) != len(counts):
+            return False
+        # A sum beyond int64 would wrap around.
+        if (counts < 0).any() or counts.sum(axis=1, dtype=np.float64).max() >= 2.0**63:
+            return False
+        is_blend = all(type(weight) in (int, float) and 0 < weight < math.inf for weight in self.weights)
+        return counts.sum(axis=1).tolist() == tokens and (is_blend or set(self.weights) == {None})
 
     def _tensors(self) -> dict[str, np.ndarray]:
         return {"counts": self.counts}

@@ -13,9 +13,26 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.parallel import map_in_processes
+from maskmoe.routing_mask.records import check_fields, read_datasets, read_tokenizer
 from maskmoe.routing_mask.sealed_tensors import content_digest, load_sealed, save_sealed, seal, unseal
 
 KIND = "routing mask"
+
+_SIZES = ("vocab_size", "num_experts", "num_layers")
+_TEXT_OR_NONE = (str, type(None))
+_NUMBER_OR_NONE = (int, type(None))
+_PROVENANCE = {
+    "assignment": str,
+    "frequent_mass": (int, float),
+    "frequent_visible_experts": _NUMBER_OR_NONE,
+    "seed": int,
+    "expert_model_parallel_size": _NUMBER_OR_NONE,
+    "shared_table": bool,
+    "preset": _TEXT_OR_NONE,
+    "counts_digest": _TEXT_OR_NONE,
+    "datasets": list,
+    "tokenizer": (dict, type(None)),
+}
 
 # Fewer are made sooner than worker processes start.
 _FEW_ASSIGNMENTS = 1 << 20
@@ -43,6 +60,22 @@ class MaskProvenance:
     counts_digest: str | None = None
     datasets: tuple[dict[str, Any], ...] = ()
     tokenizer: dict[str, Any] | None = None
+
+    @classmethod
+    def from_record(cls, record: Any) -> "MaskProvenance":
+        """The provenance that a JSON record describes.
+
+        Raises:
+            TypeError, ValueError: it describes none.
+        """
+        check_fields(record, _PROVENANCE)
+        if not 0 <= record["frequent_mass"] <= 1:
+            raise ValueError(f"frequent mass {record['frequent_mass']}")
+        for name, least in (("frequent_visible_experts", 2), ("expert_model_parallel_size", 1)):
+            if record[name] is not None and record[name] < least:
+                raise ValueError(f"{name} {record[name]}")
+        datasets, tokenizer = read_datasets(record["datasets"]), read_tokenizer(record["tokenizer"])
+        return cls(**record | {"datasets": datasets, "tokenizer": tokenizer})
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +116,8 @@ class RoutingMask:
     def _find_problem(self) -> str | None:
         if self.num_experts < 2 or self.vocab_size < 1 or self.num_layers < 1:
             return f"{self.num_experts} experts, {self.vocab_size} ids, {self.num_layers} layers"
+        if self.row_of_id.ndim != 2:
+            return f"rows of ids of shape {self.row_of_id.shape}"
         if self.row_of_id.dtype not in (np.int16, np.int32) or self.visible_bits.dtype != np.uint8:
             return f"tables have the types {self.row_of_id.dtype} and {self.visible_bits.dtype}"
         tables = len(self.row_of_id)
@@ -93,8 +128,7 @@ class RoutingMask:
             return f"bits of shape {self.visible_bits.shape} for {tables} tables and {self.num_experts} experts"
         if self.row_of_id.min() < 0 or self.row_of_id.max() >= num_rows:
             return f"an id has a row outside 0 to {num_rows - 1}"
-        singletons = np.packbits(np.eye(self.num_experts, dtype=bool), axis=1, bitorder="little")
-        if (self.visible_bits[:, : self.num_experts] != singletons).any():
+        if (self.visible_bits[:, : self.num_experts] != _single_experts(self.num_experts)).any():
             return f"the first {self.num_experts} rows are not the single experts"
         if self.num_experts % 8 and (self.visible_bits[..., -1] >> self.num_experts % 8).any():
             return f"a visible set has experts beyond the {self.num_experts}"
@@ -180,9 +214,11 @@ class RoutingMask:
             ("number of experts", self.num_experts, num_experts),
             ("number of layers", num_layers if self.is_shared else self.num_layers, num_layers),
         ]
-        for what, ours, models in pairs:
-            if ours != models:
-                raise UserError(f"routing mask does not fit: its {what} is {ours}, the model's is {models}; {rebuild}")
+        differences = [
+            f"its {what} is {ours}, the model's is {models}" for what, ours, models in pairs if ours != models
+        ]
+        if differences:
+            raise UserError(f"routing mask does not fit: {'; '.join(differences)}; {rebuild}")
         if expert_model_parallel_size is None:
             return
         if num_experts % expert_model_parallel_size:
@@ -234,19 +270,28 @@ class RoutingMask:
         return {"row_of_id": self.row_of_id, "visible_bits": self.visible_bits}
 
     def _record(self) -> dict[str, Any]:
-        sizes = {name: getattr(self, name) for name in ("vocab_size", "num_experts", "num_layers")}
+        sizes = {name: getattr(self, name) for name in _SIZES}
         return sizes | {"provenance": asdict(self.provenance)}
 
     @classmethod
     def _from_record(cls, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], source: str) -> "RoutingMask":
         try:
-            provenance = MaskProvenance(**record["provenance"] | {"datasets": tuple(record["provenance"]["datasets"])})
-            sizes = [int(record[name]) for name in ("vocab_size", "num_experts", "num_layers")]
+            check_fields(record, dict.fromkeys(_SIZES, int) | {"provenance": dict})
+            provenance = MaskProvenance.from_record(record["provenance"])
+            sizes = (record[name] for name in _SIZES)
             return cls(tensors["row_of_id"], tensors["visible_bits"], *sizes, provenance)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source} lacks parts of a routing mask; build it again") from error
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
+
+
+def _single_experts(num_experts: int) -> np.ndarray:
+    """The sets {0}, {1}, … as bits `[N, ceil(N / 8)]`."""
+    experts = np.arange(num_experts)
+    bits = np.zeros((num_experts, -(-num_experts // 8)), np.uint8)
+    bits[experts, experts // 8] = 1 << experts % 8
+    return bits
 
 
 def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:

@@ -58,6 +58,8 @@ def unseal(
         intact = isinstance(record, dict) and content_digest(tensors, record) == digest
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{source} is not a {kind} file of MaskMoE") from error
+    if not isinstance(found_kind, str) or not found_kind.isprintable() or not isinstance(version, int):
+        raise UserError(f"{source} is not a {kind} file of MaskMoE")
     if found_kind != kind:
         raise UserError(f"{source} is a {found_kind} file, expected a {kind} file")
     if version != VERSION:
@@ -94,6 +96,7 @@ def load_sealed(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
             metadata = file.metadata()
     except OSError as error:
         raise UserError(f"cannot read {kind} file {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
+    # NumPy has its own limits on shapes.
+    except (SafetensorError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}); build the {kind} again") from error
     return tensors, unseal(kind, tensors, metadata, str(path))

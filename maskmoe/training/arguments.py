@@ -1,6 +1,7 @@
 """Command line arguments: Megatron's, with ours in a group of their own."""
 
 import argparse
+import os
 import sys
 
 
@@ -25,6 +26,13 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         default="all",
         help="average the load-balancing loss over all tokens, or over those with two or more visible experts",
     )
+    group.add_argument(
+        "--no-verify-checkpoint",
+        action="store_false",
+        dest="verify_checkpoint",
+        help="do not compare the files of the checkpoint to load with the digests that were saved with them. "
+        "All ranks share that work; missing and shortened files are found in any case",
+    )
     parser.set_defaults(
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
@@ -34,4 +42,19 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     )
     if "maskmoe.cpu" in sys.modules:
         parser.set_defaults(**sys.modules["maskmoe.cpu"].argument_defaults())
+    return parser
+
+
+def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--check`, with which pretraining only says what it would do, need and refuse."""
+    parser.add_argument(
+        "--check",
+        metavar="RANKS",
+        type=int,
+        nargs="?",
+        const=int(os.environ.get("WORLD_SIZE", "1")),
+        help="do not train. Check the other arguments and all files for a run of RANKS processes, one a GPU, by "
+        "default WORLD_SIZE or 1; print its layout, parameters and memory, and every error. Needs no GPU and no "
+        "torchrun, and assumes GPUs with Transformer Engine unless --distributed-backend gloo is given",
+    )
     return parser

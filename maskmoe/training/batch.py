@@ -61,6 +61,11 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
     return Batch(**{key: batch[key] for key in _KEYS})
 
 
+def token_losses(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """Forward pass of one pipeline stage: on the last one the loss of every token, [batch, sequence]."""
+    return model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask)
+
+
 def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None):
     """Build the datasets of Megatron's `pretrain_gpt.py` on the first tensor-parallel rank of every pipeline stage.
 

@@ -1,6 +1,7 @@
 """Checks of a run's settings and files that are made before any compute is spent."""
 
 import hashlib
+import math
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import open_tokens, read_index, read_info, read_tokenizer_record
+from maskmoe.data.indexed_dataset import IndexedDatasetInfo, open_tokens, read_index, read_info, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import parse_data_path
@@ -30,56 +31,108 @@ def check_supported(args: Namespace) -> None:
     """Refuse settings that do not work, or have no meaning yet, with masked routing.
 
     Raises:
-        UserError: naming the setting and the reason.
+        UserError: naming the first such setting and the reason.
     """
+    for refusal in unsupported_settings(args):
+        raise UserError(refusal)
+
+
+def unsupported_settings(args: Namespace) -> Iterator[str]:
+    """All settings that do not work, or have no meaning yet, with masked routing: each named with the reason."""
     balancing = args.moe_router_load_balancing_type
-    balancing = [balancing] if isinstance(balancing, str) else balancing
+    balancing = {balancing} if isinstance(balancing, str) else set(balancing)
+    pads_to_capacity = args.moe_expert_capacity_factor is not None and args.moe_pad_expert_input_to_capacity
+    needs_transformer_engine = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--context-parallel-size above 1": args.context_parallel_size > 1,
+        "--moe-latent-size": args.moe_latent_size,
+        "--recompute-modules layernorm, moe_act or mla_up_proj": (
+            {"layernorm", "moe_act", "mla_up_proj"} & set(args.recompute_modules or ())
+        ),
+    }
     refusals = {
         "--num-experts is missing: a MaskMoE model has experts": not args.num_experts,
-        "--moe-token-dispatcher-type must be alltoall": args.moe_token_dispatcher_type != "alltoall",
-        "--moe-router-load-balancing-type must be aux_loss or none": not set(balancing) <= {"aux_loss", "none"},
-        "--moe-router-score-function must be softmax or sigmoid": args.moe_router_score_function == "sqrtsoftplus",
-        "--moe-router-num-groups is not supported with masked routing": args.moe_router_num_groups,
-        "--moe-router-fusion is not supported with masked routing": args.moe_router_fusion,
-        "--moe-expert-capacity-factor is not supported with masked routing": args.moe_expert_capacity_factor,
-        "--moe-router-padding-for-quantization is not supported": args.moe_router_padding_for_quantization,
-        "--moe-enable-routing-replay is not supported": args.moe_enable_routing_replay,
-        "--overlap-moe-expert-parallel-comm drops the token ids": args.overlap_moe_expert_parallel_comm,
-        "--mlp-chunks-for-training drops the token ids": (args.mlp_chunks_for_training or 1) > 1,
-        "CUDA graphs are not supported: the number of rows that a rank sends varies": args.cuda_graph_impl != "none",
-        "--mtp-num-layers with --sequence-parallel shifts the token ids wrongly": (
-            args.mtp_num_layers and args.sequence_parallel
+        "--moe-token-dispatcher-type must be alltoall or allgather: what flex calls, DeepEP and others, has not been "
+        "tried with tokens that have fewer than k experts": args.moe_token_dispatcher_type == "flex",
+        "--moe-router-load-balancing-type sinkhorn assigns equal shares of the tokens to all experts, which a routing "
+        "mask rules out": "sinkhorn" in balancing,
+        "--moe-router-load-balancing-type quantile_balancing sets its bias by the logits of all experts, also of "
+        "invisible ones": "quantile_balancing" in balancing,
+        "--moe-router-fusion is not supported: Transformer Engine's kernel knows no routing mask": (
+            args.moe_router_fusion
         ),
-        "--recompute-modules moe is not supported with fp8 or fp4": (
+        "--moe-pad-expert-input-to-capacity with --moe-router-enable-expert-bias never moves the bias: it counts the "
+        "padding, whereby all experts have the same load": pads_to_capacity and args.moe_router_enable_expert_bias,
+        "--moe-router-padding-for-quantization is not supported: it is for fp8 and fp4, which have not been tried": (
+            args.moe_router_padding_for_quantization or args.moe_router_padding_for_fp8
+        ),
+        "--moe-enable-routing-replay is not supported: it replays choices whatever the routing mask shows": (
+            args.moe_enable_routing_replay
+        ),
+        "--overlap-moe-expert-parallel-comm is not supported: its schedule drops the token ids": (
+            args.overlap_moe_expert_parallel_comm
+        ),
+        "--mlp-chunks-for-training above 1 is not supported: it drops the token ids": (
+            (args.mlp_chunks_for_training or 1) > 1
+        ),
+        "--cuda-graph-impl is not supported: the number of rows that a rank sends varies": args.cuda_graph_impl
+        != "none",
+        "--recompute-modules moe is not supported with fp8 or fp4, which have not been tried": (
             (args.fp8 or args.fp4) and "moe" in (args.recompute_modules or ())
         ),
-        "--moe-use-upcycling is not supported": args.moe_use_upcycling,
-        "--sft and --dataloader-inter-document-masking are not supported": (
-            args.sft or args.dataloader_inter_document_masking
+        "--moe-use-upcycling is not supported: a dense checkpoint holds no routing mask": args.moe_use_upcycling,
+        "--sft and --dataloader-inter-document-masking are not supported: they pack sequences, which later pipeline "
+        "stages do not know of": args.sft or args.dataloader_inter_document_masking,
+        "--hybrid-context-parallel is not supported: it divides sequences otherwise than the token ids": (
+            args.hybrid_context_parallel
         ),
         "--spec is not supported: the layers' spec is MaskMoE's own": args.spec is not None,
+        "--experimental-attention-variant, --hybrid-layer-pattern and --heterogeneous-layers-config-path are not "
+        "supported: their layers' specs have no MaskMoE layers": (
+            args.experimental_attention_variant or args.hybrid_layer_pattern or args.heterogeneous_layers_config_path
+        ),
+        "--use-megatron-fsdp and --use-torch-fsdp2 are not supported: they have not been tried with a routing mask": (
+            args.use_megatron_fsdp or args.use_torch_fsdp2
+        ),
         "--transformer-impl must be local or transformer_engine": args.transformer_impl == "inference_optimized",
-        "--multi-latent-attention needs Transformer Engine: local attention has one head size": (
-            args.multi_latent_attention and args.transformer_impl == "local"
-        ),
-        "--context-parallel-size above 1 needs Transformer Engine": (
-            args.context_parallel_size > 1 and args.transformer_impl == "local"
-        ),
+        **{
+            f"{flag} needs Transformer Engine: pass --transformer-impl transformer_engine where it is installed": (
+                given and args.transformer_impl == "local"
+            )
+            for flag, given in needs_transformer_engine.items()
+        },
         "--tensor-model-parallel-size above 1 needs --sequence-parallel in training": (
             args.tensor_model_parallel_size > 1 and not args.sequence_parallel and not args.skip_train
         ),
         "--ckpt-format must be torch_dist: other formats do not carry the routing mask": args.ckpt_format
         != "torch_dist",
     }
-    for message, refused in refusals.items():
-        if refused:
-            raise UserError(message)
-    if args.moe_router_topk > args.num_experts:
-        raise UserError(f"--moe-router-topk {args.moe_router_topk} is more than --num-experts {args.num_experts}")
-    if args.num_experts % args.expert_model_parallel_size:
-        raise UserError(
-            f"--num-experts {args.num_experts} is not divisible by "
+    yield from (message for message, refused in refusals.items() if refused)
+    if args.num_experts:
+        yield from _unsupported_numbers(args)
+
+
+def _unsupported_numbers(args: Namespace) -> Iterator[str]:
+    """Numbers that do not fit the number of experts."""
+    num_experts, topk = args.num_experts, args.moe_router_topk
+    if topk > num_experts:
+        yield f"--moe-router-topk {topk} is more than --num-experts {num_experts}"
+    if num_experts % args.expert_model_parallel_size:
+        yield (
+            f"--num-experts {num_experts} is not divisible by "
             f"--expert-model-parallel-size {args.expert_model_parallel_size}"
+        )
+    capacity = args.moe_expert_capacity_factor
+    if capacity is not None and args.moe_pad_expert_input_to_capacity and capacity * topk > num_experts:
+        yield (
+            f"--moe-expert-capacity-factor {capacity} gives an expert room for more tokens than there are, which "
+            f"--moe-pad-expert-input-to-capacity cannot fill; use at most {num_experts / topk:g}"
+        )
+    num_groups, group_topk = args.moe_router_num_groups, args.moe_router_group_topk
+    if num_groups and group_topk and not group_topk <= topk <= group_topk * (num_experts // num_groups):
+        yield (
+            f"--moe-router-group-topk {group_topk} groups of {num_experts // num_groups} experts do not hold "
+            f"--moe-router-topk {topk} of them, at least one each"
         )
 
 
@@ -87,8 +140,10 @@ def check_tokenizer(args: Namespace) -> None:
     """Check that the tokenizer is described in full, which Megatron finds out only in a traceback.
 
     Raises:
-        UserError: its model does not exist on this machine, or its vocabulary size is missing.
+        UserError: its type or vocabulary size is missing, or its model does not exist on this machine.
     """
+    if args.tokenizer_type is None:
+        raise UserError("--tokenizer-type is missing")
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
     if args.tokenizer_type not in TOKENIZER_TYPES or args.tokenizer_model is None:
@@ -141,19 +196,64 @@ def check_data(args: Namespace, mask: RoutingMask) -> None:
     Raises:
         UserError: naming the file.
     """
-    _check_data_paths(args)
-    vocab_size = get_tokenizer().vocab_size
-    counted = {(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in mask.provenance.datasets}
-    for prefix in dict.fromkeys(_data_prefixes(args)):
-        info = read_info(prefix)
-        record = read_tokenizer_record(prefix)
-        if record is not None:
-            _check_same_tokenizer(args, record.to_json(), f"dataset {prefix} was")
-        is_known = (info.idx_sha256, info.bin_bytes) in counted
-        if not is_known and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            _check_token_ids(prefix, vocab_size)
-    if not args.skip_train:
-        _check_parts(args)
+    is_first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    for error in data_errors(args, mask, get_tokenizer().vocab_size, math.inf if is_first_of_node else 0):
+        raise UserError(error)
+
+
+def data_errors(
+    args: Namespace, mask: RoutingMask | None, vocab_size: int | None, most_bytes_read: float
+) -> Iterator[str]:
+    """All that is wrong with the datasets of the run, see `check_data`.
+
+    Args:
+        mask: the routing mask, if it could be read.
+        vocab_size: ids of the tokenizer; None if it is unknown, and no ids are read.
+        most_bytes_read: ids are read of datasets up to this size.
+    """
+    try:
+        _check_data_paths(args)
+    except UserError as error:
+        yield str(error)
+        return
+    are_readable = True
+    for prefix in dict.fromkeys(data_prefixes(args)):
+        try:
+            info = read_info(prefix)
+            _check_dataset_tokenizer(args, prefix)
+            if vocab_size is not None and not was_counted(info, mask) and info.bin_bytes <= most_bytes_read:
+                _check_token_ids(prefix, vocab_size)
+        except UserError as error:
+            yield str(error)
+            are_readable = False
+    if are_readable and not args.skip_train:
+        try:
+            _check_parts(args)
+        except UserError as error:
+            yield str(error)
+
+
+def was_counted(dataset: IndexedDatasetInfo, mask: RoutingMask | None) -> bool:
+    """Whether the routing mask's token counts are of this dataset, so that all its ids are known to be sound."""
+    counted = mask.provenance.datasets if mask else ()
+    return any(
+        (entry["idx_sha256"], entry["bin_bytes"]) == (dataset.idx_sha256, dataset.bin_bytes) for entry in counted
+    )
+
+
+def data_prefixes(args: Namespace) -> Iterator[str]:
+    """The prefixes of all datasets of the run, some perhaps more than once."""
+    """The datasets that the command line names, in all its parts."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    for part in [blend, *(blend_per_split or [])]:
+        if part is not None:
+            yield from part[0]
+
+
+def _check_dataset_tokenizer(args: Namespace, prefix: str) -> None:
+    record = read_tokenizer_record(prefix)
+    if record is not None:
+        _check_same_tokenizer(args, record.to_json(), f"dataset {prefix} was")
 
 
 def _check_data_paths(args: Namespace) -> None:
@@ -202,19 +302,17 @@ def _check_split(prefix: str, split: str, parts: list[tuple[float, float] | None
             )
 
 
-def _data_prefixes(args: Namespace) -> Iterator[str]:
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    for part in [blend, *(blend_per_split or [])]:
-        if part is not None:
-            yield from part[0]
+def tokenizer_sha256(args: Namespace) -> str | None:
+    """The digest of the file behind `--tokenizer-model`; None for tokenizers that are not made by our tools."""
+    if args.tokenizer_type not in TOKENIZER_TYPES or args.tokenizer_model is None:
+        return None
+    path = Path(args.tokenizer_model)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_same_tokenizer(args: Namespace, made_with: dict[str, Any], what: str) -> None:
-    if args.tokenizer_type not in TOKENIZER_TYPES or args.tokenizer_model is None:
-        return
-    path = Path(args.tokenizer_model)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if hashlib.sha256(path.read_bytes()).hexdigest() != made_with["sha256"]:
+    if args.tokenizer_sha256 not in (None, made_with["sha256"]):
         raise UserError(
             f"{what} made with another tokenizer ({made_with['model']}, {made_with['vocab_size']} ids, "
             f"sha256 {made_with['sha256'][:12]}…) than --tokenizer-model {args.tokenizer_model}"

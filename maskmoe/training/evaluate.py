@@ -26,7 +26,7 @@ from tqdm import tqdm
 from maskmoe.cli import atomic_output, run_tool
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
-from maskmoe.training.batch import build_datasets, get_batch
+from maskmoe.training.batch import build_datasets, get_batch, token_losses
 from maskmoe.training.frequency_bands import FrequencyBands
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
 from maskmoe.transformer.router import MaskMoERouter
@@ -226,9 +226,7 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyB
     def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         batch = get_batch(data_iterator)
         with counter.counting(batch.loss_mask.any(dim=1)):
-            output = model(
-                batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
-            )
+            output = token_losses(model, batch)
         return output, partial(band_loss_function, batch.tokens, batch.loss_mask, band_of_id, len(bands.names))
 
     data_iterator = iterate_split(dataset, num_steps, args.micro_batch_size)

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
     is_pp_last_stage,
@@ -16,7 +15,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
-from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_layer_spec
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.router import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -53,16 +52,8 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
 
-        visible_experts = VisibleExperts(config, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
-        block_spec = get_maskmoe_decoder_block_spec(config, visible_experts, settings.aux_loss_tokens, vp_stage)
-        mtp_block_spec = None
-        if config.mtp_num_layers:
-            mtp_block_spec = get_gpt_mtp_block_spec(
-                config,
-                get_maskmoe_mtp_layer_spec(config, visible_experts, settings.aux_loss_tokens),
-                use_transformer_engine=config.transformer_impl == "transformer_engine",
-                vp_stage=vp_stage,
-            )
+        visible_experts = self.visible_experts(pg_collection, vp_stage)
+        block_spec, mtp_block_spec = self.layer_specs(visible_experts, vp_stage)
         return MaskMoEGPTModel(
             config=config,
             transformer_layer_spec=block_spec,
@@ -85,3 +76,18 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+
+    def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
+        """The routing mask of the run, shared by the routers of one pipeline stage."""
+        settings = self._model_config
+        return VisibleExperts(settings.transformer, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
+
+    def layer_specs(self, visible_experts: VisibleExperts, vp_stage: int | None) -> tuple[Any, Any]:
+        """The specs of one pipeline stage's decoder layers, and of multi-token prediction or None."""
+        settings = self._model_config
+        config = settings.transformer
+        block_spec = get_maskmoe_decoder_block_spec(config, visible_experts, settings.aux_loss_tokens, vp_stage)
+        if not config.mtp_num_layers:
+            return block_spec, None
+        mtp_block_spec = get_maskmoe_mtp_block_spec(config, visible_experts, settings.aux_loss_tokens, vp_stage)
+        return block_spec, mtp_block_spec

@@ -1,5 +1,10 @@
-"""Pretrain a MaskMoE language model: `torchrun … -m maskmoe.training.pretrain <Megatron flags> --routing-mask FILE`."""
+"""Pretrain a MaskMoE language model: `torchrun … -m maskmoe.training.pretrain <Megatron flags> --routing-mask FILE`.
 
+Asked to stop by SIGTERM or SIGUSR1 it saves a checkpoint and exits with code 75; started again it goes on. Exit code 2:
+bad input, nothing was done. 1: the run failed. 76: a rank hung.
+"""
+
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from functools import partial
 
@@ -7,33 +12,89 @@ from megatron.core.enums import ModelType
 from megatron.training import get_timers, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+from maskmoe import megatron_patches
 from maskmoe.cli import run_tool
-from maskmoe.training.batch import get_batch, loss_function, train_valid_test_datasets_provider
+from maskmoe.training.arguments import add_check_argument
+from maskmoe.training.batch import get_batch, loss_function, token_losses, train_valid_test_datasets_provider
+from maskmoe.training.checks import data_prefixes
+from maskmoe.training.data_files import DataFiles
+from maskmoe.training.failures import ending_data_workers, explaining_failures, requeueing_when_signalled
+from maskmoe.training.rank_store import RankStore
+from maskmoe.training.run_check.command import check_run, ranks_to_check
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
+from maskmoe.training.watchdog import Watchdog
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 
 
-def forward_step(data_iterator: Iterator, model: MaskMoEGPTModel) -> tuple:
-    """One micro-batch forward, in the form that Megatron's schedules take."""
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator)
-    timers("batch-generator").stop()
-    output = model(
-        batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
+class MicroBatchStep:
+    """The forward step that Megatron's schedules call for each micro-batch.
+
+    Args:
+        watchdog: told of each micro-batch.
+        data_files: the files that micro-batches come from.
+    """
+
+    def __init__(self, watchdog: Watchdog, data_files: DataFiles):
+        self._watchdog = watchdog
+        self._data_files = data_files
+
+    def forward(self, data_iterator: Iterator, model: MaskMoEGPTModel) -> tuple:
+        """One micro-batch forward: the model's output and the function that makes a loss of it."""
+        self._watchdog.step()
+        self._data_files.check_some()
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = get_batch(data_iterator)
+        timers("batch-generator").stop()
+        return token_losses(model, batch), partial(loss_function, batch.loss_mask)
+
+
+def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the arguments that only training has, and save when a signal asks the run to stop."""
+    group = parser.add_argument_group(title="long runs")
+    group.add_argument(
+        "--keep-last-checkpoints",
+        type=int,
+        metavar="N",
+        help="remove older checkpoints from --save, but multiples of --save-retain-interval; by default all are kept",
     )
-    return output, partial(loss_function, batch.loss_mask)
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="how long no rank may begin a micro-batch, until the run is ended and the rank to blame named; "
+        "default: --distributed-timeout-minutes",
+    )
+    parser.set_defaults(exit_signal_handler=True)
+    return add_check_argument(parser)
 
 
 def main() -> None:
-    args = parse_and_check_args()
-    with leaving_process_groups():
+    ranks = ranks_to_check()
+    if ranks is not None:
+        check_run(ranks, add_pretraining_arguments)
+        return
+    args = parse_and_check_args(add_pretraining_arguments)
+    ranks = RankStore.from_environment()
+    watchdog = Watchdog(ranks, args.hang_timeout or 60 * args.distributed_timeout_minutes)
+    data_files = DataFiles(data_prefixes(args))
+    step = MicroBatchStep(watchdog, data_files)
+    megatron_patches.keep_checkpoints_whole(while_saving=watchdog.paused)
+    watchdog.start()
+    with (
+        ending_data_workers(),
+        leaving_process_groups(),
+        explaining_failures(args, data_files),
+        requeueing_when_signalled(args),
+    ):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config_from_args(args)),
             train_valid_test_datasets_provider,
             ModelType.encoder_or_decoder,
-            forward_step,
+            step.forward,
+            store=ranks.for_process_groups,
         )
+    watchdog.stop()
 
 
 if __name__ == "__main__":

@@ -15,12 +15,22 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
-from maskmoe.checkpoint.routing_mask import has_checkpoint, latest_checkpoint, read_routing_mask
+from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.checkpoint.series import RELEASE
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.checks import check_data, check_mask, check_save_folder, check_supported, check_tokenizer
+from maskmoe.training.checks import (
+    check_data,
+    check_mask,
+    check_save_folder,
+    check_supported,
+    check_tokenizer,
+    tokenizer_sha256,
+)
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
+from maskmoe.training.rank_store import RankStore
+from maskmoe.training.resume import check_same_model, checkpoint_to_load, find_checkpoint
 from maskmoe.transformer.visible_experts import check_same_mask
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -37,40 +47,51 @@ def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None, *
         UserError: settings that cannot work together, or a file that is missing, damaged or does not fit.
     """
 
+    chosen = {}
+
     def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = add_maskmoe_arguments(parser)
-        return extra_args_provider(parser) if extra_args_provider else parser
+        parser = extra_args_provider(parser) if extra_args_provider else parser
+        parser.set_defaults(**chosen)
+        return parser
 
     args = parse_args(add_arguments)
+    checkpoint = find_checkpoint(args, RankStore.from_environment())
+    if checkpoint is not None and checkpoint.name != RELEASE:
+        # Megatron is told by `--ckpt-step`, as a user would tell it.
+        args.ckpt_step = chosen["ckpt_step"] = int(checkpoint.name.removeprefix("iter_"))
     if args.use_checkpoint_args:
-        latest_checkpoint(args.load or "(no --load)")
+        if checkpoint is None:
+            raise UserError("--use-checkpoint-args needs --load with the folder of the checkpoints")
         args, _ = load_args_from_checkpoint(args)
     check_supported(args)
     check_tokenizer(args)
     check_save_folder(args)
-    mask = find_routing_mask(args)
-    with _megatrons_checks():
+    mask = find_routing_mask(args, checkpoint)
+    with megatrons_checks():
         args = parse_and_validate_args(add_arguments)
+    args.tokenizer_sha256 = tokenizer_sha256(args)  # saved with the other arguments in every checkpoint
+    if checkpoint is not None:
+        check_same_model(args, checkpoint)
     check_mask(args, mask)
     if reads_data:
         check_data(args, mask)
     return args
 
 
-def find_routing_mask(args: Namespace) -> RoutingMask:
-    """The routing mask of the run: `--routing-mask`, else that of the checkpoint in `--load`.
+def find_routing_mask(args: Namespace, checkpoint: Path | None) -> RoutingMask:
+    """The routing mask of the run: `--routing-mask`, else that of the checkpoint to load.
 
     Raises:
         UserError: there is neither, or they differ.
     """
-    resumes = args.load is not None and has_checkpoint(args.load)
-    if args.routing_mask is None and not resumes:
+    if args.routing_mask is None and checkpoint is None:
         raise UserError(
             "no routing mask: pass --routing-mask FILE, made by tools/build_routing_mask.py, or --load a checkpoint"
         )
-    mask = read_routing_mask(args.routing_mask or args.load)
-    if args.routing_mask is not None and resumes:
-        check_same_mask(mask.digest, read_routing_mask(args.load).digest)
+    mask = read_routing_mask(args.routing_mask or checkpoint)
+    if args.routing_mask is not None and checkpoint is not None:
+        check_same_mask(mask.digest, read_routing_mask(checkpoint).digest)
     return mask
 
 
@@ -80,12 +101,11 @@ def load_model(args: Namespace) -> torch.nn.Module:
     Raises:
         UserError: there is no checkpoint, or the pipeline is interleaved, which only training profits from.
     """
-    if args.load is None:
+    if checkpoint_to_load(args) is None:
         raise UserError("pass --load with the folder of the checkpoints")
-    latest_checkpoint(args.load)
     if args.virtual_pipeline_model_parallel_size is not None:
         raise UserError("interleaved pipelines are for training; leave --num-layers-per-virtual-pipeline-stage out")
-    initialize_megatron()
+    initialize_megatron(store=RankStore.from_environment().for_process_groups)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, model_config_from_args(args)),
@@ -100,15 +120,15 @@ def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
     Raises:
         UserError: settings that cannot work together.
     """
-    with _megatrons_checks():
+    with megatrons_checks():
         config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
-    config.routing_mask = Path(args.routing_mask or args.load)
+    config.routing_mask = Path(args.routing_mask or checkpoint_to_load(args))
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     return config
 
 
 @contextmanager
-def _megatrons_checks() -> Iterator[None]:
+def megatrons_checks() -> Iterator[None]:
     """What Megatron finds wrong with the settings, as a UserError; of an assertion without text, its condition."""
     try:
         yield

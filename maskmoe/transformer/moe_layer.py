@@ -4,7 +4,7 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -32,8 +32,10 @@ class MaskMoELayer(MoELayer):
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        # MoELayer chooses its dispatcher's class by name and cannot be told of another.
-        self.token_dispatcher = self._build_token_dispatcher(pg_collection)
+        # MoELayer chooses its dispatcher's class by name and cannot be told of another. That of all-gather goes by the
+        # routing map alone.
+        if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
+            self.token_dispatcher = self._build_token_dispatcher(pg_collection)
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         # Megatron-Core gives experts an optimizer of their own under expert parallelism only, and a checkpoint of one
@@ -58,7 +60,7 @@ class MaskMoELayer(MoELayer):
         Args:
             hidden_states: [sequence, batch, hidden].
             intermediate_tensors: part of the signature this method overrides, for CUDA graphs, which are not supported.
-            padding_mask: the token ids, int64 [batch, sequence].
+            padding_mask: the token ids, int64 [batch, sequence], or ids and padding as `pack_token_ids` makes them.
 
         Returns:
             the output [sequence, batch, hidden] and the bias, None.
@@ -84,7 +86,7 @@ class MaskMoELayer(MoELayer):
             output = self.postprocess(self.combine(output), shared_expert_output)
             return output, bias
 
-        token_ids = padding_mask.transpose(0, 1)  # [sequence, batch]
+        token_ids = padding_mask.transpose(-2, -1)  # [..., sequence, batch]
         if self.moe_layer_recompute and self.training:
             # The ids are an argument, hence saved: recomputation sees those of its own micro-batch.
             return tensor_parallel.checkpoint(layer_forward, False, hidden_states, token_ids)

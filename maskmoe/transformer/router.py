@@ -5,16 +5,20 @@ from typing import Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.moe.moe_utils import (
-    compute_routing_scores_for_aux_loss,
-    topk_routing_with_score_function,
-)
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from maskmoe.transformer.losses import masked_load_balancing_loss, masked_z_loss
+from maskmoe.transformer.losses import (
+    Assignments,
+    ExpertLoad,
+    assign_for_balancing,
+    masked_load_balancing_loss,
+    masked_z_loss,
+    measure_load,
+)
+from maskmoe.transformer.token_ids import unpack_token_ids
 from maskmoe.transformer.visible_experts import VisibleExperts, VisibleSets
 
 AuxLossTokens = Literal["all", "routable"]
@@ -34,11 +38,46 @@ class _VisibleTopK:
         self.invisible = invisible
 
     def get_replay_topk(
-        self, scores: Tensor, topk: int, num_groups: None, group_topk: None, compute_topk: Callable
+        self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, compute_topk: Callable
     ) -> tuple[Tensor, Tensor]:
-        """Scores and indices [tokens, k] of the selected experts; invisible ones only after all visible ones."""
-        _, indices = compute_topk(scores.masked_fill(self.invisible, float("-inf")), topk)
+        """Scores and indices [tokens, k] of the selected experts; invisible ones only after all that may be selected.
+
+        With groups, those are the visible experts of the chosen groups.
+        """
+        candidates = scores.masked_fill(self.invisible, float("-inf"))
+        if group_topk:
+            outside = _outside_chosen_groups(candidates, topk, num_groups, group_topk)
+            # What fills up the top k must be invisible, for it is told from a selected expert by that. The chosen
+            # groups hold k experts or more, so they hold invisible ones to fill up with.
+            candidates = candidates.masked_fill(self.invisible, torch.finfo(scores.dtype).min)
+            candidates = candidates.masked_fill(outside, float("-inf"))
+        _, indices = compute_topk(candidates, topk)
         return scores.gather(1, indices), indices
+
+
+def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
+    """The experts outside the groups that group-limited routing (DeepSeek-V3, arXiv 2412.19437) chooses for a token.
+
+    A group's score is the sum of its `topk / group_topk` largest scores, of fewer if fewer of its experts are visible.
+    A group without a visible expert is chosen only where there are not enough others.
+
+    Args:
+        scores: [tokens, experts], -inf for invisible experts.
+        topk: k.
+        num_groups: groups of equal size.
+        group_topk: groups chosen for a token.
+
+    Returns:
+        bool [tokens, experts].
+    """
+    num_tokens, num_experts = scores.shape
+    best = scores.view(num_tokens, num_groups, -1).topk(topk // group_topk, dim=-1).values
+    invisible = best == float("-inf")
+    group_scores = best.masked_fill(invisible, 0.0).sum(dim=-1)  # [tokens, groups]
+    group_scores = group_scores.masked_fill(invisible.all(dim=-1), float("-inf"))
+    chosen_groups = group_scores.topk(group_topk, dim=-1, sorted=False).indices
+    outside = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen_groups, False)
+    return outside.repeat_interleave(num_experts // num_groups, dim=1)
 
 
 class MaskMoERouter(TopKRouter):
@@ -46,19 +85,22 @@ class MaskMoERouter(TopKRouter):
 
     1. Compute the logits as `TopKRouter` does.
     2. Set the logits of invisible experts to -inf.
-    3. Select the top `min(k, V)` of the V visible experts and weigh them with the configured score function.
-    4. Attach z-loss and load-balancing loss, both over the masked logits.
+    3. Select the top `min(k, V)` of the V visible experts, or of those in the chosen groups, and weigh them with the
+       configured score function.
+    4. [Optional] Drop what exceeds the experts' capacity.
+    5. Attach z-loss and load-balancing losses, all over the masked logits.
 
-    With every expert visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. A token with one visible
-    expert has weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
+    With every expert visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s, but for the global
+    load-balancing loss where that one depends on the number of ranks or on padding, see `_apply_global_aux_loss`. A
+    token with one visible expert has weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
 
     Args:
         config: the model's configuration.
         pg_collection: process groups of the MoE layer.
         is_mtp_layer: whether the layer belongs to multi-token prediction.
         visible_experts: the routing mask, shared by all routers of the model.
-        aux_loss_tokens: average the load-balancing loss over "all" tokens, or over the "routable" ones (V >= 2),
-            the only ones that can move.
+        aux_loss_tokens: average the load-balancing losses over "all" tokens, or over the "routable" ones (V >= 2),
+            the only ones that can move. Padding is left out of both.
     """
 
     def __init__(
@@ -84,11 +126,13 @@ class MaskMoERouter(TopKRouter):
 
         Args:
             input: hidden states [sequence, batch, hidden].
-            token_ids: int64 [sequence, batch], the ids of the same tokens.
+            token_ids: int64 [sequence, batch], the ids of the same tokens; or ids and padding, [2, sequence, batch],
+                see `pack_token_ids`.
 
         Returns:
             probs: [tokens, experts], the weights of the selected experts, 0 elsewhere.
-            routing_map: bool [tokens, experts], the selected experts: `min(k, V)` for each token.
+            routing_map: bool [tokens, experts], the experts that the token is sent to: all selected ones unless there
+                is a capacity factor.
         """
         # TopKRouter.forward hands its second argument to `routing` untouched.
         return super().forward(input, padding_mask=token_ids)
@@ -100,16 +144,21 @@ class MaskMoERouter(TopKRouter):
             logits: [sequence, batch, experts].
             padding_mask: the token ids, see `forward`; the name is that of the method this one overrides.
         """
+        num_sequences = logits.shape[1]
+        token_ids, is_padding = unpack_token_ids(padding_mask)
+        real = None if is_padding is None else ~is_padding.reshape(-1)  # [tokens]
         logits = logits.view(-1, self.num_experts)  # [tokens, experts]
-        visible = self.visible_experts(padding_mask.reshape(-1), self._table)
+        visible = self.visible_experts(token_ids.reshape(-1), self._table)
         invisible = ~visible.experts
         logits = logits.masked_fill(invisible, float("-inf"))
-        logits = self._attach_z_loss(logits, visible)
+        logits = self._attach_z_loss(logits, visible, real)
 
         probs, routing_map = topk_routing_with_score_function(
             logits,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=self.expert_bias,
@@ -117,49 +166,115 @@ class MaskMoERouter(TopKRouter):
         )
         # Where k > V, top-k has also picked invisible experts, with weight 0.
         routing_map = routing_map & visible.experts
+        if self.config.moe_expert_capacity_factor is not None:
+            probs, routing_map = apply_router_token_dropping(
+                probs,
+                routing_map,
+                router_topk=self.topk,
+                capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
 
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
-            probs = self._attach_load_balancing_loss(probs, logits, visible)
-        self._apply_expert_bias(routing_map)
+            probs = self._attach_load_balancing_losses(probs, logits, visible, real, num_sequences)
+        self._apply_expert_bias(routing_map if real is None else routing_map & real.unsqueeze(-1))
         return probs, routing_map
 
     def _maintain_float32_expert_bias(self) -> None:
         """As the method it overrides, and keeps the token counts in float32, too: bfloat16 rounds them from 257 on."""
         super()._maintain_float32_expert_bias()
-        if self.local_tokens_per_expert is not None:
-            self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
+        for counts in (self.local_tokens_per_expert, self.global_tokens_per_expert, self.ga_steps):
+            if counts is not None:
+                counts.data = counts.data.float()
 
     @property
     def _table(self) -> int:
         layer_number = self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
         return self.visible_experts.table_of_layer(layer_number)
 
-    def _attach_z_loss(self, logits: Tensor, visible: VisibleSets) -> Tensor:
-        """`TopKRouter.apply_z_loss` over the visible logits [tokens, experts]."""
+    def _attach_z_loss(self, logits: Tensor, visible: VisibleSets, real: Tensor | None) -> Tensor:
+        """`TopKRouter.apply_z_loss` over the visible logits [tokens, experts]; real: bool [tokens], None: all."""
         coeff = self.config.moe_z_loss_coeff
         if coeff is None or not self.training or not torch.is_grad_enabled():
             return logits
-        z_loss = masked_z_loss(logits, visible.routable, coeff / self.tp_cp_group.size())
-        return self.attach_and_log_load_balancing_loss(logits, coeff, z_loss, "z_loss", self.tp_cp_group)
-
-    def _attach_load_balancing_loss(self, probs: Tensor, logits: Tensor, visible: VisibleSets) -> Tensor:
-        """`TopKRouter._apply_aux_loss` over the masked logits [tokens, experts]."""
-        coeff = self.get_aux_loss_coeff("aux_loss")
-        routing_map, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
-        routing_map = routing_map & visible.experts
-
-        if self.aux_loss_tokens == "routable" and visible.routable is not None:
-            counted = visible.routable
-            routing_map = routing_map & counted.unsqueeze(-1)
-            scores = scores * counted.unsqueeze(-1)
-            local_counts = torch.cat([routing_map.sum(dim=0), counted.sum().view(1)])
-            counts = reduce_from_tensor_model_parallel_region(local_counts, self.tp_cp_group)
-            tokens_per_expert, num_tokens = counts[:-1], counts[-1]
-        else:
-            tokens_per_expert = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
-            num_tokens = logits.shape[0] * self.tp_cp_group.size()
-
-        loss = masked_load_balancing_loss(scores, tokens_per_expert, num_tokens, self.num_experts, coeff)
+        z_loss = masked_z_loss(logits, visible.routable, real, coeff / self.tp_cp_group.size())
         return self.attach_and_log_load_balancing_loss(
-            probs, coeff, loss, "load_balancing_loss", self.tp_cp_group, valid_token_count=logits.shape[0]
+            logits, coeff, z_loss, "z_loss", self.tp_cp_group, valid_token_count=None if real is None else real.sum()
         )
+
+    def _attach_load_balancing_losses(
+        self, probs: Tensor, logits: Tensor, visible: VisibleSets, real: Tensor | None, num_sequences: int
+    ) -> Tensor:
+        """The losses of `TopKRouter` whose coefficients are not 0, over the masked logits [tokens, experts].
+
+        Args:
+            real: bool [tokens], those that are no padding; None: all.
+            num_sequences: sequences in the micro-batch.
+        """
+        counted = real
+        if self.aux_loss_tokens == "routable" and visible.routable is not None:
+            counted = visible.routable if real is None else visible.routable & real
+        assignments = assign_for_balancing(logits, visible.experts, counted, self.topk, self.score_function)
+        num_real = probs.shape[0] if real is None else real.sum()
+        probs = self._apply_aux_loss(probs, assignments, num_real)
+        probs = self._apply_seq_aux_loss(probs, assignments, num_real, num_sequences)
+        return self._apply_global_aux_loss(probs, assignments, num_real)
+
+    def _apply_aux_loss(self, probs: Tensor, assignments: Assignments, num_real: int | Tensor) -> Tensor:
+        """Balance the load of each micro-batch."""
+        coeff = self.get_aux_loss_coeff("aux_loss")
+        if coeff == 0:
+            return probs
+        load = measure_load(assignments, self.topk, self.tp_cp_group)
+        loss = masked_load_balancing_loss(assignments.scores, load, self.topk, self.num_experts, coeff)
+        return self.attach_and_log_load_balancing_loss(
+            probs, coeff, loss, "load_balancing_loss", self.tp_cp_group, valid_token_count=num_real
+        )
+
+    def _apply_seq_aux_loss(
+        self, probs: Tensor, assignments: Assignments, num_real: int | Tensor, num_sequences: int
+    ) -> Tensor:
+        """Balance the load of each sequence."""
+        coeff = self.get_aux_loss_coeff("seq_aux_loss")
+        if coeff == 0:
+            return probs
+        load = measure_load(assignments, self.topk, self.tp_cp_group, num_sequences)
+        loss = masked_load_balancing_loss(assignments.scores, load, self.topk, self.num_experts, coeff) / num_sequences
+        return self.attach_and_log_load_balancing_loss(
+            probs, coeff, loss, "seq_load_balancing_loss", self.tp_cp_group, valid_token_count=num_real
+        )
+
+    def _apply_global_aux_loss(self, probs: Tensor, assignments: Assignments, num_real: int | Tensor) -> Tensor:
+        """Balance the load of all data-parallel ranks and of the step's micro-batches so far.
+
+        Gradients are averaged over data-parallel ranks, but this loss is a sum over them. Megatron-Core 0.19.2 leaves
+        it so, whereby the same coefficient weighs less the more ranks there are (its issue 3672), and divides the load
+        of earlier micro-batches by the number of tokens in this one (its issue 7213).
+        """
+        coeff = self.get_aux_loss_coeff("global_aux_loss")
+        if coeff == 0:
+            return probs
+        load = self._accumulate_load(measure_load(assignments, self.topk, self.tp_dp_cp_group))
+        loss = masked_load_balancing_loss(assignments.scores, load, self.topk, self.num_experts, coeff)
+        dp_size = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
+        return self.attach_and_log_load_balancing_loss(
+            probs,
+            coeff * dp_size,
+            loss * dp_size,
+            "global_load_balancing_loss",
+            self.tp_dp_cp_group,
+            needs_dp_avg=False,
+            valid_token_count=num_real,
+        )
+
+    def _accumulate_load(self, load: ExpertLoad) -> ExpertLoad:
+        """The mean load of the step's micro-batches so far, as if each had as many tokens as this one.
+
+        The buffers are not saved: Megatron-Core sets them to 0 at the end of every step.
+        """
+        self.global_tokens_per_expert += load.tokens_per_expert
+        self.ga_steps += 1
+        total = self.global_tokens_per_expert.double().sum().clamp(min=1)
+        scale = (self.topk * load.num_tokens * self.ga_steps.double() / total).float()
+        return ExpertLoad(self.global_tokens_per_expert / self.ga_steps * scale, load.num_tokens)

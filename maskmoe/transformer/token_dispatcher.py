@@ -11,7 +11,7 @@ class MaskMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     The stock dispatcher sends `tokens * k` rows. Under a routing mask a token with fewer than k visible experts uses
     fewer, so the rows are counted from the routing map. On a GPU that costs one wait for the count before the first
-    permutation; it is spared where every id sees at least k experts.
+    permutation; it is spared where every token is known to select k experts.
 
     Args:
         num_local_experts: experts on this rank.
@@ -31,7 +31,10 @@ class MaskMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         min_visible: int,
     ):
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
-        self.counts_rows = min_visible < config.moe_router_topk
+        # Only some of the visible experts are in the groups that a token is limited to.
+        enough_visible = config.num_moe_experts if config.moe_router_group_topk else config.moe_router_topk
+        # Padded to capacity, the number of rows is fixed.
+        self.counts_rows = min_visible < enough_visible and not self.drop_and_pad
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As the method it overrides: from routing_map, bool [tokens, experts], to the tokens of each local expert."""

@@ -120,11 +120,11 @@ def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
     Raises:
         UserError: they are damaged or altered.
     """
-    arrays = {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
     try:
+        arrays = {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
         metadata = json.loads(arrays.pop("metadata").tobytes())
-    except ValueError:  # as good as none, which is refused below
-        metadata = None
+    except (KeyError, TypeError, ValueError, RecursionError):  # as good as none, which is refused below
+        arrays, metadata = {}, None
     return RoutingMask.from_tensors(arrays, metadata, source="the checkpoint's routing mask")
 
 

@@ -13,13 +13,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -40,7 +41,7 @@ SETTINGS = f"""
     --data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0
     --eval-iters 1 --eval-interval 5 --save-interval 7 --log-interval 1 --tensorboard-log-interval 1
 """
-TIMEOUT = 300
+TIMEOUT = 180
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Run:
         saves: whether it writes checkpoints, every 7 iterations and where it ends.
         program: what Python runs.
         torchrun: started as users do, rather than by this module, which saves seconds.
+        restarts: how often torchrun may restart the ranks.
         logs_scalars: whether it writes TensorBoard events.
+        omits: a flag of `SETTINGS` that it leaves out.
     """
 
     flags: str = ""
@@ -65,12 +68,17 @@ class Run:
     saves: bool = False
     program: Sequence[str] = TRAINING
     torchrun: bool = False
+    restarts: int = 0
     logs_scalars: bool = True
+    omits: str | None = None
 
 
 DISTRIBUTED = "--use-distributed-optimizer"
 EXPERT_2 = "--expert-model-parallel-size 2"
 PIPELINE_2 = "--pipeline-model-parallel-size 2"
+TENSOR_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+TENSOR_EXPERT_2 = f"{TENSOR_2} --expert-tensor-parallel-size 1 {EXPERT_2}"
+ALL_GATHER = "--moe-token-dispatcher-type allgather"
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 # Checkpoints are written at 7, as `SETTINGS` has it, and at the end.
@@ -87,20 +95,25 @@ RUNS = {
     "resumed from start": Run(continues="start", mask=None),
     # Layouts.
     "expert parallel 2": Run(EXPERT_2, ranks=2, continues="start", torchrun=True),
+    "expert parallel 2, undisturbed": Run(EXPERT_2, ranks=2, saves=True),
     "expert parallel 4": Run("--expert-model-parallel-size 4", ranks=4, continues="start"),
     "expert parallel 2, distributed optimizer": Run(
         f"{EXPERT_2} {DISTRIBUTED}", ranks=2, continues="start, distributed optimizer"
     ),
     "pipeline 2": Run(f"{PIPELINE_2} --save-interval 21", ranks=2, continues="start", saves=True),
     "interleaved pipeline": Run(f"{PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1", ranks=2, continues="start"),
-    "tensor 2 with sequence parallel": Run(
-        "--tensor-model-parallel-size 2 --sequence-parallel", ranks=2, continues="start"
-    ),
+    "tensor 2 with sequence parallel": Run(TENSOR_2, ranks=2, continues="start"),
     "data parallel 2, distributed optimizer": Run(
         f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather",
         ranks=2,
         continues="start, distributed optimizer",
     ),
+    "tensor 2, expert parallel 2": Run(TENSOR_EXPERT_2, ranks=2, continues="start"),
+    "tensor 2, experts in 2 parts, data parallel 2": Run(
+        f"{TENSOR_2} --expert-tensor-parallel-size 2 {EXPERT_2}", ranks=4, continues="start"
+    ),
+    "all-gather, expert parallel 2": Run(f"{ALL_GATHER} {EXPERT_2}", ranks=2, continues="start"),
+    "all-gather, tensor 2, expert parallel 2": Run(f"{ALL_GATHER} {TENSOR_EXPERT_2}", ranks=2, continues="start"),
     # Recomputation.
     "full recompute": Run(FULL_RECOMPUTE),
     "selective recompute": Run("--recompute-granularity selective --recompute-modules moe"),
@@ -141,8 +154,110 @@ RUNS = {
     ),
 }
 
+
+def runs_of_model(name: str, flags: str, layouts: dict[str, tuple[int, str]], **settings) -> dict[str, Run]:
+    """A model on one process, and in several layouts from where that one was after 4 of 8 iterations.
+
+    Args:
+        name: of the run on one process; the others are called `NAME, LAYOUT`.
+        flags: of all of them.
+        layouts: number of ranks and further flags of each.
+        settings: of all of them, see `Run`.
+    """
+    flags = f"--exit-interval 8 {flags}"
+    runs = {name: Run(f"{flags} --save-interval 4", saves=True, **settings)}
+    for layout, (ranks, more_flags) in layouts.items():
+        runs[f"{name}, {layout}"] = Run(f"{flags} {more_flags} --ckpt-step 4", ranks=ranks, continues=name, **settings)
+    return runs
+
+
+BALANCING_LOSSES = """
+    --moe-router-load-balancing-type aux_loss seq_aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 2e-2 3e-2
+"""
+MORE_RECOMPUTE = "--recompute-granularity selective --recompute-modules moe shared_experts mlp core_attn"
+# All that a model can have, at once: what goes wrong in one part shows in the losses of all.
+RICH = f"""
+    --num-attention-heads 4 --group-query-attention --num-query-groups 2 --moe-layer-freq [1,0,1,1]
+    --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate --moe-z-loss-coeff 1e-3 {BALANCING_LOSSES}
+"""
+TIED = {"omits": "--untie-embeddings-and-output-weights"}
+# The choice is by scores with a bias, from 2 of 4 groups of 2 experts.
+GROUPS = """
+    --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk 3
+    --moe-router-score-function sqrtsoftplus --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1
+"""
+CAPACITY = "--moe-router-topk 3 --moe-expert-capacity-factor 0.8"
+# One micro-batch a step, so that the global loss is the same however many ranks share it.
+WHOLE_BATCH = "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 2e-2 3e-2"
+
+RUNS |= runs_of_model(
+    "rich",
+    f"{RICH} --mtp-num-layers 1",
+    {
+        "resumed": (1, ""),
+        "tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "pipeline 2": (2, PIPELINE_2),
+        "interleaved pipeline": (2, f"{PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1"),
+        "overlapped shared experts": (2, f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap"),
+        "selective recompute": (2, f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}"),
+        "tensor 2, expert parallel 2, pipeline 2": (4, f"{TENSOR_EXPERT_2} {PIPELINE_2}"),
+        "full recompute, tensor 2, pipeline 2": (4, f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}"),
+    },
+    mask="five_layers.safetensors",
+    **TIED,
+)
+RUNS |= runs_of_model(
+    "repeated prediction",
+    f"{RICH} --mtp-num-layers 2 --mtp-use-repeated-layer",
+    {"tensor 2": (2, TENSOR_2), "pipeline 2": (2, PIPELINE_2)},
+    mask="six_layers.safetensors",
+    **TIED,
+)
+RUNS |= runs_of_model(
+    "data parallel rich",
+    f"{RICH} --moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1e-2 2e-2 {DISTRIBUTED}",
+    {
+        "tensor 2, expert parallel 4, pipeline 2, data parallel 2": (
+            8,
+            f"{TENSOR_2} --expert-tensor-parallel-size 1 --expert-model-parallel-size 4 {PIPELINE_2}",
+        )
+    },
+)
+RUNS |= runs_of_model(
+    "groups",
+    GROUPS,
+    {
+        "resumed": (1, ""),
+        "tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "expert parallel 2": (2, EXPERT_2),
+    },
+)
+RUNS |= runs_of_model("capacity", CAPACITY, {"expert parallel 2": (2, EXPERT_2), "pipeline 2": (2, PIPELINE_2)})
+RUNS |= runs_of_model(
+    "padded capacity",
+    f"{CAPACITY} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",
+    {"expert parallel 2": (2, EXPERT_2), "pipeline 2": (2, PIPELINE_2)},
+)
+RUNS |= runs_of_model(
+    "global loss",
+    f"{WHOLE_BATCH} --micro-batch-size 8",
+    {
+        "expert parallel 2": (2, f"{EXPERT_2} --micro-batch-size 4"),
+        "tensor 2, data parallel 2": (4, f"{TENSOR_2} --micro-batch-size 4"),
+    },
+)
 # What is compared: every loss that training logs, and the norm of all gradients.
-SCALARS = ("lm loss", "lm loss validation", "load_balancing_loss", "grad-norm")
+SCALARS = (
+    "lm loss",
+    "lm loss validation",
+    "mtp_1 loss",
+    "mtp_2 loss",
+    "load_balancing_loss",
+    "seq_load_balancing_loss",
+    "global_load_balancing_loss",
+    "z_loss",
+    "grad-norm",
+)
 
 
 @dataclass(frozen=True)
@@ -165,21 +280,25 @@ class Outcome:
 
     @cached_property
     def curves(self) -> dict[str, dict[int, float]]:
-        """`SCALARS` by iteration, with the precision of fp32."""
+        """Those of `SCALARS` that the run logged, by iteration, with the precision of fp32."""
         events = EventAccumulator(str(self.folder / "tensorboard"), size_guidance={"scalars": 0})
         events.Reload()
-        return {name: {event.step: event.value for event in events.Scalars(name)} for name in SCALARS}
+        logged = [name for name in SCALARS if name in events.Tags()["scalars"]]
+        return {name: {event.step: event.value for event in events.Scalars(name)} for name in logged}
 
     @property
     def iterations(self) -> list[int]:
         """The iterations that this run trained."""
         return list(self.curves["lm loss"])
 
-    def difference(self, reference: "Outcome", scalars: Sequence[str] = SCALARS) -> float:
-        """The largest relative difference to a reference, over all iterations of this run and all `scalars`."""
+    def difference(self, reference: "Outcome", scalars: Sequence[str] | None = None) -> float:
+        """The largest relative difference to a reference, over all iterations of this run and all `scalars`.
+
+        By default over all that it logged.
+        """
         values = [
             (value, reference.curves[name][iteration])
-            for name in scalars
+            for name in scalars or self.curves
             for iteration, value in self.curves[name].items()
         ]
         ours, theirs = np.array(values).T
@@ -195,8 +314,8 @@ class Workplace:
     """A folder with a dataset, its token counts and routing masks, where training processes run.
 
     Attributes:
-        folder: its path; holds `data.bin`, `data.idx`, `counts.safetensors`, `mask.safetensors`,
-            `other_seed.safetensors` and `starving.safetensors`.
+        folder: its path; holds `data.bin`, `data.idx`, `counts.safetensors`, and the routing masks `mask.safetensors`,
+            `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors` and `starving.safetensors`.
     """
 
     def __init__(self, folder: Path):
@@ -204,8 +323,13 @@ class Workplace:
         write_dataset(folder / "data", np.random.default_rng(0))
         frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
         frequency.save(folder / "counts.safetensors")
-        for name, seed in (("mask", 1), ("other_seed", 2)):
-            recipe = MaskRecipe(8, 4, "uniform", frequent_mass=0.4, frequent_visible_experts=4, seed=seed)
+        for name, num_layers, seed in (
+            ("mask", 4, 1),
+            ("five_layers", 5, 1),
+            ("six_layers", 6, 1),
+            ("other_seed", 4, 2),
+        ):
+            recipe = MaskRecipe(8, num_layers, "uniform", frequent_mass=0.4, frequent_visible_experts=4, seed=seed)
             mask = build_routing_mask(recipe, frequency=frequency)
             mask.save(folder / f"{name}.safetensors")
         starving = RoutingMask(mask.row_of_id % 4, mask.visible_bits, VOCAB_SIZE, 8, 4, mask.provenance)
@@ -213,19 +337,25 @@ class Workplace:
 
     def run(self, run: Run, folder: Path, load: Path | None = None) -> Outcome:
         """Start the processes of a run and wait for their end; if one fails or they hang, the others are killed."""
+        with self.start(run, folder, load) as processes:
+            return processes.wait()
+
+    def start(
+        self, run: Run, folder: Path, load: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> "RankProcesses":
+        """Start the processes of a run; to be used as a context manager, at whose end they are killed."""
         program = [*run.program, *self.flags(run, folder, load)]
         folder.mkdir()
         if run.torchrun:
-            launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks))
-            return self._execute([*launcher, *program], [{}], folder)
-        return self.execute(program, folder, run.ranks)
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)]
+            launcher += ["--monitor-interval", "0.1", "--max-restarts", str(run.restarts)]
+            return RankProcesses([*launcher, *program], [{}], folder, self.folder, environment or {})
+        return RankProcesses(program, variables_of_ranks(run.ranks), folder, self.folder, environment or {})
 
     def execute(self, program: Sequence[str], folder: Path, ranks: int = 1) -> Outcome:
         """Run Python on `program` as one group of ranks; their output goes to `folder`, which exists."""
-        size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        group = size | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-        per_rank = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        return self._execute(program, per_rank, folder)
+        with RankProcesses(program, variables_of_ranks(ranks), folder, self.folder, {}) as processes:
+            return processes.wait()
 
     def flags(self, run: Run, folder: Path, load: Path | None = None) -> list[str]:
         """The command line arguments of a run that writes to `folder`."""
@@ -234,31 +364,103 @@ class Workplace:
         flags += ["--routing-mask", run.mask] if run.mask else []
         flags += ["--load", str(load)] if load else []
         flags += ["--save", str(folder / "save")] if run.saves else []
+        flags = [flag for flag in flags if flag != run.omits]
         return [*flags, *shlex.split(run.flags)]
 
-    def _execute(self, program: Sequence[str], per_rank: Sequence[dict[str, str]], folder: Path) -> Outcome:
-        """Run Python on `program` once for each rank's additions to the environment."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, *program]
-        processes = []
+
+def variables_of_ranks(ranks: int) -> list[dict[str, str]]:
+    """What torchrun would put into the environment of each rank of one group."""
+    size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    group = size | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    return [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+class RankProcesses:
+    """Running processes of one run, one a rank, or torchrun alone; killed at the end of the `with` block.
+
+    Attributes:
+        folder: their output is in `out0.log`, `err0.log` and so on.
+        pids: theirs; under torchrun that of torchrun alone.
+    """
+
+    def __init__(
+        self,
+        program: Sequence[str],
+        per_rank: Sequence[dict[str, str]],
+        folder: Path,
+        working_folder: Path,
+        environment: Mapping[str, str],
+    ):
+        self.folder = folder
+        common = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        self._processes = []
         for rank, variables in enumerate(per_rank):
             with open(folder / f"out{rank}.log", "w") as out, open(folder / f"err{rank}.log", "w") as err:
                 process = subprocess.Popen(
-                    command,
-                    cwd=self.folder,
-                    env=environment | variables,
+                    [sys.executable, *program],
+                    cwd=working_folder,
+                    env=os.environ | common | environment | variables,
                     stdout=out,
                     stderr=err,
                     start_new_session=True,
                 )
-            processes.append(process)
-        try:
-            wait_for(processes)
-        finally:
-            for process in processes:
-                kill_with_children(process)
-        errors = tuple((folder / f"err{rank}.log").read_text() for rank in range(len(processes)))
-        return Outcome(tuple(process.returncode for process in processes), errors, folder)
+            self._processes.append(process)
+
+    def __enter__(self) -> "RankProcesses":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for process in self._processes:
+            kill_with_children(process)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def pid_of_rank(self, rank: int) -> int | None:
+        """The process of a rank that torchrun started; None if it has not, or not again."""
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.pids[0]).children():
+                if child.environ().get("RANK") == str(rank):
+                    return child.pid
+        return None
+
+    @property
+    def output(self) -> str:
+        """All that was written so far."""
+        return "".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
+
+    def wait_until(self, holds: Callable[[], object]) -> None:
+        """Return as soon as `holds()` is true; fails the test if the processes end before, or it takes too long."""
+        deadline = time.monotonic() + TIMEOUT
+        while not holds():
+            ended = any(process.poll() is not None for process in self._processes)
+            if (ended and not holds()) or time.monotonic() > deadline:
+                pytest.fail(f"{'ended' if ended else 'waited'} in vain\n{self._outcome().report()}")
+            time.sleep(0.02)
+
+    def wait_for_iteration(self, iteration: int) -> None:
+        """Return once that iteration is logged."""
+        self.wait_until(lambda: re.search(rf"iteration +{iteration}/", self.output))
+
+    def wait(self, all_end: bool = False) -> Outcome:
+        """Wait for the end of all, or of the first that fails; then kill the others.
+
+        Args:
+            all_end: wait for all, also if one fails.
+        """
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in self._processes]
+            if None not in codes or (any(codes) and not all_end):
+                break
+            time.sleep(0.05)
+        self.__exit__()
+        return self._outcome()
+
+    def _outcome(self) -> Outcome:
+        errors = tuple((self.folder / f"err{rank}.log").read_text() for rank in range(len(self._processes)))
+        return Outcome(tuple(process.returncode for process in self._processes), errors, self.folder)
 
 
 def write_dataset(prefix: Path, random: np.random.Generator, vocab_size: int = VOCAB_SIZE) -> None:
@@ -277,18 +479,12 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def wait_for(processes: Sequence[subprocess.Popen]) -> None:
-    """Return when all have ended, one has failed, or the time is over."""
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in processes]
-        if None not in codes or any(codes):
-            return
-        time.sleep(0.05)
-
-
 def kill_with_children(process: subprocess.Popen) -> None:
-    """Kill what is left of a process group, and wait for its leader."""
+    """Kill a process and all that it started; torchrun's ranks are in process groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -299,8 +495,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
+def run_table() -> dict[str, Run]:
+    return RUNS
+
+
+@pytest.fixture(scope="session")
+def settings() -> str:
+    return SETTINGS
+
+
+@pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return Workplace(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def new_run() -> type[Run]:
+    """The description of a training run."""
+    return Run
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ MORE_CASES = {
         MASK,
         ["--tokenizer-model nowhere does not exist"],
     ),
-    "setting without support": ("--moe-expert-capacity-factor 1", MASK, ["--moe-expert-capacity-factor"]),
+    "setting without support": ("--moe-enable-routing-replay", MASK, ["--moe-enable-routing-replay"]),
     "setting that Megatron refuses": ("--pipeline-model-parallel-size 3", MASK, ["world size (1)"]),
     "lost checkpoint": ("--load bad/checkpoint", MASK, ["bad/checkpoint/iter_0000007"]),
     "save into a file": ("--save bad/ours.model/save", MASK, ["--save", "ours.model is not a folder"]),
@@ -222,19 +222,12 @@ def test_defaults_are_supported(supported_args):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--moe-token-dispatcher-type allgather",
-        "--moe-router-load-balancing-type sinkhorn",
-        "--moe-router-load-balancing-type aux_loss seq_aux_loss",
-        "--moe-router-num-groups 2",
-        "--moe-router-fusion",
-        "--moe-expert-capacity-factor 1.0",
+        "--moe-router-load-balancing-type aux_loss sinkhorn",
         "--moe-router-topk 9",
-        "--overlap-moe-expert-parallel-comm",
-        "--tensor-model-parallel-size 2",
-        "--context-parallel-size 2",
+        "--moe-router-group-topk 3 --moe-router-num-groups 4 --moe-router-topk 2",
         "--expert-model-parallel-size 3",
-        "--ckpt-format torch",
-        "--mtp-num-layers 1 --tensor-model-parallel-size 2 --sequence-parallel",
+        "--heterogeneous-layers-config-path layers.json",
+        "--dataloader-inter-document-masking",
     ],
 )
 def test_unsupported_setting(supported_args, flags):

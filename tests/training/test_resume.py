@@ -2,7 +2,7 @@
 
 import pytest
 
-# See test_layouts.py.
+# See test_composition.py.
 FP32_ORDER_OF_SUMS = 2e-6
 
 
@@ -36,7 +36,7 @@ def test_resume_is_bit_equal(runs, kind):
     assert resumed.difference(uninterrupted) == 0
 
 
-# The other direction, from 1 to 2, is in test_layouts.py: "expert parallel 2" loads what a single process saved.
+# The other direction, from 1 to 2, is in test_composition.py: "expert parallel 2" loads what a single process saved.
 @pytest.mark.parametrize(
     "kind",
     [

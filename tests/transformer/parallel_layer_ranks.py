@@ -56,6 +56,10 @@ CASES = {
     "overlapped_shared_experts": Case(
         (1, 2), settings={"moe_shared_expert_intermediate_size": 10, "moe_shared_expert_overlap": True}
     ),
+    # Every id sees k experts or more, but not in the groups that its token is limited to.
+    "groups": Case((2, 6), settings={"topk": 2, "moe_router_num_groups": 3, "moe_router_group_topk": 1}),
+    "all_gather": Case((1, 2, 4), settings={"topk": 3, "moe_token_dispatcher_type": "allgather"}),
+    "all_gather_starved": Case((1, 2), experts=range(3), settings={"moe_token_dispatcher_type": "allgather"}),
 }
 
 
@@ -66,17 +70,21 @@ class Layout:
     Attributes:
         split_dimension: of the hidden states [sequence, batch, hidden].
         settings: of the configuration and of the process groups.
-        losses: the router's losses; the load-balancing loss is one of the tokens of all tensor-parallel ranks, but of
-            each expert-parallel rank's own.
+        losses: the router's losses; they are of the tokens of all tensor-parallel ranks, but of each expert-parallel
+            rank's own, or meant to be averaged over those.
     """
 
     split_dimension: int
     settings: dict[str, int]
     aux_loss_tokens: str = "all"
-    losses: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, Any] = field(default_factory=dict)
 
 
-LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
+LOSSES = {
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
+    "moe_aux_loss_coeff": [1e-2, 2e-2, 3e-2],
+    "moe_z_loss_coeff": 1e-3,
+}
 TENSOR_PARALLEL = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
 LAYOUTS = {
     "expert": Layout(1, {"expert_model_parallel_size": 2}),

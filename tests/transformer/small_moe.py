@@ -141,6 +141,7 @@ class ReferenceRouting:
     probs: Tensor
     routing_map: Tensor
     load_balancing_loss: Tensor
+    seq_load_balancing_loss: Tensor
     z_loss: Tensor
 
 
@@ -153,41 +154,74 @@ def reference_routing(
     pre_softmax: bool = False,
     expert_bias: Tensor | None = None,
     aux_loss_tokens: str = "all",
+    num_groups: int = 1,
+    group_topk: int = 1,
+    is_padding: Tensor | None = None,
+    num_sequences: int = 1,
 ) -> ReferenceRouting:
     """Route tokens one after the other; the losses are without their coefficients.
 
     Args:
-        logits: [tokens, experts].
+        logits: [tokens, experts]; sequences alternate.
         visible: bool [tokens, experts].
+        is_padding: bool [tokens].
     """
     logits = logits.double()
     num_tokens, num_experts = logits.shape
     bias = torch.zeros(num_experts, device=logits.device) if expert_bias is None else expert_bias
     probs, routing_map = torch.zeros_like(logits), torch.zeros_like(visible)
-    mean_score, assignments = torch.zeros_like(logits[0]), torch.zeros_like(logits[0])
+    score_sum = [torch.zeros_like(logits[0]) for _ in range(num_sequences)]
+    assignments = torch.zeros(num_sequences, num_experts, device=logits.device, dtype=torch.float64)
+    num_counted = [0] * num_sequences
     z_loss = logits.new_zeros(())
-    num_counted = 0
+    num_real = num_tokens if is_padding is None else int((~is_padding).sum())
     for token in range(num_tokens):
         seen = visible[token].nonzero().flatten()
-        num_selected = min(topk, len(seen))
         z = logits[token, seen]
-        if score_function == "sigmoid":
-            scores = z.sigmoid()
-            chosen = (scores + bias[seen]).topk(num_selected).indices
-            weights = scores[chosen] / scores[chosen].sum() if topk > 1 else scores[chosen]
-            scores = scores / scores.sum()
-        else:
+        if score_function == "softmax":
             scores = z.softmax(0)
-            chosen = z.topk(num_selected).indices
+            preference = scores if pre_softmax else z
+        else:
+            raw = z.sigmoid() if score_function == "sigmoid" else torch.nn.functional.softplus(z).sqrt()
+            preference = raw + bias[seen]
+            scores = raw / raw.sum()
+        candidates = reference_groups(seen, preference, num_experts, topk, num_groups, group_topk)
+        chosen = candidates[preference[candidates].topk(min(topk, len(candidates))).indices]
+        if score_function == "softmax":
             weights = scores[chosen] if pre_softmax else z[chosen].softmax(0)
+        else:
+            weights = raw[chosen] / raw[chosen].sum() if topk > 1 else raw[chosen]
         probs = probs.index_put((torch.tensor(token), seen[chosen]), weights)
         routing_map[token, seen[chosen]] = True
+        if is_padding is not None and is_padding[token]:
+            continue
         if len(seen) > 1:
-            z_loss = z_loss + z.exp().sum().log().square() / num_tokens
+            z_loss = z_loss + z.exp().sum().log().square() / num_real
         if aux_loss_tokens == "all" or len(seen) > 1:
-            num_counted += 1
-            mean_score = mean_score.index_add(0, seen, scores)
-            assignments[seen[scores.topk(num_selected).indices]] += 1
-    share = assignments / assignments.sum().clamp(min=1)
-    load_balancing_loss = num_experts * (share * mean_score / max(num_counted, 1)).sum()
-    return ReferenceRouting(probs, routing_map, load_balancing_loss, z_loss)
+            sequence = token % num_sequences
+            num_counted[sequence] += 1
+            score_sum[sequence] = score_sum[sequence].index_add(0, seen, scores)
+            assignments[sequence, seen[scores.topk(min(topk, len(seen))).indices]] += 1
+    share = assignments.sum(dim=0) / assignments.sum().clamp(min=1)
+    load_balancing_loss = num_experts * (share * sum(score_sum)).sum() / max(sum(num_counted), 1)
+    # Sequences weigh by the square of their number of tokens.
+    shares = assignments / assignments.sum(dim=1, keepdim=True).clamp(min=1)
+    mean_counted = max(sum(num_counted) / num_sequences, 1e-12)
+    of_sequences = [
+        num_experts * (share * scores).sum() * number / mean_counted**2
+        for share, scores, number in zip(shares, score_sum, num_counted, strict=True)
+    ]
+    return ReferenceRouting(probs, routing_map, load_balancing_loss, sum(of_sequences) / num_sequences, z_loss)
+
+
+def reference_groups(
+    seen: Tensor, preference: Tensor, num_experts: int, topk: int, num_groups: int, group_topk: int
+) -> Tensor:
+    """Which of the visible experts `seen` are in the chosen groups, as indices into `seen`."""
+    group_of_seen = (seen // (num_experts // num_groups)).tolist()
+    score = {
+        group: sum(sorted(preference[[g == group for g in group_of_seen]].tolist(), reverse=True)[: topk // group_topk])
+        for group in set(group_of_seen)
+    }
+    chosen = sorted(score, key=score.get, reverse=True)[:group_topk]
+    return torch.tensor([i for i, group in enumerate(group_of_seen) if group in chosen], device=seen.device)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from small_moe import (
     DEVICE,
     make_config,
@@ -19,8 +18,9 @@ from small_moe import (
 from torch import Tensor
 
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
-from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_layer_spec
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.token_ids import pack_token_ids
 
 NUM_LAYERS, VOCAB_SIZE, BATCH, SEQUENCE = 3, 40, 2, 16
 MASK = make_mask(random_visible_sets(6, NUM_LAYERS + 1, VOCAB_SIZE, 4))
@@ -71,10 +71,10 @@ def micro_batches(number: int) -> list[Tensor]:
     return list(torch.randint(0, VOCAB_SIZE, (number, BATCH, SEQUENCE), generator=generator).to(DEVICE))
 
 
-def forward(model: MaskMoEGPTModel, token_ids: Tensor) -> Tensor:
+def forward(model: MaskMoEGPTModel, token_ids: Tensor, **side_tensors: Tensor) -> Tensor:
     take_metrics()
     positions = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, -1)
-    return model(token_ids, positions, None, labels=token_ids.roll(-1, dims=1))
+    return model(token_ids, positions, None, labels=token_ids.roll(-1, dims=1), **side_tensors)
 
 
 def check_two_micro_batches_in_flight(model: MaskMoEGPTModel, calls: list[RouterCall]) -> None:
@@ -161,13 +161,10 @@ def test_later_pipeline_stage_routes_by_ids(router_calls: list[RouterCall]) -> N
 def test_multi_token_prediction_routes_by_the_ids_it_embeds(recompute: str, router_calls: list[RouterCall]) -> None:
     config = model_config(mtp_num_layers=1, mtp_loss_scaling_factor=0.1, **RECOMPUTE[recompute])
     visible_experts = make_visible_experts(config, MASK)
-    mtp_spec = get_gpt_mtp_block_spec(
-        config, get_maskmoe_mtp_layer_spec(config, visible_experts), use_transformer_engine=False
-    )
     model = MaskMoEGPTModel(
         config,
         get_maskmoe_decoder_block_spec(config, visible_experts),
-        mtp_block_spec=mtp_spec,
+        mtp_block_spec=get_maskmoe_mtp_block_spec(config, visible_experts),
         visible_experts=visible_experts,
         vocab_size=VOCAB_SIZE,
         max_sequence_length=SEQUENCE,
@@ -200,14 +197,32 @@ def test_sequence_parallel_ranks_take_their_part_of_the_ids() -> None:
         assert torch.equal(part.T, expected)
 
 
-def test_refuses_missing_ids_and_padding_masks() -> None:
+def test_refuses_missing_ids_and_padding_of_another_shape() -> None:
     model = build_model()
     (token_ids,) = micro_batches(1)
     positions = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, -1)
     with pytest.raises(ValueError, match="needs input_ids on every pipeline stage"):
         model(None, positions, None)
-    with pytest.raises(ValueError, match="no padding mask"):
-        model(token_ids, positions, None, padding_mask=torch.zeros_like(token_ids, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"padding mask has shape \[2, 15\], the token ids have \[2, 16\]"):
+        model(token_ids, positions, None, padding_mask=torch.zeros_like(token_ids[:, 1:], dtype=torch.bool))
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_padding_reaches_every_router(recompute: str, router_calls: list[RouterCall]) -> None:
+    """It changes their losses, and nothing of how tokens are routed."""
+    model = build_model(recompute)
+    (token_ids,) = micro_batches(1)
+    forward(model, token_ids).mean().backward()
+    plain_calls, plain_losses = router_calls.copy(), take_metrics()
+    router_calls.clear()
+    is_padding = torch.rand(BATCH, SEQUENCE, device=DEVICE) < 0.3
+    forward(model, token_ids, padding_mask=is_padding).mean().backward()
+    losses = take_metrics()
+    for call, plain in zip(router_calls, plain_calls, strict=True):
+        assert torch.equal(call.token_ids, pack_token_ids(token_ids, is_padding).transpose(-2, -1))
+        assert torch.equal(call.routing_map, plain.routing_map)
+    for name in ("load_balancing_loss", "z_loss"):
+        assert (losses[name][:NUM_LAYERS] != plain_losses[name][:NUM_LAYERS]).all()
 
 
 def test_a_block_that_drops_the_ids_is_told() -> None:

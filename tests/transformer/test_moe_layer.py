@@ -11,6 +11,8 @@ from small_moe import DEVICE, make_config, make_layer, make_mask, random_visible
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from maskmoe.transformer.moe_layer import MaskMoELayer
+
 LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
 
 
@@ -99,6 +101,69 @@ def test_equals_dense_reference(sizes, topk, overrides) -> None:
         torch.testing.assert_close(
             parameter.grad, torch.zeros_like(weights[name]) if grad is None else grad, **tolerance
         )
+
+
+CAPACITY = 4  # of each expert, for 24 tokens with up to 2 of 6 experts and a factor of 0.5
+
+
+def run_with_capacity(**settings) -> tuple[MaskMoELayer, dict[str, Tensor], Tensor, Tensor]:
+    """A layer, its output and gradients, and the weights and the map of its router; of the same weights and tokens."""
+    layer = make_layer(make_config(6, 2, **settings), make_mask(random_visible_sets(2, 1, 9, 6)))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    hidden = torch.randn(12, 2, 8, device=DEVICE, requires_grad=True)
+    token_ids = torch.randint(0, 9, (2, 12), device=DEVICE)
+    probs, routing_map = layer.router(hidden, token_ids.T)
+    output, _ = layer(hidden, padding_mask=token_ids)
+    output.backward(torch.randn_like(output))
+    results = {"output": output.detach(), "hidden": hidden.grad}
+    return layer, results | {name: p.grad for name, p in layer.named_parameters()}, probs.detach(), routing_map
+
+
+@pytest.mark.parametrize("drop_policy", ["probs", "position"])
+def test_what_exceeds_the_capacity_is_dropped(drop_policy: str) -> None:
+    _, _, all_probs, everything = run_with_capacity()
+    _, _, probs, kept = run_with_capacity(moe_expert_capacity_factor=0.5, moe_token_drop_policy=drop_policy)
+    dropped = everything & ~kept
+    assert dropped.any() and not (kept & ~everything).any()
+    assert torch.equal(kept.sum(dim=0), everything.sum(dim=0).clamp(max=CAPACITY))
+    assert torch.equal(probs, all_probs * kept)
+    if drop_policy == "probs":
+        for expert in dropped.any(dim=0).nonzero().flatten():
+            least_kept = all_probs[kept[:, expert], expert].min()
+            assert least_kept >= all_probs[dropped[:, expert], expert].max()
+
+
+def test_dropped_assignments_do_not_count() -> None:
+    layer, results, probs, _ = run_with_capacity(moe_expert_capacity_factor=0.5)
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        torch.randn_like(parameter)
+    hidden = torch.randn(12, 2, 8, device=DEVICE)
+    weights = dict(layer.named_parameters())
+    expected = sum(
+        probs[:, [expert]]
+        * gated_mlp(
+            hidden.flatten(0, 1),
+            weights[f"experts.local_experts.{expert}.linear_fc1.weight"],
+            weights[f"experts.local_experts.{expert}.linear_fc2.weight"],
+        )
+        for expert in range(6)
+    )
+    torch.testing.assert_close(results["output"].flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("drop_policy", ["probs", "position"])
+def test_padding_to_capacity_changes_nothing_but_the_rows(drop_policy: str) -> None:
+    """Padding has weight 0, also on experts that the token of the row cannot see, and no gradient."""
+    settings = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": drop_policy}
+    _, results, _, routing_map = run_with_capacity(**settings)
+    _, padded_results, _, padded_map = run_with_capacity(**settings, moe_pad_expert_input_to_capacity=True)
+    assert (padded_map.sum(dim=0) == CAPACITY).all() and routing_map.sum() < padded_map.sum()
+    for name, value in results.items():
+        torch.testing.assert_close(padded_results[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_experts_have_an_optimizer_of_their_own() -> None:

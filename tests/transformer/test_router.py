@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from small_moe import (
@@ -22,8 +23,15 @@ from small_moe import (
 from torch import Tensor
 
 from maskmoe.routing_mask import MaskRecipe, TokenFrequency, build_routing_mask
+from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.token_ids import pack_token_ids
 
 LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
+ALL_BALANCING_LOSSES = {
+    "moe_router_load_balancing_type": ["global_aux_loss", "aux_loss", "seq_aux_loss"],
+    "moe_aux_loss_coeff": [1e-2, 2e-2, 3e-2],
+}
+GROUPS = {"moe_router_num_groups": 3, "moe_router_group_topk": 2}
 SHAPES = [(1, 1), (5, 3), (16, 2)]
 LOSS_SCALE = 0.5
 
@@ -46,10 +54,10 @@ class Routed:
     local_tokens_per_expert: Tensor | None
 
 
-def route(router: TopKRouter, hidden: Tensor, token_ids: Tensor | None = None) -> Routed:
+def route(router: TopKRouter, hidden: Tensor, *side_tensors: Tensor) -> Routed:
     hidden = hidden.clone().requires_grad_()
     take_metrics()
-    probs, routing_map = router(hidden) if token_ids is None else router(hidden, token_ids)
+    probs, routing_map = router(hidden, *side_tensors)
     generator = torch.Generator().manual_seed(3)
     probs.backward(torch.randn(probs.shape, generator=generator).to(probs))
     return Routed(
@@ -80,7 +88,8 @@ def all_visible_mask(kind: str, vocab_size: int, num_experts: int):
     return mask
 
 
-def check_equals_stock(config, mask_kind: str, shape=(5, 3), dtype=torch.float32, aux_loss_tokens="all", steps=1):
+def make_stock_pair(config, mask_kind: str, aux_loss_tokens="all") -> tuple[MaskMoERouter, TopKRouter]:
+    """Our router, under a mask that hides nothing, and the stock one, with the same random weights."""
     mask = all_visible_mask(mask_kind, vocab_size=20, num_experts=config.num_moe_experts)
     ours = make_router(config, mask, aux_loss_tokens=aux_loss_tokens)
     stock = TopKRouter(config, process_groups()).to(DEVICE)
@@ -91,6 +100,11 @@ def check_equals_stock(config, mask_kind: str, shape=(5, 3), dtype=torch.float32
         if stock.expert_bias is not None:
             stock.expert_bias.copy_(torch.randn_like(stock.expert_bias))
     ours.load_state_dict(stock.state_dict())
+    return ours, stock
+
+
+def check_equals_stock(config, mask_kind: str, shape=(5, 3), dtype=torch.float32, aux_loss_tokens="all", steps=1):
+    ours, stock = make_stock_pair(config, mask_kind, aux_loss_tokens)
     for _ in range(steps):
         hidden = torch.randn(*shape, config.hidden_size, device=DEVICE, dtype=dtype)
         token_ids = torch.randint(0, 10, shape, device=DEVICE)
@@ -125,16 +139,78 @@ def test_all_visible_equals_stock(topk, pre_softmax, shape, losses, dtype, mask_
         {"num_experts": 9, "topk": 9},
         {"moe_router_load_balancing_type": "none"},
         {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [1e-2]},
+        {"moe_router_load_balancing_type": "seq_aux_loss"},
+        {"moe_router_load_balancing_type": "seq_aux_loss", "calculate_per_token_loss": True},
+        {"moe_router_load_balancing_type": "global_aux_loss"},
+        {"moe_router_load_balancing_type": "global_aux_loss", "calculate_per_token_loss": True},
+        ALL_BALANCING_LOSSES,
+        ALL_BALANCING_LOSSES | {"moe_router_score_function": "sigmoid"},
+        {"moe_router_score_function": "sqrtsoftplus"},
+        {"moe_router_score_function": "sqrtsoftplus", "moe_router_enable_expert_bias": True},
+        GROUPS,
+        GROUPS | {"moe_router_pre_softmax": True},
+        GROUPS | {"moe_router_score_function": "sigmoid"},
+        GROUPS | {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        GROUPS | {"moe_router_group_topk": 3, "topk": 3},
+        GROUPS | {"moe_router_group_topk": 1, "topk": 4},
+        {"moe_expert_capacity_factor": 1.0},
+        {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "position"},
+        {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+        {
+            "moe_expert_capacity_factor": 1.0,
+            "moe_pad_expert_input_to_capacity": True,
+            "moe_token_drop_policy": "position",
+        },
+        {
+            "moe_expert_capacity_factor": 1.0,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+        },
     ],
     ids=str,
 )
 def test_all_visible_equals_stock_in_every_setting(overrides, mask_kind) -> None:
     config = make_config(**({"num_experts": 12, "topk": 4} | LOSSES | overrides))
-    check_equals_stock(config, mask_kind, steps=2)
+    check_equals_stock(config, mask_kind, steps=3)
 
 
-def test_all_visible_equals_stock_when_only_routable_tokens_count() -> None:
-    check_equals_stock(make_config(12, 4, **LOSSES), "frequent", aux_loss_tokens="routable")
+@pytest.mark.parametrize("losses", [{}, ALL_BALANCING_LOSSES], ids=["aux_loss", "all"])
+def test_all_visible_equals_stock_when_only_routable_tokens_count(losses) -> None:
+    check_equals_stock(make_config(12, 4, **(LOSSES | losses)), "frequent", aux_loss_tokens="routable", steps=2)
+
+
+@pytest.mark.parametrize("per_token_loss", [False, True])
+@pytest.mark.parametrize("mask_kind", ["smoe", "frequent"])
+def test_all_visible_equals_stock_with_padding(mask_kind, per_token_loss) -> None:
+    """Weights and map bit for bit; not the losses, whose numbers of tokens the stock router squares in float32."""
+    settings = LOSSES | ALL_BALANCING_LOSSES | {"calculate_per_token_loss": per_token_loss}
+    ours, stock = make_stock_pair(make_config(12, 4, **settings), mask_kind)
+    for _ in range(2):
+        hidden = torch.randn(7, 3, 8, device=DEVICE)
+        token_ids = torch.randint(0, 10, (7, 3), device=DEVICE)
+        is_padding = torch.rand(7, 3, device=DEVICE) < 0.4
+        packed = pack_token_ids(token_ids, is_padding)
+        ours_routed, stock_routed = route(ours, hidden, packed), route(stock, hidden, is_padding)
+        assert torch.equal(ours_routed.probs, stock_routed.probs)
+        assert torch.equal(ours_routed.routing_map, stock_routed.routing_map)
+        tolerance = {"rtol": 1e-5, "atol": 1e-7}
+        torch.testing.assert_close(ours_routed.input_grad, stock_routed.input_grad, **tolerance)
+        torch.testing.assert_close(ours_routed.weight_grad, stock_routed.weight_grad, **tolerance)
+        assert len(ours_routed.losses) == 4 and ours_routed.losses.keys() == stock_routed.losses.keys()
+        for name, values in stock_routed.losses.items():
+            torch.testing.assert_close(ours_routed.losses[name], values, rtol=1e-6, atol=0, check_dtype=False)
+        # The stock router divides what earlier micro-batches of a step got by the number of tokens in this one.
+        ours.reset_global_aux_loss_tracker()
+        stock.reset_global_aux_loss_tracker()
+
+
+def test_padding_is_no_load_for_the_expert_bias() -> None:
+    config = make_config(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+    router = make_router(config, make_mask(random_visible_sets(0, 1, 20, 4)))
+    token_ids = torch.arange(20, device=DEVICE).view(10, 2)
+    is_padding = torch.rand(10, 2, device=DEVICE) < 0.5
+    _, routing_map = router(torch.randn(10, 2, 8, device=DEVICE), pack_token_ids(token_ids, is_padding))
+    assert torch.equal(router.local_tokens_per_expert.long(), routing_map[~is_padding.flatten()].sum(dim=0))
 
 
 def test_all_visible_equals_stock_on_many_tokens() -> None:
@@ -201,10 +277,12 @@ class Case:
     scores: str
     aux_loss_tokens: str
     dtype: torch.dtype = torch.float32
+    groups: tuple[int, int] | None = None
+    has_padding: bool = False
 
     @property
     def score_function(self) -> str:
-        return "sigmoid" if "sigmoid" in self.scores else "softmax"
+        return self.scores.split("_")[0]
 
     @property
     def pre_softmax(self) -> bool:
@@ -219,6 +297,16 @@ class Case:
         return torch.from_numpy(np.random.default_rng(self.seed).integers(0, 12, self.shape)).to(DEVICE)
 
     @property
+    def is_padding(self) -> Tensor | None:
+        if not self.has_padding:
+            return None
+        return torch.from_numpy(np.random.default_rng(self.seed + 4).random(self.shape) < 0.4).to(DEVICE)
+
+    @property
+    def side_tensor(self) -> Tensor:
+        return pack_token_ids(self.token_ids, self.is_padding)
+
+    @property
     def visible(self) -> Tensor:
         """bool [tokens, experts], in the second layer."""
         return torch.from_numpy(self.mask.visible_sets(1)).to(DEVICE)[self.token_ids.flatten()]
@@ -227,8 +315,9 @@ class Case:
         values = np.random.default_rng(self.seed + 1).normal(scale=scale, size=(*self.shape, self.num_experts))
         return torch.from_numpy(values).to(DEVICE, self.dtype).requires_grad_()
 
-    def router(self):
-        has_bias = self.scores == "sigmoid_with_bias"
+    def router(self) -> MaskMoERouter:
+        has_bias = "with_bias" in self.scores
+        num_groups, group_topk = self.groups or (None, None)
         config = make_config(
             self.num_experts,
             self.topk,
@@ -236,7 +325,9 @@ class Case:
             moe_router_score_function=self.score_function,
             moe_router_pre_softmax=self.pre_softmax,
             moe_router_enable_expert_bias=has_bias,
-            **LOSSES,
+            moe_router_num_groups=num_groups,
+            moe_router_group_topk=group_topk,
+            **(LOSSES | ALL_BALANCING_LOSSES),
         )
         router = make_router(config, self.mask, layer_number=2, aux_loss_tokens=self.aux_loss_tokens)
         if has_bias:
@@ -245,32 +336,57 @@ class Case:
         return router
 
 
+SCORES = [
+    "softmax_before",
+    "softmax_after",
+    "sigmoid",
+    "sigmoid_with_bias",
+    "sqrtsoftplus",
+    "sqrtsoftplus_with_bias",
+]
+
+
+def possible_groups(num_experts: int, topk: int) -> list[tuple[int, int]]:
+    """Numbers of groups and of chosen groups that hold k experts, at least one of each group."""
+    return [
+        (num_groups, group_topk)
+        for num_groups in range(1, num_experts + 1)
+        for group_topk in range(1, num_groups + 1)
+        if num_experts % num_groups == 0 and group_topk <= topk <= group_topk * num_experts // num_groups
+    ]
+
+
 @st.composite
 def cases(draw, dtypes=(torch.float32,)) -> Case:
     num_experts = draw(st.integers(2, 20))
+    topk = draw(st.integers(1, num_experts))
     return Case(
         seed=draw(st.integers(0, 2**32 - 1)),
         num_experts=num_experts,
-        topk=draw(st.integers(1, num_experts)),
+        topk=topk,
         shape=draw(st.tuples(st.integers(1, 5), st.integers(1, 3))),
-        scores=draw(st.sampled_from(["softmax_before", "softmax_after", "sigmoid", "sigmoid_with_bias"])),
+        scores=draw(st.sampled_from(SCORES)),
         aux_loss_tokens=draw(st.sampled_from(["all", "routable"])),
         dtype=draw(st.sampled_from(dtypes)),
+        groups=draw(st.sampled_from([None, *possible_groups(num_experts, topk)])),
+        has_padding=draw(st.booleans()),
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=250)
 @given(case=cases())
 def test_follows_the_method(case: Case) -> None:
     """Weights, map, losses and gradients equal the reference's; float32 against float64."""
     router, logits = case.router(), case.logits(scale=2)
     take_metrics()
-    probs, routing_map = router.routing(logits, case.token_ids)
-    losses = take_metrics()
+    probs, routing_map = router.routing(logits, case.side_tensor)
+    losses = {name: values[1] for name, values in take_metrics().items()}
     output_grad = torch.from_numpy(np.random.default_rng(case.seed + 3).normal(size=probs.shape)).to(probs)
     probs.backward(output_grad)
 
     exact = logits.detach().double().requires_grad_()
+    num_groups, group_topk = case.groups or (1, 1)
+    is_padding = None if case.is_padding is None else case.is_padding.flatten()
     reference = reference_routing(
         exact.flatten(0, 1),
         case.visible,
@@ -279,48 +395,140 @@ def test_follows_the_method(case: Case) -> None:
         pre_softmax=case.pre_softmax,
         expert_bias=router.expert_bias,
         aux_loss_tokens=case.aux_loss_tokens,
+        num_groups=num_groups,
+        group_topk=group_topk,
+        is_padding=is_padding,
+        num_sequences=case.shape[1],
     )
-    weighted = (
-        LOSSES["moe_aux_loss_coeff"] * reference.load_balancing_loss + LOSSES["moe_z_loss_coeff"] * reference.z_loss
-    )
+    expected_losses = {
+        "load_balancing_loss": reference.load_balancing_loss,
+        "seq_load_balancing_loss": reference.seq_load_balancing_loss,
+        # Of the first micro-batch, on one rank.
+        "global_load_balancing_loss": reference.load_balancing_loss,
+        "z_loss": reference.z_loss,
+    }
+    coefficients = {
+        "load_balancing_loss": 2e-2,
+        "seq_load_balancing_loss": 3e-2,
+        "global_load_balancing_loss": 1e-2,
+        "z_loss": LOSSES["moe_z_loss_coeff"],
+    }
+    weighted = sum(coefficients[name] * loss for name, loss in expected_losses.items())
     ((reference.probs * output_grad).sum() + LOSS_SCALE * weighted).backward()
 
     assert torch.equal(routing_map, reference.routing_map)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}
+    tolerance = {"rtol": 1e-5, "atol": 2e-6, "check_dtype": False}
     torch.testing.assert_close(probs, reference.probs, **tolerance)
-    torch.testing.assert_close(losses["load_balancing_loss"][1], reference.load_balancing_loss, **tolerance)
-    torch.testing.assert_close(losses["z_loss"][1], reference.z_loss, **tolerance)
+    assert losses.keys() == expected_losses.keys()
+    for name, expected in expected_losses.items():
+        torch.testing.assert_close(losses[name], expected, **tolerance)
     torch.testing.assert_close(logits.grad, exact.grad, **tolerance)
     if router.enable_expert_bias:
-        assert torch.equal(router.local_tokens_per_expert.long(), routing_map.sum(dim=0))
+        real = slice(None) if is_padding is None else ~is_padding
+        assert torch.equal(router.local_tokens_per_expert.long(), routing_map[real].sum(dim=0))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=250)
 @given(case=cases(dtypes=(torch.float32, torch.bfloat16)), scale=st.sampled_from([1, 30, 500]))
 # The scores of visible experts round to 0, as those of invisible ones do.
 @example(case=Case(0, 20, 4, (5, 3), "softmax_before", "all"), scale=500)
 @example(case=Case(0, 20, 4, (5, 3), "sigmoid", "all"), scale=500)
 def test_nothing_invisible_is_ever_used(case: Case, scale: float) -> None:
-    """For logits of any size: `min(k, V)` visible experts, and no weight, gradient or NaN anywhere else."""
+    """For logits and biases of any size: visible experts, and no weight, gradient or NaN anywhere else.
+
+    They are `min(k, V)`, or fewer where groups limit the choice, but at least one.
+    """
     logits, visible = case.logits(scale), case.visible
+    router = case.router()
+    if router.enable_expert_bias:
+        router.expert_bias *= scale
     take_metrics()
-    probs, routing_map = case.router().routing(logits, case.token_ids)
+    probs, routing_map = router.routing(logits, case.side_tensor)
     losses = take_metrics()
     probs.sum().backward()
     assert not (routing_map & ~visible).any()
-    assert torch.equal(routing_map.sum(dim=1), visible.sum(dim=1).clamp(max=case.topk))
     assert not probs[~routing_map].any()
-    assert not logits.grad.flatten(0, 1)[~visible].any()
-    assert all(values.isfinite().all() for values in [probs, logits.grad, *losses.values()])
+    num_selected, most = routing_map.sum(dim=1), visible.sum(dim=1).clamp(max=case.topk)
+    if case.groups is None:
+        assert torch.equal(num_selected, most)
+    else:
+        num_groups, group_topk = case.groups
+        groups_used = routing_map.view(len(routing_map), num_groups, -1).any(dim=-1).sum(dim=-1)
+        assert (groups_used <= group_topk).all()
+        assert (num_selected >= 1).all() and (num_selected <= most).all()
+    grad = logits.grad.flatten(0, 1)
+    assert not grad[~visible].any()
+    assert all(values.isfinite().all() for values in [probs, *losses.values()])
+    # The square root of a softplus that rounds to 0 has no finite slope, in the stock router neither.
+    if case.score_function != "sqrtsoftplus" or scale == 1:
+        assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("scores", ["softmax_before", "softmax_after", "sigmoid", "sigmoid_with_bias"])
-def test_logits_without_a_value_select_visible_experts(scores: str) -> None:
+@pytest.mark.parametrize("groups", [None, (5, 2)])
+@pytest.mark.parametrize("scores", SCORES)
+def test_logits_without_a_value_select_visible_experts(scores: str, groups) -> None:
     """So that a model that has diverged says so, and does not fail in the dispatcher."""
-    case = Case(0, 20, 4, (5, 3), scores, "all")
+    case = Case(0, 20, 4, (5, 3), scores, "all", groups=groups)
     _, routing_map = case.router().routing(torch.full_like(case.logits(1), float("nan")), case.token_ids)
     assert not (routing_map & ~case.visible).any()
-    assert torch.equal(routing_map.sum(dim=1), case.visible.sum(dim=1).clamp(max=4))
+    num_selected = routing_map.sum(dim=1)
+    if groups is None:
+        assert torch.equal(num_selected, case.visible.sum(dim=1).clamp(max=4))
+    assert (num_selected >= 1).all()
+
+
+def test_balancing_losses_count_visible_experts_only() -> None:
+    """Also where the scores of visible experts round to 0, as those of invisible ones are."""
+    visible = np.eye(6, dtype=bool)[None, 1:]  # id i sees expert 0 and expert i + 1
+    visible[..., 0] = True
+    router = make_router(
+        make_config(6, 2, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1.0), make_mask(visible)
+    )
+    logits = torch.full((5, 1, 6), -500.0, device=DEVICE)
+    logits[..., 0] = 0  # so that all other scores are 0
+    router.routing(logits.requires_grad_(), torch.arange(5, device=DEVICE).view(5, 1))
+    assert router.global_tokens_per_expert.tolist() == [5, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_global_loss_takes_the_load_of_all_micro_batches_of_a_step(has_padding) -> None:
+    mask = make_mask(random_visible_sets(3, 1, 20, 5))
+    config = make_config(5, 2, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1.0)
+    router = make_router(config, mask)
+    for _ in range(2):
+        shares, num_tokens, expected = [], [], []
+        take_metrics()
+        for _ in range(3):
+            logits = torch.randn(8, 2, 5, device=DEVICE)
+            token_ids = torch.randint(0, 20, (8, 2), device=DEVICE)
+            is_padding = torch.rand(8, 2, device=DEVICE) < 0.5 if has_padding else None
+            router.routing(logits, pack_token_ids(token_ids, is_padding))
+            real = slice(None) if is_padding is None else ~is_padding.flatten()
+            visible = torch.from_numpy(mask.visible_sets(0)).to(DEVICE)[token_ids.flatten()][real]
+            scores = logits.flatten(0, 1)[real].double().masked_fill(~visible, float("-inf")).softmax(dim=-1)
+            selected = torch.zeros_like(visible).scatter(1, scores.topk(2).indices, True) & visible
+            shares.append(selected.sum(dim=0) / selected.sum())
+            num_tokens.append(len(scores))
+            share = sum(share * number for share, number in zip(shares, num_tokens, strict=True)) / sum(num_tokens)
+            expected.append(5 * (share * scores.mean(dim=0)).sum())
+        recorded = take_metrics()["global_load_balancing_loss"]
+        torch.testing.assert_close(recorded, sum(expected).view(1), rtol=1e-5, atol=0, check_dtype=False)
+        reset_model_temporary_tensors(config, [torch.nn.ModuleList([router])])
+        assert not router.ga_steps and not router.global_tokens_per_expert.any()
+
+
+def test_half_precision_model_accumulates_the_load_exactly() -> None:
+    """The buffers of the global loss stay in float32, and out of the checkpoint: each step begins at 0."""
+    config = make_config(
+        moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1e-2, params_dtype=torch.bfloat16
+    )
+    router = make_router(config, all_visible_mask("smoe", 20, 4)).bfloat16()
+    for _ in range(3):
+        hidden = torch.randn(251, 3, 8, device=DEVICE, dtype=torch.bfloat16)
+        router(hidden, torch.zeros(251, 3, dtype=torch.int64, device=DEVICE))
+    assert router.global_tokens_per_expert.dtype == router.ga_steps.dtype == torch.float32
+    assert router.global_tokens_per_expert.sum() == 3 * 753 * 2
+    assert router.state_dict().keys() == {"weight"}
 
 
 def test_losses_without_a_routable_token_are_zero() -> None:

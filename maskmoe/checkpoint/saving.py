@@ -1,0 +1,149 @@
+"""Saving so that what is in the folder is whole: sealed by a manifest, cleared of rests, and no more than asked for."""
+
+import ctypes
+import functools
+import os
+import shutil
+import signal
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.training import get_args, print_rank_0
+from megatron.training.checkpointing import get_loaded_iteration
+from torch.distributed.checkpoint.api import CheckpointException
+
+from maskmoe.checkpoint.integrity import Damage, check_structure, record_rank, write_manifest
+from maskmoe.checkpoint.series import checkpoint_path, read_tracker, saved_iterations
+
+_PR_SET_PDEATHSIG = 1
+
+
+class SealedSaveStrategy(TorchDistSaveShardedStrategy):
+    """`TorchDistSaveShardedStrategy` that records every file's digest where it is written.
+
+    Each rank reads back its own files, from the page cache, in the process that wrote them. So asynchronous saving
+    stays asynchronous, and no rank reads what others wrote.
+    """
+
+    def async_save(self, sharded_state_dict: dict, checkpoint_dir: str | Path, async_strategy: str = "nvrx"):
+        """As the method it overrides; synchronous saving goes through it, too."""
+        request = super().async_save(sharded_state_dict, checkpoint_dir, async_strategy)
+        if request.async_fn is not None:
+            request = request._replace(async_fn=partial(_write_and_record, os.getpid(), request.async_fn))
+        request.finalize_fns.append(partial(_seal, Path(checkpoint_dir)))
+        return request
+
+
+def saving_whole_checkpoints(
+    save_checkpoint: Callable[..., None], while_saving: Callable[[], AbstractContextManager]
+) -> Callable[..., None]:
+    """Make Megatron's `save_checkpoint` never write into a folder that holds something, and remove old checkpoints.
+
+    Args:
+        save_checkpoint: Megatron's.
+        while_saving: entered around each save.
+    """
+
+    @functools.wraps(save_checkpoint)
+    def save(iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
+        settings = get_args()
+        if _is_saved(settings, iteration):
+            print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
+            return
+        is_first = torch.distributed.get_rank() == 0
+        remove_old = partial(
+            _remove_old_checkpoints, settings.save, settings.keep_last_checkpoints, settings.save_retain_interval
+        )
+        with while_saving():
+            if is_first and not non_persistent_ckpt:
+                shutil.rmtree(checkpoint_path(settings.save, iteration), ignore_errors=True)
+                remove_old()
+            torch.distributed.barrier()
+            save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+            if is_first and not settings.async_save:
+                remove_old()
+
+    return save
+
+
+def _is_saved(settings: Namespace, iteration: int) -> bool:
+    """Whether the checkpoint was loaded from there and nothing was trained since: saving would risk it for nothing."""
+    is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
+    return is_same_folder and not settings.finetune and get_loaded_iteration() == iteration
+
+
+def remove_unfinished_checkpoints(folder: str | Path) -> None:
+    """Remove what a failed save left: checkpoints newer than the tracker's that were not finished."""
+    newest = read_tracker(folder)
+    for iteration in saved_iterations(folder):
+        if not isinstance(newest, int) or iteration > newest:
+            checkpoint = checkpoint_path(folder, iteration)
+            if not (checkpoint / "metadata.json").exists():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _write_and_record(owner: int, write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any):
+    """Write this rank's files, then record them.
+
+    Args:
+        owner: the process that trains. Asynchronous saving writes in a child of it, which must not outlive it: the run
+            that takes its place may save the same checkpoint.
+        write: the writer's function, which takes the other arguments.
+        rank: of the process that trains.
+        write_buckets: the first element of each is the path of the file that it goes to.
+    """
+    if os.getpid() != owner:
+        _end_with_parent(owner)
+    write(rank, write_buckets, *args)
+    record_rank([Path(bucket[0]) for bucket in write_buckets], rank)
+
+
+def _end_with_parent(parent: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+
+
+def _seal(checkpoint: Path) -> None:
+    """Write the manifest on the first rank; if that fails, fail on all.
+
+    Raises:
+        CheckpointException: naming what was not written.
+    """
+    outcome: list[BaseException | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            write_manifest(checkpoint)
+        except (Damage, OSError) as error:
+            outcome = [error]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise CheckpointException("write", {0: (outcome[0], None)})
+
+
+def _remove_old_checkpoints(folder: str | Path, keep: int | None, retain_interval: int | None) -> None:
+    """Remove all but the newest `keep` whole checkpoints, and older unfinished ones.
+
+    Args:
+        folder: Megatron's `--save`.
+        keep: None keeps all.
+        retain_interval: Megatron's `--save-retain-interval`, whose multiples stay, too.
+    """
+    if keep is None:
+        return
+    kept = 0
+    for iteration in saved_iterations(folder):
+        checkpoint = checkpoint_path(folder, iteration)
+        if kept >= keep and not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        try:
+            check_structure(checkpoint)
+            kept += 1
+        except Damage:
+            continue

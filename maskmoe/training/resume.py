@@ -1,0 +1,153 @@
+"""Where a run goes on from: the newest sound checkpoint, and whether it belongs to this run's model and tokenizer."""
+
+import json
+import sys
+from argparse import Namespace
+from itertools import count
+from pathlib import Path
+
+from megatron.core.dist_checkpointing import load_common_state_dict
+
+from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
+from maskmoe.checkpoint.series import RELEASE, Choice, checkpoint_path, choose_checkpoint, read_tracker, write_tracker
+from maskmoe.errors import UserError
+from maskmoe.training.rank_store import RankStore
+
+# Arguments that fix the shapes of a model's parameters, or what they mean.
+_OF_THE_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "multi_latent_attention",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_latent_size",
+    "moe_router_enable_expert_bias",
+    "mtp_num_layers",
+    "normalization",
+    "swiglu",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+    "position_embedding_type",
+)
+
+
+def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
+    """The checkpoint to load, its content verified by all ranks together; None to start from the beginning.
+
+    What is passed over is told. An unusable tracker is written anew, since Megatron cannot start with it.
+
+    Args:
+        args: Megatron's arguments; `load`, `ckpt_step` and `verify_checkpoint` matter.
+        ranks: the ranks of the run, all of which call this.
+
+    Raises:
+        UserError: there are checkpoints, but none is sound.
+    """
+    if args.load is None:
+        return None
+    if ranks.rank > 0:
+        return _follow(ranks)
+    questions = count()
+
+    def check(checkpoint: Path) -> None:
+        check_structure(checkpoint)
+        if args.verify_checkpoint:
+            question = f"checkpoint/{next(questions)}"
+            ranks.broadcast(question, json.dumps({"verify": str(checkpoint)}))
+            for damage in ranks.gather(f"{question}/damage", _damage_of_my_part(checkpoint, ranks)):
+                if damage:
+                    raise Damage(damage)
+
+    answer: dict[str, str | None] = {"error": "choosing the checkpoint failed on the first rank"}
+    try:
+        choice = choose_checkpoint(args.load, args.ckpt_step, check)
+        _tell(choice)
+        if choice.iteration is not None and args.ckpt_step is None and read_tracker(args.load) is None:
+            write_tracker(args.load, choice.iteration)
+            _warn(f"the record of the latest checkpoint in {args.load} was unusable; it names {choice.iteration} now")
+        answer = {"chosen": str(choice.checkpoint) if choice.checkpoint else None}
+        return choice.checkpoint
+    except UserError as error:
+        answer = {"error": str(error)}
+        raise
+    finally:
+        ranks.broadcast(f"checkpoint/{next(questions)}", json.dumps(answer))
+
+
+def checkpoint_to_load(args: Namespace) -> Path | None:
+    """The checkpoint that `find_checkpoint` chose, once `--ckpt-step` holds its choice."""
+    if args.load is None:
+        return None
+    if args.ckpt_step is not None:
+        return checkpoint_path(args.load, args.ckpt_step)
+    release = Path(args.load) / RELEASE
+    return release if release.exists() else None
+
+
+def _follow(ranks: RankStore) -> Path | None:
+    """What `find_checkpoint` does on other ranks: verify a part of what the first asks for, and take its choice."""
+    for number in count():
+        question = f"checkpoint/{number}"
+        message = json.loads(ranks.broadcast(question))
+        if "error" in message:
+            raise UserError(message["error"])
+        if "chosen" in message:
+            return Path(message["chosen"]) if message["chosen"] else None
+        ranks.gather(f"{question}/damage", _damage_of_my_part(Path(message["verify"]), ranks))
+    raise AssertionError("count() does not end")
+
+
+def _damage_of_my_part(checkpoint: Path, ranks: RankStore) -> str:
+    """What is wrong with this rank's share of a checkpoint's files; empty if nothing is."""
+    try:
+        check_content(checkpoint, slice(ranks.rank, None, ranks.world_size))
+    except Damage as damage:
+        return str(damage)
+    return ""
+
+
+def check_same_model(args: Namespace, checkpoint: Path) -> None:
+    """Check that a checkpoint's model has the sizes, and its tokenizer the vocabulary, that this run gives them.
+
+    Raises:
+        UserError: naming all differences, both sides of each.
+    """
+    saved = load_common_state_dict(checkpoint).get("args")
+    if saved is None:
+        return
+    differences = [
+        f"--{name.replace('_', '-')} {getattr(saved, name)} there, {getattr(args, name)} here"
+        for name in _OF_THE_MODEL
+        if hasattr(saved, name)
+        and getattr(saved, name) != getattr(args, name, None)
+        and (name != "num_query_groups" or args.group_query_attention)  # without, it means nothing and varies
+    ]
+    if differences:
+        raise UserError(f"checkpoint {checkpoint} is of another model: {'; '.join(differences)}")
+    theirs, ours = getattr(saved, "tokenizer_sha256", None), args.tokenizer_sha256
+    if theirs is not None and ours is not None and theirs != ours:
+        raise UserError(
+            f"checkpoint {checkpoint} was trained with another tokenizer ({saved.tokenizer_model}, sha256 "
+            f"{theirs[:12]}…) than --tokenizer-model {args.tokenizer_model} ({ours[:12]}…)"
+        )
+
+
+def _tell(choice: Choice) -> None:
+    for checkpoint, reason in choice.rejected:
+        _warn(f"checkpoint {checkpoint} {reason}")
+    if choice.rejected:
+        _warn(f"going on from {choice.checkpoint}" if choice.checkpoint else "starting from the beginning")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

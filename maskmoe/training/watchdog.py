@@ -1,0 +1,211 @@
+"""Ends a run in which a rank hangs, and names that rank.
+
+A rank that hangs stops all others: they wait for it in a collective. So the rank to blame is one that shows no sign of
+life, or one that stands still anywhere but in a collective.
+"""
+
+import contextlib
+import json
+import linecache
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from maskmoe.interruption import EXIT_HANG
+from maskmoe.training.rank_store import RankStore
+
+_WAITING_PACKAGES = tuple(
+    str(Path(torch.__file__).parent / package) + os.sep for package in ("distributed", "autograd")
+)
+# How Python waits for what a collective, or a GPU in a collective, has not delivered.
+_WAITING_CALLS = (".wait(", "barrier(", ".synchronize(", ".item(", ".cpu(", ".tolist(")
+_NAMED_AT_MOST = 8
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What a rank's watchdog says of it.
+
+    Attributes:
+        rank: the rank.
+        where: host and process, for people.
+        steps: micro-batches begun so far.
+        at: the innermost Python call of the thread that trains, for people.
+        waits: whether that call waits for other ranks.
+        number: counts this rank's sightings.
+    """
+
+    rank: int
+    where: str
+    steps: int
+    at: str
+    waits: bool
+    number: int
+
+
+class Watchdog:
+    """Watches over this rank, in a thread of its own, and tells the other ranks' watchdogs how it is doing.
+
+    Once no micro-batch was begun for `timeout`, it says which rank is to blame and ends the process with `EXIT_HANG`.
+    The first watchdog that comes to a verdict tells it to all, so that all ranks end. Time counts from the first
+    micro-batch on: what comes before has timeouts of its own.
+
+    Args:
+        ranks: the ranks of the run.
+        timeout: seconds.
+    """
+
+    def __init__(self, ranks: RankStore, timeout: float):
+        self._timeout = timeout
+        self._period = min(timeout / 10, 10.0)
+        self._ranks = ranks.beside(timeout=max(2 * self._period, 1.0))
+        self._trainer = threading.get_ident()
+        self._steps = 0
+        self._last_step: float | None = None
+        self._sightings = 0
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def step(self) -> None:
+        """A micro-batch begins."""
+        self._steps += 1
+        self._last_step = time.monotonic()
+
+    def stop(self) -> None:
+        """Training is over."""
+        self._last_step = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work that takes as long as it takes, such as saving. Counting begins anew with the next micro-batch."""
+        self._last_step = None
+        try:
+            yield
+        finally:
+            self._last_step = None
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(self._period)
+            try:
+                self._report()
+                verdict = self._ranks.peek("verdict")
+                if verdict is None and self._stands_still():
+                    verdict = self._judge()
+            except (
+                RuntimeError
+            ) as error:  # DistNetworkError and its like: a rank that hosts the store is gone or stopped
+                if not self._stands_still():
+                    continue
+                verdict = json.dumps([[], f"the store at which the ranks meet does not answer ({error})"])
+            if verdict is not None:
+                self._end(verdict)
+
+    def _stands_still(self) -> bool:
+        last_step = self._last_step
+        return last_step is not None and time.monotonic() - last_step > self._timeout
+
+    def _report(self) -> None:
+        frame = sys._current_frames().get(self._trainer)
+        self._sightings += 1
+        sighting = Sighting(
+            rank=self._ranks.rank,
+            where=f"host {socket.gethostname()}, process {os.getpid()}",
+            steps=self._steps,
+            at=_describe(frame),
+            waits=_waits(frame),
+            number=self._sightings,
+        )
+        self._ranks.put(f"sighting/{sighting.rank}", json.dumps(asdict(sighting)))
+
+    def _judge(self) -> str | None:
+        """The verdict of this rank, or of one that was quicker; None if training goes on after all."""
+        before = self._read()
+        for _ in range(3):
+            time.sleep(self._period)
+            self._report()
+        if not self._stands_still():
+            return None
+        culprits, reason = find_culprits(before, self._read())
+        message = f"no micro-batch was begun for {self._timeout:g} s: {reason}"
+        return self._ranks.put_first("verdict", json.dumps([culprits, message]))
+
+    def _read(self) -> list[Sighting]:
+        messages = (self._ranks.peek(f"sighting/{rank}") for rank in range(self._ranks.world_size))
+        return [Sighting(**json.loads(message)) for message in messages if message is not None]
+
+    def _end(self, verdict: str) -> None:
+        culprits, message = json.loads(verdict)
+        if self._ranks.rank in culprits or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {message}", file=sys.stderr)
+        if self._ranks.rank in culprits or not culprits:
+            stack = "".join(traceback.format_stack(sys._current_frames().get(self._trainer)))
+            print(f"rank {self._ranks.rank} stands at\n{stack}", file=sys.stderr)
+        sys.stderr.flush()
+        self._wait_for_others()
+        os._exit(EXIT_HANG)
+
+    def _wait_for_others(self) -> None:
+        """Until all ranks that are alive have heard the verdict: the end of one breaks the collectives of the others."""
+        deadline = time.monotonic() + 2 * self._period
+        with contextlib.suppress(RuntimeError):
+            self._ranks.put(f"heard/{self._ranks.rank}", "")
+            others = [f"heard/{rank}" for rank in range(self._ranks.world_size)]
+            while time.monotonic() < deadline and any(self._ranks.peek(other) is None for other in others):
+                time.sleep(0.01)
+
+
+def find_culprits(before: Sequence[Sighting], after: Sequence[Sighting]) -> tuple[list[int], str]:
+    """Who holds up the run.
+
+    Args:
+        before: the last sighting of each rank, ordered by rank.
+        after: the same some periods later.
+
+    Returns:
+        ranks to blame, none if that cannot be told, and a sentence about them.
+    """
+    numbers = {sighting.rank: sighting.number for sighting in before}
+    silent = [sighting for sighting in after if numbers.get(sighting.rank) == sighting.number]
+    busy = [sighting for sighting in after if not sighting.waits]
+    behind = [sighting for sighting in after if sighting.steps < max(other.steps for other in after)]
+    if silent:
+        return _blame(silent, "shows no sign of life; it was last seen at")
+    if busy:
+        return _blame(busy, "stands still while the others wait for it, at")
+    if behind:
+        return _blame(behind, "is behind the others, at")
+    return [], f"all {len(after)} ranks wait for each other; where each stands follows"
+
+
+def _blame(sightings: Sequence[Sighting], what: str) -> tuple[list[int], str]:
+    named = [f"rank {seen.rank} ({seen.where}) {what} {seen.at}" for seen in sightings[:_NAMED_AT_MOST]]
+    if len(sightings) > len(named):
+        named.append(f"and {len(sightings) - len(named)} more ranks")
+    return [seen.rank for seen in sightings], "; ".join(named)
+
+
+def _describe(frame: FrameType | None) -> str:
+    if frame is None:
+        return "no Python call"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _waits(frame: FrameType | None) -> bool:
+    if frame is None:
+        return False
+    if frame.f_code.co_filename.startswith(_WAITING_PACKAGES):
+        return True
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return any(call in line for call in _WAITING_CALLS)

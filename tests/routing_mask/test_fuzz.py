@@ -1,0 +1,245 @@
+"""Files that anyone may have written: readers of routing masks and token counts end in a value or in a `UserError`.
+
+What is read from damaged files is the original; what is read from forged ones, whose digest is right, can be used and
+saved. tracemalloc sees NumPy's memory, so that a small file which claims much is found out.
+"""
+
+import json
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from safetensors.numpy import save_file
+
+from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.errors import UserError
+from maskmoe.routing_mask import TokenFrequency
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.mask import KIND as MASK
+from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
+from maskmoe.routing_mask.sealed_tensors import METADATA_KEY, save_sealed, seal
+from maskmoe.transformer.visible_experts import routing_mask_from_buffers
+
+COUNTS = "token frequency"
+TOKENIZER = {"type": "SentencePieceTokenizer", "model": "t.model", "sha256": "a" * 64, "vocab_size": 20, "eod_id": None}
+
+# A file of some kilobytes needs a bit for each of N × N experts, which NumPy first makes bytes of.
+MOST_BYTES = 16 << 20
+
+READERS: dict[str, Callable[[Path], Any]] = {MASK: RoutingMask.load, COUNTS: TokenFrequency.load}
+
+# The files do not depend on the example.
+fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=100)
+
+
+@pytest.fixture
+def originals(make_frequency) -> dict[str, Any]:
+    frequency = make_frequency(np.arange(20) + 1)
+    frequency = TokenFrequency(frequency.counts, (None,), frequency.datasets, TOKENIZER)
+    return {MASK: build_routing_mask(MaskRecipe(10, 2, "balanced", 0.4, 3), frequency=frequency), COUNTS: frequency}
+
+
+@pytest.fixture
+def contents(originals, tmp_path) -> dict[str, bytes]:
+    """The files of the originals."""
+    for kind, original in originals.items():
+        original.save(tmp_path / kind)
+    return {kind: (tmp_path / kind).read_bytes() for kind in originals}
+
+
+def read(kind: str, path: Path) -> Any:
+    """What the reader returns; None if it refuses the file in one line that names it."""
+    tracemalloc.start()
+    try:
+        return READERS[kind](path)
+    except UserError as error:
+        assert path.name in str(error)
+        assert "\n" not in str(error)
+        str(error).encode()
+        return None
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < MOST_BYTES
+
+
+@fuzz
+@given(content=st.binary(max_size=400), kind=st.sampled_from(list(READERS)))
+def test_any_bytes(content, kind, tmp_path):
+    path = tmp_path / "any.safetensors"
+    path.write_bytes(content)
+    assert read(kind, path) is None
+
+
+def mutations(content: bytes) -> st.SearchStrategy[bytes]:
+    """Files in which a run of bytes was replaced, or the length of the header."""
+    position = st.integers(0, len(content)) | st.integers(0, 16) | st.integers(0, len(content)).map(lambda n: -n)
+    replaced = st.builds(
+        lambda first, length, new: content[:first] + new + content[first:][length:],
+        position,
+        st.integers(0, 40) | st.just(len(content)),
+        st.binary(max_size=40) | st.sampled_from([b"0", b"9" * 30, b"-1", b"null", b"[", b"{", b'"', b"NaN", b"1e999"]),
+    )
+    relabelled = st.integers(0, 2**64 - 1).map(lambda length: struct.pack("<Q", length) + content[8:])
+    doubled = st.builds(lambda first, last: content[:last] + content[first:], position, position)
+    return replaced | relabelled | doubled
+
+
+@fuzz
+@given(data=st.data(), kind=st.sampled_from(list(READERS)))
+def test_damaged_files(data, kind, originals, contents, tmp_path):
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(data.draw(mutations(contents[kind])))
+    value = read(kind, path)
+    assert value is None or value.digest == originals[kind].digest
+
+
+DTYPES = st.sampled_from(
+    ["U8", "I16", "I32", "I64", "BOOL", "F16", "BF16", "F32", "F8_E4M3", "F4", "C64", "", "x", None]
+)
+SIZES = st.integers(-1, 40) | st.sampled_from([2**31, 2**62, 2**63, 2**64, 2**80, 1.5, True, "8", None])
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": DTYPES,
+        "shape": st.lists(SIZES, max_size=4) | st.just([0] * 70),
+        "data_offsets": st.lists(SIZES, max_size=3),
+    }
+)
+NAMES = st.sampled_from(["row_of_id", "visible_bits", "counts", "weights", ""])
+
+
+@fuzz
+@given(
+    entries=st.lists(st.tuples(NAMES, ENTRIES), max_size=3),
+    tail=st.binary(max_size=64),
+    kind=st.sampled_from(list(READERS)),
+)
+@example(entries=[("counts", {"dtype": "U8", "shape": [0] * 70, "data_offsets": [0, 0]})], tail=b"", kind=COUNTS)
+@example(
+    entries=[("counts", {"dtype": "I64", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]})], tail=b"", kind=COUNTS
+)
+@example(entries=[("counts", {"dtype": "U8", "shape": [2**62], "data_offsets": [0, 2**62]})], tail=b"", kind=COUNTS)
+def test_headers_that_claim_anything(entries, tail, kind, originals, tmp_path):
+    """Also names that occur twice."""
+    metadata = {METADATA_KEY: seal(kind, originals[kind]._arrays() if kind == MASK else {}, {})[METADATA_KEY]}
+    members = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in [*entries, ("__metadata__", metadata)]]
+    header = f"{{{', '.join(members)}}}".encode()
+    path = tmp_path / "claims.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + tail)
+    assert read(kind, path) is None
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 40)
+    | st.sampled_from([2**63, -(2**63), 10**400, 0.4, -0.1, 1e300, "", "balanced", "\n", "\ud800", "a" * 64])
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "sha256", "x"]), inner),
+    max_leaves=5,
+)
+ARRAYS = npst.arrays(
+    st.sampled_from([np.uint8, np.int16, np.int32, np.int64]),
+    npst.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=21),
+)
+
+
+def records_like(record: Any) -> st.SearchStrategy[Any]:
+    """Records in which values are others, are missing, or are of another type, at any depth."""
+    if isinstance(record, dict):
+        same = st.fixed_dictionaries({key: records_like(value) for key, value in record.items()})
+        lacking = st.sampled_from([*record, None]).flatmap(
+            lambda missing: same.map(lambda values: {k: v for k, v in values.items() if k != missing})
+        )
+        more = st.builds(lambda values, extra: values | {"x": extra}, same, VALUES)
+        return st.one_of(same, lacking, more, VALUES)
+    if isinstance(record, list | tuple):
+        return st.lists(st.one_of([records_like(value) for value in record] or [VALUES]), max_size=3) | VALUES
+    return st.just(record) | st.just(record) | st.just(record) | VALUES
+
+
+def use(value: Any) -> None:
+    """What is done with masks and counts."""
+    if isinstance(value, RoutingMask):
+        occurrences = np.ones(value.vocab_size)
+        assert value.min_visible >= 1
+        assert value.visible_sets(value.num_layers - 1).any(axis=1).all()
+        assert expected_expert_load(value, occurrences).sum() == pytest.approx(occurrences.sum() * len(value.row_of_id))
+        overloading_ids(value, occurrences)
+        for dataset in value.provenance.datasets:
+            assert isinstance(dataset["idx_sha256"], str) and dataset["bin_bytes"] >= 0
+        tokenizer = value.provenance.tokenizer
+    else:
+        assert np.isfinite(value.occurrences).all() and value.occurrences.min() >= 0
+        tokenizer = value.tokenizer
+    assert tokenizer is None or TokenizerRecord.from_json(tokenizer).to_json() == tokenizer
+
+
+@fuzz
+@given(data=st.data(), kind=st.sampled_from(list(READERS)))
+def test_forged_files(data, kind, originals, tmp_path):
+    """With a digest that is right."""
+    original = originals[kind]
+    tensors = dict(original._arrays() if kind == MASK else original._tensors())
+    record = data.draw(records_like(json.loads(json.dumps(original._record()))))
+    for name in tensors:
+        if data.draw(st.integers(0, 3)) == 0:
+            tensors[name] = data.draw(ARRAYS)
+    if data.draw(st.integers(0, 9)) == 0:
+        tensors.pop(next(iter(tensors)))
+    path = tmp_path / "forged.safetensors"
+    save_sealed(path, kind, {name: np.ascontiguousarray(t) for name, t in tensors.items()}, record)
+    value = read(kind, path)
+    if value is not None:
+        use(value)
+        value.save(tmp_path / "again.safetensors")
+        assert read(kind, tmp_path / "again.safetensors").digest == value.digest
+
+
+@fuzz
+@given(
+    envelope=st.dictionaries(st.sampled_from(["kind", "version", "record", "sha256"]), VALUES, min_size=3),
+    text=st.none() | st.text(max_size=20) | st.just("[" * 100_000) | st.just('{"a":' * 50_000),
+    kind=st.sampled_from(list(READERS)),
+)
+def test_metadata_of_any_kind(envelope, text, kind, originals, tmp_path):
+    path = tmp_path / "metadata.safetensors"
+    value = json.dumps(envelope) if text is None else text
+    save_file({"counts": np.zeros(3, np.int64)}, path, metadata={METADATA_KEY: value})
+    assert read(kind, path) is None
+
+
+@fuzz
+@given(data=st.data())
+def test_masks_in_checkpoints(data, originals):
+    """The tensors of a checkpoint are of any type and content, and may be missing."""
+    mask = originals[MASK]
+    tensors, metadata = mask.to_tensors()
+    buffers = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    text = bytearray(json.dumps(metadata).encode())
+    text = bytearray(data.draw(mutations(bytes(text)) | st.just(bytes(text)) | st.just(b"[" * 100_000)))
+    buffers["metadata"] = torch.frombuffer(text or bytearray(b"x"), dtype=torch.uint8)
+    for name in list(buffers):
+        change = data.draw(
+            st.sampled_from([None, None, None, "missing", "other", torch.bfloat16, torch.float64, torch.bool])
+        )
+        if change == "missing":
+            del buffers[name]
+        elif change == "other":
+            buffers[name] = torch.from_numpy(data.draw(ARRAYS))
+        elif change is not None:
+            buffers[name] = buffers[name].to(change)
+    try:
+        found = routing_mask_from_buffers(buffers)
+    except UserError as error:
+        assert "checkpoint" in str(error) and "\n" not in str(error)
+    else:
+        assert found.digest == mask.digest

@@ -1,0 +1,52 @@
+"""Pretraining in which something goes wrong, as the environment says: FAULT=KIND, FAULT_RANK, FAULT_ITERATION.
+
+hang: the rank sleeps before that iteration. nan: its gradients become NaN in that iteration, once: a file
+`fault-happened` in FAULT_FOLDER says that it was so. nan-always: each time. slow-save: the rank writes checkpoints slowly.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import maskmoe.training  # noqa: F401
+
+# isort: split
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.training import get_args
+
+from maskmoe.cli import run_tool
+from maskmoe.training import pretrain
+
+KIND = os.environ["FAULT"]
+RANK = int(os.environ["FAULT_RANK"])
+ITERATION = int(os.environ["FAULT_ITERATION"])
+DONE = Path(os.environ["FAULT_FOLDER"]) / "fault-happened"
+
+
+def is_due() -> bool:
+    return int(os.environ.get("RANK", "0")) == RANK and get_args().curr_iteration == ITERATION - 1
+
+
+class FaultyStep(pretrain.MicroBatchStep):
+    def forward(self, data_iterator, model):
+        if KIND == "hang" and is_due():
+            time.sleep(1000)
+        output, loss_function = super().forward(data_iterator, model)
+        if is_due() and (KIND == "nan-always" or (KIND == "nan" and not DONE.exists())):
+            DONE.touch()
+            output.register_hook(lambda gradient: gradient * torch.nan)
+        return output, loss_function
+
+
+def write_slowly(*args, **kwargs):
+    time.sleep(float(os.environ.get("RANK", "0") == str(RANK)) * 0.05)
+    return write_item(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    pretrain.MicroBatchStep = FaultyStep
+    write_item = filesystem_async._write_item
+    if KIND == "slow-save":
+        filesystem_async._write_item = write_slowly
+    run_tool(pretrain.main)
