@@ -1,6 +1,7 @@
 """What every command line tool shares: how it reports bad input and how it writes its output."""
 
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, RunFailure) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Usually the first rank of the node meets the same: torchrun then ends this one before it says it again.
             time.sleep(_PRECEDENCE)

@@ -57,8 +57,8 @@ def requeueing_when_signalled(args: Namespace) -> Iterator[None]:
 def ending_data_workers() -> Iterator[None]:
     """Kill the data loaders' workers at the end, be it good or bad.
 
-    Python ends them by SIGTERM when the process exits and waits for that. Megatron makes them ignore it, so that a signal
-    to the process group does not end them before the last save. So the process would never end.
+    Python ends them by SIGTERM when the process exits and waits for that. Megatron makes them ignore it, so that a
+    signal to the process group does not end them before the last save. So the process would never end.
     """
     try:
         yield

@@ -62,13 +62,9 @@ class RankStore:
             self.put(key, message)
         return self._store.get(key).decode()
 
-    def beside(self, timeout: float) -> "RankStore":
-        """The same over a connection of its own, for another thread; its calls raise after `timeout` seconds."""
-        if self._store is None:
-            return self
-        store = self._store.clone()
-        store.set_timeout(timedelta(seconds=timeout))
-        return RankStore(store, self.rank, self.world_size)
+    def beside(self) -> "RankStore":
+        """The same over a connection of its own, for another thread."""
+        return RankStore(self._store and self._store.clone(), self.rank, self.world_size)
 
     def put(self, key: str, message: str) -> None:
         """Leave a message, in place of an earlier one."""

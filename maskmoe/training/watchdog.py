@@ -68,14 +68,16 @@ class Watchdog:
     def __init__(self, ranks: RankStore, timeout: float):
         self._timeout = timeout
         self._period = min(timeout / 10, 10.0)
-        self._ranks = ranks.beside(timeout=max(2 * self._period, 1.0))
+        self._ranks = ranks.beside()
         self._trainer = threading.get_ident()
         self._steps = 0
         self._last_step: float | None = None
         self._sightings = 0
+        self._last_contact = time.monotonic()
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        threading.Thread(target=self._guard, name="watchdog's guard", daemon=True).start()
 
     def step(self) -> None:
         """A micro-batch begins."""
@@ -103,14 +105,22 @@ class Watchdog:
                 verdict = self._ranks.peek("verdict")
                 if verdict is None and self._stands_still():
                     verdict = self._judge()
-            except (
-                RuntimeError
-            ) as error:  # DistNetworkError and its like: a rank that hosts the store is gone or stopped
-                if not self._stands_still():
-                    continue
-                verdict = json.dumps([[], f"the store at which the ranks meet does not answer ({error})"])
+            except RuntimeError:  # the store's connection broke; `_guard` sees to it
+                return
             if verdict is not None:
-                self._end(verdict)
+                self._print(*json.loads(verdict))
+                self._wait_for_others()
+                os._exit(EXIT_HANG)
+            self._last_contact = time.monotonic()
+
+    def _guard(self) -> None:
+        """End the run where the store does not answer: its host, the first rank unless torchrun runs it, stands still."""
+        while True:
+            time.sleep(self._period)
+            silence = time.monotonic() - self._last_contact
+            if self._stands_still() and silence > max(self._timeout, 8 * self._period):
+                self._print([], f"no micro-batch was begun, and the store of the ranks was silent, for {silence:.0f} s")
+                os._exit(EXIT_HANG)
 
     def _stands_still(self) -> bool:
         last_step = self._last_step
@@ -145,19 +155,16 @@ class Watchdog:
         messages = (self._ranks.peek(f"sighting/{rank}") for rank in range(self._ranks.world_size))
         return [Sighting(**json.loads(message)) for message in messages if message is not None]
 
-    def _end(self, verdict: str) -> None:
-        culprits, message = json.loads(verdict)
-        if self._ranks.rank in culprits or os.environ.get("LOCAL_RANK", "0") == "0":
+    def _print(self, culprits: list[int], message: str) -> None:
+        if self._ranks.rank in culprits or os.environ.get("LOCAL_RANK", "0") == "0" or not culprits:
             print(f"error: {message}", file=sys.stderr)
         if self._ranks.rank in culprits or not culprits:
             stack = "".join(traceback.format_stack(sys._current_frames().get(self._trainer)))
             print(f"rank {self._ranks.rank} stands at\n{stack}", file=sys.stderr)
         sys.stderr.flush()
-        self._wait_for_others()
-        os._exit(EXIT_HANG)
 
     def _wait_for_others(self) -> None:
-        """Until all ranks that are alive have heard the verdict: the end of one breaks the collectives of the others."""
+        """Until all that are alive have heard the verdict: the end of one breaks the collectives of the others."""
         deadline = time.monotonic() + 2 * self._period
         with contextlib.suppress(RuntimeError):
             self._ranks.put(f"heard/{self._ranks.rank}", "")
