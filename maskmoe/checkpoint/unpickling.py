@@ -17,7 +17,14 @@ _LAYOUT_MODULES = frozenset(
     f"torch.distributed.checkpoint.{module}" for module in ("metadata", "planner", "filesystem")
 )
 _CONSTRUCTORS = frozenset(
-    [("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout"), ("builtins", "set")]
+    [
+        ("builtins", "set"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),  # the name in Python 3.13
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+    ]
 )
 
 

@@ -146,6 +146,27 @@ RUNS = {
     "experts on 2, distributed optimizer, resumed on 1": Run(
         f"{DISTRIBUTED} {FROM_7}", continues="experts on 2, distributed optimizer"
     ),
+    "saved asynchronously": Run(f"{DISTRIBUTED} {DROPOUT} {UNTIL_12} --async-save", ranks=2, saves=True),
+    "saved asynchronously, resumed": Run(
+        f"{DISTRIBUTED} {DROPOUT} {FROM_7} --async-save", ranks=2, continues="saved asynchronously"
+    ),
+    # Other layouts after a stop.
+    "tensor 2": Run(f"{TENSOR_2} {UNTIL_12}", ranks=2, saves=True),
+    "tensor 2, resumed as pipeline 2": Run(f"{PIPELINE_2} {FROM_7}", ranks=2, continues="tensor 2"),
+    "joint": Run(f"{TENSOR_EXPERT_2} {PIPELINE_2} {UNTIL_12}", ranks=4, saves=True),
+    "joint, resumed on 1": Run(FROM_7, continues="joint"),
+    "joint, resumed as pipeline 4": Run(f"--pipeline-model-parallel-size 4 {FROM_7}", ranks=4, continues="joint"),
+    "joint, distributed optimizer": Run(
+        f"{TENSOR_2} --expert-tensor-parallel-size 1 --expert-model-parallel-size 4 {DISTRIBUTED} {UNTIL_12}",
+        ranks=4,
+        saves=True,
+    ),
+    "joint, distributed optimizer, resumed on 1": Run(
+        f"{DISTRIBUTED} {FROM_7}", continues="joint, distributed optimizer"
+    ),
+    "joint, distributed optimizer, resumed as pipeline 2, expert parallel 2, data parallel 2": Run(
+        f"{PIPELINE_2} {EXPERT_2} {DISTRIBUTED} {FROM_7}", ranks=4, continues="joint, distributed optimizer"
+    ),
     # Other masks.
     "mask of another seed": Run("--exit-interval 5", mask="other_seed.safetensors"),
     "second rank without tokens, on 1": Run(UNTIL_12, mask="starving.safetensors", saves=True),
@@ -335,10 +356,10 @@ class Workplace:
         starving = RoutingMask(mask.row_of_id % 4, mask.visible_bits, VOCAB_SIZE, 8, 4, mask.provenance)
         starving.save(folder / "starving.safetensors")  # all tokens go to the first 4 experts
 
-    def run(self, run: Run, folder: Path, load: Path | None = None) -> Outcome:
+    def run(self, run: Run, folder: Path, load: Path | None = None, timeout: float = TIMEOUT) -> Outcome:
         """Start the processes of a run and wait for their end; if one fails or they hang, the others are killed."""
         with self.start(run, folder, load) as processes:
-            return processes.wait()
+            return processes.wait(timeout=timeout)
 
     def start(
         self, run: Run, folder: Path, load: Path | None = None, environment: Mapping[str, str] | None = None
@@ -443,13 +464,18 @@ class RankProcesses:
         """Return once that iteration is logged."""
         self.wait_until(lambda: re.search(rf"iteration +{iteration}/", self.output))
 
-    def wait(self, all_end: bool = False) -> Outcome:
+    @property
+    def is_running(self) -> bool:
+        return any(process.poll() is None for process in self._processes)
+
+    def wait(self, all_end: bool = False, timeout: float = TIMEOUT) -> Outcome:
         """Wait for the end of all, or of the first that fails; then kill the others.
 
         Args:
             all_end: wait for all, also if one fails.
+            timeout: seconds until all are killed.
         """
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             codes = [process.poll() for process in self._processes]
             if None not in codes or (any(codes) and not all_end):

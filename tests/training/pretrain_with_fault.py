@@ -1,7 +1,8 @@
 """Pretraining in which something goes wrong, as the environment says: FAULT=KIND, FAULT_RANK, FAULT_ITERATION.
 
 hang: the rank sleeps before that iteration. nan: its gradients become NaN in that iteration, once: a file
-`fault-happened` in FAULT_FOLDER says that it was so. nan-always: each time. slow-save: the rank writes checkpoints slowly.
+`fault-happened` in FAULT_FOLDER says that it was so. nan-always: each time. slow-save: the rank is slow in writing
+checkpoints.
 """
 
 import os

@@ -1,6 +1,5 @@
 """A checkpoint holds its routing mask, and refuses another."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -35,39 +34,6 @@ def test_other_mask_is_refused(runs, workplace, start, refusal, files_and_times)
     for name in ("mask", "other_seed"):
         assert RoutingMask.load(workplace.folder / f"{name}.safetensors").digest[:16] in message
     assert files_and_times(run.checkpoints) == before
-
-
-@pytest.fixture
-def copy(runs, tmp_path):
-    """A copy of the checkpoints of the test's first run."""
-    return shutil.copytree(runs[0].checkpoints, tmp_path / "copy")
-
-
-@pytest.mark.runs("start")
-def test_damaged_tensors(copy):
-    (shard,) = copy.glob("iter_*/*.distcp")
-    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 8])
-    with pytest.raises(UserError, match="iter_0000001 is not a readable torch_dist checkpoint"):
-        read_routing_mask(copy)
-
-
-@pytest.mark.runs("start")
-@pytest.mark.parametrize("content", [b"", b"garbage", None])
-def test_damaged_metadata(copy, content):
-    metadata = copy / "iter_0000001" / ".metadata"
-    if content is None:
-        metadata.unlink()
-    else:
-        metadata.write_bytes(content)
-    with pytest.raises(UserError, match="iter_0000001 is not a readable torch_dist checkpoint"):
-        read_routing_mask(copy)
-
-
-@pytest.mark.runs("start")
-def test_damaged_record_of_the_newest(copy):
-    (copy / "latest_checkpointed_iteration.txt").write_text("seven\n")
-    with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt holds no iteration number: 'seven'"):
-        read_routing_mask(copy)
 
 
 def test_folder_without_checkpoint(tmp_path):

@@ -25,6 +25,7 @@ def test_resume_after_stop_is_bit_equal(runs):
             ("bf16, distributed optimizer",),
             ("experts on 2", pytest.mark.slow),
             ("experts on 2, distributed optimizer", pytest.mark.slow),
+            ("saved asynchronously",),
         ]
     ],
 )
@@ -45,6 +46,29 @@ def test_resume_is_bit_equal(runs, kind):
     ],
 )
 def test_resume_with_fewer_expert_parallel_ranks(runs, kind):
+    uninterrupted, resumed = runs
+    assert resumed.iterations == list(range(8, 13))
+    assert resumed.difference(uninterrupted) < FP32_ORDER_OF_SUMS
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param((first, second), marks=[pytest.mark.runs(first, f"{first}, resumed {second}"), *marks])
+        for first, second, *marks in [
+            ("tensor 2", "as pipeline 2"),
+            ("joint", "on 1", pytest.mark.slow),
+            ("joint", "as pipeline 4", pytest.mark.slow),
+            ("joint, distributed optimizer", "on 1", pytest.mark.slow),
+            (
+                "joint, distributed optimizer",
+                "as pipeline 2, expert parallel 2, data parallel 2",
+                pytest.mark.slow,
+            ),
+        ]
+    ],
+)
+def test_resume_in_another_layout(runs, layouts):
     uninterrupted, resumed = runs
     assert resumed.iterations == list(range(8, 13))
     assert resumed.difference(uninterrupted) < FP32_ORDER_OF_SUMS

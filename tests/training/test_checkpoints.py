@@ -1,0 +1,244 @@
+"""Checkpoints that are damaged, old or of another model."""
+
+import re
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.training.global_vars import destroy_global_vars
+
+from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
+from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, saved_iterations
+from maskmoe.errors import UserError
+from maskmoe.training.rank_store import RankStore
+from maskmoe.training.resume import check_same_model, find_checkpoint
+from maskmoe.training.setup import parse_and_check_args
+
+SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
+EXPERT_2 = "--expert-model-parallel-size 2"
+
+
+def check_all(checkpoint: Path) -> None:
+    check_structure(checkpoint)
+    check_content(checkpoint)
+
+
+@pytest.fixture
+def copy(runs, tmp_path) -> Path:
+    """A copy of the checkpoints of the test's first run."""
+    return shutil.copytree(runs[0].checkpoints, tmp_path / "copy")
+
+
+def flip(path: Path, position: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "tensors flipped": (lambda folder: flip(folder / "__1_0.distcp"), r"__1_0\.distcp does not have the content"),
+    "tensors truncated": (lambda folder: truncate(folder / "__1_0.distcp"), r"__1_0\.distcp has \d+ of \d+ bytes"),
+    "tensors removed": (lambda folder: (folder / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
+    "layout flipped": (lambda folder: flip(folder / ".metadata"), r"\.metadata"),
+    "layout truncated": (lambda folder: truncate(folder / ".metadata"), r"\.metadata has \d+ of \d+ bytes"),
+    "layout removed": (lambda folder: (folder / ".metadata").unlink(), r"\.metadata is missing"),
+    "manifest truncated": (lambda folder: truncate(folder / "integrity.json"), r"integrity\.json is damaged"),
+    "digest flipped": (lambda folder: flip(folder / "integrity.json", 0.2), r"."),
+    "settings flipped": (lambda folder: flip(folder / "metadata.json", 0.1), r"metadata\.json is damaged"),
+    "settings removed": (lambda folder: (folder / "metadata.json").unlink(), "was not finished"),
+    "all removed": (shutil.rmtree, "does not exist"),
+}
+
+
+@pytest.mark.runs(SAVED)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_passed_over(copy, damage):
+    do, reason = DAMAGES[damage]
+    do(checkpoint_path(copy, 21))
+    choice = choose_checkpoint(copy, check=check_all)
+    assert choice.iteration == 14
+    ((rejected, why),) = choice.rejected
+    assert rejected == checkpoint_path(copy, 21)
+    assert re.search(reason, why)
+
+
+@pytest.mark.runs(SAVED)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_is_found(copy, data):
+    checkpoint = checkpoint_path(copy, 14)
+    path = checkpoint / data.draw(st.sampled_from(sorted(path.name for path in checkpoint.iterdir())))
+    content = path.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(changed)
+    manifest = Manifest.load(checkpoint) if path.name != "integrity.json" else None
+    try:
+        check_all(checkpoint)
+    except Damage:
+        pass
+    else:
+        # What names and formats the manifest and the marker hold beyond what is checked does not matter.
+        assert path.name in ("integrity.json", "metadata.json") and manifest != Manifest({})
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.runs(SAVED)
+def test_no_sound_checkpoint(copy):
+    for iteration in saved_iterations(copy):
+        flip(checkpoint_path(copy, iteration) / "__0_0.distcp")
+    with pytest.raises(
+        UserError, match=r"no sound checkpoint: .*iter_0000021 __0_0.* content.*iter_0000014.*iter_0000007"
+    ):
+        choose_checkpoint(copy, check=check_all)
+
+
+@pytest.mark.runs(SAVED)
+def test_checkpoint_that_the_user_names_is_taken_or_refused(copy):
+    assert choose_checkpoint(copy, 7).iteration == 7
+    flip(checkpoint_path(copy, 14) / "__0_0.distcp")
+    with pytest.raises(UserError, match=r"iter_0000014 __0_0\.distcp does not have the content that was saved"):
+        choose_checkpoint(copy, 14, check=check_all)
+    with pytest.raises(UserError, match=r"iter_0000015 does not exist"):
+        choose_checkpoint(copy, 15)
+
+
+@pytest.mark.runs(SAVED)
+def test_tracker_of_an_earlier_one_is_followed(copy):
+    """As users do to go back."""
+    (copy / TRACKER).write_text("14\n")
+    assert choose_checkpoint(copy).iteration == 14
+
+
+@pytest.mark.runs(SAVED)
+@pytest.mark.parametrize("content", ["", "twenty", None])
+def test_unusable_tracker(copy, content, capsys):
+    if content is None:
+        (copy / TRACKER).unlink()
+    else:
+        (copy / TRACKER).write_text(content)
+    args = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True)
+    assert find_checkpoint(args, RankStore(None, 0, 1)) == checkpoint_path(copy, 21)
+    assert (copy / TRACKER).read_text() == "21"
+    assert "was unusable; it names 21 now" in capsys.readouterr().err
+
+
+@pytest.mark.runs(SAVED)
+def test_rests_of_a_first_save_are_no_checkpoint(copy, tmp_path):
+    first = tmp_path / "first"
+    shutil.copytree(checkpoint_path(copy, 7), checkpoint_path(first, 7))
+    (checkpoint_path(first, 7) / "metadata.json").unlink()
+    choice = choose_checkpoint(first)
+    assert choice.checkpoint is None and len(choice.rejected) == 1
+    assert choose_checkpoint(tmp_path / "nowhere").checkpoint is None
+    # What was finished and is damaged now is not passed over for a start from the beginning.
+    (checkpoint_path(first, 7) / "metadata.json").write_text("{}")
+    with pytest.raises(UserError, match="no sound checkpoint"):
+        choose_checkpoint(first)
+
+
+@pytest.mark.runs(SAVED)
+def test_checkpoint_of_stock_megatron_has_no_manifest(copy):
+    """Only what its layout tells can be checked then."""
+    (checkpoint_path(copy, 21) / "integrity.json").unlink()
+    assert choose_checkpoint(copy, check=check_all).iteration == 21
+    truncate(checkpoint_path(copy, 21) / "__0_0.distcp")
+    assert choose_checkpoint(copy, check=check_all).iteration == 14
+
+
+@pytest.mark.runs(SAVED)
+def test_run_goes_on_from_the_newest_sound_checkpoint(runs, copy, workplace, new_run, tmp_path):
+    """The ranks share the work of reading, and agree."""
+    (undisturbed,) = runs
+    flip(checkpoint_path(copy, 21) / "__0_0.distcp")
+    flip(checkpoint_path(copy, 14) / "__1_0.distcp")
+    run = new_run(f"{EXPERT_2} --load {copy} --save {copy}", ranks=2)
+    outcome = workplace.run(run, tmp_path / "run")
+    assert outcome.exit_codes == (0, 0), outcome.report()
+    for line in (
+        f"warning: checkpoint {copy}/iter_0000021 __0_0.distcp does not have the content that was saved",
+        f"warning: checkpoint {copy}/iter_0000014 __1_0.distcp does not have the content that was saved",
+        f"warning: going on from {copy}/iter_0000007",
+    ):
+        assert sum(error.splitlines().count(line) for error in outcome.errors) == 1
+    assert outcome.iterations == list(range(8, 22))
+    assert outcome.difference(undisturbed) == 0
+    for iteration in (7, 14, 21):
+        check_all(checkpoint_path(copy, iteration))
+
+
+def test_old_checkpoints_are_removed(workplace, new_run, tmp_path):
+    flags = "--save-interval 2 --keep-last-checkpoints 2 --exit-interval 9"
+    outcome = workplace.run(new_run(flags, saves=True), tmp_path / "run")
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert saved_iterations(outcome.checkpoints) == [9, 8]
+
+
+@pytest.mark.slow
+def test_old_checkpoints_are_removed_but_those_to_retain(workplace, new_run, tmp_path):
+    flags = "--save-interval 2 --keep-last-checkpoints 2 --save-retain-interval 4 --exit-interval 11 --async-save"
+    outcome = workplace.run(new_run(flags, saves=True), tmp_path / "run")
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert saved_iterations(outcome.checkpoints) == [11, 8, 4]
+
+
+@pytest.fixture
+def parse(workplace, new_run, tmp_path, monkeypatch):
+    """Make the checks of a run in this process."""
+
+    def parse(flags: str):
+        monkeypatch.chdir(workplace.folder)
+        run = new_run(flags, logs_scalars=False)
+        monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
+        try:
+            return parse_and_check_args()
+        finally:
+            destroy_global_vars()
+            unset_num_microbatches_calculator()
+
+    return parse
+
+
+@pytest.mark.runs(SAVED)
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ("--hidden-size 64", ["--hidden-size 32 there, 64 here"]),
+        ("--moe-ffn-hidden-size 48 --num-attention-heads 4", ["--moe-ffn-hidden-size 32", "--num-attention-heads 2"]),
+        ("--moe-router-enable-expert-bias --moe-router-score-function sigmoid", ["--moe-router-enable-expert-bias"]),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused(runs, parse, flags, parts):
+    (run,) = runs
+    parse(f"--load {run.checkpoints}")
+    with pytest.raises(UserError) as refusal:
+        parse(f"--load {run.checkpoints} {flags}")
+    assert "\n" not in str(refusal.value)
+    for part in (str(checkpoint_path(run.checkpoints, 21)), *parts):
+        assert part in str(refusal.value)
+
+
+@pytest.mark.runs(SAVED)
+def test_checkpoint_of_another_tokenizer_is_refused(runs, parse, monkeypatch):
+    (run,) = runs
+    args = parse(f"--load {run.checkpoints}")
+    saved = replace_fields(args, tokenizer_sha256="a" * 64, tokenizer_model="theirs.model")
+    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    args = replace_fields(args, tokenizer_sha256="b" * 64, tokenizer_model="ours.model")
+    with pytest.raises(UserError, match=r"theirs\.model, sha256 aaaaaaaaaaaa…\) than .* ours\.model \(bbbbbbbbbbbb…"):
+        check_same_model(args, checkpoint_path(run.checkpoints, 21))
+
+
+def replace_fields(args: Namespace, **fields) -> Namespace:
+    return Namespace(**{**vars(args), **fields})

@@ -1,0 +1,80 @@
+"""A run whose processes are killed again and again ends where an undisturbed one ends.
+
+SOAK_KILLS and SOAK_SEED in the environment set how often, and when.
+"""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+KILLS = int(os.environ.get("SOAK_KILLS", "100"))
+SEED = int(os.environ.get("SOAK_SEED", "1"))
+ITERATIONS = 600
+LONGEST_LIFE = 14.0  # seconds; about half of them is spent on starting
+FLAGS = f"""
+    --expert-model-parallel-size 2 --train-iters {ITERATIONS} --save-interval 4 --eval-interval 50
+    --keep-last-checkpoints 2 --hidden-dropout 0.1 --attention-dropout 0.1
+"""
+
+
+def all_values(folder) -> list[tuple[str, int, float]]:
+    """Every scalar that any process of a run logged: name, iteration and value."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events.Reload()
+    names = [name for name in ("lm loss", "load_balancing_loss", "grad-norm") if name in events.Tags()["scalars"]]
+    return [(name, event.step, event.value) for name in names for event in events.Scalars(name)]
+
+
+def kill_something(processes, choice: random.Random) -> str:
+    """A rank, both of them, or the whole node with torchrun; says what."""
+    ranks = [pid for pid in (processes.pid_of_rank(rank) for rank in (0, 1)) if pid is not None]
+    kind = choice.choices(["a rank", "both ranks", "the node"], [0.7, 0.15, 0.15])[0]
+    if kind == "a rank" and ranks:
+        ranks = [choice.choice(ranks)]
+    for pid in ranks:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return kind
+
+
+@pytest.mark.slow
+def test_random_kills(workplace, new_run, tmp_path):
+    undisturbed = workplace.run(new_run(FLAGS, ranks=2), tmp_path / "undisturbed", timeout=900)
+    assert undisturbed.exit_codes == (0, 0), undisturbed.report()
+    expected = {(name, step): value for name, step, value in all_values(undisturbed.folder)}
+
+    choice = random.Random(SEED)
+    save = tmp_path / "save"
+    kills, lives = 0, 0
+    while True:
+        # A new node: torchrun anew, now saving synchronously, now not.
+        asynchronous = "--async-save" if choice.random() < 0.5 else ""
+        run = new_run(
+            f"{FLAGS} {asynchronous} --save {save} --load {save} --tensorboard-dir {tmp_path}/killed/tensorboard",
+            ranks=2,
+            torchrun=True,
+            restarts=10 * KILLS,
+        )
+        lives += 1
+        with workplace.start(run, tmp_path / f"life{lives}") as processes:
+            while kills < KILLS and processes.is_running:
+                time.sleep(choice.uniform(0, LONGEST_LIFE))
+                kills += 1
+                if kill_something(processes, choice) == "the node":
+                    break
+            else:
+                outcome = processes.wait(timeout=900)
+                break
+    assert kills == KILLS, "the run ended before all kills were done: give it more iterations"
+    assert outcome.exit_codes == (0,), outcome.report()
+    values = all_values(tmp_path / "killed")
+    assert {step for _, step, _ in values} == set(range(1, ITERATIONS + 1))
+    differing = [(name, step) for name, step, value in values if value != expected[name, step]]
+    assert not differing
+    print(f"{KILLS} kills, {lives} nodes, {len(values) - len(expected)} values logged more than once, none different")
