@@ -171,6 +171,7 @@ while (($#)); do
     shift
 done
 
+$build || (($#)) || fail "which command? (see launch/docker.sh --help)"
 [[ $code == checkout || $code == image ]] || fail "--code is checkout or image, not $code"
 [[ $run_dir != *:* ]] || fail "--run-dir $run_dir: the path may not contain a colon"
 if [[ -z $engine ]]; then
@@ -181,7 +182,6 @@ $dry_run || type -P "$engine" >/dev/null || fail "there is no $engine here: inst
 $cpu || [[ -n $gpus ]] || has_gpus || cpu=true
 gpus=${gpus:-all}
 image=${image:-$($cpu && echo maskmoe-cpu || echo maskmoe):$version}
-$build || (($#)) || fail "which command? (see launch/docker.sh --help)"
 
 ! $build || build
 (($#)) || exit 0

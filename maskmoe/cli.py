@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.interruption import EXIT_REQUEUE, leave_exit_code
 
 EXIT_RUN_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -30,8 +31,15 @@ def run_tool(main: Callable[[], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Usually the first rank of the node meets the same: torchrun then ends this one before it says it again.
             time.sleep(_PRECEDENCE)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_RUN_FAILURE)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, RunFailure):
+            sys.exit(EXIT_RUN_FAILURE)
+        leave_exit_code(EXIT_BAD_INPUT)
+        sys.exit(EXIT_BAD_INPUT)
+    except SystemExit as end:
+        if end.code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
+            leave_exit_code(end.code)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -5,7 +5,6 @@ Written for megatron-core 0.19.2 and torch 2.15; each entry says what goes wrong
 
 import functools
 import pickle
-import queue
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -130,18 +129,14 @@ def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager]) -
 def _keep_the_writers_queue_alive() -> None:
     """The writer's results pass through a process that SIGTERM to the process group ends, and with it the last save.
 
-    torchrun and Slurm signal whole groups. Synchronous saving writes in this process and needs no other, which also
-    takes seconds to start. For asynchronous saving it starts with the signals blocked, and so they stay.
+    torchrun and Slurm signal whole groups. A signal that is blocked when a process starts stays so in it.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training import get_args
 
     stock_get_queue = filesystem_async.get_write_results_queue
 
     @functools.wraps(stock_get_queue)
     def get_queue(*args, **kwargs):
-        if not get_args().async_save:
-            return queue.Queue()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_THAT_SAVE)
         try:
             return stock_get_queue(*args, **kwargs)

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import queue
 import shutil
 import signal
 from argparse import Namespace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import get_loaded_iteration
@@ -30,6 +32,18 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
     Each rank reads back its own files, from the page cache, in the process that wrote them. So asynchronous saving
     stays asynchronous, and no rank reads what others wrote.
     """
+
+    def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
+        """As the method it overrides, without the process through which a writer elsewhere would report.
+
+        It takes seconds to start, and a signal to the process group may end it.
+        """
+        elsewhere = filesystem_async._results_queue
+        filesystem_async._results_queue = queue.Queue()
+        try:
+            super().save(sharded_state_dict, checkpoint_dir)
+        finally:
+            filesystem_async._results_queue = elsewhere
 
     def async_save(self, sharded_state_dict: dict, checkpoint_dir: str | Path, async_strategy: str = "nvrx"):
         """As the method it overrides; synchronous saving goes through it, too."""

@@ -1,8 +1,12 @@
 """Command line arguments: Megatron's, with ours in a group of their own."""
 
 import argparse
+import difflib
 import os
 import sys
+from collections.abc import Sequence
+
+from maskmoe.errors import UserError
 
 
 def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -43,6 +47,25 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     if "maskmoe.cpu" in sys.modules:
         parser.set_defaults(**sys.modules["maskmoe.cpu"].argument_defaults())
     return parser
+
+
+def refuse_unknown_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Refuse a flag that the complete parser does not know, before it does so under a usage of hundreds of lines.
+
+    Args:
+        parser: with all arguments of the entry point.
+        arguments: the command line.
+
+    Raises:
+        UserError: naming all such flags, and those that may have been meant.
+    """
+    known = parser._option_string_actions
+    flags = dict.fromkeys(word.partition("=")[0] for word in arguments if word.startswith("--") and len(word) > 2)
+    unknown = [flag for flag in flags if flag not in known]
+    if unknown:
+        hints = (difflib.get_close_matches(flag.replace("_", "-"), known, n=1) for flag in unknown)
+        named = [f"{flag} (nearest: {hint[0]})" if hint else flag for flag, hint in zip(unknown, hints, strict=True)]
+        raise UserError(f"unknown flag{'s' if len(named) > 1 else ''} {', '.join(named)}; --help lists all")
 
 
 def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -51,7 +51,9 @@ def unsupported_settings(args: Namespace) -> Iterator[str]:
         ),
     }
     refusals = {
-        "--num-experts is missing: a MaskMoE model has experts": not args.num_experts,
+        "--routing-mask needs --num-experts: a model without experts has nothing to route": (
+            args.routing_mask is not None and not args.num_experts
+        ),
         "--moe-token-dispatcher-type must be alltoall or allgather: what flex calls, DeepEP and others, has not been "
         "tried with tokens that have fewer than k experts": args.moe_token_dispatcher_type == "flex",
         "--moe-router-load-balancing-type sinkhorn assigns equal shares of the tokens to all experts, which a routing "
@@ -187,11 +189,15 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
 
 
-def check_data(args: Namespace, mask: RoutingMask) -> None:
+def check_data(args: Namespace, mask: RoutingMask | None) -> None:
     """Check every dataset of the run: whole, made with the run's tokenizer, and no id beyond its vocabulary.
 
     Before training also that the data have all the parts it will read.
     Datasets that were counted for the mask had their ids checked then. Others are read once, by one rank of each node.
+
+    Args:
+        args: validated by Megatron.
+        mask: the routing mask; None for a model without experts.
 
     Raises:
         UserError: naming the file.
@@ -207,7 +213,7 @@ def data_errors(
     """All that is wrong with the datasets of the run, see `check_data`.
 
     Args:
-        mask: the routing mask, if it could be read.
+        mask: the routing mask, if there is one that can be read.
         vocab_size: ids of the tokenizer; None if it is unknown, and no ids are read.
         most_bytes_read: ids are read of datasets up to this size.
     """

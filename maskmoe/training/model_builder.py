@@ -1,9 +1,11 @@
 """Builds the model from its configuration, through Megatron's model builder interface."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
     is_pp_last_stage,
@@ -22,19 +24,19 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 @dataclass(kw_only=True)
 class MaskMoEGPTModelConfig(GPTModelConfig):
-    """`GPTModelConfig` of a model with a routing mask."""
+    """`GPTModelConfig` of a model with a routing mask, or, to compare with, of one without experts."""
 
     builder: ClassVar[str] = "maskmoe.training.model_builder.MaskMoEGPTModelBuilder"
 
     routing_mask: Path | None = None
-    """The routing mask: its file, or a checkpoint that holds it."""
+    """The routing mask: its file, or a checkpoint that holds it. Not read for a model without experts."""
 
     aux_loss_tokens: AuxLossTokens = "all"
     """See `MaskMoERouter`."""
 
 
 class MaskMoEGPTModelBuilder(GPTModelBuilder):
-    """`GPTModelBuilder` that builds a `MaskMoEGPTModel`."""
+    """`GPTModelBuilder` that builds a `MaskMoEGPTModel`, or without experts a `GPTModel`."""
 
     def build_model(
         self,
@@ -42,7 +44,7 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         pre_process: bool | None = None,
         post_process: bool | None = None,
         vp_stage: int | None = None,
-    ) -> MaskMoEGPTModel:
+    ) -> GPTModel:
         """Build one pipeline stage; arguments as for `GPTModelBuilder.build_model`."""
         settings = self._model_config
         config = settings.transformer
@@ -52,13 +54,13 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
 
-        visible_experts = self.visible_experts(pg_collection, vp_stage)
+        visible_experts = self.visible_experts(pg_collection, vp_stage) if config.num_moe_experts else None
         block_spec, mtp_block_spec = self.layer_specs(visible_experts, vp_stage)
-        return MaskMoEGPTModel(
+        model = partial(MaskMoEGPTModel, visible_experts=visible_experts) if visible_experts else GPTModel
+        return model(
             config=config,
             transformer_layer_spec=block_spec,
             mtp_block_spec=mtp_block_spec,
-            visible_experts=visible_experts,
             vocab_size=settings.vocab_size,
             max_sequence_length=settings.seq_length,
             fp16_lm_cross_entropy=settings.fp16_lm_cross_entropy,
@@ -82,7 +84,7 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         settings = self._model_config
         return VisibleExperts(settings.transformer, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
 
-    def layer_specs(self, visible_experts: VisibleExperts, vp_stage: int | None) -> tuple[Any, Any]:
+    def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
         """The specs of one pipeline stage's decoder layers, and of multi-token prediction or None."""
         settings = self._model_config
         config = settings.transformer

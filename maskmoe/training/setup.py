@@ -1,5 +1,6 @@
 """From the command line to a checked configuration, before any process group exists."""
 
+import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import RELEASE
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
 from maskmoe.training.checks import (
     check_data,
     check_mask,
@@ -53,6 +54,7 @@ def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None, *
         parser = add_maskmoe_arguments(parser)
         parser = extra_args_provider(parser) if extra_args_provider else parser
         parser.set_defaults(**chosen)
+        refuse_unknown_flags(parser, sys.argv[1:])
         return parser
 
     args = parse_args(add_arguments)
@@ -73,18 +75,21 @@ def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None, *
     args.tokenizer_sha256 = tokenizer_sha256(args)  # saved with the other arguments in every checkpoint
     if checkpoint is not None:
         check_same_model(args, checkpoint)
-    check_mask(args, mask)
+    if mask is not None:
+        check_mask(args, mask)
     if reads_data:
         check_data(args, mask)
     return args
 
 
-def find_routing_mask(args: Namespace, checkpoint: Path | None) -> RoutingMask:
-    """The routing mask of the run: `--routing-mask`, else that of the checkpoint to load.
+def find_routing_mask(args: Namespace, checkpoint: Path | None) -> RoutingMask | None:
+    """The routing mask of the run: `--routing-mask`, else that of the checkpoint to load. None without experts.
 
     Raises:
         UserError: there is neither, or they differ.
     """
+    if not args.num_experts:
+        return None
     if args.routing_mask is None and checkpoint is None:
         raise UserError(
             "no routing mask: pass --routing-mask FILE, made by tools/build_routing_mask.py, or --load a checkpoint"
@@ -122,7 +127,8 @@ def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
     """
     with megatrons_checks():
         config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
-    config.routing_mask = Path(args.routing_mask or checkpoint_to_load(args))
+    if args.num_experts:
+        config.routing_mask = Path(args.routing_mask or checkpoint_to_load(args))
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     return config
 

@@ -114,7 +114,7 @@ class Watchdog:
             self._last_contact = time.monotonic()
 
     def _guard(self) -> None:
-        """End the run where the store does not answer: its host, the first rank unless torchrun runs it, stands still."""
+        """End the run where the store does not answer: its host, a rank unless torchrun has it, stands still."""
         while True:
             time.sleep(self._period)
             silence = time.monotonic() - self._last_contact

@@ -28,7 +28,7 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 def get_maskmoe_decoder_block_spec(
     config: TransformerConfig,
-    visible_experts: VisibleExperts,
+    visible_experts: VisibleExperts | None,
     aux_loss_tokens: AuxLossTokens = "all",
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -36,7 +36,7 @@ def get_maskmoe_decoder_block_spec(
 
     Args:
         config: the model's configuration; `transformer_impl` chooses Transformer Engine or local modules.
-        visible_experts: the routing mask shared by the model's routers.
+        visible_experts: the routing mask shared by the model's routers; None for a model without experts.
         aux_loss_tokens: see `MaskMoERouter`.
         vp_stage: virtual pipeline stage.
     """
@@ -46,7 +46,7 @@ def get_maskmoe_decoder_block_spec(
 
 def get_maskmoe_mtp_block_spec(
     config: TransformerConfig,
-    visible_experts: VisibleExperts,
+    visible_experts: VisibleExperts | None,
     aux_loss_tokens: AuxLossTokens = "all",
     vp_stage: int | None = None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
@@ -72,7 +72,7 @@ def _backend(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _with_maskmoe_modules(spec: Any, visible_experts: VisibleExperts, aux_loss_tokens: AuxLossTokens) -> Any:
+def _with_maskmoe_modules(spec: Any, visible_experts: VisibleExperts | None, aux_loss_tokens: AuxLossTokens) -> Any:
     router = partial(MaskMoERouter, visible_experts=visible_experts, aux_loss_tokens=aux_loss_tokens)
 
     def substitute(node: Any) -> Any:

@@ -21,7 +21,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
-from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
 from maskmoe.training.checks import check_supported
 from maskmoe.training.setup import parse_and_check_args
 
@@ -237,7 +237,18 @@ def test_unsupported_setting(supported_args, flags):
     assert flags[0] in str(refusal.value)
 
 
-def test_model_without_experts(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pretrain"])
-    with pytest.raises(UserError, match="--num-experts is missing"):
+def test_mask_of_a_model_without_experts(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--routing-mask", "mask.safetensors"])
+    with pytest.raises(UserError, match="--routing-mask needs --num-experts"):
         check_supported(parse_args(add_maskmoe_arguments))
+
+
+def test_unknown_flags_are_named_with_those_nearest(monkeypatch):
+    arguments = ["--moe-router-topp", "2", "--num_layers=3", "--lr", "1e-3", "--qqq"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--lr", "1e-3"])
+    with pytest.raises(UserError) as refusal:
+        parse_args(lambda parser: refuse_unknown_flags(add_maskmoe_arguments(parser), arguments))
+    assert str(refusal.value) == (
+        "unknown flags --moe-router-topp (nearest: --moe-router-topk), --num_layers (nearest: --num-layers), --qqq; "
+        "--help lists all"
+    )

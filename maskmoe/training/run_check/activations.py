@@ -102,7 +102,8 @@ class ActivationModel:
             layers = 1 if config.recompute_method == "block" else min(config.recompute_num_layers or 1, chunk.layers)
             return round(layers * self._mean_layer(chunk))
         if config.recompute_granularity == "selective":
-            return round(max(self._recomputed(False), self._recomputed(bool(chunk.moe_layers or chunk.mtp_layers))))
+            kinds = {False, self._has_experts(chunk)}
+            return round(max(self._recomputed(moe) for moe in kinds))
         return 0
 
     def logits(self, chunk: Chunk) -> int:
@@ -118,12 +119,15 @@ class ActivationModel:
 
     def bytes_of_doubled_rows(self, layout: Layout, stage: int, chunks: Sequence[Chunk]) -> int:
         """How much more a stage needs if its experts get twice their share of rows."""
-        moe_layers = sum(chunk.moe_layers + chunk.mtp_layers for chunk in chunks)
+        moe_layers = sum(chunk.moe_layers + chunk.mtp_layers for chunk in chunks if self._has_experts(chunk))
         if not moe_layers:
             return 0
         is_kept = self.config.recompute_granularity != "full" and not self._recomputes("moe")
         layers = moe_layers * micro_batches_in_flight(layout, stage) if is_kept else 1
         return round(layers * self._expert_bytes + 2 * self._expert_rows_bytes)
+
+    def _has_experts(self, chunk: Chunk) -> bool:
+        return bool(self.config.num_moe_experts and (chunk.moe_layers or chunk.mtp_layers))
 
     @property
     def _expert_bytes(self) -> float:
@@ -287,7 +291,9 @@ class ActivationModel:
 
     @property
     def _moe(self) -> float:
-        """Router, the way to the experts, the experts and the shared ones."""
+        """Router, the way to the experts, the experts and the shared ones; nothing for a model without experts."""
+        if not self.config.num_moe_experts:
+            return 0.0
         # Scores for routing and for the load-balancing loss, maps of bool, and indices by which rows are moved.
         router = self._shard * self.config.num_moe_experts * (2 * _FP32_BYTES + 2)
         router += 5 * self._shard * self.experts_per_token * _ID_BYTES

@@ -92,7 +92,8 @@ def _describe(findings: Findings) -> Iterator[str]:
     yield from describe_parameters(model, args.num_experts, args.moe_router_topk, mask)
     if not divides:
         return
-    mean_experts = experts_per_token(mask, args.moe_router_topk) if mask is not None else args.moe_router_topk
+    topk = args.moe_router_topk if args.num_experts else 0
+    mean_experts = experts_per_token(mask, topk) if mask is not None else topk
     activations = ActivationModel.from_args(args, config.transformer, layout, mean_experts)
     bytes_of_mask = mask_bytes(config, mask) if mask is not None else 0
     memory = stage_memory(args, layout, model, activations, bytes_of_mask)

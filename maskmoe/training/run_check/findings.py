@@ -22,7 +22,7 @@ from maskmoe.checkpoint.series import RELEASE, choose_checkpoint
 from maskmoe.data.indexed_dataset import read_info
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
 from maskmoe.training.checks import (
     check_mask,
     check_save_folder,
@@ -153,12 +153,14 @@ class _Search:
 
     def _validate(self, layout: Layout) -> Namespace | None:
         """Let Megatron validate the arguments, with a number of ranks and samples that divides."""
-        if any(layer_errors(self._args)) or not self._args.num_experts:
+        if any(layer_errors(self._args)):
             # All that Megatron would say is that, in other words.
             return None
         args = deepcopy(self._args)
         repaired = layout.repaired()
         args.world_size = repaired.ranks
+        if _defaults_of_cpu():
+            args.moe_grouped_gemm = False  # Megatron looks for it at the GPU; the same parameters, computed otherwise
         if any(layout.errors()) and args.global_batch_size:
             args.global_batch_size = repaired.global_batch
         with self._collecting(), megatrons_checks():
@@ -237,6 +239,7 @@ def _add_arguments(extra_args_provider: ArgumentsProvider, parser: ArgumentParse
     """Add the arguments of the run, with the defaults that they have on GPUs unless the command line is for CPUs."""
     stock = {name: parser.get_default(name) for name in _defaults_of_cpu()}
     parser = extra_args_provider(add_maskmoe_arguments(parser))
+    refuse_unknown_flags(parser, sys.argv[1:])
     if not _is_for_cpus(sys.argv):
         parser.set_defaults(**stock)
     return parser

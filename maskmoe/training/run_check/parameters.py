@@ -43,6 +43,7 @@ _LOCAL = {
     "persist_layer_norm": False,
     "memory_efficient_layer_norm": False,
     "layernorm_zero_centered_gamma": False,
+    "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
     "moe_shared_expert_overlap": False,
     "tp_comm_overlap": False,
@@ -174,7 +175,7 @@ class _CountingModelBuilder(MaskMoEGPTModelBuilder):
         config = self._model_config.transformer
         return VisibleExperts(config, _mask_of_one_id(config.num_moe_experts), pg_collection, vp_stage)
 
-    def layer_specs(self, visible_experts: VisibleExperts, vp_stage: int | None) -> tuple[Any, Any]:
+    def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
         replacements = {SequentialMLP: _OneForAllExperts, DotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:

@@ -50,13 +50,17 @@ def describe_layers(model: ModelParameters) -> Iterator[str]:
         yield f"  of stages   {_runs([_layers_of_stage(chunks) for chunks in model.stages])}"
 
 
-def describe_parameters(model: ModelParameters, num_experts: int, topk: int, mask: RoutingMask | None) -> Iterator[str]:
+def describe_parameters(
+    model: ModelParameters, num_experts: int | None, topk: int, mask: RoutingMask | None
+) -> Iterator[str]:
     """Parameters in all and of a token; exact."""
     whole = model.whole
     yield f"parameters    {_billions(whole.num_parameters)}  {whole.num_parameters:,}"
     for part in PARTS:
         if whole.parameters[part]:
             yield f"  {part:<32}{whole.parameters[part]:>20,}"
+    if not num_experts:
+        return
     active = _billions(active_parameters(whole, num_experts, topk))
     without = ", without multi-token prediction" if whole.mtp_layers else ""
     yield f"active        {active}  for a token with {topk} experts{without}"

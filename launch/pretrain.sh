@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+# Pretrains the model of a YAML file on one node or many; see --help. Needs launch/setup.sh to have run, or a Python on
+# PATH that has MaskMoE, as in the container images.
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+python=$root/.venv/bin/python
+[[ -x $python ]] || python=$(type -P python3 || true)
+if ! "${python:-false}" -P -c 'import maskmoe' 2>/dev/null; then
+    echo "error: MaskMoE is not installed: run launch/setup.sh first" >&2
+    exit 2
+fi
+exec "$python" -P -m maskmoe.launch "$@"

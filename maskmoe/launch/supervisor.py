@@ -1,0 +1,134 @@
+"""Runs torchrun: hands signals on once, ends a run that must not be restarted, and tells how the ranks ended."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, read_exit_code
+from maskmoe.launch.command import Command
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+_POLL = 0.2  # seconds
+# Of <sys/prctl.h>.
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Supervisor:
+    """Runs torchrun's command.
+
+    Torchrun's own exit code says only that some rank failed; so ranks that end with a code after which they must not be
+    restarted leave it in a file. Torchrun has a session of its own: a signal to the process group, or Ctrl-C, gets to
+    it through this process alone, and once. For ranks that outlive torchrun, this process waits.
+
+    Args:
+        shutdown_timeout: seconds that ranks have to end after a signal.
+    """
+
+    def __init__(self, shutdown_timeout: float):
+        self._shutdown_timeout = shutdown_timeout
+        self._signals: list[signal.Signals] = []
+        self._is_ending = False
+
+    def run(self, command: Command) -> int:
+        """Run the command to its end.
+
+        Returns:
+            0: it is done. 75: it was asked to stop. 2: bad input. Any other: it failed.
+        """
+        _adopt_orphans()
+        with tempfile.TemporaryDirectory(prefix="maskmoe-launch-") as folder, self._receiving_signals():
+            exit_file = Path(folder) / "exit-code"
+            process = self._start(command, exit_file)
+            self._follow(process, exit_file)
+            self._end_orphans(killed=process.returncode < 0)
+            return self._verdict(process.returncode, read_exit_code(exit_file))
+
+    @contextmanager
+    def _receiving_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._signals.append(signal.Signals(number))
+
+    def _start(self, command: Command, exit_file: Path) -> subprocess.Popen:
+        parent = os.getpid()
+
+        def end_with_parent() -> None:
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+                if os.getppid() != parent:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        return subprocess.Popen(
+            command.words,
+            env={**os.environ, **command.environment, EXIT_CODE_FILE: str(exit_file)},
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+
+    def _follow(self, process: subprocess.Popen, exit_file: Path) -> None:
+        while process.poll() is None:
+            if not self._is_ending and (self._signals or exit_file.exists()):
+                if self._signals:
+                    print(f"launch: {self._signals[0].name}: the run saves a checkpoint and ends", file=sys.stderr)
+                process.terminate()
+                self._is_ending = True
+            if self._signals.count(signal.SIGINT) > 1:
+                print("launch: a second Ctrl-C: the run is killed", file=sys.stderr)
+                _kill(psutil.Process().children(recursive=True))
+            try:
+                process.wait(_POLL)
+            except subprocess.TimeoutExpired:
+                continue
+
+    def _end_orphans(self, killed: bool) -> None:
+        """Wait for ranks that torchrun has left behind, as it does when it is killed or signalled repeatedly."""
+        orphans = psutil.Process().children(recursive=True)
+        if killed:
+            for orphan in orphans:
+                _ignoring_ended(orphan.terminate)
+        _, alive = psutil.wait_procs(orphans, timeout=self._shutdown_timeout)
+        _kill(alive)
+
+    def _verdict(self, torchrun_code: int, rank_code: int | None) -> int:
+        if torchrun_code == 0 or rank_code is not None:
+            return rank_code or 0
+        if self._signals:
+            print(
+                "launch: the run ended without a new checkpoint; started again it goes on from the one before",
+                file=sys.stderr,
+            )
+            return EXIT_REQUEUE
+        return torchrun_code if torchrun_code > 0 else 128 - torchrun_code
+
+
+def _adopt_orphans() -> None:
+    """Let processes whose parent ends become children of this one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        _ignoring_ended(process.kill)
+
+
+def _ignoring_ended(act) -> None:
+    try:
+        act()
+    except psutil.NoSuchProcess:
+        return

@@ -1,0 +1,211 @@
+"""docker/ and launch/docker.sh: what the command looks like, and, with podman, the image built and put to use."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import maskmoe
+
+ROOT = Path(__file__).parents[2]
+IMAGE = f"maskmoe-cpu:{maskmoe.__version__}"
+HOME = "/opt/maskmoe"
+
+
+def docker(*arguments: object, expect: int = 0, timeout: float = 600, **environment: str) -> str:
+    """What `launch/docker.sh` prints."""
+    result = subprocess.run(
+        [ROOT / "launch" / "docker.sh", *map(str, arguments)],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert result.returncode == expect, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout if expect == 0 else result.stderr
+
+
+def dry_run(*arguments: object, **environment: str) -> list[str]:
+    """The words of the last command that `launch/docker.sh --dry-run` prints."""
+    return shlex.split(docker("--dry-run", *arguments, **environment).splitlines()[-1])
+
+
+@pytest.fixture
+def with_gpus(tmp_path) -> dict[str, str]:
+    """An environment in which nvidia-smi shows two GPUs."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\necho 'GPU 1: NVIDIA H100'\n")
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_command_and_image_come_last():
+    words = dry_run("--engine", "docker", "--cpu", "launch/pretrain.sh", "a b.yaml", "--lr", "1e-3")
+    assert words[:3] == ["docker", "run", "--rm"]
+    assert words[-5:] == [IMAGE, "launch/pretrain.sh", "a b.yaml", "--lr", "1e-3"]
+
+
+def test_mounts(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    words = dry_run(
+        "--engine", "docker", "--run-dir", tmp_path / "new", "--mount", data, "--mount", f"{tmp_path}:rw", "true"
+    )
+    volumes = [word.removeprefix("--volume=") for word in words if word.startswith("--volume=")]
+    code = [f"{ROOT}/{folder}:{HOME}/{folder}:ro" for folder in ("launch", "maskmoe", "tools")]
+    assert volumes == [f"{tmp_path}/new:{HOME}/runs", *code, f"{data}:{data}:ro", f"{tmp_path}:{tmp_path}:rw"]
+    assert not (tmp_path / "new").exists()  # a dry run makes nothing
+
+
+def test_code_of_the_image():
+    assert not [word for word in dry_run("--engine", "docker", "--code", "image", "true") if f":{HOME}/maskmoe" in word]
+
+
+def test_files_belong_to_the_caller():
+    assert f"--user={os.getuid()}:{os.getgid()}" in dry_run("--engine", "docker", "true")
+
+
+def test_memory():
+    words = dry_run("--engine", "docker", "true")
+    assert {"--ipc=host", "--ulimit=memlock=-1:-1", "--ulimit=stack=67108864:67108864"} <= set(words)
+    words = dry_run("--engine", "docker", "--shm-size", "16g", "true")
+    assert "--shm-size=16g" in words and "--ipc=host" not in words
+
+
+def test_podman_is_not_asked_for_more_than_its_user_has():
+    command = f"ulimit -l 64 -s 8192; {ROOT}/launch/docker.sh --dry-run --engine podman true"
+    output = subprocess.check_output(["bash", "-c", command], text=True)
+    assert "--ulimit=memlock=65536:65536 --ulimit=stack=8388608:8388608" in output
+
+
+def test_gpus_are_used_where_there_are_any(with_gpus):
+    words = dry_run("--engine", "docker", "true", **with_gpus)
+    assert "--gpus=all" in words and words[-2] == IMAGE.replace("-cpu", "")
+    assert '--gpus="device=0,1"' in dry_run("--engine", "docker", "--gpus", "0,1", "true", **with_gpus)
+    words = dry_run("--engine", "podman", "--gpus", "0,1", "true", **with_gpus)
+    assert {"--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"} <= set(words)
+    words = dry_run("--engine", "docker", "--cpu", "true", **with_gpus)
+    assert "--gpus=all" not in words and words[-2] == IMAGE
+
+
+def test_launchers_variables_are_handed_on():
+    words = dry_run("--engine", "docker", "--env", "A=b c", "true", NNODES="2", NCCL_DEBUG="INFO", RUN_DIR="/x", B="1")
+    assert {"--env=NNODES", "--env=NCCL_DEBUG", "--env=A=b c"} <= set(words)
+    assert not {"--env=RUN_DIR", "--env=B"} & set(words)
+
+
+def test_build():
+    command = docker("--dry-run", "--engine", "docker", "--cpu", "--build", "--base-image", "some:base").splitlines()
+    assert len(command) == 1
+    assert f"--file {ROOT}/docker/Dockerfile.cpu --tag {IMAGE} " in command[0]
+    assert f"--build-arg VERSION={maskmoe.__version__} " in command[0] and "BASE_IMAGE=some:base" in command[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ((), "which command?"),
+        (("--nonsense", "true"), "unknown option --nonsense"),
+        (("--run-dir",), "--run-dir needs a value"),
+        (("--mount", "/nowhere", "true"), "--mount /nowhere: there is no such file or folder"),
+        (("--engine", "lxc", "true"), "--engine is docker or podman, not lxc"),
+        (("--code", "theirs", "true"), "--code is checkout or image, not theirs"),
+    ],
+)
+def test_bad_options(arguments, error):
+    message = docker("--engine", "docker", *arguments, expect=2)
+    assert message.startswith("docker: error: ") and error in message and message.count("\n") == 1
+
+
+# ---- The image -------------------------------------------------------------------------------------------------------
+
+
+class Podman:
+    """podman with images and settings of its own, in `build/containers`, where the layers of the last time serve again.
+
+    Containers get pip's settings of this machine, and its certificates: both may be needed to reach a package registry.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        storage = f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n'
+        (folder / "storage.conf").write_text(storage)
+        # Limits are given outright: raising a hard limit, as podman does by default, may be refused.
+        limits = subprocess.check_output(["bash", "-c", "ulimit -Hn; ulimit -Hu"], text=True).split()
+        ulimits = [f"nofile=1024:{limits[0]}", f"nproc={limits[1]}:{limits[1]}"]
+        settings = {"default_ulimits": ulimits, "netns": "host", "volumes": self._volumes(), "env": self._variables()}
+        lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+        (folder / "containers.conf").write_text("\n".join(["[containers]", *lines, "[engine]", 'runtime = "runc"', ""]))
+        self.environment = {
+            "CONTAINERS_CONF": str(folder / "containers.conf"),
+            "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
+            "BUILDAH_ISOLATION": "chroot",
+        }
+
+    @staticmethod
+    def _variables() -> list[str]:
+        return [f"{name}={value}" for name, value in os.environ.items() if name.startswith("PIP_") or "CA_BUNDLE" in name]
+
+    @staticmethod
+    def _volumes() -> list[str]:
+        wheels = os.environ.get("PIP_FIND_LINKS", "").split()
+        paths = [Path("/etc/pip.conf"), Path("/etc/ssl/certs/ca-certificates.crt"), *map(Path, wheels)]
+        return [f"{path}:{path}:ro" for path in paths if path.exists()]
+
+    def __call__(self, *arguments: object) -> str:
+        result = subprocess.run(
+            ["podman", *map(str, arguments)], env=os.environ | self.environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def docker(self, *arguments: object, **options) -> str:
+        """What `launch/docker.sh` prints, using this podman and the image for CPUs."""
+        return docker("--engine", "podman", "--cpu", *arguments, **options, **self.environment)
+
+    def make_base_image(self) -> str:
+        """A stand-in for the base image, where no registry can be reached: this machine's Debian, small, with Python."""
+        name = "localhost/maskmoe-test-base"
+        if not self("images", "--quiet", name).strip():
+            release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if line)
+            sources = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+            mirror = next(
+                uri for uri in subprocess.check_output(sources, text=True).splitlines() if uri.startswith("http")
+            )
+            archive = self.folder / "base.tar"
+            options = ["--variant=minbase", "--include=ca-certificates,python3,python3-venv,python3-pip"]
+            subprocess.run(
+                ["mmdebstrap", *options, release["VERSION_CODENAME"], archive, mirror], check=True, capture_output=True
+            )
+            self("import", archive, name)
+            archive.unlink()
+        return name
+
+
+@pytest.fixture(scope="session")
+def podman() -> Podman:
+    if not shutil.which("podman"):
+        pytest.skip("there is no podman: tests/run.sh --docker installs it")
+    return Podman(ROOT / "build" / "containers")
+
+
+@pytest.fixture(scope="session")
+def image(podman) -> str:
+    """The image for CPUs, built as users build it. With $BASE_IMAGE set, on that."""
+    base = os.environ.get("BASE_IMAGE") or podman.make_base_image()
+    podman.docker("--build", "--base-image", base, timeout=1800)
+    return IMAGE

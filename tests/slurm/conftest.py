@@ -1,0 +1,330 @@
+"""Hosts of their own, though on this machine, a Slurm cluster on them, and the laptop model to train there."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.frequency import count_token_frequency
+from maskmoe.routing_mask.mask import build_routing_mask
+
+ROOT = Path(__file__).parents[2]
+LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
+VOCAB_SIZE = 4095  # NullTokenizer adds one
+NODES = ("n1", "n2")
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.1)
+
+
+# ---- Hosts -----------------------------------------------------------------------------------------------------------
+
+
+class Host:
+    """A host: a network, host name, process table and /etc/hosts of its own. Its files are this machine's.
+
+    Attributes:
+        name: its host name.
+        address: its address in the network of all hosts.
+    """
+
+    # Process 1 reaps what others leave behind; with it, all processes of the host end.
+    _BOOT = 'hostname "$1"; mount --bind "$2" /etc/hosts; ip link set lo up; sleep infinity & wait'
+
+    def __init__(self, name: str, address: str, namespace: str, hosts_file: Path):
+        self.name = name
+        self.address = address
+        self._boot = ["ip", "netns", "exec", namespace, "unshare", "--mount", "--uts", "--pid", "--fork"]
+        self._boot += ["--kill-child", "--mount-proc", "bash", "-c", self._BOOT, "boot", name, str(hosts_file)]
+        self._unshare = None
+
+    def start(self) -> None:
+        self._unshare = subprocess.Popen(self._boot, stdin=subprocess.DEVNULL)
+        parent = psutil.Process(self._unshare.pid)
+        wait_until(lambda: [child for child in parent.children() if child.children()], f"{self.name} is up", 10)
+        self._first = parent.children()[0].pid
+
+    def stop(self) -> None:
+        """All its processes end at once, as when power fails."""
+        if self._unshare is not None:
+            self._unshare.kill()
+            self._unshare.wait()
+            self._unshare = None
+
+    def popen(self, command: Sequence[object], **options) -> subprocess.Popen:
+        entering = ["nsenter", "--target", str(self._first), "--mount", "--uts", "--pid", "--net", f"--wd={ROOT}"]
+        return subprocess.Popen([*entering, *map(str, command)], stdin=subprocess.DEVNULL, **options)
+
+    def run(self, command: Sequence[object], expect: int | None = 0, **options) -> str:
+        """What a command prints."""
+        process = self.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        output, _ = process.communicate(timeout=60)
+        assert expect is None or process.returncode == expect, output
+        return output
+
+
+class Network:
+    """Hosts that see each other over a switch, and nothing else."""
+
+    def __init__(self, names: Sequence[str], folder: Path):
+        self._prefix = f"maskmoe-{os.getpid()}"
+        addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, 1)}
+        hosts_file = folder / "hosts"
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
+        hosts_file.write_text("\n".join(lines) + "\n")
+        self._ip(f"netns add {self._prefix}-switch")
+        self._ip(f"-n {self._prefix}-switch link add switch type bridge")
+        self._ip(f"-n {self._prefix}-switch link set switch up")
+        self.hosts = {}
+        for name, address in addresses.items():
+            namespace = f"{self._prefix}-{name}"
+            self._ip(f"netns add {namespace}")
+            self._ip(f"-n {namespace} link add eth0 type veth peer name {name} netns {self._prefix}-switch")
+            self._ip(f"-n {namespace} addr add {address}/24 dev eth0")
+            self._ip(f"-n {namespace} link set eth0 up")
+            self._ip(f"-n {self._prefix}-switch link set {name} master switch up")
+            self.hosts[name] = Host(name, address, namespace, hosts_file)
+            self.hosts[name].start()
+
+    @staticmethod
+    def _ip(arguments: str) -> None:
+        subprocess.run(["ip", *arguments.split()], check=True)
+
+    def cut(self, name: str) -> None:
+        """Pull the plug of a host at the switch: it is not told."""
+        self._ip(f"-n {self._prefix}-switch link set {name} down")
+
+    def mend(self, name: str) -> None:
+        self._ip(f"-n {self._prefix}-switch link set {name} up")
+
+    def remove(self) -> None:
+        for host in self.hosts.values():
+            host.stop()
+        for name in (*self.hosts, "switch"):
+            self._ip(f"netns delete {self._prefix}-{name}")
+
+
+# ---- Slurm -----------------------------------------------------------------------------------------------------------
+
+# A partition whose jobs are preempted by those of the other, after a minute's grace. What waits for minutes on a real
+# cluster, waits for seconds.
+SLURM_CONF = """
+ClusterName=maskmoe
+SlurmctldHost=control({control})
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={munge}/socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2,sched_min_interval=100000
+SlurmdParameters=config_overrides
+SlurmdTimeout=6
+KillWait=10
+ReturnToService=2
+NodeName=DEFAULT CPUs=2 RealMemory=1000 State=UNKNOWN
+{nodes}
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=60
+PartitionName=high Nodes=ALL PriorityTier=2 MaxTime=60
+"""
+
+
+class Cluster:
+    """A Slurm cluster of two nodes, with a controller on a third host.
+
+    Attributes:
+        nodes: their hosts, by name.
+    """
+
+    def __init__(self, network: Network, folder: Path):
+        self.folder = folder
+        self._control = network.hosts["control"]
+        self.nodes = {name: network.hosts[name] for name in NODES}
+        self._environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self._munge = Path(tempfile.mkdtemp(prefix="maskmoe-munge-"))
+        self._daemons = []
+
+    def start(self) -> None:
+        (self.folder / "state").mkdir()
+        nodes = "\n".join(f"NodeName={host.name} NodeAddr={host.address}" for host in self.nodes.values())
+        conf = SLURM_CONF.format(control=self._control.address, folder=self.folder, munge=self._munge, nodes=nodes)
+        (self.folder / "slurm.conf").write_text(conf)
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        self._start_munge()
+        self._daemon(self._control, "slurmctld", "-D")
+        for name in self.nodes:
+            self.start_node(name)
+        self.wait_for_nodes()
+
+    def _start_munge(self) -> None:
+        # It does not run as root.
+        (self._munge / "key").write_bytes(os.urandom(128))
+        (self._munge / "key").chmod(0o600)
+        self._munge.chmod(0o755)
+        for path in (self._munge, self._munge / "key"):
+            shutil.chown(path, "munge", "munge")
+        files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        options = [f"--{option}={self._munge / file}" for option, file in files.items()]
+        user = ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups"]
+        with open(self.folder / "munged.out", "w") as out:
+            daemon = subprocess.Popen([*user, "munged", "--foreground", "--force", *options], stdout=out, stderr=out)
+        self._daemons.append(daemon)
+        wait_until((self._munge / "socket").exists, "munged is up", 10)
+
+    def _daemon(self, host: Host, *command: str) -> None:
+        with open(self.folder / f"{host.name}.out", "a") as out:
+            self._daemons.append(host.popen(command, env=self._environment, stdout=out, stderr=out))
+
+    def start_node(self, name: str) -> None:
+        self._daemon(self.nodes[name], "slurmd", "-N", name, "-D")
+
+    def wait_for_nodes(self) -> None:
+        states = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%t")
+        wait_until(lambda: self.run(*states, expect=None).split() == ["idle"] * len(self.nodes), "all nodes are idle")
+
+    def run(self, *command: object, expect: int | None = 0) -> str:
+        """What a command of Slurm prints."""
+        return self._control.run(command, env=self._environment, expect=expect)
+
+    def submit(self, *arguments: object) -> "Job":
+        """Submit a job by launch/slurm/submit.sh."""
+        output = self.run(ROOT / "launch" / "slurm" / "submit.sh", "--parsable", *arguments)
+        return Job(self, output.strip())
+
+    def stop(self) -> None:
+        for daemon in reversed(self._daemons):
+            daemon.kill()
+            daemon.wait()
+        shutil.rmtree(self._munge)
+
+
+@dataclass(frozen=True)
+class Job:
+    cluster: Cluster
+    number: str
+
+    def show(self, key: str) -> str:
+        words = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number).split()
+        return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
+
+    @property
+    def state(self) -> str:
+        return self.show("JobState")
+
+    def wait_for(self, *states: str, timeout: float = 240) -> str:
+        wait_until(lambda: self.state in states, f"job {self.number} is {states}, not {self.state}", timeout)
+        return self.state
+
+
+# ---- What is trained -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LaptopRun:
+    """The laptop model, made shorter, with its experts on two ranks; one run folder.
+
+    Attributes:
+        folder: the run folder.
+        arguments: what follows `launch/pretrain.sh`.
+    """
+
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """By iteration, with the precision of fp32; of what was trained twice, the second."""
+        events = EventAccumulator(str(self.folder / "tensorboard"), size_guidance={"scalars": 0})
+        events.Reload()
+        return {event.step: event.value for event in events.Scalars("lm loss")} if events.Tags()["scalars"] else {}
+
+    def wait_for_iteration(self, iteration: int, timeout: float = 180) -> None:
+        wait_until(lambda: iteration in self.losses, f"iteration {iteration}", timeout)
+
+
+@pytest.fixture(scope="session")
+def new_laptop_run(tmp_path_factory) -> Callable[..., LaptopRun]:
+    """Name a new run folder of the laptop model; flags are added to it."""
+    folder = tmp_path_factory.mktemp("laptop")
+    rng = np.random.default_rng(0)
+    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE)) as dataset:
+        for length in rng.integers(20, 200, size=400):
+            dataset.add_document(np.minimum(rng.zipf(1.3, size=length), VOCAB_SIZE) - 1)
+    frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
+    recipe = MaskRecipe(8, 4, "balanced", frequent_mass=0.4, frequent_visible_experts=4, seed=1)
+    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
+    data = f"--data-path {folder}/data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}"
+    short = "--train-iters 30 --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
+    flags = f"{data} --routing-mask {folder}/mask.safetensors {short} --save-interval 10 --expert-model-parallel-size 2"
+    count = 0
+
+    def new_laptop_run(more: str = "") -> LaptopRun:
+        nonlocal count
+        count += 1
+        arguments = f"{LAPTOP} {flags} --data-cache-path {folder}/cache {more}"
+        return LaptopRun(folder / f"run{count}", tuple(arguments.split()))
+
+    return new_laptop_run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(new_laptop_run) -> LaptopRun:
+    """Both ranks on this machine, started by hand."""
+    run = new_laptop_run()
+    command = [ROOT / "launch" / "pretrain.sh", "--gpus-per-node", "2", "--run-dir", run.folder, *run.arguments]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+    assert len(run.losses) == 30
+    return run
+
+
+# ---- Fixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory) -> Iterator[Network]:
+    network = Network(("control", *NODES), tmp_path_factory.mktemp("network"))
+    try:
+        yield network
+    finally:
+        network.remove()
+
+
+@pytest.fixture(scope="session")
+def cluster(network, tmp_path_factory) -> Iterator[Cluster]:
+    cluster = Cluster(network, tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
