@@ -99,7 +99,7 @@ def write_manifest(checkpoint: Path) -> None:
         files |= {name: FileRecord(**record) for name, record in json.loads(path.read_bytes()).items()}
     missing = _needed_sizes(_read_layout(checkpoint)).keys() - files.keys()
     if missing:
-        raise Damage(f"{min(missing)} was not written in whole")
+        raise Damage(f"{min(missing)} was not written in whole, or not into a folder that all nodes share")
     Manifest(files).save(checkpoint)
     for path in rank_records:
         path.unlink()

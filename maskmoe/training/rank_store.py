@@ -89,28 +89,38 @@ def _meet(store: Store, rank: int, world_size: int) -> str:
     nodes which attempt this is (`TORCHELASTIC_RESTART_COUNT` is each node's own count). Taking an answer that was meant
     for ranks of an earlier attempt, they would wait for, or connect to, processes that are gone.
 
-    Each rank says who it is. The first tells whom it heard, with the name, until all have heard themselves.
+    Each rank says who it is. The first tells whom it heard, with the name, and confirms it once all have found
+    themselves in the list.
     """
     me = uuid.uuid4().hex
     store.set(f"hello/{rank}", me)
-    if rank > 0:
-        while True:
-            if store.check(["welcome"]):
-                welcome = json.loads(store.get("welcome"))
-                if welcome["ranks"][rank] == me:
-                    store.set(f"heard/{welcome['session']}/{rank}", "")
-                    return welcome["session"]
-            time.sleep(_POLL)
-    hellos = [f"hello/{other}" for other in range(world_size)]
+    return _welcome_all(store, world_size) if rank == 0 else _wait_for_welcome(store, rank, me)
+
+
+def _welcome_all(store: Store, world_size: int) -> str:
+    hellos = [f"hello/{rank}" for rank in range(world_size)]
     store.wait(hellos)
     while True:
-        ranks = [answer.decode() for answer in store.multi_get(hellos)]
+        ranks = [hello.decode() for hello in store.multi_get(hellos)]
         session = uuid.uuid4().hex
         store.set("welcome", json.dumps({"session": session, "ranks": ranks}))
-        heard = [f"heard/{session}/{other}" for other in range(1, world_size)]
+        heard = [f"heard/{session}/{rank}" for rank in range(1, world_size)]
         while not store.check(heard):
             time.sleep(_POLL)
-            if [answer.decode() for answer in store.multi_get(hellos)] != ranks:
-                break  # one that was heard was of an earlier attempt
+            if [hello.decode() for hello in store.multi_get(hellos)] != ranks:
+                break  # one of them was of an earlier attempt
         else:
+            store.set(f"confirmed/{session}", "")
             return session
+
+
+def _wait_for_welcome(store: Store, rank: int, me: str) -> str:
+    store.wait(["welcome"])
+    while True:
+        welcome = json.loads(store.get("welcome"))
+        session = welcome["session"]
+        if welcome["ranks"][rank] == me:
+            store.set(f"heard/{session}/{rank}", "")
+            if store.check([f"confirmed/{session}"]):
+                return session
+        time.sleep(_POLL)

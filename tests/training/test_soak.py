@@ -14,7 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 ITERATIONS = 600
-LONGEST_LIFE = 14.0  # seconds; about half of them is spent on starting
+# Seconds. Half of the kills hit processes that start, the others a run that trains, and saves twice a second.
+STARTING = 8.0
+TRAINING = 3.0
 FLAGS = f"""
     --expert-model-parallel-size 2 --train-iters {ITERATIONS} --save-interval 4 --eval-interval 50
     --keep-last-checkpoints 2 --hidden-dropout 0.1 --attention-dropout 0.1
@@ -27,6 +29,17 @@ def all_values(folder) -> list[tuple[str, int, float]]:
     events.Reload()
     names = [name for name in ("lm loss", "load_balancing_loss", "grad-norm") if name in events.Tags()["scalars"]]
     return [(name, event.step, event.value) for name in names for event in events.Scalars(name)]
+
+
+def wait_for_a_moment(processes, choice: random.Random) -> None:
+    """Some time after the last kill, or after the first step since."""
+    if choice.random() < 0.5:
+        time.sleep(choice.uniform(0, STARTING))
+        return
+    steps = processes.output.count("elapsed time per iteration")
+    while processes.is_running and processes.output.count("elapsed time per iteration") == steps:
+        time.sleep(0.1)
+    time.sleep(choice.uniform(0, TRAINING))
 
 
 def kill_something(processes, choice: random.Random) -> str:
@@ -64,7 +77,7 @@ def test_random_kills(workplace, new_run, tmp_path):
         lives += 1
         with workplace.start(run, tmp_path / f"life{lives}") as processes:
             while kills < KILLS and processes.is_running:
-                time.sleep(choice.uniform(0, LONGEST_LIFE))
+                wait_for_a_moment(processes, choice)
                 kills += 1
                 if kill_something(processes, choice) == "the node":
                     break

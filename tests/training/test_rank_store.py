@@ -1,0 +1,79 @@
+"""Ranks that are started again meet each other, not what is left of those before them."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from torch.distributed import PrefixStore, TCPStore
+
+from maskmoe.training.rank_store import RankStore, _meet
+
+WORLD_SIZE = 3
+
+
+@pytest.fixture
+def server():
+    """The store of a launcher, which outlives the ranks."""
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+
+
+def connect(server: TCPStore) -> TCPStore:
+    return TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=20))
+
+
+def meet(server: TCPStore, ranks=range(WORLD_SIZE)) -> list[str]:
+    """The sessions that so many ranks agree on."""
+    with ThreadPoolExecutor(WORLD_SIZE) as pool:
+        return list(pool.map(lambda rank: _meet(connect(server), rank, WORLD_SIZE), ranks))
+
+
+def test_every_attempt_has_a_session_of_its_own(server):
+    sessions = [meet(server) for _ in range(4)]
+    assert all(len(set(attempt)) == 1 for attempt in sessions)
+    assert len({attempt[0] for attempt in sessions}) == 4
+
+
+@pytest.mark.parametrize("early", [0, 1])
+def test_ranks_that_died_before_they_met(server, early):
+    """One rank of an attempt has come and gone when the next attempt starts."""
+    connect(server).set(f"hello/{early}", "of a process that is gone")
+    assert len(set(meet(server))) == 1
+
+
+def test_late_rank_is_waited_for(server):
+    """The first rank takes the word of one that is gone, until its successor speaks."""
+    meet(server)
+    sessions = {}
+
+    def join(rank: int) -> None:
+        sessions[rank] = _meet(connect(server), rank, WORLD_SIZE)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(WORLD_SIZE)]
+    for thread in threads[:2]:
+        thread.start()
+    threads[0].join(timeout=1)
+    assert threads[0].is_alive()
+    threads[2].start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(sessions) == WORLD_SIZE and len(set(sessions.values())) == 1
+
+
+def test_messages(server):
+    ranks = [RankStore(PrefixStore("session", connect(server)), rank, WORLD_SIZE) for rank in range(WORLD_SIZE)]
+    with ThreadPoolExecutor(WORLD_SIZE) as pool:
+        assert list(pool.map(lambda store: store.gather("names", str(store.rank)), ranks)) == [["0", "1", "2"]] * 3
+        assert list(pool.map(lambda store: store.broadcast("word", f"of {store.rank}"), ranks)) == ["of 0"] * 3
+    assert ranks[1].peek("verdict") is None
+    assert [store.put_first("verdict", str(store.rank)) for store in ranks[1:]] == ["1", "1"]
+    assert ranks[0].beside().peek("verdict") == "1"
+
+
+def test_process_that_is_alone():
+    alone = RankStore(None, 0, 1)
+    assert alone.gather("names", "me") == ["me"]
+    assert alone.broadcast("word", "mine") == "mine"
+    assert alone.put_first("verdict", "guilty") == "guilty"
+    assert alone.beside().peek("verdict") is None
+    assert alone.for_process_groups is None

@@ -1,0 +1,83 @@
+"""Which rank is to blame."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from maskmoe.errors import RunFailure
+from maskmoe.training.data_files import DataFiles
+from maskmoe.training.watchdog import Sighting, _waits, find_culprits
+
+WAITING = Sighting(
+    rank=0, where="host a, process 1", steps=7, at="distributed.py:1 in all_reduce", waits=True, number=3
+)
+
+
+def sightings(**of_rank_1) -> list[Sighting]:
+    """Three ranks that wait for each other, but for what is said of the second."""
+    ranks = [replace(WAITING, rank=rank) for rank in range(3)]
+    ranks[1] = replace(ranks[1], **of_rank_1)
+    return ranks
+
+
+def later(ranks: list[Sighting], but=()) -> list[Sighting]:
+    return [seen if seen.rank in but else replace(seen, number=seen.number + 2) for seen in ranks]
+
+
+def test_silent_rank():
+    before = sightings()
+    culprits, reason = find_culprits(before, later(before, but=[1]))
+    assert culprits == [1] and "rank 1 (host a, process 1) shows no sign of life" in reason
+
+
+def test_rank_that_is_not_in_a_collective():
+    before = sightings(waits=False, at="loader.py:5 in read")
+    culprits, reason = find_culprits(before, later(before))
+    assert culprits == [1] and "stands still" in reason and "loader.py:5 in read" in reason
+
+
+def test_rank_that_is_behind():
+    before = sightings(steps=6)
+    assert find_culprits(before, later(before))[0] == [1]
+
+
+def test_nobody_can_be_blamed():
+    before = sightings()
+    culprits, reason = find_culprits(before, later(before))
+    assert culprits == [] and "all 3 ranks wait for each other" in reason
+
+
+def test_many_culprits_are_not_all_named():
+    before = [replace(WAITING, rank=rank, waits=False) for rank in range(100)]
+    culprits, reason = find_culprits(before, later(before))
+    assert len(culprits) == 100 and "and 92 more ranks" in reason
+
+
+class Handle:
+    def wait(self):
+        return sys._getframe(1)
+
+
+def test_waiting_is_told_from_working():
+    assert _waits(Handle().wait())
+    assert not _waits(sys._getframe())
+    assert not _waits(None)
+
+
+def test_data_files(tmp_path):
+    prefixes = [str(tmp_path / name) for name in "abcdefghijkl"]
+    for prefix in prefixes:
+        (tmp_path / f"{prefix}.bin").write_bytes(bytes(10))
+    files = DataFiles(prefixes)
+    files.check_all()
+    (tmp_path / "a.bin").write_bytes(bytes(11))  # one that grows does no harm
+    for _ in prefixes:
+        files.check_some()
+    (tmp_path / "k.bin").write_bytes(bytes(9))
+    with pytest.raises(RunFailure, match=r"k\.bin has shrunk from 10 to 9 bytes"):
+        for _ in range(2):
+            files.check_some()
+    (tmp_path / "k.bin").unlink()
+    with pytest.raises(RunFailure, match=r"k\.bin can no longer be read: No such file"):
+        files.check_all()
