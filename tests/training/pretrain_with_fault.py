@@ -5,6 +5,7 @@ hang: the rank sleeps before that iteration. nan: its gradients become NaN in th
 checkpoints.
 """
 
+import functools
 import os
 import time
 from pathlib import Path
@@ -40,14 +41,18 @@ class FaultyStep(pretrain.MicroBatchStep):
         return output, loss_function
 
 
+stock_write_item = filesystem_async._write_item
+
+
+@functools.wraps(stock_write_item)
 def write_slowly(*args, **kwargs):
-    time.sleep(float(os.environ.get("RANK", "0") == str(RANK)) * 0.05)
-    return write_item(*args, **kwargs)
+    if os.environ.get("RANK", "0") == str(RANK):
+        time.sleep(0.02)
+    return stock_write_item(*args, **kwargs)
 
 
 if __name__ == "__main__":
     pretrain.MicroBatchStep = FaultyStep
-    write_item = filesystem_async._write_item
     if KIND == "slow-save":
         filesystem_async._write_item = write_slowly
     run_tool(pretrain.main)

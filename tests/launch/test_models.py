@@ -1,0 +1,207 @@
+"""The model files: what they are read as, and what `--check` says of those in `launch/models/`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskmoe.errors import UserError
+from maskmoe.launch.model_file import ModelFile, flag_words, override, split_flags
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.mask import build_routing_mask
+
+ROOT = Path(__file__).parents[2]
+MODELS = sorted((ROOT / "launch" / "models").glob("*.yaml"))
+SCRIPT = Path(__file__).with_name("check_model_files.py")
+HEADER = re.compile(r"^# parameters: ([0-9,]+) in all, ([0-9,]+) active \(vocabulary of ([0-9,]+)\)$", re.MULTILINE)
+SIZES = {"12l-768d": (162e6, 842e6, 247e6), "24l-1024d": (468e6, 2.88e9, 770e6)}  # dense; with experts: all, active
+RANKS = [8 << power for power in range(8)]
+GPU_BYTES = 80 << 30
+# For the CUDA context, buffers of NCCL and cuBLAS, and fragmentation, which the check does not count.
+SPARE_BYTES = 8 << 30
+
+
+def read(path: Path) -> ModelFile:
+    return ModelFile.read(path, {})
+
+
+def header(path: Path) -> tuple[int, int, int]:
+    """Parameters, active parameters and vocabulary that a file names."""
+    return tuple(int(number.replace(",", "")) for number in HEADER.search(path.read_text()).groups())
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    """Answers of `check_model_files.py` to cases: names, each with a file and a number of ranks."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def flags_of(path: Path, ranks: int) -> list[str]:
+        flags, vocabulary = read(path).flags_for(ranks), header(path)[2]
+        words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocabulary), "--mock-data"]
+        if "num-experts" in flags:
+            (num_experts,) = flags["num-experts"]
+            mask = folder / f"mask_{num_experts}_{vocabulary}.safetensors"
+            if not mask.exists():
+                recipe = MaskRecipe.from_preset("smoe", int(num_experts), 1, shared_table=True)
+                build_routing_mask(recipe, vocab_size=vocabulary).save(mask)
+            words += ["--routing-mask", str(mask)]
+        return [*flag_words(flags), "--split", "99,1,0", *words]
+
+    def check(cases: dict[str, tuple[Path, int]]) -> dict:
+        described = {name: {"ranks": ranks, "flags": flags_of(path, ranks)} for name, (path, ranks) in cases.items()}
+        (folder / "cases.json").write_text(json.dumps(described))
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        command = [sys.executable, str(SCRIPT), str(folder / "cases.json"), str(folder / "answers.json")]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr[-4000:]
+        return json.loads((folder / "answers.json").read_text())
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def answers(check):
+    return check({path.stem: (path, min(read(path).layouts, default=1)) for path in MODELS})
+
+
+@pytest.fixture(scope="module")
+def answers_for_layouts(check):
+    cases = {f"{path.stem} on {ranks}": (path, ranks) for path in MODELS for ranks in layouts_to_check(path)}
+    return check(cases)
+
+
+def layouts_to_check(path: Path) -> list[int]:
+    smallest = min(read(path).layouts, default=1)
+    return [ranks for ranks in RANKS if ranks >= smallest] if smallest >= 8 else []
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_model_loads_without_a_warning_and_is_as_its_header_says(path, answers):
+    answer = answers[path.stem]
+    assert (answer["errors"], answer["notes"], answer["warnings"]) == ([], [], [])
+    assert (answer["parameters"], round(answer["active"])) == header(path)[:2]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_comparison_set_has_the_published_sizes(size, answers):
+    """All to the digits that were published."""
+    dense, total, active = SIZES[size]
+    assert answers[f"{size}-dense"]["parameters"] == pytest.approx(dense, rel=0.003)
+    for kind in ("smoe", "hash", "maskmoe"):
+        assert answers[f"{size}-{kind}"]["parameters"] == pytest.approx(total, rel=0.003)
+        assert answers[f"{size}-{kind}"]["active"] == pytest.approx(active, rel=0.003)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_comparison_set_differs_only_where_it_should(size):
+    models = {kind: read(ROOT / "launch" / "models" / f"{size}-{kind}.yaml") for kind in ("dense", "smoe", "hash")}
+    maskmoe = read(ROOT / "launch" / "models" / f"{size}-maskmoe.yaml")
+    assert maskmoe.flags == models["smoe"].flags
+    assert maskmoe.layouts == models["smoe"].layouts == models["hash"].layouts
+
+    def differing(one, other):
+        names = {*one.flags, *other.flags}
+        return {name for name in names if one.flags.get(name) != other.flags.get(name)}
+
+    assert differing(maskmoe, models["hash"]) == {"moe-router-load-balancing-type", "moe-aux-loss-coeff"}
+    assert all(name == "num-experts" or name.startswith("moe-") for name in differing(maskmoe, models["dense"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [f"{path.stem} on {ranks}" for path in MODELS for ranks in layouts_to_check(path)])
+def test_layout_divides_and_fits_into_memory(case, answers_for_layouts):
+    answer = answers_for_layouts[case]
+    assert (answer["errors"], answer["notes"], answer["warnings"]) == ([], [], [])
+    assert max(answer["memory"]) + SPARE_BYTES <= GPU_BYTES
+
+
+# ---- How a model file is read ----------------------------------------------------------------------------------------
+
+
+def read_text(folder: Path, text: str, **variables: str) -> ModelFile:
+    (folder / "model.yaml").write_text(text)
+    return ModelFile.read(folder / "model.yaml", variables)
+
+
+def test_values_are_the_words_of_a_command_line(tmp_path):
+    model = read_text(
+        tmp_path,
+        """
+        num-layers: 012
+        lr: 1e-4
+        split: 90,10,0
+        swiglu: true
+        bf16: false
+        seed: null
+        save:
+        recompute-modules: [moe, mlp]
+        data-path: ${DATA}/corpus
+        init: -0.5
+        answer: yes
+        """,
+        DATA="/data",
+    )
+    assert flag_words(model.flags) == (
+        *("--num-layers", "012", "--lr", "1e-4", "--split", "90,10,0", "--swiglu"),
+        *("--recompute-modules", "moe", "mlp", "--data-path", "/data/corpus", "--init=-0.5", "--answer", "yes"),
+    )
+
+
+def test_flags_of_the_user_win(tmp_path):
+    model = read_text(tmp_path, "lr: 1e-4\nbf16: true\nsplit: 90,10,0\nrecompute-modules: [moe, mlp]")
+    flags = override(model.flags, split_flags(("--lr", "1", "--lr=2", "--bf16", "false", "--recompute-modules", "moe")))
+    assert flag_words(flags) == ("--lr", "2", "--split", "90,10,0", "--recompute-modules", "moe")
+
+
+def test_layout_of_the_number_of_ranks(tmp_path):
+    model = read_text(tmp_path, "a: 1\nb: 1\nlayouts:\n  2: {a: 2}\n  8: {a: 8}")
+    assert model.flags_for(8) == {"a": ("8",), "b": ("1",)}
+    assert model.flags_for(24) == {"a": ("8",), "b": ("1",)}
+    assert model.flags_for(12) == {"a": ("2",), "b": ("1",)}
+    with pytest.raises(UserError, match="layouts for 2, 8 ranks and multiples of them, not for 3"):
+        model.flags_for(3)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("a: [1", "is no YAML"),
+        ("- a\n- b", "must hold flags and their values"),
+        ("", "must hold flags and their values"),
+        ("a: 1\na: 2", "a is there twice"),
+        ("--a: 1", "write `a`, without dashes"),
+        ("a: {b: 1}", "a must have a value or a list"),
+        ("a: [[1]]", "a must have a value or a list"),
+        ("a: ${NOWHERE}", "a needs the environment variable NOWHERE"),
+        ("a: $", "a: write "),
+        ("layouts: 8", "`layouts` must hold flags by number of ranks"),
+        ("layouts: {eight: {}}", "'eight' is none"),
+        ("layouts: {8: 1}", "a layout must hold flags"),
+    ],
+)
+def test_bad_model_file_is_refused(tmp_path, text, reason):
+    with pytest.raises(UserError) as refusal:
+        read_text(tmp_path, text)
+    assert str(tmp_path / "model.yaml") in str(refusal.value) and reason in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_missing_model_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read the model file .*/nowhere.yaml: No such file"):
+        ModelFile.read(tmp_path / "nowhere.yaml", {})
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    try:
+        ModelFile.read(path, {})
+    except UserError as refusal:
+        assert "\n" not in str(refusal)
