@@ -89,7 +89,7 @@ check_gpus() {
         awk -F ', *' '$2 ~ /^[0-9]+$/ && $2 > 0 {printf "%sGPU %s: %s", separator, $1, $2; separator = ", "}')
     [[ -z $errors ]] || problem "memory errors that could not be corrected ($errors)"
     # The kernel's log may be for root only; without it there is nothing to see.
-    xids=$(dmesg 2>/dev/null | grep --only-matching --extended-regexp "NVRM: Xid .*: ($FATAL_XIDS)," | tail -n 1 || true)
+    xids=$(dmesg 2>/dev/null | grep -oE "NVRM: Xid .*: ($FATAL_XIDS)," | tail -n 1 || true)
     [[ -z $xids ]] || problem "the kernel reports ${xids%,}"
 }
 

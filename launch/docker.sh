@@ -25,8 +25,9 @@ END
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 HOME_IN_IMAGE=/opt/maskmoe
-HANDED_ON='^(NNODES|NODE_RANK|NPROC_PER_NODE|RDZV_[A-Z_]+|MASTER_(ADDR|PORT)|MAX_RESTARTS|OMP_NUM_THREADS|'
-HANDED_ON+='CUDA_(VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)|(NCCL|TORCH_NCCL|GLOO|UCX|NVSHMEM)_[A-Z0-9_]+|WANDB_[A-Z_]+)$'
+HANDED_ON='^(NNODES|NODE_RANK|NPROC_PER_NODE|RDZV_[A-Z_]+|MASTER_(ADDR|PORT)|MAX_RESTARTS|SHUTDOWN_TIMEOUT|'
+HANDED_ON+='OMP_NUM_THREADS|CUDA_(VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)|'
+HANDED_ON+='(NCCL|TORCH_NCCL|GLOO|UCX|NVSHMEM)_[A-Z0-9_]+|WANDB_[A-Z_]+)$'
 
 fail() {
     printf 'docker: error: %s\n' "$*" >&2
@@ -57,7 +58,7 @@ engine() {
     return 1
 }
 
-# add_limit NAME FLAG WANTED: podman's containers have no more than its user may have; docker's what its daemon may have.
+# add_limit NAME FLAG WANTED: podman's containers have no more than its user may, docker's what its daemon may.
 add_limit() {
     local wanted=$3 most
     most=$(ulimit -H "-$2")
@@ -94,7 +95,8 @@ build() {
 # Sets options: those of the container.
 set_options() {
     local name folder
-    options=(--rm --network=host "--user=$(id -u):$(id -g)")
+    # Asked to stop, a run needs time for its last checkpoint.
+    options=(--rm --network=host "--user=$(id -u):$(id -g)" "--stop-timeout=${SHUTDOWN_TIMEOUT:-600}")
     # A user that the image does not know has no home and no name there; caches want both.
     options+=(--env=HOME=/tmp "--env=USER=$(id -un)")
     if [[ $engine == podman ]] && ((EUID > 0)); then

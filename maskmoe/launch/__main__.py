@@ -1,11 +1,13 @@
 """`launch/pretrain.sh` calls this; see its `--help`."""
 
 import os
+import signal
 import subprocess
 import sys
 
 from maskmoe.cli import EXIT_BAD_INPUT, run_tool
 from maskmoe.errors import UserError
+from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.launch.command import check_command, run_flags, torchrun_command
 from maskmoe.launch.model_file import Flags, ModelFile, override, split_flags
 from maskmoe.launch.network import route_to, wait_for
@@ -15,6 +17,9 @@ from maskmoe.quickstart.devices import Devices, find_devices
 
 
 def main() -> None:
+    for number in SIGNALS_THAT_SAVE:
+        # Nothing to save yet. Once ranks are there, the supervisor takes over.
+        signal.signal(number, lambda *_: sys.exit(EXIT_REQUEUE))
     options = parse_options(sys.argv[1:], os.environ)
     model = ModelFile.read(options.model, {**os.environ, "RUN_DIR": str(options.run_dir)})
     devices = None

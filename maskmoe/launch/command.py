@@ -11,8 +11,8 @@ from maskmoe.launch.network import Route
 from maskmoe.launch.options import Options
 
 # Megatron wants a single connection for tensor and context parallelism on GPUs before Blackwell. One thread a process:
-# there are many on a node.
-_DEFAULT_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
+# there are many on a node. What ranks write is seen at once, also in a file.
+_DEFAULT_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _ENTRY_POINT = "maskmoe.training.pretrain"
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"

@@ -72,17 +72,16 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> O
         check_only=values.check,
         dry_run=values.dry_run,
     )
-    if options.nodes > 1:
-        _check_nodes(options)
+    _check_nodes(options)
     return options
 
 
 def _check_nodes(options: Options) -> None:
-    if options.rendezvous is None:
+    if options.nodes > 1 and options.rendezvous is None:
         raise UserError(f"{options.nodes} nodes need a place to meet: pass --rendezvous HOST:PORT or set MASTER_ADDR")
-    if options.node_rank is None:
+    if options.nodes > 1 and options.node_rank is None:
         raise UserError(f"{options.nodes} nodes need a number each: pass --node-rank R, from 0, or set NODE_RANK")
-    if options.node_rank >= options.nodes:
+    if (options.node_rank or 0) >= options.nodes:
         raise UserError(
             f"--node-rank {options.node_rank}: the ranks of {options.nodes} nodes end at {options.nodes - 1}"
         )

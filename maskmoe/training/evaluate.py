@@ -79,7 +79,8 @@ class Evaluation:
                 f"{band.name:<14}{band.share:>8.1%}{band.tokens:>12,}{band.loss:>9.4f}{band.perplexity:>13.2f}"
             )
         lines.append("")
-        lines.append("expert load, max/mean by layer: " + _loads(self.expert_load))
+        if self.expert_load:
+            lines.append("expert load, max/mean by layer: " + _loads(self.expert_load))
         lines.append(f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s")
         return "\n".join(lines)
 
@@ -94,7 +95,7 @@ class ExpertLoadCounter:
     Args:
         model: the rank's part of the model.
         num_layers: layers of the whole model.
-        num_experts: N.
+        num_experts: N; 0 for a model without experts.
     """
 
     def __init__(self, model: torch.nn.Module, num_layers: int, num_experts: int):
@@ -221,7 +222,7 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyB
         raise UserError(f"the {args.eval_split} split of {args.data_path} (--split {args.split}) has no sample")
     num_steps = -(-num_samples // (args.micro_batch_size * mpu.get_data_parallel_world_size()))
     band_of_id = torch.from_numpy(bands.band_of_id).cuda()
-    counter = ExpertLoadCounter(model, args.num_layers + (args.mtp_num_layers or 0), args.num_experts)
+    counter = ExpertLoadCounter(model, args.num_layers + (args.mtp_num_layers or 0), args.num_experts or 0)
 
     def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         batch = get_batch(data_iterator)

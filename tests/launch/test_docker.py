@@ -2,18 +2,20 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import maskmoe
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.frequency import count_token_frequency
+from maskmoe.routing_mask.mask import build_routing_mask
 
 ROOT = Path(__file__).parents[2]
 IMAGE = f"maskmoe-cpu:{maskmoe.__version__}"
@@ -158,7 +160,9 @@ class Podman:
 
     @staticmethod
     def _variables() -> list[str]:
-        return [f"{name}={value}" for name, value in os.environ.items() if name.startswith("PIP_") or "CA_BUNDLE" in name]
+        return [
+            f"{name}={value}" for name, value in os.environ.items() if name.startswith("PIP_") or "CA_BUNDLE" in name
+        ]
 
     @staticmethod
     def _volumes() -> list[str]:
@@ -178,7 +182,7 @@ class Podman:
         return docker("--engine", "podman", "--cpu", *arguments, **options, **self.environment)
 
     def make_base_image(self) -> str:
-        """A stand-in for the base image, where no registry can be reached: this machine's Debian, small, with Python."""
+        """A stand-in for the base image that needs no registry: this machine's Debian, small, with Python."""
         name = "localhost/maskmoe-test-base"
         if not self("images", "--quiet", name).strip():
             release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if line)
@@ -209,3 +213,143 @@ def image(podman) -> str:
     base = os.environ.get("BASE_IMAGE") or podman.make_base_image()
     podman.docker("--build", "--base-image", base, timeout=1800)
     return IMAGE
+
+
+def laptop_arguments(folder: Path, run_dir: str) -> list[str]:
+    """Those of `launch/pretrain.sh` for a short run of the laptop model on random data, which are made in `folder`."""
+    rng = np.random.default_rng(0)
+    with IndexedDatasetWriter(folder / "data", optimal_dtype(4095)) as dataset:
+        for length in rng.integers(20, 200, size=100):
+            dataset.add_document(np.minimum(rng.zipf(1.3, size=length), 4095) - 1)
+    frequency = count_token_frequency([str(folder / "data")], 4095, workers=1)
+    recipe = MaskRecipe(8, 4, "balanced", frequent_mass=0.4, frequent_visible_experts=4, seed=1)
+    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
+    data = f"--data-path {folder}/data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size 4095"
+    short = "--train-iters 10 --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
+    flags = f"{data} --routing-mask {folder}/mask.safetensors {short} --expert-model-parallel-size 2"
+    return f"--gpus-per-node 2 --run-dir {run_dir} launch/models/laptop.yaml {flags}".split()
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("lm loss")}
+
+
+@pytest.mark.docker
+def test_image_says_what_it_is(podman, image):
+    config = json.loads(podman("image", "inspect", image))[0]["Config"]
+    labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items() if "opencontainers" in name}
+    assert labels["version"] == maskmoe.__version__
+    assert labels["title"] == "maskmoe-cpu" and labels["revision"] not in ("", "unknown")
+    assert config["User"] == "10001:10001"
+    assert config["Entrypoint"] == ["tini", "--"]
+
+
+@pytest.mark.docker
+def test_nothing_is_built_twice(podman, image):
+    """Not even the layer of the dependencies, if only sources differ."""
+    base = os.environ.get("BASE_IMAGE") or podman.make_base_image()
+    output = podman.docker("--build", "--base-image", base)
+    assert "pip install" not in output and output.count("Using cache") >= 8, output
+
+
+@pytest.mark.docker
+def test_default_user_is_nobody_special(podman, image):
+    """It can run what the image has, and write to no file of it."""
+    program = "id -u; touch runs/x; touch maskmoe/x 2>/dev/null || echo refused; launch/check_node.sh --run-dir runs"
+    output = podman("run", "--rm", "--network=host", image, "bash", "-c", f"{program} && echo fit")
+    assert output.split() == ["10001", "refused", "fit"]
+
+
+@pytest.mark.docker
+def test_environment_is_complete(podman, image):
+    """Also for a user whom the image does not know, without a network, and with nothing to be written."""
+    options = ("--rm", "--network=none", "--read-only", "--user=4321:4321")
+    assert ".venv is up to date" in podman("run", *options, image, "launch/setup.sh", "--extras", "hf")
+    program = (
+        "import maskmoe.training, torch, transformers; from megatron.training import pretrain; print(torch.__version__)"
+    )
+    assert podman("run", *options, "--tmpfs=/tmp", image, "python", "-c", program)
+
+
+@pytest.mark.docker
+def test_exit_codes_and_signals_pass(podman, image):
+    podman.docker("bash", "-c", "exit 75", expect=75)
+    program = "trap 'exit 75' TERM; echo ready; while :; do sleep 0.1; done"
+    command = [ROOT / "launch" / "docker.sh", "--engine", "podman", "--cpu", "bash", "-c", program]
+    with subprocess.Popen(command, env=os.environ | podman.environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        podman("stop", "--latest")
+    assert process.returncode == 75
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("code", ["checkout", "image"])
+def test_same_losses_as_by_hand(podman, image, tmp_path, code):
+    arguments = laptop_arguments(tmp_path, str(tmp_path / "by-hand"))
+    subprocess.run([ROOT / "launch" / "pretrain.sh", *arguments], cwd=ROOT, check=True, capture_output=True)
+    arguments[arguments.index(f"{tmp_path}/by-hand")] = "runs/contained"
+    podman.docker("--code", code, "--run-dir", tmp_path, "--mount", tmp_path, "launch/pretrain.sh", *arguments)
+    assert len(losses(tmp_path / "contained")) == 10
+    assert losses(tmp_path / "contained") == losses(tmp_path / "by-hand")
+    assert (tmp_path / "contained").stat().st_uid == os.getuid()
+
+
+@pytest.mark.docker
+def test_quickstart(podman, image, tmp_path):
+    """All its stages, small, with the image's own code, and as a user whom the image does not know."""
+    corpus = tmp_path / "corpus.txt"
+    sources = sorted((ROOT / "maskmoe").rglob("*.py"))
+    corpus.write_text("\n\n".join(path.read_text() for path in sources))
+    tmp_path.chmod(0o777)
+    small = "--vocab-size 512 --num-layers 2 --hidden-size 32 --num-experts 4 --frequent-visible-experts 2"
+    short = "--seq-length 32 --global-batch-size 4 --train-iters 6"
+    podman(
+        *("run", "--rm", "--network=host", "--user=4321:4321", "--env=HOME=/tmp", "--env=USER=someone"),
+        *(f"--volume={tmp_path}:/opt/maskmoe/runs", image, "launch/quickstart.sh", "--input", "runs/corpus.txt"),
+        *f"--run-dir runs/quickstart {small} {short}".split(),
+    )
+    assert {"report.md", "loss.png", "routing_mask.safetensors"} <= {
+        file.name for file in (tmp_path / "quickstart").iterdir()
+    }
+
+
+# A base image with a torch of its own, that of the image for CPUs, and something that is called Transformer Engine.
+GPU_BASE = """
+FROM {image} AS donor
+FROM {base}
+RUN --mount=type=bind,from=donor,source=/opt/maskmoe/.venv/lib,target=/donor \\
+    packages=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && mkdir -p "$packages" && \\
+    cd /donor/python3*/site-packages && \\
+    cp -r torch torch-* torchgen functorch nvidia* cuda* triton* sympy* mpmath* networkx* jinja2* markupsafe* \\
+        filelock* fsspec* typing_extensions* setuptools* "$packages" && \\
+    mkdir "$packages/transformer_engine-2.9.0.dist-info" && \\
+    printf 'Metadata-Version: 2.1\\nName: transformer_engine\\nVersion: 2.9.0\\n' \\
+        >"$packages/transformer_engine-2.9.0.dist-info/METADATA"
+"""
+
+
+@pytest.mark.docker
+def test_image_for_gpus_keeps_the_torch_of_its_base(podman, image, tmp_path):
+    """All steps of docker/Dockerfile, on a stand-in for NVIDIA's image."""
+    (tmp_path / "Dockerfile").write_text(GPU_BASE.format(image=image, base=podman.make_base_image()))
+    podman("build", "--tag", "localhost/maskmoe-test-gpu-base", tmp_path)
+    name = "localhost/maskmoe-test-gpu"
+    options = ("--engine", "podman", "--gpus", "all", "--image", name)
+    docker(*options, "--build", "--base-image", "localhost/maskmoe-test-gpu-base", timeout=1800, **podman.environment)
+    program = "import maskmoe.training, megatron.training, torch; print(torch.__file__, maskmoe.__file__, sep='\\n')"
+    output = podman("run", "--rm", "--network=none", name, "python", "-c", program).split()
+    assert output[-2].startswith("/usr/") and output[-1] == "/opt/maskmoe/maskmoe/__init__.py"
+    assert ".venv is up to date" in podman("run", "--rm", "--network=none", name, "launch/setup.sh", "--extras", "hf")
+    # There is no GPU: its health check says so.
+    command = ["podman", "run", "--rm", name, "launch/check_node.sh", "--gpus", "--run-dir", "runs"]
+    result = subprocess.run(command, env=os.environ | podman.environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "nvidia-smi fails" in result.stderr
+
+
+@pytest.mark.docker
+def test_base_image_without_torch_is_refused(podman):
+    options = ("--engine", "podman", "--gpus", "all", "--image", "localhost/maskmoe-test-none", "--build")
+    errors = docker(*options, "--base-image", podman.make_base_image(), expect=1, **podman.environment)
+    assert "No package metadata was found for torch" in errors

@@ -1,15 +1,13 @@
 """Hosts of their own, though on this machine, a Slurm cluster on them, and the laptop model to train there."""
 
-import contextlib
 import os
+import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 VOCAB_SIZE = 4095  # NullTokenizer adds one
 NODES = ("n1", "n2")
+ITERATIONS = 100
+SAVE_INTERVAL = 20
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float = 120) -> None:
@@ -213,9 +213,20 @@ class Cluster:
         states = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%t")
         wait_until(lambda: self.run(*states, expect=None).split() == ["idle"] * len(self.nodes), "all nodes are idle")
 
+    def wait_for_queue(self) -> None:
+        wait_until(lambda: not self.run("squeue", "--noheader"), "the queue is empty", 300)
+
     def run(self, *command: object, expect: int | None = 0) -> str:
         """What a command of Slurm prints."""
         return self._control.run(command, env=self._environment, expect=expect)
+
+    def fail_node(self, name: str) -> None:
+        """The node's processes end at once, its daemon among them; Slurm has to find out."""
+        self.nodes[name].stop()
+
+    def mend_node(self, name: str) -> None:
+        self.nodes[name].start()
+        self.start_node(name)
 
     def submit(self, *arguments: object) -> "Job":
         """Submit a job by launch/slurm/submit.sh."""
@@ -231,6 +242,8 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
+    """A job in the queue; its number is what sbatch calls it."""
+
     cluster: Cluster
     number: str
 
@@ -269,8 +282,19 @@ class LaptopRun:
         events.Reload()
         return {event.step: event.value for event in events.Scalars("lm loss")} if events.Tags()["scalars"] else {}
 
+    @property
+    def saved(self) -> int:
+        """The iteration of the newest checkpoint."""
+        return int((self.folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+
     def wait_for_iteration(self, iteration: int, timeout: float = 180) -> None:
-        wait_until(lambda: iteration in self.losses, f"iteration {iteration}", timeout)
+        line = re.compile(rf" iteration +{iteration}/")
+        logs = "logs/node*/*/attempt_*/*/stdout.log"
+        wait_until(
+            lambda: any(line.search(log.read_text()) for log in self.folder.glob(logs)),
+            f"iteration {iteration}",
+            timeout,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -285,8 +309,9 @@ def new_laptop_run(tmp_path_factory) -> Callable[..., LaptopRun]:
     recipe = MaskRecipe(8, 4, "balanced", frequent_mass=0.4, frequent_visible_experts=4, seed=1)
     build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
     data = f"--data-path {folder}/data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}"
-    short = "--train-iters 30 --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
-    flags = f"{data} --routing-mask {folder}/mask.safetensors {short} --save-interval 10 --expert-model-parallel-size 2"
+    short = f"--train-iters {ITERATIONS} --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
+    flags = f"{data} --routing-mask {folder}/mask.safetensors {short} --save-interval {SAVE_INTERVAL}"
+    flags += " --expert-model-parallel-size 2"
     count = 0
 
     def new_laptop_run(more: str = "") -> LaptopRun:
@@ -304,7 +329,7 @@ def undisturbed(new_laptop_run) -> LaptopRun:
     run = new_laptop_run()
     command = [ROOT / "launch" / "pretrain.sh", "--gpus-per-node", "2", "--run-dir", run.folder, *run.arguments]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
-    assert len(run.losses) == 30
+    assert len(run.losses) == ITERATIONS
     return run
 
 

@@ -1,12 +1,142 @@
 """launch/slurm/ on a real cluster of two nodes."""
 
+import re
+
 import pytest
 
 pytestmark = pytest.mark.slurm
 
 
-def test_two_nodes_train_one_model(cluster, new_laptop_run, undisturbed):
+@pytest.fixture
+def submit(cluster):
+    """Submit a job of two nodes that trains a run; it is cancelled at the end of the test."""
+    jobs = []
+
+    def submit(run, *options):
+        cluster.wait_for_nodes()
+        jobs.append(cluster.submit("--nodes=2", *options, "--run-dir", run.folder, "--", *run.arguments))
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        cluster.run("scancel", "--signal=KILL", job.number, expect=None)
+        cluster.run("scancel", job.number, expect=None)
+
+
+def log_of(run, job) -> str:
+    return (run.folder / "slurm" / f"{job.number}.log").read_text()
+
+
+def assert_completed(job, run):
+    assert job.wait_for("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") == "COMPLETED", log_of(run, job)
+
+
+def test_two_nodes_train_one_model(submit, new_laptop_run, undisturbed):
     run = new_laptop_run()
-    job = cluster.submit("--nodes=2", "--run-dir", run.folder, "--", *run.arguments)
-    assert job.wait_for("COMPLETED", "FAILED") == "COMPLETED"
+    job = submit(run)
+    assert_completed(job, run)
     assert run.losses == undisturbed.losses
+    assert {log.name for log in (run.folder / "slurm" / job.number).iterdir()} == {
+        "attempt0.n1.log",
+        "attempt0.n2.log",
+    }
+
+
+def test_signal_before_the_time_limit(cluster, submit, new_laptop_run, undisturbed):
+    """The run saves, the job requeues itself, and goes on to the same losses."""
+    run = new_laptop_run()
+    job = submit(run)
+    run.wait_for_iteration(12)
+    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_for("PENDING")
+    saved = run.saved
+    assert 12 <= saved < 100
+    assert_completed(job, run)
+    assert job.show("Restarts") == "1"
+    assert run.losses == undisturbed.losses
+    log = log_of(run, job)
+    assert "the run was asked to stop; the job is requeued" in log
+    assert re.search(r"attempt 0.*attempt 1", log, re.DOTALL)
+    resumed = (run.folder / "slurm" / job.number / "attempt1.n1.log").read_text()
+    assert f"at iteration {saved}" in resumed
+
+
+def test_preemption(cluster, submit, new_laptop_run, undisturbed):
+    """Another partition's job takes the nodes; Slurm itself sends the signal.
+
+    It requeues the job again when that has ended, which then does nothing.
+    """
+    run = new_laptop_run()
+    job = submit(run)
+    run.wait_for_iteration(12)
+    cluster.run("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
+    assert 12 <= run.saved < 100
+    cluster.wait_for_queue()
+    assert_completed(job, run)
+    assert run.losses == undisturbed.losses
+    assert log_of(run, job).count("the job is requeued") == 1
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_dead_node(cluster, submit, new_laptop_run, undisturbed, node):
+    """Be it the one where the job's script runs or not. What its events held goes with it, and is trained again."""
+    run = new_laptop_run()
+    job = submit(run)
+    run.wait_for_iteration(32)
+    cluster.fail_node(node)
+    job.wait_for("PENDING")
+    assert run.saved == 20
+    cluster.mend_node(node)
+    assert_completed(job, run)
+    assert job.show("Restarts") == "1"
+    losses = run.losses
+    assert set(losses) >= set(range(21, 101))
+    assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
+
+
+def test_cancelled_job_stays_cancelled(cluster, submit, new_laptop_run):
+    run = new_laptop_run()
+    job = submit(run)
+    run.wait_for_iteration(5)
+    cluster.run("scancel", job.number)
+    job.wait_for("CANCELLED")
+    cluster.wait_for_nodes()
+    assert job.state == "CANCELLED"
+
+
+def test_bad_input_ends_the_job(submit, new_laptop_run):
+    run = new_laptop_run("--num-layers 0x")
+    job = submit(run)
+    assert job.wait_for("FAILED", "COMPLETED") == "FAILED"
+    assert job.show("ExitCode") == "2:0"
+    assert "--num-layers" in log_of(run, job)
+
+
+def test_unfit_node_is_left_out(cluster, submit, new_laptop_run):
+    """Its /dev/shm is full, and the job has a node to spare."""
+    cluster.nodes["n1"].run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"])
+    try:
+        run = new_laptop_run("--expert-model-parallel-size 1 --train-iters 2")
+        job = submit(run, "--train-nodes", "1")
+        assert_completed(job, run)
+        too_few = new_laptop_run()
+        failing = submit(too_few)
+        assert failing.wait_for("FAILED", "COMPLETED") == "FAILED"
+    finally:
+        cluster.nodes["n1"].run(["umount", "/dev/shm"])
+    assert "node n1: /dev/shm has" in log_of(run, job)
+    assert [log.name for log in (run.folder / "slurm" / job.number).iterdir()] == ["attempt0.n2.log"]
+    assert "1 nodes pass the check (see above), 2 are needed" in log_of(too_few, failing)
+
+
+def test_chain(cluster, submit, new_laptop_run, undisturbed):
+    """The first job is asked to stop, the second ends the run, and nothing is left to do for the third."""
+    run = new_laptop_run()
+    job = submit(run, "--chain", "3")
+    run.wait_for_iteration(12)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job.number}_1")
+    cluster.wait_for_queue()
+    assert run.losses == undisturbed.losses
+    logs = [log.read_text() for log in sorted((run.folder / "slurm").glob("*.log"))]
+    ends = ["the next of the chain goes on", "the training is complete", "there is nothing to do"]
+    assert [text in log for log in logs for text in ends] == [True, False, False, False, True, False, False, True, True]

@@ -14,7 +14,13 @@ SEQUENCE = 16
 
 def build(builder: type[GPTModelBuilder], config: type[GPTModelConfig]) -> GPTModel:
     transformer = TransformerConfig(
-        num_layers=2, hidden_size=32, num_attention_heads=4, use_cpu_initialization=True, transformer_impl="local"
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        attention_dropout=0,
+        hidden_dropout=0,
+        use_cpu_initialization=True,
+        transformer_impl="local",
     )
     settings = config(transformer=transformer, vocab_size=VOCAB_SIZE, seq_length=SEQUENCE)
     torch.manual_seed(1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
 from megatron.training import get_tokenizer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -43,7 +44,14 @@ _MOST_BYTES_READ = 1 << 30
 
 # What Megatron refuses where Transformer Engine is missing, as it may be on the machine of the check, and what does not
 # change the shapes of parameters.
-_WITHOUT_TRANSFORMER_ENGINE = {"apply_rope_fusion": False, "moe_permute_fusion": False, "fp8": None, "fp4": None}
+_WITHOUT_TRANSFORMER_ENGINE = {
+    "apply_rope_fusion": False,
+    "moe_permute_fusion": False,
+    "use_precision_aware_optimizer": False,
+    **dict.fromkeys(("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32),
+    "fp8": None,
+    "fp4": None,
+}
 _MEGATRON_MISSES_TRANSFORMER_ENGINE = re.compile(
     r"^invalid settings: .*(transformer.?engine|TE >|is_te_min_version)", re.IGNORECASE
 )
@@ -159,12 +167,13 @@ class _Search:
         args = deepcopy(self._args)
         repaired = layout.repaired()
         args.world_size = repaired.ranks
-        if _defaults_of_cpu():
-            args.moe_grouped_gemm = False  # Megatron looks for it at the GPU; the same parameters, computed otherwise
+        # Megatron looks at the GPU of this machine to tell whether it can do this.
+        args.moe_grouped_gemm = self._args.moe_grouped_gemm and not _defaults_of_cpu()
         if any(layout.errors()) and args.global_batch_size:
             args.global_batch_size = repaired.global_batch
         with self._collecting(), megatrons_checks():
             validate_args(args)
+            args.moe_grouped_gemm = self._args.moe_grouped_gemm
             return args
         return None
 

@@ -36,8 +36,8 @@ class BytesPerParameter:
         states = _STATES.get(args.optimizer, _STATES["adam"])
         if args.use_precision_aware_optimizer:
             main = args.main_params_dtype.itemsize
-            if args.bf16 and args.main_params_dtype == torch.float32 and args.store_param_remainders:
-                # Only the bits that the bf16 weight lacks.
+            if args.bf16 and args.main_params_dtype == torch.float32:
+                # Only the bits that the bf16 weight lacks: `store_param_remainders`, which no flag sets.
                 main -= weight
             moments = sum(getattr(args, name).itemsize for name in states)
         else:

@@ -1,0 +1,94 @@
+"""launch/check_node.sh: what it finds wrong with a node."""
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "check_node.sh"
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Run the script on a machine where `nvidia-smi` and `dmesg` are the given shell programs."""
+
+    def check(*arguments, nvidia_smi="exit 1", dmesg="exit 1"):
+        for name, program in (("nvidia-smi", nvidia_smi), ("dmesg", dmesg)):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{program}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURMD_NODENAME": "n7"}
+        result = subprocess.run(
+            [SCRIPT, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=60
+        )
+        return result.returncode, result.stderr
+
+    return check
+
+
+def gpus(errors: str = "0", count: int = 2) -> str:
+    """An `nvidia-smi` that shows so many GPUs, the last with so many memory errors."""
+    indices = "; ".join(f"echo {gpu}" for gpu in range(count))
+    counts = "; ".join(f"echo '{gpu}, {errors if gpu == count - 1 else 0}'" for gpu in range(count))
+    return f"case $1 in *=index) {indices} ;; *ecc*) {counts or ':'} ;; esac"
+
+
+def test_sound_node(check, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        arguments = ("--run-dir", tmp_path / "new", "--time", int(time.time()), "--rendezvous", f"127.0.0.1:{port}")
+        assert check(*arguments, "--gpus=2", nvidia_smi=gpus()) == (0, "")
+    assert list((tmp_path / "new").iterdir()) == []
+    # Before the run nothing listens there yet.
+    assert check("--rendezvous", f"127.0.0.1:{port}") == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (("--min-shm", 1 << 30), "/dev/shm has "),
+        (("--run-dir", "/proc/x"), "cannot write to /proc/x"),
+        (("--run-dir", "/tmp", "--min-disk", 1 << 40), "/tmp has "),
+        (("--time", 1_000_000_000), "its clock is "),
+        (("--rendezvous", "no-such-host.invalid:1"), "the rendezvous host no-such-host.invalid has no address here"),
+    ],
+)
+def test_unfit_node(check, arguments, problem):
+    code, errors = check(*arguments)
+    assert code == 1
+    assert errors.startswith(f"node n7: {problem}") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "machine, problem",
+    [
+        ({"nvidia_smi": "echo 'Failed to initialize NVML'; exit 9"}, "nvidia-smi fails: Failed to initialize NVML"),
+        ({"nvidia_smi": gpus(count=1)}, "nvidia-smi shows 1 GPUs, not 2"),
+        ({"nvidia_smi": gpus(count=0)}, "nvidia-smi shows 0 GPUs, not 2"),
+        ({"nvidia_smi": gpus("3")}, "memory errors that could not be corrected (GPU 1: 3)"),
+        (
+            {"nvidia_smi": gpus(), "dmesg": "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off'"},
+            "the kernel reports NVRM: Xid (PCI:0000:3b:00): 79",
+        ),
+    ],
+)
+def test_unfit_gpus(check, machine, problem):
+    assert check("--gpus=2", **machine) == (1, f"node n7: {problem}\n")
+
+
+def test_gpus_without_error_correction(check):
+    assert check("--gpus", nvidia_smi=gpus("[N/A]")) == (0, "")
+
+
+def test_xids_of_programs_are_no_fault_of_the_gpu(check):
+    log = "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 13, Graphics Exception'"
+    assert check("--gpus", nvidia_smi=gpus(), dmesg=log) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [("--nonsense",), ("--time",), ("--time", "noon"), ("--rendezvous", "host")])
+def test_bad_options(check, arguments):
+    code, errors = check(*arguments)
+    assert code == 2
+    assert errors.startswith("check_node: error: ") and errors.count("\n") == 1

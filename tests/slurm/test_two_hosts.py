@@ -1,0 +1,59 @@
+"""launch/pretrain.sh on two hosts that see each other over a network alone."""
+
+import subprocess
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+ENDED = 120  # seconds that a run may take to end, of which the hang is to be noticed in the first HANG
+HANG = 15
+
+
+@pytest.fixture
+def start(network):
+    """Start a run on both hosts; its processes end with the test."""
+    processes = []
+
+    def start(run, *options):
+        rendezvous = f"{network.hosts['n1'].address}:29500"
+        started = []
+        for rank, host in enumerate((network.hosts["n1"], network.hosts["n2"])):
+            command = ["launch/pretrain.sh", "--nodes", "2", "--node-rank", rank, "--gpus-per-node", "1"]
+            command += ["--rendezvous", rendezvous, "--run-dir", run.folder, *options, *run.arguments]
+            started.append(host.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        processes.extend(started)
+        return started
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_cut_link(network, start, new_laptop_run, undisturbed):
+    """Both sides say what happened and end in time; started again they go on to the same losses."""
+    run = new_laptop_run(f"--hang-timeout {HANG} --distributed-timeout-minutes 1")
+    processes = start(run, "--max-restarts", "0", "--shutdown-timeout", "10")
+    run.wait_for_iteration(32)
+    network.cut("n2")
+    try:
+        begin = time.monotonic()
+        outputs = [process.communicate(timeout=ENDED)[0] for process in processes]
+        took = time.monotonic() - begin
+    finally:
+        network.mend("n2")
+    assert [process.returncode for process in processes] == [1, 1], "\n".join(outputs)[-6000:]
+    assert took < ENDED
+    first, second = outputs
+    assert "rank 1 (host n2) shows no sign of life" in first, first[-4000:]
+    assert "the store of the ranks was silent" in second, second[-4000:]
+    assert run.saved == 20
+
+    again = start(run)
+    outputs = [process.communicate(timeout=240)[0] for process in again]
+    assert [process.returncode for process in again] == [0, 0], "\n".join(outputs)[-6000:]
+    losses = run.losses
+    assert set(losses) >= set(range(21, 101))
+    assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
