@@ -5,14 +5,11 @@ Written for megatron-core 0.19.2 and torch 2.15; each entry says what goes wrong
 
 import functools
 import pickle
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 
 import torch
-
-from maskmoe.interruption import SIGNALS_THAT_SAVE
 
 
 def apply() -> None:
@@ -20,7 +17,7 @@ def apply() -> None:
     _use_helpers_of_the_wheel()
     _make_optimizer_state_loadable()
     _unpickle_data_only()
-    _keep_the_writers_queue_alive()
+    _tie_writers_to_their_rank()
 
 
 @contextmanager
@@ -126,21 +123,24 @@ def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager]) -
     training.save_checkpoint = saving_whole_checkpoints(training.save_checkpoint, while_saving)
 
 
-def _keep_the_writers_queue_alive() -> None:
-    """The writer's results pass through a process that SIGTERM to the process group ends, and with it the last save.
+def _tie_writers_to_their_rank() -> None:
+    """Of the processes of asynchronous saving, signals that ask for a last checkpoint end one too early.
 
-    torchrun and Slurm signal whole groups. A signal that is blocked when a process starts stays so in it.
+    When the rank is killed, they stay, and one may go on writing into what the rank's successor saves.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    stock_get_queue = filesystem_async.get_write_results_queue
+    from maskmoe.checkpoint.writer_process import get_write_results_queue, immune_children, write_for_parent
 
-    @functools.wraps(stock_get_queue)
-    def get_queue(*args, **kwargs):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_THAT_SAVE)
-        try:
-            return stock_get_queue(*args, **kwargs)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    stock_get_process = PersistentAsyncCaller._get_process
 
-    filesystem_async.get_write_results_queue = get_queue
+    @classmethod
+    @functools.wraps(stock_get_process.__func__)
+    def get_process(cls, *args, **kwargs):
+        with immune_children():
+            return stock_get_process(*args, **kwargs)
+
+    PersistentAsyncCaller._get_process = get_process
+    PersistentAsyncCaller.async_loop = staticmethod(write_for_parent)
+    filesystem_async.get_write_results_queue = get_write_results_queue

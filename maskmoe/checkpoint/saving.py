@@ -1,11 +1,8 @@
 """Saving so that what is in the folder is whole: sealed by a manifest, cleared of rests, and no more than asked for."""
 
-import ctypes
 import functools
-import os
 import queue
 import shutil
-import signal
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,8 +20,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from maskmoe.checkpoint.integrity import Damage, check_structure, record_rank, write_manifest
 from maskmoe.checkpoint.series import checkpoint_path, read_tracker, saved_iterations
 
-_PR_SET_PDEATHSIG = 1
-
 
 class SealedSaveStrategy(TorchDistSaveShardedStrategy):
     """`TorchDistSaveShardedStrategy` that records every file's digest where it is written.
@@ -41,17 +36,35 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
         elsewhere = filesystem_async._results_queue
         filesystem_async._results_queue = queue.Queue()
         try:
-            super().save(sharded_state_dict, checkpoint_dir)
+            self._sealed_request(sharded_state_dict, checkpoint_dir, "mcore").execute_sync()
         finally:
             filesystem_async._results_queue = elsewhere
 
     def async_save(self, sharded_state_dict: dict, checkpoint_dir: str | Path, async_strategy: str = "nvrx"):
-        """As the method it overrides; synchronous saving goes through it, too."""
+        """As the method it overrides; what is in host memory is copied, as what is on a GPU is anyway.
+
+        Otherwise it would be shared with the process that writes, while training goes on to change it.
+        """
+        request = self._sealed_request(sharded_state_dict, checkpoint_dir, async_strategy)
+        if request.async_fn is not None:
+            _, write_buckets, _ = request.async_fn_args
+            # In place: the function that moves tensors to the host has the same list.
+            write_buckets[:] = [_copy_host_tensors(bucket) for bucket in write_buckets]
+        return request
+
+    def _sealed_request(self, sharded_state_dict: dict, checkpoint_dir: str | Path, async_strategy: str):
         request = super().async_save(sharded_state_dict, checkpoint_dir, async_strategy)
         if request.async_fn is not None:
-            request = request._replace(async_fn=partial(_write_and_record, os.getpid(), request.async_fn))
+            request = request._replace(async_fn=partial(_write_and_record, request.async_fn))
         request.finalize_fns.append(partial(_seal, Path(checkpoint_dir)))
         return request
+
+
+def _copy_host_tensors(bucket: tuple) -> tuple:
+    """A `WriteBucket` of Megatron-Core with copies of its tensors in host memory."""
+    path, storage_key, (bytes_data, tensor_data) = bucket
+    copied = [(item, tensor.clone() if tensor.device.type == "cpu" else tensor) for item, tensor in tensor_data]
+    return path, storage_key, (bytes_data, copied)
 
 
 def saving_whole_checkpoints(
@@ -102,26 +115,16 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def _write_and_record(owner: int, write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any):
+def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any) -> None:
     """Write this rank's files, then record them.
 
     Args:
-        owner: the process that trains. Asynchronous saving writes in a child of it, which must not outlive it: the run
-            that takes its place may save the same checkpoint.
         write: the writer's function, which takes the other arguments.
         rank: of the process that trains.
         write_buckets: the first element of each is the path of the file that it goes to.
     """
-    if os.getpid() != owner:
-        _end_with_parent(owner)
     write(rank, write_buckets, *args)
     record_rank([Path(bucket[0]) for bucket in write_buckets], rank)
-
-
-def _end_with_parent(parent: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(1)
 
 
 def _seal(checkpoint: Path) -> None:

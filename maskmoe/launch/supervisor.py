@@ -1,6 +1,5 @@
 """Runs torchrun: hands signals on once, ends a run that must not be restarted, and tells how the ranks ended."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -8,18 +7,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
 
+from maskmoe.child_process import adopt_orphans, end_with_parent
 from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, read_exit_code
 from maskmoe.launch.command import Command
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _POLL = 0.2  # seconds
-# Of <sys/prctl.h>.
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Supervisor:
@@ -44,7 +42,7 @@ class Supervisor:
         Returns:
             0: it is done. 75: it was asked to stop. 2: bad input. Any other: it failed.
         """
-        _adopt_orphans()
+        adopt_orphans()
         with tempfile.TemporaryDirectory(prefix="maskmoe-launch-") as folder, self._receiving_signals():
             exit_file = Path(folder) / "exit-code"
             process = self._start(command, exit_file)
@@ -65,19 +63,11 @@ class Supervisor:
         self._signals.append(signal.Signals(number))
 
     def _start(self, command: Command, exit_file: Path) -> subprocess.Popen:
-        parent = os.getpid()
-
-        def end_with_parent() -> None:
-            if sys.platform == "linux":
-                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-                if os.getppid() != parent:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
         return subprocess.Popen(
             command.words,
             env={**os.environ, **command.environment, EXIT_CODE_FILE: str(exit_file)},
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
         )
 
     def _follow(self, process: subprocess.Popen, exit_file: Path) -> None:
@@ -114,12 +104,6 @@ class Supervisor:
             )
             return EXIT_REQUEUE
         return torchrun_code if torchrun_code > 0 else 128 - torchrun_code
-
-
-def _adopt_orphans() -> None:
-    """Let processes whose parent ends become children of this one."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _kill(processes: list[psutil.Process]) -> None:

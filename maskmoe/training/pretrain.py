@@ -7,6 +7,7 @@ bad input, nothing was done. 1: the run failed. 76: a rank hung.
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 
 from megatron.core.enums import ModelType
 from megatron.training import get_timers, pretrain
@@ -65,7 +66,12 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="how long no rank may begin a micro-batch, until the run is ended and the rank to blame named; "
         "default: --distributed-timeout-minutes",
     )
-    parser.set_defaults(exit_signal_handler=True)
+    parser.set_defaults(
+        exit_signal_handler=True,
+        # Without it Megatron switches asynchronous saving off, with a warning among many lines.
+        use_persistent_ckpt_worker=True,
+        async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
+    )
     return add_check_argument(parser)
 
 

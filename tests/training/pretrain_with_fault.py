@@ -51,8 +51,10 @@ def write_slowly(*args, **kwargs):
     return stock_write_item(*args, **kwargs)
 
 
+if KIND == "slow-save":
+    # Not in the main program only: asynchronous saving writes in a process that imports this module.
+    filesystem_async._write_item = write_slowly
+
 if __name__ == "__main__":
     pretrain.MicroBatchStep = FaultyStep
-    if KIND == "slow-save":
-        filesystem_async._write_item = write_slowly
     run_tool(pretrain.main)

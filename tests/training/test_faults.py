@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from maskmoe.checkpoint.integrity import check_content, check_structure
@@ -68,18 +69,21 @@ def test_killed_rank_is_started_again(runs, start_faulty, tmp_path):
     assert outcome.difference(undisturbed) == 0
 
 
-@pytest.mark.parametrize("flags", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flags", [pytest.param("", marks=pytest.mark.slow), "--async-save"])
 @UNDISTURBED
 def test_killed_while_saving(runs, start_faulty, tmp_path, flags):
     """The first checkpoint that is whole stays so, and the unfinished one is not loaded, but written again."""
     (undisturbed,) = runs
     unfinished = checkpoint_path(tmp_path / "save", 14) / "__1_0.distcp"
     with start_faulty("slow-save", flags, torchrun=True, restarts=1) as processes:
+        processes.wait_until(lambda: "saved checkpoint from iteration       7" in processes.output)
         processes.wait_until(unfinished.exists)
+        helpers = psutil.Process(processes.pid_of_rank(1)).children(recursive=True)
         os.kill(processes.pid_of_rank(1), signal.SIGKILL)
         outcome = processes.wait()
     assert outcome.exit_codes == (0,), outcome.report()
     assert "at iteration 7" in processes.output
+    assert bool(helpers) == bool(flags) and not any(helper.is_running() for helper in helpers)
     assert outcome.difference(undisturbed) == 0
     assert saved_iterations(tmp_path / "save") == [21, 14, 7]
     assert all(is_sound(checkpoint_path(tmp_path / "save", iteration)) for iteration in (7, 14, 21))
@@ -88,9 +92,9 @@ def test_killed_while_saving(runs, start_faulty, tmp_path, flags):
 @pytest.mark.parametrize(
     "number, ranks, flags",
     [
-        (signal.SIGTERM, (0, 1), "--num-workers 1"),
-        (signal.SIGUSR1, (1,), ""),
-        pytest.param(signal.SIGUSR1, (0, 1), "--num-workers 1 --async-save", marks=pytest.mark.slow),
+        (signal.SIGUSR1, (0, 1), "--num-workers 1 --async-save"),
+        pytest.param(signal.SIGTERM, (0, 1), "--num-workers 1", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, (1,), "--async-save", marks=pytest.mark.slow),
     ],
 )
 @UNDISTURBED
