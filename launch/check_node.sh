@@ -11,7 +11,7 @@ exit code 1 if anything is. What it is not told to look at, it leaves out.
   --gpus[=N]             there are N GPUs (default: any), and none reports memory errors or a fatal Xid
   --run-dir DIR          DIR can be written to and has room
   --min-disk MIB         how much room DIR must have (default: 1024)
-  --min-shm MIB          how much of /dev/shm must be free (default: 64)
+  --min-shm MIB          how much of /dev/shm must be free (default: 32)
   --time SECONDS         the clock is within a minute of SECONDS since 1970
   --rendezvous HOST:PORT HOST answers, whether something listens at PORT already or not
 END
@@ -93,7 +93,7 @@ check_gpus() {
     [[ -z $xids ]] || problem "the kernel reports ${xids%,}"
 }
 
-gpus=false gpu_count='' run_dir='' min_disk=1024 min_shm=64 time='' rendezvous=''
+gpus=false gpu_count='' run_dir='' min_disk=1024 min_shm=32 time='' rendezvous=''
 while (($#)); do
     case $1 in
         --gpus) gpus=true ;;

@@ -17,7 +17,7 @@ It runs in /opt/maskmoe, where the image has the repository with its environment
   --shm-size SIZE      a /dev/shm of the container's own, for instance 16g (default: the host's)
   --env NAME[=VALUE]   an environment variable. The launchers', and those of NCCL and gloo, are handed on unasked.
   --build              build the image first, from docker/Dockerfile or docker/Dockerfile.cpu; COMMAND may be left out
-  --base-image NAME    build on this image
+  --base-image NAME    build on this image; for GPUs on NVIDIA's PyTorch image, which must be named
   --engine NAME        docker or podman (default: the first that there is)
   --dry-run            only print what would be run
 END
@@ -82,7 +82,11 @@ add_gpus() {
 
 build() {
     local file=docker/Dockerfile arguments=()
-    ! $cpu || file=docker/Dockerfile.cpu
+    if $cpu; then
+        file=docker/Dockerfile.cpu
+    elif [[ -z $base_image ]]; then
+        fail "the image for GPUs is built on NVIDIA's PyTorch image: name it by --base-image REGISTRY/…/pytorch:TAG"
+    fi
     [[ -z $base_image ]] || arguments+=(--build-arg "BASE_IMAGE=$base_image")
     # BuildKit and buildah have the host's network only if told so; a proxy or a mirror there is of use to pip.
     [[ $engine != podman ]] || arguments+=(--format docker --layers)

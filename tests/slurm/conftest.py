@@ -256,7 +256,7 @@ class Job:
         return self.show("JobState")
 
     def wait_for(self, *states: str, timeout: float = 240) -> str:
-        wait_until(lambda: self.state in states, f"job {self.number} is {states}, not {self.state}", timeout)
+        wait_until(lambda: self.state in states, f"job {self.number} is {' or '.join(states)}", timeout)
         return self.state
 
 

@@ -134,7 +134,8 @@ def test_chain(cluster, submit, new_laptop_run, undisturbed):
     run = new_laptop_run()
     job = submit(run, "--chain", "3")
     run.wait_for_iteration(12)
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{job.number}_1")
+    # scancel's exit code for elements of an array is not to be relied on.
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job.number}_1", expect=None)
     cluster.wait_for_queue()
     assert run.losses == undisturbed.losses
     logs = [log.read_text() for log in sorted((run.folder / "slurm").glob("*.log"))]
