@@ -131,7 +131,7 @@ def _tie_writers_to_their_rank() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    from maskmoe.checkpoint.writer_process import get_write_results_queue, immune_children, write_for_parent
+    from maskmoe.checkpoint.writer_process import get_write_results_queue, immune_children, write_for_rank
 
     stock_get_process = PersistentAsyncCaller._get_process
 
@@ -142,5 +142,5 @@ def _tie_writers_to_their_rank() -> None:
             return stock_get_process(*args, **kwargs)
 
     PersistentAsyncCaller._get_process = get_process
-    PersistentAsyncCaller.async_loop = staticmethod(write_for_parent)
+    PersistentAsyncCaller.async_loop = staticmethod(write_for_rank)
     filesystem_async.get_write_results_queue = get_write_results_queue

@@ -138,6 +138,8 @@ def test_chain(cluster, submit, new_laptop_run, undisturbed):
     cluster.run("scancel", "--batch", "--signal=USR1", f"{job.number}_1", expect=None)
     cluster.wait_for_queue()
     assert run.losses == undisturbed.losses
-    logs = [log.read_text() for log in sorted((run.folder / "slurm").glob("*.log"))]
-    ends = ["the next of the chain goes on", "the training is complete", "there is nothing to do"]
-    assert [text in log for log in logs for text in ends] == [True, False, False, False, True, False, False, True, True]
+    ends = sorted(log.read_text().splitlines()[-1] for log in (run.folder / "slurm").glob("*.log"))
+    assert len(ends) == 3
+    assert ends[0] == "slurm: the run was asked to stop; the next of the chain goes on"
+    assert ends[1] == "slurm: the training is complete"
+    assert ends[2].startswith("slurm: the training is complete: there is nothing to do")

@@ -1,14 +1,17 @@
 """launch/pretrain.sh on two hosts that see each other over a network alone."""
 
+import re
 import subprocess
 import time
 
 import pytest
 
+from maskmoe.interruption import EXIT_REQUEUE
+
 pytestmark = pytest.mark.slurm
 
-ENDED = 400  # seconds that a run may take to end, of which the hang is to be noticed in the first HANG
-HANG = 15
+HANG = 15  # seconds until a rank takes the others for lost
+ENDED = HANG + 120  # seconds until the last of the launchers has ended: one that hears nothing more is given a minute
 
 
 @pytest.fixture
@@ -42,13 +45,12 @@ def test_cut_link(network, start, new_laptop_run, undisturbed):
         begin = time.monotonic()
         outputs = [process.communicate(timeout=ENDED)[0] for process in processes]
         took = time.monotonic() - begin
-        print("TOOK", took)
     finally:
         network.mend("n2")
-    assert [process.returncode for process in processes] == [1, 1], "\n".join(outputs)[-6000:]
+    assert all(process.returncode not in (0, 2, EXIT_REQUEUE) for process in processes), "\n".join(outputs)[-6000:]
     assert took < ENDED
     first, second = outputs
-    assert "rank 1 (host n2) shows no sign of life" in first, first[-4000:]
+    assert re.search(r"rank 1 \(host n2.*\) shows no sign of life", first), first[-4000:]
     assert "the store of the ranks was silent" in second, second[-4000:]
     assert run.saved == 20
 

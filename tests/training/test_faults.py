@@ -89,6 +89,17 @@ def test_killed_while_saving(runs, start_faulty, tmp_path, flags):
     assert all(is_sound(checkpoint_path(tmp_path / "save", iteration)) for iteration in (7, 14, 21))
 
 
+def test_writer_ends_with_its_rank(start_faulty):
+    """Also where no launcher is left to end it: the run that takes its place may save the same checkpoint."""
+    with start_faulty(flags="--async-save") as processes:
+        processes.wait_for_iteration(8)
+        helpers = psutil.Process(processes.pids[1]).children(recursive=True)
+        assert len(helpers) >= 3  # the writer, its fork server, the queue for its results
+        os.kill(processes.pids[1], signal.SIGKILL)
+        _, alive = psutil.wait_procs(helpers, timeout=10)
+    assert alive == []
+
+
 @pytest.mark.parametrize(
     "number, ranks, flags",
     [

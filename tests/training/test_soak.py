@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -56,6 +58,14 @@ def kill_something(processes, choice: random.Random) -> str:
     return kind
 
 
+def is_left_of(process: psutil.Process, save: Path) -> bool:
+    """Whether a process still has to do with a run: it has a file open in, or beside, its checkpoints' folder."""
+    try:
+        return any(file.path.startswith(str(save.parent)) for file in process.open_files())
+    except psutil.Error:
+        return False
+
+
 @pytest.mark.slow
 def test_random_kills(workplace, new_run, tmp_path):
     undisturbed = workplace.run(new_run(FLAGS, ranks=2), tmp_path / "undisturbed", timeout=900)
@@ -88,6 +98,7 @@ def test_random_kills(workplace, new_run, tmp_path):
     assert outcome.exit_codes == (0,), outcome.report()
     values = all_values(tmp_path / "killed")
     assert {step for _, step, _ in values} == set(range(1, ITERATIONS + 1))
+    assert not [process for process in psutil.process_iter() if is_left_of(process, save)]
     differing = [(name, step) for name, step, value in values if value != expected[name, step]]
     assert not differing
     print(f"{KILLS} kills, {lives} nodes, {len(values) - len(expected)} values logged more than once, none different")
