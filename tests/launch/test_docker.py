@@ -300,15 +300,15 @@ def test_same_losses_as_by_hand(podman, image, tmp_path, code):
 @pytest.mark.docker
 def test_quickstart(podman, image, tmp_path):
     """All its stages, small, with the image's own code, and as a user whom the image does not know."""
-    corpus = tmp_path / "corpus.txt"
     sources = sorted((ROOT / "maskmoe").rglob("*.py"))
-    corpus.write_text("\n\n".join(path.read_text() for path in sources))
+    documents = [json.dumps({"text": path.read_text()}) for path in sources]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(documents) + "\n")
     tmp_path.chmod(0o777)
     small = "--vocab-size 512 --num-layers 2 --hidden-size 32 --num-experts 4 --frequent-visible-experts 2"
     short = "--seq-length 32 --global-batch-size 4 --train-iters 6"
     podman(
         *("run", "--rm", "--network=host", "--user=4321:4321", "--env=HOME=/tmp", "--env=USER=someone"),
-        *(f"--volume={tmp_path}:/opt/maskmoe/runs", image, "launch/quickstart.sh", "--input", "runs/corpus.txt"),
+        *(f"--volume={tmp_path}:/opt/maskmoe/runs", image, "launch/quickstart.sh", "--input", "runs/corpus.jsonl"),
         *f"--run-dir runs/quickstart {small} {short}".split(),
     )
     assert {"report.md", "loss.png", "routing_mask.safetensors"} <= {
@@ -324,7 +324,7 @@ RUN --mount=type=bind,from=donor,source=/opt/maskmoe/.venv/lib,target=/donor \\
     packages=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && mkdir -p "$packages" && \\
     cd /donor/python3*/site-packages && \\
     cp -r torch torch-* torchgen functorch nvidia* cuda* triton* sympy* mpmath* networkx* jinja2* markupsafe* \\
-        filelock* fsspec* typing_extensions* setuptools* "$packages" && \\
+        filelock* fsspec* typing_extensions* setuptools* _distutils_hack "$packages" && \\
     mkdir "$packages/transformer_engine-2.9.0.dist-info" && \\
     printf 'Metadata-Version: 2.1\\nName: transformer_engine\\nVersion: 2.9.0\\n' \\
         >"$packages/transformer_engine-2.9.0.dist-info/METADATA"

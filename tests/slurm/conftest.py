@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -338,6 +339,8 @@ def undisturbed(new_laptop_run) -> LaptopRun:
 
 @pytest.fixture(scope="session")
 def network(tmp_path_factory) -> Iterator[Network]:
+    # Then pytest takes all down, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     network = Network(("control", *NODES), tmp_path_factory.mktemp("network"))
     try:
         yield network

@@ -32,23 +32,23 @@ MASK = "mask.safetensors"
 # name: flags, routing mask, what the line names. Paths under `bad/` are made by `bad_files`.
 CASES = {
     "missing dataset": ("--data-path nowhere", MASK, ["nowhere", "does not exist"]),
-    "truncated bin": ("--data-path bad/short_bin", MASK, ["short_bin.bin", "truncated"]),
-    "truncated idx": ("--data-path bad/short_idx", MASK, ["short_idx.idx", "truncated"]),
     "id beyond the vocabulary": ("--data-path bad/large_ids", MASK, ["bad/large_ids", "id 599 at position 57", "510"]),
     "no mask": ("", None, ["--routing-mask"]),
     "altered mask": ("", "bad/altered.safetensors", ["bad/altered.safetensors"]),
+    "N not divisible": ("--expert-model-parallel-size 3", MASK, ["--num-experts 8", "--expert-model-parallel-size 3"]),
+    "setting that Megatron refuses without a word": ("--num-attention-heads 3", MASK, ["num_attention_heads"]),
+}
+# The same code reports these; a process for each takes more time than it is worth by default.
+MORE_CASES = {
+    "truncated bin": ("--data-path bad/short_bin", MASK, ["short_bin.bin", "truncated"]),
+    "truncated idx": ("--data-path bad/short_idx", MASK, ["short_idx.idx", "truncated"]),
     "mask for another vocabulary": ("--vocab-size 500", MASK, ["vocabulary", "510", "500"]),
     "mask for another expert parallel size": ("", "bad/for_2_ranks.safetensors", ["rank-local", "size 2", "1"]),
-    "N not divisible": ("--expert-model-parallel-size 3", MASK, ["--num-experts 8", "--expert-model-parallel-size 3"]),
     "dataset of another tokenizer": (
         f"{SENTENCE_PIECE} bad/ours.model --data-path bad/theirs",
         "bad/without_counts.safetensors",
         ["dataset bad/theirs", "theirs.model", "bad/ours.model"],
     ),
-    "setting that Megatron refuses without a word": ("--num-attention-heads 3", MASK, ["num_attention_heads"]),
-}
-# The same code reports these; a process for each takes more time than it is worth by default.
-MORE_CASES = {
     "no dataset": ("--data-path", MASK, ["--data-path"]),
     "negative id": ("--data-path bad/negative_ids", MASK, ["negative_ids", "id -1 at position 57"]),
     "blend weight below 0": ("--data-path -1 data", MASK, ["--data-path", "-1"]),

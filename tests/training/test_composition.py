@@ -59,19 +59,15 @@ COMPARED = {
 }
 FAST = {
     "expert parallel 2",
-    "expert parallel 2, distributed optimizer",
     "pipeline 2",
     "interleaved pipeline",
     "tensor 2 with sequence parallel",
     "data parallel 2, distributed optimizer",
-    "all-gather, expert parallel 2",
     "full recompute",
     "selective recompute",
     "rich, tensor 2, expert parallel 2",
     "rich, pipeline 2",
     "groups, tensor 2, expert parallel 2",
-    "padded capacity, expert parallel 2",
-    "global loss, expert parallel 2",
 }
 BF16 = "bf16, distributed optimizer"
 

@@ -127,6 +127,7 @@ def test_signal_saves_and_asks_to_be_requeued(runs, start_faulty, tmp_path, numb
     assert resumed.difference(undisturbed) == 0
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves(start_faulty, tmp_path):
     with start_faulty(torchrun=True) as processes:
         processes.wait_for_iteration(9)

@@ -58,6 +58,8 @@ LATENT_EXPERTS = f"{LLAMA} --moe-latent-size 16 --transformer-impl transformer_e
 # Rank for rank.
 LAYOUTS = {
     "expert parallel, bf16, distributed optimizer": f"{LLAMA} {BF16} {DISTRIBUTED} --expert-model-parallel-size 2",
+}
+MORE_LAYOUTS = {
     "tensor parallel, tied, expert bias": (
         f"{BF16} --disable-bias-linear --tensor-model-parallel-size 2 --sequence-parallel "
         "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
@@ -65,8 +67,6 @@ LAYOUTS = {
     "interleaved pipeline, fp32, tied": (
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --swiglu"
     ),
-}
-MORE_LAYOUTS = {
     "data parallel, bf16, distributed optimizer": f"{LLAMA} {BF16} {DISTRIBUTED} --moe-layer-freq 2",
     "pipeline, multi-token prediction": f"{LLAMA} {BF16} {DISTRIBUTED} {MTP} --pipeline-model-parallel-size 2",
     "expert tensor parallel 1, fp32, distributed optimizer": (
