@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,8 @@ from maskmoe.launch.command import Command
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _POLL = 0.2  # seconds
+_INSPECTION = 5.0  # seconds between looks at torchrun
+_UNNOTICED = 60.0  # seconds that torchrun, which looks after its ranks all the time, may not notice that one has ended
 
 
 class Supervisor:
@@ -35,6 +38,7 @@ class Supervisor:
         self._shutdown_timeout = shutdown_timeout
         self._signals: list[signal.Signals] = []
         self._is_ending = False
+        self._inspected = self._sound = time.monotonic()
 
     def run(self, command: Command) -> int:
         """Run the command to its end.
@@ -80,10 +84,26 @@ class Supervisor:
             if self._signals.count(signal.SIGINT) > 1:
                 print("launch: a second Ctrl-C: the run is killed", file=sys.stderr)
                 _kill(psutil.Process().children(recursive=True))
+            if not self._is_ending and self._is_stuck(process.pid):
+                print(
+                    "error: torchrun takes no notice of a rank that has ended, as when the network to node 0 is gone: "
+                    "it is killed",
+                    file=sys.stderr,
+                )
+                process.kill()
             try:
                 process.wait(_POLL)
             except subprocess.TimeoutExpired:
                 continue
+
+    def _is_stuck(self, torchrun: int) -> bool:
+        """Whether torchrun waits for an answer of its store that never comes, for which it has no time limit."""
+        now = time.monotonic()
+        if now - self._inspected >= _INSPECTION:
+            self._inspected = now
+            if not any(_is_zombie(child) for child in psutil.Process(torchrun).children()):
+                self._sound = now
+        return self._inspected - self._sound > _UNNOTICED
 
     def _end_orphans(self, killed: bool) -> None:
         """Wait for ranks that torchrun has left behind, as it does when it is killed or signalled repeatedly."""
@@ -109,6 +129,13 @@ class Supervisor:
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         _ignoring_ended(process.kill)
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _ignoring_ended(act) -> None:
