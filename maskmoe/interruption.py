@@ -7,6 +7,9 @@ from pathlib import Path
 SIGNALS_THAT_SAVE = (signal.SIGTERM, signal.SIGUSR1)
 """Preemption and the end of a time limit, as Slurm, Kubernetes and torchrun announce them."""
 
+SIGNALS_THAT_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+"""What a launcher takes as the wish that the run ends, and hands on to the ranks as `SIGTERM`."""
+
 EXIT_REQUEUE = 75
 """The run saved a checkpoint because it was asked to stop; started again it goes on. `EX_TEMPFAIL` of sysexits.h."""
 

@@ -17,7 +17,7 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import get_loaded_iteration
 from torch.distributed.checkpoint.api import CheckpointException
 
-from maskmoe.checkpoint.integrity import Damage, check_structure, record_rank, write_manifest
+from maskmoe.checkpoint.integrity import Damage, Unfinished, check_structure, record_rank, write_manifest
 from maskmoe.checkpoint.series import checkpoint_path, read_tracker, saved_iterations
 
 
@@ -111,8 +111,12 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
     for iteration in saved_iterations(folder):
         if not isinstance(newest, int) or iteration > newest:
             checkpoint = checkpoint_path(folder, iteration)
-            if not (checkpoint / "metadata.json").exists():
+            try:
+                check_structure(checkpoint)
+            except Unfinished:
                 shutil.rmtree(checkpoint, ignore_errors=True)
+            except Damage:
+                continue
 
 
 def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any) -> None:

@@ -19,13 +19,16 @@ class Choice:
 
     Attributes:
         checkpoint: its folder; None if there is none.
-        iteration: its iteration; None for a `release` checkpoint or none.
         rejected: the newer ones that are damaged, with what is wrong with each.
     """
 
     checkpoint: Path | None
-    iteration: int | None = None
     rejected: tuple[tuple[Path, str], ...] = ()
+
+    @property
+    def iteration(self) -> int | None:
+        """Its iteration; None for a `release` checkpoint or none."""
+        return self.checkpoint and iteration_of(self.checkpoint)
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -33,10 +36,16 @@ def checkpoint_path(folder: str | Path, iteration: int) -> Path:
     return Path(folder) / f"iter_{iteration:07d}"
 
 
+def iteration_of(checkpoint: Path) -> int | None:
+    """The iteration in the name of a checkpoint's folder; None for a `release` checkpoint, or if it is no such name."""
+    number = checkpoint.name.removeprefix("iter_")
+    return int(number) if number.isdecimal() else None
+
+
 def saved_iterations(folder: str | Path) -> list[int]:
     """The iterations of all checkpoints under `folder`, whole or not, newest first."""
-    names = (path.name.removeprefix("iter_") for path in Path(folder).glob("iter_*") if path.is_dir())
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    iterations = (iteration_of(path) for path in Path(folder).glob("iter_*") if path.is_dir())
+    return sorted((iteration for iteration in iterations if iteration is not None), reverse=True)
 
 
 def has_checkpoint(folder: str | Path) -> bool:
@@ -98,9 +107,8 @@ def choose_checkpoint(
             rejected.append((candidate, str(damage)))
             is_first_save = is_first_save and isinstance(damage, Unfinished)
         else:
-            iteration = None if candidate.name == RELEASE else int(candidate.name.removeprefix("iter_"))
-            return Choice(candidate, iteration, tuple(rejected))
+            return Choice(candidate, tuple(rejected))
     if is_first_save:
-        return Choice(None, None, tuple(rejected))
+        return Choice(None, tuple(rejected))
     reasons = "; ".join(f"{path} {reason}" for path, reason in rejected) or f"{TRACKER} names none that exists"
     raise UserError(f"--load {folder} holds no sound checkpoint: {reasons}")

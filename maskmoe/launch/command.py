@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from maskmoe.interruption import SIGNALS_THAT_SAVE
+from maskmoe.interruption import SIGNALS_THAT_END
 from maskmoe.launch.model_file import Flags, flag_words, override
 from maskmoe.launch.network import Route
 from maskmoe.launch.options import Options
@@ -15,7 +15,6 @@ from maskmoe.launch.options import Options
 _DEFAULT_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _ENTRY_POINT = "maskmoe.training.pretrain"
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def torchrun_command(
         *("--max-restarts", str(options.max_restarts), "--monitor-interval", "0.5"),
         *("--log-dir", str(options.run_dir / "logs" / options.node_name), "--redirects", "3", "--tee", "3"),
         *("--log-line-prefix-template", "[rank${rank}]: "),
-        *("--signals-to-handle", ",".join([_SIGNALS, *_other_signals()])),
+        *("--signals-to-handle", ",".join(number.name for number in SIGNALS_THAT_END)),
         *("--shutdown-timeout", str(options.shutdown_timeout)),
         *("-m", _ENTRY_POINT),
         *flag_words(flags),
@@ -77,8 +76,7 @@ def torchrun_command(
 def check_command(flags: Flags, ranks: int, environment: Mapping[str, str]) -> Command:
     """The command that checks the flags for a run of so many ranks."""
     words = (sys.executable, "-m", _ENTRY_POINT, "--check", str(ranks), *flag_words(flags))
-    missing = {name: value for name, value in _DEFAULT_ENVIRONMENT.items() if not environment.get(name)}
-    return Command(words, missing)
+    return Command(words, _without(environment, _DEFAULT_ENVIRONMENT))
 
 
 def _rendezvous_words(options: Options, route: Route | None) -> tuple[str, ...]:
@@ -98,8 +96,9 @@ def _new_variables(options: Options, route: Route | None, environment: Mapping[s
     variables = dict(_DEFAULT_ENVIRONMENT)
     if options.nodes > 1 and route and route.interface:
         variables |= dict.fromkeys(_INTERFACE_VARIABLES, route.interface)
+    return _without(environment, variables)
+
+
+def _without(environment: Mapping[str, str], variables: Mapping[str, str]) -> Mapping[str, str]:
+    """The variables that the environment does not set."""
     return {name: value for name, value in variables.items() if not environment.get(name)}
-
-
-def _other_signals() -> list[str]:
-    return [number.name for number in SIGNALS_THAT_SAVE if number.name not in _SIGNALS.split(",")]

@@ -7,17 +7,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import psutil
 
 from maskmoe.child_process import adopt_orphans, end_with_parent
-from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, read_exit_code
+from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, SIGNALS_THAT_END, read_exit_code
 from maskmoe.launch.command import Command
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _POLL = 0.2  # seconds
 _INSPECTION = 5.0  # seconds between looks at torchrun
 _UNNOTICED = 60.0  # seconds that torchrun, which looks after its ranks all the time, may not notice that one has ended
@@ -56,7 +55,7 @@ class Supervisor:
 
     @contextmanager
     def _receiving_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS_THAT_END}
         try:
             yield
         finally:
@@ -110,7 +109,8 @@ class Supervisor:
         orphans = psutil.Process().children(recursive=True)
         if killed:
             for orphan in orphans:
-                _ignoring_ended(orphan.terminate)
+                with suppress(psutil.NoSuchProcess):
+                    orphan.terminate()
         _, alive = psutil.wait_procs(orphans, timeout=self._shutdown_timeout)
         _kill(alive)
 
@@ -128,7 +128,8 @@ class Supervisor:
 
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
-        _ignoring_ended(process.kill)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _is_zombie(process: psutil.Process) -> bool:
@@ -136,10 +137,3 @@ def _is_zombie(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _ignoring_ended(act) -> None:
-    try:
-        act()
-    except psutil.NoSuchProcess:
-        return

@@ -1,19 +1,18 @@
 """Runs the command of a stage, with its output in a log, and ends it with everything it has started."""
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 
+from maskmoe.child_process import end_with_parent
 from maskmoe.quickstart.lock import RunLock
 
-_PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 45.0  # torchrun gives its workers 30
 
 
@@ -34,14 +33,6 @@ class StageProcess:
         self, command: Sequence[str], environment: Mapping[str, str], log: Path, lock: RunLock, folder: Path
     ) -> None:
         self._lock = lock
-        parent = os.getpid()
-
-        def end_with_parent() -> None:
-            if sys.platform == "linux":
-                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-                if os.getppid() != parent:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
         with open(log, "ab") as output:
             self._log = LogTail(log, output.tell())
             self._process = subprocess.Popen(
@@ -54,7 +45,7 @@ class StageProcess:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C reaches this process alone, which then ends the command in good order.
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
             )
 
     @property

@@ -249,7 +249,6 @@ def was_counted(dataset: IndexedDatasetInfo, mask: RoutingMask | None) -> bool:
 
 def data_prefixes(args: Namespace) -> Iterator[str]:
     """The prefixes of all datasets of the run, some perhaps more than once."""
-    """The datasets that the command line names, in all its parts."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     for part in [blend, *(blend_per_split or [])]:
         if part is not None:

@@ -17,7 +17,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
-from maskmoe.checkpoint.series import RELEASE
+from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
@@ -59,9 +59,9 @@ def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None, *
 
     args = parse_args(add_arguments)
     checkpoint = find_checkpoint(args, RankStore.from_environment())
-    if checkpoint is not None and checkpoint.name != RELEASE:
+    if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
         # Megatron is told by `--ckpt-step`, as a user would tell it.
-        args.ckpt_step = chosen["ckpt_step"] = int(checkpoint.name.removeprefix("iter_"))
+        args.ckpt_step = chosen["ckpt_step"] = iteration
     if args.use_checkpoint_args:
         if checkpoint is None:
             raise UserError("--use-checkpoint-args needs --load with the folder of the checkpoints")

@@ -217,32 +217,22 @@ class MaskMoERouter(TopKRouter):
             counted = visible.routable if real is None else visible.routable & real
         assignments = assign_for_balancing(logits, visible.experts, counted, self.topk, self.score_function)
         num_real = probs.shape[0] if real is None else real.sum()
-        probs = self._apply_aux_loss(probs, assignments, num_real)
-        probs = self._apply_seq_aux_loss(probs, assignments, num_real, num_sequences)
+        probs = self._apply_local_loss("aux_loss", probs, assignments, num_real)
+        probs = self._apply_local_loss("seq_aux_loss", probs, assignments, num_real, num_sequences)
         return self._apply_global_aux_loss(probs, assignments, num_real)
 
-    def _apply_aux_loss(self, probs: Tensor, assignments: Assignments, num_real: int | Tensor) -> Tensor:
-        """Balance the load of each micro-batch."""
-        coeff = self.get_aux_loss_coeff("aux_loss")
-        if coeff == 0:
-            return probs
-        load = measure_load(assignments, self.topk, self.tp_cp_group)
-        loss = masked_load_balancing_loss(assignments.scores, load, self.topk, self.num_experts, coeff)
-        return self.attach_and_log_load_balancing_loss(
-            probs, coeff, loss, "load_balancing_loss", self.tp_cp_group, valid_token_count=num_real
-        )
-
-    def _apply_seq_aux_loss(
-        self, probs: Tensor, assignments: Assignments, num_real: int | Tensor, num_sequences: int
+    def _apply_local_loss(
+        self, loss_type: str, probs: Tensor, assignments: Assignments, num_real: int | Tensor, num_sequences: int = 1
     ) -> Tensor:
-        """Balance the load of each sequence."""
-        coeff = self.get_aux_loss_coeff("seq_aux_loss")
+        """Balance the load of each micro-batch, taken as one sequence, or of each of its sequences."""
+        coeff = self.get_aux_loss_coeff(loss_type)
         if coeff == 0:
             return probs
         load = measure_load(assignments, self.topk, self.tp_cp_group, num_sequences)
         loss = masked_load_balancing_loss(assignments.scores, load, self.topk, self.num_experts, coeff) / num_sequences
+        name = loss_type.replace("aux_loss", "load_balancing_loss")
         return self.attach_and_log_load_balancing_loss(
-            probs, coeff, loss, "seq_load_balancing_loss", self.tp_cp_group, valid_token_count=num_real
+            probs, coeff, loss, name, self.tp_cp_group, valid_token_count=num_real
         )
 
     def _apply_global_aux_loss(self, probs: Tensor, assignments: Assignments, num_real: int | Tensor) -> Tensor:

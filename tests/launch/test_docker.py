@@ -7,15 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support import make_laptop_data, read_losses
 
 import maskmoe
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.frequency import count_token_frequency
-from maskmoe.routing_mask.mask import build_routing_mask
 
 ROOT = Path(__file__).parents[2]
 IMAGE = f"maskmoe-cpu:{maskmoe.__version__}"
@@ -218,23 +213,9 @@ def image(podman) -> str:
 
 def laptop_arguments(folder: Path, run_dir: str) -> list[str]:
     """Those of `launch/pretrain.sh` for a short run of the laptop model on random data, which are made in `folder`."""
-    rng = np.random.default_rng(0)
-    with IndexedDatasetWriter(folder / "data", optimal_dtype(4095)) as dataset:
-        for length in rng.integers(20, 200, size=100):
-            dataset.add_document(np.minimum(rng.zipf(1.3, size=length), 4095) - 1)
-    frequency = count_token_frequency([str(folder / "data")], 4095, workers=1)
-    recipe = MaskRecipe(8, 4, "balanced", frequent_mass=0.4, frequent_visible_experts=4, seed=1)
-    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
-    data = f"--data-path {folder}/data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size 4095"
     short = "--train-iters 10 --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
-    flags = f"{data} --routing-mask {folder}/mask.safetensors {short} --expert-model-parallel-size 2"
+    flags = f"{make_laptop_data(folder, num_documents=100)} {short} --expert-model-parallel-size 2"
     return f"--gpus-per-node 2 --run-dir {run_dir} launch/models/laptop.yaml {flags}".split()
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("lm loss")}
 
 
 @pytest.mark.docker
@@ -292,8 +273,8 @@ def test_same_losses_as_by_hand(podman, image, tmp_path, code):
     subprocess.run([ROOT / "launch" / "pretrain.sh", *arguments], cwd=ROOT, check=True, capture_output=True)
     arguments[arguments.index(f"{tmp_path}/by-hand")] = "runs/contained"
     podman.docker("--code", code, "--run-dir", tmp_path, "--mount", tmp_path, "launch/pretrain.sh", *arguments)
-    assert len(losses(tmp_path / "contained")) == 10
-    assert losses(tmp_path / "contained") == losses(tmp_path / "by-hand")
+    assert len(read_losses(tmp_path / "contained")) == 10
+    assert read_losses(tmp_path / "contained") == read_losses(tmp_path / "by-hand")
     assert (tmp_path / "contained").stat().st_uid == os.getuid()
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support import free_port, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
@@ -108,19 +107,6 @@ def children(launch: Launch) -> list[psutil.Process]:
     return psutil.Process(launch.process.pid).children(recursive=True)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    """The losses that a run, with all its restarts, has written, by iteration."""
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("lm loss")}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Holds a dataset and a routing mask."""
@@ -158,7 +144,7 @@ def undisturbed(folder, start) -> dict[int, float]:
         (line,) = launch.output.splitlines()
     with Launch(["bash", "-c", line], folder, launch.run_dir, {}) as pasted:
         assert pasted.wait() == 0, pasted.output[-4000:]
-    curve = losses(launch.run_dir)
+    curve = read_losses(launch.run_dir)
     assert list(curve) == list(range(1, ITERATIONS + 1))
     return curve
 
@@ -171,13 +157,13 @@ def test_signal_saves_and_the_run_goes_on(start, undisturbed, number):
         os.killpg(launch.process.pid, number)
         assert launch.wait() == EXIT_REQUEUE, launch.output[-4000:]
     saved = read_tracker(launch.checkpoints)
-    interrupted = losses(launch.run_dir)
+    interrupted = read_losses(launch.run_dir)
     assert 9 <= saved < ITERATIONS and list(interrupted)[-1] == saved
     assert "attempt_1" not in "".join(map(str, launch.run_dir.rglob("*")))
     with start(name, "--no-check") as again:
         assert again.wait() == 0, again.output[-4000:]
     assert f"at iteration {saved}" in again.output
-    assert losses(launch.run_dir) == undisturbed
+    assert read_losses(launch.run_dir) == undisturbed
     logs = sorted((launch.run_dir / "logs" / "node0").glob("*/attempt_0/*/stdout.log"))
     assert len(logs) == 4 and all(log.stat().st_size for log in logs)
 
@@ -221,7 +207,7 @@ def test_two_nodes_are_one_job(start, undisturbed):
     with start_node(1) as second, start_node(0) as first:
         codes = first.wait(), second.wait()
     assert codes == (0, 0), first.output[-4000:] + second.output[-4000:]
-    assert losses(first.run_dir) == undisturbed
+    assert read_losses(first.run_dir) == undisturbed
     assert {path.name for path in (first.run_dir / "logs").iterdir()} == {"node0", "node1"}
 
 
@@ -232,7 +218,7 @@ def test_killed_rank_is_restarted(start, undisturbed):
         os.kill(launch.pid_of_rank(1), signal.SIGKILL)
         assert launch.wait() == 0, launch.output[-4000:]
     assert "at iteration 7" in launch.output
-    assert losses(launch.run_dir) == undisturbed
+    assert read_losses(launch.run_dir) == undisturbed
 
 
 @pytest.mark.slow
@@ -241,7 +227,7 @@ def test_one_process_after_a_check(start, undisturbed):
     with start("one", processes=1) as launch:
         assert launch.wait() == 0, launch.output[-4000:]
     assert "no errors found" in launch.output
-    curve = losses(launch.run_dir)
+    curve = read_losses(launch.run_dir)
     assert list(curve) == list(undisturbed)
     assert curve[ITERATIONS] == pytest.approx(undisturbed[ITERATIONS], rel=0.05)
 
@@ -257,7 +243,7 @@ def test_model_without_experts(start, folder):
         assert launch.wait() == 0, launch.output[-4000:]
     with start("dense", flags=dense, processes=1) as again:
         assert again.wait() == 0, again.output[-4000:]
-    curve = losses(launch.run_dir)
+    curve = read_losses(launch.run_dir)
     assert list(curve) == list(range(1, ITERATIONS + 1)) and curve[ITERATIONS] < curve[1] - 0.5
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "maskmoe.training.evaluate"]
     command += [

@@ -11,19 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support import make_laptop_data, read_losses
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.frequency import count_token_frequency
-from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.checkpoint.series import read_tracker
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
-VOCAB_SIZE = 4095  # NullTokenizer adds one
 NODES = ("n1", "n2")
 ITERATIONS = 100
 SAVE_INTERVAL = 20
@@ -279,14 +274,12 @@ class LaptopRun:
     @property
     def losses(self) -> dict[int, float]:
         """By iteration, with the precision of fp32; of what was trained twice, the second."""
-        events = EventAccumulator(str(self.folder / "tensorboard"), size_guidance={"scalars": 0})
-        events.Reload()
-        return {event.step: event.value for event in events.Scalars("lm loss")} if events.Tags()["scalars"] else {}
+        return read_losses(self.folder)
 
     @property
     def saved(self) -> int:
         """The iteration of the newest checkpoint."""
-        return int((self.folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+        return read_tracker(self.folder / "checkpoints")
 
     def wait_for_iteration(self, iteration: int, timeout: float = 180) -> None:
         line = re.compile(rf" iteration +{iteration}/")
@@ -302,16 +295,8 @@ class LaptopRun:
 def new_laptop_run(tmp_path_factory) -> Callable[..., LaptopRun]:
     """Name a new run folder of the laptop model; flags are added to it."""
     folder = tmp_path_factory.mktemp("laptop")
-    rng = np.random.default_rng(0)
-    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE)) as dataset:
-        for length in rng.integers(20, 200, size=400):
-            dataset.add_document(np.minimum(rng.zipf(1.3, size=length), VOCAB_SIZE) - 1)
-    frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
-    recipe = MaskRecipe(8, 4, "balanced", frequent_mass=0.4, frequent_visible_experts=4, seed=1)
-    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
-    data = f"--data-path {folder}/data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}"
     short = f"--train-iters {ITERATIONS} --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
-    flags = f"{data} --routing-mask {folder}/mask.safetensors {short} --save-interval {SAVE_INTERVAL}"
+    flags = f"{make_laptop_data(folder, num_documents=400)} {short} --save-interval {SAVE_INTERVAL}"
     flags += " --expert-model-parallel-size 2"
     count = 0
 

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support import free_port, read_scalars
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.routing_mask.assignment import MaskRecipe
@@ -302,10 +301,8 @@ class Outcome:
     @cached_property
     def curves(self) -> dict[str, dict[int, float]]:
         """Those of `SCALARS` that the run logged, by iteration, with the precision of fp32."""
-        events = EventAccumulator(str(self.folder / "tensorboard"), size_guidance={"scalars": 0})
-        events.Reload()
-        logged = [name for name in SCALARS if name in events.Tags()["scalars"]]
-        return {name: {event.step: event.value for event in events.Scalars(name)} for name in logged}
+        logged = read_scalars(self.folder)
+        return {name: {event.step: event.value for event in logged[name]} for name in SCALARS if name in logged}
 
     @property
     def iterations(self) -> list[int]:
@@ -497,12 +494,6 @@ def write_dataset(prefix: Path, random: np.random.Generator, vocab_size: int = V
             ids = random.choice(vocab_size, size=2 * random.integers(25, 100), p=shares / shares.sum())
             ids[1::2] = (ids[0::2] * 7 + 3) % vocab_size
             writer.add_document(ids)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def kill_with_children(process: subprocess.Popen) -> None:

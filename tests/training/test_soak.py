@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support import read_scalars
 
 KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
@@ -27,10 +27,9 @@ FLAGS = f"""
 
 def all_values(folder) -> list[tuple[str, int, float]]:
     """Every scalar that any process of a run logged: name, iteration and value."""
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
-    events.Reload()
-    names = [name for name in ("lm loss", "load_balancing_loss", "grad-norm") if name in events.Tags()["scalars"]]
-    return [(name, event.step, event.value) for name in names for event in events.Scalars(name)]
+    logged = read_scalars(folder, keep_repeated=True)
+    names = ("lm loss", "load_balancing_loss", "grad-norm")
+    return [(name, event.step, event.value) for name in names for event in logged.get(name, ())]
 
 
 def wait_for_a_moment(processes, choice: random.Random) -> None:

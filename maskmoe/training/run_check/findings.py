@@ -19,7 +19,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
-from maskmoe.checkpoint.series import RELEASE, choose_checkpoint
+from maskmoe.checkpoint.series import choose_checkpoint
 from maskmoe.data.indexed_dataset import read_info
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
@@ -145,7 +145,7 @@ class _Search:
             self._notes += [f"checkpoint {path} {reason}" for path, reason in choice.rejected]
             if choice.checkpoint is None:
                 self._notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")
-            elif choice.checkpoint.name != RELEASE:
+            elif choice.iteration is not None:
                 args.ckpt_step = choice.iteration
             return choice.checkpoint
         return None
