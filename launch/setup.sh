@@ -46,9 +46,12 @@ check_extras "$extras"
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-exec {lock}>"$root/.venv.lock"
-if ! flock --nonblock "$lock"; then
-    say "waiting for another set-up of this folder to end"
-    flock "$lock"
+# Where nothing can be written, as in a container with a read-only root, nobody else sets up either.
+if [[ ! -d $root/.venv || -w $root/.venv ]]; then
+    exec {lock}>"$root/.venv.lock"
+    if ! flock --nonblock "$lock"; then
+        say "waiting for another set-up of this folder to end"
+        flock "$lock"
+    fi
 fi
 refresh_venv "$extras"

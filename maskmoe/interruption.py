@@ -14,7 +14,7 @@ EXIT_REQUEUE = 75
 """The run saved a checkpoint because it was asked to stop; started again it goes on. `EX_TEMPFAIL` of sysexits.h."""
 
 EXIT_HANG = 76
-"""The run stood still for longer than it may, and ended itself."""
+"""The run stood still for longer than it may, and ended itself; started again, if possible elsewhere, it goes on."""
 
 EXIT_CODE_FILE = "MASKMOE_EXIT_CODE_FILE"
 """The environment variable by which a launcher names the file for `leave_exit_code`."""
@@ -29,6 +29,12 @@ def leave_exit_code(code: int) -> None:
         unfinished = Path(f"{path}.{os.getpid()}")
         unfinished.write_text(str(code))
         unfinished.replace(path)
+
+
+def is_last_attempt() -> bool:
+    """Whether torchrun does not start this rank again if it fails, or there is no torchrun."""
+    restarts, most = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return restarts >= most
 
 
 def read_exit_code(path: Path) -> int | None:

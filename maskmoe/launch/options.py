@@ -102,7 +102,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "can be given as the environment variable in brackets instead.",
         epilog="Asked to stop by a signal (SIGTERM, SIGUSR1, Ctrl-C and others) the run saves a checkpoint. Started "
         "again with the same run folder it goes on. Exit codes: 0 the training is complete; 2 bad input, nothing was "
-        "done; 75 the run was asked to stop, start it again; 1 it failed, after all restarts.",
+        "done; 75 the run was asked to stop, start it again; 76 it stood still, and 1 it failed, after all restarts.",
     )
 
     def add(flag: str, type: Callable, default: object, variable: str, help: str, metavar: str) -> None:

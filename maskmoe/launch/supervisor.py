@@ -43,7 +43,7 @@ class Supervisor:
         """Run the command to its end.
 
         Returns:
-            0: it is done. 75: it was asked to stop. 2: bad input. Any other: it failed.
+            0: it is done. 75: it was asked to stop. 76: it stood still. 2: bad input. Any other: it failed.
         """
         adopt_orphans()
         with tempfile.TemporaryDirectory(prefix="maskmoe-launch-") as folder, self._receiving_signals():

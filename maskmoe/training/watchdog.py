@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 
-from maskmoe.interruption import EXIT_HANG
+from maskmoe.interruption import EXIT_HANG, is_last_attempt, leave_exit_code
 from maskmoe.training.rank_store import RankStore
 
 _WAITING_PACKAGES = tuple(
@@ -110,7 +111,7 @@ class Watchdog:
             if verdict is not None:
                 self._print(*json.loads(verdict))
                 self._wait_for_others()
-                os._exit(EXIT_HANG)
+                _end()
             self._last_contact = time.monotonic()
 
     def _guard(self) -> None:
@@ -120,7 +121,7 @@ class Watchdog:
             silence = time.monotonic() - self._last_contact
             if self._stands_still() and silence > max(self._timeout, 8 * self._period):
                 self._print([], f"no micro-batch was begun, and the store of the ranks was silent, for {silence:.0f} s")
-                os._exit(EXIT_HANG)
+                _end()
 
     def _stands_still(self) -> bool:
         last_step = self._last_step
@@ -171,6 +172,12 @@ class Watchdog:
             others = [f"heard/{rank}" for rank in range(self._ranks.world_size)]
             while time.monotonic() < deadline and any(self._ranks.peek(other) is None for other in others):
                 time.sleep(0.01)
+
+
+def _end() -> NoReturn:
+    if is_last_attempt():
+        leave_exit_code(EXIT_HANG)
+    os._exit(EXIT_HANG)
 
 
 def find_culprits(before: Sequence[Sighting], after: Sequence[Sighting]) -> tuple[list[int], str]:

@@ -19,7 +19,7 @@ from support import free_port, read_losses
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.errors import UserError
-from maskmoe.interruption import EXIT_REQUEUE
+from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
 from maskmoe.launch.command import run_flags, torchrun_command
 from maskmoe.launch.model_file import split_flags
 from maskmoe.launch.network import Route, route_to, wait_for
@@ -399,7 +399,7 @@ def test_exit_code_is_that_of_the_command(supervise, code):
     assert supervise(f"import sys; sys.exit({code})").wait() == code
 
 
-@pytest.mark.parametrize("code", [2, EXIT_REQUEUE])
+@pytest.mark.parametrize("code", [2, EXIT_REQUEUE, EXIT_HANG])
 def test_exit_code_that_a_rank_left_ends_the_run(supervise, code):
     launch = supervise(f"{LEAVE.format(code=code)}; import time; time.sleep(1000)")
     assert launch.wait() == code

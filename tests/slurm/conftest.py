@@ -281,6 +281,16 @@ class LaptopRun:
         """The iteration of the newest checkpoint."""
         return read_tracker(self.folder / "checkpoints")
 
+    def find_rank(self, rank: int) -> psutil.Process:
+        """The process that trains, on whatever host; its children, which look alike, are younger."""
+        alike = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if str(self.folder / "checkpoints") in process.info["cmdline"]
+            and process.environ().get("RANK") == str(rank)
+        ]
+        return min(alike, key=psutil.Process.create_time)
+
     def wait_for_iteration(self, iteration: int, timeout: float = 180) -> None:
         line = re.compile(rf" iteration +{iteration}/")
         logs = "logs/node*/*/attempt_*/*/stdout.log"

@@ -94,6 +94,22 @@ def test_dead_node(cluster, submit, new_laptop_run, undisturbed, node):
     assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
 
 
+def test_run_that_stands_still(submit, new_laptop_run, undisturbed):
+    """One of its ranks is stopped, and torchrun may not start it again."""
+    run = new_laptop_run("--hang-timeout 15")
+    job = submit(run, "--export=ALL,MAX_RESTARTS=0")
+    run.wait_for_iteration(32)
+    run.find_rank(1).suspend()
+    job.wait_for("PENDING")
+    assert_completed(job, run)
+    assert job.show("Restarts") == "1"
+    log = log_of(run, job)
+    assert "rank 1 (host n2" in log and "the run stood still; the job is requeued" in log
+    losses = run.losses
+    assert set(losses) >= set(range(21, 101))
+    assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
+
+
 def test_cancelled_job_stays_cancelled(cluster, submit, new_laptop_run):
     run = new_laptop_run()
     job = submit(run)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from maskmoe.errors import RunFailure
+from maskmoe.interruption import is_last_attempt
 from maskmoe.training.data_files import DataFiles
 from maskmoe.training.watchdog import Sighting, _waits, find_culprits
 
@@ -81,3 +82,12 @@ def test_data_files(tmp_path):
     (tmp_path / "k.bin").unlink()
     with pytest.raises(RunFailure, match=r"k\.bin can no longer be read: No such file"):
         files.check_all()
+
+
+@pytest.mark.parametrize("restarts, most, is_last", [(None, None, True), (0, 0, True), (1, 3, False), (3, 3, True)])
+def test_last_attempt_of_torchrun(monkeypatch, restarts, most, is_last):
+    for name, value in (("TORCHELASTIC_RESTART_COUNT", restarts), ("TORCHELASTIC_MAX_RESTARTS", most)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    assert is_last_attempt() == is_last
