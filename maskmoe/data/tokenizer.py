@@ -93,17 +93,17 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         self.model_path = _existing_file(Path(model), "SentencePiece model")
-        self._processor = SentencePieceProcessor()
+        self.processor = SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(self.model_path.read_bytes())
+            self.processor.LoadFromSerializedProto(self.model_path.read_bytes())
         except RuntimeError as error:
             raise UserError(f"tokenizer {model} is not a SentencePiece model") from error
-        self.vocab_size = self._processor.get_piece_size()
-        eos_id = self._processor.eos_id()
+        self.vocab_size = self.processor.get_piece_size()
+        eos_id = self.processor.eos_id()
         self.eod_id = eos_id if eos_id >= 0 else None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return self._processor.encode(texts, out_type="numpy", num_threads=1)
+        return self.processor.encode(texts, out_type="numpy", num_threads=1)
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -31,6 +31,11 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="average the load-balancing loss over all tokens, or over those with two or more visible experts",
     )
     group.add_argument(
+        "--qk-layernorm-all-heads",
+        action="store_true",
+        help="the norms of --qk-layernorm are over all heads together, as in OLMoE, instead of over each head",
+    )
+    group.add_argument(
         "--no-verify-checkpoint",
         action="store_false",
         dest="verify_checkpoint",

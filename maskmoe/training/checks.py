@@ -88,6 +88,9 @@ def unsupported_settings(args: Namespace) -> Iterator[str]:
         "--hybrid-context-parallel is not supported: it divides sequences otherwise than the token ids": (
             args.hybrid_context_parallel
         ),
+        "--qk-layernorm-all-heads says of what the norms are: it needs --qk-layernorm and --normalization RMSNorm": (
+            args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm")
+        ),
         "--spec is not supported: the layers' spec is MaskMoE's own": args.spec is not None,
         "--experimental-attention-variant, --hybrid-layer-pattern and --heterogeneous-layers-config-path are not "
         "supported: their layers' specs have no MaskMoE layers": (

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `torchrun … -m maskmoe.training.evaluate --load DIR --use-checkpoint-args --data-path P`.
 
 Prints loss and perplexity of the validation split, overall and by how frequent the input token is, and the load of the
-experts in every layer.
+experts in every layer. With `--eval-texts F.jsonl` it scores the texts of that file instead.
 """
 
 import argparse
@@ -17,18 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_tokenizer, print_rank_0
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
-from tqdm import tqdm
 
 from maskmoe.cli import atomic_output, run_tool
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 from maskmoe.training.batch import build_datasets, get_batch, token_losses
+from maskmoe.training.forward import forward_all, sum_over_ranks
 from maskmoe.training.frequency_bands import FrequencyBands
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
+from maskmoe.training.text_scoring import TextScores, read_texts, score_texts
 from maskmoe.transformer.router import MaskMoERouter
 
 _SPLITS = ("train", "valid", "test")
@@ -140,6 +139,12 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         help="counts made by tools/count_token_frequency.py, which define the frequency bands; "
         "without it --data-path is counted",
     )
+    group.add_argument(
+        "--eval-texts",
+        metavar="FILE",
+        help="score texts instead of a dataset: JSON lines with a text, or with context and continuation, of which the "
+        "second is scored; the log-likelihoods are those of lm-evaluation-harness",
+    )
     group.add_argument("--eval-output", metavar="FILE", help="also write the results as JSON")
     parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
     return parser
@@ -161,29 +166,6 @@ def read_token_frequency(args: argparse.Namespace, vocab_size: int) -> TokenFreq
             f"--token-frequency {args.token_frequency} counts {frequency.vocab_size} ids, the model has {vocab_size}"
         )
     return frequency
-
-
-def iterate_split(dataset: Dataset | None, num_steps: int, micro_batch_size: int) -> Iterator[dict[str, Any]]:
-    """Micro-batches of this data-parallel rank that cover a dataset exactly once.
-
-    The last step's ranks may have less than a micro-batch, or nothing, left. They all take part nevertheless, since
-    experts are shared, with samples whose loss does not count.
-
-    Args:
-        dataset: samples as `GPTDataset` gives them; None on ranks that do not read data.
-        num_steps: micro-batches of each rank.
-        micro_batch_size: samples in each.
-    """
-    rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    for step in range(num_steps):
-        first = (step * ranks + rank) * micro_batch_size
-        samples = []
-        for index in range(first, first + micro_batch_size):
-            sample = dataset[min(index, len(dataset) - 1)]
-            if index >= len(dataset):
-                sample = sample | {"loss_mask": torch.zeros_like(sample["loss_mask"])}
-            samples.append(sample)
-        yield default_collate(samples)
 
 
 def band_loss_function(
@@ -220,7 +202,6 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyB
     num_samples = _broadcast_object(len(dataset) if dataset is not None else 0)
     if num_samples == 0:
         raise UserError(f"the {args.eval_split} split of {args.data_path} (--split {args.split}) has no sample")
-    num_steps = -(-num_samples // (args.micro_batch_size * mpu.get_data_parallel_world_size()))
     band_of_id = torch.from_numpy(bands.band_of_id).cuda()
     counter = ExpertLoadCounter(model, args.num_layers + (args.mtp_num_layers or 0), args.num_experts or 0)
 
@@ -230,26 +211,12 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyB
             output = token_losses(model, batch)
         return output, partial(band_loss_function, batch.tokens, batch.loss_mask, band_of_id, len(bands.names))
 
-    data_iterator = iterate_split(dataset, num_steps, args.micro_batch_size)
     sums = torch.zeros(len(bands.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
     start = time.perf_counter()
-    is_reporting = torch.distributed.get_rank() == 0
-    for _ in tqdm(range(num_steps), desc="evaluating", unit="batch", disable=None if is_reporting else True):
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=data_iterator,
-            model=model,
-            num_microbatches=1,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=True,
-        )
+    for _, outputs in forward_all(args, model, dataset, num_samples, forward_step, "evaluating"):
         for output in outputs:
             sums += output["bands"]
-    # Losses are on the last pipeline stage, the same on all ranks of a tensor parallel group.
-    if mpu.get_tensor_model_parallel_rank() != 0:
-        sums.zero_()
-    torch.distributed.all_reduce(sums)
+    sum_over_ranks(sums)
     seconds = time.perf_counter() - start
     return _summarise(sums.cpu().numpy(), bands.names, counter.result(), seconds)
 
@@ -278,16 +245,23 @@ def _summarise(sums: np.ndarray, names: tuple[str, ...], expert_load: list[Exper
     )
 
 
+def evaluate_split(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
+    """`evaluate`, by the bands that `--token-frequency` or the data define."""
+    frequency = read_token_frequency(args, get_tokenizer().vocab_size)
+    return evaluate(args, model, FrequencyBands.from_occurrences(frequency.occurrences))
+
+
 def main() -> None:
-    args = parse_and_check_args(add_evaluation_arguments)
+    args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None)
+    texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
     with leaving_process_groups():
         model = load_model(args)
-        frequency = read_token_frequency(args, get_tokenizer().vocab_size)
-        evaluation = evaluate(args, model, FrequencyBands.from_occurrences(frequency.occurrences))
-        print_rank_0(evaluation.table())
+        results: Evaluation | TextScores
+        results = evaluate_split(args, model) if texts is None else score_texts(args, model, texts)
+        print_rank_0(results.table())
         if args.eval_output is not None and torch.distributed.get_rank() == 0:
             with atomic_output(Path(args.eval_output)) as path:
-                path.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+                path.write_text(json.dumps(asdict(results), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def generate(args: argparse.Namespace, model: torch.nn.Module, prompt_ids: list[
 
 
 def main() -> None:
-    args = parse_and_check_args(add_generation_arguments, reads_data=False)
+    args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False)
     check_generation(args)
     prompt_ids = get_tokenizer().tokenize(args.prompt)
     if not prompt_ids:

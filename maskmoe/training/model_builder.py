@@ -34,6 +34,9 @@ class MaskMoEGPTModelConfig(GPTModelConfig):
     aux_loss_tokens: AuxLossTokens = "all"
     """See `MaskMoERouter`."""
 
+    qk_layernorm_all_heads: bool = False
+    """The norms of queries and keys are over all heads, see `AllHeadsRMSNorm`."""
+
 
 class MaskMoEGPTModelBuilder(GPTModelBuilder):
     """`GPTModelBuilder` that builds a `MaskMoEGPTModel`, or without experts a `GPTModel`."""
@@ -88,8 +91,6 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         """The specs of one pipeline stage's decoder layers, and of multi-token prediction or None."""
         settings = self._model_config
         config = settings.transformer
-        block_spec = get_maskmoe_decoder_block_spec(config, visible_experts, settings.aux_loss_tokens, vp_stage)
-        if not config.mtp_num_layers:
-            return block_spec, None
-        mtp_block_spec = get_maskmoe_mtp_block_spec(config, visible_experts, settings.aux_loss_tokens, vp_stage)
-        return block_spec, mtp_block_spec
+        described = (config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads)
+        block_spec = get_maskmoe_decoder_block_spec(*described)
+        return block_spec, get_maskmoe_mtp_block_spec(*described) if config.mtp_num_layers else None

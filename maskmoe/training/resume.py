@@ -36,6 +36,7 @@ _OF_THE_MODEL = (
     "add_bias_linear",
     "add_qkv_bias",
     "qk_layernorm",
+    "qk_layernorm_all_heads",
     "untie_embeddings_and_output_weights",
     "position_embedding_type",
 )

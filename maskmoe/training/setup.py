@@ -37,12 +37,14 @@ from maskmoe.transformer.visible_experts import check_same_mask
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
-def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None, *, reads_data: bool = True) -> Namespace:
+def parse_and_check_args(
+    extra_args_provider: ArgumentsProvider | None = None, *, reads_data: Callable[[Namespace], bool] = lambda _: True
+) -> Namespace:
     """Parse the command line, check all that it names, and set Megatron's global variables.
 
     Args:
         extra_args_provider: adds the arguments of one entry point to those of all.
-        reads_data: whether the entry point needs a dataset.
+        reads_data: whether the entry point, with these arguments, needs a dataset.
 
     Raises:
         UserError: settings that cannot work together, or a file that is missing, damaged or does not fit.
@@ -77,7 +79,7 @@ def parse_and_check_args(extra_args_provider: ArgumentsProvider | None = None, *
         check_same_model(args, checkpoint)
     if mask is not None:
         check_mask(args, mask)
-    if reads_data:
+    if reads_data(args):
         check_data(args, mask)
     return args
 
@@ -130,6 +132,7 @@ def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
     if args.num_experts:
         config.routing_mask = Path(args.routing_mask or checkpoint_to_load(args))
     config.aux_loss_tokens = args.moe_aux_loss_tokens
+    config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
     return config
 
 

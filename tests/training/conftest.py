@@ -206,6 +206,9 @@ GROUPS = """
     --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk 3
     --moe-router-score-function sqrtsoftplus --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1
 """
+ALL_HEADS_NORMS = """
+    --qk-layernorm --qk-layernorm-all-heads --num-attention-heads 4 --group-query-attention --num-query-groups 2
+"""
 CAPACITY = "--moe-router-topk 3 --moe-expert-capacity-factor 0.8"
 # One micro-batch a step, so that the global loss is the same however many ranks share it.
 WHOLE_BATCH = "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 2e-2 3e-2"
@@ -252,6 +255,7 @@ RUNS |= runs_of_model(
         "expert parallel 2": (2, EXPERT_2),
     },
 )
+RUNS |= runs_of_model("norms over all heads", ALL_HEADS_NORMS, {"tensor 2": (2, TENSOR_2)})
 RUNS |= runs_of_model("capacity", CAPACITY, {"expert parallel 2": (2, EXPERT_2), "pipeline 2": (2, PIPELINE_2)})
 RUNS |= runs_of_model(
     "padded capacity",

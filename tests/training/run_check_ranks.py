@@ -83,7 +83,7 @@ def build(ranks: int) -> dict[str, Any]:
 
 def measure(ranks: int) -> dict[str, Any]:
     """Bytes of this rank's part of a run that has taken a step, and its parameters that are no replicas."""
-    args = parse_and_check_args(add_pretraining_arguments, reads_data=False)
+    args = parse_and_check_args(add_pretraining_arguments, reads_data=lambda _: False)
     initialize_megatron()
     model, optimizer, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

@@ -53,6 +53,7 @@ COMPARED = {
     "repeated prediction": ["repeated prediction, tensor 2", "repeated prediction, pipeline 2"],
     "data parallel rich": ["data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2"],
     "groups": ["groups, tensor 2, expert parallel 2", "groups, expert parallel 2"],
+    "norms over all heads": ["norms over all heads, tensor 2"],
     "capacity": ["capacity, expert parallel 2", "capacity, pipeline 2"],
     "padded capacity": ["padded capacity, expert parallel 2", "padded capacity, pipeline 2"],
     "global loss": ["global loss, expert parallel 2", "global loss, tensor 2, data parallel 2"],
@@ -68,6 +69,7 @@ FAST = {
     "rich, tensor 2, expert parallel 2",
     "rich, pipeline 2",
     "groups, tensor 2, expert parallel 2",
+    "norms over all heads, tensor 2",
 }
 BF16 = "bf16, distributed optimizer"
 
@@ -149,6 +151,10 @@ TABLE: dict[str, Works | Refused] = {
     ),
     "multi-latent attention": Refused("--multi-latent-attention"),
     "grouped-query attention": Works("2 and 4 ranks", "--group-query-attention", RICH),
+    "norms of queries and keys over all heads": Works(
+        "2 ranks", "--qk-layernorm-all-heads", tuple(COMPARED["norms over all heads"])
+    ),
+    "norms over all heads without norms": Refused("--qk-layernorm-all-heads"),
     "MoE layer frequency": Works("2 and 4 ranks", "--moe-layer-freq", RICH),
     "shared experts, with a gate": Works("2 and 4 ranks", "--moe-shared-expert-gate", RICH),
     "overlapped shared experts": Works("2 ranks", "--moe-shared-expert-overlap", (RICH[3],)),

@@ -48,6 +48,9 @@ ARCHITECTURES = {
     "grouped-query attention with norms": (
         f"{LLAMA} --group-query-attention --num-query-groups 2 --kv-channels 24 --qk-layernorm"
     ),
+    "norms over all heads": (
+        f"{LLAMA} --group-query-attention --num-query-groups 2 --qk-layernorm --qk-layernorm-all-heads"
+    ),
     "biases of query, key and value alone": f"{LLAMA} --add-qkv-bias",
     "multi-token prediction": f"{LLAMA} --moe-layer-freq 2 {MTP}",
     "expert bias": f"{LLAMA} --moe-router-score-function sigmoid --moe-router-enable-expert-bias",
