@@ -11,8 +11,13 @@ def read_version():
 
 
 HF = [
-    "safetensors>=0.5",
-    "transformers>=5.0",
+    "accelerate>=1.10",  # transformers' device_map
+    "protobuf>=5.0",  # transformers' reader of SentencePiece models
+    "transformers>=5.24",
+]
+EVAL = [
+    *HF,
+    "lm-eval[hf]>=0.4.9",
 ]
 GPU = [
     "transformer-engine[pytorch]>=2.0,<3",
@@ -47,5 +52,5 @@ setup(
         "tqdm>=4.66",
         "zstandard>=0.22",
     ],
-    extras_require={"dev": DEV, "gpu": GPU, "hf": HF},
+    extras_require={"dev": DEV, "eval": EVAL, "gpu": GPU, "hf": HF},
 )

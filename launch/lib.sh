@@ -6,7 +6,7 @@ MINIMUM_PYTHON=3.12
 MINIMUM_TORCH=2.11
 # Newer ones work too, but there pip has to compile a part of megatron-core.
 NEWEST_PYTHON_WITH_WHEELS=3.13
-EXTRAS=(dev gpu hf)
+EXTRAS=(dev eval gpu hf)
 SYSTEM_BIN_DIRS=(/usr/bin /usr/local/bin)
 
 say() {

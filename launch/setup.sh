@@ -9,7 +9,7 @@ Makes .venv in the repository, or brings it up to date: a virtual environment wi
 in the versions of constraints.txt. When there is nothing to do it takes less than a second and needs no network.
 
   --extras LIST  optional parts, separated by commas: dev (tests and linters), gpu (Transformer Engine, compiled here),
-                 hf (Hugging Face transformers); parts installed earlier stay
+                 hf (Hugging Face transformers), eval (lm-evaluation-harness); parts installed earlier stay
   PYTHON=PATH    (environment) the Python to use. Else: one that has torch already, then python3, python3.N on PATH,
                  the system's, pyenv's; of these the first that runs and is 3.12 or newer
 

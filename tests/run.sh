@@ -54,7 +54,7 @@ has_gpu() {
         .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 }
 
-launch/setup.sh --extras dev,hf
+launch/setup.sh --extras dev,eval,hf
 has_gpu || selected+=" and not gpu"
 if ((${#packages[@]})); then
     ((EUID == 0)) || fail "these tests need root: they make networks, hosts and containers of their own"
