@@ -34,23 +34,40 @@ _NO_SPACE = 1 << 20  # bytes
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-@contextmanager
-def requeueing_when_signalled(args: Namespace) -> Iterator[None]:
-    """Let every signal of `SIGNALS_THAT_SAVE` do what Megatron does on `--exit-signal`, and tell by the exit code.
+class SaveOnSignal:
+    """Lets every signal of `SIGNALS_THAT_SAVE` do what Megatron does on `--exit-signal`, once there is what to save.
 
-    Megatron saves after the iteration in progress and exits with code 0. That becomes `EXIT_REQUEUE`.
+    Megatron saves after the iteration in progress. Before the first, a rank may wait for others without looking at
+    signals; so until then `--exit-signal`, by which torchrun ends ranks, ends it at once as it would any process.
+
+    Args:
+        args: Megatron's arguments, whose handler is in place.
     """
-    if not args.exit_signal_handler:
-        yield
-        return
-    for number in SIGNALS_THAT_SAVE:
-        signal.signal(number, signal.getsignal(args.exit_signal))
-    try:
-        yield
-    except SystemExit as end:
-        if not end.code and any(get_signal_handler().signals_received()):
-            sys.exit(EXIT_REQUEUE)
-        raise
+
+    def __init__(self, args: Namespace):
+        self._exit_signal = args.exit_signal
+        self._handler = signal.getsignal(args.exit_signal) if args.exit_signal_handler else None
+        self._has_begun = self._handler is None
+        if self._handler is not None:
+            for number in SIGNALS_THAT_SAVE:
+                signal.signal(number, self._handler)
+            signal.signal(self._exit_signal, signal.SIG_DFL)
+
+    def begin(self) -> None:
+        """Training has begun; may be called repeatedly."""
+        if not self._has_begun:
+            signal.signal(self._exit_signal, self._handler)
+            self._has_begun = True
+
+    @contextmanager
+    def requeueing(self) -> Iterator[None]:
+        """Tell by the exit code if the run ended on a signal: Megatron's 0 becomes `EXIT_REQUEUE`."""
+        try:
+            yield
+        except SystemExit as end:
+            if self._handler is not None and not end.code and any(get_signal_handler().signals_received()):
+                sys.exit(EXIT_REQUEUE)
+            raise
 
 
 @contextmanager

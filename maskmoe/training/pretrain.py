@@ -19,7 +19,7 @@ from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import get_batch, loss_function, token_losses, train_valid_test_datasets_provider
 from maskmoe.training.checks import data_prefixes
 from maskmoe.training.data_files import DataFiles
-from maskmoe.training.failures import ending_data_workers, explaining_failures, requeueing_when_signalled
+from maskmoe.training.failures import SaveOnSignal, ending_data_workers, explaining_failures
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.run_check.command import check_run, ranks_to_check
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
@@ -33,14 +33,17 @@ class MicroBatchStep:
     Args:
         watchdog: told of each micro-batch.
         data_files: the files that micro-batches come from.
+        save_on_signal: begins with the first.
     """
 
-    def __init__(self, watchdog: Watchdog, data_files: DataFiles):
+    def __init__(self, watchdog: Watchdog, data_files: DataFiles, save_on_signal: SaveOnSignal):
         self._watchdog = watchdog
         self._data_files = data_files
+        self._save_on_signal = save_on_signal
 
     def forward(self, data_iterator: Iterator, model: MaskMoEGPTModel) -> tuple:
         """One micro-batch forward: the model's output and the function that makes a loss of it."""
+        self._save_on_signal.begin()
         self._watchdog.step()
         self._data_files.check_some()
         timers = get_timers()
@@ -81,17 +84,18 @@ def main() -> None:
         check_run(ranks, add_pretraining_arguments)
         return
     args = parse_and_check_args(add_pretraining_arguments)
+    save_on_signal = SaveOnSignal(args)
     ranks = RankStore.from_environment()
     watchdog = Watchdog(ranks, args.hang_timeout or 60 * args.distributed_timeout_minutes)
     data_files = DataFiles(data_prefixes(args))
-    step = MicroBatchStep(watchdog, data_files)
+    step = MicroBatchStep(watchdog, data_files, save_on_signal)
     megatron_patches.keep_checkpoints_whole(while_saving=watchdog.paused)
     watchdog.start()
     with (
         ending_data_workers(),
         leaving_process_groups(),
         explaining_failures(args, data_files),
-        requeueing_when_signalled(args),
+        save_on_signal.requeueing(),
     ):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config_from_args(args)),

@@ -2,7 +2,7 @@
 
 hang: the rank sleeps before that iteration. nan: its gradients become NaN in that iteration, once: a file
 `fault-happened` in FAULT_FOLDER says that it was so. nan-always: each time. slow-save: the rank is slow in writing
-checkpoints.
+checkpoints. slow-start: it never gets ready, and says so.
 """
 
 import functools
@@ -55,6 +55,17 @@ if KIND == "slow-save":
     # Not in the main program only: asynchronous saving writes in a process that imports this module.
     filesystem_async._write_item = write_slowly
 
+
+def build_datasets_forever(*args, **kwargs):
+    if os.environ["RANK"] == str(RANK):
+        print("starts slowly", flush=True)
+        time.sleep(1000)
+
+
+build_datasets_forever.is_distributed = True
+
 if __name__ == "__main__":
     pretrain.MicroBatchStep = FaultyStep
+    if KIND == "slow-start":
+        pretrain.train_valid_test_datasets_provider = build_datasets_forever
     run_tool(pretrain.main)

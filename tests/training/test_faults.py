@@ -127,6 +127,18 @@ def test_signal_saves_and_asks_to_be_requeued(runs, start_faulty, tmp_path, numb
     assert resumed.difference(undisturbed) == 0
 
 
+def test_sigterm_while_starting_ends_the_run_at_once(start_faulty):
+    """Though a rank waits for another, where Python sees no signals; torchrun would kill it after 30 seconds."""
+    with start_faulty("slow-start", torchrun=True) as processes:
+        processes.wait_until(lambda: "starts slowly" in processes.output)
+        ranks = [processes.pid_of_rank(rank) for rank in (0, 1)]
+        start = time.monotonic()
+        os.kill(processes.pids[0], signal.SIGTERM)
+        processes.wait()
+    assert time.monotonic() - start < 15
+    assert not any(psutil.pid_exists(rank) for rank in ranks)
+
+
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves(start_faulty, tmp_path):
     with start_faulty(torchrun=True) as processes:
