@@ -8,6 +8,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from maskmoe.transformer.one_copy_dispatcher import OneCopyDispatcher
 from maskmoe.transformer.token_dispatcher import MaskMoEAlltoAllTokenDispatcher
 
 
@@ -36,6 +37,9 @@ class MaskMoELayer(MoELayer):
         # routing map alone.
         if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
             self.token_dispatcher = self._build_token_dispatcher(pg_collection)
+        self.one_copy_dispatcher = None
+        if can_send_one_copy(config, pg_collection):
+            self.one_copy_dispatcher = OneCopyDispatcher(config.num_moe_experts, pg_collection.ep)
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         # Megatron-Core gives experts an optimizer of their own under expert parallelism only, and a checkpoint of one
@@ -80,6 +84,9 @@ class MaskMoELayer(MoELayer):
         def layer_forward(hidden_states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
             shared_expert_output = self.shared_experts_compute(hidden_states)
             probs, routing_map = self.route(hidden_states, token_ids)
+            if self.one_copy_dispatcher is not None:
+                output = self._compute_with_one_copy(hidden_states, probs, routing_map)
+                return output if shared_expert_output is None else output + shared_expert_output, None
             permuted_tokens, probs = self.preprocess(hidden_states, probs, routing_map)
             dispatched_tokens, probs = self.dispatch(permuted_tokens, probs)
             output, bias = self.routed_experts_compute(dispatched_tokens, probs)
@@ -91,3 +98,24 @@ class MaskMoELayer(MoELayer):
             # The ids are an argument, hence saved: recomputation sees those of its own micro-batch.
             return tensor_parallel.checkpoint(layer_forward, False, hidden_states, token_ids)
         return layer_forward(hidden_states, token_ids)
+
+    def _compute_with_one_copy(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
+        """The routed experts' output [sequence, batch, hidden]."""
+        tokens = hidden_states.flatten(0, 1)
+        expert_input, weights, dispatch = self.one_copy_dispatcher.dispatch(tokens, probs, routing_map)
+        expert_output, bias = self.experts(expert_input, dispatch.tokens_per_expert, weights)
+        if bias is not None:
+            raise ValueError("experts with biases that are added later are not supported")
+        return self.one_copy_dispatcher.combine(expert_output, dispatch).view_as(hidden_states)
+
+
+def can_send_one_copy(config: TransformerConfig, pg_collection: ProcessGroupCollection) -> bool:
+    """Whether `OneCopyDispatcher` does all that the settings ask of a dispatcher, and there are ranks to send to."""
+    return (
+        config.moe_token_dispatcher_type == "alltoall"
+        and pg_collection.ep.size() > 1
+        and pg_collection.expt_tp.size() == 1
+        and not config.moe_pad_expert_input_to_capacity
+        and not config.moe_shared_expert_overlap
+        and not config.moe_latent_size
+    )

@@ -1,0 +1,87 @@
+"""Copies of rows and sums of copies, each the other's gradient."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowCopies:
+    """Which row each copy is of, and where it is meant to go.
+
+    Attributes:
+        rows: int64 [copies], the row that each copy is of. Copies are ordered by target, then by row.
+        targets: int64 [copies].
+        order: int64 [copies], the copies ordered by row, then by target.
+        offsets: int64 [rows], where each row's copies begin in `order`.
+        is_permutation: every row has one copy.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    order: Tensor
+    offsets: Tensor
+    is_permutation: bool
+
+    @classmethod
+    def from_map(cls, copied: Tensor, num_copies: int, has_every_row: bool) -> "RowCopies":
+        """The copies that a map asks for. Nothing waits for the device.
+
+        Args:
+            copied: bool [rows, targets].
+            num_copies: how many of its elements are True.
+            has_every_row: every row is known to have a copy.
+        """
+        targets, rows = torch.nonzero_static(copied.t(), size=num_copies).unbind(1)
+        number_of_copy = copied.t().flatten().cumsum(0).view_as(copied.t()) - 1  # [targets, rows]
+        by_row = torch.nonzero_static(copied, size=num_copies)  # [copies, 2]
+        copies_of_row = copied.sum(dim=1)
+        return cls(
+            rows=rows,
+            targets=targets,
+            order=number_of_copy[by_row[:, 1], by_row[:, 0]],
+            offsets=copies_of_row.cumsum(0) - copies_of_row,
+            is_permutation=has_every_row and num_copies == len(copied),
+        )
+
+    def take(self, values: Tensor) -> Tensor:
+        """The copies [copies, …] of rows [rows, …]."""
+        return _Take.apply(values, self)
+
+    def sum(self, copies: Tensor) -> Tensor:
+        """For each row [rows, features] the sum of its copies [copies, features], in the order of their targets."""
+        return _Sum.apply(copies, self)
+
+    def _take(self, values: Tensor) -> Tensor:
+        return values.index_select(0, self.rows)
+
+    def _sum(self, copies: Tensor) -> Tensor:
+        if self.is_permutation:
+            return copies.index_select(0, self.order)
+        if len(self.order) == 0:
+            return copies.new_zeros(len(self.offsets), *copies.shape[1:])
+        return F.embedding_bag(self.order, copies, self.offsets, mode="sum")
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, copies: RowCopies) -> Tensor:
+        ctx.copies = copies
+        return copies._take(values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.copies._sum(gradient.contiguous()), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, copies: RowCopies) -> Tensor:
+        ctx.copies = copies
+        return copies._sum(values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.copies._take(gradient), None
