@@ -1,0 +1,42 @@
+"""MaskMoE models for transformers.
+
+Importing this package registers them with the Auto classes, which then load exported models without
+`trust_remote_code`. It depends on torch and transformers alone: its two code files travel beside exported weights.
+"""
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from maskmoe.huggingface import configuration_maskmoe, modeling_maskmoe
+from maskmoe.huggingface.configuration_maskmoe import MaskMoEConfig
+from maskmoe.huggingface.modeling_maskmoe import MaskMoEForCausalLM, MaskMoEModel
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_maskmoe.MaskMoEConfig",
+    "AutoModel": "modeling_maskmoe.MaskMoEModel",
+    "AutoModelForCausalLM": "modeling_maskmoe.MaskMoEForCausalLM",
+}
+"""The `auto_map` of config.json: where `trust_remote_code` finds the classes in the files of `export_code`."""
+
+_CODE = (configuration_maskmoe, modeling_maskmoe)
+
+
+def export_code(folder: Path) -> None:
+    """Put the code of the models beside exported weights, for users who do not have this package."""
+    for module in _CODE:
+        shutil.copy(module.__file__, folder)
+
+
+def _register() -> None:
+    AutoConfig.register(MaskMoEConfig.model_type, MaskMoEConfig, exist_ok=True)
+    for auto_class, model in ((AutoModel, MaskMoEModel), (AutoModelForCausalLM, MaskMoEForCausalLM)):
+        auto_class.register(MaskMoEConfig, model, exist_ok=True)
+        model.register_for_auto_class(auto_class.__name__)
+    MaskMoEConfig.register_for_auto_class()
+
+
+_register()
+
+__all__ = ["AUTO_MAP", "MaskMoEConfig", "MaskMoEForCausalLM", "MaskMoEModel", "export_code"]

@@ -1,0 +1,475 @@
+"""The whole model: against transformers' own ones, and against itself in every way it can be run, saved and loaded."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small_moe import make_mask
+from tiny_maskmoe import (
+    NUM_EXPERTS,
+    NUM_LAYERS,
+    VARIANTS,
+    VOCAB_SIZE,
+    make_config,
+    make_model,
+    mask_tensors,
+    random_ids,
+    random_mask,
+)
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM, MaskMoEModel
+from maskmoe.routing_mask import MaskRecipe, build_routing_mask
+
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+PADDING_ID = 7
+
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def assert_alike(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal but for the order of additions, which depends on the sizes of matrices and their alignment in memory."""
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=tolerance)
+
+
+def all_visible_mask():
+    return build_routing_mask(MaskRecipe.from_preset("smoe", NUM_EXPERTS, NUM_LAYERS), vocab_size=VOCAB_SIZE)
+
+
+def mixtral() -> PreTrainedModel:
+    return MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=NUM_EXPERTS))
+
+
+def qwen2_moe() -> PreTrainedModel:
+    config = Qwen2MoeConfig(
+        **SIZES,
+        num_experts=NUM_EXPERTS,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=20,
+        intermediate_size=40,
+        mlp_only_layers=[0],
+    )
+    return Qwen2MoeForCausalLM(config)
+
+
+def qwen3_moe() -> PreTrainedModel:
+    config = Qwen3MoeConfig(
+        **SIZES, num_experts=NUM_EXPERTS, moe_intermediate_size=24, head_dim=12, norm_topk_prob=True
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def olmoe() -> PreTrainedModel:
+    return OlmoeForCausalLM(OlmoeConfig(**SIZES, intermediate_size=24, num_experts=NUM_EXPERTS))
+
+
+FAMILIES = {
+    mixtral: {"norm_topk_prob": True},
+    qwen2_moe: {
+        "attention_bias": True,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "shared_expert_intermediate_size": 20,
+        "shared_expert_gate": True,
+    },
+    qwen3_moe: {"qk_norm": "head", "head_dim": 12, "norm_topk_prob": True},
+    olmoe: {"qk_norm": "all_heads"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@torch.no_grad()
+def test_all_visible_is_transformers_own(family) -> None:
+    torch.manual_seed(0)
+    theirs = family().eval()
+    for parameter in theirs.parameters():  # norms and biases start out as ones and zeros
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    rope_parameters = dict(theirs.config.rope_parameters)
+    ours = make_model(all_visible_mask(), rope_parameters=rope_parameters, **FAMILIES[family])
+    state = {name.replace(".shared_expert.", ".shared_experts."): value for name, value in theirs.state_dict().items()}
+    missing, unexpected = ours.load_state_dict(state, strict=False)
+    assert not unexpected and all("routing_mask" in name for name in missing)
+    token_ids = random_ids(3, 20)
+    assert_alike(ours(token_ids).logits, theirs(token_ids).logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_cache_changes_nothing(variant) -> None:
+    model = make_model(**VARIANTS[variant])
+    token_ids = random_ids(2, 12)
+    whole = model(token_ids).logits
+    first = model(token_ids[:, :7], use_cache=True)
+    parts, cache = [first.logits], first.cache
+    for position in range(7, 12):
+        parts.append(model(token_ids[:, position : position + 1], cache=cache, use_cache=True).logits)
+    assert_alike(torch.cat(parts, dim=1), whole, tolerance=5e-5)
+
+
+def generate(model: MaskMoEForCausalLM, token_ids: Tensor, **settings) -> Tensor:
+    """The new tokens [batch, 12]."""
+    settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": PADDING_ID} | settings
+    return model.generate(token_ids, **settings)[:, token_ids.shape[1] :]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generation_with_cache_is_generation_without(variant) -> None:
+    model = make_model(**VARIANTS[variant])
+    token_ids = random_ids(3, 6)
+    mask = torch.ones_like(token_ids)
+    assert torch.equal(
+        generate(model, token_ids, attention_mask=mask, use_cache=True),
+        generate(model, token_ids, attention_mask=mask, use_cache=False),
+    )
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padded_prompts_go_on_as_unpadded_ones(attention, use_cache) -> None:
+    model = make_model()
+    model.set_attn_implementation(attention)
+    prompts = [random_ids(1, length, seed=length) for length in (3, 9, 6)]
+    longest = max(prompt.shape[1] for prompt in prompts)
+    padded = torch.cat([torch.nn.functional.pad(p, (longest - p.shape[1], 0), value=PADDING_ID) for p in prompts])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (longest - p.shape[1], 0)) for p in prompts])
+    together = generate(model, padded, attention_mask=mask, use_cache=use_cache)
+    for prompt, tokens in zip(prompts, together, strict=True):
+        assert torch.equal(generate(model, prompt, attention_mask=torch.ones_like(prompt))[0], tokens)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@torch.no_grad()
+def test_padding_does_not_touch_other_tokens(implementation) -> None:
+    model = make_model()
+    model.set_experts_implementation(implementation)
+    token_ids = random_ids(2, 10)
+    mask = torch.ones_like(token_ids)
+    mask[0, :4] = 0
+    results = []
+    for padding_id in (PADDING_ID, 11):
+        token_ids[0, :4] = padding_id
+        results.append(model(token_ids, attention_mask=mask, output_router_logits=True))
+    first, second = results
+    assert_alike(first.logits[0, 4:], second.logits[0, 4:])
+    assert_alike(first.logits[1], second.logits[1])
+    assert_alike(first.aux_loss, second.aux_loss)
+
+
+def test_samples_from_one_prompt() -> None:
+    model = make_model()
+    prompt = random_ids(1, 5)
+    torch.manual_seed(0)
+    samples = generate(model, prompt, do_sample=True, num_return_sequences=4, attention_mask=torch.ones_like(prompt))
+    assert samples.shape == (4, 12) and len(samples.unique(dim=0)) > 1
+    one_token = generate(model, prompt[:, :1], do_sample=True, max_new_tokens=1)
+    assert one_token.shape == (1, 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_experts_and_attention_implementations_agree(variant) -> None:
+    model = make_model(num_experts_per_tok=4, **VARIANTS[variant])
+    token_ids = random_ids(2, 10)
+    gradients, logits = [], []
+    for implementation in IMPLEMENTATIONS:
+        model.set_experts_implementation(implementation)
+        model.set_attn_implementation("eager" if implementation == "batched_mm" else "sdpa")
+        model.zero_grad()
+        outputs = model(token_ids, labels=token_ids)
+        outputs.loss.backward()
+        logits.append(outputs.logits)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for other_logits, other_gradients in zip(logits[1:], gradients[1:], strict=True):
+        assert_alike(other_logits, logits[0], tolerance=5e-5)
+        for name, gradient in gradients[0].items():
+            assert_alike(other_gradients[name], gradient, tolerance=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@torch.no_grad()
+def test_compiles_as_one_graph(implementation) -> None:
+    model = make_model()
+    model.set_experts_implementation(implementation)
+    token_ids = random_ids(2, 10)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_alike(compiled(token_ids, use_cache=False).logits, model(token_ids).logits)
+
+
+@pytest.mark.parametrize("variant", ["plain", "gated_shared_experts", "dense_layers", "sigmoid"])
+def test_checkpointed_gradients_are_the_same(variant) -> None:
+    model = make_model(**VARIANTS[variant]).train()
+    token_ids = random_ids(2, 10)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(token_ids, labels=token_ids, output_router_logits=True, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_auxiliary_loss_is_part_of_the_loss() -> None:
+    model = make_model(router_aux_loss_coef=0.5)
+    token_ids = random_ids(2, 10)
+    plain = model(token_ids, labels=token_ids)
+    assert plain.router_logits is None and plain.aux_loss is None
+    outputs = model(token_ids, labels=token_ids, output_router_logits=True)
+    assert [logits.shape for logits in outputs.router_logits] == [(20, NUM_EXPERTS)] * NUM_LAYERS
+    for layer, logits in enumerate(outputs.router_logits):
+        visible = torch.from_numpy(random_mask().visible_sets(layer))[token_ids.flatten()]
+        assert torch.equal(logits.isfinite(), visible) and logits.dtype == torch.float32
+    assert_alike(outputs.loss, plain.loss + 0.5 * outputs.aux_loss)
+    model.config.output_router_logits = True
+    assert torch.equal(model(token_ids, labels=token_ids).loss, outputs.loss)
+    as_tuple = model(token_ids, return_dict=False)
+    assert torch.equal(as_tuple[0], outputs.aux_loss) and torch.equal(as_tuple[1], outputs.logits)
+
+
+def test_auxiliary_loss_while_generating() -> None:
+    """The mask is longer than the tokens there."""
+    model = make_model(output_router_logits=True)
+    prompt = random_ids(2, 5)
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0  # or else transformers leaves it out
+    assert generate(model, prompt, attention_mask=mask).shape == (2, 12)
+
+
+def test_inputs_embeds_need_ids() -> None:
+    model = make_model()
+    token_ids = random_ids(2, 5)
+    embeddings = model.get_input_embeddings()(token_ids)
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model(inputs_embeds=embeddings)
+    assert torch.equal(model(token_ids, inputs_embeds=embeddings).logits, model(token_ids).logits)
+
+
+def test_logits_to_keep() -> None:
+    model = make_model()
+    token_ids = random_ids(2, 5)
+    logits = model(token_ids).logits
+    assert_alike(model(token_ids, logits_to_keep=2).logits, logits[:, -2:])
+    assert_alike(model(token_ids, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
+
+
+def test_base_model_and_hidden_states() -> None:
+    model = make_model()
+    token_ids = random_ids(2, 5)
+    outputs = model.model(token_ids, output_hidden_states=True)
+    assert len(outputs.hidden_states) == NUM_LAYERS + 1
+    assert torch.equal(model.lm_head(outputs.last_hidden_state), model(token_ids).logits)
+
+
+def expected_shapes(config: MaskMoEConfig, mask) -> dict[str, tuple[int, ...]]:
+    """The tensors of an exported model."""
+    c, heads = config, config.num_attention_heads * config.head_dim
+    kv_heads = c.num_key_value_heads * c.head_dim
+    shapes = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size), "model.norm.weight": (c.hidden_size,)}
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+    for layer, kind in enumerate(c.mlp_layer_types):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}{norm}.weight"] = (c.hidden_size,)
+        for name, size in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (size, c.hidden_size)
+            if c.attention_bias:
+                shapes[f"{prefix}self_attn.{name}_proj.bias"] = (size,)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (c.hidden_size, heads)
+        if c.qk_norm:
+            shapes[f"{prefix}self_attn.q_norm.weight"] = (c.head_dim if c.qk_norm == "head" else heads,)
+            shapes[f"{prefix}self_attn.k_norm.weight"] = (c.head_dim if c.qk_norm == "head" else kv_heads,)
+        mlps = {"mlp": c.intermediate_size} if kind == "dense" else {}
+        if kind == "sparse":
+            ffn = c.moe_intermediate_size
+            shapes[f"{prefix}mlp.gate.weight"] = (c.num_experts, c.hidden_size)
+            shapes[f"{prefix}mlp.experts.gate_up_proj"] = (c.num_experts, 2 * ffn, c.hidden_size)
+            shapes[f"{prefix}mlp.experts.down_proj"] = (c.num_experts, c.hidden_size, ffn)
+            if c.use_expert_bias:
+                shapes[f"{prefix}mlp.gate.e_score_correction_bias"] = (c.num_experts,)
+            if c.shared_expert_intermediate_size:
+                mlps["mlp.shared_experts"] = c.shared_expert_intermediate_size
+            if c.shared_expert_gate:
+                shapes[f"{prefix}mlp.shared_expert_gate.weight"] = (1, c.hidden_size)
+        for name, ffn in mlps.items():
+            shapes[f"{prefix}{name}.gate_proj.weight"] = shapes[f"{prefix}{name}.up_proj.weight"] = (ffn, c.hidden_size)
+            shapes[f"{prefix}{name}.down_proj.weight"] = (c.hidden_size, ffn)
+    return shapes | {f"model.routing_mask.{name}": tuple(t.shape) for name, t in mask_tensors(mask).items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_and_loaded_bit_for_bit(variant, tmp_path) -> None:
+    model = make_model(**VARIANTS[variant])
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert shapes == expected_shapes(model.config, random_mask())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MaskMoEForCausalLM
+    for name, value in model.state_dict().items():
+        other = loaded.state_dict()[name]
+        assert other.dtype == value.dtype and torch.equal(other, value), name
+    token_ids = random_ids(2, 10)
+    assert_alike(loaded(token_ids).logits, model(token_ids).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_shards_and_base_model(tmp_path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    base = MaskMoEModel.from_pretrained(tmp_path)
+    token_ids = random_ids(2, 10)
+    assert_alike(base(token_ids).last_hidden_state, model.model(token_ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("variant", ["plain", "sigmoid"])
+def test_bfloat16_leaves_the_mask_alone(variant, tmp_path) -> None:
+    model = make_model(**VARIANTS[variant])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    cast = copy.deepcopy(model).to(torch.bfloat16)
+    for half in (loaded, cast):
+        assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
+        for name, value in mask_tensors(random_mask()).items():
+            buffer = half.model.routing_mask.get_buffer(name)
+            assert buffer.dtype == value.dtype and torch.equal(buffer, value)
+    for name, buffer in loaded.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            assert buffer.dtype == torch.float32 and torch.equal(buffer, model.get_buffer(name))
+    token_ids = random_ids(2, 10)
+    outputs = loaded(token_ids, output_router_logits=True)
+    assert outputs.logits.dtype == torch.bfloat16 and outputs.router_logits[0].dtype == torch.float32
+    prompt = token_ids[:, :5]
+    assert generate(loaded, prompt, attention_mask=torch.ones_like(prompt)).shape == (2, 12)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", "split"])
+def test_device_maps(device_map, tmp_path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    if device_map == "split":  # as over several devices: every part has hooks, and one waits on disk
+        device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        device_map |= {"model.routing_mask": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        device_map |= {"model.layers.2": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    token_ids = random_ids(2, 10)
+    assert_alike(loaded(token_ids).logits, model(token_ids).logits)
+    prompt = token_ids[:, :5]
+    mask = torch.ones_like(prompt)
+    assert torch.equal(generate(loaded, prompt, attention_mask=mask), generate(model, prompt, attention_mask=mask))
+
+
+def test_without_a_mask_is_refused(tmp_path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if not name.endswith("row_of_id")},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ValueError, match=r"no routing mask: model\.routing_mask\.row_of_id"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_new_model_sees_all_experts() -> None:
+    torch.manual_seed(0)
+    model = MaskMoEForCausalLM(make_config()).eval()
+    token_ids = random_ids(2, 10)
+    outputs = model(token_ids, output_router_logits=True)
+    assert all(logits.isfinite().all() for logits in outputs.router_logits)
+    assert outputs.logits.isfinite().all()
+
+
+def test_model_without_experts() -> None:
+    config = make_config(mlp_layer_types=["dense"] * NUM_LAYERS)
+    assert config.routing_mask is None
+    torch.manual_seed(0)
+    model = MaskMoEForCausalLM(config).eval()
+    token_ids = random_ids(2, 10)
+    outputs = model(token_ids, labels=token_ids, output_router_logits=True)
+    assert outputs.aux_loss is None and outputs.loss.isfinite()
+    embeddings = model.get_input_embeddings()(token_ids)
+    assert torch.equal(model(inputs_embeds=embeddings).logits, outputs.logits)
+
+
+def test_vocabulary_cannot_grow() -> None:
+    model = make_model()
+    assert model.resize_token_embeddings(VOCAB_SIZE).num_embeddings == VOCAB_SIZE
+    with pytest.raises(ValueError, match=f"is for {VOCAB_SIZE} token ids, not {VOCAB_SIZE + 2}"):
+        model.resize_token_embeddings(VOCAB_SIZE + 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"qk_norm": "heads"}, "qk_norm is 'heads'"),
+        ({"scoring_func": "tanh"}, "scoring_func is 'tanh'"),
+        ({"aux_loss_tokens": "some"}, "aux_loss_tokens is 'some'"),
+        ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types must name 3 layers"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7 of 6"),
+        ({"use_expert_bias": True}, "use_expert_bias needs"),
+        ({"n_group": 3}, "both be given"),
+        ({"n_group": 4, "topk_group": 2}, "n_group 4 for 6 experts"),
+        ({"n_group": 6, "topk_group": 1}, "hold fewer experts"),
+        ({"n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}, "no multiple of topk_group"),
+        ({"shared_expert_gate": True}, "shared_expert_gate needs"),
+        ({"routing_mask": {"num_tables": 2, "row_dtype": "int16"}}, "must have 1 or 3 num_tables"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_are_refused(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(**settings)
+
+
+def test_configuration_round_trip(tmp_path) -> None:
+    config = make_config(random_mask(), **VARIANTS["partial_rotary"])
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "maskmoe" and saved["routing_mask"]["num_tables"] == NUM_LAYERS
+    assert MaskMoEConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_shared_table_and_wide_rows() -> None:
+    """One table for all layers; int32 rows."""
+    mask = make_mask(random_mask().visible_sets(0)[None], NUM_LAYERS)
+    model = make_model(mask)
+    wide = MaskMoEForCausalLM(make_config(mask, routing_mask=model.config.routing_mask | {"row_dtype": "int32"})).eval()
+    wide.load_state_dict(model.state_dict())
+    assert wide.model.routing_mask.row_of_id.dtype == torch.int32
+    token_ids = random_ids(2, 10)
+    assert torch.equal(wide(token_ids).logits, model(token_ids).logits)
