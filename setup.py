@@ -13,7 +13,7 @@ def read_version():
 HF = [
     "accelerate>=1.10",  # transformers' device_map
     "protobuf>=5.0",  # transformers' reader of SentencePiece models
-    "transformers>=5.24",
+    "transformers>=5.4",
 ]
 EVAL = [
     *HF,

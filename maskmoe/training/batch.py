@@ -61,9 +61,22 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
     return Batch(**{key: batch[key] for key in _KEYS})
 
 
-def token_losses(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Forward pass of one pipeline stage: on the last one the loss of every token, [batch, sequence]."""
-    return model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask)
+def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
+    """Forward pass of one pipeline stage: on the last one the loss of every token, [batch, sequence].
+
+    Args:
+        model: the stage.
+        batch: the micro-batch.
+        padding_mask: bool [batch, sequence], True for tokens that routers shall not count; None: there are none.
+    """
+    return model(
+        batch.tokens,
+        batch.position_ids,
+        batch.attention_mask,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        padding_mask=padding_mask,
+    )
 
 
 def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None):

@@ -5,10 +5,10 @@ experts in every layer. With `--eval-texts F.jsonl` it scores the texts of that 
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ from torch import Tensor
 from maskmoe.cli import atomic_output, run_tool
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
-from maskmoe.training.batch import build_datasets, get_batch, token_losses
+from maskmoe.training.batch import Batch, build_datasets, get_batch, token_losses
 from maskmoe.training.forward import forward_all, sum_over_ranks
 from maskmoe.training.frequency_bands import FrequencyBands
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
 from maskmoe.training.text_scoring import TextScores, read_texts, score_texts
 from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.token_ids import unpack_token_ids
 
 _SPLITS = ("train", "valid", "test")
 
@@ -91,6 +92,8 @@ def _loads(expert_load: list[ExpertLoad]) -> str:
 class ExpertLoadCounter:
     """Counts the tokens that each router sends to each expert, from the outside, through forward hooks.
 
+    Whichever rank routes a token: the result is a sum over ranks. Padding is left out.
+
     Args:
         model: the rank's part of the model.
         num_layers: layers of the whole model.
@@ -99,23 +102,16 @@ class ExpertLoadCounter:
 
     def __init__(self, model: torch.nn.Module, num_layers: int, num_experts: int):
         self.counts = torch.zeros(num_layers, num_experts, dtype=torch.long, device=torch.cuda.current_device())
-        self._counted_samples: Tensor | None = None
         for module in model.modules():
             if isinstance(module, MaskMoERouter):
                 module.register_forward_hook(self._count)
 
-    @contextmanager
-    def counting(self, counted_samples: Tensor) -> Iterator[None]:
-        """Count what is routed in this block, of the samples that are True in `counted_samples`, bool [batch]."""
-        self._counted_samples = counted_samples
-        yield
-        self._counted_samples = None
-
     def _count(self, router: MaskMoERouter, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> None:
-        _, token_ids = inputs  # [sequence, batch]
+        _, is_padding = unpack_token_ids(inputs[1])  # [sequence, batch]
         _, routing_map = outputs  # [tokens, experts]
-        counted = self._counted_samples.expand_as(token_ids).reshape(-1, 1)
-        self.counts[router.layer_number - 1] += (routing_map & counted).sum(dim=0)
+        if is_padding is not None:
+            routing_map = routing_map & ~is_padding.reshape(-1, 1)
+        self.counts[router.layer_number - 1] += routing_map.sum(dim=0)
 
     def result(self) -> list[ExpertLoad]:
         """The load over all ranks of the layers that have experts; a collective call."""
@@ -205,10 +201,14 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyB
     band_of_id = torch.from_numpy(bands.band_of_id).cuda()
     counter = ExpertLoadCounter(model, args.num_layers + (args.mtp_num_layers or 0), args.num_experts or 0)
 
+    num_whole_steps = num_samples // (args.micro_batch_size * mpu.get_data_parallel_world_size())
+    steps = itertools.count()
+
     def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         batch = get_batch(data_iterator)
-        with counter.counting(batch.loss_mask.any(dim=1)):
-            output = token_losses(model, batch)
+        # Samples that only fill up the last step are padding; on all ranks alike, since they dispatch together.
+        is_filled_up = args.num_experts and next(steps) >= num_whole_steps
+        output = token_losses(model, batch, _mask_uncounted_samples(batch) if is_filled_up else None)
         return output, partial(band_loss_function, batch.tokens, batch.loss_mask, band_of_id, len(bands.names))
 
     sums = torch.zeros(len(bands.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
@@ -219,6 +219,11 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyB
     sum_over_ranks(sums)
     seconds = time.perf_counter() - start
     return _summarise(sums.cpu().numpy(), bands.names, counter.result(), seconds)
+
+
+def _mask_uncounted_samples(batch: Batch) -> Tensor:
+    """bool [batch, sequence], True in samples of which no token counts."""
+    return ~batch.loss_mask.any(dim=1, keepdim=True).expand_as(batch.tokens)
 
 
 def _broadcast_object(value: Any) -> Any:

@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -19,6 +20,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from maskmoe.transformer.all_heads_norm import AllHeadsRMSNorm
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import AuxLossTokens, MaskMoERouter
@@ -31,6 +33,7 @@ def get_maskmoe_decoder_block_spec(
     visible_experts: VisibleExperts | None,
     aux_loss_tokens: AuxLossTokens = "all",
     vp_stage: int | None = None,
+    qk_layernorm_all_heads: bool = False,
 ) -> TransformerBlockSubmodules:
     """The spec of `get_gpt_decoder_block_spec` with MaskMoE layers where it has MoE layers.
 
@@ -39,9 +42,11 @@ def get_maskmoe_decoder_block_spec(
         visible_experts: the routing mask shared by the model's routers; None for a model without experts.
         aux_loss_tokens: see `MaskMoERouter`.
         vp_stage: virtual pipeline stage.
+        qk_layernorm_all_heads: the norms of queries and keys are over all heads, see `AllHeadsRMSNorm`.
     """
     block = get_gpt_decoder_block_spec(config, vp_stage=vp_stage, **_backend(config))
-    return _with_maskmoe_modules(block, visible_experts, aux_loss_tokens)
+    block = _with_maskmoe_modules(block, visible_experts, aux_loss_tokens)
+    return _with_norms_over_all_heads(block, config) if qk_layernorm_all_heads else block
 
 
 def get_maskmoe_mtp_block_spec(
@@ -49,6 +54,7 @@ def get_maskmoe_mtp_block_spec(
     visible_experts: VisibleExperts | None,
     aux_loss_tokens: AuxLossTokens = "all",
     vp_stage: int | None = None,
+    qk_layernorm_all_heads: bool = False,
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The spec of `get_gpt_mtp_block_spec`, which repeats the last decoder layer, with MaskMoE layers in it.
 
@@ -61,7 +67,8 @@ def get_maskmoe_mtp_block_spec(
         use_transformer_engine=backend["use_transformer_engine"],
         vp_stage=vp_stage,
     )
-    return _with_maskmoe_modules(block, visible_experts, aux_loss_tokens)
+    block = _with_maskmoe_modules(block, visible_experts, aux_loss_tokens)
+    return _with_norms_over_all_heads(block, config) if qk_layernorm_all_heads else block
 
 
 def _backend(config: TransformerConfig) -> dict[str, Any]:
@@ -84,6 +91,19 @@ def _with_maskmoe_modules(spec: Any, visible_experts: VisibleExperts | None, aux
             return MaskMoEMultiTokenPredictionLayer
         if isinstance(node, MoESubmodules):
             return replace(node, router=router)
+        return node
+
+    return map_spec(spec, substitute)
+
+
+def _with_norms_over_all_heads(spec: Any, config: TransformerConfig) -> Any:
+    def substitute(node: Any) -> Any:
+        if isinstance(node, SelfAttentionSubmodules):
+            return replace(
+                node,
+                q_layernorm=partial(AllHeadsRMSNorm, num_heads=config.num_attention_heads),
+                k_layernorm=partial(AllHeadsRMSNorm, num_heads=config.num_query_groups),
+            )
         return node
 
     return map_spec(spec, substitute)

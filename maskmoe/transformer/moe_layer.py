@@ -1,14 +1,18 @@
 """The mixture-of-experts layer whose router knows the ids of its tokens."""
 
+from enum import Enum
+
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_size
 from torch import Tensor
 
-from maskmoe.transformer.one_copy_dispatcher import OneCopyDispatcher
+from maskmoe.transformer.dispatch_plan import LayerPlan, plan_of
+from maskmoe.transformer.one_copy_dispatcher import Dispatch, OneCopyDispatcher
 from maskmoe.transformer.token_dispatcher import MaskMoEAlltoAllTokenDispatcher
 
 
@@ -38,7 +42,8 @@ class MaskMoELayer(MoELayer):
         if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
             self.token_dispatcher = self._build_token_dispatcher(pg_collection)
         self.one_copy_dispatcher = None
-        if can_send_one_copy(config, pg_collection):
+        kind = dispatch_kind(config, pg_collection, self.router.visible_experts.is_rank_local)
+        if kind is not DispatchKind.MEGATRON:
             self.one_copy_dispatcher = OneCopyDispatcher(config.num_moe_experts, pg_collection.ep)
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
@@ -81,17 +86,21 @@ class MaskMoELayer(MoELayer):
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("mixture-of-experts training with tensor parallelism needs --sequence-parallel")
 
+        plan = plan_of(padding_mask)
+
         def layer_forward(hidden_states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
             shared_expert_output = self.shared_experts_compute(hidden_states)
-            probs, routing_map = self.route(hidden_states, token_ids)
-            if self.one_copy_dispatcher is not None:
-                output = self._compute_with_one_copy(hidden_states, probs, routing_map)
-                return output if shared_expert_output is None else output + shared_expert_output, None
-            permuted_tokens, probs = self.preprocess(hidden_states, probs, routing_map)
-            dispatched_tokens, probs = self.dispatch(permuted_tokens, probs)
-            output, bias = self.routed_experts_compute(dispatched_tokens, probs)
-            output = self.postprocess(self.combine(output), shared_expert_output)
-            return output, bias
+            if self.one_copy_dispatcher is None:
+                probs, routing_map = self.route(hidden_states, token_ids)
+                permuted_tokens, probs = self.preprocess(hidden_states, probs, routing_map)
+                dispatched_tokens, probs = self.dispatch(permuted_tokens, probs)
+                output, bias = self.routed_experts_compute(dispatched_tokens, probs)
+                return self.postprocess(self.combine(output), shared_expert_output), bias
+            if plan is None:
+                output = self._compute_with_one_copy(hidden_states, token_ids)
+            else:
+                output = self._compute_as_planned(hidden_states, token_ids, plan.of_table[self.router.table])
+            return output if shared_expert_output is None else output + shared_expert_output, None
 
         token_ids = padding_mask.transpose(-2, -1)  # [..., sequence, batch]
         if self.moe_layer_recompute and self.training:
@@ -99,23 +108,61 @@ class MaskMoELayer(MoELayer):
             return tensor_parallel.checkpoint(layer_forward, False, hidden_states, token_ids)
         return layer_forward(hidden_states, token_ids)
 
-    def _compute_with_one_copy(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
-        """The routed experts' output [sequence, batch, hidden]."""
+    def _compute_with_one_copy(self, hidden_states: Tensor, token_ids: Tensor) -> Tensor:
+        """The routed experts' output [sequence, batch, hidden]; experts are chosen here, and then sent to."""
+        probs, routing_map = self.route(hidden_states, token_ids)
         tokens = hidden_states.flatten(0, 1)
-        expert_input, weights, dispatch = self.one_copy_dispatcher.dispatch(tokens, probs, routing_map)
+        received = self.one_copy_dispatcher.dispatch(tokens, probs, routing_map)
+        return self._compute_experts(*received).view_as(hidden_states)
+
+    def _compute_as_planned(self, hidden_states: Tensor, token_ids: Tensor, plan: LayerPlan) -> Tensor:
+        """The same; tokens are sent first, and experts chosen by the rank that has all that their ids see."""
+        rows = self.one_copy_dispatcher.send(hidden_states.flatten(0, 1), plan)
+        probs, routing_map = self.router(rows.unsqueeze(1), plan.received_ids.unsqueeze(1), attaches_losses=False)
+        output = self._compute_experts(*self.one_copy_dispatcher.dispatch_received(rows, probs, routing_map, plan))
+        # The losses are over the tokens of this rank, which others have routed.
+        return self.router.attach_losses(output, hidden_states, token_ids).view_as(hidden_states)
+
+    def _compute_experts(self, expert_input: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+        """What the experts of all ranks make of this rank's tokens: [tokens, hidden]."""
         expert_output, bias = self.experts(expert_input, dispatch.tokens_per_expert, weights)
         if bias is not None:
             raise ValueError("experts with biases that are added later are not supported")
-        return self.one_copy_dispatcher.combine(expert_output, dispatch).view_as(hidden_states)
+        return self.one_copy_dispatcher.combine(expert_output, dispatch)
 
 
-def can_send_one_copy(config: TransformerConfig, pg_collection: ProcessGroupCollection) -> bool:
-    """Whether `OneCopyDispatcher` does all that the settings ask of a dispatcher, and there are ranks to send to."""
-    return (
-        config.moe_token_dispatcher_type == "alltoall"
-        and pg_collection.ep.size() > 1
-        and pg_collection.expt_tp.size() == 1
-        and not config.moe_pad_expert_input_to_capacity
-        and not config.moe_shared_expert_overlap
-        and not config.moe_latent_size
+class DispatchKind(Enum):
+    """How tokens get to their experts; the values are for people."""
+
+    PLANNED = "one copy a rank, planned from the token ids: all that an id sees is on one expert-parallel rank"
+    ONE_COPY = "one copy a rank"
+    MEGATRON = "Megatron's dispatcher"
+
+
+def dispatch_kind(
+    config: TransformerConfig, pg_collection: ProcessGroupCollection, is_rank_local: bool
+) -> DispatchKind:
+    """The best kind of dispatch that does all that the settings ask for.
+
+    Args:
+        config: of the model.
+        pg_collection: process groups of its MoE layers.
+        is_rank_local: every id sees experts of one expert-parallel rank only.
+    """
+    if (
+        config.moe_token_dispatcher_type != "alltoall"
+        or get_pg_size(pg_collection.ep) == 1
+        or get_pg_size(pg_collection.expt_tp) > 1
+        or config.moe_pad_expert_input_to_capacity
+        or config.moe_shared_expert_overlap
+        or config.moe_latent_size
+    ):
+        return DispatchKind.MEGATRON
+    # Where logits are changed at random, or tokens are dropped, it matters which rank chooses.
+    chooses_anywhere = (
+        config.moe_expert_capacity_factor is None
+        and config.moe_input_jitter_eps is None
+        and not config.moe_router_force_load_balancing
+        and config.moe_router_force_biased is None
     )
+    return DispatchKind.PLANNED if is_rank_local and chooses_anywhere else DispatchKind.ONE_COPY

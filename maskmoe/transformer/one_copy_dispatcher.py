@@ -7,6 +7,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from maskmoe.transformer.dispatch_plan import LayerPlan
 from maskmoe.transformer.row_copies import RowCopies
 
 _NOT_SELECTED = -1.0
@@ -45,6 +46,9 @@ class OneCopyDispatcher:
     4. [experts]
     5. Add the outputs of each received row, all-to-all back, and add what the ranks returned for each token.
 
+    With a plan, which a rank-local mask allows, the first step is done for all layers at once, and experts are chosen
+    where the rows arrive (`send`, the router, `dispatch_received`): all-to-alls carry hidden states and nothing else.
+
     Sums are over experts by rank, then over ranks: with at most two experts a token, bit-equal to the stock
     dispatcher's; with more they differ in the order of additions.
 
@@ -81,10 +85,34 @@ class OneCopyDispatcher:
         weights = weights.index_select(0, sent.rows * self._num_ranks + sent.targets)
         weights = all_to_all(self._group, weights, list(rows_from), list(rows_to))  # [rows, local experts]
 
-        num_fanned = int(tokens_per_expert.sum())
-        fanned = RowCopies.from_map(weights != _NOT_SELECTED, num_fanned, has_every_row=True)
-        weights = weights.flatten().index_select(0, fanned.rows * self._num_local_experts + fanned.targets)
-        return fanned.take(rows), weights, Dispatch(sent, fanned, rows_to, rows_from, tokens_per_expert)
+        expert_input, weights, fanned = self._fan_out(
+            rows, weights, weights != _NOT_SELECTED, int(tokens_per_expert.sum())
+        )
+        return expert_input, weights, Dispatch(sent, fanned, rows_to, rows_from, tokens_per_expert)
+
+    def send(self, hidden_states: Tensor, plan: LayerPlan) -> Tensor:
+        """Send tokens [tokens, hidden] to where a plan says; returns what this rank receives, [rows, hidden]."""
+        return all_to_all(self._group, plan.sent.take(hidden_states), list(plan.rows_from), list(plan.rows_to))
+
+    def dispatch_received(
+        self, rows: Tensor, probs: Tensor, routing_map: Tensor, plan: LayerPlan
+    ) -> tuple[Tensor, Tensor, Dispatch]:
+        """Bring received rows to their experts.
+
+        Args:
+            rows: [rows, hidden].
+            probs, routing_map: [rows, experts], see `dispatch`; all selected experts are this rank's.
+            plan: by which the rows were sent.
+
+        Returns:
+            as `dispatch`.
+        """
+        first = self._group.rank() * self._num_local_experts
+        local = slice(first, first + self._num_local_experts)
+        selected = routing_map[:, local]
+        expert_input, weights, fanned = self._fan_out(rows, probs[:, local], selected, plan.num_selected)
+        tokens_per_expert = selected.sum(dim=0).cpu()
+        return expert_input, weights, Dispatch(plan.sent, fanned, plan.rows_to, plan.rows_from, tokens_per_expert)
 
     def combine(self, expert_output: Tensor, dispatch: Dispatch) -> Tensor:
         """Bring the experts' weighted outputs back.
@@ -99,6 +127,14 @@ class OneCopyDispatcher:
         sums = dispatch.fanned.sum(expert_output)
         returned = all_to_all(self._group, sums, list(dispatch.rows_to), list(dispatch.rows_from))
         return dispatch.sent.sum(returned)
+
+    def _fan_out(
+        self, rows: Tensor, weights: Tensor, selected: Tensor, num_selected: int
+    ) -> tuple[Tensor, Tensor, RowCopies]:
+        """Copy received rows to the selected of this rank's experts; weights, selected: [rows, local experts]."""
+        fanned = RowCopies.from_map(selected, num_selected, has_every_row=True)
+        weights = weights.flatten().index_select(0, fanned.rows * self._num_local_experts + fanned.targets)
+        return fanned.take(rows), weights, fanned
 
     def _exchange_counts(self, of_rank: Tensor, to_rank: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
         """Rows to each rank, rows from each rank, and int64 [local experts] tokens of each of this rank's experts."""

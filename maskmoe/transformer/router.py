@@ -1,6 +1,7 @@
 """A top-k router that chooses among the visible experts of each token's id only."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,6 +23,19 @@ from maskmoe.transformer.token_ids import unpack_token_ids
 from maskmoe.transformer.visible_experts import VisibleExperts, VisibleSets
 
 AuxLossTokens = Literal["all", "routable"]
+
+
+@dataclass(frozen=True)
+class RoutingRequest:
+    """What `MaskMoERouter.forward` hands on to `routing`.
+
+    Attributes:
+        token_ids: int64 [sequence, batch], or ids and padding, [2, sequence, batch], see `pack_token_ids`.
+        attaches_losses: whether the router's losses are attached to what is returned.
+    """
+
+    token_ids: Tensor
+    attaches_losses: bool
 
 
 class _VisibleTopK:
@@ -121,13 +135,14 @@ class MaskMoERouter(TopKRouter):
     def visible_experts(self) -> VisibleExperts:
         return self._visible_experts[0]
 
-    def forward(self, input: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, token_ids: Tensor, attaches_losses: bool = True) -> tuple[Tensor, Tensor]:
         """Route tokens.
 
         Args:
             input: hidden states [sequence, batch, hidden].
             token_ids: int64 [sequence, batch], the ids of the same tokens; or ids and padding, [2, sequence, batch],
                 see `pack_token_ids`.
+            attaches_losses: attach z-loss and load-balancing losses; else that is left to `attach_losses`.
 
         Returns:
             probs: [tokens, experts], the weights of the selected experts, 0 elsewhere.
@@ -135,23 +150,19 @@ class MaskMoERouter(TopKRouter):
                 is a capacity factor.
         """
         # TopKRouter.forward hands its second argument to `routing` untouched.
-        return super().forward(input, padding_mask=token_ids)
+        return super().forward(input, padding_mask=RoutingRequest(token_ids, attaches_losses))
 
-    def routing(self, logits: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, padding_mask: RoutingRequest) -> tuple[Tensor, Tensor]:
         """Choose among the visible experts.
 
         Args:
             logits: [sequence, batch, experts].
-            padding_mask: the token ids, see `forward`; the name is that of the method this one overrides.
+            padding_mask: the request; the name is that of the method this one overrides.
         """
-        num_sequences = logits.shape[1]
-        token_ids, is_padding = unpack_token_ids(padding_mask)
-        real = None if is_padding is None else ~is_padding.reshape(-1)  # [tokens]
-        logits = logits.view(-1, self.num_experts)  # [tokens, experts]
-        visible = self.visible_experts(token_ids.reshape(-1), self._table)
-        invisible = ~visible.experts
-        logits = logits.masked_fill(invisible, float("-inf"))
-        logits = self._attach_z_loss(logits, visible, real)
+        request, num_sequences = padding_mask, logits.shape[1]
+        logits, visible, real = self._mask_logits(logits, request.token_ids)
+        if request.attaches_losses:
+            logits = self._attach_z_loss(logits, logits, visible, real)
 
         probs, routing_map = topk_routing_with_score_function(
             logits,
@@ -162,7 +173,7 @@ class MaskMoERouter(TopKRouter):
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=self.expert_bias,
-            router_replay=_VisibleTopK(invisible),
+            router_replay=_VisibleTopK(~visible.experts),
         )
         # Where k > V, top-k has also picked invisible experts, with weight 0.
         routing_map = routing_map & visible.experts
@@ -176,10 +187,39 @@ class MaskMoERouter(TopKRouter):
                 pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
             )
 
-        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+        if request.attaches_losses:
             probs = self._attach_load_balancing_losses(probs, logits, visible, real, num_sequences)
         self._apply_expert_bias(routing_map if real is None else routing_map & real.unsqueeze(-1))
         return probs, routing_map
+
+    def attach_losses(self, activation: Tensor, input: Tensor, token_ids: Tensor) -> Tensor:
+        """Attach the router's losses over tokens to what was made of them, where `forward` has not done it.
+
+        Args:
+            activation: [tokens, features].
+            input: hidden states [sequence, batch, hidden] of the tokens.
+            token_ids: int64 [sequence, batch].
+        """
+        if not self._has_losses():
+            return activation
+        logits = self.gating(input)
+        num_sequences = logits.shape[1]
+        logits, visible, real = self._mask_logits(logits, token_ids)
+        activation = self._attach_z_loss(activation, logits, visible, real)
+        return self._attach_load_balancing_losses(activation, logits, visible, real, num_sequences)
+
+    def _mask_logits(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, VisibleSets, Tensor | None]:
+        """Logits [tokens, experts] with -inf for invisible experts, what is visible, and bool [tokens] what is real."""
+        token_ids, is_padding = unpack_token_ids(token_ids)
+        real = None if is_padding is None else ~is_padding.reshape(-1)
+        visible = self.visible_experts(token_ids.reshape(-1), self.table)
+        logits = logits.view(-1, self.num_experts).masked_fill(~visible.experts, float("-inf"))
+        return logits, visible, real
+
+    def _has_losses(self) -> bool:
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        return self.is_aux_loss_enabled() or self.config.moe_z_loss_coeff is not None
 
     def _maintain_float32_expert_bias(self) -> None:
         """As the method it overrides, and keeps the token counts in float32, too: bfloat16 rounds them from 257 on."""
@@ -189,53 +229,67 @@ class MaskMoERouter(TopKRouter):
                 counts.data = counts.data.float()
 
     @property
-    def _table(self) -> int:
+    def table(self) -> int:
+        """Which table of the routing mask is this layer's."""
         layer_number = self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
         return self.visible_experts.table_of_layer(layer_number)
 
-    def _attach_z_loss(self, logits: Tensor, visible: VisibleSets, real: Tensor | None) -> Tensor:
+    def _attach_z_loss(self, activation: Tensor, logits: Tensor, visible: VisibleSets, real: Tensor | None) -> Tensor:
         """`TopKRouter.apply_z_loss` over the visible logits [tokens, experts]; real: bool [tokens], None: all."""
         coeff = self.config.moe_z_loss_coeff
-        if coeff is None or not self.training or not torch.is_grad_enabled():
-            return logits
+        if coeff is None or not self._has_losses():
+            return activation
         z_loss = masked_z_loss(logits, visible.routable, real, coeff / self.tp_cp_group.size())
         return self.attach_and_log_load_balancing_loss(
-            logits, coeff, z_loss, "z_loss", self.tp_cp_group, valid_token_count=None if real is None else real.sum()
+            activation,
+            coeff,
+            z_loss,
+            "z_loss",
+            self.tp_cp_group,
+            valid_token_count=None if real is None else real.sum(),
         )
 
     def _attach_load_balancing_losses(
-        self, probs: Tensor, logits: Tensor, visible: VisibleSets, real: Tensor | None, num_sequences: int
+        self, activation: Tensor, logits: Tensor, visible: VisibleSets, real: Tensor | None, num_sequences: int
     ) -> Tensor:
         """The losses of `TopKRouter` whose coefficients are not 0, over the masked logits [tokens, experts].
 
         Args:
+            activation: [tokens, features], what they are attached to.
             real: bool [tokens], those that are no padding; None: all.
             num_sequences: sequences in the micro-batch.
         """
+        if not self._has_losses() or not self.is_aux_loss_enabled():
+            return activation
         counted = real
         if self.aux_loss_tokens == "routable" and visible.routable is not None:
             counted = visible.routable if real is None else visible.routable & real
         assignments = assign_for_balancing(logits, visible.experts, counted, self.topk, self.score_function)
-        num_real = probs.shape[0] if real is None else real.sum()
-        probs = self._apply_local_loss("aux_loss", probs, assignments, num_real)
-        probs = self._apply_local_loss("seq_aux_loss", probs, assignments, num_real, num_sequences)
-        return self._apply_global_aux_loss(probs, assignments, num_real)
+        num_real = len(activation) if real is None else real.sum()
+        activation = self._apply_local_loss("aux_loss", activation, assignments, num_real)
+        activation = self._apply_local_loss("seq_aux_loss", activation, assignments, num_real, num_sequences)
+        return self._apply_global_aux_loss(activation, assignments, num_real)
 
     def _apply_local_loss(
-        self, loss_type: str, probs: Tensor, assignments: Assignments, num_real: int | Tensor, num_sequences: int = 1
+        self,
+        loss_type: str,
+        activation: Tensor,
+        assignments: Assignments,
+        num_real: int | Tensor,
+        num_sequences: int = 1,
     ) -> Tensor:
         """Balance the load of each micro-batch, taken as one sequence, or of each of its sequences."""
         coeff = self.get_aux_loss_coeff(loss_type)
         if coeff == 0:
-            return probs
+            return activation
         load = measure_load(assignments, self.topk, self.tp_cp_group, num_sequences)
         loss = masked_load_balancing_loss(assignments.scores, load, self.topk, self.num_experts, coeff) / num_sequences
         name = loss_type.replace("aux_loss", "load_balancing_loss")
         return self.attach_and_log_load_balancing_loss(
-            probs, coeff, loss, name, self.tp_cp_group, valid_token_count=num_real
+            activation, coeff, loss, name, self.tp_cp_group, valid_token_count=num_real
         )
 
-    def _apply_global_aux_loss(self, probs: Tensor, assignments: Assignments, num_real: int | Tensor) -> Tensor:
+    def _apply_global_aux_loss(self, activation: Tensor, assignments: Assignments, num_real: int | Tensor) -> Tensor:
         """Balance the load of all data-parallel ranks and of the step's micro-batches so far.
 
         Gradients are averaged over data-parallel ranks, but this loss is a sum over them. Megatron-Core 0.19.2 leaves
@@ -244,12 +298,12 @@ class MaskMoERouter(TopKRouter):
         """
         coeff = self.get_aux_loss_coeff("global_aux_loss")
         if coeff == 0:
-            return probs
+            return activation
         load = self._accumulate_load(measure_load(assignments, self.topk, self.tp_dp_cp_group))
         loss = masked_load_balancing_loss(assignments.scores, load, self.topk, self.num_experts, coeff)
         dp_size = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
         return self.attach_and_log_load_balancing_loss(
-            probs,
+            activation,
             coeff * dp_size,
             loss * dp_size,
             "global_load_balancing_loss",

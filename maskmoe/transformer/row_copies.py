@@ -46,6 +46,13 @@ class RowCopies:
             is_permutation=has_every_row and num_copies == len(copied),
         )
 
+    @classmethod
+    def permutation(cls, rows: Tensor) -> "RowCopies":
+        """One copy of each row; rows: int64 [rows], the row that each copy is of."""
+        numbers = torch.arange(len(rows), device=rows.device)
+        order = torch.empty_like(rows).scatter(0, rows, numbers)
+        return cls(rows, torch.zeros_like(rows), order, numbers, is_permutation=True)
+
     def take(self, values: Tensor) -> Tensor:
         """The copies [copies, …] of rows [rows, …]."""
         return _Take.apply(values, self)

@@ -11,6 +11,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size, make_sharded_tensor_fo
 from torch import Tensor
 
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.locality import is_rank_local, num_visible_of_row, rank_of_row
 from maskmoe.routing_mask.mask import RoutingMask
 
 # The name of this module inside the model, hence the prefix of the mask's tensors in every checkpoint.
@@ -38,7 +39,8 @@ class VisibleExperts(MegatronModule):
     Args:
         config: the model's configuration.
         mask: the routing mask; must fit the model's number of experts and layers.
-        pg_collection: process groups of the model (`tp`, `pp`, `dp_cp` are used when saving).
+        pg_collection: process groups of the model (`tp`, `pp`, `dp_cp` are used when saving, `ep` to tell whether the
+            mask is rank-local).
         vp_stage: which of the rank's model chunks holds this instance, if the pipeline is interleaved.
     """
 
@@ -62,6 +64,11 @@ class VisibleExperts(MegatronModule):
         self.register_buffer("visible_bits", torch.from_numpy(tensors["visible_bits"]))  # [tables, rows, bytes]
         metadata_bytes = bytearray(json.dumps(metadata).encode())
         self.register_buffer("metadata", torch.frombuffer(metadata_bytes, dtype=torch.uint8))
+        ep_size = get_pg_size(pg_collection.ep)
+        self.is_rank_local = is_rank_local(mask, ep_size)
+        if self.is_rank_local:
+            self.register_buffer("rank_of_row", torch.from_numpy(rank_of_row(mask, ep_size)), persistent=False)
+            self.register_buffer("num_visible_of_row", torch.from_numpy(num_visible_of_row(mask)), persistent=False)
         self.register_buffer("bit_of_byte", torch.arange(8, dtype=torch.uint8), persistent=False)
 
     def table_of_layer(self, layer_number: int) -> int:
@@ -76,12 +83,32 @@ class VisibleExperts(MegatronModule):
             table: which table to use, see `table_of_layer`.
         """
         rows = self.row_of_id[table].index_select(0, token_ids).long()  # [tokens]
-        visible_bytes = self.visible_bits[table].index_select(0, rows)  # [tokens, bytes]
-        bits = visible_bytes.unsqueeze(-1).bitwise_right_shift(self.bit_of_byte).bitwise_and_(1)
-        experts = bits.flatten(1)[:, : self.num_experts].bool()
+        experts = self._unpack(self.visible_bits[table].index_select(0, rows))
         # Rows below N are the singletons, so a larger row means two or more visible experts.
         routable = rows >= self.num_experts if self.min_visible == 1 else None
         return VisibleSets(experts=experts, routable=routable)
+
+    def ranks_of(self, token_ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the visible experts of ids are, under a rank-local mask, and how many they are.
+
+        Args:
+            token_ids: int64 [ranks, tokens].
+            tables: int64 [tables], which to use.
+
+        Returns:
+            the expert-parallel rank and the number: int64 [tables, ranks, tokens] each.
+        """
+        rows = self.row_of_id[tables][:, token_ids].long()
+        flat = rows.flatten(1)
+        return tuple(
+            of_row[tables].gather(1, flat).view_as(rows).long()
+            for of_row in (self.rank_of_row, self.num_visible_of_row)
+        )
+
+    def _unpack(self, visible_bytes: Tensor) -> Tensor:
+        """uint8 [..., bytes] to bool [..., experts]."""
+        bits = visible_bytes.unsqueeze(-1).bitwise_right_shift(self.bit_of_byte).bitwise_and_(1)
+        return bits.flatten(-2)[..., : self.num_experts].bool()
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The mask is the same on all ranks and in all model chunks: one of them writes it.

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from small_moe import make_config
 
-from maskmoe.transformer.moe_layer import can_send_one_copy
+from maskmoe.transformer.moe_layer import DispatchKind, dispatch_kind
 
 PROGRAM = Path(__file__).with_name("one_copy_ranks.py")
 
@@ -46,13 +46,19 @@ def groups(expert_parallel: int = 2, expert_tensor_parallel: int = 1) -> SimpleN
     return SimpleNamespace(**{name: SimpleNamespace(size=lambda size=size: size) for name, size in sizes.items()})
 
 
+def test_kind_of_dispatch():
+    assert dispatch_kind(make_config(4), groups(), is_rank_local=False) is DispatchKind.ONE_COPY
+    assert dispatch_kind(make_config(4), groups(), is_rank_local=True) is DispatchKind.PLANNED
+    for settings in ({"moe_expert_capacity_factor": 1.0}, {"moe_input_jitter_eps": 0.1}):
+        assert dispatch_kind(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.ONE_COPY
+
+
 def test_what_the_dispatcher_cannot_do_is_left_to_megatrons():
-    assert can_send_one_copy(make_config(4), groups())
-    assert not can_send_one_copy(make_config(4), groups(expert_parallel=1))
-    assert not can_send_one_copy(make_config(4), groups(expert_tensor_parallel=2))
+    for of_groups in (groups(expert_parallel=1), groups(expert_tensor_parallel=2)):
+        assert dispatch_kind(make_config(4), of_groups, is_rank_local=True) is DispatchKind.MEGATRON
     for settings in (
         {"moe_token_dispatcher_type": "allgather"},
         {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
         {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True},
     ):
-        assert not can_send_one_copy(make_config(4, **settings), groups())
+        assert dispatch_kind(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.MEGATRON

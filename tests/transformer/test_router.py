@@ -23,7 +23,7 @@ from small_moe import (
 from torch import Tensor
 
 from maskmoe.routing_mask import MaskRecipe, TokenFrequency, build_routing_mask
-from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.router import MaskMoERouter, RoutingRequest
 from maskmoe.transformer.token_ids import pack_token_ids
 
 LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
@@ -34,6 +34,10 @@ ALL_BALANCING_LOSSES = {
 GROUPS = {"moe_router_num_groups": 3, "moe_router_group_topk": 2}
 SHAPES = [(1, 1), (5, 3), (16, 2)]
 LOSS_SCALE = 0.5
+
+
+def request_for(token_ids: Tensor) -> RoutingRequest:
+    return RoutingRequest(token_ids, attaches_losses=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -379,7 +383,7 @@ def test_follows_the_method(case: Case) -> None:
     """Weights, map, losses and gradients equal the reference's; float32 against float64."""
     router, logits = case.router(), case.logits(scale=2)
     take_metrics()
-    probs, routing_map = router.routing(logits, case.side_tensor)
+    probs, routing_map = router.routing(logits, request_for(case.side_tensor))
     losses = {name: values[1] for name, values in take_metrics().items()}
     output_grad = torch.from_numpy(np.random.default_rng(case.seed + 3).normal(size=probs.shape)).to(probs)
     probs.backward(output_grad)
@@ -443,7 +447,7 @@ def test_nothing_invisible_is_ever_used(case: Case, scale: float) -> None:
     if router.enable_expert_bias:
         router.expert_bias *= scale
     take_metrics()
-    probs, routing_map = router.routing(logits, case.side_tensor)
+    probs, routing_map = router.routing(logits, request_for(case.side_tensor))
     losses = take_metrics()
     probs.sum().backward()
     assert not (routing_map & ~visible).any()
@@ -469,7 +473,7 @@ def test_nothing_invisible_is_ever_used(case: Case, scale: float) -> None:
 def test_logits_without_a_value_select_visible_experts(scores: str, groups) -> None:
     """So that a model that has diverged says so, and does not fail in the dispatcher."""
     case = Case(0, 20, 4, (5, 3), scores, "all", groups=groups)
-    _, routing_map = case.router().routing(torch.full_like(case.logits(1), float("nan")), case.token_ids)
+    _, routing_map = case.router().routing(torch.full_like(case.logits(1), float("nan")), request_for(case.token_ids))
     assert not (routing_map & ~case.visible).any()
     num_selected = routing_map.sum(dim=1)
     if groups is None:
@@ -486,7 +490,7 @@ def test_balancing_losses_count_visible_experts_only() -> None:
     )
     logits = torch.full((5, 1, 6), -500.0, device=DEVICE)
     logits[..., 0] = 0  # so that all other scores are 0
-    router.routing(logits.requires_grad_(), torch.arange(5, device=DEVICE).view(5, 1))
+    router.routing(logits.requires_grad_(), request_for(torch.arange(5, device=DEVICE).view(5, 1)))
     assert router.global_tokens_per_expert.tolist() == [5, 1, 1, 1, 1, 1]
 
 
@@ -502,7 +506,7 @@ def test_global_loss_takes_the_load_of_all_micro_batches_of_a_step(has_padding) 
             logits = torch.randn(8, 2, 5, device=DEVICE)
             token_ids = torch.randint(0, 20, (8, 2), device=DEVICE)
             is_padding = torch.rand(8, 2, device=DEVICE) < 0.5 if has_padding else None
-            router.routing(logits, pack_token_ids(token_ids, is_padding))
+            router.routing(logits, request_for(pack_token_ids(token_ids, is_padding)))
             real = slice(None) if is_padding is None else ~is_padding.flatten()
             visible = torch.from_numpy(mask.visible_sets(0)).to(DEVICE)[token_ids.flatten()][real]
             scores = logits.flatten(0, 1)[real].double().masked_fill(~visible, float("-inf")).softmax(dim=-1)
