@@ -5,8 +5,8 @@ usage() {
     cat <<'END'
 usage: launch/quickstart.sh [--input FILE…] [--run-dir DIR] [options]
 
-Sets up .venv, then trains a MaskMoE language model from raw text on this machine, evaluates it, and shows a sample of
-what it writes. Started again after an interruption, it continues where it was.
+Sets up .venv, then trains a MaskMoE language model from raw text on this machine, evaluates it, exports it to Hugging
+Face's format, and shows a sample of what it writes. Started again after an interruption, it continues where it was.
 
   --input FILE…  text to train on: JSON lines or plain text, also .gz and .zst
                  (default: sources and documentation of the installed Python and its packages)
@@ -28,5 +28,5 @@ for argument in "$@"; do
     fi
 done
 
-"$root/launch/setup.sh"
+"$root/launch/setup.sh" --extras hf
 exec "$root/.venv/bin/python" -P -m maskmoe.quickstart "$@"

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 
@@ -117,6 +118,8 @@ def _map_devices() -> None:
 
         return wrapper
 
+    # What `with torch.device(…)` looks for are the factories as they are now, which the wrappers call.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, with_cpu_device(getattr(torch, name)))
 

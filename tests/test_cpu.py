@@ -52,6 +52,13 @@ def test_factories_make_cpu_tensors(device: object) -> None:
     assert tensors[2].dtype == torch.int64 and tensors[2].shape == (2, 2)
 
 
+def test_other_default_devices_hold() -> None:
+    """transformers makes its models so before it loads their weights."""
+    with torch.device("meta"):
+        tensors = [torch.empty(2), torch.arange(3), torch.ones(2), torch.tensor([1.0]), torch.nn.Linear(2, 2).weight]
+    assert all(tensor.is_meta for tensor in tensors)
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, torch.device("cuda")])
 def test_moves_stay_on_the_cpu(device: object) -> None:
     tensor, module = torch.ones(2), torch.nn.Linear(2, 2)

@@ -9,6 +9,7 @@ import numpy as np
 from maskmoe.cli import atomic_output, run_tool
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe
+from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
 
@@ -25,6 +26,15 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--token-frequency", type=Path, metavar="F", help="counts from tools/count_token_frequency.py")
     source.add_argument(
         "--vocab-size", type=int, metavar="V", help="ids of the tokenizer, for masks that need no counts"
+    )
+
+    source.add_argument(
+        "--expert-table",
+        metavar="F[:TENSOR]",
+        help="a table of every id's experts, [vocab, k] for all layers or [layers, vocab, k]: a .npy file, or a tensor "
+        "of a safetensors file or of a folder of them. {layer} in TENSOR stands for a layer's number, with one "
+        "[vocab, k] for each; in layers without, every id sees all experts. DeepSeek-V4's is "
+        "FOLDER:model.layers.{layer}.mlp.gate.tid2eid",
     )
 
     model = parser.add_argument_group("model")
@@ -86,6 +96,20 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
     return MaskRecipe(arguments.num_experts, arguments.num_layers, **given, **common)
 
 
+def mask_from_table(arguments: argparse.Namespace) -> RoutingMask:
+    """The mask of `--expert-table`. Raises UserError where the table is unusable, or a flag says what it says."""
+    flags = ("frequent_mass", "frequent_visible_experts", "assignment", "preset")
+    given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]
+    given += ["--shared-table"] if arguments.shared_table else []
+    if given:
+        raise UserError(f"--expert-table already decides what each id sees; leave {', '.join(given)} out")
+    table = ExpertTable.read(arguments.expert_table, arguments.num_layers)
+    repeats = table.num_ids_with_repeats
+    if repeats:
+        print(f"WARNING: {repeats:,} ids name an expert more than once; they see as many experts as are different")
+    return table.to_mask(arguments.num_experts, arguments.num_layers)
+
+
 def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None) -> None:
     num_visible = mask.num_visible
     is_frequent = num_visible > 1
@@ -135,7 +159,7 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    recipe = recipe_from(arguments)
+    recipe = None if arguments.expert_table else recipe_from(arguments)
     num_ranks = arguments.expert_model_parallel_size
     if num_ranks is not None and (num_ranks < 1 or arguments.num_experts % num_ranks):
         raise UserError(
@@ -143,9 +167,12 @@ def main() -> None:
         )
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     with atomic_output(arguments.output) as temporary:
-        mask = build_routing_mask(
-            recipe, frequency=frequency, vocab_size=arguments.vocab_size, workers=arguments.workers, progress=True
-        )
+        if recipe is None:
+            mask = mask_from_table(arguments)
+        else:
+            mask = build_routing_mask(
+                recipe, frequency=frequency, vocab_size=arguments.vocab_size, workers=arguments.workers, progress=True
+            )
         mask.save(temporary)
     print_summary(mask, frequency, num_ranks)
     print(f"written          {arguments.output}")

@@ -59,8 +59,9 @@ class Plan:
     @property
     def stages(self) -> tuple[Callable[[], Stage], ...]:
         """Makers of all stages, in order."""
-        makers = (self.tokenizer, self.dataset, self.frequency, self.mask, self.train, self.evaluate, self.sample)
-        return makers if self.settings.input else (self.corpus, *makers)
+        text = () if self.settings.input else (self.corpus,)
+        data = (self.tokenizer, self.dataset, self.frequency, self.mask)
+        return (*text, *data, self.train, self.evaluate, self.export, self.sample)
 
     @property
     def expert_model_parallel_size(self) -> int:
@@ -152,8 +153,7 @@ class Plan:
             *("--eval-interval", _at_least_once(settings.train_iters, _EVALUATIONS_IN_A_RUN), "--eval-iters", 8),
             *("--log-interval", _at_least_once(settings.train_iters, _LOG_LINES_IN_A_RUN)),
             *("--save", files.checkpoints, "--load", files.checkpoints),
-            # Only the newest checkpoint is kept: none has an iteration that this divides.
-            *("--save-interval", save_interval, "--save-retain-interval", save_interval * settings.train_iters * 2),
+            *("--save-interval", save_interval, "--keep-last-checkpoints", 1),
             *("--tensorboard-dir", files.tensorboard),
         )
         return Stage(
@@ -186,25 +186,24 @@ class Plan:
             environment=self.devices.environment,
         )
 
+    def export(self) -> Stage:
+        files = self.files
+        command = _tool("convert_checkpoint", "megatron-to-hf", "--load", files.checkpoints, "--save", files.model)
+        inputs = (files.checkpoints, files.tokenizer_model)
+        return Stage("export", command, inputs=inputs, outputs=(files.model,))
+
     def sample(self) -> Stage:
         files = self.files
-        command = self._torchrun(
-            "generate",
-            *self._checkpoint_flags,
-            *self._tokenizer_flags,
+        command = _tool(
+            "generate_text",
+            *("--model", files.model),
             # As one word, so that it may begin with a dash.
             f"--prompt={self._prompt}",
             *("--max-new-tokens", min(_SAMPLE_TOKENS, self.settings.seq_length - _PROMPT_TOKENS)),
             *("--seed", self.settings.seed),
-            *("--sample-output", files.sample),
+            *("--output", files.sample),
         )
-        return Stage(
-            "sample",
-            command,
-            inputs=(files.checkpoints, files.tokenizer_model),
-            outputs=(files.sample,),
-            environment=self.devices.environment,
-        )
+        return Stage("sample", command, inputs=(files.model,), outputs=(files.sample,))
 
     @property
     def _text(self) -> tuple[Path, ...]:

@@ -67,6 +67,7 @@ def collect_results(plan: Plan, record: RunRecord, training_log: Sequence[str]) 
         ),
         paths={
             "checkpoint": files.checkpoints,
+            "model for transformers": files.model,
             "routing mask": files.routing_mask,
             "loss curve": files.loss_curve,
             "this report": files.report,

@@ -15,7 +15,6 @@ from maskmoe.quickstart.record import RunRecord
 from maskmoe.quickstart.settings import ROOT
 
 _POLL_SECONDS = 0.2
-_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class StageError(Exception):
@@ -81,9 +80,7 @@ class Runner:
         if reason is not None:
             self._line.print(f"{title} is done again, for {reason}")
         if goes_on:
-            iteration = repair_checkpoints(self._plan.files.checkpoints)
-            start = f"goes on from its checkpoint of iteration {iteration}" if iteration else "starts again"
-            self._line.print(f"{title} {start}")
+            self._line.print(f"{title} goes on where it was")
         else:
             self._set_aside(stage, title)
             self._record.begin(stage)
@@ -147,34 +144,6 @@ def format_command(stage: Stage) -> str:
             lines.append([])
         lines[-1].append(quoted)
     return " \\\n    ".join(map(" ".join, lines))
-
-
-def repair_checkpoints(folder: Path) -> int:
-    """Undo what a kill while a checkpoint was written has done to Megatron's `--save` folder.
-
-    Removes checkpoints that are not whole, and makes the note of the newest one point at one that is.
-
-    Returns:
-        the iteration of the newest whole checkpoint, 0 if there is none.
-    """
-    whole = []
-    for checkpoint in folder.glob("iter_*"):
-        # Written last.
-        if (checkpoint / ".metadata").is_file():
-            whole.append(int(checkpoint.name.removeprefix("iter_")))
-        else:
-            shutil.rmtree(checkpoint)
-    newest = max(whole, default=0)
-    tracker = folder / _TRACKER
-    if newest == 0:
-        tracker.unlink(missing_ok=True)
-        return 0
-    noted = tracker.read_text().strip() if tracker.exists() else ""
-    if noted.isdigit() and int(noted) in whole:
-        return int(noted)
-    with atomic_output(tracker) as path:
-        path.write_text(str(newest))
-    return newest
 
 
 def read_log(path: Path) -> list[str]:

@@ -69,10 +69,11 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         prog="launch/quickstart.sh",
         description="Train a MaskMoE language model from raw text on this machine: tokenizer, dataset, token counts, "
         "routing mask, training with expert parallelism (all GPUs; without any, 2 processes on the CPU), evaluation, "
-        "and a sample of generated text. Takes 6 to 8 minutes on 2 cores with the defaults. Started again after an "
-        "interruption, it continues where it was; with other settings, it does again what they change.",
-        epilog="The run folder gets report.md, loss.png, the checkpoints, the routing mask, commands.sh with the "
-        "command line of every stage, and logs/ with the full output of each.",
+        "export to transformers, and a sample of text that the exported model generates. Takes 6 to 8 minutes on 2 "
+        "cores with the defaults. Started again after an interruption, it continues where it was; with other settings, "
+        "it does again what they change.",
+        epilog="The run folder gets report.md, loss.png, the checkpoints, the exported model, the routing mask, "
+        "commands.sh with the command line of every stage, and logs/ with the full output of each.",
     )
 
     def add(group: argparse._ArgumentGroup, flag: str, default: object, help: str, **options) -> None:
@@ -180,6 +181,11 @@ class RunFiles:
     @property
     def evaluation(self) -> Path:
         return self.folder / "evaluation.json"
+
+    @property
+    def model(self) -> Path:
+        """In transformers' format."""
+        return self.folder / "model"
 
     @property
     def sample(self) -> Path:

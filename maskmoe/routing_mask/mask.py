@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -33,6 +33,7 @@ _PROVENANCE = {
     "datasets": list,
     "tokenizer": (dict, type(None)),
 }
+_EXPERT_TABLE = {"name": str, "sha256": str}
 
 # Fewer are made sooner than worker processes start.
 _FEW_ASSIGNMENTS = 1 << 20
@@ -48,6 +49,8 @@ class MaskProvenance:
         counts_digest: digest of the `TokenFrequency`, None when the mask was made without counts.
         datasets: the datasets that were counted, see `TokenFrequency`.
         tokenizer: the tokenizer that made the datasets, None when unknown.
+        expert_table: `name` and `sha256` of the table that was given for the visible sets, see `ExpertTable`; None when
+            they were chosen by the settings.
     """
 
     assignment: str
@@ -60,6 +63,12 @@ class MaskProvenance:
     counts_digest: str | None = None
     datasets: tuple[dict[str, Any], ...] = ()
     tokenizer: dict[str, Any] | None = None
+    expert_table: dict[str, Any] | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """As a dictionary of JSON values. Without an expert table there is no such key: a mask keeps its old digest."""
+        record = asdict(self)
+        return record if self.expert_table else {name: record[name] for name in _PROVENANCE}
 
     @classmethod
     def from_record(cls, record: Any) -> "MaskProvenance":
@@ -68,7 +77,10 @@ class MaskProvenance:
         Raises:
             TypeError, ValueError: it describes none.
         """
-        check_fields(record, _PROVENANCE)
+        has_table = isinstance(record, dict) and "expert_table" in record
+        check_fields(record, _PROVENANCE | {"expert_table": dict} if has_table else _PROVENANCE)
+        if has_table:
+            check_fields(record["expert_table"], _EXPERT_TABLE)
         if not 0 <= record["frequent_mass"] <= 1:
             raise ValueError(f"frequent mass {record['frequent_mass']}")
         for name, least in (("frequent_visible_experts", 2), ("expert_model_parallel_size", 1)):
@@ -164,6 +176,11 @@ class RoutingMask:
         """The smallest number of experts that any id sees in any layer."""
         return min(int(self.num_visible_of_layer(table).min()) for table in range(len(self.row_of_id)))
 
+    @cached_property
+    def max_visible(self) -> int:
+        """The largest number of experts that any id sees in any layer."""
+        return max(int(self.num_visible_of_layer(table).max()) for table in range(len(self.row_of_id)))
+
     @property
     def num_visible(self) -> np.ndarray:
         """Experts that each id sees, int64 `[vocab]`. A mask that was built has the same number in every layer."""
@@ -232,6 +249,17 @@ class RoutingMask:
                 f"{expert_model_parallel_size}; run with --expert-model-parallel-size {built_for} or build another mask"
             )
 
+    def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
+        """The same mask for a model whose embedding has more rows than the tokenizer has ids, or as many.
+
+        An id that the tokenizer does not have sees what its last one sees.
+        """
+        more = vocab_size - self.vocab_size
+        if more == 0:
+            return self
+        row_of_id = np.pad(self.row_of_id, ((0, 0), (0, more)), mode="edge")
+        return replace(self, row_of_id=row_of_id, vocab_size=vocab_size)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file atomically.
 
@@ -271,7 +299,7 @@ class RoutingMask:
 
     def _record(self) -> dict[str, Any]:
         sizes = {name: getattr(self, name) for name in _SIZES}
-        return sizes | {"provenance": asdict(self.provenance)}
+        return sizes | {"provenance": self.provenance.to_record()}
 
     @classmethod
     def _from_record(cls, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], source: str) -> "RoutingMask":

@@ -181,8 +181,12 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
     Raises:
         UserError: naming both sides.
     """
+    vocab_size = get_tokenizer().vocab_size
+    if args.routing_mask is None and vocab_size < mask.vocab_size <= args.padded_vocab_size:
+        # The checkpoint's, of an imported model whose embedding has more rows than its tokenizer has ids.
+        vocab_size = mask.vocab_size
     mask.check_fits(
-        vocab_size=get_tokenizer().vocab_size,
+        vocab_size=vocab_size,
         num_experts=args.num_experts,
         num_layers=args.num_layers + (args.mtp_num_layers or 0),
         # Where the experts of a rank-local mask are matters for the speed of training only.

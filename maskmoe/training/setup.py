@@ -133,6 +133,7 @@ def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
         config.routing_mask = Path(args.routing_mask or checkpoint_to_load(args))
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
+    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default
     return config
 
 

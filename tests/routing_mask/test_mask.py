@@ -280,3 +280,14 @@ def test_files_of_other_kinds_are_refused(mask, mask_file, zipf_frequency, tmp_p
     save_file({"weights": np.zeros(3, dtype=np.float16)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="not a routing mask file"):
         RoutingMask.load(tmp_path / "model.safetensors")
+
+
+def test_more_ids_see_what_the_last_one_sees():
+    recipe = MaskRecipe.from_preset("top-k-hash", 8, 2, frequent_visible_experts=3)
+    mask = build_routing_mask(recipe, vocab_size=20)
+    larger = mask.with_vocab_size(23)
+    for layer in range(2):
+        sets = mask.visible_sets(layer)
+        assert np.array_equal(larger.visible_sets(layer), np.concatenate([sets, sets[-1:].repeat(3, axis=0)]))
+    assert (larger.vocab_size, larger.provenance) == (23, mask.provenance)
+    assert mask.with_vocab_size(20) is mask

@@ -1,12 +1,17 @@
 """A model without experts, for comparisons: the same builder makes what Megatron-Core's own makes."""
 
+import sys
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
+from maskmoe.training.setup import model_config_from_args
 
 VOCAB_SIZE = 128
 SEQUENCE = 16
@@ -39,3 +44,12 @@ def test_model_without_experts_is_megatrons(one_rank):
     positions = torch.arange(SEQUENCE).expand(2, -1)
     losses = [model(ids, positions, None, labels=ids.roll(-1, 1)) for model in (ours, theirs)]
     assert torch.equal(*losses)
+
+
+def test_factor_of_rope_scaling_is_that_of_the_command_line(monkeypatch):
+    flags = """--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8
+        --micro-batch-size 1 --vocab-size 100 --position-embedding-type rope
+        --use-rope-scaling --rope-scaling-factor 32"""
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
+    config = model_config_from_args(validate_args(parse_args(add_maskmoe_arguments)))
+    assert config.rope_scaling and config.rope_scaling_factor == 32

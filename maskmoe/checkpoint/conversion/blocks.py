@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from math import prod
 from typing import Protocol
 
@@ -124,18 +125,16 @@ class RearrangedSource:
 
     def read(self, block: Block) -> Tensor:
         """See `TensorSource`."""
-        copies = self._copies[block.tensor]
-        if len(copies) == 1 and copies[0].target == block:
-            return self._source.read(copies[0].source).reshape(block.sizes)
+        parts = [(wanted, copy) for copy in self._copies[block.tensor] if (wanted := block.intersection(copy.target))]
+        if len(parts) == 1:  # the cover is exact, so this is all of the block
+            return self._read_part(parts[0][1], block)
         result = torch.empty(block.sizes, dtype=self.tensors[block.tensor].dtype)
-        for copy in copies:
-            wanted = block.intersection(copy.target)
-            if wanted is not None:
-                result[wanted.within(block)] = self._read_part(copy, wanted)
+        for wanted, copy in parts:
+            result[wanted.within(block)] = self._read_part(copy, wanted)
         return result
 
     def _read_part(self, copy: Copy, wanted: Block) -> Tensor:
-        """Elements of a copy's target, without reading more of its source than rows of the common leading dimension."""
+        """Elements of a copy's target."""
         narrowed = _narrow(copy, wanted)
         part = self._source.read(narrowed.source).reshape(narrowed.target.sizes)
         return part[wanted.within(narrowed.target)]
@@ -145,6 +144,25 @@ class RearrangedSource:
         if len(dtypes) > 1:
             raise UncoveredTensor(f"{name} would be filled from tensors of different types: {sorted(map(str, dtypes))}")
         return dtypes.pop()
+
+
+def row_major_blocks(name: str, spec: TensorSpec, max_bytes: int) -> Iterator[Block]:
+    """Divide a tensor into blocks of at most `max_bytes` (or one element) that are contiguous, and in order, in memory.
+
+    An empty tensor has none.
+    """
+    if not spec.num_bytes:
+        return
+    row_bytes = [prod(spec.shape[d + 1 :]) * spec.dtype.itemsize for d in range(len(spec.shape))]
+    split = next((d for d, size in enumerate(row_bytes) if size <= max_bytes), len(spec.shape) - 1)
+    if split < 0:
+        yield Block.whole(name, spec.shape)
+        return
+    step = max(1, max_bytes // row_bytes[split])
+    for leading in product(*map(range, spec.shape[:split])):
+        for start in range(0, spec.shape[split], step):
+            sizes = (*(1 for _ in leading), min(step, spec.shape[split] - start), *spec.shape[split + 1 :])
+            yield Block(name, (*leading, start, *(0 for _ in spec.shape[split + 1 :])), sizes)
 
 
 def check_cover(shapes: Mapping[str, tuple[int, ...]], blocks: Iterable[Block]) -> None:
@@ -159,40 +177,58 @@ def check_cover(shapes: Mapping[str, tuple[int, ...]], blocks: Iterable[Block]) 
     for name in by_tensor.keys() - shapes.keys():
         raise UncoveredTensor(f"there is no tensor {name}")
     for name, shape in shapes.items():
-        covered = sum(block.num_elements for block in by_tensor[name])
         whole = Block.whole(name, shape)
-        if any(block.intersection(whole) != block for block in by_tensor[name] if block.num_elements):
+        parts = [block for block in by_tensor[name] if block.num_elements]
+        if any(block.intersection(whole) != block for block in parts):
             raise UncoveredTensor(f"{name} {list(shape)} is smaller than what would be copied to it")
-        if covered != whole.num_elements or _any_overlap(by_tensor[name]):
+        covered = sum(block.num_elements for block in parts)
+        if covered != whole.num_elements or (len(parts) > 1 and _any_overlap(parts)):
             raise UncoveredTensor(f"{name} {list(shape)} is not covered exactly once")
 
 
-def _any_overlap(blocks: Sequence[Block]) -> bool:
-    """Whether two of the blocks of one tensor share an element, by a sweep over the first dimension that varies."""
-    ordered = sorted((block for block in blocks if block.num_elements), key=lambda block: block.offsets)
-    return any(first.intersection(second) for first, second in _candidates(ordered))
+def _any_overlap(blocks: Iterable[Block], dimension: int = 0) -> bool:
+    """Whether two of the blocks of one tensor share an element.
+
+    Blocks that are apart in one dimension are not compared in the next.
+    """
+    for near in _overlapping_runs(blocks, dimension):
+        if dimension + 1 < len(near[0].offsets):
+            overlap = _any_overlap(near, dimension + 1)
+        else:
+            overlap = any(first.intersection(second) for first, second in combinations(near, 2))
+        if overlap:
+            return True
+    return False
 
 
-def _candidates(ordered: Sequence[Block]) -> Iterator[tuple[Block, Block]]:
-    for index, first in enumerate(ordered):
-        for second in ordered[index + 1 :]:
-            if first.offsets and second.offsets[0] >= first.offsets[0] + first.sizes[0]:
-                break
-            yield first, second
+def _overlapping_runs(blocks: Iterable[Block], dimension: int) -> Iterator[list[Block]]:
+    """The groups of two or more blocks whose intervals in one dimension hang together."""
+    run: list[Block] = []
+    stop = 0
+    for block in sorted(blocks, key=lambda block: block.offsets[dimension]):
+        if run and block.offsets[dimension] >= stop:
+            if len(run) > 1:
+                yield run
+            run = []
+        run.append(block)
+        stop = max(stop, block.offsets[dimension] + block.sizes[dimension])
+    if len(run) > 1:
+        yield run
 
 
 def _narrow(copy: Copy, wanted: Block) -> Copy:
-    """The part of a copy with the rows that `wanted` is in, where both sides divide into the same rows."""
-    source, target = _without_leading_ones(copy.source), _without_leading_ones(copy.target)
-    if not source or not target or copy.source.sizes[source[0]] != copy.target.sizes[target[0]]:
-        return copy
-    dimension = target[0]
-    first = wanted.offsets[dimension] - copy.target.offsets[dimension]
-    count = wanted.sizes[dimension]
-    return Copy(_cut(copy.source, source[0], first, count), _cut(copy.target, dimension, first, count))
+    """The part of a copy that holds `wanted`, cut in the leading dimensions that both sides have in common."""
+    source, target = copy.source, copy.target
+    for ours, theirs in zip(_without_ones(source), _without_ones(target), strict=False):
+        if copy.source.sizes[ours] != copy.target.sizes[theirs]:
+            break
+        first = wanted.offsets[theirs] - copy.target.offsets[theirs]
+        source = _cut(source, ours, first, wanted.sizes[theirs])
+        target = _cut(target, theirs, first, wanted.sizes[theirs])
+    return Copy(source, target)
 
 
-def _without_leading_ones(block: Block) -> list[int]:
+def _without_ones(block: Block) -> list[int]:
     return [dimension for dimension, size in enumerate(block.sizes) if size != 1]
 
 

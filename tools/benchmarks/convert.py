@@ -1,0 +1,133 @@
+"""Speed and memory of checkpoint conversions, both ways, against `cp` of the same bytes.
+
+The model's weights are one random block over and over. Both sides count until their files are on the disk. Every
+conversion runs in a process of its own, whose peak memory must stay within 2 GiB and the largest tensor.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+
+import maskmoe.training  # noqa: F401  the CPU adapter comes before Megatron
+
+# isort: split
+import torch
+
+from maskmoe.checkpoint.conversion.blocks import Block, TensorSpec
+from maskmoe.checkpoint.conversion.convert import Settings, huggingface_to_megatron, megatron_to_huggingface
+from maskmoe.checkpoint.conversion.families import OpenedModel, all_visible, with_routing_mask
+from maskmoe.checkpoint.conversion.huggingface_models import write_huggingface
+from maskmoe.checkpoint.conversion.model_tensors import tensor_shapes
+from maskmoe.checkpoint.conversion.tokenizer import WITHOUT_TEXT
+from maskmoe.checkpoint.conversion.writing import BLOCK_BYTES, OutputFolder
+
+CONVERSIONS = {"megatron-to-hf": megatron_to_huggingface, "hf-to-megatron": huggingface_to_megatron}
+MEMORY_BOUND = 2 << 30
+# A layer has 16 experts of 3 · 2048 · 4096 weights in bf16: 768 MiB, and attention.
+CONFIG = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 4096,
+    "tie_word_embeddings": False,
+}
+BYTES_OF_LAYER = 792 << 20
+
+
+class RepeatedBlock:
+    """Tensors of one random block over and over."""
+
+    def __init__(self, tensors: dict[str, TensorSpec]):
+        self.tensors = tensors
+        self._elements = torch.randn(BLOCK_BYTES // 2).to(torch.bfloat16)
+
+    def read(self, block: Block) -> torch.Tensor:
+        """See `TensorSource`."""
+        return self._elements[: block.num_elements].view(block.sizes)
+
+
+def make_model(folder: Path, gib: float) -> None:
+    """Write a model of about so many GiB in transformers' format."""
+    from maskmoe.huggingface import MaskMoEConfig
+
+    num_layers = max(1, round(gib * 2**30 / BYTES_OF_LAYER))
+    config = MaskMoEConfig(**CONFIG, num_hidden_layers=num_layers).to_dict() | {"routing_mask": None}
+    shapes = tensor_shapes(config)
+    source = RepeatedBlock({name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()})
+    model = with_routing_mask(OpenedModel(source, config), all_visible(config))
+    with OutputFolder(folder, {}) as output:
+        write_huggingface(model, output, Settings.max_shard_size, WITHOUT_TEXT, None)
+
+
+def convert(conversion: str, load: Path, save: Path) -> tuple[float, int]:
+    """Seconds and peak memory in bytes of one conversion in a process of its own."""
+    shutil.rmtree(save, ignore_errors=True)
+    command = [sys.executable, __file__, "--measure", conversion, str(load), str(save)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    measured = json.loads(output.splitlines()[-1])
+    return measured["seconds"], measured["peak"]
+
+
+def measure(conversion: str, load: str, save: str) -> None:
+    start = time.perf_counter()
+    CONVERSIONS[conversion](Settings(Path(load), Path(save)))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def copy(load: Path, save: Path) -> float:
+    """Seconds to copy a folder to the disk."""
+    shutil.rmtree(save, ignore_errors=True)
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", load, save], check=True)
+    subprocess.run(["sync", *(path for path in save.rglob("*") if path.is_file())], check=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=1.5, metavar="N", help="size of the model (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="for the files, twice as much (default: a new one)")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    harness.add_arguments(parser, repeats=3)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(*arguments.measure)
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        load, save = folder / "model", folder / "result"
+        make_model(load, arguments.gib)
+        results, peaks = [], {}
+        for conversion in ("hf-to-megatron", "megatron-to-hf"):
+            size = sum(path.stat().st_size for path in load.rglob("*") if path.is_file()) / 2**30
+            ours, baseline = [], []
+            for _ in range(arguments.repeats):
+                baseline.append(size / copy(load, save))
+                seconds, peak = convert(conversion, load, save)
+                ours.append(size / seconds)
+                peaks[conversion] = max(peaks.get(conversion, 0), peak)
+            results.append(harness.Result(conversion, "GiB/s", ours, baseline))
+            shutil.rmtree(load)
+            save.rename(load)
+        harness.report(results, arguments.json)
+    for conversion, peak in peaks.items():
+        print(f"{conversion} peak memory {peak / 2**20:.0f} MiB (bound: {MEMORY_BOUND / 2**20:.0f} MiB and a tensor)")
+    if max(peaks.values()) > MEMORY_BOUND:
+        sys.exit("the memory bound is broken")
+
+
+if __name__ == "__main__":
+    main()
