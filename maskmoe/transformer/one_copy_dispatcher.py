@@ -1,6 +1,6 @@
 """All-to-all dispatch that sends a token to each rank once, however many of that rank's experts it uses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.tensor_parallel.mappings import all_to_all
@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from maskmoe.transformer.dispatch_plan import LayerPlan
 from maskmoe.transformer.row_copies import RowCopies
+from maskmoe.transformer.row_exchange import RowExchange
 
 _NOT_SELECTED = -1.0
 """Stands in the place of a weight, which is never negative, where an expert is not selected."""
@@ -16,19 +17,14 @@ _NOT_SELECTED = -1.0
 
 @dataclass(frozen=True)
 class Dispatch:
-    """How the tokens of one layer went to the ranks of their experts, by which they find back.
+    """How the tokens of one layer went to their experts, by which they find back.
 
     Attributes:
-        sent: copies of this rank's tokens by rank; one for every rank with an expert of the token.
-        fanned: copies of the received rows by local expert.
-        rows_to, rows_from: rows sent to, and received from, each rank.
+        exchange: between the ranks, and on to the local experts.
         tokens_per_expert: int64 [local experts], in host memory.
     """
 
-    sent: RowCopies
-    fanned: RowCopies
-    rows_to: tuple[int, ...]
-    rows_from: tuple[int, ...]
+    exchange: RowExchange
     tokens_per_expert: Tensor
 
 
@@ -80,19 +76,20 @@ class OneCopyDispatcher:
         rows_to, rows_from, tokens_per_expert = self._exchange_counts(of_rank, to_rank)
         sent = RowCopies.from_map(to_rank, sum(rows_to), has_every_row=False)
 
-        rows = all_to_all(self._group, sent.take(hidden_states), list(rows_from), list(rows_to))
         weights = probs.masked_fill(~routing_map, _NOT_SELECTED).view(-1, self._num_local_experts)
         weights = weights.index_select(0, sent.rows * self._num_ranks + sent.targets)
         weights = all_to_all(self._group, weights, list(rows_from), list(rows_to))  # [rows, local experts]
-
-        expert_input, weights, fanned = self._fan_out(
-            rows, weights, weights != _NOT_SELECTED, int(tokens_per_expert.sum())
+        fanned = RowCopies.from_map(weights != _NOT_SELECTED, int(tokens_per_expert.sum()), has_every_row=True)
+        exchange = RowExchange(self._group, sent, rows_to, rows_from, fanned)
+        return (
+            exchange.there(hidden_states),
+            self._weights_of_copies(weights, fanned),
+            Dispatch(exchange, tokens_per_expert),
         )
-        return expert_input, weights, Dispatch(sent, fanned, rows_to, rows_from, tokens_per_expert)
 
     def send(self, hidden_states: Tensor, plan: LayerPlan) -> Tensor:
         """Send tokens [tokens, hidden] to where a plan says; returns what this rank receives, [rows, hidden]."""
-        return all_to_all(self._group, plan.sent.take(hidden_states), list(plan.rows_from), list(plan.rows_to))
+        return self._exchange_of(plan).there(hidden_states)
 
     def dispatch_received(
         self, rows: Tensor, probs: Tensor, routing_map: Tensor, plan: LayerPlan
@@ -110,9 +107,9 @@ class OneCopyDispatcher:
         first = self._group.rank() * self._num_local_experts
         local = slice(first, first + self._num_local_experts)
         selected = routing_map[:, local]
-        expert_input, weights, fanned = self._fan_out(rows, probs[:, local], selected, plan.num_selected)
-        tokens_per_expert = selected.sum(dim=0).cpu()
-        return expert_input, weights, Dispatch(plan.sent, fanned, plan.rows_to, plan.rows_from, tokens_per_expert)
+        fanned = RowCopies.from_map(selected, plan.num_selected, has_every_row=True)
+        dispatch = Dispatch(replace(self._exchange_of(plan), fanned=fanned), selected.sum(dim=0).cpu())
+        return fanned.take(rows), self._weights_of_copies(probs[:, local], fanned), dispatch
 
     def combine(self, expert_output: Tensor, dispatch: Dispatch) -> Tensor:
         """Bring the experts' weighted outputs back.
@@ -124,17 +121,14 @@ class OneCopyDispatcher:
         Returns:
             [tokens, hidden], the sum over each token's experts.
         """
-        sums = dispatch.fanned.sum(expert_output)
-        returned = all_to_all(self._group, sums, list(dispatch.rows_to), list(dispatch.rows_from))
-        return dispatch.sent.sum(returned)
+        return dispatch.exchange.back(expert_output)
 
-    def _fan_out(
-        self, rows: Tensor, weights: Tensor, selected: Tensor, num_selected: int
-    ) -> tuple[Tensor, Tensor, RowCopies]:
-        """Copy received rows to the selected of this rank's experts; weights, selected: [rows, local experts]."""
-        fanned = RowCopies.from_map(selected, num_selected, has_every_row=True)
-        weights = weights.flatten().index_select(0, fanned.rows * self._num_local_experts + fanned.targets)
-        return fanned.take(rows), weights, fanned
+    def _exchange_of(self, plan: LayerPlan) -> RowExchange:
+        return RowExchange(self._group, plan.sent, plan.rows_to, plan.rows_from)
+
+    def _weights_of_copies(self, weights: Tensor, fanned: RowCopies) -> Tensor:
+        """Of received rows [rows, local experts] to those of their copies [copies]."""
+        return weights.flatten().index_select(0, fanned.rows * self._num_local_experts + fanned.targets)
 
     def _exchange_counts(self, of_rank: Tensor, to_rank: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
         """Rows to each rank, rows from each rank, and int64 [local experts] tokens of each of this rank's experts."""

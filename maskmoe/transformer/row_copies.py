@@ -1,4 +1,4 @@
-"""Copies of rows and sums of copies, each the other's gradient."""
+"""Copies of rows, and sums of copies."""
 
 from dataclasses import dataclass
 
@@ -54,41 +54,36 @@ class RowCopies:
         return cls(rows, torch.zeros_like(rows), order, numbers, is_permutation=True)
 
     def take(self, values: Tensor) -> Tensor:
-        """The copies [copies, …] of rows [rows, …]."""
+        """The copies [copies, …] of rows [rows, …], with `sum` as its gradient."""
         return _Take.apply(values, self)
 
-    def sum(self, copies: Tensor) -> Tensor:
-        """For each row [rows, features] the sum of its copies [copies, features], in the order of their targets."""
-        return _Sum.apply(copies, self)
-
-    def _take(self, values: Tensor) -> Tensor:
+    def take_now(self, values: Tensor) -> Tensor:
+        """`take` without a gradient."""
         return values.index_select(0, self.rows)
 
-    def _sum(self, copies: Tensor) -> Tensor:
+    def take_into(self, out: Tensor, values: Tensor) -> Tensor:
+        """`take_now` into memory that is there."""
+        return torch.index_select(values, 0, self.rows, out=out)
+
+    def sum_now(self, copies: Tensor) -> Tensor:
+        """For each row [rows, features] the sum of its copies [copies, features], in the order of their targets."""
         if self.is_permutation:
             return copies.index_select(0, self.order)
         if len(self.order) == 0:
             return copies.new_zeros(len(self.offsets), *copies.shape[1:])
         return F.embedding_bag(self.order, copies, self.offsets, mode="sum")
 
+    def sum_into(self, out: Tensor, copies: Tensor) -> Tensor:
+        """`sum_now`, into memory that is there if that is of use."""
+        return torch.index_select(copies, 0, self.order, out=out) if self.is_permutation else self.sum_now(copies)
+
 
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, copies: RowCopies) -> Tensor:
         ctx.copies = copies
-        return copies._take(values)
+        return copies.take_now(values)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.copies._sum(gradient.contiguous()), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values: Tensor, copies: RowCopies) -> Tensor:
-        ctx.copies = copies
-        return copies._sum(values)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.copies._take(gradient), None
+        return ctx.copies.sum_now(gradient.contiguous()), None
