@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from megatron.core.dist_checkpointing import load_common_state_dict
 
@@ -39,6 +40,19 @@ _OF_THE_MODEL = (
     "qk_layernorm_all_heads",
     "untie_embeddings_and_output_weights",
     "position_embedding_type",
+    "layernorm_epsilon",
+)
+# Of those, and of other settings of the model, what Megatron 0.19 does not take with `--use-checkpoint-args`.
+_LEFT_OUT_BY_MEGATRON = (
+    "layernorm_epsilon",
+    "moe_router_group_topk",
+    "moe_router_num_groups",
+    "moe_shared_expert_gate",
+    "qk_layernorm",
+    "qk_layernorm_all_heads",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
 )
 
 
@@ -114,6 +128,12 @@ def _damage_of_my_part(checkpoint: Path, ranks: RankStore) -> str:
     except Damage as damage:
         return str(damage)
     return ""
+
+
+def further_checkpoint_args(checkpoint: Path) -> dict[str, Any]:
+    """Settings of a checkpoint's model that Megatron leaves to the command line, even with `--use-checkpoint-args`."""
+    saved = load_common_state_dict(checkpoint).get("args", Namespace())
+    return {name: getattr(saved, name) for name in _LEFT_OUT_BY_MEGATRON if hasattr(saved, name)}
 
 
 def check_same_model(args: Namespace, checkpoint: Path) -> None:

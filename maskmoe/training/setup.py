@@ -31,7 +31,12 @@ from maskmoe.training.checks import (
 )
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
 from maskmoe.training.rank_store import RankStore
-from maskmoe.training.resume import check_same_model, checkpoint_to_load, find_checkpoint
+from maskmoe.training.resume import (
+    check_same_model,
+    checkpoint_to_load,
+    find_checkpoint,
+    further_checkpoint_args,
+)
 from maskmoe.transformer.visible_experts import check_same_mask
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -67,6 +72,9 @@ def parse_and_check_args(
     if args.use_checkpoint_args:
         if checkpoint is None:
             raise UserError("--use-checkpoint-args needs --load with the folder of the checkpoints")
+        # As defaults, so that the command line wins.
+        chosen |= further_checkpoint_args(checkpoint)
+        args = parse_args(add_arguments)
         args, _ = load_args_from_checkpoint(args)
     check_supported(args)
     check_tokenizer(args)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import mpu
+from megatron.core.utils import unwrap_model
 from megatron.training import get_tokenizer
 from torch import Tensor
 
@@ -185,12 +187,17 @@ def score_texts(args: argparse.Namespace, model: torch.nn.Module, texts: Sequenc
         model: the rank's part of the model.
         texts: what to score.
 
+    Ids by which the vocabulary is padded for tensor parallelism get no share of the probability. (In training, and in
+    the loss of a dataset, Megatron has them in.)
+
     Raises:
         UserError: see `token_windows`.
     """
     model.eval()
     args.create_attention_mask_in_dataloader = False
-    found = token_windows(texts, get_tokenizer(), args.seq_length)
+    tokenizer = get_tokenizer()
+    _leave_padding_ids_out(model, tokenizer.vocab_size)
+    found = token_windows(texts, tokenizer, args.seq_length)
     likelihoods = torch.zeros(len(found) + args.micro_batch_size, dtype=torch.float64, device="cuda")
 
     def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
@@ -213,6 +220,21 @@ def score_texts(args: argparse.Namespace, model: torch.nn.Module, texts: Sequenc
         num_tokens[window.text] += window.num_scored
     num_bytes = [len(text.continuation.encode()) for text in texts]
     return TextScores.of([TextScore(*score) for score in zip(of_text.tolist(), num_tokens, num_bytes, strict=True)])
+
+
+def _leave_padding_ids_out(model: torch.nn.Module, vocab_size: int) -> None:
+    """Give the ids by which Megatron pads the vocabulary no share of the probability, as they have none elsewhere."""
+    model = unwrap_model(model)
+    if not model.post_process:
+        return
+
+    def mask_logits(layer: torch.nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor | None]) -> tuple:
+        logits, bias = outputs  # [sequence, batch, vocabulary of this rank]
+        first = mpu.get_tensor_model_parallel_rank() * logits.shape[-1]
+        is_padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= vocab_size
+        return logits.masked_fill(is_padding, float("-inf")), bias
+
+    model.output_layer.register_forward_hook(mask_logits)
 
 
 def _sum_of_samples(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Buffer, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,8 +28,6 @@ BLOCK_BYTES = 16 << 20
 JOURNAL = "unfinished_conversion.json"
 """What of an unfinished output is done. The name says what the folder is."""
 
-# Blocks that are written but not yet verified.
-_MOST_UNVERIFIED = 2
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -212,17 +209,28 @@ def _partial(path: Path) -> Iterator[Path]:
 
 
 def _write_file(source: TensorSource, file: PlannedFile, path: Path, bar: tqdm) -> FileRecord:
-    """Read, write and verify at the same time, each on a thread of its own."""
-    with open(path, "wb+", buffering=0) as stream, _Verifier(stream.fileno()) as verifier:
+    """Write a file block by block and read each back; its digest is that of what was read.
+
+    Reading the source, writing, and hashing are done at the same time, each on a thread of its own.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb+", buffering=0) as stream, ThreadPoolExecutor(1) as executor:
+        hashing: Future[None] | None = None
         for buffer in _ahead(_content(source, file)):
-            _write_all(stream.fileno(), buffer)
-            verifier.expect(buffer)
-            bar.update(memoryview(buffer).nbytes)
-        record = verifier.result(path)
+            written = _write_and_read_back(stream.fileno(), np.frombuffer(buffer, np.uint8), size)
+            if written is None:
+                raise UserError(f"{path} does not hold what was written to it; the disk or the memory is faulty")
+            if hashing is not None:
+                hashing.result()
+            hashing = executor.submit(digest.update, written)
+            # Begin to write to the disk now, so that little is left for the end.
+            os.posix_fadvise(stream.fileno(), size, len(written), os.POSIX_FADV_DONTNEED)
+            size += len(written)
+            bar.update(len(written))
         os.fsync(stream.fileno())
-    if record.size != file.size:
-        raise RuntimeError(f"{file.name} has {record.size} bytes, not {file.size} as planned")
-    return record
+    if size != file.size:
+        raise RuntimeError(f"{file.name} has {size} bytes, not {file.size} as planned")
+    return FileRecord(digest.hexdigest(), size)
 
 
 def _content(source: TensorSource, file: PlannedFile) -> Iterator[Buffer]:
@@ -243,57 +251,18 @@ def _ahead[Item](items: Iterable[Item]) -> Iterator[Item]:
             yield item
 
 
-class _Verifier:
-    """Reads a file back behind the one who writes it, compares, and digests what it read.
-
-    Args:
-        descriptor: of the file, open for reading.
-    """
-
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
-        self._digest = hashlib.sha256()
-        self._position = 0
-        self._scratch = np.empty(BLOCK_BYTES, np.uint8)
-        self._executor = ThreadPoolExecutor(1)
-        self._pending: deque[Future[bool]] = deque()
-        self._is_sound = True
-
-    def __enter__(self) -> "_Verifier":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._executor.shutdown(cancel_futures=True)
-
-    def expect(self, buffer: Buffer) -> None:
-        """Verify what was written next, in the background."""
-        self._pending.append(self._executor.submit(self._verify, np.frombuffer(buffer, np.uint8)))
-        while len(self._pending) > _MOST_UNVERIFIED:
-            self._is_sound &= self._pending.popleft().result()
-
-    def result(self, path: Path) -> FileRecord:
-        """What is in the file.
-
-        Raises:
-            UserError: not what was written.
-        """
-        if not all([self._is_sound, *(future.result() for future in self._pending)]):
-            raise UserError(f"{path} does not hold what was written to it; the disk or the memory is faulty")
-        return FileRecord(self._digest.hexdigest(), self._position)
-
-    def _verify(self, expected: np.ndarray) -> bool:
-        """Whether the next bytes of the file are as expected, uint8 [bytes]."""
-        is_equal = True
-        for start in range(0, len(expected), BLOCK_BYTES):
-            part = expected[start : start + BLOCK_BYTES]
-            found = self._scratch[: os.preadv(self._descriptor, [self._scratch[: len(part)]], self._position)]
-            is_equal = is_equal and np.array_equal(found, part)
-            self._digest.update(found)
-            self._position += len(found)
-        return is_equal
-
-
-def _write_all(descriptor: int, buffer: Buffer) -> None:
-    left = memoryview(buffer)
+def _write_and_read_back(descriptor: int, content: np.ndarray, position: int) -> np.ndarray | None:
+    """Append uint8 [bytes] to a file, which ends at `position`; what it holds there, or None if it is not the same."""
+    left = memoryview(content)
     while left:
         left = left[os.write(descriptor, left) :]
+    found = np.empty_like(content)
+    count = os.preadv(descriptor, [found], position)
+    return found if count == len(content) and _are_equal(found, content) else None
+
+
+def _are_equal(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays, uint8 [bytes], are equal; eight bytes at a time, which is faster by as much."""
+    whole = len(first) // 8 * 8
+    words = (array[:whole].view(np.uint64) for array in (first, second))
+    return np.array_equal(*words) and np.array_equal(first[whole:], second[whole:])
