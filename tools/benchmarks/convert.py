@@ -43,6 +43,8 @@ CONFIG = {
     "moe_intermediate_size": 4096,
     "tie_word_embeddings": False,
 }
+# As large models have, several files.
+SHARD_BYTES = 500 << 20
 BYTES_OF_LAYER = 792 << 20
 
 
@@ -68,7 +70,7 @@ def make_model(folder: Path, gib: float) -> None:
     source = RepeatedBlock({name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()})
     model = with_routing_mask(OpenedModel(source, config), all_visible(config))
     with OutputFolder(folder, {}) as output:
-        write_huggingface(model, output, Settings.max_shard_size, WITHOUT_TEXT, None)
+        write_huggingface(model, output, SHARD_BYTES, WITHOUT_TEXT, None)
 
 
 def convert(conversion: str, load: Path, save: Path) -> tuple[float, int]:
@@ -82,7 +84,7 @@ def convert(conversion: str, load: Path, save: Path) -> tuple[float, int]:
 
 def measure(conversion: str, load: str, save: str) -> None:
     start = time.perf_counter()
-    CONVERSIONS[conversion](Settings(Path(load), Path(save)))
+    CONVERSIONS[conversion](Settings(Path(load), Path(save), max_shard_size=SHARD_BYTES))
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 

@@ -30,8 +30,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
+from zipf import zipf_mask, zipf_probabilities
 
-from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
+from maskmoe.routing_mask import MaskRecipe, RoutingMask
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -87,24 +88,18 @@ def zipf_batches(vocab_size: int, batch_size: int, seq_length: int, seed: int) -
         yield {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 
 
-def zipf_probabilities(vocab_size: int) -> np.ndarray:
-    """Shares of the ids, float64 [vocab]."""
-    weights = 1 / np.arange(1, vocab_size + 1)
-    return weights / weights.sum()
-
-
-def uniform_mask(arguments: argparse.Namespace) -> RoutingMask:
-    """A mask with uniform assignment, made from the distribution that the batches have."""
-    counts = (zipf_probabilities(arguments.vocab_size) * 10**9).astype(np.int64)[None]
-    dataset = {"name": "zipf", "num_tokens": int(counts.sum()), "idx_sha256": "", "bin_bytes": 0}
+def make_mask(arguments: argparse.Namespace, num_ranks: int) -> RoutingMask:
+    """A mask made from the distribution that the batches have."""
+    is_rank_local = arguments.assignment == "rank-local"
     recipe = MaskRecipe(
         num_experts=arguments.num_experts,
         num_layers=arguments.num_layers,
-        assignment="uniform",
+        assignment=arguments.assignment,
         frequent_mass=arguments.frequent_mass,
         frequent_visible_experts=arguments.frequent_visible_experts,
+        expert_model_parallel_size=num_ranks if is_rank_local else None,
     )
-    return build_routing_mask(recipe, frequency=TokenFrequency(counts, (None,), (dataset,), None), workers=1)
+    return zipf_mask(recipe, arguments.vocab_size)
 
 
 def build_trainers(arguments: argparse.Namespace, topk: int) -> tuple[Trainer, Trainer]:
@@ -153,7 +148,7 @@ def build_trainers(arguments: argparse.Namespace, topk: int) -> tuple[Trainer, T
 
     torch.manual_seed(1)
     masked_config = config()
-    visible_experts = VisibleExperts(masked_config, uniform_mask(arguments), groups)
+    visible_experts = VisibleExperts(masked_config, make_mask(arguments, groups.ep.size()), groups)
     masked_spec = get_maskmoe_decoder_block_spec(masked_config, visible_experts)
     masked = MaskMoEGPTModel(masked_config, masked_spec, visible_experts=visible_experts, **sizes).cuda()
 
@@ -175,6 +170,7 @@ def main() -> None:
     parser.add_argument("--topk", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--frequent-mass", type=float, default=0.4)
     parser.add_argument("--frequent-visible-experts", type=int, default=8)
+    parser.add_argument("--assignment", choices=("uniform", "balanced", "rank-local"), default="uniform")
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
 
@@ -190,7 +186,7 @@ def main() -> None:
     cases = []
     for topk in arguments.topk:
         ours, baseline = build_trainers(arguments, topk)
-        name = f"train step top-{topk} of {arguments.num_experts} ranks {world_size}"
+        name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {world_size}"
         cases.append(harness.Case(name, "s", harness.seconds(ours.step), harness.seconds(baseline.step)))
     results = harness.run(cases, arguments.repeats)
     if torch.distributed.get_rank() == 0:

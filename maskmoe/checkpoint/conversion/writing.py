@@ -148,7 +148,7 @@ class OutputFolder:
 def write_files(source: TensorSource, files: Sequence[PlannedFile], output: OutputFolder) -> None:
     """Write files, but for those of an interrupted conversion that are intact.
 
-    A file has its name only when it is whole.
+    A file has its name only when it is whole. All are on the disk at the end; by then, most have long been.
 
     Args:
         source: of the blocks.
@@ -169,6 +169,9 @@ def write_files(source: TensorSource, files: Sequence[PlannedFile], output: Outp
             with reporting_full_disk(path), _partial(path) as partial:
                 record = _write_file(source, file, partial, bar)
             output.record(file.name, record)
+    for file in files:
+        with reporting_full_disk(output.path / file.name):
+            _wait_for_disk(output.path / file.name)
 
 
 @contextmanager
@@ -183,6 +186,11 @@ def reporting_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         hint = "; make room and start again: finished files are kept" if error.errno in _NO_SPACE else ""
         raise UserError(f"cannot write {path}: {error.strerror}{hint}") from error
+
+
+def _wait_for_disk(path: Path) -> None:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _is_done(output: OutputFolder, file: PlannedFile) -> bool:
@@ -223,11 +231,8 @@ def _write_file(source: TensorSource, file: PlannedFile, path: Path, bar: tqdm) 
             if hashing is not None:
                 hashing.result()
             hashing = executor.submit(digest.update, written)
-            # Begin to write to the disk now, so that little is left for the end.
-            os.posix_fadvise(stream.fileno(), size, len(written), os.POSIX_FADV_DONTNEED)
             size += len(written)
             bar.update(len(written))
-        os.fsync(stream.fileno())
     if size != file.size:
         raise RuntimeError(f"{file.name} has {size} bytes, not {file.size} as planned")
     return FileRecord(digest.hexdigest(), size)
