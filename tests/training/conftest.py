@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -270,6 +270,22 @@ RUNS |= runs_of_model(
         "tensor 2, data parallel 2": (4, f"{TENSOR_2} --micro-batch-size 4"),
     },
 )
+# Dispatched by plan with two expert-parallel ranks; with one process, by Megatron's dispatcher.
+RUNS |= runs_of_model(
+    "experts of one rank",
+    "--moe-z-loss-coeff 1e-3 --moe-shared-expert-intermediate-size 16 --moe-router-topk 3",
+    {
+        "expert parallel 2": (2, EXPERT_2),
+        "tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "selective recompute": (2, f"{EXPERT_2} --recompute-granularity selective --recompute-modules moe"),
+        "full recompute, expert parallel 2, pipeline 2": (4, f"{EXPERT_2} {PIPELINE_2} {FULL_RECOMPUTE}"),
+        "expert parallel 2, interleaved pipeline": (
+            4,
+            f"{EXPERT_2} {PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1",
+        ),
+    },
+    mask="rank_local.safetensors",
+)
 # What is compared: every loss that training logs, and the norm of all gradients.
 SCALARS = (
     "lm loss",
@@ -337,7 +353,8 @@ class Workplace:
 
     Attributes:
         folder: its path; holds `data.bin`, `data.idx`, `counts.safetensors`, and the routing masks `mask.safetensors`,
-            `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors` and `starving.safetensors`.
+            `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` and
+            `rank_local.safetensors`, which is rank-local for two ranks.
     """
 
     def __init__(self, folder: Path):
@@ -356,6 +373,11 @@ class Workplace:
             mask.save(folder / f"{name}.safetensors")
         starving = RoutingMask(mask.row_of_id % 4, mask.visible_bits, VOCAB_SIZE, 8, 4, mask.provenance)
         starving.save(folder / "starving.safetensors")  # all tokens go to the first 4 experts
+        recipe = MaskRecipe(8, 4, "rank-local", 0.4, frequent_visible_experts=4, seed=1, expert_model_parallel_size=2)
+        local = build_routing_mask(recipe, frequency=frequency)
+        # As if it were so by chance: such a mask may be used with any number of ranks.
+        local = replace(local, provenance=mask.provenance)
+        local.save(folder / "rank_local.safetensors")
 
     def run(self, run: Run, folder: Path, load: Path | None = None, timeout: float = TIMEOUT) -> Outcome:
         """Start the processes of a run and wait for their end; if one fails or they hang, the others are killed."""

@@ -52,6 +52,13 @@ COMPARED = {
     ],
     "repeated prediction": ["repeated prediction, tensor 2", "repeated prediction, pipeline 2"],
     "data parallel rich": ["data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2"],
+    "experts of one rank": [
+        "experts of one rank, expert parallel 2",
+        "experts of one rank, tensor 2, expert parallel 2",
+        "experts of one rank, selective recompute",
+        "experts of one rank, full recompute, expert parallel 2, pipeline 2",
+        "experts of one rank, expert parallel 2, interleaved pipeline",
+    ],
     "groups": ["groups, tensor 2, expert parallel 2", "groups, expert parallel 2"],
     "norms over all heads": ["norms over all heads, tensor 2"],
     "capacity": ["capacity, expert parallel 2", "capacity, pipeline 2"],
@@ -70,6 +77,8 @@ FAST = {
     "rich, pipeline 2",
     "groups, tensor 2, expert parallel 2",
     "norms over all heads, tensor 2",
+    "experts of one rank, selective recompute",
+    "experts of one rank, full recompute, expert parallel 2, pipeline 2",
 }
 BF16 = "bf16, distributed optimizer"
 
@@ -197,6 +206,9 @@ TABLE: dict[str, Works | Refused] = {
             "transformer/test_gpt_model.py::test_padding_reaches_every_router",
         ),
     ),
+    "dispatch planned from the token ids (rank-local masks)": Works(
+        "2 and 4 ranks", "--expert-model-parallel-size 2", tuple(COMPARED["experts of one rank"])
+    ),
     "all-gather dispatcher": Works(
         "2 ranks",
         "--moe-token-dispatcher-type allgather",
@@ -323,3 +335,11 @@ def test_compared_runs_are_of_one_model(run_table):
 @pytest.mark.parametrize("flags", [row.flags for row in TABLE.values() if isinstance(row, Refused)])
 def test_reason_names_the_flag(reason, flags):
     assert any(flag in reason(flags) for flag in flags.split() if flag.startswith("--"))
+
+
+@pytest.mark.runs("experts of one rank", "experts of one rank, selective recompute")
+def test_dispatch_is_planned_where_it_can_be(runs):
+    logs = ("\n".join(log.read_text() for log in run.folder.glob("*.log")) for run in runs)
+    one_process, two_ranks = (re.search("dispatch of tokens to experts: (.*)", log)[1] for log in logs)
+    assert one_process == "Megatron's dispatcher"
+    assert two_ranks.startswith("one copy a rank, planned from the token ids")

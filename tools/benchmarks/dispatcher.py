@@ -1,8 +1,8 @@
 """Time of dispatch and combine, forward and backward, against stock Megatron-Core's all-to-all dispatcher and a floor.
 
 The floor is what any exchange of one copy of each token costs: four all-to-alls, and a gather of rows with each.
-`rank-local` masks are dispatched by plan; under an `any` mask every id sees all experts. Experts do nothing. Also counts
-all-to-alls, and the MiB that a rank puts into them.
+`rank-local` masks are dispatched by plan; under an `any` mask every id sees all experts. Experts do nothing. Counts the
+all-to-alls, too, and the MiB that a rank puts into them.
 
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/dispatcher.py
 """

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +22,7 @@ from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
+from maskmoe.training.resume import further_checkpoint_args
 from maskmoe.training.setup import model_config_from_args
 
 REPOSITORY = Path(__file__).parents[3]
@@ -38,8 +40,14 @@ def megatron_logits(load: Path, flags: list[str], ids: torch.Tensor) -> torch.Te
         flags: those that the conversion said loading needs.
     """
     words = f"pretrain --load {load} --use-checkpoint-args {' '.join(flags)} {TRAINING} --data-path none".split()
+
+    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+        parser = add_maskmoe_arguments(parser)
+        parser.set_defaults(**further_checkpoint_args(load / "release"))
+        return parser
+
     with mock.patch.object(sys, "argv", words):
-        args, _ = load_args_from_checkpoint(parse_args(add_maskmoe_arguments))
+        args, _ = load_args_from_checkpoint(parse_args(add_arguments))
         args = validate_args(args)
     model = MaskMoEGPTModelBuilder(model_config_from_args(args)).build_model(
         ProcessGroupCollection.use_mpu_process_groups()
