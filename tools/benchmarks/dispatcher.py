@@ -8,9 +8,6 @@ all-to-alls, too, and the MiB that a rank puts into them.
 """
 
 import argparse
-import logging
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,10 +16,9 @@ import numpy as np
 import torch
 
 # Prepares the process, hence before megatron.
-import maskmoe.training  # noqa: F401
+from ranks import join_ranks
 
 # isort: split
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -175,14 +171,8 @@ def main() -> None:
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
 
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29542"}.items():
-        os.environ.setdefault(name, value)
-    torch.set_num_threads(1)
-    logging.getLogger().setLevel(logging.WARNING)
-    torch.distributed.init_process_group("gloo" if "maskmoe.cpu" in sys.modules else "nccl")
-    num_ranks = torch.distributed.get_world_size()
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=num_ranks)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups = join_ranks()
+    num_ranks = groups.ep.size()
     is_reporting = torch.distributed.get_rank() == 0
 
     def measured(work: Callable[[], None]) -> Callable[[], float]:

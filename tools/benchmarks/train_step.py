@@ -8,9 +8,6 @@ parallelism under torchrun:
 """
 
 import argparse
-import logging
-import os
-import sys
 from collections.abc import Iterator
 
 import harness
@@ -18,10 +15,9 @@ import numpy as np
 import torch
 
 # Prepares the process, hence before megatron.
-import maskmoe.training  # noqa: F401
+from ranks import join_ranks
 
 # isort: split
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -102,9 +98,8 @@ def make_mask(arguments: argparse.Namespace, num_ranks: int) -> RoutingMask:
     return zipf_mask(recipe, arguments.vocab_size)
 
 
-def build_trainers(arguments: argparse.Namespace, topk: int) -> tuple[Trainer, Trainer]:
+def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGroupCollection) -> tuple[Trainer, Trainer]:
     """Ours and the stock model, from the same seed, on the same batches."""
-    groups = ProcessGroupCollection.use_mpu_process_groups()
 
     def config() -> TransformerConfig:
         return TransformerConfig(
@@ -174,19 +169,13 @@ def main() -> None:
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
 
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}.items():
-        os.environ.setdefault(name, value)
-    torch.set_num_threads(1)
-    logging.getLogger().setLevel(logging.WARNING)
-    torch.distributed.init_process_group("gloo" if "maskmoe.cpu" in sys.modules else "nccl")
-    world_size = torch.distributed.get_world_size()
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=world_size)
+    groups = join_ranks()
     model_parallel_cuda_manual_seed(1)
 
     cases = []
     for topk in arguments.topk:
-        ours, baseline = build_trainers(arguments, topk)
-        name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {world_size}"
+        ours, baseline = build_trainers(arguments, topk, groups)
+        name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
         cases.append(harness.Case(name, "s", harness.seconds(ours.step), harness.seconds(baseline.step)))
     results = harness.run(cases, arguments.repeats)
     if torch.distributed.get_rank() == 0:
