@@ -53,8 +53,8 @@ def has_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / TRACKER).is_file() or bool(saved_iterations(folder))
 
 
-def write_tracker(folder: str | Path, iteration: int) -> None:
-    """Record which checkpoint is the newest; Megatron itself writes the file in place."""
+def write_tracker(folder: str | Path, iteration: int | str) -> None:
+    """Record which checkpoint is the newest, or that it is `RELEASE`; Megatron itself writes the file in place."""
     with atomic_output(Path(folder) / TRACKER) as path:
         path.write_text(str(iteration))
 

@@ -1,7 +1,8 @@
 """Speed and memory of checkpoint conversions, both ways, against `cp` of the same bytes.
 
 The model's weights are one random block over and over. Both sides count until their files are on the disk. Every
-conversion runs in a process of its own, whose peak memory must stay within 2 GiB and the largest tensor.
+conversion runs in a process of its own, whose peak memory must stay within 2 GiB and the largest tensor. It verifies
+what it writes in either case; what it takes to compare the source with the digests beside it, too, is measured apart.
 """
 
 import argparse
@@ -73,18 +74,18 @@ def make_model(folder: Path, gib: float) -> None:
         write_huggingface(model, output, SHARD_BYTES, WITHOUT_TEXT, None)
 
 
-def convert(conversion: str, load: Path, save: Path) -> tuple[float, int]:
+def convert(conversion: str, load: Path, save: Path, verify: bool) -> tuple[float, int]:
     """Seconds and peak memory in bytes of one conversion in a process of its own."""
     shutil.rmtree(save, ignore_errors=True)
-    command = [sys.executable, __file__, "--measure", conversion, str(load), str(save)]
+    command = [sys.executable, __file__, "--measure", conversion, str(load), str(save), "verify" * verify]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     measured = json.loads(output.splitlines()[-1])
     return measured["seconds"], measured["peak"]
 
 
-def measure(conversion: str, load: str, save: str) -> None:
+def measure(conversion: str, load: str, save: str, verify: str) -> None:
     start = time.perf_counter()
-    CONVERSIONS[conversion](Settings(Path(load), Path(save), max_shard_size=SHARD_BYTES))
+    CONVERSIONS[conversion](Settings(Path(load), Path(save), max_shard_size=SHARD_BYTES, verify=bool(verify)))
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
@@ -102,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=1.5, metavar="N", help="size of the model (default: %(default)s)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="for the files, twice as much (default: a new one)")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     harness.add_arguments(parser, repeats=3)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -115,13 +116,16 @@ def main() -> None:
         results, peaks = [], {}
         for conversion in ("hf-to-megatron", "megatron-to-hf"):
             size = sum(path.stat().st_size for path in load.rglob("*") if path.is_file()) / 2**30
-            ours, baseline = [], []
+            ours: dict[bool, list[float]] = {False: [], True: []}
+            baseline = []
             for _ in range(arguments.repeats):
                 baseline.append(size / copy(load, save))
-                seconds, peak = convert(conversion, load, save)
-                ours.append(size / seconds)
-                peaks[conversion] = max(peaks.get(conversion, 0), peak)
-            results.append(harness.Result(conversion, "GiB/s", ours, baseline))
+                for verify, rates in ours.items():
+                    seconds, peak = convert(conversion, load, save, verify)
+                    rates.append(size / seconds)
+                    peaks[conversion] = max(peaks.get(conversion, 0), peak)
+            results.append(harness.Result(conversion, "GiB/s", ours[False], baseline))
+            results.append(harness.Result(f"{conversion} with the source's digests", "GiB/s", ours[True], baseline))
             shutil.rmtree(load)
             save.rename(load)
         harness.report(results, arguments.json)

@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from maskmoe.checkpoint.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.errors import UserError
 
 # What checkpoints of older versions, or of models without experts, may lack.
@@ -49,10 +50,9 @@ _DEFAULTS: dict[str, Any] = {
     "use_rope_scaling": False,
     "window_size": None,
 }
-# Of Megatron's `--use-rope-scaling`, which is Llama 3.1's; the factor is fixed in Megatron-Core 0.19, too.
+# Of Megatron's `--use-rope-scaling`, which is Llama 3.1's but for the factor.
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
-    "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -165,18 +165,11 @@ def is_stacked(args: Namespace) -> bool:
 
 
 def further_flags(args: Namespace) -> list[str]:
-    """Flags of a model that Megatron does not take from a checkpoint with `--use-checkpoint-args`."""
-    values = {
-        "--norm-epsilon": (args.layernorm_epsilon, 1e-5),
-        "--moe-router-num-groups": (getattr(args, "moe_router_num_groups", None), None),
-        "--moe-router-group-topk": (getattr(args, "moe_router_group_topk", None), None),
-        "--moe-aux-loss-tokens": (getattr(args, "moe_aux_loss_tokens", "all"), "all"),
-        "--rotary-seq-len-interpolation-factor": (getattr(args, "rotary_seq_len_interpolation_factor", None), None),
-        "--vocab-size": (args.vocab_size if args.tokenizer_type == "NullTokenizer" else None, None),
-    }
-    switches = ("qk_layernorm", "qk_layernorm_all_heads", "moe_shared_expert_gate", "use_rope_scaling", "bf16", "fp16")
-    flags = [f"{flag} {value}" for flag, (value, default) in values.items() if value != default]
-    return flags + [f"--{name.replace('_', '-')}" for name in switches if getattr(args, name, False)]
+    """The flags for a run to go on as `args` have it that `--use-checkpoint-args` leaves to the command line."""
+    loss_tokens = getattr(args, "moe_aux_loss_tokens", "all")
+    flags = [f"--{name}" for name in ("bf16", "fp16") if getattr(args, name, False)]
+    flags += [f"--vocab-size {args.vocab_size}"] if args.tokenizer_type == WITHOUT_TEXT else []
+    return flags + ([f"--moe-aux-loss-tokens {loss_tokens}"] if loss_tokens != "all" else [])
 
 
 def _expert_fields(args: Namespace) -> dict[str, Any]:
@@ -233,7 +226,7 @@ def _aux_loss_coefficient(args: Namespace) -> float:
 def _rope_parameters(args: Namespace) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_type": "default"}
     if args.use_rope_scaling:
-        parameters = dict(_LLAMA3_ROPE)
+        parameters = _LLAMA3_ROPE | {"factor": args.rope_scaling_factor}
     elif args.rotary_seq_len_interpolation_factor is not None:
         parameters = {"rope_type": "linear", "factor": float(args.rotary_seq_len_interpolation_factor)}
     parameters["rope_theta"] = float(args.rotary_base)
@@ -257,10 +250,10 @@ def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
         case "linear" if float(rope["factor"]).is_integer():
             return args | {"rotary_seq_len_interpolation_factor": int(rope["factor"])}
         case "llama3" if all(rope.get(name) == value for name, value in _LLAMA3_ROPE.items()):
-            return args | {"use_rope_scaling": True, "rope_scaling_factor": _LLAMA3_ROPE["factor"]}
+            return args | {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     raise UserError(
         "Megatron-Core has rotary embeddings without scaling, with rope_type linear and a whole factor, and with "
-        f"rope_type llama3 and {_LLAMA3_ROPE}; rope_parameters are {dict(rope)}"
+        f"those of {_LLAMA3_ROPE} and any factor; rope_parameters are {dict(rope)}"
     )
 
 
@@ -281,9 +274,6 @@ def _inexpressible(args: Namespace) -> Iterator[str]:
         "--no-rope-freq": args.no_rope_freq,
         "--rotary-seq-len-interpolation-factor along with --use-rope-scaling": (
             args.use_rope_scaling and args.rotary_seq_len_interpolation_factor is not None
-        ),
-        f"--rope-scaling-factor {args.rope_scaling_factor}": (
-            args.use_rope_scaling and args.rope_scaling_factor != _LLAMA3_ROPE["factor"]
         ),
         "--qk-l2-norm": args.qk_l2_norm,
         "--attention-output-gate": args.attention_output_gate,

@@ -3,32 +3,34 @@
 import hashlib
 import shutil
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from maskmoe.checkpoint.conversion.config_mapping import args_from_config, config_from_args, further_flags
 from maskmoe.checkpoint.conversion.families import CONFIG_FILE, OpenedModel
 from maskmoe.checkpoint.conversion.huggingface_models import open_model, write_huggingface
 from maskmoe.checkpoint.conversion.megatron_models import find_megatron_checkpoint, open_megatron, write_megatron
-from maskmoe.checkpoint.conversion.sources import CastSource, FiniteSource
+from maskmoe.checkpoint.conversion.sources import CastSource, FiniteSource, JoinedSource
 from maskmoe.checkpoint.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.checkpoint.conversion.upcycle import UpcycleSettings, upcycle
 from maskmoe.checkpoint.conversion.writing import OutputFolder
-from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
+from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, HuggingFaceTokenizer, load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.routing_mask.parallel import available_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_OF_VOCABULARY = (
+    "tokenizer_type",
+    "tokenizer_model",
+    "vocab_size",
+    "padded_vocab_size",
+    "make_vocab_size_divisible_by",
+)
 # In fp32 whatever the type of the model: it is added to scores that may be close to each other.
 _EXPERT_BIAS = "e_score_correction_bias"
 
@@ -68,8 +70,9 @@ def megatron_to_huggingface(settings: Settings, mask: RoutingMask | None = None)
     Raises:
         UserError: bad input, or the disk is full.
     """
-    checkpoint = _find_sound_checkpoint(settings)
-    _save_huggingface(open_megatron(checkpoint, mask), settings, _job(checkpoint, mask))
+    checkpoint = _find_checkpoint(settings)
+    model = open_megatron(checkpoint, mask, **_tokenizer_flags(settings))
+    _save_huggingface(model, _Job(settings, checkpoint, mask))
 
 
 def huggingface_to_megatron(settings: Settings, mask: RoutingMask | None = None) -> list[str]:
@@ -85,8 +88,7 @@ def huggingface_to_megatron(settings: Settings, mask: RoutingMask | None = None)
     Raises:
         UserError: bad input, or the disk is full.
     """
-    _verify_content(settings.load, settings)
-    return _save_megatron(open_model(settings.load, mask), settings, _job(settings.load, mask))
+    return _save_megatron(open_model(settings.load, mask), _Job(settings, settings.load, mask))
 
 
 def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask, to_megatron: bool) -> list[str]:
@@ -106,27 +108,80 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
     """
     if (settings.load / CONFIG_FILE).exists():
         folder = settings.load
-        _verify_content(folder, settings)
         dense = open_model(folder)
     else:
-        folder = _find_sound_checkpoint(settings)
-        dense = open_megatron(folder)
+        folder = _find_checkpoint(settings)
+        dense = open_megatron(folder, **_tokenizer_flags(settings))
     sparse = upcycle(dense, recipe, mask)
     args = args_from_config(sparse.config)
-    for name in ("tokenizer_type", "tokenizer_model", "vocab_size"):
-        setattr(args, name, getattr(dense.args, name, None))
+    known = vars(dense.args) if dense.args else {}
+    args.__dict__ |= {name: known[name] for name in _OF_VOCABULARY if name in known}
+    # The dense model still has the padding of the vocabulary.
+    sparse = replace(sparse, source=JoinedSource(sparse.source, dense.source), args=args)
     save = _save_megatron if to_megatron else _save_huggingface
-    return save(replace(sparse, args=args), settings, _job(folder, mask) | {"recipe": asdict(recipe)})
+    return save(sparse, _Job(settings, folder, mask, recipe))
 
 
-def _save_huggingface(model: OpenedModel, settings: Settings, job: dict[str, Any]) -> list[str]:
+@dataclass(frozen=True)
+class _Job:
+    """A conversion with all that its result depends on.
+
+    Attributes:
+        settings: what, where to, and how.
+        source: the folder that is converted.
+        mask: the routing mask that the model gets.
+        recipe: how it is upcycled.
+    """
+
+    settings: Settings
+    source: Path
+    mask: RoutingMask | None = None
+    recipe: UpcycleSettings | None = None
+
+    def output(self) -> OutputFolder:
+        """The folder for the result.
+
+        Raises:
+            UserError: it is inside the source.
+        """
+        if self.settings.save.resolve().is_relative_to(self.source.resolve()):
+            raise UserError(f"{self.settings.save} is inside of what is converted; name a folder elsewhere")
+        asked = asdict(self.settings) | {
+            "load": str(self.source.resolve()),
+            "recipe": self.recipe and asdict(self.recipe),
+        }
+        job = {name: value for name, value in asked.items() if name not in ("save", "verify")}
+        job |= {"source": self._fingerprint(), "routing_mask": self.mask and self.mask.digest}
+        return OutputFolder(self.settings.save, job, self._verify)
+
+    def _fingerprint(self) -> str:
+        """A digest of the names, sizes and times of change of the source's files."""
+        digest = hashlib.sha256()
+        for path in sorted(self.source.rglob("*")):
+            if path.is_file():
+                status = path.stat()
+                digest.update(f"{path.relative_to(self.source)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def _verify(self) -> None:
+        """Compare the source's files with the digests beside them, if there are any."""
+        if self.settings.verify:
+            try:
+                check_content(self.source)
+            except Damage as damage:
+                raise UserError(f"{self.source}: {damage}") from damage
+
+
+def _save_huggingface(model: OpenedModel, job: _Job) -> list[str]:
+    settings = job.settings
     tokenizer = _tokenizer(model, settings)
-    with _output(settings, job) as output:
+    with job.output() as output:
         write_huggingface(_as_asked(model, settings), output, settings.max_shard_size, *tokenizer)
     return []
 
 
-def _save_megatron(model: OpenedModel, settings: Settings, job: dict[str, Any]) -> list[str]:
+def _save_megatron(model: OpenedModel, job: _Job) -> list[str]:
+    settings = job.settings
     args = _megatron_args(model)
     args.tokenizer_type, args.tokenizer_model = _tokenizer(model, settings)
     if args.tokenizer_type == WITHOUT_TEXT:
@@ -134,7 +189,7 @@ def _save_megatron(model: OpenedModel, settings: Settings, job: dict[str, Any]) 
     model = replace(_as_asked(model, settings), args=args)
     dtype = model.source.tensors["model.embed_tokens.weight"].dtype
     args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-    with _output(settings, job) as output:
+    with job.output() as output:
         if args.tokenizer_model == str(settings.load):
             args.tokenizer_model = _copy_tokenizer(settings.load, output.path / "tokenizer")
         is_ours = args.tokenizer_type in TOKENIZER_TYPES
@@ -160,6 +215,11 @@ def _megatron_args(model: OpenedModel) -> Namespace:
         if all(model.config.get(name) == value for name, value in described.items()):
             return Namespace(**vars(model.args))
     return args_from_config(model.config)
+
+
+def _tokenizer_flags(settings: Settings) -> dict[str, str]:
+    flags = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _tokenizer(model: OpenedModel, settings: Settings) -> tuple[str, str | None]:
@@ -191,38 +251,10 @@ def _copy_tokenizer(load: Path, folder: Path) -> str:
     return str(folder.resolve())
 
 
-def _find_sound_checkpoint(settings: Settings) -> Path:
+def _find_checkpoint(settings: Settings) -> Path:
     checkpoint = find_megatron_checkpoint(settings.load)
     try:
         check_structure(checkpoint)
     except Damage as damage:
         raise UserError(f"{checkpoint} {damage}") from damage
-    _verify_content(checkpoint, settings)
     return checkpoint
-
-
-def _verify_content(folder: Path, settings: Settings) -> None:
-    """Compare files with the digests beside them, if there are any."""
-    try:
-        manifest = Manifest.load(folder) if settings.verify else None
-        parts = [slice(number, number + 1) for number in range(len(manifest.files) if manifest else 0)]
-        with ThreadPoolExecutor(available_cores()) as executor:
-            checks = executor.map(partial(check_content, folder), parts)
-            list(tqdm(checks, total=len(parts), desc="verifying", unit="file", delay=0.5))
-    except Damage as damage:
-        raise UserError(f"{folder}: {damage}") from damage
-
-
-def _output(settings: Settings, job: dict[str, Any]) -> OutputFolder:
-    asked = asdict(settings) | {"load": str(settings.load.resolve())}
-    return OutputFolder(settings.save, job | {name: asked[name] for name in asked if name not in ("save", "verify")})
-
-
-def _job(source: Path, mask: RoutingMask | None) -> dict[str, Any]:
-    """What is converted: its files by names, sizes and times of change, and the mask that it gets."""
-    digest = hashlib.sha256()
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            status = path.stat()
-            digest.update(f"{path.relative_to(source)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return {"source": digest.hexdigest(), "routing_mask": mask and mask.digest}

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from maskmoe.checkpoint.conversion.blocks import Block, RearrangedSource, TensorSource, TensorSpec
+from maskmoe.checkpoint.conversion.blocks import Block, RearrangedSource, TensorSource, TensorSpec, UncoveredTensor
 from maskmoe.checkpoint.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
 from maskmoe.checkpoint.conversion.families import OpenedModel
-from maskmoe.checkpoint.conversion.model_tensors import ROUTING_MASK_PREFIX, check_tensors, routing_mask_tensors
+from maskmoe.checkpoint.conversion.model_tensors import ROUTING_MASK_PREFIX, Shapes, check_tensors, routing_mask_tensors
 from maskmoe.checkpoint.conversion.sources import JoinedSource, RenamedSource, ZeroSource
 from maskmoe.checkpoint.conversion.tensor_mapping import (
     EMBEDDING,
@@ -20,7 +20,7 @@ from maskmoe.checkpoint.conversion.tensor_mapping import (
     map_tensors,
 )
 from maskmoe.checkpoint.conversion.torch_dist import COMMON_STATE, TorchDistSource
-from maskmoe.checkpoint.conversion.torch_dist_writer import MARKER, plan_torch_dist
+from maskmoe.checkpoint.conversion.torch_dist_writer import MARKER, TorchDistPlan, plan_torch_dist
 from maskmoe.checkpoint.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
 from maskmoe.checkpoint.series import RELEASE, choose_checkpoint, write_tracker
@@ -63,12 +63,13 @@ def find_megatron_checkpoint(path: Path) -> Path:
     return checkpoint
 
 
-def open_megatron(checkpoint: Path, mask: RoutingMask | None = None) -> OpenedModel:
+def open_megatron(checkpoint: Path, mask: RoutingMask | None = None, **changed_args: Any) -> OpenedModel:
     """Open a checkpoint of any layout of ranks, with the padding of its vocabulary.
 
     Args:
         checkpoint: its folder.
         mask: the routing mask of a checkpoint that holds none.
+        changed_args: values of Megatron's arguments instead of those in the checkpoint.
 
     Raises:
         UserError: it is damaged, its model cannot be expressed, or its tensors are not those of its arguments.
@@ -78,6 +79,7 @@ def open_megatron(checkpoint: Path, mask: RoutingMask | None = None) -> OpenedMo
     args = common.get("args")
     if not isinstance(args, Namespace):
         raise UserError(f"{checkpoint} holds no arguments of Megatron, which tell what its tensors are")
+    args = Namespace(**vars(args) | changed_args)
     has_mask = f"{CHECKPOINT_PREFIX}row_of_id" in source.tensors
     if mask is not None:
         if has_mask or not args.num_experts:
@@ -93,12 +95,14 @@ def open_megatron(checkpoint: Path, mask: RoutingMask | None = None) -> OpenedMo
         )
     config = dict(common.get(_CONFIG, {}))
     config |= config_from_args(args, _vocab_size(source, args)) | {"routing_mask": _routing_mask_field(source)}
-    mapping = map_tensors(config, _layout(source, args))
     weights = {name: spec for name, spec in source.tensors.items() if not is_optimizer(name)}
-    check_tensors(
-        weights, mapping.megatron, str(checkpoint), ignored=set(_norms_by_other_name(weights, mapping.megatron))
-    )
-    view = RearrangedSource(source, mapping.huggingface, mapping.copies)
+    try:
+        mapping = map_tensors(config, _layout(source, args))
+        aliases = set(_norms_by_other_name(weights, mapping.megatron))
+        check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
+        view = RearrangedSource(source, mapping.huggingface, mapping.copies)
+    except UncoveredTensor as error:
+        raise UserError(f"the tensors of {checkpoint} do not fit its arguments: {error}") from error
     return OpenedModel(view, config, args)
 
 
@@ -113,27 +117,37 @@ def write_megatron(model: OpenedModel, output: OutputFolder, most_bytes: int) ->
     Raises:
         UserError: it cannot be written.
     """
-    args = model.args
-    layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS)
-    mapping = map_tensors(model.config, layout)
-    dtype = model.source.tensors["model.embed_tokens.weight"].dtype
-    padding = {
-        name: TensorSpec(shape, dtype) for name, shape in mapping.huggingface.items() if name.startswith(PADDING_PREFIX)
-    }
-    given = {name for name in padding if model.source.tensors.get(name) == padding[name]}
-    source = JoinedSource(ZeroSource({name: spec for name, spec in padding.items() if name not in given}), model.source)
-    view = RearrangedSource(source, mapping.megatron, (copy.inverse for copy in mapping.copies))
+    layout = MegatronLayout(is_stacked(model.args), model.args.padded_vocab_size, EXPERT_NORMS)
+    try:
+        mapping = map_tensors(model.config, layout)
+        copies = (copy.inverse for copy in mapping.copies)
+        view = RearrangedSource(_with_padding(model.source, mapping.huggingface), mapping.megatron, copies)
+    except UncoveredTensor as error:
+        raise UserError(f"the model's tensors do not fit into Megatron's: {error}") from error
     common = {
-        "args": args,
+        "args": model.args,
         "checkpoint_version": _CHECKPOINT_VERSION,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": _CONTENT,
         _CONFIG: model.config,
     }
-    objects = {COMMON_STATE: [common]} | {name: [None] for name in _module_states(args, layout)}
+    objects = {COMMON_STATE: [common]} | {name: [None] for name in _module_states(model.args, layout)}
     plan = plan_torch_dist(view.tensors, objects, most_bytes, folder=RELEASE)
     write_files(view, plan.files, output)
+    _seal(output, plan)
+
+
+def _with_padding(source: TensorSource, shapes: Shapes) -> TensorSource:
+    """A model's tensors with the padding of the vocabulary: their own if it fits, else zeros."""
+    dtype = source.tensors["model.embed_tokens.weight"].dtype
+    padding = {name: TensorSpec(shape, dtype) for name, shape in shapes.items() if name.startswith(PADDING_PREFIX)}
+    zeros = {name: spec for name, spec in padding.items() if source.tensors.get(name) != spec}
+    return JoinedSource(ZeroSource(zeros), source)
+
+
+def _seal(output: OutputFolder, plan: TorchDistPlan) -> None:
+    """Add to the files of tensors what makes them a checkpoint, and the only one."""
     checkpoint = output.path / RELEASE
     with reporting_full_disk(checkpoint):
         with atomic_output(checkpoint / LAYOUT_FILE) as path:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Buffer, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Buffer, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +24,9 @@ from maskmoe.errors import UserError
 
 BLOCK_BYTES = 16 << 20
 """What is read, written and verified at a time."""
+
+# Larger writes take several times as long where the kernel must find as large a piece of memory for them.
+_WRITE_BYTES = 256 << 10
 
 JOURNAL = "unfinished_conversion.json"
 """What of an unfinished output is done. The name says what the folder is."""
@@ -64,9 +67,11 @@ class OutputFolder:
     Args:
         path: the folder.
         job: what is done, as JSON values. Another one does not go on with what this one left.
+        check: something that must not raise if the folder is to become whole. It runs while files are written.
 
     Attributes:
         path: the folder.
+        check: see above.
         finished: the files that are done, by name.
 
     Raises:
@@ -74,8 +79,9 @@ class OutputFolder:
             made.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any]):
+    def __init__(self, path: Path, job: Mapping[str, Any], check: Callable[[], None] = lambda: None):
         self.path = path
+        self.check = check
         self.finished: dict[str, FileRecord] = {}
         self._job = job
         self._journal = path / JOURNAL
@@ -148,7 +154,7 @@ class OutputFolder:
 def write_files(source: TensorSource, files: Sequence[PlannedFile], output: OutputFolder) -> None:
     """Write files, but for those of an interrupted conversion that are intact.
 
-    A file has its name only when it is whole. All are on the disk at the end; by then, most have long been.
+    A file has its name only when it is whole. At the end, all are on the disk, and the output's check has passed.
 
     Args:
         source: of the blocks.
@@ -156,22 +162,29 @@ def write_files(source: TensorSource, files: Sequence[PlannedFile], output: Outp
         output: gets them.
 
     Raises:
-        UserError: the disk is full, a block cannot be read, or what was written cannot be read back.
+        UserError: the disk is full, a block cannot be read, or what was written cannot be read back; or what the check
+            raises.
     """
-    total = sum(file.size for file in files)
-    left = [file for file in files if not _is_done(output, file)]
-    _check_space(output.path, sum(file.size for file in left))
-    done = total - sum(file.size for file in left)
-    with tqdm(total=total, initial=done, desc="converting", unit="B", unit_scale=True, unit_divisor=1024) as bar:
+    found = tqdm(files, desc="checking what is done", unit="file", delay=0.5, disable=not output.finished)
+    done = {file.name: file.size for file in found if _is_done(output, file)}
+    left = [file for file in files if file.name not in done]
+    total, initial = sum(file.size for file in files), sum(done.values())
+    _check_space(output.path, total - initial)
+    bar = tqdm(total=total, initial=initial, desc="converting", unit="B", unit_scale=True, unit_divisor=1024)
+    with bar, ThreadPoolExecutor(2) as executor:
+        check = executor.submit(output.check)
+        flushes = [executor.submit(_flush, output.path / name) for name in done]
         for file in left:
+            if check.done():
+                check.result()
             path = output.path / file.name
             path.parent.mkdir(exist_ok=True)
             with reporting_full_disk(path), _partial(path) as partial:
                 record = _write_file(source, file, partial, bar)
             output.record(file.name, record)
-    for file in files:
-        with reporting_full_disk(output.path / file.name):
-            _wait_for_disk(output.path / file.name)
+            flushes.append(executor.submit(_flush, path))
+        for future in (*flushes, check):
+            future.result()
 
 
 @contextmanager
@@ -188,8 +201,9 @@ def reporting_full_disk(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror}{hint}") from error
 
 
-def _wait_for_disk(path: Path) -> None:
-    with open(path, "rb") as stream:
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with reporting_full_disk(path), open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
 
@@ -239,11 +253,14 @@ def _write_file(source: TensorSource, file: PlannedFile, path: Path, bar: tqdm) 
 
 
 def _content(source: TensorSource, file: PlannedFile) -> Iterator[Buffer]:
+    """What is not empty of a file, in order."""
     for segment in file.segments:
-        yield segment.head
+        if segment.head:
+            yield segment.head
         if segment.block is not None:
             yield byte_view(source.read(segment.block).contiguous())
-        yield segment.tail
+        if segment.tail:
+            yield segment.tail
 
 
 def _ahead[Item](items: Iterable[Item]) -> Iterator[Item]:
@@ -258,12 +275,16 @@ def _ahead[Item](items: Iterable[Item]) -> Iterator[Item]:
 
 def _write_and_read_back(descriptor: int, content: np.ndarray, position: int) -> np.ndarray | None:
     """Append uint8 [bytes] to a file, which ends at `position`; what it holds there, or None if it is not the same."""
-    left = memoryview(content)
-    while left:
-        left = left[os.write(descriptor, left) :]
     found = np.empty_like(content)
-    count = os.preadv(descriptor, [found], position)
-    return found if count == len(content) and _are_equal(found, content) else None
+    for start in range(0, len(content), _WRITE_BYTES):
+        piece = slice(start, start + _WRITE_BYTES)
+        left = memoryview(content[piece])
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.preadv(descriptor, [found[piece]], position + start)
+        if not _are_equal(found[piece], content[piece]):
+            return None
+    return found
 
 
 def _are_equal(first: np.ndarray, second: np.ndarray) -> bool:

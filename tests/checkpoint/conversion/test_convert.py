@@ -3,7 +3,10 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,9 @@ from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.errors import UserError
 
+REPOSITORY = Path(__file__).parents[3]
+# Without which neither Megatron nor transformers loads anything.
+MARKERS = ("latest_checkpointed_iteration.txt", "metadata.json", "config.json")
 # By which Transformer Engine's modules load the norm before experts; they stand in converted checkpoints, too.
 OTHER_NAME = re.compile(r"decoder\.layers\.(\d+\.)?pre_mlp_layernorm\.weight")
 
@@ -269,7 +275,8 @@ def test_damaged_files(checkpoints, exported, tmp_path):
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"{path.name} does not have the content that was saved"):
-            convert[name](Settings(load=tmp_path / name, save=tmp_path / "out"))
+            convert[name](Settings(load=tmp_path / name, save=tmp_path / f"damaged {name}"))
+        assert not any(found.name in MARKERS for found in (tmp_path / f"damaged {name}").rglob("*"))
         convert[name](Settings(load=tmp_path / name, save=tmp_path / f"out of {name}", verify=False))
         path.write_bytes(content[:-1])
         with pytest.raises(UserError, match=path.name):
@@ -293,15 +300,29 @@ def test_bad_input_on_the_command_line(exported, run_cli, tmp_path):
         assert "Traceback" not in result.stderr
 
 
-def test_interrupted_conversion_does_not_look_whole(checkpoints, exported, tmp_path):
-    """The disk is full when the second file is written."""
+def test_result_inside_the_source(exported):
+    with pytest.raises(UserError, match="inside of what is converted"):
+        huggingface_to_megatron(Settings(load=exported("ranks"), save=exported("ranks") / "megatron"))
+    assert not (exported("ranks") / "megatron" / JOURNAL).exists()
+
+
+def test_interrupted_conversion_does_not_look_whole(exported, tmp_path):
+    """A weight that is found not to be a number after the first file was written."""
     settings = Settings(load=exported("ranks"), save=tmp_path / "out", max_shard_size=30_000)
     shutil.copytree(exported("ranks"), tmp_path / "whole")
     edit(tmp_path / "whole", lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
     with pytest.raises(UserError, match="holds NaN"):
         huggingface_to_megatron(Settings(load=tmp_path / "whole", save=tmp_path / "out", max_shard_size=30_000))
     assert (tmp_path / "out" / JOURNAL).exists()
-    assert not (tmp_path / "out" / "latest_checkpointed_iteration.txt").exists()
-    assert not (tmp_path / "out" / "release" / "metadata.json").exists()
+    assert not any(found.name in MARKERS for found in (tmp_path / "out").rglob("*"))
     with pytest.raises(UserError, match=r"other settings \(load, source\)"):
         huggingface_to_megatron(settings)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """The benchmark fails where a conversion needs more than its bound."""
+    command = [sys.executable, REPOSITORY / "tools/benchmarks/convert.py", "--gib", "3", "--repeats", "1"]
+    result = subprocess.run([*command, "--folder", tmp_path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"peak memory \d+ MiB", result.stdout)) == 2
