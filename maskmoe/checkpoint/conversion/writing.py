@@ -28,6 +28,9 @@ BLOCK_BYTES = 16 << 20
 # Larger writes take several times as long where the kernel must find as large a piece of memory for them.
 _WRITE_BYTES = 256 << 10
 
+# Below, a file is left to the kernel until it is whole.
+_FLUSH_BYTES = 256 << 20
+
 JOURNAL = "unfinished_conversion.json"
 """What of an unfinished output is done. The name says what the folder is."""
 
@@ -233,11 +236,13 @@ def _partial(path: Path) -> Iterator[Path]:
 def _write_file(source: TensorSource, file: PlannedFile, path: Path, bar: tqdm) -> FileRecord:
     """Write a file block by block and read each back; its digest is that of what was read.
 
-    Reading the source, writing, and hashing are done at the same time, each on a thread of its own.
+    Reading the source, writing, hashing, and bringing it to the disk are done at the same time, each on a thread of its
+    own.
     """
     digest, size = hashlib.sha256(), 0
-    with open(path, "wb+", buffering=0) as stream, ThreadPoolExecutor(1) as executor:
+    with open(path, "wb+", buffering=0) as stream, ThreadPoolExecutor(2) as executor:
         hashing: Future[None] | None = None
+        flush: Future[None] | None = None
         for buffer in _ahead(_content(source, file)):
             written = _write_and_read_back(stream.fileno(), np.frombuffer(buffer, np.uint8), size)
             if written is None:
@@ -247,6 +252,8 @@ def _write_file(source: TensorSource, file: PlannedFile, path: Path, bar: tqdm) 
             hashing = executor.submit(digest.update, written)
             size += len(written)
             bar.update(len(written))
+            if size >= _FLUSH_BYTES and (flush is None or flush.done()):
+                flush = executor.submit(os.fdatasync, stream.fileno())
     if size != file.size:
         raise RuntimeError(f"{file.name} has {size} bytes, not {file.size} as planned")
     return FileRecord(digest.hexdigest(), size)
