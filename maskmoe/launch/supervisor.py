@@ -36,7 +36,7 @@ class Supervisor:
     def __init__(self, shutdown_timeout: float):
         self._shutdown_timeout = shutdown_timeout
         self._signals: list[signal.Signals] = []
-        self._is_ending = False
+        self._ending_since: float | None = None
         self._inspected = self._sound = time.monotonic()
 
     def run(self, command: Command) -> int:
@@ -75,15 +75,15 @@ class Supervisor:
 
     def _follow(self, process: subprocess.Popen, exit_file: Path) -> None:
         while process.poll() is None:
-            if not self._is_ending and (self._signals or exit_file.exists()):
+            if self._ending_since is None and (self._signals or exit_file.exists()):
                 if self._signals:
                     print(f"launch: {self._signals[0].name}: the run saves a checkpoint and ends", file=sys.stderr)
                 process.terminate()
-                self._is_ending = True
+                self._ending_since = time.monotonic()
             if self._signals.count(signal.SIGINT) > 1:
                 print("launch: a second Ctrl-C: the run is killed", file=sys.stderr)
                 _kill(psutil.Process().children(recursive=True))
-            if not self._is_ending and self._is_stuck(process.pid):
+            if self._is_stuck(process.pid):
                 print(
                     "error: torchrun takes no notice of a rank that has ended, as when the network to node 0 is gone: "
                     "it is killed",
@@ -96,8 +96,13 @@ class Supervisor:
                 continue
 
     def _is_stuck(self, torchrun: int) -> bool:
-        """Whether torchrun waits for an answer of its store that never comes, for which it has no time limit."""
+        """Whether torchrun waits for an answer of its store that never comes, for which it has no time limit.
+
+        After a signal, ranks may end long before others that still save.
+        """
         now = time.monotonic()
+        if self._signals and self._ending_since is not None:
+            return now - self._ending_since > self._shutdown_timeout + _UNNOTICED
         if now - self._inspected >= _INSPECTION:
             self._inspected = now
             if not any(_is_zombie(child) for child in psutil.Process(torchrun).children()):

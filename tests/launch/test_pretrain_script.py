@@ -373,9 +373,11 @@ def test_unreachable_rendezvous_is_named():
 
 SUPERVISE = """
 import sys
+from maskmoe.launch import supervisor
 from maskmoe.launch.command import Command
-from maskmoe.launch.supervisor import Supervisor
-sys.exit(Supervisor(shutdown_timeout=20).run(Command((sys.executable, "-c", sys.argv[1]), {})))
+program, shutdown_timeout, supervisor._UNNOTICED = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+supervisor._INSPECTION = supervisor._UNNOTICED / 4
+sys.exit(supervisor.Supervisor(shutdown_timeout).run(Command((sys.executable, "-c", program), {})))
 """
 LEAVE = "from maskmoe.interruption import leave_exit_code; leave_exit_code({code})"
 
@@ -385,8 +387,9 @@ def supervise(tmp_path) -> Iterator:
     """Start a supervisor over a Python program."""
     started = []
 
-    def supervise(program: str) -> Launch:
-        started.append(Launch([sys.executable, "-c", SUPERVISE, program], tmp_path, tmp_path / "run", {}))
+    def supervise(program: str, shutdown_timeout: float = 20, patience: float = 60) -> Launch:
+        command = [sys.executable, "-c", SUPERVISE, program, str(shutdown_timeout), str(patience)]
+        started.append(Launch(command, tmp_path, tmp_path / "run", {}))
         return started[-1]
 
     yield supervise
@@ -403,6 +406,22 @@ def test_exit_code_is_that_of_the_command(supervise, code):
 def test_exit_code_that_a_rank_left_ends_the_run(supervise, code):
     launch = supervise(f"{LEAVE.format(code=code)}; import time; time.sleep(1000)")
     assert launch.wait() == code
+
+
+@pytest.mark.parametrize("has_signal", [False, True])
+def test_command_that_takes_no_notice_is_killed(supervise, has_signal):
+    """As torchrun does where its store does not answer: ranks have ended, and a signal is not looked at."""
+    launch = supervise(
+        "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"subprocess.Popen(['true']); {LEAVE.format(code=EXIT_HANG)}; print('ready', flush=True); time.sleep(1000)",
+        shutdown_timeout=2,
+        patience=2,
+    )
+    wait_for_output(launch, "ready")
+    if has_signal:
+        launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == EXIT_HANG
+    assert "torchrun takes no notice" in launch.output
 
 
 def test_complete_run_is_complete_though_signalled(supervise):

@@ -285,9 +285,9 @@ class LaptopRun:
         """The process that trains, on whatever host; its children, which look alike, are younger."""
         alike = [
             process
-            for process in psutil.process_iter(["cmdline"])
-            if str(self.folder / "checkpoints") in process.info["cmdline"]
-            and process.environ().get("RANK") == str(rank)
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if str(self.folder / "checkpoints") in (process.info["cmdline"] or ())
+            and (process.info["environ"] or {}).get("RANK") == str(rank)
         ]
         return min(alike, key=psutil.Process.create_time)
 
