@@ -192,6 +192,17 @@ class MaskMoERouter(TopKRouter):
         self._apply_expert_bias(routing_map if real is None else routing_map & real.unsqueeze(-1))
         return probs, routing_map
 
+    def gating(self, input: Tensor) -> Tensor:
+        """As the method it overrides, and for no tokens, too: an expert-parallel rank may receive none.
+
+        The weight still gets a gradient, of zeros: data-parallel ranks wait for one.
+        """
+        if input.numel() > 0:
+            return super().gating(input)
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
+
     def attach_losses(self, activation: Tensor, input: Tensor, token_ids: Tensor) -> Tensor:
         """Attach the router's losses over tokens to what was made of them, where `forward` has not done it.
 

@@ -39,8 +39,7 @@ class VisibleExperts(MegatronModule):
     Args:
         config: the model's configuration.
         mask: the routing mask; must fit the model's number of experts and layers.
-        pg_collection: process groups of the model (`tp`, `pp`, `dp_cp` are used when saving, `ep` to tell whether the
-            mask is rank-local).
+        pg_collection: process groups of the model (`tp`, `pp`, `dp_cp` are used when saving).
         vp_stage: which of the rank's model chunks holds this instance, if the pipeline is interleaved.
     """
 
@@ -64,8 +63,8 @@ class VisibleExperts(MegatronModule):
         self.register_buffer("visible_bits", torch.from_numpy(tensors["visible_bits"]))  # [tables, rows, bytes]
         metadata_bytes = bytearray(json.dumps(metadata).encode())
         self.register_buffer("metadata", torch.frombuffer(metadata_bytes, dtype=torch.uint8))
-        ep_size = get_pg_size(pg_collection.ep)
-        self.is_rank_local = is_rank_local(mask, ep_size)
+        ep_size = config.expert_model_parallel_size
+        self.is_rank_local = ep_size > 1 and is_rank_local(mask, ep_size)
         if self.is_rank_local:
             self.register_buffer("rank_of_row", torch.from_numpy(rank_of_row(mask, ep_size)), persistent=False)
             self.register_buffer("num_visible_of_row", torch.from_numpy(num_visible_of_row(mask)), persistent=False)

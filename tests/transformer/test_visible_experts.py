@@ -125,7 +125,7 @@ def test_one_rank_and_model_chunk_writes_the_mask(mask) -> None:
         for vp_stage in (0, 1):
             for tp in range(2):
                 for dp in range(3):
-                    groups = SimpleNamespace(pp=group(2, pp), tp=group(2, tp), dp_cp=group(3, dp), ep=group(1, 0))
+                    groups = SimpleNamespace(pp=group(2, pp), tp=group(2, tp), dp_cp=group(3, dp))
                     module = VisibleExperts(make_config(10, num_layers=2), mask, groups, vp_stage)
                     tensors = module.sharded_state_dict("routing_mask.")
                     assert tensors.keys() == {f"routing_mask.{name}" for name in module.state_dict()}
