@@ -20,8 +20,7 @@ TEXTS = [
 ]
 LAYOUTS = {
     "one rank": ("", 1),
-    "uneven batches": ("--micro-batch-size 3 --expert-model-parallel-size 2", 2),
-    "pipeline": ("--pipeline-model-parallel-size 2", 2),
+    "uneven batches, pipeline": ("--micro-batch-size 3 --pipeline-model-parallel-size 2", 2),
 }
 
 

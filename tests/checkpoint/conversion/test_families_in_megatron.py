@@ -126,13 +126,14 @@ def run(program: str, folder: Path) -> str:
     return process.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "command", "ranks"),
     [
         ("olmoe", "hf-to-megatron", 1),
-        pytest.param("olmoe", "hf-to-megatron", 2, marks=pytest.mark.slow),
-        pytest.param("qwen2_moe", "hf-to-megatron", 2, marks=pytest.mark.slow),
-        pytest.param("llama", "upcycle", 1, marks=pytest.mark.slow),
+        ("olmoe", "hf-to-megatron", 2),
+        ("qwen2_moe", "hf-to-megatron", 2),
+        ("llama", "upcycle", 1),
     ],
 )
 def test_training_goes_on_from_them(name, command, ranks, mask, tmp_path):
