@@ -144,7 +144,7 @@ class RoutingMask:
             return f"the first {self.num_experts} rows are not the single experts"
         if self.num_experts % 8 and (self.visible_bits[..., -1] >> self.num_experts % 8).any():
             return f"a visible set has experts beyond the {self.num_experts}"
-        smallest = self._row_sizes[:, self.num_experts :].min(initial=2)
+        smallest = self.row_sizes[:, self.num_experts :].min(initial=2)
         if smallest < 2:
             return (
                 "a visible set is empty" if smallest == 0 else "a visible set of one expert is stored as one of several"
@@ -152,7 +152,7 @@ class RoutingMask:
         return None
 
     @cached_property
-    def _row_sizes(self) -> np.ndarray:
+    def row_sizes(self) -> np.ndarray:
         """Experts in each row, int64 `[tables, rows]`."""
         return np.bitwise_count(self.visible_bits).sum(axis=-1, dtype=np.int64)
 
@@ -189,7 +189,7 @@ class RoutingMask:
     def num_visible_of_layer(self, layer: int) -> np.ndarray:
         """Experts that each id sees in a layer counted from 0, int64 `[vocab]`."""
         table = self._table_index(layer)
-        return self._row_sizes[table][self.row_of_id[table]]
+        return self.row_sizes[table][self.row_of_id[table]]
 
     def table_of_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The table of a layer counted from 0: row_of_id `[vocab]` and visible_bits `[rows, bytes]`."""

@@ -37,14 +37,14 @@ class MaskMoELayer(MoELayer):
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        # MoELayer chooses its dispatcher's class by name and cannot be told of another. That of all-gather goes by the
-        # routing map alone.
-        if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
-            self.token_dispatcher = self._build_token_dispatcher(pg_collection)
         self.one_copy_dispatcher = None
         kind = dispatch_kind(config, pg_collection, self.router.visible_experts.is_rank_local)
         if kind is not DispatchKind.MEGATRON:
             self.one_copy_dispatcher = OneCopyDispatcher(config.num_moe_experts, pg_collection.ep)
+        # MoELayer chooses its dispatcher's class by name and cannot be told of another. That of all-gather goes by the
+        # routing map alone.
+        elif isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
+            self.token_dispatcher = self._build_token_dispatcher(pg_collection)
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         # Megatron-Core gives experts an optimizer of their own under expert parallelism only, and a checkpoint of one

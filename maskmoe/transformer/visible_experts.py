@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -11,7 +12,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size, make_sharded_tensor_fo
 from torch import Tensor
 
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.locality import is_rank_local, num_visible_of_row, rank_of_row
+from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.routing_mask.mask import RoutingMask
 
 # The name of this module inside the model, hence the prefix of the mask's tensors in every checkpoint.
@@ -58,16 +59,15 @@ class VisibleExperts(MegatronModule):
         self.min_visible = mask.min_visible
         self.digest = mask.digest
         self.is_shared = mask.is_shared
-        tensors, metadata = mask.to_tensors()
-        self.register_buffer("row_of_id", torch.from_numpy(tensors["row_of_id"]))  # [tables, vocab]
-        self.register_buffer("visible_bits", torch.from_numpy(tensors["visible_bits"]))  # [tables, rows, bytes]
-        metadata_bytes = bytearray(json.dumps(metadata).encode())
-        self.register_buffer("metadata", torch.frombuffer(metadata_bytes, dtype=torch.uint8))
+        for name, buffer in buffers_of_routing_mask(mask).items():
+            self.register_buffer(name, buffer)
         ep_size = config.expert_model_parallel_size
-        self.is_rank_local = ep_size > 1 and is_rank_local(mask, ep_size)
+        rank_of_row = rank_of_rows(mask, ep_size) if ep_size > 1 else None
+        self.is_rank_local = rank_of_row is not None
         if self.is_rank_local:
-            self.register_buffer("rank_of_row", torch.from_numpy(rank_of_row(mask, ep_size)), persistent=False)
-            self.register_buffer("num_visible_of_row", torch.from_numpy(num_visible_of_row(mask)), persistent=False)
+            num_visible_of_row = mask.row_sizes.astype(np.int16)
+            self.register_buffer("rank_of_row", torch.from_numpy(rank_of_row), persistent=False)
+            self.register_buffer("num_visible_of_row", torch.from_numpy(num_visible_of_row), persistent=False)
         self.register_buffer("bit_of_byte", torch.arange(8, dtype=torch.uint8), persistent=False)
 
     def table_of_layer(self, layer_number: int) -> int:
@@ -138,6 +138,16 @@ class VisibleExperts(MegatronModule):
         if len(loaded) == len(_BUFFERS):
             check_same_mask(self.digest, routing_mask_from_buffers(loaded).digest)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
+    """A routing mask as tensors, by the names that a `VisibleExperts` has them by.
+
+    `row_of_id` [tables, vocab], `visible_bits` [tables, rows, bytes], and `metadata`, a JSON text as uint8 [bytes].
+    """
+    tensors, metadata = mask.to_tensors()
+    buffers = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    return buffers | {"metadata": torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)}
 
 
 def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:

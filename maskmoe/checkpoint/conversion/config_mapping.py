@@ -153,9 +153,14 @@ def sparse_layers(args: Namespace) -> list[bool]:
     """Which layers have experts, by Megatron's `--num-experts` and `--moe-layer-freq`."""
     if not args.num_experts:
         return [False] * args.num_layers
-    if isinstance(args.moe_layer_freq, int):
-        return [layer % args.moe_layer_freq == 0 for layer in range(args.num_layers)]
-    return [bool(sparse) for sparse in args.moe_layer_freq]
+    return expand_layer_frequency(args.moe_layer_freq, args.num_layers)
+
+
+def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:
+    """Megatron's `--moe-layer-freq`, every so many or 0 or 1 for each, as whether each layer has experts."""
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(num_layers)]
+    return [bool(sparse) for sparse in frequency]
 
 
 def is_stacked(args: Namespace) -> bool:

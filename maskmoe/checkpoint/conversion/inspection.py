@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskmoe.checkpoint.conversion.blocks import Block, TensorSource, TensorSpec
+from maskmoe.checkpoint.conversion.blocks import TensorSpec
 from maskmoe.checkpoint.conversion.families import CONFIG_FILE
 from maskmoe.checkpoint.conversion.huggingface_models import read_json
 from maskmoe.checkpoint.conversion.megatron_models import find_megatron_checkpoint, is_optimizer
-from maskmoe.checkpoint.conversion.model_tensors import ROUTING_MASK_PREFIX
+from maskmoe.checkpoint.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.checkpoint.conversion.safetensors_files import SafetensorsSource
 from maskmoe.checkpoint.conversion.torch_dist import TorchDistSource
 from maskmoe.checkpoint.conversion.writing import JOURNAL
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX, routing_mask_from_buffers
+from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
 # The first that is found in a tensor's name, Megatron's or that of a family of transformers, tells what it is part of.
 _PARTS = {
@@ -158,7 +158,7 @@ def _inspect_megatron(checkpoint: Path, verify: bool) -> Inspection:
         weights=weights,
         experts=experts,
         optimizer_bytes=optimizer_bytes,
-        routing_mask=_read_mask(source, CHECKPOINT_PREFIX),
+        routing_mask=_summarise_mask(read_mask(source, CHECKPOINT_PREFIX)),
     )
 
 
@@ -179,7 +179,7 @@ def _inspect_huggingface(folder: Path, verify: bool) -> Inspection:
         weights=source.tensors,
         experts=(config.get("num_experts_per_tok"), num_experts),
         optimizer_bytes=0,
-        routing_mask=_read_mask(source, ROUTING_MASK_PREFIX),
+        routing_mask=_summarise_mask(read_mask(source, ROUTING_MASK_PREFIX)),
     )
 
 
@@ -230,12 +230,9 @@ def _num_ranks(checkpoint: Path) -> int:
     return len({path.name.split("_")[2] for path in checkpoint.glob("__*_*.distcp")})
 
 
-def _read_mask(source: TensorSource, prefix: str) -> MaskSummary | None:
-    names = [name for name in source.tensors if name.startswith(prefix)]
-    if not names:
+def _summarise_mask(mask: RoutingMask | None) -> MaskSummary | None:
+    if mask is None:
         return None
-    blocks = {name.removeprefix(prefix): Block.whole(name, source.tensors[name].shape) for name in names}
-    mask: RoutingMask = routing_mask_from_buffers({name: source.read(block) for name, block in blocks.items()})
     return MaskSummary(
         digest=mask.digest,
         vocab_size=mask.vocab_size,

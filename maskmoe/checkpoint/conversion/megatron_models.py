@@ -7,10 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from maskmoe.checkpoint.conversion.blocks import Block, RearrangedSource, TensorSource, TensorSpec, UncoveredTensor
+from maskmoe.checkpoint.conversion.blocks import RearrangedSource, TensorSource, TensorSpec, UncoveredTensor
 from maskmoe.checkpoint.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
 from maskmoe.checkpoint.conversion.families import OpenedModel
-from maskmoe.checkpoint.conversion.model_tensors import ROUTING_MASK_PREFIX, Shapes, check_tensors, routing_mask_tensors
+from maskmoe.checkpoint.conversion.model_tensors import (
+    ROUTING_MASK_PREFIX,
+    Shapes,
+    check_tensors,
+    read_mask,
+    routing_mask_tensors,
+)
 from maskmoe.checkpoint.conversion.sources import JoinedSource, RenamedSource, ZeroSource
 from maskmoe.checkpoint.conversion.tensor_mapping import (
     EMBEDDING,
@@ -28,7 +34,7 @@ from maskmoe.cli import atomic_output
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX, routing_mask_from_buffers
+from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
 # In a converted checkpoint's common state: the configuration that it was converted from.
 _CONFIG = "huggingface_config"
@@ -172,12 +178,8 @@ def _vocab_size(source: TensorSource, args: Namespace) -> int:
 
 def _routing_mask_field(source: TensorSource) -> dict[str, Any] | None:
     """The configuration's field `routing_mask`, after the mask has been verified."""
-    names = [name for name in source.tensors if name.startswith(CHECKPOINT_PREFIX)]
-    if not names:
-        return None
-    buffers = {name: source.read(Block.whole(name, source.tensors[name].shape)) for name in names}
-    mask = routing_mask_from_buffers({name.removeprefix(CHECKPOINT_PREFIX): buffer for name, buffer in buffers.items()})
-    return routing_mask_tensors(mask)[1]
+    mask = read_mask(source, CHECKPOINT_PREFIX)
+    return mask and routing_mask_tensors(mask)[1]
 
 
 def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:

@@ -1,15 +1,13 @@
 """The tensors of a MaskMoE model in the format of transformers."""
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
-
-from maskmoe.checkpoint.conversion.blocks import TensorSpec
+from maskmoe.checkpoint.conversion.blocks import Block, TensorSource, TensorSpec
 from maskmoe.checkpoint.conversion.sources import MemorySource
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.transformer.visible_experts import buffers_of_routing_mask, routing_mask_from_buffers
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -96,9 +94,7 @@ def _routing_mask_shapes(mask: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
 def routing_mask_tensors(mask: RoutingMask) -> tuple[MemorySource, dict[str, Any]]:
     """A routing mask as the buffers of a model, and as the field `routing_mask` of its configuration."""
-    tensors, metadata = mask.to_tensors()
-    buffers = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    buffers["metadata"] = torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)
+    buffers = buffers_of_routing_mask(mask)
     field = {
         "num_tables": len(mask.row_of_id),
         "num_rows": mask.visible_bits.shape[1],
@@ -106,6 +102,17 @@ def routing_mask_tensors(mask: RoutingMask) -> tuple[MemorySource, dict[str, Any
         "metadata_bytes": buffers["metadata"].numel(),
     }
     return MemorySource({ROUTING_MASK_PREFIX + name: buffer for name, buffer in buffers.items()}), field
+
+
+def read_mask(source: TensorSource, prefix: str) -> RoutingMask | None:
+    """The routing mask among a source's tensors, under their names' prefix, verified; None if there is none.
+
+    Raises:
+        UserError: it is damaged or altered.
+    """
+    names = [name for name in source.tensors if name.startswith(prefix)]
+    buffers = {name: source.read(Block.whole(name, source.tensors[name].shape)) for name in names}
+    return routing_mask_from_buffers({name.removeprefix(prefix): buffers[name] for name in names}) if names else None
 
 
 def check_tensors(

@@ -3,7 +3,7 @@
 import io
 import pickle
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from maskmoe.checkpoint.conversion.blocks import Block, TensorSpec, row_major_blocks
+from maskmoe.checkpoint.conversion.blocks import TensorSpec, row_major_blocks
 from maskmoe.checkpoint.conversion.writing import BLOCK_BYTES, PlannedFile, Segment
 
 MARKER = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -77,7 +77,7 @@ def plan_torch_dist(
         entries[name] = BytesStorageMetadata()
         places[MetadataIndex(name)] = files[-1].add(Segment(archive), len(archive))
     for name, spec in tensors.items():
-        chunks = list(_chunks(name, spec))
+        chunks = list(row_major_blocks(name, spec, BLOCK_BYTES))
         for block in chunks:
             head, tail = _around_elements(block.sizes, spec.dtype)
             length = len(head) + block.num_elements * spec.dtype.itemsize + len(tail)
@@ -95,10 +95,6 @@ def plan_torch_dist(
     )
     planned = [PlannedFile(f"{folder}/{file.name}", file.segments, file.size) for file in files]
     return TorchDistPlan(planned, pickle.dumps(layout))
-
-
-def _chunks(name: str, spec: TensorSpec) -> Iterator[Block]:
-    yield from row_major_blocks(name, spec, BLOCK_BYTES)
 
 
 def _archive(value: Any) -> bytes:

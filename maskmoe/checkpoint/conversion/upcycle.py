@@ -26,9 +26,11 @@ from maskmoe.checkpoint.conversion.blocks import (
     TensorSpec,
     row_major_blocks,
 )
+from maskmoe.checkpoint.conversion.config_mapping import expand_layer_frequency
 from maskmoe.checkpoint.conversion.families import PLAIN_EXPERTS, OpenedModel, with_routing_mask
 from maskmoe.checkpoint.conversion.model_tensors import Shapes, tensor_shapes
 from maskmoe.checkpoint.conversion.sources import JoinedSource
+from maskmoe.checkpoint.conversion.writing import BLOCK_BYTES
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
 
@@ -36,7 +38,6 @@ from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
 _HALF = 0.5
 # Random numbers are drawn for so many rows together, wherever a block that is read begins or ends.
 _ROWS_DRAWN = 64
-_BLOCK_BYTES = 16 << 20
 
 _ROUTER = ".mlp.gate.weight"
 _GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
@@ -93,13 +94,12 @@ class UpcycleSettings:
         Raises:
             UserError: `moe_layer_freq` is for another number of layers, or has none.
         """
-        if isinstance(self.moe_layer_freq, int):
-            return [layer % self.moe_layer_freq == 0 for layer in range(num_layers)]
-        if len(self.moe_layer_freq) != num_layers:
-            raise UserError(f"--moe-layer-freq is for {len(self.moe_layer_freq)} layers, the model has {num_layers}")
-        if not any(self.moe_layer_freq):
+        is_sparse = expand_layer_frequency(self.moe_layer_freq, num_layers)
+        if len(is_sparse) != num_layers:
+            raise UserError(f"--moe-layer-freq is for {len(is_sparse)} layers, the model has {num_layers}")
+        if not any(is_sparse):
             raise UserError("--moe-layer-freq gives experts to no layer")
-        return [bool(sparse) for sparse in self.moe_layer_freq]
+        return is_sparse
 
 
 def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) -> OpenedModel:
@@ -302,7 +302,7 @@ class _ChangedExperts:
         """Mean and standard deviation of a dense tensor, float32 [2]."""
         spec = self._dense.tensors[name]
         total, squares = 0.0, 0.0
-        for block in row_major_blocks(name, spec, _BLOCK_BYTES):
+        for block in row_major_blocks(name, spec, BLOCK_BYTES):
             values = self._dense.read(block).double()
             total += values.sum().item()
             squares += values.square().sum().item()
