@@ -54,9 +54,9 @@ def read_into(path: Path, start: int, buffer: memoryview) -> None:
         UserError: the file cannot be read, or ends before.
     """
     try:
-        descriptor = _open(path).fileno()
+        stream = _open(path)
         while buffer:
-            count = os.preadv(descriptor, [buffer], start)
+            count = os.preadv(stream.fileno(), [buffer], start)
             if not count:
                 raise UserError(f"{path} is damaged: it ends before what it should hold")
             buffer, start = buffer[count:], start + count
@@ -71,7 +71,8 @@ def check_length(path: Path, length: int) -> None:
         UserError: it is not, or cannot be opened.
     """
     try:
-        found = os.fstat(_open(path).fileno()).st_size
+        stream = _open(path)
+        found = os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if found < length:
@@ -92,4 +93,5 @@ def _rows_around(part: Block, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
 @lru_cache(maxsize=_OPEN_FILES)
 def _open(path: Path) -> FileIO:
+    """A file, which is closed when it is out of the cache and nobody holds it: threads must, while they use it."""
     return open(path, "rb", buffering=0)

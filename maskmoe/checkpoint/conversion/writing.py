@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Buffer, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Buffer, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,10 @@ from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 
 BLOCK_BYTES = 16 << 20
-"""What is read, written and verified at a time."""
+"""What is read at a time."""
 
 # Larger writes take several times as long where the kernel must find as large a piece of memory for them.
-_WRITE_BYTES = 256 << 10
-
-# Below, a file is left to the kernel until it is whole.
-_FLUSH_BYTES = 256 << 20
+_PIECE_BYTES = 256 << 10
 
 JOURNAL = "unfinished_conversion.json"
 """What of an unfinished output is done. The name says what the folder is."""
@@ -88,6 +86,7 @@ class OutputFolder:
         self.finished: dict[str, FileRecord] = {}
         self._job = job
         self._journal = path / JOURNAL
+        self._recording = Lock()
 
     def __enter__(self) -> "OutputFolder":
         self._is_new = not self.path.exists()
@@ -110,9 +109,10 @@ class OutputFolder:
                 self.path.rmdir()
 
     def record(self, name: str, record: FileRecord) -> None:
-        """Note that a file is done."""
-        self.finished[name] = record
-        self._save()
+        """Note that a file is done; from any thread."""
+        with self._recording:
+            self.finished[name] = record
+            self._save()
 
     def complete(self) -> None:
         """Say no longer that the folder is unfinished."""
@@ -155,12 +155,12 @@ class OutputFolder:
 
 
 def write_files(source: TensorSource, files: Sequence[PlannedFile], output: OutputFolder) -> None:
-    """Write files, but for those of an interrupted conversion that are intact.
+    """Write files, but for those of an interrupted conversion that are intact; several at a time.
 
-    A file has its name only when it is whole. At the end, all are on the disk, and the output's check has passed.
+    A file has its name only when it is whole and on the disk. At the end, the output's check has passed.
 
     Args:
-        source: of the blocks.
+        source: of the blocks; several threads read it.
         files: what to write.
         output: gets them.
 
@@ -170,24 +170,25 @@ def write_files(source: TensorSource, files: Sequence[PlannedFile], output: Outp
     """
     found = tqdm(files, desc="checking what is done", unit="file", delay=0.5, disable=not output.finished)
     done = {file.name: file.size for file in found if _is_done(output, file)}
-    left = [file for file in files if file.name not in done]
     total, initial = sum(file.size for file in files), sum(done.values())
     _check_space(output.path, total - initial)
     bar = tqdm(total=total, initial=initial, desc="converting", unit="B", unit_scale=True, unit_divisor=1024)
-    with bar, ThreadPoolExecutor(2) as executor:
-        check = executor.submit(output.check)
-        flushes = [executor.submit(_flush, output.path / name) for name in done]
-        for file in left:
-            if check.done():
-                check.result()
-            path = output.path / file.name
-            path.parent.mkdir(exist_ok=True)
-            with reporting_full_disk(path), _partial(path) as partial:
-                record = _write_file(source, file, partial, bar)
-            output.record(file.name, record)
-            flushes.append(executor.submit(_flush, path))
-        for future in (*flushes, check):
-            future.result()
+    writer = _FileWriter(source, output, bar)
+    with bar, ThreadPoolExecutor(1) as checker, ThreadPoolExecutor(_num_writers()) as writers:
+        try:
+            work = [checker.submit(output.check)]
+            work += [writers.submit(writer.write, file) for file in files if file.name not in done]
+            for future in as_completed(work):
+                with suppress(CancelledError):  # something else has failed, which will come, too
+                    future.result()
+        except BaseException:
+            writer.stop()
+            raise
+
+
+def _num_writers() -> int:
+    """One more than there are cores, since one waits for the disk; few enough for their blocks in memory."""
+    return min(8, len(os.sched_getaffinity(0)) + 1)
 
 
 @contextmanager
@@ -202,12 +203,6 @@ def reporting_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         hint = "; make room and start again: finished files are kept" if error.errno in _NO_SPACE else ""
         raise UserError(f"cannot write {path}: {error.strerror}{hint}") from error
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with reporting_full_disk(path), open(path, "rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _is_done(output: OutputFolder, file: PlannedFile) -> bool:
@@ -233,65 +228,84 @@ def _partial(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _write_file(source: TensorSource, file: PlannedFile, path: Path, bar: tqdm) -> FileRecord:
-    """Write a file block by block and read each back; its digest is that of what was read.
+class _FileWriter:
+    """Writes files piece by piece and reads each piece back; a file's digest is that of what was read.
 
-    Reading the source, writing, hashing, and bringing it to the disk are done at the same time, each on a thread of its
-    own.
+    Args:
+        source: of the blocks.
+        output: gets the files.
+        bar: shows the bytes that are done.
     """
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb+", buffering=0) as stream, ThreadPoolExecutor(2) as executor:
-        hashing: Future[None] | None = None
-        flush: Future[None] | None = None
-        for buffer in _ahead(_content(source, file)):
-            written = _write_and_read_back(stream.fileno(), np.frombuffer(buffer, np.uint8), size)
-            if written is None:
+
+    def __init__(self, source: TensorSource, output: OutputFolder, bar: tqdm):
+        self._source = source
+        self._output = output
+        self._bar = bar
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Give up what is being written, and write no more."""
+        self._is_stopped = True
+
+    def write(self, file: PlannedFile) -> None:
+        """Write one file, on any thread.
+
+        Raises:
+            UserError: see `write_files`.
+            CancelledError: `stop` was called, or another file has failed.
+        """
+        path = self._output.path / file.name
+        path.parent.mkdir(exist_ok=True)
+        try:
+            with reporting_full_disk(path), _partial(path) as partial, open(partial, "wb+", buffering=0) as stream:
+                record = self._write_to(stream.fileno(), file, path)
+        except BaseException:
+            self.stop()
+            raise
+        self._output.record(file.name, record)
+
+    def _write_to(self, descriptor: int, file: PlannedFile, path: Path) -> FileRecord:
+        digest, size = hashlib.sha256(), 0
+        for content in self._content_of(file):
+            if self._is_stopped:
+                raise CancelledError
+            if not _write_and_read_back(descriptor, content, size, digest.update):
                 raise UserError(f"{path} does not hold what was written to it; the disk or the memory is faulty")
-            if hashing is not None:
-                hashing.result()
-            hashing = executor.submit(digest.update, written)
-            size += len(written)
-            bar.update(len(written))
-            if size >= _FLUSH_BYTES and (flush is None or flush.done()):
-                flush = executor.submit(os.fdatasync, stream.fileno())
-    if size != file.size:
-        raise RuntimeError(f"{file.name} has {size} bytes, not {file.size} as planned")
-    return FileRecord(digest.hexdigest(), size)
+            size += len(content)
+            self._bar.update(len(content))
+        if size != file.size:
+            raise RuntimeError(f"{file.name} has {size} bytes, not {file.size} as planned")
+        os.fsync(descriptor)
+        return FileRecord(digest.hexdigest(), size)
+
+    def _content_of(self, file: PlannedFile) -> Iterator[memoryview]:
+        """What is not empty of a file, in order."""
+        for segment in file.segments:
+            if segment.head:
+                yield memoryview(segment.head)
+            if segment.block is not None:
+                yield byte_view(self._source.read(segment.block).contiguous())
+            if segment.tail:
+                yield memoryview(segment.tail)
 
 
-def _content(source: TensorSource, file: PlannedFile) -> Iterator[Buffer]:
-    """What is not empty of a file, in order."""
-    for segment in file.segments:
-        if segment.head:
-            yield segment.head
-        if segment.block is not None:
-            yield byte_view(source.read(segment.block).contiguous())
-        if segment.tail:
-            yield segment.tail
+def _write_and_read_back(descriptor: int, content: memoryview, position: int, take: Callable[[Buffer], None]) -> bool:
+    """Append to a file, which ends at `position`; `take` gets what it then holds. Returns whether that is the same.
 
-
-def _ahead[Item](items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, each made while the one before is used."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as executor:
-        upcoming = executor.submit(next, iterator, end)
-        while (item := upcoming.result()) is not end:
-            upcoming = executor.submit(next, iterator, end)
-            yield item
-
-
-def _write_and_read_back(descriptor: int, content: np.ndarray, position: int) -> np.ndarray | None:
-    """Append uint8 [bytes] to a file, which ends at `position`; what it holds there, or None if it is not the same."""
-    found = np.empty_like(content)
-    for start in range(0, len(content), _WRITE_BYTES):
-        piece = slice(start, start + _WRITE_BYTES)
-        left = memoryview(content[piece])
+    Pieces are small enough to stay in the processor's cache until they are done with.
+    """
+    found = np.empty(min(_PIECE_BYTES, len(content)), np.uint8)
+    for start in range(0, len(content), _PIECE_BYTES):
+        piece = content[start : start + _PIECE_BYTES]
+        left = piece
         while left:
             left = left[os.write(descriptor, left) :]
-        os.preadv(descriptor, [found[piece]], position + start)
-        if not _are_equal(found[piece], content[piece]):
-            return None
-    return found
+        read = found[: len(piece)]
+        os.preadv(descriptor, [read], position + start)
+        if not _are_equal(read, np.frombuffer(piece, np.uint8)):
+            return False
+        take(read)
+    return True
 
 
 def _are_equal(first: np.ndarray, second: np.ndarray) -> bool:

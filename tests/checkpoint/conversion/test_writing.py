@@ -7,8 +7,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +44,11 @@ class FailingSource(MemorySource):
         return super().read(block)
 
 
+@pytest.fixture(autouse=True)
+def _one_file_at_a_time(monkeypatch):
+    monkeypatch.setattr(writing, "_num_writers", lambda: 1)
+
+
 def write(folder, source, job=JOB, most_bytes=8000):
     """Two tensors a file."""
     with OutputFolder(folder, job) as output:
@@ -54,6 +59,12 @@ def write(folder, source, job=JOB, most_bytes=8000):
 
 def shards(folder):
     return sorted(path.name for path in folder.glob("model-*"))
+
+
+def assert_whole(folder):
+    loaded = {name: tensor for shard in shards(folder) for name, tensor in load_file(folder / shard).items()}
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
 def test_records_are_of_the_files(tmp_path):
@@ -76,8 +87,46 @@ def test_interrupted_work_goes_on_where_it_was(tmp_path):
     assert source.read_tensors == ["t2", "t3", "t4", "t5"]
     assert (folder / shards(folder)[0]).stat().st_mtime_ns == first.st_mtime_ns
     assert not (folder / JOURNAL).exists()
-    loaded = {name: tensor for shard in shards(folder) for name, tensor in load_file(folder / shard).items()}
+    assert_whole(folder)
+
+
+class MeetingSource(MemorySource):
+    """Each file's first tensor is read only when those of all files are about to be."""
+
+    def __init__(self, tensors, num_files, fails_at=None):
+        super().__init__(tensors)
+        self.meeting = threading.Barrier(num_files)
+        self.fails_at = fails_at
+
+    def read(self, block: Block):
+        if block.tensor in ("t0", "t2", "t4"):
+            self.meeting.wait(timeout=20)
+        if block.tensor == self.fails_at:
+            raise Interrupted
+        if self.fails_at:
+            time.sleep(0.2)
+        return super().read(block)
+
+
+def test_files_are_written_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_num_writers", lambda: 3)
+    records = write(tmp_path / "out", MeetingSource(TENSORS, num_files=3))
+    assert sorted(records) == shards(tmp_path / "out")
+    loaded = {
+        name: tensor
+        for shard in shards(tmp_path / "out")
+        for name, tensor in load_file(tmp_path / "out" / shard).items()
+    }
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_failure_ends_the_other_files(tmp_path, monkeypatch):
+    """It is the failure that is reported, whichever file ends first, and nothing half-written is left."""
+    monkeypatch.setattr(writing, "_num_writers", lambda: 3)
+    for tensor in ("t0", "t2", "t4"):
+        with pytest.raises(Interrupted):
+            write(tmp_path / tensor, MeetingSource(TENSORS, num_files=3, fails_at=tensor))
+        assert not (tmp_path / tensor).exists()
 
 
 @pytest.mark.parametrize(
@@ -185,10 +234,12 @@ def test_disk_that_fills_up(tmp_path):
 
 SLOW_CONVERSION = """
 import sys, time, torch
-from pathlib import Path
 from maskmoe.checkpoint.conversion.safetensors_files import plan_safetensors
 from maskmoe.checkpoint.conversion.sources import MemorySource
+from maskmoe.checkpoint.conversion import writing
 from maskmoe.checkpoint.conversion.writing import OutputFolder, write_files
+
+writing._num_writers = lambda: 1
 
 class SlowSource(MemorySource):
     def read(self, block):
@@ -215,5 +266,4 @@ def test_killed_work_goes_on_where_it_was(tmp_path):
     write(folder, source)
     assert {"t4", "t5"} <= set(source.read_tensors) <= {"t2", "t3", "t4", "t5"}
     assert sorted(os.listdir(folder)) == shards(folder)
-    loaded = {name: tensor for shard in shards(folder) for name, tensor in load_file(Path(folder) / shard).items()}
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+    assert_whole(folder)
