@@ -326,7 +326,8 @@ def _map_type_names() -> None:
     @functools.wraps(original)
     def type_of(self, dtype=None, non_blocking=False, **kwargs):
         if dtype is None:
-            return original(self).replace("torch.", "torch.cuda.", 1)
+            # Inside a torch function mode, such as `with torch.device(…)`, what is called here is this wrapper again.
+            return "torch.cuda." + original(self).rpartition(".")[2]
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.", 1)
         return original(self, dtype, non_blocking, **kwargs)

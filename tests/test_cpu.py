@@ -89,6 +89,8 @@ def test_type_names_are_those_of_cuda() -> None:
     assert tensor.type(torch.float64).dtype == torch.float64
     assert tensor.type(torch.LongTensor).dtype == torch.int64
     assert tensor.type(tensor.type()) is tensor
+    with torch.device("meta"):  # a torch function mode, in which methods of tensors come back to their wrappers
+        assert tensor.type() == "torch.cuda.FloatTensor"
 
 
 def test_streams_and_events_are_one_queue() -> None:

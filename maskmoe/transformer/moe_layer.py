@@ -165,4 +165,7 @@ def dispatch_kind(
         and not config.moe_router_force_load_balancing
         and config.moe_router_force_biased is None
     )
-    return DispatchKind.PLANNED if is_rank_local and chooses_anywhere else DispatchKind.ONE_COPY
+    if is_rank_local and chooses_anywhere:
+        return DispatchKind.PLANNED
+    # With one expert a token, what Megatron sends is one copy.
+    return DispatchKind.MEGATRON if config.moe_router_topk == 1 else DispatchKind.ONE_COPY

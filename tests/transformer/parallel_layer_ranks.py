@@ -17,10 +17,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from safetensors.torch import save_file
-from small_moe import DEVICE, make_config, make_layer, make_mask, random_visible_sets, take_metrics
+from small_moe import DEVICE, make_config, make_layer, make_mask, process_groups, random_visible_sets, take_metrics
 from torch import Tensor
 
-NUM_EXPERTS, SEQUENCE, BATCH, HIDDEN = 6, 6, 4, 8
+from maskmoe.transformer.dispatch_plan import DispatchPlanner, PlannedTokenIds
+
+NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 6, 9, 6, 4, 8
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,30 @@ class Case:
         experts: those that any id sees.
         settings: of the configuration.
         scale: of the hidden states.
+        halves: odd ids see the second half of the experts, the others the first.
     """
 
     sizes: tuple[int, ...]
     experts: range = range(NUM_EXPERTS)
     settings: dict[str, Any] = field(default_factory=dict)
     scale: float = 1
+    halves: bool = False
+
+    @property
+    def is_rank_local(self) -> bool:
+        """Every id sees experts of one of two ranks."""
+        return self.halves or self.experts.start // (NUM_EXPERTS // 2) == (self.experts.stop - 1) // (NUM_EXPERTS // 2)
+
+    def visible_sets(self) -> np.ndarray:
+        """bool [1, vocab, N]."""
+        visible = np.zeros((1, VOCAB_SIZE, NUM_EXPERTS), bool)
+        num_seen = NUM_EXPERTS // 2 if self.halves else len(self.experts)
+        drawn = random_visible_sets(5, 1, VOCAB_SIZE, num_seen, self.sizes)
+        if self.halves:
+            visible[:, 0::2, :num_seen], visible[:, 1::2, num_seen:] = drawn[:, 0::2], drawn[:, 1::2]
+        else:
+            visible[..., list(self.experts)] = drawn
+        return visible
 
 
 CASES = {
@@ -58,6 +78,11 @@ CASES = {
     ),
     # Every id sees k experts or more, but not in the groups that its token is limited to.
     "groups": Case((2, 6), settings={"topk": 2, "moe_router_num_groups": 3, "moe_router_group_topk": 1}),
+    "rank_local": Case((1, 2, 3), settings={"topk": 2}, halves=True),
+    "rank_local_one_expert_per_token": Case((1, 3), settings={"topk": 1}, halves=True),
+    "rank_local_recomputed": Case(
+        (1, 3), settings={"recompute_granularity": "selective", "recompute_modules": ["moe"]}, halves=True
+    ),
     "all_gather": Case((1, 2, 4), settings={"topk": 3, "moe_token_dispatcher_type": "allgather"}),
     "all_gather_starved": Case((1, 2), experts=range(3), settings={"moe_token_dispatcher_type": "allgather"}),
 }
@@ -72,12 +97,14 @@ class Layout:
         settings: of the configuration and of the process groups.
         losses: the router's losses; they are of the tokens of all tensor-parallel ranks, but of each expert-parallel
             rank's own, or meant to be averaged over those.
+        plans: dispatch is planned from the ids.
     """
 
     split_dimension: int
     settings: dict[str, int]
     aux_loss_tokens: str = "all"
     losses: dict[str, Any] = field(default_factory=dict)
+    plans: bool = False
 
 
 LOSSES = {
@@ -88,6 +115,7 @@ LOSSES = {
 TENSOR_PARALLEL = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
 LAYOUTS = {
     "expert": Layout(1, {"expert_model_parallel_size": 2}),
+    "planned": Layout(1, {"expert_model_parallel_size": 2}, plans=True),
     "tensor": Layout(0, TENSOR_PARALLEL, losses=LOSSES),
     "tensor_routable": Layout(0, TENSOR_PARALLEL, "routable", LOSSES),
     "tensor_and_expert": Layout(
@@ -99,7 +127,9 @@ LAYOUTS = {
 
 
 def is_possible(layout_name: str, case_name: str) -> bool:
-    """Shared experts are whole on every rank of the first layout only."""
+    """Shared experts are whole on every rank of two layouts only; plans need masks and settings that allow them."""
+    if LAYOUTS[layout_name].plans:
+        return CASES[case_name].is_rank_local and "all_gather" not in case_name
     return layout_name == "expert" or "shared" not in case_name
 
 
@@ -107,8 +137,6 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
     """The layer's output, losses, and gradients of input and parameters; experts are named by global index."""
     layout, case = LAYOUTS[layout_name], CASES[case_name]
     parallel = layout.settings if num_ranks > 1 else {}
-    visible = np.zeros((1, 9, NUM_EXPERTS), bool)
-    visible[..., list(case.experts)] = random_visible_sets(5, 1, 9, len(case.experts), case.sizes)
     config = make_config(
         NUM_EXPERTS,
         **parallel,
@@ -116,7 +144,7 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
         **layout.losses,
         **case.settings,
     )
-    layer = make_layer(config, make_mask(visible), aux_loss_tokens=layout.aux_loss_tokens)
+    layer = make_layer(config, make_mask(case.visible_sets()), aux_loss_tokens=layout.aux_loss_tokens)
 
     parameters = {}
     first_expert = layer.local_expert_indices[0]
@@ -138,9 +166,12 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
     shape = (SEQUENCE, BATCH, HIDDEN)
     hidden = part_of(case.scale * rng.normal(size=shape)).float().requires_grad_()
     output_grad = part_of(rng.normal(size=shape)).float()
-    token_ids = part_of(rng.integers(0, 9, shape[:2]))
+    token_ids = part_of(rng.integers(0, VOCAB_SIZE, shape[:2])).T.contiguous()
+    if layout.plans and num_ranks > 1:
+        planner = DispatchPlanner(layer.router.visible_experts, config.moe_router_topk, [0], process_groups().ep)
+        token_ids = PlannedTokenIds.attach(token_ids, planner.plan(token_ids))
     take_metrics()
-    output, _ = layer(hidden, padding_mask=token_ids.T)
+    output, _ = layer(hidden, padding_mask=token_ids)
     output.backward(output_grad)
     # Scaled back, so that one tolerance serves all cases.
     grads = {name: parameter.grad / case.scale for name, parameter in parameters.items()}

@@ -212,6 +212,17 @@ def test_two_ranks_equal_one(layout: str, case: str, two_ranks: list[dict[str, T
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if is_possible("planned", case)])
+def test_plan_changes_no_bit(case: str, two_ranks: list[dict[str, Tensor]]) -> None:
+    """Against the same dispatch without a plan; the router's weight gets a sum over other tokens on each rank."""
+    for rank in two_ranks:
+        planned = {key: value for key, value in rank.items() if key.startswith(f"planned/{case}/")}
+        assert planned
+        for key, value in planned.items():
+            if "router" not in key:
+                assert torch.equal(value, rank[key.replace("planned", "expert", 1)]), key
+
+
 def test_starved_rank_gets_no_token() -> None:
     """The case is what its name says."""
     results = run_case("expert", "starved_last_rank")

@@ -51,6 +51,9 @@ def test_kind_of_dispatch():
     assert dispatch_kind(make_config(4), groups(), is_rank_local=True) is DispatchKind.PLANNED
     for settings in ({"moe_expert_capacity_factor": 1.0}, {"moe_input_jitter_eps": 0.1}):
         assert dispatch_kind(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.ONE_COPY
+    one_expert = make_config(4, topk=1)
+    assert dispatch_kind(one_expert, groups(), is_rank_local=False) is DispatchKind.MEGATRON
+    assert dispatch_kind(one_expert, groups(), is_rank_local=True) is DispatchKind.PLANNED
 
 
 def test_what_the_dispatcher_cannot_do_is_left_to_megatrons():

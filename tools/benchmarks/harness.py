@@ -8,29 +8,35 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pair to compare: each call of `ours` or `baseline` does the work once and returns a number in `unit`."""
+    """A pair to compare: each call of `ours` or `baseline` does the work once and returns a number in `unit`.
+
+    `costs` is what else is known of the two, for the file of results.
+    """
 
     name: str
     unit: str
     ours: Callable[[], float]
     baseline: Callable[[], float]
+    costs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Result:
-    """Paired measurements of a case, in the order they were taken."""
+    """Paired measurements of a case, in the order they were taken, and its costs."""
 
     case: str
     unit: str
     ours: Sequence[float]
     baseline: Sequence[float]
+    costs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -73,7 +79,7 @@ def run(cases: Sequence[Case], repeats: int) -> list[Result]:
             for measure, values in sides:
                 values.append(measure())
             sides.reverse()
-        results.append(Result(case.name, case.unit, ours, baseline))
+        results.append(Result(case.name, case.unit, ours, baseline, case.costs))
     return results
 
 

@@ -1,9 +1,12 @@
 """Benchmarks that run as one process, or as several under torchrun."""
 
+import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 
+import harness
 import torch
 
 # Prepares the process, hence before megatron.
@@ -12,6 +15,7 @@ import maskmoe.training  # noqa: F401
 # isort: split
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from meter import cost_of
 
 
 def join_ranks() -> ProcessGroupCollection:
@@ -23,3 +27,37 @@ def join_ranks() -> ProcessGroupCollection:
     torch.distributed.init_process_group("gloo" if "maskmoe.cpu" in sys.modules else "nccl")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=torch.distributed.get_world_size())
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def compare(name: str, ours: Callable[[], object], against: str, baseline: Callable[[], object]) -> harness.Case:
+    """A case by the time until all ranks have done the work; says what one rank spends on it besides.
+
+    Args:
+        name: of the case.
+        ours: the work.
+        against: what the baseline is.
+        baseline: the other work.
+    """
+    costs = {"ours": cost_of(ours), against: cost_of(baseline)}
+    if torch.distributed.get_rank() == 0:
+        for side, cost in costs.items():
+            print(f"{name}: {side} {cost}", flush=True)
+    return harness.Case(name, "s", _seconds_of_all(ours), _seconds_of_all(baseline), costs)
+
+
+def run_and_report(cases: Sequence[harness.Case], arguments: argparse.Namespace) -> None:
+    """Measure, report, and leave the other ranks."""
+    results = harness.run(cases, arguments.repeats)
+    if torch.distributed.get_rank() == 0:
+        harness.report(results, arguments.json)
+    torch.distributed.destroy_process_group()
+
+
+def _seconds_of_all(work: Callable[[], object]) -> Callable[[], float]:
+    def until_all_have() -> None:
+        torch.distributed.barrier()
+        work()
+        torch.cuda.synchronize()
+        torch.distributed.barrier()
+
+    return harness.seconds(until_all_have)

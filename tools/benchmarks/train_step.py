@@ -1,7 +1,7 @@
 """Time of a whole training step against stock Megatron-Core MoE of the same sizes.
 
 Forward, backward, gradient reduction and optimizer, on Zipf-distributed ids. Runs as one process, or with expert
-parallelism under torchrun:
+parallelism under torchrun, where the floor is what `dispatcher.py` compares with, once for each layer:
 
     python tools/benchmarks/train_step.py
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/train_step.py
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 # Prepares the process, hence before megatron.
-from ranks import join_ranks
+from ranks import compare, join_ranks, run_and_report
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -26,6 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
+from routed_tokens import exchange_floor
 from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask
@@ -50,7 +51,7 @@ class Trainer:
         self.batches = batches
 
     def step(self) -> None:
-        """Take one step; returns when all ranks have."""
+        """Take one step."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         get_forward_backward_func()(
@@ -64,8 +65,6 @@ class Trainer:
             forward_only=False,
         )
         self.optimizer.step()
-        torch.cuda.synchronize()
-        torch.distributed.barrier()
 
     @staticmethod
     def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple:
@@ -172,15 +171,22 @@ def main() -> None:
     groups = join_ranks()
     model_parallel_cuda_manual_seed(1)
 
+    num_tokens = arguments.batch_size * arguments.seq_length
+    hidden, gradient = torch.randn(2, num_tokens, arguments.hidden_size).cuda()
+    floor_of_layer = exchange_floor(hidden, gradient, groups.ep)
+
+    def floor() -> None:
+        for _ in range(arguments.num_layers):
+            floor_of_layer()
+
     cases = []
     for topk in arguments.topk:
-        ours, baseline = build_trainers(arguments, topk, groups)
+        ours, stock = build_trainers(arguments, topk, groups)
         name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
-        cases.append(harness.Case(name, "s", harness.seconds(ours.step), harness.seconds(baseline.step)))
-    results = harness.run(cases, arguments.repeats)
-    if torch.distributed.get_rank() == 0:
-        harness.report(results, arguments.json)
-    torch.distributed.destroy_process_group()
+        cases.append(compare(name, ours.step, "stock", stock.step))
+        if groups.ep.size() > 1:
+            cases.append(compare(f"{name} to the floor", ours.step, "floor", floor))
+    run_and_report(cases, arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Time of a whole MoE layer, forward and backward, against stock Megatron-Core's and a floor.
+
+Router, dispatch, experts and combine; of a rank-local mask also the planning, which a model does once for all layers.
+Masks and floor are those of `dispatcher.py`. Every token uses k experts on either side.
+
+    torchrun --standalone --nproc-per-node 2 tools/benchmarks/moe_layer.py
+"""
+
+import argparse
+from collections.abc import Callable
+
+import harness
+import torch
+
+# Prepares the process, hence before megatron.
+from ranks import compare, join_ranks, run_and_report
+
+# isort: split
+import routed_tokens
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
+from torch import Tensor
+
+from maskmoe.transformer.dispatch_plan import PlannedTokenIds
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+
+
+def build_layers(
+    config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
+) -> tuple[MoELayer, MoELayer]:
+    """Ours and the stock layer."""
+    blocks = (
+        get_maskmoe_decoder_block_spec(config, tokens.visible_experts),
+        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization),
+    )
+    layers = [block.layer_specs[0].submodules.mlp(config, pg_collection=groups).cuda() for block in blocks]
+    for layer in layers:
+        layer.set_layer_number(1)
+    return tuple(layers)
+
+
+def compute(layer: MoELayer, tokens: RoutedTokens, side_tensor: Callable[[], Tensor | None]) -> Callable[[], None]:
+    """Forward and backward; gradients of weights are added up, as in training.
+
+    Args:
+        side_tensor: makes what the layer gets as `padding_mask`.
+    """
+
+    def work() -> None:
+        hidden = tokens.hidden.detach().requires_grad_()
+        output, _ = layer(hidden, padding_mask=side_tensor())
+        output.backward(tokens.gradient)
+
+    return work
+
+
+def planned_ids(tokens: RoutedTokens) -> Tensor:
+    """The ids, with the plan of their dispatch if the mask allows one."""
+    return PlannedTokenIds.attach(tokens.ids, tokens.planner.plan(tokens.ids)) if tokens.planner else tokens.ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    routed_tokens.add_arguments(parser)
+    parser.add_argument("--ffn-hidden-size", type=int, default=512, help="of an expert (default: %(default)s)")
+    harness.add_arguments(parser, repeats=15)
+    arguments = parser.parse_args()
+
+    groups = join_ranks()
+    model_parallel_cuda_manual_seed(1)
+    num_ranks = groups.ep.size()
+    settings = {
+        "moe_ffn_hidden_size": arguments.ffn_hidden_size,
+        "moe_aux_loss_coeff": 1e-2,
+        "moe_router_dtype": "fp32",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "normalization": "RMSNorm",
+        "transformer_impl": "local",
+        "use_cpu_initialization": not torch.cuda.is_available(),
+    }
+    cases = []
+    for config in routed_tokens.configs(arguments, num_ranks, **settings):
+        for mask_name in routed_tokens.MASKS:
+            tokens = draw_tokens(config, arguments.tokens, mask_name, groups)
+            our_layer, stock_layer = build_layers(config, tokens, groups)
+            ours = compute(our_layer, tokens, lambda tokens=tokens: planned_ids(tokens))
+            stock = compute(stock_layer, tokens, lambda: None)
+            floor = exchange_floor(tokens.hidden.flatten(0, 1), tokens.gradient.flatten(0, 1), groups.ep)
+            name = f"MoE layer {mask_name} top-{config.moe_router_topk} of {config.num_moe_experts} ranks {num_ranks}"
+            cases += [compare(name, ours, "stock", stock), compare(f"{name} to the floor", ours, "floor", floor)]
+    run_and_report(cases, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What the benchmarks of the dispatcher and of the MoE layer route, and the floor of the exchange."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from zipf import zipf_mask, zipf_probabilities
+
+from maskmoe.routing_mask import MaskRecipe
+from maskmoe.transformer.dispatch_plan import DispatchPlanner
+from maskmoe.transformer.visible_experts import VisibleExperts
+
+VOCAB_SIZE = 8192
+MASKS = ("rank-local", "any")
+"""`rank-local`: every id sees as many experts of one rank as a token selects, two at least; `any`: it sees all."""
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """The tokens of one rank.
+
+    Attributes:
+        hidden, gradient: [tokens, 1, hidden].
+        ids: int64 [1, tokens].
+        visible_experts: the mask.
+        planner: of the dispatch; None under a mask that is not rank-local.
+    """
+
+    hidden: Tensor
+    gradient: Tensor
+    ids: Tensor
+    visible_experts: VisibleExperts
+    planner: DispatchPlanner | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the tokens and for the cases."""
+    parser.add_argument("--tokens", type=int, default=4096, help="of each rank (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument(
+        "--experts",
+        nargs="+",
+        default=["1/16", "2/16", "8/64"],
+        metavar="K/N",
+        help="top-K of N experts (default: %(default)s)",
+    )
+
+
+def configs(arguments: argparse.Namespace, num_ranks: int, **settings) -> Iterator[TransformerConfig]:
+    """A configuration of one layer for each choice of K and N."""
+    for pair in arguments.experts:
+        topk, num_experts = map(int, pair.split("/"))
+        yield TransformerConfig(
+            num_layers=1,
+            hidden_size=arguments.hidden_size,
+            num_attention_heads=4,
+            num_moe_experts=num_experts,
+            moe_router_topk=topk,
+            moe_router_pre_softmax=topk == 1,
+            moe_token_dispatcher_type="alltoall",
+            expert_model_parallel_size=num_ranks,
+            add_bias_linear=False,
+            **settings,
+        )
+
+
+def draw_tokens(
+    config: TransformerConfig, num_tokens: int, mask_name: str, groups: ProcessGroupCollection
+) -> RoutedTokens:
+    """Other tokens on each rank, the same in every run."""
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    if mask_name == "rank-local":
+        recipe = MaskRecipe(
+            num_experts=num_experts,
+            num_layers=1,
+            assignment="rank-local",
+            frequent_mass=1.0,
+            frequent_visible_experts=max(2, topk),
+            expert_model_parallel_size=groups.ep.size(),
+        )
+    else:
+        recipe = MaskRecipe.from_preset("smoe", num_experts, 1)
+    visible_experts = VisibleExperts(config, zipf_mask(recipe, VOCAB_SIZE), groups).cuda()
+    rng = np.random.default_rng(torch.distributed.get_rank())
+    ids = torch.from_numpy(rng.choice(VOCAB_SIZE, (1, num_tokens), p=zipf_probabilities(VOCAB_SIZE))).cuda()
+    hidden, gradient = torch.randn(2, num_tokens, 1, config.hidden_size, device=ids.device)
+    planner = DispatchPlanner(visible_experts, topk, [0], groups.ep) if visible_experts.is_rank_local else None
+    return RoutedTokens(hidden, gradient, ids, visible_experts, planner)
+
+
+def exchange_floor(hidden: Tensor, gradient: Tensor, group: ProcessGroup) -> Callable[[], None]:
+    """What any exchange of one copy of each token costs: four all-to-alls, and a gather of rows with each.
+
+    Tokens go to ranks at random.
+
+    Args:
+        hidden, gradient: [tokens, hidden], of what is dispatched and combined.
+        group: the ranks.
+    """
+    num_ranks = group.size()
+    generator = torch.Generator().manual_seed(group.rank())
+    destination = torch.randint(num_ranks, (len(hidden),), generator=generator).to(hidden.device)
+    sent = destination.argsort()
+    returned_to = sent.argsort()
+    rows_to = torch.bincount(destination, minlength=num_ranks)
+    rows_from = torch.empty_like(rows_to)
+    torch.distributed.all_to_all_single(rows_from, rows_to, group=group)
+    rows_to, rows_from = rows_to.tolist(), rows_from.tolist()
+
+    def work() -> None:
+        for values in (hidden, gradient):
+            sending = values.index_select(0, sent)
+            received = values.new_empty(sum(rows_from), values.shape[1])
+            torch.distributed.all_to_all_single(received, sending, rows_from, rows_to, group=group)
+            returned = torch.empty_like(values)
+            torch.distributed.all_to_all_single(returned, received, rows_to, rows_from, group=group)
+            returned.index_select(0, returned_to)
+
+    return work
