@@ -1,0 +1,133 @@
+"""The ways to train that are compared, and their routing masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
+from maskmoe.simulation.dispatch import Dispatch
+from maskmoe.simulation.layout import Layout
+
+
+class Routing(Enum):
+    """What decides which experts an id sees."""
+
+    TOPK = "all experts"
+    MASK = "the given mask"
+    RANK_LOCAL = "a mask with all experts of an id on one rank"
+    NODE_LOCAL = "a mask with all experts of an id on one node"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train.
+
+    Attributes:
+        name: for tables.
+        routing: what ids see.
+        dispatch: how tokens travel; one copy a rank is planned where the mask allows it, as in training.
+    """
+
+    name: str
+    routing: Routing
+    dispatch: Dispatch
+
+
+VARIANTS = (
+    Variant("top-k, row per expert", Routing.TOPK, Dispatch.STOCK),
+    Variant("top-k, one copy", Routing.TOPK, Dispatch.ONE_COPY),
+    Variant("mask, row per expert", Routing.MASK, Dispatch.STOCK),
+    Variant("mask, one copy", Routing.MASK, Dispatch.ONE_COPY),
+    Variant("rank-local mask, planned", Routing.RANK_LOCAL, Dispatch.ONE_COPY),
+    Variant("node-local mask, one copy", Routing.NODE_LOCAL, Dispatch.ONE_COPY),
+)
+
+
+class Masks:
+    """The routing mask of each kind of routing, layer by layer.
+
+    The local masks are assigned anew for the number of ranks or nodes, from the frequencies of the ids. The same share
+    of the tokens sees several experts as in the first wanted layer of the given mask, and as many of them, unless one
+    rank or node has fewer.
+
+    Args:
+        mask: the given one.
+        layers: of it that are wanted, counted from 0.
+        frequency: of the ids.
+    """
+
+    def __init__(self, mask: RoutingMask, layers: Sequence[int], frequency: TokenFrequency):
+        self.num_experts = mask.num_experts
+        self._seed = mask.provenance.seed
+        self._frequency = frequency
+        layers = [0] if mask.is_shared else sorted(set(layers))
+        num_visible = mask.num_visible_of_layer(layers[0])
+        occurrences = frequency.occurrences
+        self._max_visible = int(num_visible.max())
+        self._frequent_mass = float(occurrences[num_visible > 1].sum() / occurrences.sum())
+        everything = MaskRecipe.from_preset("smoe", mask.num_experts, 1)
+        self._fixed = {
+            Routing.TOPK: (build_routing_mask(everything, vocab_size=mask.vocab_size, workers=1),),
+            Routing.MASK: tuple(_one_layer(mask, layer) for layer in layers),
+        }
+        self._local: dict[int, tuple[RoutingMask, ...]] = {}
+
+    def num_layers(self, routing: Routing) -> int:
+        """Masks that `layers_of` gives."""
+        return 1 if routing is Routing.TOPK else len(self._fixed[Routing.MASK])
+
+    def layers_of(self, routing: Routing, layout: Layout) -> tuple[RoutingMask, ...]:
+        """A mask of one layer for each layer that is wanted; one where all are the same."""
+        if routing in self._fixed:
+            return self._fixed[routing]
+        num_places = _num_places(routing, layout)
+        if num_places not in self._local:
+            self._local[num_places] = self._build_local(num_places)
+        return self._local[num_places]
+
+    def why_impossible(self, routing: Routing, layout: Layout, topk: int) -> str | None:
+        """What rules out such a mask for these ranks; None if nothing does."""
+        num_experts, ep_size = self.num_experts, layout.ep_size
+        if layout.num_gpus % ep_size:
+            return f"{layout.num_gpus:,} GPUs cannot be divided into groups of {ep_size:,} expert-parallel ranks"
+        if num_experts < ep_size:
+            return f"{num_experts:,} experts are fewer than {ep_size:,} expert-parallel ranks"
+        if num_experts % ep_size:
+            return f"{num_experts:,} experts cannot be divided evenly over {ep_size:,} expert-parallel ranks"
+        if routing in self._fixed:
+            return None
+        num_places = _num_places(routing, layout)
+        if num_places is None:
+            return f"{ep_size:,} expert-parallel ranks do not fill whole nodes of {layout.gpus_per_node:,}"
+        needed = min(self._max_visible, max(2, topk))
+        if num_experts // num_places < needed:
+            where = "rank" if routing is Routing.RANK_LOCAL else "node"
+            available = num_experts // num_places
+            return f"a {where} has {available:,} of the experts, fewer than the {needed:,} that a frequent id needs"
+        return None
+
+    def _build_local(self, num_places: int) -> tuple[RoutingMask, ...]:
+        sees_several = self._max_visible > 1
+        num_layers = self.num_layers(Routing.MASK)
+        recipe = MaskRecipe(
+            num_experts=self.num_experts,
+            num_layers=num_layers,
+            assignment="rank-local",
+            frequent_mass=self._frequent_mass,
+            frequent_visible_experts=min(self._max_visible, self.num_experts // num_places) if sees_several else None,
+            seed=self._seed,
+            expert_model_parallel_size=num_places,
+        )
+        mask = build_routing_mask(recipe, frequency=self._frequency, workers=1)
+        return tuple(_one_layer(mask, layer) for layer in range(num_layers))
+
+
+def _num_places(routing: Routing, layout: Layout) -> int | None:
+    """Ranks or nodes of a group, on one of which all experts that an id sees are; None if they are no whole nodes."""
+    return layout.ep_size if routing is Routing.RANK_LOCAL else layout.nodes_per_group
+
+
+def _one_layer(mask: RoutingMask, layer: int) -> RoutingMask:
+    """A layer of a mask, counted from 0, as a mask."""
+    row_of_id, visible_bits = mask.table_of_layer(layer)
+    return replace(mask, row_of_id=row_of_id[None], visible_bits=visible_bits[None], num_layers=1)

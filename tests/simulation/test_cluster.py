@@ -1,0 +1,76 @@
+"""Time, and what a cluster cannot be."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskmoe.errors import UserError
+from maskmoe.simulation import Cluster, Layout, Link
+from maskmoe.simulation.layout import Reach
+from maskmoe.simulation.traffic import TrafficCounter
+
+CLUSTER = Cluster(within=Link(bandwidth=400e9, latency=1e-6), across=Link(bandwidth=50e9, latency=3e-6))
+
+
+def test_time_of_one_message():
+    counter = TrafficCounter(layout := Layout(num_gpus=4, ep_size=4, gpus_per_node=2))
+    counter.add(range(1), np.array([[9, 0, 10, 0]]))
+    # Two peers are on the other node; rank 0 is also the one that sends.
+    assert CLUSTER.seconds(layout, counter.total(), 1000) == pytest.approx(2 * 3e-6 + 10 * 1000 / 50e9)
+
+
+@given(st.integers(0, 2**32))
+def test_the_busiest_direction_of_the_busiest_rank_decides(seed):
+    layout = Layout(num_gpus=8, ep_size=4, gpus_per_node=2)
+    rows = np.random.default_rng(seed).integers(0, 100, size=(8, 4))
+    counter, slowest = TrafficCounter(layout), 0.0
+    for first in (0, 4):
+        counter.add(range(first, first + 4), matrix := rows[first : first + 4])
+        for rank in range(4):
+            near = rank ^ 1
+            far = [other for other in range(4) if other // 2 != rank // 2]
+            of_near = max(matrix[rank, near], matrix[near, rank])
+            of_far = max(matrix[rank, far].sum(), matrix[far, rank].sum())
+            slowest = max(slowest, 1e-6 + of_near * 4096 / 400e9, 2 * 3e-6 + of_far * 4096 / 50e9)
+    assert CLUSTER.seconds(layout, counter.total(), 4096) == pytest.approx(slowest)
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "gpus_per_node", "nodes"), [(8, 4, 2), (4, 4, 1), (2, 4, 1), (6, 4, None), (3, 4, None), (5, 1, 5)]
+)
+def test_nodes_of_a_group(ep_size, gpus_per_node, nodes):
+    layout = Layout(math.lcm(ep_size, gpus_per_node), ep_size, gpus_per_node)
+    assert layout.nodes_per_group == nodes
+    assert (layout.num_peers.sum(axis=1) == ep_size - 1).all()
+    assert (layout.num_peers[:, Reach.OWN] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [((12, 12, 8), "12 GPUs"), ((0, 2, 8), "0 GPUs"), ((8, 1, 8), "at least 2 ranks"), ((8, 8, 0), "a node")],
+)
+def test_layouts_that_cannot_be(sizes, words):
+    with pytest.raises(UserError, match=words):
+        Layout(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "latency", "words"),
+    [
+        (0, 1, "bandwidth .* not 0$"),
+        (-1e9, 1, "bandwidth .* not -1$"),
+        (math.nan, 1, "bandwidth"),
+        (math.inf, 1, "bandwidth"),
+        (1e9, -1e-6, "latency .* not -1$"),
+        (1e9, math.nan, "latency"),
+    ],
+)
+def test_links_that_cannot_be(bandwidth, latency, words):
+    link, good = Link(bandwidth, latency), CLUSTER.within
+    with pytest.raises(UserError, match=words.replace(" .*", " within a node .*")):
+        Cluster(link, good)
+    with pytest.raises(UserError, match=words.replace(" .*", " between nodes .*")):
+        Cluster(good, link)

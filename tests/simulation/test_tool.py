@@ -1,0 +1,116 @@
+"""tools/simulate_dispatch.py as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_cases import VOCAB_SIZE, count, make_mask, write_data
+
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.simulation.variants import VARIANTS
+
+TOOL = Path(__file__).parents[2] / "tools" / "simulate_dispatch.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A dataset, one with an id that the mask does not know, and a mask of two layers."""
+    folder = tmp_path_factory.mktemp("tool")
+    make_mask(count(write_data(folder)), num_experts=32, frequent_visible=4, num_layers=2).save(
+        folder / "mask.safetensors"
+    )
+    with IndexedDatasetWriter(folder / "foreign", np.uint16) as dataset:
+        dataset.add_document(np.arange(VOCAB_SIZE + 1))
+    return folder
+
+
+def run(folder: Path, *changes: object) -> subprocess.CompletedProcess:
+    """Run on a small case; changes are further flags, the last of which win."""
+    arguments = [
+        *("--data-path", "text", "--routing-mask", "mask.safetensors", "--topk", 2, "--hidden-size", 64),
+        *("--tokens-per-rank", 50, "--num-gpus", 16, 8, 64, "--gpus-per-node", 4, *changes),
+    ]
+    command = [sys.executable, TOOL, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_outputs(folder):
+    process = run(folder, "--topk", 2, 4, "--output", "results.json", "--plot", "plot.png", "--layer", 2)
+    assert process.returncode == 0, process.stderr
+    assert "top-2" in process.stdout and "top-4" in process.stdout
+    assert "impossible: 32 experts are fewer than 64 expert-parallel ranks" in process.stdout
+    assert process.stdout.endswith("written          results.json\nwritten          plot.png\n")
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((folder / "results.json").read_text())
+    assert content["settings"]["layer"] == 2
+    assert content["settings"]["num_experts"] == 32
+    cases = [(result["topk"], result["num_gpus"], result["variant"]) for result in content["results"]]
+    assert cases == [(k, gpus, variant.name) for k in (2, 4) for gpus in (8, 16, 64) for variant in VARIANTS]
+    for result in content["results"]:
+        assert ("impossible" in result) != ("seconds" in result)
+        if result["variant"] == "rank-local mask, planned" and result["num_gpus"] == 8:
+            assert result["rows"] == 50
+
+
+def test_same_seed_same_results(folder):
+    first, second, other = (run(folder, "--seed", seed).stdout for seed in (3, 3, 4))
+    assert first == second != other
+
+
+def test_a_plot_of_nothing_possible(folder):
+    process = run(folder, "--num-gpus", 64, "--plot", "nothing.png")
+    assert process.returncode == 0, process.stderr
+    assert (folder / "nothing.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--data-path", "missing"], ["missing.idx does not exist"]),
+        (["--data-path", "foreign"], ["mask.safetensors", "100 ids", "token 100 has id 100"]),
+        (["--routing-mask", "text.idx"], ["text.idx"]),
+        (["--topk", 33], ["top-k must be 1 to 32"]),
+        (["--layer", 3], ["--layer is 3", "layers 1 to 2"]),
+        (["--layer", 0], ["--layer is 0"]),
+        (["--tokens-per-rank", 3001], ["3,000 tokens"]),
+        (["--tokens-per-rank", 0], ["tokens"]),
+        (["--hidden-size", 0], ["hidden size"]),
+        (["--bytes-per-element", 0], ["bytes per element"]),
+        (["--num-gpus", 8, 10], ["10 GPUs", "nodes of 4"]),
+        (["--num-gpus", "many"], ["many"]),
+        (["--gpus-per-node", 0], ["a node"]),
+        (["--expert-model-parallel-size", 0], ["at least 2 ranks"]),
+        (["--inter-node-bandwidth", 0], ["bandwidth between nodes", "positive"]),
+        (["--intra-node-bandwidth", -5], ["bandwidth within a node", "-5"]),
+        (["--inter-node-latency", -1], ["latency"]),
+        (["--intra-node-latency", "nan"], ["latency"]),
+        (["--seed", -1], ["--seed"]),
+        (["--plot", "no/folder/x.png"], ["no/folder/x.png"]),
+    ],
+)
+def test_bad_input(folder, changes, words):
+    before = set(folder.iterdir())
+    process = run(folder, "--output", "bad.json", *changes)
+    assert process.returncode == 2, process.stderr
+    assert process.stdout == ""
+    *usage, message = process.stderr.splitlines()
+    assert "error: " in message
+    assert not usage or usage[0].startswith("usage: ")
+    for word in words:
+        assert word in message
+    assert set(folder.iterdir()) == before
+
+
+def test_help():
+    process = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, check=False)
+    assert process.returncode == 0
+    assert "example:" in process.stdout
+
+
+def test_needs_neither_torch_nor_megatron():
+    code = "import sys, maskmoe.simulation.report; print(*{'torch', 'megatron', 'matplotlib'} & {*sys.modules})"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == ""
