@@ -9,7 +9,7 @@ rank is known beforehand apart from those that the router has to choose for.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import harness
 import torch
@@ -103,23 +103,18 @@ def _backward(output: Tensor, weights: Tensor, tokens: RoutedTokens) -> None:
     torch.autograd.backward([output, weights], [tokens.gradient, torch.ones_like(weights)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    routed_tokens.add_arguments(parser)
-    harness.add_arguments(parser, repeats=15)
-    arguments = parser.parse_args()
-
-    groups = join_ranks()
+def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
     num_ranks = groups.ep.size()
     hidden, gradient = torch.randn(2, arguments.tokens, arguments.hidden_size).cuda()
     floor = exchange_floor(hidden, gradient, groups.ep)
-    cases = []
     for config in routed_tokens.configs(arguments, num_ranks):
         for mask_name in routed_tokens.MASKS:
             tokens = draw_tokens(config, arguments.tokens, mask_name, groups)
             ours, stock = dispatch_ours(config, tokens, groups), dispatch_stock(config, tokens, groups)
             name = f"dispatch {mask_name} top-{config.moe_router_topk} of {config.num_moe_experts} ranks {num_ranks}"
-            cases += [compare(name, ours, "stock", stock), compare(f"{name} to the floor", ours, "floor", floor)]
+            yield compare(name, ours, "stock", stock)
+            yield compare(f"{name} to the floor", ours, "floor", floor)
+
     half = arguments.tokens // 2
     parts = [exchange_floor(hidden[part], gradient[part], groups.ep) for part in (slice(half), slice(half, None))]
 
@@ -127,8 +122,15 @@ def main() -> None:
         for part in parts:
             part()
 
-    cases.append(compare(f"exchange in two parts ranks {num_ranks}", in_two_parts, "floor", floor))
-    run_and_report(cases, arguments)
+    yield compare(f"exchange in two parts ranks {num_ranks}", in_two_parts, "floor", floor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    routed_tokens.add_arguments(parser)
+    harness.add_arguments(parser, repeats=15)
+    arguments = parser.parse_args()
+    run_and_report(cases(arguments, join_ranks()), arguments)
 
 
 if __name__ == "__main__":

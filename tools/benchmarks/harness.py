@@ -8,7 +8,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ def rate(work: Callable[[], object], amount: float) -> Callable[[], float]:
     return lambda: amount / measure_seconds()
 
 
-def run(cases: Sequence[Case], repeats: int) -> list[Result]:
-    """Measure every case `repeats` times, after one round that does not count.
+def run(cases: Iterable[Case], repeats: int) -> list[Result]:
+    """Measure every case `repeats` times, after one round that does not count, before the next case is made.
 
     Within a pair the order alternates: neither side always runs on the caches and clocks that the other left.
     """

@@ -7,7 +7,8 @@ Masks and floor are those of `dispatcher.py`. Every token uses k experts on eith
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import harness
 import torch
@@ -63,16 +64,7 @@ def planned_ids(tokens: RoutedTokens) -> Tensor:
     return PlannedTokenIds.attach(tokens.ids, tokens.planner.plan(tokens.ids)) if tokens.planner else tokens.ids
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    routed_tokens.add_arguments(parser)
-    parser.add_argument("--ffn-hidden-size", type=int, default=512, help="of an expert (default: %(default)s)")
-    harness.add_arguments(parser, repeats=15)
-    arguments = parser.parse_args()
-
-    groups = join_ranks()
-    model_parallel_cuda_manual_seed(1)
-    num_ranks = groups.ep.size()
+def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
     settings = {
         "moe_ffn_hidden_size": arguments.ffn_hidden_size,
         "moe_aux_loss_coeff": 1e-2,
@@ -85,17 +77,28 @@ def main() -> None:
         "transformer_impl": "local",
         "use_cpu_initialization": not torch.cuda.is_available(),
     }
-    cases = []
+    num_ranks = groups.ep.size()
     for config in routed_tokens.configs(arguments, num_ranks, **settings):
         for mask_name in routed_tokens.MASKS:
             tokens = draw_tokens(config, arguments.tokens, mask_name, groups)
             our_layer, stock_layer = build_layers(config, tokens, groups)
-            ours = compute(our_layer, tokens, lambda tokens=tokens: planned_ids(tokens))
+            ours = compute(our_layer, tokens, partial(planned_ids, tokens))
             stock = compute(stock_layer, tokens, lambda: None)
             floor = exchange_floor(tokens.hidden.flatten(0, 1), tokens.gradient.flatten(0, 1), groups.ep)
             name = f"MoE layer {mask_name} top-{config.moe_router_topk} of {config.num_moe_experts} ranks {num_ranks}"
-            cases += [compare(name, ours, "stock", stock), compare(f"{name} to the floor", ours, "floor", floor)]
-    run_and_report(cases, arguments)
+            yield compare(name, ours, "stock", stock)
+            yield compare(f"{name} to the floor", ours, "floor", floor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    routed_tokens.add_arguments(parser)
+    parser.add_argument("--ffn-hidden-size", type=int, default=512, help="of an expert (default: %(default)s)")
+    harness.add_arguments(parser, repeats=15)
+    arguments = parser.parse_args()
+    groups = join_ranks()
+    model_parallel_cuda_manual_seed(1)
+    run_and_report(cases(arguments, groups), arguments)
 
 
 if __name__ == "__main__":

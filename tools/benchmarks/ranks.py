@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import harness
 import torch
@@ -45,7 +45,7 @@ def compare(name: str, ours: Callable[[], object], against: str, baseline: Calla
     return harness.Case(name, "s", _seconds_of_all(ours), _seconds_of_all(baseline), costs)
 
 
-def run_and_report(cases: Sequence[harness.Case], arguments: argparse.Namespace) -> None:
+def run_and_report(cases: Iterable[harness.Case], arguments: argparse.Namespace) -> None:
     """Measure, report, and leave the other ranks."""
     results = harness.run(cases, arguments.repeats)
     if torch.distributed.get_rank() == 0:

@@ -153,6 +153,23 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
     return Trainer(masked, masked_config, batches()), Trainer(stock, stock_config, batches())
 
 
+def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
+    num_tokens = arguments.batch_size * arguments.seq_length
+    hidden, gradient = torch.randn(2, num_tokens, arguments.hidden_size).cuda()
+    floor_of_layer = exchange_floor(hidden, gradient, groups.ep)
+
+    def floor() -> None:
+        for _ in range(arguments.num_layers):
+            floor_of_layer()
+
+    for topk in arguments.topk:
+        ours, stock = build_trainers(arguments, topk, groups)
+        name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
+        yield compare(name, ours.step, "stock", stock.step)
+        if groups.ep.size() > 1:
+            yield compare(f"{name} to the floor", ours.step, "floor", floor)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-layers", type=int, default=4)
@@ -170,23 +187,7 @@ def main() -> None:
 
     groups = join_ranks()
     model_parallel_cuda_manual_seed(1)
-
-    num_tokens = arguments.batch_size * arguments.seq_length
-    hidden, gradient = torch.randn(2, num_tokens, arguments.hidden_size).cuda()
-    floor_of_layer = exchange_floor(hidden, gradient, groups.ep)
-
-    def floor() -> None:
-        for _ in range(arguments.num_layers):
-            floor_of_layer()
-
-    cases = []
-    for topk in arguments.topk:
-        ours, stock = build_trainers(arguments, topk, groups)
-        name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
-        cases.append(compare(name, ours.step, "stock", stock.step))
-        if groups.ep.size() > 1:
-            cases.append(compare(f"{name} to the floor", ours.step, "floor", floor))
-    run_and_report(cases, arguments)
+    run_and_report(cases(arguments, groups), arguments)
 
 
 if __name__ == "__main__":
