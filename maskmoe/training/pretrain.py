@@ -21,6 +21,7 @@ from maskmoe.training.checks import data_prefixes
 from maskmoe.training.data_files import DataFiles
 from maskmoe.training.failures import SaveOnSignal, ending_data_workers, explaining_failures
 from maskmoe.training.rank_store import RankStore
+from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.run_check.command import check_run, ranks_to_check
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
 from maskmoe.training.watchdog import Watchdog
@@ -88,6 +89,9 @@ def main() -> None:
     ranks = RankStore.from_environment()
     watchdog = Watchdog(ranks, args.hang_timeout or 60 * args.distributed_timeout_minutes)
     data_files = DataFiles(data_prefixes(args))
+    model_config = model_config_from_args(args)
+    if args.num_experts:
+        model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
     step = MicroBatchStep(watchdog, data_files, save_on_signal)
     megatron_patches.keep_checkpoints_whole(while_saving=watchdog.paused)
     watchdog.start()
@@ -98,7 +102,7 @@ def main() -> None:
         save_on_signal.requeueing(),
     ):
         pretrain(
-            pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+            pretrain_cfg_container_from_args(args, model_config),
             train_valid_test_datasets_provider,
             ModelType.encoder_or_decoder,
             step.forward,

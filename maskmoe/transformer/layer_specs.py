@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -21,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from maskmoe.transformer.all_heads_norm import AllHeadsRMSNorm
+from maskmoe.transformer.grouped_experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import AuxLossTokens, MaskMoERouter
@@ -87,6 +89,8 @@ def _with_maskmoe_modules(spec: Any, visible_experts: VisibleExperts | None, aux
             return build_torch_norm
         if node is MoELayer:
             return MaskMoELayer
+        if node is SequentialMLP:
+            return GroupedMLP
         if node is MultiTokenPredictionLayer:
             return MaskMoEMultiTokenPredictionLayer
         if isinstance(node, MoESubmodules):

@@ -48,11 +48,7 @@ def assign_for_balancing(
         topk: k.
         score_function: softmax, sigmoid or sqrtsoftplus.
     """
-    if score_function == "softmax":
-        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    else:
-        scores = torch.sigmoid(logits.float()) if score_function == "sigmoid" else softplus(logits.float()).sqrt()
-        scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # as Megatron-Core guards against 0 / 0
+    scores = normalized_scores(logits, score_function)
     # The score of a visible expert may round to 0, which is that of the invisible ones.
     _, selected = scores.masked_fill(~visible, float("-inf")).topk(topk, dim=1)
     routing_map = torch.zeros_like(visible).scatter(1, selected, True) & visible
@@ -60,6 +56,19 @@ def assign_for_balancing(
         scores = scores * counted.unsqueeze(-1)
         routing_map = routing_map & counted.unsqueeze(-1)
     return Assignments(scores, routing_map, counted)
+
+
+def normalized_scores(logits: Tensor, score_function: str) -> Tensor:
+    """Scores that add up to 1 for each token: float32 [tokens, experts], 0 for invisible experts.
+
+    Args:
+        logits: [tokens, experts], -inf for invisible experts.
+        score_function: softmax, sigmoid or sqrtsoftplus.
+    """
+    if score_function == "softmax":
+        return torch.softmax(logits, dim=-1, dtype=torch.float32)
+    scores = torch.sigmoid(logits.float()) if score_function == "sigmoid" else softplus(logits.float()).sqrt()
+    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # as Megatron-Core guards against 0 / 0
 
 
 def measure_load(

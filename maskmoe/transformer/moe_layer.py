@@ -51,6 +51,7 @@ class MaskMoELayer(MoELayer):
         # arrangement cannot be loaded into the other. So they always get one.
         for parameter in self.experts.parameters():
             parameter.allreduce = False
+        self.experts.register_forward_pre_hook(self.router.statistics.count_rows)
 
     def _build_token_dispatcher(self, pg_collection: ProcessGroupCollection) -> MoETokenDispatcher:
         return MaskMoEAlltoAllTokenDispatcher(

@@ -19,6 +19,7 @@ from maskmoe.transformer.losses import (
     masked_z_loss,
     measure_load,
 )
+from maskmoe.transformer.routing_statistics import RoutingStatistics
 from maskmoe.transformer.token_ids import unpack_token_ids
 from maskmoe.transformer.visible_experts import VisibleExperts, VisibleSets
 
@@ -115,6 +116,9 @@ class MaskMoERouter(TopKRouter):
         visible_experts: the routing mask, shared by all routers of the model.
         aux_loss_tokens: average the load-balancing losses over "all" tokens, or over the "routable" ones (V >= 2),
             the only ones that can move. Padding is left out of both.
+
+    Attributes:
+        statistics: of the tokens routed in training.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class MaskMoERouter(TopKRouter):
     ):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.aux_loss_tokens = aux_loss_tokens
+        self.statistics = RoutingStatistics(config.num_moe_experts)
         # In a tuple, so that the module, which belongs to the model, is not registered once more in each router.
         self._visible_experts = (visible_experts,)
 
@@ -190,6 +195,8 @@ class MaskMoERouter(TopKRouter):
         if request.attaches_losses:
             probs = self._attach_load_balancing_losses(probs, logits, visible, real, num_sequences)
         self._apply_expert_bias(routing_map if real is None else routing_map & real.unsqueeze(-1))
+        if self._is_recorded():
+            self.statistics.count_tokens(logits, routing_map, visible.routable, real, self.score_function)
         return probs, routing_map
 
     def gating(self, input: Tensor) -> Tensor:
@@ -227,10 +234,12 @@ class MaskMoERouter(TopKRouter):
         logits = logits.view(-1, self.num_experts).masked_fill(~visible.experts, float("-inf"))
         return logits, visible, real
 
+    def _is_recorded(self) -> bool:
+        """Whether this forward pass counts: evaluation does not, and with recomputation only the second one does."""
+        return self.training and torch.is_grad_enabled()
+
     def _has_losses(self) -> bool:
-        if not (self.training and torch.is_grad_enabled()):
-            return False
-        return self.is_aux_loss_enabled() or self.config.moe_z_loss_coeff is not None
+        return self._is_recorded() and (self.is_aux_loss_enabled() or self.config.moe_z_loss_coeff is not None)
 
     def _maintain_float32_expert_bias(self) -> None:
         """As the method it overrides, and keeps the token counts in float32, too: bfloat16 rounds them from 257 on."""
@@ -240,10 +249,14 @@ class MaskMoERouter(TopKRouter):
                 counts.data = counts.data.float()
 
     @property
+    def number_in_model(self) -> int:
+        """The layer's number, counting from 1; layers of multi-token prediction follow the decoder's."""
+        return self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
+
+    @property
     def table(self) -> int:
         """Which table of the routing mask is this layer's."""
-        layer_number = self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
-        return self.visible_experts.table_of_layer(layer_number)
+        return self.visible_experts.table_of_layer(self.number_in_model)
 
     def _attach_z_loss(self, activation: Tensor, logits: Tensor, visible: VisibleSets, real: Tensor | None) -> Tensor:
         """`TopKRouter.apply_z_loss` over the visible logits [tokens, experts]; real: bool [tokens], None: all."""

@@ -85,6 +85,7 @@ UNTIL_12 = "--exit-interval 12"
 FROM_7 = f"{UNTIL_12} --ckpt-step 7"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(Path(__file__).with_name("pretrain_with_stale_ids.py")),)
+RECORDED_ROUTING = (str(Path(__file__).with_name("pretrain_with_recorded_routing.py")),)
 
 RUNS = {
     # Initial weights depend on the layout. So what is compared over layouts starts from one checkpoint.
@@ -285,6 +286,13 @@ RUNS |= runs_of_model(
         ),
     },
     mask="rank_local.safetensors",
+)
+RUNS["recorded routing, experts of one rank, expert parallel 2"] = Run(
+    f"{EXPERT_2} --moe-router-topk 3 --moe-z-loss-coeff 1e-3 --moe-per-layer-logging --log-interval 2 "
+    "--eval-interval 3 --exit-interval 4",
+    ranks=2,
+    mask="rank_local.safetensors",
+    program=RECORDED_ROUTING,
 )
 # What is compared: every loss that training logs, and the norm of all gradients.
 SCALARS = (

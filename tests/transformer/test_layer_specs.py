@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer import layer_specs
+from maskmoe.transformer.grouped_experts import GroupedMLP
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
@@ -54,12 +56,14 @@ def replaced(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str | N
         return "norm"
     if theirs[path] is MoELayer and ours[path] is MaskMoELayer:
         return "layer"
+    if theirs[path] is SequentialMLP and ours[path] is GroupedMLP:
+        return "experts"
     raise AssertionError(f"{path} is {ours[path]}, was {theirs[path]}")
 
 
 @pytest.mark.parametrize("shared_experts", [None, 10])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_replaces_exactly_the_moe_layers_their_routers_and_norms(pattern, shared_experts) -> None:
+def test_replaces_exactly_the_moe_layers_their_routers_experts_and_norms(pattern, shared_experts) -> None:
     config = make_config(
         num_layers=4, moe_layer_freq=pattern, moe_shared_expert_intermediate_size=shared_experts, qk_layernorm=True
     )
@@ -73,7 +77,7 @@ def test_replaces_exactly_the_moe_layers_their_routers_and_norms(pattern, shared
     assert theirs.keys() - router_paths == ours.keys() - our_router_paths
     kinds = [replaced(path, ours, theirs) for path in theirs.keys() - router_paths]
     moe_layers = config.moe_layer_freq if isinstance(pattern, list) else [int(i % pattern == 0) for i in range(4)]
-    assert kinds.count("layer") == sum(moe_layers)
+    assert kinds.count("layer") == kinds.count("experts") == sum(moe_layers)
     assert MoELayer not in ours.values() and WrappedTorchNorm not in ours.values()
     assert TopKRouter not in ours.values()
     assert list(ours.values()).count(MaskMoERouter) == sum(moe_layers)

@@ -68,10 +68,10 @@ def draw(panels: Sequence[Sequence[Bars]], title: str, output: Path) -> None:
                 axis.text(relative + 0.01, y, f"{1e3 * seconds:.0f} ms", va="center", fontsize=7)
         axis.set_yticks(range(len(panel)), [bars.case for bars in panel], fontsize=8)
         axis.set_ylim(len(panel) - 0.5, -0.5)
-        axis.axvline(1, color="black", linewidth=0.6)
+        axis.set_xlim(0, 1.1)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(loc="lower right", fontsize=8, frameon=False, ncols=3, bbox_to_anchor=(1, 1))
-    axes[0, 0].set_title(title, loc="left", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     axes[-1, 0].set_xlabel("time of forward and backward, stock Megatron-Core = 1")
     with atomic_output(output) as path:
         figure.savefig(path, format="png", dpi=130)

@@ -1,0 +1,48 @@
+"""Pretraining that also writes down all that its routers see, from which a test takes the same numbers once more.
+
+Each rank writes, at each logging of the routing, `routed{ITERATION}_{RANK}.pt` next to TensorBoard's folder: for each
+layer, the micro-batches since the last one as pairs of ids int64 [tokens] and logits float64 [tokens, experts], and the
+gradient of the router's weight.
+"""
+
+import maskmoe.training  # noqa: F401, before megatron is imported
+
+# isort: split
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from megatron.training import get_args
+
+from maskmoe.cli import run_tool
+from maskmoe.training import routing_log
+from maskmoe.training.pretrain import main
+from maskmoe.transformer.router import MaskMoERouter
+
+micro_batches = defaultdict(list)
+route, take_record = MaskMoERouter.routing, routing_log.take_record
+
+
+def record_and_route(router, logits, padding_mask):
+    if router.training:
+        ids = padding_mask.token_ids.flatten()
+        micro_batches[router.layer_number].append((ids, logits.detach().flatten(0, 1).double()))
+    return route(router, logits, padding_mask)
+
+
+def write_and_take_record(model):
+    args = get_args()
+    routers = [module for module in model[0].modules() if isinstance(module, MaskMoERouter)]
+    routed = {
+        router.layer_number: (micro_batches[router.layer_number], router.weight.main_grad.clone()) for router in routers
+    }
+    name = f"routed{args.curr_iteration + 1}_{torch.distributed.get_rank()}.pt"
+    torch.save(routed, Path(args.tensorboard_dir).parent / name)
+    micro_batches.clear()
+    return take_record(model)
+
+
+if __name__ == "__main__":
+    MaskMoERouter.routing = record_and_route
+    routing_log.take_record = write_and_take_record
+    run_tool(main)

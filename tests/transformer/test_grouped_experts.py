@@ -1,0 +1,385 @@
+"""Experts that are computed together against Megatron-Core's `SequentialMLP`, to the last bit."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from small_moe import DEVICE, make_config, make_layer, make_mask, process_groups, random_visible_sets
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from maskmoe.transformer import grouped_experts
+from maskmoe.transformer.grouped_experts import GroupedMLP, can_group
+
+OTHER_ACTIVATIONS = {
+    "fused": {"bias_activation_fusion": True},
+    "another": {"activation_func": gelu},
+    "not gated": {"gated_linear_unit": False},
+    "clamped": {"activation_func_clamp_value": 0.5},
+    "offset": {"glu_linear_offset": 1.0},
+}
+"""Each departs from SwiGLU in one respect."""
+
+
+def make_experts(kind: type[SequentialMLP], config: TransformerConfig) -> SequentialMLP:
+    """Experts of the local spec, with weights that depend on the configuration only."""
+    experts = kind(
+        config.num_moe_experts,
+        config,
+        MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        process_groups(),
+    ).to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return experts
+
+
+def make_pair(**overrides: Any) -> tuple[GroupedMLP, SequentialMLP]:
+    config = make_config(overrides.pop("num_experts", 4), **overrides)
+    return make_experts(GroupedMLP, config), make_experts(SequentialMLP, config)
+
+
+def make_rows(
+    experts: SequentialMLP, tokens_per_expert: list[int], seed: int = 0, probs_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, their weights, and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    number, config = sum(tokens_per_expert), experts.config
+    shape = number, config.hidden_size
+    rows, gradient = (torch.randn(shape, generator=generator).to(DEVICE, config.params_dtype) for _ in range(2))
+    probs = torch.rand(number, generator=generator).to(DEVICE, probs_dtype)
+    return rows.requires_grad_(), probs.requires_grad_(), gradient
+
+
+def compute(experts: SequentialMLP, tokens_per_expert: list[int], **settings: Any) -> dict[str, Tensor]:
+    """The output and all gradients; settings as for `make_rows`."""
+    rows, probs, gradient = make_rows(experts, tokens_per_expert, **settings)
+    output, bias = experts(rows, torch.tensor(tokens_per_expert), probs)
+    assert bias is None
+    output.backward(gradient)
+    gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    experts.zero_grad()
+    return {"output": output.detach(), "rows": rows.grad, "probs": probs.grad} | gradients
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] is not None and found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Fail where one of these functions of `grouped_experts` is called."""
+    for name in names:
+        monkeypatch.setattr(grouped_experts, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
+
+
+@given(
+    tokens_per_expert=st.lists(st.integers(0, 40) | st.just(0), min_size=2, max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    probs_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    on_input=st.booleans(),
+)
+@example([0, 0, 0], torch.float32, torch.float32, False)
+@example([0, 37, 0, 0], torch.bfloat16, torch.float32, False)
+@example([3, 0, 5], torch.float32, torch.bfloat16, True)
+@settings(max_examples=60, deadline=None)
+def test_is_bit_equal(tokens_per_expert, dtype, probs_dtype, on_input) -> None:
+    ours, theirs = make_pair(
+        num_experts=len(tokens_per_expert),
+        topk=1 if on_input else 2,
+        params_dtype=dtype,
+        moe_apply_probs_on_input=on_input,
+    )
+    found, expected = (compute(experts, tokens_per_expert, probs_dtype=probs_dtype) for experts in (ours, theirs))
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens_per_expert", [[96, 160, 1, 255], [512, 0, 0, 0]], ids=str)
+def test_is_bit_equal_in_sizes_where_products_are_blocked(tokens_per_expert, dtype) -> None:
+    ours, theirs = make_pair(hidden_size=256, ffn_hidden_size=320, params_dtype=dtype)
+    assert_equal(compute(ours, tokens_per_expert), compute(theirs, tokens_per_expert))
+
+
+def test_is_bit_equal_for_rows_and_gradients_with_strides() -> None:
+    def compute_strided(experts: SequentialMLP) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        rows = torch.randn(8, 9, device=DEVICE).t().requires_grad_()
+        probs = torch.rand(9, device=DEVICE, requires_grad=True)
+        output, _ = experts(rows, torch.tensor([2, 0, 3, 4]), probs)
+        output.sum().backward()
+        return {"output": output.detach(), "rows": rows.grad, "probs": probs.grad}
+
+    ours, theirs = make_pair()
+    assert_equal(compute_strided(ours), compute_strided(theirs))
+
+
+@pytest.mark.parametrize("frozen", ["linear_fc1", "linear_fc2", "local_experts", "local_experts.0", "inputs"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    def compute_frozen(experts: SequentialMLP) -> dict[str, Tensor]:
+        for name, parameter in experts.named_parameters():
+            parameter.requires_grad_(frozen not in name)
+        rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
+        rows.requires_grad_(frozen != "inputs"), probs.requires_grad_(frozen != "inputs")
+        output, _ = experts(rows, torch.tensor([2, 0, 3, 4]), probs)
+        output.backward(gradient)
+        gradients = {"rows": rows.grad, "probs": probs.grad} | {n: p.grad for n, p in experts.named_parameters()}
+        return {name: value for name, value in gradients.items() if value is not None}
+
+    ours, theirs = make_pair()
+    assert_equal(compute_frozen(ours), compute_frozen(theirs))
+
+
+def test_keeps_less_than_sequential_experts() -> None:
+    def kept_bytes(experts: SequentialMLP) -> int:
+        kept = {}
+
+        def record(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        rows, probs, _ = make_rows(experts, [20] * 4)
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            experts(rows, torch.tensor([20] * 4), probs)
+        return sum(kept.values())
+
+    ours, theirs = make_pair()
+    hidden, ffn, num_rows = 8, 12, 80
+    inputs = hidden + 1  # and its weight
+    assert kept_bytes(ours) == 4 * num_rows * (inputs + 3 * ffn)
+    assert kept_bytes(theirs) == 4 * num_rows * (inputs + 6 * ffn)
+
+
+def test_gradients_of_an_expert_are_accumulated_before_the_next_are_made() -> None:
+    experts = make_experts(GroupedMLP, make_config())
+    alive = []
+
+    def free(parameter: torch.nn.Parameter) -> None:
+        alive.append(sum(p.grad is not None for p in experts.parameters()))
+        parameter.grad = None
+
+    for parameter in experts.parameters():
+        parameter.register_post_accumulate_grad_hook(free)
+    rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
+    experts(rows, torch.tensor([2, 0, 3, 4]), probs)[0].backward(gradient)
+    assert len(alive) == 8 and max(alive) <= 2
+
+
+def test_backward_can_be_repeated() -> None:
+    experts = make_experts(GroupedMLP, make_config())
+    rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
+    output, _ = experts(rows, torch.tensor([2, 0, 3, 4]), probs)
+    first = torch.autograd.grad(output, [rows, probs, *experts.parameters()], gradient, retain_graph=True)
+    torch.autograd.grad(output, [experts.local_experts[2].linear_fc1.weight], gradient, retain_graph=True)
+    second = torch.autograd.grad(output, [rows, probs, *experts.parameters()], gradient)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("activation", [{}, *OTHER_ACTIVATIONS.values()], ids=["swiglu", *OTHER_ACTIVATIONS])
+@pytest.mark.parametrize("tokens_per_expert", [[5, 0, 11, 8], [0, 24, 0, 0]], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_grouped_products_equal_sequential_ones(tokens_per_expert, activation, dtype, tolerance, monkeypatch) -> None:
+    """What runs on GPUs, here with torch's grouped products for the CPU; relative to the largest value."""
+    sizes = {"hidden_size": 16, "ffn_hidden_size": 24}
+    ours, theirs = make_pair(params_dtype=dtype, **sizes, **activation)
+    monkeypatch.setattr(grouped_experts, "_is_fit_for_grouped_mm", lambda rows, experts: True)
+    forbid(monkeypatch, "_compute_in_turns")
+    expected = compute(theirs, tokens_per_expert)
+    for name, value in compute(ours, tokens_per_expert).items():
+        assert value.dtype == expected[name].dtype
+        largest = expected[name].abs().max().item()
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=tolerance * largest, msg=name)
+
+
+def test_grouped_products_do_not_ask_how_many_rows_there_are(monkeypatch) -> None:
+    """So that nothing waits for a GPU."""
+    experts = make_experts(GroupedMLP, make_config())
+    monkeypatch.setattr(grouped_experts, "_is_fit_for_grouped_mm", lambda rows, experts: True)
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("a tensor was brought to the host"))
+    compute(experts, [2, 0, 3, 4])
+
+
+@pytest.mark.parametrize("kind", [GroupedMLP, SequentialMLP])
+def test_checkpoints_are_those_of_sequential_experts(kind) -> None:
+    pair = {type(experts): experts for experts in make_pair()}
+    saved = pair.pop(kind).sharded_state_dict(prefix="mlp.experts.")
+    (other,) = pair.values()
+    expected = other.sharded_state_dict(prefix="mlp.experts.")
+    assert saved.keys() == expected.keys()
+    for name, tensor in saved.items():
+        assert tensor.key == expected[name].key and tensor.replica_id == expected[name].replica_id
+        for part, other_part in zip(_parts(tensor), _parts(expected[name]), strict=True):
+            # What linear layers could save besides their weights is nothing.
+            assert part.data is other_part.data is None or torch.equal(part.data, other_part.data)
+            assert part.global_shape == other_part.global_shape and part.global_offset == other_part.global_offset
+    weights = {
+        name: tensor + 1 for name, tensor in make_experts(kind, other.config).state_dict().items() if tensor is not None
+    }
+    assert not other.load_state_dict(weights, strict=False).unexpected_keys
+    assert all(torch.equal(other.state_dict()[name], weight) for name, weight in weights.items())
+    assert make_experts(kind, other.config).state_dict().keys() == other.state_dict().keys()
+
+
+def _parts(tensor: Any) -> list[Any]:
+    """The sharded tensors that a gated layer's weight is saved as, or the one of another."""
+    return tensor.build() if hasattr(tensor, "build_fn") else [tensor]
+
+
+LEFT_TO_MEGATRON = OTHER_ACTIVATIONS | {
+    "one expert": {"num_experts": 1, "topk": 1},
+    "autocast": {"enable_autocast": True, "autocast_dtype": torch.bfloat16},
+}
+"""What can be run without a GPU."""
+
+
+@pytest.mark.parametrize("settings", LEFT_TO_MEGATRON.values(), ids=LEFT_TO_MEGATRON)
+def test_leaves_what_it_does_not_know_to_megatron(settings, monkeypatch) -> None:
+    ours, theirs = make_pair(**settings)
+    forbid(monkeypatch, "_compute_in_turns", "_compute_grouped")
+    tokens_per_expert = [3] * ours.num_local_experts
+    assert_equal(compute(ours, tokens_per_expert), compute(theirs, tokens_per_expert))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("add_bias_linear", True),
+        ("expert_gtp_weight_remat_size", 2),
+        ("gradient_accumulation_fusion", True),
+        ("use_te_activation_func", True),
+        ("fp8", "hybrid"),
+        ("fp4", "e2m1"),
+        ("cpu_offloading", True),
+    ],
+)
+def test_settings_that_are_not_grouped(name: str, value: Any) -> None:
+    config = make_config()
+    assert can_group(config, 4, expert_tensor_size=1)
+    assert not can_group(config, 4, expert_tensor_size=2)
+    changed = copy.copy(config)
+    assert hasattr(changed, name)
+    setattr(changed, name, value)
+    assert not can_group(changed, 4, expert_tensor_size=1)
+
+
+class _Adapted(ColumnParallelLinear):
+    """A linear layer that does more than Megatron-Core's."""
+
+    def forward(self, *args, **kwargs):
+        output, bias = super().forward(*args, **kwargs)
+        return output * 2, bias
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda expert: expert.linear_fc1.__setattr__("__class__", _Adapted),
+        lambda expert: expert.linear_fc1.register_forward_hook(lambda module, args, output: (output[0] * 2, None)),
+        lambda expert: expert.linear_fc2.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+        lambda expert: expert.register_full_backward_hook(lambda module, grads, _: (grads[0] * 2, *grads[1:])),
+    ],
+    ids=["adapter", "forward hook", "forward pre-hook", "backward hook"],
+)
+def test_changed_experts_do_what_they_were_changed_to(change: Callable) -> None:
+    ours, theirs = make_pair()
+    unchanged = compute(ours, [2, 0, 3, 4])
+    for experts in (ours, theirs):
+        change(experts.local_experts[2])
+    changed = compute(ours, [2, 0, 3, 4])
+    assert_equal(changed, compute(theirs, [2, 0, 3, 4]))
+    assert not torch.equal(changed["rows"], unchanged["rows"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("overlaps", [False, True], ids=["", "overlapping"])
+def test_steps_under_data_parallelism(overlaps: bool, dtype: torch.dtype, monkeypatch) -> None:
+    """Gradients are accumulated over micro-batches, and with overlap, parameters are gathered while rows arrive."""
+    forbid(monkeypatch, "_compute_grouped")
+    turns = []
+    compute_in_turns = grouped_experts._compute_in_turns
+    monkeypatch.setattr(
+        grouped_experts, "_compute_in_turns", lambda *args: turns.append(True) or compute_in_turns(*args)
+    )
+
+    def train(experts: SequentialMLP) -> dict[str, Tensor]:
+        for parameter in experts.parameters():
+            parameter.allreduce = False
+        model = DistributedDataParallel(
+            experts.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=overlaps,
+                overlap_param_gather=overlaps,
+            ),
+            experts,
+        )
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=0.1,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+                overlap_param_gather=overlaps,
+            ),
+            [model],
+        )
+        seen = {}
+        for step in range(3):
+            model.zero_grad_buffer()
+            optimizer.zero_grad()
+            for micro_batch in range(2):
+                with model.no_sync() if micro_batch == 0 else torch.enable_grad():
+                    rows, probs, gradient = make_rows(experts, [4, 0, 3, 2], seed=10 * step + micro_batch)
+                    output, _ = model(rows, torch.tensor([4, 0, 3, 2]), probs)
+                    output.backward(gradient)
+                    seen[f"output {step} {micro_batch}"] = output.detach()
+            model.finish_grad_sync()
+            seen |= {f"{name} {step}": p.main_grad.clone() for name, p in experts.named_parameters()}
+            optimizer.step()
+        return seen
+
+    ours, theirs = make_pair(params_dtype=dtype, bf16=dtype == torch.bfloat16)
+    found = train(ours)
+    assert len(turns) == 6
+    assert_equal(found, train(theirs))
+
+
+@pytest.mark.parametrize("modules", [None, ["moe"]], ids=["kept", "recomputed"])
+def test_layer_of_the_spec_equals_one_with_sequential_experts(modules) -> None:
+    recompute = {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+    config = make_config(6, 2, **recompute)
+    mask = make_mask(random_visible_sets(2, 1, 9, 6))
+    layers = [make_layer(config, mask) for _ in range(2)]
+    assert type(layers[0].experts) is GroupedMLP
+    layers[1].experts.__class__ = SequentialMLP
+    results = []
+    for layer in layers:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+        hidden = torch.randn(7, 2, 8, device=DEVICE, requires_grad=True)
+        token_ids = torch.randint(0, 9, (2, 7), device=DEVICE)
+        output, _ = layer(hidden, padding_mask=token_ids)
+        output.backward(torch.randn_like(output))
+        results.append(
+            {"output": output.detach(), "hidden": hidden.grad} | {n: p.grad for n, p in layer.named_parameters()}
+        )
+    assert_equal(*results)

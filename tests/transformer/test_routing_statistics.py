@@ -1,0 +1,120 @@
+"""What routers count of their tokens, against the same numbers taken token by token."""
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from small_moe import DEVICE, make_config, make_mask, make_model, make_router, random_visible_sets, reference_routing
+from torch import Tensor
+
+from maskmoe.transformer.router import MaskMoERouter, RoutingRequest
+from maskmoe.transformer.routing_statistics import RoutingSums
+from maskmoe.transformer.token_ids import pack_token_ids
+
+NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH = 5, 11, 16, 2
+RECOMPUTATION = {
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full, of one layer": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+}
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def take(router: MaskMoERouter) -> RoutingSums:
+    packed, _ = router.statistics.take()
+    return RoutingSums.unpack(packed)
+
+
+def random_ids(seed: int) -> Tensor:
+    """int64 [sequence, batch]"""
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, VOCAB_SIZE, (SEQUENCE, BATCH))).to(DEVICE)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("sizes", [None, (2, 3), (1,)], ids=["mixed", "all routable", "none routable"])
+def test_sums_over_micro_batches(score_function: str, pads: bool, sizes: tuple[int, ...] | None) -> None:
+    visible = random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS, sizes)
+    config = make_config(NUM_EXPERTS, topk=2, moe_router_score_function=score_function)
+    router = make_router(config, make_mask(visible))
+    load = torch.zeros(NUM_EXPERTS, device=DEVICE)
+    entropy, num_tokens, num_routable = 0.0, 0, 0
+    for micro_batch in range(3):
+        ids = random_ids(micro_batch)
+        logits = 3 * torch.randn(SEQUENCE, BATCH, NUM_EXPERTS, device=DEVICE)
+        is_padding = torch.rand(SEQUENCE, BATCH, device=DEVICE) < 0.3 if pads else None
+        router.routing(logits, RoutingRequest(pack_token_ids(ids, is_padding), attaches_losses=True))
+
+        seen = torch.from_numpy(visible[0]).to(DEVICE)[ids.flatten()]
+        logits = logits.flatten(0, 1)
+        routing_map = reference_routing(logits, seen, 2, score_function=score_function).routing_map
+        for token in range(len(logits)):
+            if pads and is_padding.flatten()[token]:
+                continue
+            num_tokens += 1
+            load += routing_map[token]
+            if seen[token].sum() > 1:
+                z = logits[token, seen[token]].double()
+                softplus_root = torch.nn.functional.softplus(z).sqrt()
+                scores = {"softmax": z.exp(), "sigmoid": z.sigmoid(), "sqrtsoftplus": softplus_root}[score_function]
+                p = scores / scores.sum()
+                entropy -= (p * p.log()).sum().item()
+                num_routable += 1
+
+    sums = take(router)
+    assert sums.tokens_per_expert.tolist() == load.tolist()
+    assert (sums.num_tokens, sums.num_routable) == (num_tokens, num_routable)
+    assert sums.entropy.item() == pytest.approx(entropy, rel=1e-6, abs=0)
+    assert not torch.cat([field.flatten() for field in vars(take(router)).values()]).any()
+
+
+def test_only_training_counts() -> None:
+    router = make_router(make_config(NUM_EXPERTS), make_mask(random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS)))
+    hidden = torch.randn(SEQUENCE, BATCH, 8, device=DEVICE)
+    with torch.no_grad():
+        router(hidden, random_ids(0))
+    router.eval()
+    router(hidden, random_ids(0))
+    assert take(router).num_tokens == 0
+    router.train()
+    router(hidden, random_ids(0))
+    assert take(router).num_tokens == SEQUENCE * BATCH
+
+
+def train(**settings) -> list[tuple[list[float], int]]:
+    """What the layers of a model have counted in two micro-batches, forward and backward."""
+    model_parallel_cuda_manual_seed(1)
+    torch.manual_seed(1)
+    config = make_config(NUM_EXPERTS, num_layers=2, **settings)
+    model = make_model(config, make_mask(random_visible_sets(3, 2, VOCAB_SIZE, NUM_EXPERTS)), SEQUENCE)
+    position_ids = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, SEQUENCE)
+    for seed in range(2):
+        model(random_ids(seed).T, position_ids, None).mean().backward()
+    taken = [module.statistics.take() for module in model.modules() if isinstance(module, MaskMoERouter)]
+    return [(sums.tolist(), most_rows) for sums, most_rows in taken]
+
+
+@pytest.mark.parametrize("settings", RECOMPUTATION.values(), ids=RECOMPUTATION)
+def test_recomputation_counts_once(settings: dict) -> None:
+    plain = train()
+    assert train(**settings) == plain
+    for packed, most_rows in plain:
+        sums = RoutingSums.unpack(torch.tensor(packed))
+        assert sums.num_tokens == 2 * SEQUENCE * BATCH
+        assert sums.num_micro_batches == 2
+        assert sums.num_rows == sums.tokens_per_expert.sum()
+        assert sums.num_rows / 2 <= most_rows < sums.num_rows
+
+
+def test_not_in_checkpoints_and_exact_in_bf16() -> None:
+    config = make_config(NUM_EXPERTS, bf16=True)
+    router = make_router(config, make_mask(np.ones((1, VOCAB_SIZE, NUM_EXPERTS), bool)))
+    names = set(router.state_dict())
+    router = Float16Module(config, router).module
+    hidden = torch.zeros(SEQUENCE, BATCH, 8, device=DEVICE, dtype=torch.bfloat16)
+    for _ in range(40):  # bfloat16 rounds whole numbers from 257 on
+        router(hidden, random_ids(0))
+    assert set(router.state_dict()) == names
+    assert take(router).tokens_per_expert.sum() == 40 * SEQUENCE * BATCH * 2

@@ -1,0 +1,107 @@
+"""Time of the experts of one layer, forward and backward, against Megatron-Core's `SequentialMLP`.
+
+Weights' gradients are added to a buffer as soon as they are there, and freed, as Megatron's data parallelism does.
+
+    python tools/benchmarks/experts.py
+"""
+
+import argparse
+from collections.abc import Callable
+
+import harness
+import numpy as np
+import torch
+
+# Prepares the process, hence before megatron.
+from ranks import join_ranks
+
+# isort: split
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from zipf import zipf_probabilities
+
+from maskmoe.transformer.grouped_experts import GroupedMLP
+
+
+def make_experts(kind: type[SequentialMLP], config: TransformerConfig, groups: ProcessGroupCollection) -> SequentialMLP:
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = kind(config.num_moe_experts, config, submodules, groups).cuda()
+
+    def accumulate(parameter: torch.nn.Parameter) -> None:
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+    for parameter in experts.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.register_post_accumulate_grad_hook(accumulate)
+    return experts
+
+
+def draw_load(name: str, num_rows: int, num_experts: int) -> Tensor:
+    """Rows of each expert: the same number, or as a Zipf distribution has it."""
+    if name == "even":
+        return torch.full((num_experts,), num_rows // num_experts)
+    return torch.from_numpy(np.random.default_rng(0).multinomial(num_rows, zipf_probabilities(num_experts)))
+
+
+def step(experts: SequentialMLP, tokens_per_expert: Tensor) -> Callable[[], None]:
+    config = experts.config
+    num_rows = int(tokens_per_expert.sum())
+    hidden, gradient = torch.randn(2, num_rows, config.hidden_size, dtype=config.params_dtype, device="cuda")
+    probs = torch.rand(num_rows, device="cuda")
+
+    def work() -> None:
+        output, _ = experts(hidden.detach().requires_grad_(), tokens_per_expert, probs.detach().requires_grad_())
+        output.backward(gradient)
+        torch.cuda.synchronize()
+
+    return work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=["4096x512x1024/8", "4096x512x1024/16", "4096x512x1024/64", "2048x256x512/16"],
+        metavar="RxHxF/N",
+        help="R rows of H features, N gated experts of width F",
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    harness.add_arguments(parser)
+    arguments = parser.parse_args()
+
+    groups = join_ranks()
+    dtype = getattr(torch, arguments.dtype)
+    results = []
+    for size in arguments.sizes:
+        num_rows, hidden_size, width, num_experts = map(int, size.replace("/", "x").split("x"))
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=hidden_size,
+            moe_ffn_hidden_size=width,
+            num_attention_heads=4,
+            num_moe_experts=num_experts,
+            moe_router_dtype="fp32",
+            add_bias_linear=False,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            use_cpu_initialization=True,
+            params_dtype=dtype,
+        )
+        ours, stock = (make_experts(kind, config, groups) for kind in (GroupedMLP, SequentialMLP))
+        for load in ("even", "zipf"):
+            tokens_per_expert = draw_load(load, num_rows, num_experts)
+            name = f"experts {size} {load} {arguments.dtype}"
+            measures = (harness.seconds(step(experts, tokens_per_expert)) for experts in (ours, stock))
+            results += harness.run([harness.Case(name, "s", *measures)], arguments.repeats)
+    harness.report(results, arguments.json)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
