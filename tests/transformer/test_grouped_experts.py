@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -85,6 +86,18 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Fail where one of these functions of `grouped_experts` is called."""
     for name in names:
         monkeypatch.setattr(grouped_experts, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
+    """Has its name once for every call of a function."""
+    calls, function = [], getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
 
 
 @given(
@@ -310,11 +323,8 @@ def test_changed_experts_do_what_they_were_changed_to(change: Callable) -> None:
 def test_steps_under_data_parallelism(overlaps: bool, dtype: torch.dtype, monkeypatch) -> None:
     """Gradients are accumulated over micro-batches, and with overlap, parameters are gathered while rows arrive."""
     forbid(monkeypatch, "_compute_grouped")
-    turns = []
-    compute_in_turns = grouped_experts._compute_in_turns
-    monkeypatch.setattr(
-        grouped_experts, "_compute_in_turns", lambda *args: turns.append(True) or compute_in_turns(*args)
-    )
+    turns = count_calls(monkeypatch, grouped_experts, "_compute_in_turns")
+    waits = count_calls(monkeypatch, _ParamAndGradBucketGroup, "finish_param_sync")
 
     def train(experts: SequentialMLP) -> dict[str, Tensor]:
         for parameter in experts.parameters():
@@ -357,8 +367,10 @@ def test_steps_under_data_parallelism(overlaps: bool, dtype: torch.dtype, monkey
 
     ours, theirs = make_pair(params_dtype=dtype, bf16=dtype == torch.bfloat16)
     found = train(ours)
-    assert len(turns) == 6
+    num_waits, num_forwards, num_weights = len(waits), 6, 8
     assert_equal(found, train(theirs))
+    assert len(turns) == num_forwards
+    assert num_waits == len(waits) - num_waits == (num_forwards * num_weights if overlaps else 0)
 
 
 @pytest.mark.parametrize("modules", [None, ["moe"]], ids=["kept", "recomputed"])

@@ -234,6 +234,7 @@ def test_disk_that_fills_up(tmp_path):
 
 SLOW_CONVERSION = """
 import sys, time, torch
+from pathlib import Path
 from maskmoe.checkpoint.conversion.safetensors_files import plan_safetensors
 from maskmoe.checkpoint.conversion.sources import MemorySource
 from maskmoe.checkpoint.conversion import writing
