@@ -29,6 +29,7 @@ from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
 from maskmoe.training.run_check.layout import Layout
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.grouped_experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -176,7 +177,7 @@ class _CountingModelBuilder(MaskMoEGPTModelBuilder):
         return VisibleExperts(config, _mask_of_one_id(config.num_moe_experts), pg_collection, vp_stage)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
-        replacements = {SequentialMLP: _OneForAllExperts, DotProductAttention: _CoreAttention}
+        replacements = {GroupedMLP: _OneForAllExperts, DotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:
             return replacements.get(node, node) if isinstance(node, type) else node
