@@ -377,17 +377,17 @@ def build_routing_mask(
     )
 
 
-def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
+def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int = 1) -> np.ndarray:
     """Expected occurrences that each expert gets, float64 `[tables, N]`, if every visible set is used evenly.
 
     Args:
         occurrences: `[vocab]`, see `TokenFrequency.occurrences`.
+        topk: k; each occurrence goes to `min(k, V)` experts.
     """
     loads = []
-    for row_of_id, visible_bits in zip(mask.row_of_id, mask.visible_bits, strict=True):
+    for row_of_id, visible_bits, sizes in zip(mask.row_of_id, mask.visible_bits, mask.row_sizes, strict=True):
         of_row = np.bincount(row_of_id, weights=occurrences, minlength=len(visible_bits))
-        visible = unpack_bits(visible_bits, mask.num_experts)
-        loads.append((of_row / visible.sum(axis=1)) @ visible)
+        loads.append((of_row * np.minimum(sizes, topk) / sizes) @ unpack_bits(visible_bits, mask.num_experts))
     return np.stack(loads)
 
 

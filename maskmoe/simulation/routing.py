@@ -84,19 +84,6 @@ class VisibleTable:
                 positions = draw_subsets(rng, len(tokens), topk, size)
             yield Choice(tokens, self.experts[self._first[rows[tokens]] + positions])
 
-    def expected_load(self, occurrences: np.ndarray, topk: int, num_ranks: int) -> np.ndarray:
-        """Tokens times selected experts that each rank can expect, float64 [ranks].
-
-        Args:
-            occurrences: of each id, [vocab].
-            topk: k.
-            num_ranks: which have equal, contiguous shares of the experts.
-        """
-        of_row = np.bincount(self.row_of_id, weights=occurrences, minlength=len(self.num_visible))
-        of_visible = of_row * np.minimum(self.num_visible, topk) / self.num_visible
-        of_expert = np.bincount(self.experts, np.repeat(of_visible, self.num_visible), minlength=self.num_experts)
-        return of_expert.reshape(num_ranks, -1).sum(axis=1)
-
 
 def draw_subsets(rng: np.random.Generator, count: int, size: int, num_items: int) -> np.ndarray:
     """Draw `count` sets of `size` items, every set equally likely; integer [size, count], each set a column.

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from maskmoe.routing_mask import RoutingMask, TokenFrequency
 from maskmoe.routing_mask.locality import rank_of_rows
+from maskmoe.routing_mask.mask import expected_expert_load
 from maskmoe.simulation.cluster import Cluster
 from maskmoe.simulation.dispatch import Dispatch, Workload, exchanges
 from maskmoe.simulation.layout import Layout, Reach
@@ -92,7 +93,7 @@ class Simulation:
             key = (topk, layout.num_gpus, layout.ep_size, list(Routing).index(routing), number)
             rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=key))
             rank_of_set = rank_of_row[0] if is_planned else None
-            traffics.append(self._route(layout, VisibleTable.of_layer(mask, 0), rank_of_set, topk, rng, bar))
+            traffics.append(self._route(layout, mask, rank_of_set, topk, rng, bar))
         for variant in variants:
             dispatch = variant.dispatch
             if is_planned and dispatch is Dispatch.ONE_COPY:
@@ -103,13 +104,14 @@ class Simulation:
     def _route(
         self,
         layout: Layout,
-        table: VisibleTable,
+        mask: RoutingMask,
         rank_of_set: np.ndarray | None,
         topk: int,
         rng: np.random.Generator,
         bar: tqdm,
     ) -> _LayerTraffic:
         """The traffic of one layer; experts are drawn unless the rank of each visible set [sets] is known."""
+        table = VisibleTable.of_layer(mask, 0)
         per_expert, per_rank = TrafficCounter(layout), TrafficCounter(layout)
         for sources in _blocks(layout, self._micro_batches.tokens_per_rank):
             token_ids = self._micro_batches.of_ranks(sources, layout.num_gpus)  # [sources, tokens]
@@ -123,7 +125,8 @@ class Simulation:
             per_expert.add(sources, rows.per_expert)
             per_rank.add(sources, rows.per_rank)
             bar.update(token_ids.size)
-        expected_load = table.expected_load(self._occurrences, topk, layout.ep_size)
+        of_expert = expected_expert_load(mask, self._occurrences, topk)[0]
+        expected_load = of_expert.reshape(layout.ep_size, -1).sum(axis=1)
         return _LayerTraffic(per_expert.total(), per_rank.total(), expected_load)
 
     def _cost(self, layout: Layout, dispatch: Dispatch, of_layer: _LayerTraffic) -> Cost:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask, count_token_frequency
+from maskmoe.routing_mask.mask import MaskProvenance
 from maskmoe.simulation.routing import Choice, VisibleTable
 
 VOCAB_SIZE = 100
@@ -16,6 +17,17 @@ def make_table(visible: np.ndarray) -> VisibleTable:
     """The table of visible sets, bool [vocab, N]."""
     vocab_size, num_experts = visible.shape
     return VisibleTable(np.arange(vocab_size), np.nonzero(visible)[1], visible.sum(axis=1), num_experts)
+
+
+def mask_of(visible: np.ndarray) -> RoutingMask:
+    """The mask with these visible sets, bool [vocab, N], in one layer."""
+    vocab_size, num_experts = visible.shape
+    is_single = visible.sum(axis=1) == 1
+    rows = np.concatenate([np.eye(num_experts, dtype=bool), visible | is_single[:, None]])
+    row_of_id = np.where(is_single, visible.argmax(axis=1), num_experts + np.arange(vocab_size))
+    bits = np.packbits(rows, axis=1, bitorder="little")
+    provenance = MaskProvenance("uniform", 0.5, 2, seed=0)
+    return RoutingMask(row_of_id[None].astype(np.int16), bits[None], vocab_size, num_experts, 1, provenance)
 
 
 @st.composite

@@ -126,6 +126,14 @@ def make_model(config: TransformerConfig, mask: RoutingMask, sequence_length: in
     ).to(DEVICE)
 
 
+def draw_parameters(module: torch.nn.Module) -> None:
+    """Give a module's parameters random values, the same each time; what is drawn next is the same each time, too."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+
+
 def take_metrics() -> dict[str, Tensor]:
     """The router losses [layers] recorded since the last call."""
     metrics = get_moe_metrics_tracker().metrics

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from small_moe import DEVICE, make_config, make_layer, make_mask, process_groups, random_visible_sets
+from small_moe import DEVICE, draw_parameters, make_config, make_layer, make_mask, process_groups, random_visible_sets
 from torch import Tensor
 from torch.nn.functional import gelu
 
@@ -383,10 +383,7 @@ def test_layer_of_the_spec_equals_one_with_sequential_experts(modules) -> None:
     layers[1].experts.__class__ = SequentialMLP
     results = []
     for layer in layers:
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.copy_(torch.randn_like(parameter))
+        draw_parameters(layer)
         hidden = torch.randn(7, 2, 8, device=DEVICE, requires_grad=True)
         token_ids = torch.randint(0, 9, (2, 7), device=DEVICE)
         output, _ = layer(hidden, padding_mask=token_ids)

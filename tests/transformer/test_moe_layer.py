@@ -7,7 +7,15 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from parallel_layer_ranks import CASES, LAYOUTS, is_possible, run_case
 from safetensors.torch import load_file
-from small_moe import DEVICE, make_config, make_layer, make_mask, random_visible_sets, reference_routing
+from small_moe import (
+    DEVICE,
+    draw_parameters,
+    make_config,
+    make_layer,
+    make_mask,
+    random_visible_sets,
+    reference_routing,
+)
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -74,10 +82,7 @@ def test_equals_dense_reference(sizes, topk, overrides) -> None:
         visible_sets[..., 3] = False
         visible_sets[~visible_sets.any(axis=-1), 5] = True
     layer = make_layer(config, make_mask(visible_sets))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+    draw_parameters(layer)
     hidden = torch.randn(7, 2, 8, device=DEVICE, requires_grad=True)
     token_ids = torch.randint(0, 9, (2, 7), device=DEVICE)
     output, bias = layer(hidden, padding_mask=token_ids)
@@ -109,10 +114,7 @@ CAPACITY = 4  # of each expert, for 24 tokens with up to 2 of 6 experts and a fa
 def run_with_capacity(**settings) -> tuple[MaskMoELayer, dict[str, Tensor], Tensor, Tensor]:
     """A layer, its output and gradients, and the weights and the map of its router; of the same weights and tokens."""
     layer = make_layer(make_config(6, 2, **settings), make_mask(random_visible_sets(2, 1, 9, 6)))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+    draw_parameters(layer)
     hidden = torch.randn(12, 2, 8, device=DEVICE, requires_grad=True)
     token_ids = torch.randint(0, 9, (2, 12), device=DEVICE)
     probs, routing_map = layer.router(hidden, token_ids.T)

@@ -6,14 +6,14 @@ Weights' gradients are added to a buffer as soon as they are there, and freed, a
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import harness
 import numpy as np
 import torch
 
 # Prepares the process, hence before megatron.
-from ranks import join_ranks
+from ranks import join_ranks, run_and_report
 
 # isort: split
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -62,22 +62,8 @@ def step(experts: SequentialMLP, tokens_per_expert: Tensor) -> Callable[[], None
     return work
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sizes",
-        nargs="+",
-        default=["4096x512x1024/8", "4096x512x1024/16", "4096x512x1024/64", "2048x256x512/16"],
-        metavar="RxHxF/N",
-        help="R rows of H features, N gated experts of width F",
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    harness.add_arguments(parser)
-    arguments = parser.parse_args()
-
-    groups = join_ranks()
+def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
     dtype = getattr(torch, arguments.dtype)
-    results = []
     for size in arguments.sizes:
         num_rows, hidden_size, width, num_experts = map(int, size.replace("/", "x").split("x"))
         config = TransformerConfig(
@@ -98,9 +84,22 @@ def main() -> None:
             tokens_per_expert = draw_load(load, num_rows, num_experts)
             name = f"experts {size} {load} {arguments.dtype}"
             measures = (harness.seconds(step(experts, tokens_per_expert)) for experts in (ours, stock))
-            results += harness.run([harness.Case(name, "s", *measures)], arguments.repeats)
-    harness.report(results, arguments.json)
-    torch.distributed.destroy_process_group()
+            yield harness.Case(name, "s", *measures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=["4096x512x1024/8", "4096x512x1024/16", "4096x512x1024/64", "2048x256x512/16"],
+        metavar="RxHxF/N",
+        help="R rows of H features, N gated experts of width F",
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    harness.add_arguments(parser)
+    arguments = parser.parse_args()
+    run_and_report(cases(arguments, join_ranks()), arguments)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from ranks import compare, join_ranks, run_and_report
 import routed_tokens
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
@@ -96,9 +95,7 @@ def main() -> None:
     parser.add_argument("--ffn-hidden-size", type=int, default=512, help="of an expert (default: %(default)s)")
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
-    groups = join_ranks()
-    model_parallel_cuda_manual_seed(1)
-    run_and_report(cases(arguments, groups), arguments)
+    run_and_report(cases(arguments, join_ranks()), arguments)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from routed_tokens import exchange_floor
 from zipf import zipf_mask, zipf_probabilities
@@ -184,10 +183,7 @@ def main() -> None:
     parser.add_argument("--assignment", choices=("uniform", "balanced", "rank-local"), default="uniform")
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
-
-    groups = join_ranks()
-    model_parallel_cuda_manual_seed(1)
-    run_and_report(cases(arguments, groups), arguments)
+    run_and_report(cases(arguments, join_ranks()), arguments)
 
 
 if __name__ == "__main__":
