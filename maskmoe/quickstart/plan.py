@@ -1,15 +1,14 @@
 """The stages of a quickstart: which public command each runs, on which files, and what it makes."""
 
 import math
-import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
-from maskmoe.quickstart.devices import Devices
-from maskmoe.quickstart.settings import HEAD_SIZE, ROOT, RunFiles, Settings
+from maskmoe.quickstart.settings import HEAD_SIZE, RunFiles, Settings
 from maskmoe.quickstart.split import Split, choose_split, opening_of_held_out_text
+from maskmoe.stages.devices import Devices
+from maskmoe.stages.stage import Stage, tool_command, words
 
 _PROMPT_FOR_PYTHON = 'def read_lines(path):\n    """'
 _PROMPT_TOKENS = 16
@@ -18,31 +17,6 @@ _CHECKPOINTS_IN_A_RUN = 20
 _EVALUATIONS_IN_A_RUN = 10
 _LOG_LINES_IN_A_RUN = 200
 _MAX_TOKENIZER_LINES = 1_000_000
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command.
-
-    Attributes:
-        name: a short word; names the log.
-        command: program and arguments, run in the repository.
-        inputs: files and folders that the result depends on.
-        outputs: files and folders that it makes.
-        byproducts: what else it makes; kept apart with the outputs when the stage is done again.
-        scratch: folders that it may leave behind, removed before every start: what was cut off there must not be read.
-        environment: variables set in addition to those of this process.
-        continues: started again, it goes on from its own outputs.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    inputs: tuple[Path, ...]
-    outputs: tuple[Path, ...]
-    byproducts: tuple[Path, ...] = ()
-    scratch: tuple[Path, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
-    continues: bool = False
 
 
 class Plan:
@@ -64,15 +38,19 @@ class Plan:
         return (*text, *data, self.train, self.evaluate, self.export, self.sample)
 
     @property
+    def seq_length(self) -> int:
+        return self.settings.seq_length
+
+    @property
     def expert_model_parallel_size(self) -> int:
         return self.devices.expert_model_parallel_size(self.settings.num_experts)
 
     def corpus(self) -> Stage:
-        command = _tool("make_corpus", "--output", self.files.corpus)
+        command = tool_command("make_corpus", "--output", self.files.corpus)
         return Stage("corpus", command, inputs=(), outputs=(self.files.corpus,))
 
     def tokenizer(self) -> Stage:
-        command = _tool(
+        command = tool_command(
             "train_tokenizer",
             *("--input", *self._text),
             *("--json-keys", self.settings.json_key),
@@ -84,7 +62,7 @@ class Plan:
         return Stage("tokenizer", command, inputs=self._text, outputs=(self.files.tokenizer_model, vocabulary))
 
     def dataset(self) -> Stage:
-        command = _tool(
+        command = tool_command(
             "preprocess_data",
             *("--input", *self._text),
             *("--json-keys", self.settings.json_key),
@@ -96,7 +74,7 @@ class Plan:
         return Stage("dataset", command, inputs=inputs, outputs=self.files.dataset)
 
     def frequency(self) -> Stage:
-        command = _tool(
+        command = tool_command(
             "count_token_frequency",
             *("--data-path", self.files.dataset_prefix),
             *("--vocab-size", self.settings.vocab_size),
@@ -106,7 +84,7 @@ class Plan:
 
     def mask(self) -> Stage:
         settings = self.settings
-        command = _tool(
+        command = tool_command(
             "build_routing_mask",
             *("--token-frequency", self.files.token_frequency),
             *("--num-experts", settings.num_experts),
@@ -188,13 +166,15 @@ class Plan:
 
     def export(self) -> Stage:
         files = self.files
-        command = _tool("convert_checkpoint", "megatron-to-hf", "--load", files.checkpoints, "--save", files.model)
+        command = tool_command(
+            "convert_checkpoint", "megatron-to-hf", "--load", files.checkpoints, "--save", files.model
+        )
         inputs = (files.checkpoints, files.tokenizer_model)
         return Stage("export", command, inputs=inputs, outputs=(files.model,))
 
     def sample(self) -> Stage:
         files = self.files
-        command = _tool(
+        command = tool_command(
             "generate_text",
             *("--model", files.model),
             # As one word, so that it may begin with a dash.
@@ -248,26 +228,13 @@ class Plan:
         return -(-self.settings.global_batch_size // self.devices.num_processes)
 
     def _torchrun(self, entry_point: str, *arguments: object) -> tuple[str, ...]:
-        return _words(
-            *(_short(Path(sys.executable)), "-m", "torch.distributed.run"),
+        return words(
+            *(Path(sys.executable), "-m", "torch.distributed.run"),
             *("--standalone", "--nproc-per-node", self.devices.num_processes),
             *("-m", f"maskmoe.training.{entry_point}"),
             *arguments,
             *self.devices.megatron_flags,
         )
-
-
-def _tool(name: str, *arguments: object) -> tuple[str, ...]:
-    return _words(_short(Path(sys.executable)), f"tools/{name}.py", *arguments)
-
-
-def _words(*arguments: object) -> tuple[str, ...]:
-    return tuple(_short(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
-
-
-def _short(path: Path) -> str:
-    """The path as a command in the repository names it."""
-    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)
 
 
 def _at_least_once(iterations: int, times: int) -> int:

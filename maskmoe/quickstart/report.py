@@ -13,9 +13,9 @@ import numpy as np
 
 from maskmoe.cli import atomic_output
 from maskmoe.quickstart.plan import Plan
-from maskmoe.quickstart.progress import TrainingHistory, format_seconds
-from maskmoe.quickstart.record import RunRecord
 from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.stages.progress import TrainingHistory, format_seconds
+from maskmoe.stages.record import RunRecord
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
-
-ROOT = Path(__file__).resolve().parents[2]
-"""The repository; stages run in it."""
+from maskmoe.stages.stage import ROOT, StageFiles
 
 HEAD_SIZE = 32
 
@@ -123,7 +121,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
 
 
 @dataclass(frozen=True)
-class RunFiles:
+class RunFiles(StageFiles):
     """Where the files of a run are.
 
     Attributes:
@@ -131,7 +129,6 @@ class RunFiles:
         json_key: names the dataset's files, as in tools/preprocess_data.py.
     """
 
-    folder: Path
     json_key: str = "text"
 
     @property
@@ -198,26 +195,3 @@ class RunFiles:
     @property
     def loss_curve(self) -> Path:
         return self.folder / "loss.png"
-
-    @property
-    def commands(self) -> Path:
-        return self.folder / "commands.sh"
-
-    @property
-    def record(self) -> Path:
-        return self.folder / "quickstart.json"
-
-    @property
-    def lock(self) -> Path:
-        return self.folder / ".lock"
-
-    @property
-    def previous(self) -> Path:
-        return self.folder / "previous"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
-
-    def log(self, stage: str) -> Path:
-        return self.logs / f"{stage}.log"

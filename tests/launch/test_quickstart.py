@@ -21,12 +21,15 @@ from PIL import Image
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.errors import UserError
-from maskmoe.quickstart.devices import Devices
-from maskmoe.quickstart.failure import explain_failure
-from maskmoe.quickstart.lock import locked
-from maskmoe.quickstart.plan import Plan, Stage
-from maskmoe.quickstart.process import LogTail
-from maskmoe.quickstart.progress import (
+from maskmoe.quickstart.plan import Plan
+from maskmoe.quickstart.report import Results, draw_loss_curve, entropy, render_report
+from maskmoe.quickstart.settings import parse_settings
+from maskmoe.quickstart.split import choose_split
+from maskmoe.stages.devices import Devices
+from maskmoe.stages.failure import explain_failure
+from maskmoe.stages.lock import locked
+from maskmoe.stages.process import LogTail
+from maskmoe.stages.progress import (
     IterationRecord,
     ProgressLine,
     StageProgress,
@@ -35,11 +38,9 @@ from maskmoe.quickstart.progress import (
     format_seconds,
     parse_line,
 )
-from maskmoe.quickstart.record import RunRecord, describe_change
-from maskmoe.quickstart.report import Results, draw_loss_curve, entropy, render_report
-from maskmoe.quickstart.runner import format_command
-from maskmoe.quickstart.settings import ROOT, parse_settings
-from maskmoe.quickstart.split import choose_split
+from maskmoe.stages.record import RunRecord, describe_change
+from maskmoe.stages.runner import format_command
+from maskmoe.stages.stage import ROOT, Stage
 
 ITERATION = (
     " [2026-01-31 15:40:33.899054] iteration       10/      20 | consumed samples:          160 | elapsed time per "
@@ -341,9 +342,9 @@ import json, sys
 from pathlib import Path
 from types import SimpleNamespace
 from maskmoe.cli import run_tool
-from maskmoe.quickstart.__main__ import run_to_end
-from maskmoe.quickstart.lock import locked
-from maskmoe.quickstart.plan import Stage
+from maskmoe.stages.entry import run_to_end
+from maskmoe.stages.lock import locked
+from maskmoe.stages.stage import Stage
 from maskmoe.quickstart.settings import RunFiles
 
 def paths(names):
@@ -357,7 +358,7 @@ for values in json.loads(Path(sys.argv[2]).read_text()):
     )
     stages.append(lambda stage=stage: stage)
 files = RunFiles(Path(sys.argv[1]))
-plan = SimpleNamespace(stages=tuple(stages), files=files, settings=SimpleNamespace(seq_length=8))
+plan = SimpleNamespace(stages=tuple(stages), files=files, seq_length=8)
 run_tool(lambda: run_to_end(plan, lambda plan, record: "the report"))
 """
 
@@ -593,7 +594,7 @@ def test_second_quickstart_in_the_same_folder_is_refused(stub_run):
     second = stub_run.run()
     assert second.returncode == 2
     assert second.output == (
-        f"error: another quickstart (process {process.pid}) is at work in {stub_run.folder}; give another --run-dir\n"
+        f"error: another command (process {process.pid}) is at work in {stub_run.folder}; give another --run-dir\n"
     )
     stub_run.release()
     process.communicate(timeout=30)
@@ -602,7 +603,7 @@ def test_second_quickstart_in_the_same_folder_is_refused(stub_run):
 
 
 def test_damaged_record_is_refused(tmp_path):
-    path = tmp_path / "quickstart.json"
+    path = tmp_path / "stages.json"
     for text in ("{", "[]", '{"stages": {"a": {}}}'):
         path.write_text(text)
         with pytest.raises(UserError, match="damaged"):

@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 
 from maskmoe.cli import atomic_output
-from maskmoe.quickstart.failure import Failure, explain_failure
-from maskmoe.quickstart.lock import RunLock
-from maskmoe.quickstart.plan import Plan, Stage
-from maskmoe.quickstart.process import LogTail, StageProcess
-from maskmoe.quickstart.progress import ProgressLine, StageProgress, format_seconds
-from maskmoe.quickstart.record import RunRecord
-from maskmoe.quickstart.settings import ROOT
+from maskmoe.stages.failure import Failure, explain_failure
+from maskmoe.stages.lock import RunLock
+from maskmoe.stages.process import LogTail, StageProcess
+from maskmoe.stages.progress import ProgressLine, StageProgress, format_seconds
+from maskmoe.stages.record import RunRecord
+from maskmoe.stages.stage import ROOT, Plan, Stage, short_path
 
 _POLL_SECONDS = 0.2
 
@@ -94,7 +93,7 @@ class Runner:
         if not left:
             return
         if any(path in left for path in stage.outputs):
-            self._line.print(f"{title} earlier output is kept in {_shown(files.previous)}")
+            self._line.print(f"{title} earlier output is kept in {short_path(files.previous)}")
         files.previous.mkdir(exist_ok=True)
         for path in left:
             kept = files.previous / path.name
@@ -104,7 +103,7 @@ class Runner:
 
     def _run_stage(self, stage: Stage, title: str) -> None:
         log = self._plan.files.log(stage.name)
-        progress = StageProgress(title, self._plan.settings.seq_length)
+        progress = StageProgress(title, self._plan.seq_length)
         process = StageProcess(stage.command, stage.environment, log, self._lock, ROOT)
         lines: list[str] = []
         try:
@@ -149,7 +148,3 @@ def format_command(stage: Stage) -> str:
 def read_log(path: Path) -> list[str]:
     """All lines of a log; none if there is no log."""
     return list(LogTail(path).new_lines()) if path.exists() else []
-
-
-def _shown(path: Path) -> str:
-    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)

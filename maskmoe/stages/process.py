@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from maskmoe.child_process import end_with_parent
-from maskmoe.quickstart.lock import RunLock
+from maskmoe.stages.lock import RunLock
 
 _SECONDS_TO_END = 45.0  # torchrun gives its workers 30
 

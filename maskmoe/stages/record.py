@@ -10,7 +10,7 @@ from typing import Any
 
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
-from maskmoe.quickstart.plan import Stage
+from maskmoe.stages.stage import Stage
 
 
 @dataclass(frozen=True)

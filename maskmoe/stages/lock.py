@@ -1,4 +1,4 @@
-"""One quickstart at a time in a run folder."""
+"""One command at a time works in a run folder."""
 
 import fcntl
 import os
@@ -21,7 +21,7 @@ class RunLock:
     """The locked lock file of a run folder.
 
     Processes that have it as their standard input hold the lock as well. So it is free only when all processes of a
-    quickstart have ended, also of one that was killed.
+    command have ended, also of one that was killed.
 
     Attributes:
         path: of the file.
@@ -53,10 +53,10 @@ def locked(path: Path, seconds_to_end: float = _SECONDS_TO_END) -> Iterator[RunL
 
     Args:
         path: of the file, which is made.
-        seconds_to_end: how long processes that a killed quickstart has left may take to end; then they are killed.
+        seconds_to_end: how long processes that a killed command has left may take to end; then they are killed.
 
     Raises:
-        UserError: another quickstart is at work here.
+        UserError: another command is at work here.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -81,13 +81,13 @@ def _acquire(lock: RunLock, seconds_to_end: float) -> None:
         folder = lock.path.parent
         if owner is None or _is_alive(owner):
             at_work = f"process {owner}" if owner else "just started"
-            raise UserError(f"another quickstart ({at_work}) is at work in {folder}; give another --run-dir")
+            raise UserError(f"another command ({at_work}) is at work in {folder}; give another --run-dir")
         waited = time.monotonic() - start
         if waited > seconds_to_end:
             lock.kill_other_holders()
         if waited > seconds_to_end + _SECONDS_TO_GIVE_UP:
             raise UserError(
-                f"processes of an earlier quickstart (process {owner}, which is gone) still work in {folder}: "
+                f"processes of an earlier command (process {owner}, which is gone) still work in {folder}: "
                 "end them, or give another --run-dir"
             )
         time.sleep(0.2)

@@ -1,0 +1,49 @@
+"""The main function of a command that runs a plan of stages."""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from maskmoe.cli import EXIT_BAD_INPUT
+from maskmoe.errors import UserError
+from maskmoe.stages.lock import locked
+from maskmoe.stages.progress import ProgressLine
+from maskmoe.stages.record import RunRecord
+from maskmoe.stages.runner import Runner, StageError
+from maskmoe.stages.stage import Plan
+
+
+def run_to_end(plan: Plan, report: Callable[[Plan, RunRecord], str]) -> None:
+    """Run all stages that are not finished, then print the report; the exit code says how it went.
+
+    Args:
+        plan: the stages.
+        report: makes the report of a finished run.
+
+    Raises:
+        UserError: another command is at work in the run folder, or the input cannot be used.
+        SystemExit: a stage failed (1, or 2 if the input is at fault), or a signal came.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit_on_signal)
+    line = ProgressLine(sys.stdout)
+    try:
+        plan.files.folder.mkdir(parents=True, exist_ok=True)
+        with locked(plan.files.lock) as lock:
+            record = RunRecord(plan.files.record)
+            Runner(plan, record, line, lock).run()
+            line.print(f"\n{report(plan, record)}")
+    except OSError as error:
+        raise UserError(f"cannot work in --run-dir {plan.files.folder}: {error}") from error
+    except StageError as error:
+        line.clear()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT if error.failure.is_bad_input else 1)
+    except KeyboardInterrupt:
+        line.print("interrupted; the same command goes on from here")
+        sys.exit(130)
+
+
+def _exit_on_signal(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
