@@ -46,23 +46,21 @@ class ModelFile:
         Raises:
             UserError: it cannot be read, is no such file, or names a variable that is not set.
         """
-        try:
-            with open(path, encoding="utf-8") as stream:
-                content = yaml.load(stream, Loader=_WordLoader)
-        except OSError as error:
-            raise UserError(f"cannot read the model file {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"model file {path} is no YAML: {' '.join(str(error).split())}") from error
+        what = f"model file {path}"
+        content = read_words(path, "model file")
         if not isinstance(content, dict):
-            raise UserError(f"model file {path} must hold flags and their values, one a line: `num-layers: 12`")
+            raise UserError(f"{what} must hold flags and their values, one a line: `num-layers: 12`")
         layouts = content.pop(LAYOUTS, None) or {}
         if not isinstance(layouts, dict):
             raise UserError(f"model file {path}: `{LAYOUTS}` must hold flags by number of ranks")
         return cls(
             path=path,
-            flags=_flags(content, path, variables),
+            flags=parse_flags(content, what, variables),
             layouts=MappingProxyType(
-                {_number(ranks, path): _flags(flags, path, variables) for ranks, flags in layouts.items()}
+                {
+                    _number(ranks, path): parse_flags(flags, f"{what}: a layout", variables)
+                    for ranks, flags in layouts.items()
+                }
             ),
         )
 
@@ -134,30 +132,59 @@ class _WordLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _flags(content: object, path: Path, variables: Mapping[str, str]) -> Flags:
+def read_words(path: Path, kind: str) -> object:
+    """Content of a YAML file whose scalars are words as they are written.
+
+    Args:
+        path: the file.
+        kind: of file, for messages.
+
+    Raises:
+        UserError: it cannot be read, or is no YAML.
+    """
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return yaml.load(stream, Loader=_WordLoader)
+    except OSError as error:
+        raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{kind} {path} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_flags(content: object, what: str, variables: Mapping[str, str]) -> Flags:
+    """Flags from a mapping of words.
+
+    Args:
+        content: what was read.
+        what: names the file, and the place in it, for messages.
+        variables: for `${NAME}`.
+
+    Raises:
+        UserError: it is no such mapping, or names a variable that is not set.
+    """
     if not isinstance(content, dict):
-        raise UserError(f"model file {path}: a layout must hold flags and their values")
+        raise UserError(f"{what} must hold flags and their values")
     flags = {}
     for name, value in content.items():
         if name.startswith("-"):
-            raise UserError(f"model file {path}: write `{name.lstrip('-')}`, without dashes in front, for {name}")
+            raise UserError(f"{what}: write `{name.lstrip('-')}`, without dashes in front, for {name}")
         words = value if isinstance(value, list) else [value]
         if not all(isinstance(word, str) for word in words):
-            raise UserError(f"model file {path}: {name} must have a value or a list of values")
+            raise UserError(f"{what}: {name} must have a value or a list of values")
         if value == "true":
             flags[name] = ()
         elif value not in _LEFT_OUT:
-            flags[name] = tuple(_expand(word, name, path, variables) for word in words)
+            flags[name] = tuple(_expand(word, name, what, variables) for word in words)
     return MappingProxyType(flags)
 
 
-def _expand(word: str, name: str, path: Path, variables: Mapping[str, str]) -> str:
+def _expand(word: str, name: str, what: str, variables: Mapping[str, str]) -> str:
     try:
         return string.Template(word).substitute(variables)
     except KeyError as error:
-        raise UserError(f"model file {path}: {name} needs the environment variable {error.args[0]}") from error
+        raise UserError(f"{what}: {name} needs the environment variable {error.args[0]}") from error
     except ValueError as error:
-        raise UserError(f"model file {path}: {name}: write $$ for a dollar sign, or ${{NAME}}") from error
+        raise UserError(f"{what}: {name}: write $$ for a dollar sign, or ${{NAME}}") from error
 
 
 def _number(ranks: str, path: Path) -> int:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskmoe.quickstart.settings import HEAD_SIZE, RunFiles, Settings
-from maskmoe.quickstart.split import Split, choose_split, opening_of_held_out_text
 from maskmoe.stages.devices import Devices
+from maskmoe.stages.split import Split, choose_split, opening_of_held_out_text
 from maskmoe.stages.stage import Stage, tool_command, words
+from maskmoe.stages.text import TextStages
 
 _PROMPT_FOR_PYTHON = 'def read_lines(path):\n    """'
 _PROMPT_TOKENS = 16
@@ -16,7 +17,6 @@ _SAMPLE_TOKENS = 96
 _CHECKPOINTS_IN_A_RUN = 20
 _EVALUATIONS_IN_A_RUN = 10
 _LOG_LINES_IN_A_RUN = 200
-_MAX_TOKENIZER_LINES = 1_000_000
 
 
 class Plan:
@@ -33,9 +33,8 @@ class Plan:
     @property
     def stages(self) -> tuple[Callable[[], Stage], ...]:
         """Makers of all stages, in order."""
-        text = () if self.settings.input else (self.corpus,)
-        data = (self.tokenizer, self.dataset, self.frequency, self.mask)
-        return (*text, *data, self.train, self.evaluate, self.export, self.sample)
+        text = TextStages(self.files, self.settings.input, self.settings.vocab_size)
+        return (*text.all, self.mask, self.train, self.evaluate, self.export, self.sample)
 
     @property
     def seq_length(self) -> int:
@@ -44,43 +43,6 @@ class Plan:
     @property
     def expert_model_parallel_size(self) -> int:
         return self.devices.expert_model_parallel_size(self.settings.num_experts)
-
-    def corpus(self) -> Stage:
-        command = tool_command("make_corpus", "--output", self.files.corpus)
-        return Stage("corpus", command, inputs=(), outputs=(self.files.corpus,))
-
-    def tokenizer(self) -> Stage:
-        command = tool_command(
-            "train_tokenizer",
-            *("--input", *self._text),
-            *("--json-keys", self.settings.json_key),
-            *("--vocab-size", self.settings.vocab_size),
-            *("--max-lines", _MAX_TOKENIZER_LINES),
-            *("--output-prefix", self.files.tokenizer_prefix),
-        )
-        vocabulary = Path(f"{self.files.tokenizer_prefix}.vocab")
-        return Stage("tokenizer", command, inputs=self._text, outputs=(self.files.tokenizer_model, vocabulary))
-
-    def dataset(self) -> Stage:
-        command = tool_command(
-            "preprocess_data",
-            *("--input", *self._text),
-            *("--json-keys", self.settings.json_key),
-            *self._tokenizer_flags,
-            *("--output-prefix", self.files.dataset_stem),
-            "--append-eod",
-        )
-        inputs = (*self._text, self.files.tokenizer_model)
-        return Stage("dataset", command, inputs=inputs, outputs=self.files.dataset)
-
-    def frequency(self) -> Stage:
-        command = tool_command(
-            "count_token_frequency",
-            *("--data-path", self.files.dataset_prefix),
-            *("--vocab-size", self.settings.vocab_size),
-            *("--output", self.files.token_frequency),
-        )
-        return Stage("frequency", command, inputs=self.files.dataset, outputs=(self.files.token_frequency,))
 
     def mask(self) -> Stage:
         settings = self.settings
@@ -184,10 +146,6 @@ class Plan:
             *("--output", files.sample),
         )
         return Stage("sample", command, inputs=(files.model,), outputs=(files.sample,))
-
-    @property
-    def _text(self) -> tuple[Path, ...]:
-        return self.settings.input or (self.files.corpus,)
 
     @property
     def _split(self) -> Split:

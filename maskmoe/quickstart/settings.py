@@ -7,7 +7,8 @@ from pathlib import Path
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
-from maskmoe.stages.stage import ROOT, StageFiles
+from maskmoe.stages.stage import ROOT
+from maskmoe.stages.text import TextFiles
 
 HEAD_SIZE = 32
 
@@ -121,43 +122,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
 
 
 @dataclass(frozen=True)
-class RunFiles(StageFiles):
-    """Where the files of a run are.
-
-    Attributes:
-        folder: the run folder.
-        json_key: names the dataset's files, as in tools/preprocess_data.py.
-    """
-
-    json_key: str = "text"
-
-    @property
-    def corpus(self) -> Path:
-        return self.folder / "corpus.jsonl"
-
-    @property
-    def tokenizer_prefix(self) -> Path:
-        return self.folder / "tokenizer"
-
-    @property
-    def tokenizer_model(self) -> Path:
-        return self.folder / "tokenizer.model"
-
-    @property
-    def dataset_stem(self) -> Path:
-        return self.folder / "dataset"
-
-    @property
-    def dataset_prefix(self) -> Path:
-        return self.folder / f"dataset_{self.json_key}_document"
-
-    @property
-    def dataset(self) -> tuple[Path, ...]:
-        return tuple(Path(f"{self.dataset_prefix}{suffix}") for suffix in (".bin", ".idx", ".tokenizer.json"))
-
-    @property
-    def token_frequency(self) -> Path:
-        return self.folder / "token_frequency.safetensors"
+class RunFiles(TextFiles):
+    """Where the files of a run are."""
 
     @property
     def routing_mask(self) -> Path:

@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _CPU_PROCESSES = 2
+# NVIDIA's, its Tegra's, AMD's, and Windows' for Linux.
+_GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,20 @@ class Devices:
 
 
 def find_devices() -> Devices:
-    """Look at this machine. A process of its own imports torch, so that this one stays small."""
-    asked = subprocess.run([sys.executable, "-P", "-c", _COUNT_GPUS], capture_output=True, text=True, check=False)
+    """Look at this machine."""
     return Devices(
-        num_gpus=int(asked.stdout) if asked.returncode == 0 else 0,
+        num_gpus=_count_gpus() if _may_have_gpus() else 0,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
     )
+
+
+def _may_have_gpus() -> bool:
+    """Whether torch need be asked, which takes seconds: Linux shows a GPU's driver as a device file."""
+    return sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in _GPU_DEVICE_FILES)
+
+
+def _count_gpus() -> int:
+    """The GPUs that torch can use. A process of its own imports it, so that this one stays small."""
+    asked = subprocess.run([sys.executable, "-P", "-c", _COUNT_GPUS], capture_output=True, text=True, check=False)
+    return int(asked.stdout) if asked.returncode == 0 else 0

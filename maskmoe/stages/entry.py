@@ -2,7 +2,9 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from maskmoe.cli import EXIT_BAD_INPUT
@@ -25,17 +27,44 @@ def run_to_end(plan: Plan, report: Callable[[Plan, RunRecord], str]) -> None:
         UserError: another command is at work in the run folder, or the input cannot be used.
         SystemExit: a stage failed (1, or 2 if the input is at fault), or a signal came.
     """
+    line = ProgressLine(sys.stdout)
+    with working_in(plan.files.folder, line):
+        record = run_stages(plan, line)
+        line.print(f"\n{report(plan, record)}")
+
+
+def run_stages(plan: Plan, line: ProgressLine) -> RunRecord:
+    """Run all stages that are not finished, in their folder, which is made.
+
+    Raises:
+        UserError: another command is at work there, or what a stage made cannot be used by the next.
+        StageError: one failed.
+    """
+    plan.files.folder.mkdir(parents=True, exist_ok=True)
+    with locked(plan.files.lock) as lock:
+        record = RunRecord(plan.files.record)
+        Runner(plan, record, line, lock).run()
+    return record
+
+
+@contextmanager
+def working_in(folder: Path, line: ProgressLine) -> Iterator[None]:
+    """Turn what ends the work in the block into an exit code and one line.
+
+    Args:
+        folder: of the run.
+        line: that shows progress.
+
+    Raises:
+        UserError: the folder cannot be worked in.
+        SystemExit: a stage failed (1, or 2 if the input is at fault), or a signal came.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_on_signal)
-    line = ProgressLine(sys.stdout)
     try:
-        plan.files.folder.mkdir(parents=True, exist_ok=True)
-        with locked(plan.files.lock) as lock:
-            record = RunRecord(plan.files.record)
-            Runner(plan, record, line, lock).run()
-            line.print(f"\n{report(plan, record)}")
+        yield
     except OSError as error:
-        raise UserError(f"cannot work in --run-dir {plan.files.folder}: {error}") from error
+        raise UserError(f"cannot work in --run-dir {folder}: {error}") from error
     except StageError as error:
         line.clear()
         print(f"error: {error}", file=sys.stderr)

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import TextIO
 
 _SEPARATOR = " · "
+_RANK = r"^(?:\[rank\d+\]: )?"
 _ITERATION = re.compile(
-    r"^ \[[^]]+\] iteration +(?P<iteration>\d+)/ *(?P<total>\d+) \|"
+    _RANK + r" \[[^]]+\] iteration +(?P<iteration>\d+)/ *(?P<total>\d+) \|"
     r".* elapsed time per iteration \(ms\): (?P<milliseconds>[\d.]+) \|"
     r".* global batch size: +(?P<batch>\d+) \|"
     r"(?:.* lm loss: (?P<loss>\S+) \|)?"
 )
-_VALIDATION = re.compile(r"^ *validation loss at iteration (?P<iteration>\d+)\b.*?\| lm loss value: (?P<loss>\S+) \|")
+_VALIDATION = re.compile(
+    _RANK + r" *validation loss at iteration (?P<iteration>\d+)\b.*?\| lm loss value: (?P<loss>\S+) \|"
+)
 
 
 @dataclass(frozen=True)

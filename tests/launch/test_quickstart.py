@@ -24,7 +24,6 @@ from maskmoe.errors import UserError
 from maskmoe.quickstart.plan import Plan
 from maskmoe.quickstart.report import Results, draw_loss_curve, entropy, render_report
 from maskmoe.quickstart.settings import parse_settings
-from maskmoe.quickstart.split import choose_split
 from maskmoe.stages.devices import Devices
 from maskmoe.stages.failure import explain_failure
 from maskmoe.stages.lock import locked
@@ -40,6 +39,7 @@ from maskmoe.stages.progress import (
 )
 from maskmoe.stages.record import RunRecord, describe_change
 from maskmoe.stages.runner import format_command
+from maskmoe.stages.split import choose_split
 from maskmoe.stages.stage import ROOT, Stage
 
 ITERATION = (

@@ -55,18 +55,18 @@ def describe_parameters(
 ) -> Iterator[str]:
     """Parameters in all and of a token; exact."""
     whole = model.whole
-    yield f"parameters    {_billions(whole.num_parameters)}  {whole.num_parameters:,}"
+    yield f"parameters    {_number(whole.num_parameters)}"
     for part in PARTS:
         if whole.parameters[part]:
             yield f"  {part:<32}{whole.parameters[part]:>20,}"
     if not num_experts:
         return
-    active = _billions(active_parameters(whole, num_experts, topk))
+    active = _number(active_parameters(whole, num_experts, topk))
     without = ", without multi-token prediction" if whole.mtp_layers else ""
     yield f"active        {active}  for a token with {topk} experts{without}"
     if mask is not None:
         mean = experts_per_token(mask, topk)
-        active = _billions(active_parameters(whole, num_experts, mean))
+        active = _number(active_parameters(whole, num_experts, mean))
         yield f"              {active}  on average, with {mean:.3g} experts a token: {_describe_use(mask, topk)}"
 
 
@@ -129,6 +129,10 @@ def _layers_of_stage(chunks: Sequence[Chunk]) -> str:
 
 def _billions(number: float) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.2f} M"
+
+
+def _number(parameters: float) -> str:
+    return f"{_billions(parameters)}  {round(parameters):,}"
 
 
 def _runs(values: Sequence[str]) -> str:
