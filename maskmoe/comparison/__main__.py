@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from maskmoe.cli import run_tool
@@ -11,6 +11,16 @@ from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.fairness import check_active_parameters
 from maskmoe.comparison.pool import Pool, run_command
+from maskmoe.comparison.runs import Run
+from maskmoe.comparison.slurm import (
+    check_sbatch,
+    next_runs,
+    note_training,
+    refuse_while_jobs_work,
+    show_phase,
+    submit_phase,
+)
+from maskmoe.comparison.slurm_jobs import Jobs, Phase, SlurmOptions
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import override
@@ -25,6 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="launch/compare.sh",
+        usage="launch/compare.sh SUITE.yaml [options] [--slurm -- options of launch/slurm/submit.sh and sbatch]",
         allow_abbrev=False,
         description="Train all variants of a suite alike, with several seeds, and report how they differ. Learning "
         "rates are chosen first, by short runs. Started again after an interruption it continues where it was; a "
@@ -34,7 +45,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("suite", type=Path, metavar="SUITE.yaml", help="one of launch/suites/, or your own")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="all files [runs/SUITE]")
-    parser.add_argument("--jobs", type=int, metavar="J", help="runs at a time [one a core; with GPUs, one]")
+    parser.add_argument(
+        "--jobs", type=int, metavar="J", help="runs at a time [one a core; with GPUs, one; in jobs, all]"
+    )
     data = parser.add_argument_group("data, in place of the suite's")
     data.add_argument("--input", nargs="+", metavar="FILE", help="text files, JSON lines or plain")
     data.add_argument("--data-path", nargs="+", metavar="P", help="a dataset that is there, as Megatron takes it")
@@ -46,7 +59,20 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     action.add_argument("--list", action="store_true", help="only show the runs, and which are finished")
     action.add_argument("--report", action="store_true", help="only write the report, of what is finished")
     action.add_argument("--run", metavar="NAME", help="only take up one run, as --list names it")
+    action.add_argument(
+        "--slurm",
+        action="store_true",
+        help="train and evaluate in Slurm jobs, which get the options after `--` (--nodes=2 --gpus-per-node=8 …); one "
+        "of them goes on with the comparison, until the report is written",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print sbatch's command lines of --slurm")
     return parser.parse_args(arguments)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of the command itself, and what follows `--`."""
+    end = [*arguments, "--"].index("--")
+    return [*arguments[:end]], [*arguments[end + 1 :]]
 
 
 def open_comparison(options: argparse.Namespace) -> Comparison:
@@ -65,19 +91,78 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
+    arguments, slurm_words = split_arguments(sys.argv[1:])
     options = parse_arguments(arguments)
+    if not options.slurm and (options.dry_run or slurm_words):
+        raise UserError(f"{'--dry-run' if options.dry_run else 'options after `--`'}: only together with --slurm")
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
     comparison = open_comparison(options)
     if options.list:
         show_runs(comparison)
     elif options.report:
         print(write_report(comparison))
     elif options.run:
-        run_to_end(comparison.plan(comparison.find_run(options.run)), lambda plan, record: "finished")
+        take_up(comparison, options.run)
+    elif options.slurm:
+        compare_by_slurm(comparison, options, arguments, SlurmOptions.parse(slurm_words))
     else:
-        if options.jobs is not None and options.jobs < 1:
-            raise UserError(f"--jobs must be at least 1, not {options.jobs}")
+        refuse_while_jobs_work(comparison)
         compare(comparison, run_command(arguments), options.jobs or default_jobs(comparison))
+
+
+def take_up(comparison: Comparison, name: str) -> None:
+    """Bring one run to its end.
+
+    Raises:
+        UserError: there is none of that name, or another command is at work on it.
+        SystemExit: a stage failed.
+    """
+    plan = comparison.plan(comparison.find_run(name))
+    note_training(plan)
+    run_to_end(plan, lambda plan, record: "finished")
+
+
+def compare_by_slurm(
+    comparison: Comparison, options: argparse.Namespace, arguments: Sequence[str], slurm: SlurmOptions
+) -> None:
+    """Submit the jobs of the next phase, or print what would submit them.
+
+    Args:
+        comparison: to be brought to its end.
+        options: of the command line.
+        arguments: those that the options are from.
+        slurm: what followed `--`.
+
+    Raises:
+        RunFailure: nothing was finished by the last jobs.
+        UserError: Slurm is not here or refuses a job, or jobs of this comparison are still in its queue.
+    """
+    own = tuple(word for word in arguments if word not in ("--slurm", "--dry-run"))
+
+    def jobs(phase: Phase) -> Jobs:
+        return Jobs(
+            phase=phase,
+            folder=comparison.folder,
+            suite=comparison.suite.name,
+            options=slurm,
+            inputs=(options.suite.absolute().parent, *comparison.data.folders),
+            arguments=own,
+            throttle=options.jobs,
+            cwd=Path.cwd(),
+        )
+
+    if options.dry_run:
+        show_phase(comparison, jobs)
+        return
+    check_sbatch()
+    refuse_while_jobs_work(comparison)
+    compare(
+        comparison,
+        run_command(own),
+        default_jobs(comparison),
+        submit=lambda runs, line: submit_phase(comparison, runs, jobs, line),
+    )
 
 
 def default_jobs(comparison: Comparison) -> int:
@@ -85,8 +170,19 @@ def default_jobs(comparison: Comparison) -> int:
     return 1 if comparison.devices.num_gpus else comparison.devices.num_cores
 
 
-def compare(comparison: Comparison, command: Sequence[str], jobs: int) -> None:
+def compare(
+    comparison: Comparison,
+    command: Sequence[str],
+    jobs: int,
+    submit: Callable[[Sequence[Run], ProgressLine], None] | None = None,
+) -> None:
     """Bring all runs to their ends, and write the report.
+
+    Args:
+        comparison: that the runs belong to.
+        command: that takes up one run, whose name follows it.
+        jobs: runs at a time.
+        submit: leaves the runs of a phase to jobs, one of which will go on with the comparison; checks stay here.
 
     Raises:
         RunFailure: runs failed.
@@ -97,8 +193,11 @@ def compare(comparison: Comparison, command: Sequence[str], jobs: int) -> None:
         run_stages(comparison.data_plan, line)
         with locked(comparison.folder / ".lock") as lock:
             pool = Pool(comparison, command, jobs, line, lock)
-            while runs := comparison.runs_of_next_phase():
+            while runs := next_runs(comparison):
                 line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
+                if submit is not None and runs[0].kind != "check":
+                    submit(runs, line)
+                    return
                 pool.work_off(runs)
                 check_active_parameters(comparison.parameters())
         line.print(write_report(comparison))

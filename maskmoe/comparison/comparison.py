@@ -96,7 +96,7 @@ class Comparison:
 
     def history(self, run: Run) -> TrainingHistory:
         """The losses of a run, as far as it is."""
-        return TrainingHistory(read_log(self.plan(run).files.log("train")))
+        return self.plan(run).history()
 
     def _last_validation(self, run: Run) -> float | None:
         validations = self.history(run).validations

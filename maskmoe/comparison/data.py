@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
@@ -20,12 +20,14 @@ class Data(Protocol):
         stages: makers of those stages.
         token_frequency: the counts.
         inputs: files of the dataset.
+        folders: that all must be able to read who take up a run.
     """
 
     files: StageFiles
     stages: tuple[Callable[[], Stage], ...]
     token_frequency: Path
     inputs: tuple[Path, ...]
+    folders: tuple[Path, ...]
 
     @property
     def flags(self) -> Flags:
@@ -53,6 +55,10 @@ class TextData:
         return (*self.files.dataset, self.files.tokenizer_model)
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in self.text.input)]))
+
+    @property
     def flags(self) -> Flags:
         return {
             "data-path": (str(self.files.dataset_prefix),),
@@ -60,6 +66,22 @@ class TextData:
             "tokenizer-type": ("SentencePieceTokenizer",),
             "tokenizer-model": (str(self.files.tokenizer_model),),
         }
+
+
+@dataclass(frozen=True)
+class MissingData:
+    """The suite wants text of the user's, and there is none: its runs can be shown, no more."""
+
+    files: TextFiles
+
+    @property
+    def stages(self) -> NoReturn:
+        raise UserError(
+            "the suite brings no text: give it by --input FILE…, or a dataset by --data-path PREFIX --split A,B,C "
+            "--tokenizer-model FILE"
+        )
+
+    token_frequency = inputs = folders = flags = stages
 
 
 @dataclass(frozen=True)
@@ -80,8 +102,13 @@ class PreparedData:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        prefixes = [word for word in self.flags["data-path"] if not word.replace(".", "", 1).isdecimal()]
+        prefixes = [word for word in self.flags["data-path"] if not _is_weight(word)]
         return tuple(Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx"))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        paths = (*self.inputs, *map(Path, self.flags["tokenizer-model"]))
+        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in paths)]))
 
     def frequency(self) -> Stage:
         command = tool_command(
@@ -98,7 +125,8 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
 
     Args:
         flags: `data-path`, with `split`, `tokenizer-model` and `tokenizer-type`, for a dataset that is there; else
-            `input`, text files, or `max-bytes` of the installed Python's text. And `vocab-size`.
+            `input`, text files, or `max-bytes` of the installed Python's text. And `vocab-size`. `input: required`
+            stands for text that the command line must name.
         folder: for what is made.
         seq_length: of samples.
 
@@ -114,10 +142,19 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
             raise UserError(f"a dataset given by data-path needs {' and '.join(missing)}, too")
         used = ("data-path", "split", "tokenizer-model", "tokenizer-type")
         given = {name: flags[name] for name in used if name in flags}
+        given["data-path"] = tuple(w if _is_weight(w) else str(Path(w).absolute()) for w in flags["data-path"])
+        given["tokenizer-model"] = tuple(str(Path(word).absolute()) for word in flags["tokenizer-model"])
         return PreparedData(files, {"tokenizer-type": ("SentencePieceTokenizer",), **given}, vocab_size)
+    if flags.get("input") == ("required",):
+        return MissingData(files)
     input = tuple(Path(word).absolute() for word in flags.get("input", ()))
     for path in input:
         if not path.is_file():
             raise UserError(f"there is no text file {path}")
     corpus_flags = ("--max-bytes", *flags["max-bytes"]) if "max-bytes" in flags else ()
     return TextData(files, TextStages(files, input, int(vocab_size), corpus_flags), seq_length)
+
+
+def _is_weight(word: str) -> bool:
+    """Whether it is one of the numbers that Megatron's `--data-path` may have between prefixes."""
+    return word.replace(".", "", 1).isdecimal()

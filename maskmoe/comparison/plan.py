@@ -13,7 +13,9 @@ from maskmoe.comparison.data import Data
 from maskmoe.comparison.runs import Run, training_flags
 from maskmoe.comparison.suite import Suite
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
-from maskmoe.stages.devices import Devices
+from maskmoe.stages.devices import DEVICE_FLAGS, Devices
+from maskmoe.stages.progress import TrainingHistory
+from maskmoe.stages.runner import read_log
 from maskmoe.stages.stage import Stage, StageFiles, tool_command, words
 
 
@@ -52,6 +54,17 @@ class RunFiles(StageFiles):
     @property
     def tensorboard(self) -> Path:
         return self.folder / "tensorboard"
+
+    @property
+    def slurm(self) -> Path:
+        """Logs of the jobs that train it, if Slurm does, and of those that evaluate it."""
+        return self.folder / "slurm"
+
+    @property
+    def training_logs(self) -> tuple[Path, ...]:
+        """What training has printed here and in jobs, the newest last."""
+        logs = [path for path in (*self.slurm.glob("*/attempt*.log"), self.log("train")) if path.exists()]
+        return tuple(sorted(logs, key=lambda path: path.stat().st_mtime_ns))
 
     @property
     def dataset_cache(self) -> Path:
@@ -99,6 +112,10 @@ class RunPlan:
         after = (self.evaluate, *((self.routing,) if has_experts else ())) if self.run.is_analyzed else ()
         return (*mask, self.train, *after)
 
+    def history(self) -> TrainingHistory:
+        """The losses, as far as it is."""
+        return TrainingHistory([line for log in self.files.training_logs for line in read_log(log)])
+
     def mask(self) -> Stage:
         flags = {
             "token-frequency": (str(self._data.token_frequency),),
@@ -112,7 +129,13 @@ class RunPlan:
 
     def check(self) -> Stage:
         backend = () if self._devices.num_gpus else ("--distributed-backend", "gloo")
-        return Stage("check", self._launch("--check", flags=backend), inputs=self._inputs_of_training(), outputs=())
+        return Stage(
+            "check",
+            self._launch("--check", flags=backend),
+            inputs=self._inputs_of_training(),
+            outputs=(),
+            machine_flags=frozenset({"--distributed-backend"}),
+        )
 
     def train(self) -> Stage:
         files = self.files
@@ -121,7 +144,7 @@ class RunPlan:
             self._launch("--no-check"),
             inputs=self._inputs_of_training(),
             outputs=(files.checkpoints,),
-            byproducts=(files.tensorboard,),
+            byproducts=(files.tensorboard, files.slurm),
             scratch=(files.dataset_cache,),
             continues=True,
         )
@@ -149,6 +172,7 @@ class RunPlan:
             outputs=(files.evaluation,),
             scratch=(files.dataset_cache,),
             environment=self._devices.environment,
+            machine_flags=DEVICE_FLAGS | {"--nproc-per-node", "--expert-model-parallel-size"},
         )
 
     def routing(self) -> Stage:

@@ -11,7 +11,6 @@ from maskmoe.errors import RunFailure
 from maskmoe.stages.lock import RunLock
 from maskmoe.stages.process import StageProcess
 from maskmoe.stages.progress import ProgressLine, format_seconds
-from maskmoe.stages.stage import ROOT
 
 _POLL_SECONDS = 0.5
 
@@ -80,7 +79,7 @@ class _RunAtWork:
         self.run = run
         log = folder / run.name / "progress.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.process = StageProcess((*command, run.name), {}, log, lock, ROOT)
+        self.process = StageProcess((*command, run.name), {}, log, lock, Path.cwd())
         self.last_line = "starts"
         self._start = time.monotonic()
 

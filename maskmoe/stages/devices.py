@@ -10,8 +10,19 @@ from pathlib import Path
 
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _CPU_PROCESSES = 2
+_CPU_FLAGS = ("--num-workers", "0")
+_GPU_FLAGS = ("--bf16",)
+_WITHOUT_TRANSFORMER_ENGINE = (
+    *("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"),
+    *("--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion"),
+)
 # NVIDIA's, its Tegra's, AMD's, and Windows' for Linux.
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
+
+DEVICE_FLAGS = frozenset(
+    word for word in (*_CPU_FLAGS, *_GPU_FLAGS, *_WITHOUT_TRANSFORMER_ENGINE) if word.startswith("--")
+)
+"""Names of all that `Devices.megatron_flags` can hold."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,8 @@ class Devices:
     def megatron_flags(self) -> list[str]:
         """Megatron's flags that depend on the device and on what is installed, for any entry point."""
         if not self.num_gpus:
-            return ["--num-workers", "0"]
-        if self.has_transformer_engine:
-            return ["--bf16"]
-        fusions = ("rope", "masked-softmax", "gradient-accumulation")
-        without = [f"--no-{fusion}-fusion" for fusion in fusions]
-        return ["--bf16", "--transformer-impl", "local", "--no-persist-layer-norm", *without]
+            return [*_CPU_FLAGS]
+        return [*_GPU_FLAGS] if self.has_transformer_engine else [*_GPU_FLAGS, *_WITHOUT_TRANSFORMER_ENGINE]
 
 
 def find_devices() -> Devices:

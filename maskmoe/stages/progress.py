@@ -81,6 +81,15 @@ class TrainingHistory:
         for line in lines or ():
             self.add(line)
 
+    @property
+    def training_seconds(self) -> float:
+        """What all iterations have taken, each as often as it counts."""
+        numbers = sorted(self.iterations)
+        return sum(
+            (number - before) * self.iterations[number].seconds
+            for before, number in zip([0, *numbers], numbers, strict=False)
+        )
+
     def add(self, line: str) -> IterationRecord | ValidationRecord | None:
         """Take a line of the log in; returns what it said."""
         record = parse_line(line)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,9 @@ class RunRecord:
         record = self._stages.get(stage.name)
         if record is None:
             return None
-        if record.command != stage.command:
-            return f"its settings changed ({describe_change(record.command, stage.command)})"
+        old, new = (_settings(command, stage.machine_flags) for command in (record.command, stage.command))
+        if old != new:
+            return f"its settings changed ({describe_change(old, new)})"
         if record.inputs != files_digest(stage.inputs):
             return "its input changed"
         if record.is_finished and record.outputs != files_digest(stage.outputs):
@@ -135,6 +136,17 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
         if old_flags.get(flag) != new_flags.get(flag)
     ]
     return ", ".join(changes)
+
+
+def _settings(command: Sequence[str], machine_flags: Collection[str]) -> list[str]:
+    """A command line without what depends on the machine: those flags, and the program, which is Python."""
+    kept, is_setting = [], True
+    for word in command[1:]:
+        if word.startswith("-"):
+            is_setting = word.partition("=")[0] not in machine_flags
+        if is_setting:
+            kept.append(word)
+    return kept
 
 
 def _flags(command: Sequence[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from maskmoe.cli import atomic_output
@@ -52,6 +53,28 @@ class Runner:
             StageError: one failed.
             UserError: what a stage made cannot be used by the next.
         """
+        for title, stage in self._unfinished():
+            self._prepare(stage, title)
+            self._run_stage(stage, title)
+
+    def prepare(self, name: str) -> None:
+        """Bring all stages before one to their ends, and make that ready to be started elsewhere, if it is not finished.
+
+        Args:
+            name: of the stage.
+
+        Raises:
+            StageError: one failed.
+            UserError: what a stage made cannot be used by the next.
+        """
+        for title, stage in self._unfinished():
+            self._prepare(stage, title)
+            if stage.name == name:
+                return
+            self._run_stage(stage, title)
+
+    def _unfinished(self) -> Iterator[tuple[str, Stage]]:
+        """Each stage with its title, when those before it are finished; tells of finished ones."""
         self._plan.files.logs.mkdir(parents=True, exist_ok=True)
         for number, make_stage in enumerate(self._plan.stages, start=1):
             stage = make_stage()
@@ -61,8 +84,7 @@ class Runner:
             if self._record.is_finished(stage):
                 self._line.print(f"{title} finished earlier ({format_seconds(self._record[stage.name].seconds)})")
             else:
-                self._prepare(stage, title)
-                self._run_stage(stage, title)
+                yield title, stage
 
     def _write_commands(self) -> None:
         """Write the commands of the stages so far, as a script that can be run or copied from."""

@@ -23,6 +23,7 @@ class Stage:
         byproducts: what else it makes; kept apart with the outputs when the stage is done again.
         scratch: folders that it may leave behind, removed before every start: what was cut off there must not be read.
         environment: variables set in addition to those of this process.
+        machine_flags: names of flags that suit the command to the machine; other ones are no reason to do it again.
         continues: started again, it goes on from its own outputs.
     """
 
@@ -33,6 +34,7 @@ class Stage:
     byproducts: tuple[Path, ...] = ()
     scratch: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    machine_flags: frozenset[str] = frozenset()
     continues: bool = False
 
 
