@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.fairness import check_active_parameters
 from maskmoe.comparison.pool import Pool, run_command
+from maskmoe.comparison.report import write_report
+from maskmoe.comparison.results import collect_results
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import override
@@ -18,7 +21,7 @@ from maskmoe.stages.devices import find_devices
 from maskmoe.stages.entry import run_stages, run_to_end, working_in
 from maskmoe.stages.lock import locked
 from maskmoe.stages.progress import ProgressLine
-from maskmoe.stages.stage import ROOT
+from maskmoe.stages.stage import ROOT, short_path
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -71,13 +74,13 @@ def main() -> None:
     if options.list:
         show_runs(comparison)
     elif options.report:
-        print(write_report(comparison))
+        print(report(comparison, arguments))
     elif options.run:
         run_to_end(comparison.plan(comparison.find_run(options.run)), lambda plan, record: "finished")
     else:
         if options.jobs is not None and options.jobs < 1:
             raise UserError(f"--jobs must be at least 1, not {options.jobs}")
-        compare(comparison, run_command(arguments), options.jobs or default_jobs(comparison))
+        compare(comparison, arguments, options.jobs or default_jobs(comparison))
 
 
 def default_jobs(comparison: Comparison) -> int:
@@ -85,7 +88,7 @@ def default_jobs(comparison: Comparison) -> int:
     return 1 if comparison.devices.num_gpus else comparison.devices.num_cores
 
 
-def compare(comparison: Comparison, command: Sequence[str], jobs: int) -> None:
+def compare(comparison: Comparison, arguments: Sequence[str], jobs: int) -> None:
     """Bring all runs to their ends, and write the report.
 
     Raises:
@@ -96,12 +99,12 @@ def compare(comparison: Comparison, command: Sequence[str], jobs: int) -> None:
     with working_in(comparison.folder, line):
         run_stages(comparison.data_plan, line)
         with locked(comparison.folder / ".lock") as lock:
-            pool = Pool(comparison, command, jobs, line, lock)
+            pool = Pool(comparison, run_command(arguments), jobs, line, lock)
             while runs := comparison.runs_of_next_phase():
                 line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
                 pool.work_off(runs)
                 check_active_parameters(comparison.parameters())
-        line.print(write_report(comparison))
+        line.print(report(comparison, arguments))
 
 
 def show_runs(comparison: Comparison) -> None:
@@ -110,11 +113,10 @@ def show_runs(comparison: Comparison) -> None:
         print(f"{'finished' if comparison.is_finished(run) else 'to do':<10}{run.name}")
 
 
-def write_report(comparison: Comparison) -> str:
+def report(comparison: Comparison, arguments: Sequence[str]) -> str:
     """Write the report of what is finished; returns where it is."""
-    from maskmoe.comparison.report import write_report
-
-    return f"report: {write_report(comparison)}"
+    command = shlex.join(["launch/compare.sh", *(word for word in arguments if word != "--report")])
+    return f"report: {short_path(write_report(collect_results(comparison, command), comparison.report_folder))}"
 
 
 if __name__ == "__main__":
