@@ -45,6 +45,7 @@ setup(
         "psutil>=5.9",  # Megatron's torch_dist checkpoint writer
         "pyyaml>=6.0",  # Megatron's configuration code
         "safetensors>=0.5",
+        "scipy>=1.11",
         "sentencepiece>=0.2.3",
         "tensorboard>=2.17",
         "tokenizers>=0.22",

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.fairness import check_active_parameters
 from maskmoe.comparison.pool import Pool, run_command
+from maskmoe.comparison.report import write_report
+from maskmoe.comparison.results import collect_results
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.slurm import (
     check_sbatch,
@@ -28,7 +31,7 @@ from maskmoe.stages.devices import find_devices
 from maskmoe.stages.entry import run_stages, run_to_end, working_in
 from maskmoe.stages.lock import locked
 from maskmoe.stages.progress import ProgressLine
-from maskmoe.stages.stage import ROOT
+from maskmoe.stages.stage import ROOT, short_path
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -101,14 +104,14 @@ def main() -> None:
     if options.list:
         show_runs(comparison)
     elif options.report:
-        print(write_report(comparison))
+        print(report(comparison, arguments))
     elif options.run:
         take_up(comparison, options.run)
     elif options.slurm:
         compare_by_slurm(comparison, options, arguments, SlurmOptions.parse(slurm_words))
     else:
         refuse_while_jobs_work(comparison)
-        compare(comparison, run_command(arguments), options.jobs or default_jobs(comparison))
+        compare(comparison, arguments, options.jobs or default_jobs(comparison))
 
 
 def take_up(comparison: Comparison, name: str) -> None:
@@ -159,7 +162,7 @@ def compare_by_slurm(
     refuse_while_jobs_work(comparison)
     compare(
         comparison,
-        run_command(own),
+        own,
         default_jobs(comparison),
         submit=lambda runs, line: submit_phase(comparison, runs, jobs, line),
     )
@@ -172,7 +175,7 @@ def default_jobs(comparison: Comparison) -> int:
 
 def compare(
     comparison: Comparison,
-    command: Sequence[str],
+    arguments: Sequence[str],
     jobs: int,
     submit: Callable[[Sequence[Run], ProgressLine], None] | None = None,
 ) -> None:
@@ -180,7 +183,7 @@ def compare(
 
     Args:
         comparison: that the runs belong to.
-        command: that takes up one run, whose name follows it.
+        arguments: of the command line, without what concerns Slurm.
         jobs: runs at a time.
         submit: leaves the runs of a phase to jobs, one of which will go on with the comparison; checks stay here.
 
@@ -192,7 +195,7 @@ def compare(
     with working_in(comparison.folder, line):
         run_stages(comparison.data_plan, line)
         with locked(comparison.folder / ".lock") as lock:
-            pool = Pool(comparison, command, jobs, line, lock)
+            pool = Pool(comparison, run_command(arguments), jobs, line, lock)
             while runs := next_runs(comparison):
                 line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
                 if submit is not None and runs[0].kind != "check":
@@ -200,7 +203,7 @@ def compare(
                     return
                 pool.work_off(runs)
                 check_active_parameters(comparison.parameters())
-        line.print(write_report(comparison))
+        line.print(report(comparison, arguments))
 
 
 def show_runs(comparison: Comparison) -> None:
@@ -209,11 +212,10 @@ def show_runs(comparison: Comparison) -> None:
         print(f"{'finished' if comparison.is_finished(run) else 'to do':<10}{run.name}")
 
 
-def write_report(comparison: Comparison) -> str:
+def report(comparison: Comparison, arguments: Sequence[str]) -> str:
     """Write the report of what is finished; returns where it is."""
-    from maskmoe.comparison.report import write_report
-
-    return f"report: {write_report(comparison)}"
+    command = shlex.join(["launch/compare.sh", *(word for word in arguments if word != "--report")])
+    return f"report: {short_path(write_report(collect_results(comparison, command), comparison.report_folder))}"
 
 
 if __name__ == "__main__":

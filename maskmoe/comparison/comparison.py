@@ -71,8 +71,8 @@ class Comparison:
 
     def parameters(self) -> dict[str, Parameters]:
         """Of the main variants, by name, as far as they are checked."""
-        logs = {run.variant: read_log(self.plan(run).files.log("check")) for run in check_runs(self.suite)}
-        found = {v.name: Parameters.from_check(log) for v, log in logs.items() if v.role == "main"}
+        runs = [run for run in check_runs(self.suite) if run.variant.role == "main"]
+        found = {run.variant.name: Parameters.from_check(read_log(self.plan(run).files.log("check"))) for run in runs}
         return {name: parameters for name, parameters in found.items() if parameters is not None}
 
     def whole_runs(self) -> tuple[Run, ...]:

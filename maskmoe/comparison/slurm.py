@@ -77,8 +77,8 @@ def refuse_while_jobs_work(comparison: Comparison) -> None:
         raise UserError(f"cannot ask Slurm for its queue: {_last_line(result.stderr)}")
     if at_work := [job for job in jobs if job in result.stdout.split()]:
         raise UserError(
-            f"jobs of this comparison are in the queue, and go on by themselves; "
-            f"`scancel {' '.join(reversed(at_work))}` ends them"
+            f"jobs of this comparison are in Slurm's queue, and go on by themselves; to end them: "
+            f"scancel {' '.join(reversed(at_work))}"
         )
 
 
@@ -125,11 +125,10 @@ def note_training(plan: RunPlan) -> bool:
 
 def next_runs(comparison: Comparison) -> tuple[Run, ...]:
     """The runs that can be taken up now, when it is noted what jobs have trained."""
-    while True:
+    runs = comparison.runs_of_next_phase()
+    while [run for run in runs if run.kind != "check" and note_training(comparison.plan(run))]:
         runs = comparison.runs_of_next_phase()
-        # All must be noted, not only the first that is news.
-        if not any([note_training(comparison.plan(run)) for run in runs if run.kind != "check"]):
-            return runs
+    return runs
 
 
 def make_phase(comparison: Comparison, runs: Sequence[Run]) -> Phase:

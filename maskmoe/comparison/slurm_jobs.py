@@ -212,11 +212,12 @@ class Jobs:
 
     def continuation(self, after: Sequence[str]) -> tuple[str, ...]:
         """The job that goes on when others have ended, however they did."""
+        command = (sys.executable, *_COMPARE, *self.arguments, "--slurm", "--", *self.options.words)
         return (
             *("sbatch", "--parsable", f"--job-name={self._name}-next", f"--dependency=afterany:{':'.join(after)}"),
             *("--open-mode=append", f"--output={self.folder}/slurm/%j.log", f"--chdir={self.cwd}"),
             *(*self.options.for_any_job, "--nodes=1", "--ntasks=1"),
-            f"--wrap=exec {shlex.join((sys.executable, *_COMPARE, *self.arguments, '--slurm', '--', *self.options.words))}",
+            f"--wrap=exec {shlex.join(command)}",
         )
 
     def submit(self, submit: Submit) -> None:

@@ -15,7 +15,7 @@ Role = Literal["main", "grid", "limit"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _SUITE_KEYS = {
     *("title", "data", "model", "flags", "expert-flags", "mask", "seeds", "learning-rates", "variants", "grid"),
-    *("checkpoints", "probe-tokens", "baseline"),
+    *("checkpoints", "probe-tokens", "baselines"),
 }
 _VARIANT_KEYS = {"title", "model", "flags", "mask", "seeds", "tuned-as", "equals", "until"}
 _GRID_KEYS = {"of", "frequent-mass", "frequent-visible-experts", "seeds"}
@@ -71,7 +71,7 @@ class Suite:
         title: of the report.
         data: flags that say what text there is.
         variants: in the order of the report.
-        baseline: name of the variant to which the others are compared, seed by seed.
+        baselines: names of the variants to which the others are compared, seed by seed.
         learning_rates: the values that are tried for every tuned variant, as words, ascending.
         tuning_iterations: how long for.
         min_share: the smallest learning rate of a run, as a share of the largest.
@@ -83,7 +83,7 @@ class Suite:
     title: str
     data: Flags
     variants: tuple[Variant, ...]
-    baseline: str
+    baselines: tuple[str, ...]
     learning_rates: tuple[str, ...]
     tuning_iterations: int
     min_share: float
@@ -130,15 +130,15 @@ class _Reader:
         variants = [self._variant(name, spec or {}) for name, spec in content["variants"].items()]
         variants += self._grid(variants)
         self._check_references(variants)
-        baseline = content.get("baseline", variants[0].name)
-        if baseline not in {variant.name for variant in variants if variant.role == "main"}:
-            raise self._error(f"baseline {baseline} is none of the variants")
+        baselines = self._list(content, "baselines", "") if "baselines" in content else [variants[0].name]
+        if unknown := [name for name in baselines if name not in {v.name for v in variants if v.role == "main"}]:
+            raise self._error(f"baselines: {', '.join(unknown)} is none of the variants")
         return Suite(
             name=self._path.stem,
             title=content.get("title", self._path.stem),
             data=self._flags(content.get("data", {}), "data", _DATA_KEYS),
             variants=tuple(variants),
-            baseline=baseline,
+            baselines=tuple(baselines),
             learning_rates=tuple(values),
             tuning_iterations=self._count(rates, "iterations", "learning-rates"),
             min_share=self._positive(rates.get("min-share", "0.1")),
@@ -253,7 +253,7 @@ class _Reader:
         values = content.get(key)
         values = [values] if isinstance(values, str) else values
         if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-            raise self._error(f"{where}: {key} must be a list of numbers")
+            raise self._error(f"{where}: {key} must be a list of values")
         return values
 
     def _seeds(self, content: Mapping, where: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 from maskmoe.cli import atomic_output
 from maskmoe.quickstart.plan import Plan
 from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.stages.markdown import markdown_table
 from maskmoe.stages.progress import TrainingHistory, format_seconds
 from maskmoe.stages.record import RunRecord
 
@@ -120,7 +121,7 @@ def _bands_table(evaluation: dict[str, Any]) -> str:
         ]
         for band in (*evaluation["bands"], overall)
     ]
-    return _table(["input tokens", "share", "tokens", "loss", "perplexity"], rows)
+    return markdown_table(["input tokens", "share", "tokens", "loss", "perplexity"], rows)
 
 
 def _load_table(expert_load: Sequence[dict[str, Any]]) -> str:
@@ -129,7 +130,7 @@ def _load_table(expert_load: Sequence[dict[str, Any]]) -> str:
         tokens = load["tokens_per_expert"]
         shares = " ".join(f"{100 * count / max(1, sum(tokens)):.0f}" for count in tokens)
         rows.append([str(load["layer"]), f"{load['max_over_mean']:.2f}", shares])
-    return _table(["layer", "max/mean", "% of the tokens, by expert"], rows)
+    return markdown_table(["layer", "max/mean", "% of the tokens, by expert"], rows)
 
 
 def _speed_table(results: Results) -> str:
@@ -139,24 +140,11 @@ def _speed_table(results: Results) -> str:
     ]
     stages = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in results.stage_seconds.items())
     total = format_seconds(sum(results.stage_seconds.values()))
-    return f"{_table(['', 'tokens', 'tokens/s'], rows)}\n\nTime: {total} ({stages})."
+    return f"{markdown_table(['', 'tokens', 'tokens/s'], rows)}\n\nTime: {total} ({stages})."
 
 
 def _number(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "–"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column aligned left, all others right."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
-    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
 
 
 def draw_loss_curve(results: Results, path: Path) -> None:

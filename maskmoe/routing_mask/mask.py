@@ -243,10 +243,12 @@ class RoutingMask:
                 f"{num_experts} experts cannot be divided evenly over expert parallel size {expert_model_parallel_size}"
             )
         built_for = self.provenance.expert_model_parallel_size
-        if built_for not in (None, expert_model_parallel_size):
+        # What is on one of many ranks is on one of fewer, of which each takes the experts of several.
+        if built_for is not None and built_for % expert_model_parallel_size:
             raise UserError(
                 f"routing mask does not fit: it is rank-local for expert parallel size {built_for}, the run's is "
-                f"{expert_model_parallel_size}; run with --expert-model-parallel-size {built_for} or build another mask"
+                f"{expert_model_parallel_size}; run with --expert-model-parallel-size {built_for} or a divisor of it, "
+                "or build another mask"
             )
 
     def with_vocab_size(self, vocab_size: int) -> "RoutingMask":

@@ -58,10 +58,10 @@ class Runner:
             self._run_stage(stage, title)
 
     def prepare(self, name: str) -> None:
-        """Bring all stages before one to their ends, and make that ready to be started elsewhere, if it is not finished.
+        """Bring all stages before one to their ends, and make that ready to be started elsewhere.
 
         Args:
-            name: of the stage.
+            name: of the stage, which need not be finished.
 
         Raises:
             StageError: one failed.

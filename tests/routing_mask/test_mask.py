@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import MaskProvenance, MaskRecipe, RoutingMask, build_routing_mask
+from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.routing_mask.mask import expected_expert_load, overloading_ids
 
 PROVENANCE = MaskProvenance("uniform", 0.5, 2, seed=0)
@@ -187,9 +188,11 @@ def test_check_fits_of_shared_and_rank_local_masks(zipf_frequency):
     mask = build_routing_mask(recipe, frequency=zipf_frequency(200, 5000))
     model = {"vocab_size": 200, "num_experts": 8, "num_layers": 99}
     mask.check_fits(**model)
-    mask.check_fits(**model, expert_model_parallel_size=4)
-    with pytest.raises(UserError, match="expert parallel size 4, the run's is 2"):
-        mask.check_fits(**model, expert_model_parallel_size=2)
+    for divisor in (1, 2, 4):
+        mask.check_fits(**model, expert_model_parallel_size=divisor)
+        assert rank_of_rows(mask, divisor) is not None
+    with pytest.raises(UserError, match="expert parallel size 4, the run's is 8"):
+        mask.check_fits(**model, expert_model_parallel_size=8)
 
 
 def test_expected_load_against_a_loop(mask, zipf_frequency):

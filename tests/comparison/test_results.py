@@ -1,0 +1,111 @@
+"""What is made of the runs' losses: against scipy's own statistics, and as a report."""
+
+import math
+import re
+import time
+
+import numpy as np
+import pytest
+from comparison.synthetic import EFFECTS, synthetic_results
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+
+from maskmoe.comparison.fairness import Parameters, check_active_parameters
+from maskmoe.comparison.report import render_report, write_report
+from maskmoe.comparison.results import Estimate, Results, paired_difference
+from maskmoe.errors import UserError
+
+
+@settings(deadline=None)  # the first example imports scipy
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=6, unique=True))
+def test_estimate_against_scipy(values):
+    estimate = Estimate.of(values)
+    assert estimate.mean == pytest.approx(np.mean(values))
+    assert estimate.standard_error == pytest.approx(stats.sem(values))
+    p_value = stats.ttest_1samp(values, 0).pvalue
+    if abs(p_value - 0.05) > 1e-9:
+        assert estimate.is_resolved == (p_value < 0.05)
+
+
+def test_one_value_resolves_nothing():
+    estimate = Estimate.of([1.0])
+    assert math.isnan(estimate.standard_error) and not estimate.is_resolved
+
+
+def test_paired_difference_is_that_of_a_paired_t_test():
+    results = synthetic_results(noise=0.1)
+    losses = {name: [run.loss for run in results.runs_of(name)] for name in ("maskmoe", "smoe")}
+    difference = paired_difference(results, "maskmoe", "smoe", lambda run: run.loss)
+    test = stats.ttest_rel(losses["maskmoe"], losses["smoe"])
+    assert difference.mean / difference.standard_error == pytest.approx(test.statistic)
+    assert difference.is_resolved == (test.pvalue < 0.05)
+
+
+def test_only_common_seeds_are_paired():
+    results = synthetic_results()
+    kept = [run for run in results.runs if run.variant != "maskmoe" or run.seed == 2]
+    some = Results(**{**results.__dict__, "runs": kept})
+    difference = paired_difference(some, "maskmoe", "smoe", lambda run: run.loss)
+    assert difference.num == 1
+    assert paired_difference(some, "nothing", "smoe", lambda run: run.loss) is None
+
+
+def test_results_are_read_as_they_were_saved(tmp_path):
+    results = synthetic_results()
+    results.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json") == results
+
+
+def test_report_tells_what_was_put_in(tmp_path):
+    start = time.monotonic()
+    text = write_report(synthetic_results(), tmp_path / "report").read_text()
+    assert time.monotonic() - start < 60
+    _, _, to_smoe = text.partition("## Difference to Smoe")
+    for name, effect in EFFECTS.items():
+        if name != "smoe":
+            row = re.search(rf"\| {name.capitalize()} +\|(.*)", to_smoe)[1]
+            mean = float(re.search(r"[+-][\d.]+", row)[0])
+            assert mean == pytest.approx(effect, abs=0.01)
+            assert "**" in row
+    assert "Better: Hash-balanced; Maskmoe." in to_smoe and "Worse: Dense." in to_smoe
+    assert "20 iterations, the same to the last bit" in text
+    assert "**DIFFERENT** in 1" in text
+    images = set(re.findall(r"\]\((\w+\.png)\)", text))
+    assert images == {path.name for path in (tmp_path / "report").glob("*.png")} and len(images) >= 5
+    for image in images:
+        Image.open(tmp_path / "report" / image).verify()
+
+
+def test_what_noise_hides_is_not_resolved():
+    text = render_report(synthetic_results(noise=0.3), {})
+    assert "Not resolved" in text
+
+
+def test_what_is_missing_is_named():
+    results = synthetic_results()
+    some = Results(**{**results.__dict__, "unfinished": ["runs/smoe.seed-9"]})
+    assert "1 runs are missing: runs/smoe.seed-9" in render_report(some, {})
+
+
+CHECK = """\
+layers        3: 3 with experts, 0 without
+parameters    1.64 M  1,640,000
+  embedding                                     98,304
+active        0.48 M  476,064  for a token with 1 experts
+              0.48 M  476,064  on average, with 1 experts a token: every id uses 1
+"""
+
+
+def test_parameters_are_read_from_a_check():
+    assert Parameters.from_check(CHECK.splitlines()) == Parameters(1_640_000, 476_064)
+    dense = "\n".join(line for line in CHECK.splitlines() if "experts a" not in line and "active" not in line)
+    assert Parameters.from_check(dense.splitlines()) == Parameters(1_640_000, 1_640_000)
+    assert Parameters.from_check(["error: no"]) is None
+
+
+def test_unequal_models_are_refused():
+    check_active_parameters({"dense": Parameters(100, 100), "smoe": Parameters(800, 102)})
+    with pytest.raises(UserError, match="variant big has 120 active parameters and dense 100"):
+        check_active_parameters({"dense": Parameters(100, 100), "big": Parameters(120, 120)})

@@ -1,0 +1,117 @@
+"""Suite files: what they expand to, and what is refused."""
+
+import pytest
+
+from maskmoe.comparison.runs import Run, choose_learning_rates, training_flags, tuning_runs, whole_runs
+from maskmoe.comparison.suite import Suite
+from maskmoe.errors import UserError
+
+
+@pytest.fixture
+def suite(suite_file):
+    return Suite.read(suite_file(), {})
+
+
+def test_variants_have_the_flags_of_suite_experts_and_their_own(suite):
+    assert suite["dense"].mask is None and "num-experts" not in suite["dense"].flags
+    assert suite["smoe"].flags["num-experts"] == ("4",)
+    assert suite["hash"].flags["moe-ffn-hidden-size"] == ("32",)
+    assert "ffn-hidden-size" not in suite["hash"].flags
+
+
+def test_a_preset_takes_nothing_of_the_common_mask_but_what_it_leaves_open(suite):
+    assert suite["smoe"].mask == {"preset": ("smoe",)}
+    assert suite["hash"].mask == {"preset": ("hash",), "shared-table": ()}
+    assert suite["maskmoe-uniform"].mask == {
+        "frequent-mass": ("0.4",),
+        "frequent-visible-experts": ("2",),
+        "assignment": ("uniform",),
+    }
+
+
+def test_grid_leaves_out_the_point_that_is_a_variant_already(suite):
+    assert [variant.name for variant in suite.of_role("grid")] == [
+        "maskmoe.p0.2-v2",
+        "maskmoe.p0.2-v4",
+        "maskmoe.p0.4-v4",
+    ]
+    assert all(variant.tuned_as == "maskmoe" and variant.seeds == (2,) for variant in suite.of_role("grid"))
+    assert suite["maskmoe.p0.2-v4"].number("frequent-visible-experts") == 4
+
+
+def test_every_tuned_variant_is_tuned_alike(suite):
+    runs = tuning_runs(suite)
+    assert {(run.variant.name, run.learning_rate, run.seed) for run in runs} == {
+        (name, rate, 1) for name in ("dense", "smoe", "hash", "maskmoe") for rate in ("1e-3", "1e-2")
+    }
+    assert all(training_flags(suite, run)["train-iters"] == ("10",) for run in runs)
+
+
+def test_one_learning_rate_needs_no_tuning(suite_file):
+    suite = Suite.read(suite_file(replace={"[1e-2, 1e-3]": "[1e-3]"}), {})
+    assert tuning_runs(suite) == ()
+    assert set(choose_learning_rates(suite, {}).values()) == {"1e-3"}
+
+
+def test_the_learning_rate_of_the_smallest_loss_is_chosen_and_handed_on(suite):
+    losses = {run.name: 3.0 for run in tuning_runs(suite)}
+    losses["tuning/maskmoe.lr-1e-2"] = 2.0
+    losses["tuning/smoe.lr-1e-3"] = None
+    rates = choose_learning_rates(suite, losses)
+    assert rates["maskmoe"] == rates["maskmoe-uniform"] == rates["maskmoe.p0.2-v2"] == "1e-2"
+    assert rates["smoe"] == rates["all-visible"] == "1e-2"
+    assert rates["dense"] == "1e-3"
+
+
+def test_runs_go_seed_by_seed_and_are_unique(suite):
+    runs = whole_runs(suite, choose_learning_rates(suite, {}))
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names)
+    assert names[:5] == [f"runs/{name}.seed-1" for name in ("dense", "smoe", "hash", "maskmoe", "all-visible")]
+    assert names[5:10] == [f"runs/{name}.seed-2" for name in ("dense", "smoe", "hash", "maskmoe", "maskmoe-uniform")]
+    assert all(name.startswith("runs/maskmoe.p") for name in names[10:])
+
+
+def test_runs_differ_in_what_is_decided_for_each_alone(suite):
+    run = Run(suite["maskmoe"], 2, "1e-2", "whole")
+    flags = training_flags(suite, run)
+    own = {"lr": ("1e-2",), "min-lr": ("0.001",), "seed": ("2",), "save-interval": ("5",)}
+    assert flags == suite["maskmoe"].flags | own
+    assert training_flags(suite, Run(suite["all-visible"], 1, "1e-2", "whole"))["exit-interval"] == ("5",)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("variants:", "variant:", "must name its variants"),
+        ("title: A small suite", "name: A small suite", "unknown name"),
+        ("tuned-as: maskmoe", "tuned-as: maskmoo", "refers to maskmoo"),
+        ("tuned-as: maskmoe", "tuned-as: all-visible", "refers to all-visible"),
+        ("equals: smoe", "equals: maskmoe-uniform", "not tuned itself"),
+        ("until: 5, seeds: [1]", "until: 5, seeds: [3]", "has seeds that smoe has not"),
+        ("until: 5", "until: soon", "until must be a whole number"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "seeds must be different"),
+        ("values: [1e-2, 1e-3]", "values: [fast]", "'fast' is no number"),
+        ("of: maskmoe", "of: dense", "must name a variant that has a mask"),
+        ("baselines: [smoe, hash]", "baselines: [moe]", "moe is none of the variants"),
+        ("train-iters: 40, ", "", "has no train-iters"),
+        ("num-layers: 2,", "num-layers: 2, seed: 3,", "seed is decided by the comparison"),
+        ("dense: {title", "../dense: {title", "names a folder"),
+        ("data: {vocab-size: 300}", "data: {vocabulary: 300}", "unknown vocabulary"),
+        ("iterations: 10", "iterations: 0", "iterations must be a whole number from 1"),
+        ("smoe: {mask", "dense: {mask", "dense is there twice"),
+        ("smoe: {mask: {preset: smoe}}", "smoe: {model: nowhere.yaml}", "nowhere.yaml"),
+    ],
+)
+def test_bad_suite_is_refused(suite_file, old, new, message):
+    with pytest.raises(UserError, match=message) as error:
+        Suite.read(suite_file(replace={old: new}), {})
+    assert "\n" not in str(error.value)
+
+
+def test_a_suite_on_top_of_a_model_file_keeps_its_layouts(suite_file, tmp_path):
+    (tmp_path / "model.yaml").write_text("num-layers: 9\nhidden-size: 8\nlayouts: {8: {bf16: true}}\n")
+    suite = Suite.read(suite_file(replace={"data:": "model: model.yaml\ndata:", "num-layers: 2, ": ""}), {})
+    assert suite["smoe"].flags["num-layers"] == ("9",)
+    assert suite["smoe"].flags["hidden-size"] == ("32",)
+    assert suite["smoe"].layouts[8] == {"bf16": ()}
