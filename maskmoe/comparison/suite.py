@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from maskmoe.errors import UserError
-from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, read_words
+from maskmoe.launch.model_file import LAYOUTS, Flags, ModelFile, override, parse_flags, parse_layouts, read_words
 
 Role = Literal["main", "grid", "limit"]
 
@@ -17,7 +17,7 @@ _SUITE_KEYS = {
     *("title", "data", "model", "flags", "expert-flags", "mask", "seeds", "learning-rates", "variants", "grid"),
     *("checkpoints", "probe-tokens", "baselines"),
 }
-_VARIANT_KEYS = {"title", "model", "flags", "mask", "seeds", "tuned-as", "equals", "until"}
+_VARIANT_KEYS = {"title", "model", "flags", LAYOUTS, "mask", "seeds", "tuned-as", "equals", "until"}
 _GRID_KEYS = {"of", "frequent-mass", "frequent-visible-experts", "seeds"}
 _LEARNING_RATE_KEYS = {"values", "iterations", "min-share"}
 _DATA_KEYS = {"input", "max-bytes", "vocab-size", "data-path", "split", "tokenizer-type", "tokenizer-model"}
@@ -181,6 +181,7 @@ class _Reader:
         if model is not None:
             file = ModelFile.read(self._path.parent / model, self._variables)
             flags, layouts = file.flags, file.layouts
+        layouts = {**layouts, **parse_layouts(spec.get(LAYOUTS, {}), f"suite {self._path}: {where}", self._variables)}
         flags = override(flags, self._raw_flags(content.get("flags", {}), "flags"))
         if has_experts:
             flags = override(flags, self._raw_flags(content.get("expert-flags", {}), "expert-flags"))

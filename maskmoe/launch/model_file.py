@@ -50,19 +50,8 @@ class ModelFile:
         content = read_words(path, "model file")
         if not isinstance(content, dict):
             raise UserError(f"{what} must hold flags and their values, one a line: `num-layers: 12`")
-        layouts = content.pop(LAYOUTS, None) or {}
-        if not isinstance(layouts, dict):
-            raise UserError(f"model file {path}: `{LAYOUTS}` must hold flags by number of ranks")
-        return cls(
-            path=path,
-            flags=parse_flags(content, what, variables),
-            layouts=MappingProxyType(
-                {
-                    _number(ranks, path): parse_flags(flags, f"{what}: a layout", variables)
-                    for ranks, flags in layouts.items()
-                }
-            ),
-        )
+        layouts = parse_layouts(content.pop(LAYOUTS, None) or {}, what, variables)
+        return cls(path=path, flags=parse_flags(content, what, variables), layouts=layouts)
 
     def flags_for(self, ranks: int) -> Flags:
         """The flags of a run of so many ranks: with those of the largest layout that divides it.
@@ -178,6 +167,25 @@ def parse_flags(content: object, what: str, variables: Mapping[str, str]) -> Fla
     return MappingProxyType(flags)
 
 
+def parse_layouts(content: object, what: str, variables: Mapping[str, str]) -> Mapping[int, Flags]:
+    """Flags by number of ranks.
+
+    Args:
+        content: what was read.
+        what: names the file, and the place in it, for messages.
+        variables: for `${NAME}`.
+
+    Raises:
+        UserError: it is no such mapping, or names a variable that is not set.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{what}: `{LAYOUTS}` must hold flags by number of ranks")
+    layouts = {
+        _number(ranks, what): parse_flags(flags, f"{what}: a layout", variables) for ranks, flags in content.items()
+    }
+    return MappingProxyType(layouts)
+
+
 def _expand(word: str, name: str, what: str, variables: Mapping[str, str]) -> str:
     try:
         return string.Template(word).substitute(variables)
@@ -187,7 +195,7 @@ def _expand(word: str, name: str, what: str, variables: Mapping[str, str]) -> st
         raise UserError(f"{what}: {name}: write $$ for a dollar sign, or ${{NAME}}") from error
 
 
-def _number(ranks: str, path: Path) -> int:
+def _number(ranks: str, what: str) -> int:
     if not ranks.isdecimal() or int(ranks) < 1:
-        raise UserError(f"model file {path}: `{LAYOUTS}` holds flags by number of ranks, and {ranks!r} is none")
+        raise UserError(f"{what}: `{LAYOUTS}` holds flags by number of ranks, and {ranks!r} is none")
     return int(ranks)

@@ -1,0 +1,386 @@
+"""A comparison as Slurm jobs: the command lines, by a stand-in for sbatch, and what is made of what jobs leave."""
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from maskmoe.comparison import __main__ as command
+from maskmoe.comparison.comparison import Comparison
+from maskmoe.comparison.data import open_data
+from maskmoe.comparison.slurm import (
+    Submission,
+    next_runs,
+    note_training,
+    refuse_while_jobs_work,
+    submission_file,
+    submit_phase,
+)
+from maskmoe.comparison.slurm_jobs import Jobs, Phase, SlurmOptions
+from maskmoe.comparison.suite import Suite
+from maskmoe.errors import RunFailure, UserError
+from maskmoe.stages.devices import Devices
+from maskmoe.stages.progress import ProgressLine
+from maskmoe.stages.record import RunRecord
+
+ROOT = Path(__file__).parents[2]
+SUITE = """
+data: {vocab-size: 300}
+flags: {num-layers: 1, hidden-size: 8, seq-length: 16, train-iters: 4, global-batch-size: 2}
+learning-rates: {values: [1e-3, 1e-2], iterations: 2}
+variants: {one: {}, two: {}}
+"""
+# Notes its arguments and what it is told by variables, and numbers jobs from 11.
+SBATCH = """#!/usr/bin/env python3
+import json, os, sys
+path = os.environ["SBATCH_CALLS"]
+calls = open(path).readlines() if os.path.exists(path) else []
+variables = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+with open(path, "a") as stream:
+    print(json.dumps([sys.argv[1:], variables]), file=stream)
+print(f"{11 + len(calls)};cluster")
+"""
+ITERATION = (
+    "[rank0]:  [2026-01-01 00:00:00.000000] iteration {0:8d}/       2 | consumed samples: 4 | elapsed time per "
+    "iteration (ms): 1500.0 | learning rate: 1.0E-03 | global batch size:     2 | lm loss: 5.0E+00 |"
+)
+VALIDATION = "[rank0]:  validation loss at iteration 2 on validation set | lm loss value: {} | lm loss PPL: 2 |"
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """A stand-in for sbatch is on PATH; what it was called with."""
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin", "sbatch", SBATCH)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SBATCH_CALLS", str(tmp_path / "calls"))
+
+    def calls() -> list[list[str]]:
+        return [json.loads(line)[0] for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return calls
+
+
+@pytest.fixture
+def suite_path(tmp_path):
+    (tmp_path / "pair.yaml").write_text(SUITE)
+    return tmp_path / "pair.yaml"
+
+
+@pytest.fixture
+def comparison(tmp_path, suite_path):
+    """Two dense variants, checked, on a dataset that nothing reads; its folder has a blank in its name."""
+    files = {"data-path": ("data",), "split": ("9,1,0",), "tokenizer-model": ("model",), "vocab-size": ("300",)}
+    folder = tmp_path / "its folder"
+    data = open_data(files, folder / "data", 16)
+    comparison = Comparison(Suite.read(suite_path, {}), folder, data, Devices(0, 2, False))
+    for run in comparison.runs_of_next_phase():
+        finish_stages(comparison, run)
+    return comparison
+
+
+def finish_stages(comparison, run):
+    """Note all stages of a run as finished."""
+    plan = comparison.plan(run)
+    plan.files.folder.mkdir(parents=True, exist_ok=True)
+    record = RunRecord(plan.files.record)
+    for make_stage in plan.stages:
+        if not record.is_finished(stage := make_stage()):
+            record.begin(stage)
+            record.finish(stage, 0)
+
+
+def leave_by_job(comparison, run, job="21", loss="2.5"):
+    """What a job leaves that has trained a run on two nodes."""
+    files = comparison.plan(run).files
+    logs = files.slurm / job
+    logs.mkdir(parents=True)
+    (logs / "attempt0.n1.log").write_text("launch: …\n")
+    (logs / "attempt0.n2.log").write_text("\n".join([*map(ITERATION.format, (1, 2)), VALIDATION.format(loss), ""]))
+    (files.slurm / f"{job}.finished").touch()
+    files.checkpoints.mkdir()
+
+
+def make_jobs(comparison, words=("--nodes=2", "--partition=p"), throttle=None):
+    def jobs(phase: Phase) -> Jobs:
+        return Jobs(
+            phase=phase,
+            folder=comparison.folder,
+            suite="pair",
+            options=SlurmOptions.parse(words),
+            inputs=(Path("/data"),),
+            arguments=("pair.yaml", "--run-dir", "its folder"),
+            throttle=throttle,
+            cwd=comparison.folder.parent,
+        )
+
+    return jobs
+
+
+def submit(comparison, **options) -> None:
+    line = ProgressLine(sys.stdout)
+    submit_phase(comparison, next_runs(comparison), make_jobs(comparison, **options), line)
+
+
+def options_of(call: list[str]) -> dict[str, str]:
+    """The options of a call; of those that are there twice, the last, as for sbatch."""
+    return dict(word.removeprefix("--").partition("=")[::2] for word in call if word.startswith("--") and "=" in word)
+
+
+def test_tuning_is_an_array_and_a_job_that_goes_on(comparison, calls):
+    submit(comparison)
+    training, going_on = calls()
+    phase = comparison.folder / "slurm" / "tuning"
+    options = options_of(training)
+    assert (options["array"], options["nodes"], options["partition"]) == ("1,2,3,4", "2", "p")
+    assert options["output"] == f"{phase}/%a/slurm/%j.log"
+    assert training[training.index("--run-dir") + 1] == f"{phase}/%a"
+    assert training[training.index("--") + 1 :] == [f"{phase}/%a/run.yaml"]
+    for element, run in enumerate(comparison.runs_of_next_phase(), start=1):
+        folder = comparison.folder / run.name
+        assert (phase / str(element)).resolve() == folder and (folder / "slurm").is_dir()
+        assert (phase / str(element) / "run.yaml").is_file()
+        assert RunRecord(folder / "stages.json").is_started(comparison.plan(run).train())
+    options = options_of(going_on)
+    assert options["dependency"] == "afterany:11"
+    assert (options["partition"], options["nodes"], options["ntasks"]) == ("p", "1", "1")
+    assert shlex.split(options["wrap"])[1:] == [
+        *(sys.executable, "-P", "-m", "maskmoe.comparison", "pair.yaml", "--run-dir", "its folder"),
+        *("--slurm", "--", "--nodes=2", "--partition=p"),
+    ]
+    assert Submission.read(submission_file(comparison)).jobs == ("11", "12")
+
+
+def test_losses_are_read_from_the_logs_of_jobs(comparison, calls):
+    submit(comparison)
+    losses = {"tuning/one.lr-1e-3": "2.5", "tuning/one.lr-1e-2": "2.4", "tuning/two.lr-1e-3": "2.3"}
+    for run in comparison.runs_of_next_phase():
+        leave_by_job(comparison, run, loss=losses.get(run.name, "nan"))
+    runs = next_runs(comparison)
+    assert [run.name for run in runs] == ["runs/one.seed-1", "runs/two.seed-1"]
+    assert [run.learning_rate for run in runs] == ["1e-2", "1e-3"]
+    tuned = comparison.find_run("tuning/one.lr-1e-3")
+    assert RunRecord(comparison.plan(tuned).files.record)["train"].seconds == 3.0
+
+
+def test_whole_runs_are_evaluated_each_when_it_is_trained(comparison, calls):
+    for run in comparison.runs_of_next_phase():
+        finish_stages(comparison, run)
+    submit(comparison, throttle=1)
+    training, evaluation, going_on = calls()
+    assert options_of(training)["array"] == "1,2%1"
+    options = options_of(evaluation)
+    assert (options["array"], options["dependency"]) == ("1,2%1", "aftercorr:11")
+    assert (options["nodes"], options["ntasks-per-node"]) == ("1", "1")
+    assert "--kill-on-invalid-dep=yes" in evaluation
+    assert options_of(going_on)["dependency"] == "afterany:11:12"
+    # Of the second element, as the shell of the job has it.
+    script = options["wrap"].replace("exec ", "printf '%s\\n' ", 1)
+    words = os.popen(f"SLURM_ARRAY_TASK_ID=2; {script}").read().splitlines()
+    assert words[-2:] == ["--run", "runs/two.seed-1"]
+
+
+def test_what_is_trained_is_only_evaluated(comparison, calls):
+    for run in comparison.runs_of_next_phase():
+        finish_stages(comparison, run)
+    submit(comparison)
+    leave_by_job(comparison, comparison.find_run("runs/two.seed-1"))
+    submit(comparison)
+    training, first, rest, going_on = calls()[3:]
+    assert options_of(training)["array"] == options_of(first)["array"] == "1"
+    assert options_of(rest)["array"] == "2" and "dependency" not in options_of(rest)
+    assert options_of(going_on)["dependency"] == "afterany:14:15:16"
+
+
+def test_training_by_a_job_counts_only_for_what_was_submitted(comparison, calls):
+    submit(comparison)
+    run = comparison.runs_of_next_phase()[0]
+    assert not note_training(comparison.plan(run))
+    leave_by_job(comparison, run)
+    assert note_training(comparison.plan(run))
+    assert not note_training(comparison.plan(run))
+    other = comparison.runs_of_next_phase()[0]
+    leave_by_job(comparison, other)
+    assert not note_training(comparison.plan(replace(other, seed=5)))
+
+
+def test_what_jobs_have_trained_by_other_settings_is_set_aside(comparison, calls, suite_path):
+    submit(comparison)
+    leave_by_job(comparison, comparison.runs_of_next_phase()[0])
+    suite_path.write_text(SUITE.replace("iterations: 2", "iterations: 3"))
+    changed = replace(comparison, suite=Suite.read(suite_path, {}))
+    submit(changed)
+    run = changed.runs_of_next_phase()[0]
+    files = changed.plan(run).files
+    assert run.kind == "tuning" and not changed.history(run).iterations
+    assert (files.previous / "slurm" / "21.finished").exists() and (files.previous / "checkpoints").exists()
+    assert list(files.slurm.iterdir()) == []
+
+
+def test_it_does_not_go_on_for_ever(comparison, calls, monkeypatch):
+    submit(comparison)
+    runs = comparison.runs_of_next_phase()
+    log = comparison.plan(runs[0]).files.slurm / "21.log"
+    log.write_text("slurm: job 21\nerror: --num-layers is no number\nslurm: the run failed with exit code 2\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with pytest.raises(RunFailure) as failure:
+        submit(comparison)
+    message = str(failure.value)
+    assert f"tuning/one.lr-1e-3: --num-layers is no number (full output: {log})" in message
+    assert "tuning/two.lr-1e-2: no job has begun it" in message and "\n" not in message
+    assert len(calls()) == 2
+    leave_by_job(comparison, runs[0])
+    submit(comparison)
+    assert options_of(calls()[2])["array"] == "1,2,3"
+
+
+def test_a_user_may_submit_again_what_has_failed(comparison, calls):
+    submit(comparison)
+    submit(comparison)
+    assert len(calls()) == 4
+
+
+def test_jobs_do_not_inherit_what_slurm_says_of_this_one(comparison, calls, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    submit(comparison)
+    assert json.loads((tmp_path / "calls").read_text().splitlines()[0])[1] == {"SLURM_CONF": "/etc/slurm.conf"}
+
+
+def test_nothing_else_starts_while_jobs_are_in_the_queue(comparison, calls, tmp_path, monkeypatch):
+    submit(comparison)
+    program(tmp_path / "bin", "squeue", "#!/bin/sh\nprintf '11\\n12\\n99\\n'\n")
+    with pytest.raises(UserError, match=r"in Slurm's queue, and go on by themselves; to end them: scancel 12 11$"):
+        refuse_while_jobs_work(comparison)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    refuse_while_jobs_work(comparison)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    program(tmp_path / "bin", "squeue", "#!/bin/sh\necho 99\n")
+    refuse_while_jobs_work(comparison)
+    program(tmp_path / "bin", "squeue", "#!/bin/sh\necho 'squeue: error: no controller' >&2\nexit 1\n")
+    with pytest.raises(UserError, match="queue: squeue: error: no controller"):
+        refuse_while_jobs_work(comparison)
+
+
+def test_what_sbatch_refuses_is_told(comparison, calls, tmp_path):
+    program(tmp_path / "bin", "sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    with pytest.raises(UserError, match="not submitted: sbatch: error: invalid partition"):
+        submit(comparison)
+
+
+def test_a_run_evaluated_on_gpus_is_finished_where_there_are_none(comparison):
+    for run in comparison.runs_of_next_phase():
+        finish_stages(comparison, run)
+    on_gpus = replace(comparison, devices=Devices(8, 64, True))
+    for run in comparison.runs_of_next_phase():
+        finish_stages(on_gpus, run)
+    assert comparison.runs_of_next_phase() == on_gpus.runs_of_next_phase() == ()
+
+
+# ---- Options ---------------------------------------------------------------------------------------------------------
+
+
+def test_options_are_told_apart():
+    words = ("--nodes=2", "--container", "pyxis", "--image", "a#b", "--mount", "/m:rw", "-pgpu", "--mem=1G", "--time=9")
+    options = SlurmOptions.parse((*words, "--no-node-check"))
+    assert options.words == (*words, "--no-node-check")
+    assert options.sbatch == ("--nodes=2", "-pgpu", "--mem=1G", "--time=9")
+    assert options.for_any_job == ("-pgpu", "--time=9")
+    assert (options.container.kind, options.container.image, options.container.mounts) == ("pyxis", "a#b", ("/m:rw",))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--nodes", "2"), "2 stands alone: write sbatch's options as --option=value"),
+        (("--image",), "--image needs a value"),
+        (("--array=1-3",), "--array=1-3 is decided by the comparison"),
+        (("--run-dir", "x"), "--run-dir is decided"),
+        (("-d", "afterok:1"), "-d is decided"),
+        (("--container", "lxc"), "none, pyxis or apptainer, not lxc"),
+        (("--container", "pyxis"), "needs an --image"),
+    ],
+)
+def test_bad_options_are_refused(words, message):
+    with pytest.raises(UserError, match=message) as error:
+        SlurmOptions.parse(words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "mount"),
+    [
+        ("pyxis", ["srun", "--ntasks=1"], "--container-mounts="),
+        ("apptainer", ["apptainer", "exec"], "--bind="),
+    ],
+)
+def test_evaluation_runs_in_the_container_of_training(comparison, calls, kind, start, mount):
+    for run in comparison.runs_of_next_phase():
+        finish_stages(comparison, run)
+    submit(comparison, words=("--container", kind, "--image", "an image", "--mount", "/more"))
+    training, evaluation, going_on = calls()
+    mounts = [training[i + 1] for i, word in enumerate(training) if word == "--mount"]
+    assert mounts == ["/more", "/data"]
+    words = shlex.split(options_of(evaluation)["wrap"])[1:]
+    assert words[:2] == start
+    bound = ",".join(word.removeprefix(mount) for word in words if word.startswith(mount)).split(",")
+    folder = comparison.folder
+    assert {f"{folder}:{folder}:rw", "/data:/data:ro", "/more:/more:ro", f"{ROOT}:{ROOT}:ro"} <= set(bound)
+    assert bound.index(f"{folder.parent}:{folder.parent}:ro") < bound.index(f"{folder}:{folder}:rw")
+    python = words.index("env")
+    assert words[python : python + 5] == ["env", f"PYTHONPATH={ROOT}", "python3", "-P", "-m"]
+    # Nothing is submitted from within a container.
+    assert shlex.split(options_of(going_on)["wrap"])[1] == sys.executable
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def main(monkeypatch, suite_path, tmp_path):
+    def main(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["compare", str(suite_path), "--run-dir", str(tmp_path / "new"), *arguments])
+        command.main()
+
+    return main
+
+
+def test_dry_run_prints_what_would_be_submitted_and_makes_nothing(main, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    main("--slurm", "--dry-run", "--jobs", "2", "--", "--nodes=2", "--gpus-per-node=8")
+    training, going_on = map(shlex.split, capsys.readouterr().out.splitlines())
+    assert training[0] == going_on[0] == "sbatch"
+    assert {"--array=1,2,3,4%2", "--nodes=2", "--gpus-per-node=8"} <= set(training)
+    assert "--dependency=afterany:TRAINING" in going_on and "--gpus-per-node=8" not in going_on
+    again = shlex.split(options_of(going_on)["wrap"])
+    assert again[5:] == [
+        *(str(tmp_path / "pair.yaml"), "--run-dir", str(tmp_path / "new"), "--jobs", "2"),
+        *("--slurm", "--", "--nodes=2", "--gpus-per-node=8"),
+    ]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dry-run",), "--dry-run: only together with --slurm"),
+        (("--", "--nodes=2"), "options after `--`: only together with --slurm"),
+        (("--slurm", "--", "nodes"), "nodes stands alone"),
+        (("--slurm", "--jobs", "0"), "--jobs must be at least 1"),
+        (("--slurm",), "there is no sbatch here"),
+    ],
+)
+def test_bad_command_line_is_refused(main, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        main(*arguments)
+    assert not (tmp_path / "new").exists()

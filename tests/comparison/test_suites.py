@@ -1,0 +1,87 @@
+"""The suites in launch/suites/."""
+
+from pathlib import Path
+
+import pytest
+
+from maskmoe.comparison.data import open_data
+from maskmoe.comparison.runs import check_runs, choose_learning_rates, training_flags, tuning_runs, whole_runs
+from maskmoe.comparison.suite import Suite
+from maskmoe.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SUITES = sorted((ROOT / "launch" / "suites").glob("*.yaml"))
+GPU_SUITES = ("small", "large")
+
+
+@pytest.fixture(params=SUITES, ids=lambda path: path.stem)
+def suite(request):
+    return Suite.read(request.param, {})
+
+
+def test_runs_are_unique_and_all_variants_are_among_them(suite):
+    runs = (*check_runs(suite), *tuning_runs(suite), *whole_runs(suite, choose_learning_rates(suite, {})))
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names)
+    assert {run.variant.name for run in runs if run.kind == "whole"} == {variant.name for variant in suite.variants}
+
+
+def test_variants_are_trained_alike(suite):
+    """But for what makes them what they are."""
+    own = {"ffn-hidden-size", "num-experts"}
+    trained = [
+        {name: words for name, words in variant.flags.items() if name not in own and not name.startswith("moe-")}
+        for variant in suite.variants
+    ]
+    assert all(flags == trained[0] for flags in trained)
+
+
+def test_all_suites_compare_the_same_variants(suite):
+    laptop = Suite.read(ROOT / "launch" / "suites" / "laptop.yaml", {})
+    for role in ("main", "limit"):
+        assert [v.name for v in suite.of_role(role)] == [v.name for v in laptop.of_role(role)]
+    assert suite.baselines == laptop.baselines
+    assert {v.name: (v.tuned_as, v.equals, v.until) for v in suite.variants if v.role != "grid"} == {
+        v.name: (v.tuned_as, v.equals, v.until) for v in laptop.variants if v.role != "grid"
+    }
+
+
+def test_routed_and_shared_experts_are_as_wide_as_the_dense_layer(suite):
+    flags = ("moe-ffn-hidden-size", "moe-shared-expert-intermediate-size")
+    (dense,) = suite["dense"].flags["ffn-hidden-size"]
+    for variant in suite.variants:
+        if variant.mask is not None:
+            widths = [int(width) for flag in flags for width in variant.flags.get(flag, ())]
+            assert sum(widths) == int(dense), variant.name
+
+
+@pytest.mark.parametrize("name", GPU_SUITES)
+def test_suites_for_gpus_keep_layouts_and_want_text(name, tmp_path):
+    suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
+    for variant in suite.variants:
+        size = {} if variant.mask is None else {"expert-model-parallel-size": ("8",)}
+        if variant.name == "maskmoe-rank-local":
+            size = {"expert-model-parallel-size": variant.mask["expert-model-parallel-size"]}
+        assert variant.layouts.get(8, {}) == size and variant.layouts.get(1, {}) == {}
+    data = open_data(suite.data, tmp_path, 2048)
+    for attribute in ("stages", "flags", "inputs", "token_frequency"):
+        with pytest.raises(UserError, match="the suite brings no text"):
+            getattr(data, attribute)
+    given = {"data-path": ("0.5", "data"), "split": ("99,1,0",), "tokenizer-model": ("model",)}
+    data = open_data({**suite.data, **given}, tmp_path, 2048)
+    assert data.flags["data-path"] == ("0.5", str(Path("data").absolute()))
+
+
+@pytest.mark.parametrize("name", GPU_SUITES)
+def test_fixed_routing_has_nothing_to_balance(name):
+    suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
+    for variant in suite.variants:
+        if variant.mask is not None:
+            is_fixed = "hash" in variant.name or variant.name == "limit-one-visible"
+            expected = ("none",) if is_fixed else ("aux_loss",)
+            assert variant.flags["moe-router-load-balancing-type"] == expected
+
+
+def test_short_runs_warm_up_as_long_in_proportion(suite):
+    run = tuning_runs(suite)[0]
+    assert "lr-warmup-fraction" in training_flags(suite, run) and "lr-warmup-iters" not in training_flags(suite, run)
