@@ -69,10 +69,10 @@ class Host:
         entering = ["nsenter", "--target", str(self._first), "--mount", "--uts", "--pid", "--net", f"--wd={ROOT}"]
         return subprocess.Popen([*entering, *map(str, command)], stdin=subprocess.DEVNULL, **options)
 
-    def run(self, command: Sequence[object], expect: int | None = 0, **options) -> str:
+    def run(self, command: Sequence[object], expect: int | None = 0, timeout: float = 60, **options) -> str:
         """What a command prints."""
         process = self.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=timeout)
         assert expect is None or process.returncode == expect, output
         return output
 
@@ -209,12 +209,12 @@ class Cluster:
         states = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%t")
         wait_until(lambda: self.run(*states, expect=None).split() == ["idle"] * len(self.nodes), "all nodes are idle")
 
-    def wait_for_queue(self) -> None:
-        wait_until(lambda: not self.run("squeue", "--noheader"), "the queue is empty", 300)
+    def wait_for_queue(self, timeout: float = 300) -> None:
+        wait_until(lambda: not self.run("squeue", "--noheader"), "the queue is empty", timeout)
 
-    def run(self, *command: object, expect: int | None = 0) -> str:
-        """What a command of Slurm prints."""
-        return self._control.run(command, env=self._environment, expect=expect)
+    def run(self, *command: object, expect: int | None = 0, timeout: float = 60) -> str:
+        """What a command, such as one of Slurm's, prints on the controller."""
+        return self._control.run(command, env=self._environment, expect=expect, timeout=timeout)
 
     def fail_node(self, name: str) -> None:
         """The node's processes end at once, its daemon among them; Slurm has to find out."""

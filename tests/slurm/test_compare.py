@@ -1,0 +1,83 @@
+"""launch/compare.sh --slurm on a real cluster of two nodes."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).parents[2]
+SUITE = """
+title: Two variants
+data: {vocab-size: 300, input: required}
+flags:
+  num-layers: 1
+  hidden-size: 16
+  ffn-hidden-size: 32
+  num-attention-heads: 2
+  position-embedding-type: rope
+  normalization: RMSNorm
+  swiglu: true
+  disable-bias-linear: true
+  seq-length: 32
+  max-position-embeddings: 32
+  micro-batch-size: 2
+  global-batch-size: 4
+  train-iters: 6
+  lr-decay-style: cosine
+  num-workers: 0
+  log-interval: 1
+  eval-interval: 2
+  eval-iters: 1
+expert-flags: {num-experts: 4, moe-ffn-hidden-size: 32, moe-router-topk: 1, moe-router-pre-softmax: true}
+mask: {frequent-mass: 0.4, frequent-visible-experts: 2, assignment: balanced}
+learning-rates: {values: [1e-3, 1e-2], iterations: 4}
+checkpoints: 2
+probe-tokens: 256
+variants:
+  smoe: {mask: {preset: smoe}}
+  maskmoe: {mask: {}}
+"""
+
+
+@pytest.fixture
+def compare(cluster, tmp_path):
+    """What launch/compare.sh prints on the controller."""
+    (tmp_path / "pair.yaml").write_text(SUITE)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 6))) for _ in range(300)]
+    with open(tmp_path / "text.jsonl", "w") as stream:
+        for _ in range(100):
+            print(json.dumps({"text": " ".join(rng.choices(words, k=100))}), file=stream)
+    command = (ROOT / "launch" / "compare.sh", tmp_path / "pair.yaml", "--run-dir", tmp_path / "run")
+
+    def compare(*arguments: str, expect: int = 0) -> str:
+        data = ("--input", tmp_path / "text.jsonl")
+        return cluster.run(*command, *data, *arguments, expect=expect, timeout=600)
+
+    yield compare
+    cluster.run("scancel", "--user=root", expect=None)
+
+
+def test_from_the_first_command_to_the_report(cluster, compare, tmp_path):
+    """Runs are trained on both nodes, evaluated on one of them, and no one calls the command again."""
+    run = tmp_path / "run"
+    cluster.wait_for_nodes()
+    said = compare("--slurm", "--", "--nodes=2", "--exclusive")
+    assert "4 runs: tuning/smoe.lr-1e-3" in said and "submitted jobs" in said
+    assert "in Slurm's queue, and go on by themselves" in compare("--slurm", "--", "--nodes=2", expect=2)
+    cluster.wait_for_queue(1500)
+    logs = {log.relative_to(run): log.read_text() for log in run.glob("**/slurm/*.log")}
+    assert (run / "report" / "README.md").exists(), logs
+    (last,) = [text for text in logs.values() if "report:" in text]
+    results = json.loads((run / "report" / "results.json").read_text())
+    assert [result["variant"] for result in results["runs"]] == ["smoe", "maskmoe"]
+    assert all(result["validation"]["iterations"] == [2, 4, 6] for result in results["runs"])
+    assert all(result["seconds"] > 0 for result in results["runs"])
+    assert results["unfinished"] == []
+    # Where it was called, too, all is known to be finished.
+    listed = compare("--list").splitlines()
+    assert len(listed) == 2 + 4 + 2 and all(line.startswith("finished") for line in listed)
+    assert "report:" in compare() and "submitted" not in last
