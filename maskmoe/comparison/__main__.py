@@ -76,7 +76,9 @@ def main() -> None:
     elif options.report:
         print(report(comparison, arguments))
     elif options.run:
-        run_to_end(comparison.plan(comparison.find_run(options.run)), lambda plan, record: "finished")
+        plan = comparison.plan(comparison.find_run(options.run))
+        plan.prepare()
+        run_to_end(plan, lambda plan, record: "finished")
     else:
         if options.jobs is not None and options.jobs < 1:
             raise UserError(f"--jobs must be at least 1, not {options.jobs}")
