@@ -122,6 +122,7 @@ def take_up(comparison: Comparison, name: str) -> None:
         SystemExit: a stage failed.
     """
     plan = comparison.plan(comparison.find_run(name))
+    plan.prepare()
     note_training(plan)
     run_to_end(plan, lambda plan, record: "finished")
 

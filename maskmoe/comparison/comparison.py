@@ -48,7 +48,7 @@ class Comparison:
     def is_finished(self, run: Run) -> bool:
         """Whether all stages of a run are, and nothing has changed since."""
         plan = self.plan(run)
-        if not plan.files.record.exists():
+        if not (plan.files.record.exists() and plan.is_prepared):
             return False
         record = RunRecord(plan.files.record)
         return all(record.is_finished(make_stage()) for make_stage in plan.stages)

@@ -112,6 +112,22 @@ class RunPlan:
         after = (self.evaluate, *((self.routing,) if has_experts else ())) if self.run.is_analyzed else ()
         return (*mask, self.train, *after)
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the run's model file is there, as it shall be."""
+        path = self.files.model_file
+        return path.exists() and path.read_text(encoding="utf-8") == self._model_text()
+
+    def prepare(self) -> None:
+        """Write the run as a model file that launch/pretrain.sh takes; an equal one stays as it is.
+
+        To be called when the data are made, before the stages.
+        """
+        if not self.is_prepared:
+            self.files.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_output(self.files.model_file) as path:
+                path.write_text(self._model_text(), encoding="utf-8")
+
     def history(self) -> TrainingHistory:
         """The losses, as far as it is."""
         return TrainingHistory([line for log in self.files.training_logs for line in read_log(log)])
@@ -198,22 +214,16 @@ class RunPlan:
         return words(*launcher, self.files.model_file, *flags)
 
     def _inputs_of_training(self) -> tuple[Path, ...]:
-        self._write_model_file()
         mask = (self.files.routing_mask,) if self.run.variant.mask is not None else ()
         return (self.files.model_file, *mask, *self._data.inputs)
 
-    def _write_model_file(self) -> None:
-        """Write the run as a model file that launch/pretrain.sh takes; an equal one stays as it is."""
+    def _model_text(self) -> str:
         mask = {} if self.run.variant.mask is None else {"routing-mask": (str(self.files.routing_mask),)}
         own = {"data-cache-path": (str(self.files.dataset_cache),), **mask}
         content = _as_yaml({**self._flags, **self._data.flags, **own})
         if self.run.variant.layouts:
             content[LAYOUTS] = {ranks: _as_yaml(flags) for ranks, flags in self.run.variant.layouts.items()}
-        text = yaml.safe_dump(content, sort_keys=False, width=120)
-        if not self.files.model_file.exists() or self.files.model_file.read_text(encoding="utf-8") != text:
-            self.files.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_output(self.files.model_file) as path:
-                path.write_text(text, encoding="utf-8")
+        return yaml.safe_dump(content, sort_keys=False, width=120)
 
 
 def _as_yaml(flags: Flags) -> dict[str, object]:

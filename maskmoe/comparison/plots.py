@@ -181,7 +181,8 @@ def _routed(results: Results) -> list[VariantResult]:
     return [
         variant
         for variant in results.of_role("main")
-        if (routing := results.runs_of(variant.name)[0].routing) and _last(routing)["single_expert_token_share"] < 1
+        if (routing := results.runs_of(variant.name)[0].routing)
+        and min(_last(routing)["single_expert_token_share"]) < 1
     ]
 
 
@@ -200,15 +201,15 @@ def _entropy(results: Results) -> "Figure | None":
     variants = _routed(results)
     if not variants:
         return None
-    num_layers = len(_last(results.runs_of(variants[0].name)[0].routing)["entropy"])
-    figure = _new_figure(max(6.0, 3.4 * num_layers), 4)
-    all_axes = figure.subplots(1, num_layers, sharey=True, squeeze=False)[0]
+    layers = results.runs_of(variants[0].name)[0].routing["layers"]
+    figure = _new_figure(max(6.0, 3.4 * len(layers)), 4)
+    all_axes = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
     for layer, axes in enumerate(all_axes):
         for variant in variants:
             runs = results.runs_of(variant.name)
             iterations, entropy = _probe_points(runs, lambda checkpoint, layer=layer: checkpoint["entropy"][layer])
             axes.plot(iterations, entropy, label=variant.title, marker=".", **_styles(results)[variant.name])
-        axes.set(title=f"layer {layer + 1} of those with experts", xlabel="iteration")
+        axes.set(title=f"layer {layers[layer]}", xlabel="iteration")
         _tidy(axes)
     all_axes[0].set_ylabel("entropy (nats), tokens with a choice")
     all_axes[0].set_ylim(bottom=0)
@@ -224,7 +225,8 @@ def _fluctuation(results: Results) -> "Figure | None":
     left, right = figure.subplots(1, 2, sharey=True)
     for variant in variants:
         series = [run.routing["fluctuation"] for run in results.runs_of(variant.name)]
-        iterations = [step["to_iteration"] for step in series[0]]
+        checkpoints = results.runs_of(variant.name)[0].routing["checkpoints"]
+        iterations = [checkpoint["iteration"] for checkpoint in checkpoints[1:]]
         for axes, key in ((left, "by_layer"), (right, "routable_by_layer")):
             shares = np.mean([[np.mean(step[key]) for step in steps] for steps in series], axis=0)
             axes.plot(iterations, 100 * shares, label=variant.title, marker=".", **_styles(results)[variant.name])
@@ -247,17 +249,20 @@ def _distinct_experts(results: Results) -> "Figure | None":
     height = 0.8 / len(bands)
     for index, band in enumerate(bands):
         values = [
-            np.mean([_last(run.routing)["distinct_experts"]["by_band"][band] for run in results.runs_of(variant.name)])
-            for variant in variants
+            np.mean([_distinct_in_band(run, band) for run in results.runs_of(variant.name)]) for variant in variants
         ]
         rows = np.arange(len(variants)) + (index - (len(bands) - 1) / 2) * height
         axes.barh(rows, values, height=height, color=_COLORS[index + 1], label=f"ids of {band}")
     axes.set_yticks(range(len(variants)), [variant.title for variant in variants])
     axes.invert_yaxis()
     axes.set_xlabel("distinct experts that an id's occurrences were sent to, mean over ids and layers")
-    axes.legend(frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     _tidy(axes)
     return figure
+
+
+def _distinct_in_band(run: RunResult, band: str) -> float:
+    return float(np.mean(_last(run.routing)["distinct_experts"]["by_band"][band]["by_layer"]))
 
 
 def _grid(results: Results) -> "Figure | None":

@@ -74,10 +74,16 @@ def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> d
 
 
 def whole_runs(suite: Suite, learning_rates: Mapping[str, str]) -> tuple[Run, ...]:
-    """All other runs: seed by seed, so that all variants have one before any has two; then the grid."""
+    """All other runs: first of the main variants that have the most seeds, with the limits; of all others; the grid's.
+
+    Each group goes seed by seed, so that all its variants have one run before any has two.
+    """
+    main = suite.of_role("main")
+    most_seeds = max(len(variant.seeds) for variant in main)
+    core = [variant for variant in main if len(variant.seeds) == most_seeds]
+    others = [variant for variant in main if len(variant.seeds) < most_seeds]
     runs = []
-    main = (*suite.of_role("main"), *suite.of_role("limit"))
-    for variants in (main, suite.of_role("grid")):
+    for variants in ([*core, *suite.of_role("limit")], others, suite.of_role("grid")):
         seeds = dict.fromkeys(seed for variant in variants for seed in variant.seeds)
         runs += [
             Run(variant, seed, learning_rates[variant.name], "whole")

@@ -104,7 +104,9 @@ def _reason(plan: RunPlan) -> str:
     logs = sorted(plan.files.slurm.glob("*.log"), key=lambda log: log.stat().st_mtime_ns)
     if not logs:
         return "no job has begun it"
-    return f"{explain_failure(1, read_log(logs[-1])).message} (full output: {short_path(logs[-1])})"
+    reason = explain_failure(1, read_log(logs[-1])).message
+    # What a stage says already names its own log.
+    return reason if "(full output: " in reason else f"{reason} (full output: {short_path(logs[-1])})"
 
 
 def note_training(plan: RunPlan) -> bool:
@@ -113,7 +115,7 @@ def note_training(plan: RunPlan) -> bool:
     Raises:
         UserError: another command is at work on the run.
     """
-    if not any(plan.files.slurm.glob("*.finished")):
+    if not (plan.is_prepared and any(plan.files.slurm.glob("*.finished"))):
         return False
     with locked(plan.files.lock):
         record, stage = RunRecord(plan.files.record), plan.train()
@@ -141,7 +143,7 @@ def make_phase(comparison: Comparison, runs: Sequence[Run]) -> Phase:
 
 
 def _needs_training(plan: RunPlan) -> bool:
-    if not plan.files.record.exists():
+    if not (plan.files.record.exists() and plan.is_prepared):
         return True
     record = RunRecord(plan.files.record)
     first = next(stage.name for stage in (make_stage() for make_stage in plan.stages) if not record.is_finished(stage))
@@ -160,8 +162,8 @@ def prepare(comparison: Comparison, phase: Phase, line: ProgressLine) -> None:
     phase.folder.mkdir(parents=True)
     for element, run in phase.elements.items():
         plan = comparison.plan(run)
-        plan.files.folder.mkdir(parents=True, exist_ok=True)
         if element in phase.to_train:
+            plan.prepare()
             line.print(run.name)
             with locked(plan.files.lock) as lock:
                 Runner(plan, RunRecord(plan.files.record), line, lock).prepare("train")

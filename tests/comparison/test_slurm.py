@@ -91,7 +91,7 @@ def comparison(tmp_path, suite_path):
 def finish_stages(comparison, run):
     """Note all stages of a run as finished."""
     plan = comparison.plan(run)
-    plan.files.folder.mkdir(parents=True, exist_ok=True)
+    plan.prepare()
     record = RunRecord(plan.files.record)
     for make_stage in plan.stages:
         if not record.is_finished(stage := make_stage()):

@@ -63,7 +63,7 @@ def test_the_learning_rate_of_the_smallest_loss_is_chosen_and_handed_on(suite):
     assert rates["dense"] == "1e-3"
 
 
-def test_runs_go_seed_by_seed_and_are_unique(suite):
+def test_runs_go_seed_by_seed_those_of_most_seeds_first(suite):
     runs = whole_runs(suite, choose_learning_rates(suite, {}))
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)

@@ -79,6 +79,12 @@ def test_iteration_line_with_throughput_and_other_losses_is_parsed():
     assert parse_line(line) == parse_line(ITERATION_10)
 
 
+def test_lines_of_a_launched_rank_are_parsed():
+    """launch/pretrain.sh puts the rank in front of each line."""
+    assert parse_line(f"[rank3]: {ITERATION_10}") == parse_line(ITERATION_10)
+    assert parse_line(f"[rank0]: {VALIDATION_10}") == parse_line(VALIDATION_10)
+
+
 @pytest.mark.parametrize("loss", ["", "lm loss: NAN | ", "lm loss: INF | "])
 def test_loss_that_is_no_number_is_none(loss):
     assert parse_line(ITERATION.format(loss=loss)).loss is None

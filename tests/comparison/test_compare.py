@@ -1,0 +1,124 @@
+"""launch/compare.sh as a real process: a small suite from text to report, killed on the way."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from maskmoe.comparison.results import Results
+from maskmoe.stages.stage import ROOT
+
+TEXT_DOCUMENTS = 400
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Text of few words, so that a small vocabulary holds them."""
+    words = ["alpha", "beta", "gamma", "delta", "of", "the", "and", "(", ")", "1", "2"]
+    path = tmp_path / "text.jsonl"
+    with path.open("w") as stream:
+        for document in range(TEXT_DOCUMENTS):
+            chosen = [words[(document * 7 + i * i) % len(words)] for i in range(60)]
+            stream.write(json.dumps({"text": " ".join(chosen)}) + "\n")
+    return path
+
+
+def compare(*arguments):
+    command = [sys.executable, "-P", "-m", "maskmoe.comparison", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def wait_until(condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.1)
+
+
+def test_bad_suite_is_one_line(tmp_path):
+    process = compare(tmp_path / "nowhere.yaml")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert output == f"error: cannot read the suite {tmp_path / 'nowhere.yaml'}: No such file or directory\n"
+
+
+def test_list_names_what_is_to_do(suite_file, text, tmp_path):
+    process = compare(suite_file(), "--input", text, "--run-dir", tmp_path / "run", "--list")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "to do     checks/dense\n" in output and "to do     tuning/smoe.lr-1e-3\n" in output
+    assert not (tmp_path / "run").exists()
+
+
+SUITE = """
+data: {vocab-size: 300}
+flags:
+  num-layers: 2
+  hidden-size: 32
+  ffn-hidden-size: 64
+  num-attention-heads: 2
+  position-embedding-type: rope
+  normalization: RMSNorm
+  swiglu: true
+  disable-bias-linear: true
+  seq-length: 16
+  max-position-embeddings: 16
+  micro-batch-size: 2
+  global-batch-size: 2
+  train-iters: 40
+  eval-interval: 10
+  eval-iters: 2
+  log-interval: 5
+  num-workers: 0
+expert-flags: {num-experts: 4, moe-ffn-hidden-size: 64, moe-router-topk: 1, moe-router-pre-softmax: true}
+seeds: [1]
+baselines: [smoe]
+learning-rates: {values: [1e-2], iterations: 10}
+probe-tokens: 64
+variants:
+  dense: {}
+  smoe: {mask: {preset: smoe}}
+  maskmoe: {mask: {frequent-mass: 0.4, frequent-visible-experts: 2, assignment: balanced}}
+  all-visible:
+    mask: {frequent-mass: 1.0, frequent-visible-experts: 4, assignment: uniform}
+    equals: smoe
+    until: 5
+"""
+
+
+@pytest.mark.slow
+def test_killed_suite_continues_to_the_report(text, tmp_path):
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE)
+    folder = tmp_path / "run"
+    arguments = (path, "--input", text, "--run-dir", folder, "--jobs", 2)
+
+    first = compare(*arguments)
+    evaluation = folder / "runs" / "dense.seed-1" / "evaluation.json"
+    wait_until(evaluation.exists)
+    children = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    written = evaluation.stat().st_mtime_ns
+
+    second = compare(*arguments)
+    output, _ = second.communicate(timeout=400)
+    assert second.returncode == 0, output
+    assert evaluation.stat().st_mtime_ns == written
+    results = Results.load(folder / "report" / "results.json")
+    assert {run.variant for run in results.runs} == {"dense", "smoe", "maskmoe"}
+    assert all(len(run.validation.iterations) == 4 for run in results.runs)
+    assert [(limit.num_equal, limit.iterations) for limit in results.limits] == [(5, 5)]
+    assert results.unfinished == []
+    routing = results.runs_of("smoe")[0].routing
+    assert [checkpoint["iteration"] for checkpoint in routing["checkpoints"]] == list(range(5, 41, 5))
+
+    third = compare(*arguments)
+    output, _ = third.communicate(timeout=60)
+    assert third.returncode == 0 and "runs:" not in output
