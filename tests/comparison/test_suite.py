@@ -101,6 +101,7 @@ def test_runs_differ_in_what_is_decided_for_each_alone(suite):
         ("iterations: 10", "iterations: 0", "iterations must be a whole number from 1"),
         ("smoe: {mask", "dense: {mask", "dense is there twice"),
         ("smoe: {mask: {preset: smoe}}", "smoe: {model: nowhere.yaml}", "nowhere.yaml"),
+        ("smoe: {mask", "smoe: {layouts: {eight: {}}, mask", "variant smoe: `layouts` holds flags by number of ranks"),
     ],
 )
 def test_bad_suite_is_refused(suite_file, old, new, message):
