@@ -1,6 +1,6 @@
 """The text that all runs of a suite train on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -80,7 +80,7 @@ class PreparedData:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        prefixes = [word for word in self.flags["data-path"] if not word.replace(".", "", 1).isdecimal()]
+        prefixes = dataset_prefixes(self.flags["data-path"])
         return tuple(Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx"))
 
     def frequency(self) -> Stage:
@@ -91,6 +91,11 @@ class PreparedData:
             *("--output", self.token_frequency),
         )
         return Stage("frequency", command, inputs=self.inputs, outputs=(self.token_frequency,))
+
+
+def dataset_prefixes(words: Sequence[str]) -> list[str]:
+    """The datasets of Megatron's `--data-path`, in which each may have its weight before it."""
+    return [word for word in words if not word.replace(".", "", 1).isdecimal()]
 
 
 def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
