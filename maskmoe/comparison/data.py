@@ -1,6 +1,6 @@
 """The text that all runs of a suite train on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -102,7 +102,7 @@ class PreparedData:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        prefixes = [word for word in self.flags["data-path"] if not _is_weight(word)]
+        prefixes = dataset_prefixes(self.flags["data-path"])
         return tuple(Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx"))
 
     @property
@@ -118,6 +118,11 @@ class PreparedData:
             *("--output", self.token_frequency),
         )
         return Stage("frequency", command, inputs=self.inputs, outputs=(self.token_frequency,))
+
+
+def dataset_prefixes(words: Sequence[str]) -> list[str]:
+    """The datasets of Megatron's `--data-path`, in which each may have its weight before it."""
+    return [word for word in words if not word.replace(".", "", 1).isdecimal()]
 
 
 def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
@@ -142,7 +147,8 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
             raise UserError(f"a dataset given by data-path needs {' and '.join(missing)}, too")
         used = ("data-path", "split", "tokenizer-model", "tokenizer-type")
         given = {name: flags[name] for name in used if name in flags}
-        given["data-path"] = tuple(w if _is_weight(w) else str(Path(w).absolute()) for w in flags["data-path"])
+        prefixes = dataset_prefixes(flags["data-path"])
+        given["data-path"] = tuple(str(Path(w).absolute()) if w in prefixes else w for w in flags["data-path"])
         given["tokenizer-model"] = tuple(str(Path(word).absolute()) for word in flags["tokenizer-model"])
         return PreparedData(files, {"tokenizer-type": ("SentencePieceTokenizer",), **given}, vocab_size)
     if flags.get("input") == ("required",):
@@ -153,8 +159,3 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
             raise UserError(f"there is no text file {path}")
     corpus_flags = ("--max-bytes", *flags["max-bytes"]) if "max-bytes" in flags else ()
     return TextData(files, TextStages(files, input, int(vocab_size), corpus_flags), seq_length)
-
-
-def _is_weight(word: str) -> bool:
-    """Whether it is one of the numbers that Megatron's `--data-path` may have between prefixes."""
-    return word.replace(".", "", 1).isdecimal()

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from maskmoe.cli import atomic_output
-from maskmoe.comparison.data import Data
+from maskmoe.comparison.data import Data, dataset_prefixes
 from maskmoe.comparison.runs import Run, training_flags
 from maskmoe.comparison.suite import Suite
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
@@ -196,7 +196,7 @@ class RunPlan:
         command = tool_command(
             "analyze_routing",
             *("--load", files.checkpoints),
-            *("--data-path", *data["data-path"], "--split", *data["split"]),
+            *("--data-path", dataset_prefixes(data["data-path"])[0], "--split", *data["split"]),
             *("--tokens", self._suite.probe_tokens),
             *("--token-frequency", self._data.token_frequency),
             *("--output-dir", files.routing),

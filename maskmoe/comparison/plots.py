@@ -262,7 +262,9 @@ def _distinct_experts(results: Results) -> "Figure | None":
 
 
 def _distinct_in_band(run: RunResult, band: str) -> float:
-    return float(np.mean(_last(run.routing)["distinct_experts"]["by_band"][band]["by_layer"]))
+    # Not a number where none of the ids occurred, which draws no bar.
+    by_layer = np.array(_last(run.routing)["distinct_experts"]["by_band"][band]["by_layer"], dtype=float)
+    return float(by_layer.mean())
 
 
 def _grid(results: Results) -> "Figure | None":

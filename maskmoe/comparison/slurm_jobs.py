@@ -132,7 +132,7 @@ class Phase:
         name: `tuning` or `runs`.
         folder: has a link to the folder of each run, named by the number of its element.
         to_train: runs whose training is not complete, by element.
-        to_evaluate: all others and, of those to be trained, the ones with stages after training.
+        to_evaluate: runs with stages after training, be they to be trained or not.
     """
 
     name: str

@@ -1,0 +1,48 @@
+"""A short training run that saves a series of checkpoints, made once, and the tool as a user runs it."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.data.tokenizer import SentencePieceTokenizer
+from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.frequency import count_token_frequency
+from maskmoe.routing_mask.mask import build_routing_mask
+
+# Makes `small_series`, and `tiny_maskmoe` with the `small_moe` that it uses, importable: pytest leaves the path alone.
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent / "huggingface"), str(HERE.parent / "transformer")]
+
+from small_series import NUM_EXPERTS, REPOSITORY, TRAINING, VOCAB_SIZE, Workplace  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    folder = tmp_path_factory.mktemp("routing")
+    text = "\n".join(path.read_text() for path in sorted((REPOSITORY / "maskmoe/routing_mask").glob("*.py")))
+    (folder / "text.txt").write_text(text)
+    (folder / "tokenizer.model").write_bytes(
+        train_tokenizer([text], TokenizerTraining(vocab_size=VOCAB_SIZE, num_threads=1))
+    )
+    tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
+    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE), tokenizer.record()) as dataset:
+        for ids in tokenizer.encode_batch(text.split("\n\n")):
+            dataset.add_document(np.append(ids, tokenizer.eod_id))
+    frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
+    frequency.save(folder / "counts.safetensors")
+    recipe = MaskRecipe(NUM_EXPERTS, 3, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=1)
+    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
+    return Workplace(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(workplace: Workplace) -> Path:
+    """The folder of a run's checkpoints, at `ITERATIONS`."""
+    process = workplace.run_python("-m", "maskmoe.training.pretrain", *shlex.split(TRAINING))
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return workplace.folder / "checkpoints"

@@ -1,0 +1,33 @@
+"""Evaluation that also writes down what Megatron's routers do.
+
+Writes `routed.pt` to the working folder: for each layer the micro-batches as triples of ids int64 [batch, sequence],
+and weights and choices, float32 and bool [batch, sequence, experts].
+"""
+
+import maskmoe.training  # noqa: F401, before megatron is imported
+
+# isort: split
+from collections import defaultdict
+
+import torch
+
+from maskmoe.cli import run_tool
+from maskmoe.training.evaluate import main
+from maskmoe.transformer.router import MaskMoERouter
+
+micro_batches = defaultdict(list)
+route = MaskMoERouter.routing
+
+
+def route_and_record(router, logits, padding_mask):
+    weights, chosen = route(router, logits, padding_mask)
+    shape = logits.shape  # [sequence, batch, experts]
+    record = (padding_mask.token_ids.reshape(shape[:2]), weights.reshape(shape), chosen.reshape(shape))
+    micro_batches[router.layer_number].append(tuple(values.transpose(0, 1).clone() for values in record))
+    return weights, chosen
+
+
+if __name__ == "__main__":
+    MaskMoERouter.routing = route_and_record
+    run_tool(main)
+    torch.save(dict(micro_batches), "routed.pt")
