@@ -25,7 +25,7 @@ from maskmoe.comparison.slurm import (
 )
 from maskmoe.comparison.slurm_jobs import Jobs, Phase, SlurmOptions
 from maskmoe.comparison.suite import Suite
-from maskmoe.errors import UserError
+from maskmoe.errors import RunFailure, UserError
 from maskmoe.launch.model_file import override
 from maskmoe.stages.devices import find_devices
 from maskmoe.stages.entry import run_stages, run_to_end, working_in
@@ -203,6 +203,8 @@ def compare(
                     submit(runs, line)
                     return
                 pool.work_off(runs)
+                if left := comparison.unfinished(runs):
+                    raise RunFailure(f"{left[0].name} was brought to its end, but what it depends on has changed since")
                 check_active_parameters(comparison.parameters())
         line.print(report(comparison, arguments))
 

@@ -16,7 +16,7 @@ from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
 from maskmoe.stages.devices import DEVICE_FLAGS, Devices
 from maskmoe.stages.progress import TrainingHistory
 from maskmoe.stages.runner import read_log
-from maskmoe.stages.stage import Stage, StageFiles, tool_command, words
+from maskmoe.stages.stage import Stage, StageFiles, TrainingFiles, tool_command, words
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,12 @@ class DataPlan:
 
 
 @dataclass(frozen=True)
-class RunFiles(StageFiles):
+class RunFiles(TrainingFiles):
     """Where the files of a run are."""
 
     @property
     def model_file(self) -> Path:
         return self.folder / "run.yaml"
-
-    @property
-    def routing_mask(self) -> Path:
-        return self.folder / "routing_mask.safetensors"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.folder / "tensorboard"
 
     @property
     def slurm(self) -> Path:
@@ -65,14 +53,6 @@ class RunFiles(StageFiles):
         """What training has printed here and in jobs, the newest last."""
         logs = [path for path in (*self.slurm.glob("*/attempt*.log"), self.log("train")) if path.exists()]
         return tuple(sorted(logs, key=lambda path: path.stat().st_mtime_ns))
-
-    @property
-    def dataset_cache(self) -> Path:
-        return self.folder / "dataset_cache"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation.json"
 
     @property
     def routing(self) -> Path:

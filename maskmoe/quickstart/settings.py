@@ -7,7 +7,7 @@ from pathlib import Path
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
-from maskmoe.stages.stage import ROOT
+from maskmoe.stages.stage import ROOT, TrainingFiles
 from maskmoe.stages.text import TextFiles
 
 HEAD_SIZE = 32
@@ -122,28 +122,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
 
 
 @dataclass(frozen=True)
-class RunFiles(TextFiles):
+class RunFiles(TextFiles, TrainingFiles):
     """Where the files of a run are."""
-
-    @property
-    def routing_mask(self) -> Path:
-        return self.folder / "routing_mask.safetensors"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.folder / "tensorboard"
-
-    @property
-    def dataset_cache(self) -> Path:
-        return self.folder / "dataset_cache"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation.json"
 
     @property
     def model(self) -> Path:

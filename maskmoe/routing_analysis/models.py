@@ -1,6 +1,5 @@
 """The models of a series: where they are, whether they are alike, and how to come to them in transformers' format."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -181,7 +180,9 @@ def _read_config(model: ModelSource) -> Mapping[str, Any]:
 
         fields = open_megatron(model.path).config
     else:
-        fields = _read_json(model.path / _CONFIG_FILE)
+        from maskmoe.checkpoint.conversion.huggingface_models import read_json
+
+        fields = read_json(model.path / _CONFIG_FILE)
         if fields.get("model_type") != _MODEL_TYPE:
             raise UserError(
                 f"{model.path} is a model of type {fields.get('model_type')!r}, not {_MODEL_TYPE!r}; convert it with "
@@ -202,20 +203,10 @@ def tokenizer_sha256(model: ModelSource) -> str | None:
         from maskmoe.checkpoint.conversion.megatron_models import open_megatron
 
         return getattr(open_megatron(model.path).args, "tokenizer_sha256", None)
+    from maskmoe.checkpoint.conversion.huggingface_models import read_json
+
     args = model.path / _MEGATRON_ARGS
-    return _read_json(args).get("tokenizer_sha256") if args.is_file() else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise TypeError
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is no JSON object") from error
-    return values
+    return read_json(args).get("tokenizer_sha256") if args.is_file() else None
 
 
 @contextmanager

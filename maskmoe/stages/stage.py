@@ -72,6 +72,31 @@ class StageFiles:
         return self.logs / f"{stage}.log"
 
 
+@dataclass(frozen=True)
+class TrainingFiles(StageFiles):
+    """Files that a folder has in which a model is trained and evaluated."""
+
+    @property
+    def routing_mask(self) -> Path:
+        return self.folder / "routing_mask.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.folder / "tensorboard"
+
+    @property
+    def dataset_cache(self) -> Path:
+        return self.folder / "dataset_cache"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation.json"
+
+
 class Plan(Protocol):
     """Stages in order.
 
