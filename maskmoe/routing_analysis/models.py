@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.errors import UserError
+from maskmoe.json_files import read_json
 
 _CONFIG_FILE = "config.json"
 _MODEL_TYPE = "maskmoe"
@@ -180,8 +181,6 @@ def _read_config(model: ModelSource) -> Mapping[str, Any]:
 
         fields = open_megatron(model.path).config
     else:
-        from maskmoe.checkpoint.conversion.huggingface_models import read_json
-
         fields = read_json(model.path / _CONFIG_FILE)
         if fields.get("model_type") != _MODEL_TYPE:
             raise UserError(
@@ -203,8 +202,6 @@ def tokenizer_sha256(model: ModelSource) -> str | None:
         from maskmoe.checkpoint.conversion.megatron_models import open_megatron
 
         return getattr(open_megatron(model.path).args, "tokenizer_sha256", None)
-    from maskmoe.checkpoint.conversion.huggingface_models import read_json
-
     args = model.path / _MEGATRON_ARGS
     return read_json(args).get("tokenizer_sha256") if args.is_file() else None
 

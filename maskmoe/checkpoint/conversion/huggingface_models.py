@@ -20,6 +20,7 @@ from maskmoe.checkpoint.integrity import Manifest
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
+from maskmoe.json_files import read_json
 from maskmoe.routing_mask.mask import RoutingMask
 
 MODEL_TYPE = "maskmoe"
@@ -104,23 +105,6 @@ def _make_config(values: Mapping[str, Any], path: Path) -> MaskMoEConfig:
     # Whatever the class makes of values of wrong types.
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no configuration of MaskMoE: {' '.join(str(error).split())}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file.
-
-    Raises:
-        UserError: it cannot be read, or is none.
-    """
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise TypeError
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is no JSON object") from error
-    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from maskmoe.checkpoint.conversion.blocks import TensorSpec
 from maskmoe.checkpoint.conversion.families import CONFIG_FILE
-from maskmoe.checkpoint.conversion.huggingface_models import read_json
 from maskmoe.checkpoint.conversion.megatron_models import find_megatron_checkpoint, is_optimizer
 from maskmoe.checkpoint.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.checkpoint.conversion.safetensors_files import SafetensorsSource
@@ -18,6 +17,7 @@ from maskmoe.checkpoint.conversion.torch_dist import TorchDistSource
 from maskmoe.checkpoint.conversion.writing import JOURNAL
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.errors import UserError
+from maskmoe.json_files import read_json
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 

@@ -1,0 +1,24 @@
+"""JSON files that may be damaged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from maskmoe.errors import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise TypeError
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it is no JSON object") from error
+    return values
