@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maskmoe.cli import atomic_output
-from maskmoe.comparison.results import Results, RunResult, VariantResult, paired_difference
+from maskmoe.comparison.results import Results, RoutingHistory, RunResult, VariantResult, paired_difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,39 +181,41 @@ def _routed(results: Results) -> list[VariantResult]:
     return [
         variant
         for variant in results.of_role("main")
-        if (routing := results.runs_of(variant.name)[0].routing)
-        and min(_last(routing)["single_expert_token_share"]) < 1
+        if (routing := results.runs_of(variant.name)[0].routing) and routing.has_choice
     ]
 
 
-def _last(routing: dict[str, Any]) -> dict[str, Any]:
-    return routing["checkpoints"][-1]
-
-
-def _probe_points(runs: Sequence[RunResult], value: Callable[[dict[str, Any]], float]) -> tuple[list[int], np.ndarray]:
-    """Iterations of the checkpoints, and a value of each, the mean over runs."""
-    checkpoints = [run.routing["checkpoints"] for run in runs]
-    iterations = [checkpoint["iteration"] for checkpoint in checkpoints[0]]
-    return iterations, np.mean([[value(checkpoint) for checkpoint in series] for series in checkpoints], axis=0)
+def _mean_of_runs(
+    results: Results, name: str, value: Callable[[RoutingHistory], Sequence[Sequence[float | None]]]
+) -> np.ndarray:
+    """Mean over the runs of a variant of numbers by checkpoint and layer, [checkpoints, layers]."""
+    return np.mean([np.array(value(run.routing), dtype=float) for run in results.runs_of(name)], axis=0)
 
 
 def _entropy(results: Results) -> "Figure | None":
     variants = _routed(results)
     if not variants:
         return None
-    layers = results.runs_of(variants[0].name)[0].routing["layers"]
-    figure = _new_figure(max(6.0, 3.4 * len(layers)), 4)
-    all_axes = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
-    for layer, axes in enumerate(all_axes):
-        for variant in variants:
-            runs = results.runs_of(variant.name)
-            iterations, entropy = _probe_points(runs, lambda checkpoint, layer=layer: checkpoint["entropy"][layer])
-            axes.plot(iterations, entropy, label=variant.title, marker=".", **_styles(results)[variant.name])
-        axes.set(title=f"layer {layers[layer]}", xlabel="iteration")
+    layers = results.runs_of(variants[0].name)[0].routing.layers
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = _new_figure(max(6.0, 3.4 * columns), 3.2 * rows + 0.8)
+    all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in all_axes.flat[len(layers) :]:
+        axes.set_visible(False)
+    for variant in variants:
+        iterations = results.runs_of(variant.name)[0].routing.iterations
+        entropy = _mean_of_runs(results, variant.name, lambda routing: routing.entropy)
+        for axes, of_layer in zip(all_axes.flat, entropy.T, strict=False):
+            axes.plot(iterations, of_layer, label=variant.title, marker=".", **_styles(results)[variant.name])
+    for axes, layer in zip(all_axes.flat, layers, strict=False):
+        axes.set(title=f"layer {layer}", xlabel="iteration")
         _tidy(axes)
-    all_axes[0].set_ylabel("entropy (nats), tokens with a choice")
-    all_axes[0].set_ylim(bottom=0)
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel("entropy (nats)")
+        axes.set_ylim(bottom=0)
+    handles = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -224,12 +226,12 @@ def _fluctuation(results: Results) -> "Figure | None":
     figure = _new_figure(11, 4.5)
     left, right = figure.subplots(1, 2, sharey=True)
     for variant in variants:
-        series = [run.routing["fluctuation"] for run in results.runs_of(variant.name)]
-        checkpoints = results.runs_of(variant.name)[0].routing["checkpoints"]
-        iterations = [checkpoint["iteration"] for checkpoint in checkpoints[1:]]
-        for axes, key in ((left, "by_layer"), (right, "routable_by_layer")):
-            shares = np.mean([[np.mean(step[key]) for step in steps] for steps in series], axis=0)
-            axes.plot(iterations, 100 * shares, label=variant.title, marker=".", **_styles(results)[variant.name])
+        iterations = results.runs_of(variant.name)[0].routing.iterations[1:]
+        of_all = _mean_of_runs(results, variant.name, lambda routing: routing.fluctuation)
+        of_routable = _mean_of_runs(results, variant.name, lambda routing: routing.routable_fluctuation)
+        for axes, shares in ((left, of_all), (right, of_routable)):
+            percent = 100 * shares.mean(axis=1)
+            axes.plot(iterations, percent, label=variant.title, marker=".", **_styles(results)[variant.name])
     left.set(title="of all tokens", xlabel="iteration", ylabel="% whose expert changed since the last checkpoint")
     right.set(title="of tokens with two or more visible experts", xlabel="iteration")
     left.set_ylim(bottom=0)
@@ -263,8 +265,7 @@ def _distinct_experts(results: Results) -> "Figure | None":
 
 def _distinct_in_band(run: RunResult, band: str) -> float:
     # Not a number where none of the ids occurred, which draws no bar.
-    by_layer = np.array(_last(run.routing)["distinct_experts"]["by_band"][band]["by_layer"], dtype=float)
-    return float(by_layer.mean())
+    return float(np.array(run.routing.distinct_experts[band], dtype=float).mean())
 
 
 def _grid(results: Results) -> "Figure | None":

@@ -29,6 +29,55 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class RoutingHistory:
+    """How the checkpoints of a run route a fixed text, from what tools/analyze_routing.py has written.
+
+    What has no value, such as the entropy where no token has a choice, is None.
+
+    Attributes:
+        layers: numbers of those with experts.
+        iterations: of the checkpoints.
+        entropy: [checkpoints, layers], nats, of tokens with a choice.
+        fluctuation: [checkpoints - 1, layers], share of the experts of all tokens that changed since the one before.
+        routable_fluctuation: the same of tokens with a choice.
+        single_expert_token_share: [layers], tokens without a choice.
+        id_information: [layers], what the expert tells of the id at the last checkpoint, in nats.
+        distinct_experts: by band, [layers], experts that an id's occurrences spread over, at the last checkpoint.
+    """
+
+    layers: list[int]
+    iterations: list[int]
+    entropy: list[list[float | None]]
+    fluctuation: list[list[float]]
+    routable_fluctuation: list[list[float | None]]
+    single_expert_token_share: list[float]
+    id_information: list[float]
+    distinct_experts: dict[str, list[float | None]]
+
+    @classmethod
+    def read(cls, path: Path) -> "RoutingHistory":
+        """From routing.json."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        checkpoints, changes = content["checkpoints"], content["fluctuation"]
+        last = checkpoints[-1]
+        return cls(
+            layers=content["layers"],
+            iterations=[checkpoint["iteration"] for checkpoint in checkpoints],
+            entropy=[checkpoint["entropy"] for checkpoint in checkpoints],
+            fluctuation=[change["by_layer"] for change in changes],
+            routable_fluctuation=[change["routable_by_layer"] for change in changes],
+            single_expert_token_share=last["single_expert_token_share"],
+            id_information=last["id_expert_information"],
+            distinct_experts={name: band["by_layer"] for name, band in last["distinct_experts"]["by_band"].items()},
+        )
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether a router has one."""
+        return min(self.single_expert_token_share) < 1
+
+
+@dataclass(frozen=True)
 class RunResult:
     """A finished run.
 
@@ -40,7 +89,7 @@ class RunResult:
         loss: of all the held-out text at the end, in nats per token.
         bands: the same of its tokens by the frequency of their ids: `name`, `share`, `loss`.
         load: for each layer with experts, the tokens of held-out text that each expert got.
-        routing: what tools/analyze_routing.py found at each checkpoint; None for a model without experts.
+        routing: of each checkpoint; None for a model without experts.
     """
 
     variant: str
@@ -51,7 +100,7 @@ class RunResult:
     loss: float
     bands: list[dict[str, Any]]
     load: list[list[int]]
-    routing: dict[str, Any] | None
+    routing: RoutingHistory | None
 
 
 @dataclass(frozen=True)
@@ -161,7 +210,8 @@ def _variant_result(values: dict[str, Any]) -> VariantResult:
 
 def _run_result(values: dict[str, Any]) -> RunResult:
     curves = {name: Curve(**values.pop(name)) for name in ("training", "validation")}
-    return RunResult(**values, **curves)
+    routing = values.pop("routing")
+    return RunResult(**values, **curves, routing=None if routing is None else RoutingHistory(**routing))
 
 
 @dataclass(frozen=True)
@@ -260,7 +310,7 @@ def _tokens(variant: Variant) -> int:
 def _read_run(comparison: Comparison, run: Run) -> RunResult:
     plan = comparison.plan(run)
     evaluation = json.loads(plan.files.evaluation.read_text(encoding="utf-8"))
-    routing = plan.files.routing / "routing.json"
+    has_experts = run.variant.mask is not None
     history = comparison.history(run)
     return RunResult(
         variant=run.variant.name,
@@ -271,7 +321,7 @@ def _read_run(comparison: Comparison, run: Run) -> RunResult:
         loss=evaluation["loss"],
         bands=[{name: band[name] for name in ("name", "share", "loss")} for band in evaluation["bands"]],
         load=[load["tokens_per_expert"] for load in evaluation["expert_load"]],
-        routing=json.loads(routing.read_text(encoding="utf-8")) if run.variant.mask is not None else None,
+        routing=RoutingHistory.read(plan.files.routing / "routing.json") if has_experts else None,
     )
 
 

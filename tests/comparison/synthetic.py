@@ -3,7 +3,7 @@
 import numpy as np
 
 from maskmoe.comparison.fairness import Parameters
-from maskmoe.comparison.results import Curve, LimitResult, Results, RunResult, VariantResult
+from maskmoe.comparison.results import Curve, LimitResult, Results, RoutingHistory, RunResult, VariantResult
 
 BANDS = {"top 40 %": 0.4, "next 50 %": 0.5, "last 10 %": 0.1}
 EFFECTS = {"dense": 0.1, "smoe": 0.0, "hash-balanced": -0.05, "maskmoe": -0.08}
@@ -60,5 +60,21 @@ def _run(name, seed, effect, shift, rng):
             for index, (band, share) in enumerate(BANDS.items())
         ],
         load=[] if name == "dense" else rng.integers(800, 1200, size=(3, 8)).tolist(),
-        routing=None,
+        routing=None if name == "dense" else _routing(has_choice=not name.startswith("hash"), rng=rng),
+    )
+
+
+def _routing(has_choice, rng):
+    """Of two layers."""
+    none = [[None, None]] * len(ITERATIONS)
+    shares = rng.random((len(ITERATIONS), 2)).tolist()
+    return RoutingHistory(
+        layers=[1, 2],
+        iterations=ITERATIONS,
+        entropy=shares if has_choice else none,
+        fluctuation=shares[1:] if has_choice else [[0.0, 0.0]] * (len(ITERATIONS) - 1),
+        routable_fluctuation=shares[1:] if has_choice else none[1:],
+        single_expert_token_share=[0.6, 0.6] if has_choice else [1.0, 1.0],
+        id_information=[1.0, 1.0],
+        distinct_experts={band: [2.0, 1.5] for band in BANDS},
     )

@@ -117,7 +117,7 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     assert [(limit.num_equal, limit.iterations) for limit in results.limits] == [(5, 5)]
     assert results.unfinished == []
     routing = results.runs_of("smoe")[0].routing
-    assert [checkpoint["iteration"] for checkpoint in routing["checkpoints"]] == list(range(5, 41, 5))
+    assert routing.iterations == list(range(5, 41, 5))
 
     third = compare(*arguments)
     output, _ = third.communicate(timeout=60)
