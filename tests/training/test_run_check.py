@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,7 +226,6 @@ class Check:
     exit_code: int
     output: str
     errors: list[str]
-    seconds: float
 
 
 @pytest.fixture
@@ -236,13 +234,12 @@ def check(workplace, tmp_path):
         number = [] if ranks is None else [str(ranks)]
         command = [sys.executable, "-m", "maskmoe.training.pretrain", "--check", *number, *shlex.split(flags)]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | variables
-        start = time.monotonic()
         process = subprocess.run(
             command, cwd=workplace.folder, env=environment, capture_output=True, text=True, timeout=120
         )
         assert "Traceback" not in process.stderr
         errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-        return Check(process.returncode, process.stdout, errors, time.monotonic() - start)
+        return Check(process.returncode, process.stdout, errors)
 
     return check
 
@@ -263,13 +260,12 @@ def test_mixtral(check, mask_file):
     result = check(64, f"{MIXTRAL} --routing-mask {mask_file(32000, 8, 32)}")
     assert (result.exit_code, result.errors) == (0, [])
     assert "46.70 B  46,702,792,704" in result.output
-    assert "12.88 B  for a token with 2 experts" in result.output
+    assert "12.88 B  12,879,925,248  for a token with 2 experts" in result.output
     assert "TP 1 × PP 4 × CP 1 × DP 16 = 64" in result.output
     assert "ETP 1 × EP 8 × PP 4 × expert DP 2 = 64" in result.output
     assert "256 samples = 16 micro-batches × 1 × DP 16; 1,048,576 tokens" in result.output
     assert "4 × 4+4" in result.output
     assert result.output.endswith("no errors found\n")
-    assert result.seconds < 20
 
 
 def test_deepseek_v3(check, mask_file):
@@ -279,8 +275,7 @@ def test_deepseek_v3(check, mask_file):
     (whole,) = re.findall(r"^parameters .* ([0-9,]+)$", result.output, re.MULTILINE)
     (prediction,) = re.findall(r"^  multi-token prediction +([0-9,]+)$", result.output, re.MULTILINE)
     assert int(whole.replace(",", "")) - int(prediction.replace(",", "")) == 671_026_404_352
-    assert "37.55 B  for a token with 8 experts" in result.output
-    assert result.seconds < 20
+    assert re.search(r"37\.55 B  [\d,]+  for a token with 8 experts", result.output)
 
 
 def test_all_errors_at_once(check, workplace, files_and_times):
