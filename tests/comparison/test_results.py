@@ -2,7 +2,6 @@
 
 import math
 import re
-import time
 
 import numpy as np
 import pytest
@@ -59,9 +58,7 @@ def test_results_are_read_as_they_were_saved(tmp_path):
 
 
 def test_report_tells_what_was_put_in(tmp_path):
-    start = time.monotonic()
     text = write_report(synthetic_results(), tmp_path / "report").read_text()
-    assert time.monotonic() - start < 60
     _, _, to_smoe = text.partition("## Difference to Smoe")
     for name, effect in EFFECTS.items():
         if name != "smoe":
