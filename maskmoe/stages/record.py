@@ -54,6 +54,9 @@ class RunRecord:
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise UserError(f"{path} is damaged ({error}); delete it to start from the first stage") from error
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._stages
+
     def __getitem__(self, name: str) -> StageRecord:
         return self._stages[name]
 
@@ -76,7 +79,7 @@ class RunRecord:
 
     def is_started(self, stage: Stage) -> bool:
         """Whether it was begun, in its present form or another."""
-        return stage.name in self._stages
+        return stage.name in self
 
     def is_finished(self, stage: Stage) -> bool:
         """Whether the stage was finished, and nothing has changed since."""

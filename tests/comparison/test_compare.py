@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from maskmoe.comparison.results import Results
+from maskmoe.stages.record import RunRecord
 from maskmoe.stages.stage import ROOT
 
 TEXT_DOCUMENTS = 400
@@ -30,6 +31,11 @@ def text(tmp_path):
 def compare(*arguments):
     command = [sys.executable, "-P", "-m", "maskmoe.comparison", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def is_finished(run, stage):
+    path = run / "stages.json"
+    return path.exists() and stage in (record := RunRecord(path)) and record[stage].is_finished
 
 
 def wait_until(condition, seconds=240):
@@ -98,19 +104,19 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     arguments = (path, "--input", text, "--run-dir", folder, "--jobs", 2)
 
     first = compare(*arguments)
-    evaluation = folder / "runs" / "dense.seed-1" / "evaluation.json"
-    wait_until(evaluation.exists)
+    run = folder / "runs" / "dense.seed-1"
+    wait_until(lambda: is_finished(run, "evaluate"))
     children = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
     first.communicate(timeout=60)
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
-    written = evaluation.stat().st_mtime_ns
+    written = (run / "evaluation.json").stat().st_mtime_ns
 
     second = compare(*arguments)
     output, _ = second.communicate(timeout=400)
     assert second.returncode == 0, output
-    assert evaluation.stat().st_mtime_ns == written
+    assert (run / "evaluation.json").stat().st_mtime_ns == written
     results = Results.load(folder / "report" / "results.json")
     assert {run.variant for run in results.runs} == {"dense", "smoe", "maskmoe"}
     assert all(len(run.validation.iterations) == 4 for run in results.runs)
