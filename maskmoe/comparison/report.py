@@ -129,9 +129,7 @@ def _grid_table(results: Results) -> str | None:
     base = next(v for v in results.of_role("main") if grid[0].name.startswith(f"{v.name}."))
     seed = results.runs_of(grid[0].name)[0].seed
     rows = []
-    for variant in sorted(
-        (base, *grid), key=lambda v: (v.number("frequent-mass"), v.number("frequent-visible-experts"))
-    ):
+    for variant in sorted((base, *grid), key=_place_in_grid):
         of_seed = [run for run in results.runs_of(variant.name) if run.seed == seed]
         if not of_seed:
             continue

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ class Results:
     Attributes:
         title: of the suite.
         command: that made it.
-        machine: where.
+        machine: where, and with which versions of torch and Megatron-Core.
         baselines: names of the variants that the others are compared to.
         variants: in order, those with finished runs.
         runs: the finished runs.
@@ -349,7 +350,9 @@ def _exact_losses(tensorboard: Path) -> dict[int, float]:
 
 def _describe_machine(comparison: Comparison) -> str:
     devices = comparison.devices
-    return f"{devices.num_gpus} GPUs" if devices.num_gpus else f"{devices.num_cores} cores, {_processor()}"
+    machine = f"{devices.num_gpus} GPUs" if devices.num_gpus else f"{devices.num_cores} cores, {_processor()}"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
+    return f"{machine} ({packages})"
 
 
 def _processor() -> str:
