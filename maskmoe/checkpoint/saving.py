@@ -18,7 +18,7 @@ from megatron.training.checkpointing import get_loaded_iteration
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.integrity import Damage, Unfinished, check_structure, record_rank, write_manifest
-from maskmoe.checkpoint.series import checkpoint_path, read_tracker, saved_iterations
+from maskmoe.checkpoint.series import checkpoint_path, read_tracker, remove_old_checkpoints, saved_iterations
 
 
 class SealedSaveStrategy(TorchDistSaveShardedStrategy):
@@ -85,7 +85,7 @@ def saving_whole_checkpoints(
             return
         is_first = torch.distributed.get_rank() == 0
         remove_old = partial(
-            _remove_old_checkpoints, settings.save, settings.keep_last_checkpoints, settings.save_retain_interval
+            remove_old_checkpoints, settings.save, settings.keep_last_checkpoints, settings.save_retain_interval
         )
         with while_saving():
             if is_first and not non_persistent_ckpt:
@@ -146,25 +146,3 @@ def _seal(checkpoint: Path) -> None:
     torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise CheckpointException("write", {0: (outcome[0], None)})
-
-
-def _remove_old_checkpoints(folder: str | Path, keep: int | None, retain_interval: int | None) -> None:
-    """Remove all but the newest `keep` whole checkpoints, and older unfinished ones.
-
-    Args:
-        folder: Megatron's `--save`.
-        keep: None keeps all.
-        retain_interval: Megatron's `--save-retain-interval`, whose multiples stay, too.
-    """
-    if keep is None:
-        return
-    kept = 0
-    for iteration in saved_iterations(folder):
-        checkpoint = checkpoint_path(folder, iteration)
-        if kept >= keep and not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        try:
-            check_structure(checkpoint)
-            kept += 1
-        except Damage:
-            continue

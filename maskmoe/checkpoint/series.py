@@ -1,5 +1,6 @@
 """The checkpoints of one run, in Megatron's folder `--save`, and which of them to go on from."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,3 +113,28 @@ def choose_checkpoint(
         return Choice(None, tuple(rejected))
     reasons = "; ".join(f"{path} {reason}" for path, reason in rejected) or f"{TRACKER} names none that exists"
     raise UserError(f"--load {folder} holds no sound checkpoint: {reasons}")
+
+
+def remove_old_checkpoints(folder: str | Path, keep: int | None, retain_interval: int | None = None) -> list[Path]:
+    """Remove all but the newest `keep` whole checkpoints, and older unfinished ones; returns which.
+
+    Args:
+        folder: Megatron's `--save`.
+        keep: None keeps all.
+        retain_interval: Megatron's `--save-retain-interval`, whose multiples stay, too.
+    """
+    if keep is None:
+        return []
+    kept, removed = 0, []
+    for iteration in saved_iterations(folder):
+        checkpoint = checkpoint_path(folder, iteration)
+        if kept >= keep and not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            removed.append(checkpoint)
+            continue
+        try:
+            check_structure(checkpoint)
+            kept += 1
+        except Damage:
+            continue
+    return removed

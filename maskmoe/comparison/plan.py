@@ -10,7 +10,7 @@ import yaml
 
 from maskmoe.cli import atomic_output
 from maskmoe.comparison.data import Data, dataset_prefixes
-from maskmoe.comparison.runs import Run, training_flags
+from maskmoe.comparison.runs import Run, checkpoint_iterations, training_flags
 from maskmoe.comparison.suite import Suite
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
 from maskmoe.stages.devices import DEVICE_FLAGS, Devices
@@ -54,6 +54,10 @@ class RunFiles(TrainingFiles):
         logs = [path for path in (*self.slurm.glob("*/attempt*.log"), self.log("train")) if path.exists()]
         return tuple(sorted(logs, key=lambda path: path.stat().st_mtime_ns))
 
+    def checkpoint(self, iteration: int) -> Path:
+        """The folder of one checkpoint, as Megatron names it."""
+        return self.checkpoints / f"iter_{iteration:07d}"
+
     @property
     def routing(self) -> Path:
         return self.folder / "routing"
@@ -77,6 +81,7 @@ class RunPlan:
         self._data = data
         self._devices = devices
         self._flags = training_flags(suite, run)
+        self._saved = checkpoint_iterations(suite, run)
 
     @property
     def seq_length(self) -> int:
@@ -89,8 +94,11 @@ class RunPlan:
         mask = (self.mask,) if has_experts else ()
         if self.run.kind == "check":
             return (*mask, self.check)
-        after = (self.evaluate, *((self.routing,) if has_experts else ())) if self.run.is_analyzed else ()
-        return (*mask, self.train, *after)
+        if not self.run.is_analyzed:
+            return (*mask, self.train)
+        routing = (self.routing,) if has_experts else ()
+        thin = () if self._suite.keeps_checkpoints else (self.thin,)
+        return (*mask, self.train, self.evaluate, *routing, *thin)
 
     @property
     def is_prepared(self) -> bool:
@@ -139,8 +147,8 @@ class RunPlan:
             "train",
             self._launch("--no-check"),
             inputs=self._inputs_of_training(),
-            outputs=(files.checkpoints,),
-            byproducts=(files.tensorboard, files.slurm),
+            outputs=(self._last_checkpoint,),
+            byproducts=(files.checkpoints, files.tensorboard, files.slurm),
             scratch=(files.dataset_cache,),
             continues=True,
         )
@@ -164,7 +172,7 @@ class RunPlan:
         return Stage(
             "evaluate",
             command,
-            inputs=(files.checkpoints, self._data.token_frequency, *self._data.inputs),
+            inputs=(self._last_checkpoint, self._data.token_frequency, *self._data.inputs),
             outputs=(files.evaluation,),
             scratch=(files.dataset_cache,),
             environment=self._devices.environment,
@@ -175,7 +183,7 @@ class RunPlan:
         files, data = self.files, self._data.flags
         command = tool_command(
             "analyze_routing",
-            *("--load", files.checkpoints),
+            *("--load", files.checkpoints, "--ckpt-step", *self._saved),
             *("--data-path", dataset_prefixes(data["data-path"])[0], "--split", *data["split"]),
             *("--tokens", self._suite.probe_tokens),
             *("--token-frequency", self._data.token_frequency),
@@ -184,10 +192,19 @@ class RunPlan:
         return Stage(
             "routing",
             command,
-            inputs=(files.checkpoints, self._data.token_frequency, *self._data.inputs),
+            inputs=(self._last_checkpoint, self._data.token_frequency, *self._data.inputs),
             outputs=(files.routing,),
             environment=self._devices.environment,
         )
+
+    def thin(self) -> Stage:
+        files = self.files
+        results = (files.evaluation, *((files.routing,) if self.run.variant.mask is not None else ()))
+        return Stage("thin", tool_command("thin_checkpoints", "--load", files.checkpoints), inputs=results, outputs=())
+
+    @property
+    def _last_checkpoint(self) -> Path:
+        return self.files.checkpoint(self._saved[-1])
 
     def _launch(self, option: str, flags: tuple[str, ...] = ()) -> tuple[str, ...]:
         launcher = (Path(sys.executable), "-P", "-m", "maskmoe.launch", option, "--run-dir", self.files.folder)

@@ -94,19 +94,35 @@ def whole_runs(suite: Suite, learning_rates: Mapping[str, str]) -> tuple[Run, ..
     return tuple(runs)
 
 
+def checkpoint_iterations(suite: Suite, run: Run) -> list[int]:
+    """At which a run saves, the last of them at its end; an interruption may add others."""
+    interval, end = _save_interval(suite, run), _train_iterations(suite, run)
+    last = min(run.variant.until or end, end)
+    return [*range(interval, last, interval), last]
+
+
+def _train_iterations(suite: Suite, run: Run) -> int:
+    """The length of the schedule, which a limit need not follow to its end."""
+    return suite.tuning_iterations if run.kind == "tuning" else int(run.variant.flags["train-iters"][0])
+
+
+def _save_interval(suite: Suite, run: Run) -> int:
+    return max(1, _train_iterations(suite, run) // suite.checkpoints)
+
+
 def training_flags(suite: Suite, run: Run) -> Flags:
     """Flags of training that depend on the run; those of the variant and the data come on top."""
     flags = dict(run.variant.flags)
-    if run.kind == "tuning":
-        flags["train-iters"] = (str(suite.tuning_iterations),)
-    iterations = int(flags["train-iters"][0])
+    flags.pop("keep-last-checkpoints", None)
     flags |= {
+        "train-iters": (str(_train_iterations(suite, run)),),
         "lr": (run.learning_rate,),
         "min-lr": (f"{suite.min_share * float(run.learning_rate):.6g}",),
         "seed": (str(run.seed),),
-        "save-interval": (str(max(1, iterations // suite.checkpoints)),),
+        "save-interval": (str(_save_interval(suite, run)),),
     }
-    flags.pop("keep-last-checkpoints", None)
+    if run.kind == "tuning":
+        flags["keep-last-checkpoints"] = ("1",)
     if run.variant.until is not None:
         flags["exit-interval"] = (str(run.variant.until),)
     return flags

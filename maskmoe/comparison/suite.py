@@ -15,7 +15,7 @@ Role = Literal["main", "grid", "limit"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _SUITE_KEYS = {
     *("title", "data", "model", "flags", "expert-flags", "mask", "seeds", "learning-rates", "variants", "grid"),
-    *("checkpoints", "probe-tokens", "baselines"),
+    *("checkpoints", "keep-checkpoints", "probe-tokens", "baselines"),
 }
 _VARIANT_KEYS = {"title", "model", "flags", LAYOUTS, "mask", "seeds", "tuned-as", "equals", "until"}
 _GRID_KEYS = {"of", "frequent-mass", "frequent-visible-experts", "seeds"}
@@ -76,6 +76,7 @@ class Suite:
         tuning_iterations: how long for.
         min_share: the smallest learning rate of a run, as a share of the largest.
         checkpoints: of a run, evenly spaced.
+        keeps_checkpoints: whether all stay when it is known how they route; else only the last.
         probe_tokens: tokens of held-out text whose routing is looked at.
     """
 
@@ -88,6 +89,7 @@ class Suite:
     tuning_iterations: int
     min_share: float
     checkpoints: int
+    keeps_checkpoints: bool
     probe_tokens: int
 
     @classmethod
@@ -143,6 +145,7 @@ class _Reader:
             tuning_iterations=self._count(rates, "iterations", "learning-rates"),
             min_share=self._positive(rates.get("min-share", "0.1")),
             checkpoints=self._count(content, "checkpoints", "", default="8"),
+            keeps_checkpoints=self._choice(content, "keep-checkpoints", ("all", "last")) == "all",
             probe_tokens=self._count(content, "probe-tokens", "", default="16384"),
         )
 
@@ -269,6 +272,13 @@ class _Reader:
         if not isinstance(word, str) or not word.isdecimal() or int(word) < 1:
             raise self._error(f"{where}{': ' if where else ''}{key} must be a whole number from 1, not {word}")
         return int(word)
+
+    def _choice(self, content: Mapping, key: str, choices: Sequence[str]) -> str:
+        """One of the words, the first if there is none."""
+        word = content.get(key, choices[0])
+        if word not in choices:
+            raise self._error(f"{key} must be {' or '.join(choices)}, not {word}")
+        return word
 
     def _positive(self, word: str) -> float:
         try:

@@ -111,10 +111,11 @@ class Runner:
     def _set_aside(self, stage: Stage, title: str) -> None:
         """Move what an earlier start has left out of the way, so that nothing is lost and nothing is mixed up."""
         files = self._plan.files
-        left = [path for path in (*stage.outputs, *stage.byproducts, files.log(stage.name)) if path.exists()]
+        made = (*stage.outputs, *stage.byproducts, files.log(stage.name))
+        left = [path for path in made if path.exists() and not any(folder in path.parents for folder in made)]
         if not left:
             return
-        if any(path in left for path in stage.outputs):
+        if any(path.exists() for path in stage.outputs):
             self._line.print(f"{title} earlier output is kept in {short_path(files.previous)}")
         files.previous.mkdir(exist_ok=True)
         for path in left:

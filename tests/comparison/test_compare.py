@@ -85,6 +85,7 @@ seeds: [1]
 baselines: [smoe]
 learning-rates: {values: [1e-2], iterations: 10}
 probe-tokens: 64
+keep-checkpoints: last
 variants:
   dense: {}
   smoe: {mask: {preset: smoe}}
@@ -124,6 +125,8 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     assert results.unfinished == []
     routing = results.runs_of("smoe")[0].routing
     assert routing.iterations == list(range(5, 41, 5))
+    for name in ("dense", "smoe"):
+        assert [path.name for path in folder.glob(f"runs/{name}.seed-1/checkpoints/iter_*")] == ["iter_0000040"]
 
     third = compare(*arguments)
     output, _ = third.communicate(timeout=60)

@@ -107,7 +107,7 @@ def leave_by_job(comparison, run, job="21", loss="2.5"):
     (logs / "attempt0.n1.log").write_text("launch: …\n")
     (logs / "attempt0.n2.log").write_text("\n".join([*map(ITERATION.format, (1, 2)), VALIDATION.format(loss), ""]))
     (files.slurm / f"{job}.finished").touch()
-    files.checkpoints.mkdir()
+    files.checkpoint(2).mkdir(parents=True)
 
 
 def make_jobs(comparison, words=("--nodes=2", "--partition=p"), throttle=None):
@@ -222,7 +222,8 @@ def test_what_jobs_have_trained_by_other_settings_is_set_aside(comparison, calls
     run = changed.runs_of_next_phase()[0]
     files = changed.plan(run).files
     assert run.kind == "tuning" and not changed.history(run).iterations
-    assert (files.previous / "slurm" / "21.finished").exists() and (files.previous / "checkpoints").exists()
+    assert (files.previous / "slurm" / "21.finished").exists()
+    assert (files.previous / "checkpoints" / "iter_0000002").exists()
     assert list(files.slurm.iterdir()) == []
 
 

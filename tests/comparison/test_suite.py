@@ -2,7 +2,14 @@
 
 import pytest
 
-from maskmoe.comparison.runs import Run, choose_learning_rates, training_flags, tuning_runs, whole_runs
+from maskmoe.comparison.runs import (
+    Run,
+    checkpoint_iterations,
+    choose_learning_rates,
+    training_flags,
+    tuning_runs,
+    whole_runs,
+)
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 
@@ -78,6 +85,28 @@ def test_runs_differ_in_what_is_decided_for_each_alone(suite):
     own = {"lr": ("1e-2",), "min-lr": ("0.001",), "seed": ("2",), "save-interval": ("5",)}
     assert flags == suite["maskmoe"].flags | own
     assert training_flags(suite, Run(suite["all-visible"], 1, "1e-2", "whole"))["exit-interval"] == ("5",)
+    tuning = training_flags(suite, Run(suite["maskmoe"], 1, "1e-2", "tuning"))
+    assert (tuning["train-iters"], tuning["keep-last-checkpoints"]) == (("10",), ("1",))
+
+
+@pytest.mark.parametrize(
+    ("train_iters", "checkpoints", "name", "kind", "saved"),
+    [
+        (40, 8, "maskmoe", "whole", list(range(5, 41, 5))),
+        (43, 8, "maskmoe", "whole", [*range(5, 41, 5), 43]),
+        (40, 100, "maskmoe", "whole", list(range(1, 41))),
+        (40, 8, "maskmoe", "tuning", list(range(1, 11))),
+        (40, 8, "all-visible", "whole", [5]),
+        (40, 13, "all-visible", "whole", [3, 5]),
+        (4, 2, "all-visible", "whole", [2, 4]),
+    ],
+)
+def test_a_run_saves_its_checkpoints_evenly_and_the_last_at_its_end(
+    suite_file, train_iters, checkpoints, name, kind, saved
+):
+    changes = {"data:": f"checkpoints: {checkpoints}\ndata:", "train-iters: 40": f"train-iters: {train_iters}"}
+    suite = Suite.read(suite_file(replace=changes), {})
+    assert checkpoint_iterations(suite, Run(suite[name], 1, "1e-2", kind)) == saved
 
 
 @pytest.mark.parametrize(
@@ -99,6 +128,7 @@ def test_runs_differ_in_what_is_decided_for_each_alone(suite):
         ("dense: {title", "../dense: {title", "names a folder"),
         ("data: {vocab-size: 300}", "data: {vocabulary: 300}", "unknown vocabulary"),
         ("iterations: 10", "iterations: 0", "iterations must be a whole number from 1"),
+        ("data:", "keep-checkpoints: none\ndata:", "keep-checkpoints must be all or last, not none"),
         ("smoe: {mask", "dense: {mask", "dense is there twice"),
         ("smoe: {mask: {preset: smoe}}", "smoe: {model: nowhere.yaml}", "nowhere.yaml"),
         ("smoe: {mask", "smoe: {layouts: {eight: {}}, mask", "variant smoe: `layouts` holds flags by number of ranks"),

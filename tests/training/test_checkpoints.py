@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -19,6 +20,7 @@ from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import check_same_model, find_checkpoint
 from maskmoe.training.setup import parse_and_check_args
 
+REPOSITORY = Path(__file__).parents[2]
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
 EXPERT_2 = "--expert-model-parallel-size 2"
 
@@ -191,6 +193,37 @@ def test_old_checkpoints_are_removed_but_those_to_retain(workplace, new_run, tmp
     outcome = workplace.run(new_run(flags, saves=True), tmp_path / "run")
     assert outcome.exit_codes == (0,), outcome.report()
     assert saved_iterations(outcome.checkpoints) == [11, 8, 4]
+
+
+def thin(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "tools/thin_checkpoints.py"), "--load", str(folder), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.runs(SAVED)
+def test_a_series_is_thinned(copy):
+    truncate(checkpoint_path(copy, 21) / "__1_0.distcp")
+    result = thin(copy)
+    assert (result.returncode, result.stdout) == (0, f"removed  {copy}/iter_0000007\n"), result.stderr
+    assert saved_iterations(copy) == [21, 14]
+    assert thin(copy).stdout == ""
+    shutil.rmtree(checkpoint_path(copy, 21))
+    assert thin(copy).stdout == "" and saved_iterations(copy) == [14]
+
+
+@pytest.mark.runs(SAVED)
+@pytest.mark.parametrize(
+    ("folder", "flags", "message"),
+    [
+        ("copy", ("--keep-last-checkpoints", "0"), "--keep-last-checkpoints must be at least 1, not 0"),
+        ("nowhere", (), "--load {folder} holds no checkpoint"),
+    ],
+)
+def test_thinning_never_removes_all(copy, folder, flags, message):
+    folder = copy.with_name(folder)
+    result = thin(folder, *flags)
+    assert (result.returncode, result.stderr) == (2, f"error: {message.format(folder=folder)}\n")
+    assert saved_iterations(copy) == [21, 14, 7]
 
 
 @pytest.fixture
