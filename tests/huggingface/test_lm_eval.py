@@ -92,6 +92,7 @@ def score(folder: Path, texts: list[dict[str, str]]) -> list[float]:
     return [text["log_likelihood"] for text in json.loads((folder / "scores.json").read_text())["texts"]]
 
 
+@pytest.mark.slow
 def test_same_log_likelihoods(folder, harness):
     """In fp32, whose sums over at most 200 tokens differ by rounding."""
     texts, expected = [], []

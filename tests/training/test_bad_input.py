@@ -43,7 +43,6 @@ MORE_CASES = {
     "truncated bin": ("--data-path bad/short_bin", MASK, ["short_bin.bin", "truncated"]),
     "truncated idx": ("--data-path bad/short_idx", MASK, ["short_idx.idx", "truncated"]),
     "mask for another vocabulary": ("--vocab-size 500", MASK, ["vocabulary", "510", "500"]),
-    "mask for another expert parallel size": ("", "bad/for_2_ranks.safetensors", ["rank-local", "size 2", "1"]),
     "dataset of another tokenizer": (
         f"{SENTENCE_PIECE} bad/ours.model --data-path bad/theirs",
         "bad/without_counts.safetensors",
@@ -116,9 +115,6 @@ def write_bad_masks(source: Path, folder: Path) -> None:
     altered = mask.replace(b'\\"seed\\": 1', b'\\"seed\\": 2').replace(b'\\"seed\\":1', b'\\"seed\\":2')
     (folder / "altered.safetensors").write_bytes(altered)
     (folder / "truncated.safetensors").write_bytes(mask[: len(mask) // 2])
-    recipe = MaskRecipe(8, 4, "rank-local", 0.4, 4, expert_model_parallel_size=2)
-    counts = count_token_frequency([str(source / "data")], 510, workers=1)
-    build_routing_mask(recipe, frequency=counts).save(folder / "for_2_ranks.safetensors")
 
 
 def write_tokenizers(folder: Path) -> None:

@@ -69,7 +69,8 @@ def test_killed_rank_is_started_again(runs, start_faulty, tmp_path):
     assert outcome.difference(undisturbed) == 0
 
 
-@pytest.mark.parametrize("flags", [pytest.param("", marks=pytest.mark.slow), "--async-save"])
+@pytest.mark.parametrize("flags", ["", "--async-save"])
+@pytest.mark.slow
 @UNDISTURBED
 def test_killed_while_saving(runs, start_faulty, tmp_path, flags):
     """The first checkpoint that is whole stays so, and the unfinished one is not loaded, but written again."""
@@ -89,6 +90,7 @@ def test_killed_while_saving(runs, start_faulty, tmp_path, flags):
     assert all(is_sound(checkpoint_path(tmp_path / "save", iteration)) for iteration in (7, 14, 21))
 
 
+@pytest.mark.slow
 def test_writer_ends_with_its_rank(start_faulty):
     """Also where no launcher is left to end it: the run that takes its place may save the same checkpoint."""
     with start_faulty(flags="--async-save") as processes:
@@ -104,10 +106,11 @@ def test_writer_ends_with_its_rank(start_faulty):
     "number, ranks, flags",
     [
         (signal.SIGUSR1, (0, 1), "--num-workers 1 --async-save"),
-        pytest.param(signal.SIGTERM, (0, 1), "--num-workers 1", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, (1,), "--async-save", marks=pytest.mark.slow),
+        (signal.SIGTERM, (0, 1), "--num-workers 1"),
+        (signal.SIGTERM, (1,), "--async-save"),
     ],
 )
+@pytest.mark.slow
 @UNDISTURBED
 def test_signal_saves_and_asks_to_be_requeued(runs, start_faulty, tmp_path, number, ranks, flags):
     """The signal goes to whole process groups, as torchrun's and Slurm's do: data loaders and writers get it, too."""
@@ -153,9 +156,10 @@ def test_sigterm_to_torchrun_saves(start_faulty, tmp_path):
     "kind, exit_code, verdict, newest",
     [
         ("nan", 17, "not so when the step was repeated", 7),
-        pytest.param("nan-always", 16, "so again when the step was repeated", 9, marks=pytest.mark.slow),
+        ("nan-always", 16, "so again when the step was repeated", 9),
     ],
 )
+@pytest.mark.slow
 def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, verdict, newest):
     """Megatron repeats the step; what happens again may be the model's fault, so it saves to go on elsewhere."""
     with start_faulty(kind, iteration=10) as processes:

@@ -38,6 +38,7 @@ def test_continues_the_prompt_alike_on_one_rank_and_two(generate):
     assert text in (outcome.folder / "out0.log").read_text()
 
 
+@pytest.mark.slow
 def test_seed_decides_the_sample(generate):
     texts = [generate(name, f"--seed {seed}")[1] for name, seed in (("a", 1), ("b", 1), ("c", 2))]
 

@@ -21,7 +21,7 @@ def test_resume_after_stop_is_bit_equal(runs):
         for name, *marks in [
             ("fp32",),
             ("bf16", pytest.mark.slow),
-            ("fp32, distributed optimizer",),
+            ("fp32, distributed optimizer", pytest.mark.slow),
             ("bf16, distributed optimizer",),
             ("experts on 2", pytest.mark.slow),
             ("experts on 2, distributed optimizer", pytest.mark.slow),
@@ -41,8 +41,8 @@ def test_resume_is_bit_equal(runs, kind):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(name, marks=pytest.mark.runs(name, f"{name}, resumed on 1"))
-        for name in ("experts on 2", "experts on 2, distributed optimizer")
+        pytest.param(name, marks=[pytest.mark.runs(name, f"{name}, resumed on 1"), *marks])
+        for name, *marks in [("experts on 2", pytest.mark.slow), ("experts on 2, distributed optimizer",)]
     ],
 )
 def test_resume_with_fewer_expert_parallel_ranks(runs, kind):

@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
 from maskmoe.training.run_check.activations import micro_batches_in_flight
 from maskmoe.training.run_check.command import ranks_to_check
@@ -105,6 +106,7 @@ ERRORS = {
     "--global-batch-size 40": ["--global-batch-size 40", "data parallel size 8 = 16; 32 or 48 would fit"],
     "--num-attention-heads 3": ["num_attention_heads"],
     "--routing-mask nowhere.safetensors": ["nowhere.safetensors"],
+    "--routing-mask for_2_ranks.safetensors --expert-model-parallel-size 4": ["rank-local", "size 2", "4"],
     "--routing-mask data.bin": ["data.bin"],
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model data.bin": ["data.bin) cannot be made"],
     "--load save/nowhere --ckpt-step 3": ["save/nowhere", "iter_0000003"],
@@ -141,6 +143,9 @@ def bench(workplace, tmp_path_factory) -> Bench:
     # Shared by all layers, so that it fits any number of them.
     recipe = MaskRecipe.from_preset("smoe", 8, 5, shared_table=True)
     build_routing_mask(recipe, vocab_size=VOCAB_SIZE).save(folder / "mask.safetensors")
+    recipe = MaskRecipe(8, 4, "rank-local", 0.4, 4, expert_model_parallel_size=2)
+    frequency = count_token_frequency([str(workplace.folder / "data")], VOCAB_SIZE, workers=1)
+    build_routing_mask(recipe, frequency=frequency).save(workplace.folder / "for_2_ranks.safetensors")
     (folder / "cases").mkdir()
     return Bench(workplace, folder / "cases")
 
