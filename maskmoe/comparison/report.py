@@ -29,9 +29,9 @@ _HOW = """\
 Every variant is trained on the same tokens; runs of a seed see them in the same order. Learning rates were chosen by
 short runs of the first seed. *Loss* is the mean of −ln p of the next token on held-out text, *perplexity* its
 exponential. ± is the standard error over seeds. Differences are taken seed by seed; **bold** ones differ from 0 with
-95 % confidence (Student's t, which asks much of two or three seeds). Bands are made by how frequent the *input*
-token's id is in the text, which is what a table can go by: the most frequent ids, which make up the top 40 % of all
-tokens; those that make up the next 50 %; and all others."""
+95 % confidence (Student's t, which asks much of two or three seeds); of variants with one seed this cannot be said.
+Bands are made by how frequent the *input* token's id is in the text, which is what a table can go by: the most frequent
+ids, which make up the top 40 % of all tokens; those that make up the next 50 %; and all others."""
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -113,8 +113,9 @@ def _differences(results: Results, baseline: VariantResult) -> Iterator[str]:
             continue
         of_bands = [paired_difference(results, variant.name, baseline.name, _of_band(name)) for name in bands]
         rows.append([variant.title, *map(_difference, (difference, *of_bands)), str(difference.num)])
-        verdict = open_ if not difference.is_resolved else better if difference.mean < 0 else worse
-        verdict.append(variant.title)
+        if difference.num > 1:
+            verdict = open_ if not difference.is_resolved else better if difference.mean < 0 else worse
+            verdict.append(variant.title)
     yield f"Loss minus that of {baseline.title}; below 0 is better."
     yield markdown_table(["variant", "all tokens", *(f"ids of {name}" for name in bands), "seeds"], rows)
     for words, titles in (("Better", better), ("Worse", worse), ("Not resolved", open_)):

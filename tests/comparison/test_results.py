@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,6 +79,14 @@ def test_report_tells_what_was_put_in(tmp_path):
 def test_what_noise_hides_is_not_resolved():
     text = render_report(synthetic_results(noise=0.3), {})
     assert "Not resolved" in text
+
+
+def test_one_seed_is_no_verdict():
+    results = synthetic_results()
+    of_one_seed = replace(results, runs=[run for run in results.runs if run.seed == results.runs[0].seed])
+    text = render_report(of_one_seed, {})
+    assert not re.search("^(Better|Worse|Not resolved): ", text, re.MULTILINE)
+    assert "±" not in text.partition("## Difference")[2]
 
 
 def test_what_is_missing_is_named():
