@@ -413,7 +413,9 @@ def test_command_that_takes_no_notice_is_killed(supervise, has_signal):
     """As torchrun does where its store does not answer: ranks have ended, and a signal is not looked at."""
     launch = supervise(
         "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        f"subprocess.Popen(['true']); {LEAVE.format(code=EXIT_HANG)}; print('ready', flush=True); time.sleep(1000)",
+        # Kept, since an object that goes away reaps its process.
+        f"rank = subprocess.Popen(['true']); {LEAVE.format(code=EXIT_HANG)}\n"
+        "print('ready', flush=True); time.sleep(1000)",
         shutdown_timeout=2,
         patience=2,
     )
