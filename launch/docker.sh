@@ -44,7 +44,7 @@ run() {
 }
 
 has_gpus() {
-    nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'
+    [[ $(nvidia-smi --list-gpus 2>/dev/null) == GPU* ]]
 }
 
 engine() {

@@ -1,6 +1,7 @@
 """Prepares the process for megatron before any test module imports it, and starts gloo ranks."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 RunRanks = Callable[..., None]
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and with them the processes under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

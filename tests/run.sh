@@ -50,7 +50,7 @@ case ${1:-} in
 esac
 
 has_gpu() {
-    nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU' &&
+    [[ $(nvidia-smi --list-gpus 2>/dev/null) == GPU* ]] &&
         .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 }
 

@@ -41,7 +41,8 @@ def with_gpus(tmp_path) -> dict[str, str]:
     """An environment in which nvidia-smi shows two GPUs."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\necho 'GPU 1: NVIDIA H100'\n")
+    # A reader that has left after the first line would be noticed at the second.
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\nsleep 0.1\necho 'GPU 1: NVIDIA H100'\n")
     program.chmod(0o755)
     return {"PATH": f"{program.parent}:{os.environ['PATH']}"}
 

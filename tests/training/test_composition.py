@@ -76,9 +76,7 @@ FAST = {
     "rich, tensor 2, expert parallel 2",
     "rich, pipeline 2",
     "groups, tensor 2, expert parallel 2",
-    "norms over all heads, tensor 2",
     "experts of one rank, selective recompute",
-    "experts of one rank, full recompute, expert parallel 2, pipeline 2",
 }
 BF16 = "bf16, distributed optimizer"
 
