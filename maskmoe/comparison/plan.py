@@ -90,13 +90,12 @@ class RunPlan:
     @property
     def stages(self) -> tuple[Callable[[], Stage], ...]:
         """Makers of all stages, in order."""
-        has_experts = self.run.variant.mask is not None
-        mask = (self.mask,) if has_experts else ()
+        mask = (self.mask,) if self.run.variant.has_experts else ()
         if self.run.kind == "check":
             return (*mask, self.check)
         if not self.run.is_analyzed:
             return (*mask, self.train)
-        routing = (self.routing,) if has_experts else ()
+        routing = (self.routing,) if self.run.variant.has_experts else ()
         thin = () if self._suite.keeps_checkpoints else (self.thin,)
         return (*mask, self.train, self.evaluate, *routing, *thin)
 
@@ -199,7 +198,7 @@ class RunPlan:
 
     def thin(self) -> Stage:
         files = self.files
-        results = (files.evaluation, *((files.routing,) if self.run.variant.mask is not None else ()))
+        results = (files.evaluation, *((files.routing,) if self.run.variant.has_experts else ()))
         return Stage("thin", tool_command("thin_checkpoints", "--load", files.checkpoints), inputs=results, outputs=())
 
     @property
@@ -211,11 +210,11 @@ class RunPlan:
         return words(*launcher, self.files.model_file, *flags)
 
     def _inputs_of_training(self) -> tuple[Path, ...]:
-        mask = (self.files.routing_mask,) if self.run.variant.mask is not None else ()
+        mask = (self.files.routing_mask,) if self.run.variant.has_experts else ()
         return (self.files.model_file, *mask, *self._data.inputs)
 
     def _model_text(self) -> str:
-        mask = {} if self.run.variant.mask is None else {"routing-mask": (str(self.files.routing_mask),)}
+        mask = {"routing-mask": (str(self.files.routing_mask),)} if self.run.variant.has_experts else {}
         own = {"data-cache-path": (str(self.files.dataset_cache),), **mask}
         content = _as_yaml({**self._flags, **self._data.flags, **own})
         if self.run.variant.layouts:

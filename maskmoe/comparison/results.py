@@ -16,6 +16,7 @@ from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.runs import Run, choose_learning_rates, tuning_runs
 from maskmoe.comparison.suite import Role, Variant
+from maskmoe.json_files import read_json
 from maskmoe.stages.record import RunRecord
 
 _CONFIDENCE = 0.95
@@ -57,8 +58,8 @@ class RoutingHistory:
 
     @classmethod
     def read(cls, path: Path) -> "RoutingHistory":
-        """From routing.json."""
-        content = json.loads(path.read_text(encoding="utf-8"))
+        """From routing.json. Raises UserError if it cannot be read."""
+        content = read_json(path)
         checkpoints, changes = content["checkpoints"], content["fluctuation"]
         last = checkpoints[-1]
         return cls(
@@ -196,8 +197,8 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read what `save` has written."""
-        content = json.loads(path.read_text(encoding="utf-8"))
+        """Read what `save` has written. Raises UserError if it cannot be read."""
+        content = read_json(path)
         variants = [_variant_result(values) for values in content.pop("variants")]
         runs = [_run_result(values) for values in content.pop("runs")]
         limits = [LimitResult(**values) for values in content.pop("limits")]
@@ -310,8 +311,7 @@ def _tokens(variant: Variant) -> int:
 
 def _read_run(comparison: Comparison, run: Run) -> RunResult:
     plan = comparison.plan(run)
-    evaluation = json.loads(plan.files.evaluation.read_text(encoding="utf-8"))
-    has_experts = run.variant.mask is not None
+    evaluation = read_json(plan.files.evaluation)
     history = comparison.history(run)
     return RunResult(
         variant=run.variant.name,
@@ -322,7 +322,7 @@ def _read_run(comparison: Comparison, run: Run) -> RunResult:
         loss=evaluation["loss"],
         bands=[{name: band[name] for name in ("name", "share", "loss")} for band in evaluation["bands"]],
         load=[load["tokens_per_expert"] for load in evaluation["expert_load"]],
-        routing=RoutingHistory.read(plan.files.routing / "routing.json") if has_experts else None,
+        routing=RoutingHistory.read(plan.files.routing / "routing.json") if run.variant.has_experts else None,
     )
 
 

@@ -53,6 +53,11 @@ class Variant:
     seeds: tuple[int, ...]
 
     @property
+    def has_experts(self) -> bool:
+        """Whether there is something to route."""
+        return self.mask is not None
+
+    @property
     def is_tuned(self) -> bool:
         """Whether its own learning rate is sought."""
         return self.tuned_as == self.name
@@ -201,7 +206,7 @@ class _Reader:
             return
         spec = self._mapping(self._content, "grid", _GRID_KEYS)
         base = next((variant for variant in variants if variant.name == spec.get("of")), None)
-        if base is None or base.mask is None:
+        if base is None or not base.has_experts:
             raise self._error(f"grid: `of: {spec.get('of')}` must name a variant that has a mask")
         masses = self._list(spec, "frequent-mass", "grid")
         numbers = self._list(spec, "frequent-visible-experts", "grid")
