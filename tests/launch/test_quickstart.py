@@ -513,7 +513,7 @@ def test_ctrl_c_ends_the_stage_in_order_and_the_next_run_continues(stub_run):
     process = stub_run.start()
     stub_run.wait_for_half()
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert output.endswith("interrupted; the same command goes on from here\n")
     assert (stub_run.folder / "ended-in-order").exists()
@@ -558,7 +558,7 @@ def test_workers_of_a_killed_stage_are_ended(stub_run):
     stub_run.wait_for_half()
     stage, worker = worker_of(process)
     stage.kill()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "a process was killed" in output
     wait_until(lambda: has_ended(worker))
@@ -585,7 +585,7 @@ def test_continuing_with_other_settings_starts_from_nothing(stub_run):
     process = stub_run.start()
     stub_run.wait_for_half()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=30)
     assert process.returncode == 143
     stub_run.release()
     stub_run.flags["steps"] = ["--setting", "new"]
@@ -603,7 +603,7 @@ def test_second_quickstart_in_the_same_folder_is_refused(stub_run):
         f"error: another command (process {process.pid}) is at work in {stub_run.folder}; give another --run-dir\n"
     )
     stub_run.release()
-    process.communicate(timeout=120)
+    process.communicate(timeout=30)
     assert process.returncode == 0
     assert stub_run.starts() == ["first", "steps", "last"]
 
