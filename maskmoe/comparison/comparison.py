@@ -11,10 +11,10 @@ from maskmoe.comparison.plan import DataPlan, RunPlan
 from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, tuning_runs, whole_runs
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
-from maskmoe.stages.devices import Devices
-from maskmoe.stages.progress import TrainingHistory
-from maskmoe.stages.record import RunRecord
-from maskmoe.stages.runner import read_log
+from maskmoe.workflow.devices import Devices
+from maskmoe.workflow.progress import TrainingHistory
+from maskmoe.workflow.record import RunRecord
+from maskmoe.workflow.runner import read_log
 
 
 @dataclass(frozen=True)

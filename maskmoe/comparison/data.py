@@ -7,9 +7,9 @@ from typing import NoReturn, Protocol
 
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
-from maskmoe.stages.split import choose_split
-from maskmoe.stages.stage import Stage, StageFiles, tool_command
-from maskmoe.stages.text import TextFiles, TextStages
+from maskmoe.workflow.split import choose_split
+from maskmoe.workflow.stage import Stage, StageFiles, tool_command
+from maskmoe.workflow.text import TextFiles, TextStages
 
 
 class Data(Protocol):

@@ -8,9 +8,9 @@ from pathlib import Path
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.runs import Run
 from maskmoe.errors import RunFailure
-from maskmoe.stages.lock import RunLock
-from maskmoe.stages.process import StageProcess
-from maskmoe.stages.progress import ProgressLine, format_seconds
+from maskmoe.workflow.lock import RunLock
+from maskmoe.workflow.process import StageProcess
+from maskmoe.workflow.progress import ProgressLine, format_seconds
 
 _POLL_SECONDS = 0.5
 

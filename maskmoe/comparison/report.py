@@ -8,7 +8,7 @@ from pathlib import Path
 from maskmoe.cli import atomic_output
 from maskmoe.comparison.plots import draw_plots
 from maskmoe.comparison.results import Estimate, Results, RunResult, VariantResult, paired_difference
-from maskmoe.stages.markdown import markdown_table
+from maskmoe.workflow.markdown import markdown_table
 
 _KINDS = """\
 A mixture-of-experts layer has several feed-forward networks, the experts, and sends each token through one of them.

@@ -17,7 +17,7 @@ from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.runs import Run, choose_learning_rates, tuning_runs
 from maskmoe.comparison.suite import Role, Variant
 from maskmoe.json_files import read_json
-from maskmoe.stages.record import RunRecord
+from maskmoe.workflow.record import RunRecord
 
 _CONFIDENCE = 0.95
 

@@ -15,12 +15,12 @@ from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.runs import Run, tuning_runs
 from maskmoe.comparison.slurm_jobs import SUBMIT, Jobs, Phase, Submit
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.stages.failure import explain_failure
-from maskmoe.stages.lock import locked
-from maskmoe.stages.progress import ProgressLine
-from maskmoe.stages.record import RunRecord
-from maskmoe.stages.runner import Runner, read_log
-from maskmoe.stages.stage import short_path
+from maskmoe.workflow.failure import explain_failure
+from maskmoe.workflow.lock import locked
+from maskmoe.workflow.progress import ProgressLine
+from maskmoe.workflow.record import RunRecord
+from maskmoe.workflow.runner import Runner, read_log
+from maskmoe.workflow.stage import short_path
 
 
 @dataclass(frozen=True)

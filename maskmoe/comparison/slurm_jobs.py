@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maskmoe.comparison.runs import Run
 from maskmoe.errors import UserError
-from maskmoe.stages.stage import ROOT
+from maskmoe.workflow.stage import ROOT
 
 SUBMIT = ROOT / "launch" / "slurm" / "submit.sh"
 

@@ -13,7 +13,7 @@ from maskmoe.launch.model_file import Flags, ModelFile, override, split_flags
 from maskmoe.launch.network import route_to, wait_for
 from maskmoe.launch.options import Options, parse_options
 from maskmoe.launch.supervisor import Supervisor
-from maskmoe.stages.devices import Devices, find_devices
+from maskmoe.workflow.devices import Devices, find_devices
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ from maskmoe.cli import atomic_output, run_tool
 from maskmoe.quickstart.plan import Plan
 from maskmoe.quickstart.report import collect_results, draw_loss_curve, render_report
 from maskmoe.quickstart.settings import parse_settings
-from maskmoe.stages.devices import find_devices
-from maskmoe.stages.entry import run_to_end
-from maskmoe.stages.record import RunRecord
-from maskmoe.stages.runner import read_log
+from maskmoe.workflow.devices import find_devices
+from maskmoe.workflow.entry import run_to_end
+from maskmoe.workflow.record import RunRecord
+from maskmoe.workflow.runner import read_log
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskmoe.quickstart.settings import HEAD_SIZE, RunFiles, Settings
-from maskmoe.stages.devices import Devices
-from maskmoe.stages.split import Split, choose_split, opening_of_held_out_text
-from maskmoe.stages.stage import Stage, tool_command, words
-from maskmoe.stages.text import TextStages
+from maskmoe.workflow.devices import Devices
+from maskmoe.workflow.split import Split, choose_split, opening_of_held_out_text
+from maskmoe.workflow.stage import Stage, tool_command, words
+from maskmoe.workflow.text import TextStages
 
 _PROMPT_FOR_PYTHON = 'def read_lines(path):\n    """'
 _PROMPT_TOKENS = 16

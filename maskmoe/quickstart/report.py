@@ -14,9 +14,9 @@ import numpy as np
 from maskmoe.cli import atomic_output
 from maskmoe.quickstart.plan import Plan
 from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.stages.markdown import markdown_table
-from maskmoe.stages.progress import TrainingHistory, format_seconds
-from maskmoe.stages.record import RunRecord
+from maskmoe.workflow.markdown import markdown_table
+from maskmoe.workflow.progress import TrainingHistory, format_seconds
+from maskmoe.workflow.record import RunRecord
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
-from maskmoe.stages.stage import ROOT, TrainingFiles
-from maskmoe.stages.text import TextFiles
+from maskmoe.workflow.stage import ROOT, TrainingFiles
+from maskmoe.workflow.text import TextFiles
 
 HEAD_SIZE = 32
 

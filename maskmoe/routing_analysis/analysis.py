@@ -35,7 +35,7 @@ from maskmoe.routing_analysis.trace import RoutingTrace
 from maskmoe.routing_mask.frequency import TokenFrequency
 
 if TYPE_CHECKING:
-    from maskmoe.training.frequency_bands import FrequencyBands
+    from maskmoe.routing_mask.frequency_bands import FrequencyBands
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def analyze(
         probe = Probe(token_ids, seq_length, settings.batch_size, text.source, read_pieces(folder, token_ids))
 
     from maskmoe.routing_analysis.recording import load_decoder, record_routing
-    from maskmoe.training.frequency_bands import FrequencyBands
+    from maskmoe.routing_mask.frequency_bands import FrequencyBands
 
     def record(position: int, model: ModelSource) -> RoutingTrace:
         with model_folder(model, conversion) as folder:

@@ -107,9 +107,9 @@ def _format_of(path: Path) -> _Format:
     if (path / _CONFIG_FILE).is_file():
         return _Format.TRANSFORMERS
 
-    import maskmoe.training  # noqa: F401  before megatron is imported
+    from maskmoe.megatron_compat import prepare_process
 
-    # isort: split
+    prepare_process()
     from maskmoe.checkpoint.integrity import LAYOUT_FILE
     from maskmoe.checkpoint.series import has_checkpoint
 
@@ -177,7 +177,7 @@ def _shape(config: Mapping[str, Any], model: ModelSource) -> ModelShape:
 def _read_config(model: ModelSource) -> Mapping[str, Any]:
     """The fields of `MaskMoEConfig` that a model has."""
     if model.is_megatron:
-        from maskmoe.checkpoint.conversion.megatron_models import open_megatron
+        from maskmoe.conversion.megatron_models import open_megatron
 
         fields = open_megatron(model.path).config
     else:
@@ -199,7 +199,7 @@ def _read_config(model: ModelSource) -> Mapping[str, Any]:
 def tokenizer_sha256(model: ModelSource) -> str | None:
     """Digest of the tokenizer's file that a model was trained with; None if it is not known. Raises UserError."""
     if model.is_megatron:
-        from maskmoe.checkpoint.conversion.megatron_models import open_megatron
+        from maskmoe.conversion.megatron_models import open_megatron
 
         return getattr(open_megatron(model.path).args, "tokenizer_sha256", None)
     args = model.path / _MEGATRON_ARGS
@@ -216,8 +216,8 @@ def model_folder(model: ModelSource, conversion: Conversion) -> Iterator[Path]:
     if not model.is_megatron:
         yield model.path
         return
-    from maskmoe.checkpoint.conversion.convert import Settings, megatron_to_huggingface
-    from maskmoe.checkpoint.conversion.tokenizer import WITHOUT_TEXT
+    from maskmoe.conversion.convert import Settings, megatron_to_huggingface
+    from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 
     with _scratch_folder(conversion) as scratch:
         folder = scratch / "model"
@@ -235,8 +235,8 @@ def tokenizer_folder(model: ModelSource, conversion: Conversion) -> Iterator[Pat
     if not model.is_megatron:
         yield model.path
         return
-    from maskmoe.checkpoint.conversion.megatron_models import open_megatron
-    from maskmoe.checkpoint.conversion.tokenizer import WITHOUT_TEXT, export_tokenizer
+    from maskmoe.conversion.megatron_models import open_megatron
+    from maskmoe.conversion.tokenizer import WITHOUT_TEXT, export_tokenizer
 
     args = open_megatron(model.path).args
     kind = conversion.tokenizer_type or args.tokenizer_type

@@ -155,9 +155,9 @@ def split_sequences(split: str, eval_split: str, num_sequences: int) -> range:
     Raises:
         UserError: `split` makes no sense, or gives the split nothing.
     """
-    import maskmoe.training  # noqa: F401  before megatron is imported
+    from maskmoe.megatron_compat import prepare_process
 
-    # isort: split
+    prepare_process()
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
         parse_and_normalize_split,

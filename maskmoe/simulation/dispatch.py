@@ -1,24 +1,16 @@
 """What the ways to dispatch tokens put on the wire, beside the tokens themselves."""
 
 from dataclasses import dataclass
-from enum import Enum
 
 from maskmoe.errors import UserError
 from maskmoe.simulation.layout import Layout
 from maskmoe.simulation.traffic import Traffic
+from maskmoe.transformer.dispatch.kind import DispatchKind
 
 _WEIGHT_BYTES = 4
 """Routers compute in fp32."""
 _COUNT_BYTES = 8
 _ID_BYTES = 4
-
-
-class Dispatch(Enum):
-    """How tokens get to their experts; the values are for people."""
-
-    STOCK = "Megatron's all-to-all: a row for every selected expert"
-    ONE_COPY = "one copy a rank"
-    PLANNED = "one copy a rank, planned from the token ids"
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class Exchange:
     bytes_per_row: int
 
 
-def exchanges(dispatch: Dispatch, traffic: Traffic, layout: Layout, workload: Workload) -> tuple[Exchange, ...]:
+def exchanges(dispatch: DispatchKind, traffic: Traffic, layout: Layout, workload: Workload) -> tuple[Exchange, ...]:
     """All collectives of one layer and step, for one micro-batch without recomputation.
 
     Hidden states go there and back, and so do their gradients: four all-to-alls. Beside these,
@@ -87,10 +79,10 @@ def exchanges(dispatch: Dispatch, traffic: Traffic, layout: Layout, workload: Wo
         layout, workload: the run.
     """
     hidden = Exchange("hidden states", 4, traffic, workload.hidden_size * workload.bytes_per_element)
-    if dispatch is Dispatch.PLANNED:
+    if dispatch is DispatchKind.PLANNED:
         ids = workload.tokens_per_rank * _ID_BYTES
         return hidden, Exchange("token ids", 1 / workload.num_layers, Traffic.to_every_peer(layout), ids)
-    if dispatch is Dispatch.STOCK:
+    if dispatch is DispatchKind.STOCK:
         weights_per_row, counts = 1, workload.num_experts
     else:
         weights_per_row = workload.num_experts // layout.ep_size

@@ -6,9 +6,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskmoe.simulation.dispatch import Dispatch
 from maskmoe.simulation.results import Cost, Result
 from maskmoe.simulation.variants import VARIANTS, Routing
+from maskmoe.transformer.dispatch.kind import DispatchKind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +112,7 @@ def _draw_lines(axes: "Axes", results: Sequence[Result], value: Callable[[Cost],
         points = [(num_gpus, value(cost)) for num_gpus, cost in costs if cost is not None and value(cost) > 0]
         if not points:
             continue
-        is_stock = variant.dispatch is Dispatch.STOCK
+        is_stock = variant.dispatch is DispatchKind.STOCK
         axes.plot(
             *zip(*points, strict=True),
             color=_COLOR_OF_ROUTING[variant.routing],

@@ -5,9 +5,9 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from maskmoe.simulation.dispatch import Dispatch
 from maskmoe.simulation.layout import Layout
 from maskmoe.simulation.variants import Variant
+from maskmoe.transformer.dispatch.kind import DispatchKind
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,6 @@ class Result:
     layout: Layout
     topk: int
     variant: Variant
-    dispatch: Dispatch
+    dispatch: DispatchKind
     cost: Cost | None = None
     impossible: str | None = None

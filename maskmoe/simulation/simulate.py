@@ -10,13 +10,14 @@ from maskmoe.routing_mask import RoutingMask, TokenFrequency
 from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.routing_mask.mask import expected_expert_load
 from maskmoe.simulation.cluster import Cluster
-from maskmoe.simulation.dispatch import Dispatch, Workload, exchanges
+from maskmoe.simulation.dispatch import Workload, exchanges
 from maskmoe.simulation.layout import Layout, Reach
 from maskmoe.simulation.micro_batches import MicroBatches
 from maskmoe.simulation.results import Cost, Result
 from maskmoe.simulation.routing import VisibleTable
 from maskmoe.simulation.traffic import Traffic, TrafficCounter, planned_rows, rows_of_choices
 from maskmoe.simulation.variants import VARIANTS, Masks, Routing
+from maskmoe.transformer.dispatch.kind import DispatchKind
 
 # Small enough for the cache, large enough for numpy.
 _BLOCK_TOKENS = 1 << 17
@@ -96,8 +97,8 @@ class Simulation:
             traffics.append(self._route(layout, mask, rank_of_set, topk, rng, bar))
         for variant in variants:
             dispatch = variant.dispatch
-            if is_planned and dispatch is Dispatch.ONE_COPY:
-                dispatch = Dispatch.PLANNED
+            if is_planned and dispatch is DispatchKind.ONE_COPY:
+                dispatch = DispatchKind.PLANNED
             cost = Cost.mean([self._cost(layout, dispatch, traffic) for traffic in traffics])
             yield Result(layout, topk, variant, dispatch, cost)
 
@@ -129,8 +130,8 @@ class Simulation:
         expected_load = of_expert.reshape(layout.ep_size, -1).sum(axis=1)
         return _LayerTraffic(per_expert.total(), per_rank.total(), expected_load)
 
-    def _cost(self, layout: Layout, dispatch: Dispatch, of_layer: _LayerTraffic) -> Cost:
-        traffic = of_layer.per_expert if dispatch is Dispatch.STOCK else of_layer.per_rank
+    def _cost(self, layout: Layout, dispatch: DispatchKind, of_layer: _LayerTraffic) -> Cost:
+        traffic = of_layer.per_expert if dispatch is DispatchKind.STOCK else of_layer.per_rank
         hidden, *others = exchanges(dispatch, traffic, layout, self._workload)
         sent_bytes, seconds = np.zeros(len(Reach)), 0.0
         for exchange in (hidden, *others):

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
-from maskmoe.simulation.dispatch import Dispatch
 from maskmoe.simulation.layout import Layout
+from maskmoe.transformer.dispatch.kind import DispatchKind
 
 
 class Routing(Enum):
@@ -30,16 +30,16 @@ class Variant:
 
     name: str
     routing: Routing
-    dispatch: Dispatch
+    dispatch: DispatchKind
 
 
 VARIANTS = (
-    Variant("top-k, row per expert", Routing.TOPK, Dispatch.STOCK),
-    Variant("top-k, one copy", Routing.TOPK, Dispatch.ONE_COPY),
-    Variant("mask, row per expert", Routing.MASK, Dispatch.STOCK),
-    Variant("mask, one copy", Routing.MASK, Dispatch.ONE_COPY),
-    Variant("rank-local mask, planned", Routing.RANK_LOCAL, Dispatch.ONE_COPY),
-    Variant("node-local mask, one copy", Routing.NODE_LOCAL, Dispatch.ONE_COPY),
+    Variant("top-k, row per expert", Routing.TOPK, DispatchKind.STOCK),
+    Variant("top-k, one copy", Routing.TOPK, DispatchKind.ONE_COPY),
+    Variant("mask, row per expert", Routing.MASK, DispatchKind.STOCK),
+    Variant("mask, one copy", Routing.MASK, DispatchKind.ONE_COPY),
+    Variant("rank-local mask, planned", Routing.RANK_LOCAL, DispatchKind.ONE_COPY),
+    Variant("node-local mask, one copy", Routing.NODE_LOCAL, DispatchKind.ONE_COPY),
 )
 
 

@@ -1,15 +1,5 @@
-"""The entry points under torchrun: pretrain, evaluate and generate.
+"""Pretraining, evaluation and generation under torchrun.
 
-Importing this package prepares the process for megatron, which must not be imported before.
+The modules `pretrain`, `evaluate` and `generate` are entry points: they prepare the process for Megatron, then import
+the modules that do the work.
 """
-
-import torch
-
-if not torch.cuda.is_available():
-    from maskmoe import cpu
-
-    cpu.install()
-
-from maskmoe import megatron_patches
-
-megatron_patches.apply()

@@ -3,10 +3,10 @@
 import argparse
 import difflib
 import os
-import sys
 from collections.abc import Sequence
 
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat import cpu
 
 
 def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -49,8 +49,8 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         eval_interval=1000,
         dist_ckpt_optim_fully_reshardable=True,
     )
-    if "maskmoe.cpu" in sys.modules:
-        parser.set_defaults(**sys.modules["maskmoe.cpu"].argument_defaults())
+    if cpu.is_installed():
+        parser.set_defaults(**cpu.argument_defaults())
     return parser
 
 

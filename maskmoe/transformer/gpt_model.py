@@ -6,8 +6,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import log_single_rank
 from torch import Tensor
 
+from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch_plan import DispatchPlanner, PlannedTokenIds
-from maskmoe.transformer.moe_layer import DispatchKind, dispatch_kind
+from maskmoe.transformer.moe_layer import dispatch_kind
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import pack_token_ids, take_part_of_sequence
 from maskmoe.transformer.visible_experts import VisibleExperts

@@ -1,7 +1,5 @@
 """The mixture-of-experts layer whose router knows the ids of its tokens."""
 
-from enum import Enum
-
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -11,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
+from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch_plan import LayerPlan, plan_of
 from maskmoe.transformer.one_copy_dispatcher import Dispatch, OneCopyDispatcher
 from maskmoe.transformer.token_dispatcher import MaskMoEAlltoAllTokenDispatcher
@@ -39,7 +38,7 @@ class MaskMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.one_copy_dispatcher = None
         kind = dispatch_kind(config, pg_collection, self.router.visible_experts.is_rank_local)
-        if kind is not DispatchKind.MEGATRON:
+        if kind is not DispatchKind.STOCK:
             self.one_copy_dispatcher = OneCopyDispatcher(config.num_moe_experts, pg_collection.ep)
         # MoELayer chooses its dispatcher's class by name and cannot be told of another. That of all-gather goes by the
         # routing map alone.
@@ -132,14 +131,6 @@ class MaskMoELayer(MoELayer):
         return self.one_copy_dispatcher.combine(expert_output, dispatch)
 
 
-class DispatchKind(Enum):
-    """How tokens get to their experts; the values are for people."""
-
-    PLANNED = "one copy a rank, planned from the token ids: all that an id sees is on one expert-parallel rank"
-    ONE_COPY = "one copy a rank"
-    MEGATRON = "Megatron's dispatcher"
-
-
 def dispatch_kind(
     config: TransformerConfig, pg_collection: ProcessGroupCollection, is_rank_local: bool
 ) -> DispatchKind:
@@ -158,7 +149,7 @@ def dispatch_kind(
         or config.moe_shared_expert_overlap
         or config.moe_latent_size
     ):
-        return DispatchKind.MEGATRON
+        return DispatchKind.STOCK
     # Where logits are changed at random, or tokens are dropped, it matters which rank chooses.
     chooses_anywhere = (
         config.moe_expert_capacity_factor is None
@@ -169,4 +160,4 @@ def dispatch_kind(
     if is_rank_local and chooses_anywhere:
         return DispatchKind.PLANNED
     # With one expert a token, what Megatron sends is one copy.
-    return DispatchKind.MEGATRON if config.moe_router_topk == 1 else DispatchKind.ONE_COPY
+    return DispatchKind.STOCK if config.moe_router_topk == 1 else DispatchKind.ONE_COPY

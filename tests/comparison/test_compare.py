@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from maskmoe.comparison.results import Results
-from maskmoe.stages.record import RunRecord
-from maskmoe.stages.stage import ROOT
+from maskmoe.workflow.record import RunRecord
+from maskmoe.workflow.stage import ROOT
 
 TEXT_DOCUMENTS = 400
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from comparison.synthetic import EFFECTS, synthetic_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
+from support.synthetic import EFFECTS, synthetic_results
 
 from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report

@@ -23,9 +23,9 @@ from maskmoe.comparison.slurm import (
 from maskmoe.comparison.slurm_jobs import Jobs, Phase, SlurmOptions
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.stages.devices import Devices
-from maskmoe.stages.progress import ProgressLine
-from maskmoe.stages.record import RunRecord
+from maskmoe.workflow.devices import Devices
+from maskmoe.workflow.progress import ProgressLine
+from maskmoe.workflow.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
 SUITE = """

@@ -12,11 +12,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.training.arguments import parse_args, validate_args
-from small_moe import DEVICE, make_mask, random_visible_sets
+from support.small_moe import DEVICE, make_mask, random_visible_sets
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from maskmoe.checkpoint.conversion.convert import Settings, megatron_to_huggingface
+from maskmoe.conversion.convert import Settings, megatron_to_huggingface
 from maskmoe.routing_mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_moe import make_mask
-from tiny_maskmoe import (
+from support.small_moe import make_mask
+from support.tiny_maskmoe import (
     NUM_EXPERTS,
     NUM_LAYERS,
     VARIANTS,

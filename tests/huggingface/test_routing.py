@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_moe import DEVICE, make_mask, make_router, reference_routing
-from small_moe import make_config as make_megatron_config
-from tiny_maskmoe import (
+from support.small_moe import DEVICE, make_mask, make_router, reference_routing
+from support.small_moe import make_config as make_megatron_config
+from support.tiny_maskmoe import (
     NUM_EXPERTS,
     NUM_LAYERS,
     VOCAB_SIZE,

@@ -13,16 +13,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import maskmoe.training  # noqa: F401
+from maskmoe.megatron_compat import prepare_process
 
-# isort: split
-from maskmoe.training.pretrain import add_pretraining_arguments
-from maskmoe.training.run_check.activations import ActivationModel
-from maskmoe.training.run_check.findings import find_problems
-from maskmoe.training.run_check.layout import Layout
-from maskmoe.training.run_check.memory import stage_memory
-from maskmoe.training.run_check.parameters import count_parameters, mask_bytes
-from maskmoe.training.run_check.report import active_parameters, experts_per_token
+prepare_process()
+from maskmoe.check.activations import ActivationModel
+from maskmoe.check.findings import find_problems
+from maskmoe.check.layout import Layout
+from maskmoe.check.memory import stage_memory
+from maskmoe.check.parameters import count_parameters, mask_bytes
+from maskmoe.check.report import active_parameters, experts_per_token
+from maskmoe.training.pretraining import add_pretraining_arguments
 
 
 class Collector(logging.Handler):

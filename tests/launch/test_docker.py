@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import make_laptop_data, read_losses
+from support.runs import make_laptop_data, read_losses
 
 import maskmoe
 
@@ -251,7 +251,8 @@ def test_environment_is_complete(podman, image):
     options = ("--rm", "--network=none", "--user=4321:4321")
     assert ".venv is up to date" in podman("run", *options, image, "launch/setup.sh", "--extras", "hf")
     program = (
-        "import maskmoe.training, torch, transformers; from megatron.training import pretrain; print(torch.__version__)"
+        "from maskmoe.megatron_compat import prepare_process; prepare_process(); "
+        "import torch, transformers; from megatron.training import pretrain; print(torch.__version__)"
     )
     assert podman("run", *options, "--read-only", "--tmpfs=/tmp", image, "python", "-c", program)
 
@@ -321,7 +322,10 @@ def test_image_for_gpus_keeps_the_torch_of_its_base(podman, image, tmp_path):
     name = "localhost/maskmoe-test-gpu"
     options = ("--engine", "podman", "--gpus", "all", "--image", name)
     docker(*options, "--build", "--base-image", "localhost/maskmoe-test-gpu-base", timeout=1800, **podman.environment)
-    program = "import maskmoe.training, megatron.training, torch; print(torch.__file__, maskmoe.__file__, sep='\\n')"
+    program = (
+        "from maskmoe.megatron_compat import prepare_process; prepare_process(); "
+        "import maskmoe, megatron.training, torch; print(torch.__file__, maskmoe.__file__, sep='\\n')"
+    )
     output = podman("run", "--rm", "--network=none", name, "python", "-c", program).split()
     assert output[-2].startswith("/usr/") and output[-1] == "/opt/maskmoe/maskmoe/__init__.py"
     assert ".venv is up to date" in podman("run", "--rm", "--network=none", name, "launch/setup.sh", "--extras", "hf")

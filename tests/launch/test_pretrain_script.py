@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from support import free_port, read_losses
+from support.runs import free_port, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype

@@ -24,11 +24,11 @@ from maskmoe.errors import UserError
 from maskmoe.quickstart.plan import Plan
 from maskmoe.quickstart.report import Results, draw_loss_curve, entropy, render_report
 from maskmoe.quickstart.settings import parse_settings
-from maskmoe.stages.devices import Devices
-from maskmoe.stages.failure import explain_failure
-from maskmoe.stages.lock import locked
-from maskmoe.stages.process import LogTail
-from maskmoe.stages.progress import (
+from maskmoe.workflow.devices import Devices
+from maskmoe.workflow.failure import explain_failure
+from maskmoe.workflow.lock import locked
+from maskmoe.workflow.process import LogTail
+from maskmoe.workflow.progress import (
     IterationRecord,
     ProgressLine,
     StageProgress,
@@ -37,10 +37,10 @@ from maskmoe.stages.progress import (
     format_seconds,
     parse_line,
 )
-from maskmoe.stages.record import RunRecord, describe_change
-from maskmoe.stages.runner import format_command
-from maskmoe.stages.split import choose_split
-from maskmoe.stages.stage import ROOT, Stage
+from maskmoe.workflow.record import RunRecord, describe_change
+from maskmoe.workflow.runner import format_command
+from maskmoe.workflow.split import choose_split
+from maskmoe.workflow.stage import ROOT, Stage
 
 ITERATION = (
     " [2026-01-31 15:40:33.899054] iteration       10/      20 | consumed samples:          160 | elapsed time per "
@@ -348,9 +348,9 @@ import json, sys
 from pathlib import Path
 from types import SimpleNamespace
 from maskmoe.cli import run_tool
-from maskmoe.stages.entry import run_to_end
-from maskmoe.stages.lock import locked
-from maskmoe.stages.stage import Stage
+from maskmoe.workflow.entry import run_to_end
+from maskmoe.workflow.lock import locked
+from maskmoe.workflow.stage import Stage
 from maskmoe.quickstart.settings import RunFiles
 
 def paths(names):

@@ -1,11 +1,11 @@
 """A short training run that saves a series of checkpoints, made once, and the tool as a user runs it."""
 
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.small_series import NUM_EXPERTS, REPOSITORY, TRAINING, VOCAB_SIZE, Workplace
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.data.tokenizer import SentencePieceTokenizer
@@ -13,12 +13,6 @@ from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
-
-# Makes `small_series`, and `tiny_maskmoe` with the `small_moe` that it uses, importable: pytest leaves the path alone.
-HERE = Path(__file__).parent
-sys.path += [str(HERE), str(HERE.parent / "huggingface"), str(HERE.parent / "transformer")]
-
-from small_series import NUM_EXPERTS, REPOSITORY, TRAINING, VOCAB_SIZE, Workplace  # noqa: E402
 
 
 @pytest.fixture(scope="session")

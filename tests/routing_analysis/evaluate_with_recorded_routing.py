@@ -4,15 +4,15 @@ Writes `routed.pt` to the working folder: for each layer the micro-batches as tr
 and weights and choices, float32 and bool [batch, sequence, experts].
 """
 
-import maskmoe.training  # noqa: F401, before megatron is imported
+from maskmoe.megatron_compat import prepare_process
 
-# isort: split
+prepare_process()
 from collections import defaultdict
 
 import torch
 
 from maskmoe.cli import run_tool
-from maskmoe.training.evaluate import main
+from maskmoe.training.evaluation import main
 from maskmoe.transformer.router import MaskMoERouter
 
 micro_batches = defaultdict(list)

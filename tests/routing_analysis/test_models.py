@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_series import ITERATIONS, VOCAB_SIZE
-from tiny_maskmoe import make_config, make_model, random_mask
+from support.small_series import ITERATIONS, VOCAB_SIZE
+from support.tiny_maskmoe import make_config, make_model, random_mask
 
 from maskmoe.errors import UserError
 from maskmoe.routing_analysis.models import (

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.tokenizers import MegatronTokenizer
-from small_series import SPLIT, VOCAB_SIZE
+from support.small_series import SPLIT, VOCAB_SIZE
 
-from maskmoe.checkpoint.conversion.tokenizer import export_tokenizer
+from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens, read_index
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError

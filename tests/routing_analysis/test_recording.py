@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from small_series import DATA, ITERATIONS
-from tiny_maskmoe import NUM_EXPERTS, make_model, random_ids, random_mask
+from support.small_series import DATA, ITERATIONS
+from support.tiny_maskmoe import NUM_EXPERTS, make_model, random_ids, random_mask
 
 from maskmoe.errors import UserError
 from maskmoe.routing_analysis.models import Conversion, find_models, model_folder

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_series import ITERATIONS, NUM_EXPERTS, REPOSITORY, SPLIT, VOCAB_SIZE
-from tiny_maskmoe import make_model, random_mask
+from support.small_series import ITERATIONS, NUM_EXPERTS, REPOSITORY, SPLIT, VOCAB_SIZE
+from support.tiny_maskmoe import make_model, random_mask
 
-from maskmoe.checkpoint.conversion.convert import Settings, megatron_to_huggingface
+from maskmoe.conversion.convert import Settings, megatron_to_huggingface
 from maskmoe.routing_analysis import (
     AnalysisSettings,
     Conversion,

@@ -1,27 +1,28 @@
 """The simulated bytes are those that real ranks put into their collectives, rank pair by rank pair."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from small_cases import count, make_mask, write_data
+from support.launchers import RANK_SCRIPTS
+from support.small_cases import count, make_mask, write_data
 
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.simulation import Cluster, Layout, Link, MicroBatches, Simulation, Workload
-from maskmoe.simulation.dispatch import Dispatch, exchanges
+from maskmoe.simulation.dispatch import exchanges
 from maskmoe.simulation.routing import VisibleTable
 from maskmoe.simulation.traffic import TrafficCounter, rows_of_choices
 from maskmoe.simulation.variants import Masks, Routing
+from maskmoe.transformer.dispatch.kind import DispatchKind
 
-PROGRAM = Path(__file__).with_name("dispatch_ranks.py")
+PROGRAM = RANK_SCRIPTS / "dispatch_ranks.py"
 TOPK, HIDDEN, TOKENS = 3, 24, 200
 DISPATCH = {
-    "top-k, row per expert": Dispatch.STOCK,
-    "top-k, one copy": Dispatch.ONE_COPY,
-    "mask, row per expert": Dispatch.STOCK,
-    "mask, one copy": Dispatch.ONE_COPY,
-    "rank-local mask, planned": Dispatch.PLANNED,
+    "top-k, row per expert": DispatchKind.STOCK,
+    "top-k, one copy": DispatchKind.ONE_COPY,
+    "mask, row per expert": DispatchKind.STOCK,
+    "mask, one copy": DispatchKind.ONE_COPY,
+    "rank-local mask, planned": DispatchKind.PLANNED,
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from small_cases import count, make_mask, mask_of, selected_experts, tables, write_data
+from support.small_cases import count, make_mask, mask_of, selected_experts, tables, write_data
 
 from maskmoe.routing_mask.mask import expected_expert_load
 from maskmoe.simulation.routing import VisibleTable, draw_subsets

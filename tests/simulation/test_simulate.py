@@ -4,14 +4,14 @@ from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
-from small_cases import VOCAB_SIZE, count, make_mask, write_data
+from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
 
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.simulation import Cluster, Cost, Layout, Link, MicroBatches, Simulation, Workload, simulate
-from maskmoe.simulation.dispatch import Dispatch
 from maskmoe.simulation.variants import VARIANTS, Masks, Routing
+from maskmoe.transformer.dispatch.kind import DispatchKind
 
 CLUSTER = Cluster(within=Link(bandwidth=400e9, latency=1e-6), across=Link(bandwidth=50e9, latency=3e-6))
 HIDDEN, TOKENS = 64, 50
@@ -71,8 +71,8 @@ def test_rank_local_masks_are_planned(frequency, tokens):
     layout = Layout(num_gpus=8, ep_size=8, gpus_per_node=4)
     results = run(frequency, tokens, mask, [layout], layers=(0, 1))
     dispatches = {result.variant.name: result.dispatch for result in results}
-    assert dispatches["rank-local mask, planned"] is Dispatch.PLANNED
-    assert [dispatches[name] for name in NAMES[:4]] == [Dispatch.STOCK, Dispatch.ONE_COPY] * 2
+    assert dispatches["rank-local mask, planned"] is DispatchKind.PLANNED
+    assert [dispatches[name] for name in NAMES[:4]] == [DispatchKind.STOCK, DispatchKind.ONE_COPY] * 2
     cost = by_name(results)["rank-local mask, planned"]
     assert cost.rows == TOKENS
     # Four times all tokens, and the ids, which both layers share, to seven others.
@@ -86,7 +86,7 @@ def test_a_given_mask_of_single_experts_is_planned(frequency, tokens):
     mask = make_mask(frequency, num_experts=8, frequent_visible=2)
     single = replace(mask, row_of_id=np.minimum(mask.row_of_id, mask.num_experts - 1))
     results = run(frequency, tokens, single, [Layout(8, 8, 8)])
-    assert {result.variant.name: result.dispatch for result in results}["mask, one copy"] is Dispatch.PLANNED
+    assert {result.variant.name: result.dispatch for result in results}["mask, one copy"] is DispatchKind.PLANNED
     assert all(result.impossible is None for result in results)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_cases import VOCAB_SIZE, count, make_mask, write_data
+from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.simulation.variants import VARIANTS

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from small_cases import selected_experts, tables
+from support.small_cases import selected_experts, tables
 
 from maskmoe.simulation.layout import Layout, Reach
 from maskmoe.simulation.traffic import RowsBetween, Traffic, TrafficCounter, planned_rows, rows_of_choices

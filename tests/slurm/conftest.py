@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import make_laptop_data, read_losses
+from support.runs import make_laptop_data, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from support import free_port, read_scalars
+from support.runs import free_port, read_scalars
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.routing_mask.assignment import MaskRecipe

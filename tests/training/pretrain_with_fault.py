@@ -10,15 +10,15 @@ import os
 import time
 from pathlib import Path
 
-import maskmoe.training  # noqa: F401
+from maskmoe.megatron_compat import prepare_process
 
-# isort: split
+prepare_process()
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import get_args
 
 from maskmoe.cli import run_tool
-from maskmoe.training import pretrain
+from maskmoe.training import pretraining
 
 KIND = os.environ["FAULT"]
 RANK = int(os.environ["FAULT_RANK"])
@@ -30,7 +30,7 @@ def is_due() -> bool:
     return int(os.environ.get("RANK", "0")) == RANK and get_args().curr_iteration == ITERATION - 1
 
 
-class FaultyStep(pretrain.MicroBatchStep):
+class FaultyStep(pretraining.MicroBatchStep):
     def forward(self, data_iterator, model):
         if KIND == "hang" and is_due():
             time.sleep(1000)
@@ -65,7 +65,7 @@ def build_datasets_forever(*args, **kwargs):
 build_datasets_forever.is_distributed = True
 
 if __name__ == "__main__":
-    pretrain.MicroBatchStep = FaultyStep
+    pretraining.MicroBatchStep = FaultyStep
     if KIND == "slow-start":
-        pretrain.train_valid_test_datasets_provider = build_datasets_forever
-    run_tool(pretrain.main)
+        pretraining.train_valid_test_datasets_provider = build_datasets_forever
+    run_tool(pretraining.main)

@@ -5,9 +5,9 @@ layer, the micro-batches since the last one as pairs of ids int64 [tokens] and l
 gradient of the router's weight.
 """
 
-import maskmoe.training  # noqa: F401, before megatron is imported
+from maskmoe.megatron_compat import prepare_process
 
-# isort: split
+prepare_process()
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from megatron.training import get_args
 
 from maskmoe.cli import run_tool
 from maskmoe.training import routing_log
-from maskmoe.training.pretrain import main
+from maskmoe.training.pretraining import main
 from maskmoe.transformer.router import MaskMoERouter
 
 micro_batches = defaultdict(list)

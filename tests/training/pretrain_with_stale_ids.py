@@ -4,11 +4,11 @@ Routers take the token ids from a global that the model last set, not from what 
 Under recomputation in a pipeline these are the ids of another micro-batch.
 """
 
-import maskmoe.training  # noqa: F401, before megatron is imported
+from maskmoe.megatron_compat import prepare_process
 
-# isort: split
+prepare_process()
 from maskmoe.cli import run_tool
-from maskmoe.training.pretrain import main
+from maskmoe.training.pretraining import main
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.moe_layer import MaskMoELayer
 

@@ -5,7 +5,7 @@ import shlex
 import pytest
 import torch
 
-from maskmoe.training.generate import sample_next_token
+from maskmoe.training.generation import sample_next_token
 
 SETTINGS = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510 --max-new-tokens 6"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import read_scalars
+from support.runs import read_scalars
 
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import routing_log

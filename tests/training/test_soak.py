@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import read_scalars
+from support.runs import read_scalars
 
 KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))

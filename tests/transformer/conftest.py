@@ -1,10 +1,4 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-# Makes `small_moe` importable, also by the test modules: pytest leaves the import path alone.
-sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session", autouse=True)

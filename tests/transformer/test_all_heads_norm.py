@@ -1,19 +1,18 @@
 """The norm over all heads is the one of OLMoE, also where heads are divided over ranks."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from all_heads_norm_ranks import EPSILON, HEAD_DIM, NUM_HEADS, heads_of, values_of
 from megatron.core.transformer.attention import SelfAttention
 from safetensors.torch import load_file
-from small_moe import make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
+from support.launchers import RANK_SCRIPTS
+from support.ranks.all_heads_norm_ranks import EPSILON, HEAD_DIM, NUM_HEADS, heads_of, values_of
+from support.small_moe import make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 
 from maskmoe.transformer.all_heads_norm import AllHeadsRMSNorm
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 
-SCRIPT = Path(__file__).with_name("all_heads_norm_ranks.py")
+SCRIPT = RANK_SCRIPTS / "all_heads_norm_ranks.py"
 NUM_RANKS = 2
 
 

@@ -1,10 +1,10 @@
 """What dispatch puts into collectives, and how often the host waits for it, in a model of several layers."""
 
 import json
-from pathlib import Path
 
 import pytest
-from dispatch_cost_ranks import HIDDEN, NUM_LAYERS, TOKENS
+from support.launchers import RANK_SCRIPTS
+from support.ranks.dispatch_cost_ranks import HIDDEN, NUM_LAYERS, TOKENS
 
 CROSSINGS = 4  # there and back, forward and backward
 
@@ -13,7 +13,7 @@ CROSSINGS = 4  # there and back, forward and backward
 def costs(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, int]]]:
     """Of each of two ranks, by case."""
     folder = tmp_path_factory.mktemp("dispatch_cost")
-    run_ranks(Path(__file__).with_name("dispatch_cost_ranks.py"), folder)
+    run_ranks(RANK_SCRIPTS / "dispatch_cost_ranks.py", folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

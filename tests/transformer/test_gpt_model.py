@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_moe import (
+from support.small_moe import (
     DEVICE,
     make_config,
     make_mask,

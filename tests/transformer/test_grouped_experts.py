@@ -15,7 +15,15 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from small_moe import DEVICE, draw_parameters, make_config, make_layer, make_mask, process_groups, random_visible_sets
+from support.small_moe import (
+    DEVICE,
+    draw_parameters,
+    make_config,
+    make_layer,
+    make_mask,
+    process_groups,
+    random_visible_sets,
+)
 from torch import Tensor
 from torch.nn.functional import gelu
 

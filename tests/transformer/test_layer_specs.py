@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
-from small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
+from support.small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer import layer_specs
 from maskmoe.transformer.grouped_experts import GroupedMLP

@@ -1,13 +1,12 @@
 """The layer against a plain loop over tokens, on one rank and on two."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from parallel_layer_ranks import CASES, LAYOUTS, is_possible, run_case
 from safetensors.torch import load_file
-from small_moe import (
+from support.launchers import RANK_SCRIPTS
+from support.ranks.parallel_layer_ranks import CASES, LAYOUTS, is_possible, run_case
+from support.small_moe import (
     DEVICE,
     draw_parameters,
     make_config,
@@ -187,7 +186,7 @@ def test_refuses_what_it_cannot_route() -> None:
 def two_ranks(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """What each of two ranks computed for all layouts and cases."""
     folder = tmp_path_factory.mktemp("parallel_layer")
-    run_ranks(Path(__file__).with_name("parallel_layer_ranks.py"), folder)
+    run_ranks(RANK_SCRIPTS / "parallel_layer_ranks.py", folder)
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from small_moe import make_config
+from support.launchers import RANK_SCRIPTS
+from support.small_moe import make_config
 
-from maskmoe.transformer.moe_layer import DispatchKind, dispatch_kind
+from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.transformer.moe_layer import dispatch_kind
 
-PROGRAM = Path(__file__).with_name("one_copy_ranks.py")
+PROGRAM = RANK_SCRIPTS / "one_copy_ranks.py"
 
 
 def run_ranks(folder: Path, num_ranks: int, num_cases: int) -> list[list[dict[str, float]]]:
@@ -52,16 +54,16 @@ def test_kind_of_dispatch():
     for settings in ({"moe_expert_capacity_factor": 1.0}, {"moe_input_jitter_eps": 0.1}):
         assert dispatch_kind(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.ONE_COPY
     one_expert = make_config(4, topk=1)
-    assert dispatch_kind(one_expert, groups(), is_rank_local=False) is DispatchKind.MEGATRON
+    assert dispatch_kind(one_expert, groups(), is_rank_local=False) is DispatchKind.STOCK
     assert dispatch_kind(one_expert, groups(), is_rank_local=True) is DispatchKind.PLANNED
 
 
 def test_what_the_dispatcher_cannot_do_is_left_to_megatrons():
     for of_groups in (groups(expert_parallel=1), groups(expert_tensor_parallel=2)):
-        assert dispatch_kind(make_config(4), of_groups, is_rank_local=True) is DispatchKind.MEGATRON
+        assert dispatch_kind(make_config(4), of_groups, is_rank_local=True) is DispatchKind.STOCK
     for settings in (
         {"moe_token_dispatcher_type": "allgather"},
         {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
         {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True},
     ):
-        assert dispatch_kind(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.MEGATRON
+        assert dispatch_kind(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.STOCK

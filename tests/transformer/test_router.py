@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
-from small_moe import (
+from support.small_moe import (
     DEVICE,
     make_config,
     make_mask,

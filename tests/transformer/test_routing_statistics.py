@@ -5,7 +5,15 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
-from small_moe import DEVICE, make_config, make_mask, make_model, make_router, random_visible_sets, reference_routing
+from support.small_moe import (
+    DEVICE,
+    make_config,
+    make_mask,
+    make_model,
+    make_router,
+    random_visible_sets,
+    reference_routing,
+)
 from torch import Tensor
 
 from maskmoe.transformer.router import MaskMoERouter, RoutingRequest

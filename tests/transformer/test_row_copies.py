@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_moe import DEVICE
+from support.small_moe import DEVICE
 
 from maskmoe.transformer.row_copies import RowCopies
 

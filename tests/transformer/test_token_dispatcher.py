@@ -1,6 +1,6 @@
 import pytest
 import torch
-from small_moe import DEVICE, make_config, make_layer, make_mask, process_groups, random_visible_sets
+from support.small_moe import DEVICE, make_config, make_layer, make_mask, process_groups, random_visible_sets
 
 from maskmoe.transformer.token_dispatcher import MaskMoEAlltoAllTokenDispatcher
 

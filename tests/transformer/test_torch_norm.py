@@ -1,6 +1,6 @@
 import pytest
 import torch
-from small_moe import make_config
+from support.small_moe import make_config
 
 from maskmoe.transformer.torch_norm import build_torch_norm
 

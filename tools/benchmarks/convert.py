@@ -17,18 +17,18 @@ from pathlib import Path
 
 import harness
 
-import maskmoe.training  # noqa: F401  the CPU adapter comes before Megatron
+from maskmoe.megatron_compat import prepare_process
 
-# isort: split
+prepare_process()
 import torch
 
-from maskmoe.checkpoint.conversion.blocks import Block, TensorSpec
-from maskmoe.checkpoint.conversion.convert import Settings, huggingface_to_megatron, megatron_to_huggingface
-from maskmoe.checkpoint.conversion.families import OpenedModel, all_visible, with_routing_mask
-from maskmoe.checkpoint.conversion.huggingface_models import write_huggingface
-from maskmoe.checkpoint.conversion.model_tensors import tensor_shapes
-from maskmoe.checkpoint.conversion.tokenizer import WITHOUT_TEXT
-from maskmoe.checkpoint.conversion.writing import BLOCK_BYTES, OutputFolder
+from maskmoe.conversion.blocks import Block, TensorSpec
+from maskmoe.conversion.convert import Settings, huggingface_to_megatron, megatron_to_huggingface
+from maskmoe.conversion.families import OpenedModel, all_visible, with_routing_mask
+from maskmoe.conversion.huggingface_models import write_huggingface
+from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.tokenizer import WITHOUT_TEXT
+from maskmoe.conversion.writing import BLOCK_BYTES, OutputFolder
 
 CONVERSIONS = {"megatron-to-hf": megatron_to_huggingface, "hf-to-megatron": huggingface_to_megatron}
 MEMORY_BOUND = 2 << 30

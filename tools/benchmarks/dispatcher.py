@@ -8,24 +8,24 @@ rank is known beforehand apart from those that the router has to choose for.
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/dispatcher.py
 """
 
+from maskmoe.megatron_compat import prepare_process
+
+prepare_process()
 import argparse
 from collections.abc import Callable, Iterator
 
 import harness
-import torch
-
-# Prepares the process, hence before megatron.
-from ranks import compare, join_ranks, run_and_report
-
-# isort: split
 import routed_tokens
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
+from ranks import compare, join_ranks, run_and_report
 from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
 from torch import Tensor
 
-from maskmoe.transformer.moe_layer import DispatchKind, dispatch_kind
+from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.transformer.moe_layer import dispatch_kind
 from maskmoe.transformer.one_copy_dispatcher import OneCopyDispatcher
 from maskmoe.transformer.token_dispatcher import MaskMoEAlltoAllTokenDispatcher
 
@@ -67,7 +67,7 @@ def dispatch_ours(
 ) -> Callable[[], None]:
     plan = tokens.planner and tokens.planner.plan(tokens.ids).of_table[0]
     routing_map = choose(tokens, tokens.ids[0] if plan is None else plan.received_ids, config.moe_router_topk)
-    if dispatch_kind(config, groups, plan is not None) is DispatchKind.MEGATRON:
+    if dispatch_kind(config, groups, plan is not None) is DispatchKind.STOCK:
         dispatcher = MaskMoEAlltoAllTokenDispatcher(
             *_local_experts(config, groups), config, groups, min_visible=tokens.visible_experts.min_visible
         )

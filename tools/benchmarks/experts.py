@@ -5,22 +5,21 @@ Weights' gradients are added to a buffer as soon as they are there, and freed, a
     python tools/benchmarks/experts.py
 """
 
+from maskmoe.megatron_compat import prepare_process
+
+prepare_process()
 import argparse
 from collections.abc import Callable, Iterator
 
 import harness
 import numpy as np
 import torch
-
-# Prepares the process, hence before megatron.
-from ranks import join_ranks, run_and_report
-
-# isort: split
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from ranks import join_ranks, run_and_report
 from torch import Tensor
 from zipf import zipf_probabilities
 

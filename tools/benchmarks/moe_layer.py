@@ -6,22 +6,21 @@ Masks and floor are those of `dispatcher.py`. Every token uses k experts on eith
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/moe_layer.py
 """
 
+from maskmoe.megatron_compat import prepare_process
+
+prepare_process()
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import harness
-import torch
-
-# Prepares the process, hence before megatron.
-from ranks import compare, join_ranks, run_and_report
-
-# isort: split
 import routed_tokens
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from ranks import compare, join_ranks, run_and_report
 from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
 from torch import Tensor
 

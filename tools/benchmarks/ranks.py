@@ -3,20 +3,16 @@
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable
 
 import harness
 import torch
-
-# Prepares the process, hence before megatron.
-import maskmoe.training  # noqa: F401
-
-# isort: split
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from meter import cost_of
+
+from maskmoe.megatron_compat import cpu
 
 
 def join_ranks() -> ProcessGroupCollection:
@@ -25,7 +21,7 @@ def join_ranks() -> ProcessGroupCollection:
         os.environ.setdefault(name, value)
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.WARNING)
-    torch.distributed.init_process_group("gloo" if "maskmoe.cpu" in sys.modules else "nccl")
+    torch.distributed.init_process_group("gloo" if cpu.is_installed() else "nccl")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=torch.distributed.get_world_size())
     model_parallel_cuda_manual_seed(1)
     return ProcessGroupCollection.use_mpu_process_groups()

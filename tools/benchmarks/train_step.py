@@ -7,17 +7,15 @@ parallelism under torchrun, where the floor is what `dispatcher.py` compares wit
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/train_step.py
 """
 
+from maskmoe.megatron_compat import prepare_process
+
+prepare_process()
 import argparse
 from collections.abc import Iterator
 
 import harness
 import numpy as np
 import torch
-
-# Prepares the process, hence before megatron.
-from ranks import compare, join_ranks, run_and_report
-
-# isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -25,6 +23,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from ranks import compare, join_ranks, run_and_report
 from routed_tokens import exchange_floor
 from zipf import zipf_mask, zipf_probabilities
 

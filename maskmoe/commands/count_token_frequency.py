@@ -1,0 +1,57 @@
+"""Count how often each token id occurs in indexed datasets; the first step towards a routing mask."""
+
+import argparse
+from pathlib import Path
+
+from maskmoe.cli import atomic_output
+from maskmoe.routing_mask.assignment import ids_by_frequency
+from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""example:
+  python tools/count_token_frequency.py --data-path 0.7 data/web 0.3 data/books \\
+    --vocab-size 32000 --output counts.safetensors""",
+    )
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        required=True,
+        metavar="P",
+        help="as for Megatron's training: dataset prefixes (PREFIX.bin and PREFIX.idx exist), or WEIGHT PREFIX pairs; "
+        "give here what training will be given, so that counts follow the blend",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="V", help="ids of the tokenizer, without padding"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    parser.add_argument("--workers", type=int, metavar="W", help="processes that count (default: all available cores)")
+    return parser.parse_args()
+
+
+def print_summary(frequency: TokenFrequency) -> None:
+    occurrences = frequency.occurrences
+    for dataset, weight in zip(frequency.datasets, frequency.weights, strict=True):
+        blend = "" if weight is None else f" · blend weight {weight:g}"
+        print(f"dataset          {dataset['name']}: {dataset['num_tokens']:,} tokens{blend}")
+    never_seen = int((occurrences == 0).sum())
+    print(f"tokens           {frequency.num_tokens:,}")
+    print(f"ids never seen   {never_seen:,} of {frequency.vocab_size:,} ({never_seen / frequency.vocab_size:.1%})")
+    most_frequent = ids_by_frequency(occurrences)[:5]
+    shares = ", ".join(f"{token} ({occurrences[token] / occurrences.sum():.2%})" for token in most_frequent)
+    print(f"most frequent    {shares}")
+    print(f"digest           {frequency.digest}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with atomic_output(arguments.output) as temporary:
+        frequency = count_token_frequency(
+            arguments.data_path, arguments.vocab_size, workers=arguments.workers, progress=True
+        )
+        frequency.save(temporary)
+    print_summary(frequency)
+    print(f"written          {arguments.output}")

@@ -1,0 +1,296 @@
+"""Megatron's arguments as the configuration of a transformers model, and the way back."""
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from maskmoe.conversion.tokenizer import WITHOUT_TEXT
+from maskmoe.errors import UserError
+
+# What checkpoints of older versions, or of models without experts, may lack.
+_DEFAULTS: dict[str, Any] = {
+    "activation_func_clamp_value": None,
+    "add_qkv_bias": False,
+    "attention_output_gate": False,
+    "experimental_attention_variant": None,
+    "fp32_residual_connection": False,
+    "glu_linear_offset": 0.0,
+    "heterogeneous_layers_config_path": None,
+    "hybrid_layer_pattern": None,
+    "init_method_std": 0.02,
+    "layernorm_zero_centered_gamma": False,
+    "linear_attention_freq": None,
+    "moe_apply_probs_on_input": False,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_aux_loss_tokens": "all",
+    "moe_latent_size": None,
+    "moe_layer_freq": 1,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_group_topk": None,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_router_num_groups": None,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_shared_expert_gate": False,
+    "moe_shared_expert_intermediate_size": None,
+    "mtp_num_layers": None,
+    "multi_latent_attention": False,
+    "no_rope_freq": None,
+    "qk_l2_norm": False,
+    "qk_layernorm": False,
+    "qk_layernorm_all_heads": False,
+    "quick_geglu": False,
+    "rope_scaling_factor": 8.0,
+    "rotary_interleaved": False,
+    "rotary_percent": 1.0,
+    "rotary_seq_len_interpolation_factor": None,
+    "softmax_type": "vanilla",
+    "use_mup": False,
+    "use_rope_scaling": False,
+    "window_size": None,
+}
+# Of Megatron's `--use-rope-scaling`, which is Llama 3.1's but for the factor.
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_PADDING = 128
+"""Megatron's default of `--make-vocab-size-divisible-by`."""
+
+
+def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
+    """The fields of `MaskMoEConfig`, but for `routing_mask`, of the model that Megatron's arguments describe.
+
+    Args:
+        args: as a checkpoint holds them.
+        vocab_size: ids of the tokenizer.
+
+    Raises:
+        UserError: naming all settings that a MaskMoE model of transformers does not have.
+    """
+    args = Namespace(**_DEFAULTS | vars(args))
+    if refusals := list(_inexpressible(args)):
+        raise UserError(f"a model with {', '.join(refusals)} cannot be expressed in transformers' format")
+    num_layers, num_experts = args.num_layers, args.num_experts or 0
+    qk_norm = ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": args.num_attention_heads,
+        "num_key_value_heads": args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        "head_dim": args.kv_channels,
+        "intermediate_size": args.ffn_hidden_size,
+        "max_position_embeddings": args.max_position_embeddings,
+        "rms_norm_eps": args.layernorm_epsilon,
+        "rope_parameters": _rope_parameters(args),
+        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
+        "hidden_act": "silu",
+        "initializer_range": args.init_method_std,
+        "attention_dropout": args.attention_dropout,
+        "attention_bias": args.add_qkv_bias,
+        "qk_norm": qk_norm,
+        "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in sparse_layers(args)],
+        "num_experts": num_experts,
+    }
+    return fields | (_expert_fields(args) if num_experts else {})
+
+
+def args_from_config(config: Mapping[str, Any]) -> Namespace:
+    """Megatron's arguments that describe a model; those of its training are left to the run.
+
+    Args:
+        config: the fields of `MaskMoEConfig`.
+
+    Raises:
+        UserError: naming what Megatron-Core does not have.
+    """
+    qk_norm = config["qk_norm"]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    is_sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
+    args = Namespace(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        group_query_attention=config["num_key_value_heads"] != heads,
+        num_query_groups=config["num_key_value_heads"],
+        kv_channels=config["head_dim"],
+        seq_length=config["max_position_embeddings"],
+        max_position_embeddings=config["max_position_embeddings"],
+        normalization="RMSNorm",
+        layernorm_epsilon=config["rms_norm_eps"],
+        swiglu=True,
+        squared_relu=False,
+        add_bias_linear=False,
+        add_qkv_bias=config["attention_bias"],
+        qk_layernorm=qk_norm is not None,
+        qk_layernorm_all_heads=qk_norm == "all_heads",
+        untie_embeddings_and_output_weights=not config["tie_word_embeddings"],
+        init_method_std=config["initializer_range"],
+        attention_dropout=config["attention_dropout"],
+        hidden_dropout=0.0,
+        position_embedding_type="rope",
+        add_position_embedding=True,
+        make_vocab_size_divisible_by=_PADDING,
+        padded_vocab_size=-(-config["vocab_size"] // _PADDING) * _PADDING,
+        num_experts=config["num_experts"] if any(is_sparse) else None,
+        multi_latent_attention=False,
+        mtp_num_layers=None,
+        **_rotary_args(config["rope_parameters"]),
+    )
+    if any(is_sparse):
+        # Megatron stores layers apart if a pattern is given, so none is where all are alike.
+        args.moe_layer_freq = 1 if all(is_sparse) else [int(sparse) for sparse in is_sparse]
+        args.__dict__ |= _expert_args(config)
+    return args
+
+
+def sparse_layers(args: Namespace) -> list[bool]:
+    """Which layers have experts, by Megatron's `--num-experts` and `--moe-layer-freq`."""
+    if not args.num_experts:
+        return [False] * args.num_layers
+    return expand_layer_frequency(args.moe_layer_freq, args.num_layers)
+
+
+def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:
+    """Megatron's `--moe-layer-freq`, every so many or 0 or 1 for each, as whether each layer has experts."""
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(num_layers)]
+    return [bool(sparse) for sparse in frequency]
+
+
+def is_stacked(args: Namespace) -> bool:
+    """Whether Megatron has one tensor for all layers, as opposed to one for each, in checkpoints of this model."""
+    frequency = getattr(args, "moe_layer_freq", 1)
+    return isinstance(frequency, int) and frequency <= 1
+
+
+def further_flags(args: Namespace) -> list[str]:
+    """The flags for a run to go on as `args` have it that `--use-checkpoint-args` leaves to the command line."""
+    loss_tokens = getattr(args, "moe_aux_loss_tokens", "all")
+    flags = [f"--{name}" for name in ("bf16", "fp16") if getattr(args, name, False)]
+    flags += [f"--vocab-size {args.vocab_size}"] if args.tokenizer_type == WITHOUT_TEXT else []
+    return flags + ([f"--moe-aux-loss-tokens {loss_tokens}"] if loss_tokens != "all" else [])
+
+
+def _expert_fields(args: Namespace) -> dict[str, Any]:
+    return {
+        "num_experts_per_tok": args.moe_router_topk,
+        "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        "scoring_func": args.moe_router_score_function,
+        "norm_topk_prob": args.moe_router_score_function != "softmax" or not args.moe_router_pre_softmax,
+        "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
+        "use_expert_bias": args.moe_router_enable_expert_bias,
+        "n_group": args.moe_router_num_groups if args.moe_router_group_topk else None,
+        "topk_group": args.moe_router_group_topk,
+        "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
+        "shared_expert_gate": args.moe_shared_expert_gate,
+        "router_aux_loss_coef": _aux_loss_coefficient(args),
+        "aux_loss_tokens": args.moe_aux_loss_tokens,
+    }
+
+
+def _expert_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    topk, scores, normalised = config["num_experts_per_tok"], config["scoring_func"], config["norm_topk_prob"]
+    if scores == "softmax" and normalised and topk == 1:
+        raise UserError("Megatron-Core has no norm_topk_prob with num_experts_per_tok 1: all weights would be 1")
+    if scores != "softmax" and not normalised and topk > 1:
+        raise UserError(f"Megatron-Core has scoring_func {scores} only with norm_topk_prob")
+    return {
+        "moe_router_topk": topk,
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_router_score_function": scores,
+        "moe_router_pre_softmax": scores == "softmax" and not normalised,
+        "moe_router_topk_scaling_factor": None
+        if config["routed_scaling_factor"] == 1.0
+        else config["routed_scaling_factor"],
+        "moe_router_enable_expert_bias": config["use_expert_bias"],
+        "moe_router_num_groups": config["n_group"],
+        "moe_router_group_topk": config["topk_group"],
+        "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"] or None,
+        "moe_shared_expert_gate": config["shared_expert_gate"],
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": config["router_aux_loss_coef"],
+        "moe_aux_loss_tokens": config["aux_loss_tokens"],
+        "moe_latent_size": None,
+    }
+
+
+def _aux_loss_coefficient(args: Namespace) -> float:
+    """That of the load-balancing loss over whole batches, the one that the transformers model has."""
+    kinds, coefficients = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    if isinstance(kinds, str):
+        kinds, coefficients = [kinds], [coefficients]
+    return dict(zip(kinds, coefficients, strict=True)).get("aux_loss", 0.0)
+
+
+def _rope_parameters(args: Namespace) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"rope_type": "default"}
+    if args.use_rope_scaling:
+        parameters = _LLAMA3_ROPE | {"factor": args.rope_scaling_factor}
+    elif args.rotary_seq_len_interpolation_factor is not None:
+        parameters = {"rope_type": "linear", "factor": float(args.rotary_seq_len_interpolation_factor)}
+    parameters["rope_theta"] = float(args.rotary_base)
+    if args.rotary_percent != 1.0:
+        parameters["partial_rotary_factor"] = args.rotary_percent
+    return parameters
+
+
+def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
+    base = rope["rope_theta"]
+    args = {
+        "rotary_base": int(base) if float(base).is_integer() else base,
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": None,
+        "use_rope_scaling": False,
+    }
+    match rope["rope_type"]:
+        case "default":
+            return args
+        case "linear" if float(rope["factor"]).is_integer():
+            return args | {"rotary_seq_len_interpolation_factor": int(rope["factor"])}
+        case "llama3" if all(rope.get(name) == value for name, value in _LLAMA3_ROPE.items()):
+            return args | {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise UserError(
+        "Megatron-Core has rotary embeddings without scaling, with rope_type linear and a whole factor, and with "
+        f"those of {_LLAMA3_ROPE} and any factor; rope_parameters are {dict(rope)}"
+    )
+
+
+def _inexpressible(args: Namespace) -> Iterator[str]:
+    """The flags of settings that the transformers model does not have."""
+    refusals = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--mtp-num-layers": args.mtp_num_layers,
+        f"--normalization {args.normalization}": args.normalization != "RMSNorm",
+        "--apply-layernorm-1p": args.layernorm_zero_centered_gamma,
+        "linear biases (without --disable-bias-linear)": args.add_bias_linear,
+        "MLPs without --swiglu": not args.swiglu or args.quick_geglu,
+        "--glu-linear-offset or --activation-func-clamp-value": (
+            args.glu_linear_offset or args.activation_func_clamp_value is not None
+        ),
+        f"--position-embedding-type {args.position_embedding_type}": args.position_embedding_type != "rope",
+        "--rotary-interleaved": args.rotary_interleaved,
+        "--no-rope-freq": args.no_rope_freq,
+        "--rotary-seq-len-interpolation-factor along with --use-rope-scaling": (
+            args.use_rope_scaling and args.rotary_seq_len_interpolation_factor is not None
+        ),
+        "--qk-l2-norm": args.qk_l2_norm,
+        "--attention-output-gate": args.attention_output_gate,
+        "--window-size": args.window_size is not None,
+        f"--softmax-type {args.softmax_type}": args.softmax_type != "vanilla",
+        "--apply-residual-connection-post-layernorm": getattr(args, "apply_residual_connection_post_layernorm", False),
+        "--use-mup": args.use_mup,
+        "--moe-latent-size": args.moe_latent_size,
+        "--moe-apply-probs-on-input": args.moe_apply_probs_on_input,
+        "--experimental-attention-variant, --linear-attention-freq or --hybrid-layer-pattern": (
+            args.experimental_attention_variant or args.linear_attention_freq or args.hybrid_layer_pattern
+        ),
+        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
+    }
+    yield from (flag for flag, refused in refusals.items() if refused)

@@ -1,0 +1,334 @@
+"""Other people's models in the format of transformers, read as MaskMoE models.
+
+Each family is declared once: what its settings are in terms of MaskMoE's, and how its files name the tensors. All
+tensors of the files must be accounted for, and settings that MaskMoE cannot express are refused.
+"""
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource
+from maskmoe.conversion.model_tensors import Shapes, check_tensors, routing_mask_tensors, tensor_shapes
+from maskmoe.conversion.safetensors_files import SafetensorsSource
+from maskmoe.conversion.sources import JoinedSource
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+
+CONFIG_FILE = "config.json"
+
+# What old files hold besides parameters: values that are computed from the configuration.
+_COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_EXPERT_TENSOR = re.compile(r"\.experts\.(gate_up|down)_proj$")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A MaskMoE model in the format of transformers.
+
+    Attributes:
+        source: its tensors, by their names in `MaskMoEForCausalLM`.
+        config: the fields of its `MaskMoEConfig`.
+        args: Megatron's arguments of it, where they are known.
+    """
+
+    source: TensorSource
+    config: dict[str, Any]
+    args: Namespace | None = None
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How files name the tensors that MaskMoE has.
+
+    Attributes:
+        replaced: parts of MaskMoE's names by what stands in their place.
+        projections: names of the gate, up and down projections of one expert; None if all experts of a layer are
+            stacked in one tensor, as MaskMoE has them.
+    """
+
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    projections: tuple[str, str, str] | None = None
+
+    def copies(self, shapes: Shapes) -> Iterator[Copy]:
+        """What fills MaskMoE's tensors of these shapes."""
+        for name, shape in shapes.items():
+            if self.projections and (match := _EXPERT_TENSOR.search(name)):
+                yield from self._expert_copies(name, shape, is_down=match[1] == "down")
+            else:
+                yield Copy(Block.whole(self._rename(name), shape), Block.whole(name, shape))
+
+    def _expert_copies(self, name: str, shape: tuple[int, ...], is_down: bool) -> Iterator[Copy]:
+        num_experts, rows, columns = shape
+        gate, up, down = self.projections
+        projections = [down] if is_down else [gate, up]
+        rows //= len(projections)
+        layer = self._rename(name.rpartition(".")[0])
+        for expert in range(num_experts):
+            for part, projection in enumerate(projections):
+                source = Block.whole(f"{layer}.{expert}.{projection}.weight", (rows, columns))
+                yield Copy(source, Block(name, (expert, part * rows, 0), (1, rows, columns)))
+
+    def _rename(self, name: str) -> str:
+        for ours, theirs in self.replaced.items():
+            name = name.replace(ours, theirs)
+        return name
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models of one `model_type`.
+
+    Attributes:
+        namings: in use. transformers may save as it names its modules, or as the family's first files had it.
+        has_experts: whether it is a family of mixtures of experts.
+        fields: of MaskMoE's configuration that differ from the usual, given the family's own configuration.
+        attributes: of the family's configuration without which a model is not described.
+    """
+
+    namings: tuple[Naming, ...] = (Naming(),)
+    has_experts: bool = False
+    fields: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
+    attributes: tuple[str, ...] = ()
+
+
+PLAIN_EXPERTS = {
+    "scoring_func": "softmax",
+    "routed_scaling_factor": 1.0,
+    "use_expert_bias": False,
+    "n_group": None,
+    "topk_group": None,
+    "shared_expert_intermediate_size": 0,
+    "shared_expert_gate": False,
+    "router_aux_loss_coef": 0.01,
+    "output_router_logits": False,
+    "aux_loss_tokens": "all",
+}
+"""Fields of `MaskMoEConfig` of a model with experts and nothing special."""
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_EXPERT_SIZES = ("num_experts", "num_experts_per_tok")
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(fields=lambda config: {"attention_bias": True}),
+    "qwen3": Family(fields=lambda config: {"qk_norm": "head"}),
+    "mixtral": Family(
+        namings=(Naming({".mlp.": ".block_sparse_moe."}, ("w1", "w3", "w2")), Naming()),
+        has_experts=True,
+        fields=lambda config: {"norm_topk_prob": True},
+    ),
+    "qwen2_moe": Family(
+        namings=tuple(Naming({".shared_experts.": ".shared_expert."}, names) for names in (_PROJECTIONS, None)),
+        has_experts=True,
+        fields=lambda config: {
+            "attention_bias": config.qkv_bias,
+            "shared_expert_intermediate_size": config.shared_expert_intermediate_size,
+            "shared_expert_gate": True,
+        },
+        attributes=("moe_intermediate_size", "shared_expert_intermediate_size"),
+    ),
+    "qwen3_moe": Family(
+        namings=(Naming(projections=_PROJECTIONS), Naming()),
+        has_experts=True,
+        fields=lambda config: {"qk_norm": "head"},
+        attributes=("moe_intermediate_size",),
+    ),
+    "olmoe": Family(
+        namings=(Naming(projections=_PROJECTIONS), Naming()),
+        has_experts=True,
+        fields=lambda config: {"qk_norm": "all_heads"},
+    ),
+}
+
+
+def open_huggingface(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
+    """Open a model of another family as a MaskMoE model.
+
+    Args:
+        folder: as `save_pretrained` writes it: `config.json` and safetensors files.
+        mask: the routing mask to give a model with experts; by default every id sees every expert, with which the
+            model computes what it did.
+
+    Raises:
+        UserError: the files are missing or damaged, the family is unknown, a setting cannot be expressed, the tensors
+            are not those of the configuration, or the mask does not fit.
+    """
+    config = read_config(folder)
+    fields = translate_config(config, folder)
+    source = rename_tensors(SafetensorsSource(folder), fields, FAMILIES[config.model_type].namings, folder)
+    if "sparse" not in fields["mlp_layer_types"]:
+        if mask is not None:
+            raise UserError(f"{folder} has no experts to route to; make some with the subcommand upcycle")
+        return OpenedModel(source, fields)
+    return with_routing_mask(OpenedModel(source, fields), mask or all_visible(fields))
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a known family.
+
+    Raises:
+        UserError: missing, damaged, incomplete, or of another family.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text())
+        model_type = str(values["model_type"])
+    except OSError as error:
+        raise UserError(f"{folder} is not a Hugging Face model: {CONFIG_FILE}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} does not describe a model: it is no JSON object with a model_type") from error
+    if model_type not in FAMILIES:
+        raise UserError(f"{path}: model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")
+    family, config_class = FAMILIES[model_type], CONFIG_MAPPING[model_type]
+    other_names = {ours: theirs for theirs, ours in config_class.attribute_map.items()}
+    other_names |= config_class.attribute_map
+    required = (*_SIZES, *(_EXPERT_SIZES if family.has_experts else ()), *family.attributes)
+    for name in required:
+        if name not in values and other_names.get(name) not in values:
+            raise UserError(f"{path} lacks {name}")
+    try:
+        return config_class.from_dict(values)
+    # Whatever the classes of transformers make of values of wrong types.
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a configuration of {model_type}: {' '.join(str(error).split())}") from error
+
+
+def translate_config(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
+    """The fields of `MaskMoEConfig` that describe a model of another family, without its routing mask.
+
+    Raises:
+        UserError: naming a setting that MaskMoE cannot express.
+    """
+    for setting in _inexpressible(config):
+        raise UserError(f"{folder / CONFIG_FILE}: MaskMoE cannot express {setting}")
+    family = FAMILIES[config.model_type]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fields = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": head_dim,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {name: value for name, value in config.rope_parameters.items() if name != "type"},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "hidden_act": config.hidden_act,
+        "initializer_range": config.initializer_range,
+        "attention_dropout": config.attention_dropout or 0.0,
+        "attention_bias": False,
+        "qk_norm": None,
+        "num_experts": 0,
+        "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in _sparse_layers(config)],
+        "routing_mask": None,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+    if family.has_experts:
+        fields |= PLAIN_EXPERTS | {
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "moe_intermediate_size": getattr(config, "moe_intermediate_size", config.intermediate_size),
+            "norm_topk_prob": getattr(config, "norm_topk_prob", None),
+            "router_aux_loss_coef": config.router_aux_loss_coef,
+        }
+    return fields | family.fields(config)
+
+
+def _sparse_layers(config: PreTrainedConfig) -> list[bool]:
+    """Which layers have experts."""
+    if not FAMILIES[config.model_type].has_experts:
+        return [False] * config.num_hidden_layers
+    step = getattr(config, "decoder_sparse_step", 1)
+    dense = getattr(config, "mlp_only_layers", ())
+    return [layer not in dense and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers)]
+
+
+def _inexpressible(config: PreTrainedConfig) -> Iterator[str]:
+    """The settings that MaskMoE does not have, as the user knows them."""
+    window = getattr(config, "sliding_window", None)
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window and windowed and window < config.max_position_embeddings:
+        yield (
+            f"sliding_window {window}; with max_position_embeddings {window} instead of "
+            f"{config.max_position_embeddings} it would have no effect"
+        )
+    if config.hidden_act != "silu":
+        yield f"hidden_act {config.hidden_act!r}, only 'silu'"
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in ("default", "linear", "llama3"):
+        yield f"rope_type {rope_type!r}, only default, linear and llama3"
+    if getattr(config, "attention_bias", False):
+        yield "attention_bias: it includes a bias of the output projection"
+    if getattr(config, "mlp_bias", False):
+        yield "mlp_bias"
+    if getattr(config, "clip_qkv", None) is not None:
+        yield f"clip_qkv {config.clip_qkv}"
+    if getattr(config, "quantization_config", None) is not None:
+        yield "quantization_config; convert the model before it was quantized"
+
+
+def all_visible(config: Mapping[str, Any]) -> RoutingMask:
+    """The routing mask with which every id sees every expert."""
+    recipe = MaskRecipe.from_preset("smoe", config["num_experts"], config["num_hidden_layers"], shared_table=True)
+    return build_routing_mask(recipe, vocab_size=config["vocab_size"])
+
+
+def with_routing_mask(model: OpenedModel, mask: RoutingMask) -> OpenedModel:
+    """A model with experts and the routing mask that its tensors lack.
+
+    Models may have more rows in the embedding than their tokenizers have ids; the mask then gets as many.
+
+    Raises:
+        UserError: the mask does not fit.
+    """
+    config = model.config
+    if mask.vocab_size < config["vocab_size"]:
+        mask = mask.with_vocab_size(config["vocab_size"])
+    mask.check_fits(
+        vocab_size=config["vocab_size"], num_experts=config["num_experts"], num_layers=config["num_hidden_layers"]
+    )
+    mask_source, mask_field = routing_mask_tensors(mask)
+    return OpenedModel(JoinedSource(model.source, mask_source), config | {"routing_mask": mask_field})
+
+
+def rename_tensors(
+    source: TensorSource, config: Mapping[str, Any], namings: Iterable[Naming], folder: Path
+) -> RearrangedSource:
+    """Tensors of a model's files as those of a MaskMoE model without routing mask.
+
+    Args:
+        config: the fields of `MaskMoEConfig`.
+        namings: one of which the files follow.
+        folder: to be named in errors.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape; naming it.
+    """
+    shapes = tensor_shapes(config)
+    candidates = [list(naming.copies(shapes)) for naming in namings]
+    copies = max(candidates, key=lambda copies: len(_sources(copies) & source.tensors.keys()))
+    expected = {copy.source.tensor: copy.source.sizes for copy in copies}
+    ignored = {name for name in source.tensors if _COMPUTED.search(name)}
+    if config["tie_word_embeddings"]:
+        ignored.add("lm_head.weight")
+    check_tensors(source.tensors, expected, str(folder), ignored)
+    return RearrangedSource(source, shapes, copies)
+
+
+def _sources(copies: Iterable[Copy]) -> set[str]:
+    return {copy.source.tensor for copy in copies}

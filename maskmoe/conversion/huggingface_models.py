@@ -1,0 +1,127 @@
+"""Whole models in transformers' format: opened, and written with all that loading them needs."""
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig
+
+from maskmoe.checkpoint.integrity import Manifest
+from maskmoe.cli import atomic_output
+from maskmoe.conversion.families import CONFIG_FILE, OpenedModel, open_huggingface
+from maskmoe.conversion.model_tensors import check_tensors, tensor_shapes
+from maskmoe.conversion.safetensors_files import INDEX_FILE, SafetensorsSource, plan_safetensors
+from maskmoe.conversion.sources import JoinedSource
+from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
+from maskmoe.conversion.tokenizer import export_tokenizer
+from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
+from maskmoe.errors import UserError
+from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
+from maskmoe.json_files import read_json
+from maskmoe.routing_mask.mask import RoutingMask
+
+MODEL_TYPE = "maskmoe"
+MEGATRON_FOLDER = "megatron"
+"""Beside an exported model, what only Megatron needs of it."""
+
+_ARGS_FILE = f"{MEGATRON_FOLDER}/args.json"
+_PADDING_FILE = f"{MEGATRON_FOLDER}/padding.safetensors"
+_PROGRESS = ("iteration", "curr_iteration", "consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
+
+
+def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
+    """Open an exported MaskMoE model, with what of it only Megatron needs, or one of another family.
+
+    Args:
+        folder: of the model.
+        mask: the routing mask of a model that has none.
+
+    Raises:
+        UserError: it cannot be read, is of an unknown family, or its tensors are not those of its configuration.
+    """
+    config = read_json(folder / CONFIG_FILE)
+    if config.get("model_type") != MODEL_TYPE:
+        return open_huggingface(folder, mask)
+    if mask is not None:
+        raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
+    config = _make_config(config, folder / CONFIG_FILE).to_dict()
+    source = SafetensorsSource(folder)
+    check_tensors(source.tensors, tensor_shapes(config), str(folder))
+    if (folder / _PADDING_FILE).exists():
+        source = JoinedSource(source, SafetensorsSource(folder, _PADDING_FILE))
+    args = Namespace(**read_json(folder / _ARGS_FILE)) if (folder / _ARGS_FILE).exists() else None
+    return OpenedModel(source, config, args)
+
+
+def write_huggingface(
+    model: OpenedModel, output: OutputFolder, most_bytes: int, tokenizer_type: str, tokenizer_model: str | None
+) -> None:
+    """Write a model with its configuration, code and tokenizer, and what the way back to Megatron needs.
+
+    Args:
+        model: whose source may have the padding of the vocabulary, too.
+        output: gets the files. `config.json`, without which transformers loads nothing, is the last.
+        most_bytes: of the tensors in a file.
+        tokenizer_type, tokenizer_model: as Megatron's flags name the tokenizer.
+
+    Raises:
+        UserError: it cannot be written, or the tokenizer cannot be read or expressed.
+    """
+    special = export_tokenizer(tokenizer_type, tokenizer_model, output.path)
+    tensors = model.source.tensors
+    weights = {name: tensors[name] for name in tensor_shapes(model.config)}
+    padding = {name: spec for name, spec in tensors.items() if name.startswith(PADDING_PREFIX)}
+    plan = plan_safetensors(weights, most_bytes)
+    files = [*plan.files, *(plan_safetensors(padding, most_bytes, _PADDING_FILE).files if padding else ())]
+    write_files(model.source, files, output)
+    fields = model.config | {
+        "architectures": [MaskMoEForCausalLM.__name__],
+        "auto_map": AUTO_MAP,
+        "bos_token_id": special.bos,
+        "eos_token_id": special.eos,
+        "dtype": str(weights[next(iter(weights))].dtype).removeprefix("torch."),
+    }
+    config = _make_config(fields, output.path / CONFIG_FILE)
+    with reporting_full_disk(output.path):
+        export_code(output.path)
+        GenerationConfig(bos_token_id=special.bos, eos_token_id=special.eos).save_pretrained(output.path)
+        if plan.index:
+            _write_json(output.path / INDEX_FILE, plan.index)
+        if model.args is not None:
+            (output.path / MEGATRON_FOLDER).mkdir(exist_ok=True)
+            _write_json(output.path / _ARGS_FILE, _json_values(model.args))
+        Manifest({file.name: output.finished[file.name] for file in files}).save(output.path)
+        with atomic_output(output.path / CONFIG_FILE) as path:
+            path.write_text(config.to_json_string())
+    output.complete()
+
+
+def _make_config(values: Mapping[str, Any], path: Path) -> MaskMoEConfig:
+    try:
+        return MaskMoEConfig(**{name: value for name, value in values.items() if name != "model_type"})
+    # Whatever the class makes of values of wrong types.
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no configuration of MaskMoE: {' '.join(str(error).split())}") from error
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with atomic_output(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _json_values(args: Namespace) -> dict[str, Any]:
+    """Those of Megatron's arguments that are JSON values, but for how far training was.
+
+    Others, such as dtypes and signals, do not describe the model.
+    """
+    values = {}
+    for name, value in sorted(vars(args).items()):
+        try:
+            if name not in _PROGRESS and json.loads(json.dumps(value)) == value:
+                values[name] = value
+        except (TypeError, ValueError):
+            continue
+    return values

@@ -1,0 +1,221 @@
+"""Whole models in `torch_dist` checkpoints: opened as models of transformers, and written."""
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
+from maskmoe.checkpoint.series import RELEASE, choose_checkpoint, write_tracker
+from maskmoe.cli import atomic_output
+from maskmoe.conversion.blocks import RearrangedSource, TensorSource, TensorSpec, UncoveredTensor
+from maskmoe.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
+from maskmoe.conversion.families import OpenedModel
+from maskmoe.conversion.model_tensors import (
+    ROUTING_MASK_PREFIX,
+    Shapes,
+    check_tensors,
+    read_mask,
+    routing_mask_tensors,
+)
+from maskmoe.conversion.sources import JoinedSource, RenamedSource, ZeroSource
+from maskmoe.conversion.tensor_mapping import (
+    EMBEDDING,
+    EXPERT_NORMS,
+    PADDING_PREFIX,
+    MegatronLayout,
+    map_tensors,
+)
+from maskmoe.conversion.torch_dist import COMMON_STATE, TorchDistSource
+from maskmoe.conversion.torch_dist_writer import MARKER, TorchDistPlan, plan_torch_dist
+from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
+from maskmoe.data.tokenizer import load_tokenizer
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
+
+# In a converted checkpoint's common state: the configuration that it was converted from.
+_CONFIG = "huggingface_config"
+# What is no part of the model.
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+_CHECKPOINT_VERSION = 3.0
+_CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+# Modules whose (empty) state of mixed-precision training Megatron asks of a checkpoint: its local ones, and those of
+# Transformer Engine.
+_OF_ATTENTION = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
+_OF_MLP = ("linear_fc1", "linear_fc2")
+
+
+def is_optimizer(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to the optimizer's state."""
+    return _OPTIMIZER.match(name) is not None
+
+
+def find_megatron_checkpoint(path: Path) -> Path:
+    """The checkpoint at a path: itself, or the newest sound one of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist, or is no folder")
+    if (path / LAYOUT_FILE).exists():
+        return path
+    checkpoint = choose_checkpoint(path).checkpoint
+    if checkpoint is None:
+        raise UserError(f"{path} holds no torch_dist checkpoint")
+    return checkpoint
+
+
+def open_megatron(checkpoint: Path, mask: RoutingMask | None = None, **changed_args: Any) -> OpenedModel:
+    """Open a checkpoint of any layout of ranks, with the padding of its vocabulary.
+
+    Args:
+        checkpoint: its folder.
+        mask: the routing mask of a checkpoint that holds none.
+        changed_args: values of Megatron's arguments instead of those in the checkpoint.
+
+    Raises:
+        UserError: it is damaged, its model cannot be expressed, or its tensors are not those of its arguments.
+    """
+    source: TensorSource = TorchDistSource(checkpoint)
+    common = source.common_state()
+    args = common.get("args")
+    if not isinstance(args, Namespace):
+        raise UserError(f"{checkpoint} holds no arguments of Megatron, which tell what its tensors are")
+    args = Namespace(**vars(args) | changed_args)
+    has_mask = f"{CHECKPOINT_PREFIX}row_of_id" in source.tensors
+    if mask is not None:
+        if has_mask or not args.num_experts:
+            raise UserError(
+                f"{checkpoint} {'holds a routing mask' if has_mask else 'has no experts'}; leave --routing-mask out"
+            )
+        source = JoinedSource(
+            source, RenamedSource(routing_mask_tensors(mask)[0], ROUTING_MASK_PREFIX, CHECKPOINT_PREFIX)
+        )
+    elif args.num_experts and not has_mask:
+        raise UserError(
+            f"{checkpoint} holds no routing mask; pass the one that its experts should route by, --routing-mask"
+        )
+    config = dict(common.get(_CONFIG, {}))
+    config |= config_from_args(args, _vocab_size(source, args)) | {"routing_mask": _routing_mask_field(source)}
+    weights = {name: spec for name, spec in source.tensors.items() if not is_optimizer(name)}
+    try:
+        mapping = map_tensors(config, _layout(source, args))
+        aliases = set(_norms_by_other_name(weights, mapping.megatron))
+        check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
+        view = RearrangedSource(source, mapping.huggingface, mapping.copies)
+    except UncoveredTensor as error:
+        raise UserError(f"the tensors of {checkpoint} do not fit its arguments: {error}") from error
+    return OpenedModel(view, config, args)
+
+
+def write_megatron(model: OpenedModel, output: OutputFolder, most_bytes: int) -> None:
+    """Write a model as a checkpoint that training starts from, in any layout of ranks.
+
+    Args:
+        model: with Megatron's arguments. Where its source lacks the padding of the vocabulary, there will be zeros.
+        output: gets the checkpoint, as one that no run saved, and the tracker that names it.
+        most_bytes: of a file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    layout = MegatronLayout(is_stacked(model.args), model.args.padded_vocab_size, EXPERT_NORMS)
+    try:
+        mapping = map_tensors(model.config, layout)
+        copies = (copy.inverse for copy in mapping.copies)
+        view = RearrangedSource(_with_padding(model.source, mapping.huggingface), mapping.megatron, copies)
+    except UncoveredTensor as error:
+        raise UserError(f"the model's tensors do not fit into Megatron's: {error}") from error
+    common = {
+        "args": model.args,
+        "checkpoint_version": _CHECKPOINT_VERSION,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": _CONTENT,
+        _CONFIG: model.config,
+    }
+    objects = {COMMON_STATE: [common]} | {name: [None] for name in _module_states(model.args, layout)}
+    plan = plan_torch_dist(view.tensors, objects, most_bytes, folder=RELEASE)
+    write_files(view, plan.files, output)
+    _seal(output, plan)
+
+
+def _with_padding(source: TensorSource, shapes: Shapes) -> TensorSource:
+    """A model's tensors with the padding of the vocabulary: their own if it fits, else zeros."""
+    dtype = source.tensors["model.embed_tokens.weight"].dtype
+    padding = {name: TensorSpec(shape, dtype) for name, shape in shapes.items() if name.startswith(PADDING_PREFIX)}
+    zeros = {name: spec for name, spec in padding.items() if source.tensors.get(name) != spec}
+    return JoinedSource(ZeroSource(zeros), source)
+
+
+def _seal(output: OutputFolder, plan: TorchDistPlan) -> None:
+    """Add to the files of tensors what makes them a checkpoint, and the only one."""
+    checkpoint = output.path / RELEASE
+    with reporting_full_disk(checkpoint):
+        with atomic_output(checkpoint / LAYOUT_FILE) as path:
+            path.write_bytes(plan.layout)
+        records = {Path(file.name).name: output.finished[file.name] for file in plan.files}
+        Manifest(records | {LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)}).save(checkpoint)
+        with atomic_output(checkpoint / "metadata.json") as path:
+            path.write_text(json.dumps(MARKER))
+        write_tracker(output.path, RELEASE)
+    output.complete()
+
+
+def _vocab_size(source: TensorSource, args: Namespace) -> int:
+    """Ids of the tokenizer: of the routing mask, which is made for it, else as the tokenizer itself says."""
+    row_of_id = source.tensors.get(f"{CHECKPOINT_PREFIX}row_of_id")
+    if row_of_id is not None:
+        return row_of_id.shape[-1]
+    if getattr(args, "vocab_size", None) is not None:
+        return args.vocab_size
+    return load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
+
+
+def _routing_mask_field(source: TensorSource) -> dict[str, Any] | None:
+    """The configuration's field `routing_mask`, after the mask has been verified."""
+    mask = read_mask(source, CHECKPOINT_PREFIX)
+    return mask and routing_mask_tensors(mask)[1]
+
+
+def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:
+    embedding = source.tensors.get(EMBEDDING)
+    if embedding is None:
+        raise UserError(f"the checkpoint lacks {EMBEDDING}")
+    stacked = not any(name.startswith("decoder.layers.0.") for name in source.tensors)
+    layer = sparse_layers(args).index(True) if any(sparse_layers(args)) else 0
+    prefix = "decoder.layers." if stacked else f"decoder.layers.{layer}."
+    norm = next((name for name in EXPERT_NORMS if prefix + name in source.tensors), EXPERT_NORMS[0])
+    return MegatronLayout(stacked, embedding.shape[0], (norm,))
+
+
+def _norms_by_other_name(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    """Tensors that stand in a checkpoint a second time, by the name that other modules load them by."""
+    ours, theirs = EXPERT_NORMS
+    for name in tensors:
+        if name.endswith(theirs) and name.removesuffix(theirs) + ours in expected:
+            yield name
+
+
+def _module_states(args: Namespace, layout: MegatronLayout) -> Iterator[str]:
+    """The names of the modules' states, each with the suffix of its shard."""
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
+    sparse = sparse_layers(args)
+    for layer, has_experts in enumerate(sparse):
+        prefix = "decoder.layers." if layout.is_stacked else f"decoder.layers.{layer}."
+        index, count = (f"{layer}.", f"{len(sparse)}.") if layout.is_stacked else ("", "")
+        modules = [f"self_attention.{module}" for module in _OF_ATTENTION]
+        modules += [f"mlp.{module}" for module in _OF_MLP] if not has_experts else ["pre_mlp_layernorm"]
+        if has_experts and args.moe_shared_expert_intermediate_size:
+            modules += [f"mlp.shared_experts.{module}" for module in _OF_MLP]
+        for module in modules:
+            shard = f"{layer}_{len(sparse)}" if layout.is_stacked else "0_1"
+            yield f"{prefix}{module}._extra_state/shard_{shard}"
+        for module in _OF_MLP if has_experts else ():
+            for expert in range(args.num_experts):
+                name = f"{prefix}mlp.experts.experts.{module}._extra_state"
+                yield f"{name}/shard_{index}{expert}_{count}{args.num_experts}"

@@ -1,0 +1,144 @@
+"""The tensors of a MaskMoE model in the format of transformers."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from maskmoe.conversion.blocks import Block, TensorSource, TensorSpec
+from maskmoe.conversion.sources import MemorySource
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.transformer.visible_experts import buffers_of_routing_mask, routing_mask_from_buffers
+
+Shapes = dict[str, tuple[int, ...]]
+
+ROUTING_MASK_PREFIX = "model.routing_mask."
+
+_NAMED_AT_MOST = 3
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The shapes of a model's tensors by name, in the order of the layers; those of its routing mask are the last.
+
+    Args:
+        config: the fields of `MaskMoEConfig`.
+    """
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer, mlp_type in enumerate(config["mlp_layer_types"]):
+        prefix = f"model.layers.{layer}."
+        parts = {
+            "input_layernorm.weight": (hidden,),
+            **_attention_shapes(config),
+            "post_attention_layernorm.weight": (hidden,),
+            **(
+                _moe_shapes(config)
+                if mlp_type == "sparse"
+                else _mlp_shapes("mlp.", config["intermediate_size"], hidden)
+            ),
+        }
+        shapes |= {prefix + name: shape for name, shape in parts.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    if mask := config["routing_mask"]:
+        shapes |= _routing_mask_shapes(mask, config)
+    return shapes
+
+
+def _attention_shapes(config: Mapping[str, Any]) -> Shapes:
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    shapes: Shapes = {}
+    for name, features in (("q", queries), ("k", keys), ("v", keys)):
+        shapes[f"self_attn.{name}_proj.weight"] = (features, hidden)
+        if config["attention_bias"]:
+            shapes[f"self_attn.{name}_proj.bias"] = (features,)
+    shapes["self_attn.o_proj.weight"] = (hidden, queries)
+    if config["qk_norm"]:
+        of_each_head = config["qk_norm"] == "head"
+        shapes["self_attn.q_norm.weight"] = (head_dim if of_each_head else queries,)
+        shapes["self_attn.k_norm.weight"] = (head_dim if of_each_head else keys,)
+    return shapes
+
+
+def _mlp_shapes(prefix: str, features: int, hidden: int) -> Shapes:
+    return {
+        f"{prefix}gate_proj.weight": (features, hidden),
+        f"{prefix}up_proj.weight": (features, hidden),
+        f"{prefix}down_proj.weight": (hidden, features),
+    }
+
+
+def _moe_shapes(config: Mapping[str, Any]) -> Shapes:
+    hidden, experts, features = config["hidden_size"], config["num_experts"], config["moe_intermediate_size"]
+    shapes: Shapes = {"mlp.gate.weight": (experts, hidden)}
+    if config["use_expert_bias"]:
+        shapes["mlp.gate.e_score_correction_bias"] = (experts,)
+    shapes["mlp.experts.gate_up_proj"] = (experts, 2 * features, hidden)
+    shapes["mlp.experts.down_proj"] = (experts, hidden, features)
+    if config["shared_expert_intermediate_size"]:
+        shapes |= _mlp_shapes("mlp.shared_experts.", config["shared_expert_intermediate_size"], hidden)
+        if config["shared_expert_gate"]:
+            shapes["mlp.shared_expert_gate.weight"] = (1, hidden)
+    return shapes
+
+
+def _routing_mask_shapes(mask: Mapping[str, Any], config: Mapping[str, Any]) -> Shapes:
+    tables = mask["num_tables"]
+    return {
+        f"{ROUTING_MASK_PREFIX}row_of_id": (tables, config["vocab_size"]),
+        f"{ROUTING_MASK_PREFIX}visible_bits": (tables, mask["num_rows"], -(-config["num_experts"] // 8)),
+        f"{ROUTING_MASK_PREFIX}metadata": (mask["metadata_bytes"],),
+    }
+
+
+def routing_mask_tensors(mask: RoutingMask) -> tuple[MemorySource, dict[str, Any]]:
+    """A routing mask as the buffers of a model, and as the field `routing_mask` of its configuration."""
+    buffers = buffers_of_routing_mask(mask)
+    field = {
+        "num_tables": len(mask.row_of_id),
+        "num_rows": mask.visible_bits.shape[1],
+        "row_dtype": str(mask.row_of_id.dtype),
+        "metadata_bytes": buffers["metadata"].numel(),
+    }
+    return MemorySource({ROUTING_MASK_PREFIX + name: buffer for name, buffer in buffers.items()}), field
+
+
+def read_mask(source: TensorSource, prefix: str) -> RoutingMask | None:
+    """The routing mask among a source's tensors, under their names' prefix, verified; None if there is none.
+
+    Raises:
+        UserError: it is damaged or altered.
+    """
+    names = [name for name in source.tensors if name.startswith(prefix)]
+    buffers = {name: source.read(Block.whole(name, source.tensors[name].shape)) for name in names}
+    return routing_mask_from_buffers({name.removeprefix(prefix): buffers[name] for name in names}) if names else None
+
+
+def check_tensors(
+    found: Mapping[str, TensorSpec], expected: Shapes, where: str, ignored: Collection[str] = frozenset()
+) -> None:
+    """Check that all tensors of a model are there, and no others.
+
+    Args:
+        found: by name.
+        expected: shapes by name.
+        where: they were found, for errors.
+        ignored: names of others that may be there.
+
+    Raises:
+        UserError: naming those that are missing, are too many or have another shape.
+    """
+    if missing := expected.keys() - found.keys():
+        raise UserError(f"{where} lacks {_listed(missing)}")
+    if surplus := found.keys() - expected.keys() - set(ignored):
+        raise UserError(f"{where} holds tensors that its settings do not account for: {_listed(surplus)}")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise UserError(f"{where}: {name} has the shape {list(found[name].shape)}, it should have {list(shape)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+    return ", ".join(names[:_NAMED_AT_MOST]) + more

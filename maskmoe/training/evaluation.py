@@ -1,0 +1,269 @@
+"""Evaluate a checkpoint: `torchrun … -m maskmoe.training.evaluate --load DIR --use-checkpoint-args --data-path P`.
+
+Prints loss and perplexity of the validation split, overall and by how frequent the input token is, and the load of the
+experts in every layer. With `--eval-texts F.jsonl` it scores the texts of that file instead.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+from megatron.training import get_tokenizer, print_rank_0
+from torch import Tensor
+
+from maskmoe.cli import atomic_output
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
+from maskmoe.routing_mask.frequency_bands import FrequencyBands
+from maskmoe.training.batch import Batch, build_datasets, get_batch, token_losses
+from maskmoe.training.forward import forward_all, sum_over_ranks
+from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
+from maskmoe.training.text_scoring import TextScores, read_texts, score_texts
+from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.token_ids import unpack_token_ids
+
+_SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class BandResult:
+    """Loss of the tokens whose input id is in one frequency band."""
+
+    name: str
+    share: float
+    """of all tokens"""
+    loss: float
+    """nats per token"""
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How the tokens of one layer spread over its experts."""
+
+    layer: int
+    """as Megatron numbers it, from 1"""
+    max_over_mean: float
+    tokens_per_expert: list[int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All results of one evaluation."""
+
+    loss: float
+    """nats per token"""
+    perplexity: float
+    tokens: int
+    bands: list[BandResult]
+    expert_load: list[ExpertLoad]
+    seconds: float
+    tokens_per_second: float
+
+    def table(self) -> str:
+        """The results as text."""
+        lines = [f"{'input tokens':<14}{'share':>8}{'tokens':>12}{'loss':>9}{'perplexity':>13}"]
+        overall = BandResult("all", 1.0, self.loss, self.perplexity, self.tokens)
+        for band in (*self.bands, overall):
+            lines.append(
+                f"{band.name:<14}{band.share:>8.1%}{band.tokens:>12,}{band.loss:>9.4f}{band.perplexity:>13.2f}"
+            )
+        lines.append("")
+        if self.expert_load:
+            lines.append("expert load, max/mean by layer: " + _loads(self.expert_load))
+        lines.append(f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s")
+        return "\n".join(lines)
+
+
+def _loads(expert_load: list[ExpertLoad]) -> str:
+    return ", ".join(f"{load.layer}: {load.max_over_mean:.2f}" for load in expert_load)
+
+
+class ExpertLoadCounter:
+    """Counts the tokens that each router sends to each expert, from the outside, through forward hooks.
+
+    Whichever rank routes a token: the result is a sum over ranks. Padding is left out.
+
+    Args:
+        model: the rank's part of the model.
+        num_layers: layers of the whole model.
+        num_experts: N; 0 for a model without experts.
+    """
+
+    def __init__(self, model: torch.nn.Module, num_layers: int, num_experts: int):
+        self.counts = torch.zeros(num_layers, num_experts, dtype=torch.long, device=torch.cuda.current_device())
+        for module in model.modules():
+            if isinstance(module, MaskMoERouter):
+                module.register_forward_hook(self._count)
+
+    def _count(self, router: MaskMoERouter, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> None:
+        _, is_padding = unpack_token_ids(inputs[1])  # [sequence, batch]
+        _, routing_map = outputs  # [tokens, experts]
+        if is_padding is not None:
+            routing_map = routing_map & ~is_padding.reshape(-1, 1)
+        self.counts[router.layer_number - 1] += routing_map.sum(dim=0)
+
+    def result(self) -> list[ExpertLoad]:
+        """The load over all ranks of the layers that have experts; a collective call."""
+        # Without sequence parallelism the ranks of a tensor parallel group route the same tokens.
+        counts = self.counts.clone() if mpu.get_tensor_model_parallel_rank() == 0 else torch.zeros_like(self.counts)
+        torch.distributed.all_reduce(counts)
+        return [
+            ExpertLoad(layer, float(load.max() / load.double().mean()), load.tolist())
+            for layer, load in enumerate(counts.cpu(), start=1)
+            if load.any()
+        ]
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `evaluation` group, and defaults where Megatron wants values that only training needs."""
+    group = parser.add_argument_group(title="evaluation")
+    group.add_argument("--eval-split", choices=_SPLITS, default="valid", help="which split of --data-path to evaluate")
+    group.add_argument(
+        "--token-frequency",
+        metavar="FILE",
+        help="counts made by tools/count_token_frequency.py, which define the frequency bands; "
+        "without it --data-path is counted",
+    )
+    group.add_argument(
+        "--eval-texts",
+        metavar="FILE",
+        help="score texts instead of a dataset: JSON lines with a text, or with context and continuation, of which the "
+        "second is scored; the log-likelihoods are those of lm-evaluation-harness",
+    )
+    group.add_argument("--eval-output", metavar="FILE", help="also write the results as JSON")
+    parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
+    return parser
+
+
+def read_token_frequency(args: argparse.Namespace, vocab_size: int) -> TokenFrequency:
+    """The token counts that define the bands.
+
+    Raises:
+        UserError: they are of another vocabulary, or there are neither counts nor a data path to count.
+    """
+    if args.token_frequency is None:
+        if args.data_path is None:
+            raise UserError("pass --token-frequency FILE, which defines the frequency bands")
+        return count_token_frequency(args.data_path, vocab_size, workers=1, progress=False)
+    frequency = TokenFrequency.load(args.token_frequency)
+    if frequency.vocab_size != vocab_size:
+        raise UserError(
+            f"--token-frequency {args.token_frequency} counts {frequency.vocab_size} ids, the model has {vocab_size}"
+        )
+    return frequency
+
+
+def band_loss_function(
+    tokens: Tensor, loss_mask: Tensor, band_of_id: Tensor, num_bands: int, output_tensor: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of losses and number of tokens in every band.
+
+    Args:
+        tokens: input ids, int64 [batch, sequence].
+        loss_mask: float [batch, sequence].
+        band_of_id: int64 [vocab].
+        num_bands: number of bands.
+        output_tensor: loss of every token, [batch, sequence].
+
+    Returns:
+        the loss and the number of tokens as Megatron's schedules want them, and `bands`, float64 [bands, 2].
+    """
+    mask = loss_mask.reshape(-1).double()
+    losses = output_tensor.reshape(-1).double() * mask
+    values = torch.stack([losses, mask], dim=1)  # [tokens, 2]
+    bands = values.new_zeros(num_bands, 2).index_add_(0, band_of_id[tokens.reshape(-1)], values)
+    return losses.sum().float(), mask.sum().to(torch.int), {"bands": bands}
+
+
+@torch.no_grad()
+def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyBands) -> Evaluation:
+    """Run the model over the whole split; a collective call of all ranks, with the same result on all.
+
+    Raises:
+        UserError: the split is empty.
+    """
+    model.eval()
+    dataset = build_datasets(args, [None, None, None])[_SPLITS.index(args.eval_split)]
+    num_samples = _broadcast_object(len(dataset) if dataset is not None else 0)
+    if num_samples == 0:
+        raise UserError(f"the {args.eval_split} split of {args.data_path} (--split {args.split}) has no sample")
+    band_of_id = torch.from_numpy(bands.band_of_id).cuda()
+    counter = ExpertLoadCounter(model, args.num_layers + (args.mtp_num_layers or 0), args.num_experts or 0)
+
+    num_whole_steps = num_samples // (args.micro_batch_size * mpu.get_data_parallel_world_size())
+    steps = itertools.count()
+
+    def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
+        batch = get_batch(data_iterator)
+        # Samples that only fill up the last step are padding; on all ranks alike, since they dispatch together.
+        is_filled_up = args.num_experts and next(steps) >= num_whole_steps
+        output = token_losses(model, batch, _mask_uncounted_samples(batch) if is_filled_up else None)
+        return output, partial(band_loss_function, batch.tokens, batch.loss_mask, band_of_id, len(bands.names))
+
+    sums = torch.zeros(len(bands.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    start = time.perf_counter()
+    for _, outputs in forward_all(args, model, dataset, num_samples, forward_step, "evaluating"):
+        for output in outputs:
+            sums += output["bands"]
+    sum_over_ranks(sums)
+    seconds = time.perf_counter() - start
+    return _summarise(sums.cpu().numpy(), bands.names, counter.result(), seconds)
+
+
+def _mask_uncounted_samples(batch: Batch) -> Tensor:
+    """bool [batch, sequence], True in samples of which no token counts."""
+    return ~batch.loss_mask.any(dim=1, keepdim=True).expand_as(batch.tokens)
+
+
+def _broadcast_object(value: Any) -> Any:
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _summarise(sums: np.ndarray, names: tuple[str, ...], expert_load: list[ExpertLoad], seconds: float) -> Evaluation:
+    losses, counts = sums.T
+    total_loss, total = losses.sum() / counts.sum(), int(counts.sum())
+    results = []
+    for name, loss, count in zip(names, losses, counts, strict=True):
+        mean = float(loss / count) if count else float("nan")
+        results.append(BandResult(name, float(count / total), mean, float(np.exp(mean)), int(count)))
+    return Evaluation(
+        loss=float(total_loss),
+        perplexity=float(np.exp(total_loss)),
+        tokens=total,
+        bands=results,
+        expert_load=expert_load,
+        seconds=seconds,
+        tokens_per_second=total / seconds,
+    )
+
+
+def evaluate_split(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
+    """`evaluate`, by the bands that `--token-frequency` or the data define."""
+    frequency = read_token_frequency(args, get_tokenizer().vocab_size)
+    return evaluate(args, model, FrequencyBands.from_occurrences(frequency.occurrences))
+
+
+def main() -> None:
+    args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None)
+    texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
+    with leaving_process_groups():
+        model = load_model(args)
+        results: Evaluation | TextScores
+        results = evaluate_split(args, model) if texts is None else score_texts(args, model, texts)
+        print_rank_0(results.table())
+        if args.eval_output is not None and torch.distributed.get_rank() == 0:
+            with atomic_output(Path(args.eval_output)) as path:
+                path.write_text(json.dumps(asdict(results), indent=2) + "\n")

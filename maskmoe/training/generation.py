@@ -1,0 +1,104 @@
+"""Continue a text: `torchrun … -m maskmoe.training.generate --load DIR --use-checkpoint-args --prompt TEXT`."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.training import get_tokenizer, print_rank_0
+from torch import Tensor
+from tqdm import tqdm
+
+from maskmoe.cli import atomic_output
+from maskmoe.errors import UserError
+from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `generation` group, and defaults where Megatron wants values that only training needs."""
+    group = parser.add_argument_group(title="generation")
+    group.add_argument("--prompt", required=True, help="the text to continue")
+    group.add_argument("--max-new-tokens", type=int, default=64, help="stop after so many tokens, or at the text's end")
+    group.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
+    group.add_argument("--top-k", type=int, default=50, help="sample among so many of the most probable; 0: among all")
+    group.add_argument("--sample-output", metavar="FILE", help="also write the text to a file")
+    parser.set_defaults(micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
+    return parser
+
+
+def check_generation(args: argparse.Namespace) -> None:
+    """Refuse settings under which no text can be generated.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if args.pipeline_model_parallel_size > 1 or args.sequence_parallel or args.context_parallel_size > 1:
+        raise UserError("generation works with tensor and expert parallelism, not with pipelines or split sequences")
+    if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 1:
+        raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
+
+
+def sample_next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """Draw a token.
+
+    Args:
+        logits: [vocab].
+        temperature: 0 for the most probable token.
+        top_k: draw among so many of the most probable tokens; 0 for all.
+        generator: on the CPU, in the same state on all ranks.
+
+    Returns:
+        int64 [1].
+    """
+    if temperature == 0:
+        return logits.argmax().view(1)
+    logits = logits.float().cpu() / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    return torch.multinomial(torch.softmax(logits, dim=0), 1, generator=generator)
+
+
+@torch.no_grad()
+def generate(args: argparse.Namespace, model: torch.nn.Module, prompt_ids: list[int]) -> list[int]:
+    """Continue token ids; a collective call, in which all ranks compute the same.
+
+    The whole text is computed anew for every token. That needs no cache, and suits short samples.
+
+    Raises:
+        UserError: the text would be longer than the model's positions.
+    """
+    tokenizer = get_tokenizer()
+    if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:
+        raise UserError(
+            f"{len(prompt_ids)} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
+            f"{args.max_position_embeddings} positions; lower --max-new-tokens"
+        )
+    model.eval()
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = torch.tensor([prompt_ids], device=torch.cuda.current_device())  # [1, sequence]
+    for _ in tqdm(range(args.max_new_tokens), desc="generating", disable=None if args.rank == 0 else True):
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        logits = gather_from_tensor_model_parallel_region(model(tokens, position_ids, None)[:, -1])
+        # Ids from the tokenizer's size on are padding of the embedding, and have no visible experts.
+        next_token = sample_next_token(logits[0, : tokenizer.vocab_size], args.temperature, args.top_k, generator)
+        next_token = next_token.to(tokens.device)
+        # Ranks may differ in the last bit of a logit, but must go on with the same text.
+        torch.distributed.broadcast(next_token, src=0)
+        if next_token.item() == tokenizer.eod:
+            break
+        tokens = torch.cat([tokens, next_token.unsqueeze(0)], dim=1)
+    return tokens[0].tolist()
+
+
+def main() -> None:
+    args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False)
+    check_generation(args)
+    prompt_ids = get_tokenizer().tokenize(args.prompt)
+    if not prompt_ids:
+        raise UserError("--prompt is empty")
+    with leaving_process_groups():
+        text = get_tokenizer().detokenize(generate(args, load_model(args), prompt_ids))
+        print_rank_0(text)
+        if args.sample_output is not None and torch.distributed.get_rank() == 0:
+            with atomic_output(Path(args.sample_output)) as path:
+                path.write_text(text + "\n")

@@ -1,0 +1,110 @@
+"""Pretrain a MaskMoE language model: `torchrun … -m maskmoe.training.pretrain <Megatron flags> --routing-mask FILE`.
+
+Asked to stop by SIGTERM or SIGUSR1 it saves a checkpoint and exits with code 75; started again it goes on. Exit code 2:
+bad input, nothing was done. 1: the run failed. 76: a rank hung.
+"""
+
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+
+from megatron.core.enums import ModelType
+from megatron.training import get_timers, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+from maskmoe.check.command import check_run, ranks_to_check
+from maskmoe.megatron_compat import patches
+from maskmoe.training.arguments import add_check_argument
+from maskmoe.training.batch import get_batch, loss_function, token_losses, train_valid_test_datasets_provider
+from maskmoe.training.checks import data_prefixes
+from maskmoe.training.data_files import DataFiles
+from maskmoe.training.failures import SaveOnSignal, ending_data_workers, explaining_failures
+from maskmoe.training.rank_store import RankStore
+from maskmoe.training.routing_log import RoutingLog
+from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
+from maskmoe.training.watchdog import Watchdog
+from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+
+
+class MicroBatchStep:
+    """The forward step that Megatron's schedules call for each micro-batch.
+
+    Args:
+        watchdog: told of each micro-batch.
+        data_files: the files that micro-batches come from.
+        save_on_signal: begins with the first.
+    """
+
+    def __init__(self, watchdog: Watchdog, data_files: DataFiles, save_on_signal: SaveOnSignal):
+        self._watchdog = watchdog
+        self._data_files = data_files
+        self._save_on_signal = save_on_signal
+
+    def forward(self, data_iterator: Iterator, model: MaskMoEGPTModel) -> tuple:
+        """One micro-batch forward: the model's output and the function that makes a loss of it."""
+        self._save_on_signal.begin()
+        self._watchdog.step()
+        self._data_files.check_some()
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = get_batch(data_iterator)
+        timers("batch-generator").stop()
+        return token_losses(model, batch), partial(loss_function, batch.loss_mask)
+
+
+def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the arguments that only training has, and save when a signal asks the run to stop."""
+    group = parser.add_argument_group(title="long runs")
+    group.add_argument(
+        "--keep-last-checkpoints",
+        type=int,
+        metavar="N",
+        help="remove older checkpoints from --save, but multiples of --save-retain-interval; by default all are kept",
+    )
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="how long no rank may begin a micro-batch, until the run is ended and the rank to blame named; "
+        "default: --distributed-timeout-minutes",
+    )
+    parser.set_defaults(
+        exit_signal_handler=True,
+        # Without it Megatron switches asynchronous saving off, with a warning among many lines.
+        use_persistent_ckpt_worker=True,
+        async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
+    )
+    return add_check_argument(parser)
+
+
+def main() -> None:
+    ranks = ranks_to_check()
+    if ranks is not None:
+        check_run(ranks, add_pretraining_arguments)
+        return
+    args = parse_and_check_args(add_pretraining_arguments)
+    save_on_signal = SaveOnSignal(args)
+    ranks = RankStore.from_environment()
+    watchdog = Watchdog(ranks, args.hang_timeout or 60 * args.distributed_timeout_minutes)
+    data_files = DataFiles(data_prefixes(args))
+    model_config = model_config_from_args(args)
+    if args.num_experts:
+        model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
+    step = MicroBatchStep(watchdog, data_files, save_on_signal)
+    patches.keep_checkpoints_whole(while_saving=watchdog.paused)
+    watchdog.start()
+    with (
+        ending_data_workers(),
+        leaving_process_groups(),
+        explaining_failures(args, data_files),
+        save_on_signal.requeueing(),
+    ):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            step.forward,
+            store=ranks.for_process_groups,
+        )
+    watchdog.stop()

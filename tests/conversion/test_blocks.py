@@ -1,0 +1,193 @@
+"""Blocks, what they cover, and tensors that are views of others."""
+
+from itertools import pairwise, product
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskmoe.conversion.blocks import (
+    Block,
+    Copy,
+    RearrangedSource,
+    TensorSpec,
+    UncoveredTensor,
+    check_cover,
+    row_major_blocks,
+)
+from maskmoe.conversion.sources import CastSource, JoinedSource, MemorySource, RenamedSource, ZeroSource
+
+SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def blocks_of(draw, name, shape):
+    """A block that is not empty."""
+    bounds = [draw(st.tuples(st.integers(0, size - 1), st.integers(1, size))) for size in shape]
+    starts = [min(first, last - 1) for first, last in bounds]
+    return Block(name, tuple(starts), tuple(last - start for start, (_, last) in zip(starts, bounds, strict=True)))
+
+
+@st.composite
+def grids(draw, name, shape):
+    """Blocks that divide a tensor, in a random order."""
+    cuts = [sorted({0, size, *draw(st.sets(st.integers(1, size)))}) for size in shape]
+    intervals = [list(pairwise(edges)) for edges in cuts]
+    cells = [
+        Block(name, tuple(start for start, _ in cell), tuple(stop - start for start, stop in cell))
+        for cell in product(*intervals)
+    ]
+    return draw(st.permutations(cells))
+
+
+@st.composite
+def rearrangements(draw):
+    """A tensor, and the shapes and copies of tensors that all its elements are rearranged to."""
+    shape = draw(SHAPES)
+    source = torch.arange(prod(shape)).view(shape)
+    shapes, copies = {}, []
+    for index, cell in enumerate(draw(grids("source", shape))):
+        name = f"target{index % 2}.{cell.sizes}"  # cells of the same size are stacked, or laid one after the other
+        start = shapes.get(name, (0,))[0]
+        if index % 2:
+            target = Block(name, (start, *(0 for _ in cell.sizes)), (1, *cell.sizes))
+            shapes[name] = (start + 1, *cell.sizes)
+        else:
+            flat = (cell.sizes[0], prod(cell.sizes[1:]))
+            target = Block(name, (start, 0), flat)
+            shapes[name] = (start + flat[0], flat[1])
+        copies.append(Copy(cell, target))
+    return source, shapes, draw(st.permutations(copies))
+
+
+def rearranged(source, shapes, copies):
+    """The same by plain indexing."""
+    results = {name: torch.full(shape, -1) for name, shape in shapes.items()}
+    for copy in copies:
+        results[copy.target.tensor][copy.target.slices] = source[copy.source.slices].reshape(copy.target.sizes)
+    return results
+
+
+@settings(max_examples=200, deadline=None)
+@given(rearrangements(), st.data())
+def test_any_block_of_a_rearranged_tensor(rearrangement, data):
+    source, shapes, copies = rearrangement
+    expected = rearranged(*rearrangement)
+    view = RearrangedSource(MemorySource({"source": source}), shapes, copies)
+    for name, shape in shapes.items():
+        assert view.tensors[name] == TensorSpec(shape, torch.int64)
+        for block in (Block.whole(name, shape), data.draw(blocks_of(name, shape))):
+            assert torch.equal(view.read(block), expected[name][block.slices])
+
+
+@settings(max_examples=100, deadline=None)
+@given(rearrangements())
+def test_there_and_back(rearrangement):
+    source, shapes, copies = rearrangement
+    view = RearrangedSource(MemorySource({"source": source}), shapes, copies)
+    back = RearrangedSource(view, {"source": tuple(source.shape)}, [copy.inverse for copy in copies])
+    assert torch.equal(back.read(Block.whole("source", source.shape)), source)
+
+
+class CountingSource(MemorySource):
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.elements_read = 0
+
+    def read(self, block):
+        self.elements_read += block.num_elements
+        return super().read(block)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_more_is_read_than_asked_for(data):
+    """Where layers are stacked, a block of one layer's tensor is read as that block."""
+    shape = data.draw(SHAPES)
+    stacked = CountingSource({"stacked": torch.arange(3 * prod(shape)).view(3, *shape)})
+    copies = [
+        Copy(Block("stacked", (i, *(0 for _ in shape)), (1, *shape)), Block.whole(str(i), shape)) for i in range(3)
+    ]
+    view = RearrangedSource(stacked, {str(i): shape for i in range(3)}, copies)
+    block = data.draw(blocks_of("1", shape))
+    assert torch.equal(view.read(block), stacked._values["stacked"][1][block.slices])
+    assert stacked.elements_read == block.num_elements
+
+
+@settings(max_examples=200, deadline=None)
+@given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), st.lists(blocks_of("t", shape), max_size=5))))
+def test_a_cover_is_exact_or_refused(case):
+    shape, blocks = case
+    counts = torch.zeros(shape, dtype=torch.int)
+    for block in blocks:
+        counts[block.slices] += 1
+    if (counts == 1).all():
+        check_cover({"t": shape}, blocks)
+    else:
+        with pytest.raises(UncoveredTensor, match=r"t \["):
+            check_cover({"t": shape}, blocks)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), grids("t", shape))), st.data())
+def test_a_cover_with_one_block_missing_twice_or_moved_is_refused(case, data):
+    shape, blocks = case
+    check_cover({"t": shape}, blocks)
+    index = data.draw(st.integers(0, len(blocks) - 1))
+    moved = Block("t", tuple(offset + 1 for offset in blocks[index].offsets), blocks[index].sizes)
+    rest = blocks[:index] + blocks[index + 1 :]
+    for wrong in (rest, [*blocks, blocks[index]], [*rest, moved]):
+        with pytest.raises(UncoveredTensor):
+            check_cover({"t": shape}, wrong)
+
+
+def test_blocks_of_unknown_tensors_and_of_other_sizes_are_refused():
+    with pytest.raises(UncoveredTensor, match="there is no tensor u"):
+        check_cover({"t": (1,)}, [Block("t", (0,), (1,)), Block("u", (0,), (1,))])
+    with pytest.raises(ValueError, match="differ in size"):
+        Copy(Block("t", (0,), (2,)), Block("u", (0,), (1,)))
+
+
+def test_a_tensor_has_one_type():
+    source = MemorySource({"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.bfloat16)})
+    copies = [Copy(Block(name, (0,), (1,)), Block("t", (i,), (1,))) for i, name in enumerate("ab")]
+    with pytest.raises(UncoveredTensor, match=r"t would be filled from .*bfloat16.*float32"):
+        RearrangedSource(source, {"t": (2,)}, copies)
+
+
+def test_scalars_and_empty_tensors():
+    source = MemorySource({"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)})
+    copies = [
+        Copy(Block.whole(name, spec.shape), Block.whole(name, spec.shape)) for name, spec in source.tensors.items()
+    ]
+    view = RearrangedSource(source, {name: spec.shape for name, spec in source.tensors.items()}, copies)
+    assert view.read(Block.whole("scalar", ())) == 3.0
+    assert view.read(Block.whole("empty", (0, 4))).shape == (0, 4)
+    assert list(row_major_blocks("scalar", source.tensors["scalar"], 1)) == [Block.whole("scalar", ())]
+    assert list(row_major_blocks("empty", source.tensors["empty"], 1)) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(SHAPES, st.integers(1, 200))
+def test_row_major_blocks_are_the_memory_in_order(shape, max_bytes):
+    tensor = torch.arange(prod(shape), dtype=torch.int16).view(shape)
+    spec = TensorSpec(shape, torch.int16)
+    blocks = list(row_major_blocks("t", spec, max_bytes))
+    assert torch.cat([tensor[block.slices].flatten() for block in blocks]).tolist() == tensor.flatten().tolist()
+    assert all(tensor[block.slices].is_contiguous() for block in blocks)
+    assert all(block.num_elements == 1 or 2 * block.num_elements <= max_bytes for block in blocks)
+    assert sum(2 * block.num_elements for block in blocks) == spec.num_bytes
+
+
+def test_sources_of_sources():
+    memory = MemorySource({"p.a": torch.ones(2), "p.b": torch.ones(2, dtype=torch.int16)})
+    renamed = RenamedSource(memory, "p.", "q.")
+    joined = JoinedSource(ZeroSource({"q.a": TensorSpec((2,), torch.float32)}), renamed)
+    assert joined.tensors.keys() == {"q.a", "q.b"}
+    assert joined.read(Block.whole("q.a", (2,))).tolist() == [0, 0]
+    cast = CastSource(renamed, torch.bfloat16)
+    assert cast.tensors["q.a"].dtype == cast.read(Block.whole("q.a", (2,))).dtype == torch.bfloat16
+    assert cast.tensors["q.b"].dtype == cast.read(Block.whole("q.b", (2,))).dtype == torch.int16
+    assert CastSource(renamed, torch.bfloat16, frozenset(["q.a"])).tensors == renamed.tensors

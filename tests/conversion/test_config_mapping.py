@@ -1,0 +1,161 @@
+"""Megatron's arguments and the configuration of the transformers model say the same."""
+
+from argparse import Namespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskmoe.conversion.config_mapping import (
+    args_from_config,
+    config_from_args,
+    further_flags,
+    is_stacked,
+    sparse_layers,
+)
+from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors
+from maskmoe.errors import UserError
+from maskmoe.huggingface import MaskMoEConfig
+
+ROPE = (
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+)
+
+
+@st.composite
+def configs(draw):
+    """The fields of any model that both sides have."""
+    layers, groups = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4]))
+    fields = {
+        "vocab_size": draw(st.integers(1, 300)),
+        "hidden_size": draw(st.sampled_from([8, 24])),
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": groups,
+        "head_dim": draw(st.sampled_from([2, 4])),
+        "intermediate_size": 6,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
+        "rope_parameters": draw(st.sampled_from(ROPE)) | {"rope_theta": draw(st.sampled_from([10000.0, 12345.5]))},
+        "tie_word_embeddings": draw(st.booleans()),
+        "hidden_act": "silu",
+        "initializer_range": 0.01,
+        "attention_dropout": 0.0,
+        "attention_bias": draw(st.booleans()),
+        "qk_norm": draw(st.sampled_from([None, "head", "all_heads"])),
+        "mlp_layer_types": draw(st.lists(st.sampled_from(["sparse", "dense"]), min_size=layers, max_size=layers)),
+        "num_experts": 0,
+    }
+    if draw(st.booleans()):
+        fields["rope_parameters"]["partial_rotary_factor"] = 0.5
+    if "sparse" not in fields["mlp_layer_types"]:
+        return fields
+    scores = draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
+    topk = draw(st.sampled_from([1, 2]))
+    grouped = draw(st.booleans())
+    shared = draw(st.sampled_from([0, 3]))
+    return fields | {
+        "num_experts": 8,
+        "num_experts_per_tok": topk,
+        "moe_intermediate_size": 5,
+        "scoring_func": scores,
+        "norm_topk_prob": scores != "softmax" or (topk > 1 and draw(st.booleans())),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "use_expert_bias": scores != "softmax" and draw(st.booleans()),
+        "n_group": 4 if grouped else None,
+        "topk_group": 1 if grouped else None,
+        "shared_expert_intermediate_size": shared,
+        "shared_expert_gate": bool(shared) and draw(st.booleans()),
+        "router_aux_loss_coef": 0.02,
+        "aux_loss_tokens": draw(st.sampled_from(["all", "routable"])),
+    }
+
+
+MASK = {"num_tables": 1, "num_rows": 9, "row_dtype": "int16", "metadata_bytes": 7}
+
+
+@settings(max_examples=300, deadline=None)
+@given(configs())
+def test_there_and_back(fields):
+    MaskMoEConfig(**fields)  # it is one
+    args = args_from_config(fields)
+    assert config_from_args(args, fields["vocab_size"]) == fields
+    assert sparse_layers(args) == [kind == "sparse" for kind in fields["mlp_layer_types"]]
+    assert is_stacked(args) == (len(set(fields["mlp_layer_types"])) == 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    configs(), st.booleans(), st.integers(0, 20), st.sampled_from([EXPERT_NORMS, EXPERT_NORMS[:1], EXPERT_NORMS[1:]])
+)
+def test_every_element_has_one_place(fields, is_stacked, padding, norms):
+    """The mapping proves it when it is made; here it is made for all kinds of models."""
+    is_stacked = is_stacked and len(set(fields["mlp_layer_types"])) == 1
+    config = fields | {"routing_mask": MASK if fields["num_experts"] else None}
+    mapping = map_tensors(config, MegatronLayout(is_stacked, fields["vocab_size"] + padding, norms))
+    shapes = tensor_shapes(config)
+    assert {name: shape for name, shape in mapping.huggingface.items() if name in shapes} == shapes
+    assert len(mapping.huggingface) - len(shapes) == bool(padding) * (1 if fields["tie_word_embeddings"] else 2)
+    assert {name for name in mapping.megatron if name.startswith("decoder.layers.0.")} == (
+        set() if is_stacked else {name for name in mapping.megatron if ".layers.0." in name}
+    )
+
+
+def test_flags_that_are_left_to_the_command_line():
+    args = plain_args(tokenizer_type="NullTokenizer", vocab_size=100, bf16=True, moe_aux_loss_tokens="routable")
+    assert further_flags(args) == ["--bf16", "--vocab-size 100", "--moe-aux-loss-tokens routable"]
+    assert further_flags(plain_args(tokenizer_type="HuggingFaceTokenizer")) == []
+
+
+def plain_args(**changes):
+    fields = MaskMoEConfig(num_hidden_layers=2, num_attention_heads=4, hidden_size=8, num_experts=4).to_dict()
+    return Namespace(**vars(args_from_config(fields)) | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
+        ({"add_bias_linear": True}, "--disable-bias-linear"),
+        ({"swiglu": False}, "--swiglu"),
+        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
+        ({"rotary_interleaved": True}, "--rotary-interleaved"),
+        ({"moe_latent_size": 4}, "--moe-latent-size"),
+        ({"attention_output_gate": True, "window_size": (3, 3)}, "--attention-output-gate, --window-size"),
+    ],
+)
+def test_what_transformers_lacks(changes, named):
+    with pytest.raises(UserError, match=named):
+        config_from_args(plain_args(**changes), 100)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "norm_topk_prob with num_experts_per_tok 1"),
+        ({"scoring_func": "sigmoid", "norm_topk_prob": False, "num_experts_per_tok": 2}, "only with norm_topk_prob"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters are .*yarn"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}, "whole factor"),
+    ],
+)
+def test_what_megatron_lacks(changes, named):
+    with pytest.raises(UserError, match=named):
+        args_from_config(MaskMoEConfig(num_hidden_layers=2).to_dict() | changes)
+
+
+def test_aux_losses_of_several_kinds():
+    args = plain_args(moe_router_load_balancing_type=["seq_aux_loss", "aux_loss"], moe_aux_loss_coeff=[0.1, 0.2])
+    assert config_from_args(args, 100)["router_aux_loss_coef"] == 0.2
+    args = plain_args(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.1)
+    assert config_from_args(args, 100)["router_aux_loss_coef"] == 0.0

@@ -1,0 +1,329 @@
+"""Whole models there and back, from and to any layout of ranks, and what is refused."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import maskmoe.huggingface  # noqa: F401  registers the model
+from maskmoe.checkpoint.integrity import check_content, check_structure
+from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.checkpoint.series import checkpoint_path
+from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.convert import Settings, huggingface_to_megatron, megatron_to_huggingface
+from maskmoe.conversion.sources import MemorySource
+from maskmoe.conversion.torch_dist import COMMON_STATE, TorchDistSource
+from maskmoe.conversion.torch_dist_writer import MARKER, plan_torch_dist
+from maskmoe.conversion.writing import JOURNAL, OutputFolder, write_files
+from maskmoe.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+# Without which neither Megatron nor transformers loads anything.
+MARKERS = ("latest_checkpointed_iteration.txt", "metadata.json", "config.json")
+# By which Transformer Engine's modules load the norm before experts; they stand in converted checkpoints, too.
+OTHER_NAME = re.compile(r"decoder\.layers\.(\d+\.)?pre_mlp_layernorm\.weight")
+
+
+def tensors_of(checkpoint):
+    """All tensors of the model in a checkpoint."""
+    source = TorchDistSource(checkpoint)
+    return {
+        name: source.read(Block.whole(name, spec.shape))
+        for name, spec in source.tensors.items()
+        if not name.startswith("optimizer.")
+    }
+
+
+def assert_same_tensors(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype
+        assert torch.equal(tensor, second[name]), name
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints, tmp_path_factory):
+    """A run's model in transformers' format, by name."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def export(run):
+        save = folder / run
+        if not save.exists():
+            megatron_to_huggingface(Settings(load=checkpoints(run), save=save))
+        return save
+
+    return export
+
+
+@pytest.mark.parametrize("run", ["ranks", "rich"])
+def test_megatron_there_and_back(checkpoints, exported, run, tmp_path):
+    huggingface_to_megatron(Settings(load=exported(run), save=tmp_path / "back", max_shard_size=20_000))
+    release = tmp_path / "back" / "release"
+    check_structure(release)
+    check_content(release)
+    assert (tmp_path / "back" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert len(list(release.glob("*.distcp"))) > 1
+    original = checkpoint_path(checkpoints(run), 2)
+    back = tensors_of(release)
+    aliases = {name: back.pop(name) for name in list(back) if OTHER_NAME.fullmatch(name)}
+    assert_same_tensors(tensors_of(original), back)
+    for name, tensor in aliases.items():
+        assert torch.equal(tensor, back[name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")])
+    assert read_routing_mask(release).digest == read_routing_mask(original).digest
+    megatron_to_huggingface(Settings(load=tmp_path / "back", save=tmp_path / "again"))
+    assert files_of(tmp_path / "again") == files_of(exported(run))
+
+
+@pytest.mark.parametrize("run", ["ranks", "rich"])
+def test_all_weights_are_in_the_transformers_model(exported, run):
+    model, info = AutoModelForCausalLM.from_pretrained(exported(run), output_loading_info=True)
+    assert not any(info.values())
+    state = model.state_dict()
+    loaded = load_file(exported(run) / "model.safetensors")
+    assert loaded.keys() | ({"lm_head.weight"} if run == "rich" else set()) == state.keys()
+    for name, tensor in loaded.items():
+        assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name])
+
+
+def test_the_layout_of_ranks_does_not_matter(checkpoints, exported, tmp_path):
+    """What four ranks saved, tensor, pipeline and expert parallel, and the same weights saved by one."""
+    four = TorchDistSource(checkpoint_path(checkpoints("ranks"), 2)).common_state()["args"]
+    one = TorchDistSource(checkpoint_path(checkpoints("one rank"), 2)).common_state()["args"]
+    assert (four.world_size, four.tensor_model_parallel_size, four.expert_model_parallel_size) == (4, 2, 2)
+    assert (one.world_size, one.tensor_model_parallel_size, one.expert_model_parallel_size) == (1, 1, 1)
+    megatron_to_huggingface(Settings(load=checkpoints("one rank"), save=tmp_path / "one"))
+    ours, theirs = files_of(tmp_path / "one"), files_of(exported("ranks"))
+    differing = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+    assert differing <= {"megatron/args.json", "megatron/padding.safetensors", "integrity.json"}
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+
+
+def test_command_line_and_the_loss_that_megatron_evaluates(checkpoints, run_cli, workplace, tmp_path):
+    losses = []
+    to_hf = run_cli(
+        "megatron-to-hf", "--load", checkpoints("rich"), "--save", tmp_path / "hf", "--max-shard-size", "9KB"
+    )
+    assert to_hf.returncode == 0, to_hf.stderr
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 3
+    to_megatron = run_cli("hf-to-megatron", "--load", tmp_path / "hf", "--save", tmp_path / "megatron")
+    assert to_megatron.returncode == 0, to_megatron.stderr
+    flags = to_megatron.stdout.splitlines()[-1].split("--use-checkpoint-args")[1]
+    assert flags.strip() == "--vocab-size 500"
+    for load in (checkpoints("rich"), tmp_path / "megatron"):
+        output = tmp_path / "evaluation.json"
+        workplace.run(
+            "maskmoe.training.evaluate",
+            f"--load {load} --use-checkpoint-args {flags} --data-path data --split 90,10,0 --eval-output {output}",
+        )
+        losses.append(json.loads(output.read_text())["loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_converted_model(exported, workplace, tmp_path):
+    flags = huggingface_to_megatron(Settings(load=exported("ranks"), save=tmp_path / "megatron"))
+    workplace.run(
+        "maskmoe.training.pretrain",
+        f"--load {tmp_path / 'megatron'} --save {tmp_path / 'run'} --use-checkpoint-args {' '.join(flags)} "
+        "--data-path data --split 90,10,0 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 1 "
+        "--eval-iters 0 --save-interval 1 --tensor-model-parallel-size 2 --sequence-parallel",
+        ranks=2,
+    )
+    assert checkpoint_path(tmp_path / "run", 1).exists()
+
+
+def test_dtype(checkpoints, exported, tmp_path):
+    megatron_to_huggingface(Settings(load=checkpoints("rich"), save=tmp_path / "bf16", dtype="bf16"))
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
+    original, cast = (load_file(folder / "model.safetensors") for folder in (exported("rich"), tmp_path / "bf16"))
+    for name, tensor in original.items():
+        is_kept = name.endswith("e_score_correction_bias") or not tensor.is_floating_point()
+        expected = tensor if is_kept else tensor.bfloat16()
+        assert cast[name].dtype == expected.dtype and torch.equal(cast[name], expected)
+    flags = huggingface_to_megatron(Settings(load=tmp_path / "bf16", save=tmp_path / "megatron"))
+    assert "--bf16" in flags
+    assert tensors_of(tmp_path / "megatron" / "release")["embedding.word_embeddings.weight"].dtype == torch.bfloat16
+
+
+def rewrite(checkpoint, folder, change):
+    """A checkpoint with some of its tensors, or its common state, changed."""
+    source = TorchDistSource(checkpoint)
+    tensors, common = tensors_of(checkpoint), source.common_state()
+    change(tensors, common)
+    changed = MemorySource(tensors)
+    plan = plan_torch_dist(changed.tensors, {COMMON_STATE: [common]}, 10**9, folder="checkpoint")
+    with OutputFolder(folder, {}) as output:
+        write_files(changed, plan.files, output)
+        output.complete()
+    (folder / "checkpoint" / ".metadata").write_bytes(plan.layout)
+    (folder / "checkpoint" / "metadata.json").write_text(json.dumps(MARKER))
+    return folder / "checkpoint"
+
+
+ROUTER = "decoder.layers.mlp.router.weight"
+
+
+def set_nan(tensors, common):
+    tensors[ROUTER] = torch.full_like(tensors[ROUTER], float("nan"))
+
+
+def remove_mask(tensors, common):
+    for name in ("row_of_id", "visible_bits", "metadata"):
+        del tensors[f"routing_mask.{name}"]
+
+
+def flip_mask(tensors, common):
+    tensors["routing_mask.row_of_id"][0, 0] ^= 1
+
+
+WRONG_CHECKPOINTS = {
+    "missing": (lambda tensors, common: tensors.pop(ROUTER), rf"lacks {re.escape(ROUTER)}$"),
+    "no embedding": (lambda tensors, common: tensors.pop("embedding.word_embeddings.weight"), r"lacks embedding"),
+    "unexpected": (lambda tensors, common: tensors.update(more=torch.ones(1)), r"do not account for: more$"),
+    "shape": (
+        lambda tensors, common: tensors.update({ROUTER: tensors[ROUTER][:, :3]}),
+        rf"{re.escape(ROUTER)} has the shape \[2, 3, 32\], it should have \[2, 4, 32\]",
+    ),
+    "nan": (set_nan, r"model\.layers\.0\.mlp\.gate\.weight holds NaN or infinite values; pass --allow-nan"),
+    "no mask": (remove_mask, "holds no routing mask; pass the one"),
+    "altered mask": (flip_mask, "routing mask"),
+    "no arguments": (lambda tensors, common: common.pop("args"), "holds no arguments of Megatron"),
+    "setting": (
+        lambda tensors, common: common.update(args=Namespace(**vars(common["args"]) | {"normalization": "LayerNorm"})),
+        "a model with --normalization LayerNorm cannot be expressed",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_CHECKPOINTS)
+def test_wrong_checkpoint(checkpoints, tmp_path, wrong):
+    change, message = WRONG_CHECKPOINTS[wrong]
+    checkpoint = rewrite(checkpoint_path(checkpoints("ranks"), 2), tmp_path / "wrong", change)
+    with pytest.raises(UserError, match=message) as error:
+        megatron_to_huggingface(Settings(load=checkpoint, save=tmp_path / "out"))
+    assert "\n" not in str(error.value)
+    # Another file may be finished by then; the folder says that it is not whole.
+    assert not (tmp_path / "out").exists() or (tmp_path / "out" / JOURNAL).exists()
+
+
+def test_mask_and_nan_by_request(checkpoints, workplace, exported, tmp_path):
+    original = checkpoint_path(checkpoints("ranks"), 2)
+    mask = read_routing_mask(workplace.folder / "mask.safetensors")
+    without = rewrite(original, tmp_path / "without", remove_mask)
+    megatron_to_huggingface(Settings(load=without, save=tmp_path / "out"), mask)
+    assert files_of(tmp_path / "out")["model.safetensors"] == files_of(exported("ranks"))["model.safetensors"]
+    with pytest.raises(UserError, match="holds a routing mask; leave --routing-mask out"):
+        megatron_to_huggingface(Settings(load=original, save=tmp_path / "other"), mask)
+    with pytest.raises(UserError, match="holds the routing mask that it was trained with"):
+        huggingface_to_megatron(Settings(load=exported("ranks"), save=tmp_path / "other"), mask)
+    nan = rewrite(original, tmp_path / "nan", set_nan)
+    megatron_to_huggingface(Settings(load=nan, save=tmp_path / "with nan", allow_nan=True))
+    assert load_file(tmp_path / "with nan" / "model.safetensors")["model.layers.1.mlp.gate.weight"].isnan().all()
+
+
+def edit(folder, change):
+    """Change the tensors of a model of transformers, whose digests are no longer beside them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "integrity.json").unlink()
+
+
+GATE = "model.layers.1.mlp.gate.weight"
+WRONG_MODELS = {
+    "missing": (lambda tensors: tensors.pop(GATE), rf"lacks {re.escape(GATE)}$"),
+    "unexpected": (lambda tensors: tensors.update(more=torch.ones(1)), r"do not account for: more$"),
+    "shape": (lambda tensors: tensors.update({GATE: torch.ones(4, 5)}), r"has the shape \[4, 5\], it should have"),
+    "nan": (
+        lambda tensors: tensors[GATE].fill_(float("inf")),
+        rf"{re.escape(GATE)} holds NaN or infinite values",
+    ),
+    "no mask": (lambda tensors: tensors.pop("model.routing_mask.row_of_id"), r"lacks model\.routing_mask\.row_of_id"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_MODELS)
+def test_wrong_model(exported, tmp_path, wrong):
+    change, message = WRONG_MODELS[wrong]
+    shutil.copytree(exported("ranks"), tmp_path / "wrong")
+    edit(tmp_path / "wrong", change)
+    with pytest.raises(UserError, match=message):
+        huggingface_to_megatron(Settings(load=tmp_path / "wrong", save=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files(checkpoints, exported, tmp_path):
+    shutil.copytree(checkpoints("ranks"), tmp_path / "run")
+    shutil.copytree(exported("ranks"), tmp_path / "model")
+    convert = {"run": megatron_to_huggingface, "model": huggingface_to_megatron}
+    for name, path in (
+        ("run", checkpoint_path(tmp_path / "run", 2) / "__1_0.distcp"),
+        ("model", tmp_path / "model" / "model.safetensors"),
+    ):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path.name} does not have the content that was saved"):
+            convert[name](Settings(load=tmp_path / name, save=tmp_path / f"damaged {name}"))
+        assert not any(found.name in MARKERS for found in (tmp_path / f"damaged {name}").rglob("*"))
+        convert[name](Settings(load=tmp_path / name, save=tmp_path / f"out of {name}", verify=False))
+        path.write_bytes(content[:-1])
+        with pytest.raises(UserError, match=path.name):
+            convert[name](Settings(load=tmp_path / name, save=tmp_path / "out", verify=False))
+        path.unlink()
+        with pytest.raises(UserError, match=path.name):
+            convert[name](Settings(load=tmp_path / name, save=tmp_path / "out", verify=False))
+        assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_on_the_command_line(exported, run_cli, tmp_path):
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "file").write_text("")
+    for arguments, message in (
+        (["megatron-to-hf", "--load", tmp_path / "nowhere", "--save", tmp_path / "out"], "nowhere does not exist"),
+        (["hf-to-megatron", "--load", exported("rich"), "--save", tmp_path / "occupied"], "is not empty; name a new"),
+    ):
+        result = run_cli(*arguments)
+        assert result.returncode == 2
+        assert re.search(rf"^error: .*{message}", result.stderr, re.MULTILINE)
+        assert "Traceback" not in result.stderr
+
+
+def test_result_inside_the_source(exported):
+    with pytest.raises(UserError, match="inside of what is converted"):
+        huggingface_to_megatron(Settings(load=exported("ranks"), save=exported("ranks") / "megatron"))
+    assert not (exported("ranks") / "megatron" / JOURNAL).exists()
+
+
+def test_interrupted_conversion_does_not_look_whole(exported, tmp_path):
+    """A weight that is found not to be a number after the first file was written."""
+    settings = Settings(load=exported("ranks"), save=tmp_path / "out", max_shard_size=30_000)
+    shutil.copytree(exported("ranks"), tmp_path / "whole")
+    edit(tmp_path / "whole", lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
+    with pytest.raises(UserError, match="holds NaN"):
+        huggingface_to_megatron(Settings(load=tmp_path / "whole", save=tmp_path / "out", max_shard_size=30_000))
+    assert (tmp_path / "out" / JOURNAL).exists()
+    assert not any(found.name in MARKERS for found in (tmp_path / "out").rglob("*"))
+    with pytest.raises(UserError, match=r"other settings \(load, source\)"):
+        huggingface_to_megatron(settings)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """The benchmark fails where a conversion needs more than its bound."""
+    command = [sys.executable, REPOSITORY / "tools/benchmarks/convert.py", "--gib", "3", "--repeats", "1"]
+    result = subprocess.run([*command, "--folder", tmp_path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"peak memory \d+ MiB", result.stdout)) == 2

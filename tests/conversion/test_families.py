@@ -1,0 +1,220 @@
+"""Other people's models compute the same as MaskMoE models, and what cannot be expressed is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.foreign_models import (
+    CONFIGS,
+    DENSE,
+    SPARSE,
+    VOCAB_SIZE,
+    in_transformers,
+    logits_of,
+    random_ids,
+    save_model,
+)
+
+from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.families import open_huggingface
+from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.mask import build_routing_mask
+
+# Only the sums of attention and experts are taken in another order, in fp32; logits are about 5. Seen: 3e-6.
+ROUNDING = 1e-5
+SLIDING = ["full_attention", "full_attention", "sliding_attention"]
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    """Set fields of config.json; `...` removes them."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layout", ["as published", "as modules are named", "in shards"])
+def test_logits_are_the_originals(name, layout, tmp_path):
+    settings = {"save_original_format": layout != "as modules are named"}
+    original = save_model(name, tmp_path, **settings, max_shard_size="20KB" if layout == "in shards" else "5GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (layout == "in shards")
+    opened = open_huggingface(tmp_path)
+    model = in_transformers(opened)
+    ids = random_ids()
+    expected = logits_of(original, ids)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(logits_of(model, ids), expected, atol=ROUNDING, rtol=0)
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensors_are_those_of_the_model(name, tmp_path):
+    save_model(name, tmp_path)
+    opened = open_huggingface(tmp_path)
+    shapes = {tensor: spec.shape for tensor, spec in opened.source.tensors.items()}
+    assert shapes == tensor_shapes(opened.config)
+    model = in_transformers(opened)
+    tied = {"lm_head.weight"} if opened.config["tie_word_embeddings"] else set()
+    assert {tensor: tuple(value.shape) for tensor, value in model.state_dict().items() if tensor not in tied} == shapes
+
+
+def test_reads_experts_in_any_blocks(tmp_path):
+    save_model("mixtral", tmp_path)
+    source = open_huggingface(tmp_path).source
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    whole = source.read(Block.whole(name, source.tensors[name].shape))
+    assert torch.equal(source.read(Block(name, (1, 40, 3), (4, 30, 20))), whole[1:5, 40:70, 3:23])
+
+
+def test_published_layout_without_what_transformers_adds(tmp_path):
+    """The files of Mixtral 8x7B as they were published in 2023: names, and a configuration that lacks newer fields."""
+    original = save_model("mixtral", tmp_path)
+    published = {
+        "model_type": "mixtral",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+        "torch_dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    names = load_file(tmp_path / "model.safetensors")
+    assert "model.layers.2.block_sparse_moe.experts.5.w3.weight" in names
+    ids = random_ids()
+    model = in_transformers(open_huggingface(tmp_path))
+    torch.testing.assert_close(logits_of(model, ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
+
+
+def test_rotary_embedding_as_it_was_described_before(tmp_path):
+    save_model("llama, linear", tmp_path)
+    edit_config(tmp_path, rope_parameters=..., rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2.0})
+    config = open_huggingface(tmp_path).config
+    assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
+
+def test_computed_and_tied_tensors_are_passed_over(tmp_path):
+    save_model("llama, tied", tmp_path)
+
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    edit_tensors(tmp_path, add)
+    assert "lm_head.weight" not in open_huggingface(tmp_path).source.tensors
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_every_id_sees_every_expert(name, tmp_path):
+    save_model(name, tmp_path)
+    routing_mask = in_transformers(open_huggingface(tmp_path)).model.routing_mask
+    assert (routing_mask.visible_bits[0][routing_mask.row_of_id[0].long()] == 0b111111).all()
+
+
+def test_takes_another_mask(tmp_path):
+    original = save_model("mixtral", tmp_path)
+    mask = build_routing_mask(MaskRecipe.from_preset("hash", 6, 3), vocab_size=VOCAB_SIZE)
+    model = in_transformers(open_huggingface(tmp_path, mask))
+    assert model.config.routing_mask["num_tables"] == 3
+    assert (logits_of(model, random_ids()) - logits_of(original, random_ids())).abs().max() > 0.1
+
+
+def test_mask_for_a_tokenizer_with_fewer_ids_than_rows(tmp_path):
+    save_model("mixtral", tmp_path)
+    mask = build_routing_mask(MaskRecipe.from_preset("hash", 6, 3), vocab_size=VOCAB_SIZE - 7)
+    row_of_id = in_transformers(open_huggingface(tmp_path, mask)).model.routing_mask.row_of_id
+    assert row_of_id.shape == (3, VOCAB_SIZE)
+    assert torch.equal(row_of_id[:, :-7], torch.from_numpy(mask.row_of_id.copy()))
+
+
+def test_refuses_a_mask_that_does_not_fit(tmp_path):
+    save_model("mixtral", tmp_path / "mixtral")
+    save_model("llama", tmp_path / "llama")
+    mask = build_routing_mask(MaskRecipe.from_preset("hash", 6, 3), vocab_size=VOCAB_SIZE + 1)
+    with pytest.raises(UserError, match="vocabulary size is 68, the model's is 67"):
+        open_huggingface(tmp_path / "mixtral", mask)
+    with pytest.raises(UserError, match="no experts to route to"):
+        open_huggingface(tmp_path / "llama", mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("llama", {"model_type": "gpt2"}, ["'gpt2' is not known", "mixtral"]),
+        ("llama", {"model_type": ...}, ["config.json", "model_type"]),
+        ("llama", {"hidden_size": ...}, ["config.json lacks hidden_size"]),
+        ("mixtral", {"num_local_experts": ...}, ["lacks num_experts"]),
+        ("qwen2_moe", {"moe_intermediate_size": ...}, ["lacks moe_intermediate_size"]),
+        ("llama", {"hidden_size": "32"}, ["not a configuration of llama", "hidden_size"]),
+        ("mistral", {"sliding_window": 16}, ["sliding_window 16"]),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "layer_types": ..., "sliding_window": 16, "max_window_layers": 0},
+            ["sli"],
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["'dynamic'"]),
+        ("llama", {"attention_bias": True}, ["attention_bias"]),
+        ("llama", {"mlp_bias": True}, ["mlp_bias"]),
+        ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv 8.0"]),
+        ("mixtral", {"hidden_act": "gelu"}, ["'gelu'"]),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config"]),
+        ("llama", {"num_hidden_layers": 2}, ["model.layers.2.", "and 6 more"]),
+        ("mixtral", {"num_hidden_layers": 4}, ["lacks model.layers.3.", "more"]),
+        ("mixtral", {"num_local_experts": 8}, ["lacks", "experts.6.w1.weight"]),
+        ("mixtral", {"intermediate_size": 40}, ["[48, 32]", "[40, 32]", "experts.0.w1.weight"]),
+    ],
+)
+def test_refuses_settings(name, values, words, tmp_path):
+    save_model(name, tmp_path)
+    edit_config(tmp_path, **values)
+    with pytest.raises(UserError) as error:
+        open_huggingface(tmp_path)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_window_as_long_as_the_sequence_is_none(tmp_path):
+    save_model("mistral", tmp_path)
+    edit_config(tmp_path, sliding_window=64)
+    open_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("name", DENSE[:1] + SPARSE[:2])
+def test_names_missing_and_unexpected_tensors(name, tmp_path):
+    save_model(name, tmp_path)
+    projection = "model.layers.2.self_attn.q_proj.weight"
+    edit_tensors(tmp_path, lambda tensors: tensors.update(extra=tensors[projection][:1].clone()))
+    with pytest.raises(UserError, match=r"do not account for: extra$"):
+        open_huggingface(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop(projection))
+    with pytest.raises(UserError, match=f"lacks {projection}$"):
+        open_huggingface(tmp_path)
+
+
+def test_refuses_what_is_no_model(tmp_path):
+    with pytest.raises(UserError, match="not a Hugging Face model"):
+        open_huggingface(tmp_path)
+    for text in ("[1]", "{", '"llama"'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="does not describe a model"):
+            open_huggingface(tmp_path)

@@ -1,0 +1,89 @@
+"""What `inspect` says of checkpoints and models."""
+
+import json
+import shutil
+
+import pytest
+from support.foreign_models import save_model
+from transformers import AutoModelForCausalLM
+
+from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.checkpoint.series import checkpoint_path
+from maskmoe.conversion.convert import Settings, megatron_to_huggingface
+from maskmoe.conversion.inspection import inspect_checkpoint
+from maskmoe.conversion.writing import JOURNAL
+from maskmoe.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspected") / "model"
+    megatron_to_huggingface(Settings(load=checkpoints("ranks"), save=folder))
+    return folder
+
+
+def test_checkpoint(checkpoints, workplace):
+    found = inspect_checkpoint(checkpoints("ranks"))
+    assert found.path == str(checkpoint_path(checkpoints("ranks"), 2))
+    assert found.format == "torch_dist" and found.iteration == 2
+    assert found.integrity == "sound: all files have the content that was saved"
+    assert found.layout == {"ranks": 4, "TP": 2, "PP": 2, "EP": 2, "CP": 1, "DP": 1}
+    assert found.parameters["experts"] == 2 * 4 * 3 * 24 * 32
+    assert found.parameters["shared experts"] == 2 * 3 * 16 * 32
+    assert found.parameters["routers"] == 2 * 4 * 32
+    assert found.parameters["attention"] == 2 * (32 + 2 * 16 + 32) * 32
+    assert found.parameters["norms"] == (2 * 2 + 1) * 32
+    assert found.active_parameters == sum(found.parameters.values()) - found.parameters["experts"] // 2
+    assert found.bytes_by_dtype == {"float32": 4 * sum(found.parameters.values())}
+    assert found.optimizer_bytes >= 8 * sum(found.parameters.values())
+    mask = read_routing_mask(workplace.folder / "mask.safetensors")
+    assert found.routing_mask.digest == mask.digest
+    assert found.routing_mask.provenance["seed"] == 1
+    assert found.files["__0_0.distcp"] > 0 and len(found.digests["__0_0.distcp"]) == 64
+
+
+def test_model_has_the_same_but_for_the_padding(checkpoints, model):
+    checkpoint, found = inspect_checkpoint(checkpoints("ranks")), inspect_checkpoint(model)
+    assert found.format == "transformers (maskmoe)" and found.iteration is None and found.optimizer_bytes == 0
+    assert found.routing_mask == checkpoint.routing_mask
+    vocabulary = ("embedding", "output layer")
+    for part, count in checkpoint.parameters.items():
+        assert found.parameters[part] == (500 * 32 if part in vocabulary else count)
+    loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+    assert sum(found.parameters.values()) == loaded.num_parameters()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "llama"])
+def test_models_of_others(name, tmp_path):
+    original = save_model(name, tmp_path)
+    found = inspect_checkpoint(tmp_path)
+    assert found.format == f"transformers ({name})"
+    assert sum(found.parameters.values()) == original.num_parameters()
+    assert "other" not in found.parameters
+    assert ("experts" in found.parameters) == (name != "llama")
+    assert found.integrity == "whole as far as can be told: it was saved without digests"
+    assert found.routing_mask is None
+
+
+def test_damage_is_the_verdict(checkpoints, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    found = inspect_checkpoint(tmp_path / "model")
+    assert found.integrity == "model.safetensors does not have the content that was saved"
+    assert inspect_checkpoint(tmp_path / "model", verify=False).integrity == "whole; not compared with its digests"
+    (tmp_path / "model" / JOURNAL).write_text("{}")
+    with pytest.raises(UserError, match="unfinished output of a conversion"):
+        inspect_checkpoint(tmp_path / "model")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        inspect_checkpoint(tmp_path / "nowhere")
+
+
+def test_command_line(checkpoints, run_cli, tmp_path):
+    result = run_cli("inspect", checkpoints("ranks"), "--json", tmp_path / "inspection.json")
+    assert result.returncode == 0, result.stderr
+    assert "saved by       ranks 4 · TP 2 · PP 2 · EP 2" in result.stdout
+    written = json.loads((tmp_path / "inspection.json").read_text())
+    assert written["routing_mask"]["digest"] in result.stdout

@@ -1,0 +1,126 @@
+"""Safetensors files, read and planned, against the library's own code."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.safetensors_files import SafetensorsSource, parse_size, plan_safetensors
+from maskmoe.conversion.sources import MemorySource
+from maskmoe.conversion.writing import OutputFolder, write_files
+from maskmoe.errors import UserError
+
+TENSORS = {
+    "bytes": torch.arange(7, dtype=torch.uint8),
+    "a": torch.randn(10, 30),
+    "b": torch.randn(3, 4, 5).bfloat16(),
+    "ids": torch.arange(6, dtype=torch.int16).view(2, 3),
+    "c": torch.randn(100, 10).half(),
+    "scalar": torch.tensor(1.5),
+}
+
+
+def write(folder, tensors, most_bytes):
+    source = MemorySource(tensors)
+    plan = plan_safetensors(source.tensors, most_bytes)
+    with OutputFolder(folder, {}) as output:
+        write_files(source, plan.files, output)
+        output.complete()
+    if plan.index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(plan.index))
+    return plan
+
+
+@pytest.mark.parametrize("most_bytes, num_files", [(10**9, 1), (1500, 3), (1, 6)])
+def test_written_files_are_read_by_the_library(tmp_path, most_bytes, num_files):
+    folder = tmp_path / "model"
+    plan = write(folder, TENSORS, most_bytes)
+    assert [file.name for file in plan.files] == sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(plan.files) == num_files
+    loaded = {}
+    for file in plan.files:
+        tensors = load_file(folder / file.name)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= most_bytes or len(tensors) == 1
+        if plan.index:
+            assert all(plan.index["weight_map"][name] == file.name for name in tensors)
+        loaded |= tensors
+        with safe_open(folder / file.name, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    source = SafetensorsSource(folder)
+    for name, tensor in TENSORS.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+        assert loaded[name].data_ptr() % tensor.element_size() == 0
+        assert torch.equal(source.read(Block.whole(name, tensor.shape)), tensor)
+    assert (plan.index is None) == (num_files == 1)
+
+
+def test_blocks_of_a_file_of_the_library(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    assert {name: (spec.shape, spec.dtype) for name, spec in source.tensors.items()} == {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()
+    }
+    for block in (Block("a", (2, 3), (5, 20)), Block("a", (9, 0), (1, 30)), Block("b", (1, 2, 1), (1, 2, 3))):
+        assert torch.equal(source.read(block), TENSORS[block.tensor][block.slices])
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    folder = tmp_path / "model"
+    write(folder, TENSORS, 1500)
+    return folder
+
+
+def test_missing_shard(sharded):
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors is missing"):
+        SafetensorsSource(sharded)
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        SafetensorsSource(sharded.parent)
+
+
+@pytest.mark.parametrize("keep", [-1, 100, 4, 0])
+def test_damaged_shard(sharded, keep):
+    path = sharded / "model-00001-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model-00001-of-00003\.safetensors is damaged"):
+        SafetensorsSource(sharded)
+
+
+def test_index_that_tells_otherwise(sharded):
+    index_file = sharded / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"]["more"] = index["weight_map"]["a"]
+    index_file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"lacks more, which model\.safetensors\.index\.json places in it"):
+        SafetensorsSource(sharded)
+    del index["weight_map"]["more"], index["weight_map"]["a"]
+    index_file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"holds a, which .* does not place in it"):
+        SafetensorsSource(sharded)
+    for content in ("{", "[]", "{}", '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 1}}'):
+        index_file.write_text(content)
+        with pytest.raises(UserError, match=r"index\.json is damaged"):
+            SafetensorsSource(sharded)
+
+
+def test_unknown_type(tmp_path):
+    save_file({"t": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="type F8_E4M3, which is not supported"):
+        SafetensorsSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, size", [("5GB", 5 * 10**9), ("300 MiB".replace(" ", ""), 300 << 20), ("12", 12), ("1kb", 1000)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "1.5GB"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError):
+        parse_size(text)

@@ -1,0 +1,174 @@
+"""Checkpoints in `torch_dist` format, read and written piece by piece, against torch's and Megatron's own code."""
+
+import json
+import pickle
+import random
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from megatron.core.dist_checkpointing import load_common_state_dict
+from torch.distributed import checkpoint as torch_checkpoint
+
+from maskmoe.checkpoint.series import checkpoint_path
+from maskmoe.conversion.blocks import Block, TensorSpec, row_major_blocks
+from maskmoe.conversion.sources import MemorySource
+from maskmoe.conversion.torch_dist import COMMON_STATE, TorchDistSource
+from maskmoe.conversion.torch_dist_writer import MARKER, plan_torch_dist
+from maskmoe.conversion.writing import OutputFolder, write_files
+from maskmoe.errors import UserError
+
+RUNS = ("ranks", "rich")
+
+
+def load_with_torch(checkpoint, tensors):
+    """The tensors of a checkpoint by torch's own reader."""
+    loaded = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in tensors.items()}
+    torch_checkpoint.load(loaded, storage_reader=torch_checkpoint.FileSystemReader(checkpoint), no_dist=True)
+    return loaded
+
+
+def write_checkpoint(folder, tensors, objects, most_bytes=1 << 30):
+    source = MemorySource(tensors)
+    plan = plan_torch_dist(source.tensors, objects, most_bytes, folder="checkpoint")
+    with OutputFolder(folder, {}) as output:
+        write_files(source, plan.files, output)
+        output.complete()
+    checkpoint = folder / "checkpoint"
+    (checkpoint / ".metadata").write_bytes(plan.layout)
+    (checkpoint / "metadata.json").write_text(json.dumps(MARKER))
+    return checkpoint
+
+
+def same_bits(first, second):
+    return first.dtype == second.dtype and torch.equal(
+        first.view(-1).view(torch.uint8), second.view(-1).view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_tensors_are_those_that_torch_reads(checkpoints, run):
+    checkpoint = checkpoint_path(checkpoints(run), 2)
+    source = TorchDistSource(checkpoint)
+    assert any(name.startswith("optimizer.") for name in source.tensors)
+    rng = random.Random(0)
+    for name, expected in load_with_torch(checkpoint, source.tensors).items():
+        spec = source.tensors[name]
+        assert same_bits(source.read(Block.whole(name, spec.shape)), expected)
+        parts = [source.read(block).reshape(-1) for block in row_major_blocks(name, spec, 1000)]
+        assert same_bits(torch.cat(parts), expected.reshape(-1))
+        starts = tuple(rng.randrange(size) for size in spec.shape)
+        sizes = tuple(rng.randint(1, size - start) for start, size in zip(starts, spec.shape, strict=True))
+        block = Block(name, starts, sizes)
+        assert torch.equal(source.read(block), expected[block.slices])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_common_state_is_what_megatron_reads(checkpoints, run):
+    checkpoint = checkpoint_path(checkpoints(run), 2)
+    expected = load_common_state_dict(checkpoint)
+    common = TorchDistSource(checkpoint).common_state()
+    assert common.keys() == expected.keys()
+    assert common["args"] == expected["args"]
+
+
+def test_chunk_that_does_not_lie_in_order(tmp_path):
+    """torch keeps the strides of what it saves."""
+    values = {"t": torch.arange(12.0).view(3, 4).t(), "u": torch.arange(10)[2:7], "s": torch.tensor(4.0)}
+    torch_checkpoint.save(values, checkpoint_id=tmp_path, no_dist=True)
+    source = TorchDistSource(tmp_path)
+    for name, value in values.items():
+        assert torch.equal(source.read(Block.whole(name, value.shape)), value)
+    assert torch.equal(source.read(Block("t", (1, 1), (2, 2))), values["t"][1:3, 1:3])
+
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.int32, torch.uint8)
+
+
+@pytest.mark.parametrize("most_bytes", [1, 10**5, 10**9])
+def test_written_tensors_are_read_by_torch(tmp_path, most_bytes, monkeypatch):
+    monkeypatch.setattr("maskmoe.conversion.torch_dist_writer.BLOCK_BYTES", 5000)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {str(dtype): torch.randint(0, 255, (3, 50, 70), generator=generator).to(dtype) for dtype in TYPES} | {
+        "scalar": torch.tensor(2.5),
+        "row": torch.ones(7),
+    }
+    checkpoint = write_checkpoint(tmp_path, tensors, {COMMON_STATE: [{"iteration": 0}]}, most_bytes)
+    source = TorchDistSource(checkpoint)
+    loaded = load_with_torch(checkpoint, source.tensors)
+    for name, tensor in tensors.items():
+        assert same_bits(loaded[name], tensor)
+        assert same_bits(source.read(Block.whole(name, tensor.shape)), tensor)
+    assert load_common_state_dict(checkpoint) == source.common_state() == {"iteration": 0}
+    sizes = [path.stat().st_size for path in checkpoint.glob("*.distcp")]
+    assert len(sizes) == 1 if most_bytes == 10**9 else max(sizes) <= max(most_bytes, 7000)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_is_reported_or_harmless(data, checkpoints, tmp_path):
+    """Whatever bit of the layout or of an archive is flipped: no exception but a UserError."""
+    checkpoint = tmp_path / "copy"
+    if not checkpoint.exists():
+        shutil.copytree(checkpoint_path(checkpoints("rich"), 2), checkpoint)
+    path = checkpoint / data.draw(st.sampled_from([".metadata", "__0_0.distcp"]))
+    content = bytearray(path.read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    original = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        source = TorchDistSource(checkpoint)
+        source.common_state()
+        for name, spec in source.tensors.items():
+            source.read(Block.whole(name, spec.shape))
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_bytes(original)
+
+
+def test_missing_and_short_files(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, {"t": torch.ones(1000)}, {})
+    file = checkpoint / "__0_0.distcp"
+    content = file.read_bytes()
+    for damage in (content[:-500], content[:1000], b""):
+        shutil.copytree(checkpoint, tmp_path / "short", dirs_exist_ok=True)
+        (tmp_path / "short" / "__0_0.distcp").write_bytes(damage)
+        with pytest.raises(UserError, match=r"__0_0\.distcp is damaged"):
+            TorchDistSource(tmp_path / "short").read(Block.whole("t", (1000,)))
+        shutil.rmtree(tmp_path / "short")
+    file.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"__0_0\.distcp cannot be read: No such file"):
+        TorchDistSource(checkpoint).read(Block.whole("t", (1000,)))
+    with pytest.raises(UserError, match="not a readable torch_dist checkpoint"):
+        TorchDistSource(tmp_path)
+
+
+def test_layout_that_lacks_a_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskmoe.conversion.torch_dist_writer.BLOCK_BYTES", 100)
+    checkpoint = write_checkpoint(tmp_path, {"t": torch.ones(50, 10)}, {})
+    layout = pickle.loads((checkpoint / ".metadata").read_bytes())
+    layout.state_dict_metadata["t"].chunks.pop()
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(layout))
+    with pytest.raises(UserError, match=r"lacks a part of a tensor: t \[50, 10\]"):
+        TorchDistSource(checkpoint)
+
+
+def test_chunk_of_another_tensor(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, {"t": torch.ones(5), "u": torch.ones(6)}, {})
+    layout = pickle.loads((checkpoint / ".metadata").read_bytes())
+    first, second = layout.storage_data
+    layout.storage_data = {first: layout.storage_data[second], second: layout.storage_data[first]}
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(layout))
+    with pytest.raises(UserError, match="it holds another tensor than a part of t"):
+        TorchDistSource(checkpoint).read(Block.whole("t", (5,)))
+
+
+def test_plan_knows_the_sizes(tmp_path):
+    tensors = {"t": TensorSpec((3, 5), torch.bfloat16)}
+    (file,) = plan_torch_dist(tensors, {}, 10**9, folder="x").files
+    torch.save(torch.zeros(3, 5, dtype=torch.bfloat16), tmp_path / "archive")
+    assert file.size == (tmp_path / "archive").stat().st_size

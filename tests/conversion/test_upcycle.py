@@ -1,0 +1,233 @@
+"""Upcycled models: they compute what the dense model did where they say so, whatever the blocks they are read in."""
+
+import argparse
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.foreign_models import DENSE, VOCAB_SIZE, in_transformers, logits_of, random_ids, save_model
+
+from maskmoe.conversion.blocks import Block, TensorSource, row_major_blocks
+from maskmoe.conversion.families import OpenedModel, open_huggingface
+from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.sources import CastSource
+from maskmoe.conversion.upcycle import (
+    UpcycleSettings,
+    add_upcycle_arguments,
+    changes_of_function,
+    settings_from,
+    upcycle,
+)
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+
+# Weights that add up to 1 do so up to rounding in fp32; logits are about 5. Seen: 4e-6.
+ROUNDING = 2e-5
+LAYERS = 3
+
+
+def mask_of(num_experts: int, preset: str = "smoe", **settings) -> RoutingMask:
+    recipe = MaskRecipe.from_preset(preset, num_experts, LAYERS, **settings)
+    return build_routing_mask(recipe, vocab_size=VOCAB_SIZE)
+
+
+def read(source: TensorSource, name: str) -> torch.Tensor:
+    return source.read(Block.whole(name, source.tensors[name].shape))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> OpenedModel:
+    folder = tmp_path_factory.mktemp("dense")
+    save_model("llama", folder)
+    return open_huggingface(folder)
+
+
+@pytest.fixture(scope="module")
+def dense_logits(dense) -> torch.Tensor:
+    return logits_of(in_transformers(dense), random_ids())
+
+
+PRESERVING = {
+    "k = 2": (UpcycleSettings(6), mask_of(6)),
+    "k = 3, some layers": (UpcycleSettings(8, topk=3, moe_layer_freq=[0, 1, 1]), mask_of(8)),
+    "k = 2, V = 1": (UpcycleSettings(6), mask_of(6, "hash")),
+    "k = 1, V = 1": (UpcycleSettings(6, topk=1), mask_of(6, "hash")),
+    "k = 3, V = 2": (UpcycleSettings(6, topk=3), mask_of(6, "top-k-hash", frequent_visible_experts=2)),
+    "shared expert": (UpcycleSettings(4, shared_expert=True), mask_of(4)),
+    "half experts": (UpcycleSettings(8, granularity=2), mask_of(8)),
+    "quarter experts, shared expert": (UpcycleSettings(16, 8, granularity=4, shared_expert=True), mask_of(16)),
+}
+
+
+@pytest.mark.parametrize("case", PRESERVING)
+def test_preserves_the_function(case, dense, dense_logits):
+    settings, mask = PRESERVING[case]
+    assert changes_of_function(settings, mask) == []
+    model = in_transformers(upcycle(dense, settings, mask))
+    torch.testing.assert_close(logits_of(model, random_ids()), dense_logits, atol=ROUNDING, rtol=0)
+
+
+CHANGING = {
+    "the experts have noise": (UpcycleSettings(6, noise=0.1), mask_of(6)),
+    "start anew": (UpcycleSettings(6, reinitialised=0.5), mask_of(6)),
+    "k = 1": (UpcycleSettings(6, topk=1), mask_of(6)),
+    "a part of the 2 experts": (UpcycleSettings(6, granularity=2), mask_of(6, "hash")),
+}
+
+
+@pytest.mark.parametrize("words", CHANGING)
+def test_says_why_the_function_changes(words, dense, dense_logits):
+    settings, mask = CHANGING[words]
+    (reason,) = changes_of_function(settings, mask)
+    assert words in reason
+    model = in_transformers(upcycle(dense, settings, mask))
+    assert (logits_of(model, random_ids()) - dense_logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_every_dense_family(name, tmp_path):
+    original = save_model(name, tmp_path)
+    model = in_transformers(upcycle(open_huggingface(tmp_path), UpcycleSettings(4), mask_of(4)))
+    ids = random_ids()
+    torch.testing.assert_close(logits_of(model, ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
+
+
+def test_experts_start_as_parts_of_the_mlp(dense):
+    upcycled = upcycle(dense, UpcycleSettings(4, granularity=2), mask_of(4)).source
+    mlp = "model.layers.1.mlp"
+    gate, up, down = (read(dense.source, f"{mlp}.{part}_proj.weight") for part in ("gate", "up", "down"))
+    experts, outputs = (read(upcycled, f"{mlp}.experts.{part}_proj") for part in ("gate_up", "down"))
+    for expert in range(4):
+        part = slice(24 * (expert % 2), 24 * (expert % 2) + 24)
+        assert torch.equal(experts[expert], torch.cat([gate[part], up[part]]))
+        assert torch.equal(outputs[expert], down[:, part])
+    router = read(upcycled, f"{mlp}.gate.weight")
+    assert torch.equal(router[0], router[1]) and torch.equal(router[2], router[3])
+    assert not torch.equal(router[0], router[2])
+
+
+def test_routers_are_drawn_from_a_normal_distribution(dense):
+    upcycled = upcycle(dense, UpcycleSettings(512), mask_of(512)).source
+    routers = [read(upcycled, f"model.layers.{layer}.mlp.gate.weight") for layer in range(LAYERS)]
+    assert not torch.equal(routers[0], routers[1])
+    for router in routers:
+        assert router.std().item() == pytest.approx(dense.config["initializer_range"], rel=0.02)
+        assert router.mean().abs() < 1e-3
+
+
+def test_noise_is_relative(dense):
+    plain, noisy = (upcycle(dense, UpcycleSettings(64, noise=noise), mask_of(64)).source for noise in (0.0, 0.1))
+    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj"):
+        relative = read(noisy, name) / read(plain, name) - 1
+        assert relative.std().item() == pytest.approx(0.1, rel=0.02)
+        assert relative.mean().abs() < 1e-3
+        assert not torch.equal(relative[0], relative[1])
+
+
+def test_some_features_start_anew(dense):
+    changed = upcycle(dense, UpcycleSettings(64, reinitialised=0.25), mask_of(64)).source
+    plain = upcycle(dense, UpcycleSettings(64), mask_of(64)).source
+    experts, outputs = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
+    rows = (read(changed, experts) != read(plain, experts)).all(dim=2)  # [experts, 2 * features]
+    assert torch.equal(rows, (read(changed, experts) != read(plain, experts)).any(dim=2))
+    gate, up = rows.chunk(2, dim=1)
+    columns = (read(changed, outputs) != read(plain, outputs)).all(dim=1)  # [experts, features]
+    assert torch.equal(gate, up) and torch.equal(gate, columns)
+    assert (gate.sum(dim=1) == 12).all()
+    assert not torch.equal(gate[0], gate[1])
+    assert gate.any(dim=0).all()
+    for name, new in ((experts, rows.unsqueeze(2)), (outputs, columns.unsqueeze(1))):
+        old = read(plain, name)
+        drawn = read(changed, name)[new.expand_as(old)]
+        assert drawn.std().item() == pytest.approx(old.std().item(), rel=0.05)
+        assert drawn.mean().item() == pytest.approx(old.mean().item(), abs=0.02)
+
+
+@settings(deadline=None)  # no failure for being slow on a busy machine
+@given(data=st.data(), max_bytes=st.integers(4, 20_000))
+def test_reads_the_same_in_any_blocks(dense, data, max_bytes):
+    settings = UpcycleSettings(4, granularity=2, shared_expert=True, noise=0.1, reinitialised=0.4, seed=5)
+    source = upcycle(dense, settings, mask_of(4)).source
+    name = data.draw(st.sampled_from([name for name in source.tensors if ".1.mlp." in name or "embed" in name]))
+    spec = source.tensors[name]
+    whole = read(source, name)
+    if prod(spec.shape) * 4 <= 500 * max_bytes:
+        blocks = [source.read(block).flatten() for block in row_major_blocks(name, spec, max_bytes)]
+        assert torch.equal(torch.cat(blocks), whole.flatten())
+    offsets = [data.draw(st.integers(0, size - 1)) for size in spec.shape]
+    sizes = [data.draw(st.integers(1, size - offset)) for size, offset in zip(spec.shape, offsets, strict=True)]
+    box = Block(name, tuple(offsets), tuple(sizes))
+    assert torch.equal(source.read(box), whole[box.slices])
+
+
+def test_seed_decides(dense):
+    settings = UpcycleSettings(4, noise=0.1, seed=1)
+    name = "model.layers.0.mlp.experts.down_proj"
+    one, same, other = (
+        read(upcycle(dense, settings, mask_of(4)).source, name)
+        for settings in (settings, settings, replace(settings, seed=2))
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_keeps_the_type_of_the_weights(dense):
+    source = CastSource(dense.source, torch.bfloat16)
+    settings = UpcycleSettings(4, shared_expert=True, noise=0.1, reinitialised=0.1)
+    upcycled = upcycle(OpenedModel(source, dense.config), settings, mask_of(4))
+    for name, spec in upcycled.source.tensors.items():
+        if "routing_mask" not in name:
+            assert spec.dtype == read(upcycled.source, name).dtype == torch.bfloat16
+
+
+def test_describes_the_model(dense):
+    upcycled = upcycle(dense, UpcycleSettings(8, granularity=2, moe_layer_freq=2), mask_of(8))
+    config = upcycled.config
+    assert config["mlp_layer_types"] == ["sparse", "dense", "sparse"]
+    assert (config["moe_intermediate_size"], config["routed_scaling_factor"]) == (24, 2.0)
+    assert {name: spec.shape for name, spec in upcycled.source.tensors.items()} == tensor_shapes(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_experts": 1}, "2 of 1 experts"),
+        ({"num_experts": 4, "topk": 5}, "5 of 4 experts"),
+        ({"num_experts": 6, "granularity": 4, "topk": 4}, "--num-experts 6"),
+        ({"num_experts": 8, "granularity": 4, "topk": 2}, "--topk 2"),
+        ({"num_experts": 4, "noise": -1.0}, "--noise -1.0"),
+        ({"num_experts": 4, "noise": float("nan")}, "--noise nan"),
+        ({"num_experts": 4, "reinitialised": 1.5}, "--reinit-share 1.5"),
+        ({"num_experts": 4, "seed": -1}, "seed"),
+        ({"num_experts": 35, "topk": 35, "granularity": 5}, "intermediate_size 48"),
+        ({"num_experts": 4, "moe_layer_freq": [1, 0]}, "--moe-layer-freq is for 2 layers, the model has 3"),
+        ({"num_experts": 4, "moe_layer_freq": [0, 0, 0]}, "--moe-layer-freq"),
+        ({"num_experts": 8}, "number of experts is 4"),
+    ],
+)
+def test_refuses_settings(settings, words, dense):
+    with pytest.raises(UserError, match=words):
+        upcycle(dense, UpcycleSettings(**settings), mask_of(4))
+
+
+def test_refuses_a_model_with_experts(tmp_path):
+    save_model("mixtral", tmp_path)
+    with pytest.raises(UserError, match="without experts"):
+        upcycle(open_huggingface(tmp_path), UpcycleSettings(4), mask_of(4))
+
+
+def test_flags():
+    parser = argparse.ArgumentParser()
+    add_upcycle_arguments(parser)
+    flags = "--routing-mask m --num-experts 8 --topk 4 --granularity 2 --moe-layer-freq ([0]*1+[1]*2) --shared-expert"
+    arguments = parser.parse_args([*flags.split(), "--noise", "0.1", "--reinit-share", "0.5", "--seed", "3"])
+    assert settings_from(arguments) == UpcycleSettings(8, 4, 2, [0, 1, 1], True, 0.1, 0.5, 3)
+    arguments = parser.parse_args(["--routing-mask", "m", "--num-experts", "8"])
+    assert settings_from(arguments) == UpcycleSettings(8)
+    for wrong in ("x", "0", "[1,", "[__import__('os')]"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--routing-mask", "m", "--num-experts", "8", "--moe-layer-freq", wrong])

@@ -1,0 +1,188 @@
+"""The CPU adapter: what Megatron asks of torch.cuda, answered by the CPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.launchers import RANK_SCRIPTS
+
+from maskmoe.megatron_compat import cpu
+
+IS_INSTALLED = torch.empty(0, device="cuda").device.type == "cpu"
+pytestmark = pytest.mark.skipif(not IS_INSTALLED, reason="CUDA is present, so the CPU adapter is not installed")
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_refuses_to_come_after_megatron() -> None:
+    result = run_python("import megatron.core\nfrom maskmoe.megatron_compat import cpu\ncpu.install()")
+    assert result.returncode != 0
+    assert "RuntimeError: the CPU adapter must be installed before megatron is imported" in result.stderr
+
+
+def test_refuses_where_cuda_is_present() -> None:
+    with pytest.raises(RuntimeError, match="where CUDA is present"):
+        cpu.install()
+
+
+def test_intercepts_no_operation() -> None:
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert isinstance(torch.add, type(torch.mul)) and isinstance(torch.matmul, type(torch.nn.functional.gelu))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, 1, torch.device("cuda", 0), torch.device("cpu"), "cpu", None])
+def test_factories_make_cpu_tensors(device: object) -> None:
+    tensors = [
+        torch.empty(2, device=device),
+        torch.tensor([1.5], device=device),
+        torch.zeros((2, 2), dtype=torch.int64, device=device),
+        torch.arange(3, device=device),
+        torch.full((2,), 7, device=device),
+        torch.randn(2, device=device),
+        torch.ones_like(torch.empty(2), device=device),
+        torch.as_tensor([1], device=device),
+        torch.linspace(0, 1, 3, device=device),
+        torch.randperm(4, device=device),
+    ]
+    assert all(tensor.device.type == "cpu" for tensor in tensors)
+    assert tensors[2].dtype == torch.int64 and tensors[2].shape == (2, 2)
+
+
+def test_other_default_devices_hold() -> None:
+    """transformers makes its models so before it loads their weights."""
+    with torch.device("meta"):
+        tensors = [torch.empty(2), torch.arange(3), torch.ones(2), torch.tensor([1.0]), torch.nn.Linear(2, 2).weight]
+    assert all(tensor.is_meta for tensor in tensors)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, torch.device("cuda")])
+def test_moves_stay_on_the_cpu(device: object) -> None:
+    tensor, module = torch.ones(2), torch.nn.Linear(2, 2)
+    assert tensor.to(device) is tensor
+    assert tensor.to(device, torch.bfloat16).dtype == torch.bfloat16
+    assert tensor.to(device=device, dtype=torch.float64, non_blocking=True).dtype == torch.float64
+    assert tensor.cuda() is tensor and tensor.cuda(0, non_blocking=True) is tensor and tensor.pin_memory() is tensor
+    assert module.to(device) is module and module.cuda() is module
+    assert module.to_empty(device=device).weight.device.type == "cpu"
+
+
+def test_other_conversions_are_untouched() -> None:
+    tensor = torch.ones(2)
+    assert tensor.to(torch.int32).dtype == torch.int32
+    assert tensor.to(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    assert tensor.to("meta").device.type == "meta"
+    assert torch.empty(2, device="meta").device.type == "meta"
+    assert torch.tensor(1, requires_grad=False, dtype=torch.float16).dtype == torch.float16
+
+
+def test_type_names_are_those_of_cuda() -> None:
+    tensor = torch.ones(2)
+    assert tensor.type() == "torch.cuda.FloatTensor"
+    assert tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert torch.nn.Parameter(tensor).half().type() == "torch.cuda.HalfTensor"
+    assert tensor.type("torch.cuda.IntTensor").dtype == torch.int32
+    assert tensor.type("torch.DoubleTensor").dtype == torch.float64
+    assert tensor.type(torch.float64).dtype == torch.float64
+    assert tensor.type(torch.LongTensor).dtype == torch.int64
+    assert tensor.type(tensor.type()) is tensor
+    with torch.device("meta"):  # a torch function mode, in which methods of tensors come back to their wrappers
+        assert tensor.type() == "torch.cuda.FloatTensor"
+
+
+def test_streams_and_events_are_one_queue() -> None:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.cuda.device(0):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        torch.cuda.current_stream().wait_event(event)
+    assert event.query() and stream.query()
+    assert stream.record_event(event) is event
+    event.synchronize()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.ones(1).record_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.set_device(3)
+    assert not torch.cuda.is_current_stream_capturing()
+    torch.cuda.nvtx.range_push("part")
+    torch.cuda.nvtx.range_pop()
+    with torch.cuda.nvtx.range("part"):
+        pass
+
+
+def test_generators_are_that_of_the_cpu() -> None:
+    state = torch.cuda.get_rng_state()
+    drawn = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), drawn)
+    torch.cuda.manual_seed(5)
+    first = torch.rand(3, device="cuda")
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), first)
+    assert torch.cuda.initial_seed() == 5
+    assert torch.cuda.default_generators[torch.cuda.current_device()] is torch.default_generator
+    assert len(torch.cuda.default_generators) == 1
+
+
+def test_forked_random_states_are_restored() -> None:
+    """Megatron's tracker, with which tensor-parallel regions draw their own numbers."""
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    tracker.reset()
+    torch.manual_seed(1)
+    tracker.add("part", 7)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    with tracker.fork("part"):
+        inside = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(2), inside)
+
+
+def test_memory_is_that_of_the_process() -> None:
+    allocated = torch.cuda.memory_allocated()
+    free, total = torch.cuda.mem_get_info()
+    # The kernel brings the peak up to date a few pages late.
+    assert 0 < allocated < 1.1 * torch.cuda.max_memory_allocated() < total
+    assert 0 < free < total
+    assert torch.cuda.get_device_properties(0).total_memory == total
+    stats = torch.cuda.memory_stats()
+    assert min(stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"]) > 0
+    assert stats["num_alloc_retries"] == 0
+
+
+def test_torch_itself_hears_of_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.cuda.is_available() and torch.cuda.is_initialized()
+    assert not torch.accelerator.is_available()
+    assert torch.accelerator.current_accelerator() is None
+    assert torch.cuda.current_device() == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert torch.cuda.device_count() == 4
+
+
+def test_compilation_is_left_out() -> None:
+    def double(value):
+        return 2 * value
+
+    assert torch.compile(double) is double
+    assert torch.compile(dynamic=True)(double) is double
+
+
+def test_command_line_defaults_are_flags_of_megatron() -> None:
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {action.dest for action in parser._actions}
+    assert cpu.argument_defaults().keys() <= known
+
+
+def test_uneven_collectives_equal_the_reference(run_ranks, tmp_path: Path) -> None:
+    run_ranks(RANK_SCRIPTS / "uneven_collectives_ranks.py", tmp_path)

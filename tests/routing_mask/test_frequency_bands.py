@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskmoe.routing_mask.frequency_bands import FrequencyBands
+
+
+def test_bands_cover_the_given_shares():
+    occurrences = np.array([5.0, 40.0, 0.0, 25.0, 15.0, 10.0, 5.0])
+
+    bands = FrequencyBands.from_occurrences(occurrences)
+
+    assert bands.names == ("top 40 %", "next 50 %", "last 10 %")
+    # Id 1 has 40 %; ids 3, 4 and 5 bring the share to 90 %; the rest, and what never occurs, is last.
+    assert bands.band_of_id.tolist() == [2, 0, 2, 1, 1, 1, 2]
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=50).filter(any))
+def test_bands_are_the_shortest_prefixes_by_frequency(counts):
+    occurrences = np.array(counts, dtype=float)
+
+    band_of_id = FrequencyBands.from_occurrences(occurrences, (0.3, 0.8, 1.0)).band_of_id
+
+    by_frequency = sorted(range(len(counts)), key=lambda id: (-counts[id], id))
+    assert (np.diff(band_of_id[by_frequency]) >= 0).all()
+    for band, share in enumerate((0.3, 0.8)):
+        members = [id for id in by_frequency if band_of_id[id] <= band]
+        covered = sum(counts[id] for id in members)
+        assert covered >= share * sum(counts) * (1 - 1e-9)
+        assert covered - counts[members[-1]] < share * sum(counts)
+
+
+def test_one_id_can_fill_several_bands():
+    bands = FrequencyBands.from_occurrences(np.array([1.0, 99.0]))
+
+    assert bands.band_of_id.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("edges", [(1.0,), (0.5, 1.0)])
+def test_every_id_is_in_a_band(edges):
+    bands = FrequencyBands.from_occurrences(np.array([3.0, 0.0, 1.0]), edges)
+
+    assert set(bands.band_of_id) <= set(range(len(edges)))
+    assert len(bands.names) == len(edges)

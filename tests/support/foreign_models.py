@@ -1,0 +1,109 @@
+"""Tiny models of other families with random weights, made and saved by transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from transformers.models.auto import AutoModelForCausalLM
+
+from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.families import OpenedModel
+from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
+
+VOCAB_SIZE = 67
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3),
+    "llama, linear": lambda: LlamaConfig(
+        **_SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    ),
+    "llama, tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**_SIZES, head_dim=16, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**_SIZES, rms_norm_eps=1e-3),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
+    "mixtral": lambda: MixtralConfig(**_SIZES, num_local_experts=6),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_SIZES, **_EXPERTS, moe_intermediate_size=16, shared_expert_intermediate_size=24, mlp_only_layers=[1]
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SIZES, **_EXPERTS, moe_intermediate_size=16, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2
+    ),
+    "olmoe": lambda: OlmoeConfig(**_SIZES, **_EXPERTS),
+}
+"""One configuration of every known family, and of variants."""
+
+DENSE = ("llama", "llama, linear", "llama, tied", "mistral", "qwen2", "qwen3")
+SPARSE = tuple(name for name in CONFIGS if name not in DENSE)
+
+
+def make_model(name: str) -> PreTrainedModel:
+    """A model in fp32 whose every parameter matters: no norm is 1, no bias 0."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2)
+            if parameter_name.endswith("norm.weight"):
+                parameter.add_(1)
+    return model
+
+
+def save_model(name: str, folder: Path, **settings: Any) -> PreTrainedModel:
+    """Save a model to a folder; `settings` are those of `save_pretrained`."""
+    model = make_model(name)
+    model.save_pretrained(folder, **settings)
+    return model
+
+
+def random_ids(length: int = 40) -> torch.Tensor:
+    """Token ids [2, length]."""
+    return torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [batch, length, vocabulary]."""
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def in_transformers(opened: OpenedModel) -> MaskMoEForCausalLM:
+    """The MaskMoE model that was opened."""
+    model = MaskMoEForCausalLM(MaskMoEConfig(**opened.config)).eval()
+    tensors = {name: opened.source.read(Block.whole(name, spec.shape)) for name, spec in opened.source.tensors.items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert missing == (["lm_head.weight"] if opened.config["tie_word_embeddings"] else [])
+    model.tie_weights()
+    return model

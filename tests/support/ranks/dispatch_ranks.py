@@ -1,0 +1,153 @@
+"""One rank that really dispatches: `python dispatch_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+
+Reads `cases.npz` and `rank_local.safetensors` from the folder. Dispatches and combines, there and back, and writes to
+`rankR.json` the bytes that each collective has sent to each rank.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from maskmoe.megatron_compat import prepare_process
+
+prepare_process()
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from maskmoe.routing_mask import RoutingMask
+from maskmoe.transformer.dispatch_plan import DispatchPlanner
+from maskmoe.transformer.one_copy_dispatcher import OneCopyDispatcher
+from maskmoe.transformer.token_dispatcher import MaskMoEAlltoAllTokenDispatcher
+from maskmoe.transformer.visible_experts import VisibleExperts
+
+
+class Record:
+    """Stands in for torch's collectives, and notes the bytes for each rank."""
+
+    def __init__(self, num_ranks: int, hidden_size: int):
+        self._num_ranks, self._hidden_size = num_ranks, hidden_size
+        self._all_to_all = torch.distributed.all_to_all_single
+        self._all_gather = torch.distributed.all_gather_into_tensor
+        torch.distributed.all_to_all_single = self.all_to_all
+        torch.distributed.all_gather_into_tensor = mappings.dist_all_gather_func = self.all_gather
+        self.calls: list[tuple[str, list[int]]] = []
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None,
+        **kwargs,
+    ):
+        if input_split_sizes is None:
+            input_split_sizes = [len(input) // self._num_ranks] * self._num_ranks
+        bytes_per_row = input.element_size() * input[:1].numel() if len(input) else 0
+        what = "counts"
+        if input.is_floating_point():
+            what = "hidden states" if input.shape[1:] == (self._hidden_size,) else "weights"
+        self.calls.append((what, [int(rows) * bytes_per_row for rows in input_split_sizes]))
+        return self._all_to_all(output, input, output_split_sizes, input_split_sizes, **kwargs)
+
+    def all_gather(self, output: Tensor, input: Tensor, **kwargs):
+        what = "token ids" if input.dtype is torch.int32 else "counts"
+        self.calls.append((what, [input.nbytes] * self._num_ranks))
+        return self._all_gather(output, input, **kwargs)
+
+    def take(self) -> list[tuple[str, list[int]]]:
+        """The calls since the last time."""
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def dispatch_rows(dispatcher: MoEAlltoAllTokenDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
+    """A row for every selected expert."""
+    hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
+    rows, weights = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+    rows, weights = dispatcher.token_dispatch(rows, weights)
+    rows, _, weights = dispatcher.dispatch_postprocess(rows, weights)
+    output = dispatcher.token_combine(dispatcher.combine_preprocess(rows * weights.unsqueeze(1)))
+    dispatcher.combine_postprocess(output).sum().backward()
+
+
+def dispatch_copies(dispatcher: OneCopyDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
+    """One copy a rank."""
+    hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
+    rows, weights, dispatch = dispatcher.dispatch(hidden, probs, routing_map)
+    dispatcher.combine(rows * weights.unsqueeze(1), dispatch).sum().backward()
+
+
+def dispatch_planned(
+    dispatcher: OneCopyDispatcher,
+    visible_experts: VisibleExperts,
+    topk: int,
+    hidden: Tensor,
+    token_ids: Tensor,
+    groups: ProcessGroupCollection,
+) -> None:
+    """One copy a rank, planned; the first visible experts are selected."""
+    plan = DispatchPlanner(visible_experts, topk, [0], groups.ep).plan(token_ids.unsqueeze(0)).of_table[0]
+    rows = dispatcher.send(hidden.clone().requires_grad_(), plan)
+    visible = visible_experts(plan.received_ids, 0).experts
+    routing_map = visible & (visible.cumsum(dim=1) <= topk)
+    probs = routing_map.float().requires_grad_()
+    rows, weights, dispatch = dispatcher.dispatch_received(rows, probs, routing_map, plan)
+    dispatcher.combine(rows * weights.unsqueeze(1), dispatch).sum().backward()
+
+
+def main() -> None:
+    folder, rank, num_ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks
+    )
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=num_ranks)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with np.load(folder / "cases.npz") as arrays:
+        cases = {name: torch.from_numpy(arrays[name][rank]) for name in ("token_ids", "top-k", "mask")}
+        topk, hidden_size = int(arrays["topk"]), int(arrays["hidden_size"])
+    num_tokens, num_experts = cases["top-k"].shape
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=hidden_size,
+        num_attention_heads=1,
+        num_moe_experts=num_experts,
+        moe_router_topk=topk,
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=num_ranks,
+        add_bias_linear=False,
+    )
+    local_experts = num_experts // num_ranks
+    indices = list(range(rank * local_experts, (rank + 1) * local_experts))
+    hidden = torch.ones(num_tokens, hidden_size)
+    visible_experts = VisibleExperts(config, RoutingMask.load(folder / "rank_local.safetensors"), groups)
+
+    stock = MoEAlltoAllTokenDispatcher(local_experts, indices, config, groups)
+    of_any_number = MaskMoEAlltoAllTokenDispatcher(local_experts, indices, config, groups, min_visible=1)
+    one_copy = OneCopyDispatcher(num_experts, groups.ep)
+    works: dict[str, Callable[[], None]] = {
+        "top-k, row per expert": lambda: dispatch_rows(stock, hidden, cases["top-k"]),
+        "top-k, one copy": lambda: dispatch_copies(one_copy, hidden, cases["top-k"]),
+        "mask, row per expert": lambda: dispatch_rows(of_any_number, hidden, cases["mask"]),
+        "mask, one copy": lambda: dispatch_copies(one_copy, hidden, cases["mask"]),
+        "rank-local mask, planned": lambda: dispatch_planned(
+            one_copy, visible_experts, topk, hidden, cases["token_ids"], groups
+        ),
+    }
+    record, calls = Record(num_ranks, hidden_size), {}
+    for name, work in works.items():
+        work()
+        calls[name] = record.take()
+    (folder / f"rank{rank}.json").write_text(json.dumps(calls))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

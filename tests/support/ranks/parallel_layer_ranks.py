@@ -1,0 +1,218 @@
+"""One rank of a MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+
+The parameters and inputs of a case depend on neither, so that all layouts compute the same.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskmoe.megatron_compat import prepare_process
+
+prepare_process()
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from safetensors.torch import save_file
+from support.small_moe import (
+    DEVICE,
+    make_config,
+    make_layer,
+    make_mask,
+    process_groups,
+    random_visible_sets,
+    take_metrics,
+)
+from torch import Tensor
+
+from maskmoe.transformer.dispatch_plan import DispatchPlanner, PlannedTokenIds
+
+NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 6, 9, 6, 4, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mask and a batch.
+
+    Attributes:
+        sizes: of the visible sets.
+        experts: those that any id sees.
+        settings: of the configuration.
+        scale: of the hidden states.
+        halves: odd ids see the second half of the experts, the others the first.
+    """
+
+    sizes: tuple[int, ...]
+    experts: range = range(NUM_EXPERTS)
+    settings: dict[str, Any] = field(default_factory=dict)
+    scale: float = 1
+    halves: bool = False
+
+    @property
+    def is_rank_local(self) -> bool:
+        """Every id sees experts of one of two ranks."""
+        return self.halves or self.experts.start // (NUM_EXPERTS // 2) == (self.experts.stop - 1) // (NUM_EXPERTS // 2)
+
+    def visible_sets(self) -> np.ndarray:
+        """bool [1, vocab, N]."""
+        visible = np.zeros((1, VOCAB_SIZE, NUM_EXPERTS), bool)
+        num_seen = NUM_EXPERTS // 2 if self.halves else len(self.experts)
+        drawn = random_visible_sets(5, 1, VOCAB_SIZE, num_seen, self.sizes)
+        if self.halves:
+            visible[:, 0::2, :num_seen], visible[:, 1::2, num_seen:] = drawn[:, 0::2], drawn[:, 1::2]
+        else:
+            visible[..., list(self.experts)] = drawn
+        return visible
+
+
+CASES = {
+    "one_expert_per_token": Case((1, 3), settings={"topk": 1}),
+    "two_experts_per_token": Case((2, 6)),
+    "fewer_visible_than_k": Case((1, 2, 4), settings={"topk": 3}),
+    "starved_last_rank": Case((1, 2), experts=range(3)),
+    "starved_first_rank": Case((1, 2), experts=range(3, 6)),
+    "single_busy_expert": Case((1,), experts=range(4, 5)),
+    "starved_rank_recomputed": Case(
+        (1, 2), range(3), {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    ),
+    # Every token has two experts; the weight of one of them is rounded to 0.
+    "rounded_weights": Case((2, 3), settings={"moe_router_pre_softmax": True}, scale=300),
+    "shared_experts": Case((1, 2), settings={"moe_shared_expert_intermediate_size": 10}),
+    "overlapped_shared_experts": Case(
+        (1, 2), settings={"moe_shared_expert_intermediate_size": 10, "moe_shared_expert_overlap": True}
+    ),
+    # Every id sees k experts or more, but not in the groups that its token is limited to.
+    "groups": Case((2, 6), settings={"topk": 2, "moe_router_num_groups": 3, "moe_router_group_topk": 1}),
+    "rank_local": Case((1, 2, 3), settings={"topk": 2}, halves=True),
+    "rank_local_one_expert_per_token": Case((1, 3), settings={"topk": 1}, halves=True),
+    "rank_local_recomputed": Case(
+        (1, 3), settings={"recompute_granularity": "selective", "recompute_modules": ["moe"]}, halves=True
+    ),
+    "all_gather": Case((1, 2, 4), settings={"topk": 3, "moe_token_dispatcher_type": "allgather"}),
+    "all_gather_starved": Case((1, 2), experts=range(3), settings={"moe_token_dispatcher_type": "allgather"}),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How two ranks divide the layer and its tokens.
+
+    Attributes:
+        split_dimension: of the hidden states [sequence, batch, hidden].
+        settings: of the configuration and of the process groups.
+        losses: the router's losses; they are of the tokens of all tensor-parallel ranks, but of each expert-parallel
+            rank's own, or meant to be averaged over those.
+        plans: dispatch is planned from the ids.
+    """
+
+    split_dimension: int
+    settings: dict[str, int]
+    aux_loss_tokens: str = "all"
+    losses: dict[str, Any] = field(default_factory=dict)
+    plans: bool = False
+
+
+LOSSES = {
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
+    "moe_aux_loss_coeff": [1e-2, 2e-2, 3e-2],
+    "moe_z_loss_coeff": 1e-3,
+}
+TENSOR_PARALLEL = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+LAYOUTS = {
+    "expert": Layout(1, {"expert_model_parallel_size": 2}),
+    "planned": Layout(1, {"expert_model_parallel_size": 2}, plans=True),
+    "tensor": Layout(0, TENSOR_PARALLEL, losses=LOSSES),
+    "tensor_routable": Layout(0, TENSOR_PARALLEL, "routable", LOSSES),
+    "tensor_and_expert": Layout(
+        0,
+        {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2},
+        losses=LOSSES,
+    ),
+}
+
+
+def is_possible(layout_name: str, case_name: str) -> bool:
+    """Shared experts are whole on every rank of two layouts only; plans need masks and settings that allow them."""
+    if LAYOUTS[layout_name].plans:
+        return CASES[case_name].is_rank_local and "all_gather" not in case_name
+    return layout_name == "expert" or "shared" not in case_name
+
+
+def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1) -> dict[str, Tensor]:
+    """The layer's output, losses, and gradients of input and parameters; experts are named by global index."""
+    layout, case = LAYOUTS[layout_name], CASES[case_name]
+    parallel = layout.settings if num_ranks > 1 else {}
+    config = make_config(
+        NUM_EXPERTS,
+        **parallel,
+        sequence_parallel="tensor_model_parallel_size" in parallel,
+        **layout.losses,
+        **case.settings,
+    )
+    layer = make_layer(config, make_mask(case.visible_sets()), aux_loss_tokens=layout.aux_loss_tokens)
+
+    parameters = {}
+    first_expert = layer.local_expert_indices[0]
+    for local_name, parameter in layer.named_parameters():
+        parts = local_name.split(".")
+        if "local_experts" in parts:
+            parts[2] = str(int(parts[2]) + first_expert)
+        parameters[".".join(parts)] = parameter
+    shards = config.expert_tensor_parallel_size
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(_part_of_weight(name, parameter.shape, rank, shards if "local_experts" in name else 1))
+
+    rng = np.random.default_rng(0)
+
+    def part_of(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.split(values, num_ranks, axis=layout.split_dimension)[rank]).to(DEVICE)
+
+    shape = (SEQUENCE, BATCH, HIDDEN)
+    hidden = part_of(case.scale * rng.normal(size=shape)).float().requires_grad_()
+    output_grad = part_of(rng.normal(size=shape)).float()
+    token_ids = part_of(rng.integers(0, VOCAB_SIZE, shape[:2])).T.contiguous()
+    if layout.plans and num_ranks > 1:
+        planner = DispatchPlanner(layer.router.visible_experts, config.moe_router_topk, [0], process_groups().ep)
+        token_ids = PlannedTokenIds.attach(token_ids, planner.plan(token_ids))
+    take_metrics()
+    output, _ = layer(hidden, padding_mask=token_ids)
+    output.backward(output_grad)
+    # Scaled back, so that one tolerance serves all cases.
+    grads = {name: parameter.grad / case.scale for name, parameter in parameters.items()}
+    return {"output": output.detach() / case.scale, "input_grad": hidden.grad} | take_metrics() | grads
+
+
+def _part_of_weight(name: str, shape: torch.Size, rank: int, shards: int) -> Tensor:
+    """This rank's part of a weight that depends on its name only."""
+    rng = np.random.default_rng(np.frombuffer(name.encode(), np.uint8))
+    if "linear_fc1" in name:  # gate and value, each divided along its rows
+        whole = rng.normal(size=(2, shape[0] // 2 * shards, shape[1]))
+        return torch.from_numpy(np.split(whole, shards, axis=1)[rank % shards].reshape(shape))
+    if "linear_fc2" in name:
+        whole = rng.normal(size=(shape[0], shape[1] * shards))
+        return torch.from_numpy(np.split(whole, shards, axis=1)[rank % shards])
+    return torch.from_numpy(rng.normal(size=shape))
+
+
+def main() -> None:
+    folder, rank, num_ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
+    results = {}
+    for layout_name, layout in LAYOUTS.items():
+        parallel_state.initialize_model_parallel(**layout.settings)
+        model_parallel_cuda_manual_seed(1)
+        for case_name in CASES:
+            if is_possible(layout_name, case_name):
+                for key, value in run_case(layout_name, case_name, rank, num_ranks).items():
+                    results[f"{layout_name}/{case_name}/{key}"] = value.contiguous()
+        parallel_state.destroy_model_parallel()
+    save_file(results, folder / f"rank{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

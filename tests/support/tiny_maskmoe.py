@@ -1,0 +1,90 @@
+"""Small transformers models with routing masks."""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from support.small_moe import make_mask, random_visible_sets
+from torch import Tensor
+
+from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
+from maskmoe.routing_mask import RoutingMask
+
+VOCAB_SIZE = 60
+NUM_EXPERTS = 6
+NUM_LAYERS = 3
+
+# One setting of every kind: what a model can have beside the plain ones.
+VARIANTS = {
+    "plain": {},
+    "shared_experts": {"shared_expert_intermediate_size": 20},
+    "gated_shared_experts": {"shared_expert_intermediate_size": 20, "shared_expert_gate": True},
+    "dense_layers": {"mlp_layer_types": ["dense", "sparse", "dense"]},
+    "sigmoid": {"scoring_func": "sigmoid", "use_expert_bias": True, "norm_topk_prob": True},
+    "groups": {"n_group": 3, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    "qk_norm": {"qk_norm": "head", "head_dim": 12},
+    "all_heads_norm": {"qk_norm": "all_heads"},
+    "attention_bias": {"attention_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "partial_rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+}
+
+
+def make_config(mask: RoutingMask | None = None, **settings: Any) -> MaskMoEConfig:
+    """A tiny configuration, for a mask if there is one."""
+    defaults = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    if mask is not None:
+        tensors = mask_tensors(mask)
+        defaults |= {
+            "vocab_size": mask.vocab_size,
+            "num_experts": mask.num_experts,
+            "routing_mask": {
+                "num_tables": len(tensors["row_of_id"]),
+                "num_rows": tensors["visible_bits"].shape[1],
+                "row_dtype": str(tensors["row_of_id"].dtype).removeprefix("torch."),
+                "metadata_bytes": len(tensors["metadata"]),
+            },
+        }
+    return MaskMoEConfig(**(defaults | settings))
+
+
+def mask_tensors(mask: RoutingMask) -> dict[str, Tensor]:
+    """The tensors of a mask, as checkpoints hold them."""
+    arrays, metadata = mask.to_tensors()
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return tensors | {"metadata": torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)}
+
+
+def random_mask(*sizes: int, tables: int = NUM_LAYERS, seed: int = 0) -> RoutingMask:
+    """A mask with visible sets of these sizes, by default of every size, half of them of one expert."""
+    return make_mask(random_visible_sets(seed, tables, VOCAB_SIZE, NUM_EXPERTS, sizes or None), NUM_LAYERS)
+
+
+def make_model(mask: RoutingMask | None = None, **settings: Any) -> MaskMoEForCausalLM:
+    """A model with random weights, ready for inference."""
+    torch.manual_seed(1)
+    mask = random_mask() if mask is None else mask
+    model = MaskMoEForCausalLM(make_config(mask, **settings)).eval()
+    model.model.routing_mask.load_state_dict(mask_tensors(mask))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn_like(buffer) / 4)
+    return model
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    """Token ids, int64 of this shape."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, VOCAB_SIZE, shape))
