@@ -26,8 +26,8 @@ from maskmoe.comparison.slurm import (
 from maskmoe.comparison.slurm_jobs import Jobs, Phase, SlurmOptions
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.launch.devices import find_devices
 from maskmoe.launch.model_file import override
-from maskmoe.workflow.devices import find_devices
 from maskmoe.workflow.entry import run_stages, run_to_end, working_in
 from maskmoe.workflow.lock import locked
 from maskmoe.workflow.progress import ProgressLine

@@ -11,7 +11,7 @@ from maskmoe.comparison.plan import DataPlan, RunPlan
 from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, tuning_runs, whole_runs
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
-from maskmoe.workflow.devices import Devices
+from maskmoe.launch.devices import Devices
 from maskmoe.workflow.progress import TrainingHistory
 from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.runner import read_log

@@ -12,8 +12,8 @@ from maskmoe.cli import atomic_output
 from maskmoe.comparison.data import Data, dataset_prefixes
 from maskmoe.comparison.runs import Run, checkpoint_iterations, training_flags
 from maskmoe.comparison.suite import Suite
+from maskmoe.launch.devices import DEVICE_FLAGS, Devices
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
-from maskmoe.workflow.devices import DEVICE_FLAGS, Devices
 from maskmoe.workflow.progress import TrainingHistory
 from maskmoe.workflow.runner import read_log
 from maskmoe.workflow.stage import Stage, StageFiles, TrainingFiles, tool_command, words

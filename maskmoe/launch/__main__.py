@@ -9,11 +9,11 @@ from maskmoe.cli import EXIT_BAD_INPUT, run_tool
 from maskmoe.errors import UserError
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.launch.command import check_command, run_flags, torchrun_command
+from maskmoe.launch.devices import Devices, find_devices
 from maskmoe.launch.model_file import Flags, ModelFile, override, split_flags
 from maskmoe.launch.network import route_to, wait_for
 from maskmoe.launch.options import Options, parse_options
 from maskmoe.launch.supervisor import Supervisor
-from maskmoe.workflow.devices import Devices, find_devices
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Entry point of `launch/quickstart.sh`."""
 
 from maskmoe.cli import atomic_output, run_tool
+from maskmoe.launch.devices import find_devices
 from maskmoe.quickstart.plan import Plan
 from maskmoe.quickstart.report import collect_results, draw_loss_curve, render_report
 from maskmoe.quickstart.settings import parse_settings
-from maskmoe.workflow.devices import find_devices
 from maskmoe.workflow.entry import run_to_end
 from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.runner import read_log

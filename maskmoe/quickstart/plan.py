@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from maskmoe.launch.devices import Devices
 from maskmoe.quickstart.settings import HEAD_SIZE, RunFiles, Settings
-from maskmoe.workflow.devices import Devices
 from maskmoe.workflow.split import Split, choose_split, opening_of_held_out_text
 from maskmoe.workflow.stage import Stage, tool_command, words
 from maskmoe.workflow.text import TextStages

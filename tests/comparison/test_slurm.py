@@ -23,7 +23,7 @@ from maskmoe.comparison.slurm import (
 from maskmoe.comparison.slurm_jobs import Jobs, Phase, SlurmOptions
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.workflow.devices import Devices
+from maskmoe.launch.devices import Devices
 from maskmoe.workflow.progress import ProgressLine
 from maskmoe.workflow.record import RunRecord
 

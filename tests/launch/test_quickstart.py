@@ -21,10 +21,10 @@ from PIL import Image
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.errors import UserError
+from maskmoe.launch.devices import Devices
 from maskmoe.quickstart.plan import Plan
 from maskmoe.quickstart.report import Results, draw_loss_curve, entropy, render_report
 from maskmoe.quickstart.settings import parse_settings
-from maskmoe.workflow.devices import Devices
 from maskmoe.workflow.failure import explain_failure
 from maskmoe.workflow.lock import locked
 from maskmoe.workflow.process import LogTail
