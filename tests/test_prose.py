@@ -91,7 +91,12 @@ def paragraphs(text: str) -> Iterator[tuple[int, str]]:
 
 
 def tracked_files() -> list[Path]:
-    found = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES]
+    found = [
+        path
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in SUFFIXES and "artefacts" not in path.parts
+    ]
     return [path for path in (*found, *(ROOT / name for name in FILES)) if path.is_file()]
 
 
