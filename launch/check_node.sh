@@ -5,15 +5,15 @@ usage() {
     cat <<'END'
 usage: launch/check_node.sh [options]
 
-Says whether this machine is fit to take part in a run: one line on stderr for each thing that is wrong with it, and
-exit code 1 if anything is. What it is not told to look at, it leaves out.
+Checks whether this machine is fit for a run. Prints one line on stderr for each problem, and exits with 1 if there is a
+problem. /dev/shm is always checked; each other check needs its option.
 
-  --gpus[=N]             there are N GPUs (default: any), and none reports memory errors or a fatal Xid
-  --run-dir DIR          DIR can be written to and has room
-  --min-disk MIB         how much room DIR must have (default: 1024)
-  --min-shm MIB          how much of /dev/shm must be free (default: 32)
-  --time SECONDS         the clock is within a minute of SECONDS since 1970
-  --rendezvous HOST:PORT HOST answers, whether something listens at PORT already or not
+  --gpus[=N]             check that there are N GPUs (default: any) without memory errors or a fatal Xid
+  --run-dir DIR          check that DIR is writable and has free space
+  --min-disk MIB         free space that DIR needs (default: 1024)
+  --min-shm MIB          free space that /dev/shm needs (default: 32)
+  --time SECONDS         check that the clock is within a minute of SECONDS since 1970
+  --rendezvous HOST:PORT check that HOST answers, whether or not a process listens at PORT already
 END
 }
 
@@ -29,48 +29,51 @@ problem() {
     problems=$((problems + 1))
 }
 
-# free_mib PATH: free space of its file system.
+# free_mib PATH: prints the free space of the path's file system.
 free_mib() {
     df --output=avail --block-size=1M -- "$1" | tail -n 1 | tr -d ' '
 }
 
-check_room() {
-    local path=$1 wanted=$2 free
+# check_space PATH MIB
+check_space() {
+    local path=$1 needed=$2 free
     free=$(free_mib "$path")
-    ((free >= wanted)) || problem "$path has $free MiB free, $wanted MiB are needed"
+    ((free >= needed)) || problem "$path has $free MiB free, $needed MiB are needed"
 }
 
+# check_run_dir DIR MIB
 check_run_dir() {
     local dir=$1 probe
     if ! mkdir -p -- "$dir" 2>/dev/null || ! probe=$(mktemp -- "$dir/.check_node.XXXXXX" 2>/dev/null); then
-        problem "cannot write to $dir: mount it here, or mend its permissions"
+        problem "cannot write to $dir: mount it on this node, or change its permissions"
         return
     fi
     rm -f -- "$probe"
-    check_room "$dir" "$2"
+    check_space "$dir" "$2"
 }
 
+# check_clock SECONDS
 check_clock() {
     local now
     now=$(date +%s)
-    ((now - $1 <= 60 && $1 - now <= 60)) || problem "its clock is $((now - $1)) s off the first node's"
+    ((now - $1 <= 60 && $1 - now <= 60)) || problem "the clock differs by $((now - $1)) s from the first node's"
 }
 
-# check_reachable HOST:PORT. A refused connection is an answer, too: the host is there.
+# check_reachable HOST:PORT. A refused connection proves that the host answers.
 check_reachable() {
     local host=${1%:*} port=${1##*:} reason
     if ! getent ahosts "$host" >/dev/null; then
-        problem "the rendezvous host $host has no address here"
+        problem "the name of the rendezvous host $host cannot be resolved"
         return
     fi
-    # shellcheck disable=SC2016 # the inner bash expands them
+    # shellcheck disable=SC2016 # the inner bash expands the parameters
     reason=$(LC_ALL=C timeout 10 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$host" "$port" 2>&1) ||
         [[ $reason == *"Connection refused"* ]] ||
         problem "the rendezvous host $host does not answer"
 }
 
-# Xids after which a GPU needs a reset or a repair, as NVIDIA's table of Xid errors has it: memory that cannot be
-# corrected, NVLink, a GPU that fell off the bus, and its firmware.
+# Xids after which a GPU needs a reset or a repair according to NVIDIA's table of Xid errors: uncorrectable errors of the
+# memory, errors of NVLink or the firmware, and a GPU that has fallen off the bus.
 FATAL_XIDS='48|64|74|79|95|119|120'
 
 # check_gpus [N]
@@ -82,13 +85,13 @@ check_gpus() {
     fi
     found=$(grep --count --extended-regexp '^[0-9]+$' <<<"$found" || true)
     if ((found == 0)) || [[ -n $wanted && $found != "$wanted" ]]; then
-        problem "nvidia-smi shows $found GPUs, not ${wanted:-any}"
+        problem "nvidia-smi shows $found GPUs, expected ${wanted:-at least one}"
     fi
-    # A GPU without error correction answers [N/A].
+    # A GPU without error correction reports [N/A].
     errors=$(nvidia-smi --query-gpu=index,ecc.errors.uncorrected.volatile.total --format=csv,noheader |
         awk -F ', *' '$2 ~ /^[0-9]+$/ && $2 > 0 {printf "%sGPU %s: %s", separator, $1, $2; separator = ", "}')
-    [[ -z $errors ]] || problem "memory errors that could not be corrected ($errors)"
-    # The kernel's log may be for root only; without it there is nothing to see.
+    [[ -z $errors ]] || problem "uncorrectable memory errors ($errors)"
+    # The kernel's log may be readable only for root. Then Xids cannot be checked.
     xids=$(dmesg 2>/dev/null | grep -oE "NVRM: Xid .*: ($FATAL_XIDS)," | tail -n 1 || true)
     [[ -z $xids ]] || problem "the kernel reports ${xids%,}"
 }
@@ -117,7 +120,7 @@ for number in "$gpu_count" "$min_disk" "$min_shm" "$time"; do
 done
 [[ -z $rendezvous || $rendezvous =~ ^.+:[0-9]+$ ]] || fail "--rendezvous is HOST:PORT, not $rendezvous"
 
-check_room /dev/shm "$min_shm"
+check_space /dev/shm "$min_shm"
 [[ -z $run_dir ]] || check_run_dir "$run_dir" "$min_disk"
 [[ -z $time ]] || check_clock "$time"
 [[ -z $rendezvous ]] || check_reachable "$rendezvous"

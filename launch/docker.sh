@@ -6,35 +6,36 @@ usage() {
 usage: launch/docker.sh [options] COMMAND…
 
 Runs a command of the repository, for instance launch/quickstart.sh or launch/pretrain.sh MODEL.yaml, in a container.
-It runs in /opt/maskmoe, where the image has the repository with its environment; what it writes to runs/ stays.
+The command runs in /opt/maskmoe, where the image holds the repository with its environment. Files that the command
+writes to runs/ are kept.
 
-  --run-dir DIR        what is runs/ in the container (default: runs)
-  --mount PATH[:MODE]  PATH at the same place in the container; MODE is ro (default) or rw. For data, models, masks.
-  --code image         the Python code and scripts that the image was built with (default: those of this checkout)
-  --cpu                the image for CPUs (default where nvidia-smi shows no GPU)
-  --gpus LIST          the GPUs to use, for instance 0,1 (default: all)
-  --image NAME         the image (default: maskmoe:VERSION or maskmoe-cpu:VERSION)
-  --shm-size SIZE      a /dev/shm of the container's own, for instance 16g (default: the host's)
-  --env NAME[=VALUE]   an environment variable. The launchers', and those of NCCL and gloo, are handed on unasked.
-  --build              build the image first, from docker/Dockerfile or docker/Dockerfile.cpu; COMMAND may be left out
-  --base-image NAME    build on this image; for GPUs on NVIDIA's PyTorch image, which must be named
-  --engine NAME        docker or podman (default: the first that there is)
-  --dry-run            only print what would be run
+  --run-dir DIR        mount DIR as runs/ (default: the runs/ of this checkout)
+  --mount PATH[:MODE]  mount PATH at the same path; MODE is ro (default) or rw. For data, models and masks.
+  --code image         use the image's own Python code and scripts (default: those of this checkout)
+  --cpu                use the image for CPUs (default if nvidia-smi shows no GPU)
+  --gpus LIST          use these GPUs, for instance 0,1 (default: all)
+  --image NAME         use this image (default: maskmoe:VERSION or maskmoe-cpu:VERSION)
+  --shm-size SIZE      give the container its own /dev/shm, for instance 16g (default: share the host's)
+  --env NAME[=VALUE]   set an environment variable. The variables of the launchers, NCCL and gloo are always passed.
+  --build              build the image first, from docker/Dockerfile or docker/Dockerfile.cpu; COMMAND is then optional
+  --base-image NAME    build on this image; required for GPUs, where it is NVIDIA's PyTorch image
+  --engine NAME        docker or podman (default: the first that is installed)
+  --dry-run            only print the command line
 END
 }
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 HOME_IN_IMAGE=/opt/maskmoe
-HANDED_ON='^(NNODES|NODE_RANK|NPROC_PER_NODE|RDZV_[A-Z_]+|MASTER_(ADDR|PORT)|MAX_RESTARTS|SHUTDOWN_TIMEOUT|'
-HANDED_ON+='OMP_NUM_THREADS|CUDA_(VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)|'
-HANDED_ON+='(NCCL|TORCH_NCCL|GLOO|UCX|NVSHMEM)_[A-Z0-9_]+|WANDB_[A-Z_]+)$'
+PASSED_VARIABLES='^(NNODES|NODE_RANK|NPROC_PER_NODE|RDZV_[A-Z_]+|MASTER_(ADDR|PORT)|MAX_RESTARTS|SHUTDOWN_TIMEOUT|'
+PASSED_VARIABLES+='OMP_NUM_THREADS|CUDA_(VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)|'
+PASSED_VARIABLES+='(NCCL|TORCH_NCCL|GLOO|UCX|NVSHMEM)_[A-Z0-9_]+|WANDB_[A-Z_]+)$'
 
 fail() {
     printf 'docker: error: %s\n' "$*" >&2
     exit 2
 }
 
-# run COMMAND…: as it stands, or printed.
+# run COMMAND…: runs the command, or prints it for --dry-run.
 run() {
     if $dry_run; then
         printf '%q ' "$@" | sed 's/ $/\n/'
@@ -47,7 +48,8 @@ has_gpus() {
     [[ $(nvidia-smi --list-gpus 2>/dev/null) == GPU* ]]
 }
 
-engine() {
+# Prints the name of the first engine that is installed.
+find_engine() {
     local name
     for name in docker podman; do
         if type -P "$name" >/dev/null; then
@@ -58,14 +60,15 @@ engine() {
     return 1
 }
 
-# add_limit NAME FLAG WANTED: podman's containers have no more than its user may, docker's what its daemon may.
+# add_limit NAME FLAG BYTES: sets a limit of the container. Docker's daemon can set any limit. Podman's containers cannot
+# exceed the user's own hard limit, so lower the limit to it.
 add_limit() {
-    local wanted=$3 most
-    most=$(ulimit -H "-$2")
-    if [[ $engine == podman && $most != unlimited ]] && ((wanted < 0 || wanted > most * 1024)); then
-        wanted=$((most * 1024))
+    local limit=$3 hard_limit
+    hard_limit=$(ulimit -H "-$2")
+    if [[ $engine == podman && $hard_limit != unlimited ]] && ((limit < 0 || limit > hard_limit * 1024)); then
+        limit=$((hard_limit * 1024))
     fi
-    options+=("--ulimit=$1=$wanted:$wanted")
+    options+=("--ulimit=$1=$limit:$limit")
 }
 
 add_gpus() {
@@ -85,10 +88,10 @@ build() {
     if $cpu; then
         file=docker/Dockerfile.cpu
     elif [[ -z $base_image ]]; then
-        fail "the image for GPUs is built on NVIDIA's PyTorch image: name it by --base-image REGISTRY/…/pytorch:TAG"
+        fail "the image for GPUs needs NVIDIA's PyTorch image: pass --base-image REGISTRY/…/pytorch:TAG"
     fi
     [[ -z $base_image ]] || arguments+=(--build-arg "BASE_IMAGE=$base_image")
-    # BuildKit and buildah have the host's network only if told so; a proxy or a mirror there is of use to pip.
+    # BuildKit and buildah use the host's network only with --network host; pip may need a proxy or a mirror there.
     [[ $engine != podman ]] || arguments+=(--format docker --layers)
     run "$engine" build --file "$root/$file" --tag "$image" --network host \
         --build-arg "VERSION=$version" \
@@ -96,12 +99,12 @@ build() {
         "${arguments[@]}" "$root"
 }
 
-# Sets options: those of the container.
+# Sets the array options to the options of the container.
 set_options() {
     local name folder
-    # Asked to stop, a run needs time for its last checkpoint.
+    # After a stop request, a run needs time for its last checkpoint.
     options=(--rm --network=host "--user=$(id -u):$(id -g)" "--stop-timeout=${SHUTDOWN_TIMEOUT:-600}")
-    # A user that the image does not know has no home and no name there; caches want both.
+    # The caller's user has no home and no name in the image, but caches of Python packages need both.
     options+=(--env=HOME=/tmp "--env=USER=$(id -un)")
     if [[ $engine == podman ]] && ((EUID > 0)); then
         options+=(--userns=keep-id)
@@ -114,7 +117,7 @@ set_options() {
     else
         options+=(--ipc=host)
     fi
-    # Memory that network cards reach must not be swapped; deep recursion of compilers wants a large stack.
+    # Network cards need memory that is never swapped out; compilers need a large stack for deep recursion.
     add_limit memlock l -1
     add_limit stack s $((64 * 1024 * 1024))
     $cpu || add_gpus
@@ -127,7 +130,7 @@ set_options() {
     options+=("${mounts[@]/#/--volume=}")
     while IFS= read -r name; do
         options+=("--env=$name")
-    done < <(compgen -e | grep -E "$HANDED_ON" || true)
+    done < <(compgen -e | grep -E "$PASSED_VARIABLES" || true)
     options+=("${environment[@]/#/--env=}")
 }
 
@@ -137,8 +140,8 @@ add_mount() {
     if [[ $path =~ ^(.+):(ro|rw)$ ]]; then
         path=${BASH_REMATCH[1]} mode=${BASH_REMATCH[2]}
     fi
-    [[ $path != *:* ]] || fail "--mount $1: the path may not contain a colon, and the mode is ro or rw"
-    path=$(realpath -e -- "$path" 2>/dev/null) || fail "--mount $1: there is no such file or folder"
+    [[ $path != *:* ]] || fail "--mount $1: the path must not contain a colon, and the mode must be ro or rw"
+    path=$(realpath -e -- "$path" 2>/dev/null) || fail "--mount $1: no such file or folder"
     mounts+=("$path:$path:$mode")
 }
 
@@ -177,14 +180,14 @@ while (($#)); do
     shift
 done
 
-$build || (($#)) || fail "which command? (see launch/docker.sh --help)"
-[[ $code == checkout || $code == image ]] || fail "--code is checkout or image, not $code"
-[[ $run_dir != *:* ]] || fail "--run-dir $run_dir: the path may not contain a colon"
+$build || (($#)) || fail "COMMAND is missing (see launch/docker.sh --help)"
+[[ $code == checkout || $code == image ]] || fail "--code must be checkout or image, not $code"
+[[ $run_dir != *:* ]] || fail "--run-dir $run_dir: the path must not contain a colon"
 if [[ -z $engine ]]; then
-    engine=$(engine) || fail "there is neither docker nor podman: install one of them"
+    engine=$(find_engine) || fail "neither docker nor podman is installed: install one of them"
 fi
-[[ $engine == docker || $engine == podman ]] || fail "--engine is docker or podman, not $engine"
-$dry_run || type -P "$engine" >/dev/null || fail "there is no $engine here: install it, or choose another --engine"
+[[ $engine == docker || $engine == podman ]] || fail "--engine must be docker or podman, not $engine"
+$dry_run || type -P "$engine" >/dev/null || fail "$engine is not installed: install it, or choose another --engine"
 $cpu || [[ -n $gpus ]] || has_gpus || cpu=true
 gpus=${gpus:-all}
 image=${image:-$($cpu && echo maskmoe-cpu || echo maskmoe):$version}

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# What launch/setup.sh is made of: finding a Python, judging the .venv that is there, making it and filling it.
+# Functions of launch/setup.sh: they find a Python, decide whether .venv can be kept, make .venv and install into it.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 MINIMUM_PYTHON=3.12
 MINIMUM_TORCH=2.11
-# Newer ones work too, but there pip has to compile a part of megatron-core.
+# Newer Pythons work too, but there pip must compile a part of megatron-core.
 NEWEST_PYTHON_WITH_WHEELS=3.13
 EXTRAS=(dev eval gpu hf)
 SYSTEM_BIN_DIRS=(/usr/bin /usr/local/bin)
@@ -21,8 +21,8 @@ fail() {
 
 # ---- Finding a Python ------------------------------------------------------------------------------------------------
 
-# Prints the paths of all that may be a Python, best guess first. A name says nothing yet: pyenv's shims, for instance,
-# are there for versions that are not switched on, and fail when run.
+# Prints the paths of all candidates for a Python, most likely first. A file name proves nothing: pyenv's shims, for
+# instance, exist also for versions that are not activated, and then fail when they are run.
 candidate_pythons() {
     local name dir
     type -aP python3 || true
@@ -35,8 +35,8 @@ candidate_pythons() {
     compgen -G "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/*/bin/python3" | sort -rV || true
 }
 
-# probe_python PATH: runs it and sets python_path, python_version and python_torch (its version, or "none").
-# If it cannot be used, fails with the reason in python_reason.
+# probe_python PATH: runs the Python and sets python_path, python_version and python_torch (torch's version, or "none").
+# If the Python cannot be used, fails and sets python_reason.
 probe_python() {
     local verdict path version torch
     verdict=$(timeout 30 "$1" -I "$root/launch/probe_python.py" "$MINIMUM_PYTHON" "$MINIMUM_TORCH" \
@@ -57,12 +57,12 @@ probe_python() {
     esac
 }
 
-# Version 3.13.5 -> 3.13
+# minor_version VERSION: prints 3.13 for 3.13.5.
 minor_version() {
     printf '%s\n' "${1%.*}"
 }
 
-# 0 for a Python that has a torch already, 1 for one that all packages have ready-made wheels for, 2 for any other.
+# Prints 0 for a Python that has torch already, 1 for a Python for which all packages have wheels, 2 for any other.
 python_rank() {
     if [[ $python_torch != none ]]; then
         echo 0
@@ -73,7 +73,8 @@ python_rank() {
     fi
 }
 
-# Sets python_path, python_version and python_torch: to $PYTHON if it is set, else to the first of the best rank.
+# Sets python_path, python_version and python_torch to those of $PYTHON if it is set, else of the first candidate with
+# the lowest rank.
 choose_python() {
     if [[ -n ${PYTHON:-} ]]; then
         probe_python "$PYTHON" || fail 2 "PYTHON=$PYTHON cannot be used: $python_reason"
@@ -88,15 +89,17 @@ choose_python() {
         fi
         ((best_rank > 0)) || break
     done < <(candidate_pythons)
-    [[ -n $best ]] || fail 2 "no Python $MINIMUM_PYTHON or newer that runs: looked for python3 and python3.N on PATH" \
-        "and in ${SYSTEM_BIN_DIRS[*]}, and at pyenv's versions; install one, or name one as PYTHON=/path/to/python3"
+    [[ -n $best ]] || fail 2 "no working Python $MINIMUM_PYTHON or newer found among python3 and python3.N on PATH," \
+        "in ${SYSTEM_BIN_DIRS[*]} and in pyenv: install one, or set PYTHON=/path/to/python3"
     probe_python "$best"
 }
 
 # ---- The environment and its stamp -----------------------------------------------------------------------------------
 
-# .venv/maskmoe-setup says what .venv was made from, once it is complete. .venv/maskmoe-setup-unfinished is there while
-# pip is at work: found by a later run, it means that the work was cut off and may have left half a package behind.
+# .venv/maskmoe-setup, the stamp, records from what .venv was made; it is written when .venv is complete.
+# .venv/maskmoe-setup-unfinished exists while pip runs. A later run that finds this file knows that an earlier run was
+# interrupted and may have left a half-installed package.
+# .venv/maskmoe-setup.log holds pip's complete output.
 
 venv_stamp() {
     echo "$root/.venv/maskmoe-setup"
@@ -106,32 +109,37 @@ venv_unfinished() {
     echo "$root/.venv/maskmoe-setup-unfinished"
 }
 
-# stamp_value KEY: its value in the stamp, empty without one.
+pip_log() {
+    echo "$root/.venv/maskmoe-setup.log"
+}
+
+# stamp_value KEY: prints the key's value in the stamp, or nothing without a stamp.
 stamp_value() {
     if [[ -f $(venv_stamp) ]]; then
         sed -n "s/^$1=//p" "$(venv_stamp)"
     fi
 }
 
-# Digest of the files that decide what is installed.
+# Prints a digest of the files that decide what is installed.
 inputs_digest() {
-    (cd "$root" && sha256sum setup.py constraints.txt pyproject.toml) | sha256sum | cut -d' ' -f1
+    (cd "$root" && sha256sum constraints.txt pyproject.toml) | sha256sum | cut -d' ' -f1
 }
 
-# union_of_extras LIST…: the comma-separated lists as one, sorted, each extra once.
+# union_of_extras LIST…: merges comma-separated lists into one sorted list without repetitions.
 union_of_extras() {
     printf '%s\n' "$@" | tr ',' '\n' | sed '/^$/d' | sort -u | paste -sd,
 }
 
-# check_extras LIST: pip would only warn of an extra that does not exist.
+# check_extras LIST: fails for an unknown extra, for which pip would only print a warning.
 check_extras() {
     local extra
     for extra in ${1//,/ }; do
-        [[ " ${EXTRAS[*]} " == *" $extra "* ]] || fail 2 "there is no extra $extra: choose from ${EXTRAS[*]}"
+        [[ " ${EXTRAS[*]} " == *" $extra "* ]] || fail 2 "unknown extra $extra: choose from ${EXTRAS[*]}"
     done
 }
 
-# The version of the torch that .venv takes from the Python below it, or "none" if it has its own. Needs python_torch.
+# Prints the version of the torch that .venv shares with its base Python, or "none" if .venv has a torch of its own.
+# python_torch must be set.
 shared_torch() {
     if grep -q '^include-system-site-packages = true' "$root/.venv/pyvenv.cfg"; then
         echo "$python_torch"
@@ -140,44 +148,44 @@ shared_torch() {
     fi
 }
 
-# Fails, with the reason in rebuild_reason, if .venv cannot be kept. Else sets python_path, python_version and
-# python_torch to those of the Python below .venv.
+# Succeeds if .venv can be kept, and sets python_path, python_version and python_torch to those of its base Python.
+# Otherwise fails and sets rebuild_reason.
 venv_is_sound() {
     local venv=$root/.venv
     rebuild_reason=
     if [[ ! -e $venv/pyvenv.cfg ]]; then
-        rebuild_reason="there is none yet"
+        rebuild_reason="it does not exist"
     elif [[ -e $(venv_unfinished) ]]; then
-        rebuild_reason="an earlier set-up was cut off"
+        rebuild_reason="an earlier set-up was interrupted"
     elif [[ -n $(stamp_value root) && $(stamp_value root) != "$root" ]]; then
         rebuild_reason="it was made in $(stamp_value root)"
     elif ! probe_python "$venv/bin/python"; then
-        rebuild_reason="its Python is broken or gone"
+        rebuild_reason="its Python is broken or missing"
     elif [[ ! -d $venv/lib/python$(minor_version "$python_version")/site-packages/pip ]]; then
         rebuild_reason="it has no pip for Python $python_version"
     elif [[ -n $(stamp_value torch) && $(stamp_value torch) != "$(shared_torch)" ]]; then
-        rebuild_reason="the torch below it changed from $(stamp_value torch) to $(shared_torch)"
+        rebuild_reason="the torch of its base Python changed from $(stamp_value torch) to $(shared_torch)"
     elif [[ -n ${PYTHON:-} ]]; then
         local path=$python_path version=$python_version torch=$python_torch
         choose_python
         if [[ ! $path -ef $python_path ]]; then
-            rebuild_reason="it is of $path, and PYTHON names $python_path"
+            rebuild_reason="it uses $path, and PYTHON names $python_path"
         fi
         python_path=$path python_version=$version python_torch=$torch
     fi
     [[ -z $rebuild_reason ]]
 }
 
-# Makes an empty .venv of the Python that choose_python finds; it stays marked as unfinished.
+# Makes an empty .venv from the Python that choose_python finds, and leaves it marked as unfinished.
 make_venv() {
     local venv=$root/.venv options=()
     if [[ -d $venv && -n $(ls -A "$venv") && ! -e $venv/pyvenv.cfg && ! -e $(venv_unfinished) ]]; then
-        fail 2 "$venv is in the way and is no virtual environment: move it elsewhere"
+        fail 2 "$venv exists and is not a virtual environment: move it elsewhere"
     fi
     choose_python
     say "using $python_path (Python $python_version)"
     if [[ $python_torch != none ]]; then
-        say "keeping the torch $python_torch that is installed there"
+        say "keeping this Python's torch $python_torch"
         options+=(--system-site-packages)
     fi
     mkdir -p "$venv"
@@ -187,11 +195,12 @@ make_venv() {
         "$python_path" -I -m venv "${options[@]}" "$venv"
     else
         "$python_path" -I -m venv --without-pip "${options[@]}" "$venv"
-        "$python_path" -I -m pip --disable-pip-version-check --python "$venv/bin/python" install --ignore-installed pip
+        "$python_path" -I -m pip --disable-pip-version-check --python "$venv/bin/python" \
+            install --ignore-installed pip 2>&1 | log_pip
     fi
 }
 
-# Prints the path of the constraints file for .venv, made to fit if torch comes from the Python below.
+# Prints the path of the constraints file for .venv: constraints.txt, or a copy adapted to the base Python's torch.
 constraints_file() {
     local torch adapted=$root/.venv/maskmoe-constraints.txt
     torch=$(shared_torch)
@@ -203,21 +212,30 @@ constraints_file() {
     fi
 }
 
-# install_package EXTRAS: the package in editable form, with all it needs.
+# Appends pip's output to the log, and prints one line for each package that pip fetches.
+log_pip() {
+    local verb='^ *(Downloading|Using cached|Processing) ' file='([^/ ]+)-([0-9][^-/ ]*)(-[^/ ]*\.whl|\.tar\.gz)'
+    tee -a "$(pip_log)" |
+        sed --unbuffered --quiet --regexp-extended "s!$verb([^ ]*/)?$file( \(.*\))?\$!setup:   \3 \4\6!p"
+}
+
+# install_package EXTRAS: installs the package in editable form with all its dependencies.
 install_package() {
     local constraints without_gpu
     constraints=$(constraints_file) || return
     without_gpu=$(tr ',' '\n' <<<"$1" | sed '/^gpu$/d' | paste -sd,)
-    local pip=("$root/.venv/bin/python" -I -m pip --disable-pip-version-check install --constraint "$constraints")
-    # A user's or site's PIP_USER=1 cannot be obeyed in a virtual environment.
-    PIP_USER=0 "${pip[@]}" --editable "${root}${without_gpu:+[$without_gpu]}" || return
+    local pip=("$root/.venv/bin/python" -I -m pip --disable-pip-version-check install --progress-bar off)
+    pip+=(--constraint "$constraints")
+    # PIP_USER=1, set by a user or a site, fails in a virtual environment.
+    export PIP_USER=0
+    "${pip[@]}" --editable "${root}${without_gpu:+[$without_gpu]}" 2>&1 | log_pip || return
     if [[ ,$1, == *,gpu,* ]]; then
-        # Transformer Engine is compiled against the torch that is now installed, so not in isolation.
-        PIP_USER=0 "${pip[@]}" --no-build-isolation --editable "${root}[$1]" || return
+        # Transformer Engine must be compiled against the torch that is now installed, so disable build isolation.
+        "${pip[@]}" --no-build-isolation --editable "${root}[$1]" 2>&1 | log_pip || return
     fi
 }
 
-# write_stamp EXTRAS
+# write_stamp EXTRAS: records that .venv is complete.
 write_stamp() {
     local stamp
     stamp=$(venv_stamp)
@@ -227,7 +245,7 @@ write_stamp() {
     rm -f "$(venv_unfinished)"
 }
 
-# refresh_venv EXTRAS: makes .venv hold the package with at least these extras, doing no more than is needed.
+# refresh_venv EXTRAS: makes or updates .venv so that it has the package with at least these extras.
 refresh_venv() {
     local extras=$1 digest fresh=false
     digest=$(inputs_digest)
@@ -244,12 +262,14 @@ refresh_venv() {
         say "updating .venv (Python $python_version)"
         touch "$(venv_unfinished)"
     fi
-    say "installing MaskMoE${extras:+ with the extras $extras}; the first time this takes minutes"
+    say "installing MaskMoE${extras:+ with the extras $extras}; the first installation takes minutes"
+    : >"$(pip_log)"
     if ! install_package "$extras"; then
-        # pip undoes what it could not finish, so an environment that worked before is kept.
+        # pip rolls back a failed installation, so an environment that worked before still works.
         $fresh || rm -f "$(venv_unfinished)"
-        fail 1 "pip could not install the packages (see above)"
+        grep -E '^ *(ERROR|error):' "$(pip_log)" | head -n 5 >&2 || true
+        fail 1 "pip could not install the packages: $(pip_log) has its output"
     fi
     write_stamp "$extras"
-    say "done in $SECONDS s"
+    say "finished in $SECONDS s"
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 set -euo pipefail
 
-# Pretrains the model of a YAML file on one node or many; see --help. Needs launch/setup.sh to have run, or a Python on
-# PATH that has MaskMoE, as in the container images.
+# Pretrains the model of a YAML file on one node or many; see --help. MaskMoE must be installed: by launch/setup.sh, or
+# for the python3 on PATH, as in the container images.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$root/.venv/bin/python

@@ -1,9 +1,9 @@
-"""Says whether the Python that runs this file can carry MaskMoE. launch/lib.sh runs it under every candidate.
+"""Prints whether the Python that runs this file can be used for MaskMoE. launch/lib.sh runs it with every candidate.
 
-Usage: `python -I probe_python.py MINIMUM_PYTHON MINIMUM_TORCH`, for instance with `3.12 2.11`. Prints one line of
-fields separated by tabs: `ok EXECUTABLE VERSION TORCH`, where TORCH is the version of an installed torch that is new
-enough or else `none`; or `no REASON`. In a virtual environment it answers for the Python below it, since that is what
-a new environment is made from.
+Usage: `python -I probe_python.py MINIMUM_PYTHON MINIMUM_TORCH`, for example with `3.12 2.11`. The program prints one
+line of fields separated by tabs: `ok EXECUTABLE VERSION TORCH`, where TORCH is the version of an installed torch that
+is new enough, or else `none`; or `no REASON`. In a virtual environment the program describes the environment's base
+Python, because a new environment is made from the base Python.
 """
 
 import os
@@ -11,12 +11,14 @@ import re
 import sys
 
 
-def parse_version(text):
-    return tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", text).groups())
+def parse_version(text: str) -> "tuple[int, int]":
+    """Return the major and the minor version number."""
+    major, minor = re.match(r"(\d+)\.(\d+)", text).groups()
+    return int(major), int(minor)
 
 
-def unsuitable_because():
-    """What keeps this Python from being used, or None."""
+def find_obstacle() -> "str | None":
+    """Return why this Python cannot be used, or None if it can be used."""
     from importlib.util import find_spec
 
     if sys.implementation.name != "cpython":
@@ -27,12 +29,12 @@ def unsuitable_because():
         if find_spec(module) is None:
             return f"it lacks the module {module}"
     if find_spec("ensurepip") is None and find_spec("pip") is None:
-        return "it has neither ensurepip nor pip (on Debian and Ubuntu, python3-venv brings it)"
+        return "it has neither ensurepip nor pip (Debian and Ubuntu have them in python3-venv)"
     return None
 
 
-def usable_torch(minimum_torch):
-    """Version of the installed torch if it is new enough, else "none". Imports no torch: that takes seconds."""
+def usable_torch(minimum_torch: "tuple[int, int]") -> str:
+    """Return the version of the installed torch if it is new enough, else "none", without the slow import of torch."""
     from importlib import metadata
     from importlib.util import find_spec
 
@@ -43,16 +45,17 @@ def usable_torch(minimum_torch):
     return version if find_spec("torch") is not None and parse_version(version) >= minimum_torch else "none"
 
 
-def main():
+def main() -> "list[str]":
+    """Return the fields of the line to print."""
     minimum_python, minimum_torch = (parse_version(text) for text in sys.argv[1:3])
-    # Before anything that an old Python lacks.
+    # Check the version before anything that an old Python lacks.
     if sys.version_info < minimum_python:
         return ["no", "it is Python {}.{}".format(*sys.version_info)]
     if sys.prefix != sys.base_prefix and sys._base_executable != sys.executable:
         os.execv(sys._base_executable, [sys._base_executable, *sys.orig_argv[1:]])
-    reason = unsuitable_because()
-    if reason:
-        return ["no", reason]
+    obstacle = find_obstacle()
+    if obstacle:
+        return ["no", obstacle]
     return ["ok", sys.executable, "{}.{}.{}".format(*sys.version_info), usable_torch(minimum_torch)]
 
 

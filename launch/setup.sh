@@ -5,15 +5,16 @@ usage() {
     cat <<'END'
 usage: launch/setup.sh [--extras LIST]
 
-Makes .venv in the repository, or brings it up to date: a virtual environment with MaskMoE (editable) and all it needs,
-in the versions of constraints.txt. When there is nothing to do it takes less than a second and needs no network.
+Makes or updates .venv in the repository: a virtual environment with MaskMoE (editable) and all its dependencies, in the
+versions of constraints.txt. If .venv is up to date, the script takes less than a second and needs no network.
 
   --extras LIST  optional parts, separated by commas: dev (tests and linters), gpu (Transformer Engine, compiled here),
-                 hf (Hugging Face transformers), eval (lm-evaluation-harness); parts installed earlier stay
-  PYTHON=PATH    (environment) the Python to use. Else: one that has torch already, then python3, python3.N on PATH,
-                 the system's, pyenv's; of these the first that runs and is 3.12 or newer
+                 hf (Hugging Face transformers), eval (lm-evaluation-harness). Parts installed earlier stay.
+  PYTHON=PATH    (environment) the Python to use. Default: the first working Python 3.12 or newer among python3 and
+                 python3.N on PATH, the system's and pyenv's; a Python that already has torch is preferred.
 
-Where the Python has torch already, as in NGC images, that torch is used and never replaced.
+If the Python already has torch, as in NGC images, that torch is used and never replaced.
+.venv/maskmoe-setup.log keeps pip's complete output.
 END
 }
 
@@ -42,15 +43,15 @@ done
 extras=$(union_of_extras "$extras")
 check_extras "$extras"
 
-# A signal ends the script here, with .venv marked as unfinished, whatever pip makes of it.
+# Exit on a signal even if pip ignores it; .venv stays marked as unfinished.
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Where nothing can be written, as in a container with a read-only root, nobody else sets up either.
+# If .venv cannot be written to, as in a container with a read-only root, no other set-up can run, so no lock is needed.
 if [[ ! -d $root/.venv || -w $root/.venv ]]; then
     exec {lock}>"$root/.venv.lock"
     if ! flock --nonblock "$lock"; then
-        say "waiting for another set-up of this folder to end"
+        say "waiting for another set-up of this folder to finish"
         flock "$lock"
     fi
 fi

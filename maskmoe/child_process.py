@@ -1,29 +1,30 @@
-"""What Linux offers so that processes do not outlive those that they work for."""
+"""Ties the lives of processes together, by functions that only Linux has."""
 
 import ctypes
 import os
 import signal
 import sys
 
-# Of <sys/prctl.h>.
+# Constants of <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
-    """Have this process signalled when its parent ends, however that ends; on Linux only.
+    """Let the kernel signal this process when its parent exits for whatever reason; does nothing outside Linux.
 
     Args:
-        parent: the process that started this one; it may have ended already.
-        by: the signal.
+        parent: the process id of the process that started this one. It may have exited already.
+        by: the signal that this process receives.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+        # The kernel does not report a parent that exited before the call.
         if os.getppid() != parent:
             os.kill(os.getpid(), by)
 
 
 def adopt_orphans() -> None:
-    """Let descendants whose parent ends become children of this process; on Linux only."""
+    """Make this process the new parent of descendants whose parent exits; does nothing outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)

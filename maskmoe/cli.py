@@ -1,4 +1,4 @@
-"""What every command line tool shares: how it reports bad input and how it writes its output."""
+"""Functions that all command-line tools share: they report errors and write output files."""
 
 import os
 import signal
@@ -15,30 +15,31 @@ from maskmoe.interruption import EXIT_REQUEUE, leave_exit_code
 EXIT_RUN_FAILURE = 1
 EXIT_BAD_INPUT = 2
 
-# What a rank that meets bad input leaves the first rank of its node to say it, in seconds.
-_PRECEDENCE = 10
+# Seconds that all other ranks of a node wait before they report an error, so that only the first rank reports it.
+_REPORT_DELAY = 10
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run `main`; its `UserError` or `RunFailure` becomes one line on stderr.
+    """Run `main`, and report its `UserError` or `RunFailure` in one line on stderr.
 
-    The exit code is 2 for bad input, as argparse has it for bad flags, and 1 for a failed run.
+    The process exits with code 2 for bad input, as argparse does for bad flags, with 1 for a failed run, and with 130
+    after Ctrl-C.
     """
     try:
         main()
     except (UserError, RunFailure) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler may save, but no state is left to save
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # Usually the first rank of the node meets the same: torchrun then ends this one before it says it again.
-            time.sleep(_PRECEDENCE)
+            # The first rank of the node usually fails with the same error. Torchrun then ends this rank while it waits.
+            time.sleep(_REPORT_DELAY)
         print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, RunFailure):
             sys.exit(EXIT_RUN_FAILURE)
         leave_exit_code(EXIT_BAD_INPUT)
         sys.exit(EXIT_BAD_INPUT)
-    except SystemExit as end:
-        if end.code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
-            leave_exit_code(end.code)
+    except SystemExit as exit_request:
+        if exit_request.code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
+            leave_exit_code(exit_request.code)
         raise
     except KeyboardInterrupt:
         sys.exit(130)
@@ -48,10 +49,10 @@ def run_tool(main: Callable[[], None]) -> None:
 def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
 
-    Readers see the old file or the complete new one, never a part.
+    Readers see the old file or the complete new file, never a partial file.
 
     Raises:
-        UserError: `path` is a folder, or its own folder does not exist or is not writable.
+        UserError: `path` is a folder, or the folder of `path` does not exist or is not writable.
     """
     path = Path(path)
     if path.is_dir():
@@ -64,7 +65,7 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary_path = Path(temporary)
     try:
         yield temporary_path
-        # mkstemp makes files private; outputs follow the user's umask like any other file.
+        # mkstemp makes private files. Give the output the permissions of any other new file: those of the umask.
         umask = os.umask(0)
         os.umask(umask)
         temporary_path.chmod(0o666 & ~umask)

@@ -1,9 +1,9 @@
-"""The exceptions whose text is for people: one clear line that says what is wrong, where, and what to do about it."""
+"""The exceptions whose text is shown to users: one line that says what is wrong, where, and what to do."""
 
 
 class UserError(Exception):
-    """Bad input, found before anything was done: the user's files or settings are at fault, not the program."""
+    """The user's files or settings are wrong; raised before anything is changed."""
 
 
-class RunFailure(Exception):
-    """A run that was well begun cannot go on: a full disk, a lost file, a loss that is no number."""
+class RunFailure(Exception):  # noqa: N818 - the run fails, not the program: a disk is full, or a loss is NaN
+    """A run that started well cannot continue: for example a full disk, a lost file, or a loss of NaN."""

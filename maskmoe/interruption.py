@@ -1,29 +1,29 @@
-"""How a run that is interrupted ends: which signals ask it to save, and what its exit codes say."""
+"""The signals that stop a run, and the exit codes of a stopped run."""
 
 import os
 import signal
 from pathlib import Path
 
 SIGNALS_THAT_SAVE = (signal.SIGTERM, signal.SIGUSR1)
-"""Preemption and the end of a time limit, as Slurm, Kubernetes and torchrun announce them."""
+"""The signals after which a rank saves a checkpoint: Slurm, Kubernetes and torchrun announce a stop by them."""
 
 SIGNALS_THAT_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-"""What a launcher takes as the wish that the run ends, and hands on to the ranks as `SIGTERM`."""
+"""The signals after which a launcher stops the run. The launcher sends `SIGTERM` to the ranks for each of them."""
 
 EXIT_REQUEUE = 75
-"""The run saved a checkpoint because it was asked to stop; started again it goes on. `EX_TEMPFAIL` of sysexits.h."""
+"""A signal stopped the run, which saved a checkpoint and can resume. The code is `EX_TEMPFAIL` of sysexits.h."""
 
 EXIT_HANG = 76
-"""The run stood still for longer than it may, and ended itself; started again, if possible elsewhere, it goes on."""
+"""The run hung for longer than its limit, and stopped itself. It can resume, if possible on other nodes."""
 
 EXIT_CODE_FILE = "MASKMOE_EXIT_CODE_FILE"
-"""The environment variable by which a launcher names the file for `leave_exit_code`."""
+"""The environment variable with which a launcher names the file for `leave_exit_code`."""
 
 
 def leave_exit_code(code: int) -> None:
-    """Tell the launcher, if there is one that asked for it, the exit code of a rank that must not be restarted.
+    """Write the exit code of a rank that must not be restarted to the launcher's file, if a launcher asks for it.
 
-    torchrun takes any code but 0 for a failure, restarts the ranks, and itself ends with 1.
+    Torchrun treats every exit code but 0 as a failure, restarts the ranks, and itself exits with 1.
     """
     if path := os.environ.get(EXIT_CODE_FILE):
         unfinished = Path(f"{path}.{os.getpid()}")
@@ -32,11 +32,12 @@ def leave_exit_code(code: int) -> None:
 
 
 def is_last_attempt() -> bool:
-    """Whether torchrun does not start this rank again if it fails, or there is no torchrun."""
-    restarts, most = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    return restarts >= most
+    """Return whether torchrun will not restart this rank if it fails. True without torchrun."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    return restarts >= max_restarts
 
 
 def read_exit_code(path: Path) -> int | None:
-    """What a rank has left; None if none has."""
+    """Read the exit code that a rank wrote by `leave_exit_code`. Return None if no rank wrote any."""
     return int(path.read_text()) if path.exists() else None

@@ -1,4 +1,4 @@
-"""JSON files that may be damaged."""
+"""Reads JSON files that may be damaged."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ from maskmoe.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file.
+    """Read a JSON object from a file.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: the file cannot be read, or does not contain a JSON object.
     """
     try:
         values = json.loads(path.read_bytes())
@@ -20,5 +20,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is no JSON object") from error
+        raise UserError(f"{path} is damaged: it does not contain a JSON object") from error
     return values

@@ -1,5 +1,6 @@
-"""`launch/pretrain.sh`: from a model file and flags to a run under torchrun, on one node or many.
+"""The launcher: starts a training run under torchrun, on one node or many.
 
-`options` reads the command line and the environment, `model_file` the YAML file, `command` makes torchrun's command
-line of both, `supervisor` runs it.
+`options` reads the command line and the environment variables, `model_file` reads the YAML file, `command` builds
+torchrun's command line from both, `supervisor` runs the command, and `launcher` calls them in this order.
+`entry_point` runs one entry point on this machine, without a model file.
 """

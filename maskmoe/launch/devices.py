@@ -1,4 +1,4 @@
-"""What this machine can train on."""
+"""Finds the GPUs and CPU cores of this machine, and the flags that suit them."""
 
 import importlib.util
 import math
@@ -16,23 +16,23 @@ _WITHOUT_TRANSFORMER_ENGINE = (
     *("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"),
     *("--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion"),
 )
-# NVIDIA's, its Tegra's, AMD's, and Windows' for Linux.
+# Device files of the drivers of NVIDIA, of NVIDIA's Tegra, of AMD, and of Windows Subsystem for Linux.
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 
 DEVICE_FLAGS = frozenset(
     word for word in (*_CPU_FLAGS, *_GPU_FLAGS, *_WITHOUT_TRANSFORMER_ENGINE) if word.startswith("--")
 )
-"""Names of all that `Devices.megatron_flags` can hold."""
+"""The names of all flags that `Devices.megatron_flags` can contain."""
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The processing units of this machine.
+    """The GPUs and CPU cores of this machine.
 
     Attributes:
-        num_gpus: CUDA devices that torch can use.
-        num_cores: CPU cores that this process may use.
-        has_transformer_engine: whether it is installed.
+        num_gpus: the number of CUDA devices that torch can use.
+        num_cores: the number of CPU cores that this process may use.
+        has_transformer_engine: whether Transformer Engine is installed.
     """
 
     num_gpus: int
@@ -41,30 +41,30 @@ class Devices:
 
     @property
     def num_processes(self) -> int:
-        """Processes to train with: one for each GPU, or 2 on the CPU."""
+        """The number of processes to train with: one for each GPU, or 2 on a machine without GPUs."""
         return self.num_gpus or _CPU_PROCESSES
 
     def expert_model_parallel_size(self, num_experts: int) -> int:
-        """The largest that divides both the processes and the experts."""
+        """Return the largest expert parallel size that divides both the processes and the experts."""
         return math.gcd(self.num_processes, num_experts)
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables of a process that trains."""
+        """The environment variables of a training process."""
         if self.num_gpus:
             return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         return {"OMP_NUM_THREADS": str(max(1, self.num_cores // self.num_processes))}
 
     @property
     def megatron_flags(self) -> list[str]:
-        """Megatron's flags that depend on the device and on what is installed, for any entry point."""
+        """Megatron's flags that depend on the device and on installed packages, valid for every entry point."""
         if not self.num_gpus:
             return [*_CPU_FLAGS]
         return [*_GPU_FLAGS] if self.has_transformer_engine else [*_GPU_FLAGS, *_WITHOUT_TRANSFORMER_ENGINE]
 
 
 def find_devices() -> Devices:
-    """Look at this machine."""
+    """Return the devices of this machine."""
     return Devices(
         num_gpus=_count_gpus() if _may_have_gpus() else 0,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -73,11 +73,12 @@ def find_devices() -> Devices:
 
 
 def _may_have_gpus() -> bool:
-    """Whether torch need be asked, which takes seconds: Linux shows a GPU's driver as a device file."""
+    """Return whether torch must count the GPUs, which takes seconds. On Linux, a GPU's driver has a device file."""
     return sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in _GPU_DEVICE_FILES)
 
 
 def _count_gpus() -> int:
-    """The GPUs that torch can use. A process of its own imports it, so that this one stays small."""
-    asked = subprocess.run([sys.executable, "-P", "-c", _COUNT_GPUS], capture_output=True, text=True, check=False)
-    return int(asked.stdout) if asked.returncode == 0 else 0
+    """Return the number of GPUs that torch can use. A separate process imports torch, to keep this process small."""
+    command = [sys.executable, "-P", "-c", _COUNT_GPUS]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(completed.stdout) if completed.returncode == 0 else 0

@@ -1,30 +1,31 @@
-"""Model files: YAML whose keys are Megatron's flags, as in `launch/models/`."""
+"""Reads model files: YAML files whose keys are Megatron's flags, as in `launch/models/`."""
 
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import yaml
 
 from maskmoe.errors import UserError
 
 LAYOUTS = "layouts"
-_LEFT_OUT = ("false", "null", "~", "")
+_OMITTED_VALUES = ("false", "null", "~", "")
 
 Flags = Mapping[str, tuple[str, ...]]
-"""Words that follow each flag, by its name without the dashes; a flag that takes no value has none."""
+"""Maps each flag's name, without dashes, to its values; the values of a flag without a value are `()`."""
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What a model file says.
+    """The content of a model file.
 
     Attributes:
         path: the file.
-        flags: those of every run.
-        layouts: further flags by number of ranks.
+        flags: the flags of every run.
+        layouts: for each number of ranks, the flags that are added for it.
     """
 
     path: Path
@@ -35,31 +36,36 @@ class ModelFile:
     def read(cls, path: Path, variables: Mapping[str, str]) -> "ModelFile":
         """Read a model file.
 
-        A key is a flag without its dashes. Its value is text, word for word as on a command line; a list gives several
-        words. `true` stands for a flag without a value; `false`, `null` and nothing leave the flag out. `${NAME}` in a
-        value stands for a variable. The one other key is `layouts`: flags by number of ranks.
+        A key is a flag without its dashes. The value is text, written as on a command line; a list gives several
+        words. The value `true` gives the flag without a value. The values `false` and `null`, and an empty value, omit
+        the flag. `${NAME}` in a value is replaced by a variable. The key `layouts` is no flag: its value maps numbers
+        of ranks to flags.
 
         Args:
             path: the file.
-            variables: for `${NAME}`.
+            variables: the variables for `${NAME}`.
 
         Raises:
-            UserError: it cannot be read, is no such file, or names a variable that is not set.
+            UserError: the file cannot be read, has another structure, or names a variable that is not set.
         """
-        what = f"model file {path}"
+        place = f"model file {path}"
         content = read_words(path, "model file")
         if not isinstance(content, dict):
-            raise UserError(f"{what} must hold flags and their values, one a line: `num-layers: 12`")
-        layouts = parse_layouts(content.pop(LAYOUTS, None) or {}, what, variables)
-        return cls(path=path, flags=parse_flags(content, what, variables), layouts=layouts)
+            raise UserError(f"{place} must contain flags and their values, one per line: `num-layers: 12`")
+        layouts = parse_layouts(content.pop(LAYOUTS, None) or {}, place, variables)
+        return cls(path=path, flags=parse_flags(content, place, variables), layouts=layouts)
 
     def flags_for(self, ranks: int) -> Flags:
-        """The flags of a run of so many ranks: with those of the largest layout that divides it.
+        """Return the flags of a run, including the layout for its number of ranks.
 
-        More ranks than the layout has make the data parallel size larger.
+        The largest layout that divides the number of ranks is chosen. A run on a multiple of the layout's ranks has a
+        larger data parallel size.
+
+        Args:
+            ranks: the number of ranks of the run.
 
         Raises:
-            UserError: there are layouts, but none divides the ranks.
+            UserError: the file has layouts, but none of them divides the number of ranks.
         """
         if not self.layouts:
             return self.flags
@@ -67,16 +73,16 @@ class ModelFile:
         if not fitting:
             sizes = ", ".join(map(str, sorted(self.layouts)))
             raise UserError(
-                f"model file {self.path} has layouts for {sizes} ranks and multiples of them, not for {ranks}"
+                f"model file {self.path} has layouts for {sizes} ranks and their multiples, not for {ranks}"
             )
         return {**self.flags, **self.layouts[max(fitting)]}
 
 
 def split_flags(words: tuple[str, ...]) -> Flags:
-    """Flags of a command line by name; of one that is repeated, the last counts, as for Megatron.
+    """Parse the words of a command line into flags; a repeated flag's last occurrence counts, as in Megatron.
 
     Raises:
-        UserError: the first word is no flag.
+        UserError: the first word is not a flag.
     """
     flags: dict[str, tuple[str, ...]] = {}
     name = None
@@ -85,51 +91,53 @@ def split_flags(words: tuple[str, ...]) -> Flags:
             name, equals, value = word[2:].partition("=")
             flags[name] = (value,) if equals else ()
         elif name is None:
-            raise UserError(f"after the model file come Megatron's flags, not {word!r}")
+            raise UserError(f"only Megatron's flags may follow the model file, not {word!r}")
         else:
             flags[name] = (*flags[name], word)
     return flags
 
 
-def override(flags: Flags, others: Flags) -> Flags:
-    """Flags with others in place of those of the same name; `--flag false` only takes one away."""
-    merged = {**flags, **others}
+def override(flags: Flags, overriding: Flags) -> Flags:
+    """Return flags in which the overriding flags replace those with the same name; `--flag false` removes a flag."""
+    merged = {**flags, **overriding}
     return {name: words for name, words in merged.items() if words != ("false",)}
 
 
 def flag_words(flags: Flags) -> tuple[str, ...]:
-    """Flags as a command line has them."""
+    """Return flags as the words of a command line."""
     return tuple(word for name, values in flags.items() for word in _words(name, values))
 
 
 def _words(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
-    # A value such as `-0.5,1` would be taken for a flag.
+    # argparse would take a value such as `-0.5,1` for a flag, so join it to its flag by an equals sign.
     if len(values) == 1 and values[0].startswith("-"):
         return (f"--{name}={values[0]}",)
     return (f"--{name}", *values)
 
 
 class _WordLoader(yaml.BaseLoader):
-    """All scalars are words as they are written: no octal numbers, no `on` that becomes true. Keys are unique."""
+    """Loads all scalars as text, without octal numbers or `on` that becomes true, and refuses repeated keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set()
         for key_node, _ in node.value:
             if key_node.value in keys:
-                raise yaml.constructor.ConstructorError(None, None, f"{key_node.value} is there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value} is repeated", node.start_mark
+                )
             keys.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
 def read_words(path: Path, kind: str) -> object:
-    """Content of a YAML file whose scalars are words as they are written.
+    """Read a YAML file, with all scalars as text.
 
     Args:
         path: the file.
-        kind: of file, for messages.
+        kind: the kind of file, such as "model file", for error messages.
 
     Raises:
-        UserError: it cannot be read, or is no YAML.
+        UserError: the file cannot be read, or is not valid YAML.
     """
     try:
         with open(path, encoding="utf-8") as stream:
@@ -137,65 +145,65 @@ def read_words(path: Path, kind: str) -> object:
     except OSError as error:
         raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{kind} {path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{kind} {path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def parse_flags(content: object, what: str, variables: Mapping[str, str]) -> Flags:
-    """Flags from a mapping of words.
+def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Flags:
+    """Parse the flags in the content of a YAML file.
 
     Args:
-        content: what was read.
-        what: names the file, and the place in it, for messages.
-        variables: for `${NAME}`.
+        content: a mapping from flags to values, as `read_words` returns it.
+        place: the file, and the place in it, for error messages.
+        variables: the variables for `${NAME}`.
 
     Raises:
-        UserError: it is no such mapping, or names a variable that is not set.
+        UserError: the content has another structure, or names a variable that is not set.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{what} must hold flags and their values")
-    flags = {}
+        raise UserError(f"{place} must contain flags and their values")
+    flags: dict[str, tuple[str, ...]] = {}
     for name, value in content.items():
         if name.startswith("-"):
-            raise UserError(f"{what}: write `{name.lstrip('-')}`, without dashes in front, for {name}")
+            raise UserError(f"{place}: write `{name.lstrip('-')}`, without dashes in front, for {name}")
         words = value if isinstance(value, list) else [value]
         if not all(isinstance(word, str) for word in words):
-            raise UserError(f"{what}: {name} must have a value or a list of values")
+            raise UserError(f"{place}: {name} must have a value or a list of values")
         if value == "true":
             flags[name] = ()
-        elif value not in _LEFT_OUT:
-            flags[name] = tuple(_expand(word, name, what, variables) for word in words)
+        elif value not in _OMITTED_VALUES:
+            flags[name] = tuple(_expand(word, name, place, variables) for word in words)
     return MappingProxyType(flags)
 
 
-def parse_layouts(content: object, what: str, variables: Mapping[str, str]) -> Mapping[int, Flags]:
-    """Flags by number of ranks.
+def parse_layouts(content: object, place: str, variables: Mapping[str, str]) -> Mapping[int, Flags]:
+    """Parse the layouts in the content of a YAML file: flags for each number of ranks.
 
     Args:
-        content: what was read.
-        what: names the file, and the place in it, for messages.
-        variables: for `${NAME}`.
+        content: a mapping from numbers of ranks to flags, as `read_words` returns it.
+        place: the file, and the place in it, for error messages.
+        variables: the variables for `${NAME}`.
 
     Raises:
-        UserError: it is no such mapping, or names a variable that is not set.
+        UserError: the content has another structure, or names a variable that is not set.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{what}: `{LAYOUTS}` must hold flags by number of ranks")
+        raise UserError(f"{place}: `{LAYOUTS}` must map numbers of ranks to flags")
     layouts = {
-        _number(ranks, what): parse_flags(flags, f"{what}: a layout", variables) for ranks, flags in content.items()
+        _number(ranks, place): parse_flags(flags, f"{place}: a layout", variables) for ranks, flags in content.items()
     }
     return MappingProxyType(layouts)
 
 
-def _expand(word: str, name: str, what: str, variables: Mapping[str, str]) -> str:
+def _expand(word: str, name: str, place: str, variables: Mapping[str, str]) -> str:
     try:
         return string.Template(word).substitute(variables)
     except KeyError as error:
-        raise UserError(f"{what}: {name} needs the environment variable {error.args[0]}") from error
+        raise UserError(f"{place}: {name} needs the environment variable {error.args[0]}") from error
     except ValueError as error:
-        raise UserError(f"{what}: {name}: write $$ for a dollar sign, or ${{NAME}}") from error
+        raise UserError(f"{place}: {name}: write $$ for a dollar sign, or ${{NAME}}") from error
 
 
-def _number(ranks: str, what: str) -> int:
+def _number(ranks: str, place: str) -> int:
     if not ranks.isdecimal() or int(ranks) < 1:
-        raise UserError(f"{what}: `{LAYOUTS}` holds flags by number of ranks, and {ranks!r} is none")
+        raise UserError(f"{place}: `{LAYOUTS}` maps numbers of ranks to flags, and {ranks!r} is not a number of ranks")
     return int(ranks)

@@ -1,4 +1,4 @@
-"""By which address and network interface a node reaches the others."""
+"""Finds this node's address and network interface, and waits for node 0."""
 
 import ipaddress
 import socket
@@ -10,15 +10,16 @@ import psutil
 from maskmoe.errors import UserError
 
 _PAUSE = 1.0  # seconds between attempts to connect
+_CONNECT_TIMEOUT = 5.0  # seconds for one attempt to connect
 
 
 @dataclass(frozen=True)
 class Route:
-    """This node's side of the way to another host.
+    """This node's end of the network route to another host.
 
     Attributes:
-        address: this node's.
-        interface: the network interface that has it; None if that cannot be told.
+        address: this node's address on the route.
+        interface: the network interface with this address; None if not exactly one interface has the address.
     """
 
     address: str
@@ -26,42 +27,49 @@ class Route:
 
 
 def route_to(host: str, port: int) -> Route | None:
-    """The way to a host; None if its name means nothing here, or this node itself by a loopback address.
+    """Return the network route to a host, without sending anything.
 
-    Nothing is sent: the system is only asked which address it would send from.
+    Returns:
+        None if the host's name cannot be resolved, or if the route is this machine's loopback.
     """
+    # Connecting a datagram socket only makes the system choose the address that it would send from.
     try:
         family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)
-            own = probe.getsockname()[0].partition("%")[0]
+            own_address = probe.getsockname()[0].partition("%")[0]
     except OSError:
         return None
-    if ipaddress.ip_address(own).is_loopback:
+    if ipaddress.ip_address(own_address).is_loopback:
         return None
     interfaces = [
         name
         for name, addresses in psutil.net_if_addrs().items()
-        if any(address.address.partition("%")[0] == own for address in addresses)
+        if any(address.address.partition("%")[0] == own_address for address in addresses)
     ]
-    return Route(own, interfaces[0] if len(interfaces) == 1 else None)
+    return Route(own_address, interfaces[0] if len(interfaces) == 1 else None)
 
 
 def wait_for(host: str, port: int, timeout: float) -> None:
-    """Return once something listens at an address.
+    """Wait until a process listens at an address.
+
+    Args:
+        host: the host name or address.
+        port: the port.
+        timeout: the longest wait, in seconds.
 
     Raises:
-        UserError: nothing did within the timeout, in seconds.
+        UserError: no process listens at the address within the timeout.
     """
     deadline = time.monotonic() + timeout
     while True:
         try:
-            socket.create_connection((host.strip("[]"), port), timeout=_PAUSE * 5).close()
+            socket.create_connection((host.strip("[]"), port), timeout=_CONNECT_TIMEOUT).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"node 0 cannot be reached at {host}:{port} after {timeout:g} s ({error.strerror or error}): check "
-                    "that the run was started there, and --rendezvous"
+                    "that the run was started on node 0, and check --rendezvous"
                 ) from error
         time.sleep(_PAUSE)

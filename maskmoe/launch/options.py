@@ -1,4 +1,4 @@
-"""The launcher's own options: flags before the model file, or environment variables."""
+"""The launcher's own options: flags in front of the model file, or environment variables."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -7,55 +7,66 @@ from pathlib import Path
 from typing import NoReturn
 
 from maskmoe.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-"""The repository."""
+from maskmoe.paths import runs_folder
 
 DEFAULT_PORT = 29400
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is started; see `launch/pretrain.sh --help`."""
+    """The launcher's options; `launch/pretrain.sh --help` describes them.
+
+    Attributes:
+        model: the model file.
+        flags: the words after the model file.
+        nodes: the number of nodes.
+        node_rank: the number of this node, from 0; None if not given.
+        processes_per_node: the number of ranks on each node; None for one per GPU, or one on a machine without GPUs.
+        rendezvous: host and port at which the nodes meet; None if not given.
+        rendezvous_id: the name of the job, equal on all nodes.
+        rendezvous_timeout: how long the nodes wait for each other, in seconds.
+        max_restarts: how often torchrun restarts failed ranks.
+        shutdown_timeout: how long ranks may take for a last checkpoint, in seconds.
+        run_dir: the run folder, as an absolute path.
+        checks: whether settings and files are checked before the start.
+        check_only: whether to check only, and start nothing.
+        dry_run: whether to print torchrun's command line only.
+    """
 
     model: Path
     flags: tuple[str, ...]
     nodes: int
     node_rank: int | None
     processes_per_node: int | None
-    """None: one for each GPU, or one on a machine without"""
     rendezvous: tuple[str, int] | None
-    """host and port at which the nodes meet"""
     rendezvous_id: str
     rendezvous_timeout: int
-    """seconds"""
     max_restarts: int
     shutdown_timeout: int
-    """seconds"""
     run_dir: Path
     checks: bool
-    """whether settings and files are checked before the start"""
     check_only: bool
     dry_run: bool
 
     @property
     def node_name(self) -> str:
-        """Names this node's log folder."""
+        """The name of this node's log folder."""
         return f"node{self.node_rank or 0}"
 
 
-def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
-    """Read the options.
+def parse_options(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
+    """Parse the launcher's options.
 
     Args:
-        arguments: those of the script.
-        environment: for what no flag says.
+        program: the name of the command for its help and its errors, such as `launch/pretrain.sh`.
+        arguments: the command line after the program's name.
+        environment: the environment variables, which stand in for flags that are not given.
 
     Raises:
-        UserError: a value that is none, or several nodes without a place to meet.
+        UserError: a value is invalid, or several nodes lack a rendezvous or a node rank.
     """
-    values = _parser(environment).parse_args(arguments)
-    run_dir = values.run_dir or ROOT / "runs" / values.model.stem
+    values = _parser(program, environment).parse_args(arguments)
+    run_dir = values.run_dir or runs_folder() / values.model.stem
     options = Options(
         model=values.model,
         flags=tuple(values.flags),
@@ -78,56 +89,75 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> O
 
 def _check_nodes(options: Options) -> None:
     if options.nodes > 1 and options.rendezvous is None:
-        raise UserError(f"{options.nodes} nodes need a place to meet: pass --rendezvous HOST:PORT or set MASTER_ADDR")
+        raise UserError(f"{options.nodes} nodes need a rendezvous: pass --rendezvous HOST:PORT or set MASTER_ADDR")
     if options.nodes > 1 and options.node_rank is None:
-        raise UserError(f"{options.nodes} nodes need a number each: pass --node-rank R, from 0, or set NODE_RANK")
+        raise UserError(f"each of {options.nodes} nodes needs a rank: pass --node-rank R, from 0, or set NODE_RANK")
     if (options.node_rank or 0) >= options.nodes:
         raise UserError(
-            f"--node-rank {options.node_rank}: the ranks of {options.nodes} nodes end at {options.nodes - 1}"
+            f"--node-rank {options.node_rank}: the last of {options.nodes} nodes has rank {options.nodes - 1}"
         )
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see launch/pretrain.sh --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+def _parser(program: str, environment: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="launch/pretrain.sh",
-        usage="launch/pretrain.sh [options] MODEL.yaml [Megatron's flags…]",
+        prog=program,
+        usage=f"{program} [options] MODEL.yaml [Megatron's flags…]",
         allow_abbrev=False,
-        description="Pretrain the model of a YAML file, whose keys are Megatron's flags, on one node or, started on "
-        "each of them, on many. Flags after the file win over the file's; `--flag false` takes one away. Each option "
-        "can be given as the environment variable in brackets instead.",
-        epilog="Asked to stop by a signal (SIGTERM, SIGUSR1, Ctrl-C and others) the run saves a checkpoint. Started "
-        "again with the same run folder it goes on. Exit codes: 0 the training is complete; 2 bad input, nothing was "
-        "done; 75 the run was asked to stop, start it again; 76 it stood still, and 1 it failed, after all restarts.",
+        description="Pretrain the model of a YAML file, whose keys are Megatron's flags, on one node or many: start "
+        "the command on each node. Flags after the file override the file's flags, and `--flag false` removes a flag. "
+        "Each option can be given as the environment variable in brackets instead.",
+        epilog="A signal (SIGTERM, SIGUSR1, Ctrl-C and others) makes the run save a checkpoint and stop. The same "
+        "command resumes the run. Exit codes: 0, the training is complete; 1, the run failed, after all restarts; "
+        "2, the input is bad and nothing was done; 75, a signal stopped the run, start it again; 76, the run hung, "
+        "after all restarts.",
     )
 
-    def add(flag: str, type: Callable, default: object, variable: str, help: str, metavar: str) -> None:
+    def add(flag: str, type: Callable[[str], object], default: object, variable: str, help: str, metavar: str) -> None:
         parser.add_argument(
             flag, type=type, default=environment.get(variable) or default, metavar=metavar, help=f"{help} [{variable}]"
         )
 
-    add("--nodes", _count, 1, "NNODES", "number of nodes; 1", "N")
-    add("--node-rank", _number, None, "NODE_RANK", "which of the nodes this is, from 0", "R")
-    add("--gpus-per-node", _count, None, "NPROC_PER_NODE", "processes on a node; one a GPU, one without any", "G")
-    add("--rendezvous", _address, _master(environment), "RDZV_ENDPOINT", _RENDEZVOUS, "HOST:PORT")
-    add("--rendezvous-id", str, None, "RDZV_ID", "names the job to its nodes; the run folder's name", "ID")
-    add("--rendezvous-timeout", _count, 600, "RDZV_TIMEOUT", "how long nodes wait for each other; 600", "SECONDS")
-    add("--max-restarts", _number, 3, "MAX_RESTARTS", "how often torchrun restarts ranks that failed; 3", "M")
-    add("--shutdown-timeout", _count, 600, "SHUTDOWN_TIMEOUT", "time for a last checkpoint; 600", "SECONDS")
-    add("--run-dir", Path, None, "RUN_DIR", "checkpoints, TensorBoard's events and logs; runs/MODEL", "DIR")
+    add("--nodes", _positive_number, 1, "NNODES", "number of nodes (default: 1)", "N")
+    add("--node-rank", _number, None, "NODE_RANK", "number of this node, from 0", "R")
+    add(
+        *("--gpus-per-node", _positive_number, None, "NPROC_PER_NODE"),
+        "number of ranks on each node (default: one per GPU; one on a machine without GPUs)",
+        "G",
+    )
+    add(
+        *("--rendezvous", _address, _master(environment), "RDZV_ENDPOINT"),
+        "where the nodes meet: an address of node 0 and a free port "
+        f"(default: MASTER_ADDR:MASTER_PORT, with port {DEFAULT_PORT})",
+        "HOST:PORT",
+    )
+    add("--rendezvous-id", str, None, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)", "ID")
+    add(
+        *("--rendezvous-timeout", _positive_number, 600, "RDZV_TIMEOUT"),
+        "how long the nodes wait for each other (default: 600)",
+        "SECONDS",
+    )
+    add("--max-restarts", _number, 3, "MAX_RESTARTS", "how often failed ranks are restarted (default: 3)", "M")
+    add(
+        *("--shutdown-timeout", _positive_number, 600, "SHUTDOWN_TIMEOUT"),
+        "how long ranks may take for a last checkpoint (default: 600)",
+        "SECONDS",
+    )
+    add(
+        *("--run-dir", Path, None, "RUN_DIR"),
+        "folder for checkpoints, TensorBoard events and logs (default: runs/MODEL)",
+        "DIR",
+    )
     parser.add_argument("--no-check", dest="checks", action="store_false", help="start without checking the settings")
     parser.add_argument("--check", action="store_true", help="only check the settings, and show what the run needs")
     parser.add_argument("--dry-run", action="store_true", help="only print torchrun's command line")
-    parser.add_argument("model", type=Path, metavar="MODEL.yaml", help="the model file, as in launch/models/")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="flags", help="Megatron's and MaskMoE's")
+    parser.add_argument("model", type=Path, metavar="MODEL.yaml", help="the model file; launch/models/ has examples")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="flags", help="flags of Megatron and MaskMoE")
     return parser
-
-
-_RENDEZVOUS = f"where the nodes meet: an address of node 0 and a free port; MASTER_ADDR:MASTER_PORT, {DEFAULT_PORT}"
 
 
 def _master(environment: Mapping[str, str]) -> str | None:
@@ -135,15 +165,15 @@ def _master(environment: Mapping[str, str]) -> str | None:
     return f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}" if host else None
 
 
-def _count(text: str) -> int:
+def _positive_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
 def _number(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
 
 
@@ -152,5 +182,5 @@ def _address(text: str) -> tuple[str, int]:
     if text.endswith("]") or not colon:
         host, port = text, str(DEFAULT_PORT)
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is no HOST:PORT")
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
     return host, int(port)

@@ -1,4 +1,4 @@
-"""Runs torchrun: hands signals on once, ends a run that must not be restarted, and tells how the ranks ended."""
+"""Runs torchrun: forwards signals once, stops runs that must not be restarted, and returns the ranks' exit code."""
 
 import os
 import signal
@@ -15,35 +15,41 @@ import psutil
 
 from maskmoe.child_process import adopt_orphans, end_with_parent
 from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, SIGNALS_THAT_END, read_exit_code
-from maskmoe.launch.command import Command
+from maskmoe.launch.torchrun import Command
 
-_POLL = 0.2  # seconds
-_INSPECTION = 5.0  # seconds between looks at torchrun
-_UNNOTICED = 60.0  # seconds that torchrun, which looks after its ranks all the time, may not notice that one has ended
+_POLL_INTERVAL = 0.2  # seconds
+_INSPECTION_INTERVAL = 5.0  # seconds between inspections of torchrun's children
+_HANG_TIMEOUT = (
+    60.0  # seconds after which torchrun, which checks its ranks all the time, must have seen that one exited
+)
 
 
 class Supervisor:
-    """Runs torchrun's command.
+    """Runs torchrun's command and waits for all of its ranks.
 
-    Torchrun's own exit code says only that some rank failed; so ranks that end with a code after which they must not be
-    restarted leave it in a file. Torchrun has a session of its own: a signal to the process group, or Ctrl-C, gets to
-    it through this process alone, and once. For ranks that outlive torchrun, this process waits.
+    Torchrun's own exit code says only that some rank failed. So a rank that must not be restarted writes its exit code
+    to a file, which the supervisor reads. Torchrun runs in its own session, so that a signal to the process group, or
+    Ctrl-C, reaches torchrun only through the supervisor, and only once.
 
     Args:
-        shutdown_timeout: seconds that ranks have to end after a signal.
+        shutdown_timeout: how long ranks may take to exit after a signal, in seconds.
+        saves_checkpoints: whether ranks save a checkpoint when a signal stops them. Otherwise a signal cannot be
+            answered by the exit code that asks for a restart.
     """
 
-    def __init__(self, shutdown_timeout: float):
+    def __init__(self, shutdown_timeout: float, saves_checkpoints: bool = True) -> None:
         self._shutdown_timeout = shutdown_timeout
+        self._saves_checkpoints = saves_checkpoints
         self._signals: list[signal.Signals] = []
-        self._ending_since: float | None = None
-        self._inspected = self._sound = time.monotonic()
+        self._stopping_since: float | None = None
+        self._last_inspection = self._last_sound_inspection = time.monotonic()
 
     def run(self, command: Command) -> int:
-        """Run the command to its end.
+        """Run the command until it and all of its ranks have exited.
 
         Returns:
-            0: it is done. 75: it was asked to stop. 76: it stood still. 2: bad input. Any other: it failed.
+            0 if the command succeeded, 2 for bad input, 75 if a signal stopped the run, 76 if the run hung, and any
+            other code if the run failed.
         """
         adopt_orphans()
         with tempfile.TemporaryDirectory(prefix="maskmoe-launch-") as folder, self._receiving_signals():
@@ -51,21 +57,21 @@ class Supervisor:
             process = self._start(command, exit_file)
             self._follow(process, exit_file)
             self._end_orphans(killed=process.returncode < 0)
-            return self._verdict(process.returncode, read_exit_code(exit_file))
+            return self._exit_code(process.returncode, read_exit_code(exit_file))
 
     @contextmanager
     def _receiving_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS_THAT_END}
+        previous_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS_THAT_END}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
         self._signals.append(signal.Signals(number))
 
-    def _start(self, command: Command, exit_file: Path) -> subprocess.Popen:
+    def _start(self, command: Command, exit_file: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command.words,
             env={**os.environ, **command.environment, EXIT_CODE_FILE: str(exit_file)},
@@ -73,44 +79,54 @@ class Supervisor:
             preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
         )
 
-    def _follow(self, process: subprocess.Popen, exit_file: Path) -> None:
+    def _follow(self, process: subprocess.Popen[bytes], exit_file: Path) -> None:
+        """Wait for torchrun, and stop it after a signal, after a rank's final exit code, or when it hangs."""
         while process.poll() is None:
-            if self._ending_since is None and (self._signals or exit_file.exists()):
+            if self._stopping_since is None and (self._signals or exit_file.exists()):
                 if self._signals:
-                    print(f"launch: {self._signals[0].name}: the run saves a checkpoint and ends", file=sys.stderr)
+                    action = "saves a checkpoint and stops" if self._saves_checkpoints else "stops"
+                    print(f"launch: {self._signals[0].name}: the run {action}", file=sys.stderr)
                 process.terminate()
-                self._ending_since = time.monotonic()
+                self._stopping_since = time.monotonic()
             if self._signals.count(signal.SIGINT) > 1:
-                print("launch: a second Ctrl-C: the run is killed", file=sys.stderr)
+                print("launch: second Ctrl-C: the run is killed", file=sys.stderr)
                 _kill(psutil.Process().children(recursive=True))
-            if self._is_stuck(process.pid):
+            if self._hangs(process.pid):
                 print(
-                    "error: torchrun takes no notice of a rank that has ended, as when the network to node 0 is gone: "
-                    "it is killed",
+                    "error: torchrun does not notice that a rank has exited, as when the network to node 0 is down: "
+                    "torchrun is killed",
                     file=sys.stderr,
                 )
                 process.kill()
             try:
-                process.wait(_POLL)
+                process.wait(_POLL_INTERVAL)
             except subprocess.TimeoutExpired:
                 continue
 
-    def _is_stuck(self, torchrun: int) -> bool:
-        """Whether torchrun waits for an answer of its store that never comes, for which it has no time limit.
+    def _hangs(self, torchrun: int) -> bool:
+        """Return whether torchrun waits for an answer of its store that never comes.
 
-        After a signal, ranks may end long before others that still save.
+        Torchrun has no time limit for its store. Torchrun hangs if an exited rank stays a zombie for too long. After a
+        signal, zombies prove nothing, because some ranks exit long before other ranks have saved: only time counts.
+
+        Args:
+            torchrun: torchrun's process id.
         """
         now = time.monotonic()
-        if self._signals and self._ending_since is not None:
-            return now - self._ending_since > self._shutdown_timeout + _UNNOTICED
-        if now - self._inspected >= _INSPECTION:
-            self._inspected = now
+        if self._signals and self._stopping_since is not None:
+            return now - self._stopping_since > self._shutdown_timeout + _HANG_TIMEOUT
+        if now - self._last_inspection >= _INSPECTION_INTERVAL:
+            self._last_inspection = now
             if not any(_is_zombie(child) for child in psutil.Process(torchrun).children()):
-                self._sound = now
-        return self._inspected - self._sound > _UNNOTICED
+                self._last_sound_inspection = now
+        return self._last_inspection - self._last_sound_inspection > _HANG_TIMEOUT
 
     def _end_orphans(self, killed: bool) -> None:
-        """Wait for ranks that torchrun has left behind, as it does when it is killed or signalled repeatedly."""
+        """Wait for ranks that outlive torchrun, which happens if it is killed or receives several signals.
+
+        Args:
+            killed: whether a signal ended torchrun, so that nobody has asked the ranks to stop.
+        """
         orphans = psutil.Process().children(recursive=True)
         if killed:
             for orphan in orphans:
@@ -119,12 +135,15 @@ class Supervisor:
         _, alive = psutil.wait_procs(orphans, timeout=self._shutdown_timeout)
         _kill(alive)
 
-    def _verdict(self, torchrun_code: int, rank_code: int | None) -> int:
+    def _exit_code(self, torchrun_code: int, rank_code: int | None) -> int:
+        """Return the run's exit code from torchrun's exit code and the code that a rank wrote, if any."""
         if torchrun_code == 0 or rank_code is not None:
             return rank_code or 0
+        if self._signals and not self._saves_checkpoints:
+            return 128 + self._signals[0]
         if self._signals:
             print(
-                "launch: the run ended without a new checkpoint; started again it goes on from the one before",
+                "launch: the run stopped without saving a new checkpoint; the next start resumes from the previous one",
                 file=sys.stderr,
             )
             return EXIT_REQUEUE

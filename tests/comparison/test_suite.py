@@ -129,9 +129,9 @@ def test_a_run_saves_its_checkpoints_evenly_and_the_last_at_its_end(
         ("data: {vocab-size: 300}", "data: {vocabulary: 300}", "unknown vocabulary"),
         ("iterations: 10", "iterations: 0", "iterations must be a whole number from 1"),
         ("data:", "keep-checkpoints: none\ndata:", "keep-checkpoints must be all or last, not none"),
-        ("smoe: {mask", "dense: {mask", "dense is there twice"),
+        ("smoe: {mask", "dense: {mask", "the key dense is repeated"),
         ("smoe: {mask: {preset: smoe}}", "smoe: {model: nowhere.yaml}", "nowhere.yaml"),
-        ("smoe: {mask", "smoe: {layouts: {eight: {}}, mask", "variant smoe: `layouts` holds flags by number of ranks"),
+        ("smoe: {mask", "smoe: {layouts: {eight: {}}, mask", "variant smoe: `layouts` maps numbers of ranks to flags"),
     ],
 )
 def test_bad_suite_is_refused(suite_file, old, new, message):

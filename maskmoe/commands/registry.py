@@ -1,0 +1,43 @@
+"""The list of all subcommands of `maskmoe`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """One subcommand of `maskmoe`.
+
+    Attributes:
+        name: the word after `maskmoe` on the command line.
+        module: the module whose `main()` reads `sys.argv` and does the work. Only the chosen subcommand's module is
+            imported, so that `maskmoe --help` does not wait for torch.
+        help: one line for `maskmoe --help`.
+    """
+
+    name: str
+    module: str
+    help: str
+
+
+SUBCOMMANDS = (
+    Subcommand("corpus", "maskmoe.commands.make_corpus", "collect this machine's Python sources as a training corpus"),
+    Subcommand("tokenizer", "maskmoe.commands.train_tokenizer", "train a SentencePiece tokenizer on raw text"),
+    Subcommand("preprocess", "maskmoe.commands.preprocess_data", "tokenize raw text into a Megatron dataset"),
+    Subcommand("count", "maskmoe.commands.count_token_frequency", "count how often each token id occurs in a dataset"),
+    Subcommand("mask", "maskmoe.commands.build_routing_mask", "build the routing mask from token frequencies"),
+    Subcommand("pretrain", "maskmoe.commands.pretrain", "pretrain a model from Megatron's flags"),
+    Subcommand("evaluate", "maskmoe.commands.evaluate", "compute a checkpoint's loss by token frequency"),
+    Subcommand("generate", "maskmoe.commands.generate", "generate text from a Megatron checkpoint"),
+    Subcommand("launch", "maskmoe.commands.launch", "pretrain a model file on one node or many, with restarts"),
+    Subcommand("check", "maskmoe.commands.check", "check a model file's settings and show what the run needs"),
+    Subcommand(
+        "convert", "maskmoe.commands.convert_checkpoint", "convert checkpoints to and from Hugging Face's format"
+    ),
+    Subcommand("sample", "maskmoe.commands.generate_text", "generate text from an exported model, without Megatron"),
+    Subcommand("analyze", "maskmoe.commands.analyze_routing", "show how checkpoints route a text to experts"),
+    Subcommand("simulate", "maskmoe.commands.simulate_dispatch", "predict the cost of dispatch on many GPUs"),
+    Subcommand("thin", "maskmoe.commands.thin_checkpoints", "delete the old checkpoints of a finished run"),
+    Subcommand("quickstart", "maskmoe.commands.quickstart", "go from raw text to an exported model on this machine"),
+    Subcommand("compare", "maskmoe.commands.compare", "train and compare the variants of a suite"),
+)
+"""All subcommands, in the order in which `maskmoe --help` lists them: a run's steps first, then analysis."""
