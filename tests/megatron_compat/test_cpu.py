@@ -32,7 +32,8 @@ def test_refuses_where_cuda_is_present() -> None:
 def test_intercepts_no_operation() -> None:
     assert torch._C._len_torch_function_stack() == 0
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
-    assert isinstance(torch.add, type(torch.mul)) and isinstance(torch.matmul, type(torch.nn.functional.gelu))
+    assert isinstance(torch.add, type(torch.mul))
+    assert isinstance(torch.matmul, type(torch.nn.functional.gelu))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, 1, torch.device("cuda", 0), torch.device("cpu"), "cpu", None])
@@ -50,7 +51,8 @@ def test_factories_make_cpu_tensors(device: object) -> None:
         torch.randperm(4, device=device),
     ]
     assert all(tensor.device.type == "cpu" for tensor in tensors)
-    assert tensors[2].dtype == torch.int64 and tensors[2].shape == (2, 2)
+    assert tensors[2].dtype == torch.int64
+    assert tensors[2].shape == (2, 2)
 
 
 def test_other_default_devices_hold() -> None:
@@ -66,8 +68,11 @@ def test_moves_stay_on_the_cpu(device: object) -> None:
     assert tensor.to(device) is tensor
     assert tensor.to(device, torch.bfloat16).dtype == torch.bfloat16
     assert tensor.to(device=device, dtype=torch.float64, non_blocking=True).dtype == torch.float64
-    assert tensor.cuda() is tensor and tensor.cuda(0, non_blocking=True) is tensor and tensor.pin_memory() is tensor
-    assert module.to(device) is module and module.cuda() is module
+    assert tensor.cuda() is tensor
+    assert tensor.cuda(0, non_blocking=True) is tensor
+    assert tensor.pin_memory() is tensor
+    assert module.to(device) is module
+    assert module.cuda() is module
     assert module.to_empty(device=device).weight.device.type == "cpu"
 
 
@@ -100,7 +105,8 @@ def test_streams_and_events_are_one_queue() -> None:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         torch.cuda.current_stream().wait_event(event)
-    assert event.query() and stream.query()
+    assert event.query()
+    assert stream.query()
     assert stream.record_event(event) is event
     event.synchronize()
     stream.wait_stream(torch.cuda.current_stream())
@@ -158,7 +164,8 @@ def test_memory_is_that_of_the_process() -> None:
 
 
 def test_torch_itself_hears_of_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert torch.cuda.is_available() and torch.cuda.is_initialized()
+    assert torch.cuda.is_available()
+    assert torch.cuda.is_initialized()
     assert not torch.accelerator.is_available()
     assert torch.accelerator.current_accelerator() is None
     assert torch.cuda.current_device() == torch.device("cpu")

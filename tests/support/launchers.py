@@ -1,50 +1,234 @@
-"""Starts scripts as the ranks of one gloo group."""
+"""Starts Python programs as the ranks of one group, and ends them."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
+from torch.distributed import TCPStore
+
+from support.paths import BENCHMARKS, RANK_SCRIPTS, TESTS
+from support.waiting import wait_until
+
+__all__ = ["BENCHMARKS", "RANK_SCRIPTS", "TESTS", "Outcome", "RankProcesses", "RunRanks", "run_script_as_ranks"]
 
 RunRanks = Callable[..., None]
-TESTS = Path(__file__).resolve().parents[1]
-BENCHMARKS = TESTS.parent / "tools" / "benchmarks"
-RANK_SCRIPTS = TESTS / "support" / "ranks"
+TIMEOUT = 180.0
+"""Seconds after which processes are taken to hang."""
+
+CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+"""Variables that keep a process on one core and away from GPUs."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What processes left when they ended.
+
+    Attributes:
+        exit_codes: One for each rank; under torchrun the exit code of torchrun alone.
+        errors: Text on stderr of each rank; under torchrun one text of all ranks.
+        folder: Holds the output of the processes in `*.log`.
+    """
+
+    exit_codes: tuple[int, ...]
+    errors: tuple[str, ...]
+    folder: Path
+
+    def report(self) -> str:
+        """Return the exit codes and the end of every log, for the message of a failing test."""
+        logs = sorted(self.folder.glob("*.log"))
+        return f"exit codes {self.exit_codes}\n" + "\n".join(f"{log.name}: {log.read_text()[-4000:]}" for log in logs)
+
+
+class Rendezvous:
+    """A store at which the ranks of one group meet, as torchrun's agent hosts one.
+
+    The store listens on a port that the system chose for it. So no other process can take the port before the ranks
+    connect, as could happen with a port that was free a moment ago.
+    """
+
+    def __init__(self) -> None:
+        self._store = TCPStore(
+            "localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=2 * TIMEOUT)
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables by which ranks find the store instead of hosting one in rank 0."""
+        return {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+
+
+def rank_environments(ranks: int, rendezvous: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """Return the variables that torchrun would set for each rank of one group on this machine.
+
+    Args:
+        ranks: Number of ranks.
+        rendezvous: `MASTER_ADDR`, `MASTER_PORT` and the like. A single rank needs none: it may listen on any port.
+    """
+    size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    meeting = rendezvous or {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    return [size | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+class RankProcesses:
+    """Running processes of one group, which are killed at the end of the `with` block.
+
+    Args:
+        program: Python's arguments.
+        environments: Variables of each process, see `rank_environments`; one empty dict for torchrun.
+        folder: The output goes to `out0.log`, `err0.log` and so on in this folder.
+        working_folder: Where the processes run.
+        environment: Further variables of all processes.
+        rendezvous: Kept alive as long as the processes.
+
+    Attributes:
+        folder: Holds the logs.
+    """
+
+    def __init__(
+        self,
+        program: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        folder: Path,
+        working_folder: Path,
+        environment: Mapping[str, str] | None = None,
+        rendezvous: Rendezvous | None = None,
+    ) -> None:
+        self.folder = folder
+        self._rendezvous = rendezvous
+        self._processes = []
+        for rank, variables in enumerate(environments):
+            with open(folder / f"out{rank}.log", "w") as out, open(folder / f"err{rank}.log", "w") as err:
+                process = subprocess.Popen(
+                    [sys.executable, *program],
+                    cwd=working_folder,
+                    env={**os.environ, **CPU_ENVIRONMENT, **(environment or {}), **variables},
+                    stdout=out,
+                    stderr=err,
+                    start_new_session=True,
+                )
+            self._processes.append(process)
+
+    def __enter__(self) -> "RankProcesses":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self._processes:
+            kill_with_children(process)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, one for each rank; under torchrun the id of torchrun alone."""
+        return [process.pid for process in self._processes]
+
+    def pid_of_rank(self, rank: int) -> int | None:
+        """Return the process id of a rank that torchrun started; None while there is no such process."""
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.pids[0]).children():
+                if child.environ().get("RANK") == str(rank):
+                    return child.pid
+        return None
+
+    @property
+    def output(self) -> str:
+        """All output so far."""
+        return "".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether at least one process has not ended."""
+        return any(process.poll() is None for process in self._processes)
+
+    def wait_until(self, condition: Callable[[], object], what: str = "the condition") -> None:
+        """Return as soon as `condition()` is true; fail the test if a process ends before, or after `TIMEOUT`."""
+        wait_until(
+            condition,
+            what,
+            timeout=TIMEOUT,
+            period=0.02,
+            has_ended=lambda: any(process.poll() is not None for process in self._processes),
+            report=lambda: self.outcome().report(),
+        )
+
+    def wait(self, all_end: bool = False, timeout: float = TIMEOUT) -> Outcome:
+        """Wait until all processes have ended or one has failed; then kill the remaining processes.
+
+        Args:
+            all_end: Wait for all processes even if one fails.
+            timeout: Seconds after which all processes are killed.
+        """
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in self._processes]
+            if None not in codes or (any(codes) and not all_end):
+                break
+            time.sleep(0.05)
+        self.__exit__()
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """Return what the processes have left so far."""
+        errors = tuple((self.folder / f"err{rank}.log").read_text() for rank in range(len(self._processes)))
+        return Outcome(tuple(process.returncode for process in self._processes), errors, self.folder)
+
+
+def start_ranks(
+    program: Sequence[str],
+    folder: Path,
+    *,
+    ranks: int = 1,
+    working_folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> RankProcesses:
+    """Start Python on `program` as the ranks of one group.
+
+    Args:
+        program: Python's arguments.
+        folder: Takes the logs.
+        ranks: Number of ranks.
+        working_folder: Where the processes run, by default `folder`.
+        environment: Further variables of all processes.
+    """
+    rendezvous = Rendezvous() if ranks > 1 else None
+    environments = rank_environments(ranks, rendezvous and rendezvous.environment)
+    return RankProcesses(program, environments, folder, working_folder or folder, environment, rendezvous)
 
 
 def run_script_as_ranks(
-    script: Path, folder: Path, *arguments: object, world_size: int = 2, timeout: float = 180
+    script: Path, folder: Path, *arguments: object, world_size: int = 2, timeout: float = TIMEOUT
 ) -> None:
-    """Run `python SCRIPT FOLDER ARGUMENTS…` as ranks of one gloo group, on the CPU also where there are GPUs.
+    """Run `python SCRIPT FOLDER ARGUMENTS…` as ranks of one gloo group on the CPU.
 
-    The script joins the group with `init_method=f"file://{FOLDER}/rendezvous"` and may import `support` and the benchmarks' modules. A rank that
-    fails or hangs fails the test.
+    The script joins the group with `init_method=f"file://{FOLDER}/rendezvous"` and may import `support` and the modules
+    of the benchmarks. A rank that fails or hangs fails the test.
     """
     path = os.pathsep.join(filter(None, [str(TESTS), str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
-    processes = []
-    for rank in range(world_size):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": path,
-        }
-        with open(folder / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, str(script), str(folder), *map(str, arguments)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        failed = [rank for rank, process in enumerate(processes) if process.wait(timeout)]
-    except subprocess.TimeoutExpired:
-        failed = [rank for rank, process in enumerate(processes) if process.poll() is None]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if failed:
-        logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in failed)
-        pytest.fail(f"ranks {failed} failed or hang\n{logs}")
+    program = [str(script), str(folder), *map(str, arguments)]
+    with start_ranks(program, folder, ranks=world_size, environment={"PYTHONPATH": path}) as processes:
+        outcome = processes.wait(timeout=timeout)
+    if any(outcome.exit_codes):
+        pytest.fail(f"a rank failed or hung\n{outcome.report()}")
+
+
+def kill_with_children(process: subprocess.Popen) -> None:
+    """Kill a process and all its descendants; torchrun's ranks are in process groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,4 +1,4 @@
-"""What tests of several folders use."""
+"""Data for, and logs of, training runs that tests of several folders start."""
 
 import socket
 from pathlib import Path
@@ -6,20 +6,19 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.frequency import count_token_frequency
-from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.data.indexed_dataset import optimal_dtype
+from support.datasets import frequent_ids, write_documents
+from support.masks import build_mask, count_ids
 
-LAPTOP_VOCAB_SIZE = 4095  # NullTokenizer adds one
+LAPTOP_VOCAB_SIZE = 4095  # NullTokenizer adds one id.
 
 
 def read_scalars(run_folder: Path, keep_repeated: bool = False) -> dict[str, list[ScalarEvent]]:
-    """What a run, with all its restarts, has logged to `tensorboard` in its folder, with the precision of fp32.
+    """Return the scalars that a run and all its restarts logged, by name, with the precision of fp32.
 
     Args:
-        run_folder: of the run.
-        keep_repeated: of a step that was logged more than once, all values; otherwise the last.
+        run_folder: Folder of the run, with TensorBoard's events in `tensorboard`.
+        keep_repeated: Return all values of an iteration that was logged more than once, instead of the last value.
     """
     events = EventAccumulator(
         str(run_folder / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=not keep_repeated
@@ -29,25 +28,27 @@ def read_scalars(run_folder: Path, keep_repeated: bool = False) -> dict[str, lis
 
 
 def read_losses(run_folder: Path) -> dict[int, float]:
-    """The training losses by iteration; none if none was logged."""
+    """Return the training loss of each logged iteration; empty if none was logged."""
     return {event.step: event.value for event in read_scalars(run_folder).get("lm loss", ())}
 
 
 def free_port() -> int:
+    """Return a TCP port that is free now.
+
+    Another process may take the port before it is used. So use this function only if a program under test wants a port
+    on its command line; `support.launchers.start_ranks` needs none.
+    """
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
 
 
 def make_laptop_data(folder: Path, num_documents: int) -> str:
-    """Write random data and a routing mask for launch/models/laptop.yaml; returns the flags that name them."""
-    rng = np.random.default_rng(0)
-    with IndexedDatasetWriter(folder / "data", optimal_dtype(LAPTOP_VOCAB_SIZE)) as dataset:
-        for length in rng.integers(20, 200, size=num_documents):
-            dataset.add_document(np.minimum(rng.zipf(1.3, size=length), LAPTOP_VOCAB_SIZE) - 1)
-    frequency = count_token_frequency([str(folder / "data")], LAPTOP_VOCAB_SIZE, workers=1)
-    recipe = MaskRecipe(8, 4, "balanced", frequent_mass=0.4, frequent_visible_experts=4, seed=1)
-    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
+    """Write random data and a routing mask for launch/models/laptop.yaml, and return the flags that name both."""
+    documents = frequent_ids(np.random.default_rng(0), LAPTOP_VOCAB_SIZE, num_documents)
+    write_documents(folder / "data", documents, optimal_dtype(LAPTOP_VOCAB_SIZE))
+    frequency = count_ids(folder / "data", LAPTOP_VOCAB_SIZE)
+    build_mask(frequency, num_experts=8, num_layers=4).save(folder / "mask.safetensors")
     return (
         f"--data-path {folder}/data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {LAPTOP_VOCAB_SIZE} "
         f"--routing-mask {folder}/mask.safetensors"

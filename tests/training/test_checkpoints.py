@@ -91,7 +91,8 @@ def test_any_flipped_bit_is_found(copy, data):
         pass
     else:
         # What names and formats the manifest and the marker hold beyond what is checked does not matter.
-        assert path.name in ("integrity.json", "metadata.json") and manifest != Manifest({})
+        assert path.name in ("integrity.json", "metadata.json")
+        assert manifest != Manifest({})
     finally:
         path.write_bytes(content)
 
@@ -142,7 +143,8 @@ def test_rests_of_a_first_save_are_no_checkpoint(copy, tmp_path):
     shutil.copytree(checkpoint_path(copy, 7), checkpoint_path(first, 7))
     (checkpoint_path(first, 7) / "metadata.json").unlink()
     choice = choose_checkpoint(first)
-    assert choice.checkpoint is None and len(choice.rejected) == 1
+    assert choice.checkpoint is None
+    assert len(choice.rejected) == 1
     assert choose_checkpoint(tmp_path / "nowhere").checkpoint is None
     # What was finished and is damaged now is not passed over for a start from the beginning.
     (checkpoint_path(first, 7) / "metadata.json").write_text("{}")
@@ -208,7 +210,8 @@ def test_a_series_is_thinned(copy):
     assert saved_iterations(copy) == [21, 14]
     assert thin(copy).stdout == ""
     shutil.rmtree(checkpoint_path(copy, 21))
-    assert thin(copy).stdout == "" and saved_iterations(copy) == [14]
+    assert thin(copy).stdout == ""
+    assert saved_iterations(copy) == [14]
 
 
 @pytest.mark.runs(SAVED)

@@ -52,4 +52,5 @@ def test_factor_of_rope_scaling_is_that_of_the_command_line(monkeypatch):
         --use-rope-scaling --rope-scaling-factor 32"""
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
     config = model_config_from_args(validate_args(parse_args(add_maskmoe_arguments)))
-    assert config.rope_scaling and config.rope_scaling_factor == 32
+    assert config.rope_scaling
+    assert config.rope_scaling_factor == 32

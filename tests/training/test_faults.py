@@ -84,7 +84,8 @@ def test_killed_while_saving(runs, start_faulty, tmp_path, flags):
         outcome = processes.wait()
     assert outcome.exit_codes == (0,), outcome.report()
     assert "at iteration 7" in processes.output
-    assert bool(helpers) == bool(flags) and not any(helper.is_running() for helper in helpers)
+    assert bool(helpers) == bool(flags)
+    assert not any(helper.is_running() for helper in helpers)
     assert outcome.difference(undisturbed) == 0
     assert saved_iterations(tmp_path / "save") == [21, 14, 7]
     assert all(is_sound(checkpoint_path(tmp_path / "save", iteration)) for iteration in (7, 14, 21))
@@ -166,7 +167,8 @@ def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, verd
         outcome = processes.wait(all_end=True)
     assert outcome.exit_codes == (exit_code, exit_code), outcome.report()
     error = re.search(r"^error: (.*)$", outcome.errors[0], re.MULTILINE)[1]
-    assert verdict in error and error.endswith(f"The newest checkpoint is of iteration {newest}")
+    assert verdict in error
+    assert error.endswith(f"The newest checkpoint is of iteration {newest}")
     assert outcome.iterations[-1] == 9
     assert read_tracker(tmp_path / "save") == newest
 

@@ -57,7 +57,8 @@ def test_late_rank_is_waited_for(server):
     threads[2].start()
     for thread in threads:
         thread.join(timeout=20)
-    assert len(sessions) == WORLD_SIZE and len(set(sessions.values())) == 1
+    assert len(sessions) == WORLD_SIZE
+    assert len(set(sessions.values())) == 1
 
 
 def test_messages(server):

@@ -1,0 +1,235 @@
+"""The table of settings that can, or cannot, be combined with a routing mask.
+
+A row that works names training runs whose losses equal the losses of one process, or tests. A row that is refused names
+flags which `check_supported` refuses.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Names in `RUNS`: for each run on one process, the runs whose losses are compared with the losses of that run. The compared
+# runs continue from a checkpoint of the run on one process, or start like that run.
+COMPARED = {
+    "reference": [
+        "expert parallel 2",
+        "expert parallel 4",
+        "expert parallel 2, distributed optimizer",
+        "pipeline 2",
+        "interleaved pipeline",
+        "tensor 2 with sequence parallel",
+        "data parallel 2, distributed optimizer",
+        "tensor 2, expert parallel 2",
+        "tensor 2, experts in 2 parts, data parallel 2",
+        "all-gather, expert parallel 2",
+        "all-gather, tensor 2, expert parallel 2",
+        "full recompute",
+        "selective recompute",
+    ],
+    "rich": [
+        "rich, tensor 2, expert parallel 2",
+        "rich, pipeline 2",
+        "rich, interleaved pipeline",
+        "rich, overlapped shared experts",
+        "rich, tensor 2, expert parallel 2, pipeline 2",
+        "rich, full recompute, tensor 2, pipeline 2",
+        "rich, selective recompute",
+    ],
+    "repeated prediction": ["repeated prediction, tensor 2", "repeated prediction, pipeline 2"],
+    "data parallel rich": ["data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2"],
+    "experts of one rank": [
+        "experts of one rank, expert parallel 2",
+        "experts of one rank, tensor 2, expert parallel 2",
+        "experts of one rank, selective recompute",
+        "experts of one rank, full recompute, expert parallel 2, pipeline 2",
+        "experts of one rank, expert parallel 2, interleaved pipeline",
+    ],
+    "groups": ["groups, tensor 2, expert parallel 2", "groups, expert parallel 2"],
+    "norms over all heads": ["norms over all heads, tensor 2"],
+    "capacity": ["capacity, expert parallel 2", "capacity, pipeline 2"],
+    "padded capacity": ["padded capacity, expert parallel 2", "padded capacity, pipeline 2"],
+    "global loss": ["global loss, expert parallel 2", "global loss, tensor 2, data parallel 2"],
+}
+BF16 = "bf16, distributed optimizer"
+
+
+@dataclass(frozen=True)
+class Works:
+    """A row of settings that work with a routing mask.
+
+    Attributes:
+        evidence: What was compared, in words.
+        flags: Words of the command line that all runs of the row have, each in one piece.
+        runs: Names of compared runs of `RUNS`; each has a description.
+        tests: Further tests as `FILE::FUNCTION`, below `tests/`.
+        varied_flag: A flag that some of the runs have and some have not.
+    """
+
+    evidence: str
+    flags: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+    varied_flag: str | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row of settings that are refused with a routing mask.
+
+    Attributes:
+        flags: A command line with the setting.
+    """
+
+    flags: str
+
+
+RICH = tuple(COMPARED["rich"])
+ROUTER = "transformer/test_router.py::"
+EQUALS_STOCK = f"{ROUTER}test_all_visible_equals_stock_in_every_setting"
+FOLLOWS = f"{ROUTER}test_follows_the_method"
+
+TABLE: dict[str, Works | Refused] = {
+    # The name of a row says in words what is combined with a routing mask.
+    "tensor parallel with sequence parallel": Works(
+        "2 ranks", ("--tensor-model-parallel-size 2",), ("tensor 2 with sequence parallel", "rich, tensor 2, expert parallel 2")
+    ),
+    "tensor parallel alone, in training": Refused("--tensor-model-parallel-size 2"),
+    "pipeline parallel": Works(
+        "2 ranks, 4 micro-batches a step", ("--pipeline-model-parallel-size 2",), ("pipeline 2", "rich, pipeline 2")
+    ),
+    "interleaved pipeline": Works(
+        "2 ranks, 4 chunks", ("--num-layers-per-virtual-pipeline-stage 1",), ("interleaved pipeline", "rich, interleaved pipeline")
+    ),
+    "expert parallel": Works(
+        "2 and 4 ranks", ("--expert-model-parallel-size",), ("expert parallel 2", "expert parallel 4")
+    ),
+    "expert tensor parallel": Works(
+        "`--expert-tensor-parallel-size` 1 and 2 on 2 and 4 ranks",
+        ("--expert-tensor-parallel-size",),
+        ("tensor 2, expert parallel 2", "tensor 2, experts in 2 parts, data parallel 2"),
+    ),
+    "context parallel": Refused("--context-parallel-size 2"),
+    "data parallel, gradient accumulation": Works(
+        "2 ranks, 2 or 4 micro-batches a step",
+        ("--micro-batch-size 2", "--global-batch-size 8"),
+        ("expert parallel 2",),
+    ),
+    "distributed optimizer, overlapped gradients and parameters": Works(
+        "2 ranks",
+        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+        ("data parallel 2, distributed optimizer",),
+    ),
+    "tensor 2 × expert 2 × pipeline 2": Works(
+        "4 ranks",
+        ("--tensor-model-parallel-size 2", "--expert-model-parallel-size 2", "--pipeline-model-parallel-size 2"),
+        ("rich, tensor 2, expert parallel 2, pipeline 2",),
+    ),
+    "tensor 2 × pipeline 2 × data 2, expert 4": Works(
+        "8 ranks",
+        ("--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", "--expert-model-parallel-size 4"),
+        ("data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2",),
+    ),
+    "full recomputation": Works(
+        "bit-equal to none on one rank; on 4 ranks", ("--recompute-granularity full",), ("full recompute", "rich, full recompute, tensor 2, pipeline 2")
+    ),
+    "selective recomputation of `moe`, `shared_experts`, `mlp`, `core_attn`": Works(
+        "that of `moe` bit-equal to none; 2 ranks", ("--recompute-modules moe",), ("selective recompute", "rich, selective recompute")
+    ),
+    "selective recomputation of norms and activations": Refused("--recompute-modules layernorm"),
+    "bf16": Works("2 ranks, losses to 5e-4 of fp32's", ("--bf16",), (BF16,)),
+    "tied and untied embeddings": Works(
+        "2 ranks", runs=("pipeline 2", "rich, tensor 2, expert parallel 2", "rich, pipeline 2"), varied_flag="--untie-embeddings-and-output-weights"
+    ),
+    "multi-token prediction": Works("2 and 4 ranks", ("--mtp-num-layers 1",), RICH),
+    "multi-token prediction by one repeated layer": Works(
+        "2 ranks", ("--mtp-use-repeated-layer",), tuple(COMPARED["repeated prediction"])
+    ),
+    "multi-latent attention": Refused("--multi-latent-attention"),
+    "grouped-query attention": Works("2 and 4 ranks", ("--group-query-attention",), RICH),
+    "norms of queries and keys over all heads": Works(
+        "2 ranks", ("--qk-layernorm-all-heads",), tuple(COMPARED["norms over all heads"])
+    ),
+    "norms over all heads without norms": Refused("--qk-layernorm-all-heads"),
+    "MoE layer frequency": Works("2 and 4 ranks", ("--moe-layer-freq",), RICH),
+    "shared experts, with a gate": Works("2 and 4 ranks", ("--moe-shared-expert-gate",), RICH),
+    "overlapped shared experts": Works("2 ranks", ("--moe-shared-expert-overlap",), ("rich, overlapped shared experts",)),
+    "latent experts": Refused("--moe-latent-size 16"),
+    "load-balancing loss of micro-batches, of sequences, and lists of them": Works(
+        "2, 4 and 8 ranks", ("--moe-router-load-balancing-type aux_loss seq_aux_loss",), (*RICH, "data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2")
+    ),
+    "global load-balancing loss": Works(
+        "2 and 4 ranks; data parallel, too, if a step has one micro-batch",
+        ("--moe-router-load-balancing-type", "global_aux_loss"),
+        (*RICH, *COMPARED["global loss"]),
+    ),
+    "load-balancing losses over the routable tokens": Works("against plain torch", tests=(FOLLOWS,)),
+    "z-loss": Works("2 and 4 ranks", ("--moe-z-loss-coeff",), RICH),
+    "softmax before or after top-k, sigmoid": Works("against Megatron-Core's router", tests=(EQUALS_STOCK, FOLLOWS)),
+    "square root of softplus": Works(
+        "2 ranks", ("--moe-router-score-function sqrtsoftplus",), tuple(COMPARED["groups"])
+    ),
+    "expert bias": Works("2 ranks", ("--moe-router-enable-expert-bias",), tuple(COMPARED["groups"])),
+    "group-limited routing": Works(
+        "2 ranks; only groups with a visible expert", ("--moe-router-group-topk 2",), tuple(COMPARED["groups"])
+    ),
+    "groups too few for k experts": Refused("--moe-router-num-groups 4 --moe-router-group-topk 1 --moe-router-topk 3"),
+    "capacity factor, dropping by weight": Works(
+        "2 ranks; of each rank's tokens, as Megatron-Core has it",
+        ("--moe-expert-capacity-factor",),
+        tuple(COMPARED["capacity"]),
+    ),
+    "capacity factor, dropping by position, padding to capacity": Works(
+        "2 ranks; padding has weight 0",
+        ("--moe-pad-expert-input-to-capacity", "--moe-token-drop-policy position"),
+        tuple(COMPARED["padded capacity"]),
+    ),
+    "padding to capacity with an expert bias": Refused(
+        "--moe-expert-capacity-factor 1 --moe-pad-expert-input-to-capacity --moe-router-enable-expert-bias"
+    ),
+    "padding to more than all tokens": Refused("--moe-expert-capacity-factor 5 --moe-pad-expert-input-to-capacity"),
+    "padding masks (`MaskMoEGPTModel`'s argument)": Works(
+        "against Megatron-Core's router",
+        tests=(
+            f"{ROUTER}test_all_visible_equals_stock_with_padding",
+            "transformer/test_gpt_model.py::test_padding_reaches_every_router",
+        ),
+    ),
+    "dispatch planned from the token ids (rank-local masks)": Works(
+        "2 and 4 ranks", ("--expert-model-parallel-size 2",), tuple(COMPARED["experts of one rank"])
+    ),
+    "all-gather dispatcher": Works(
+        "2 ranks",
+        ("--moe-token-dispatcher-type allgather",),
+        ("all-gather, expert parallel 2", "all-gather, tensor 2, expert parallel 2"),
+    ),
+    "flex dispatcher": Refused("--moe-token-dispatcher-type flex"),
+    "Sinkhorn balancing": Refused("--moe-router-load-balancing-type sinkhorn"),
+    "quantile balancing": Refused("--moe-router-load-balancing-type quantile_balancing"),
+    "fused router": Refused("--moe-router-fusion"),
+    "router padding for fp8 and fp4": Refused("--moe-router-padding-for-quantization"),
+    "replay of routing": Refused("--moe-enable-routing-replay"),
+    "overlapped expert communication": Refused("--overlap-moe-expert-parallel-comm"),
+    "MLP in chunks": Refused("--mlp-chunks-for-training 2"),
+    "CUDA graphs": Refused("--cuda-graph-impl local"),
+    "packed sequences": Refused("--sft"),
+    "hybrid context parallel": Refused("--hybrid-context-parallel"),
+    "Megatron's upcycling": Refused("--moe-use-upcycling"),
+    "other layers' specs": Refused("--hybrid-layer-pattern M*ME"),
+    "fully sharded data parallel": Refused("--use-torch-fsdp2"),
+    "other checkpoint formats": Refused("--ckpt-format torch"),
+}
+
+
+def render_table(reason: Callable[[str], str]) -> str:
+    """Return the table in Markdown.
+
+    Args:
+        reason: Returns the message with which a command line is refused.
+    """
+    lines = ["| with a routing mask | | |", "|---|---|---|"]
+    for name, row in TABLE.items():
+        if isinstance(row, Works):
+            lines.append(f"| {name} | works | {row.evidence} |")
+        else:
+            lines.append(f"| {name} | refused | {re.sub(r'(--[a-z0-9-]+)', r'`\1`', reason(row.flags))} |")
+    return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""Training runs of a tiny model: their description, their folder, and what they leave."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from maskmoe.data.indexed_dataset import optimal_dtype
+from maskmoe.routing_mask.mask import RoutingMask
+from support.datasets import predictable_ids, write_documents
+from support.launchers import TIMEOUT, Outcome, RankProcesses, Rendezvous, rank_environments, start_ranks
+from support.masks import build_mask, count_ids
+from support.runs import free_port, read_scalars
+
+VOCAB_SIZE = 510
+SETTINGS = f"""
+    --num-layers 4 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32
+    --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --num-experts 8 --moe-ffn-hidden-size 32 --moe-router-topk 2
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 21
+    --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 3
+    --data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0
+    --eval-iters 1 --eval-interval 5 --save-interval 7 --log-interval 1 --tensorboard-log-interval 1
+"""
+"""Flags of every run, which the flags of a single run override."""
+
+PRETRAIN = ("-m", "maskmoe.training.pretrain")
+
+COMPARED_SCALARS = (
+    "lm loss",
+    "lm loss validation",
+    "mtp_1 loss",
+    "mtp_2 loss",
+    "load_balancing_loss",
+    "seq_load_balancing_loss",
+    "global_load_balancing_loss",
+    "z_loss",
+    "grad-norm",
+)
+"""Scalars by which runs are compared: every loss that training logs, and the norm of all gradients."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        flags: Added to `SETTINGS`, which they override.
+        ranks: Number of processes, which form one group.
+        continues: Name of the run whose checkpoint is loaded.
+        mask: File given as `--routing-mask`; None leaves the flag out.
+        saves: Whether the run writes checkpoints: every 7 iterations and at its end.
+        program: Python's arguments before the flags.
+        torchrun: Start the ranks by torchrun, as users do. Starting them directly is faster by seconds.
+        restarts: How often torchrun may restart the ranks.
+        rank_0_hosts_store: The store of the ranks is in rank 0, as without torchrun.
+        logs_scalars: Whether the run writes TensorBoard events.
+        omits: A flag of `SETTINGS` that is left out.
+        description: What the run shows, in words.
+    """
+
+    flags: str = ""
+    ranks: int = 1
+    continues: str | None = None
+    mask: str | None = "mask.safetensors"
+    saves: bool = False
+    program: Sequence[str] = PRETRAIN
+    torchrun: bool = False
+    restarts: int = 0
+    rank_0_hosts_store: bool = False
+    logs_scalars: bool = True
+    omits: str | None = None
+    description: str = ""
+
+    def with_flags(self, flags: str) -> "Run":
+        """Return this run with further flags."""
+        return replace(self, flags=f"{self.flags} {flags}")
+
+
+@dataclass(frozen=True)
+class TrainingOutcome(Outcome):
+    """What a training run left.
+
+    Its folder holds checkpoints in `save`, TensorBoard's events in `tensorboard` and the output in `*.log`.
+    """
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "save"
+
+    @cached_property
+    def curves(self) -> dict[str, dict[int, float]]:
+        """Values of the logged `COMPARED_SCALARS` by name and iteration, with the precision of fp32."""
+        logged = read_scalars(self.folder)
+        return {
+            name: {event.step: event.value for event in logged[name]} for name in COMPARED_SCALARS if name in logged
+        }
+
+    @property
+    def iterations(self) -> list[int]:
+        """The iterations that this run trained."""
+        return list(self.curves["lm loss"])
+
+    def difference(self, reference: "TrainingOutcome", scalars: Sequence[str] | None = None) -> float:
+        """Return the largest relative difference to the reference over all iterations of this run.
+
+        Args:
+            reference: Has logged at least the iterations of this run.
+            scalars: Names of the scalars to compare, by default all that this run logged.
+        """
+        values = [
+            (value, reference.curves[name][iteration])
+            for name in scalars or self.curves
+            for iteration, value in self.curves[name].items()
+        ]
+        ours, theirs = np.array(values).T
+        return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
+
+
+class TrainingProcesses(RankProcesses):
+    """Running processes of one training run."""
+
+    def wait_for_iteration(self, iteration: int) -> None:
+        """Return once the iteration is logged."""
+        self.wait_until(lambda: re.search(rf"iteration +{iteration}/", self.output), f"iteration {iteration}")
+
+    def outcome(self) -> TrainingOutcome:
+        return TrainingOutcome(**vars(super().outcome()))
+
+
+class Workplace:
+    """A folder with a dataset, token counts and routing masks, where training processes run.
+
+    Attributes:
+        folder: Holds `data.bin`, `data.idx`, `counts.safetensors`, and the routing masks `mask.safetensors`,
+            `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` (all
+            tokens go to the first 4 experts) and `rank_local.safetensors` (for two expert-parallel ranks).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        documents = predictable_ids(np.random.default_rng(0), VOCAB_SIZE)
+        write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE))
+        frequency = count_ids(folder / "data", VOCAB_SIZE)
+        frequency.save(folder / "counts.safetensors")
+        for name, num_layers, seed in (
+            ("mask.safetensors", 4, 1),
+            ("five_layers.safetensors", 5, 1),
+            ("six_layers.safetensors", 6, 1),
+            ("other_seed.safetensors", 4, 2),
+        ):
+            build_mask(frequency, 8, num_layers, "uniform", seed=seed).save(folder / name)
+        mask = RoutingMask.load(folder / "mask.safetensors")
+        starving = replace(mask, row_of_id=mask.row_of_id % 4)
+        starving.save(folder / "starving.safetensors")
+        rank_local = build_mask(frequency, 8, 4, "rank-local", expert_model_parallel_size=2)
+        # The provenance of a uniform mask: the check of the expert-parallel size does not apply, as for a mask that
+        # happens to be rank-local.
+        replace(rank_local, provenance=mask.provenance).save(folder / "rank_local.safetensors")
+
+    def run(self, run: Run, folder: Path, load: Path | None = None, timeout: float = TIMEOUT) -> TrainingOutcome:
+        """Run a training run to its end; if a process fails or the run hangs, all its processes are killed."""
+        with self.start(run, folder, load) as processes:
+            processes.wait(timeout=timeout)
+            return processes.outcome()
+
+    def start(
+        self, run: Run, folder: Path, load: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> TrainingProcesses:
+        """Start the processes of a run; use the result as a context manager, which kills them at its end.
+
+        Args:
+            run: The run.
+            folder: Is made, and takes everything that the run writes.
+            load: Folder of the checkpoints to load.
+            environment: Further variables of all processes.
+        """
+        program = [*run.program, *self.flags(run, folder, load)]
+        folder.mkdir()
+        if run.torchrun:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)]
+            launcher += ["--monitor-interval", "0.1", "--max-restarts", str(run.restarts)]
+            return TrainingProcesses([*launcher, *program], [{}], folder, self.folder, environment)
+        rendezvous, meeting = None, None
+        if run.rank_0_hosts_store:
+            meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        elif run.ranks > 1:
+            rendezvous = Rendezvous()
+            meeting = rendezvous.environment
+        environments = rank_environments(run.ranks, meeting)
+        return TrainingProcesses(program, environments, folder, self.folder, environment, rendezvous)
+
+    def execute(self, program: Sequence[str], folder: Path, ranks: int = 1) -> Outcome:
+        """Run Python on `program` as one group of ranks to its end; the existing `folder` takes their output."""
+        with start_ranks(program, folder, ranks=ranks, working_folder=self.folder) as processes:
+            return processes.wait()
+
+    def flags(self, run: Run, folder: Path, load: Path | None = None) -> list[str]:
+        """Return the command line arguments of a run that writes to `folder`."""
+        flags = [*shlex.split(SETTINGS), "--data-cache-path", str(folder / "cache")]
+        flags += ["--tensorboard-dir", str(folder / "tensorboard")] if run.logs_scalars else []
+        flags += ["--routing-mask", run.mask] if run.mask else []
+        flags += ["--load", str(load)] if load else []
+        flags += ["--save", str(folder / "save")] if run.saves else []
+        flags = [flag for flag in flags if flag != run.omits]
+        return [*flags, *shlex.split(run.flags)]

@@ -1,0 +1,364 @@
+"""The training runs that tests share, by name.
+
+A test names the runs that it looks at with `@pytest.mark.runs(name, …)`. Every name is written out here and in the test,
+so that a search for the name finds both.
+"""
+
+from support.launchers import TESTS
+from support.training import Run
+
+DISTRIBUTED = "--use-distributed-optimizer"
+EXPERT_2 = "--expert-model-parallel-size 2"
+PIPELINE_2 = "--pipeline-model-parallel-size 2"
+TENSOR_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+TENSOR_EXPERT_2 = f"{TENSOR_2} --expert-tensor-parallel-size 1 {EXPERT_2}"
+INTERLEAVED = f"{PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1"
+ALL_GATHER = "--moe-token-dispatcher-type allgather"
+FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+# Runs save at iteration 7, see `SETTINGS`, and at their end.
+UNTIL_12 = "--exit-interval 12"
+FROM_7 = f"{UNTIL_12} --ckpt-step 7"
+EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
+STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
+RECORDED_ROUTING = (str(TESTS / "training" / "pretrain_with_recorded_routing.py"),)
+
+RUNS = {
+    # Initial weights depend on the layout. So runs that are compared over layouts start from one checkpoint.
+    "start": Run("--exit-interval 1", saves=True),
+    "start, distributed optimizer": Run(f"--exit-interval 1 {DISTRIBUTED}", saves=True),
+    "reference": Run(description="One process, 21 iterations."),
+    "resumed from start": Run(continues="start", mask=None),
+    # Layouts.
+    "expert parallel 2": Run(
+        EXPERT_2,
+        ranks=2,
+        continues="start",
+        torchrun=True,
+        description="Experts on 2 ranks, which also share the batch; 2 micro-batches a step.",
+    ),
+    "expert parallel 2, undisturbed": Run(EXPERT_2, ranks=2, saves=True),
+    "expert parallel 4": Run(
+        "--expert-model-parallel-size 4",
+        ranks=4,
+        continues="start",
+        description="Experts on 4 ranks, which also share the batch.",
+    ),
+    "expert parallel 2, distributed optimizer": Run(
+        f"{EXPERT_2} {DISTRIBUTED}",
+        ranks=2,
+        continues="start, distributed optimizer",
+        description="Experts on 2 ranks; optimizer states are divided among ranks.",
+    ),
+    "pipeline 2": Run(
+        f"{PIPELINE_2} --save-interval 21",
+        ranks=2,
+        continues="start",
+        saves=True,
+        description="A pipeline of 2 stages, 4 micro-batches a step.",
+    ),
+    "interleaved pipeline": Run(
+        INTERLEAVED, ranks=2, continues="start", description="A pipeline of 2 ranks with 2 chunks of layers each."
+    ),
+    "tensor 2 with sequence parallel": Run(
+        TENSOR_2, ranks=2, continues="start", description="Layers and sequences are divided among 2 ranks."
+    ),
+    "data parallel 2, distributed optimizer": Run(
+        f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather",
+        ranks=2,
+        continues="start, distributed optimizer",
+        description="Two ranks share the batch and the optimizer states; communication overlaps computation.",
+    ),
+    "tensor 2, expert parallel 2": Run(
+        TENSOR_EXPERT_2, ranks=2, continues="start", description="Attention is divided among 2 ranks, experts are not."
+    ),
+    "tensor 2, experts in 2 parts, data parallel 2": Run(
+        f"{TENSOR_2} --expert-tensor-parallel-size 2 {EXPERT_2}",
+        ranks=4,
+        continues="start",
+        description="Each expert is divided among 2 ranks, and experts among 2 pairs of ranks.",
+    ),
+    "all-gather, expert parallel 2": Run(
+        f"{ALL_GATHER} {EXPERT_2}", ranks=2, continues="start", description="Tokens reach experts by all-gather."
+    ),
+    "all-gather, tensor 2, expert parallel 2": Run(
+        f"{ALL_GATHER} {TENSOR_EXPERT_2}",
+        ranks=2,
+        continues="start",
+        description="Tokens of divided sequences reach experts by all-gather.",
+    ),
+    # Recomputation.
+    "full recompute": Run(FULL_RECOMPUTE, description="Every layer is computed again in the backward pass."),
+    "selective recompute": Run(
+        "--recompute-granularity selective --recompute-modules moe",
+        description="MoE layers are computed again in the backward pass.",
+    ),
+    "pipeline 2, 8 micro-batches": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES}", ranks=2),
+    "pipeline 2, 8 micro-batches, full recompute": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2),
+    "pipeline 2, 8 micro-batches, full recompute, stale ids": Run(
+        f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2, program=STALE_IDS
+    ),
+    # Stop and resume.
+    "fp32": Run(f"{DROPOUT} {UNTIL_12}", saves=True),
+    "fp32, resumed": Run(f"{DROPOUT} {FROM_7}", continues="fp32"),
+    "bf16": Run(f"--bf16 {DROPOUT} {UNTIL_12}", saves=True),
+    "bf16, resumed": Run(f"--bf16 {DROPOUT} {FROM_7}", continues="bf16"),
+    "fp32, distributed optimizer": Run(f"{DISTRIBUTED} {DROPOUT} {UNTIL_12}", ranks=2, saves=True),
+    "fp32, distributed optimizer, resumed": Run(
+        f"{DISTRIBUTED} {DROPOUT} {FROM_7}", ranks=2, continues="fp32, distributed optimizer"
+    ),
+    "bf16, distributed optimizer": Run(
+        f"--bf16 {DISTRIBUTED} {UNTIL_12}",
+        ranks=2,
+        saves=True,
+        description="Two ranks compute in bf16 and share the optimizer states.",
+    ),
+    "bf16, distributed optimizer, resumed": Run(
+        f"--bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
+    ),
+    "stage without experts, distributed optimizer": Run(
+        f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True
+    ),
+    "stage without experts, distributed optimizer, resumed": Run(
+        f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {FROM_7}",
+        ranks=2,
+        continues="stage without experts, distributed optimizer",
+    ),
+    # Another expert parallel size after a stop.
+    "experts on 2": Run(f"{EXPERT_2} {UNTIL_12}", ranks=2, saves=True),
+    "experts on 2, resumed": Run(f"{EXPERT_2} {FROM_7}", ranks=2, continues="experts on 2"),
+    "experts on 2, resumed on 1": Run(FROM_7, continues="experts on 2"),
+    "experts on 2, distributed optimizer": Run(f"{EXPERT_2} {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True),
+    "experts on 2, distributed optimizer, resumed": Run(
+        f"{EXPERT_2} {DISTRIBUTED} {FROM_7}", ranks=2, continues="experts on 2, distributed optimizer"
+    ),
+    "experts on 2, distributed optimizer, resumed on 1": Run(
+        f"{DISTRIBUTED} {FROM_7}", continues="experts on 2, distributed optimizer"
+    ),
+    "saved asynchronously": Run(f"{DISTRIBUTED} {DROPOUT} {UNTIL_12} --async-save", ranks=2, saves=True),
+    "saved asynchronously, resumed": Run(
+        f"{DISTRIBUTED} {DROPOUT} {FROM_7} --async-save", ranks=2, continues="saved asynchronously"
+    ),
+    # Another layout after a stop.
+    "tensor 2": Run(f"{TENSOR_2} {UNTIL_12}", ranks=2, saves=True),
+    "tensor 2, resumed as pipeline 2": Run(f"{PIPELINE_2} {FROM_7}", ranks=2, continues="tensor 2"),
+    "joint": Run(f"{TENSOR_EXPERT_2} {PIPELINE_2} {UNTIL_12}", ranks=4, saves=True),
+    "joint, resumed on 1": Run(FROM_7, continues="joint"),
+    "joint, resumed as pipeline 4": Run(f"--pipeline-model-parallel-size 4 {FROM_7}", ranks=4, continues="joint"),
+    "joint, distributed optimizer": Run(
+        f"{TENSOR_2} --expert-tensor-parallel-size 1 --expert-model-parallel-size 4 {DISTRIBUTED} {UNTIL_12}",
+        ranks=4,
+        saves=True,
+    ),
+    "joint, distributed optimizer, resumed on 1": Run(
+        f"{DISTRIBUTED} {FROM_7}", continues="joint, distributed optimizer"
+    ),
+    "joint, distributed optimizer, resumed as pipeline 2, expert parallel 2, data parallel 2": Run(
+        f"{PIPELINE_2} {EXPERT_2} {DISTRIBUTED} {FROM_7}", ranks=4, continues="joint, distributed optimizer"
+    ),
+    # Other masks.
+    "mask of another seed": Run("--exit-interval 5", mask="other_seed.safetensors"),
+    "second rank without tokens, on 1": Run(UNTIL_12, mask="starving.safetensors", saves=True),
+    "second rank without tokens": Run(
+        f"{EXPERT_2} {FROM_7}", ranks=2, continues="second rank without tokens, on 1", mask="starving.safetensors"
+    ),
+    "recorded routing, experts of one rank, expert parallel 2": Run(
+        f"{EXPERT_2} --moe-router-topk 3 --moe-z-loss-coeff 1e-3 --moe-per-layer-logging --log-interval 2 "
+        "--eval-interval 3 --exit-interval 4",
+        ranks=2,
+        mask="rank_local.safetensors",
+        program=RECORDED_ROUTING,
+    ),
+}
+
+
+def model_in_layouts(
+    name: str,
+    flags: str,
+    layouts: dict[str, tuple[int, str, str]],
+    *,
+    description: str,
+    mask: str = "mask.safetensors",
+    omits: str | None = None,
+) -> dict[str, Run]:
+    """Return a run of a model on one process, and runs of the model in several layouts.
+
+    The run on one process saves after 4 of 8 iterations. The runs in other layouts continue from that checkpoint.
+
+    Args:
+        name: Name of the run on one process.
+        flags: Flags of all runs.
+        layouts: Number of ranks, further flags and description of each layout, by the name of its run.
+        description: Describes the model.
+        mask: Routing mask of all runs.
+        omits: A flag of `SETTINGS` that all runs leave out.
+    """
+    flags = f"--exit-interval 8 {flags}"
+    runs = {name: Run(f"{flags} --save-interval 4", saves=True, mask=mask, omits=omits, description=description)}
+    for run_name, (ranks, more_flags, layout) in layouts.items():
+        runs[run_name] = Run(
+            f"{flags} {more_flags} --ckpt-step 4",
+            ranks=ranks,
+            continues=name,
+            mask=mask,
+            omits=omits,
+            description=f"{description} {layout}",
+        )
+    return runs
+
+
+BALANCING_LOSSES = """
+    --moe-router-load-balancing-type aux_loss seq_aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 2e-2 3e-2
+"""
+MORE_RECOMPUTE = "--recompute-granularity selective --recompute-modules moe shared_experts mlp core_attn"
+# All optional parts of a model at once: a fault in one part shows in the losses.
+RICH = f"""
+    --num-attention-heads 4 --group-query-attention --num-query-groups 2 --moe-layer-freq [1,0,1,1]
+    --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate --moe-z-loss-coeff 1e-3 {BALANCING_LOSSES}
+"""
+# Experts are selected by scores with a bias, from 2 of 4 groups of 2 experts.
+GROUPS = """
+    --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk 3
+    --moe-router-score-function sqrtsoftplus --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1
+"""
+ALL_HEADS_NORMS = """
+    --qk-layernorm --qk-layernorm-all-heads --num-attention-heads 4 --group-query-attention --num-query-groups 2
+"""
+CAPACITY = "--moe-router-topk 3 --moe-expert-capacity-factor 0.8"
+# One micro-batch a step, so that the global loss does not depend on the number of ranks that share the micro-batch.
+WHOLE_BATCH = "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 2e-2 3e-2"
+
+RUNS |= model_in_layouts(
+    "rich",
+    f"{RICH} --mtp-num-layers 1",
+    {
+        "rich, resumed": (1, "", "Resumed on one process."),
+        "rich, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+        "rich, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+        "rich, interleaved pipeline": (2, INTERLEAVED, "A pipeline of 2 ranks with 2 chunks each."),
+        "rich, overlapped shared experts": (
+            2,
+            f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap",
+            "Shared experts compute while tokens travel.",
+        ),
+        "rich, selective recompute": (
+            2,
+            f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}",
+            "Experts, shared experts, MLPs and attention are recomputed.",
+        ),
+        "rich, tensor 2, expert parallel 2, pipeline 2": (
+            4,
+            f"{TENSOR_EXPERT_2} {PIPELINE_2}",
+            "Tensor, expert and pipeline parallel on 4 ranks.",
+        ),
+        "rich, full recompute, tensor 2, pipeline 2": (
+            4,
+            f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}",
+            "Every layer is recomputed; tensor and pipeline parallel on 4 ranks.",
+        ),
+    },
+    description="Grouped-query attention, one dense layer, gated shared experts, all balancing losses, z-loss and "
+    "multi-token prediction.",
+    mask="five_layers.safetensors",
+    omits="--untie-embeddings-and-output-weights",
+)
+RUNS |= model_in_layouts(
+    "repeated prediction",
+    f"{RICH} --mtp-num-layers 2 --mtp-use-repeated-layer",
+    {
+        "repeated prediction, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks."),
+        "repeated prediction, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+    },
+    description="Multi-token prediction that uses one layer twice.",
+    mask="six_layers.safetensors",
+    omits="--untie-embeddings-and-output-weights",
+)
+RUNS |= model_in_layouts(
+    "data parallel rich",
+    f"{RICH} --moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1e-2 2e-2 {DISTRIBUTED}",
+    {
+        "data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2": (
+            8,
+            f"{TENSOR_2} --expert-tensor-parallel-size 1 --expert-model-parallel-size 4 {PIPELINE_2}",
+            "Tensor, expert, pipeline and data parallel on 8 ranks.",
+        )
+    },
+    description="Grouped-query attention, one dense layer, gated shared experts, two balancing losses and z-loss.",
+)
+RUNS |= model_in_layouts(
+    "groups",
+    GROUPS,
+    {
+        "groups, resumed": (1, "", "Resumed on one process."),
+        "groups, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+        "groups, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
+    },
+    description="Group-limited routing with an expert bias, scores are the square root of softplus.",
+)
+RUNS |= model_in_layouts(
+    "norms over all heads",
+    ALL_HEADS_NORMS,
+    {"norms over all heads, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks.")},
+    description="Queries and keys are normalised over all heads together.",
+)
+RUNS |= model_in_layouts(
+    "capacity",
+    CAPACITY,
+    {
+        "capacity, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
+        "capacity, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+    },
+    description="Experts drop the tokens with the lowest weights beyond their capacity.",
+)
+RUNS |= model_in_layouts(
+    "padded capacity",
+    f"{CAPACITY} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",
+    {
+        "padded capacity, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
+        "padded capacity, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+    },
+    description="Experts drop the last tokens beyond their capacity and pad to their capacity.",
+)
+RUNS |= model_in_layouts(
+    "global loss",
+    f"{WHOLE_BATCH} --micro-batch-size 8",
+    {
+        "global loss, expert parallel 2": (2, f"{EXPERT_2} --micro-batch-size 4", "Experts on 2 ranks."),
+        "global loss, tensor 2, data parallel 2": (
+            4,
+            f"{TENSOR_2} --micro-batch-size 4",
+            "Tensor and data parallel on 4 ranks.",
+        ),
+    },
+    description="The load-balancing loss of the whole batch, with one micro-batch a step.",
+)
+# With two expert-parallel ranks, dispatch is planned from the token ids; one process uses Megatron's dispatcher.
+RUNS |= model_in_layouts(
+    "experts of one rank",
+    "--moe-z-loss-coeff 1e-3 --moe-shared-expert-intermediate-size 16 --moe-router-topk 3",
+    {
+        "experts of one rank, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
+        "experts of one rank, tensor 2, expert parallel 2": (
+            2,
+            TENSOR_EXPERT_2,
+            "Tensor and expert parallel on 2 ranks.",
+        ),
+        "experts of one rank, selective recompute": (
+            2,
+            f"{EXPERT_2} --recompute-granularity selective --recompute-modules moe",
+            "Experts on 2 ranks; MoE layers are recomputed.",
+        ),
+        "experts of one rank, full recompute, expert parallel 2, pipeline 2": (
+            4,
+            f"{EXPERT_2} {PIPELINE_2} {FULL_RECOMPUTE}",
+            "Expert and pipeline parallel on 4 ranks; every layer is recomputed.",
+        ),
+        "experts of one rank, expert parallel 2, interleaved pipeline": (
+            4,
+            f"{EXPERT_2} {INTERLEAVED}",
+            "Expert parallel and an interleaved pipeline on 4 ranks.",
+        ),
+    },
+    description="A rank-local mask, whose dispatch is planned from the token ids.",
+    mask="rank_local.safetensors",
+)
