@@ -1,0 +1,49 @@
+"""Write a generated page of the documentation, or check that the committed page is up to date."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import jinja2
+
+DOCS = Path(__file__).resolve().parents[1]
+
+
+def run(page: str, render: Callable[[], str], description: str) -> None:
+    """Write `docs/PAGE`, or with `--check` exit with code 1 if the committed page differs.
+
+    Args:
+        page: the page's file name.
+        render: returns the text of the page.
+        description: what the script's `--help` says.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is stale")
+    arguments = parser.parse_args()
+    path, text = DOCS / page, render()
+    if not arguments.check:
+        path.write_text(text, encoding="utf-8")
+    elif not path.exists() or path.read_text(encoding="utf-8") != text:
+        sys.exit(f"docs/{page} is stale; run: python {Path(sys.argv[0]).relative_to(DOCS.parent)}")
+
+
+def fill(template: str, **values: str) -> str:
+    """Return the text of a template in this folder with its values filled in."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.get_template(template).render(values)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def cell(text: str) -> str:
+    """Return plain text as the content of a table's cell, with its flags in code style."""
+    words = " ".join(text.split())
+    words = re.sub(r"([|*<>])", r"\\\1", words)
+    return re.sub(r"(?<![\w`-])(--[a-z0-9][a-z0-9-]*)", r"`\1`", words)
