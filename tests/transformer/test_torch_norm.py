@@ -2,7 +2,7 @@ import pytest
 import torch
 from support.small_moe import make_config
 
-from maskmoe.transformer.torch_norm import build_torch_norm
+from maskmoe.transformer.backends.torch_norm import build_torch_norm
 
 
 @pytest.mark.parametrize("norm_class", [torch.nn.LayerNorm, torch.nn.RMSNorm])

@@ -23,7 +23,7 @@ from ranks import join_ranks, run_and_report
 from torch import Tensor
 from zipf import zipf_probabilities
 
-from maskmoe.transformer.grouped_experts import GroupedMLP
+from maskmoe.transformer.experts import GroupedMLP
 
 
 def make_experts(kind: type[SequentialMLP], config: TransformerConfig, groups: ProcessGroupCollection) -> SequentialMLP:

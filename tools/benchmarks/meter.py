@@ -52,7 +52,7 @@ def cost_of(work: Callable[[], object]) -> Cost:
 class _Collectives(TorchDispatchMode):
     """Counts the collectives that tensors go through."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.all_to_alls = self.all_to_all_bytes = self.others = 0
 
@@ -72,7 +72,7 @@ class _HostWaits(TorchFunctionMode):
     A copy to the host is a wait, and what it returns, and whatever is made of that, is at hand from then on.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.count = 0
         self._on_host: list[Tensor] = []  # they live on, so that none of them is taken for another

@@ -42,7 +42,7 @@ class Trainer:
         batches: dictionaries with `tokens` and `labels`, int64 [batch, sequence].
     """
 
-    def __init__(self, model: GPTModel, config: TransformerConfig, batches: Iterator[dict[str, torch.Tensor]]):
+    def __init__(self, model: GPTModel, config: TransformerConfig, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
         self.optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4), [self.model])
         config.finalize_model_grads_func = finalize_model_grads

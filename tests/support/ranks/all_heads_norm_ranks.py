@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from support.small_moe import make_config
 from torch import Tensor
 
-from maskmoe.transformer.all_heads_norm import AllHeadsRMSNorm
+from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
 
 SEQUENCE, BATCH, HEAD_DIM = 5, 2, 8
 # Heads of the model: some for each rank, one for each, and one that two ranks hold.

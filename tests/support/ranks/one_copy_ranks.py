@@ -13,11 +13,14 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 import torch
+from fixed_router import FixedRouter
 from torch import Tensor
 
-from maskmoe.transformer.one_copy_dispatcher import OneCopyDispatcher
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
+from maskmoe.transformer.token_ids import TokenIds
 
 HIDDEN = 8
+NO_IDS = TokenIds(torch.empty(0, dtype=torch.int64))  # A fixed router reads no ids.
 
 
 class CountedAllToAll:
@@ -70,9 +73,11 @@ def deviations(case: dict[str, Tensor], rank: int, num_ranks: int) -> dict[str, 
     dispatcher = OneCopyDispatcher(len(scales), torch.distributed.group.WORLD)
     own_hidden, own_weights = (case[name].clone().requires_grad_() for name in ("hidden", "weights"))
     own_scales = case["scales"][rank * local_experts :][:local_experts].clone().requires_grad_()
-    expert_input, row_weights, dispatch = dispatcher.dispatch(own_hidden, own_weights, case["chosen"])
-    scale_of_row = own_scales.repeat_interleave(dispatch.tokens_per_expert, dim=0)
-    output = dispatcher.combine(expert_input * scale_of_row * row_weights.unsqueeze(1), dispatch)
+    router = FixedRouter(own_weights, case["chosen"])
+    dispatched = dispatcher.route_and_dispatch(own_hidden.unsqueeze(1), NO_IDS, router)
+    scale_of_row = own_scales.repeat_interleave(dispatched.tokens_per_expert, dim=0)
+    expert_output = dispatched.expert_input * scale_of_row * dispatched.weights.unsqueeze(1)
+    output = dispatcher.combine(expert_output, dispatched.metadata).squeeze(1)
     output.backward(case["gradient"])
 
     expected_scales = scales.grad.clone()

@@ -5,7 +5,7 @@ The parameters and inputs of a case depend on neither, so that all layouts compu
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ from support.small_moe import (
 )
 from torch import Tensor
 
-from maskmoe.transformer.dispatch_plan import DispatchPlanner, PlannedTokenIds
+from maskmoe.transformer.dispatch.choose import build_dispatcher
+from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.transformer.dispatch.plan import DispatchPlanner
+from maskmoe.transformer.dispatch.planned import PlannedDispatcher
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 6, 9, 6, 4, 8
 
@@ -42,7 +46,8 @@ class Case:
         experts: those that any id sees.
         settings: of the configuration.
         scale: of the hidden states.
-        halves: odd ids see the second half of the experts, the others the first.
+        halves: odd ids see the second half of the experts, even ids see the first half.
+        has_padding: some tokens are padding.
     """
 
     sizes: tuple[int, ...]
@@ -50,6 +55,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     scale: float = 1
     halves: bool = False
+    has_padding: bool = False
 
     @property
     def is_rank_local(self) -> bool:
@@ -91,6 +97,12 @@ CASES = {
     "rank_local_recomputed": Case(
         (1, 3), settings={"recompute_granularity": "selective", "recompute_modules": ["moe"]}, halves=True
     ),
+    "rank_local_padding": Case(
+        (1, 2, 3),
+        settings={"topk": 2, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        halves=True,
+        has_padding=True,
+    ),
     "all_gather": Case((1, 2, 4), settings={"topk": 3, "moe_token_dispatcher_type": "allgather"}),
     "all_gather_starved": Case((1, 2), experts=range(3), settings={"moe_token_dispatcher_type": "allgather"}),
 }
@@ -124,6 +136,8 @@ TENSOR_PARALLEL = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size
 LAYOUTS = {
     "expert": Layout(1, {"expert_model_parallel_size": 2}),
     "planned": Layout(1, {"expert_model_parallel_size": 2}, plans=True),
+    "expert_with_losses": Layout(1, {"expert_model_parallel_size": 2}, losses=LOSSES),
+    "planned_with_losses": Layout(1, {"expert_model_parallel_size": 2}, losses=LOSSES, plans=True),
     "tensor": Layout(0, TENSOR_PARALLEL, losses=LOSSES),
     "tensor_routable": Layout(0, TENSOR_PARALLEL, "routable", LOSSES),
     "tensor_and_expert": Layout(
@@ -136,8 +150,12 @@ LAYOUTS = {
 
 def is_possible(layout_name: str, case_name: str) -> bool:
     """Shared experts are whole on every rank of two layouts only; plans need masks and settings that allow them."""
-    if LAYOUTS[layout_name].plans:
-        return CASES[case_name].is_rank_local and "all_gather" not in case_name
+    layout, case = LAYOUTS[layout_name], CASES[case_name]
+    if layout.plans or layout_name == "expert_with_losses":
+        return case.is_rank_local and "all_gather" not in case_name
+    if case.has_padding:
+        # Losses are means over each rank's real tokens, whose numbers differ between the ranks.
+        return not layout.losses
     return layout_name == "expert" or "shared" not in case_name
 
 
@@ -174,15 +192,22 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
     shape = (SEQUENCE, BATCH, HIDDEN)
     hidden = part_of(case.scale * rng.normal(size=shape)).float().requires_grad_()
     output_grad = part_of(rng.normal(size=shape)).float()
-    token_ids = part_of(rng.integers(0, VOCAB_SIZE, shape[:2])).T.contiguous()
+    token_ids = TokenIds(part_of(rng.integers(0, VOCAB_SIZE, shape[:2])).T.contiguous())
+    if case.has_padding:
+        token_ids = replace(token_ids, is_padding=part_of(rng.random(shape[:2]) < 0.4).T.contiguous())
     if layout.plans and num_ranks > 1:
+        assert isinstance(layer.dispatcher, PlannedDispatcher)
         planner = DispatchPlanner(layer.router.visible_experts, config.moe_router_topk, [0], process_groups().ep)
-        token_ids = PlannedTokenIds.attach(token_ids, planner.plan(token_ids))
+        token_ids = replace(token_ids, plan=planner.plan(token_ids))
+    elif isinstance(layer.dispatcher, PlannedDispatcher):
+        layer.dispatcher = build_dispatcher(DispatchKind.ONE_COPY, layer)
     take_metrics()
-    output, _ = layer(hidden, padding_mask=token_ids)
+    output, _ = layer(hidden, padding_mask=pack_token_ids(token_ids))
     output.backward(output_grad)
     # Scaled back, so that one tolerance serves all cases.
     grads = {name: parameter.grad / case.scale for name, parameter in parameters.items()}
+    if layer.router.local_tokens_per_expert is not None:
+        grads["router.local_tokens_per_expert"] = layer.router.local_tokens_per_expert
     return {"output": output.detach() / case.scale, "input_grad": hidden.grad} | take_metrics() | grads
 
 
