@@ -76,7 +76,7 @@ def get_maskmoe_mtp_block_spec(
 
 
 def _backend(config: TransformerConfig) -> dict[str, Any]:
-    """Return the arguments by which Megatron-Core's functions select modules."""
+    """Return the arguments that make Megatron-Core's functions select modules."""
     return {
         "use_transformer_engine": config.transformer_impl == "transformer_engine",
         "normalization": config.normalization,

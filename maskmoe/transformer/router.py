@@ -126,7 +126,7 @@ class MaskMoERouter(TopKRouter):
             expert_bias=self.expert_bias,
             precomputed_indices=selected,
         )
-        # Where k > V, invisible experts with weight 0 fill up to k.
+        # If k > V, invisible experts with weight 0 fill up to k. They are not in the map.
         routing_map = routing_map_of(selected, visible)
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(

@@ -51,7 +51,7 @@ class MaskedLogits:
 
 
 def preference_scores(logits: Tensor, score_function: str, pre_softmax: bool, expert_bias: Tensor | None) -> Tensor:
-    """Return the scores [tokens, experts] by which experts are selected, as Megatron-Core's router computes them.
+    """Return the scores [tokens, experts] that rank the experts, as Megatron-Core does.
 
     Args:
         logits: [tokens, experts], -inf for invisible experts.
@@ -110,8 +110,8 @@ def _elementwise_scores(logits: Tensor, score_function: str) -> Tensor:
 def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
     """Return bool [tokens, experts], True for experts outside the groups that are chosen for a token.
 
-    Groups are chosen as in group-limited routing (DeepSeek-V3, arXiv 2412.19437): the score of a group is the sum of its
-    `topk / group_topk` largest scores, or of fewer if fewer experts of the group are visible. A group without a visible
+    Groups are chosen as in group-limited routing (DeepSeek-V3, arXiv 2412.19437): the score of a group is the sum of
+    its `topk / group_topk` largest scores, or of fewer if fewer experts of the group are visible. A group without a visible
     expert is chosen only if there are not enough other groups.
 
     Args:

@@ -23,7 +23,7 @@ _BUFFERS = ("row_of_id", "visible_bits", "metadata")
 
 @dataclass(frozen=True)
 class VisibleSets:
-    """The visible sets of the tokens that one router routes in one micro-batch.
+    """The visible sets of the tokens of one micro-batch in one layer.
 
     Attributes:
         experts: bool [tokens, experts], the experts that each token may use.

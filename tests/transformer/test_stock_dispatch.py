@@ -1,3 +1,5 @@
+"""Megatron's all-to-all dispatcher for any number of selected experts per token."""
+
 import pytest
 import torch
 from support.small_moe import DEVICE, make_config, make_layer, make_mask, process_groups, random_visible_sets

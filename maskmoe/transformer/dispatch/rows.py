@@ -1,4 +1,4 @@
-"""Copies of rows, sums of copies, and the all-to-all of rows that one-copy and planned dispatch are made of."""
+"""Copies of rows, sums of copies, and all-to-alls of rows: the parts of one-copy and planned dispatch."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,6 +1,6 @@
-"""One rank of a MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""One rank of an MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
 
-The parameters and inputs of a case depend on neither, so that all layouts compute the same.
+Parameters and inputs of a case do not depend on layout and rank, so that all layouts must give the same results.
 """
 
 import os
@@ -42,10 +42,10 @@ class Case:
     """A mask and a batch.
 
     Attributes:
-        sizes: of the visible sets.
-        experts: those that any id sees.
-        settings: of the configuration.
-        scale: of the hidden states.
+        sizes: sizes of the visible sets.
+        experts: the experts that ids can see.
+        settings: settings of the configuration.
+        scale: scale of the hidden states.
         halves: odd ids see the second half of the experts, even ids see the first half.
         has_padding: some tokens are padding.
     """
@@ -59,11 +59,11 @@ class Case:
 
     @property
     def is_rank_local(self) -> bool:
-        """Every id sees experts of one of two ranks."""
+        """Whether every id sees experts of only one of two ranks."""
         return self.halves or self.experts.start // (NUM_EXPERTS // 2) == (self.experts.stop - 1) // (NUM_EXPERTS // 2)
 
     def visible_sets(self) -> np.ndarray:
-        """bool [1, vocab, N]."""
+        """Draw the visible sets, bool [1, vocab, N]."""
         visible = np.zeros((1, VOCAB_SIZE, NUM_EXPERTS), bool)
         num_seen = NUM_EXPERTS // 2 if self.halves else len(self.experts)
         drawn = random_visible_sets(5, 1, VOCAB_SIZE, num_seen, self.sizes)
@@ -84,13 +84,13 @@ CASES = {
     "starved_rank_recomputed": Case(
         (1, 2), range(3), {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     ),
-    # Every token has two experts; the weight of one of them is rounded to 0.
+    # Every token has two experts; the weight of one expert is rounded to 0.
     "rounded_weights": Case((2, 3), settings={"moe_router_pre_softmax": True}, scale=300),
     "shared_experts": Case((1, 2), settings={"moe_shared_expert_intermediate_size": 10}),
     "overlapped_shared_experts": Case(
         (1, 2), settings={"moe_shared_expert_intermediate_size": 10, "moe_shared_expert_overlap": True}
     ),
-    # Every id sees k experts or more, but not in the groups that its token is limited to.
+    # Every id sees k experts or more, but not within the groups that are chosen for its token.
     "groups": Case((2, 6), settings={"topk": 2, "moe_router_num_groups": 3, "moe_router_group_topk": 1}),
     "rank_local": Case((1, 2, 3), settings={"topk": 2}, halves=True),
     "rank_local_one_expert_per_token": Case((1, 3), settings={"topk": 1}, halves=True),
@@ -113,10 +113,11 @@ class Layout:
     """How two ranks divide the layer and its tokens.
 
     Attributes:
-        split_dimension: of the hidden states [sequence, batch, hidden].
-        settings: of the configuration and of the process groups.
-        losses: the router's losses; they are of the tokens of all tensor-parallel ranks, but of each expert-parallel
-            rank's own, or meant to be averaged over those.
+        split_dimension: the dimension of the hidden states [sequence, batch, hidden] that is split.
+        settings: settings of the configuration and of the process groups.
+        aux_loss_tokens: tokens that load-balancing losses count.
+        losses: settings of the router's losses. Losses cover the tokens of all tensor-parallel ranks, but only each
+            expert-parallel rank's own tokens.
         plans: dispatch is planned from the ids.
     """
 
@@ -149,7 +150,7 @@ LAYOUTS = {
 
 
 def is_possible(layout_name: str, case_name: str) -> bool:
-    """Shared experts are whole on every rank of two layouts only; plans need masks and settings that allow them."""
+    """Return whether a layout supports a case."""
     layout, case = LAYOUTS[layout_name], CASES[case_name]
     if layout.plans or layout_name == "expert_with_losses":
         return case.is_rank_local and "all_gather" not in case_name
@@ -160,7 +161,7 @@ def is_possible(layout_name: str, case_name: str) -> bool:
 
 
 def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1) -> dict[str, Tensor]:
-    """The layer's output, losses, and gradients of input and parameters; experts are named by global index."""
+    """Return output, losses, and gradients of input and parameters by name; experts have their global index."""
     layout, case = LAYOUTS[layout_name], CASES[case_name]
     parallel = layout.settings if num_ranks > 1 else {}
     config = make_config(
@@ -204,7 +205,7 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
     take_metrics()
     output, _ = layer(hidden, padding_mask=pack_token_ids(token_ids))
     output.backward(output_grad)
-    # Scaled back, so that one tolerance serves all cases.
+    # Undo the scale, so that all cases can use the same tolerance.
     grads = {name: parameter.grad / case.scale for name, parameter in parameters.items()}
     if layer.router.local_tokens_per_expert is not None:
         grads["router.local_tokens_per_expert"] = layer.router.local_tokens_per_expert
@@ -212,9 +213,9 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
 
 
 def _part_of_weight(name: str, shape: torch.Size, rank: int, shards: int) -> Tensor:
-    """This rank's part of a weight that depends on its name only."""
+    """Draw this rank's part of a weight; the whole weight depends only on its name."""
     rng = np.random.default_rng(np.frombuffer(name.encode(), np.uint8))
-    if "linear_fc1" in name:  # gate and value, each divided along its rows
+    if "linear_fc1" in name:  # Gate and value are each divided along their rows.
         whole = rng.normal(size=(2, shape[0] // 2 * shards, shape[1]))
         return torch.from_numpy(np.split(whole, shards, axis=1)[rank % shards].reshape(shape))
     if "linear_fc2" in name:
