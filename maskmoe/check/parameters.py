@@ -29,7 +29,7 @@ from maskmoe.megatron_compat.patches import latent_projections_without_transform
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
-from maskmoe.transformer.grouped_experts import GroupedMLP
+from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.visible_experts import VisibleExperts
 

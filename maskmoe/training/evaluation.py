@@ -29,7 +29,7 @@ from maskmoe.training.forward import forward_all, sum_over_ranks
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
 from maskmoe.training.text_scoring import TextScores, read_texts, score_texts
 from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.token_ids import unpack_token_ids
+from maskmoe.transformer.token_ids import TokenIds
 
 _SPLITS = ("train", "valid", "test")
 
@@ -106,8 +106,8 @@ class ExpertLoadCounter:
             if isinstance(module, MaskMoERouter):
                 module.register_forward_hook(self._count)
 
-    def _count(self, router: MaskMoERouter, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> None:
-        _, is_padding = unpack_token_ids(inputs[1])  # [sequence, batch]
+    def _count(self, router: MaskMoERouter, inputs: tuple[Tensor, TokenIds], outputs: tuple[Tensor, Tensor]) -> None:
+        is_padding = inputs[1].is_padding  # [sequence, batch]
         _, routing_map = outputs  # [tokens, experts]
         if is_padding is not None:
             routing_map = routing_map & ~is_padding.reshape(-1, 1)

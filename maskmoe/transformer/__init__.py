@@ -1,1 +1,1 @@
-"""What the method adds to Megatron-Core's layers: visible experts, router, dispatcher, layer, specs and model."""
+"""MaskMoE's additions to Megatron-Core's layers: visible experts, router, dispatch, layer, layer specs and model."""

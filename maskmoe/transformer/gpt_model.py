@@ -1,72 +1,70 @@
-"""The GPT model that hands the token ids down to its routers."""
+"""The GPT model that hands token ids to its routers."""
 
-import logging
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.utils import log_single_rank
 from torch import Tensor
 
-from maskmoe.transformer.dispatch.kind import DispatchKind
-from maskmoe.transformer.dispatch_plan import DispatchPlanner, PlannedTokenIds
-from maskmoe.transformer.moe_layer import dispatch_kind
-from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.token_ids import pack_token_ids, take_part_of_sequence
+from maskmoe.transformer.model_mixin import RoutesByTokenId
 from maskmoe.transformer.visible_experts import VisibleExperts
 
-_logger = logging.getLogger(__name__)
 
-# Where `GPTModel._preprocess` puts the padding mask among its outputs.
-_PADDING_MASK = 5
-
-
-class MaskMoEGPTModel(GPTModel):
+class MaskMoEGPTModel(RoutesByTokenId, GPTModel):
     """`GPTModel` whose MoE layers route by token id.
 
-    The ids ride on `padding_mask`, which Megatron-Core passes along with the hidden states through pipeline chunks,
-    recomputation and multi-token prediction. So every pipeline stage must be given `input_ids`, also those without an
-    embedding. A padding mask, bool [batch, sequence] with True for padding, may be given to all stages as well: the
-    routers then leave padding out of their losses and of the counts behind the expert bias, as Megatron-Core's do.
+    Every pipeline stage must be given `input_ids`, also stages without an embedding. A padding mask, bool [batch,
+    sequence] with True for padding, can be given to all stages as well: the routers then exclude padding from their
+    losses and from the counts behind the expert bias, as Megatron-Core's routers do.
 
     Args:
+        args: positional arguments of `GPTModel`.
         visible_experts: the routing mask shared by the model's routers.
-        other arguments: those of `GPTModel`.
+        kwargs: keyword arguments of `GPTModel`.
     """
 
-    def __init__(self, *args, visible_experts: VisibleExperts, **kwargs):
+    def __init__(self, *args: Any, visible_experts: VisibleExperts, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.routing_mask = visible_experts
-        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process:
-            # With tied embeddings the output layer takes the weight of the embedding, which is here for multi-token
-            # prediction. On a later pipeline stage it has an unused weight besides, and no checkpoint can be saved.
-            self.output_layer.weight = None
-        self._dispatch_planner = self._make_dispatch_planner()
+        self._drop_unused_output_weight()
+        self.set_routing_mask(visible_experts)
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args, padding_mask: Tensor | None = None, **kwargs):
-        """As `GPTModel._preprocess`, with ids and padding of this rank's tokens in the place of `padding_mask`.
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple:
+        """Compute the inputs of the decoder as `GPTModel` does, with packed token ids as `padding_mask`.
 
         Raises:
             ValueError: no token ids, or a padding mask of another shape.
         """
-        if input_ids is None:
-            raise ValueError("MaskMoEGPTModel needs input_ids on every pipeline stage: its routers choose by token id")
-        outputs = list(super()._preprocess(input_ids, position_ids, *args, **kwargs))
-        token_ids = self._token_ids_of_this_rank(pack_token_ids(input_ids, padding_mask))
-        if self._dispatch_planner is not None and padding_mask is None:
-            token_ids = PlannedTokenIds.attach(token_ids, self._dispatch_planner.plan(token_ids))
-        outputs[_PADDING_MASK] = token_ids
-        return tuple(outputs)
+        packed = self.pack_for_layers(input_ids, padding_mask)
+        (
+            decoder_input,
+            rotary_pos_emb,
+            rotary_pos_cos,
+            rotary_pos_sin,
+            sequence_len_offset,
+            _padding_mask,
+            *rest,
+        ) = super()._preprocess(
+            input_ids,
+            position_ids,
+            decoder_input,  # pyrefly: ignore[bad-argument-type]  # None is the default
+            inference_context,
+            packed_seq_params,
+        )
+        return decoder_input, rotary_pos_emb, rotary_pos_cos, rotary_pos_sin, sequence_len_offset, packed, *rest
 
-    def _make_dispatch_planner(self) -> DispatchPlanner | None:
-        """What plans the dispatch of all layers by the token ids; None if the mask or the settings do not allow it."""
-        kind = dispatch_kind(self.config, self.pg_collection, self.routing_mask.is_rank_local)
-        log_single_rank(_logger, logging.INFO, f"dispatch of tokens to experts: {kind.value}")
-        if kind is not DispatchKind.PLANNED:
-            return None
-        # Those of multi-token prediction get other ids.
-        routers = (module for module in self.modules() if isinstance(module, MaskMoERouter) and not module.is_mtp_layer)
-        tables = {router.table for router in routers}
-        return DispatchPlanner(self.routing_mask, self.config.moe_router_topk, tables, self.pg_collection.ep)
+    def _drop_unused_output_weight(self) -> None:
+        """Drop the output layer's own weight where embeddings are tied and multi-token prediction holds an embedding.
 
-    def _token_ids_of_this_rank(self, packed: Tensor) -> Tensor:
-        """What `pack_token_ids` made, [..., sequence / tp]: the part of the sequence that this rank holds."""
-        return take_part_of_sequence(packed, self.pg_collection.tp) if self.config.sequence_parallel else packed
+        The output layer then uses the weight of that embedding. On a later pipeline stage, `GPTModel` also allocates a
+        weight in the output layer, which is never used and makes saving a checkpoint fail. `GPTModel` has no argument
+        to prevent the allocation.
+        """
+        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process:
+            self.output_layer.weight = None

@@ -1,4 +1,4 @@
-"""Megatron-Core's own layer specs with our modules in the place of theirs."""
+"""Megatron-Core's layer specs with MaskMoE's modules substituted; no other file substitutes modules."""
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -21,12 +21,13 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from maskmoe.transformer.all_heads_norm import AllHeadsRMSNorm
-from maskmoe.transformer.grouped_experts import GroupedMLP
+from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
+from maskmoe.transformer.backends.torch_norm import build_torch_norm
+from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
-from maskmoe.transformer.router import AuxLossTokens, MaskMoERouter
-from maskmoe.transformer.torch_norm import build_torch_norm
+from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.router_losses import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
@@ -37,14 +38,14 @@ def get_maskmoe_decoder_block_spec(
     vp_stage: int | None = None,
     qk_layernorm_all_heads: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The spec of `get_gpt_decoder_block_spec` with MaskMoE layers where it has MoE layers.
+    """Return the spec of `get_gpt_decoder_block_spec` with MaskMoE layers in place of MoE layers.
 
     Args:
-        config: the model's configuration; `transformer_impl` chooses Transformer Engine or local modules.
+        config: the model's configuration; `transformer_impl` selects Transformer Engine or local modules.
         visible_experts: the routing mask shared by the model's routers; None for a model without experts.
-        aux_loss_tokens: see `MaskMoERouter`.
+        aux_loss_tokens: tokens that load-balancing losses count, see `MaskMoERouter`.
         vp_stage: virtual pipeline stage.
-        qk_layernorm_all_heads: the norms of queries and keys are over all heads, see `AllHeadsRMSNorm`.
+        qk_layernorm_all_heads: normalize queries and keys over all heads, see `AllHeadsRMSNorm`.
     """
     block = get_gpt_decoder_block_spec(config, vp_stage=vp_stage, **_backend(config))
     block = _with_maskmoe_modules(block, visible_experts, aux_loss_tokens)
@@ -58,14 +59,15 @@ def get_maskmoe_mtp_block_spec(
     vp_stage: int | None = None,
     qk_layernorm_all_heads: bool = False,
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """The spec of `get_gpt_mtp_block_spec`, which repeats the last decoder layer, with MaskMoE layers in it.
+    """Return the spec of `get_gpt_mtp_block_spec`, which repeats the last decoder layer, with MaskMoE layers.
 
-    Arguments as for the decoder's spec. None where the pipeline stage predicts nothing.
+    The arguments are those of `get_maskmoe_decoder_block_spec`. Returns None if the pipeline stage has no
+    multi-token prediction.
     """
     backend = _backend(config)
     block = get_gpt_mtp_block_spec(
         config,
-        get_gpt_decoder_layer_specs(config, **backend)[-1],
+        get_gpt_decoder_layer_specs(config, **backend)[-1],  # pyrefly: ignore[bad-index]  # Megatron annotates a block
         use_transformer_engine=backend["use_transformer_engine"],
         vp_stage=vp_stage,
     )
@@ -74,6 +76,7 @@ def get_maskmoe_mtp_block_spec(
 
 
 def _backend(config: TransformerConfig) -> dict[str, Any]:
+    """Return the arguments that make Megatron-Core's functions select modules."""
     return {
         "use_transformer_engine": config.transformer_impl == "transformer_engine",
         "normalization": config.normalization,
@@ -82,7 +85,7 @@ def _backend(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _with_maskmoe_modules(spec: Any, visible_experts: VisibleExperts | None, aux_loss_tokens: AuxLossTokens) -> Any:
-    router = partial(MaskMoERouter, visible_experts=visible_experts, aux_loss_tokens=aux_loss_tokens)
+    """Return the spec with MaskMoE's layers, routers, experts and norms."""
 
     def substitute(node: Any) -> Any:
         if node is WrappedTorchNorm:
@@ -94,6 +97,8 @@ def _with_maskmoe_modules(spec: Any, visible_experts: VisibleExperts | None, aux
         if node is MultiTokenPredictionLayer:
             return MaskMoEMultiTokenPredictionLayer
         if isinstance(node, MoESubmodules):
+            assert visible_experts is not None
+            router: Any = partial(MaskMoERouter, visible_experts=visible_experts, aux_loss_tokens=aux_loss_tokens)
             return replace(node, router=router)
         return node
 
@@ -101,13 +106,16 @@ def _with_maskmoe_modules(spec: Any, visible_experts: VisibleExperts | None, aux
 
 
 def _with_norms_over_all_heads(spec: Any, config: TransformerConfig) -> Any:
+    """Return the spec with query and key norms over all heads."""
+    assert config.num_query_groups is not None  # `TransformerConfig` sets the default.
+    norms = {
+        "q_layernorm": partial(AllHeadsRMSNorm, num_heads=config.num_attention_heads),
+        "k_layernorm": partial(AllHeadsRMSNorm, num_heads=config.num_query_groups),
+    }
+
     def substitute(node: Any) -> Any:
         if isinstance(node, SelfAttentionSubmodules):
-            return replace(
-                node,
-                q_layernorm=partial(AllHeadsRMSNorm, num_heads=config.num_attention_heads),
-                k_layernorm=partial(AllHeadsRMSNorm, num_heads=config.num_query_groups),
-            )
+            return replace(node, **norms)
         return node
 
     return map_spec(spec, substitute)

@@ -1,23 +1,33 @@
 """Multi-token prediction whose layers route by the ids of the tokens that they embed."""
 
+from typing import Any
+
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch import Tensor
 
-from maskmoe.transformer.token_ids import gather_sequence, take_part_of_sequence
+from maskmoe.transformer.token_ids import gather_sequence, split_sequence
 
 
 class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
-    """`MultiTokenPredictionLayer` that shifts the token ids right under sequence parallelism, too.
+    """`MultiTokenPredictionLayer` that shifts token ids correctly under sequence parallelism, too.
 
-    Each layer embeds the tokens one position further on, and shifts what rides on `padding_mask` along. The stock
-    layer shifts the part of the sequence that a rank holds, whose last token then gets an id of 0 rather than that of
-    the next rank's first token.
+    Each layer embeds the tokens one position further on, and shifts `padding_mask`, which holds the token ids, along.
+    The stock layer shifts only the part of the sequence that a rank holds. The last token of the part then gets id 0
+    instead of the id of the next rank's first token.
     """
 
-    def _get_embeddings(self, *args, padding_mask: Tensor | None = None, **kwargs) -> tuple:
-        """As the method it overrides; padding_mask is what `pack_token_ids` makes, this rank's part of it."""
+    def _get_embeddings(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
+        """Shift ids and embed them, as the overridden method does.
+
+        Args:
+            args: positional arguments of the overridden method.
+            padding_mask: this rank's part of the packed token ids.
+            kwargs: keyword arguments of the overridden method.
+        """
         if not self.sequence_parallel or padding_mask is None:
             return super()._get_embeddings(*args, padding_mask=padding_mask, **kwargs)
+        assert self.tp_group is not None
         whole = gather_sequence(padding_mask, self.tp_group)
         input_ids, position_ids, shifted, *rest = super()._get_embeddings(*args, padding_mask=whole, **kwargs)
-        return input_ids, position_ids, take_part_of_sequence(shifted, self.tp_group), *rest
+        assert shifted is not None
+        return input_ids, position_ids, split_sequence(shifted, self.tp_group), *rest

@@ -1,26 +1,26 @@
-"""What the routers did in training, summed on the device as it happens, and read when it is logged."""
+"""Statistics of routing in training: summed on the device in every micro-batch, read when they are logged."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from maskmoe.transformer.losses import normalized_scores
+from maskmoe.transformer.selection import MaskedLogits
 
 _NUM_SCALARS = 5
 
 
 @dataclass(frozen=True)
 class RoutingSums:
-    """Sums over tokens, micro-batches and ranks; of one layer, or of several in front of the dimensions given here.
+    """Sums over tokens, micro-batches and ranks, of one layer or of several layers in leading dimensions.
 
     Attributes:
-        num_tokens: scalar, without padding.
-        num_routable: scalar, those of them with two or more visible experts.
-        entropy: scalar, the entropies of the routable tokens' masked probabilities, in nats.
-        num_rows: scalar, rows that ranks gave to their experts.
-        num_micro_batches: scalar, how often a rank did so.
-        tokens_per_expert: [experts], the tokens sent to each.
+        num_tokens: scalar, tokens without padding.
+        num_routable: scalar, tokens without padding that have two or more visible experts.
+        entropy: scalar, summed entropies of the routable tokens' masked probabilities, in nats.
+        num_rows: scalar, rows that the experts of all ranks received.
+        num_micro_batches: scalar, micro-batches, counted once for each rank.
+        tokens_per_expert: [experts], the tokens sent to each expert.
     """
 
     num_tokens: Tensor
@@ -32,47 +32,46 @@ class RoutingSums:
 
     @staticmethod
     def packed_size(num_experts: int) -> int:
-        """The size of what `RoutingStatistics.take` returns."""
+        """Return the size of the tensor that `RoutingStatistics.take` returns."""
         return _NUM_SCALARS + num_experts
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "RoutingSums":
-        """From `[..., packed_size]`."""
-        return cls(*packed[..., :_NUM_SCALARS].unbind(-1), packed[..., _NUM_SCALARS:])
+        """Split a tensor `[..., packed_size]` into its sums."""
+        num_tokens, num_routable, entropy, num_rows, num_micro_batches = packed[..., :_NUM_SCALARS].unbind(-1)
+        return cls(num_tokens, num_routable, entropy, num_rows, num_micro_batches, packed[..., _NUM_SCALARS:])
 
 
 class RoutingStatistics:
-    """Counts what one router does with the tokens of this rank, and how many rows the rank's experts get.
+    """Counts what one router does with the tokens of this rank, and the rows that the rank's experts receive.
 
-    Neither a module nor buffers of one: checkpoints hold nothing of it, and `Float16Module` leaves it alone. Sums are
-    float64, in which counts are exact up to 2^53. Nothing waits for the device until `take`.
+    The class is not a module and has no buffers, so checkpoints do not hold the sums and `Float16Module` does not
+    convert them. Sums are float64, which counts exactly up to 2^53. Nothing waits for the device before `take`.
 
     Args:
         num_experts: N.
     """
 
-    def __init__(self, num_experts: int):
+    def __init__(self, num_experts: int) -> None:
         self._num_experts = num_experts
         self._clear()
 
     @torch.no_grad()
-    def count_tokens(
-        self, logits: Tensor, routing_map: Tensor, routable: Tensor | None, real: Tensor | None, score_function: str
-    ) -> None:
+    def count_tokens(self, logits: MaskedLogits, routing_map: Tensor) -> None:
         """Count the tokens of a micro-batch.
 
         Args:
-            logits: [tokens, experts], -inf for invisible experts.
+            logits: the masked logits of the tokens.
             routing_map: bool [tokens, experts], the experts that the tokens are sent to.
-            routable: bool [tokens], those with two or more visible experts; None: all.
-            real: bool [tokens], those that are no padding; None: all.
-            score_function: of the router, see `normalized_scores`.
         """
-        entropy = torch.special.entr(normalized_scores(logits, score_function)).sum(dim=-1)  # [tokens]
-        if real is not None:
-            routing_map = routing_map & real.unsqueeze(-1)
-            routable = real if routable is None else routable & real
-        num_tokens = entropy.new_full((), len(logits), dtype=torch.float64) if real is None else real.sum()
+        entropy = torch.special.entr(logits.normalized_scores).sum(dim=-1)  # [tokens]
+        is_real, routable = logits.is_real, logits.visible.routable
+        if is_real is None:
+            num_tokens = entropy.new_full((), len(routing_map), dtype=torch.float64)
+        else:
+            routing_map = routing_map & is_real.unsqueeze(-1)
+            routable = is_real if routable is None else routable & is_real
+            num_tokens = is_real.sum()
         num_routable = num_tokens if routable is None else routable.sum()
         if routable is not None:
             entropy = entropy.masked_fill(~routable, 0.0)
@@ -80,19 +79,17 @@ class RoutingStatistics:
         sums = torch.cat([scalars, routing_map.sum(dim=0).double()])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def count_rows(self, experts: torch.nn.Module, inputs: tuple) -> None:
-        """Count what the experts of this rank get; a forward pre-hook of theirs, whose first input is [rows, hidden].
+    def count_rows(self, num_rows: int) -> None:
+        """Count the rows that the experts of this rank receive in one micro-batch.
 
-        Memory goes by the rows of a micro-batch, so their largest number is kept, too.
+        The largest number is kept, too, because memory use depends on the rows of a single micro-batch.
         """
-        if experts.training and torch.is_grad_enabled():
-            num_rows = len(inputs[0])
-            self._num_rows += num_rows
-            self._num_micro_batches += 1
-            self._largest_num_rows = max(self._largest_num_rows, num_rows)
+        self._num_rows += num_rows
+        self._num_micro_batches += 1
+        self._largest_num_rows = max(self._largest_num_rows, num_rows)
 
     def take(self) -> tuple[Tensor, int]:
-        """The sums since the last call, packed, see `RoutingSums`; and the most rows that a micro-batch had here."""
+        """Return the sums since the last call, packed for `RoutingSums`, and the most rows of one micro-batch."""
         sums = self._sums
         if sums is None:
             num_sums = RoutingSums.packed_size(self._num_experts) - 2
@@ -103,6 +100,7 @@ class RoutingStatistics:
         return taken
 
     def _clear(self) -> None:
-        # float64 [3 + experts]: tokens, routable ones, their entropies, and the tokens of each expert.
+        """Set all sums to 0."""
+        # float64 [3 + experts]: tokens, routable tokens, their summed entropy, and the tokens of each expert.
         self._sums: Tensor | None = None
         self._num_rows = self._num_micro_batches = self._largest_num_rows = 0

@@ -1,49 +1,121 @@
-"""The per-token tensor that rides on Megatron-Core's `padding_mask`: token ids, and which of them are padding.
+"""Token ids of a micro-batch, and their transport to the MoE layers on Megatron-Core's `padding_mask` channel.
 
-It is int64 [batch, sequence], the ids; or [2, batch, sequence], the ids and then 1 where a token is padding. Which of
-the two is known from the shape, so that a model without padding pays nothing for the possibility. The sequence comes
-last in both, where multi-token prediction shifts it.
+Megatron-Core hands one tensor per token, `padding_mask`, from the model through blocks, layers, recomputation and
+multi-token prediction to every MoE layer. `pack_token_ids` puts token ids, padding and dispatch plan into that tensor;
+`unpack_token_ids` reads all three from the tensor. No other module knows the format:
+
+- the ids alone: int64 [batch, sequence];
+- ids and padding: int64 [2, batch, sequence], the second row is 1 where a token is padding.
+
+The sequence is the last dimension in both cases, because multi-token prediction shifts the last dimension.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from maskmoe.transformer.dispatch.plan import DispatchPlan
 
 
-def pack_token_ids(token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Put ids and padding into one tensor.
+@dataclass(frozen=True)
+class TokenIds:
+    """The token ids that a layer or router works on.
+
+    Attributes:
+        ids: int64, [batch, sequence] in a model, [sequence, batch] in a layer.
+        is_padding: bool of the same shape, True where a token is padding; None if no token is padding.
+        plan: the dispatch plan made from these ids; None if dispatch is not planned.
+    """
+
+    ids: Tensor
+    is_padding: Tensor | None = None
+    plan: DispatchPlan | None = None
+
+    @property
+    def is_real(self) -> Tensor | None:
+        """Return bool [tokens], True where a token is not padding; None if no token is padding."""
+        return None if self.is_padding is None else ~self.is_padding.flatten()
+
+    def transpose(self) -> TokenIds:
+        """Swap batch and sequence."""
+        return TokenIds(self.ids.t(), None if self.is_padding is None else self.is_padding.t(), self.plan)
+
+
+def pack_token_ids(token_ids: TokenIds) -> Tensor:
+    """Pack token ids, padding and plan into the tensor that travels as `padding_mask`.
 
     Args:
-        token_ids: int64 [batch, sequence].
-        padding_mask: bool [batch, sequence], True where a token is padding; None: there is none.
+        token_ids: ids and padding [batch, sequence].
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: ids and padding mask have different shapes.
     """
-    if padding_mask is None:
-        return token_ids
-    if padding_mask.shape != token_ids.shape:
-        raise ValueError(
-            f"the padding mask has shape {list(padding_mask.shape)}, the token ids have {list(token_ids.shape)}"
-        )
-    return torch.stack([token_ids, padding_mask.to(token_ids.dtype)])
+    ids, is_padding = token_ids.ids, token_ids.is_padding
+    if is_padding is not None:
+        if is_padding.shape != ids.shape:
+            raise ValueError(
+                f"the padding mask has shape {list(is_padding.shape)}, the token ids have {list(ids.shape)}"
+            )
+        ids = torch.stack([ids, is_padding.to(ids.dtype)])
+    return ids if token_ids.plan is None else _TensorWithPlan.attach(ids, token_ids.plan)
 
 
-def unpack_token_ids(packed: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The ids, int64, and the padding mask, bool, if there is one; both of the last two dimensions."""
-    if packed.dim() == 2:
-        return packed, None
-    token_ids, padding_mask = packed
-    return token_ids, padding_mask.bool()
+def unpack_token_ids(padding_mask: Tensor) -> TokenIds:
+    """Read token ids, padding and plan from a tensor that `pack_token_ids` made."""
+    plan = padding_mask.plan if isinstance(padding_mask, _TensorWithPlan) else None
+    if padding_mask.dim() == 2:
+        return TokenIds(padding_mask.as_subclass(Tensor), None, plan)
+    ids, is_padding = padding_mask.unbind()
+    return TokenIds(ids, is_padding.bool(), plan)
 
 
-def take_part_of_sequence(packed: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
-    """The part [..., sequence / tp] that sequence parallelism gives this rank."""
-    return packed.chunk(get_pg_size(tp_group), dim=-1)[get_pg_rank(tp_group)]
+def split_sequence(padding_mask: Tensor, tp_group: ProcessGroup) -> Tensor:
+    """Return the part [..., sequence / tp] of a packed tensor that sequence parallelism assigns to this rank."""
+    return padding_mask.chunk(get_pg_size(tp_group), dim=-1)[get_pg_rank(tp_group)]
 
 
-def gather_sequence(packed: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
-    """The whole [..., sequence] from the parts of all ranks."""
-    sequence_first = packed.movedim(-1, 0).contiguous()
+def gather_sequence(padding_mask: Tensor, tp_group: ProcessGroup) -> Tensor:
+    """Return the packed tensor [..., sequence] of the whole sequence from the parts of all tensor-parallel ranks."""
+    sequence_first = padding_mask.movedim(-1, 0).contiguous()
     return gather_from_sequence_parallel_region(sequence_first, group=tp_group).movedim(0, -1)
+
+
+class _TensorWithPlan(Tensor):
+    """A packed tensor with a dispatch plan attached.
+
+    Megatron-Core's recomputation saves the tensor and hands a detached copy to the layers that run again, so `detach`
+    keeps the plan. The result of any other operation has no plan, because the plan would not fit other ids.
+    """
+
+    plan: DispatchPlan
+
+    @classmethod
+    def attach(cls, packed: Tensor, plan: DispatchPlan) -> _TensorWithPlan:
+        """Return the packed tensor with the plan attached."""
+        with_plan = packed.as_subclass(cls)
+        with_plan.plan = plan
+        return with_plan
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation; keep the plan for `detach`, return plain tensors from all other operations."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if func is Tensor.detach:
+            return cls.attach(result, args[0].plan)
+        return result.as_subclass(Tensor) if type(result) is cls else result

@@ -1,7 +1,8 @@
-"""The routing mask on the device: from token ids to the experts each token may use."""
+"""The routing mask on the device: look up the experts that each token may use."""
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,34 +16,47 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.routing_mask.mask import RoutingMask
 
-# The name of this module inside the model, hence the prefix of the mask's tensors in every checkpoint.
+# The name of the mask's module inside the model, hence the prefix of the mask's tensors in every checkpoint.
 CHECKPOINT_PREFIX = "routing_mask."
 _BUFFERS = ("row_of_id", "visible_bits", "metadata")
 
 
 @dataclass(frozen=True)
 class VisibleSets:
-    """The visible sets of the tokens that one router sees in one micro-batch."""
+    """The visible sets of the tokens of one micro-batch in one layer.
+
+    Attributes:
+        experts: bool [tokens, experts], the experts that each token may use.
+        routable: bool [tokens], tokens with at least two visible experts; None if all tokens are known to be routable.
+    """
 
     experts: Tensor
-    """bool [tokens, experts]: which experts each token may use."""
-
     routable: Tensor | None
-    """bool [tokens]: tokens with at least two visible experts; None if all tokens are known to be routable."""
 
 
 class VisibleExperts(MegatronModule):
     """Looks up the visible set of every token, and carries the routing mask in the model's checkpoints.
 
-    All routers of a model share one instance. Its buffers are integers, so that `Float16Module` leaves them alone.
-    A checkpoint holds them under `routing_mask.*`; loading one that was made with another mask is refused.
+    All routers of a model share one instance. Its buffers are integers, which `Float16Module` does not convert. A
+    checkpoint holds the buffers under `routing_mask.*`; loading a checkpoint that was made with another mask fails.
 
     Args:
         config: the model's configuration.
         mask: the routing mask; must fit the model's number of experts and layers.
-        pg_collection: process groups of the model (`tp`, `pp`, `dp_cp` are used when saving).
-        vp_stage: which of the rank's model chunks holds this instance, if the pipeline is interleaved.
+        pg_collection: process groups of the model; saving uses `tp`, `pp` and `dp_cp`.
+        vp_stage: the model chunk of this rank that holds the instance, if the pipeline is interleaved.
+
+    Attributes:
+        is_rank_local: whether the visible experts of every id are on one expert-parallel rank.
+        min_visible: the smallest number of visible experts of any id.
     """
+
+    row_of_id: Tensor
+    visible_bits: Tensor
+    metadata: Tensor
+    bit_of_byte: Tensor
+    rank_of_row: Tensor
+    num_visible_of_row: Tensor
 
     def __init__(
         self,
@@ -50,7 +64,7 @@ class VisibleExperts(MegatronModule):
         mask: RoutingMask,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
-    ):
+    ) -> None:
         super().__init__(config)
         self.pg_collection = pg_collection
         self.vp_stage = vp_stage or 0
@@ -64,14 +78,14 @@ class VisibleExperts(MegatronModule):
         ep_size = config.expert_model_parallel_size
         rank_of_row = rank_of_rows(mask, ep_size) if ep_size > 1 else None
         self.is_rank_local = rank_of_row is not None
-        if self.is_rank_local:
+        if rank_of_row is not None:
             num_visible_of_row = mask.row_sizes.astype(np.int16)
             self.register_buffer("rank_of_row", torch.from_numpy(rank_of_row), persistent=False)
             self.register_buffer("num_visible_of_row", torch.from_numpy(num_visible_of_row), persistent=False)
         self.register_buffer("bit_of_byte", torch.arange(8, dtype=torch.uint8), persistent=False)
 
     def table_of_layer(self, layer_number: int) -> int:
-        """The table of the layer that Megatron numbers `layer_number`, counting from 1."""
+        """Return the table of the layer that Megatron numbers `layer_number`, counting from 1."""
         return 0 if self.is_shared else layer_number - 1
 
     def forward(self, token_ids: Tensor, table: int) -> VisibleSets:
@@ -79,41 +93,43 @@ class VisibleExperts(MegatronModule):
 
         Args:
             token_ids: int64 [tokens], each smaller than the mask's vocabulary size.
-            table: which table to use, see `table_of_layer`.
+            table: the table to read, see `table_of_layer`.
         """
         rows = self.row_of_id[table].index_select(0, token_ids).long()  # [tokens]
-        experts = self._unpack(self.visible_bits[table].index_select(0, rows))
-        # Rows below N are the singletons, so a larger row means two or more visible experts.
+        experts = self._unpack_bits(self.visible_bits[table].index_select(0, rows))
+        # Rows below N are sets of one expert, so a larger row means two or more visible experts.
         routable = rows >= self.num_experts if self.min_visible == 1 else None
         return VisibleSets(experts=experts, routable=routable)
 
-    def ranks_of(self, token_ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the visible experts of ids are, under a rank-local mask, and how many they are.
+    def rank_and_size(self, token_ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rank and number of the visible experts of each id; only for a rank-local mask.
 
         Args:
             token_ids: int64 [ranks, tokens].
-            tables: int64 [tables], which to use.
+            tables: int64 [tables], the tables to read.
 
         Returns:
-            the expert-parallel rank and the number: int64 [tables, ranks, tokens] each.
+            int64 [tables, ranks, tokens] each: the expert-parallel rank, and the number of visible experts.
         """
         rows = self.row_of_id[tables][:, token_ids].long()
-        flat = rows.flatten(1)
-        return tuple(
-            of_row[tables].gather(1, flat).view_as(rows).long()
-            for of_row in (self.rank_of_row, self.num_visible_of_row)
-        )
 
-    def _unpack(self, visible_bytes: Tensor) -> Tensor:
-        """uint8 [..., bytes] to bool [..., experts]."""
+        def look_up(values_of_row: Tensor) -> Tensor:
+            return values_of_row[tables].gather(1, rows.flatten(1)).view_as(rows).long()
+
+        return look_up(self.rank_of_row), look_up(self.num_visible_of_row)
+
+    def _unpack_bits(self, visible_bytes: Tensor) -> Tensor:
+        """Unpack uint8 [..., bytes] to bool [..., experts]."""
         bits = visible_bytes.unsqueeze(-1).bitwise_right_shift(self.bit_of_byte).bitwise_and_(1)
         return bits.flatten(-2)[..., : self.num_experts].bool()
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """The mask is the same on all ranks and in all model chunks: one of them writes it.
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Return the mask's tensors for a checkpoint; one rank and model chunk writes them, since all hold the same.
 
-        The checkpoint reader fills the tensors it is given in place. It gets copies, so that the mask of this run
-        is still there to compare with.
+        The checkpoint reader overwrites the tensors that it is given. It is given copies, so that the run's own mask is
+        still available to compare with.
         """
         chunk = self.vp_stage * get_pg_size(self.pg_collection.pp) + get_pg_rank(self.pg_collection.pp)
         replica_id = (chunk, get_pg_rank(self.pg_collection.tp), get_pg_rank(self.pg_collection.dp_cp))
@@ -128,8 +144,8 @@ class VisibleExperts(MegatronModule):
             for name, buffer in self.state_dict().items()
         }
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Refuse the tensors of another mask.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load the mask's tensors.
 
         Raises:
             UserError: the checkpoint was made with another routing mask.
@@ -140,10 +156,21 @@ class VisibleExperts(MegatronModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
-    """A routing mask as tensors, by the names that a `VisibleExperts` has them by.
+@dataclass(frozen=True)
+class VisibleExpertsReference:
+    """Refers to the model's `VisibleExperts` from a module that must not register them as a submodule.
 
-    `row_of_id` [tables, vocab], `visible_bits` [tables, rows, bytes], and `metadata`, a JSON text as uint8 [bytes].
+    The buffers of a registered submodule would appear in the checkpoint once more.
+    """
+
+    module: VisibleExperts
+
+
+def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
+    """Convert a routing mask to tensors, by the names of the buffers of `VisibleExperts`.
+
+    Returns:
+        `row_of_id` [tables, vocab], `visible_bits` [tables, rows, bytes], and `metadata`, JSON text as uint8 [bytes].
     """
     tensors, metadata = mask.to_tensors()
     buffers = {name: torch.from_numpy(array) for name, array in tensors.items()}
@@ -151,21 +178,22 @@ def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
 
 
 def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
-    """The routing mask that the buffers of a `VisibleExperts` describe, verified.
+    """Convert the buffers of `VisibleExperts` to a routing mask, and verify the mask.
 
     Raises:
-        UserError: they are damaged or altered.
+        UserError: the buffers are damaged or altered.
     """
+    metadata: Any = None
     try:
         arrays = {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
         metadata = json.loads(arrays.pop("metadata").tobytes())
-    except (KeyError, TypeError, ValueError, RecursionError):  # as good as none, which is refused below
-        arrays, metadata = {}, None
+    except (KeyError, TypeError, ValueError, RecursionError):  # `from_tensors` below refuses missing metadata.
+        arrays = {}
     return RoutingMask.from_tensors(arrays, metadata, source="the checkpoint's routing mask")
 
 
 def check_same_mask(run_digest: str, checkpoint_digest: str) -> None:
-    """Raise a UserError that names both masks if they differ."""
+    """Raise a UserError that names both masks if their digests differ."""
     if run_digest != checkpoint_digest:
         raise UserError(
             f"the checkpoint was made with routing mask {checkpoint_digest[:16]}…, this run was given "

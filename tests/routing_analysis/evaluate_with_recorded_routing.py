@@ -19,10 +19,10 @@ micro_batches = defaultdict(list)
 route = MaskMoERouter.routing
 
 
-def route_and_record(router, logits, padding_mask):
-    weights, chosen = route(router, logits, padding_mask)
+def route_and_record(router, logits, token_ids, attaches_losses=True):
+    weights, chosen = route(router, logits, token_ids, attaches_losses)
     shape = logits.shape  # [sequence, batch, experts]
-    record = (padding_mask.token_ids.reshape(shape[:2]), weights.reshape(shape), chosen.reshape(shape))
+    record = (token_ids.ids.reshape(shape[:2]), weights.reshape(shape), chosen.reshape(shape))
     micro_batches[router.layer_number].append(tuple(values.transpose(0, 1).clone() for values in record))
     return weights, chosen
 

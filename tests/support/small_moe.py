@@ -1,4 +1,4 @@
-"""Small routing masks and models, and the router of METHOD.md once more, token by token in plain torch."""
+"""Small routing masks, layers and models, and a reference router in plain torch, token by token."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +14,16 @@ from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.moe_layer import MaskMoELayer
-from maskmoe.transformer.router import AuxLossTokens, MaskMoERouter
+from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.router_losses import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
-# The CPU under the CPU adapter.
+# With the CPU adapter, the current device is the CPU.
 DEVICE = torch.device(torch.cuda.current_device())
 
 
 def make_mask(visible: np.ndarray, num_layers: int | None = None) -> RoutingMask:
-    """The routing mask with these visible sets, bool [tables, vocab, N]; one table is shared by `num_layers` layers."""
+    """Build a mask of visible sets, bool [tables, vocab, N]; `num_layers` layers can share one table."""
     tables, vocab_size, num_experts = visible.shape
     row_of_id, rows_of_table = [], []
     for table in visible:
@@ -50,7 +51,7 @@ def make_mask(visible: np.ndarray, num_layers: int | None = None) -> RoutingMask
 def random_visible_sets(
     seed: int, tables: int, vocab_size: int, num_experts: int, sizes: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """Visible sets, bool [tables, vocab, N], of random `sizes`; by default one expert for half of the ids."""
+    """Draw visible sets, bool [tables, vocab, N], of random `sizes`; by default half of the ids see one expert."""
     rng = np.random.default_rng(seed)
     if sizes is None:
         num_visible = np.where(rng.random((tables, vocab_size)) < 0.5, 1, rng.integers(1, num_experts + 1, vocab_size))
@@ -61,7 +62,7 @@ def random_visible_sets(
 
 
 def make_config(num_experts: int = 4, topk: int = 2, **settings: Any) -> TransformerConfig:
-    """A configuration of one layer, without the losses of the router."""
+    """Build a configuration of one layer without router losses; `settings` override its values."""
     defaults = {
         "num_layers": 1,
         "hidden_size": 8,
@@ -88,14 +89,17 @@ def make_config(num_experts: int = 4, topk: int = 2, **settings: Any) -> Transfo
 
 
 def process_groups() -> ProcessGroupCollection:
+    """Return the process groups that `parallel_state` holds."""
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def make_visible_experts(config: TransformerConfig, mask: RoutingMask) -> VisibleExperts:
+    """Put a mask on the device."""
     return VisibleExperts(config, mask, process_groups()).to(DEVICE)
 
 
 def make_router(config: TransformerConfig, mask: RoutingMask, layer_number: int = 1, **settings: Any) -> MaskMoERouter:
+    """Build a router on the device; `settings` are arguments of `MaskMoERouter`."""
     router = MaskMoERouter(config, process_groups(), visible_experts=make_visible_experts(config, mask), **settings).to(
         DEVICE
     )
@@ -106,7 +110,7 @@ def make_router(config: TransformerConfig, mask: RoutingMask, layer_number: int 
 def make_layer(
     config: TransformerConfig, mask: RoutingMask, layer_number: int = 1, aux_loss_tokens: AuxLossTokens = "all"
 ) -> MaskMoELayer:
-    """The MoE layer of a transformer layer's spec."""
+    """Build the MoE layer of a transformer layer's spec."""
     spec = get_maskmoe_decoder_block_spec(config, make_visible_experts(config, mask), aux_loss_tokens)
     mlp = spec.layer_specs[layer_number - 1].submodules.mlp
     layer = mlp(config, pg_collection=process_groups()).to(DEVICE)
@@ -115,6 +119,7 @@ def make_layer(
 
 
 def make_model(config: TransformerConfig, mask: RoutingMask, sequence_length: int = 16) -> MaskMoEGPTModel:
+    """Build a GPT model on the device."""
     visible_experts = make_visible_experts(config, mask)
     return MaskMoEGPTModel(
         config,
@@ -127,7 +132,7 @@ def make_model(config: TransformerConfig, mask: RoutingMask, sequence_length: in
 
 
 def draw_parameters(module: torch.nn.Module) -> None:
-    """Give a module's parameters random values, the same each time; what is drawn next is the same each time, too."""
+    """Draw a module's parameters with a fixed seed; numbers that are drawn afterwards are the same each time, too."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -135,7 +140,7 @@ def draw_parameters(module: torch.nn.Module) -> None:
 
 
 def take_metrics() -> dict[str, Tensor]:
-    """The router losses [layers] recorded since the last call."""
+    """Return the router losses [layers] recorded since the last call, by name."""
     metrics = get_moe_metrics_tracker().metrics
     values = {name: entry.values.clone() for name, entry in metrics.items()}
     metrics.clear()
@@ -144,7 +149,15 @@ def take_metrics() -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ReferenceRouting:
-    """What METHOD.md says about some tokens: float64 [tokens, experts], bool [tokens, experts] and scalars."""
+    """The routing of some tokens by the definition of the method.
+
+    Attributes:
+        probs: float64 [tokens, experts], the weights.
+        routing_map: bool [tokens, experts], the selected experts.
+        load_balancing_loss: scalar, over all sequences together.
+        seq_load_balancing_loss: scalar, the mean over sequences.
+        z_loss: scalar.
+    """
 
     probs: Tensor
     routing_map: Tensor
@@ -167,12 +180,20 @@ def reference_routing(
     is_padding: Tensor | None = None,
     num_sequences: int = 1,
 ) -> ReferenceRouting:
-    """Route tokens one after the other; the losses are without their coefficients.
+    """Route tokens one after the other; the losses do not include their coefficients.
 
     Args:
-        logits: [tokens, experts]; sequences alternate.
+        logits: [tokens, experts], ordered by position, then by sequence.
         visible: bool [tokens, experts].
-        is_padding: bool [tokens].
+        topk: k.
+        score_function: softmax, sigmoid or sqrtsoftplus.
+        pre_softmax: apply softmax before the selection.
+        expert_bias: [experts], added to scores for the selection; None: no bias.
+        aux_loss_tokens: tokens that load-balancing losses count, `all` or `routable`.
+        num_groups: expert groups.
+        group_topk: groups chosen for each token.
+        is_padding: bool [tokens]; None: no padding.
+        num_sequences: sequences in the batch.
     """
     logits = logits.double()
     num_tokens, num_experts = logits.shape
@@ -212,7 +233,7 @@ def reference_routing(
             assignments[sequence, seen[scores.topk(min(topk, len(seen))).indices]] += 1
     share = assignments.sum(dim=0) / assignments.sum().clamp(min=1)
     load_balancing_loss = num_experts * (share * sum(score_sum)).sum() / max(sum(num_counted), 1)
-    # Sequences weigh by the square of their number of tokens.
+    # Each sequence is weighted by the square of its number of tokens.
     shares = assignments / assignments.sum(dim=1, keepdim=True).clamp(min=1)
     mean_counted = max(sum(num_counted) / num_sequences, 1e-12)
     of_sequences = [
@@ -225,7 +246,7 @@ def reference_routing(
 def reference_groups(
     seen: Tensor, preference: Tensor, num_experts: int, topk: int, num_groups: int, group_topk: int
 ) -> Tensor:
-    """Which of the visible experts `seen` are in the chosen groups, as indices into `seen`."""
+    """Return which of the visible experts `seen` are in the chosen groups, as indices into `seen`."""
     group_of_seen = (seen // (num_experts // num_groups)).tolist()
     score = {
         group: sum(sorted(preference[[g == group for g in group_of_seen]].tolist(), reverse=True)[: topk // group_topk])

@@ -23,11 +23,11 @@ micro_batches = defaultdict(list)
 route, take_record = MaskMoERouter.routing, routing_log.take_record
 
 
-def record_and_route(router, logits, padding_mask):
+def record_and_route(router, logits, token_ids, attaches_losses=True):
     if router.training:
-        ids = padding_mask.token_ids.flatten()
+        ids = token_ids.ids.flatten()
         micro_batches[router.layer_number].append((ids, logits.detach().flatten(0, 1).double()))
-    return route(router, logits, padding_mask)
+    return route(router, logits, token_ids, attaches_losses)
 
 
 def write_and_take_record(model):

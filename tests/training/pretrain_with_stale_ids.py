@@ -13,13 +13,13 @@ from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.moe_layer import MaskMoELayer
 
 newest_ids = None
-ids_of_this_rank = MaskMoEGPTModel._token_ids_of_this_rank
+pack_for_layers = MaskMoEGPTModel.pack_for_layers
 layer_forward = MaskMoELayer.forward
 
 
-def remember(self, input_ids):
+def remember(self, input_ids, padding_mask):
     global newest_ids
-    newest_ids = ids_of_this_rank(self, input_ids)
+    newest_ids = pack_for_layers(self, input_ids, padding_mask)
     return newest_ids
 
 
@@ -28,6 +28,6 @@ def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
 
 
 if __name__ == "__main__":
-    MaskMoEGPTModel._token_ids_of_this_rank = remember
+    MaskMoEGPTModel.pack_for_layers = remember
     MaskMoELayer.forward = forward
     run_tool(main)

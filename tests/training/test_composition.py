@@ -176,5 +176,5 @@ def test_reason_names_the_flag(reason, flags):
 def test_dispatch_is_planned_where_it_can_be(runs):
     logs = ("\n".join(log.read_text() for log in run.folder.glob("*.log")) for run in runs)
     one_process, two_ranks = (re.search("dispatch of tokens to experts: (.*)", log)[1] for log in logs)
-    assert one_process == "Megatron's dispatcher"
-    assert two_ranks.startswith("one copy a rank, planned from the token ids")
+    assert one_process == "Megatron's all-to-all: one row for every selected expert"
+    assert two_ranks == "one copy of a token for each rank, planned from the token ids"

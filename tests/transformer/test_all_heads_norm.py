@@ -1,4 +1,4 @@
-"""The norm over all heads is the one of OLMoE, also where heads are divided over ranks."""
+"""The norm over all heads equals the norm of OLMoE, also if heads are divided over ranks."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from support.ranks.all_heads_norm_ranks import EPSILON, HEAD_DIM, NUM_HEADS, hea
 from support.small_moe import make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 
-from maskmoe.transformer.all_heads_norm import AllHeadsRMSNorm
+from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 
 SCRIPT = RANK_SCRIPTS / "all_heads_norm_ranks.py"
@@ -37,7 +37,7 @@ def test_divided_heads_have_the_norm_of_olmoe(num_heads, ranks) -> None:
         torch.testing.assert_close(result[f"{num_heads}/output"], output[:, :, mine])
         input_grads[:, :, mine] += result[f"{num_heads}/input_grad"]
     torch.testing.assert_close(input_grads, heads.grad)
-    # As `finalize_model_grads` adds them up.
+    # `finalize_model_grads` adds up the weight's gradients of all ranks.
     weight_grad = sum(result[f"{num_heads}/weight_grad"] for result in ranks)
     torch.testing.assert_close(weight_grad, norm.weight.grad)
 
@@ -54,7 +54,7 @@ def test_computes_in_fp32(one_rank) -> None:
     assert torch.equal(output.flatten(2), expected.bfloat16())
 
 
-def test_attention_normalises_queries_and_keys_over_all_their_heads(one_rank) -> None:
+def test_attention_normalizes_queries_and_keys_over_all_their_heads(one_rank) -> None:
     config = make_config(num_layers=1, num_query_groups=1, qk_layernorm=True)
     visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
     block = get_maskmoe_decoder_block_spec(config, visible_experts, qk_layernorm_all_heads=True)

@@ -1,4 +1,4 @@
-"""What dispatch puts into collectives, and how often the host waits for it, in a model of several layers."""
+"""Collectives, their bytes, and host waits of dispatch in a model of several layers."""
 
 import json
 
@@ -6,23 +6,24 @@ import pytest
 from support.launchers import RANK_SCRIPTS
 from support.ranks.dispatch_cost_ranks import HIDDEN, NUM_LAYERS, TOKENS
 
-CROSSINGS = 4  # there and back, forward and backward
+CROSSINGS = 4  # Dispatch and combine, forward and backward.
 
 
 @pytest.fixture(scope="module")
 def costs(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, int]]]:
-    """Of each of two ranks, by case."""
+    """Return the costs of each of two ranks, by case."""
     folder = tmp_path_factory.mktemp("dispatch_cost")
     run_ranks(RANK_SCRIPTS / "dispatch_cost_ranks.py", folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 def bytes_of_both(costs: list[dict[str, dict[str, int]]], case: str) -> int:
+    """Add up the bytes that both ranks put into all-to-alls."""
     return sum(of_rank[case]["all_to_all_bytes"] for of_rank in costs)
 
 
 def test_planned_layers_exchange_hidden_states_and_nothing_else(costs) -> None:
-    """One exchange of ids and one wait a micro-batch; then a wait a layer, for experts that need counts on the host."""
+    """Each micro-batch exchanges ids and waits once; each layer waits once, as experts need counts on the host."""
     for of_rank in costs:
         found = of_rank["planned"]
         assert found["all_to_alls"] == CROSSINGS * NUM_LAYERS

@@ -1,4 +1,4 @@
-"""Every router sees the ids of the very tokens it routes."""
+"""Every router gets the ids of exactly the tokens that it routes."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from torch import Tensor
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.token_ids import pack_token_ids
+from maskmoe.transformer.token_ids import TokenIds, split_sequence
 
 NUM_LAYERS, VOCAB_SIZE, BATCH, SEQUENCE = 3, 40, 2, 16
 MASK = make_mask(random_visible_sets(6, NUM_LAYERS + 1, VOCAB_SIZE, 4))
@@ -33,24 +33,33 @@ RECOMPUTE = {
 }
 
 
+WRONG_IDS = "a router got the ids of another micro-batch"
+
+
 @dataclass(frozen=True)
 class RouterCall:
-    """One call of a router: the ids [sequence, batch] it was given and the map [tokens, experts] it made."""
+    """One call of a router.
+
+    Attributes:
+        layer_number: the router's layer, counting from 1.
+        token_ids: the ids [sequence, batch] that the router was given.
+        routing_map: bool [tokens, experts], the router's choice.
+    """
 
     layer_number: int
-    token_ids: Tensor
+    token_ids: TokenIds
     routing_map: Tensor
 
 
 @pytest.fixture
 def router_calls(monkeypatch: pytest.MonkeyPatch) -> list[RouterCall]:
-    """The calls of all routers, as they come."""
+    """Record the calls of all routers in order."""
     calls = []
     route = MaskMoERouter.forward
 
     def record(self, input, token_ids):
         probs, routing_map = route(self, input, token_ids)
-        calls.append(RouterCall(self.layer_number, token_ids.clone(), routing_map))
+        calls.append(RouterCall(self.layer_number, token_ids, routing_map))
         return probs, routing_map
 
     monkeypatch.setattr(MaskMoERouter, "forward", record)
@@ -78,7 +87,7 @@ def forward(model: MaskMoEGPTModel, token_ids: Tensor, **side_tensors: Tensor) -
 
 
 def check_two_micro_batches_in_flight(model: MaskMoEGPTModel, calls: list[RouterCall]) -> None:
-    """Both forward passes before the first backward pass, as on the first stage of a pipeline."""
+    """Run both forward passes before the first backward pass, as the first stage of a pipeline does."""
     batches = micro_batches(2)
     losses, calls_of_batch = [], []
     for token_ids in batches:
@@ -91,8 +100,8 @@ def check_two_micro_batches_in_flight(model: MaskMoEGPTModel, calls: list[Router
         calls.clear()
     for token_ids, made in zip(batches, calls_of_batch, strict=True):
         assert {call.layer_number for call in made} == set(range(1, NUM_LAYERS + 1))
+        assert all(torch.equal(call.token_ids.ids, token_ids.T) for call in made), WRONG_IDS
         for call in made:
-            assert torch.equal(call.token_ids, token_ids.T)
             visible = torch.from_numpy(MASK.visible_sets(call.layer_number - 1)).to(DEVICE)[token_ids.T.flatten()]
             assert not (call.routing_map & ~visible).any()
             (first, *again) = [other.routing_map for other in made if other.layer_number == call.layer_number]
@@ -113,18 +122,18 @@ def test_two_micro_batches_in_flight(recompute: str, router_calls: list[RouterCa
 def test_ids_kept_on_a_module_are_caught(
     recompute: str, router_calls: list[RouterCall], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative control of the check: routers that read the ids of the latest forward pass."""
+    """The check fails for routers that read the ids of the latest forward pass (negative control)."""
     model = build_model(recompute)
     preprocess, route = MaskMoEGPTModel._preprocess, MaskMoERouter.forward
 
     def keep_ids(self, input_ids, *args, **kwargs):
-        MaskMoERouter.current_ids = input_ids.T
+        MaskMoERouter.current_ids = TokenIds(input_ids.T)
         return preprocess(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(MaskMoERouter, "current_ids", None, raising=False)
     monkeypatch.setattr(MaskMoEGPTModel, "_preprocess", keep_ids)
     monkeypatch.setattr(MaskMoERouter, "forward", lambda self, input, token_ids: route(self, input, self.current_ids))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=WRONG_IDS):
         check_two_micro_batches_in_flight(model, router_calls)
 
 
@@ -154,7 +163,7 @@ def test_later_pipeline_stage_routes_by_ids(router_calls: list[RouterCall]) -> N
     stage.set_input_tensor(torch.randn(SEQUENCE, BATCH, 16, device=DEVICE))
     assert stage(token_ids, None, None).shape == (SEQUENCE, BATCH, 16)
     assert len(router_calls) == NUM_LAYERS
-    assert all(torch.equal(call.token_ids, token_ids.T) for call in router_calls)
+    assert all(torch.equal(call.token_ids.ids, token_ids.T) for call in router_calls)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -176,23 +185,20 @@ def test_multi_token_prediction_routes_by_the_ids_it_embeds(recompute: str, rout
     mtp_router = next(m for name, m in model.named_modules() if isinstance(m, MaskMoERouter) and "mtp" in name)
     next_ids = torch.cat([token_ids[:, 1:], token_ids.new_zeros(BATCH, 1)], dim=1)
     visible = torch.from_numpy(MASK.visible_sets(NUM_LAYERS)).to(DEVICE)[next_ids.T.flatten()]
-    calls = [call for call in router_calls if not torch.equal(call.token_ids, token_ids.T)]
+    calls = [call for call in router_calls if not torch.equal(call.token_ids.ids, token_ids.T)]
     assert len(calls) == (1 if recompute == "none" else 2)
     for call in calls:
         assert call.layer_number == mtp_router.layer_number
-        assert torch.equal(call.token_ids, next_ids.T)
+        assert torch.equal(call.token_ids.ids, next_ids.T)
         assert torch.equal(call.routing_map.sum(dim=1), visible.sum(dim=1).clamp(max=2))
         assert not (call.routing_map & ~visible).any()
 
 
 def test_sequence_parallel_ranks_take_their_part_of_the_ids() -> None:
     token_ids = torch.arange(24).view(2, 12)
-    parts = []
-    for rank in range(3):
-        group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 3)
-        model = SimpleNamespace(config=SimpleNamespace(sequence_parallel=True), pg_collection=SimpleNamespace(tp=group))
-        parts.append(MaskMoEGPTModel._token_ids_of_this_rank(model, token_ids))
-    # The hidden states [sequence, batch, hidden] are split along the sequence.
+    groups = [SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 3) for rank in range(3)]
+    parts = [split_sequence(token_ids, group) for group in groups]
+    # Hidden states [sequence, batch, hidden] are split along the sequence.
     for part, expected in zip(parts, token_ids.T.chunk(3), strict=True):
         assert torch.equal(part.T, expected)
 
@@ -209,7 +215,7 @@ def test_refuses_missing_ids_and_padding_of_another_shape() -> None:
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_padding_reaches_every_router(recompute: str, router_calls: list[RouterCall]) -> None:
-    """It changes their losses, and nothing of how tokens are routed."""
+    """Padding changes the losses of the routers, but not the routing."""
     model = build_model(recompute)
     (token_ids,) = micro_batches(1)
     forward(model, token_ids).mean().backward()
@@ -219,13 +225,14 @@ def test_padding_reaches_every_router(recompute: str, router_calls: list[RouterC
     forward(model, token_ids, padding_mask=is_padding).mean().backward()
     losses = take_metrics()
     for call, plain in zip(router_calls, plain_calls, strict=True):
-        assert torch.equal(call.token_ids, pack_token_ids(token_ids, is_padding).transpose(-2, -1))
+        assert torch.equal(call.token_ids.ids, token_ids.T)
+        assert torch.equal(call.token_ids.is_padding, is_padding.T)
         assert torch.equal(call.routing_map, plain.routing_map)
     for name in ("load_balancing_loss", "z_loss"):
         assert (losses[name][:NUM_LAYERS] != plain_losses[name][:NUM_LAYERS]).all()
 
 
-def test_a_block_that_drops_the_ids_is_told() -> None:
+def test_a_block_that_drops_the_ids_is_reported() -> None:
     model = build_model()
     hidden = torch.randn(SEQUENCE, BATCH, 16, device=DEVICE)
     with pytest.raises(ValueError, match="got no token ids"):

@@ -1,4 +1,4 @@
-"""Our specs are Megatron's with our modules in the place of theirs, and nothing else."""
+"""MaskMoE's specs are Megatron's specs with some modules replaced, and differ in nothing else."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,17 +16,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from support.small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer import layer_specs
-from maskmoe.transformer.grouped_experts import GroupedMLP
+from maskmoe.transformer.backends.torch_norm import build_torch_norm
+from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.torch_norm import build_torch_norm
 
 PATTERNS = [1, 2, [0, 1, 1, 0], [1, 0, 0, 0]]
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a spec with their paths."""
+    """Yield the paths and leaves of a spec."""
     if isinstance(node, partial):
         yield from leaves(node.func, f"{path}.func")
         yield from leaves(node.args, f"{path}.args")
@@ -49,7 +49,7 @@ def stock_block(config: TransformerConfig) -> Any:
 
 
 def replaced(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """Which replacement the leaf at `path` is; None if it is the same in both."""
+    """Name the replacement at `path`; None if the leaf is the same in both specs."""
     if ours[path] is theirs[path] or ours[path] == theirs[path]:
         return None
     if theirs[path] is WrappedTorchNorm and ours[path] is build_torch_norm:
@@ -78,7 +78,8 @@ def test_replaces_exactly_the_moe_layers_their_routers_experts_and_norms(pattern
     kinds = [replaced(path, ours, theirs) for path in theirs.keys() - router_paths]
     moe_layers = config.moe_layer_freq if isinstance(pattern, list) else [int(i % pattern == 0) for i in range(4)]
     assert kinds.count("layer") == kinds.count("experts") == sum(moe_layers)
-    assert MoELayer not in ours.values() and WrappedTorchNorm not in ours.values()
+    assert MoELayer not in ours.values()
+    assert WrappedTorchNorm not in ours.values()
     assert TopKRouter not in ours.values()
     assert list(ours.values()).count(MaskMoERouter) == sum(moe_layers)
     routers = [value for path, value in ours.items() if path.endswith("router.aux_loss_tokens")]
@@ -148,7 +149,8 @@ def test_specs_of_transformer_engine_keep_its_modules() -> None:
     assert submodules.router.keywords == {"visible_experts": visible_experts, "aux_loss_tokens": "all"}
     assert submodules.experts.keywords["submodules"].linear is _TransformerEngineNorm
     assert second.linear is build_torch_norm
-    assert spec[0].mlp is moe and spec[1].linear is WrappedTorchNorm
+    assert spec[0].mlp is moe
+    assert spec[1].linear is WrappedTorchNorm
 
 
 @pytest.mark.parametrize(("implementation", "expected"), [("transformer_engine", True), ("local", False)])

@@ -1,4 +1,7 @@
-"""The layer against a plain loop over tokens, on one rank and on two."""
+"""The layer against a plain loop over tokens, on one rank and on two ranks."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,10 @@ from support.small_moe import (
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from maskmoe.transformer.dispatch.choose import build_dispatcher
+from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.moe_layer import MaskMoELayer
+from maskmoe.transformer.token_ids import TokenIds
 
 LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
 
@@ -34,7 +40,7 @@ def gated_mlp(hidden: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
 
 
 def reference_layer(config, weights: dict[str, Tensor], hidden: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """The output for hidden states [tokens, hidden], and the sum of the weighted router losses."""
+    """Compute the output for hidden states [tokens, hidden], and the sum of the weighted router losses."""
     routing = reference_routing(
         linear(hidden, weights["router.weight"]),
         visible,
@@ -74,7 +80,7 @@ def reference_layer(config, weights: dict[str, Tensor], hidden: Tensor, visible:
 @pytest.mark.parametrize("topk", [1, 2, 5])
 @pytest.mark.parametrize("sizes", [None, (1,), (2, 3), (6,)], ids=str)
 def test_equals_dense_reference(sizes, topk, overrides) -> None:
-    """With k > V, V >= k everywhere, and experts that get no token; float32 against float64."""
+    """Cover k > V, V >= k everywhere, and experts without tokens; float32 against float64."""
     config = make_config(6, topk, **LOSSES, **overrides)
     visible_sets = random_visible_sets(2, 1, 9, 6, sizes)
     if sizes != (6,):
@@ -99,7 +105,7 @@ def test_equals_dense_reference(sizes, topk, overrides) -> None:
     torch.testing.assert_close(output.flatten(0, 1), expected, **tolerance)
     torch.testing.assert_close(hidden.grad, exact.grad, **tolerance)
     for name, parameter in layer.named_parameters():
-        # Every parameter takes part in the backward pass, also of experts without tokens: its hooks must run.
+        # Parameters of experts without tokens take part in the backward pass, too, because their hooks must run.
         assert parameter.grad is not None, name
         grad = weights[name].grad
         torch.testing.assert_close(
@@ -107,30 +113,51 @@ def test_equals_dense_reference(sizes, topk, overrides) -> None:
         )
 
 
-CAPACITY = 4  # of each expert, for 24 tokens with up to 2 of 6 experts and a factor of 0.5
+CAPACITY = 4  # Tokens of each expert: 24 tokens with up to 2 of 6 experts, and a capacity factor of 0.5.
 
 
-def run_with_capacity(**settings) -> tuple[MaskMoELayer, dict[str, Tensor], Tensor, Tensor]:
-    """A layer, its output and gradients, and the weights and the map of its router; of the same weights and tokens."""
+@dataclass(frozen=True)
+class CapacityRun:
+    """A layer with a capacity factor after one forward and backward pass.
+
+    Attributes:
+        layer: the layer; parameters and input are the same for all settings.
+        hidden: the input [sequence, batch, hidden].
+        results: the output, and all gradients by name.
+        probs: [tokens, experts], the router's weights.
+        routing_map: bool [tokens, experts].
+    """
+
+    layer: MaskMoELayer
+    hidden: Tensor
+    results: dict[str, Tensor]
+    probs: Tensor
+    routing_map: Tensor
+
+
+def run_with_capacity(**settings: Any) -> CapacityRun:
+    """Run a layer forward and backward."""
     layer = make_layer(make_config(6, 2, **settings), make_mask(random_visible_sets(2, 1, 9, 6)))
     draw_parameters(layer)
     hidden = torch.randn(12, 2, 8, device=DEVICE, requires_grad=True)
     token_ids = torch.randint(0, 9, (2, 12), device=DEVICE)
-    probs, routing_map = layer.router(hidden, token_ids.T)
+    probs, routing_map = layer.router(hidden, TokenIds(token_ids.T))
     output, _ = layer(hidden, padding_mask=token_ids)
     output.backward(torch.randn_like(output))
-    results = {"output": output.detach(), "hidden": hidden.grad}
-    return layer, results | {name: p.grad for name, p in layer.named_parameters()}, probs.detach(), routing_map
+    results = {"output": output.detach(), "hidden": hidden.grad} | {n: p.grad for n, p in layer.named_parameters()}
+    return CapacityRun(layer, hidden.detach(), results, probs.detach(), routing_map)
 
 
 @pytest.mark.parametrize("drop_policy", ["probs", "position"])
 def test_what_exceeds_the_capacity_is_dropped(drop_policy: str) -> None:
-    _, _, all_probs, everything = run_with_capacity()
-    _, _, probs, kept = run_with_capacity(moe_expert_capacity_factor=0.5, moe_token_drop_policy=drop_policy)
+    unlimited = run_with_capacity()
+    limited = run_with_capacity(moe_expert_capacity_factor=0.5, moe_token_drop_policy=drop_policy)
+    all_probs, everything, kept = unlimited.probs, unlimited.routing_map, limited.routing_map
     dropped = everything & ~kept
-    assert dropped.any() and not (kept & ~everything).any()
+    assert dropped.any()
+    assert not (kept & ~everything).any()
     assert torch.equal(kept.sum(dim=0), everything.sum(dim=0).clamp(max=CAPACITY))
-    assert torch.equal(probs, all_probs * kept)
+    assert torch.equal(limited.probs, all_probs * kept)
     if drop_policy == "probs":
         for expert in dropped.any(dim=0).nonzero().flatten():
             least_kept = all_probs[kept[:, expert], expert].min()
@@ -138,33 +165,30 @@ def test_what_exceeds_the_capacity_is_dropped(drop_policy: str) -> None:
 
 
 def test_dropped_assignments_do_not_count() -> None:
-    layer, results, probs, _ = run_with_capacity(moe_expert_capacity_factor=0.5)
-    torch.manual_seed(0)
-    for parameter in layer.parameters():
-        torch.randn_like(parameter)
-    hidden = torch.randn(12, 2, 8, device=DEVICE)
-    weights = dict(layer.named_parameters())
+    run = run_with_capacity(moe_expert_capacity_factor=0.5)
+    weights = dict(run.layer.named_parameters())
     expected = sum(
-        probs[:, [expert]]
+        run.probs[:, [expert]]
         * gated_mlp(
-            hidden.flatten(0, 1),
+            run.hidden.flatten(0, 1),
             weights[f"experts.local_experts.{expert}.linear_fc1.weight"],
             weights[f"experts.local_experts.{expert}.linear_fc2.weight"],
         )
         for expert in range(6)
     )
-    torch.testing.assert_close(results["output"].flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run.results["output"].flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("drop_policy", ["probs", "position"])
 def test_padding_to_capacity_changes_nothing_but_the_rows(drop_policy: str) -> None:
-    """Padding has weight 0, also on experts that the token of the row cannot see, and no gradient."""
+    """Padding rows have weight 0 and no gradient, also on experts that are invisible to the token of the row."""
     settings = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": drop_policy}
-    _, results, _, routing_map = run_with_capacity(**settings)
-    _, padded_results, _, padded_map = run_with_capacity(**settings, moe_pad_expert_input_to_capacity=True)
-    assert (padded_map.sum(dim=0) == CAPACITY).all() and routing_map.sum() < padded_map.sum()
-    for name, value in results.items():
-        torch.testing.assert_close(padded_results[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    run = run_with_capacity(**settings)
+    padded = run_with_capacity(**settings, moe_pad_expert_input_to_capacity=True)
+    assert (padded.routing_map.sum(dim=0) == CAPACITY).all()
+    assert run.routing_map.sum() < padded.routing_map.sum()
+    for name, value in run.results.items():
+        torch.testing.assert_close(padded.results[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_experts_have_an_optimizer_of_their_own() -> None:
@@ -182,16 +206,30 @@ def test_refuses_what_it_cannot_route() -> None:
         layer(hidden, intermediate_tensors=(hidden,), padding_mask=token_ids)
 
 
+def test_planned_layer_without_a_plan_fails() -> None:
+    layer = make_layer(make_config(), make_mask(random_visible_sets(0, 1, 9, 4)))
+    layer.dispatcher = build_dispatcher(DispatchKind.PLANNED, layer)
+    hidden, token_ids = torch.randn(3, 1, 8, device=DEVICE), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(RuntimeError, match="planned dispatch got token ids without a plan"):
+        layer(hidden, padding_mask=token_ids)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What each of two ranks computed for all layouts and cases."""
+    """Return the results of each of two ranks for all layouts and cases."""
     folder = tmp_path_factory.mktemp("parallel_layer")
     run_ranks(RANK_SCRIPTS / "parallel_layer_ranks.py", folder)
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
 
 
 @pytest.mark.parametrize(
-    ("layout", "case"), [(layout, case) for layout in LAYOUTS for case in CASES if is_possible(layout, case)]
+    ("layout", "case"),
+    [
+        (layout, case)
+        for layout in LAYOUTS
+        for case in CASES
+        if is_possible(layout, case) and not layout.endswith("_with_losses")
+    ],
 )
 def test_two_ranks_equal_one(layout: str, case: str, two_ranks: list[dict[str, Tensor]]) -> None:
     whole = {key: value.cpu() for key, value in run_case(layout, case).items()}
@@ -215,7 +253,7 @@ def test_two_ranks_equal_one(layout: str, case: str, two_ranks: list[dict[str, T
 
 @pytest.mark.parametrize("case", [case for case in CASES if is_possible("planned", case)])
 def test_plan_changes_no_bit(case: str, two_ranks: list[dict[str, Tensor]]) -> None:
-    """Against the same dispatch without a plan; the router's weight gets a sum over other tokens on each rank."""
+    """Compare with one-copy dispatch. Router gradients are skipped: ranks route other tokens with a plan."""
     for rank in two_ranks:
         planned = {key: value for key, value in rank.items() if key.startswith(f"planned/{case}/")}
         assert planned
@@ -224,8 +262,30 @@ def test_plan_changes_no_bit(case: str, two_ranks: list[dict[str, Tensor]]) -> N
                 assert torch.equal(value, rank[key.replace("planned", "expert", 1)]), key
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if is_possible("planned_with_losses", case)])
+def test_plan_changes_no_loss(case: str, two_ranks: list[dict[str, Tensor]]) -> None:
+    """Compare losses bit for bit, gradients up to the order of additions; ranks route other tokens with a plan."""
+    names = {key.split("/")[2] for key in two_ranks[0] if key.startswith(f"planned_with_losses/{case}/")}
+    assert {"load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss"} <= names
+    for name in names:
+        planned, unplanned = (
+            [
+                rank[f"{layout}_with_losses/{case}/{name}"]
+                for rank in two_ranks
+                if f"{layout}_with_losses/{case}/{name}" in rank
+            ]
+            for layout in ("planned", "expert")
+        )
+        if "loss" in name or name == "output":
+            assert all(map(torch.equal, planned, unplanned)), name
+        elif "router" in name:
+            torch.testing.assert_close(sum(planned), sum(unplanned), rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(planned, unplanned, rtol=1e-4, atol=1e-5)
+
+
 def test_starved_rank_gets_no_token() -> None:
-    """The case is what its name says."""
+    """The case `starved_last_rank` sends no token to the experts of the last rank."""
     results = run_case("expert", "starved_last_rank")
     for expert in range(6):
         grads = [grad for key, grad in results.items() if f"local_experts.{expert}." in key]

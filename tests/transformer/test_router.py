@@ -1,5 +1,6 @@
-"""The two limits of the method, and everything between them against a plain reference."""
+"""The router: V = N against `TopKRouter`, V = 1 against a table lookup, all else against a plain reference."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from support.pairwise import pairwise
 from support.small_moe import (
     DEVICE,
     make_config,
@@ -23,8 +25,8 @@ from support.small_moe import (
 from torch import Tensor
 
 from maskmoe.routing_mask import MaskRecipe, TokenFrequency, build_routing_mask
-from maskmoe.transformer.router import MaskMoERouter, RoutingRequest
-from maskmoe.transformer.token_ids import pack_token_ids
+from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.token_ids import TokenIds
 
 LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
 ALL_BALANCING_LOSSES = {
@@ -32,12 +34,7 @@ ALL_BALANCING_LOSSES = {
     "moe_aux_loss_coeff": [1e-2, 2e-2, 3e-2],
 }
 GROUPS = {"moe_router_num_groups": 3, "moe_router_group_topk": 2}
-SHAPES = [(1, 1), (5, 3), (16, 2)]
 LOSS_SCALE = 0.5
-
-
-def request_for(token_ids: Tensor) -> RoutingRequest:
-    return RoutingRequest(token_ids, attaches_losses=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,7 +45,7 @@ def _loss_scale():
 
 @dataclass(frozen=True)
 class Routed:
-    """What came out of a router, and its gradients."""
+    """Outputs and gradients of a router."""
 
     probs: Tensor
     routing_map: Tensor
@@ -58,10 +55,10 @@ class Routed:
     local_tokens_per_expert: Tensor | None
 
 
-def route(router: TopKRouter, hidden: Tensor, *side_tensors: Tensor) -> Routed:
+def route(router: TopKRouter, hidden: Tensor, *per_token: TokenIds | Tensor) -> Routed:
     hidden = hidden.clone().requires_grad_()
     take_metrics()
-    probs, routing_map = router(hidden, *side_tensors)
+    probs, routing_map = router(hidden, *per_token)
     generator = torch.Generator().manual_seed(3)
     probs.backward(torch.randn(probs.shape, generator=generator).to(probs))
     return Routed(
@@ -81,7 +78,7 @@ def assert_bit_equal(ours: Routed, stock: Routed) -> None:
 
 
 def all_visible_mask(kind: str, vocab_size: int, num_experts: int):
-    """Masks under which the first half of the vocabulary sees every expert."""
+    """Build a mask in which the first half of the vocabulary sees every expert."""
     if kind == "smoe":
         return build_routing_mask(MaskRecipe.from_preset("smoe", num_experts, 1), vocab_size=vocab_size)
     counts = np.repeat([1000, 1], vocab_size // 2)[None].astype(np.int64)
@@ -93,7 +90,7 @@ def all_visible_mask(kind: str, vocab_size: int, num_experts: int):
 
 
 def make_stock_pair(config, mask_kind: str, aux_loss_tokens="all") -> tuple[MaskMoERouter, TopKRouter]:
-    """Our router, under a mask that hides nothing, and the stock one, with the same random weights."""
+    """Build our router, with a mask that hides nothing, and the stock router, with the same random weights."""
     mask = all_visible_mask(mask_kind, vocab_size=20, num_experts=config.num_moe_experts)
     ours = make_router(config, mask, aux_loss_tokens=aux_loss_tokens)
     stock = TopKRouter(config, process_groups()).to(DEVICE)
@@ -112,68 +109,79 @@ def check_equals_stock(config, mask_kind: str, shape=(5, 3), dtype=torch.float32
     for _ in range(steps):
         hidden = torch.randn(*shape, config.hidden_size, device=DEVICE, dtype=dtype)
         token_ids = torch.randint(0, 10, shape, device=DEVICE)
-        assert_bit_equal(route(ours, hidden, token_ids), route(stock, hidden))
+        assert_bit_equal(route(ours, hidden, TokenIds(token_ids)), route(stock, hidden))
 
 
-@pytest.mark.parametrize("mask_kind", ["smoe", "frequent"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("losses", [{}, LOSSES], ids=["no_losses", "losses"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("topk", "pre_softmax"), [(1, True), (2, True), (2, False), (8, True), (8, False)], ids=str)
-def test_all_visible_equals_stock(topk, pre_softmax, shape, losses, dtype, mask_kind) -> None:
+@pytest.mark.parametrize(
+    ("selection", "shape", "losses", "dtype", "mask_kind"),
+    pairwise(
+        {
+            "top k, and whether softmax comes first": [(1, True), (2, True), (2, False), (8, True), (8, False)],
+            "sequence and batch": [(1, 1), (5, 3), (16, 2)],
+            "losses": [{}, LOSSES],
+            "dtype": [torch.float32, torch.bfloat16],
+            "mask": ["smoe", "frequent"],
+        }
+    ),
+    ids=str,
+)
+def test_all_visible_equals_stock(
+    selection: tuple[int, bool], shape: tuple[int, int], losses: dict, dtype: torch.dtype, mask_kind: str
+) -> None:
+    """Every pair of option values is tried."""
+    topk, pre_softmax = selection
     config = make_config(
         12, topk, moe_router_pre_softmax=pre_softmax, params_dtype=dtype, bf16=dtype == torch.bfloat16, **losses
     )
     check_equals_stock(config, mask_kind, shape, dtype)
 
 
-@pytest.mark.parametrize("mask_kind", ["smoe", "frequent"])
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"moe_router_score_function": "sigmoid"},
-        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "topk": 1},
-        {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
-        {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
-        {"moe_router_dtype": None},
-        {"moe_router_dtype": "fp64"},
-        {"calculate_per_token_loss": True},
-        {"add_bias_linear": True},
-        {"num_experts": 9, "topk": 9},
-        {"moe_router_load_balancing_type": "none"},
-        {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [1e-2]},
-        {"moe_router_load_balancing_type": "seq_aux_loss"},
-        {"moe_router_load_balancing_type": "seq_aux_loss", "calculate_per_token_loss": True},
-        {"moe_router_load_balancing_type": "global_aux_loss"},
-        {"moe_router_load_balancing_type": "global_aux_loss", "calculate_per_token_loss": True},
-        ALL_BALANCING_LOSSES,
-        ALL_BALANCING_LOSSES | {"moe_router_score_function": "sigmoid"},
-        {"moe_router_score_function": "sqrtsoftplus"},
-        {"moe_router_score_function": "sqrtsoftplus", "moe_router_enable_expert_bias": True},
-        GROUPS,
-        GROUPS | {"moe_router_pre_softmax": True},
-        GROUPS | {"moe_router_score_function": "sigmoid"},
-        GROUPS | {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-        GROUPS | {"moe_router_group_topk": 3, "topk": 3},
-        GROUPS | {"moe_router_group_topk": 1, "topk": 4},
-        {"moe_expert_capacity_factor": 1.0},
-        {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "position"},
-        {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
-        {
-            "moe_expert_capacity_factor": 1.0,
-            "moe_pad_expert_input_to_capacity": True,
-            "moe_token_drop_policy": "position",
-        },
-        {
-            "moe_expert_capacity_factor": 1.0,
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-        },
-    ],
-    ids=str,
-)
-def test_all_visible_equals_stock_in_every_setting(overrides, mask_kind) -> None:
+SETTINGS = [
+    {"moe_router_score_function": "sigmoid"},
+    {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "topk": 1},
+    {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
+    {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
+    {"moe_router_dtype": None},
+    {"moe_router_dtype": "fp64"},
+    {"calculate_per_token_loss": True},
+    {"add_bias_linear": True},
+    {"num_experts": 9, "topk": 9},
+    {"moe_router_load_balancing_type": "none"},
+    {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [1e-2]},
+    {"moe_router_load_balancing_type": "seq_aux_loss"},
+    {"moe_router_load_balancing_type": "seq_aux_loss", "calculate_per_token_loss": True},
+    {"moe_router_load_balancing_type": "global_aux_loss"},
+    {"moe_router_load_balancing_type": "global_aux_loss", "calculate_per_token_loss": True},
+    ALL_BALANCING_LOSSES,
+    ALL_BALANCING_LOSSES | {"moe_router_score_function": "sigmoid"},
+    {"moe_router_score_function": "sqrtsoftplus"},
+    {"moe_router_score_function": "sqrtsoftplus", "moe_router_enable_expert_bias": True},
+    GROUPS,
+    GROUPS | {"moe_router_pre_softmax": True},
+    GROUPS | {"moe_router_score_function": "sigmoid"},
+    GROUPS | {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    GROUPS | {"moe_router_group_topk": 3, "topk": 3},
+    GROUPS | {"moe_router_group_topk": 1, "topk": 4},
+    {"moe_expert_capacity_factor": 1.0},
+    {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "position"},
+    {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+    {
+        "moe_expert_capacity_factor": 1.0,
+        "moe_pad_expert_input_to_capacity": True,
+        "moe_token_drop_policy": "position",
+    },
+    {
+        "moe_expert_capacity_factor": 1.0,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    },
+]
+"""Overrides of the configuration. Options are repeated next to others, so that masks can alternate."""
+
+
+@pytest.mark.parametrize(("overrides", "mask_kind"), zip(SETTINGS, itertools.cycle(["smoe", "frequent"])), ids=str)
+def test_all_visible_equals_stock_in_every_setting(overrides: dict, mask_kind: str) -> None:
     config = make_config(**({"num_experts": 12, "topk": 4} | LOSSES | overrides))
     check_equals_stock(config, mask_kind, steps=3)
 
@@ -186,24 +194,25 @@ def test_all_visible_equals_stock_when_only_routable_tokens_count(losses) -> Non
 @pytest.mark.parametrize("per_token_loss", [False, True])
 @pytest.mark.parametrize("mask_kind", ["smoe", "frequent"])
 def test_all_visible_equals_stock_with_padding(mask_kind, per_token_loss) -> None:
-    """Weights and map bit for bit; not the losses, whose numbers of tokens the stock router squares in float32."""
+    """Compare weights and map bit for bit, losses approximately: the stock router squares token numbers in float32."""
     settings = LOSSES | ALL_BALANCING_LOSSES | {"calculate_per_token_loss": per_token_loss}
     ours, stock = make_stock_pair(make_config(12, 4, **settings), mask_kind)
     for _ in range(2):
         hidden = torch.randn(7, 3, 8, device=DEVICE)
         token_ids = torch.randint(0, 10, (7, 3), device=DEVICE)
         is_padding = torch.rand(7, 3, device=DEVICE) < 0.4
-        packed = pack_token_ids(token_ids, is_padding)
+        packed = TokenIds(token_ids, is_padding)
         ours_routed, stock_routed = route(ours, hidden, packed), route(stock, hidden, is_padding)
         assert torch.equal(ours_routed.probs, stock_routed.probs)
         assert torch.equal(ours_routed.routing_map, stock_routed.routing_map)
         tolerance = {"rtol": 1e-5, "atol": 1e-7}
         torch.testing.assert_close(ours_routed.input_grad, stock_routed.input_grad, **tolerance)
         torch.testing.assert_close(ours_routed.weight_grad, stock_routed.weight_grad, **tolerance)
-        assert len(ours_routed.losses) == 4 and ours_routed.losses.keys() == stock_routed.losses.keys()
+        assert len(ours_routed.losses) == 4
+        assert ours_routed.losses.keys() == stock_routed.losses.keys()
         for name, values in stock_routed.losses.items():
             torch.testing.assert_close(ours_routed.losses[name], values, rtol=1e-6, atol=0, check_dtype=False)
-        # The stock router divides what earlier micro-batches of a step got by the number of tokens in this one.
+        # The stock router divides the load of earlier micro-batches by the number of tokens in the newest one.
         ours.reset_global_aux_loss_tracker()
         stock.reset_global_aux_loss_tracker()
 
@@ -213,12 +222,12 @@ def test_padding_is_no_load_for_the_expert_bias() -> None:
     router = make_router(config, make_mask(random_visible_sets(0, 1, 20, 4)))
     token_ids = torch.arange(20, device=DEVICE).view(10, 2)
     is_padding = torch.rand(10, 2, device=DEVICE) < 0.5
-    _, routing_map = router(torch.randn(10, 2, 8, device=DEVICE), pack_token_ids(token_ids, is_padding))
+    _, routing_map = router(torch.randn(10, 2, 8, device=DEVICE), TokenIds(token_ids, is_padding))
     assert torch.equal(router.local_tokens_per_expert.long(), routing_map[~is_padding.flatten()].sum(dim=0))
 
 
 def test_all_visible_equals_stock_on_many_tokens() -> None:
-    """Their squared number has more digits than float32."""
+    """The squared number of tokens has more digits than float32."""
     check_equals_stock(make_config(12, 4, **LOSSES), "frequent", shape=(4097, 3))
 
 
@@ -231,7 +240,7 @@ def test_no_losses_outside_training(mode) -> None:
         router.eval()
     take_metrics()
     with torch.set_grad_enabled(mode == "eval"):
-        router(hidden, token_ids)
+        router(hidden, TokenIds(token_ids))
     assert not take_metrics()
 
 
@@ -242,13 +251,13 @@ def test_no_losses_outside_training(mode) -> None:
 @pytest.mark.parametrize("scale", [1, 1000])
 def test_one_visible_expert_is_a_table_lookup(scale, topk, pre_softmax, aux_loss_tokens, losses) -> None:
     config = make_config(5, topk, num_layers=3, **losses)
-    # The configuration refuses k = 1 with softmax after top-k, where the weight is constant. Here it is anyway.
+    # The configuration refuses k = 1 with softmax after top-k, because the weight is constant. Set it afterwards.
     config.moe_router_pre_softmax = pre_softmax
     mask = build_routing_mask(MaskRecipe.from_preset("hash", 5, 3, seed=4), vocab_size=30)
     for layer in range(3):
         router = make_router(config, mask, layer_number=layer + 1, aux_loss_tokens=aux_loss_tokens)
         token_ids = torch.arange(30, device=DEVICE).view(15, 2)
-        routed = route(router, scale * torch.randn(15, 2, 8, device=DEVICE), token_ids)
+        routed = route(router, scale * torch.randn(15, 2, 8, device=DEVICE), TokenIds(token_ids))
         table = torch.from_numpy(mask.row_of_id[layer].astype(np.int64)).to(DEVICE)
         assert torch.equal(routed.probs, torch.nn.functional.one_hot(table, 5).float())
         assert torch.equal(routed.routing_map, torch.nn.functional.one_hot(table, 5).bool())
@@ -263,7 +272,7 @@ def test_single_expert_tokens_send_no_gradient_among_others(topk, pre_softmax, a
     config = make_config(6, topk, moe_router_pre_softmax=pre_softmax, **LOSSES)
     router = make_router(config, mask, aux_loss_tokens=aux_loss_tokens)
     token_ids = torch.arange(40, device=DEVICE).view(20, 2)
-    routed = route(router, torch.randn(20, 2, 8, device=DEVICE), token_ids)
+    routed = route(router, torch.randn(20, 2, 8, device=DEVICE), TokenIds(token_ids))
     is_single = torch.from_numpy(mask.num_visible == 1).to(DEVICE)
     moved = routed.input_grad.flatten(0, 1).abs().amax(dim=1) > 0
     assert torch.equal(moved, ~is_single)
@@ -272,7 +281,7 @@ def test_single_expert_tokens_send_no_gradient_among_others(topk, pre_softmax, a
 
 @dataclass(frozen=True)
 class Case:
-    """A random router, mask and batch."""
+    """Describes a random router, mask and batch."""
 
     seed: int
     num_experts: int
@@ -297,8 +306,9 @@ class Case:
         return make_mask(random_visible_sets(self.seed, 2, 12, self.num_experts))
 
     @property
-    def token_ids(self) -> Tensor:
-        return torch.from_numpy(np.random.default_rng(self.seed).integers(0, 12, self.shape)).to(DEVICE)
+    def token_ids(self) -> TokenIds:
+        ids = np.random.default_rng(self.seed).integers(0, 12, self.shape)
+        return TokenIds(torch.from_numpy(ids).to(DEVICE), self.is_padding)
 
     @property
     def is_padding(self) -> Tensor | None:
@@ -307,13 +317,9 @@ class Case:
         return torch.from_numpy(np.random.default_rng(self.seed + 4).random(self.shape) < 0.4).to(DEVICE)
 
     @property
-    def side_tensor(self) -> Tensor:
-        return pack_token_ids(self.token_ids, self.is_padding)
-
-    @property
     def visible(self) -> Tensor:
-        """bool [tokens, experts], in the second layer."""
-        return torch.from_numpy(self.mask.visible_sets(1)).to(DEVICE)[self.token_ids.flatten()]
+        """Return the visible sets of the tokens in the second layer, bool [tokens, experts]."""
+        return torch.from_numpy(self.mask.visible_sets(1)).to(DEVICE)[self.token_ids.ids.flatten()]
 
     def logits(self, scale: float) -> Tensor:
         values = np.random.default_rng(self.seed + 1).normal(scale=scale, size=(*self.shape, self.num_experts))
@@ -351,7 +357,7 @@ SCORES = [
 
 
 def possible_groups(num_experts: int, topk: int) -> list[tuple[int, int]]:
-    """Numbers of groups and of chosen groups that hold k experts, at least one of each group."""
+    """List pairs (groups, chosen groups) for which the chosen groups hold k experts and each can give one."""
     return [
         (num_groups, group_topk)
         for num_groups in range(1, num_experts + 1)
@@ -380,10 +386,10 @@ def cases(draw, dtypes=(torch.float32,)) -> Case:
 @settings(deadline=None, max_examples=250)
 @given(case=cases())
 def test_follows_the_method(case: Case) -> None:
-    """Weights, map, losses and gradients equal the reference's; float32 against float64."""
+    """Compare weights, map, losses and gradients with the reference; float32 against float64."""
     router, logits = case.router(), case.logits(scale=2)
     take_metrics()
-    probs, routing_map = router.routing(logits, request_for(case.side_tensor))
+    probs, routing_map = router.routing(logits, case.token_ids)
     losses = {name: values[1] for name, values in take_metrics().items()}
     output_grad = torch.from_numpy(np.random.default_rng(case.seed + 3).normal(size=probs.shape)).to(probs)
     probs.backward(output_grad)
@@ -407,7 +413,7 @@ def test_follows_the_method(case: Case) -> None:
     expected_losses = {
         "load_balancing_loss": reference.load_balancing_loss,
         "seq_load_balancing_loss": reference.seq_load_balancing_loss,
-        # Of the first micro-batch, on one rank.
+        # On one rank, the first micro-batch's global loss equals the local loss.
         "global_load_balancing_loss": reference.load_balancing_loss,
         "z_loss": reference.z_loss,
     }
@@ -434,20 +440,20 @@ def test_follows_the_method(case: Case) -> None:
 
 @settings(deadline=None, max_examples=250)
 @given(case=cases(dtypes=(torch.float32, torch.bfloat16)), scale=st.sampled_from([1, 30, 500]))
-# The scores of visible experts round to 0, as those of invisible ones do.
+# In these examples, scores of visible experts round to 0, which is the score of invisible experts.
 @example(case=Case(0, 20, 4, (5, 3), "softmax_before", "all"), scale=500)
 @example(case=Case(0, 20, 4, (5, 3), "sigmoid", "all"), scale=500)
 def test_nothing_invisible_is_ever_used(case: Case, scale: float) -> None:
-    """For logits and biases of any size: visible experts, and no weight, gradient or NaN anywhere else.
+    """Logits and biases of any size select visible experts, and give no weight, gradient or NaN to others.
 
-    They are `min(k, V)`, or fewer where groups limit the choice, but at least one.
+    A token selects `min(k, V)` experts. If groups limit the choice, a token can select fewer, but at least one.
     """
     logits, visible = case.logits(scale), case.visible
     router = case.router()
     if router.enable_expert_bias:
         router.expert_bias *= scale
     take_metrics()
-    probs, routing_map = router.routing(logits, request_for(case.side_tensor))
+    probs, routing_map = router.routing(logits, case.token_ids)
     losses = take_metrics()
     probs.sum().backward()
     assert not (routing_map & ~visible).any()
@@ -459,11 +465,12 @@ def test_nothing_invisible_is_ever_used(case: Case, scale: float) -> None:
         num_groups, group_topk = case.groups
         groups_used = routing_map.view(len(routing_map), num_groups, -1).any(dim=-1).sum(dim=-1)
         assert (groups_used <= group_topk).all()
-        assert (num_selected >= 1).all() and (num_selected <= most).all()
+        assert (num_selected >= 1).all()
+        assert (num_selected <= most).all()
     grad = logits.grad.flatten(0, 1)
     assert not grad[~visible].any()
     assert all(values.isfinite().all() for values in [probs, *losses.values()])
-    # The square root of a softplus that rounds to 0 has no finite slope, in the stock router neither.
+    # The square root of a softplus that rounds to 0 has no finite slope; the stock router has the same fault.
     if case.score_function != "sqrtsoftplus" or scale == 1:
         assert grad.isfinite().all()
 
@@ -471,9 +478,9 @@ def test_nothing_invisible_is_ever_used(case: Case, scale: float) -> None:
 @pytest.mark.parametrize("groups", [None, (5, 2)])
 @pytest.mark.parametrize("scores", SCORES)
 def test_logits_without_a_value_select_visible_experts(scores: str, groups) -> None:
-    """So that a model that has diverged says so, and does not fail in the dispatcher."""
+    """A model that has diverged must report NaN losses instead of failing in the dispatcher."""
     case = Case(0, 20, 4, (5, 3), scores, "all", groups=groups)
-    _, routing_map = case.router().routing(torch.full_like(case.logits(1), float("nan")), request_for(case.token_ids))
+    _, routing_map = case.router().routing(torch.full_like(case.logits(1), float("nan")), case.token_ids)
     assert not (routing_map & ~case.visible).any()
     num_selected = routing_map.sum(dim=1)
     if groups is None:
@@ -482,15 +489,15 @@ def test_logits_without_a_value_select_visible_experts(scores: str, groups) -> N
 
 
 def test_balancing_losses_count_visible_experts_only() -> None:
-    """Also where the scores of visible experts round to 0, as those of invisible ones are."""
+    """The scores of visible experts round to 0 here, which is the score of invisible experts."""
     visible = np.eye(6, dtype=bool)[None, 1:]  # id i sees expert 0 and expert i + 1
     visible[..., 0] = True
     router = make_router(
         make_config(6, 2, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1.0), make_mask(visible)
     )
     logits = torch.full((5, 1, 6), -500.0, device=DEVICE)
-    logits[..., 0] = 0  # so that all other scores are 0
-    router.routing(logits.requires_grad_(), request_for(torch.arange(5, device=DEVICE).view(5, 1)))
+    logits[..., 0] = 0  # All other scores round to 0.
+    router.routing(logits.requires_grad_(), TokenIds(torch.arange(5, device=DEVICE).view(5, 1)))
     assert router.global_tokens_per_expert.tolist() == [5, 1, 1, 1, 1, 1]
 
 
@@ -506,7 +513,7 @@ def test_global_loss_takes_the_load_of_all_micro_batches_of_a_step(has_padding) 
             logits = torch.randn(8, 2, 5, device=DEVICE)
             token_ids = torch.randint(0, 20, (8, 2), device=DEVICE)
             is_padding = torch.rand(8, 2, device=DEVICE) < 0.5 if has_padding else None
-            router.routing(logits, request_for(pack_token_ids(token_ids, is_padding)))
+            router.routing(logits, TokenIds(token_ids, is_padding))
             real = slice(None) if is_padding is None else ~is_padding.flatten()
             visible = torch.from_numpy(mask.visible_sets(0)).to(DEVICE)[token_ids.flatten()][real]
             scores = logits.flatten(0, 1)[real].double().masked_fill(~visible, float("-inf")).softmax(dim=-1)
@@ -518,18 +525,19 @@ def test_global_loss_takes_the_load_of_all_micro_batches_of_a_step(has_padding) 
         recorded = take_metrics()["global_load_balancing_loss"]
         torch.testing.assert_close(recorded, sum(expected).view(1), rtol=1e-5, atol=0, check_dtype=False)
         reset_model_temporary_tensors(config, [torch.nn.ModuleList([router])])
-        assert not router.ga_steps and not router.global_tokens_per_expert.any()
+        assert not router.ga_steps
+        assert not router.global_tokens_per_expert.any()
 
 
 def test_half_precision_model_accumulates_the_load_exactly() -> None:
-    """The buffers of the global loss stay in float32, and out of the checkpoint: each step begins at 0."""
+    """The buffers of the global loss stay in float32. Checkpoints do not hold them, because each step begins at 0."""
     config = make_config(
         moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1e-2, params_dtype=torch.bfloat16
     )
     router = make_router(config, all_visible_mask("smoe", 20, 4)).bfloat16()
     for _ in range(3):
         hidden = torch.randn(251, 3, 8, device=DEVICE, dtype=torch.bfloat16)
-        router(hidden, torch.zeros(251, 3, dtype=torch.int64, device=DEVICE))
+        router(hidden, TokenIds(torch.zeros(251, 3, dtype=torch.int64, device=DEVICE)))
     assert router.global_tokens_per_expert.dtype == router.ga_steps.dtype == torch.float32
     assert router.global_tokens_per_expert.sum() == 3 * 753 * 2
     assert router.state_dict().keys() == {"weight"}
@@ -539,7 +547,7 @@ def test_losses_without_a_routable_token_are_zero() -> None:
     visible = random_visible_sets(0, 1, 10, 4, sizes=(1,))
     visible[0, 0] = True
     router = make_router(make_config(**LOSSES), make_mask(visible), aux_loss_tokens="routable")
-    routed = route(router, torch.randn(9, 1, 8, device=DEVICE), torch.arange(1, 10, device=DEVICE).view(9, 1))
+    routed = route(router, torch.randn(9, 1, 8, device=DEVICE), TokenIds(torch.arange(1, 10, device=DEVICE).view(9, 1)))
     assert routed.losses["load_balancing_loss"].item() == routed.losses["z_loss"].item() == 0
     assert not routed.weight_grad.any()
 
@@ -549,13 +557,15 @@ def test_expert_that_no_token_sees_gets_no_gradient() -> None:
     visible[..., 4] = False
     visible[~visible.any(axis=-1), 0] = True
     router = make_router(make_config(6, 4, **LOSSES), make_mask(visible))
-    routed = route(router, torch.randn(10, 2, 8, device=DEVICE), torch.arange(20, device=DEVICE).view(10, 2) % 10)
+    routed = route(
+        router, torch.randn(10, 2, 8, device=DEVICE), TokenIds(torch.arange(20, device=DEVICE).view(10, 2) % 10)
+    )
     assert not routed.weight_grad[4].any()
     assert routed.weight_grad[0].any()
 
 
 def test_half_precision_model_counts_tokens_exactly() -> None:
-    """More tokens than bfloat16 can count."""
+    """The router counts more tokens than bfloat16 can represent exactly."""
     config = make_config(
         moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, params_dtype=torch.bfloat16
     )
@@ -563,7 +573,7 @@ def test_half_precision_model_counts_tokens_exactly() -> None:
     counts = torch.zeros(4, device=DEVICE, dtype=torch.int64)
     for _ in range(3):
         hidden = torch.randn(251, 3, 8, device=DEVICE, dtype=torch.bfloat16)
-        _, routing_map = router(hidden, torch.zeros(251, 3, dtype=torch.int64, device=DEVICE))
+        _, routing_map = router(hidden, TokenIds(torch.zeros(251, 3, dtype=torch.int64, device=DEVICE)))
         counts += routing_map.sum(dim=0)
     assert torch.equal(router.local_tokens_per_expert.long(), counts)
 
@@ -574,7 +584,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
     router = make_router(make_config(), all_visible_mask("smoe", 20, 4))
     for token_id in (20, -1):
         with pytest.raises(IndexError):
-            router(torch.randn(1, 1, 8), torch.tensor([[token_id]]))
+            router(torch.randn(1, 1, 8), TokenIds(torch.tensor([[token_id]])))
 
 
 def test_router_registers_no_second_copy_of_the_mask() -> None:

@@ -1,4 +1,4 @@
-"""What routers count of their tokens, against the same numbers taken token by token."""
+"""Statistics of routers against the same numbers counted token by token."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ from support.small_moe import (
 )
 from torch import Tensor
 
-from maskmoe.transformer.router import MaskMoERouter, RoutingRequest
+from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import RoutingSums
-from maskmoe.transformer.token_ids import pack_token_ids
+from maskmoe.transformer.token_ids import TokenIds
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH = 5, 11, 16, 2
 RECOMPUTATION = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "full, of one layer": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+    "full, one layer": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
 }
 
@@ -36,7 +36,7 @@ def take(router: MaskMoERouter) -> RoutingSums:
 
 
 def random_ids(seed: int) -> Tensor:
-    """int64 [sequence, batch]"""
+    """Draw ids, int64 [sequence, batch]."""
     return torch.from_numpy(np.random.default_rng(seed).integers(0, VOCAB_SIZE, (SEQUENCE, BATCH))).to(DEVICE)
 
 
@@ -53,7 +53,7 @@ def test_sums_over_micro_batches(score_function: str, pads: bool, sizes: tuple[i
         ids = random_ids(micro_batch)
         logits = 3 * torch.randn(SEQUENCE, BATCH, NUM_EXPERTS, device=DEVICE)
         is_padding = torch.rand(SEQUENCE, BATCH, device=DEVICE) < 0.3 if pads else None
-        router.routing(logits, RoutingRequest(pack_token_ids(ids, is_padding), attaches_losses=True))
+        router.routing(logits, TokenIds(ids, is_padding))
 
         seen = torch.from_numpy(visible[0]).to(DEVICE)[ids.flatten()]
         logits = logits.flatten(0, 1)
@@ -82,17 +82,17 @@ def test_only_training_counts() -> None:
     router = make_router(make_config(NUM_EXPERTS), make_mask(random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS)))
     hidden = torch.randn(SEQUENCE, BATCH, 8, device=DEVICE)
     with torch.no_grad():
-        router(hidden, random_ids(0))
+        router(hidden, TokenIds(random_ids(0)))
     router.eval()
-    router(hidden, random_ids(0))
+    router(hidden, TokenIds(random_ids(0)))
     assert take(router).num_tokens == 0
     router.train()
-    router(hidden, random_ids(0))
+    router(hidden, TokenIds(random_ids(0)))
     assert take(router).num_tokens == SEQUENCE * BATCH
 
 
 def train(**settings) -> list[tuple[list[float], int]]:
-    """What the layers of a model have counted in two micro-batches, forward and backward."""
+    """Return the statistics of each layer of a model after two micro-batches, forward and backward."""
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
     config = make_config(NUM_EXPERTS, num_layers=2, **settings)
@@ -122,7 +122,7 @@ def test_not_in_checkpoints_and_exact_in_bf16() -> None:
     names = set(router.state_dict())
     router = Float16Module(config, router).module
     hidden = torch.zeros(SEQUENCE, BATCH, 8, device=DEVICE, dtype=torch.bfloat16)
-    for _ in range(40):  # bfloat16 rounds whole numbers from 257 on
-        router(hidden, random_ids(0))
+    for _ in range(40):  # bfloat16 cannot represent all whole numbers above 256.
+        router(hidden, TokenIds(random_ids(0)))
     assert set(router.state_dict()) == names
     assert take(router).tokens_per_expert.sum() == 40 * SEQUENCE * BATCH * 2

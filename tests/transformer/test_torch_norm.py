@@ -1,8 +1,10 @@
+"""Norms of torch in tensor- and sequence-parallel models."""
+
 import pytest
 import torch
 from support.small_moe import make_config
 
-from maskmoe.transformer.torch_norm import build_torch_norm
+from maskmoe.transformer.backends.torch_norm import build_torch_norm
 
 
 @pytest.mark.parametrize("norm_class", [torch.nn.LayerNorm, torch.nn.RMSNorm])
@@ -25,7 +27,7 @@ def test_is_the_norm_of_torch(norm_class: type, sequence_parallel: bool) -> None
     ("setting", "value", "message"),
     [("layernorm_zero_centered_gamma", True, "--apply-layernorm-1p"), ("normalization", "L2Norm", "L2Norm")],
 )
-def test_refuses_what_torch_has_not(setting: str, value: object, message: str) -> None:
+def test_refuses_norms_that_torch_lacks(setting: str, value: object, message: str) -> None:
     config = make_config()
     setattr(config, setting, value)
     with pytest.raises(ValueError, match=message):

@@ -1,3 +1,5 @@
+"""The routing mask on the device and in checkpoints."""
+
 import json
 from types import SimpleNamespace
 
@@ -83,7 +85,8 @@ def test_another_mask_is_refused(other: np.ndarray, mask, module: VisibleExperts
     before = module.row_of_id.clone()
     with pytest.raises(UserError) as error:
         module.load_state_dict(state)
-    assert mask.digest[:16] in str(error.value) and other_mask.digest[:16] in str(error.value)
+    assert mask.digest[:16] in str(error.value)
+    assert other_mask.digest[:16] in str(error.value)
     assert torch.equal(module.row_of_id, before)
 
 
@@ -102,7 +105,7 @@ def test_damaged_buffers_are_refused(name: str, module: VisibleExperts) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'"text"', b"[1"], ids=str)
-def test_metadata_that_is_none_is_refused(content: bytes, module: VisibleExperts) -> None:
+def test_malformed_metadata_is_refused(content: bytes, module: VisibleExperts) -> None:
     state = dict(module.state_dict())
     state["metadata"] = torch.tensor(list(content), dtype=torch.uint8)
     with pytest.raises(UserError):
@@ -138,7 +141,7 @@ def test_one_rank_and_model_chunk_writes_the_mask(mask) -> None:
 
 
 def test_a_checkpoint_is_read_into_copies(module: VisibleExperts) -> None:
-    """The reader fills its tensors in place: the run's own mask must stay to be compared with."""
+    """The reader overwrites its tensors. The run's own mask must remain, to be compared with the checkpoint's mask."""
     for name, tensor in module.sharded_state_dict("routing_mask.").items():
         buffer = getattr(module, name.removeprefix("routing_mask."))
         assert torch.equal(tensor.data, buffer)

@@ -1,9 +1,9 @@
-"""Time of dispatch and combine, forward and backward, against stock Megatron-Core's all-to-all dispatcher and a floor.
+"""Measure dispatch and combine, forward and backward, against Megatron-Core's all-to-all dispatcher and a floor.
 
-The floor is what any exchange of one copy of each token costs: four all-to-alls, and a gather of rows with each.
-`rank-local` masks are dispatched by plan; under an `any` mask every id sees all experts. Experts do nothing. `in two
-parts` is the floor's exchange of half of the tokens after that of the others: what it would cost to send tokens whose
-rank is known beforehand apart from those that the router has to choose for.
+The floor is the cost of any exchange of one copy of each token: four all-to-alls, and a gather of rows with each.
+Under a `rank-local` mask, dispatch is planned; under an `any` mask, every id sees all experts. Experts do nothing. The
+case `in two parts` is the floor with two exchanges of half the tokens each: the cost of sending tokens whose rank is
+known beforehand separately from tokens that the router must choose a rank for.
 
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/dispatcher.py
 """
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import harness
 import routed_tokens
 import torch
+from fixed_router import FixedRouter
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,14 +25,15 @@ from ranks import compare, join_ranks, run_and_report
 from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
 from torch import Tensor
 
+from maskmoe.transformer.dispatch.choose import choose_dispatch
 from maskmoe.transformer.dispatch.kind import DispatchKind
-from maskmoe.transformer.moe_layer import dispatch_kind
-from maskmoe.transformer.one_copy_dispatcher import OneCopyDispatcher
-from maskmoe.transformer.token_dispatcher import MaskMoEAlltoAllTokenDispatcher
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
+from maskmoe.transformer.dispatch.planned import PlannedDispatcher
+from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
 
 
 def choose(tokens: RoutedTokens, ids: Tensor, topk: int) -> Tensor:
-    """The k visible experts of each id that a fixed score prefers: bool [tokens, experts]."""
+    """Return the k visible experts of each id [tokens] that a fixed score prefers: bool [tokens, experts]."""
     visible = tokens.visible_experts(ids, 0).experts
     generator = torch.Generator().manual_seed(0)
     preference = torch.rand(routed_tokens.VOCAB_SIZE, visible.shape[1], generator=generator).to(ids.device)
@@ -42,7 +44,7 @@ def choose(tokens: RoutedTokens, ids: Tensor, topk: int) -> Tensor:
 def dispatch_by_alltoall(
     dispatcher: MoEAlltoAllTokenDispatcher, tokens: RoutedTokens, routing_map: Tensor
 ) -> Callable[[], None]:
-    """By a dispatcher of Megatron-Core's kind, as `MoELayer` uses it."""
+    """Return work that dispatches by a dispatcher of Megatron-Core's kind, in the steps of `MoELayer`."""
 
     def work() -> None:
         hidden, probs = _leaves(tokens.hidden, routing_map)
@@ -58,6 +60,7 @@ def dispatch_by_alltoall(
 def dispatch_stock(
     config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
 ) -> Callable[[], None]:
+    """Return work that dispatches by Megatron-Core's own dispatcher."""
     dispatcher = MoEAlltoAllTokenDispatcher(*_local_experts(config, groups), config, groups)
     return dispatch_by_alltoall(dispatcher, tokens, choose(tokens, tokens.ids[0], config.moe_router_topk))
 
@@ -65,45 +68,47 @@ def dispatch_stock(
 def dispatch_ours(
     config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
 ) -> Callable[[], None]:
-    plan = tokens.planner and tokens.planner.plan(tokens.ids).of_table[0]
-    routing_map = choose(tokens, tokens.ids[0] if plan is None else plan.received_ids, config.moe_router_topk)
-    if dispatch_kind(config, groups, plan is not None) is DispatchKind.STOCK:
-        dispatcher = MaskMoEAlltoAllTokenDispatcher(
+    """Return work that dispatches in the way that a MaskMoE layer chooses for these tokens."""
+    token_ids = tokens.plan_ids()
+    kind = choose_dispatch(config, groups, tokens.visible_experts.is_rank_local)
+    routed_ids = token_ids.plan.of_table[0].received_ids if token_ids.plan else token_ids
+    routing_map = choose(tokens, routed_ids.ids.flatten(), config.moe_router_topk)
+    if kind is DispatchKind.STOCK:
+        alltoall = MaskMoEAlltoAllTokenDispatcher(
             *_local_experts(config, groups), config, groups, min_visible=tokens.visible_experts.min_visible
         )
-        return dispatch_by_alltoall(dispatcher, tokens, routing_map)
-    dispatcher = OneCopyDispatcher(config.num_moe_experts, groups.ep)
+        return dispatch_by_alltoall(alltoall, tokens, routing_map)
+    build = PlannedDispatcher if kind is DispatchKind.PLANNED else OneCopyDispatcher
+    dispatcher = build(config.num_moe_experts, groups.ep)
 
     def work() -> None:
         hidden, probs = _leaves(tokens.hidden, routing_map)
-        flat = hidden.flatten(0, 1)
-        if plan is None:
-            rows, weights, dispatch = dispatcher.dispatch(flat, probs, routing_map)
-        else:
-            rows, weights, dispatch = dispatcher.dispatch_received(
-                dispatcher.send(flat, plan), probs, routing_map, plan
-            )
-        _backward(dispatcher.combine(rows, dispatch).view_as(hidden), weights, tokens)
+        dispatched = dispatcher.route_and_dispatch(hidden, token_ids.transpose(), FixedRouter(probs, routing_map))
+        output = dispatcher.combine(dispatched.expert_input, dispatched.metadata)
+        _backward(output, dispatched.weights, tokens)
 
     return work
 
 
 def _local_experts(config: TransformerConfig, groups: ProcessGroupCollection) -> tuple[int, list[int]]:
-    """How many experts this rank has, and which."""
+    """Return the number of experts on this rank and their indices."""
     num_local = config.num_moe_experts // groups.ep.size()
     first = groups.ep.rank() * num_local
     return num_local, list(range(first, first + num_local))
 
 
 def _leaves(hidden: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Return hidden states and weights that gradients are computed for."""
     return hidden.detach().requires_grad_(), routing_map.float().requires_grad_()
 
 
 def _backward(output: Tensor, weights: Tensor, tokens: RoutedTokens) -> None:
+    """Run the backward pass from the output [tokens, 1, hidden] and the weights."""
     torch.autograd.backward([output, weights], [tokens.gradient, torch.ones_like(weights)])
 
 
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
+    """Yield the cases for every k, N and mask."""
     num_ranks = groups.ep.size()
     hidden, gradient = torch.randn(2, arguments.tokens, arguments.hidden_size).cuda()
     floor = exchange_floor(hidden, gradient, groups.ep)

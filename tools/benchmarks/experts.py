@@ -1,6 +1,6 @@
-"""Time of the experts of one layer, forward and backward, against Megatron-Core's `SequentialMLP`.
+"""Measure the experts of one layer, forward and backward, against Megatron-Core's `SequentialMLP`.
 
-Weights' gradients are added to a buffer as soon as they are there, and freed, as Megatron's data parallelism does.
+Each weight's gradient is added to a buffer and freed as soon as it is computed, as Megatron's data parallelism does.
 
     python tools/benchmarks/experts.py
 """
@@ -23,10 +23,11 @@ from ranks import join_ranks, run_and_report
 from torch import Tensor
 from zipf import zipf_probabilities
 
-from maskmoe.transformer.grouped_experts import GroupedMLP
+from maskmoe.transformer.experts import GroupedMLP
 
 
 def make_experts(kind: type[SequentialMLP], config: TransformerConfig, groups: ProcessGroupCollection) -> SequentialMLP:
+    """Build experts that accumulate gradients in `main_grad`."""
     submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = kind(config.num_moe_experts, config, submodules, groups).cuda()
 
@@ -41,13 +42,14 @@ def make_experts(kind: type[SequentialMLP], config: TransformerConfig, groups: P
 
 
 def draw_load(name: str, num_rows: int, num_experts: int) -> Tensor:
-    """Rows of each expert: the same number, or as a Zipf distribution has it."""
+    """Return the rows of each expert: equal numbers (`even`), or drawn from a Zipf distribution (`zipf`)."""
     if name == "even":
         return torch.full((num_experts,), num_rows // num_experts)
     return torch.from_numpy(np.random.default_rng(0).multinomial(num_rows, zipf_probabilities(num_experts)))
 
 
 def step(experts: SequentialMLP, tokens_per_expert: Tensor) -> Callable[[], None]:
+    """Return one forward and backward pass."""
     config = experts.config
     num_rows = int(tokens_per_expert.sum())
     hidden, gradient = torch.randn(2, num_rows, config.hidden_size, dtype=config.params_dtype, device="cuda")
@@ -62,6 +64,7 @@ def step(experts: SequentialMLP, tokens_per_expert: Tensor) -> Callable[[], None
 
 
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
+    """Yield the cases for every size and load."""
     dtype = getattr(torch, arguments.dtype)
     for size in arguments.sizes:
         num_rows, hidden_size, width, num_experts = map(int, size.replace("/", "x").split("x"))
@@ -93,9 +96,14 @@ def main() -> None:
         nargs="+",
         default=["4096x512x1024/8", "4096x512x1024/16", "4096x512x1024/64", "2048x256x512/16"],
         metavar="RxHxF/N",
-        help="R rows of H features, N gated experts of width F",
+        help="cases: R rows of H features, N gated experts of width F",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="dtype of weights and rows (default: %(default)s)",
+    )
     harness.add_arguments(parser)
     arguments = parser.parse_args()
     run_and_report(cases(arguments, join_ranks()), arguments)

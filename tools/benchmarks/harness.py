@@ -1,7 +1,6 @@
-"""Interleaved ratio benchmarks: ours and a baseline are measured in turn, so that both see the same machine.
+"""Interleaved ratio benchmarks: ours and a baseline are measured in turn, under the same load of the machine.
 
-Each benchmark makes `Case`s and hands them to `run`, or measures by its own means and makes `Result`s. Both end in
-`report`.
+A benchmark passes `Case`s to `run`, or measures by other means and builds `Result`s; it passes the results to `report`.
 """
 
 import argparse
@@ -16,9 +15,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """A pair to compare: each call of `ours` or `baseline` does the work once and returns a number in `unit`.
+    """Two pieces of work to compare.
 
-    `costs` is what else is known of the two, for the file of results.
+    Attributes:
+        name: the name of the case.
+        unit: the unit of the measured numbers.
+        ours: does the work once and returns a number in `unit`.
+        baseline: does the same for the baseline.
+        costs: further facts about both sides, for the file of results.
     """
 
     name: str
@@ -30,7 +34,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Paired measurements of a case, in the order they were taken, and its costs."""
+    """Paired measurements of a case in the order in which they were taken, and its costs; fields as in `Case`."""
 
     case: str
     unit: str
@@ -40,7 +44,7 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        """Median of ours / baseline over the pairs."""
+        """Return the median of ours / baseline over the pairs."""
         return statistics.median(ours / baseline for ours, baseline in zip(self.ours, self.baseline, strict=True))
 
     def __str__(self) -> str:
@@ -49,7 +53,7 @@ class Result:
 
 
 def seconds(work: Callable[[], object]) -> Callable[[], float]:
-    """Measure `work` by the time it takes."""
+    """Return a function that measures the seconds that `work` takes."""
 
     def measure() -> float:
         start = time.perf_counter()
@@ -60,15 +64,16 @@ def seconds(work: Callable[[], object]) -> Callable[[], float]:
 
 
 def rate(work: Callable[[], object], amount: float) -> Callable[[], float]:
-    """Measure `work`, which handles `amount` of something, by the amount per second."""
+    """Return a function that measures the amount per second of `work`, which handles `amount` units."""
     measure_seconds = seconds(work)
     return lambda: amount / measure_seconds()
 
 
 def run(cases: Iterable[Case], repeats: int) -> list[Result]:
-    """Measure every case `repeats` times, after one round that does not count, before the next case is made.
+    """Measure every case `repeats` times after one uncounted round; the next case is built afterwards.
 
-    Within a pair the order alternates: neither side always runs on the caches and clocks that the other left.
+    The order within a pair alternates, so that neither side always runs with the caches and clocks that the other side
+    leaves behind.
     """
     results = []
     for case in cases:
@@ -92,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser, repeats: int = 7) -> None:
 
 
 def report(results: Sequence[Result], json_path: Path | None) -> None:
-    """Print one line a case and, if a path is given, write the same with every measurement as JSON."""
+    """Print one line for each case; if a path is given, also write all measurements there as JSON."""
     for result in results:
         print(result)
     if json_path:

@@ -1,4 +1,4 @@
-"""What a piece of work costs besides time: collectives, the bytes put into them, and waits of the host."""
+"""Count what a piece of work costs besides time: collectives, the bytes put into them, and waits of the host."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,18 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _ALL_TO_ALL = "alltoall_base_"
-# How Python learns what a tensor holds.
+# Functions that read the values of a tensor into Python.
 _READS = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.__float__}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one rank did.
+    """The costs of one rank.
 
     Attributes:
-        all_to_alls: of floating-point numbers.
-        all_to_all_bytes: put into them, the rank's own share included.
-        other_collectives: counts, ids, reductions of losses and gradients.
+        all_to_alls: all-to-alls of floating-point numbers.
+        all_to_all_bytes: bytes put into these all-to-alls, including the bytes that a rank sends to itself.
+        other_collectives: exchanges of counts and ids, reductions of losses and gradients.
         host_waits: how often the host waited for the device.
     """
 
@@ -42,7 +42,7 @@ class Cost:
 
 
 def cost_of(work: Callable[[], object]) -> Cost:
-    """Do some work, forward and backward, and count."""
+    """Do the work, forward and backward passes included, and return its cost."""
     collectives, waits = _Collectives(), _HostWaits()
     with waits.seeing_all(), collectives, waits:
         work()
@@ -50,77 +50,86 @@ def cost_of(work: Callable[[], object]) -> Cost:
 
 
 class _Collectives(TorchDispatchMode):
-    """Counts the collectives that tensors go through."""
+    """Counts the collectives that are called with tensors."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.all_to_alls = self.all_to_all_bytes = self.others = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and function.overloadpacket.__name__ != "barrier":
-            if function.overloadpacket.__name__ == _ALL_TO_ALL and args[1].is_floating_point():
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count the call if it is a collective, and do it."""
+        if func.namespace == "c10d" and func.overloadpacket.__name__ != "barrier":
+            if func.overloadpacket.__name__ == _ALL_TO_ALL and args[1].is_floating_point():
                 self.all_to_alls += 1
                 self.all_to_all_bytes += args[1].nbytes
             else:
                 self.others += 1
-        return function(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 class _HostWaits(TorchFunctionMode):
-    """Counts how often the host waits for what the device computes; on a CPU, how often it would for a GPU.
+    """Counts how often the host waits for the device; on a CPU, how often the host would wait for a GPU.
 
-    A copy to the host is a wait, and what it returns, and whatever is made of that, is at hand from then on.
+    A copy to the host is one wait. The copy, and all tensors computed from it, are then on the host and cost no wait.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.count = 0
-        self._on_host: list[Tensor] = []  # they live on, so that none of them is taken for another
+        # Tensors on the host. The list keeps them alive, so that no new tensor gets the identity of an old one.
+        self._on_host: list[Tensor] = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do the call, and count it if it makes the host wait."""
+        result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_host = bool(tensors) and all(any(tensor is known for known in self._on_host) for tensor in tensors)
-        if not on_host and (function in _READS or function is Tensor.cpu):
+        if not on_host and (func in _READS or func is Tensor.cpu):
             self.count += 1
             on_host = True
-        return self._at_hand(result) if on_host else result
+        return self._mark_on_host(result) if on_host else result
 
     @contextmanager
     def seeing_all(self) -> Iterator[None]:
-        """See also what such a mode does not by itself.
+        """Also count waits that a function mode does not intercept by itself.
 
-        While it runs what it has intercepted, it is off: also in the backward pass. Megatron's dispatcher copies on a
-        stream of its own and waits for an event; and Megatron compares states of random numbers, which are the host's.
+        - The mode is off while an intercepted function runs, also in the backward pass.
+        - Megatron's dispatcher copies on a stream of its own and waits for an event.
+        - Megatron compares states of random numbers, which are on the host.
         """
         run_backward = torch.autograd._engine_run_backward
         copy, rng_state = token_dispatcher.maybe_move_tensor_to_cpu, torch.get_rng_state
         event_wait, stream_wait = torch.cuda.Event.synchronize, torch.cuda.Stream.synchronize
 
-        def run_backward_in_sight(*args, **kwargs) -> Any:
+        def run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return run_backward(*args, **kwargs)
 
-        def copy_without_waiting(*args, **kwargs) -> Any:
+        def copy_without_waiting(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
-                return self._at_hand(copy(*args, **kwargs))
+                return self._mark_on_host(copy(*args, **kwargs))
 
-        def wait(original: Callable[[Any], None]) -> Callable[[Any], None]:
-            def counted(waited_for: Any) -> None:
+        def counted(original: Callable[[Any], None]) -> Callable[[Any], None]:
+            def wait(waited_for: Any) -> None:
                 self.count += 1
                 original(waited_for)
 
-            return counted
+            return wait
 
         with (
-            patch.object(torch.autograd, "_engine_run_backward", run_backward_in_sight),
+            patch.object(torch.autograd, "_engine_run_backward", run_backward_in_mode),
             patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", copy_without_waiting),
-            patch.object(torch, "get_rng_state", lambda: self._at_hand(rng_state())),
-            patch.object(torch.cuda.Event, "synchronize", wait(event_wait)),
-            patch.object(torch.cuda.Stream, "synchronize", wait(stream_wait)),
+            patch.object(torch, "get_rng_state", lambda: self._mark_on_host(rng_state())),
+            patch.object(torch.cuda.Event, "synchronize", counted(event_wait)),
+            patch.object(torch.cuda.Stream, "synchronize", counted(stream_wait)),
         ):
             yield
 
-    def _at_hand(self, result: Any) -> Any:
+    def _mark_on_host(self, result: Any) -> Any:
+        """Remember the tensors of a result as being on the host; return the result."""
         self._on_host += [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         return result

@@ -1,7 +1,7 @@
-"""Time of a whole MoE layer, forward and backward, against stock Megatron-Core's and a floor.
+"""Measure a whole MoE layer, forward and backward, against stock Megatron-Core's layer and a floor.
 
-Router, dispatch, experts and combine; of a rank-local mask also the planning, which a model does once for all layers.
-Masks and floor are those of `dispatcher.py`. Every token uses k experts on either side.
+The time includes router, dispatch, experts and combine. Under a rank-local mask it also includes planning, which a
+model does once for all layers. Masks and floor are those of `dispatcher.py`. Every token uses k experts on either side.
 
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/moe_layer.py
 """
@@ -11,7 +11,6 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import argparse
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import harness
 import routed_tokens
@@ -24,14 +23,14 @@ from ranks import compare, join_ranks, run_and_report
 from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
 from torch import Tensor
 
-from maskmoe.transformer.dispatch_plan import PlannedTokenIds
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.token_ids import pack_token_ids
 
 
 def build_layers(
     config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
 ) -> tuple[MoELayer, MoELayer]:
-    """Ours and the stock layer."""
+    """Build a MaskMoE layer and a stock layer."""
     blocks = (
         get_maskmoe_decoder_block_spec(config, tokens.visible_experts),
         get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization),
@@ -39,30 +38,29 @@ def build_layers(
     layers = [block.layer_specs[0].submodules.mlp(config, pg_collection=groups).cuda() for block in blocks]
     for layer in layers:
         layer.set_layer_number(1)
-    return tuple(layers)
+    ours, stock = layers
+    return ours, stock
 
 
-def compute(layer: MoELayer, tokens: RoutedTokens, side_tensor: Callable[[], Tensor | None]) -> Callable[[], None]:
-    """Forward and backward; gradients of weights are added up, as in training.
+def compute(layer: MoELayer, tokens: RoutedTokens, padding_mask: Callable[[], Tensor | None]) -> Callable[[], None]:
+    """Return one forward and backward pass; gradients of weights are accumulated, as in training.
 
     Args:
-        side_tensor: makes what the layer gets as `padding_mask`.
+        layer: the layer.
+        tokens: its input.
+        padding_mask: makes the layer's argument `padding_mask`.
     """
 
     def work() -> None:
         hidden = tokens.hidden.detach().requires_grad_()
-        output, _ = layer(hidden, padding_mask=side_tensor())
+        output, _ = layer(hidden, padding_mask=padding_mask())
         output.backward(tokens.gradient)
 
     return work
 
 
-def planned_ids(tokens: RoutedTokens) -> Tensor:
-    """The ids, with the plan of their dispatch if the mask allows one."""
-    return PlannedTokenIds.attach(tokens.ids, tokens.planner.plan(tokens.ids)) if tokens.planner else tokens.ids
-
-
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
+    """Yield the cases for every k, N and mask."""
     settings = {
         "moe_ffn_hidden_size": arguments.ffn_hidden_size,
         "moe_aux_loss_coeff": 1e-2,
@@ -80,7 +78,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
         for mask_name in routed_tokens.MASKS:
             tokens = draw_tokens(config, arguments.tokens, mask_name, groups)
             our_layer, stock_layer = build_layers(config, tokens, groups)
-            ours = compute(our_layer, tokens, partial(planned_ids, tokens))
+            ours = compute(our_layer, tokens, lambda tokens=tokens: pack_token_ids(tokens.plan_ids()))
             stock = compute(stock_layer, tokens, lambda: None)
             floor = exchange_floor(tokens.hidden.flatten(0, 1), tokens.gradient.flatten(0, 1), groups.ep)
             name = f"MoE layer {mask_name} top-{config.moe_router_topk} of {config.num_moe_experts} ranks {num_ranks}"
@@ -91,7 +89,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     routed_tokens.add_arguments(parser)
-    parser.add_argument("--ffn-hidden-size", type=int, default=512, help="of an expert (default: %(default)s)")
+    parser.add_argument("--ffn-hidden-size", type=int, default=512, help="width of an expert (default: %(default)s)")
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
     run_and_report(cases(arguments, join_ranks()), arguments)

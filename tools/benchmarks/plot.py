@@ -1,6 +1,6 @@
-"""A picture of what the benchmarks of dispatcher, MoE layer and training step have written with `--json`.
+"""Plot the results that the benchmarks of dispatcher, MoE layer and training step write with `--json`.
 
-Times are relative to stock Megatron-Core's; the milliseconds are at the bars.
+Times are relative to the time of stock Megatron-Core; each bar also shows its milliseconds.
 
     python tools/benchmarks/plot.py --output benchmarks.png dispatcher.json moe_layer.json train_step.json
 """
@@ -25,14 +25,19 @@ _COLORS = {"stock": "#b0b0b0", "ours": "#2f6fb0", "floor": "#e0a030"}
 
 @dataclass(frozen=True)
 class Bars:
-    """One case: the median seconds of each side, by its name; the floor only where it was measured."""
+    """One case.
+
+    Attributes:
+        case: the name of the case.
+        seconds: the median seconds of each side, by name; the floor only if it was measured.
+    """
 
     case: str
     seconds: dict[str, float]
 
 
 def read_bars(path: Path) -> list[Bars]:
-    """The cases against stock Megatron-Core in a file of results."""
+    """Read the cases against stock Megatron-Core from a file of results."""
     results = {result["case"]: result for result in json.loads(path.read_text())}
     bars = []
     for case, result in results.items():
@@ -40,7 +45,7 @@ def read_bars(path: Path) -> list[Bars]:
         if case.endswith(_TO_FLOOR) or "stock" not in result["costs"]:
             continue
         seconds = {"stock": statistics.median(result["baseline"])}
-        # The ratio is of pairs, each taken in one moment; it says more than two medians.
+        # The ratio is a median over pairs measured at the same time, so it is more precise than two medians.
         seconds["ours"] = seconds["stock"] * result["ratio"]
         if to_floor:
             seconds["floor"] = seconds["ours"] / to_floor["ratio"]
@@ -49,7 +54,7 @@ def read_bars(path: Path) -> list[Bars]:
 
 
 def draw(panels: Sequence[Sequence[Bars]], title: str, output: Path) -> None:
-    """One panel below the other, as high as it has cases."""
+    """Draw one panel for each file, with a height that depends on its number of cases, and write the picture."""
     figure, axes = plt.subplots(
         len(panels),
         1,
@@ -79,9 +84,9 @@ def draw(panels: Sequence[Sequence[Bars]], title: str, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", metavar="F", help="what a benchmark wrote with --json")
-    parser.add_argument("--title", default="", help="for example the machine")
-    parser.add_argument("--output", type=Path, required=True, metavar="F.png")
+    parser.add_argument("results", type=Path, nargs="+", metavar="F", help="results that a benchmark wrote with --json")
+    parser.add_argument("--title", default="", help="title of the picture, for example the machine")
+    parser.add_argument("--output", type=Path, required=True, metavar="F.png", help="write the picture to this file")
     arguments = parser.parse_args()
     draw([read_bars(path) for path in arguments.results], arguments.title, arguments.output)
 

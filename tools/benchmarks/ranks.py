@@ -16,7 +16,7 @@ from maskmoe.megatron_compat import cpu
 
 
 def join_ranks() -> ProcessGroupCollection:
-    """The process groups of this rank, seeded; all ranks are expert-parallel. One thread each, and no chatter."""
+    """Join the ranks, all expert-parallel; set one thread, a fixed seed and quiet logs."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(1)
@@ -28,13 +28,13 @@ def join_ranks() -> ProcessGroupCollection:
 
 
 def compare(name: str, ours: Callable[[], object], against: str, baseline: Callable[[], object]) -> harness.Case:
-    """A case by the time until all ranks have done the work; says what one rank spends on it besides.
+    """Build a case that measures the time until all ranks have finished; print the costs of rank 0.
 
     Args:
-        name: of the case.
+        name: the name of the case.
         ours: the work.
-        against: what the baseline is.
-        baseline: the other work.
+        against: the name of the baseline.
+        baseline: the work of the baseline.
     """
     costs = {"ours": cost_of(ours), against: cost_of(baseline)}
     if torch.distributed.get_rank() == 0:
@@ -44,7 +44,7 @@ def compare(name: str, ours: Callable[[], object], against: str, baseline: Calla
 
 
 def run_and_report(cases: Iterable[harness.Case], arguments: argparse.Namespace) -> None:
-    """Measure, report, and leave the other ranks."""
+    """Measure the cases, report the results, and leave the process group."""
     results = harness.run(cases, arguments.repeats)
     if torch.distributed.get_rank() == 0:
         harness.report(results, arguments.json)
@@ -52,10 +52,12 @@ def run_and_report(cases: Iterable[harness.Case], arguments: argparse.Namespace)
 
 
 def _seconds_of_all(work: Callable[[], object]) -> Callable[[], float]:
-    def until_all_have() -> None:
+    """Return a function that measures the seconds until all ranks have done the work."""
+
+    def work_on_all_ranks() -> None:
         torch.distributed.barrier()
         work()
         torch.cuda.synchronize()
         torch.distributed.barrier()
 
-    return harness.seconds(until_all_have)
+    return harness.seconds(work_on_all_ranks)

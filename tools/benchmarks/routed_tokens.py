@@ -1,8 +1,9 @@
-"""What the benchmarks of the dispatcher and of the MoE layer route, and the floor of the exchange."""
+"""Tokens and masks for the benchmarks of dispatchers and MoE layers, and the floor of the exchange."""
 
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from torch.distributed import ProcessGroup
 from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.routing_mask import MaskRecipe
-from maskmoe.transformer.dispatch_plan import DispatchPlanner
+from maskmoe.transformer.dispatch.plan import DispatchPlanner
+from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 VOCAB_SIZE = 8192
 MASKS = ("rank-local", "any")
-"""`rank-local`: every id sees as many experts of one rank as a token selects, two at least; `any`: it sees all."""
+"""`rank-local`: every id sees max(2, k) experts, all on one rank. `any`: every id sees all experts."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class RoutedTokens:
     """The tokens of one rank.
 
     Attributes:
-        hidden, gradient: [tokens, 1, hidden].
+        hidden: hidden states [tokens, 1, hidden].
+        gradient: the gradient of the output [tokens, 1, hidden].
         ids: int64 [1, tokens].
         visible_experts: the mask.
-        planner: of the dispatch; None under a mask that is not rank-local.
+        planner: plans the dispatch; None under a mask that is not rank-local.
     """
 
     hidden: Tensor
@@ -38,22 +41,27 @@ class RoutedTokens:
     visible_experts: VisibleExperts
     planner: DispatchPlanner | None
 
+    def plan_ids(self) -> TokenIds:
+        """Return the ids [1, tokens], with a new plan if the mask is rank-local."""
+        token_ids = TokenIds(self.ids)
+        return token_ids if self.planner is None else TokenIds(self.ids, plan=self.planner.plan(token_ids))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the tokens and for the cases."""
-    parser.add_argument("--tokens", type=int, default=4096, help="of each rank (default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=512, help="(default: %(default)s)")
+    """Add the options that choose tokens and cases."""
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of each rank (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=512, help="features of a token (default: %(default)s)")
     parser.add_argument(
         "--experts",
         nargs="+",
         default=["1/16", "2/16", "8/64"],
         metavar="K/N",
-        help="top-K of N experts (default: %(default)s)",
+        help="cases: top-K of N experts (default: %(default)s)",
     )
 
 
-def configs(arguments: argparse.Namespace, num_ranks: int, **settings) -> Iterator[TransformerConfig]:
-    """A configuration of one layer for each choice of K and N."""
+def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> Iterator[TransformerConfig]:
+    """Yield a configuration of one layer for each choice of K and N."""
     for pair in arguments.experts:
         topk, num_experts = map(int, pair.split("/"))
         yield TransformerConfig(
@@ -73,7 +81,7 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings) -> Iterat
 def draw_tokens(
     config: TransformerConfig, num_tokens: int, mask_name: str, groups: ProcessGroupCollection
 ) -> RoutedTokens:
-    """Other tokens on each rank, the same in every run."""
+    """Draw tokens that differ between ranks and are the same in every run."""
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     if mask_name == "rank-local":
         recipe = MaskRecipe(
@@ -95,12 +103,13 @@ def draw_tokens(
 
 
 def exchange_floor(hidden: Tensor, gradient: Tensor, group: ProcessGroup) -> Callable[[], None]:
-    """What any exchange of one copy of each token costs: four all-to-alls, and a gather of rows with each.
+    """Return the work of any exchange of one copy of each token: four all-to-alls, and a gather of rows with each.
 
-    Tokens go to ranks at random.
+    Tokens go to random ranks.
 
     Args:
-        hidden, gradient: [tokens, hidden], of what is dispatched and combined.
+        hidden: [tokens, hidden], sent in the forward pass.
+        gradient: [tokens, hidden], sent in the backward pass.
         group: the ranks.
     """
     num_ranks = group.size()

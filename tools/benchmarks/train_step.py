@@ -1,7 +1,8 @@
-"""Time of a whole training step against stock Megatron-Core MoE of the same sizes.
+"""Measure a whole training step against stock Megatron-Core MoE of the same sizes.
 
-Forward, backward, gradient reduction and optimizer, on Zipf-distributed ids. Runs as one process, or with expert
-parallelism under torchrun, where the floor is what `dispatcher.py` compares with, once for each layer:
+The step includes forward, backward, gradient reduction and optimizer, on Zipf-distributed ids. The benchmark runs as
+one process, or with expert parallelism under torchrun. Under torchrun it also compares with a floor: the floor of
+`dispatcher.py`, once for each layer.
 
     python tools/benchmarks/train_step.py
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/train_step.py
@@ -34,22 +35,22 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 
 class Trainer:
-    """A model with its optimizer, which takes training steps on given batches.
+    """Takes training steps of a model on given batches.
 
     Args:
         model: one pipeline stage that holds the whole model.
-        config: its configuration.
+        config: the model's configuration.
         batches: dictionaries with `tokens` and `labels`, int64 [batch, sequence].
     """
 
-    def __init__(self, model: GPTModel, config: TransformerConfig, batches: Iterator[dict[str, torch.Tensor]]):
+    def __init__(self, model: GPTModel, config: TransformerConfig, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
         self.optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4), [self.model])
         config.finalize_model_grads_func = finalize_model_grads
         self.batches = batches
 
     def step(self) -> None:
-        """Take one step."""
+        """Take one training step."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         get_forward_backward_func()(
@@ -57,7 +58,7 @@ class Trainer:
             data_iterator=self.batches,
             model=[self.model],
             num_microbatches=1,
-            # Sizes matter to pipelines only.
+            # Only pipelines read the sizes.
             seq_length=0,
             micro_batch_size=0,
             forward_only=False,
@@ -66,6 +67,7 @@ class Trainer:
 
     @staticmethod
     def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple:
+        """Run the model on the next batch; return the losses and their mean as a function."""
         batch = next(batches)
         position_ids = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device).expand_as(batch["tokens"])
         losses = model(batch["tokens"], position_ids, None, labels=batch["labels"])
@@ -73,7 +75,7 @@ class Trainer:
 
 
 def zipf_batches(vocab_size: int, batch_size: int, seq_length: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of Zipf-distributed ids without end; the same for the same seed."""
+    """Yield batches of Zipf-distributed ids without end; the same seed yields the same batches."""
     rng = np.random.default_rng(seed)
     probabilities = zipf_probabilities(vocab_size)
     while True:
@@ -82,7 +84,7 @@ def zipf_batches(vocab_size: int, batch_size: int, seq_length: int, seed: int) -
 
 
 def make_mask(arguments: argparse.Namespace, num_ranks: int) -> RoutingMask:
-    """A mask made from the distribution that the batches have."""
+    """Build a mask for the distribution of the batches."""
     is_rank_local = arguments.assignment == "rank-local"
     recipe = MaskRecipe(
         num_experts=arguments.num_experts,
@@ -96,7 +98,7 @@ def make_mask(arguments: argparse.Namespace, num_ranks: int) -> RoutingMask:
 
 
 def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGroupCollection) -> tuple[Trainer, Trainer]:
-    """Ours and the stock model, from the same seed, on the same batches."""
+    """Build trainers of our model and of the stock model, with the same seed and batches."""
 
     def config() -> TransformerConfig:
         return TransformerConfig(
@@ -152,6 +154,7 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
 
 
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
+    """Yield the cases for every k."""
     num_tokens = arguments.batch_size * arguments.seq_length
     hidden, gradient = torch.randn(2, num_tokens, arguments.hidden_size).cuda()
     floor_of_layer = exchange_floor(hidden, gradient, groups.ep)
@@ -170,16 +173,30 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--num-experts", type=int, default=16)
-    parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences of each rank in a step")
-    parser.add_argument("--topk", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--frequent-mass", type=float, default=0.4)
-    parser.add_argument("--frequent-visible-experts", type=int, default=8)
-    parser.add_argument("--assignment", choices=("uniform", "balanced", "rank-local"), default="uniform")
+    parser.add_argument("--num-layers", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--num-experts", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="(default: %(default)s)")
+    parser.add_argument("--seq-length", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=4, help="sequences of each rank in a step (default: %(default)s)"
+    )
+    parser.add_argument("--topk", type=int, nargs="+", default=[1, 2], help="one case for each k (default: 1 2)")
+    parser.add_argument(
+        "--frequent-mass",
+        type=float,
+        default=0.4,
+        help="share of all tokens whose ids see several experts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--frequent-visible-experts", type=int, default=8, help="visible experts of these ids (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--assignment",
+        choices=("uniform", "balanced", "rank-local"),
+        default="uniform",
+        help="assignment of visible experts (default: %(default)s)",
+    )
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
     run_and_report(cases(arguments, join_ranks()), arguments)

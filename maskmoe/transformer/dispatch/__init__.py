@@ -1,1 +1,1 @@
-"""The ways in which tokens reach their experts: one file for each, behind one protocol. Imports nothing by itself."""
+"""The ways to send tokens to their experts: one protocol, one file for each way. The package imports nothing itself."""

@@ -1,10 +1,10 @@
-"""Names the ways to dispatch; free of torch, so that the simulation can use it."""
+"""Names of the ways to dispatch. Imports no torch, because the simulation uses the names without torch."""
 
 from enum import Enum
 
 
 class DispatchKind(Enum):
-    """A way to dispatch tokens to their experts; the values are for people."""
+    """A way to dispatch tokens to their experts; the values are shown in logs."""
 
     STOCK = "Megatron's all-to-all: one row for every selected expert"
     ONE_COPY = "one copy of a token for each rank"

@@ -1,4 +1,4 @@
-"""One rank of norms over all heads: `python all_heads_norm_ranks.py FOLDER`, with RANK and WORLD_SIZE set."""
+"""One rank with norms over all heads: `python all_heads_norm_ranks.py FOLDER`, with RANK and WORLD_SIZE set."""
 
 import os
 import sys
@@ -12,18 +12,20 @@ from safetensors.torch import save_file
 from support.small_moe import make_config
 from torch import Tensor
 
-from maskmoe.transformer.all_heads_norm import AllHeadsRMSNorm
+from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
 
 SEQUENCE, BATCH, HEAD_DIM = 5, 2, 8
-# Heads of the model: some for each rank, one for each, and one that two ranks hold.
+# Numbers of heads of the model: three for each of two ranks, one for each rank, and one that both ranks hold.
 NUM_HEADS = (6, 2, 1)
 EPSILON = 1e-2
 
 
 def values_of(num_heads: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads [sequence, batch, heads, features], a weight [heads * features], and a gradient for each rank's output.
+    """Draw heads, a weight, and a gradient for the output of each rank.
 
-    The gradients, [ranks, sequence, batch, heads, features], are 0 for heads that a rank does not hold.
+    Returns:
+        heads [sequence, batch, heads, features]; weight [heads * features]; gradients [ranks, sequence, batch, heads,
+        features], 0 for heads that a rank does not hold.
     """
     generator = torch.Generator().manual_seed(num_heads)
     heads = torch.randn(SEQUENCE, BATCH, num_heads, HEAD_DIM, generator=generator)
@@ -37,7 +39,7 @@ def values_of(num_heads: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def heads_of(rank: int, num_heads: int, num_ranks: int) -> slice:
-    """The heads that a rank holds."""
+    """Return the heads that a rank holds."""
     first = rank * num_heads // num_ranks
     return slice(first, first + max(1, num_heads // num_ranks))
 

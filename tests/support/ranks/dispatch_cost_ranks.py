@@ -1,6 +1,7 @@
-"""One rank that counts what dispatch costs: `python dispatch_cost_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""One rank that counts the costs of dispatch: `python dispatch_cost_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
 
-Writes, by case, what `tools/benchmarks/meter.py` counts in a forward and backward pass of a model of some layers.
+The script runs a model of several layers forward and backward, and writes the counts of `tools/benchmarks/meter.py` for
+each case to `rankR.json`.
 """
 
 import json
@@ -30,7 +31,7 @@ CASES = {
 
 
 def visible_sets(is_rank_local: bool) -> np.ndarray:
-    """bool [layers, vocab, N]; rank-local for two ranks, or all visible."""
+    """Return visible sets, bool [layers, vocab, N]: rank-local for two ranks, or all experts for every id."""
     visible = np.ones((NUM_LAYERS, VOCAB_SIZE, NUM_EXPERTS), bool)
     if is_rank_local:
         half = NUM_EXPERTS // 2
@@ -41,13 +42,14 @@ def visible_sets(is_rank_local: bool) -> np.ndarray:
 
 
 def count(is_rank_local: bool, settings: dict[str, Any], rank: int) -> Cost:
+    """Run a case forward and backward and return its cost; arguments as in `CASES`."""
     config = make_config(
         NUM_EXPERTS, topk=2, num_layers=NUM_LAYERS, hidden_size=HIDDEN, expert_model_parallel_size=2, **settings
     )
     model = make_model(config, make_mask(visible_sets(is_rank_local)), TOKENS)
     ids = torch.from_numpy(np.random.default_rng(rank).integers(0, VOCAB_SIZE, (1, TOKENS))).to(DEVICE)
     position_ids = torch.arange(TOKENS, device=DEVICE).unsqueeze(0)
-    # Logits, since cross entropy has collectives of its own.
+    # Compute logits only, because cross entropy has collectives of its own.
     return cost_of(lambda: model(ids, position_ids, None).mean().backward())
 
 

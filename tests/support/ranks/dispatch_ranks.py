@@ -15,6 +15,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import numpy as np
 import torch
+from fixed_router import FixedRouter
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import mappings
@@ -23,10 +24,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.routing_mask import RoutingMask
-from maskmoe.transformer.dispatch_plan import DispatchPlanner
-from maskmoe.transformer.one_copy_dispatcher import OneCopyDispatcher
-from maskmoe.transformer.token_dispatcher import MaskMoEAlltoAllTokenDispatcher
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
+from maskmoe.transformer.dispatch.plan import DispatchPlanner
+from maskmoe.transformer.dispatch.planned import PlannedDispatcher
+from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
+from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
+
+NO_IDS = TokenIds(torch.empty(0, dtype=torch.int64))  # A fixed router reads no ids.
 
 
 class Record:
@@ -81,12 +86,13 @@ def dispatch_rows(dispatcher: MoEAlltoAllTokenDispatcher, hidden: Tensor, routin
 def dispatch_copies(dispatcher: OneCopyDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
     """One copy a rank."""
     hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
-    rows, weights, dispatch = dispatcher.dispatch(hidden, probs, routing_map)
-    dispatcher.combine(rows * weights.unsqueeze(1), dispatch).sum().backward()
+    dispatched = dispatcher.route_and_dispatch(hidden.unsqueeze(1), NO_IDS, FixedRouter(probs, routing_map))
+    outputs = dispatched.expert_input * dispatched.weights.unsqueeze(1)
+    dispatcher.combine(outputs, dispatched.metadata).sum().backward()
 
 
 def dispatch_planned(
-    dispatcher: OneCopyDispatcher,
+    dispatcher: PlannedDispatcher,
     visible_experts: VisibleExperts,
     topk: int,
     hidden: Tensor,
@@ -94,13 +100,14 @@ def dispatch_planned(
     groups: ProcessGroupCollection,
 ) -> None:
     """One copy a rank, planned; the first visible experts are selected."""
-    plan = DispatchPlanner(visible_experts, topk, [0], groups.ep).plan(token_ids.unsqueeze(0)).of_table[0]
-    rows = dispatcher.send(hidden.clone().requires_grad_(), plan)
-    visible = visible_experts(plan.received_ids, 0).experts
+    plan = DispatchPlanner(visible_experts, topk, [0], groups.ep).plan(TokenIds(token_ids.unsqueeze(0)))
+    visible = visible_experts(plan.of_table[0].received_ids.ids.flatten(), 0).experts
     routing_map = visible & (visible.cumsum(dim=1) <= topk)
-    probs = routing_map.float().requires_grad_()
-    rows, weights, dispatch = dispatcher.dispatch_received(rows, probs, routing_map, plan)
-    dispatcher.combine(rows * weights.unsqueeze(1), dispatch).sum().backward()
+    router = FixedRouter(routing_map.float().requires_grad_(), routing_map)
+    planned_ids = TokenIds(token_ids.unsqueeze(1), plan=plan)
+    dispatched = dispatcher.route_and_dispatch(hidden.clone().requires_grad_().unsqueeze(1), planned_ids, router)
+    outputs = dispatched.expert_input * dispatched.weights.unsqueeze(1)
+    dispatcher.combine(outputs, dispatched.metadata).sum().backward()
 
 
 def main() -> None:
@@ -138,7 +145,7 @@ def main() -> None:
         "mask, row per expert": lambda: dispatch_rows(of_any_number, hidden, cases["mask"]),
         "mask, one copy": lambda: dispatch_copies(one_copy, hidden, cases["mask"]),
         "rank-local mask, planned": lambda: dispatch_planned(
-            one_copy, visible_experts, topk, hidden, cases["token_ids"], groups
+            PlannedDispatcher(num_experts, groups.ep), visible_experts, topk, hidden, cases["token_ids"], groups
         ),
     }
     record, calls = Record(num_ranks, hidden_size), {}

@@ -1,7 +1,7 @@
-"""One rank of tests of the dispatcher: `python one_copy_ranks.py FOLDER SEEDS`, with RANK and WORLD_SIZE set.
+"""One rank of one-copy dispatch: `python one_copy_ranks.py FOLDER SEEDS`, with RANK and WORLD_SIZE set.
 
-Experts multiply their input by a vector of their own, so that every rank can compute what all must return. Writes the
-largest deviations, and what all-to-alls have carried.
+Each expert multiplies its input by a vector, so that every rank can compute all expected results by itself. The script
+writes the largest deviations, and the calls and elements of all-to-alls, to `rankR.json`.
 """
 
 import json
@@ -13,15 +13,18 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 import torch
+from fixed_router import FixedRouter
 from torch import Tensor
 
-from maskmoe.transformer.one_copy_dispatcher import OneCopyDispatcher
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
+from maskmoe.transformer.token_ids import TokenIds
 
 HIDDEN = 8
+NO_IDS = TokenIds(torch.empty(0, dtype=torch.int64))  # A fixed router reads no ids.
 
 
 class CountedAllToAll:
-    """`all_to_all_single` that counts the elements of hidden states that it is given."""
+    """Replaces `all_to_all_single` and counts calls with hidden states and their elements."""
 
     def __init__(self):
         self._stock = torch.distributed.all_to_all_single
@@ -36,7 +39,7 @@ class CountedAllToAll:
 
 
 def draw_case(seed: int, rank: int, num_ranks: int) -> dict[str, Tensor]:
-    """Some tokens and their experts; the number of experts and k are the same on all ranks, all else may differ."""
+    """Draw tokens and their experts. The number of experts and k are the same on all ranks; the rest may differ."""
     common = torch.Generator().manual_seed(seed)
     local_experts = int(torch.randint(1, 5, (), generator=common))
     num_experts = local_experts * num_ranks
@@ -61,7 +64,7 @@ def draw_case(seed: int, rank: int, num_ranks: int) -> dict[str, Tensor]:
 
 
 def deviations(case: dict[str, Tensor], rank: int, num_ranks: int) -> dict[str, float]:
-    """Largest differences from what one process computes."""
+    """Return the largest differences from the results of one process."""
     hidden, weights, scales = (case[name].clone().requires_grad_() for name in ("hidden", "weights", "scales"))
     per_expert = hidden.unsqueeze(1) * scales * (weights * case["chosen"]).unsqueeze(2)  # [tokens, experts, hidden]
     per_expert.sum(dim=1).backward(case["gradient"])
@@ -70,9 +73,11 @@ def deviations(case: dict[str, Tensor], rank: int, num_ranks: int) -> dict[str, 
     dispatcher = OneCopyDispatcher(len(scales), torch.distributed.group.WORLD)
     own_hidden, own_weights = (case[name].clone().requires_grad_() for name in ("hidden", "weights"))
     own_scales = case["scales"][rank * local_experts :][:local_experts].clone().requires_grad_()
-    expert_input, row_weights, dispatch = dispatcher.dispatch(own_hidden, own_weights, case["chosen"])
-    scale_of_row = own_scales.repeat_interleave(dispatch.tokens_per_expert, dim=0)
-    output = dispatcher.combine(expert_input * scale_of_row * row_weights.unsqueeze(1), dispatch)
+    router = FixedRouter(own_weights, case["chosen"])
+    dispatched = dispatcher.route_and_dispatch(own_hidden.unsqueeze(1), NO_IDS, router)
+    scale_of_row = own_scales.repeat_interleave(dispatched.tokens_per_expert, dim=0)
+    expert_output = dispatched.expert_input * scale_of_row * dispatched.weights.unsqueeze(1)
+    output = dispatcher.combine(expert_output, dispatched.metadata).squeeze(1)
     output.backward(case["gradient"])
 
     expected_scales = scales.grad.clone()
@@ -105,7 +110,7 @@ def main() -> None:
         rows = torch.tensor([int(of_rank.any(dim=-1).sum())])
         received = of_rank.any(dim=-1).sum(dim=0)
         torch.distributed.all_reduce(received)
-        # Forward and backward, there and back: twice what is sent, twice what is received.
+        # Dispatch sends rows and combine sends sums back, forward and backward: two times the rows of each direction.
         result["excess_elements"] = counted.elements - 2 * HIDDEN * int(rows + received[rank])
         result["calls"] = counted.calls
         results.append(result)

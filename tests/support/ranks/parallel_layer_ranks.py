@@ -1,11 +1,11 @@
-"""One rank of a MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""One rank of an MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
 
-The parameters and inputs of a case depend on neither, so that all layouts compute the same.
+Parameters and inputs of a case do not depend on layout and rank, so that all layouts must give the same results.
 """
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ from support.small_moe import (
 )
 from torch import Tensor
 
-from maskmoe.transformer.dispatch_plan import DispatchPlanner, PlannedTokenIds
+from maskmoe.transformer.dispatch.choose import build_dispatcher
+from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.transformer.dispatch.plan import DispatchPlanner
+from maskmoe.transformer.dispatch.planned import PlannedDispatcher
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 6, 9, 6, 4, 8
 
@@ -38,11 +42,12 @@ class Case:
     """A mask and a batch.
 
     Attributes:
-        sizes: of the visible sets.
-        experts: those that any id sees.
-        settings: of the configuration.
-        scale: of the hidden states.
-        halves: odd ids see the second half of the experts, the others the first.
+        sizes: sizes of the visible sets.
+        experts: the experts that ids can see.
+        settings: settings of the configuration.
+        scale: scale of the hidden states.
+        halves: odd ids see the second half of the experts, even ids see the first half.
+        has_padding: some tokens are padding.
     """
 
     sizes: tuple[int, ...]
@@ -50,14 +55,15 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     scale: float = 1
     halves: bool = False
+    has_padding: bool = False
 
     @property
     def is_rank_local(self) -> bool:
-        """Every id sees experts of one of two ranks."""
+        """Whether every id sees experts of only one of two ranks."""
         return self.halves or self.experts.start // (NUM_EXPERTS // 2) == (self.experts.stop - 1) // (NUM_EXPERTS // 2)
 
     def visible_sets(self) -> np.ndarray:
-        """bool [1, vocab, N]."""
+        """Draw the visible sets, bool [1, vocab, N]."""
         visible = np.zeros((1, VOCAB_SIZE, NUM_EXPERTS), bool)
         num_seen = NUM_EXPERTS // 2 if self.halves else len(self.experts)
         drawn = random_visible_sets(5, 1, VOCAB_SIZE, num_seen, self.sizes)
@@ -78,18 +84,24 @@ CASES = {
     "starved_rank_recomputed": Case(
         (1, 2), range(3), {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     ),
-    # Every token has two experts; the weight of one of them is rounded to 0.
+    # Every token has two experts; the weight of one expert is rounded to 0.
     "rounded_weights": Case((2, 3), settings={"moe_router_pre_softmax": True}, scale=300),
     "shared_experts": Case((1, 2), settings={"moe_shared_expert_intermediate_size": 10}),
     "overlapped_shared_experts": Case(
         (1, 2), settings={"moe_shared_expert_intermediate_size": 10, "moe_shared_expert_overlap": True}
     ),
-    # Every id sees k experts or more, but not in the groups that its token is limited to.
+    # Every id sees k experts or more, but not within the groups that are chosen for its token.
     "groups": Case((2, 6), settings={"topk": 2, "moe_router_num_groups": 3, "moe_router_group_topk": 1}),
     "rank_local": Case((1, 2, 3), settings={"topk": 2}, halves=True),
     "rank_local_one_expert_per_token": Case((1, 3), settings={"topk": 1}, halves=True),
     "rank_local_recomputed": Case(
         (1, 3), settings={"recompute_granularity": "selective", "recompute_modules": ["moe"]}, halves=True
+    ),
+    "rank_local_padding": Case(
+        (1, 2, 3),
+        settings={"topk": 2, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        halves=True,
+        has_padding=True,
     ),
     "all_gather": Case((1, 2, 4), settings={"topk": 3, "moe_token_dispatcher_type": "allgather"}),
     "all_gather_starved": Case((1, 2), experts=range(3), settings={"moe_token_dispatcher_type": "allgather"}),
@@ -101,10 +113,11 @@ class Layout:
     """How two ranks divide the layer and its tokens.
 
     Attributes:
-        split_dimension: of the hidden states [sequence, batch, hidden].
-        settings: of the configuration and of the process groups.
-        losses: the router's losses; they are of the tokens of all tensor-parallel ranks, but of each expert-parallel
-            rank's own, or meant to be averaged over those.
+        split_dimension: the dimension of the hidden states [sequence, batch, hidden] that is split.
+        settings: settings of the configuration and of the process groups.
+        aux_loss_tokens: tokens that load-balancing losses count.
+        losses: settings of the router's losses. Losses cover the tokens of all tensor-parallel ranks, but only each
+            expert-parallel rank's own tokens.
         plans: dispatch is planned from the ids.
     """
 
@@ -124,6 +137,8 @@ TENSOR_PARALLEL = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size
 LAYOUTS = {
     "expert": Layout(1, {"expert_model_parallel_size": 2}),
     "planned": Layout(1, {"expert_model_parallel_size": 2}, plans=True),
+    "expert_with_losses": Layout(1, {"expert_model_parallel_size": 2}, losses=LOSSES),
+    "planned_with_losses": Layout(1, {"expert_model_parallel_size": 2}, losses=LOSSES, plans=True),
     "tensor": Layout(0, TENSOR_PARALLEL, losses=LOSSES),
     "tensor_routable": Layout(0, TENSOR_PARALLEL, "routable", LOSSES),
     "tensor_and_expert": Layout(
@@ -135,14 +150,18 @@ LAYOUTS = {
 
 
 def is_possible(layout_name: str, case_name: str) -> bool:
-    """Shared experts are whole on every rank of two layouts only; plans need masks and settings that allow them."""
-    if LAYOUTS[layout_name].plans:
-        return CASES[case_name].is_rank_local and "all_gather" not in case_name
+    """Return whether a layout supports a case."""
+    layout, case = LAYOUTS[layout_name], CASES[case_name]
+    if layout.plans or layout_name == "expert_with_losses":
+        return case.is_rank_local and "all_gather" not in case_name
+    if case.has_padding:
+        # Losses are means over each rank's real tokens, whose numbers differ between the ranks.
+        return not layout.losses
     return layout_name == "expert" or "shared" not in case_name
 
 
 def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1) -> dict[str, Tensor]:
-    """The layer's output, losses, and gradients of input and parameters; experts are named by global index."""
+    """Return output, losses, and gradients of input and parameters by name; experts have their global index."""
     layout, case = LAYOUTS[layout_name], CASES[case_name]
     parallel = layout.settings if num_ranks > 1 else {}
     config = make_config(
@@ -174,22 +193,29 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
     shape = (SEQUENCE, BATCH, HIDDEN)
     hidden = part_of(case.scale * rng.normal(size=shape)).float().requires_grad_()
     output_grad = part_of(rng.normal(size=shape)).float()
-    token_ids = part_of(rng.integers(0, VOCAB_SIZE, shape[:2])).T.contiguous()
+    token_ids = TokenIds(part_of(rng.integers(0, VOCAB_SIZE, shape[:2])).T.contiguous())
+    if case.has_padding:
+        token_ids = replace(token_ids, is_padding=part_of(rng.random(shape[:2]) < 0.4).T.contiguous())
     if layout.plans and num_ranks > 1:
+        assert isinstance(layer.dispatcher, PlannedDispatcher)
         planner = DispatchPlanner(layer.router.visible_experts, config.moe_router_topk, [0], process_groups().ep)
-        token_ids = PlannedTokenIds.attach(token_ids, planner.plan(token_ids))
+        token_ids = replace(token_ids, plan=planner.plan(token_ids))
+    elif isinstance(layer.dispatcher, PlannedDispatcher):
+        layer.dispatcher = build_dispatcher(DispatchKind.ONE_COPY, layer)
     take_metrics()
-    output, _ = layer(hidden, padding_mask=token_ids)
+    output, _ = layer(hidden, padding_mask=pack_token_ids(token_ids))
     output.backward(output_grad)
-    # Scaled back, so that one tolerance serves all cases.
+    # Undo the scale, so that all cases can use the same tolerance.
     grads = {name: parameter.grad / case.scale for name, parameter in parameters.items()}
+    if layer.router.local_tokens_per_expert is not None:
+        grads["router.local_tokens_per_expert"] = layer.router.local_tokens_per_expert
     return {"output": output.detach() / case.scale, "input_grad": hidden.grad} | take_metrics() | grads
 
 
 def _part_of_weight(name: str, shape: torch.Size, rank: int, shards: int) -> Tensor:
-    """This rank's part of a weight that depends on its name only."""
+    """Draw this rank's part of a weight; the whole weight depends only on its name."""
     rng = np.random.default_rng(np.frombuffer(name.encode(), np.uint8))
-    if "linear_fc1" in name:  # gate and value, each divided along its rows
+    if "linear_fc1" in name:  # Gate and value are each divided along their rows.
         whole = rng.normal(size=(2, shape[0] // 2 * shards, shape[1]))
         return torch.from_numpy(np.split(whole, shards, axis=1)[rank % shards].reshape(shape))
     if "linear_fc2" in name:

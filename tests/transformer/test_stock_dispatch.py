@@ -1,8 +1,10 @@
+"""Megatron's all-to-all dispatcher for any number of selected experts per token."""
+
 import pytest
 import torch
 from support.small_moe import DEVICE, make_config, make_layer, make_mask, process_groups, random_visible_sets
 
-from maskmoe.transformer.token_dispatcher import MaskMoEAlltoAllTokenDispatcher
+from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
 
 
 @pytest.mark.parametrize(("sizes", "counts_rows"), [((1, 4), True), ((2, 4), False), ((3,), False)])

@@ -1,4 +1,4 @@
-"""Experts that are computed together against Megatron-Core's `SequentialMLP`, to the last bit."""
+"""Experts that are computed together against Megatron-Core's `SequentialMLP`, bit for bit."""
 
 import copy
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from support.small_moe import (
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from maskmoe.transformer import grouped_experts
-from maskmoe.transformer.grouped_experts import GroupedMLP, can_group
+from maskmoe.transformer import experts as experts_module
+from maskmoe.transformer.experts import GroupedMLP, can_group
 
 OTHER_ACTIVATIONS = {
     "fused": {"bias_activation_fusion": True},
@@ -37,11 +37,11 @@ OTHER_ACTIVATIONS = {
     "clamped": {"activation_func_clamp_value": 0.5},
     "offset": {"glu_linear_offset": 1.0},
 }
-"""Each departs from SwiGLU in one respect."""
+"""Each setting differs from SwiGLU in one respect."""
 
 
 def make_experts(kind: type[SequentialMLP], config: TransformerConfig) -> SequentialMLP:
-    """Experts of the local spec, with weights that depend on the configuration only."""
+    """Build experts of the local spec, with weights that depend on the configuration only."""
     experts = kind(
         config.num_moe_experts,
         config,
@@ -63,7 +63,7 @@ def make_pair(**overrides: Any) -> tuple[GroupedMLP, SequentialMLP]:
 def make_rows(
     experts: SequentialMLP, tokens_per_expert: list[int], seed: int = 0, probs_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, their weights, and the gradient of the output."""
+    """Draw rows, their weights, and the gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     number, config = sum(tokens_per_expert), experts.config
     shape = number, config.hidden_size
@@ -73,7 +73,7 @@ def make_rows(
 
 
 def compute(experts: SequentialMLP, tokens_per_expert: list[int], **settings: Any) -> dict[str, Tensor]:
-    """The output and all gradients; settings as for `make_rows`."""
+    """Compute the output and all gradients; settings are passed to `make_rows`."""
     rows, probs, gradient = make_rows(experts, tokens_per_expert, **settings)
     output, bias = experts(rows, torch.tensor(tokens_per_expert), probs)
     assert bias is None
@@ -86,18 +86,19 @@ def compute(experts: SequentialMLP, tokens_per_expert: list[int], **settings: An
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name] is not None and found[name].dtype == value.dtype, name
+        assert found[name] is not None, name
+        assert found[name].dtype == value.dtype, name
         assert torch.equal(found[name], value), name
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Fail where one of these functions of `grouped_experts` is called."""
+    """Fail where one of these functions of `maskmoe.transformer.experts` is called."""
     for name in names:
-        monkeypatch.setattr(grouped_experts, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
+        monkeypatch.setattr(experts_module, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
-    """Has its name once for every call of a function."""
+    """Return a list that grows by one name for every call of a function."""
     calls, function = [], getattr(owner, name)
 
     def counted(*args, **kwargs):
@@ -136,6 +137,12 @@ def test_is_bit_equal_in_sizes_where_products_are_blocked(tokens_per_expert, dty
     assert_equal(compute(ours, tokens_per_expert), compute(theirs, tokens_per_expert))
 
 
+@pytest.mark.parametrize("activation", OTHER_ACTIVATIONS.values(), ids=OTHER_ACTIVATIONS)
+def test_is_bit_equal_for_other_activations(activation: dict) -> None:
+    ours, theirs = make_pair(**activation)
+    assert_equal(compute(ours, [2, 0, 3, 4]), compute(theirs, [2, 0, 3, 4]))
+
+
 def test_is_bit_equal_for_rows_and_gradients_with_strides() -> None:
     def compute_strided(experts: SequentialMLP) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -166,11 +173,14 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
 
 
 def test_keeps_less_than_sequential_experts() -> None:
+    """Compare the bytes that autograd keeps for the backward pass, besides the weights."""
+
     def kept_bytes(experts: SequentialMLP) -> int:
         kept = {}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
 
         def record(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, torch.nn.Parameter):
+            if tensor.untyped_storage().data_ptr() not in weights:
                 kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
@@ -181,8 +191,8 @@ def test_keeps_less_than_sequential_experts() -> None:
 
     ours, theirs = make_pair()
     hidden, ffn, num_rows = 8, 12, 80
-    inputs = hidden + 1  # and its weight
-    assert kept_bytes(ours) == 4 * num_rows * (inputs + 3 * ffn)
+    inputs = hidden + 1  # features and the weight of a row
+    assert kept_bytes(ours) == 4 * num_rows * (inputs + 5 * ffn)
     assert kept_bytes(theirs) == 4 * num_rows * (inputs + 6 * ffn)
 
 
@@ -198,7 +208,8 @@ def test_gradients_of_an_expert_are_accumulated_before_the_next_are_made() -> No
         parameter.register_post_accumulate_grad_hook(free)
     rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
     experts(rows, torch.tensor([2, 0, 3, 4]), probs)[0].backward(gradient)
-    assert len(alive) == 8 and max(alive) <= 2
+    assert len(alive) == 8
+    assert max(alive) <= 2
 
 
 def test_backward_can_be_repeated() -> None:
@@ -215,10 +226,10 @@ def test_backward_can_be_repeated() -> None:
 @pytest.mark.parametrize("tokens_per_expert", [[5, 0, 11, 8], [0, 24, 0, 0]], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 def test_grouped_products_equal_sequential_ones(tokens_per_expert, activation, dtype, tolerance, monkeypatch) -> None:
-    """What runs on GPUs, here with torch's grouped products for the CPU; relative to the largest value."""
+    """Run the computation for GPUs on the CPU, by torch's grouped products; tolerances relate to the largest value."""
     sizes = {"hidden_size": 16, "ffn_hidden_size": 24}
     ours, theirs = make_pair(params_dtype=dtype, **sizes, **activation)
-    monkeypatch.setattr(grouped_experts, "_is_fit_for_grouped_mm", lambda rows, experts: True)
+    monkeypatch.setattr(experts_module, "_fits_grouped_mm", lambda rows, experts: True)
     forbid(monkeypatch, "_compute_in_turns")
     expected = compute(theirs, tokens_per_expert)
     for name, value in compute(ours, tokens_per_expert).items():
@@ -228,9 +239,9 @@ def test_grouped_products_equal_sequential_ones(tokens_per_expert, activation, d
 
 
 def test_grouped_products_do_not_ask_how_many_rows_there_are(monkeypatch) -> None:
-    """So that nothing waits for a GPU."""
+    """Reading the numbers on the host would wait for the GPU."""
     experts = make_experts(GroupedMLP, make_config())
-    monkeypatch.setattr(grouped_experts, "_is_fit_for_grouped_mm", lambda rows, experts: True)
+    monkeypatch.setattr(experts_module, "_fits_grouped_mm", lambda rows, experts: True)
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("a tensor was brought to the host"))
     compute(experts, [2, 0, 3, 4])
 
@@ -243,11 +254,13 @@ def test_checkpoints_are_those_of_sequential_experts(kind) -> None:
     expected = other.sharded_state_dict(prefix="mlp.experts.")
     assert saved.keys() == expected.keys()
     for name, tensor in saved.items():
-        assert tensor.key == expected[name].key and tensor.replica_id == expected[name].replica_id
+        assert tensor.key == expected[name].key
+        assert tensor.replica_id == expected[name].replica_id
         for part, other_part in zip(_parts(tensor), _parts(expected[name]), strict=True):
-            # What linear layers could save besides their weights is nothing.
+            # Linear layers save nothing besides their weights: the data of that entry is None.
             assert part.data is other_part.data is None or torch.equal(part.data, other_part.data)
-            assert part.global_shape == other_part.global_shape and part.global_offset == other_part.global_offset
+            assert part.global_shape == other_part.global_shape
+            assert part.global_offset == other_part.global_offset
     weights = {
         name: tensor + 1 for name, tensor in make_experts(kind, other.config).state_dict().items() if tensor is not None
     }
@@ -257,15 +270,15 @@ def test_checkpoints_are_those_of_sequential_experts(kind) -> None:
 
 
 def _parts(tensor: Any) -> list[Any]:
-    """The sharded tensors that a gated layer's weight is saved as, or the one of another."""
+    """Return the sharded tensors of a weight: several for a gated layer, one for another layer."""
     return tensor.build() if hasattr(tensor, "build_fn") else [tensor]
 
 
-LEFT_TO_MEGATRON = OTHER_ACTIVATIONS | {
+LEFT_TO_MEGATRON = {
     "one expert": {"num_experts": 1, "topk": 1},
     "autocast": {"enable_autocast": True, "autocast_dtype": torch.bfloat16},
 }
-"""What can be run without a GPU."""
+"""Settings that `SequentialMLP` computes; only those that run without a GPU."""
 
 
 @pytest.mark.parametrize("settings", LEFT_TO_MEGATRON.values(), ids=LEFT_TO_MEGATRON)
@@ -299,7 +312,7 @@ def test_settings_that_are_not_grouped(name: str, value: Any) -> None:
 
 
 class _Adapted(ColumnParallelLinear):
-    """A linear layer that does more than Megatron-Core's."""
+    """A linear layer that doubles the output, as a stand-in for an adapter."""
 
     def forward(self, *args, **kwargs):
         output, bias = super().forward(*args, **kwargs)
@@ -329,9 +342,9 @@ def test_changed_experts_do_what_they_were_changed_to(change: Callable) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("overlaps", [False, True], ids=["", "overlapping"])
 def test_steps_under_data_parallelism(overlaps: bool, dtype: torch.dtype, monkeypatch) -> None:
-    """Gradients are accumulated over micro-batches, and with overlap, parameters are gathered while rows arrive."""
+    """Accumulate gradients over micro-batches; with overlap, parameters are gathered during the forward pass."""
     forbid(monkeypatch, "_compute_grouped")
-    turns = count_calls(monkeypatch, grouped_experts, "_compute_in_turns")
+    turns = count_calls(monkeypatch, experts_module, "_compute_in_turns")
     waits = count_calls(monkeypatch, _ParamAndGradBucketGroup, "finish_param_sync")
 
     def train(experts: SequentialMLP) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The norm of queries and keys over all heads together, as OLMoE has it."""
+"""The norm of OLMoE over all heads of the queries or keys together."""
 
 import torch
 from megatron.core import parallel_state
@@ -13,17 +13,17 @@ from torch import Tensor
 class AllHeadsRMSNorm(torch.nn.Module):
     """RMSNorm over the features of all heads of a token (OLMoE, arXiv 2409.02060, section 4.2.5).
 
-    It takes the place of the norm of each head in Megatron-Core's `SelfAttention`. Heads are divided over the
-    tensor-parallel ranks, so the ranks add up their squares. The weight is whole on every rank, as the weights of the
-    norm that it replaces are: `finalize_model_grads` adds up the gradients of both by their names, and a checkpoint
-    fits any layout.
+    The module replaces the norm of each head in Megatron-Core's `SelfAttention`. Heads are divided over the
+    tensor-parallel ranks, so the ranks add up their squares. Every rank holds the whole weight, as for the replaced
+    norm: `finalize_model_grads` finds the weight by its name and adds the gradients of all ranks, and a checkpoint fits
+    any layout.
 
     Args:
-        config: the model's configuration; `normalization` is RMSNorm.
-        hidden_size: features of a head.
+        config: the model's configuration; `normalization` must be RMSNorm.
+        hidden_size: features of one head.
         eps: added to the mean of the squares.
-        num_heads: heads of the model. Where there are fewer than ranks, neighbouring ranks hold the same head.
-        tp_group: the tensor-parallel ranks; by default those of `parallel_state`.
+        num_heads: heads of the model. If there are fewer heads than ranks, neighbouring ranks hold the same head.
+        tp_group: the tensor-parallel ranks; None: the ranks of `parallel_state`.
     """
 
     def __init__(
@@ -34,9 +34,11 @@ class AllHeadsRMSNorm(torch.nn.Module):
         *,
         num_heads: int,
         tp_group: torch.distributed.ProcessGroup | None = None,
-    ):
+    ) -> None:
         super().__init__()
-        self.tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
+        group = tp_group or parallel_state.get_tensor_model_parallel_group()
+        assert group is not None
+        self.tp_group = group
         self.eps = eps
         self.num_features = num_heads * hidden_size
         tp_size = self.tp_group.size()
@@ -47,19 +49,19 @@ class AllHeadsRMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(self.num_features, dtype=config.params_dtype))
 
     def forward(self, heads: Tensor) -> Tensor:
-        """Normalise.
+        """Normalize the features of all heads of each token; computed in fp32.
 
         Args:
-            heads: [sequence, batch, heads of this rank, features of a head].
+            heads: [sequence, batch, heads of this rank, features of one head].
 
         Returns:
-            of the same shape and type; computed in fp32.
+            the normalized features, same shape and dtype.
         """
         features = heads.flatten(2).float()  # [sequence, batch, features of this rank]
         squares = features.square().sum(dim=-1, keepdim=True)
-        # Each rank's output depends on the squares of all: they are summed forward, and their gradients backward.
+        # The output of each rank depends on the squares of all ranks: add squares forward, and gradients backward.
         squares = reduce_from_tensor_model_parallel_region(squares, self.tp_group)
         squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
         mean_square = squares / (self.num_features * self._num_copies)
-        normalised = features * torch.rsqrt(mean_square + self.eps) * self.weight[self._local].float()
-        return normalised.to(heads.dtype).view_as(heads)
+        normalized = features * torch.rsqrt(mean_square + self.eps) * self.weight[self._local].float()
+        return normalized.to(heads.dtype).view_as(heads)

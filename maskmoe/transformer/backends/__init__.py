@@ -1,0 +1,1 @@
+"""Modules in plain torch for models without Transformer Engine."""

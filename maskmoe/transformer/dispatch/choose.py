@@ -1,0 +1,60 @@
+"""Choose the way to dispatch, and build its dispatcher."""
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_size
+
+from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
+from maskmoe.transformer.dispatch.planned import PlannedDispatcher
+from maskmoe.transformer.dispatch.protocol import Dispatcher
+from maskmoe.transformer.dispatch.stock import StockDispatcher
+
+
+def choose_dispatch(
+    config: TransformerConfig, pg_collection: ProcessGroupCollection, is_rank_local: bool, is_mtp_layer: bool = False
+) -> DispatchKind:
+    """Return the fastest kind of dispatch that supports all settings.
+
+    Args:
+        config: the model's configuration.
+        pg_collection: process groups of the MoE layers.
+        is_rank_local: whether the visible experts of every id are on one expert-parallel rank.
+        is_mtp_layer: whether the layer belongs to multi-token prediction.
+    """
+    if (
+        config.moe_token_dispatcher_type != "alltoall"
+        or get_pg_size(pg_collection.ep) == 1
+        or get_pg_size(pg_collection.expt_tp) > 1
+        or config.moe_pad_expert_input_to_capacity
+        or config.moe_shared_expert_overlap
+        or config.moe_latent_size
+    ):
+        return DispatchKind.STOCK
+    # A plan lets the receiving rank choose experts. Random logits and dropped tokens depend on the rank that chooses.
+    any_rank_can_choose = (
+        config.moe_expert_capacity_factor is None
+        and config.moe_input_jitter_eps is None
+        and not config.moe_router_force_load_balancing
+        and config.moe_router_force_biased is None
+    )
+    # Multi-token prediction routes by shifted ids, which the plan of a micro-batch does not cover.
+    if is_rank_local and any_rank_can_choose and not is_mtp_layer:
+        return DispatchKind.PLANNED
+    # With one expert for each token, Megatron's all-to-all also sends one copy.
+    return DispatchKind.STOCK if config.moe_router_topk == 1 else DispatchKind.ONE_COPY
+
+
+def build_dispatcher(kind: DispatchKind, layer: MoELayer) -> Dispatcher:
+    """Build the dispatcher of an MoE layer.
+
+    Args:
+        kind: the way to dispatch.
+        layer: the layer, with `token_dispatcher` set to Megatron's dispatcher.
+    """
+    if kind is DispatchKind.STOCK:
+        return StockDispatcher(layer)
+    assert layer.config.num_moe_experts is not None
+    build = PlannedDispatcher if kind is DispatchKind.PLANNED else OneCopyDispatcher
+    return build(layer.config.num_moe_experts, layer.ep_group)

@@ -1,0 +1,76 @@
+"""The protocol of all ways to dispatch, and what a dispatcher needs from a router.
+
+A dispatcher is not a module and keeps no state between `route_and_dispatch` and `combine`: whatever `combine` needs
+travels in `Dispatched.metadata`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from maskmoe.transformer.token_ids import TokenIds
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """The input of this rank's experts.
+
+    Attributes:
+        expert_input: [rows, hidden], ordered by expert.
+        tokens_per_expert: integers [local experts], the rows of each expert.
+        weights: [rows], the weight of each row.
+        metadata: what the dispatcher's `combine` needs.
+    """
+
+    expert_input: Tensor
+    tokens_per_expert: Tensor
+    weights: Tensor
+    metadata: Any
+
+
+class Router(Protocol):
+    """The interface of `MaskMoERouter` that dispatchers use."""
+
+    @property
+    def table(self) -> int:
+        """The table of the routing mask that the router's layer uses."""
+        ...
+
+    def __call__(
+        self, hidden_states: Tensor, token_ids: TokenIds, attaches_losses: bool = True, /
+    ) -> tuple[Tensor, Tensor]:
+        """Route tokens [sequence, batch, hidden]; return weights and routing map, [tokens, experts] each."""
+        ...
+
+    def attach_losses(self, hidden_states: Tensor, token_ids: TokenIds, /) -> Tensor:
+        """Attach the router's losses over the tokens [sequence, batch, hidden]; return [tokens, hidden]."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """One way to send tokens to their experts and the experts' outputs back."""
+
+    def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
+        """Choose experts for this rank's tokens and send the tokens to the ranks of their experts.
+
+        The dispatcher calls the router, because experts may be chosen before tokens are sent or where they arrive.
+
+        Args:
+            hidden_states: [sequence, batch, hidden].
+            token_ids: the ids [sequence, batch] of the same tokens.
+            router: chooses the experts and attaches its losses.
+        """
+        ...
+
+    def combine(self, expert_output: Tensor, metadata: Any) -> Tensor:
+        """Send the experts' weighted outputs back and add them up for each token.
+
+        Args:
+            expert_output: [rows, hidden], in the order of `Dispatched.expert_input`.
+            metadata: `Dispatched.metadata`.
+
+        Returns:
+            [sequence, batch, hidden].
+        """
+        ...

@@ -1,0 +1,92 @@
+"""Stock dispatch: Megatron-Core's own token dispatchers, for any number of selected experts per token."""
+
+from collections.abc import Callable
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, _RecordExpertDgradCompletion
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from maskmoe.transformer.dispatch.protocol import Dispatched, Router
+from maskmoe.transformer.token_ids import TokenIds
+
+
+class StockDispatcher:
+    """Dispatches by Megatron's own token dispatcher: all-to-all or all-gather.
+
+    The steps of `MoELayer` itself are used, so that its options work unchanged: shared experts that overlap with
+    communication, latent projections, padding to capacity, expert tensor parallelism. Megatron's token dispatcher keeps
+    the state between dispatch and combine, so `Dispatched.metadata` is None.
+
+    Args:
+        layer: the layer whose `token_dispatcher` dispatches.
+    """
+
+    def __init__(self, layer: MoELayer) -> None:
+        self._layer = layer
+        assert layer.token_dispatcher is not None
+        self._megatron: MoETokenDispatcher = layer.token_dispatcher
+
+    def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
+        """Choose experts and send one row for each; see `Dispatcher`."""
+        layer = self._layer
+        probs, routing_map = router(hidden_states, token_ids)
+        rows, weights = layer.preprocess(hidden_states, probs, routing_map)  # pyrefly: ignore[not-iterable]
+        rows, weights = layer.dispatch(rows, weights)
+        if layer.config.overlap_dispatch_backward_with_experts_wgrad:
+            rows = _RecordExpertDgradCompletion.apply(layer._delayed_wgrad_event, rows)
+        postprocess: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._megatron.dispatch_postprocess  # pyrefly: ignore[bad-assignment]
+        return Dispatched(*postprocess(rows, weights), metadata=None)
+
+    def combine(self, expert_output: Tensor, metadata: None) -> Tensor:
+        """Send outputs back and add them up; see `Dispatcher`."""
+        output = self._megatron.combine_preprocess(expert_output)
+        return self._layer.postprocess(self._layer.combine(output), None)
+
+
+class MaskMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
+    """`MoEAlltoAllTokenDispatcher` for any number of selected experts per token.
+
+    Megatron's class sends `tokens * k` rows. Under a routing mask, a token with fewer than k visible experts uses fewer
+    rows, so this class counts the rows of the routing map. On a GPU, the host waits for the count before the first
+    permutation. The count is skipped if every token is known to select k experts.
+
+    Args:
+        num_local_experts: experts on this rank.
+        local_expert_indices: their indices among all experts, contiguous.
+        config: the model's configuration.
+        pg_collection: process groups of the MoE layer.
+        min_visible: the smallest number of visible experts of any id.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        min_visible: int,
+    ) -> None:
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        # Group-limited routing may leave only some of the visible experts, so only V = N guarantees k of them.
+        assert config.num_moe_experts is not None
+        enough_visible = config.num_moe_experts if config.moe_router_group_topk else config.moe_router_topk
+        # With padding to capacity, the number of rows is fixed.
+        self.counts_rows = min_visible < enough_visible and not self.drop_and_pad
+
+    def preprocess(self, routing_map: Tensor) -> Tensor:
+        """Count rows and split sizes; return the tokens of each local expert.
+
+        Args:
+            routing_map: bool [tokens, experts].
+        """
+        tokens_per_local_expert = super().preprocess(routing_map)
+        if self.counts_rows:
+            alone = self.ep_size == 1 and self.tp_size == 1
+            counts = tokens_per_local_expert if alone else self.input_splits
+            assert counts is not None
+            self.num_out_tokens = counts.sum()
+            self._maybe_update_cuda_sync_point("before_permutation_1")
+        return tokens_per_local_expert

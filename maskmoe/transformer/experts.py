@@ -1,0 +1,209 @@
+"""Experts for models without Transformer Engine, computed together instead of module by module."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fusions.fused_bias_geglu import quick_gelu, weighted_bias_quick_geglu_impl
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm, linear, silu
+
+
+class GroupedMLP(SequentialMLP):
+    """`SequentialMLP` with the same parameters and checkpoints that computes its experts without calling their modules.
+
+    - bf16 on a GPU: one `grouped_mm` for each linear layer, and one activation over all rows. The host does not wait
+      for the device.
+    - Otherwise: the experts take turns on slices of the rows, bit-equal to `SequentialMLP`.
+
+    `SequentialMLP` computes the experts if `can_group` returns False, or if experts were changed after they were built,
+    for example by adapters or hooks.
+
+    Args: those of `SequentialMLP`.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(num_local_experts, config, submodules, pg_collection, name)
+        self._can_group = can_group(self.config, num_local_experts, self.tp_group.size())
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the output of every expert for its rows.
+
+        Args:
+            permuted_local_hidden_states: [rows, hidden], ordered by expert.
+            tokens_per_expert: integers [local experts], on any device.
+            permuted_probs: [rows], the weight of each row.
+
+        Returns:
+            [rows, hidden] and the bias, None.
+        """
+        rows, probs = permuted_local_hidden_states, permuted_probs
+        experts = [cast(MLP, expert) for expert in self.local_experts]
+        if not self._can_group or not all(map(_is_as_built, experts)):
+            return super().forward(rows, tokens_per_expert, probs)
+        # Wait until data parallelism has gathered the weights, as a call of each linear layer would.
+        for expert in experts:
+            for layer in _linear_layers(expert):
+                for hook in layer._forward_pre_hooks.values():
+                    hook(layer, ())
+        if self.config.moe_apply_probs_on_input:
+            rows, probs = (probs.unsqueeze(-1) * rows).to(rows.dtype), torch.ones_like(probs)
+        compute = _compute_grouped if _fits_grouped_mm(rows, experts) else _compute_in_turns
+        return compute(rows, tokens_per_expert, probs, experts), None
+
+
+def can_group(config: TransformerConfig, num_local_experts: int, expert_tensor_size: int) -> bool:
+    """Return whether there are several experts, and their linear layers only multiply by their weights.
+
+    Args:
+        config: the configuration of the experts.
+        num_local_experts: experts on this rank.
+        expert_tensor_size: ranks that share each expert.
+    """
+    return num_local_experts > 1 and not (
+        expert_tensor_size > 1
+        # Weights are assembled from shards.
+        or config.expert_gtp_weight_remat_size > 1
+        # Each expert adds its bias, times the weights of the rows.
+        or config.add_bias_linear
+        # Kernels of Apex and Transformer Engine.
+        or config.gradient_accumulation_fusion
+        or config.use_te_activation_func
+        or config.fp8
+        or config.fp4
+        # Linear layers move or cast tensors.
+        or config.cpu_offloading
+        or config.enable_autocast
+    )
+
+
+def _linear_layers(expert: MLP) -> tuple[ColumnParallelLinear, RowParallelLinear]:
+    """Return both linear layers of an expert for which `_is_as_built` holds."""
+    return cast(ColumnParallelLinear, expert.linear_fc1), cast(RowParallelLinear, expert.linear_fc2)
+
+
+def _weights(expert: MLP) -> tuple[Tensor, Tensor]:
+    """Return the weights of both linear layers, [fc1 output, hidden] and [hidden, fc2 input]."""
+    first, second = _linear_layers(expert)
+    assert first.weight is not None
+    return first.weight, second.weight
+
+
+def _is_as_built(expert: MLP) -> bool:
+    """Return whether an expert's linear layers are Megatron's own and no hook reads inputs or outputs."""
+    return (
+        type(expert.linear_fc1) is ColumnParallelLinear
+        and type(expert.linear_fc2) is RowParallelLinear
+        and not any(map(_has_hooks, (expert, *_linear_layers(expert))))
+    )
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    """Return whether a module has hooks besides those of `DistributedDataParallel`.
+
+    The hooks of `DistributedDataParallel` wait until parameters are gathered and ignore the input, so `GroupedMLP` can
+    call them without calling the module.
+    """
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks) or any(
+        hook.__module__ != DistributedDataParallel.__module__ for hook in module._forward_pre_hooks.values()
+    )
+
+
+def _activate(projected: Tensor, probs: Tensor, config: TransformerConfig) -> Tensor:
+    """Apply activation function and row weights as `MLP.forward` does between its linear layers.
+
+    Args:
+        projected: [rows, fc1 output].
+        probs: [rows], the weight of each row.
+        config: the configuration of the experts.
+    """
+    if config.bias_activation_fusion:
+        weights, store_fp8 = probs.unsqueeze(-1), config.activation_func_fp8_input_store
+        if config.gated_linear_unit and config.activation_func is silu:
+            return weighted_bias_swiglu_impl(projected, None, weights, store_fp8)
+        if config.gated_linear_unit and config.activation_func is quick_gelu:
+            offset, clamp = config.glu_linear_offset, config.activation_func_clamp_value
+            return weighted_bias_quick_geglu_impl(projected, None, weights, store_fp8, offset, clamp)
+        raise ValueError("only SwiGLU and quick GeGLU can be fused with the weights of the rows")
+    function: Callable[[Tensor], Tensor] = config.activation_func
+    if config.gated_linear_unit:
+        gate, value = projected.chunk(2, dim=-1)
+        clamp = config.activation_func_clamp_value
+        if clamp is not None:
+            gate, value = gate.clamp(max=clamp), value.clamp(min=-clamp, max=clamp)
+        if config.glu_linear_offset != 0:
+            value = value + config.glu_linear_offset
+        activated = function(gate) * value
+    else:
+        activated = function(projected)
+    return (activated * probs.unsqueeze(-1)).to(activated.dtype)
+
+
+def _compute_in_turns(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
+    """Compute one expert after the other; arguments as for `GroupedMLP.forward`."""
+    sizes = tokens_per_expert.tolist()
+    outputs = []
+    for expert, own_rows, own_probs in zip(experts, rows.split(sizes), probs.split(sizes), strict=True):
+        first, second = _weights(expert)
+        activated = _activate(linear(own_rows, first), own_probs, expert.config)
+        outputs.append(linear(activated, second))
+    return torch.cat(outputs)
+
+
+def _fits_grouped_mm(rows: Tensor, experts: Sequence[MLP]) -> bool:
+    """Return whether the GPU's kernel for grouped products accepts the rows and weights."""
+    return (
+        rows.is_cuda
+        and rows.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+        # Rows of matrices must begin at multiples of 16 bytes.
+        and all(size % 8 == 0 for weight in _weights(experts[0]) for size in weight.shape)
+        and len(rows) > 0
+    )
+
+
+def _compute_grouped(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
+    """Compute all experts in one grouped product for each layer; arguments as for `GroupedMLP.forward`."""
+    ends = tokens_per_expert.to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+    first, second = zip(*map(_weights, experts), strict=True)
+    activated = _activate(_GroupedProduct.apply(rows, ends, *first), probs, experts[0].config)
+    return _GroupedProduct.apply(activated, ends, *second)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Multiplies rows [rows, in], ordered by expert, by the weights [out, in] of the experts: [rows, out].
+
+    The kernel needs the weights in one tensor. The stacked tensor is as large as all weights, so it is built for each
+    product and not kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, ends, *weights)
+        return grouped_mm(rows, torch.stack(weights).transpose(1, 2), offs=ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        rows, ends, *weights = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        rows_gradient = grouped_mm(gradient, torch.stack(weights), offs=ends)
+        weights_gradient = grouped_mm(gradient.t(), rows.contiguous(), offs=ends)  # [experts, out, in]
+        return rows_gradient, None, *weights_gradient.unbind()

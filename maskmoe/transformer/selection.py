@@ -1,0 +1,130 @@
+"""The routing rule: which visible experts a token is sent to.
+
+The router selects by `select_experts`; the load-balancing losses and the statistics reuse the functions of this module.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from maskmoe.transformer.token_ids import TokenIds
+from maskmoe.transformer.visible_experts import VisibleSets
+
+
+@dataclass(frozen=True)
+class MaskedLogits:
+    """The router logits of one micro-batch under the routing mask.
+
+    Attributes:
+        values: [tokens, experts], -inf for invisible experts.
+        visible: the visible sets of the tokens.
+        is_real: bool [tokens], False for padding; None if no token is padding.
+        num_sequences: sequences in the micro-batch. Tokens are ordered by position, then by sequence.
+        score_function: softmax, sigmoid or sqrtsoftplus.
+    """
+
+    values: Tensor
+    visible: VisibleSets
+    is_real: Tensor | None
+    num_sequences: int
+    score_function: str
+
+    @classmethod
+    def mask(cls, logits: Tensor, visible: VisibleSets, token_ids: TokenIds, score_function: str) -> "MaskedLogits":
+        """Set the logits [sequence, batch, experts] of invisible experts to -inf."""
+        values = logits.flatten(0, 1).masked_fill(~visible.experts, float("-inf"))
+        return cls(values, visible, token_ids.is_real, logits.shape[1], score_function)
+
+    @cached_property
+    def normalized_scores(self) -> Tensor:
+        """Return scores that add up to 1 for each token: float32 [tokens, experts], 0 for invisible experts.
+
+        Losses and statistics share the scores, so they are computed at most once.
+        """
+        if self.score_function == "softmax":
+            return torch.softmax(self.values, dim=-1, dtype=torch.float32)
+        scores = _elementwise_scores(self.values, self.score_function)
+        return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # Megatron-Core adds the same 1e-20.
+
+
+def preference_scores(logits: Tensor, score_function: str, pre_softmax: bool, expert_bias: Tensor | None) -> Tensor:
+    """Return the scores [tokens, experts] that rank the experts, as Megatron-Core does.
+
+    Args:
+        logits: [tokens, experts], -inf for invisible experts.
+        score_function: softmax, sigmoid or sqrtsoftplus.
+        pre_softmax: apply softmax before the selection, not after it; only for the softmax score function.
+        expert_bias: float32 [experts], added to sigmoid and sqrtsoftplus scores; None: no bias.
+    """
+    logits = logits.detach()
+    if score_function == "softmax":
+        return torch.softmax(logits, dim=-1, dtype=torch.float32) if pre_softmax else logits
+    scores = _elementwise_scores(logits, score_function)
+    return scores if expert_bias is None else scores + expert_bias.float()
+
+
+def select_experts(
+    scores: Tensor, visible: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
+) -> Tensor:
+    """Select the top k experts by score: `min(k, V)` visible experts, then invisible experts to fill up to k.
+
+    Masked logits alone do not suffice. Score functions map -inf to 0, and an expert bias can lift a score of 0 above
+    the score of a visible expert. The score of a visible expert can also round to 0.
+
+    Args:
+        scores: [tokens, experts].
+        visible: bool [tokens, experts].
+        topk: k.
+        num_groups: number of expert groups of equal size, for group-limited routing.
+        group_topk: groups that are chosen for each token; None: no group-limited routing.
+
+    Returns:
+        int64 [tokens, k], the indices of the experts. With groups, only the visible experts of the chosen groups count
+        as visible.
+    """
+    candidates = scores.masked_fill(~visible, float("-inf"))
+    if group_topk:
+        assert num_groups is not None
+        outside = _outside_chosen_groups(candidates, topk, num_groups, group_topk)
+        # Experts that fill up to k must be invisible, because callers recognize them by that. The chosen groups hold at
+        # least k experts, so invisible experts of the chosen groups rank above all experts of other groups.
+        candidates = candidates.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        candidates = candidates.masked_fill(outside, float("-inf"))
+    # Megatron-Core sorts in training only. The order decides how weights are summed, so it must be the same here.
+    return candidates.topk(topk, dim=1, sorted=torch.is_grad_enabled()).indices
+
+
+def routing_map_of(selected: Tensor, visible: Tensor) -> Tensor:
+    """Return bool [tokens, experts], True for the selected experts [tokens, k] that are visible."""
+    return torch.zeros_like(visible).scatter(1, selected, True) & visible
+
+
+def _elementwise_scores(logits: Tensor, score_function: str) -> Tensor:
+    """Return sigmoid or sqrtsoftplus scores, float32 [tokens, experts]."""
+    return torch.sigmoid(logits.float()) if score_function == "sigmoid" else softplus(logits.float()).sqrt()
+
+
+def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
+    """Return bool [tokens, experts], True for experts outside the groups that are chosen for a token.
+
+    Groups are chosen as in group-limited routing (DeepSeek-V3, arXiv 2412.19437): the score of a group is the sum of
+    its `topk / group_topk` largest scores, or of fewer if fewer experts of the group are visible. A group without a visible
+    expert is chosen only if there are not enough other groups.
+
+    Args:
+        scores: [tokens, experts], -inf for invisible experts.
+        topk: k.
+        num_groups: number of groups.
+        group_topk: groups that are chosen for each token.
+    """
+    num_tokens, num_experts = scores.shape
+    best = scores.view(num_tokens, num_groups, -1).topk(topk // group_topk, dim=-1).values
+    invisible = best == float("-inf")
+    group_scores = best.masked_fill(invisible, 0.0).sum(dim=-1)  # [tokens, groups]
+    group_scores = group_scores.masked_fill(invisible.all(dim=-1), float("-inf"))
+    chosen_groups = group_scores.topk(group_topk, dim=-1, sorted=False).indices
+    outside = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen_groups, False)
+    return outside.repeat_interleave(num_experts // num_groups, dim=1)

@@ -1,0 +1,76 @@
+"""Packing of token ids, padding and plan, and their transport through recomputation."""
+
+import pytest
+import torch
+from megatron.core import tensor_parallel
+from support.small_moe import DEVICE
+from torch import Tensor
+
+from maskmoe.transformer.dispatch.plan import DispatchPlan
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids, unpack_token_ids
+
+IDS = torch.arange(6, device=DEVICE).view(2, 3)
+IS_PADDING = IDS > 3
+PLAN = DispatchPlan({})
+
+
+@pytest.mark.parametrize("is_padding", [None, IS_PADDING], ids=["no padding", "padding"])
+@pytest.mark.parametrize("plan", [None, PLAN], ids=["no plan", "plan"])
+def test_round_trip(is_padding: Tensor | None, plan: DispatchPlan | None) -> None:
+    found = unpack_token_ids(pack_token_ids(TokenIds(IDS, is_padding, plan)))
+    assert torch.equal(found.ids, IDS)
+    assert type(found.ids) is Tensor
+    assert found.plan is plan
+    if is_padding is None:
+        assert found.is_padding is None
+        assert found.is_real is None
+    else:
+        assert torch.equal(found.is_padding, is_padding)
+        assert found.is_real.tolist() == [True, True, True, True, False, False]
+    in_layer = found.transpose()
+    assert torch.equal(in_layer.ids, IDS.T)
+    assert in_layer.plan is plan
+
+
+def test_plain_ids_are_packed_without_a_copy() -> None:
+    assert pack_token_ids(TokenIds(IDS)) is IDS
+
+
+def test_padding_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"padding mask has shape \[2, 2\], the token ids have \[2, 3\]"):
+        pack_token_ids(TokenIds(IDS, IS_PADDING[:, :2]))
+
+
+@pytest.mark.parametrize("is_padding", [None, IS_PADDING], ids=["no padding", "padding"])
+def test_plan_survives_recomputation(is_padding: Tensor | None) -> None:
+    """Megatron-Core saves the packed tensor, and hands a detached one to the layers that run again."""
+    seen = []
+
+    def layer(hidden: Tensor, padding_mask: Tensor) -> Tensor:
+        seen.append(unpack_token_ids(padding_mask))
+        return hidden * 2
+
+    hidden = torch.ones(2, 3, device=DEVICE, requires_grad=True)
+    packed = pack_token_ids(TokenIds(IDS, is_padding, PLAN))
+    tensor_parallel.checkpoint(layer, False, hidden, packed).sum().backward()
+    assert len(seen) == 2
+    assert all(token_ids.plan is PLAN for token_ids in seen)
+    assert all(torch.equal(token_ids.ids, IDS) for token_ids in seen)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda packed: packed.roll(-1, dims=-1),
+        lambda packed: packed.clone(),
+        lambda packed: packed[:, :2],
+        lambda packed: packed + 1,
+        lambda packed: torch.stack([packed, packed])[0],
+    ],
+    ids=["roll", "clone", "slice", "add", "stack"],
+)
+def test_other_ids_have_no_plan(change) -> None:
+    """A plan fits the very ids that it was made from; multi-token prediction shifts them, for example."""
+    changed = change(pack_token_ids(TokenIds(IDS, plan=PLAN)))
+    assert type(changed) is Tensor
+    assert unpack_token_ids(changed).plan is None
