@@ -1,4 +1,4 @@
-"""Build a routing mask: which experts each token id may use in each layer."""
+"""Build a routing mask: the experts that each token id may use in each layer."""
 
 import argparse
 import math
@@ -13,38 +13,51 @@ from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
 
+_DESCRIPTION = """\
+Build a routing mask: the experts that each token id may use (its "visible" experts) in each layer.
+
+The most frequent ids, which together make up a share P of all occurrences, see V_f experts each. Every other id sees
+one expert. The mask is fixed before training.
+"""
+_EPILOG = """\
+example:
+  %(prog)s --token-frequency counts.safetensors --num-experts 64 --num-layers 24 \\
+    --frequent-mass 0.4 --frequent-visible-experts 8 --assignment balanced --seed 1 --output mask.safetensors
+"""
+
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=f"{__doc__} Frequent ids see several experts, all others one.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""example:
-  python tools/build_routing_mask.py --token-frequency counts.safetensors --num-experts 64 --num-layers 24 \\
-    --frequent-mass 0.4 --frequent-visible-experts 8 --assignment balanced --seed 1 --output mask.safetensors""",
+        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--token-frequency", type=Path, metavar="F", help="counts from tools/count_token_frequency.py")
-    source.add_argument(
-        "--vocab-size", type=int, metavar="V", help="ids of the tokenizer, for masks that need no counts"
+    vocabulary = parser.add_argument_group("vocabulary (give one)").add_mutually_exclusive_group(required=True)
+    vocabulary.add_argument(
+        "--token-frequency", type=Path, metavar="F", help="file of token counts, counted in the training data"
     )
-
-    source.add_argument(
+    vocabulary.add_argument(
+        "--vocab-size", type=int, metavar="V", help="number of ids of the tokenizer, for masks that need no counts"
+    )
+    vocabulary.add_argument(
         "--expert-table",
         metavar="F[:TENSOR]",
-        help="a table of every id's experts, [vocab, k] for all layers or [layers, vocab, k]: a .npy file, or a tensor "
-        "of a safetensors file or of a folder of them. {layer} in TENSOR stands for a layer's number, with one "
-        "[vocab, k] for each; in layers without, every id sees all experts. DeepSeek-V4's is "
-        "FOLDER:model.layers.{layer}.mlp.gate.tid2eid",
+        help="a table that already names the experts of every id, of shape [vocab, k] for all layers or "
+        "[layers, vocab, k]: a .npy file, or a tensor of a safetensors file or of a folder of such files. {layer} in "
+        "TENSOR stands for the number of a layer; then each layer has a tensor [vocab, k], and in layers without a "
+        "tensor every id sees all experts. Example for DeepSeek-V4: FOLDER:model.layers.{layer}.mlp.gate.tid2eid",
     )
 
     model = parser.add_argument_group("model")
     model.add_argument("--num-experts", type=int, required=True, metavar="N", help="experts in each MoE layer")
-    model.add_argument("--num-layers", type=int, required=True, metavar="L", help="transformer layers, MoE or not")
+    model.add_argument(
+        "--num-layers", type=int, required=True, metavar="L", help="transformer layers, with and without experts"
+    )
     model.add_argument(
         "--expert-model-parallel-size",
         type=int,
         metavar="E",
-        help="expert-parallel ranks; needed for rank-local assignment, otherwise only adds their load to the summary",
+        help="number of expert-parallel ranks; required for rank-local assignment, otherwise it only adds the load of "
+        "the ranks to the summary",
     )
 
     method = parser.add_argument_group("method")
@@ -52,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         "--frequent-mass",
         type=float,
         metavar="P",
-        help="the most frequent ids that together make up this share (0 to 1) of all token occurrences are frequent",
+        help="the most frequent ids that together make up this share (0 to 1) of all occurrences are the frequent ids",
     )
     method.add_argument(
         "--frequent-visible-experts", type=int, metavar="V_f", help="experts that each frequent id sees, 2 to N"
@@ -60,27 +73,34 @@ def parse_arguments() -> argparse.Namespace:
     method.add_argument(
         "--assignment",
         choices=ASSIGNMENTS,
-        help="uniform: drawn at random; balanced: by descending count onto the least-loaded experts; rank-local: as "
-        "balanced, with all experts of an id on one expert-parallel rank",
+        help="uniform: experts are drawn at random; balanced: ids are placed by descending count on the least-loaded "
+        "experts; rank-local: like balanced, but all experts of an id are on one expert-parallel rank",
     )
     method.add_argument(
         "--preset",
         choices=PRESETS,
-        help="a baseline instead: smoe (every id sees all experts), hash (one, at random), hash-balanced (one, by "
-        "count), top-k-hash (--frequent-visible-experts for every id)",
+        help="build a baseline: smoe (every id sees all experts), hash (every id sees one random expert), "
+        "hash-balanced (every id sees one expert, placed by count), top-k-hash (every id sees "
+        "--frequent-visible-experts experts)",
     )
-    method.add_argument("--shared-table", action="store_true", help="one table for all layers instead of one for each")
+    method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
     method.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the random choices (default: %(default)s)"
     )
 
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
-    parser.add_argument("--workers", type=int, metavar="W", help="processes that work (default: all available cores)")
+    parser.add_argument(
+        "--workers", type=int, metavar="W", help="number of processes (default: number of available cores)"
+    )
     return parser.parse_args()
 
 
 def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
-    """The recipe that the flags describe. Raises UserError where they contradict each other."""
+    """Return the recipe that the flags describe.
+
+    Raises:
+        UserError: Flags are missing or contradict each other.
+    """
     method = {name: getattr(arguments, name) for name in ("frequent_mass", "frequent_visible_experts", "assignment")}
     given = {name: value for name, value in method.items() if value is not None}
     common = {"seed": arguments.seed, "shared_table": arguments.shared_table}
@@ -97,27 +117,32 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
 
 
 def mask_from_table(arguments: argparse.Namespace) -> RoutingMask:
-    """The mask of `--expert-table`. Raises UserError where the table is unusable, or a flag says what it says."""
+    """Return the mask that `--expert-table` describes.
+
+    Raises:
+        UserError: The table cannot be used, or a flag is given that the table already decides.
+    """
     flags = ("frequent_mass", "frequent_visible_experts", "assignment", "preset")
     given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]
     given += ["--shared-table"] if arguments.shared_table else []
     if given:
-        raise UserError(f"--expert-table already decides what each id sees; leave {', '.join(given)} out")
+        raise UserError(f"--expert-table already decides the experts of each id; leave {', '.join(given)} out")
     table = ExpertTable.read(arguments.expert_table, arguments.num_layers)
     repeats = table.num_ids_with_repeats
     if repeats:
-        print(f"WARNING: {repeats:,} ids name an expert more than once; they see as many experts as are different")
+        print(f"WARNING: {repeats:,} ids name an expert more than once; they see each named expert once")
     return table.to_mask(arguments.num_experts, arguments.num_layers)
 
 
 def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None) -> None:
+    """Print size, frequent ids, expected load and digest of the mask, and a warning if it cannot be balanced."""
     num_visible = mask.num_visible
     is_frequent = num_visible > 1
     tables = "one table for all layers" if mask.is_shared else f"{mask.num_layers} tables"
     size = f"{mask.nbytes / 2**20:.2f} MiB"
     print(f"mask             {mask.vocab_size:,} ids · {mask.num_experts} experts · {tables} · {size}")
     sees = f", each sees {num_visible.max()} experts" if is_frequent.any() else ""
-    print(f"frequent ids     {is_frequent.sum():,} of {mask.vocab_size:,}{sees}; every other sees 1")
+    print(f"frequent ids     {is_frequent.sum():,} of {mask.vocab_size:,}{sees}; every other id sees 1")
     if frequency is not None:
         occurrences = frequency.occurrences
         load = expected_expert_load(mask, occurrences)
@@ -130,13 +155,14 @@ def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks
 
 
 def describe_imbalance(load: np.ndarray) -> str:
-    """How uneven `load` `[tables, bins]` is."""
+    """Return a text with maximum over mean of `load` `[tables, bins]`, over all tables."""
     imbalance = load.max(axis=1) / load.mean(axis=1)
     spread = f"{imbalance.min():.3f} / {np.median(imbalance):.3f} / {imbalance.max():.3f}"
     return f"expected max/mean {spread} (min / median / max over tables)"
 
 
 def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
+    """Print a warning with a cure if single ids are too frequent for a balanced load."""
     ids = overloading_ids(mask, occurrences)
     if not len(ids):
         return
@@ -158,6 +184,7 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
 
 
 def main() -> None:
+    """Build the mask, write it and print a summary."""
     arguments = parse_arguments()
     recipe = None if arguments.expert_table else recipe_from(arguments)
     num_ranks = arguments.expert_model_parallel_size

@@ -1,4 +1,4 @@
-"""Count how often each token id occurs in indexed datasets; the first step towards a routing mask."""
+"""Count the occurrences of each token id in the training data."""
 
 import argparse
 from pathlib import Path
@@ -7,32 +7,41 @@ from maskmoe.cli import atomic_output
 from maskmoe.routing_mask.assignment import ids_by_frequency
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 
+_DESCRIPTION = """\
+Count the occurrences of each token id in the training data. A routing mask is built from these counts.
+"""
+_EPILOG = """\
+example:
+  %(prog)s --data-path 0.7 data/web_text_document 0.3 data/books_text_document \\
+    --vocab-size 32000 --output counts.safetensors
+"""
+
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""example:
-  python tools/count_token_frequency.py --data-path 0.7 data/web 0.3 data/books \\
-    --vocab-size 32000 --output counts.safetensors""",
+        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--data-path",
         nargs="+",
         required=True,
         metavar="P",
-        help="as for Megatron's training: dataset prefixes (PREFIX.bin and PREFIX.idx exist), or WEIGHT PREFIX pairs; "
-        "give here what training will be given, so that counts follow the blend",
+        help="the value of Megatron's --data-path in training, so that the counts follow the same blend: dataset "
+        "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
     )
     parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="V", help="ids of the tokenizer, without padding"
+        "--vocab-size", type=int, required=True, metavar="V", help="number of ids of the tokenizer, without padding"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
-    parser.add_argument("--workers", type=int, metavar="W", help="processes that count (default: all available cores)")
+    parser.add_argument(
+        "--workers", type=int, metavar="W", help="number of processes (default: number of available cores)"
+    )
     return parser.parse_args()
 
 
 def print_summary(frequency: TokenFrequency) -> None:
+    """Print the datasets, the most frequent ids and the digest of the counts."""
     occurrences = frequency.occurrences
     for dataset, weight in zip(frequency.datasets, frequency.weights, strict=True):
         blend = "" if weight is None else f" · blend weight {weight:g}"
@@ -47,6 +56,7 @@ def print_summary(frequency: TokenFrequency) -> None:
 
 
 def main() -> None:
+    """Count, write the counts and print a summary."""
     arguments = parse_arguments()
     with atomic_output(arguments.output) as temporary:
         frequency = count_token_frequency(

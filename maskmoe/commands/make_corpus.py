@@ -1,10 +1,4 @@
-"""Write a text corpus that needs no download: sources and documentation of the installed Python and its packages.
-
-    python tools/make_corpus.py --output corpus.jsonl
-
-Writes JSON lines {"text": …, "path": …}, one file each. The documents are shuffled, so that the last ones, which
-Megatron's --split takes for validation, are like the others.
-"""
+"""Write a text corpus without a download, from the Python files on this machine."""
 
 import argparse
 import json
@@ -14,22 +8,40 @@ from maskmoe.cli import atomic_output
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
 
+_DESCRIPTION = """\
+Write a text corpus without a download: sources and documentation of the installed Python and its packages.
+
+The output holds one JSON object {"text": …, "path": …} on each line, one line for each file. Files that are mostly
+numbers, generated tables or larger than 128 KiB are left out. The lines are shuffled, so that the last documents, which
+are usually held out for validation, resemble the documents before them.
+"""
+_EPILOG = """\
+example:
+  %(prog)s --output corpus.jsonl --max-bytes 12000000
+"""
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, metavar="FILE.jsonl")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write")
     parser.add_argument(
         "--max-bytes",
         type=int,
         default=32 << 20,
         metavar="N",
-        help="text bytes at most, standard library first [32 MiB]",
+        help="largest size of the text in bytes; the standard library comes first (default: %(default)s, 32 MiB)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle [0]")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the order of the documents (default: %(default)s)"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
+    """Write the corpus and print its size."""
     arguments = parse_arguments()
     with atomic_output(arguments.output) as path, open(path, "w", encoding="utf-8") as stream:
         documents = list(default_corpus(arguments.max_bytes))

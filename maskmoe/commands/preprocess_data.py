@@ -1,52 +1,93 @@
-"""Encode text files into a dataset that Megatron-Core trains on (PREFIX_text_document.bin and .idx).
-
-    python tools/preprocess_data.py --input corpus.jsonl --tokenizer-type SentencePieceTokenizer \\
-        --tokenizer-model tokenizer.model --output-prefix data/corpus --workers 8 --append-eod
-
-Inputs ending in .jsonl, .json or .ndjson hold one JSON object a line; all other files are plain text, one document each
-(several where a file is larger than 1 MB). Both may be compressed (.gz, .zst). Flags have Megatron-LM's names.
-"""
+"""Encode text files into a dataset that Megatron-Core trains on."""
 
 import argparse
 
-from maskmoe.data.preprocess import available_cores, preprocess
+from maskmoe.data.parallel import available_cores
+from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
+
+_DESCRIPTION = """\
+Encode text files into a dataset that Megatron-Core trains on: PREFIX_text_document.bin holds the token ids,
+PREFIX_text_document.idx the documents, PREFIX_text_document.tokenizer.json the tokenizer.
+
+Input files that end in .jsonl, .json or .ndjson hold one JSON object on each line, and each line is a document. All
+other files are plain text: one document each, or several of about 1 MiB if the file is larger. Both may be compressed
+with gzip (.gz) or zstd (.zst). The flags have the names of Megatron-LM's.
+"""
+_EPILOG = """\
+example:
+  %(prog)s --input corpus.jsonl --tokenizer-type SentencePieceTokenizer \\
+    --tokenizer-model tokenizer.model --output-prefix data/corpus --append-eod --shuffle-seed 1
+"""
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files, in this order")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text [text]")
-    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="text files, encoded in the given order"
+    )
+    parser.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys of the JSON objects that hold text; each key gets a dataset of its own (default: text)",
+    )
+    parser.add_argument(
+        "--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="type of the tokenizer, as in training"
+    )
     parser.add_argument(
         "--tokenizer-model",
         required=True,
         metavar="MODEL",
-        help="SentencePiece .model file; or tokenizer.json of a Hugging Face tokenizer, or the folder that holds it",
+        help="a SentencePiece .model file; or the tokenizer.json of a Hugging Face tokenizer, or the folder that holds "
+        "it",
     )
     parser.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.{bin,idx,tokenizer.json}"
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="start of the output paths PREFIX_KEY_document.{bin,idx,tokenizer.json}",
     )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
     parser.add_argument(
-        "--workers", type=int, default=available_cores(), metavar="W", help="processes that encode [one per core]"
+        "--shuffle-seed",
+        type=int,
+        metavar="S",
+        help="write the documents in a random order that depends only on this seed and their number, so that the last "
+        "documents, which Megatron's --split holds out, resemble the documents before them; needs twice the disk space "
+        "while it runs (default: keep the order of the input)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=available_cores(),
+        metavar="W",
+        help="number of processes; does not change the result (default: number of available cores)",
     )
     arguments = parser.parse_args()
     if arguments.workers < 1:
         parser.error(f"--workers must be at least 1, not {arguments.workers}")
+    if arguments.shuffle_seed is not None and arguments.shuffle_seed < 0:
+        parser.error(f"--shuffle-seed must not be negative, it is {arguments.shuffle_seed}")
     return arguments
 
 
 def main() -> None:
+    """Encode the files and print the size of each dataset."""
     arguments = parse_arguments()
     summaries = preprocess(
         arguments.input,
         arguments.tokenizer_type,
         arguments.tokenizer_model,
         arguments.output_prefix,
-        arguments.json_keys,
-        arguments.append_eod,
-        arguments.workers,
+        json_keys=arguments.json_keys,
+        append_eod=arguments.append_eod,
+        workers=arguments.workers,
+        shuffle_seed=arguments.shuffle_seed,
     )
     for summary in summaries:
         rate = summary.num_tokens / summary.seconds

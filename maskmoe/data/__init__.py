@@ -1,4 +1,4 @@
-"""From text to token ids on disk: corpora, tokenizers and Megatron-Core's indexed dataset format.
+"""Turn text into token ids on disk: corpora, tokenizers and Megatron-Core's indexed dataset format.
 
-Nothing here imports torch or Megatron, so the tools built on it start at once.
+This package imports neither torch nor Megatron, so that its command line tools start quickly.
 """

@@ -1,32 +1,41 @@
-"""Real text that every machine has: sources and documentation of the installed Python and its packages."""
+"""Collect text that needs no download: sources and documentation of the installed Python and its packages."""
 
 import hashlib
+import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "encodings"}  # encodings: generated tables
-_MIN_BYTES, _MAX_BYTES = 256, 1 << 20
+_MIN_BYTES = 256
+# Larger files are mostly generated, and one of them would make up a large part of the held-out text.
+_MAX_BYTES = 1 << 17
 _MAX_LINE_BYTES = 1000  # longer lines mean generated code or data
+_MAX_DIGIT_SHARE = 0.3
+_TABLE_LINES = 200
+_MAX_SAME_SHAPE_SHARE = 0.5
+_SAMPLED_LINES = 256
 
 
 @dataclass(frozen=True)
 class CorpusDocument:
-    """A text file: its path relative to the library folder it was found in, and its content."""
+    """A text file: its path relative to the library folder that holds it, and its content."""
 
     path: str
     text: str
 
 
 def default_corpus(limit_bytes: int) -> Iterator[CorpusDocument]:
-    """Files of the standard library, then of the installed packages, in the order of their paths, each content once.
+    """Yield text files of the standard library, then of the installed packages, in the order of their paths.
 
-    Left out are files that are not UTF-8, tiny, larger than 1 MiB, or hold very long lines.
+    Each content is yielded once. Skipped are files that are not UTF-8, smaller than 256 bytes, larger than 128 KiB, or
+    not written by people (see `is_written_by_people`).
 
     Args:
-        limit_bytes: stop before the documents together exceed this many bytes of text.
+        limit_bytes: Stop before the documents together exceed this number of bytes.
     """
     paths = sysconfig.get_paths()
     roots = dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib", "platlib"))
@@ -45,6 +54,33 @@ def default_corpus(limit_bytes: int) -> Iterator[CorpusDocument]:
             yield CorpusDocument(path.relative_to(root).as_posix(), data.decode("utf-8"))
 
 
+def is_written_by_people(data: bytes) -> bool:
+    """Return whether `data` looks like prose or source code, not like numbers or a generated table.
+
+    `data` is taken for numbers or a table if at least one of these holds:
+
+    - A line has more than 1,000 bytes.
+    - More than 30 % of the characters other than white space are digits.
+    - There are at least 200 lines that are not empty, and more than half of them have the same shape: the same
+      punctuation around words and numbers of any length. At most about 500 lines, spread evenly over the file, are
+      compared.
+    """
+    lines = data.split(b"\n")
+    if max(map(len, lines)) > _MAX_LINE_BYTES:
+        return False
+    num_visible = len(data.translate(None, b" \t\r\n\f\v"))
+    num_digits = len(data) - len(data.translate(None, b"0123456789"))
+    if num_digits > _MAX_DIGIT_SHARE * num_visible:
+        return False
+    lines = [line for line in lines if line.strip()]
+    if len(lines) < _TABLE_LINES:
+        return True
+    sample = lines[:: max(1, len(lines) // _SAMPLED_LINES)]
+    shapes = re.sub(rb"\w+", b"w", b"\n".join(sample)).translate(None, b" \t\r").split(b"\n")
+    (_, num_alike), *_ = Counter(shapes).most_common(1)
+    return num_alike <= _MAX_SAME_SHAPE_SHARE * len(shapes)
+
+
 def _text_files(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in root.walk():
         subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED_FOLDERS)
@@ -52,7 +88,7 @@ def _text_files(root: Path) -> Iterator[Path]:
 
 
 def _read_text(path: Path) -> bytes:
-    """Content of the file, or nothing where it is not text written by people."""
+    """Return the content of a file, or nothing if the file is unreadable or does not belong into the corpus."""
     try:
         if not _MIN_BYTES <= path.stat().st_size <= _MAX_BYTES:
             return b""
@@ -60,4 +96,4 @@ def _read_text(path: Path) -> bytes:
         data.decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return b""
-    return data if max(map(len, data.split(b"\n"))) <= _MAX_LINE_BYTES else b""
+    return data if is_written_by_people(data) else b""

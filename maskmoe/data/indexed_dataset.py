@@ -1,15 +1,15 @@
-"""Megatron-Core's indexed dataset format, read and written with numpy alone.
+"""Read and write Megatron-Core's indexed dataset format with numpy alone.
 
-A dataset is a pair of files (`megatron.core.datasets.indexed_dataset`, all integers little endian):
+A dataset is a pair of files (`megatron.core.datasets.indexed_dataset`; all integers are little endian):
 
 `PREFIX.bin`
-    the token ids of all sequences, one after the other.
+    The token ids of all sequences, one sequence after the other.
 `PREFIX.idx`
-    magic (9 bytes), version (uint64), dtype code (uint8), number of sequences S (uint64), number of documents + 1 = D
+    Magic (9 bytes), version (uint64), dtype code (uint8), number of sequences S (uint64), number of documents + 1 = D
     (uint64), sequence lengths in tokens (int32 [S]), sequence offsets in bytes (int64 [S]), index of each document's
-    first sequence and, last, S (int64 [D]), and in multimodal datasets a mode per sequence (int8 [S]).
+    first sequence followed by S (int64 [D]). Multimodal datasets add one mode for each sequence (int8 [S]).
 
-Beside the pair, `PREFIX.tokenizer.json` records which tokenizer made the ids. Megatron ignores it.
+A third file, `PREFIX.tokenizer.json`, records the tokenizer that made the ids. Megatron ignores this file.
 """
 
 import hashlib
@@ -36,22 +36,22 @@ _DTYPE_OF_CODE = {code: np.dtype(name) for name, code in _CODE_OF_DTYPE.items()}
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype:
-    """The dtype that ids of a vocabulary are stored in (Megatron-Core's `DType.optimal_dtype`)."""
+    """Return the dtype that stores ids of a vocabulary, as Megatron-Core's `DType.optimal_dtype` does."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """Where the token ids are."""
+    """Return the path of the file that holds the token ids."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """Where the index is."""
+    """Return the path of the file that holds the index."""
     return Path(f"{prefix}.idx")
 
 
 def tokenizer_record_path(prefix: str | Path) -> Path:
-    """Where the record of the tokenizer is."""
+    """Return the path of the file that records the tokenizer."""
     return Path(f"{prefix}.tokenizer.json")
 
 
@@ -60,9 +60,10 @@ class DatasetIndex:
     """The content of an `.idx` file.
 
     Attributes:
-        dtype: of the token ids in the `.bin` file.
-        sequence_lengths: tokens per sequence, int32 [sequences].
-        document_indices: each document's first sequence, then the number of sequences, int64 [documents + 1].
+        dtype: Dtype of the token ids in the `.bin` file.
+        sequence_lengths: Tokens in each sequence, int32 [sequences].
+        document_indices: Index of each document's first sequence, followed by the number of sequences,
+            int64 [documents + 1].
     """
 
     dtype: np.dtype
@@ -71,20 +72,28 @@ class DatasetIndex:
 
     @property
     def num_tokens(self) -> int:
-        """Token ids in all sequences together."""
+        """Number of token ids in all sequences together."""
         return int(self.sequence_lengths.sum(dtype=np.int64))
+
+    @property
+    def document_boundaries(self) -> np.ndarray:
+        """Position of each document's first token, followed by the number of tokens, int64 [documents + 1]."""
+        sequence_boundaries = np.concatenate(([0], np.cumsum(self.sequence_lengths, dtype=np.int64)))
+        return sequence_boundaries[self.document_indices]
 
 
 @dataclass(frozen=True)
 class IndexedDatasetInfo:
-    """What identifies a dataset and how large it is, in one record.
+    """Identity and size of a dataset.
 
     Attributes:
-        prefix: path of the pair without `.bin` and `.idx`.
-        dtype: of the token ids.
-        num_sequences, num_documents, num_tokens: counts.
-        bin_bytes: size of the `.bin` file.
-        idx_sha256: hex digest of the `.idx` file.
+        prefix: Path of the pair of files without `.bin` and `.idx`.
+        dtype: Dtype of the token ids.
+        num_sequences: Number of sequences.
+        num_documents: Number of documents.
+        num_tokens: Number of tokens.
+        bin_bytes: Size of the `.bin` file in bytes.
+        idx_sha256: Hex digest of the `.idx` file.
     """
 
     prefix: str
@@ -97,10 +106,10 @@ class IndexedDatasetInfo:
 
 
 def read_index(prefix: str | Path) -> DatasetIndex:
-    """Read `PREFIX.idx` and check it against itself and against the size of `PREFIX.bin`.
+    """Read `PREFIX.idx`; check that it is consistent and fits the size of `PREFIX.bin`.
 
     Raises:
-        UserError: a file is missing, is not of this format, is truncated, or the two do not belong together.
+        UserError: A file is missing, has another format or is truncated, or the two files do not belong together.
     """
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
@@ -111,7 +120,7 @@ def read_index(prefix: str | Path) -> DatasetIndex:
     if actual != expected:
         raise UserError(
             f"{bin_path(prefix)} has {actual} bytes, but {idx_path(prefix)} describes {expected}; "
-            "the pair is truncated or mixed up: make the dataset again or copy both files anew"
+            "the files are truncated or belong to different datasets: make the dataset again or copy both files again"
         )
     return index
 
@@ -155,16 +164,16 @@ def _parse_index(path: Path) -> DatasetIndex:
 
 
 def _sequence_offsets(sequence_lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Byte offset of each sequence in the `.bin` file, int64 [sequences]."""
+    """Return the byte offset of each sequence in the `.bin` file, int64 [sequences]."""
     ends = np.cumsum(sequence_lengths, dtype=np.int64) * dtype.itemsize
     return np.concatenate(([0], ends[:-1])) if ends.size else ends
 
 
 def open_tokens(prefix: str | Path) -> np.memmap:
-    """All token ids of a dataset, memory-mapped read-only, [tokens] in the dataset's dtype.
+    """Map all token ids of a dataset into memory, read-only; [tokens] in the dataset's dtype.
 
     Raises:
-        UserError: as `read_index`, or the dataset has no token.
+        UserError: The dataset is damaged, see `read_index`, or has no tokens.
     """
     index = read_index(prefix)
     if index.num_tokens == 0:
@@ -173,7 +182,11 @@ def open_tokens(prefix: str | Path) -> np.memmap:
 
 
 def read_info(prefix: str | Path) -> IndexedDatasetInfo:
-    """Identity and size of a dataset. Raises UserError as `read_index`."""
+    """Return the identity and size of a dataset.
+
+    Raises:
+        UserError: The dataset is damaged, see `read_index`.
+    """
     index = read_index(prefix)
     with open(idx_path(prefix), "rb") as stream:
         idx_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -189,10 +202,12 @@ def read_info(prefix: str | Path) -> IndexedDatasetInfo:
 
 
 def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
-    """Which tokenizer made the dataset, or None where that was not recorded (datasets of Megatron's own tools).
+    """Return the record of the tokenizer that made the dataset.
+
+    The result is None if there is no record, as for datasets made by Megatron's own tools.
 
     Raises:
-        UserError: the record exists but cannot be understood.
+        UserError: The record exists but is not valid.
     """
     path = tokenizer_record_path(prefix)
     if not path.exists():
@@ -204,19 +219,20 @@ def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
 
 
 class IndexedDatasetWriter:
-    """Writes a dataset document by document; the files appear under their names only when all is written.
+    """Writes a dataset document by document; the files get their names only after all tokens are written.
 
-    Use as a context manager. Leaving it normally publishes the dataset, replacing an earlier one; leaving it with an
-    exception publishes nothing and leaves an earlier one as it was. The old index goes first and the new one comes
-    last, so that the index never stands beside token ids that it does not describe.
+    Use the writer as a context manager. Leaving the context normally publishes the dataset and replaces an earlier
+    dataset of the same prefix. Leaving the context with an exception publishes nothing and keeps the earlier dataset.
+    The old index is removed first and the new index is published last, so that an index never lies beside token ids
+    that it does not describe.
 
     Args:
-        prefix: path of the files without `.bin` and `.idx`.
-        dtype: of the stored ids, see `optimal_dtype`.
-        tokenizer: recorded in `PREFIX.tokenizer.json`.
+        prefix: Path of the files without `.bin` and `.idx`.
+        dtype: Dtype of the stored ids, see `optimal_dtype`.
+        tokenizer: Tokenizer to record in `PREFIX.tokenizer.json`; None writes no record.
 
     Raises:
-        UserError: on entering, when the folder does not exist or is not writable.
+        UserError: On entering the context, if the folder does not exist or is not writable.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type, tokenizer: TokenizerRecord | None = None) -> None:
@@ -228,7 +244,8 @@ class IndexedDatasetWriter:
         self._files = ExitStack()
 
     def __enter__(self) -> "IndexedDatasetWriter":
-        with ExitStack() as files:  # renamed in the reverse order: .bin, record, .idx
+        # Files get their final names in the reverse order of this stack: .bin, tokenizer record, .idx.
+        with ExitStack() as files:
             self._idx = files.enter_context(atomic_output(idx_path(self.prefix)))
             if self.tokenizer is not None:
                 record = files.enter_context(atomic_output(tokenizer_record_path(self.prefix)))
@@ -241,11 +258,11 @@ class IndexedDatasetWriter:
         """Append one document.
 
         Args:
-            tokens: ids of all its sequences, integer [tokens].
-            sequence_lengths: tokens per sequence; by default the document is one sequence, or none when it is empty.
+            tokens: Ids of all sequences of the document, integer [tokens].
+            sequence_lengths: Tokens in each sequence. If None, the document is one sequence, or none if it is empty.
 
         Raises:
-            ValueError: an id does not fit the dtype, or the lengths do not sum up to the tokens.
+            ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
         """
         if sequence_lengths is None:
             sequence_lengths = [len(tokens)] if len(tokens) else []
@@ -256,14 +273,14 @@ class IndexedDatasetWriter:
         self._document_indices.append(len(self._sequence_lengths))
 
     def add_documents(self, tokens: np.ndarray, document_lengths: np.ndarray) -> None:
-        """Append many documents at once, each one sequence, or none when it is empty.
+        """Append many documents at once; each is one sequence, or none if it is empty.
 
         Args:
-            tokens: ids of all documents, integer [tokens].
-            document_lengths: tokens per document, integer [documents].
+            tokens: Ids of all documents, one document after the other, integer [tokens].
+            document_lengths: Tokens in each document, integer [documents].
 
         Raises:
-            ValueError: as `add_document`.
+            ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
         """
         if document_lengths.sum() != len(tokens):
             raise ValueError(

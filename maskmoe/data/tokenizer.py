@@ -1,6 +1,7 @@
-"""The tokenizers of datasets, with the ids that Megatron-Core's tokenizers of the same names give.
+"""Tokenizers for making datasets; their ids equal those of Megatron-Core's tokenizers of the same names.
 
-Each wraps its library directly: Megatron's own classes import torch (seconds), and turn every id into a Python object.
+Each class wraps its tokenizer library directly. Megatron's own classes import torch, which takes seconds, and turn
+every id into a Python object.
 """
 
 import hashlib
@@ -18,14 +19,14 @@ from maskmoe.errors import UserError
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """Which tokenizer made a dataset.
+    """Identifies the tokenizer that made a dataset.
 
     Attributes:
-        type: Megatron's `--tokenizer-type`.
-        model: file name of the model, without folders.
-        sha256: hex digest of the model file's content.
-        vocab_size: number of ids.
-        eod_id: the id that ends a document; None where the tokenizer has none.
+        type: Value of Megatron's `--tokenizer-type`.
+        model: File name of the model, without folders.
+        sha256: Hex digest of the model file's content.
+        vocab_size: Number of ids.
+        eod_id: The id that ends a document, or None if the tokenizer has no such id.
     """
 
     type: str
@@ -35,27 +36,35 @@ class TokenizerRecord:
     eod_id: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """As a dictionary of JSON values."""
+        """Return the record as a dictionary of JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TokenizerRecord":
-        """The record that `to_json` described. Raises TypeError where keys are missing, unknown or of another type."""
+        """Return the record that `to_json` turned into `values`.
+
+        Raises:
+            TypeError: A key is missing or unknown, or a value has the wrong type.
+        """
         record = cls(**values)
         texts = (record.type, record.model, record.sha256)
         numbers = (record.vocab_size, 0 if record.eod_id is None else record.eod_id)
+        # The exact type is compared because a bool is an instance of int.
         if any(type(text) is not str for text in texts) or any(type(number) is not int for number in numbers):
-            raise TypeError("a value has another type than a tokenizer record's")
+            raise TypeError("a value has the wrong type for a tokenizer record")
         return record
 
 
 class Tokenizer(ABC):
-    """Text to token ids.
+    """Encodes text to token ids.
+
+    Args:
+        model: Path of the file that defines the tokenizer.
 
     Attributes:
-        model_path: the file that defines the tokenizer.
-        vocab_size: number of ids.
-        eod_id: the id that ends a document; None where the tokenizer has none.
+        model_path: The file that defines the tokenizer.
+        vocab_size: Number of ids.
+        eod_id: The id that ends a document, or None if the tokenizer has no such id.
     """
 
     model_path: Path
@@ -63,11 +72,14 @@ class Tokenizer(ABC):
     eod_id: int | None
 
     @abstractmethod
+    def __init__(self, model: str | Path) -> None: ...
+
+    @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32 [tokens of the text], on the calling thread alone."""
+        """Return the token ids of each text, int32 [tokens of the text]; the calling thread does all the work."""
 
     def record(self) -> TokenizerRecord:
-        """What identifies this tokenizer."""
+        """Return the record that identifies this tokenizer; reads the model file to compute its digest."""
         return TokenizerRecord(
             type=type(self).__name__,
             model=self.model_path.name,
@@ -78,15 +90,15 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; Megatron-Core's `SentencePieceTokenizer` in its default settings.
+    """Encodes with a SentencePiece model, as Megatron-Core's `SentencePieceTokenizer` does with default settings.
 
-    The end-of-sentence id serves as the end of a document.
+    The end-of-sentence id of the model ends a document.
 
     Args:
-        model: path of the `.model` file.
+        model: Path of the `.model` file.
 
     Raises:
-        UserError: the file does not exist or is not a SentencePiece model.
+        UserError: The file does not exist or is not a SentencePiece model.
     """
 
     def __init__(self, model: str | Path) -> None:
@@ -103,24 +115,25 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod_id = eos_id if eos_id >= 0 else None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the token ids of each text, int32 [tokens of the text]."""
         return self.processor.encode(texts, out_type="numpy", num_threads=1)
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library; Megatron-Core's `HuggingFaceTokenizer` in its default settings.
+    """Encodes with a `tokenizer.json`, as Megatron-Core's `HuggingFaceTokenizer` does with default settings.
 
-    As there, texts get the special tokens that the tokenizer itself adds, and the end-of-sequence token of
-    `tokenizer_config.json` (else `special_tokens_map.json`) serves as the end of a document.
+    The special tokens that the tokenizer itself adds to a text are kept. The end-of-sequence token of
+    `tokenizer_config.json`, or else of `special_tokens_map.json`, ends a document.
 
     Args:
-        model: a `tokenizer.json`, or the folder that holds it.
+        model: A `tokenizer.json` of the `tokenizers` library, or the folder that holds it.
 
     Raises:
-        UserError: the file does not exist, is not a tokenizer, or does not know its own end-of-sequence token.
+        UserError: The file does not exist, is not a tokenizer, or does not contain its own end-of-sequence token.
     """
 
     def __init__(self, model: str | Path) -> None:
-        # Processes, not threads, share the work; the library reads this when it first encodes.
+        # Processes, not threads, share the work. The library reads this variable when it encodes for the first time.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         import tokenizers
 
@@ -136,6 +149,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod_id = self._find_eod_id()
 
     def _find_eod_id(self) -> int | None:
+        """Return the id of the end-of-sequence token named by the first settings file that names one."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             path = self.model_path.parent / name
             settings = _read_json_object(path) if path.is_file() else {}
@@ -145,12 +159,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 eod_id = self._tokenizer.token_to_id(content)
                 if eod_id is None:
                     raise UserError(
-                        f"{path} names {content!r} as the end of text, but {self.model_path} does not know it"
+                        f"{path} names {content!r} as the end of text, but {self.model_path} has no such token"
                     )
                 return eod_id
         return None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the token ids of each text, int32 [tokens of the text]."""
         return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(texts)]
 
 
@@ -160,19 +175,19 @@ TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {
 
 
 def load_tokenizer(tokenizer_type: str, model: str | Path) -> Tokenizer:
-    """The tokenizer that Megatron's `--tokenizer-type` and `--tokenizer-model` name.
+    """Load the tokenizer that Megatron's `--tokenizer-type` and `--tokenizer-model` name.
 
     Raises:
-        UserError: the type is unknown, or the model cannot be read.
+        UserError: The type is unknown, or the model cannot be read.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
-        raise UserError(f"unknown tokenizer type {tokenizer_type}; known are {', '.join(TOKENIZER_TYPES)}")
+        raise UserError(f"unknown tokenizer type {tokenizer_type}; choose one of {', '.join(TOKENIZER_TYPES)}")
     return TOKENIZER_TYPES[tokenizer_type](model)
 
 
-def _existing_file(path: Path, what: str) -> Path:
+def _existing_file(path: Path, description: str) -> Path:
     if not path.is_file():
-        raise UserError(f"{what} {path} does not exist")
+        raise UserError(f"{description} {path} does not exist")
     return path
 
 

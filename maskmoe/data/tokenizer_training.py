@@ -5,11 +5,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import sentencepiece
-
 from maskmoe.errors import UserError
 
-# "\n" and "\t" become byte tokens: the trainer takes lines, and refuses those with tabs, which it uses itself.
+# The trainer takes lines and refuses lines with tabs, which it uses itself. "\n" and "\t" become byte tokens instead.
 _SEPARATORS = re.compile(r"[\n\t]")
 _MAX_LINE_CHARACTERS = 1 << 12
 _TOO_SMALL_TEXT = re.compile(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)")
@@ -18,15 +16,16 @@ _TOO_SMALL_VOCABULARY = re.compile(r"Vocabulary size is smaller than required_ch
 
 @dataclass(frozen=True)
 class TokenizerTraining:
-    """How to train.
+    """Settings of the training.
 
     Attributes:
-        vocab_size: number of ids, with the 3 special ones and the 256 bytes.
+        vocab_size: Number of ids, including 3 special ids and 256 ids for bytes.
         model_type: `bpe` or `unigram`.
-        character_coverage: share of the characters in the text that get an id; the rest are spelled in bytes.
-        max_lines: train on at most so many lines, drawn at random when there are more.
-        num_threads: used by the library.
-        seed: of the draw.
+        character_coverage: Share of the characters in the text that are covered by characters with their own id.
+            Other characters are encoded as bytes.
+        max_lines: Upper limit of the lines to train on. If the text has more lines, a random sample is used.
+        num_threads: Threads of the library.
+        seed: Seed of the random sample.
     """
 
     vocab_size: int
@@ -40,14 +39,16 @@ class TokenizerTraining:
 def train_tokenizer(documents: Iterable[str], training: TokenizerTraining) -> bytes:
     """Train on the documents and return a serialized SentencePiece model.
 
-    No text is lost: nothing is normalised, white space is kept as it is, and what has no id of its own is spelled in
-    bytes. So decoding gives back what was encoded, except that "▁" (U+2581), SentencePiece's own sign for a space,
-    comes back as a space. Ids: 0 unknown (never used), 1 begin, 2 end of text, 3 to 258 bytes. Digits stand alone.
-    The result depends on the documents and settings only.
+    The tokenizer loses no text: nothing is normalised, white space is kept, and characters without an id are encoded
+    as bytes. Decoding therefore returns the encoded text, with one exception: "▁" (U+2581), which SentencePiece uses
+    for a space, becomes a space. Ids are: 0 unknown (never used), 1 begin of text, 2 end of text, 3 to 258 bytes. Each
+    digit is a token of its own. The result depends on the documents and the settings only.
 
     Raises:
-        UserError: the text is empty or too small for the vocabulary, or the vocabulary too small for the text.
+        UserError: The text is empty or too small for the vocabulary, or the vocabulary is too small for the text.
     """
+    import sentencepiece
+
     sentencepiece.set_random_generator_seed(training.seed)
     model = io.BytesIO()
     lines = _LineReader(documents)
@@ -80,7 +81,12 @@ def train_tokenizer(documents: Iterable[str], training: TokenizerTraining) -> by
 
 
 class _LineReader:
-    """Lines of documents as the trainer wants them; keeps an exception of theirs, which the trainer would swallow."""
+    """Cuts documents into lines that the trainer accepts.
+
+    Attributes:
+        count: Lines yielded so far.
+        error: The exception that the documents raised, if any. The trainer replaces it by an exception of its own.
+    """
 
     def __init__(self, documents: Iterable[str]) -> None:
         self._documents = documents
@@ -100,6 +106,7 @@ class _LineReader:
 
 
 def _explain(error: RuntimeError, vocab_size: int, num_lines: int) -> Exception:
+    """Return a `UserError` for the trainer's errors that the user can cure, else the error itself."""
     if num_lines == 0:
         return UserError("the input holds no text to train a tokenizer on")
     if match := _TOO_SMALL_TEXT.search(str(error)):
@@ -116,7 +123,9 @@ def _explain(error: RuntimeError, vocab_size: int, num_lines: int) -> Exception:
 
 
 def vocabulary_lines(model: bytes) -> Iterator[str]:
-    """The `.vocab` file of a model, as SentencePiece's own trainer writes it: piece, tab, score."""
+    """Yield the lines of a model's `.vocab` file as SentencePiece's trainer writes them: piece, tab, score."""
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     for piece_id in range(processor.get_piece_size()):
         yield f"{processor.id_to_piece(piece_id)}\t{processor.get_score(piece_id):g}\n"

@@ -1,4 +1,7 @@
-"""Routing masks: made before training from how often each token id occurs. Knows nothing of torch or Megatron."""
+"""Make routing masks before training from the frequency of each token id.
+
+This package imports neither torch nor Megatron.
+"""
 
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency

@@ -1,4 +1,4 @@
-"""Which experts each token id sees, layer by layer."""
+"""Choose the experts that each token id sees, table by table."""
 
 import heapq
 from dataclasses import dataclass
@@ -9,43 +9,43 @@ import numpy as np
 from maskmoe.errors import UserError
 
 ASSIGNMENTS = ("uniform", "balanced", "rank-local")
-# The baselines, as the settings that make them. `smoe` also fixes V_f = N.
-PRESETS = {
+# Each baseline fixes these settings of a recipe. `smoe` also fixes V_f = N.
+PRESETS: dict[str, dict[str, Any]] = {
     "smoe": {"assignment": "uniform", "frequent_mass": 1.0},
     "hash": {"assignment": "uniform", "frequent_mass": 0.0, "frequent_visible_experts": None},
     "hash-balanced": {"assignment": "balanced", "frequent_mass": 0.0, "frequent_visible_experts": None},
     "top-k-hash": {"frequent_mass": 1.0},
 }
 
-# Randomness of the least-loaded choice, see `_spread`. On Zipf counts, ids that share an expert in one layer share one
-# in the next about as rarely as by chance with 0.25, but in 30 to 100 % of the cases with 0; from 0.5 on, an expert can
-# stay overloaded.
+# Randomness of the least-loaded choice, see `_spread`. Measured on Zipf counts: with 0, ids that share an expert in one
+# table share an expert in the next table in 30 to 100 % of the cases. With 0.25 this happens about as rarely as by
+# chance. With 0.5 and more, an expert can stay overloaded.
 _LOAD_JITTER = 0.25
 
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """Everything that decides a routing mask but the token counts.
+    """All settings of a routing mask except the token counts.
 
     Attributes:
-        num_experts: N, experts in a layer.
-        num_layers: transformer layers of the model; each gets its own table unless `shared_table`.
-        assignment: how visible experts are chosen.
-            `uniform`: drawn uniformly without replacement, independently for every id.
-            `balanced`: ids by descending count, each onto the least-loaded expert, or for V > 1 onto the V least-loaded
-            ones, its occurrences spread evenly over them.
-            `rank-local`: as `balanced`, but an id goes to the least-loaded expert-parallel rank first, and then to the
-            least-loaded experts of that rank, so that all its visible experts are on one rank.
-        frequent_mass: P, share of all occurrences that the frequent ids cover, in [0, 1].
-        frequent_visible_experts: V_f, visible experts of a frequent id; None when no id is frequent.
-        seed: of the random streams, one per table.
-        expert_model_parallel_size: ranks the experts are spread over, contiguous blocks in order as in Megatron; set
-            for `rank-local` only, the one assignment that depends on it.
-        shared_table: one table for all layers.
-        preset: name of the baseline that this recipe is, if it is one; see `from_preset`.
+        num_experts: N, the number of experts in a layer.
+        num_layers: Transformer layers of the model. Each layer gets its own table unless `shared_table` is set.
+        assignment: How visible experts are chosen.
+            `uniform`: Every id draws its experts uniformly without replacement.
+            `balanced`: Ids are placed by descending count. An id with V = 1 goes to the least-loaded expert. An id with
+            V > 1 goes to the V least-loaded experts, and its occurrences are spread evenly over them.
+            `rank-local`: An id goes to the least-loaded expert-parallel rank, and there to the least-loaded experts.
+            All its visible experts are on one rank.
+        frequent_mass: P, the share of all occurrences that the frequent ids cover, in [0, 1].
+        frequent_visible_experts: V_f, the number of visible experts of a frequent id; None if no id is frequent.
+        seed: Seed of the random streams, one stream for each table.
+        expert_model_parallel_size: Number of expert-parallel ranks. Each rank holds a contiguous block of experts, in
+            order, as in Megatron. Set for `rank-local` only, because no other assignment depends on it.
+        shared_table: Whether all layers use one table.
+        preset: Name of the baseline that this recipe describes, or None; see `from_preset`.
 
     Raises:
-        UserError: the settings contradict each other.
+        UserError: The settings contradict each other.
     """
 
     num_experts: int
@@ -80,25 +80,31 @@ class MaskRecipe:
 
     @classmethod
     def from_preset(cls, preset: str, num_experts: int, num_layers: int, **settings: Any) -> "MaskRecipe":
-        """The recipe of a baseline.
+        """Return the recipe of a baseline.
 
-        `smoe`: every id sees all experts. `hash`: one, drawn uniformly. `hash-balanced`: one, by load. `top-k-hash`:
-        every id sees `frequent_visible_experts`, drawn uniformly unless `assignment` is given.
+        - `smoe`: Every id sees all experts.
+        - `hash`: Every id sees one expert, drawn uniformly.
+        - `hash-balanced`: Every id sees one expert, chosen by load.
+        - `top-k-hash`: Every id sees `frequent_visible_experts` experts, drawn uniformly unless `assignment` is given.
 
         Args:
-            settings: further fields of the recipe.
+            preset: Name of the baseline.
+            num_experts: Experts in a layer.
+            num_layers: Transformer layers of the model.
+            settings: Further fields of the recipe.
 
         Raises:
-            UserError: the preset is unknown, or fixes one of `settings` otherwise.
+            UserError: The preset is unknown, or `settings` has a field that the preset fixes.
         """
         if preset not in PRESETS:
             raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-        fixed = dict(PRESETS[preset])
+        fixed = PRESETS[preset].copy()
         if preset == "smoe":
             fixed["frequent_visible_experts"] = num_experts
         if clashing := sorted(fixed.keys() & settings.keys()):
             raise UserError(f"preset {preset} already decides {', '.join(clashing).replace('_', ' ')}; leave it out")
-        return cls(num_experts, num_layers, preset=preset, **({"assignment": "uniform"} | settings | fixed))
+        all_settings: dict[str, Any] = {"assignment": "uniform"} | settings | fixed
+        return cls(num_experts, num_layers, preset=preset, **all_settings)
 
     def _check_visible_experts(self) -> None:
         visible = self.frequent_visible_experts
@@ -116,57 +122,57 @@ class MaskRecipe:
 
     @property
     def all_frequent(self) -> bool:
-        """Every id is frequent, even those never seen, whatever the counts."""
+        """Whether every id is frequent, whatever the counts, including ids that never occur."""
         return self.preset in ("smoe", "top-k-hash")
 
     @property
     def num_ranks(self) -> int:
-        """Groups of experts that a visible set must not straddle."""
+        """Number of ranks that a visible set must not cross; 1 if visible sets may hold any experts."""
         return self.expert_model_parallel_size or 1
 
     @property
     def frequent_see_all(self) -> bool:
-        """Frequent ids see every expert (V_f = N), so they all have the same visible set."""
+        """Whether frequent ids see every expert (V_f = N), so that they all have the same visible set."""
         return self.frequent_visible_experts == self.num_experts
 
     @property
     def needs_counts(self) -> bool:
-        """Without token counts this mask cannot be made."""
+        """Whether the mask depends on token counts."""
         return self.assignment != "uniform" or (self.frequent_mass > 0 and not self.all_frequent)
 
     @property
     def num_tables(self) -> int:
-        """Tables to make: one for each layer, or one where all are the same."""
+        """Number of tables to make: one for each layer, or one if the tables of all layers are equal."""
         identical = self.all_frequent and self.frequent_see_all
         return 1 if self.shared_table or identical else self.num_layers
 
 
 def ids_by_frequency(occurrences: np.ndarray) -> np.ndarray:
-    """Ids by descending `occurrences` `[vocab]`, ties by ascending id; int64 `[vocab]`."""
+    """Return the ids by descending `occurrences` `[vocab]`, ties by ascending id; int64 `[vocab]`."""
     return np.argsort(-occurrences, kind="stable")
 
 
 def count_frequent(sorted_occurrences: np.ndarray, mass: float) -> int:
-    """Length of the shortest prefix of `sorted_occurrences` (descending) that covers a share `mass` of their sum.
+    """Return the length of the shortest prefix of `sorted_occurrences` that covers a share `mass` of their sum.
 
-    Ids that never occur are not in it: `mass` = 1 covers exactly those that do.
+    `sorted_occurrences` is descending. Ids that never occur are not counted: `mass` = 1 covers exactly the other ids.
     """
     if mass == 1:
         return int(np.count_nonzero(sorted_occurrences))
     covered = np.cumsum(sorted_occurrences)
-    # The tolerance keeps a share that is met exactly (7 of 100 at mass 0.07) from being missed by rounding.
+    # The tolerance compensates rounding: 7 of 100 occurrences cover a mass of 0.07, though 0.07 * 100 > 7.
     target = mass * covered[-1] * (1 - 1e-12)
     return int(np.searchsorted(covered, target)) + 1 if target > 0 else 0
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids as an assignment sees them: by rank of frequency.
+    """The ids sorted by frequency, which is the order in which they are assigned.
 
     Attributes:
-        ids: int64 `[vocab]`, by descending occurrences.
-        occurrences: float64 `[vocab]`, of each of `ids`.
-        num_frequent: how many of `ids`, from the first, are frequent.
+        ids: The ids by descending occurrences, int64 `[vocab]`.
+        occurrences: Occurrences of each of `ids`, float64 `[vocab]`.
+        num_frequent: Number of frequent ids; they are the first of `ids`.
     """
 
     ids: np.ndarray
@@ -175,7 +181,7 @@ class Vocabulary:
 
     @classmethod
     def from_occurrences(cls, occurrences: np.ndarray, recipe: MaskRecipe) -> "Vocabulary":
-        """Sort the ids of `occurrences` `[vocab]` and separate the frequent ones."""
+        """Sort the ids by their `occurrences` `[vocab]` and count the frequent ids."""
         ids = ids_by_frequency(occurrences)
         sorted_occurrences = occurrences[ids]
         if recipe.all_frequent:
@@ -184,7 +190,7 @@ class Vocabulary:
 
     @property
     def frequent_share(self) -> float:
-        """Share of all occurrences that are of frequent ids; 0 where nothing was counted."""
+        """Share of all occurrences that belong to frequent ids; 0 if there are no counts."""
         total = self.occurrences.sum()
         return float(self.occurrences[: self.num_frequent].sum() / total) if total else 0.0
 
@@ -194,16 +200,23 @@ def assign_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: int) -> tupl
 
     The random stream depends on `recipe.seed` and `table` only: the same arguments give the same bits.
 
+    Args:
+        recipe: The settings.
+        vocabulary: The ids by frequency.
+        table: Index of the table, which selects the random stream.
+
     Returns:
-        row_of_id: int16 (int32 where it does not fit) `[vocab]`, each id's row of `visible_bits`.
-        visible_bits: uint8 `[rows, ceil(N / 8)]`, expert e at bit e % 8 of byte e // 8. Rows 0 to N - 1 are the single
-            experts, the others the frequent ids' sets (one for all when they see every expert).
+        row_of_id: Each id's row of `visible_bits`, int16 (int32 if the rows do not fit) `[vocab]`.
+        visible_bits: The visible sets, uint8 `[rows, ceil(N / 8)]`; expert e is bit e % 8 of byte e // 8. Rows 0 to
+            N - 1 are the sets of one expert. The remaining rows are the sets of the frequent ids: one row for each id,
+            or one row for all of them if they see every expert.
     """
     rng = np.random.default_rng(np.random.SeedSequence(recipe.seed, spawn_key=(table,)))
     num_experts, num_frequent = recipe.num_experts, vocabulary.num_frequent
-    # Ids that see all experts add the same load to each, and nothing is left to choose.
+    # Ids that see all experts add the same load to each expert and need no choice, so they are skipped.
     num_sets = 0 if recipe.frequent_see_all else num_frequent
     skipped = num_frequent - num_sets
+    # Choose the sets of the frequent ids, and the expert of every other id.
     if recipe.assignment == "uniform":
         sets = uniform_subsets(rng, num_sets, recipe.frequent_visible_experts or 0, num_experts)
         single_expert = rng.integers(num_experts, size=len(vocabulary.ids) - num_frequent)
@@ -212,18 +225,24 @@ def assign_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: int) -> tupl
     if skipped:
         sets = np.ones((1, num_experts), dtype=bool)
 
+    # Number the rows and pack the sets into bits.
     num_rows = num_experts + len(sets)
-    row_of_id = np.empty(len(vocabulary.ids), dtype=np.int16 if num_rows <= np.iinfo(np.int16).max + 1 else np.int32)
+    row_of_id = np.empty(len(vocabulary.ids), dtype=row_dtype(num_rows))
     row_of_id[vocabulary.ids[:num_frequent]] = num_experts if skipped else np.arange(num_experts, num_rows)
     row_of_id[vocabulary.ids[num_frequent:]] = single_expert
     visible = np.concatenate([np.eye(num_experts, dtype=bool), sets])
     return row_of_id, np.packbits(visible, axis=1, bitorder="little")
 
 
+def row_dtype(num_rows: int) -> type[np.int16] | type[np.int32]:
+    """Return the smallest dtype of a routing mask that can hold row numbers from 0 to `num_rows - 1`."""
+    return np.int16 if num_rows <= np.iinfo(np.int16).max + 1 else np.int32
+
+
 def uniform_subsets(rng: np.random.Generator, count: int, size: int, num_experts: int) -> np.ndarray:
     """Draw `count` sets of `size` experts, every set equally likely; bool `[count, num_experts]`.
 
-    Floyd's algorithm (Bentley and Floyd, "A sample of brilliance", CACM 1987) on all sets at once.
+    This is Floyd's algorithm (Bentley and Floyd, "A sample of brilliance", CACM 1987), run on all sets at once.
     """
     chosen = np.zeros((count, num_experts), dtype=bool)
     each_set = np.arange(count)
@@ -236,10 +255,15 @@ def uniform_subsets(rng: np.random.Generator, count: int, size: int, num_experts
 def _assign_by_load(
     rng: np.random.Generator, occurrences: np.ndarray, num_sets: int, recipe: MaskRecipe
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Balanced assignment, over the ranks first where there are several; see `_spread` for arguments and results."""
+    """Assign ids by load: to the ranks first if there are several, then to the experts.
+
+    See `_spread` for the arguments and results.
+    """
     if recipe.num_ranks == 1:
         return _spread(rng, occurrences, num_sets, recipe.frequent_visible_experts, recipe.num_experts)
+    # Choose a rank for every id.
     _, rank_of_position = _spread(rng, occurrences, 0, None, recipe.num_ranks)
+    # On each rank, choose among the rank's experts for the ids that were placed there.
     experts_per_rank = recipe.num_experts // recipe.num_ranks
     sets = np.zeros((num_sets, recipe.num_ranks, experts_per_rank), dtype=bool)
     single_expert = np.empty(len(occurrences), dtype=np.int64)
@@ -258,20 +282,23 @@ def _spread(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put each item on the least-loaded of `num_bins` bins; the first `num_sets` on the `set_size` least-loaded ones.
 
-    Exact least-loaded placement has nothing random but ties: it would give every table nearly the same partition of the
-    ids with the experts renamed, and ids that collide in one layer would collide in all. So what decides is a bin's
-    load plus a random part, at most `_LOAD_JITTER`, of the item it was given last. The bin chosen exceeds the least
-    load by no more than that part of the last item of the least-loaded bin, and the many small items that follow level
-    it.
+    Exact least-loaded placement is random only in its ties. It would give every table nearly the same partition of the
+    ids with the experts renamed, so ids that collide in one layer would collide in all layers. Therefore each bin's
+    priority is its load plus a random part, at most `_LOAD_JITTER`, of the item that the bin received last. The chosen
+    bin exceeds the least load by no more than this part, and the many small items that follow level the difference.
 
-    Items that never occur weigh nothing; they are dealt out evenly at random.
+    Items that never occur weigh nothing and are dealt out evenly in a random order.
 
     Args:
-        occurrences: float64 `[items]`, descending.
+        rng: Source of randomness.
+        occurrences: Weights of the items, descending, float64 `[items]`.
+        num_sets: Number of items, from the first, that go to several bins.
+        set_size: Number of bins for each of these items; None if `num_sets` is 0.
+        num_bins: Number of bins.
 
     Returns:
-        sets: bool `[num_sets, num_bins]`.
-        bin_of_item: int64 `[items - num_sets]`, of the items after the first `num_sets`.
+        sets: Bins of the first `num_sets` items, bool `[num_sets, num_bins]`.
+        bin_of_item: Bin of each item after the first `num_sets`, int64 `[items - num_sets]`.
     """
     num_seen = int(np.count_nonzero(occurrences))
     num_seen_sets = min(num_sets, num_seen)
@@ -279,8 +306,10 @@ def _spread(
     loads = np.zeros(num_bins)
     priorities = smallest * rng.random(num_bins)
 
+    # Items of several bins: each bin gets an equal share of the item.
     sets = np.zeros((num_sets, num_bins), dtype=bool)
     if num_seen_sets:
+        assert set_size is not None
         shares = occurrences[:num_seen_sets] / set_size
         jitters = _LOAD_JITTER * shares * rng.random(num_seen_sets)
         for item, (share, jitter) in enumerate(zip(shares, jitters, strict=True)):
@@ -290,6 +319,7 @@ def _spread(
             priorities[bins] = loads[bins] + jitter
     sets[num_seen_sets:] = uniform_subsets(rng, num_sets - num_seen_sets, set_size or 0, num_bins)
 
+    # Items of one bin: a heap gives the bin of the lowest priority.
     singles = occurrences[num_sets:num_seen]
     heap = list(zip(priorities.tolist(), loads.tolist(), range(num_bins), strict=True))
     heapq.heapify(heap)
@@ -300,6 +330,7 @@ def _spread(
         bin_of_single.append(least_loaded)
         heapq.heapreplace(heap, (load + share + jitter, load + share, least_loaded))
 
+    # Items that never occur: all bins in turn, in a random order.
     num_unseen = len(occurrences) - max(num_sets, num_seen)
     dealt = rng.permutation(num_bins)[rng.permutation(num_unseen) % num_bins]
     return sets, np.concatenate([np.array(bin_of_single, dtype=np.int64), dealt])

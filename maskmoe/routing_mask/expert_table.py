@@ -1,4 +1,4 @@
-"""Tables that name the experts of every token id, as models with hash layers carry them, as routing masks."""
+"""Turn tables of the experts of every token id, as models with hash layers have them, into routing masks."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import row_dtype
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 
 ASSIGNMENT = "expert-table"
@@ -17,15 +18,15 @@ _LAYER = "{layer}"
 
 @dataclass(frozen=True)
 class ExpertTable:
-    """The experts of every id, layer by layer.
+    """The experts of every token id in each layer.
 
     Attributes:
-        name: of file and tensor.
-        experts: integers `[vocab, k]` of each layer; None for a layer in which every id sees all experts. One table
-            serves all layers.
+        name: Name of the file and the tensor.
+        experts: For each layer the experts of every id, integer `[vocab, k]`, or None if every id sees all experts in
+            the layer. A single table applies to all layers.
 
     Raises:
-        UserError: the layers are of different vocabularies.
+        UserError: The tables have different vocabulary sizes, or there is no table.
     """
 
     name: str
@@ -34,72 +35,78 @@ class ExpertTable:
     def __post_init__(self) -> None:
         sizes = sorted({len(table) for table in self._tables()})
         if len(sizes) != 1:
-            raise UserError(f"expert table {self.name} must have one vocabulary, it has layers of {sizes} ids")
+            raise UserError(f"expert table {self.name} must have one vocabulary, but it has layers of {sizes} ids")
 
     @classmethod
-    def read(cls, described: str, num_layers: int) -> "ExpertTable":
-        """Read a table.
+    def read(cls, location: str, num_layers: int) -> "ExpertTable":
+        """Read a table from a file.
 
         Args:
-            described: `F.npy`, `F.safetensors` with one tensor, `F.safetensors:TENSOR`, or `FOLDER:TENSOR` for all
-                safetensors files of a folder. The tensor is `[vocab, k]` or `[layers, vocab, k]`; one `[vocab, k]` for
-                each layer if its name has `{layer}`, as in DeepSeek-V4 (`model.layers.{layer}.mlp.gate.tid2eid`).
-            num_layers: of the model.
+            location: `F.npy`, `F.safetensors` with a single tensor, `F.safetensors:TENSOR`, or `FOLDER:TENSOR` for a
+                tensor in any safetensors file of a folder. The tensor has the shape `[vocab, k]` or
+                `[layers, vocab, k]`. If its name contains `{layer}`, there is one tensor `[vocab, k]` for each layer,
+                as in DeepSeek-V4 (`model.layers.{layer}.mlp.gate.tid2eid`); layers without a tensor have no table.
+            num_layers: Number of layers of the model.
 
         Raises:
-            UserError: the file or the tensor is missing, damaged, or no such table.
+            UserError: The file or the tensor is missing or damaged, or is not a table of experts.
         """
-        path, separator, tensor = described.partition(":")
+        path, separator, tensor = location.partition(":")
         name = Path(path).name + separator + tensor
         if Path(path).suffix == ".npy":
-            arrays = [_read_npy(Path(path))]
+            array = _read_npy(Path(path))
         elif _LAYER in tensor:
             names = [tensor.replace(_LAYER, str(layer)) for layer in range(num_layers)]
             found = _read_safetensors(Path(path), set(names))
             if not found:
-                raise UserError(f"expert table {described}: there is no tensor {names[0]} nor of any other layer")
+                raise UserError(f"expert table {location}: it has no tensor {names[0]}, and none of any other layer")
             return cls(name, tuple(_checked(found[name], name) if name in found else None for name in names))
         else:
             found = _read_safetensors(Path(path), {tensor} if tensor else None)
             if len(found) != 1:
                 what = f"no tensor {tensor}" if tensor else f"{len(found)} tensors; name one after a colon"
                 raise UserError(f"expert table {path} has {what}")
-            arrays = list(found.values())
-        (array,) = arrays
+            (array,) = found.values()
+        # A tensor of three dimensions has a table for each layer.
         if array.ndim != 3:
-            return cls(name, (_checked(array, described),))
+            return cls(name, (_checked(array, location),))
         if len(array) not in (1, num_layers):
-            raise UserError(f"expert table {described} is for {len(array)} layers, the model has {num_layers}")
-        return cls(name, tuple(_checked(layer, described) for layer in array))
+            raise UserError(f"expert table {location} is for {len(array)} layers, but the model has {num_layers}")
+        return cls(name, tuple(_checked(layer, location) for layer in array))
 
     @property
     def num_ids_with_repeats(self) -> int:
-        """Ids that in some layer name an expert more than once."""
+        """Number of ids that name an expert more than once in at least one layer."""
         repeats = [(np.diff(np.sort(table, axis=1), axis=1) == 0).any(axis=1) for table in self._tables()]
         return int(np.logical_or.reduce(repeats).sum())
 
     def to_mask(self, num_experts: int, num_layers: int) -> RoutingMask:
-        """The mask under which an id sees the experts that the table names: V = k, or fewer if it repeats one.
+        """Return the mask in which every id sees the experts that the table names.
+
+        An id sees V = k experts, or fewer if the table repeats an expert.
+
+        Args:
+            num_experts: N, the number of experts in a layer.
+            num_layers: Number of layers of the model.
 
         Raises:
-            UserError: an expert does not exist.
+            UserError: The table names an expert that does not exist.
         """
         for table in self._tables():
             outside = np.argwhere((table < 0) | (table >= num_experts))
             if len(outside):
                 token_id, column = outside[0]
                 raise UserError(
-                    f"expert table {self.name} gives id {token_id} the expert {table[token_id, column]}, there are "
-                    f"{num_experts}, counted from 0"
+                    f"expert table {self.name} gives id {token_id} the expert {table[token_id, column]}, but the "
+                    f"experts are 0 to {num_experts - 1}"
                 )
         vocab_size = len(next(self._tables()))
         rows = [_rows_of_ids(table, vocab_size, num_experts) for table in self.experts]
         num_rows = max(len(sets) for _, sets in rows)
-        dtype = np.int16 if num_rows <= np.iinfo(np.int16).max + 1 else np.int32
         all_experts = np.packbits(np.ones((1, num_experts), bool), axis=1, bitorder="little")
         return RoutingMask(
-            row_of_id=np.stack([row_of_id for row_of_id, _ in rows]).astype(dtype),
-            # Tables of fewer sets are filled up with one that no id has.
+            row_of_id=np.stack([row_of_id for row_of_id, _ in rows]).astype(row_dtype(num_rows)),
+            # All layers need the same number of rows; add rows that no id uses.
             visible_bits=np.stack(
                 [np.concatenate([sets, all_experts.repeat(num_rows - len(sets), axis=0)]) for _, sets in rows]
             ),
@@ -128,13 +135,14 @@ class ExpertTable:
 
 
 def _rows_of_ids(table: np.ndarray | None, vocab_size: int, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """`row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of a layer, see `RoutingMask`."""
+    """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of one layer, see `RoutingMask`."""
     singles = np.eye(num_experts, dtype=bool)
     if table is None:
         sets = np.concatenate([singles, np.ones((1, num_experts), bool)])
         return np.full(vocab_size, num_experts), np.packbits(sets, axis=1, bitorder="little")
     visible = np.zeros((vocab_size, num_experts), bool)
     visible[np.arange(vocab_size)[:, None], table] = True
+    # Rows 0 to N - 1 are the single experts; each different set of several experts gets one row after them.
     is_single = visible.sum(axis=1) == 1
     bits = np.packbits(visible, axis=1, bitorder="little")
     sets, index = np.unique(bits[~is_single], axis=0, return_inverse=True)
@@ -145,6 +153,7 @@ def _rows_of_ids(table: np.ndarray | None, vocab_size: int, num_experts: int) ->
 
 
 def _checked(table: np.ndarray, name: str) -> np.ndarray:
+    """Return the table of one layer after checking its shape and dtype."""
     if table.ndim != 2 or not table.size or not np.issubdtype(table.dtype, np.integer):
         raise UserError(
             f"expert table {name} must be integers [vocab, k] or [layers, vocab, k], not {table.dtype} "
@@ -163,9 +172,9 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_safetensors(path: Path, names: set[str] | None) -> Mapping[str, np.ndarray]:
-    """The tensors of these names in a file, or in all files of a folder; of all names if None."""
+    """Return the tensors of the given names, or all tensors if None, of a file or of all files of a folder."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:

@@ -1,9 +1,9 @@
-"""How often each token id occurs in Megatron indexed datasets."""
+"""Count the occurrences of each token id in Megatron's indexed datasets."""
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,16 +11,16 @@ import numpy as np
 from tqdm import tqdm
 
 from maskmoe.data.indexed_dataset import IndexedDatasetInfo, bin_path, read_info, read_tokenizer_record
+from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.parallel import map_in_processes
 from maskmoe.routing_mask.records import check_fields, read_datasets, read_tokenizer
 from maskmoe.routing_mask.sealed_tensors import content_digest, load_sealed, save_sealed
 
 KIND = "token frequency"
 
-# np.bincount casts its input to int64 first; a block of this length (2 MiB after the cast) stays in cache, which nearly
-# doubles the speed.
+# np.bincount casts its input to int64 first. A block of this length is 2 MiB after the cast and stays in the cache,
+# which nearly doubles the speed.
 _BLOCK_IDS = 1 << 18
 _MIN_SPAN_BYTES = 64 << 20
 _MAX_SPANS = 1024
@@ -28,13 +28,13 @@ _MAX_SPANS = 1024
 
 @dataclass(frozen=True, eq=False)
 class TokenFrequency:
-    """Token counts of the datasets of a training blend, with what they were counted in.
+    """Token counts of the datasets of a training blend, with records of these datasets and their tokenizer.
 
     Attributes:
-        counts: int64 `[datasets, vocab]`, exact number of occurrences of each id in each dataset.
-        weights: the blend weight of each dataset as given, or all None for an unweighted blend.
-        datasets: for each dataset its `name`, `num_tokens`, `idx_sha256` and `bin_bytes`.
-        tokenizer: the tokenizer that made the datasets (see `TokenizerRecord`), None when no dataset names one.
+        counts: Exact number of occurrences of each id in each dataset, int64 `[datasets, vocab]`.
+        weights: The blend weight of each dataset as given, or None for each dataset of an unweighted blend.
+        datasets: The `name`, `num_tokens`, `idx_sha256` and `bin_bytes` of each dataset.
+        tokenizer: The tokenizer that made the datasets (see `TokenizerRecord`), or None if no dataset records one.
     """
 
     counts: np.ndarray
@@ -44,34 +44,36 @@ class TokenFrequency:
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids."""
         return self.counts.shape[1]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all datasets together."""
+        """Number of tokens in all datasets together."""
         return sum(dataset["num_tokens"] for dataset in self.datasets)
 
     @cached_property
     def occurrences(self) -> np.ndarray:
         """Expected occurrences of each id in a training stream of `num_tokens` tokens, float64 `[vocab]`.
 
-        Unweighted: the exact counts. Weighted: Megatron normalises the weights and draws from each dataset in
-        proportion to its weight, whatever its size (`megatron.core.datasets.blended_dataset.BlendedDataset`).
+        Without weights, these are the exact counts. With weights, Megatron normalises the weights and draws from each
+        dataset in proportion to its weight, whatever the size of the dataset
+        (`megatron.core.datasets.blended_dataset.BlendedDataset`).
         """
         if None in self.weights:
             return self.counts.sum(axis=0).astype(np.float64)
-        weights = np.array(self.weights)
+        weights = np.array(self.weights, np.float64)
         tokens = np.array([dataset["num_tokens"] for dataset in self.datasets])
         tokens_drawn = self.num_tokens * weights / weights.sum()
         return (tokens_drawn / tokens) @ self.counts
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) over counts, weights, datasets and tokenizer."""
+        """The sha256 (hex) of counts, weights, datasets and tokenizer."""
         return content_digest(self._tensors(), self._record())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file atomically.
+        """Write the counts to a safetensors file atomically.
 
         Raises:
             UserError: `path` cannot be written.
@@ -83,7 +85,7 @@ class TokenFrequency:
         """Read and verify a file written by `save`.
 
         Raises:
-            UserError: the file is missing, no token frequency, damaged or altered.
+            UserError: The file is missing, damaged or altered, or is not a token frequency file.
         """
         tensors, record = load_sealed(path, KIND)
         try:
@@ -102,14 +104,17 @@ class TokenFrequency:
         return frequency
 
     def _is_consistent(self) -> bool:
-        """Whether counts, weights and datasets fit together."""
+        """Return whether counts, weights and datasets fit together."""
         counts, tokens = self.counts, [dataset["num_tokens"] for dataset in self.datasets]
         if counts.dtype != np.int64 or counts.ndim != 2 or 0 in counts.shape or len(self.weights) != len(counts):
             return False
-        # A sum beyond int64 would wrap around.
+        # The exact sums below are only valid if they fit int64; larger sums would wrap around.
         if (counts < 0).any() or counts.sum(axis=1, dtype=np.float64).max() >= 2.0**63:
             return False
-        is_blend = all(type(weight) in (int, float) and 0 < weight < math.inf for weight in self.weights)
+        # The exact type is compared because a bool is an instance of int.
+        is_blend = all(
+            weight is not None and type(weight) in (int, float) and 0 < weight < math.inf for weight in self.weights
+        )
         return counts.sum(axis=1).tolist() == tokens and (is_blend or set(self.weights) == {None})
 
     def _tensors(self) -> dict[str, np.ndarray]:
@@ -120,13 +125,13 @@ class TokenFrequency:
 
 
 def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float | None]]:
-    """Split Megatron's `--data-path` into prefixes and blend weights (all None when it has none).
+    """Split Megatron's `--data-path` into dataset prefixes and blend weights; all weights are None if none is given.
 
-    Follows `megatron.core.datasets.utils.get_blend_from_list`: an odd number of items, or items of which none at an
-    even place is a number, are prefixes; otherwise weights and prefixes alternate.
+    The rules are those of `megatron.core.datasets.utils.get_blend_from_list`. All items are prefixes if their number is
+    odd or if no item at an even position is a number. Otherwise weights and prefixes alternate.
 
     Raises:
-        UserError: it is empty, only some datasets have a weight, or a weight is not a positive number.
+        UserError: `data_path` is empty, only some datasets have a weight, or a weight is not a positive number.
     """
     if not data_path:
         raise UserError("--data-path is empty; give PREFIX… or WEIGHT PREFIX …")
@@ -151,13 +156,14 @@ def count_token_frequency(
 
     Args:
         data_path: Megatron's `--data-path`: dataset prefixes, or alternating weights and prefixes.
-        vocab_size: number of ids of the tokenizer; the length of each count.
-        workers: processes that count; all available cores when None, unless there is too little to count.
-        progress: show a progress bar in bytes on stderr if it takes more than a moment.
+        vocab_size: Number of ids of the tokenizer.
+        workers: Number of processes that count. None uses one process on each available core, or only the calling
+            process if the datasets are small.
+        progress: Whether to show a progress bar in bytes on stderr if counting takes more than half a second.
 
     Raises:
-        UserError: a dataset is missing, truncated or empty, holds an id outside `[0, vocab_size)`, or was made with
-            another tokenizer than the others or than `vocab_size` says.
+        UserError: A dataset is missing, truncated or empty, or holds an id outside `[0, vocab_size)`; or the recorded
+            tokenizers of the datasets differ from each other or have another number of ids than `vocab_size`.
     """
     if vocab_size < 1:
         raise UserError(f"--vocab-size must be at least 1, not {vocab_size}")
@@ -166,6 +172,7 @@ def count_token_frequency(
     for prefix, info in zip(prefixes, infos, strict=True):
         if info.num_tokens == 0:
             raise UserError(f"dataset {prefix} holds no tokens; leave it out of --data-path")
+    # Divide the datasets into spans, count each span, and add up the counts of each dataset.
     tokenizer = _common_tokenizer(prefixes, vocab_size)
     spans = _split_into_spans(prefixes, infos, vocab_size)
     counts = np.zeros((len(prefixes), vocab_size), dtype=np.int64)
@@ -191,7 +198,16 @@ def count_token_frequency(
 
 @dataclass(frozen=True)
 class _Span:
-    """A run of consecutive tokens of one dataset: the work of one task."""
+    """Consecutive tokens of one dataset, counted by one task.
+
+    Attributes:
+        dataset: Index of the dataset.
+        prefix: Prefix of the dataset.
+        dtype: Dtype of the token ids.
+        first: Position of the first token in the dataset.
+        num_tokens: Number of tokens.
+        vocab_size: Number of ids of the tokenizer.
+    """
 
     dataset: int
     prefix: str
@@ -206,7 +222,7 @@ class _Span:
 
 
 def _split_into_spans(prefixes: Sequence[str], infos: Sequence[IndexedDatasetInfo], vocab_size: int) -> list[_Span]:
-    # Few enough that all results waiting to be added fit in memory, many enough for an even spread and a smooth bar.
+    """Divide all datasets into spans: many for an even load and a smooth bar, but few enough to bound the overhead."""
     span_bytes = max(_MIN_SPAN_BYTES, sum(info.bin_bytes for info in infos) // _MAX_SPANS)
     spans = []
     for dataset, (prefix, info) in enumerate(zip(prefixes, infos, strict=True)):
@@ -218,10 +234,14 @@ def _split_into_spans(prefixes: Sequence[str], infos: Sequence[IndexedDatasetInf
 
 
 def _count_span(span: _Span) -> np.ndarray:
-    """Count the ids of a span, int64 `[vocab]`."""
+    """Count the ids of a span; returns int64 `[vocab]`.
+
+    Raises:
+        UserError: An id is outside the vocabulary.
+    """
     offset = span.first * span.dtype.itemsize
     ids = np.asarray(np.memmap(bin_path(span.prefix), span.dtype, mode="r", offset=offset, shape=(span.num_tokens,)))
-    # Seen as unsigned, a negative id is a large one: one comparison finds both kinds of bad id.
+    # As an unsigned number, a negative id is a large number, so one comparison finds both kinds of bad id.
     unsigned_ids = ids.view(f"u{span.dtype.itemsize}")
     counts = np.zeros(span.vocab_size, dtype=np.int64)
     for start in range(0, len(ids), _BLOCK_IDS):
@@ -237,16 +257,21 @@ def _count_span(span: _Span) -> np.ndarray:
 
 
 def _common_tokenizer(prefixes: Sequence[str], vocab_size: int) -> dict[str, Any] | None:
-    """The tokenizer that all datasets with a tokenizer record share."""
+    """Return the tokenizer that all datasets with a tokenizer record share, or None if no dataset has a record.
+
+    Raises:
+        UserError: The tokenizers differ, or have another number of ids than `vocab_size`.
+    """
     records = {prefix: record for prefix in prefixes if (record := read_tokenizer_record(prefix)) is not None}
     if not records:
         return None
     (first_prefix, first), *others = records.items()
     for prefix, record in others:
-        if _identity(record) != _identity(first):
+        # Tokenizers are equal if they differ in the names of their files only.
+        if replace(record, model=first.model) != first:
             raise UserError(
                 f"datasets were made with different tokenizers: {first_prefix} with {_describe(first)}, "
-                f"{prefix} with {_describe(record)}; blend datasets of one tokenizer only"
+                f"{prefix} with {_describe(record)}; blend only datasets of one tokenizer"
             )
     if first.vocab_size != vocab_size:
         raise UserError(
@@ -254,11 +279,6 @@ def _common_tokenizer(prefixes: Sequence[str], vocab_size: int) -> dict[str, Any
             f"give --vocab-size {first.vocab_size}"
         )
     return asdict(first)
-
-
-def _identity(record: TokenizerRecord) -> Mapping[str, Any]:
-    """What makes two tokenizers the same: everything but the name of the file."""
-    return {field: value for field, value in asdict(record).items() if field != "model"}
 
 
 def _describe(record: TokenizerRecord) -> str:

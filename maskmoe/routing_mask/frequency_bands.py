@@ -1,4 +1,4 @@
-"""Splits a vocabulary into bands of ids that are about equally frequent, to see where a model is good."""
+"""Split a vocabulary into bands of similarly frequent ids, to report a model's quality by token frequency."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ DEFAULT_EDGES = (0.4, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class FrequencyBands:
-    """Bands of token ids by how often they occur in the training stream.
+    """Bands of token ids by their frequency in the training stream.
 
     Attributes:
-        names: of the bands, from the most frequent ids on.
-        band_of_id: int64 [vocab].
+        names: Name of each band, from the band of the most frequent ids on.
+        band_of_id: Band of each id, int64 `[vocab]`.
     """
 
     names: tuple[str, ...]
@@ -23,21 +23,21 @@ class FrequencyBands:
 
     @classmethod
     def from_occurrences(cls, occurrences: np.ndarray, edges: tuple[float, ...] = DEFAULT_EDGES) -> "FrequencyBands":
-        """Cut the ids, sorted by frequency, where they cover given shares of all occurrences.
+        """Cut the ids, sorted by descending frequency, where they cover given shares of all occurrences.
 
         Args:
-            occurrences: float64 [vocab], see `TokenFrequency.occurrences`.
-            edges: share of the occurrences that the bands up to each cover, ascending; the last, 1, takes the ids that
-                never occur, too.
+            occurrences: Occurrences of each id, float64 `[vocab]`, see `TokenFrequency.occurrences`.
+            edges: Share of the occurrences that each band and all bands before it cover, ascending. The last share is
+                1; its band also holds the ids that never occur.
         """
         ids = ids_by_frequency(occurrences)
-        band_of_id = np.full(len(ids), len(edges) - 1)
+        ends = [count_frequent(occurrences[ids], edge) for edge in edges[:-1]]
+        # One id can cover several shares, so a band can be empty: its end is not after its start.
+        band_of_id = np.empty(len(ids), np.int64)
+        band_of_id[ids] = np.searchsorted(ends, np.arange(len(ids)), side="right")
+        last = len(edges) - 1
         names = []
-        start, lower = 0, 0.0
-        for band, upper in enumerate(edges):
-            end = count_frequent(occurrences[ids], upper)
-            band_of_id[ids[start:end]] = band
-            share = f"{100 * (upper - lower):.0f} %"
-            names.append(f"{'top' if band == 0 else 'last' if band == len(edges) - 1 else 'next'} {share}")
-            start, lower = max(start, end), upper
+        for band, (lower, upper) in enumerate(zip((0.0, *edges), edges, strict=False)):
+            position = "top" if band == 0 else "last" if band == last else "next"
+            names.append(f"{position} {100 * (upper - lower):.0f} %")
         return cls(tuple(names), band_of_id)

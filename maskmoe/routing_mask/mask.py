@@ -1,4 +1,4 @@
-"""The routing mask: which experts each token id may use in each layer, fixed before training."""
+"""The routing mask: the experts that each token id may use in each layer, fixed before training."""
 
 import os
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from maskmoe.data.parallel import map_in_processes
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table
 from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.parallel import map_in_processes
 from maskmoe.routing_mask.records import check_fields, read_datasets, read_tokenizer
 from maskmoe.routing_mask.sealed_tensors import content_digest, load_sealed, save_sealed, seal, unseal
 
@@ -35,22 +35,27 @@ _PROVENANCE = {
 }
 _EXPERT_TABLE = {"name": str, "sha256": str}
 
-# Fewer are made sooner than worker processes start.
+# Fewer assignments than this take less time than starting worker processes.
 _FEW_ASSIGNMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
 class MaskProvenance:
-    """What a routing mask was made from.
+    """The settings and data that a routing mask was made from.
 
     Attributes:
-        assignment, frequent_mass, frequent_visible_experts, seed, expert_model_parallel_size, shared_table, preset: the
-            settings, see `MaskRecipe`.
-        counts_digest: digest of the `TokenFrequency`, None when the mask was made without counts.
-        datasets: the datasets that were counted, see `TokenFrequency`.
-        tokenizer: the tokenizer that made the datasets, None when unknown.
-        expert_table: `name` and `sha256` of the table that was given for the visible sets, see `ExpertTable`; None when
-            they were chosen by the settings.
+        assignment: `MaskRecipe.assignment`, or `expert-table` if the visible sets were copied from a table.
+        frequent_mass: P, the share of all occurrences that the frequent ids cover.
+        frequent_visible_experts: V_f, the number of visible experts of a frequent id; None if no id is frequent.
+        seed: Seed of the random streams.
+        expert_model_parallel_size: Number of expert-parallel ranks of a rank-local mask, else None.
+        shared_table: Whether all layers use one table.
+        preset: Name of the baseline, or None.
+        counts_digest: Digest of the `TokenFrequency`, or None if the mask was made without counts.
+        datasets: The counted datasets, see `TokenFrequency`.
+        tokenizer: The tokenizer that made the datasets, or None if it is unknown.
+        expert_table: `name` and `sha256` of the table that the visible sets were copied from, see `ExpertTable`; None
+            if the settings chose the visible sets.
     """
 
     assignment: str
@@ -66,16 +71,20 @@ class MaskProvenance:
     expert_table: dict[str, Any] | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """As a dictionary of JSON values. Without an expert table there is no such key: a mask keeps its old digest."""
+        """Return the provenance as a dictionary of JSON values.
+
+        The key `expert_table` is absent if there is no table, so that the digests of such masks do not depend on it.
+        """
         record = asdict(self)
         return record if self.expert_table else {name: record[name] for name in _PROVENANCE}
 
     @classmethod
     def from_record(cls, record: Any) -> "MaskProvenance":
-        """The provenance that a JSON record describes.
+        """Return the provenance that a JSON record describes.
 
         Raises:
-            TypeError, ValueError: it describes none.
+            TypeError: The record has missing or unknown fields, or fields of the wrong type.
+            ValueError: A value is out of range.
         """
         has_table = isinstance(record, dict) and "expert_table" in record
         check_fields(record, _PROVENANCE | {"expert_table": dict} if has_table else _PROVENANCE)
@@ -94,20 +103,21 @@ class MaskProvenance:
 class RoutingMask:
     """The visible experts of every token id in every layer.
 
-    An id with one visible expert costs one small integer per table; only the few sets of several experts are stored as
-    bits.
+    An id with one visible expert costs one small integer in each table. Only the few sets of several experts are stored
+    as bits.
 
     Attributes:
-        row_of_id: int16 (int32 where it does not fit) `[tables, vocab]`, each id's row of `visible_bits`.
-        visible_bits: uint8 `[tables, rows, ceil(N / 8)]`, expert e at bit e % 8 of byte e // 8. Row i < N is the set
-            {i}; rows from N on are sets of two or more experts.
-        vocab_size: ids of the tokenizer, without padding.
-        num_experts: N.
-        num_layers: transformer layers of the model, with or without experts. There are as many tables, or one for all.
-        provenance: what the mask was made from.
+        row_of_id: Each id's row of `visible_bits`, int16 (int32 if the rows do not fit) `[tables, vocab]`.
+        visible_bits: The visible sets, uint8 `[tables, rows, ceil(N / 8)]`; expert e is bit e % 8 of byte e // 8. Row
+            i < N is the set {i}. Rows from N on are sets of two or more experts.
+        vocab_size: Number of ids of the tokenizer, without padding.
+        num_experts: N, the number of experts in a layer.
+        num_layers: Number of transformer layers of the model, with or without experts. There is one table for each
+            layer, or one table for all layers.
+        provenance: The settings and data that the mask was made from.
 
     Raises:
-        UserError: the parts do not fit together, or an id sees no expert.
+        UserError: The parts do not fit together, or an id sees no expert.
     """
 
     row_of_id: np.ndarray
@@ -126,6 +136,7 @@ class RoutingMask:
             raise UserError(f"not a valid routing mask: {problem}")
 
     def _find_problem(self) -> str | None:
+        """Return a description of the first inconsistency, or None if the mask is valid."""
         if self.num_experts < 2 or self.vocab_size < 1 or self.num_layers < 1:
             return f"{self.num_experts} experts, {self.vocab_size} ids, {self.num_layers} layers"
         if self.row_of_id.ndim != 2:
@@ -153,22 +164,22 @@ class RoutingMask:
 
     @cached_property
     def row_sizes(self) -> np.ndarray:
-        """Experts in each row, int64 `[tables, rows]`."""
+        """Number of experts in each row, int64 `[tables, rows]`."""
         return np.bitwise_count(self.visible_bits).sum(axis=-1, dtype=np.int64)
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) over content and provenance."""
+        """The sha256 (hex) of content and provenance."""
         return content_digest(self._arrays(), self._record())
 
     @property
     def is_shared(self) -> bool:
-        """One table serves all layers."""
+        """Whether one table applies to all layers."""
         return len(self.row_of_id) == 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, and but for a short header on disk."""
+        """Size in bytes in memory; the file on disk has a short header in addition."""
         return self.row_of_id.nbytes + self.visible_bits.nbytes
 
     @cached_property
@@ -183,21 +194,27 @@ class RoutingMask:
 
     @property
     def num_visible(self) -> np.ndarray:
-        """Experts that each id sees, int64 `[vocab]`. A mask that was built has the same number in every layer."""
+        """Number of experts that each id sees in the first layer, int64 `[vocab]`.
+
+        A mask made by `build_routing_mask` has the same numbers in every layer.
+        """
         return self.num_visible_of_layer(0)
 
     def num_visible_of_layer(self, layer: int) -> np.ndarray:
-        """Experts that each id sees in a layer counted from 0, int64 `[vocab]`."""
+        """Return the number of experts that each id sees in a layer, int64 `[vocab]`; layers count from 0."""
         table = self._table_index(layer)
         return self.row_sizes[table][self.row_of_id[table]]
 
     def table_of_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """The table of a layer counted from 0: row_of_id `[vocab]` and visible_bits `[rows, bytes]`."""
+        """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of a layer; layers count from 0."""
         table = self._table_index(layer)
         return self.row_of_id[table], self.visible_bits[table]
 
     def visible_sets(self, layer: int) -> np.ndarray:
-        """The visible sets of a layer counted from 0, bool `[vocab, N]`. Large: for inspection and tests."""
+        """Return the visible sets of a layer, bool `[vocab, N]`; layers count from 0.
+
+        The result takes `vocab × N` bytes and is meant for inspection and tests.
+        """
         row_of_id, visible_bits = self.table_of_layer(layer)
         return unpack_bits(visible_bits, self.num_experts)[row_of_id]
 
@@ -217,15 +234,16 @@ class RoutingMask:
         """Check that a model can use this mask.
 
         Args:
-            vocab_size: ids of the model's tokenizer, without padding.
-            num_experts: experts in each MoE layer.
-            num_layers: transformer layers, with or without experts; any number fits a shared table.
-            expert_model_parallel_size: of the run; None where it does not matter, as when one process evaluates.
+            vocab_size: Number of ids of the model's tokenizer, without padding.
+            num_experts: Number of experts in each MoE layer.
+            num_layers: Number of transformer layers, with or without experts. A shared table fits any number.
+            expert_model_parallel_size: Expert-parallel ranks of the run; None skips the check, for example if a single
+                process evaluates.
 
         Raises:
-            UserError: naming what the mask has, what the model has, and what to do.
+            UserError: The mask does not fit; the message names the sizes of the mask and of the model, and the cure.
         """
-        rebuild = "build a mask for this model with tools/build_routing_mask.py or change the model"
+        rebuild = "build a routing mask for this model or change the model"
         pairs = [
             ("vocabulary size", self.vocab_size, vocab_size),
             ("number of experts", self.num_experts, num_experts),
@@ -243,7 +261,7 @@ class RoutingMask:
                 f"{num_experts} experts cannot be divided evenly over expert parallel size {expert_model_parallel_size}"
             )
         built_for = self.provenance.expert_model_parallel_size
-        # What is on one of many ranks is on one of fewer, of which each takes the experts of several.
+        # Fewer ranks hold whole groups of the original ranks' experts if their number divides the original number.
         if built_for is not None and built_for % expert_model_parallel_size:
             raise UserError(
                 f"routing mask does not fit: it is rank-local for expert parallel size {built_for}, the run's is "
@@ -252,18 +270,21 @@ class RoutingMask:
             )
 
     def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
-        """The same mask for a model whose embedding has more rows than the tokenizer has ids, or as many.
+        """Return the mask extended to a larger vocabulary, for models whose embedding has padding rows.
 
-        An id that the tokenizer does not have sees what its last one sees.
+        The additional ids, which the tokenizer never produces, see the same experts as the tokenizer's last id.
+
+        Args:
+            vocab_size: Number of ids, at least that of this mask.
         """
-        more = vocab_size - self.vocab_size
-        if more == 0:
+        num_additional = vocab_size - self.vocab_size
+        if num_additional == 0:
             return self
-        row_of_id = np.pad(self.row_of_id, ((0, 0), (0, more)), mode="edge")
+        row_of_id = np.pad(self.row_of_id, ((0, 0), (0, num_additional)), mode="edge")
         return replace(self, row_of_id=row_of_id, vocab_size=vocab_size)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file atomically.
+        """Write the mask to a safetensors file atomically.
 
         Raises:
             UserError: `path` cannot be written.
@@ -275,24 +296,28 @@ class RoutingMask:
         """Read and verify a file written by `save`.
 
         Raises:
-            UserError: the file is missing, no routing mask, damaged or altered.
+            UserError: The file is missing, damaged or altered, or is not a routing mask.
         """
         return cls._from_record(*load_sealed(path, KIND), source=str(path))
 
     def to_tensors(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Copies of the tables and string metadata with the digest, to be embedded in another file."""
-        return {name: array.copy() for name, array in self._arrays().items()}, seal(
-            KIND, self._arrays(), self._record()
-        )
+        """Return copies of the tables, and metadata with the digest, to embed the mask in another file."""
+        arrays = self._arrays()
+        return {name: array.copy() for name, array in arrays.items()}, seal(KIND, arrays, self._record())
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], source: str = "embedded routing mask"
     ) -> "RoutingMask":
-        """The mask that `to_tensors` described, verified; `source` says in errors where it came from.
+        """Return the verified mask that `to_tensors` took apart.
+
+        Args:
+            tensors: The tables.
+            metadata: The metadata with the digest.
+            source: Name of the file or checkpoint for error messages.
 
         Raises:
-            UserError: it is damaged or altered.
+            UserError: The mask is damaged or altered.
         """
         return cls._from_record(tensors, unseal(KIND, tensors, metadata, source), source)
 
@@ -308,8 +333,8 @@ class RoutingMask:
         try:
             check_fields(record, dict.fromkeys(_SIZES, int) | {"provenance": dict})
             provenance = MaskProvenance.from_record(record["provenance"])
-            sizes = (record[name] for name in _SIZES)
-            return cls(tensors["row_of_id"], tensors["visible_bits"], *sizes, provenance)
+            sizes = {name: record[name] for name in _SIZES}
+            return cls(tensors["row_of_id"], tensors["visible_bits"], **sizes, provenance=provenance)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source} lacks parts of a routing mask; build it again") from error
         except UserError as error:
@@ -317,7 +342,7 @@ class RoutingMask:
 
 
 def _single_experts(num_experts: int) -> np.ndarray:
-    """The sets {0}, {1}, … as bits `[N, ceil(N / 8)]`."""
+    """Return the sets {0}, {1}, … as bits, uint8 `[N, ceil(N / 8)]`."""
     experts = np.arange(num_experts)
     bits = np.zeros((num_experts, -(-num_experts // 8)), np.uint8)
     bits[experts, experts // 8] = 1 << experts % 8
@@ -325,7 +350,7 @@ def _single_experts(num_experts: int) -> np.ndarray:
 
 
 def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
-    """Bits `[…, bytes]` as bool `[…, num_experts]`."""
+    """Unpack visible bits `[…, bytes]` into bool `[…, num_experts]`."""
     return np.unpackbits(visible_bits, axis=-1, count=num_experts, bitorder="little").view(bool)
 
 
@@ -340,21 +365,24 @@ def build_routing_mask(
     """Make the routing mask of a recipe.
 
     Args:
-        recipe: the settings.
-        frequency: token counts. Recipes that do not need them also work from `vocab_size` alone.
-        vocab_size: ids of the tokenizer, where there are no counts.
-        workers: processes that make tables; all available cores when None, unless there is too little to do. The result
-            does not depend on it.
-        progress: show a progress bar on stderr if it takes more than a moment.
+        recipe: The settings.
+        frequency: Token counts. May be None if the recipe does not depend on counts.
+        vocab_size: Number of ids of the tokenizer; used only if there are no counts.
+        workers: Number of processes that make tables. None uses one process on each available core, or only the calling
+            process if the mask is small. The mask does not depend on the number.
+        progress: Whether to show a progress bar on stderr if the work takes more than half a second.
 
     Raises:
-        UserError: `recipe` needs counts and there are none.
+        UserError: The recipe depends on counts but `frequency` is None, or the vocabulary size is missing.
     """
-    if frequency is None and recipe.needs_counts:
-        raise UserError("this routing mask depends on how often each id occurs; give --token-frequency")
-    if frequency is None and (vocab_size is None or vocab_size < 1):
+    if frequency is not None:
+        occurrences = frequency.occurrences
+    elif recipe.needs_counts:
+        raise UserError("this routing mask depends on the frequency of each id; give --token-frequency")
+    elif vocab_size is None or vocab_size < 1:
         raise UserError("the vocabulary size is missing; give --token-frequency, or --vocab-size of at least 1")
-    occurrences = frequency.occurrences if frequency else np.zeros(vocab_size)
+    else:
+        occurrences = np.zeros(vocab_size)
     vocabulary = Vocabulary.from_occurrences(occurrences, recipe)
     if workers is None and recipe.num_tables * len(occurrences) < _FEW_ASSIGNMENTS:
         workers = 1
@@ -365,9 +393,9 @@ def build_routing_mask(
     settings = {field.name for field in fields(MaskProvenance)} & {field.name for field in fields(MaskRecipe)}
     provenance = MaskProvenance(
         **{name: getattr(recipe, name) for name in settings},
-        counts_digest=frequency and frequency.digest,
-        datasets=frequency.datasets if frequency else (),
-        tokenizer=frequency and frequency.tokenizer,
+        counts_digest=None if frequency is None else frequency.digest,
+        datasets=() if frequency is None else frequency.datasets,
+        tokenizer=None if frequency is None else frequency.tokenizer,
     )
     return RoutingMask(
         row_of_id=np.stack(row_of_id),
@@ -380,23 +408,33 @@ def build_routing_mask(
 
 
 def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int = 1) -> np.ndarray:
-    """Expected occurrences that each expert gets, float64 `[tables, N]`, if every visible set is used evenly.
+    """Return the expected load of each expert, float64 `[tables, N]`, if the router uses visible experts evenly.
 
     Args:
-        occurrences: `[vocab]`, see `TokenFrequency.occurrences`.
-        topk: k; each occurrence goes to `min(k, V)` experts.
+        mask: The routing mask.
+        occurrences: Occurrences of each id, `[vocab]`, see `TokenFrequency.occurrences`.
+        topk: k; each occurrence of an id adds a load of 1 to `min(k, V)` of its V visible experts.
     """
     loads = []
     for row_of_id, visible_bits, sizes in zip(mask.row_of_id, mask.visible_bits, mask.row_sizes, strict=True):
-        of_row = np.bincount(row_of_id, weights=occurrences, minlength=len(visible_bits))
-        loads.append((of_row * np.minimum(sizes, topk) / sizes) @ unpack_bits(visible_bits, mask.num_experts))
+        row_occurrences = np.bincount(row_of_id, weights=occurrences, minlength=len(visible_bits))
+        load_of_each_expert = row_occurrences * np.minimum(sizes, topk) / sizes  # [rows]
+        loads.append(load_of_each_expert @ unpack_bits(visible_bits, mask.num_experts))
     return np.stack(loads)
 
 
 def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
-    """Ids that alone give an expert more than 1/N of all occurrences, so that no mask with these set sizes is balanced.
+    """Return the ids that alone overload an expert or rank, so that no mask with these set sizes is balanced.
 
-    For a rank-local mask also those with more than one rank's share. The worst first, int64 `[ids]`.
+    Such an id gives each of its visible experts more than 1/N of all occurrences. In a rank-local mask, an id with more
+    occurrences than one rank's share also counts.
+
+    Args:
+        mask: The routing mask.
+        occurrences: Occurrences of each id, `[vocab]`.
+
+    Returns:
+        The ids, int64 `[ids]`, the id with the largest load of an expert first.
     """
     num_ranks = mask.provenance.expert_model_parallel_size or 1
     total = occurrences.sum()

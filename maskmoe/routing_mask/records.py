@@ -1,4 +1,4 @@
-"""Checks the JSON records of routing masks and token counts, which anyone may have written."""
+"""Check the JSON records of routing masks and token counts, which may come from untrusted files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,24 +9,29 @@ _DATASET = {"name": str, "num_tokens": int, "idx_sha256": str, "bin_bytes": int}
 
 
 def check_fields(record: Any, types: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Check that a record is an object with these fields and no others, each of its type; a bool is no int.
+    """Check that a record is an object with exactly these fields, each of its type; a bool does not pass as an int.
+
+    Args:
+        record: The value to check.
+        types: Allowed type, or tuple of types, of each field.
 
     Raises:
-        TypeError: it is not.
+        TypeError: The record is not an object, has other fields, or has a field of another type.
     """
     if not isinstance(record, dict) or record.keys() != types.keys():
-        raise TypeError(f"an object with other fields than {', '.join(types)}")
+        raise TypeError(f"not an object with exactly the fields {', '.join(types)}")
     for name, expected in types.items():
         allowed = expected if isinstance(expected, tuple) else (expected,)
         if type(record[name]) not in allowed:
-            raise TypeError(f"{name} is of the type {type(record[name]).__name__}")
+            raise TypeError(f"{name} has the type {type(record[name]).__name__}")
 
 
 def read_datasets(records: Any) -> tuple[dict[str, Any], ...]:
-    """The counted datasets, see `TokenFrequency`.
+    """Return the checked records of counted datasets, see `TokenFrequency.datasets`.
 
     Raises:
-        TypeError, ValueError: a record is none of a dataset with at least one token.
+        TypeError: `records` is not a list of objects with the fields of a dataset.
+        ValueError: A dataset has no tokens or a negative size.
     """
     if not isinstance(records, list):
         raise TypeError("datasets are not a list")
@@ -38,9 +43,9 @@ def read_datasets(records: Any) -> tuple[dict[str, Any], ...]:
 
 
 def read_tokenizer(record: Any) -> dict[str, Any] | None:
-    """The tokenizer of the datasets, None when unknown.
+    """Return the checked record of a tokenizer, or None if the record is None.
 
     Raises:
-        TypeError: the record is none of a tokenizer.
+        TypeError: The record does not describe a tokenizer.
     """
     return None if record is None else TokenizerRecord.from_json(record).to_json()

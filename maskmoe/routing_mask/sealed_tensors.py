@@ -1,8 +1,8 @@
-"""Safetensors files that carry a JSON record and a digest over everything in them.
+"""Write and read safetensors files with a JSON record and a digest of the whole content.
 
-The file's metadata holds one key, `maskmoe`, with canonical JSON: `kind` (what the file is), `version`, `record` and
-`sha256`. The digest covers the record and every tensor's name, dtype, shape and bytes, so a file that was damaged or
-edited is refused when it is read.
+The file's metadata holds one key, `maskmoe`, with canonical JSON: `kind` (the kind of file), `version`, `record` and
+`sha256`. The digest covers the record and the name, dtype, shape and bytes of every tensor. Reading therefore rejects a
+file that was damaged or edited.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def _canonical_json(value: Any) -> str:
 
 
 def content_digest(tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
-    """sha256 (hex) over the canonical JSON of `record` and the names, dtypes, shapes and bytes of `tensors`."""
+    """Return the sha256 (hex) of the canonical JSON of `record` and of all names, dtypes, shapes and bytes."""
     digest = hashlib.sha256(_canonical_json(record).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype.str} {tensor.shape}\n".encode())
@@ -38,8 +38,8 @@ def content_digest(tensors: Mapping[str, np.ndarray], record: Mapping[str, Any])
 
 
 def seal(kind: str, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the safetensors metadata that belongs to `tensors`."""
-    # A single key: safetensors writes several in random order, and equal content should give equal files.
+    """Return the safetensors metadata for `tensors`: kind, version, record and digest."""
+    # Use a single key: safetensors writes several keys in random order, but equal content must give equal files.
     envelope = {"kind": kind, "version": VERSION, "record": record, "sha256": content_digest(tensors, record)}
     return {METADATA_KEY: _canonical_json(envelope)}
 
@@ -47,10 +47,16 @@ def seal(kind: str, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]
 def unseal(
     kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None, source: str
 ) -> dict[str, Any]:
-    """Return the record of `metadata` after verifying that it belongs to `tensors`.
+    """Return the record in `metadata` after checking kind, version and digest.
+
+    Args:
+        kind: The expected kind of file.
+        tensors: All tensors of the file.
+        metadata: The file's safetensors metadata.
+        source: Name of the file for error messages.
 
     Raises:
-        UserError: `metadata` is not of this `kind`, or the digest differs.
+        UserError: `metadata` is not valid or is of another kind or version, or the digest does not match `tensors`.
     """
     try:
         envelope = json.loads((metadata or {})[METADATA_KEY])
@@ -63,7 +69,7 @@ def unseal(
     if found_kind != kind:
         raise UserError(f"{source} is a {found_kind} file, expected a {kind} file")
     if version != VERSION:
-        raise UserError(f"{source} has format version {version}, this MaskMoE reads version {VERSION}")
+        raise UserError(f"{source} has format version {version}; this version of MaskMoE reads version {VERSION}")
     if not intact:
         raise UserError(f"{source} was altered or damaged: its content does not match its digest; build it again")
     return record
@@ -82,10 +88,10 @@ def save_sealed(
 
 
 def load_sealed(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read and verify a file that `save_sealed` wrote; returns its tensors and its record.
+    """Read and verify a file written by `save_sealed`; return its tensors and its record.
 
     Raises:
-        UserError: the file is missing, unreadable, of another kind, damaged or altered.
+        UserError: The file is missing, unreadable, of another kind, damaged or altered.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -96,7 +102,7 @@ def load_sealed(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
             metadata = file.metadata()
     except OSError as error:
         raise UserError(f"cannot read {kind} file {path}: {error.strerror or error}") from error
-    # NumPy has its own limits on shapes.
     except (SafetensorError, ValueError, OverflowError) as error:
+        # NumPy raises ValueError and OverflowError for shapes beyond its own limits.
         raise UserError(f"{path} is not a readable safetensors file ({error}); build the {kind} again") from error
     return tensors, unseal(kind, tensors, metadata, str(path))

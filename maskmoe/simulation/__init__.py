@@ -1,4 +1,7 @@
-"""What dispatching tokens to experts costs on clusters of any size. Knows nothing of torch or Megatron."""
+"""Simulate the cost of dispatching tokens to experts on clusters of any size.
+
+This package imports neither torch nor Megatron.
+"""
 
 from maskmoe.simulation.cluster import Cluster, Link
 from maskmoe.simulation.dispatch import Workload

@@ -1,4 +1,4 @@
-"""How long an exchange takes on a cluster."""
+"""Model the time of a collective exchange on a cluster."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from maskmoe.simulation.traffic import Traffic
 
 @dataclass(frozen=True)
 class Link:
-    """What connects a GPU with others.
+    """A kind of network link between GPUs.
 
     Attributes:
-        bandwidth: bytes per second of each GPU, in both directions at once.
-        latency: seconds that each message takes beside its bytes.
+        bandwidth: Bytes per second of each GPU, in both directions at once.
+        latency: Constant part of the time of a message, in seconds.
     """
 
     bandwidth: float
@@ -28,41 +28,42 @@ class Cluster:
     """The links of every GPU.
 
     Attributes:
-        within: to the GPUs of its node.
-        across: to those of other nodes.
+        within: Link to the GPUs of the same node.
+        across: Link to the GPUs of other nodes.
 
     Raises:
-        UserError: a bandwidth is not positive, or a latency is negative.
+        UserError: A bandwidth is not positive, or a latency is negative.
     """
 
     within: Link
     across: Link
 
     def __post_init__(self) -> None:
-        for where, link in (("within a node", self.within), ("between nodes", self.across)):
+        for place, link in (("within a node", self.within), ("between nodes", self.across)):
             if not 0 < link.bandwidth < math.inf:
                 raise UserError(
-                    f"the bandwidth {where} must be a positive number of GB/s, not {link.bandwidth / 1e9:g}"
+                    f"the bandwidth {place} must be a positive number of GB/s, not {link.bandwidth / 1e9:g}"
                 )
             if not 0 <= link.latency < math.inf:
-                raise UserError(f"the latency {where} must be 0 or a positive number of µs, not {link.latency * 1e6:g}")
+                raise UserError(f"the latency {place} must be 0 or a positive number of µs, not {link.latency * 1e6:g}")
 
     def seconds(self, layout: Layout, traffic: Traffic, bytes_per_row: float) -> float:
-        """How long an exchange takes, from its start on all ranks to its end on the slowest.
+        """Return the time of an exchange in seconds, from the common start to the end on the slowest rank.
 
         A message of n bytes takes `α + n/β` (R. Hockney, "The communication challenge for MPP", Parallel Computing 20,
-        1994). An all-to-all is one message to every peer, empty or not: the pairwise exchange of R. Thakur,
-        R. Rabenseifner and W. Gropp ("Optimization of collective communication operations in MPICH", IJHPCA 19, 2005)
-        on p ranks, `(p - 1) α + n/β`. NCCL's sends to each peer directly, too.
+        1994), with latency α and bandwidth β. An all-to-all sends one message to every peer, even if it is empty: the
+        pairwise exchange of R. Thakur, R. Rabenseifner and W. Gropp ("Optimization of collective communication
+        operations in MPICH", IJHPCA 19, 2005), which takes `(p - 1) α + n/β` on p ranks. NCCL also sends directly to
+        each peer.
 
-        Links carry both directions at once: of what a rank sends and what it receives, the larger counts. The two kinds
-        of links work side by side, and the slower one decides. Rows that stay on their rank take no time. Not modelled:
-        contention in the network beyond the GPUs' own links, and other traffic.
+        Links carry both directions at once, so the larger one of the sent and received bytes of a rank counts. Both
+        kinds of links work at the same time, and the slower one determines the time. Rows that stay on their rank take
+        no time. The model ignores contention in the network beyond the GPUs' own links, and other traffic.
 
         Args:
-            layout: the ranks.
-            traffic: rows of the exchange.
-            bytes_per_row: of each.
+            layout: The ranks.
+            traffic: Rows of the exchange.
+            bytes_per_row: Size of a row in bytes.
         """
         rows = np.maximum(traffic.sent, traffic.received)  # [ranks, reaches]
         return max(

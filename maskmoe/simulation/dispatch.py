@@ -1,4 +1,4 @@
-"""What the ways to dispatch tokens put on the wire, beside the tokens themselves."""
+"""List the collectives that each way to dispatch tokens runs in a layer."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,25 @@ from maskmoe.simulation.layout import Layout
 from maskmoe.simulation.traffic import Traffic
 from maskmoe.transformer.dispatch.kind import DispatchKind
 
-_WEIGHT_BYTES = 4
-"""Routers compute in fp32."""
+_WEIGHT_BYTES = 4  # routers compute in fp32
 _COUNT_BYTES = 8
 _ID_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What MoE layers have to move in one micro-batch.
+    """Sizes of the data that MoE layers move in one micro-batch.
 
     Attributes:
-        topks: values of k to compare, each once.
-        tokens_per_rank: of one micro-batch.
-        hidden_size: elements of a hidden state.
-        bytes_per_element: of hidden states and their gradients.
-        num_experts: N.
-        num_layers: layers that share one plan of a micro-batch.
+        topks: Different values of k to compare.
+        tokens_per_rank: Tokens of a micro-batch on each rank.
+        hidden_size: Elements of a hidden state.
+        bytes_per_element: Bytes of an element of a hidden state or its gradient.
+        num_experts: N, the number of experts in a layer.
+        num_layers: Number of layers that share the plan of a micro-batch, if dispatch is planned.
 
     Raises:
-        UserError: a size is not positive, or a k not between 1 and the number of experts.
+        UserError: A size is not positive, or a k is not between 1 and the number of experts.
     """
 
     topks: tuple[int, ...]
@@ -37,9 +36,9 @@ class Workload:
     num_layers: int
 
     def __post_init__(self) -> None:
-        for what in ("tokens_per_rank", "hidden_size", "bytes_per_element"):
-            if getattr(self, what) < 1:
-                raise UserError(f"{what.replace('_', ' ')} must be at least 1, not {getattr(self, what)}")
+        for name in ("tokens_per_rank", "hidden_size", "bytes_per_element"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(self, name)}")
         for topk in self.topks:
             if not 1 <= topk <= self.num_experts:
                 raise UserError(f"top-k must be 1 to {self.num_experts}, the number of experts, not {topk}")
@@ -50,33 +49,36 @@ class Exchange:
     """A kind of collective that a layer runs.
 
     Attributes:
-        what: it carries.
-        calls: of a layer and step, forward and backward; less than 1 where layers share it.
-        traffic: rows of one call; of the calls that go back, sent and received are exchanged.
-        bytes_per_row: of one call.
+        content: Name of the data that the collective carries.
+        calls: Calls in one layer and step, forward and backward; less than 1 if several layers share a call.
+        traffic: Rows of one call. In calls of the opposite direction, sent and received rows are swapped.
+        bytes_per_row: Size of a row in bytes.
     """
 
-    what: str
+    content: str
     calls: float
     traffic: Traffic
     bytes_per_row: int
 
 
 def exchanges(dispatch: DispatchKind, traffic: Traffic, layout: Layout, workload: Workload) -> tuple[Exchange, ...]:
-    """All collectives of one layer and step, for one micro-batch without recomputation.
+    """Return all collectives of one layer and step, for one micro-batch without recomputation.
 
-    Hidden states go there and back, and so do their gradients: four all-to-alls. Beside these,
+    The first exchange carries hidden states. Hidden states are dispatched and combined, and so are their gradients:
+    four all-to-alls. Each way to dispatch adds further collectives:
 
-    - Megatron's dispatcher (`MoEAlltoAllTokenDispatcher`) sends each row's probability, and its gradient back: six
-      all-to-alls in all. Before that, all ranks gather how many rows each has for each expert.
-    - one copy a rank (`OneCopyDispatcher`) sends the weights of the receiving rank's experts with each row, and their
-      gradients back: six in all. Before that, every rank tells each other how many rows it sends and for which experts.
-    - planned dispatch (`DispatchPlanner`) gathers the token ids of all ranks, once for all layers.
+    - Megatron's dispatcher (`MoEAlltoAllTokenDispatcher`) also sends the probability of each row, and its gradient
+      back, which makes six all-to-alls. Before these, all ranks gather the number of rows of each rank for each expert.
+    - One-copy dispatch also sends, with each row, the weights of the receiving rank's experts, and their gradients
+      back, which makes six all-to-alls. Before these, every rank reports to every other rank the number of rows that it
+      sends and the experts that the rows are for.
+    - Planned dispatch gathers the token ids of all ranks, once for all layers.
 
     Args:
-        dispatch: the way.
-        traffic: rows of hidden states from each rank to the others.
-        layout, workload: the run.
+        dispatch: The way to dispatch.
+        traffic: Rows of hidden states that ranks send in the dispatch.
+        layout: The ranks.
+        workload: Sizes of the data.
     """
     hidden = Exchange("hidden states", 4, traffic, workload.hidden_size * workload.bytes_per_element)
     if dispatch is DispatchKind.PLANNED:

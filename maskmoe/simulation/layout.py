@@ -1,4 +1,4 @@
-"""Where expert-parallel ranks are."""
+"""Describe the placement of expert-parallel ranks on nodes."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -10,27 +10,27 @@ from maskmoe.errors import UserError
 
 
 class Reach(IntEnum):
-    """How far a row goes; the columns of whatever is counted by reach."""
+    """How far a row travels; arrays of counts by reach have one column for each value."""
 
     OWN = 0
-    """To the rank that it is on: a copy in memory, which no link carries."""
+    """The row stays on its rank: a copy in memory that uses no link."""
     NODE = 1
-    """To another GPU of the node."""
+    """The row goes to another GPU of the same node."""
     ACROSS = 2
-    """To another node."""
+    """The row goes to another node."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Expert-parallel groups of contiguous ranks, one rank on each GPU, as Megatron has them.
+    """Expert-parallel groups of contiguous ranks, one rank on each GPU, as in Megatron.
 
     Attributes:
-        num_gpus: ranks in all.
-        ep_size: ranks of a group.
-        gpus_per_node: ranks of a node.
+        num_gpus: Number of ranks.
+        ep_size: Number of ranks in each expert-parallel group.
+        gpus_per_node: Number of ranks on each node.
 
     Raises:
-        UserError: the GPUs are no whole nodes, or a group has no two ranks.
+        UserError: The GPUs are not a whole number of nodes, or a group has fewer than two ranks.
     """
 
     num_gpus: int
@@ -42,24 +42,25 @@ class Layout:
             raise UserError(f"a node has at least 1 GPU, not {self.gpus_per_node}")
         if self.num_gpus < 1 or self.num_gpus % self.gpus_per_node:
             raise UserError(
-                f"{self.num_gpus} GPUs are not a whole number of nodes of {self.gpus_per_node}; give a multiple of that"
+                f"{self.num_gpus} GPUs are not a whole number of nodes of {self.gpus_per_node}; "
+                f"give a multiple of {self.gpus_per_node}"
             )
         if self.ep_size < 2:
             raise UserError(f"expert parallelism needs at least 2 ranks, not {self.ep_size}: nothing would be sent")
 
     @property
     def nodes_per_group(self) -> int | None:
-        """Nodes that a group is spread evenly over; None if it has a part of a node."""
+        """Number of nodes that a group fills evenly, 1 if the group is part of a node, else None."""
         if self.gpus_per_node % self.ep_size == 0:
             return 1
         return self.ep_size // self.gpus_per_node if self.ep_size % self.gpus_per_node == 0 else None
 
     @cached_property
     def num_peers(self) -> np.ndarray:
-        """Other ranks of each rank's group, int64 [ranks, reaches]."""
+        """Number of other ranks in each rank's group by reach, int64 [ranks, reaches]."""
         ranks = np.arange(self.num_gpus)
         node, group = ranks // self.gpus_per_node, ranks // self.ep_size
         first = np.maximum(node * self.gpus_per_node, group * self.ep_size)
         end = np.minimum((node + 1) * self.gpus_per_node, (group + 1) * self.ep_size)
-        near = end - first - 1
-        return np.stack([np.zeros_like(near), near, self.ep_size - 1 - near], axis=1)
+        on_node = end - first - 1
+        return np.stack([np.zeros_like(on_node), on_node, self.ep_size - 1 - on_node], axis=1)

@@ -1,4 +1,4 @@
-"""The results of a simulation as a table, as JSON and as a plot."""
+"""Report the results of a simulation as a table, as JSON and as a plot."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -28,11 +28,14 @@ _COLOR_OF_ROUTING = {
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
-    """Lines of a table for each k. Bytes and times are of a layer and step, bytes a rank's mean."""
-    for topk, of_topk in groupby(results, key=lambda result: result.topk):
+    """Yield the lines of one table for each k.
+
+    Bytes and times are for one layer and step; bytes are the mean over ranks.
+    """
+    for topk, results_of_topk in groupby(results, key=lambda result: result.topk):
         yield f"top-{topk}"
         yield from _HEADER
-        for result in of_topk:
+        for result in results_of_topk:
             start = f"{result.layout.num_gpus:>8,} {result.layout.ep_size:>6,}  {result.variant.name:<26}"
             yield start + (f"  impossible: {result.impossible}" if result.cost is None else _columns(result.cost))
         yield ""
@@ -48,7 +51,10 @@ def _columns(cost: Cost) -> str:
 
 
 def to_json(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
-    """The settings, and for each result its case and its `Cost`, or why it is impossible; bytes, rows and seconds."""
+    """Return the settings and all results as JSON values, in bytes, rows and seconds.
+
+    Each result has its case and either the fields of its `Cost` or the reason why it is impossible.
+    """
     return {"settings": settings, "results": [_entry(result) for result in results]}
 
 
@@ -66,19 +72,19 @@ def _entry(result: Result) -> dict[str, Any]:
 
 
 def draw_plot(results: Sequence[Result], path: Path) -> None:
-    """Write a PNG: bytes across nodes and within, time and load over the number of GPUs, for each k.
+    """Plot bytes to other nodes, bytes within the node, time and load over the number of GPUs, for each k.
 
     Args:
-        results: in the order of their number of GPUs; impossible ones are left out.
-        path: of the file.
+        results: The results, grouped by k and ascending in the number of GPUs. Impossible variants are not drawn.
+        path: The PNG file to write.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    of_topk = {topk: list(group) for topk, group in groupby(results, key=lambda result: result.topk)}
-    figure = Figure(figsize=(11, 8 * len(of_topk)), dpi=130, layout="constrained")
-    parts = figure.subfigures(len(of_topk), squeeze=False)[:, 0]
-    for part, (topk, some_results) in zip(parts, of_topk.items(), strict=True):
+    results_by_topk = {topk: list(group) for topk, group in groupby(results, key=lambda result: result.topk)}
+    figure = Figure(figsize=(11, 8 * len(results_by_topk)), dpi=130, layout="constrained")
+    parts = figure.subfigures(len(results_by_topk), squeeze=False)[:, 0]
+    for part, (topk, some_results) in zip(parts, results_by_topk.items(), strict=True):
         max_ep_size = max(result.layout.ep_size for result in some_results)
         part.suptitle(
             f"Dispatch in one layer and step, top-{topk}, up to {max_ep_size:,} expert-parallel ranks",
@@ -106,7 +112,7 @@ def draw_plot(results: Sequence[Result], path: Path) -> None:
 
 
 def _draw_lines(axes: "Axes", results: Sequence[Result], value: Callable[[Cost], float]) -> None:
-    """One line for each variant that is possible; zeros, which a log scale cannot show, are left out."""
+    """Draw one line for each possible variant, without zeros, which a log scale cannot show."""
     for variant in VARIANTS:
         costs = [(result.layout.num_gpus, result.cost) for result in results if result.variant == variant]
         points = [(num_gpus, value(cost)) for num_gpus, cost in costs if cost is not None and value(cost) > 0]

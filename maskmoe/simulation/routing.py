@@ -1,4 +1,9 @@
-"""Which experts tokens select: as many of those that their ids see as a router with top-k would, drawn at random."""
+"""Draw the experts that tokens select, in numpy.
+
+The rule mirrors the router of `maskmoe.transformer.router`: a token selects `min(k, V)` of the V experts that its id
+sees. The router takes the experts of the highest scores. A simulation has no scores, so random draws replace them. The
+rule is repeated here because the simulation runs without torch.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +16,11 @@ from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
 
 @dataclass(frozen=True)
 class Choice:
-    """Tokens that select equally many experts.
+    """The selected experts of tokens that all select the same number of experts.
 
     Attributes:
-        tokens: their numbers, int64 [tokens].
-        experts: the selected ones, integer [selected, tokens]; those of a token all differ.
+        tokens: Positions of the tokens, int64 [tokens].
+        experts: Selected experts, integer [selected, tokens]; the experts of a token all differ.
     """
 
     tokens: np.ndarray
@@ -27,10 +32,10 @@ class VisibleTable:
     """The visible sets of one layer, as lists of experts.
 
     Attributes:
-        row_of_id: each id's set, integer [vocab].
-        experts: of all sets, one after the other, ascending in each, integer [experts of all sets].
-        num_visible: of each set, int64 [sets].
-        num_experts: N.
+        row_of_id: Index of each id's visible set, integer [vocab].
+        experts: Experts of all sets, one set after the other, ascending in each set, integer [experts of all sets].
+        num_visible: Number of experts in each set, int64 [sets].
+        num_experts: N, the number of experts in the layer.
     """
 
     row_of_id: np.ndarray
@@ -40,7 +45,7 @@ class VisibleTable:
 
     @classmethod
     def of_layer(cls, mask: RoutingMask, layer: int) -> "VisibleTable":
-        """The table of a mask's layer, counted from 0."""
+        """Return the table of a layer of a mask; layers count from 0."""
         row_of_id, visible_bits = mask.table_of_layer(layer)
         visible = unpack_bits(visible_bits, mask.num_experts)
         experts = np.nonzero(visible)[1].astype(np.int16 if mask.num_experts <= 1 << 15 else np.int32)
@@ -48,31 +53,31 @@ class VisibleTable:
 
     @cached_property
     def _first(self) -> np.ndarray:
-        """Where each set begins in `experts`, int64 [sets]."""
+        """Position of the first expert of each set in `experts`, int64 [sets]."""
         return np.cumsum(self.num_visible) - self.num_visible
 
     @cached_property
     def _sizes(self) -> list[int]:
-        """The different sizes of the ids' sets."""
+        """The different sizes of the visible sets of all ids."""
         return np.unique(self.num_visible[self.row_of_id]).tolist()
 
     def num_selected(self, token_ids: np.ndarray, topk: int) -> np.ndarray:
-        """`min(k, V)` of each token, in the shape of its ids."""
+        """Return `min(k, V)` for each token, in the shape of `token_ids`."""
         return np.minimum(self.num_visible, topk)[self.row_of_id[token_ids]]
 
     def choose(self, token_ids: np.ndarray, topk: int, rng: np.random.Generator) -> Iterator[Choice]:
-        """Select `min(k, V)` experts for each token; all sets of so many visible experts are equally likely.
+        """Select `min(k, V)` visible experts for each token; all subsets of this size are equally likely.
 
-        This is a router that balances its load and knows nothing of a token but its id. A trained one goes by hidden
-        states, which a simulation does not have.
+        This models a router with perfectly balanced scores that depend on the token id only. A trained router depends
+        on hidden states, which a simulation does not have.
 
         Args:
-            token_ids: integer [tokens].
-            topk: k.
-            rng: what draws.
+            token_ids: Ids of the tokens, integer [tokens].
+            topk: k, the largest number of experts of a token.
+            rng: Source of randomness.
 
         Yields:
-            tokens by the size of their visible sets.
+            The choices of all tokens whose visible sets have the same size, for each size.
         """
         rows = self.row_of_id[token_ids]
         num_visible = self.num_visible[rows]
@@ -88,8 +93,8 @@ class VisibleTable:
 def draw_subsets(rng: np.random.Generator, count: int, size: int, num_items: int) -> np.ndarray:
     """Draw `count` sets of `size` items, every set equally likely; integer [size, count], each set a column.
 
-    Floyd's algorithm (Bentley and Floyd, "A sample of brilliance", CACM 1987) on all sets at once. It takes `size`
-    draws a set, however many items there are.
+    This is Floyd's algorithm (Bentley and Floyd, "A sample of brilliance", CACM 1987), run on all sets at once. It
+    takes `size` draws for each set, whatever the number of items.
     """
     chosen = np.empty((size, count), np.uint16 if num_items <= 1 << 16 else np.uint32)
     for position, last in enumerate(range(num_items - size, num_items)):

@@ -1,21 +1,21 @@
-"""The rows that ranks send each other."""
+"""Count the rows that ranks send each other."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from maskmoe.simulation.layout import Layout
+from maskmoe.simulation.layout import Layout, Reach
 from maskmoe.simulation.routing import Choice
 
 
 @dataclass(frozen=True)
 class RowsBetween:
-    """Rows from some ranks of an expert-parallel group to each rank of it.
+    """Number of rows from some ranks of an expert-parallel group to each rank of the group.
 
     Attributes:
-        per_expert: one for every selected expert of a token, int64 [sources, ranks].
-        per_rank: one for every rank that has any of them, int64 [sources, ranks].
+        per_expert: Rows if a token is sent once for every selected expert, int64 [sources, ranks].
+        per_rank: Rows if a token is sent once to every rank that holds selected experts, int64 [sources, ranks].
     """
 
     per_expert: np.ndarray
@@ -25,20 +25,21 @@ class RowsBetween:
 def rows_of_choices(
     choices: Iterable[Choice], num_sources: int, tokens_per_source: int, num_ranks: int, experts_per_rank: int
 ) -> RowsBetween:
-    """The rows that choices of experts ask for.
+    """Count the rows that follow from the selected experts of tokens.
 
     Args:
-        choices: of the tokens of all sources, which are numbered source by source.
-        num_sources: ranks that the tokens are on.
-        tokens_per_source: on each of these.
-        num_ranks: of the group.
-        experts_per_rank: of which every rank has an equal, contiguous share.
+        choices: Selected experts of the tokens of all sources; token positions count source by source.
+        num_sources: Number of ranks that hold the tokens.
+        tokens_per_source: Number of tokens on each of these ranks.
+        num_ranks: Number of ranks of the group.
+        experts_per_rank: Number of experts on each rank; each rank holds a contiguous block of experts.
     """
     per_expert, per_rank = np.zeros((2, num_sources * num_ranks), np.int64)
     for choice in choices:
         ranks = choice.experts // experts_per_rank  # [selected, tokens]
         pairs = choice.tokens // tokens_per_source * num_ranks + ranks
-        is_first = np.ones(ranks.shape, bool)  # of a token's experts on a rank
+        # Mark each expert that is the token's first expert on its rank: one row for each rank.
+        is_first = np.ones(ranks.shape, bool)
         for position in range(1, len(ranks)):
             is_first[position] = (ranks[:position] != ranks[position]).all(axis=0)
         per_expert += np.bincount(pairs.ravel(), minlength=len(per_expert))
@@ -47,12 +48,14 @@ def rows_of_choices(
 
 
 def planned_rows(destinations: np.ndarray, num_selected: np.ndarray, num_ranks: int) -> RowsBetween:
-    """The rows of tokens whose visible experts are all on one rank, whichever of them they select.
+    """Count the rows of tokens whose visible experts are all on one rank.
+
+    The counts do not depend on the selected experts.
 
     Args:
-        destinations: that rank of each token, integer [sources, tokens].
-        num_selected: experts that each token selects, integer [sources, tokens].
-        num_ranks: of the group.
+        destinations: Rank that holds the visible experts of each token, integer [sources, tokens].
+        num_selected: Number of experts that each token selects, integer [sources, tokens].
+        num_ranks: Number of ranks of the group.
     """
     num_sources = len(destinations)
     pairs = (np.arange(num_sources)[:, None] * num_ranks + destinations).ravel()
@@ -63,10 +66,11 @@ def planned_rows(destinations: np.ndarray, num_selected: np.ndarray, num_ranks: 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The rows of one exchange.
+    """Number of rows of one exchange, by rank and reach (see `Reach`).
 
     Attributes:
-        sent, received: by each rank and how far they go, int64 [ranks, reaches], see `Reach`.
+        sent: Rows that each rank sends, int64 [ranks, reaches].
+        received: Rows that each rank receives, int64 [ranks, reaches].
     """
 
     sent: np.ndarray
@@ -74,38 +78,38 @@ class Traffic:
 
     @classmethod
     def to_every_peer(cls, layout: Layout) -> "Traffic":
-        """One row from each rank to each other rank of its group."""
+        """Return the traffic of one row from each rank to each other rank of its group."""
         return cls(sent=layout.num_peers, received=layout.num_peers)
 
 
 class TrafficCounter:
-    """Adds up rows of some ranks after others, so that there never is a matrix of all by all.
+    """Adds up the rows of a few sending ranks at a time, so that memory never holds a matrix of all rank pairs.
 
     Args:
-        layout: the ranks.
+        layout: The ranks.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._sent, self._received = np.zeros((2, layout.num_gpus, 3), np.int64)
+        self._sent, self._received = np.zeros((2, layout.num_gpus, len(Reach)), np.int64)
 
     def add(self, sources: range, rows: np.ndarray) -> None:
-        """Count rows.
+        """Add the rows that some ranks of one group send.
 
         Args:
-            sources: ranks of one group that send them.
-            rows: integer [sources, ranks of the group].
+            sources: The sending ranks.
+            rows: Rows from each source to each rank of the group, integer [sources, ranks of the group].
         """
         ep_size, gpus_per_node = self._layout.ep_size, self._layout.gpus_per_node
         first_rank = sources.start // ep_size * ep_size
         senders, receivers = np.array(sources), np.arange(first_rank, first_rank + ep_size)
         own = np.where(senders[:, None] == receivers, rows, 0)
-        near = np.where(senders[:, None] // gpus_per_node == receivers // gpus_per_node, rows, 0)
-        by_reach = (own, near - own, rows - near)
-        for reach, of_reach in enumerate(by_reach):
-            self._sent[senders, reach] += of_reach.sum(axis=1)
-            self._received[receivers, reach] += of_reach.sum(axis=0)
+        on_node = np.where(senders[:, None] // gpus_per_node == receivers // gpus_per_node, rows, 0)
+        rows_by_reach = {Reach.OWN: own, Reach.NODE: on_node - own, Reach.ACROSS: rows - on_node}
+        for reach, rows_of_reach in rows_by_reach.items():
+            self._sent[senders, reach] += rows_of_reach.sum(axis=1)
+            self._received[receivers, reach] += rows_of_reach.sum(axis=0)
 
     def total(self) -> Traffic:
-        """The rows counted so far."""
+        """Return the traffic counted so far."""
         return Traffic(self._sent.copy(), self._received.copy())

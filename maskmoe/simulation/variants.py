@@ -1,4 +1,4 @@
-"""The ways to train that are compared, and their routing masks."""
+"""Define the compared variants and make their routing masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from maskmoe.transformer.dispatch.kind import DispatchKind
 
 
 class Routing(Enum):
-    """What decides which experts an id sees."""
+    """A way to choose the experts that an id sees."""
 
     TOPK = "all experts"
     MASK = "the given mask"
@@ -20,12 +20,12 @@ class Routing(Enum):
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train.
+    """A combination of routing and dispatch.
 
     Attributes:
-        name: for tables.
-        routing: what ids see.
-        dispatch: how tokens travel; one copy a rank is planned where the mask allows it, as in training.
+        name: Name in tables and plots.
+        routing: The way to choose the experts that ids see.
+        dispatch: The way to dispatch tokens. `ONE_COPY` becomes `PLANNED` if the mask allows it, as in training.
     """
 
     name: str
@@ -44,19 +44,19 @@ VARIANTS = (
 
 
 class Masks:
-    """The routing mask of each kind of routing, layer by layer.
+    """The routing masks of each kind of routing, one mask of a single layer for each simulated layer.
 
-    The local masks are assigned anew for the number of ranks or nodes, from the frequencies of the ids. The same share
-    of the tokens sees several experts as in the first wanted layer of the given mask, and as many of them, unless one
-    rank or node has fewer.
+    Rank-local and node-local masks are built for each number of ranks or nodes, from the frequencies of the ids. They
+    copy two properties of the first simulated layer of the given mask: the share of the tokens that see several experts
+    and the number of these experts, which is lower if one rank or node holds fewer experts.
 
     Args:
-        mask: the given one.
-        layers: of it that are wanted, counted from 0.
-        frequency: of the ids.
+        mask: The given mask.
+        layers: The simulated layers, counted from 0.
+        frequency: Token counts of the dataset.
     """
 
-    def __init__(self, mask: RoutingMask, layers: Sequence[int], frequency: TokenFrequency):
+    def __init__(self, mask: RoutingMask, layers: Sequence[int], frequency: TokenFrequency) -> None:
         self.num_experts = mask.num_experts
         self._seed = mask.provenance.seed
         self._frequency = frequency
@@ -73,20 +73,24 @@ class Masks:
         self._local: dict[int, tuple[RoutingMask, ...]] = {}
 
     def num_layers(self, routing: Routing) -> int:
-        """Masks that `layers_of` gives."""
+        """Return the number of masks that `layers_of` returns."""
         return 1 if routing is Routing.TOPK else len(self._fixed[Routing.MASK])
 
     def layers_of(self, routing: Routing, layout: Layout) -> tuple[RoutingMask, ...]:
-        """A mask of one layer for each layer that is wanted; one where all are the same."""
+        """Return a mask of one layer for each simulated layer, or a single mask if all layers are equal.
+
+        Call `why_impossible` first: the masks must be possible.
+        """
         if routing in self._fixed:
             return self._fixed[routing]
         num_places = _num_places(routing, layout)
+        assert num_places is not None
         if num_places not in self._local:
             self._local[num_places] = self._build_local(num_places)
         return self._local[num_places]
 
     def why_impossible(self, routing: Routing, layout: Layout, topk: int) -> str | None:
-        """What rules out such a mask for these ranks; None if nothing does."""
+        """Return the reason why these masks are impossible for these ranks and this k, or None."""
         num_experts, ep_size = self.num_experts, layout.ep_size
         if layout.num_gpus % ep_size:
             return f"{layout.num_gpus:,} GPUs cannot be divided into groups of {ep_size:,} expert-parallel ranks"
@@ -101,12 +105,13 @@ class Masks:
             return f"{ep_size:,} expert-parallel ranks do not fill whole nodes of {layout.gpus_per_node:,}"
         needed = min(self._max_visible, max(2, topk))
         if num_experts // num_places < needed:
-            where = "rank" if routing is Routing.RANK_LOCAL else "node"
+            place = "rank" if routing is Routing.RANK_LOCAL else "node"
             available = num_experts // num_places
-            return f"a {where} has {available:,} of the experts, fewer than the {needed:,} that a frequent id needs"
+            return f"a {place} has {available:,} of the experts, fewer than the {needed:,} that a frequent id needs"
         return None
 
     def _build_local(self, num_places: int) -> tuple[RoutingMask, ...]:
+        """Build masks in which all experts of an id are on one of `num_places` ranks or nodes."""
         sees_several = self._max_visible > 1
         num_layers = self.num_layers(Routing.MASK)
         recipe = MaskRecipe(
@@ -123,11 +128,11 @@ class Masks:
 
 
 def _num_places(routing: Routing, layout: Layout) -> int | None:
-    """Ranks or nodes of a group, on one of which all experts that an id sees are; None if they are no whole nodes."""
+    """Return the number of ranks or nodes of a group; None if the group does not fill whole nodes."""
     return layout.ep_size if routing is Routing.RANK_LOCAL else layout.nodes_per_group
 
 
 def _one_layer(mask: RoutingMask, layer: int) -> RoutingMask:
-    """A layer of a mask, counted from 0, as a mask."""
+    """Return a mask with a single layer of the given mask; layers count from 0."""
     row_of_id, visible_bits = mask.table_of_layer(layer)
     return replace(mask, row_of_id=row_of_id[None], visible_bits=visible_bits[None], num_layers=1)

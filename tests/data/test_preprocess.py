@@ -15,7 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
-from maskmoe.data.preprocess import ordered_map, preprocess
+from maskmoe.data.parallel import map_in_processes
+from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
 
@@ -159,7 +160,7 @@ def test_eod_needs_a_tokenizer_that_has_one(jsonl: Callable, huggingface_folder:
 def test_reading_stays_a_few_tasks_ahead() -> None:
     taken = []
     tasks = (taken.append(i) or i for i in range(1000))
-    results = ordered_map(abs, tasks, 2, print, ())
+    results = map_in_processes(abs, tasks, 2)
     assert next(results) == 0
     assert len(taken) < 40
     results.close()

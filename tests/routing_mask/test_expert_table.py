@@ -74,7 +74,7 @@ def test_a_table_for_each_layer(tmp_path):
     mask = ExpertTable.read(f"{tmp_path}/t.safetensors:experts", NUM_LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS)
     for layer in range(NUM_LAYERS):
         assert_shows(mask, layer, tables[layer])
-    with pytest.raises(UserError, match="4 layers, the model has 5"):
+    with pytest.raises(UserError, match="4 layers, but the model has 5"):
         ExpertTable.read(f"{tmp_path}/t.safetensors:experts", NUM_LAYERS + 1)
 
 

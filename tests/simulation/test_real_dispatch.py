@@ -66,7 +66,7 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
         matrix = rows[name]  # [ranks, ranks]
         counter = TrafficCounter(layout)
         counter.add(range(num_ranks), matrix)
-        expected = {exchange.what: exchange for exchange in exchanges(dispatch, counter.total(), layout, workload)}
+        expected = {exchange.content: exchange for exchange in exchanges(dispatch, counter.total(), layout, workload)}
         whats = {call[0] for of_rank in of_ranks for call in of_rank[name]}
         assert whats == expected.keys()
         sent = np.zeros((num_ranks, num_ranks))

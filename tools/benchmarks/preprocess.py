@@ -17,7 +17,7 @@ import sentencepiece
 import tokenizers
 
 from maskmoe.data.default_corpus import default_corpus
-from maskmoe.data.preprocess import available_cores
+from maskmoe.data.parallel import available_cores
 from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
 
 TOOL = Path(__file__).parents[1] / "preprocess_data.py"

@@ -1,0 +1,67 @@
+"""Run independent tasks on worker processes and return their results in order."""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from itertools import chain, islice
+
+from maskmoe.errors import UserError
+
+_TASKS_PER_WORKER = 16
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use: the share of a container or job, not of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_processes[Task, Result](
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int | None
+) -> Iterator[Result]:
+    """Yield `function(task)` for every task, in the order of the tasks, computed by worker processes.
+
+    Only a bounded number of tasks is read ahead of the results, so memory does not grow with the number of tasks. With
+    one worker or one task, the calling process does the work and starts no other. The first exception of a task is
+    raised here, and tasks that have not started are dropped.
+
+    Args:
+        function: A function of a module, or a `functools.partial` of one; sent to the workers by pickle.
+        tasks: Arguments of the calls, sent by pickle.
+        workers: Number of processes, or None for one process on each available core.
+
+    Raises:
+        UserError: `workers` is less than 1.
+    """
+    workers = available_cores() if workers is None else workers
+    if workers < 1:
+        raise UserError(f"need at least 1 worker process, not {workers}")
+    remaining = iter(tasks)
+    first_two = list(islice(remaining, 2))
+    tasks = chain(first_two, remaining)
+    if workers == 1 or len(first_two) < 2:
+        yield from map(function, tasks)
+        return
+    # Workers do not fork from the calling process, which may hold locks of a library's threads. They fork from a server
+    # that has imported the function's module, which saves each worker the time of the import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([(function.func if isinstance(function, partial) else function).__module__])
+    pool = ProcessPoolExecutor(workers, context, _ignore_interrupts)
+    pending: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            pending.append(pool.submit(function, task))
+            if len(pending) >= workers * _TASKS_PER_WORKER:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Let only the calling process react to Ctrl-C; it then ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
