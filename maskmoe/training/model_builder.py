@@ -1,4 +1,4 @@
-"""Builds the model from its configuration, through Megatron's model builder interface."""
+"""Builds the model from its configuration, with the interface of Megatron's model builders."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,22 +24,24 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 @dataclass(kw_only=True)
 class MaskMoEGPTModelConfig(GPTModelConfig):
-    """`GPTModelConfig` of a model with a routing mask, or, to compare with, of one without experts."""
+    """`GPTModelConfig` for a model with a routing mask, or for a model without experts to compare with."""
 
     builder: ClassVar[str] = "maskmoe.training.model_builder.MaskMoEGPTModelBuilder"
 
     routing_mask: Path | None = None
-    """The routing mask: its file, or a checkpoint that holds it. Not read for a model without experts."""
+    """File of the routing mask, or a checkpoint that holds the mask. Ignored for a model without experts."""
 
     aux_loss_tokens: AuxLossTokens = "all"
-    """See `MaskMoERouter`."""
+    """Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`."""
 
     qk_layernorm_all_heads: bool = False
-    """The norms of queries and keys are over all heads, see `AllHeadsRMSNorm`."""
+    """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
 
 
 class MaskMoEGPTModelBuilder(GPTModelBuilder):
-    """`GPTModelBuilder` that builds a `MaskMoEGPTModel`, or without experts a `GPTModel`."""
+    """Builds a `MaskMoEGPTModel`, or a `GPTModel` if the model has no experts."""
+
+    _model_config: MaskMoEGPTModelConfig
 
     def build_model(
         self,
@@ -83,12 +85,13 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         )
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
-        """The routing mask of the run, shared by the routers of one pipeline stage."""
+        """Return the routing mask of the run, which the routers of one pipeline stage share."""
         settings = self._model_config
+        assert settings.routing_mask is not None
         return VisibleExperts(settings.transformer, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
-        """The specs of one pipeline stage's decoder layers, and of multi-token prediction or None."""
+        """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""
         settings = self._model_config
         config = settings.transformer
         described = (config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads)
