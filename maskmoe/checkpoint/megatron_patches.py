@@ -23,8 +23,8 @@ def unpickle_data_only() -> None:
     """Refuse pickles with code in checkpoints.
 
     Replaces: `pickle` in `torch.distributed.checkpoint.filesystem`, and `DefaultLoadPlanner.load_bytes`.
-    Why: torch unpickles the layout and the objects of a checkpoint without restrictions, so a crafted checkpoint can run
-        any code.
+    Why: torch unpickles the layout and the objects of a checkpoint without restrictions, so a crafted checkpoint can
+        run any code.
     Can go: When torch reads both with restrictions.
     """
 
@@ -43,9 +43,9 @@ def tie_writers_to_their_rank() -> None:
     """Let the processes of asynchronous saving end with their rank, not earlier and not later.
 
     Replaces: `PersistentAsyncCaller._get_process` and `async_loop`, and `filesystem_async.get_write_results_queue`.
-    Why: A signal that asks for a last checkpoint goes to the whole process group and would kill the writer before it has
-        written the checkpoint. When the rank is killed, the writer would stay and might write into the folder that the
-        rank's successor saves to.
+    Why: A signal that asks for a last checkpoint goes to the whole process group and would kill the writer before it
+        has written the checkpoint. When the rank is killed, the writer would stay and might write into the folder that
+        the rank's successor saves to.
     Can go: When Megatron-Core blocks these signals in its writers and ends them with their rank.
     """
     stock_get_process = PersistentAsyncCaller._get_process
@@ -69,8 +69,8 @@ def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager]) -
 
     Replaces: `TorchDistSaveShardedStrategy` in `megatron.training.checkpointing`, and
         `megatron.training.training.save_checkpoint`.
-    Why: Megatron saves over the files of an interrupted save and, if asked for a record of its files, makes the record on
-        one rank. It hard-codes the class that writes and the function that saves, so replace both names.
+    Why: Megatron saves over the files of an interrupted save and, if asked for a record of its files, makes the record
+        on one rank. It hard-codes the class that writes and the function that saves, so replace both names.
     Can go: When Megatron takes the strategy and the function as arguments.
 
     Args:

@@ -1,8 +1,8 @@
 """Runs Megatron-Core's training stack on a machine without CUDA, over gloo.
 
-Megatron addresses its device as `torch.cuda` throughout. Vendors of other accelerators map `torch.cuda` to their device.
-This module maps `torch.cuda` to the CPU, so that CPU and GPU share one training path and CPU tests exercise the code that
-runs on GPUs. `install()` must run before `megatron` is first imported, and never where CUDA is present.
+Megatron addresses its device as `torch.cuda` throughout. Vendors of other accelerators map `torch.cuda` to their
+device. This module maps `torch.cuda` to the CPU, so that CPU and GPU share one training path and CPU tests exercise the
+code that runs on GPUs. `install()` must run before `megatron` is first imported, and never where CUDA is present.
 
 The mapping replaces functions once, at installation. Nothing intercepts single operations.
 """
@@ -240,8 +240,8 @@ def _map_generators() -> None:
     replace(torch.cuda, "default_generators", _OneGenerator())
     replace(torch.cuda, "_lazy_call", lambda callable, **kwargs: callable())
 
-    # A data loader draws a seed from the CPU's generator. On a GPU this does not concern dropout, but here it would shift
-    # the dropout of a resumed run, which makes its data loaders after the checkpoint has restored the generator.
+    # A data loader draws a seed from the CPU's generator. On a GPU this does not concern dropout, but here it would
+    # shift the dropout of a resumed run, which makes its data loaders after the checkpoint has restored the generator.
     make_iterator = torch.utils.data.DataLoader.__iter__
 
     @functools.wraps(make_iterator)
@@ -380,8 +380,8 @@ def _adapt_megatron() -> None:
     # This function warms up the fusions on CUDA.
     replace(megatron.training.training, "set_jit_fusion_options", lambda tp_size=None: None)
 
-    # The dispatcher copies split sizes from a CUDA tensor to NumPy arrays on the host, but leaves CPU tensors as tensors,
-    # which the collective cannot read.
+    # The dispatcher copies split sizes from a CUDA tensor to NumPy arrays on the host, but leaves CPU tensors as
+    # tensors, which the collective cannot read.
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

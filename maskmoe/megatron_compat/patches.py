@@ -20,8 +20,8 @@ def use_compiled_helpers_of_wheel() -> None:
     """Do not compile Megatron's dataset helpers.
 
     Replaces: `megatron.core.datasets.utils.compile_helpers`, which `initialize_megatron` calls.
-    Why: The function runs `make` in the folder of the package. The wheel holds no Makefile, so every run would fail, but
-        the wheel holds the compiled module.
+    Why: The function runs `make` in the folder of the package. The wheel holds no Makefile, so every run would fail,
+        but the wheel holds the compiled module.
     Can go: When `compile_helpers` does nothing if the module can be imported.
     """
     from megatron.core.datasets import utils
@@ -34,18 +34,20 @@ def make_optimizer_state_loadable() -> None:
     """Let the distributed optimizer save and load its state without Apex and Transformer Engine.
 
     Replaces: `__init__`, `state_dict`, `load_state_dict` and `_set_main_param_and_optimizer_states` of
-        `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`, unless Apex or Transformer Engine is installed.
+        `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`, unless Apex or Transformer Engine is
+        installed.
     Why: With torch's Adam, the stock methods fail or compute wrong results in five ways.
 
         - `state_dict` wants exactly one value of `step` among all parameters. Before the first step, which is when a
           checkpoint is loaded, there is none. So allocate the state as Adam would at its first step.
         - An optimizer without parameters never has a `step`: the optimizer of the experts on a pipeline stage without
-          experts, or any optimizer on a rank whose share of a small buffer is padding. So count the steps in an entry of
-          the state that belongs to no parameter. torch saves and loads such an entry unchanged.
+          experts, or any optimizer on a rank whose share of a small buffer is padding. So count the steps in an entry
+          of the state that belongs to no parameter. torch saves and loads such an entry unchanged.
         - `load_state_dict` copies into views of fp32 parameters, which autograd forbids.
         - `load_state_dict` gives all parameters one `step` tensor, which every parameter's update then advances.
         - Loading then overwrites the loaded `step` by the `step` of the state that was allocated for loading.
-    Can go: When Megatron saves, loads and resumes bit for bit with torch's Adam (tests/megatron_compat/test_patches.py).
+    Can go: When Megatron saves, loads and resumes bit for bit with torch's Adam
+    (tests/megatron_compat/test_patches.py).
     """
     from megatron.core.optimizer import distrib_optimizer
 

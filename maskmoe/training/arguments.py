@@ -85,7 +85,7 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         nargs="?",
         const=int(os.environ.get("WORLD_SIZE", "1")),
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
-        "default WORLD_SIZE or 1; print the layout, parameters and memory of the run, and every error. Needs no GPU and "
-        "no torchrun, and assumes GPUs with Transformer Engine unless --distributed-backend gloo is given",
+        "default WORLD_SIZE or 1; print the layout, parameters and memory of the run, and every error. Needs no GPU "
+        "and no torchrun, and assumes GPUs with Transformer Engine unless --distributed-backend gloo is given",
     )
     return parser

@@ -10,9 +10,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_tokenizer, print_rank_0
+from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
+
+from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 
 _KEYS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
@@ -35,14 +37,15 @@ class Batch(NamedTuple):
 def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
     """Return the next micro-batch, complete on every pipeline stage.
 
-    Megatron's `get_batch` gives no tokens to later stages. Here every stage reads the data, which costs no communication
+    Megatron's `get_batch` gives no tokens to later stages. Here every stage reads the data, which costs no
+    communication
     over the pipeline: all stages of a data-parallel rank draw the same samples.
 
     Args:
         data_iterator: Samples; None on ranks that are not the first of their tensor-parallel group.
     """
     args = get_args()
-    batch: dict[str, Tensor | None] = {}
+    batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         data = next(data_iterator)
@@ -53,7 +56,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        broadcast_group=cast(torch.distributed.ProcessGroup, mpu.get_tensor_model_parallel_group()),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
@@ -63,7 +66,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
         pipeline_model_parallel_size=1,
     )
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return Batch(**{key: cast(Tensor, batch[key]) for key in _KEYS})
+    return Batch(**{key: batch[key] for key in _KEYS})
 
 
 def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
@@ -117,12 +120,13 @@ def build_datasets(args: Namespace, num_samples: list[int] | list[None]) -> list
         args: Megatron's arguments.
         num_samples: Number of samples of each dataset; None for one epoch.
     """
-    return BlendedMegatronDatasetBuilder(
+    builder = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         cast(list[int], num_samples),  # Megatron annotates int but takes None, too.
         lambda: mpu.get_tensor_model_parallel_rank() == 0,
         dataset_config_from_args(args),
-    ).build()
+    )
+    return cast(list[GPTDataset | None], builder.build())
 
 
 def dataset_config_from_args(args: Namespace) -> GPTDatasetConfig:
@@ -170,7 +174,7 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
         for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             get_rerun_state_machine().validate_result(
                 result=loss,
-                rejection_func=is_bad,
+                rejection_func=cast(Any, is_bad),
                 message=f"found {name} in local forward loss calculation",
                 tolerance=0.0,
                 fatal=True,

@@ -1,7 +1,7 @@
 """Watches the size of the files from which a run reads its tokens.
 
-The files are mapped into memory. If someone shortens a file during the run, reading beyond its new end kills the process
-by SIGBUS without a message.
+The files are mapped into memory. If someone shortens a file during the run, reading beyond its new end kills the
+process by SIGBUS without a message.
 """
 
 import itertools
@@ -51,6 +51,6 @@ class DataFiles:
             ) from error
         if size < self._sizes[path]:
             raise RunFailure(
-                f"{path} has shrunk from {self._sizes[path]} to {size} bytes during the run. Restore the file and start "
-                "the run again: it resumes from its last checkpoint"
+                f"{path} has shrunk from {self._sizes[path]} to {size} bytes during the run. Restore the file and "
+                "start the run again: it resumes from its last checkpoint"
             )

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.training import get_tokenizer, print_rank_0
+from megatron.training import print_rank_0
 from torch import Tensor
 
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 from maskmoe.routing_mask.frequency_bands import FrequencyBands
 from maskmoe.training.batch import Batch, build_datasets, get_batch, token_losses
@@ -137,8 +138,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     group.add_argument(
         "--eval-texts",
         metavar="FILE",
-        help="score texts instead of a dataset: JSON lines with a text, or with a context and a continuation, of which the "
-        "continuation is scored; the log-likelihoods equal the ones that lm-evaluation-harness computes",
+        help="score texts instead of a dataset: JSON lines with a text, or with a context and a continuation, of which "
+        "the continuation is scored; the log-likelihoods equal the ones that lm-evaluation-harness computes",
     )
     group.add_argument("--eval-output", metavar="FILE", help="also write the results as JSON")
     parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)

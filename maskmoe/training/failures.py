@@ -14,16 +14,17 @@ from megatron.core.rerun_state_machine import (
     EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
     EXIT_CODE_RESUME_TO_DISAMBIGUATE,
 )
-from megatron.training import get_signal_handler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.saving import remove_unfinished_checkpoints
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.errors import RunFailure
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
+from maskmoe.megatron_compat.globals import get_signal_handler
 from maskmoe.training.data_files import DataFiles
 
-# If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these codes.
+# If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these
+# codes.
 _RERUN_VERDICTS = {
     EXIT_CODE_FAILED_ON_RESULT_VALIDATION: "a loss or gradient was NaN or infinite, and not so when the step was "
     "repeated: the device that the log names may be faulty",
@@ -76,8 +77,9 @@ class SaveOnSignal:
 def ending_data_workers() -> Iterator[None]:
     """Kill the workers of the data loaders at the end of the block, also if the block fails.
 
-    When the process exits, Python sends SIGTERM to the workers and waits for their end. But Megatron makes workers ignore
-    SIGTERM, so that a signal to the process group does not end them before the last save. The process would never end.
+    When the process exits, Python sends SIGTERM to the workers and waits for their end. But Megatron makes workers
+    ignore SIGTERM, so that a signal to the process group does not end them before the last save. The process would
+    never end.
     """
     try:
         yield
@@ -90,12 +92,12 @@ def ending_data_workers() -> Iterator[None]:
 
 @contextmanager
 def explaining_failures(args: Namespace, data_files: DataFiles) -> Iterator[None]:
-    """Replace the traceback of a failed save or a changed data file by one line with the cause and the newest checkpoint.
+    """Explain a failed save or a changed data file in one line, which also names the newest checkpoint.
 
     Args:
         args: Megatron's arguments.
-        data_files: Checked after any RuntimeError: if a data file shrinks, a worker of the data loader may be killed, and
-            this process then fails in a place that has nothing to do with the file.
+        data_files: Checked after any RuntimeError: if a data file shrinks, a worker of the data loader may be killed,
+            and this process then fails in a place that has nothing to do with the file.
 
     Raises:
         RunFailure: The cause lies outside the program.
@@ -119,7 +121,7 @@ def explaining_failures(args: Namespace, data_files: DataFiles) -> Iterator[None
 
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:
-    """Return the failure of a save, with the free space: Megatron's writer does not always pass the system's error on."""
+    """Return the failure of a save. Megatron's writer may hide the system's error, so report the free space, too."""
     free = shutil.disk_usage(args.save).free
     space = "no space is left there" if free < _NO_SPACE else f"{free / 2**30:.1f} GiB are free there"
     if torch.distributed.get_rank() == 0:

@@ -38,7 +38,8 @@ def forward_all(
     """
     samples_a_step = args.micro_batch_size * mpu.get_data_parallel_world_size()
     num_steps = -(-num_samples // samples_a_step)
-    data_iterator = _micro_batches(dataset, num_steps, args.micro_batch_size) if dataset is not None else None
+    # Megatron's schedules take None, too, on ranks that do not read data.
+    data_iterator: Any = _micro_batches(dataset, num_steps, args.micro_batch_size) if dataset is not None else None
     is_reporting = torch.distributed.get_rank() == 0
     for step in tqdm(range(num_steps), desc=description, unit="batch", disable=None if is_reporting else True):
         outputs = get_forward_backward_func()(

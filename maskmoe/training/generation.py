@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.training import get_tokenizer, print_rank_0
+from megatron.training import print_rank_0
 from torch import Tensor
 from tqdm import tqdm
 
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
 
 
@@ -25,10 +26,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         "--temperature",
         type=float,
         default=0.8,
-        help="scales how random the choice is; 0 always takes the most probable token",
+        help="divides the logits before a token is drawn; 0 always takes the most probable token",
     )
     group.add_argument(
-        "--top-k", type=int, default=50, help="sample among this many of the most probable tokens; 0: among all"
+        "--top-k", type=int, default=50, help="draw among this many of the most probable tokens; 0: all"
     )
     group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
     parser.set_defaults(micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import (
@@ -41,7 +41,9 @@ class MaskMoEGPTModelConfig(GPTModelConfig):
 class MaskMoEGPTModelBuilder(GPTModelBuilder):
     """Builds a `MaskMoEGPTModel`, or a `GPTModel` if the model has no experts."""
 
-    _model_config: MaskMoEGPTModelConfig
+    @property
+    def _settings(self) -> MaskMoEGPTModelConfig:
+        return cast(MaskMoEGPTModelConfig, self._model_config)
 
     def build_model(
         self,
@@ -51,13 +53,15 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         vp_stage: int | None = None,
     ) -> GPTModel:
         """Build one pipeline stage; arguments as for `GPTModelBuilder.build_model`."""
-        settings = self._model_config
+        settings = self._settings
         config = settings.transformer
         vp_size = config.virtual_pipeline_model_parallel_size
+        # Without an interleaved pipeline `vp_stage` and `vp_size` are None, which Megatron accepts but does not
+        # annotate.
         if pre_process is None:
-            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
+            pre_process = is_vp_first_stage(cast(int, vp_stage), vp_size) and is_pp_first_stage(pg_collection.pp)
         if post_process is None:
-            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
+            post_process = is_vp_last_stage(cast(int, vp_stage), vp_size) and is_pp_last_stage(pg_collection.pp)
 
         visible_experts = self.visible_experts(pg_collection, vp_stage) if config.num_moe_experts else None
         block_spec, mtp_block_spec = self.layer_specs(visible_experts, vp_stage)
@@ -66,7 +70,7 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
             config=config,
             transformer_layer_spec=block_spec,
             mtp_block_spec=mtp_block_spec,
-            vocab_size=settings.vocab_size,
+            vocab_size=cast(int, settings.vocab_size),
             max_sequence_length=settings.seq_length,
             fp16_lm_cross_entropy=settings.fp16_lm_cross_entropy,
             parallel_output=settings.parallel_output,
@@ -86,13 +90,13 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the routing mask of the run, which the routers of one pipeline stage share."""
-        settings = self._model_config
+        settings = self._settings
         assert settings.routing_mask is not None
         return VisibleExperts(settings.transformer, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
         """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""
-        settings = self._model_config
+        settings = self._settings
         config = settings.transformer
         described = (config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads)
         block_spec = get_maskmoe_decoder_block_spec(*described)

@@ -10,11 +10,12 @@ from functools import partial
 from importlib.util import find_spec
 
 from megatron.core.enums import ModelType
-from megatron.training import get_timers, pretrain
+from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.check.command import check_run, ranks_to_check
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
+from maskmoe.megatron_compat.globals import get_timers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import get_batch, loss_function, token_losses, train_valid_test_datasets_provider
 from maskmoe.training.checks import data_prefixes
@@ -60,8 +61,8 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--keep-last-checkpoints",
         type=int,
         metavar="N",
-        help="keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all others; "
-        "by default all checkpoints are kept",
+        help="keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all "
+        "others; by default all checkpoints are kept",
     )
     group.add_argument(
         "--hang-timeout",

@@ -56,7 +56,7 @@ def test_factories_make_cpu_tensors(device: object) -> None:
 
 
 def test_other_default_devices_hold() -> None:
-    """transformers makes its models so before it loads their weights."""
+    """Transformers makes its models so before it loads their weights."""
     with torch.device("meta"):
         tensors = [torch.empty(2), torch.arange(3), torch.ones(2), torch.tensor([1.0]), torch.nn.Linear(2, 2).weight]
     assert all(tensor.is_meta for tensor in tensors)

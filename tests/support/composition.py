@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Names in `RUNS`: for each run on one process, the runs whose losses are compared with the losses of that run. The compared
-# runs continue from a checkpoint of the run on one process, or start like that run.
+# Names in `RUNS`: for each run on one process, the runs whose losses are compared with the losses of that run. The
+# compared runs continue from a checkpoint of the run on one process, or start like that run.
 COMPARED = {
     "reference": [
         "expert parallel 2",

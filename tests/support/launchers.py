@@ -13,10 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from torch.distributed import TCPStore
-
 from support.paths import BENCHMARKS, RANK_SCRIPTS, TESTS
 from support.waiting import wait_until
+from torch.distributed import TCPStore
 
 __all__ = ["BENCHMARKS", "RANK_SCRIPTS", "TESTS", "Outcome", "RankProcesses", "RunRanks", "run_script_as_ranks"]
 

@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-
-from maskmoe.data.indexed_dataset import optimal_dtype
-from maskmoe.routing_mask.mask import RoutingMask
 from support.datasets import predictable_ids, write_documents
 from support.launchers import TIMEOUT, Outcome, RankProcesses, Rendezvous, rank_environments, start_ranks
 from support.masks import build_mask, count_ids
 from support.runs import free_port, read_scalars
+
+from maskmoe.data.indexed_dataset import optimal_dtype
+from maskmoe.routing_mask.mask import RoutingMask
 
 VOCAB_SIZE = 510
 SETTINGS = f"""

@@ -113,7 +113,7 @@ def test_writer_ends_with_its_rank(start_faulty):
 
 
 @pytest.mark.parametrize(
-    "number, ranks, flags",
+    ("number", "ranks", "flags"),
     [
         (signal.SIGUSR1, (0, 1), "--num-workers 1 --async-save"),
         (signal.SIGTERM, (0, 1), "--num-workers 1"),
@@ -166,7 +166,7 @@ def test_sigterm_to_torchrun_saves(start_faulty, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, exit_code, verdict, newest",
+    ("kind", "exit_code", "verdict", "newest"),
     [
         ("nan", 17, "not so when the step was repeated", 7),
         ("nan-always", 16, "so again when the step was repeated", 9),
@@ -186,7 +186,7 @@ def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, verd
 
 
 @pytest.mark.parametrize(
-    "rank, stops, culprit",
+    ("rank", "stops", "culprit"),
     [
         (1, False, r"rank 1 \(host .*, process \d+\) stands still .*pretrain_with_fault\.py:\d+ in forward"),
         pytest.param(1, True, r"rank 1 \(host .*\) shows no sign of life", marks=pytest.mark.slow),
