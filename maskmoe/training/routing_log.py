@@ -212,5 +212,5 @@ def _part_of_squared_gradient(chunk: DistributedDataParallel, weight: torch.nn.P
 
 
 def _gradient_scale(config: TransformerConfig) -> Tensor | float:
-    """Return the factor by which gradients are scaled up: the loss scale of fp16, else 1."""
+    """Return the loss scale of fp16, with which gradients are multiplied, or 1 without fp16."""
     return 1.0 if config.grad_scale_func is None else config.grad_scale_func(1.0)

@@ -102,7 +102,7 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None) -> RoutingMask |
         checkpoint: The checkpoint to load, if there is one.
 
     Raises:
-        UserError: There is no mask, or the mask of the flag and the mask of the checkpoint differ.
+        UserError: No mask is given, or the mask of the flag and the mask of the checkpoint differ.
     """
     if not args.num_experts:
         return None

@@ -166,19 +166,29 @@ def token_windows(texts: Sequence[Text], tokenizer: Any, length: int) -> list[Wi
     return found
 
 
-def _sample(window: Window, length: int) -> dict[str, Tensor]:
-    """Return a window as a sample of `GPTDataset`, padded to `length` tokens."""
-    num_inputs = len(window.tokens) - 1
-    padded = torch.zeros(length + 1, dtype=torch.long)
-    padded[: num_inputs + 1] = torch.tensor(window.tokens)
-    loss_mask = torch.zeros(length)
-    loss_mask[num_inputs - window.num_scored : num_inputs] = 1
-    return {
-        "tokens": padded[:-1],
-        "labels": padded[1:],
-        "loss_mask": loss_mask,
-        "position_ids": torch.arange(length),
-    }
+class _Samples(Sequence):
+    """Windows in the form of the samples of `GPTDataset`, padded to `length` tokens; made when they are needed."""
+
+    def __init__(self, found: Sequence[Window], length: int) -> None:
+        self._windows = found
+        self._length = length
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: Any) -> dict[str, Tensor]:
+        window = self._windows[index]
+        num_inputs = len(window.tokens) - 1
+        padded = torch.zeros(self._length + 1, dtype=torch.long)
+        padded[: num_inputs + 1] = torch.tensor(window.tokens)
+        loss_mask = torch.zeros(self._length)
+        loss_mask[num_inputs - window.num_scored : num_inputs] = 1
+        return {
+            "tokens": padded[:-1],
+            "labels": padded[1:],
+            "loss_mask": loss_mask,
+            "position_ids": torch.arange(self._length),
+        }
 
 
 @torch.no_grad()
@@ -208,7 +218,7 @@ def score_texts(args: argparse.Namespace, model: torch.nn.Module, texts: Sequenc
         return token_losses(model, batch), partial(_sum_of_samples, batch.loss_mask)
 
     # Compute the log-likelihood of every window.
-    samples = [_sample(window, args.seq_length) for window in found]
+    samples = _Samples(found, args.seq_length)
     for first, outputs in forward_all(args, model, samples, len(samples), forward_step, "scoring"):
         for output in outputs:
             # Samples beyond the last window fill up the last step. Their losses are 0.

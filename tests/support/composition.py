@@ -58,7 +58,7 @@ class Works:
     """A row of settings that work with a routing mask.
 
     Attributes:
-        evidence: What was compared, in words.
+        evidence: Describes the comparison in words.
         flags: Words of the command line that all runs of the row have, each in one piece.
         runs: Names of compared runs of `RUNS`; each has a description.
         tests: Further tests as `FILE::FUNCTION`, below `tests/`.
