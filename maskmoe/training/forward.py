@@ -1,17 +1,22 @@
 """Forward passes over a whole dataset, each sample once, in any layout."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from megatron.core import mpu
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-Samples = GPTDataset | Sequence[dict[str, Any]]
+
+class Samples(Protocol):
+    """Samples in the form of Megatron's `GPTDataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 def forward_all(
@@ -27,7 +32,7 @@ def forward_all(
     Args:
         args: Megatron's arguments; each rank takes `micro_batch_size` samples in each step.
         model: This rank's part of the model.
-        dataset: Samples in the form of `GPTDataset`; None on ranks that do not read data.
+        dataset: The samples; None on ranks that do not read data.
         num_samples: Number of samples of the dataset, on all ranks.
         forward_step: Forward step in the form that Megatron's schedules take.
         description: Label of the progress bar.

@@ -28,9 +28,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         default=0.8,
         help="divides the logits before a token is drawn; 0 always takes the most probable token",
     )
-    group.add_argument(
-        "--top-k", type=int, default=50, help="draw among this many of the most probable tokens; 0: all"
-    )
+    group.add_argument("--top-k", type=int, default=50, help="draw among this many of the most probable tokens; 0: all")
     group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
     parser.set_defaults(micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
     return parser

@@ -166,7 +166,7 @@ def token_windows(texts: Sequence[Text], tokenizer: Any, length: int) -> list[Wi
     return found
 
 
-class _Samples(Sequence):
+class _Samples:
     """Windows in the form of the samples of `GPTDataset`, padded to `length` tokens; made when they are needed."""
 
     def __init__(self, found: Sequence[Window], length: int) -> None:
@@ -176,7 +176,7 @@ class _Samples(Sequence):
     def __len__(self) -> int:
         return len(self._windows)
 
-    def __getitem__(self, index: Any) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         window = self._windows[index]
         num_inputs = len(window.tokens) - 1
         padded = torch.zeros(self._length + 1, dtype=torch.long)
