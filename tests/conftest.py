@@ -8,7 +8,7 @@ from support.launchers import RunRanks, run_script_as_ranks
 
 from maskmoe.megatron_compat import prepare_process
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, and with them the processes under test.
+# A shell that starts the tests in the background makes them ignore Ctrl-C. The processes under test would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -18,7 +18,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:
-    """Megatron's process groups, each of this process alone."""
+    """Initialise Megatron's process groups, each with this process as the only rank."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -33,5 +33,5 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> RunRanks:
-    """Run a script as the ranks of one gloo group, see `run_script_as_ranks`."""
+    """Return `run_script_as_ranks`, which runs a script as the ranks of one gloo group."""
     return run_script_as_ranks

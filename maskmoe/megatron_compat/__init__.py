@@ -1,6 +1,7 @@
-"""Makes Megatron-Core run here: the CPU adapter, and every patch of Megatron-Core and torch.
+"""Makes Megatron-Core run here: the CPU adapter, and the patches of Megatron-Core and torch.
 
-Nothing happens on import. Each process that uses Megatron calls `prepare_process` once, before it imports megatron.
+Importing this package changes nothing. Each process that uses Megatron calls `prepare_process` once, before it imports
+megatron.
 """
 
 from maskmoe.megatron_compat.process import prepare_process

@@ -1,10 +1,10 @@
 """Runs Megatron-Core's training stack on a machine without CUDA, over gloo.
 
-Megatron addresses its device as `torch.cuda` throughout. Makers of other accelerators map that name to their device;
-this module maps it to the CPU, so that one training path serves both and CPU tests exercise the code that runs on
-GPUs. `install()` must run before `megatron` is first imported, and never where CUDA is present.
+Megatron addresses its device as `torch.cuda` throughout. Vendors of other accelerators map `torch.cuda` to their
+device. This module maps `torch.cuda` to the CPU, so that CPU and GPU share one training path and CPU tests exercise the
+code that runs on GPUs. `install()` must run before `megatron` is first imported, and never where CUDA is present.
 
-The mapping is made of plain functions put in the place of others, once. Nothing is intercepted per operation.
+The mapping replaces functions once, at installation. Nothing intercepts single operations.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ import os
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from maskmoe.megatron_compat.replacing import replace
 
 _CPU = torch.device("cpu")
 
@@ -49,7 +51,7 @@ _FACTORIES = [
     "zeros_like",
 ]
 
-# What has no counterpart on the CPU where everything happens in program order.
+# Functions of `torch.cuda` that have nothing to do on the CPU, where everything happens in program order.
 _NO_OPERATION = [
     "empty_cache",
     "set_device",
@@ -64,7 +66,7 @@ _NO_OPERATION = [
 
 
 def is_installed() -> bool:
-    """Report whether `torch.cuda` stands for the CPU in this process."""
+    """Report whether `torch.cuda` is mapped to the CPU in this process."""
     return torch.cuda.current_device is _current_device
 
 
@@ -88,7 +90,7 @@ def install() -> None:
 
 
 def argument_defaults() -> dict[str, Any]:
-    """Values of Megatron's arguments where its defaults need CUDA, in the form of `args_defaults`."""
+    """Return defaults for the arguments of Megatron whose own defaults need CUDA, in the form of `args_defaults`."""
     return {
         "distributed_backend": "gloo",
         "transformer_impl": "local",
@@ -105,7 +107,7 @@ def argument_defaults() -> dict[str, Any]:
 
 
 def _on_cpu(device: Any) -> Any:
-    """The CPU for any way to name a CUDA device, anything else as it is."""
+    """Return the CPU for every way to name a CUDA device, and any other device unchanged."""
     if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):
         return _CPU
     if isinstance(device, torch.device) and device.type == "cuda":
@@ -116,21 +118,22 @@ def _on_cpu(device: Any) -> Any:
 def _map_devices() -> None:
     def with_cpu_device(factory: Callable) -> Callable:
         @functools.wraps(factory)
-        def wrapper(*args, **kwargs):
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             if "device" in kwargs:
                 kwargs["device"] = _on_cpu(kwargs["device"])
             return factory(*args, **kwargs)
 
         return wrapper
 
-    # What `with torch.device(…)` looks for are the factories as they are now, which the wrappers call.
+    # `with torch.device(…)` looks for these factories. torch caches them, so let it do so before they are replaced: the
+    # wrappers call the original functions.
     _device_constructors()
     for name in _FACTORIES:
-        setattr(torch, name, with_cpu_device(getattr(torch, name)))
+        replace(torch, name, with_cpu_device(getattr(torch, name)))
 
     def move_to(original: Callable) -> Callable:
         @functools.wraps(original)
-        def wrapper(self, *args, **kwargs):
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
             args = (_on_cpu(args[0]), *args[1:]) if args else args
             if "device" in kwargs:
                 kwargs["device"] = _on_cpu(kwargs["device"])
@@ -138,26 +141,26 @@ def _map_devices() -> None:
 
         return wrapper
 
-    torch.Tensor.to = move_to(torch.Tensor.to)
-    torch.nn.Module.to = move_to(torch.nn.Module.to)
-    torch.nn.Module.to_empty = move_to(torch.nn.Module.to_empty)
-    torch.Tensor.cuda = lambda self, device=None, non_blocking=False, memory_format=None: self
-    torch.nn.Module.cuda = lambda self, device=None: self
-    torch.Tensor.pin_memory = lambda self, device=None: self
+    replace(torch.Tensor, "to", move_to(torch.Tensor.to))
+    replace(torch.nn.Module, "to", move_to(torch.nn.Module.to))
+    replace(torch.nn.Module, "to_empty", move_to(torch.nn.Module.to_empty))
+    replace(torch.Tensor, "cuda", lambda self, device=None, non_blocking=False, memory_format=None: self)
+    replace(torch.nn.Module, "cuda", lambda self, device=None: self)
+    replace(torch.Tensor, "pin_memory", lambda self, device=None: self)
 
 
 class _Stream:
-    """The one queue of work that there is."""
+    """The one queue of work."""
 
     device = _CPU
     cuda_stream = 0
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def wait_event(self, event) -> None: ...
+    def wait_event(self, event: "_Event") -> None: ...
 
-    def wait_stream(self, stream) -> None: ...
+    def wait_stream(self, stream: "_Stream") -> None: ...
 
     def synchronize(self) -> None: ...
 
@@ -173,9 +176,9 @@ class _Stream:
 
 
 class _Event:
-    """A mark in the one queue of work: everything before it is done."""
+    """A mark in the one queue of work; all work before the mark is done."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def record(self, stream: _Stream | None = None) -> None: ...
@@ -190,27 +193,28 @@ class _Event:
 
 def _map_streams() -> None:
     only_stream = _Stream()
-    torch.cuda.Stream = _Stream
-    torch.cuda.Event = _Event
-    torch.cuda.current_stream = lambda device=None: only_stream
-    torch.cuda.default_stream = lambda device=None: only_stream
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.device = lambda device: contextlib.nullcontext()
-    torch.cuda.is_current_stream_capturing = lambda: False
-    torch.Tensor.record_stream = lambda self, stream: None
+    replace(torch.cuda, "Stream", _Stream)
+    replace(torch.cuda, "Event", _Event)
+    replace(torch.cuda, "current_stream", lambda device=None: only_stream)
+    replace(torch.cuda, "default_stream", lambda device=None: only_stream)
+    replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    replace(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    replace(torch.cuda, "is_current_stream_capturing", lambda: False)
+    replace(torch.Tensor, "record_stream", lambda self, stream: None)
     for name in _NO_OPERATION:
-        setattr(torch.cuda, name, lambda *args, **kwargs: None)
-    torch.cuda.nvtx = SimpleNamespace(
+        replace(torch.cuda, name, lambda *args, **kwargs: None)
+    nvtx = SimpleNamespace(
         range_push=lambda message: 0,
         range_pop=lambda: 0,
         range=lambda message, *args, **kwargs: contextlib.nullcontext(),
     )
+    replace(torch.cuda, "nvtx", nvtx)
 
 
-class _OneGenerator(Sequence):
-    """`torch.cuda.default_generators` where the CPU's generator stands for that of every device."""
+class _OneGenerator:
+    """`torch.cuda.default_generators`, in which the CPU's generator stands for the generator of every device."""
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> torch.Generator:
         return torch.default_generator
 
     def __len__(self) -> int:
@@ -218,36 +222,37 @@ class _OneGenerator(Sequence):
 
 
 def _map_generators() -> None:
-    def get_rng_state(device=None) -> torch.Tensor:
+    def get_rng_state(device: Any = None) -> torch.Tensor:
         return torch.default_generator.get_state()
 
-    def set_rng_state(new_state: torch.Tensor, device=None) -> None:
+    def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
         torch.default_generator.set_state(new_state)
 
     def seed_generator(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = get_rng_state
-        module.set_rng_state = set_rng_state
-        module.manual_seed = module.manual_seed_all = seed_generator
-        module.initial_seed = lambda: torch.default_generator.initial_seed()
-    torch.cuda.default_generators = _OneGenerator()
-    torch.cuda._lazy_call = lambda callable, **kwargs: callable()
+        replace(module, "get_rng_state", get_rng_state)
+        replace(module, "set_rng_state", set_rng_state)
+        replace(module, "manual_seed", seed_generator)
+        replace(module, "manual_seed_all", seed_generator)
+        replace(module, "initial_seed", lambda: torch.default_generator.initial_seed())
+    replace(torch.cuda, "default_generators", _OneGenerator())
+    replace(torch.cuda, "_lazy_call", lambda callable, **kwargs: callable())
 
-    # A data loader draws a seed from the CPU's generator, on a GPU no concern of dropout. Here it would shift the
-    # dropout of a resumed run, which makes its data loaders after the checkpoint has restored the generator.
+    # A data loader draws a seed from the CPU's generator. On a GPU this does not concern dropout, but here it would
+    # shift the dropout of a resumed run, which makes its data loaders after the checkpoint has restored the generator.
     make_iterator = torch.utils.data.DataLoader.__iter__
 
     @functools.wraps(make_iterator)
-    def make_iterator_without_a_draw(self):
+    def make_iterator_without_a_draw(self: torch.utils.data.DataLoader) -> Any:
         state = torch.default_generator.get_state()
         iterator = make_iterator(self)
         torch.default_generator.set_state(state)
         return iterator
 
-    torch.utils.data.DataLoader.__iter__ = make_iterator_without_a_draw
-    # Megatron warns each time that it has drawn from the GPU's generator and the CPU's has moved.
+    replace(torch.utils.data.DataLoader, "__iter__", make_iterator_without_a_draw)
+    # Megatron draws from the GPU's generator and warns each time if the draw has moved the CPU's generator.
     random_logger = logging.getLogger("megatron.core.tensor_parallel.random")
     random_logger.addFilter(lambda record: "CPU RNG state changed" not in record.msg)
 
@@ -257,14 +262,14 @@ def _current_device() -> torch.device:
 
 
 def _map_properties() -> None:
-    def peak_resident_bytes(device=None) -> int:
+    def peak_resident_bytes(device: Any = None) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def resident_bytes(device=None) -> int:
+    def resident_bytes(device: Any = None) -> int:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def memory_stats(device=None) -> dict[str, int]:
+    def memory_stats(device: Any = None) -> dict[str, int]:
         resident, peak = resident_bytes(), peak_resident_bytes()
         return {
             "allocated_bytes.all.current": resident,
@@ -277,33 +282,37 @@ def _map_properties() -> None:
 
     total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     properties = SimpleNamespace(name="CPU", major=0, minor=0, total_memory=total_memory, multi_processor_count=1)
-    torch.cuda.is_available = lambda: True
-    torch.cuda.is_initialized = lambda: True
-    # torch itself asks here, and should hear the truth.
-    torch.accelerator.is_available = lambda: False
-    torch.accelerator.current_accelerator = lambda check_available=False: None
-    # A rank has the CPU to itself: the index torchrun gave it names no device, but Megatron wants one for each.
-    torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.cuda.current_device = _current_device
-    torch.cuda.get_device_properties = lambda device=None: properties
-    torch.cuda.get_device_name = lambda device=None: properties.name
-    torch.cuda.get_device_capability = lambda device=None: (properties.major, properties.minor)
-    torch.cuda.memory_stats = memory_stats
-    torch.cuda.memory_allocated = torch.cuda.memory_reserved = resident_bytes
-    torch.cuda.max_memory_allocated = torch.cuda.max_memory_reserved = peak_resident_bytes
-    torch.cuda.mem_get_info = lambda device=None: (total_memory - resident_bytes(), total_memory)
+    replace(torch.cuda, "is_available", lambda: True)
+    replace(torch.cuda, "is_initialized", lambda: True)
+    # torch itself asks `torch.accelerator`, and must learn that there is no accelerator.
+    replace(torch.accelerator, "is_available", lambda: False)
+    replace(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    # Megatron wants one device for each local rank.
+    replace(torch.cuda, "device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    replace(torch.cuda, "current_device", _current_device)
+    replace(torch.cuda, "get_device_properties", lambda device=None: properties)
+    replace(torch.cuda, "get_device_name", lambda device=None: properties.name)
+    replace(torch.cuda, "get_device_capability", lambda device=None: (properties.major, properties.minor))
+    replace(torch.cuda, "memory_stats", memory_stats)
+    for name in ("memory_allocated", "memory_reserved"):
+        replace(torch.cuda, name, resident_bytes)
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        replace(torch.cuda, name, peak_resident_bytes)
+    replace(torch.cuda, "mem_get_info", lambda device=None: (total_memory - resident_bytes(), total_memory))
 
 
 def _allow_uneven_collectives() -> None:
-    """gloo gathers and scatters tensors of one size only, NCCL those of any."""
-    all_gather = torch.distributed.all_gather
-    reduce_scatter = torch.distributed.reduce_scatter
+    """Let gloo gather and scatter tensors of different sizes, as NCCL does."""
+    all_gather: Callable = torch.distributed.all_gather
+    reduce_scatter: Callable = torch.distributed.reduce_scatter
 
     def is_even(tensors: list[torch.Tensor]) -> bool:
         return all(tensor.shape == tensors[0].shape for tensor in tensors)
 
     @functools.wraps(all_gather)
-    def all_gather_any(tensor_list, tensor, group=None, async_op=False):
+    def all_gather_any(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
         if is_even(tensor_list):
             return all_gather(tensor_list, tensor, group, async_op)
         rows = max(len(output) for output in tensor_list)
@@ -316,7 +325,13 @@ def _allow_uneven_collectives() -> None:
         return None
 
     @functools.wraps(reduce_scatter)
-    def reduce_scatter_any(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+    def reduce_scatter_any(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
         if is_even(input_list):
             return reduce_scatter(output, input_list, op, group, async_op)
         total = torch.cat(input_list)
@@ -324,46 +339,52 @@ def _allow_uneven_collectives() -> None:
         output.copy_(total.split([len(part) for part in input_list])[torch.distributed.get_rank(group)])
         return None
 
-    torch.distributed.all_gather = all_gather_any
-    torch.distributed.reduce_scatter = reduce_scatter_any
+    replace(torch.distributed, "all_gather", all_gather_any)
+    replace(torch.distributed, "reduce_scatter", reduce_scatter_any)
 
 
 def _map_type_names() -> None:
-    """Megatron compares `Tensor.type()` with names such as `torch.cuda.FloatTensor`."""
-    original = torch.Tensor.type
+    """Let `Tensor.type()` return names such as `torch.cuda.FloatTensor`, with which Megatron compares."""
+    original: Callable = torch.Tensor.type
 
     @functools.wraps(original)
-    def type_of(self, dtype=None, non_blocking=False, **kwargs):
+    def type_of(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
         if dtype is None:
-            # Inside a torch function mode, such as `with torch.device(…)`, what is called here is this wrapper again.
+            # Inside a torch function mode, such as `with torch.device(…)`, `original` calls this wrapper again. So the
+            # name may begin with `torch.cuda.` already.
             return "torch.cuda." + original(self).rpartition(".")[2]
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.", 1)
         return original(self, dtype, non_blocking, **kwargs)
 
-    torch.Tensor.type = type_of
+    replace(torch.Tensor, "type", type_of)
 
 
 def _adapt_megatron() -> None:
-    """Cures for what the mapping alone does not reach; for megatron-core 0.19."""
-    # Megatron asks for it where CUDA kernels of communication and computation overlap.
+    """Change what the mapping of `torch.cuda` does not reach in megatron-core 0.19."""
+    # Megatron checks this variable, which only matters if CUDA kernels of communication and computation overlap.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-    # Megatron compiles its fusions, made for GPUs, when it is imported. On a CPU that needs a compiler and minutes.
-    torch.compile = lambda model=None, **kwargs: (lambda function: function) if model is None else model
+    # Megatron compiles its fusions for GPUs when it is imported. On a CPU, that needs a compiler and minutes.
+    replace(
+        torch,
+        "compile",
+        lambda model=None, **kwargs: (lambda function: function) if model is None else model,
+    )
 
-    # They say that Transformer Engine and Apex are missing, which a machine without CUDA cannot have.
+    # Megatron warns that Transformer Engine and Apex are missing, which a machine without CUDA cannot have.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning)
         import megatron.training.training
 
-    # Warms up the fusions.
-    megatron.training.training.set_jit_fusion_options = lambda tp_size=None: None
+    # This function warms up the fusions on CUDA.
+    replace(megatron.training.training, "set_jit_fusion_options", lambda tp_size=None: None)
 
-    # Where the dispatcher copies split sizes to the host, they become NumPy arrays for the collective to read.
-    import megatron.core.transformer.moe.token_dispatcher
+    # The dispatcher copies split sizes from a CUDA tensor to NumPy arrays on the host, but leaves CPU tensors as
+    # tensors, which the collective cannot read.
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
-    megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)

@@ -1,72 +1,70 @@
-"""The one place where functions of Megatron-Core and torch are replaced, on CPU and GPU alike.
+"""Patches of Megatron-Core and torch that every process needs, on CPU and GPU alike.
 
-Written for megatron-core 0.19.2 and torch 2.15; each entry says what goes wrong without it.
+Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says what, why, and when the patch can go. No
+patch here knows other rooms of this package. The patches that concern checkpoints are in
+`maskmoe.checkpoint.megatron_patches`.
 """
 
-import functools
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import SimpleNamespace
+import argparse
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-
-def apply() -> None:
-    """Replace what every entry point needs; call before `megatron.training.pretrain`."""
-    _use_helpers_of_the_wheel()
-    _make_optimizer_state_loadable()
-    _unpickle_data_only()
-    _tie_writers_to_their_rank()
+from maskmoe.megatron_compat.replacing import replace
 
 
-@contextmanager
-def latent_projections_without_transformer_engine(linear: Callable[..., torch.nn.Module]) -> Iterator[None]:
-    """`MoELayer` makes its latent projections of Transformer Engine alone: without it they could not even be counted.
+def use_compiled_helpers_of_wheel() -> None:
+    """Do not compile Megatron's dataset helpers.
 
-    Args:
-        linear: makes a projection, called as `TELinear` is.
+    Replaces: `megatron.core.datasets.utils.compile_helpers`, which `initialize_megatron` calls.
+    Why: The function runs `make` in the folder of the package. The wheel holds no Makefile, so every run would fail,
+        but the wheel holds the compiled module.
+    Can go: When `compile_helpers` does nothing if the module can be imported.
     """
-    from megatron.core.transformer.moe import moe_layer
+    from megatron.core.datasets import utils
 
-    stock = moe_layer.HAVE_TE, moe_layer.TELinear
-    if not moe_layer.HAVE_TE:
-        moe_layer.HAVE_TE, moe_layer.TELinear = True, linear
-    try:
-        yield
-    finally:
-        moe_layer.HAVE_TE, moe_layer.TELinear = stock
+    importlib.import_module("megatron.core.datasets.helpers_cpp")  # fails here rather than in the first dataset
+    replace(utils, "compile_helpers", lambda: None)
 
 
-def _use_helpers_of_the_wheel() -> None:
-    """`initialize_megatron` runs `make` in its own folder, but the wheel has no Makefile there: every run would end.
+def make_optimizer_state_loadable() -> None:
+    """Let the distributed optimizer save and load its state without Apex and Transformer Engine.
 
-    The wheel ships the module that `make` would build.
-    """
-    from megatron.core.datasets import helpers_cpp, utils
+    Replaces: `__init__`, `state_dict`, `load_state_dict` and `_set_main_param_and_optimizer_states` of
+        `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`, unless Apex or Transformer Engine is
+        installed.
+    Why: With torch's Adam, the stock methods fail or compute wrong results in five ways.
 
-    assert helpers_cpp is not None
-    utils.compile_helpers = lambda: None
-
-
-def _make_optimizer_state_loadable() -> None:
-    """Without Apex and Transformer Engine, `DistributedOptimizer` cannot load what it saved, for four reasons.
-
-    - `state_dict` wants the step that all parameters share, and there is none before the first step, which is when a
-      checkpoint is loaded. So allocate the state first, as Adam itself would at its first step.
-    - `load_state_dict` copies into views of fp32 parameters, which autograd forbids.
-    - It gives all parameters one and the same `step` tensor, so that every parameter's update advances it for all.
-    - It then overwrites the step with that of the state that was allocated for loading, or misses it.
+        - `state_dict` wants exactly one value of `step` among all parameters. Before the first step, which is when a
+          checkpoint is loaded, there is none. So allocate the state as Adam would at its first step.
+        - An optimizer without parameters never has a `step`: the optimizer of the experts on a pipeline stage without
+          experts, or any optimizer on a rank whose share of a small buffer is padding. So count the steps in an entry
+          of the state that belongs to no parameter. torch saves and loads such an entry unchanged.
+        - `load_state_dict` copies into views of fp32 parameters, which autograd forbids.
+        - `load_state_dict` gives all parameters one `step` tensor, which every parameter's update then advances.
+        - Loading then overwrites the loaded `step` by the `step` of the state that was allocated for loading.
+    Can go: When Megatron saves, loads and resumes bit for bit with torch's Adam
+    (tests/megatron_compat/test_patches.py).
     """
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    stock_state_dict = distrib_optimizer.DistributedOptimizer.state_dict
-    stock_load_state_dict = distrib_optimizer.DistributedOptimizer.load_state_dict
-    stock_set_states = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    stock_init = optimizer_class.__init__
+    stock_state_dict = optimizer_class.state_dict
+    stock_load_state_dict = optimizer_class.load_state_dict
+    stock_set_states = optimizer_class._set_main_param_and_optimizer_states
 
-    def state_dict(self):
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        if not self.is_stub_optimizer and not any(group["params"] for group in self.optimizer.param_groups):
+            _count_steps_without_parameters(self.optimizer)
+
+    def state_dict(self: Any) -> dict[str, Any]:
         inner = self.optimizer
         if not inner.state:
             for parameter in (p for group in inner.param_groups for p in group["params"]):
@@ -76,71 +74,76 @@ def _make_optimizer_state_loadable() -> None:
         return stock_state_dict(self)
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         stock_load_state_dict(self, state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    def set_states(self, model_param, tensors):
-        # What is no tensor is left as it is.
-        stock_set_states(self, model_param, tensors | {"step": None})
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]) -> None:
+        # The stock method copies tensors only, so None keeps the loaded step.
+        stock_set_states(self, model_param, {**tensors, "step": None})
 
-    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-    distrib_optimizer.DistributedOptimizer.state_dict = state_dict
-    distrib_optimizer.DistributedOptimizer.load_state_dict = load_state_dict
-
-
-def _unpickle_data_only() -> None:
-    """torch unpickles the layout and the objects of a checkpoint without restraint: a crafted one can run any code."""
-    from torch.distributed.checkpoint import default_planner, filesystem
-
-    from maskmoe.checkpoint.unpickling import read_layout, read_object
-
-    def load_bytes(self, read_item, value):
-        name = read_item.dest_index.fqn
-        if self.flatten_state_dict:
-            default_planner.set_element(self.original_state_dict, self.mappings[name], read_object(value))
-        else:
-            self.state_dict[name] = read_object(value)
-
-    filesystem.pickle = SimpleNamespace(load=read_layout, dump=pickle.dump)
-    default_planner.DefaultLoadPlanner.load_bytes = load_bytes
+    replace(optimizer_class, "__init__", init)
+    replace(optimizer_class, "state_dict", state_dict)
+    replace(optimizer_class, "load_state_dict", load_state_dict)
+    replace(optimizer_class, "_set_main_param_and_optimizer_states", set_states)
 
 
-def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager]) -> None:
-    """Megatron saves over the rests of an interrupted save, and records what it wrote on one rank, if asked to.
+def _count_steps_without_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Keep the number of steps in the state of an optimizer that has no parameters."""
+    key: Any = "steps of an optimizer without parameters"
+    optimizer.state[key]["step"] = torch.tensor(0.0)
 
-    It chooses the class that writes and the function that saves by name and cannot be told of others.
+    def count_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        stepped.state[key]["step"] += 1
+
+    optimizer.register_step_post_hook(count_step)
+
+
+EVERY_PROCESS = (use_compiled_helpers_of_wheel, make_optimizer_state_loadable)
+"""The patches that `prepare_process` applies."""
+
+
+def escape_percent_signs_in_help(parser: argparse.ArgumentParser) -> None:
+    """Make `--help` of Megatron's parser printable.
+
+    Replaces: Help texts of the parser's arguments in which `%` is not followed by a conversion.
+    Why: argparse formats help texts with `%`. The help of `--moe-paged-stash-buffer-size-factor-cuda` in
+        megatron-core 0.19.2 contains "10%)", so `--help` raised a ValueError.
+    Can go: When `--help` of Megatron's own parser works.
 
     Args:
-        while_saving: entered around each save.
+        parser: Changed in place.
     """
-    from megatron.training import checkpointing, training
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if not action.help:
+            continue
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
-    from maskmoe.checkpoint.saving import SealedSaveStrategy, saving_whole_checkpoints
 
-    checkpointing.TorchDistSaveShardedStrategy = SealedSaveStrategy
-    training.save_checkpoint = saving_whole_checkpoints(training.save_checkpoint, while_saving)
+@contextmanager
+def latent_projections_without_transformer_engine(linear: Callable[..., torch.nn.Module]) -> Iterator[None]:
+    """Let `MoELayer` make its latent projections without Transformer Engine, so that `--check` can count them.
 
+    Replaces: `HAVE_TE` and `TELinear` in `megatron.core.transformer.moe.moe_layer`, inside the `with` block only.
+    Why: `MoELayer` makes latent projections of `TELinear` alone, so without Transformer Engine they cannot be counted.
+    Can go: When `MoELayer` takes the class of its projections from the layer's spec.
 
-def _tie_writers_to_their_rank() -> None:
-    """Of the processes of asynchronous saving, signals that ask for a last checkpoint end one too early.
-
-    When the rank is killed, they stay, and one may go on writing into what the rank's successor saves.
+    Args:
+        linear: Makes a projection; takes the arguments of `TELinear`.
     """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.transformer.moe import moe_layer
 
-    from maskmoe.checkpoint.writer_process import get_write_results_queue, immune_children, write_for_rank
-
-    stock_get_process = PersistentAsyncCaller._get_process
-
-    @classmethod
-    @functools.wraps(stock_get_process.__func__)
-    def get_process(cls, *args, **kwargs):
-        with immune_children():
-            return stock_get_process(*args, **kwargs)
-
-    PersistentAsyncCaller._get_process = get_process
-    PersistentAsyncCaller.async_loop = staticmethod(write_for_rank)
-    filesystem_async.get_write_results_queue = get_write_results_queue
+    stock = {name: getattr(moe_layer, name) for name in ("HAVE_TE", "TELinear")}
+    if not moe_layer.HAVE_TE:
+        replace(moe_layer, "HAVE_TE", True)
+        replace(moe_layer, "TELinear", linear)
+    try:
+        yield
+    finally:
+        for name, value in stock.items():
+            replace(moe_layer, name, value)

@@ -9,11 +9,15 @@ from maskmoe.megatron_compat import cpu, patches
 
 @functools.cache
 def prepare_process() -> None:
-    """Install the CPU adapter if there is no GPU, then patch Megatron-Core; further calls do nothing.
+    """Install the CPU adapter if there is no GPU, then patch Megatron-Core and torch; further calls do nothing.
 
     Raises:
-        RuntimeError: there is no GPU, and megatron was imported before: its modules hold what the adapter replaces.
+        RuntimeError: There is no GPU, and megatron was imported before. Its modules hold what the adapter replaces.
     """
     if not torch.cuda.is_available():
         cpu.install()
-    patches.apply()
+    # This module imports megatron, so it must come after the CPU adapter.
+    from maskmoe.checkpoint import megatron_patches
+
+    for patch in (*patches.EVERY_PROCESS, *megatron_patches.EVERY_PROCESS):
+        patch()

@@ -1,4 +1,4 @@
-"""Command line arguments: Megatron's, with ours in a group of their own."""
+"""Command line arguments: Megatron's, and this package's in a group of their own."""
 
 import argparse
 import difflib
@@ -7,40 +7,43 @@ from collections.abc import Sequence
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
+from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
 
 
 def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the `MaskMoE` group to Megatron's parser; pass as `extra_args_provider`.
+    """Add the `MaskMoE` group to Megatron's parser and change some defaults; pass as `extra_args_provider`.
 
-    Some of Megatron's defaults change: the router computes in fp32, experts are reached by all-to-all, and the
-    coefficient of the load-balancing loss is 1e-2. `--eval-interval` has a default, without which
-    Megatron-Core 0.19 fails. Checkpoints of the distributed optimizer are saved so that they load into any layout. On a
-    machine without CUDA, fusions and the NCCL backend are off.
+    The router computes in fp32, tokens reach experts by all-to-all, and the coefficient of the load-balancing loss is
+    1e-2. `--eval-interval` gets a default, without which Megatron-Core 0.19 fails. Checkpoints of the distributed
+    optimizer are saved in the form that loads into any layout. On a machine without CUDA, fusions and the NCCL backend
+    are off.
     """
+    escape_percent_signs_in_help(parser)
     group = parser.add_argument_group(title="MaskMoE")
     group.add_argument(
         "--routing-mask",
         metavar="FILE",
-        help="routing mask made by tools/build_routing_mask.py. May be left out when a checkpoint is loaded: "
-        "every checkpoint holds the mask it was made with",
+        help="routing mask made by tools/build_routing_mask.py. It may be left out when a checkpoint is loaded: "
+        "every checkpoint holds its routing mask",
     )
     group.add_argument(
         "--moe-aux-loss-tokens",
         choices=["all", "routable"],
         default="all",
-        help="average the load-balancing loss over all tokens, or over those with two or more visible experts",
+        help="average the load-balancing loss over all tokens, or over the tokens with two or more visible experts",
     )
     group.add_argument(
         "--qk-layernorm-all-heads",
         action="store_true",
-        help="the norms of --qk-layernorm are over all heads together, as in OLMoE, instead of over each head",
+        help="with --qk-layernorm, normalise queries and keys over all heads together, as OLMoE does, instead of each "
+        "head by itself",
     )
     group.add_argument(
         "--no-verify-checkpoint",
         action="store_false",
         dest="verify_checkpoint",
         help="do not compare the files of the checkpoint to load with the digests that were saved with them. "
-        "All ranks share that work; missing and shortened files are found in any case",
+        "All ranks share this work. Missing and shortened files are found in any case",
     )
     parser.set_defaults(
         moe_router_dtype="fp32",
@@ -55,14 +58,14 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
 
 
 def refuse_unknown_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Refuse a flag that the complete parser does not know, before it does so under a usage of hundreds of lines.
+    """Refuse flags that the complete parser does not know, before argparse prints a usage of hundreds of lines.
 
     Args:
-        parser: with all arguments of the entry point.
-        arguments: the command line.
+        parser: Has all arguments of the entry point.
+        arguments: The command line.
 
     Raises:
-        UserError: naming all such flags, and those that may have been meant.
+        UserError: Names all unknown flags and, for each, the most similar known flag.
     """
     known = parser._option_string_actions
     flags = dict.fromkeys(word.partition("=")[0] for word in arguments if word.startswith("--") and len(word) > 2)
@@ -74,15 +77,15 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, arguments: Sequence[st
 
 
 def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--check`, with which pretraining only says what it would do, need and refuse."""
+    """Add `--check`, with which pretraining only reports what it would do, need and refuse."""
     parser.add_argument(
         "--check",
         metavar="RANKS",
         type=int,
         nargs="?",
         const=int(os.environ.get("WORLD_SIZE", "1")),
-        help="do not train. Check the other arguments and all files for a run of RANKS processes, one a GPU, by "
-        "default WORLD_SIZE or 1; print its layout, parameters and memory, and every error. Needs no GPU and no "
-        "torchrun, and assumes GPUs with Transformer Engine unless --distributed-backend gloo is given",
+        help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
+        "default WORLD_SIZE or 1; print the layout, parameters and memory of the run, and every error. Needs no GPU "
+        "and no torchrun, and assumes GPUs with Transformer Engine unless --distributed-backend gloo is given",
     )
     return parser

@@ -1,7 +1,8 @@
-"""Batches and datasets, with the token ids on every pipeline stage."""
+"""Datasets and micro-batches, with the token ids on every pipeline stage."""
 
+from argparse import Namespace
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from megatron.core import mpu
@@ -9,37 +10,44 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_tokenizer, print_rank_0
+from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
+
+from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 
 _KEYS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
 
 class Batch(NamedTuple):
-    """One micro-batch on one rank; all tensors are [batch, sequence] unless said otherwise."""
+    """One micro-batch on one rank; every tensor is [batch, sequence] unless another shape is given."""
 
     tokens: Tensor
     """int64"""
     position_ids: Tensor
     """int64"""
     attention_mask: Tensor | None
-    """bool [batch, 1, sequence, sequence], True where attention is not allowed; None: causal"""
+    """bool [batch, 1, sequence, sequence], True where attention is not allowed; None for causal attention"""
     labels: Tensor
-    """int64, the next token of each"""
+    """int64, the token that follows each token"""
     loss_mask: Tensor
     """float32"""
 
 
 def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
-    """The next micro-batch, whole on every pipeline stage.
+    """Return the next micro-batch, complete on every pipeline stage.
 
-    Megatron's `get_batch` gives later stages no tokens. Here every stage reads the data itself, which costs no
-    communication over the pipeline: sampling is the same for all stages of a data-parallel rank.
+    Megatron's `get_batch` gives no tokens to later stages. Here every stage reads the data, which costs no
+    communication
+    over the pipeline: all stages of a data-parallel rank draw the same samples.
+
+    Args:
+        data_iterator: Samples; None on ranks that are not the first of their tensor-parallel group.
     """
     args = get_args()
-    batch = {}
+    batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
         data = next(data_iterator)
         batch = {key: data[key].cuda(non_blocking=True) if data.get(key) is not None else None for key in _KEYS}
     batch = get_batch_on_this_tp_rank(
@@ -48,13 +56,13 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        broadcast_group=cast(torch.distributed.ProcessGroup, mpu.get_tensor_model_parallel_group()),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
-        # As a pipeline of one stage: all tensors go to all tensor-parallel ranks.
+        # Megatron leaves tensors out on later stages of a pipeline, so report a pipeline of one stage.
         pipeline_model_parallel_size=1,
     )
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
@@ -62,12 +70,12 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
 
 
 def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
-    """Forward pass of one pipeline stage: on the last one the loss of every token, [batch, sequence].
+    """Run the forward pass of one pipeline stage; on the last stage, return the loss of every token [batch, sequence].
 
     Args:
-        model: the stage.
-        batch: the micro-batch.
-        padding_mask: bool [batch, sequence], True for tokens that routers shall not count; None: there are none.
+        model: The stage.
+        batch: The micro-batch.
+        padding_mask: bool [batch, sequence], True for tokens that routers must not count; None if there are none.
     """
     return model(
         batch.tokens,
@@ -79,12 +87,20 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
     )
 
 
-def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None):
+class _DatasetsProvider(Protocol):
+    """A function that builds datasets, as Megatron's training loop takes it."""
+
+    is_distributed: bool
+
+    def __call__(self, num_samples: list[int], vp_stage: int | None = None) -> list[GPTDataset | None]: ...
+
+
+def _build_and_announce_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[GPTDataset | None]:
     """Build the datasets of Megatron's `pretrain_gpt.py` on the first tensor-parallel rank of every pipeline stage.
 
     Args:
-        num_samples: how many samples of train, validation and test data the run will take.
-        vp_stage: unused; part of the signature that `pretrain` asks for.
+        num_samples: Number of train, validation and test samples that the run will take.
+        vp_stage: Unused; part of the signature that `pretrain` asks for.
     """
     print_rank_0("> building train, validation, and test datasets for MaskMoE ...")
     datasets = build_datasets(get_args(), num_samples)
@@ -92,27 +108,29 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
     return datasets
 
 
-# Megatron's training loop builds datasets on all ranks if the provider says that it can be.
+train_valid_test_datasets_provider = cast(_DatasetsProvider, _build_and_announce_datasets)
+# Megatron's training loop calls the provider on all ranks, not only on the first stage, if the attribute is set.
 train_valid_test_datasets_provider.is_distributed = True
 
 
-def build_datasets(args, num_samples: list[int | None]) -> list[GPTDataset | None]:
-    """Build the train, validation and test datasets that the command line describes, on ranks that read data.
+def build_datasets(args: Namespace, num_samples: list[int] | list[None]) -> list[GPTDataset | None]:
+    """Build the train, validation and test datasets of the command line; None on ranks that do not read data.
 
     Args:
         args: Megatron's arguments.
-        num_samples: of each; None for one epoch.
+        num_samples: Number of samples of each dataset; None for one epoch.
     """
-    return BlendedMegatronDatasetBuilder(
+    builder = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
-        num_samples,
+        cast(list[int], num_samples),  # Megatron annotates int but takes None, too.
         lambda: mpu.get_tensor_model_parallel_rank() == 0,
         dataset_config_from_args(args),
-    ).build()
+    )
+    return cast(list[GPTDataset | None], builder.build())
 
 
-def dataset_config_from_args(args) -> GPTDatasetConfig:
-    """Megatron's dataset configuration from its command line arguments."""
+def dataset_config_from_args(args: Namespace) -> GPTDatasetConfig:
+    """Return Megatron's dataset configuration for its command line arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return GPTDatasetConfig(
         random_seed=args.seed,
@@ -136,17 +154,17 @@ def dataset_config_from_args(args) -> GPTDatasetConfig:
 
 
 def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Masked sum of the losses of a micro-batch, in the form that Megatron's schedules take.
+    """Return the masked sum of the losses of a micro-batch, in the form that Megatron's schedules take.
 
     Args:
         loss_mask: float [batch, sequence].
-        output_tensor: the loss of every token, [batch, sequence].
+        output_tensor: Loss of every token, [batch, sequence].
 
     Returns:
-        the sum of the losses, the number of tokens in it (int32), and both as `lm loss` for the log.
+        The sum of the losses, the number of tokens in the sum (int32), and both as `lm loss` for the log.
 
     Raises:
-        RuntimeError: the loss is NaN or infinite, and `--check-for-nan-in-loss-and-grad` is on.
+        RuntimeError: The loss is NaN or infinite, and `--check-for-nan-in-loss-and-grad` is on.
     """
     losses = output_tensor.view(-1).float()
     mask = loss_mask.view(-1).float()
@@ -156,7 +174,7 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
         for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             get_rerun_state_machine().validate_result(
                 result=loss,
-                rejection_func=is_bad,
+                rejection_func=cast(Any, is_bad),
                 message=f"found {name} in local forward loss calculation",
                 tolerance=0.0,
                 fatal=True,

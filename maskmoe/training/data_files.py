@@ -1,7 +1,7 @@
-"""Watches the size of the files that a run reads its tokens from.
+"""Watches the size of the files from which a run reads its tokens.
 
-They are mapped into memory. Reading beyond the new end of a file that someone shortens kills the process with SIGBUS,
-without a word.
+The files are mapped into memory. If someone shortens a file during the run, reading beyond its new end kills the
+process by SIGBUS without a message.
 """
 
 import itertools
@@ -14,27 +14,31 @@ _FILES_AT_A_TIME = 8
 
 
 class DataFiles:
-    """The token files of a run, with the sizes that they had at its start.
+    """The token files of a run, with their sizes at its start.
 
     Args:
-        prefixes: of the datasets.
+        prefixes: Prefixes of the datasets.
     """
 
-    def __init__(self, prefixes: Iterable[str]):
+    def __init__(self, prefixes: Iterable[str]) -> None:
         self._sizes = {f"{prefix}.bin": os.path.getsize(f"{prefix}.bin") for prefix in prefixes}
         self._turns = itertools.cycle(self._sizes)
 
     def check_some(self) -> None:
-        """Look at a few of them, others each time: on large parallel file systems each look takes time.
+        """Check the next few files in turn. Checking all takes too long on large parallel file systems.
 
         Raises:
-            RunFailure: one has become shorter, or is gone.
+            RunFailure: A file has become shorter or is gone.
         """
         for path in itertools.islice(self._turns, min(_FILES_AT_A_TIME, len(self._sizes))):
             self._check(path)
 
     def check_all(self) -> None:
-        """Look at all of them; raises as `check_some`."""
+        """Check all files.
+
+        Raises:
+            RunFailure: A file has become shorter or is gone.
+        """
         for path in self._sizes:
             self._check(path)
 
@@ -43,10 +47,10 @@ class DataFiles:
             size = os.path.getsize(path)
         except OSError as error:
             raise RunFailure(
-                f"{path} can no longer be read: {error.strerror}. It must not change while it is used"
+                f"{path} can no longer be read: {error.strerror}. Data files must not change while a run uses them"
             ) from error
         if size < self._sizes[path]:
             raise RunFailure(
-                f"{path} has shrunk from {self._sizes[path]} to {size} bytes under the run. Put the whole file back "
-                "and start again: the run goes on from its last checkpoint"
+                f"{path} has shrunk from {self._sizes[path]} to {size} bytes during the run. Restore the file and "
+                "start the run again: it resumes from its last checkpoint"
             )

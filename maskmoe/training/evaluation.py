@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `torchrun … -m maskmoe.training.evaluate --load DIR --use-checkpoint-args --data-path P`.
 
-Prints loss and perplexity of the validation split, overall and by how frequent the input token is, and the load of the
-experts in every layer. With `--eval-texts F.jsonl` it scores the texts of that file instead.
+Prints the loss and perplexity of the validation split, overall and by the frequency of the input token, and the load of
+the experts in every layer. With `--eval-texts F.jsonl`, the command scores the texts of that file instead.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.training import get_tokenizer, print_rank_0
+from megatron.training import print_rank_0
 from torch import Tensor
 
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 from maskmoe.routing_mask.frequency_bands import FrequencyBands
 from maskmoe.training.batch import Batch, build_datasets, get_batch, token_losses
@@ -36,24 +37,25 @@ _SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class BandResult:
-    """Loss of the tokens whose input id is in one frequency band."""
+    """The loss of the tokens whose input id is in one frequency band."""
 
     name: str
     share: float
-    """of all tokens"""
+    """Share of the band in all tokens, from 0 to 1."""
     loss: float
-    """nats per token"""
+    """Mean loss in nats per token."""
     perplexity: float
     tokens: int
 
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """How the tokens of one layer spread over its experts."""
+    """The distribution of the tokens of one layer over its experts."""
 
     layer: int
-    """as Megatron numbers it, from 1"""
+    """Number of the layer in the whole model, from 1. Layers of multi-token prediction follow the decoder's layers."""
     max_over_mean: float
+    """Tokens of the expert with the most tokens, divided by the mean over all experts."""
     tokens_per_expert: list[int]
 
 
@@ -62,7 +64,7 @@ class Evaluation:
     """All results of one evaluation."""
 
     loss: float
-    """nats per token"""
+    """Mean loss in nats per token."""
     perplexity: float
     tokens: int
     bands: list[BandResult]
@@ -71,7 +73,7 @@ class Evaluation:
     tokens_per_second: float
 
     def table(self) -> str:
-        """The results as text."""
+        """Return the results as text for the terminal."""
         lines = [f"{'input tokens':<14}{'share':>8}{'tokens':>12}{'loss':>9}{'perplexity':>13}"]
         overall = BandResult("all", 1.0, self.loss, self.perplexity, self.tokens)
         for band in (*self.bands, overall):
@@ -80,27 +82,24 @@ class Evaluation:
             )
         lines.append("")
         if self.expert_load:
-            lines.append("expert load, max/mean by layer: " + _loads(self.expert_load))
+            loads = ", ".join(f"{load.layer}: {load.max_over_mean:.2f}" for load in self.expert_load)
+            lines.append(f"expert load, max/mean by layer: {loads}")
         lines.append(f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s")
         return "\n".join(lines)
 
 
-def _loads(expert_load: list[ExpertLoad]) -> str:
-    return ", ".join(f"{load.layer}: {load.max_over_mean:.2f}" for load in expert_load)
-
-
 class ExpertLoadCounter:
-    """Counts the tokens that each router sends to each expert, from the outside, through forward hooks.
+    """Counts the tokens that each router sends to each expert, by forward hooks; padding is not counted.
 
-    Whichever rank routes a token: the result is a sum over ranks. Padding is left out.
+    Each rank counts the tokens that it routes. The result is the sum over ranks.
 
     Args:
-        model: the rank's part of the model.
-        num_layers: layers of the whole model.
-        num_experts: N; 0 for a model without experts.
+        model: This rank's part of the model.
+        num_layers: Number of layers of the whole model, layers of multi-token prediction included.
+        num_experts: Number of experts of a layer; 0 for a model without experts.
     """
 
-    def __init__(self, model: torch.nn.Module, num_layers: int, num_experts: int):
+    def __init__(self, model: torch.nn.Module, num_layers: int, num_experts: int) -> None:
         self.counts = torch.zeros(num_layers, num_experts, dtype=torch.long, device=torch.cuda.current_device())
         for module in model.modules():
             if isinstance(module, MaskMoERouter):
@@ -111,11 +110,12 @@ class ExpertLoadCounter:
         _, routing_map = outputs  # [tokens, experts]
         if is_padding is not None:
             routing_map = routing_map & ~is_padding.reshape(-1, 1)
-        self.counts[router.layer_number - 1] += routing_map.sum(dim=0)
+        # Not `layer_number`: layers of multi-token prediction count theirs from 1 again.
+        self.counts[router.number_in_model - 1] += routing_map.sum(dim=0)
 
     def result(self) -> list[ExpertLoad]:
-        """The load over all ranks of the layers that have experts; a collective call."""
-        # Without sequence parallelism the ranks of a tensor parallel group route the same tokens.
+        """Return the load, summed over all ranks, of each layer that has experts; a collective call."""
+        # Without sequence parallelism, all ranks of a tensor-parallel group route the same tokens.
         counts = self.counts.clone() if mpu.get_tensor_model_parallel_rank() == 0 else torch.zeros_like(self.counts)
         torch.distributed.all_reduce(counts)
         return [
@@ -126,20 +126,20 @@ class ExpertLoadCounter:
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the `evaluation` group, and defaults where Megatron wants values that only training needs."""
+    """Add the `evaluation` group, and defaults for the settings of training that Megatron requires."""
     group = parser.add_argument_group(title="evaluation")
     group.add_argument("--eval-split", choices=_SPLITS, default="valid", help="which split of --data-path to evaluate")
     group.add_argument(
         "--token-frequency",
         metavar="FILE",
-        help="counts made by tools/count_token_frequency.py, which define the frequency bands; "
-        "without it --data-path is counted",
+        help="token counts made by tools/count_token_frequency.py, which define the frequency bands; "
+        "if the flag is left out, the tokens of --data-path are counted",
     )
     group.add_argument(
         "--eval-texts",
         metavar="FILE",
-        help="score texts instead of a dataset: JSON lines with a text, or with context and continuation, of which the "
-        "second is scored; the log-likelihoods are those of lm-evaluation-harness",
+        help="score texts instead of a dataset: JSON lines with a text, or with a context and a continuation, of which "
+        "the continuation is scored; the log-likelihoods equal the ones that lm-evaluation-harness computes",
     )
     group.add_argument("--eval-output", metavar="FILE", help="also write the results as JSON")
     parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
@@ -147,10 +147,14 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
 
 
 def read_token_frequency(args: argparse.Namespace, vocab_size: int) -> TokenFrequency:
-    """The token counts that define the bands.
+    """Return the token counts that define the frequency bands.
+
+    Args:
+        args: Megatron's arguments.
+        vocab_size: Number of ids of the tokenizer.
 
     Raises:
-        UserError: they are of another vocabulary, or there are neither counts nor a data path to count.
+        UserError: The counts are for another vocabulary, or there are neither counts nor a data path to count.
     """
     if args.token_frequency is None:
         if args.data_path is None:
@@ -167,17 +171,17 @@ def read_token_frequency(args: argparse.Namespace, vocab_size: int) -> TokenFreq
 def band_loss_function(
     tokens: Tensor, loss_mask: Tensor, band_of_id: Tensor, num_bands: int, output_tensor: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of losses and number of tokens in every band.
+    """Return the sum of losses and the number of tokens in every frequency band.
 
     Args:
-        tokens: input ids, int64 [batch, sequence].
+        tokens: Input ids, int64 [batch, sequence].
         loss_mask: float [batch, sequence].
         band_of_id: int64 [vocab].
-        num_bands: number of bands.
-        output_tensor: loss of every token, [batch, sequence].
+        num_bands: Number of bands.
+        output_tensor: Loss of every token, [batch, sequence].
 
     Returns:
-        the loss and the number of tokens as Megatron's schedules want them, and `bands`, float64 [bands, 2].
+        The loss and the number of tokens in the form that Megatron's schedules take, and `bands`, float64 [bands, 2].
     """
     mask = loss_mask.reshape(-1).double()
     losses = output_tensor.reshape(-1).double() * mask
@@ -188,10 +192,15 @@ def band_loss_function(
 
 @torch.no_grad()
 def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyBands) -> Evaluation:
-    """Run the model over the whole split; a collective call of all ranks, with the same result on all.
+    """Run the model over the whole split; a collective call, which returns equal results on all ranks.
+
+    Args:
+        args: Megatron's arguments.
+        model: This rank's part of the model.
+        bands: Frequency bands of the input ids.
 
     Raises:
-        UserError: the split is empty.
+        UserError: The split is empty.
     """
     model.eval()
     dataset = build_datasets(args, [None, None, None])[_SPLITS.index(args.eval_split)]
@@ -206,7 +215,8 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyB
 
     def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         batch = get_batch(data_iterator)
-        # Samples that only fill up the last step are padding; on all ranks alike, since they dispatch together.
+        # The last step may have fewer samples than all ranks take. The samples that fill it up are padding for the
+        # routers. All ranks pass a mask in that step, since they dispatch together.
         is_filled_up = args.num_experts and next(steps) >= num_whole_steps
         output = token_losses(model, batch, _mask_uncounted_samples(batch) if is_filled_up else None)
         return output, partial(band_loss_function, batch.tokens, batch.loss_mask, band_of_id, len(bands.names))
@@ -222,7 +232,7 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyB
 
 
 def _mask_uncounted_samples(batch: Batch) -> Tensor:
-    """bool [batch, sequence], True in samples of which no token counts."""
+    """Return bool [batch, sequence], True in samples without a token that counts."""
     return ~batch.loss_mask.any(dim=1, keepdim=True).expand_as(batch.tokens)
 
 
@@ -233,6 +243,14 @@ def _broadcast_object(value: Any) -> Any:
 
 
 def _summarise(sums: np.ndarray, names: tuple[str, ...], expert_load: list[ExpertLoad], seconds: float) -> Evaluation:
+    """Return the results of an evaluation.
+
+    Args:
+        sums: Sum of losses and number of tokens of every band, float64 [bands, 2].
+        names: Names of the bands.
+        expert_load: Load of every layer with experts.
+        seconds: Duration.
+    """
     losses, counts = sums.T
     total_loss, total = losses.sum() / counts.sum(), int(counts.sum())
     results = []
@@ -251,12 +269,13 @@ def _summarise(sums: np.ndarray, names: tuple[str, ...], expert_load: list[Exper
 
 
 def evaluate_split(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
-    """`evaluate`, by the bands that `--token-frequency` or the data define."""
+    """Run `evaluate` with the frequency bands that `--token-frequency` or the data define."""
     frequency = read_token_frequency(args, get_tokenizer().vocab_size)
     return evaluate(args, model, FrequencyBands.from_occurrences(frequency.occurrences))
 
 
 def main() -> None:
+    """Evaluate as the command line says."""
     args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None)
     texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
     with leaving_process_groups():

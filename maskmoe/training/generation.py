@@ -1,36 +1,44 @@
-"""Continue a text: `torchrun … -m maskmoe.training.generate --load DIR --use-checkpoint-args --prompt TEXT`."""
+"""Continue a prompt: `torchrun … -m maskmoe.training.generate --load DIR --use-checkpoint-args --prompt TEXT`."""
 
 import argparse
 from pathlib import Path
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.training import get_tokenizer, print_rank_0
+from megatron.training import print_rank_0
 from torch import Tensor
 from tqdm import tqdm
 
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the `generation` group, and defaults where Megatron wants values that only training needs."""
+    """Add the `generation` group, and defaults for the settings of training that Megatron requires."""
     group = parser.add_argument_group(title="generation")
     group.add_argument("--prompt", required=True, help="the text to continue")
-    group.add_argument("--max-new-tokens", type=int, default=64, help="stop after so many tokens, or at the text's end")
-    group.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
-    group.add_argument("--top-k", type=int, default=50, help="sample among so many of the most probable; 0: among all")
-    group.add_argument("--sample-output", metavar="FILE", help="also write the text to a file")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=64, help="stop after this many tokens, or at the end of the text"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="divides the logits before a token is drawn; 0 always takes the most probable token",
+    )
+    group.add_argument("--top-k", type=int, default=50, help="draw among this many of the most probable tokens; 0: all")
+    group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
     parser.set_defaults(micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
     return parser
 
 
 def check_generation(args: argparse.Namespace) -> None:
-    """Refuse settings under which no text can be generated.
+    """Refuse settings with which no text can be generated.
 
     Raises:
-        UserError: naming the setting.
+        UserError: Names the setting.
     """
     if args.pipeline_model_parallel_size > 1 or args.sequence_parallel or args.context_parallel_size > 1:
         raise UserError("generation works with tensor and expert parallelism, not with pipelines or split sequences")
@@ -39,16 +47,16 @@ def check_generation(args: argparse.Namespace) -> None:
 
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """Draw a token.
+    """Draw the next token.
 
     Args:
         logits: [vocab].
-        temperature: 0 for the most probable token.
-        top_k: draw among so many of the most probable tokens; 0 for all.
-        generator: on the CPU, in the same state on all ranks.
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Draw among this many of the most probable tokens; 0 draws among all.
+        generator: Random generator on the CPU, in the same state on all ranks.
 
     Returns:
-        int64 [1].
+        The id of the token, int64 [1].
     """
     if temperature == 0:
         return logits.argmax().view(1)
@@ -60,12 +68,17 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, generator:
 
 @torch.no_grad()
 def generate(args: argparse.Namespace, model: torch.nn.Module, prompt_ids: list[int]) -> list[int]:
-    """Continue token ids; a collective call, in which all ranks compute the same.
+    """Return the prompt's token ids and their continuation; a collective call with equal results on all ranks.
 
-    The whole text is computed anew for every token. That needs no cache, and suits short samples.
+    The model computes the whole text again for every token. This needs no cache, and is fast enough for short samples.
+
+    Args:
+        args: Megatron's arguments and the arguments of generation.
+        model: This rank's part of the model.
+        prompt_ids: Token ids of the prompt, at least one.
 
     Raises:
-        UserError: the text would be longer than the model's positions.
+        UserError: The text would be longer than the model's positions.
     """
     tokenizer = get_tokenizer()
     if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:
@@ -79,10 +92,10 @@ def generate(args: argparse.Namespace, model: torch.nn.Module, prompt_ids: list[
     for _ in tqdm(range(args.max_new_tokens), desc="generating", disable=None if args.rank == 0 else True):
         position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         logits = gather_from_tensor_model_parallel_region(model(tokens, position_ids, None)[:, -1])
-        # Ids from the tokenizer's size on are padding of the embedding, and have no visible experts.
+        # Ids beyond the tokenizer's vocabulary pad the embedding, and have no visible experts.
         next_token = sample_next_token(logits[0, : tokenizer.vocab_size], args.temperature, args.top_k, generator)
         next_token = next_token.to(tokens.device)
-        # Ranks may differ in the last bit of a logit, but must go on with the same text.
+        # Ranks may differ in the last bit of a logit, but must continue with the same token.
         torch.distributed.broadcast(next_token, src=0)
         if next_token.item() == tokenizer.eod:
             break
@@ -91,6 +104,7 @@ def generate(args: argparse.Namespace, model: torch.nn.Module, prompt_ids: list[
 
 
 def main() -> None:
+    """Generate as the command line says."""
     args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False)
     check_generation(args)
     prompt_ids = get_tokenizer().tokenize(args.prompt)

@@ -1,9 +1,9 @@
-"""Builds the model from its configuration, through Megatron's model builder interface."""
+"""Builds the model from its configuration, with the interface of Megatron's model builders."""
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import (
@@ -24,22 +24,26 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 @dataclass(kw_only=True)
 class MaskMoEGPTModelConfig(GPTModelConfig):
-    """`GPTModelConfig` of a model with a routing mask, or, to compare with, of one without experts."""
+    """`GPTModelConfig` for a model with a routing mask, or for a model without experts to compare with."""
 
     builder: ClassVar[str] = "maskmoe.training.model_builder.MaskMoEGPTModelBuilder"
 
     routing_mask: Path | None = None
-    """The routing mask: its file, or a checkpoint that holds it. Not read for a model without experts."""
+    """File of the routing mask, or a checkpoint that holds the mask. Ignored for a model without experts."""
 
     aux_loss_tokens: AuxLossTokens = "all"
-    """See `MaskMoERouter`."""
+    """Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`."""
 
     qk_layernorm_all_heads: bool = False
-    """The norms of queries and keys are over all heads, see `AllHeadsRMSNorm`."""
+    """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
 
 
 class MaskMoEGPTModelBuilder(GPTModelBuilder):
-    """`GPTModelBuilder` that builds a `MaskMoEGPTModel`, or without experts a `GPTModel`."""
+    """Builds a `MaskMoEGPTModel`, or a `GPTModel` if the model has no experts."""
+
+    @property
+    def _settings(self) -> MaskMoEGPTModelConfig:
+        return cast(MaskMoEGPTModelConfig, self._model_config)
 
     def build_model(
         self,
@@ -49,13 +53,15 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         vp_stage: int | None = None,
     ) -> GPTModel:
         """Build one pipeline stage; arguments as for `GPTModelBuilder.build_model`."""
-        settings = self._model_config
+        settings = self._settings
         config = settings.transformer
         vp_size = config.virtual_pipeline_model_parallel_size
+        # Without an interleaved pipeline `vp_stage` and `vp_size` are None, which Megatron accepts but does not
+        # annotate.
         if pre_process is None:
-            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
+            pre_process = is_vp_first_stage(cast(int, vp_stage), vp_size) and is_pp_first_stage(pg_collection.pp)
         if post_process is None:
-            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
+            post_process = is_vp_last_stage(cast(int, vp_stage), vp_size) and is_pp_last_stage(pg_collection.pp)
 
         visible_experts = self.visible_experts(pg_collection, vp_stage) if config.num_moe_experts else None
         block_spec, mtp_block_spec = self.layer_specs(visible_experts, vp_stage)
@@ -64,7 +70,7 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
             config=config,
             transformer_layer_spec=block_spec,
             mtp_block_spec=mtp_block_spec,
-            vocab_size=settings.vocab_size,
+            vocab_size=cast(int, settings.vocab_size),
             max_sequence_length=settings.seq_length,
             fp16_lm_cross_entropy=settings.fp16_lm_cross_entropy,
             parallel_output=settings.parallel_output,
@@ -83,13 +89,14 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         )
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
-        """The routing mask of the run, shared by the routers of one pipeline stage."""
-        settings = self._model_config
+        """Return the routing mask of the run, which the routers of one pipeline stage share."""
+        settings = self._settings
+        assert settings.routing_mask is not None
         return VisibleExperts(settings.transformer, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
-        """The specs of one pipeline stage's decoder layers, and of multi-token prediction or None."""
-        settings = self._model_config
+        """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""
+        settings = self._settings
         config = settings.transformer
         described = (config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads)
         block_spec = get_maskmoe_decoder_block_spec(*described)

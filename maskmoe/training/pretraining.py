@@ -1,7 +1,7 @@
 """Pretrain a MaskMoE language model: `torchrun … -m maskmoe.training.pretrain <Megatron flags> --routing-mask FILE`.
 
-Asked to stop by SIGTERM or SIGUSR1 it saves a checkpoint and exits with code 75; started again it goes on. Exit code 2:
-bad input, nothing was done. 1: the run failed. 76: a rank hung.
+On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 75; started again, it resumes. The other exit codes
+are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a rank hung.
 """
 
 from argparse import ArgumentParser
@@ -10,11 +10,12 @@ from functools import partial
 from importlib.util import find_spec
 
 from megatron.core.enums import ModelType
-from megatron.training import get_timers, pretrain
+from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.check.command import check_run, ranks_to_check
-from maskmoe.megatron_compat import patches
+from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
+from maskmoe.megatron_compat.globals import get_timers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import get_batch, loss_function, token_losses, train_valid_test_datasets_provider
 from maskmoe.training.checks import data_prefixes
@@ -31,18 +32,18 @@ class MicroBatchStep:
     """The forward step that Megatron's schedules call for each micro-batch.
 
     Args:
-        watchdog: told of each micro-batch.
-        data_files: the files that micro-batches come from.
-        save_on_signal: begins with the first.
+        watchdog: Notified of each micro-batch.
+        data_files: Files that micro-batches come from, of which each step checks a few.
+        save_on_signal: Begins with the first micro-batch.
     """
 
-    def __init__(self, watchdog: Watchdog, data_files: DataFiles, save_on_signal: SaveOnSignal):
+    def __init__(self, watchdog: Watchdog, data_files: DataFiles, save_on_signal: SaveOnSignal) -> None:
         self._watchdog = watchdog
         self._data_files = data_files
         self._save_on_signal = save_on_signal
 
     def forward(self, data_iterator: Iterator, model: MaskMoEGPTModel) -> tuple:
-        """One micro-batch forward: the model's output and the function that makes a loss of it."""
+        """Run one micro-batch forward; return the model's output and the function that computes the loss from it."""
         self._save_on_signal.begin()
         self._watchdog.step()
         self._data_files.check_some()
@@ -54,24 +55,25 @@ class MicroBatchStep:
 
 
 def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the arguments that only training has, and save when a signal asks the run to stop."""
+    """Add the arguments that only training has, and let signals save a checkpoint by default."""
     group = parser.add_argument_group(title="long runs")
     group.add_argument(
         "--keep-last-checkpoints",
         type=int,
         metavar="N",
-        help="remove older checkpoints from --save, but multiples of --save-retain-interval; by default all are kept",
+        help="keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all "
+        "others; by default all checkpoints are kept",
     )
     group.add_argument(
         "--hang-timeout",
         type=float,
         metavar="SECONDS",
-        help="how long no rank may begin a micro-batch, until the run is ended and the rank to blame named; "
+        help="end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; "
         "default: --distributed-timeout-minutes",
     )
     parser.set_defaults(
         exit_signal_handler=True,
-        # Without it Megatron switches asynchronous saving off, with a warning among many lines.
+        # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
         use_persistent_ckpt_worker=True,
         async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
     )
@@ -79,20 +81,24 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def main() -> None:
-    ranks = ranks_to_check()
-    if ranks is not None:
-        check_run(ranks, add_pretraining_arguments)
+    """Pretrain as the command line says, or check the run if the command line has `--check`."""
+    num_ranks = ranks_to_check()
+    if num_ranks is not None:
+        check_run(num_ranks, add_pretraining_arguments)
         return
+    # Check everything before any process group exists.
     args = parse_and_check_args(add_pretraining_arguments)
     save_on_signal = SaveOnSignal(args)
     ranks = RankStore.from_environment()
     watchdog = Watchdog(ranks, args.hang_timeout or 60 * args.distributed_timeout_minutes)
     data_files = DataFiles(data_prefixes(args))
+    # Set up what accompanies Megatron's training loop.
     model_config = model_config_from_args(args)
     if args.num_experts:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
     step = MicroBatchStep(watchdog, data_files, save_on_signal)
-    patches.keep_checkpoints_whole(while_saving=watchdog.paused)
+    keep_checkpoints_whole(while_saving=watchdog.paused)
+    # Train. Each context manager handles one way in which the run may end early.
     watchdog.start()
     with (
         ending_data_workers(),

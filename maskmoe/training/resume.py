@@ -1,4 +1,4 @@
-"""Where a run goes on from: the newest sound checkpoint, and whether it belongs to this run's model and tokenizer."""
+"""Finds the newest sound checkpoint to resume from, and checks that it fits the run's model and tokenizer."""
 
 import json
 import sys
@@ -14,8 +14,8 @@ from maskmoe.checkpoint.series import RELEASE, Choice, checkpoint_path, choose_c
 from maskmoe.errors import UserError
 from maskmoe.training.rank_store import RankStore
 
-# Arguments that fix the shapes of a model's parameters, or what they mean.
-_OF_THE_MODEL = (
+# Arguments that decide the shapes of a model's parameters, or their meaning.
+_MODEL_ARGUMENTS = (
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -42,8 +42,8 @@ _OF_THE_MODEL = (
     "position_embedding_type",
     "layernorm_epsilon",
 )
-# Of those, and of other settings of the model, what Megatron 0.19 does not take with `--use-checkpoint-args`.
-_LEFT_OUT_BY_MEGATRON = (
+# Settings of a model that Megatron 0.19 does not take from the checkpoint with `--use-checkpoint-args`.
+_ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
     "layernorm_epsilon",
     "moe_router_group_topk",
     "moe_router_num_groups",
@@ -57,50 +57,53 @@ _LEFT_OUT_BY_MEGATRON = (
 
 
 def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
-    """The checkpoint to load, its content verified by all ranks together; None to start from the beginning.
+    """Return the checkpoint to load, whose content all ranks verify together; None to start from the beginning.
 
-    What is passed over is told. An unusable tracker is written anew, since Megatron cannot start with it.
+    Damaged checkpoints are skipped with a warning. An unusable tracker is rewritten, since Megatron cannot start with
+    it.
 
     Args:
-        args: Megatron's arguments; `load`, `ckpt_step` and `verify_checkpoint` matter.
-        ranks: the ranks of the run, all of which call this.
+        args: Megatron's arguments, of which `load`, `ckpt_step` and `verify_checkpoint` are used.
+        ranks: The ranks of the run; all of them must call this function.
 
     Raises:
-        UserError: there are checkpoints, but none is sound.
+        UserError: There are checkpoints, but none is sound.
     """
     if args.load is None:
         return None
     if ranks.rank > 0:
-        return _follow(ranks)
+        return _answer_first_rank(ranks)
     questions = count()
 
     def check(checkpoint: Path) -> None:
+        """Raise `Damage` if a checkpoint is damaged; asks all ranks to verify their shares of its files."""
         check_structure(checkpoint)
         if args.verify_checkpoint:
             question = f"checkpoint/{next(questions)}"
             ranks.broadcast(question, json.dumps({"verify": str(checkpoint)}))
-            for damage in ranks.gather(f"{question}/damage", _damage_of_my_part(checkpoint, ranks)):
+            for damage in ranks.gather(f"{question}/damage", _damage_of_my_share(checkpoint, ranks)):
                 if damage:
                     raise Damage(damage)
 
     answer: dict[str, str | None] = {"error": "choosing the checkpoint failed on the first rank"}
     try:
         choice = choose_checkpoint(args.load, args.ckpt_step, check)
-        _tell(choice)
+        _warn_of_rejected(choice)
         if choice.iteration is not None and args.ckpt_step is None and read_tracker(args.load) is None:
             write_tracker(args.load, choice.iteration)
-            _warn(f"the record of the latest checkpoint in {args.load} was unusable; it names {choice.iteration} now")
+            _warn(f"the tracker file in {args.load} was unusable; it names iteration {choice.iteration} now")
         answer = {"chosen": str(choice.checkpoint) if choice.checkpoint else None}
         return choice.checkpoint
     except UserError as error:
         answer = {"error": str(error)}
         raise
     finally:
+        # The other ranks wait for an answer, so send one even if this rank fails.
         ranks.broadcast(f"checkpoint/{next(questions)}", json.dumps(answer))
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:
-    """The checkpoint that `find_checkpoint` chose, once `--ckpt-step` holds its choice."""
+    """Return the checkpoint that `find_checkpoint` chose, after its choice was stored in `args.ckpt_step`."""
     if args.load is None:
         return None
     if args.ckpt_step is not None:
@@ -109,8 +112,11 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     return release if release.exists() else None
 
 
-def _follow(ranks: RankStore) -> Path | None:
-    """What `find_checkpoint` does on other ranks: verify a part of what the first asks for, and take its choice."""
+def _answer_first_rank(ranks: RankStore) -> Path | None:
+    """Verify a share of every checkpoint that the first rank asks for, and return its choice.
+
+    This is the part of `find_checkpoint` that all ranks but the first run.
+    """
     for number in count():
         question = f"checkpoint/{number}"
         message = json.loads(ranks.broadcast(question))
@@ -118,11 +124,11 @@ def _follow(ranks: RankStore) -> Path | None:
             raise UserError(message["error"])
         if "chosen" in message:
             return Path(message["chosen"]) if message["chosen"] else None
-        ranks.gather(f"{question}/damage", _damage_of_my_part(Path(message["verify"]), ranks))
+        ranks.gather(f"{question}/damage", _damage_of_my_share(Path(message["verify"]), ranks))
 
 
-def _damage_of_my_part(checkpoint: Path, ranks: RankStore) -> str:
-    """What is wrong with this rank's share of a checkpoint's files; empty if nothing is."""
+def _damage_of_my_share(checkpoint: Path, ranks: RankStore) -> str:
+    """Return the damage of this rank's share of a checkpoint's files; empty if the files are sound."""
     try:
         check_content(checkpoint, slice(ranks.rank, None, ranks.world_size))
     except Damage as damage:
@@ -131,29 +137,29 @@ def _damage_of_my_part(checkpoint: Path, ranks: RankStore) -> str:
 
 
 def further_checkpoint_args(checkpoint: Path) -> dict[str, Any]:
-    """Settings of a checkpoint's model that Megatron leaves to the command line, even with `--use-checkpoint-args`."""
+    """Return the settings of a checkpoint's model that `--use-checkpoint-args` of Megatron does not take from it."""
     saved = load_common_state_dict(checkpoint).get("args", Namespace())
-    return {name: getattr(saved, name) for name in _LEFT_OUT_BY_MEGATRON if hasattr(saved, name)}
+    return {name: getattr(saved, name) for name in _ARGUMENTS_LEFT_OUT_BY_MEGATRON if hasattr(saved, name)}
 
 
 def check_same_model(args: Namespace, checkpoint: Path) -> None:
-    """Check that a checkpoint's model has the sizes, and its tokenizer the vocabulary, that this run gives them.
+    """Check that a checkpoint's model and tokenizer are the model and the tokenizer of this run.
 
     Raises:
-        UserError: naming all differences, both sides of each.
+        UserError: Names all differences, with both values of each.
     """
     saved = load_common_state_dict(checkpoint).get("args")
     if saved is None:
         return
     differences = [
-        f"--{name.replace('_', '-')} {getattr(saved, name)} there, {getattr(args, name)} here"
-        for name in _OF_THE_MODEL
+        f"--{name.replace('_', '-')} {getattr(saved, name)} in the checkpoint, {getattr(args, name)} in this run"
+        for name in _MODEL_ARGUMENTS
         if hasattr(saved, name)
         and getattr(saved, name) != getattr(args, name, None)
-        and (name != "num_query_groups" or args.group_query_attention)  # without, it means nothing and varies
+        and (name != "num_query_groups" or args.group_query_attention)  # its value is arbitrary otherwise
     ]
     if differences:
-        raise UserError(f"checkpoint {checkpoint} is of another model: {'; '.join(differences)}")
+        raise UserError(f"checkpoint {checkpoint} holds another model: {'; '.join(differences)}")
     theirs, ours = getattr(saved, "tokenizer_sha256", None), args.tokenizer_sha256
     if theirs is not None and ours is not None and theirs != ours:
         raise UserError(
@@ -162,11 +168,11 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
         )
 
 
-def _tell(choice: Choice) -> None:
+def _warn_of_rejected(choice: Choice) -> None:
     for checkpoint, reason in choice.rejected:
         _warn(f"checkpoint {checkpoint} {reason}")
     if choice.rejected:
-        _warn(f"going on from {choice.checkpoint}" if choice.checkpoint else "starting from the beginning")
+        _warn(f"resuming from {choice.checkpoint}" if choice.checkpoint else "starting from the beginning")
 
 
 def _warn(message: str) -> None:

@@ -1,64 +1,71 @@
-"""How tokens are routed, layer by layer, in the training log, TensorBoard and W&B."""
+"""Logs how tokens are routed, layer by layer, to the training log, TensorBoard and W&B."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, is_last_rank
+from megatron.training import get_tensorboard_writer, get_wandb_writer, is_last_rank
 from torch import Tensor
 
+from maskmoe.megatron_compat.globals import get_args
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import RoutingSums
 
 _MOST_ROWS = "rank_rows_max"
 
-# Expert activations take half as much memory again as they would if routing were even.
+# Ratio of the most rows of a rank to the mean, from which the run warns: expert activations take this much more memory
+# than with even routing.
 _UNEVEN = 1.5
 
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """How the tokens of some iterations were routed, on all ranks.
+    """The routing of the tokens of some iterations, on all ranks.
 
     Attributes:
-        of_layer: by name of the scalar, its value by index of the MoE layer, counting from 0 as Megatron's tags do.
-            Layers of multi-token prediction follow the decoder's. Those without a value are left out.
+        by_layer: Values by name of the scalar and index of the layer, from 0 as in Megatron's tags. Layers of
+            multi-token prediction follow the decoder's layers. Layers without a value are left out.
 
-            - `expert_load_max_over_mean`: tokens of the expert that got most, over the mean of all experts.
-            - `rank_load_max_over_mean`: the same of the expert-parallel ranks, if there are several.
-            - `rank_rows_max`: the most rows that the experts of one rank got in one micro-batch, if there are several.
-            - `routing_entropy`: of the masked probabilities, in nats; mean over tokens with V >= 2. At most ln V.
-            - `single_expert_token_share`: tokens with V = 1.
-            - `router_grad_norm`: of the router's weight in the last iteration, over the whole model, before clipping.
-        uneven: the index of the layer whose `rank_rows_max` is furthest from the mean rows of a micro-batch, and the
-            ratio; None with one expert-parallel rank.
+            - `expert_load_max_over_mean`: tokens of the expert with the most tokens, divided by the mean of all
+              experts.
+            - `rank_load_max_over_mean`: tokens of the expert-parallel rank with the most tokens, divided by the mean of
+              all ranks; with several ranks only.
+            - `rank_rows_max`: the most rows that the experts of one rank got in one micro-batch; with several ranks
+              only.
+            - `routing_entropy`: entropy of the masked probabilities in nats, at most ln V; mean over tokens with V >=
+              2.
+            - `single_expert_token_share`: share of the tokens with V = 1.
+            - `router_grad_norm`: norm of the gradient of the router's weight in the last iteration, before clipping.
+        uneven: Index of the layer whose `rank_rows_max` exceeds the mean rows of a rank the most, and the ratio of the
+            two; None with one expert-parallel rank.
     """
 
-    of_layer: dict[str, dict[int, float]]
+    by_layer: dict[str, dict[int, float]]
     uneven: tuple[int, float] | None
 
     @property
     def overall(self) -> dict[str, float]:
-        """The mean over the layers, as Megatron has it; of the most rows, the most."""
+        """The mean of each scalar over the layers, as Megatron logs it; for `rank_rows_max` the maximum."""
         return {
             name: max(values.values()) if name == _MOST_ROWS else sum(values.values()) / len(values)
-            for name, values in self.of_layer.items()
+            for name, values in self.by_layer.items()
             if values
         }
 
     def scalars(self) -> dict[str, float]:
-        """What goes to TensorBoard and W&B, by tag: overall values and those of layers, named as Megatron's are."""
-        by_layer = {
+        """Return overall values and values of layers by their tags, which are named like Megatron's tags."""
+        tagged = {
             f"moe/{name}_layer_{layer}": value
-            for name, values in self.of_layer.items()
+            for name, values in self.by_layer.items()
             for layer, value in values.items()
         }
-        return self.overall | by_layer
+        return self.overall | tagged
 
     def __str__(self) -> str:
         values = (f" {name.replace('_', ' ')}: {value:.4g} |" for name, value in self.overall.items())
@@ -66,17 +73,17 @@ class RoutingRecord:
 
 
 class RoutingLog:
-    """Finalizes gradients as Megatron-Core does and, every `interval` iterations, logs the routing since the last time.
+    """Finalizes gradients as Megatron-Core does, and logs the routing of the last `interval` iterations.
 
-    To be a model's `finalize_model_grads_func`, which the pipeline schedules call on all ranks once in every iteration,
-    when gradients are whole and not yet clipped. What was counted is not saved: after a restart, the first interval is
-    what is left of it.
+    An instance is a model's `finalize_model_grads_func`, which the pipeline schedules call on all ranks once in every
+    iteration, when gradients are summed over micro-batches and not yet clipped. Counts are not saved in checkpoints:
+    after a restart, the first logged interval covers only the iterations since the restart.
 
     Args:
-        interval: iterations.
+        interval: Number of iterations between two records.
     """
 
-    def __init__(self, interval: int):
+    def __init__(self, interval: int) -> None:
         self._interval = interval
         self._has_warned = False
 
@@ -87,8 +94,9 @@ class RoutingLog:
         pg_collection: ProcessGroupCollection | None = None,
         force_all_reduce: bool | None = False,
     ) -> None:
-        """Finalize the gradients of this rank's model chunks; a collective call. Arguments: Megatron-Core's."""
-        finalize_model_grads(model, num_tokens, pg_collection, force_all_reduce)
+        """Finalize the gradients of this rank's model chunks; a collective call with Megatron-Core's arguments."""
+        # Megatron-Core annotates a list of modules of which it uses the methods of `DistributedDataParallel`.
+        finalize_model_grads(cast(Any, model), num_tokens, pg_collection, bool(force_all_reduce))
         iteration = get_args().curr_iteration + 1
         if iteration % self._interval == 0:
             record = take_record(model)
@@ -108,8 +116,8 @@ class RoutingLog:
             layer, ratio = record.uneven
             print(
                 f"warning: uneven routing, whose memory grows with the rows of a rank: in MoE layer {layer}, a rank's "
-                f"experts got {record.of_layer[_MOST_ROWS][layer]:.0f} rows in one micro-batch, {ratio:.2f} times the "
-                f"mean. This is said once; see `{_MOST_ROWS}` in TensorBoard. A balanced mask or a larger "
+                f"experts got {record.by_layer[_MOST_ROWS][layer]:.0f} rows in one micro-batch, {ratio:.2f} times the "
+                f"mean. This warning comes once; see `{_MOST_ROWS}` in TensorBoard. A balanced mask or a larger "
                 "--moe-aux-loss-coeff evens it out",
                 file=sys.stderr,
                 flush=True,
@@ -117,11 +125,12 @@ class RoutingLog:
 
 
 def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
-    """What all ranks have counted since the last call; a collective call, and the host waits for it.
+    """Return what all ranks have counted since the last call; a collective call for which the host waits.
 
     Args:
-        model: this rank's chunks, with gradients that are finalized.
+        model: This rank's model chunks with finalized gradients.
     """
+    # Collect the sums and the maximum of this rank's layers; layers of other pipeline stages stay 0.
     config = get_model_config(model[0])
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
     device = torch.cuda.current_device()
@@ -134,6 +143,7 @@ def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
                 layer = router.number_in_model - 1
                 sums[layer, 0] = _part_of_squared_gradient(chunk, router.weight)
                 sums[layer, 1:], most_rows[layer] = router.statistics.take()
+    # Combine all ranks.
     torch.distributed.all_reduce(sums)
     if config.expert_model_parallel_size > 1:
         torch.distributed.all_reduce(most_rows, op=torch.distributed.ReduceOp.MAX)
@@ -144,56 +154,63 @@ def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
 
 
 def _record_of(sums: RoutingSums, most_rows: Tensor, grad_norms: Tensor, num_ep_ranks: int) -> RoutingRecord:
-    """The record of all layers [layers] from sums over all ranks.
+    """Return the record of all layers from sums over all ranks.
 
     Args:
-        sums: of all layers.
+        sums: Sums of all layers.
         most_rows: int64 [layers], the most rows of a rank in a micro-batch.
-        grad_norms: [layers].
-        num_ep_ranks: each has an equal, contiguous share of the experts.
+        grad_norms: Norms of the gradients of the routers' weights, [layers].
+        num_ep_ranks: Number of expert-parallel ranks, of which each has an equal, contiguous share of the experts.
     """
 
-    def of_layers(values: Tensor, has_value: Tensor) -> dict[int, float]:
+    def select(values: Tensor, has_value: Tensor) -> dict[int, float]:
+        """Return the values of the layers that have one."""
         return {layer: values[layer].item() for layer in has_value.nonzero().flatten().tolist()}
 
     has_tokens = sums.num_tokens > 0
-    of_layer = {"expert_load_max_over_mean": of_layers(_max_over_mean(sums.tokens_per_expert), has_tokens)}
+    by_layer = {"expert_load_max_over_mean": select(_max_over_mean(sums.tokens_per_expert), has_tokens)}
     uneven = None
     if num_ep_ranks > 1:
         tokens_per_rank = sums.tokens_per_expert.unflatten(1, (num_ep_ranks, -1)).sum(dim=-1)
-        of_layer["rank_load_max_over_mean"] = of_layers(_max_over_mean(tokens_per_rank), has_tokens)
-        of_layer[_MOST_ROWS] = of_layers(most_rows, has_tokens)
+        by_layer["rank_load_max_over_mean"] = select(_max_over_mean(tokens_per_rank), has_tokens)
+        by_layer[_MOST_ROWS] = select(most_rows, has_tokens)
         ratios = (most_rows * sums.num_micro_batches / sums.num_rows).nan_to_num()
         uneven = int(ratios.argmax()), ratios.max().item()
-    of_layer["routing_entropy"] = of_layers(sums.entropy / sums.num_routable, sums.num_routable > 0)
-    of_layer["single_expert_token_share"] = of_layers(1 - sums.num_routable / sums.num_tokens, has_tokens)
-    of_layer["router_grad_norm"] = of_layers(grad_norms, has_tokens)
-    return RoutingRecord(of_layer, uneven)
+    by_layer["routing_entropy"] = select(sums.entropy / sums.num_routable, sums.num_routable > 0)
+    by_layer["single_expert_token_share"] = select(1 - sums.num_routable / sums.num_tokens, has_tokens)
+    by_layer["router_grad_norm"] = select(grad_norms, has_tokens)
+    return RoutingRecord(by_layer, uneven)
 
 
 def _max_over_mean(load: Tensor) -> Tensor:
-    """Of `[layers, parts]`, for each layer."""
+    """Return the maximum divided by the mean of each layer's parts; load: [layers, parts], result: [layers]."""
     return load.amax(dim=1) / load.mean(dim=1)
 
 
 def _part_of_squared_gradient(chunk: DistributedDataParallel, weight: torch.nn.Parameter) -> Tensor | float:
-    """This rank's part of the squared norm of a gradient, of which all ranks' parts are the sum; still scaled.
+    """Return this rank's part of the squared norm of a scaled gradient; the sum over all ranks is the squared norm.
 
-    A distributed optimizer leaves each data-parallel rank with the sum of its own share of a bucket only. So each rank
-    looks at that share, also where it has all.
+    With a distributed optimizer, a data-parallel rank holds the summed gradient of its own share of a bucket only. So
+    each rank contributes its share, even if it holds the whole gradient.
+
+    Args:
+        chunk: Model chunk with finalized gradients.
+        weight: Parameter of the chunk.
     """
     if not weight.requires_grad:
         return 0.0
     bucket = chunk.param_to_bucket_group[weight].param_to_bucket[weight]
     group = chunk.intra_dp_cp_group
+    assert group is not None
+    assert chunk.tp_group is not None
     share = -(-bucket.grad_data.numel() // group.size())
     start, end = bucket.param_to_index[weight]
     own = bucket.grad_data[max(start, group.rank() * share) : min(end, (group.rank() + 1) * share)]
-    # Ranks of a tensor-parallel group, and instances of the distributed optimizer, have the same.
+    # All ranks of a tensor-parallel group, and all instances of the distributed optimizer, hold equal gradients.
     num_copies = chunk.tp_group.size() * chunk.ddp_config.num_distributed_optimizer_instances
     return torch.linalg.vector_norm(own, dtype=torch.float64).square() / num_copies
 
 
 def _gradient_scale(config: TransformerConfig) -> Tensor | float:
-    """By what gradients are too large: the loss scale of fp16, else 1."""
+    """Return the loss scale of fp16, with which gradients are multiplied, or 1 without fp16."""
     return 1.0 if config.grad_scale_func is None else config.grad_scale_func(1.0)

@@ -1,4 +1,4 @@
-"""From the command line to a checked configuration, before any process group exists."""
+"""Turns the command line into a checked configuration, before any process group exists."""
 
 import sys
 import traceback
@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from megatron.core.enums import ModelType
@@ -45,17 +46,16 @@ ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 def parse_and_check_args(
     extra_args_provider: ArgumentsProvider | None = None, *, reads_data: Callable[[Namespace], bool] = lambda _: True
 ) -> Namespace:
-    """Parse the command line, check all that it names, and set Megatron's global variables.
+    """Parse the command line, check all settings and files in it, and set Megatron's global variables.
 
     Args:
-        extra_args_provider: adds the arguments of one entry point to those of all.
-        reads_data: whether the entry point, with these arguments, needs a dataset.
+        extra_args_provider: Adds the arguments of one entry point to the arguments of all entry points.
+        reads_data: Returns whether the entry point needs a dataset with these arguments.
 
     Raises:
-        UserError: settings that cannot work together, or a file that is missing, damaged or does not fit.
+        UserError: Settings that cannot work together, or a file that is missing, damaged or does not fit.
     """
-
-    chosen = {}
+    chosen: dict[str, Any] = {}
 
     def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = add_maskmoe_arguments(parser)
@@ -64,24 +64,26 @@ def parse_and_check_args(
         refuse_unknown_flags(parser, sys.argv[1:])
         return parser
 
+    # Choose the checkpoint, whose settings may complete the command line.
     args = parse_args(add_arguments)
     checkpoint = find_checkpoint(args, RankStore.from_environment())
     if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
-        # Megatron is told by `--ckpt-step`, as a user would tell it.
+        # Pass the choice to Megatron by `--ckpt-step`, as a user would.
         args.ckpt_step = chosen["ckpt_step"] = iteration
     if args.use_checkpoint_args:
         if checkpoint is None:
             raise UserError("--use-checkpoint-args needs --load with the folder of the checkpoints")
-        # As defaults, so that the command line wins.
+        # Set them as defaults, so that the command line overrides them.
         chosen |= further_checkpoint_args(checkpoint)
         args = parse_args(add_arguments)
         args, _ = load_args_from_checkpoint(args)
+    # Check settings and files, before and after Megatron validates and completes the arguments.
     check_supported(args)
     check_tokenizer(args)
     check_save_folder(args)
     mask = find_routing_mask(args, checkpoint)
     with megatrons_checks():
-        args = parse_and_validate_args(add_arguments)
+        args = cast(Namespace, parse_and_validate_args(add_arguments))
     args.tokenizer_sha256 = tokenizer_sha256(args)  # saved with the other arguments in every checkpoint
     if checkpoint is not None:
         check_same_model(args, checkpoint)
@@ -93,33 +95,40 @@ def parse_and_check_args(
 
 
 def find_routing_mask(args: Namespace, checkpoint: Path | None) -> RoutingMask | None:
-    """The routing mask of the run: `--routing-mask`, else that of the checkpoint to load. None without experts.
+    """Return the routing mask in `--routing-mask` or, without the flag, of the checkpoint; None without experts.
+
+    Args:
+        args: Megatron's arguments.
+        checkpoint: The checkpoint to load, if there is one.
 
     Raises:
-        UserError: there is neither, or they differ.
+        UserError: No mask is given, or the mask of the flag and the mask of the checkpoint differ.
     """
     if not args.num_experts:
         return None
-    if args.routing_mask is None and checkpoint is None:
+    source = args.routing_mask or checkpoint
+    if source is None:
         raise UserError(
             "no routing mask: pass --routing-mask FILE, made by tools/build_routing_mask.py, or --load a checkpoint"
         )
-    mask = read_routing_mask(args.routing_mask or checkpoint)
+    mask = read_routing_mask(source)
     if args.routing_mask is not None and checkpoint is not None:
         check_same_mask(mask.digest, read_routing_mask(checkpoint).digest)
     return mask
 
 
 def load_model(args: Namespace) -> torch.nn.Module:
-    """Initialise Megatron and build this rank's part of the model with the weights of the checkpoint in `--load`.
+    """Initialise Megatron and return this rank's part of the model, with the weights of the checkpoint in `--load`.
 
     Raises:
-        UserError: there is no checkpoint, or the pipeline is interleaved, which only training profits from.
+        UserError: `--load` holds no checkpoint, or the pipeline is interleaved, which is for training only.
     """
     if checkpoint_to_load(args) is None:
         raise UserError("pass --load with the folder of the checkpoints")
     if args.virtual_pipeline_model_parallel_size is not None:
-        raise UserError("interleaved pipelines are for training; leave --num-layers-per-virtual-pipeline-stage out")
+        raise UserError(
+            "interleaved pipelines are for training only; leave --num-layers-per-virtual-pipeline-stage out"
+        )
     initialize_megatron(store=RankStore.from_environment().for_process_groups)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
@@ -130,15 +139,17 @@ def load_model(args: Namespace) -> torch.nn.Module:
 
 
 def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
-    """The configuration of the model that the command line describes.
+    """Return the configuration of the model that the command line describes.
 
     Raises:
-        UserError: settings that cannot work together.
+        UserError: Settings that cannot work together.
     """
     with megatrons_checks():
         config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
     if args.num_experts:
-        config.routing_mask = Path(args.routing_mask or checkpoint_to_load(args))
+        source = args.routing_mask or checkpoint_to_load(args)
+        assert source is not None  # `find_routing_mask` refuses a run without a mask
+        config.routing_mask = Path(source)
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default
@@ -147,19 +158,26 @@ def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
 
 @contextmanager
 def megatrons_checks() -> Iterator[None]:
-    """What Megatron finds wrong with the settings, as a UserError; of an assertion without text, its condition."""
+    """Turn the errors of Megatron's own checks of the settings into a `UserError`.
+
+    Many of these checks are assertions without a message. The message is then the source line of the assertion.
+
+    Raises:
+        UserError: Megatron refuses the settings.
+    """
     try:
         yield
     except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
         raise UserError(f"invalid settings: {' '.join(reason.split())}") from error
 
 
 @contextmanager
 def leaving_process_groups() -> Iterator[None]:
-    """Destroy the process groups when the block ends well, or by `sys.exit` as Megatron's training loop may end.
+    """Destroy the process groups when the block succeeds or ends by `sys.exit`, as Megatron's training loop may end.
 
-    Left to the interpreter, gloo's threads can outlive what they work on and abort the process after all work is done.
+    If the interpreter destroys them at exit, gloo's threads can outlive the memory that they use and abort the process
+    after all work is done.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Log-likelihoods of texts, counted as lm-evaluation-harness counts them (its `hf` model's request types)."""
+"""Log-likelihoods of texts, defined as in lm-evaluation-harness for the request types of its `hf` model."""
 
 import argparse
 import json
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from math import exp, log
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import mpu
 from megatron.core.utils import unwrap_model
-from megatron.training import get_tokenizer
 from torch import Tensor
 
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.training.batch import get_batch, token_losses
 from maskmoe.training.forward import forward_all, sum_over_ranks
 
@@ -27,8 +27,8 @@ class Text:
     """A text to score.
 
     Attributes:
-        context: what comes before and is not scored; None: the end of another document.
-        continuation: what is scored.
+        context: Text before the continuation, which is not scored; None for the end of another document.
+        continuation: Text that is scored.
     """
 
     context: str | None
@@ -37,18 +37,19 @@ class Text:
 
 @dataclass(frozen=True)
 class TextScore:
-    """How probable a text is."""
+    """The probability of one text."""
 
     log_likelihood: float
-    """natural logarithm, the sum over its tokens"""
+    """Natural logarithm of the probability, the sum over the scored tokens."""
     tokens: int
+    """Number of scored tokens."""
     bytes: int
-    """of UTF-8"""
+    """Number of bytes of the scored text in UTF-8."""
 
 
 @dataclass(frozen=True)
 class TextScores:
-    """How probable some texts are."""
+    """The probabilities of some texts, with their sums."""
 
     texts: list[TextScore]
     log_likelihood: float
@@ -57,12 +58,16 @@ class TextScores:
 
     @classmethod
     def of(cls, scores: list[TextScore]) -> "TextScores":
-        """With their sums."""
-        sums = (sum(getattr(score, name) for score in scores) for name in ("log_likelihood", "tokens", "bytes"))
-        return cls(scores, *sums)
+        """Return the scores with their sums."""
+        return cls(
+            scores,
+            log_likelihood=sum(score.log_likelihood for score in scores),
+            tokens=sum(score.tokens for score in scores),
+            bytes=sum(score.bytes for score in scores),
+        )
 
     def table(self) -> str:
-        """The results as text."""
+        """Return the results as text for the terminal."""
         return (
             f"{len(self.texts):,} texts, {self.tokens:,} tokens, {self.bytes:,} bytes\n"
             f"log-likelihood {self.log_likelihood:.4f}\n"
@@ -75,7 +80,7 @@ def read_texts(path: str | Path) -> list[Text]:
     """Read JSON lines, each `{"text": …}`, or `{"context": …, "continuation": …}` to score only the second.
 
     Raises:
-        UserError: the file cannot be read, a line is no such object, or there is none.
+        UserError: The file cannot be read, a line is not such an object, or the file has no texts.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -102,12 +107,12 @@ def _read_line(line: str, where: str) -> Text:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens of a text that fit into the model at once, some of which are scored.
+    """Tokens of a text that the model sees at once, the last of which are scored.
 
     Attributes:
-        text: number of the text.
-        tokens: the input ids and, after the last, one more.
-        num_scored: how many of the last tokens are scored.
+        text: Number of the text.
+        tokens: The input ids, followed by the label of the last input.
+        num_scored: Number of the last tokens that are scored.
     """
 
     text: int
@@ -116,13 +121,13 @@ class Window:
 
 
 def windows(text: int, tokens: Sequence[int], num_context: int, length: int) -> Iterator[Window]:
-    """Divide a text so that each token after the context is scored once, with as much before it as fits.
+    """Divide a text so that each token after the context is scored once, after as many preceding tokens as fit.
 
     Args:
-        text: number of the text.
-        tokens: of context and continuation.
-        num_context: tokens that are not scored, at least one.
-        length: input tokens that the model takes.
+        text: Number of the text.
+        tokens: Token ids of the context and the continuation.
+        num_context: Number of context tokens, which are not scored; at least one.
+        length: Number of input tokens that the model takes.
     """
     for begin in range(num_context, len(tokens), length):
         end = min(begin + length, len(tokens))
@@ -130,22 +135,30 @@ def windows(text: int, tokens: Sequence[int], num_context: int, length: int) -> 
 
 
 def token_windows(texts: Sequence[Text], tokenizer: Any, length: int) -> list[Window]:
-    """The windows of all texts.
+    """Return the windows of all texts.
+
+    Args:
+        texts: Texts to score.
+        tokenizer: Megatron's tokenizer.
+        length: Number of input tokens that the model takes.
 
     Raises:
-        UserError: a text without context, and the tokenizer has no id that ends a document.
+        UserError: A text has no context, and the tokenizer has no id that ends a document.
     """
     found: list[Window] = []
     for number, text in enumerate(texts):
         if text.context:
-            # White space belongs to the word that follows it.
+            # White space belongs to the following word, so tokenize it together with the continuation.
             context = text.context.rstrip()
             spaces = text.context[len(context) :]
             tokens = tokenizer.tokenize(context + spaces + text.continuation)
             num_context = len(tokenizer.tokenize(context))
         else:
             if (end_of_document := getattr(tokenizer, "eod", None)) is None:
-                raise UserError("the tokenizer has no id that ends a document, after which a text would begin")
+                raise UserError(
+                    "the tokenizer has no end-of-document id, which must precede a text without context; "
+                    'give the text a "context"'
+                )
             tokens, num_context = [end_of_document], 1
             if text.continuation:
                 tokens += tokenizer.tokenize(text.continuation)
@@ -153,10 +166,10 @@ def token_windows(texts: Sequence[Text], tokenizer: Any, length: int) -> list[Wi
     return found
 
 
-class _Samples(Sequence):
-    """Windows as the samples that `GPTDataset` gives."""
+class _Samples:
+    """Windows in the form of the samples of `GPTDataset`, padded to `length` tokens; made when they are needed."""
 
-    def __init__(self, found: Sequence[Window], length: int):
+    def __init__(self, found: Sequence[Window], length: int) -> None:
         self._windows = found
         self._length = length
 
@@ -180,23 +193,23 @@ class _Samples(Sequence):
 
 @torch.no_grad()
 def score_texts(args: argparse.Namespace, model: torch.nn.Module, texts: Sequence[Text]) -> TextScores:
-    """Score texts; a collective call of all ranks, with the same result on all.
+    """Score texts; a collective call, which returns equal results on all ranks.
+
+    Megatron pads the vocabulary for tensor parallelism. Here the padding ids get no share of the probability, as in
+    other implementations. In training, and in the loss of a dataset, Megatron gives them a share.
 
     Args:
-        args: Megatron's arguments; `seq_length` is how much of a text the model sees at once.
-        model: the rank's part of the model.
-        texts: what to score.
-
-    Ids by which the vocabulary is padded for tensor parallelism get no share of the probability. (In training, and in
-    the loss of a dataset, Megatron has them in.)
+        args: Megatron's arguments; `seq_length` is the number of tokens that the model sees at once.
+        model: This rank's part of the model.
+        texts: Texts to score.
 
     Raises:
-        UserError: see `token_windows`.
+        UserError: A text has no context, and the tokenizer has no id that ends a document.
     """
     model.eval()
     args.create_attention_mask_in_dataloader = False
     tokenizer = get_tokenizer()
-    _leave_padding_ids_out(model, tokenizer.vocab_size)
+    _exclude_padding_ids(model, tokenizer.vocab_size)
     found = token_windows(texts, tokenizer, args.seq_length)
     likelihoods = torch.zeros(len(found) + args.micro_batch_size, dtype=torch.float64, device="cuda")
 
@@ -204,28 +217,38 @@ def score_texts(args: argparse.Namespace, model: torch.nn.Module, texts: Sequenc
         batch = get_batch(data_iterator)
         return token_losses(model, batch), partial(_sum_of_samples, batch.loss_mask)
 
+    # Compute the log-likelihood of every window.
     samples = _Samples(found, args.seq_length)
     for first, outputs in forward_all(args, model, samples, len(samples), forward_step, "scoring"):
         for output in outputs:
-            # Beyond the last window there are samples that do not count.
-            of_step = likelihoods[min(first, len(found)) :][: args.micro_batch_size]
-            of_step -= output["losses"]
+            # Samples beyond the last window fill up the last step. Their losses are 0.
+            step_likelihoods = likelihoods[min(first, len(found)) :][: args.micro_batch_size]
+            step_likelihoods -= output["losses"]
     sum_over_ranks(likelihoods)
-    of_text = torch.zeros(len(texts), dtype=torch.float64)
-    of_text.index_add_(
+
+    # Add up the windows of each text.
+    text_likelihoods = torch.zeros(len(texts), dtype=torch.float64)
+    text_likelihoods.index_add_(
         0, torch.tensor([window.text for window in found], dtype=torch.long), likelihoods[: len(found)].cpu()
     )
     num_tokens = [0] * len(texts)
     for window in found:
         num_tokens[window.text] += window.num_scored
     num_bytes = [len(text.continuation.encode()) for text in texts]
-    return TextScores.of([TextScore(*score) for score in zip(of_text.tolist(), num_tokens, num_bytes, strict=True)])
+    return TextScores.of(
+        [TextScore(*score) for score in zip(text_likelihoods.tolist(), num_tokens, num_bytes, strict=True)]
+    )
 
 
-def _leave_padding_ids_out(model: torch.nn.Module, vocab_size: int) -> None:
-    """Give the ids by which Megatron pads the vocabulary no share of the probability, as they have none elsewhere."""
-    model = unwrap_model(model)
-    if not model.post_process:
+def _exclude_padding_ids(model: torch.nn.Module, vocab_size: int) -> None:
+    """Set the logits of the ids that pad the vocabulary to minus infinity, by a hook on the output layer.
+
+    Args:
+        model: This rank's part of the model; only a last pipeline stage has an output layer.
+        vocab_size: Number of ids of the tokenizer; all larger ids are padding.
+    """
+    stage: Any = unwrap_model(cast(Any, model))
+    if not stage.post_process:
         return
 
     def mask_logits(layer: torch.nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor | None]) -> tuple:
@@ -234,18 +257,18 @@ def _leave_padding_ids_out(model: torch.nn.Module, vocab_size: int) -> None:
         is_padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= vocab_size
         return logits.masked_fill(is_padding, float("-inf")), bias
 
-    model.output_layer.register_forward_hook(mask_logits)
+    stage.output_layer.register_forward_hook(mask_logits)
 
 
 def _sum_of_samples(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The loss of every sample.
+    """Return the loss of every sample.
 
     Args:
         loss_mask: float [batch, sequence].
-        output_tensor: loss of every token, [batch, sequence].
+        output_tensor: Loss of every token, [batch, sequence].
 
     Returns:
-        the loss and the number of tokens as Megatron's schedules want them, and `losses`, float64 [batch].
+        The loss and the number of tokens in the form that Megatron's schedules take, and `losses`, float64 [batch].
     """
     losses = (output_tensor.double() * loss_mask).sum(dim=1)
     return losses.sum().float(), loss_mask.sum().to(torch.int), {"losses": losses}

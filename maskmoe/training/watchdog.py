@@ -1,7 +1,7 @@
 """Ends a run in which a rank hangs, and names that rank.
 
-A rank that hangs stops all others: they wait for it in a collective. So the rank to blame is one that shows no sign of
-life, or one that stands still anywhere but in a collective.
+A rank that hangs stops all other ranks, which wait for it in a collective. So the rank to blame is a rank that shows no
+sign of life, or a rank that stands still outside of a collective.
 """
 
 import contextlib
@@ -28,22 +28,22 @@ from maskmoe.training.rank_store import RankStore
 _WAITING_PACKAGES = tuple(
     str(Path(torch.__file__).parent / package) + os.sep for package in ("distributed", "autograd")
 )
-# How Python waits for what a collective, or a GPU in a collective, has not delivered.
+# Calls in which Python waits for the result of a collective, or for a GPU that is in a collective.
 _WAITING_CALLS = (".wait(", "barrier(", ".synchronize(", ".item(", ".cpu(", ".tolist(")
-_NAMED_AT_MOST = 8
+_MAX_NAMED_RANKS = 8
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """What a rank's watchdog says of it.
+    """The state of a rank, as its watchdog reports it.
 
     Attributes:
-        rank: the rank.
-        where: host and process, for people.
-        steps: micro-batches begun so far.
-        at: the innermost Python call of the thread that trains, for people.
-        waits: whether that call waits for other ranks.
-        number: counts this rank's sightings.
+        rank: The rank.
+        where: Host and process of the rank, for the message.
+        steps: Number of micro-batches that the rank has begun.
+        at: Innermost Python call of the training thread, for the message.
+        waits: Whether this call waits for other ranks.
+        number: Number of this report among the reports of the rank.
     """
 
     rank: int
@@ -55,18 +55,18 @@ class Sighting:
 
 
 class Watchdog:
-    """Watches over this rank, in a thread of its own, and tells the other ranks' watchdogs how it is doing.
+    """Watches over this rank in a thread of its own, and reports the rank's state to the watchdogs of other ranks.
 
-    Once no micro-batch was begun for `timeout`, it says which rank is to blame and ends the process with `EXIT_HANG`.
-    The first watchdog that comes to a verdict tells it to all, so that all ranks end. Time counts from the first
-    micro-batch on: what comes before has timeouts of its own.
+    If the rank begins no micro-batch for `timeout` seconds, the watchdog prints which rank is to blame and ends the
+    process with `EXIT_HANG`. The first watchdog that reaches a verdict shares it, so that all ranks end. Time counts
+    from the first micro-batch: everything before has timeouts of its own.
 
     Args:
-        ranks: the ranks of the run.
-        timeout: seconds.
+        ranks: The ranks of the run.
+        timeout: Seconds.
     """
 
-    def __init__(self, ranks: RankStore, timeout: float):
+    def __init__(self, ranks: RankStore, timeout: float) -> None:
         self._timeout = timeout
         self._period = min(timeout / 10, 10.0)
         self._ranks = ranks.beside()
@@ -77,21 +77,22 @@ class Watchdog:
         self._last_contact = time.monotonic()
 
     def start(self) -> None:
+        """Start the threads of the watchdog."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         threading.Thread(target=self._guard, name="watchdog's guard", daemon=True).start()
 
     def step(self) -> None:
-        """A micro-batch begins."""
+        """Note that a micro-batch begins."""
         self._steps += 1
         self._last_step = time.monotonic()
 
     def stop(self) -> None:
-        """Training is over."""
+        """Stop counting time, because training is over."""
         self._last_step = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Work that takes as long as it takes, such as saving. Counting begins anew with the next micro-batch."""
+        """Do not count time during work of any length, such as saving; restart with the next micro-batch."""
         self._last_step = None
         try:
             yield
@@ -106,7 +107,7 @@ class Watchdog:
                 verdict = self._ranks.peek("verdict")
                 if verdict is None and self._stands_still():
                     verdict = self._judge()
-            except RuntimeError:  # the store's connection broke; `_guard` sees to it
+            except RuntimeError:  # the connection to the store broke, which `_guard` handles
                 return
             if verdict is not None:
                 self._print(*json.loads(verdict))
@@ -115,7 +116,7 @@ class Watchdog:
             self._last_contact = time.monotonic()
 
     def _guard(self) -> None:
-        """End the run where the store does not answer: its host, a rank unless torchrun has it, stands still."""
+        """End this rank if the store does not answer because its host hangs; without torchrun the host is rank 0."""
         while True:
             time.sleep(self._period)
             silence = time.monotonic() - self._last_contact
@@ -141,7 +142,7 @@ class Watchdog:
         self._ranks.put(f"sighting/{sighting.rank}", json.dumps(asdict(sighting)))
 
     def _judge(self) -> str | None:
-        """The verdict of this rank, or of one that was quicker; None if training goes on after all."""
+        """Return the verdict of this rank or of a faster rank; None if training continues after all."""
         before = self._read()
         for _ in range(3):
             time.sleep(self._period)
@@ -165,7 +166,7 @@ class Watchdog:
         sys.stderr.flush()
 
     def _wait_for_others(self) -> None:
-        """Until all that are alive have heard the verdict: the end of one breaks the collectives of the others."""
+        """Wait until all living ranks have read the verdict: the end of a rank breaks the collectives of the others."""
         deadline = time.monotonic() + 2 * self._period
         with contextlib.suppress(RuntimeError):
             self._ranks.put(f"heard/{self._ranks.rank}", "")
@@ -175,20 +176,21 @@ class Watchdog:
 
 
 def _end() -> NoReturn:
+    """End the process at once, with `EXIT_HANG`."""
     if is_last_attempt():
         leave_exit_code(EXIT_HANG)
     os._exit(EXIT_HANG)
 
 
 def find_culprits(before: Sequence[Sighting], after: Sequence[Sighting]) -> tuple[list[int], str]:
-    """Who holds up the run.
+    """Find the ranks that hold up the run.
 
     Args:
-        before: the last sighting of each rank, ordered by rank.
-        after: the same some periods later.
+        before: The last sighting of each rank, ordered by rank.
+        after: The last sighting of each rank some periods later.
 
     Returns:
-        ranks to blame, none if that cannot be told, and a sentence about them.
+        The ranks to blame, which may be none, and a sentence about them.
     """
     numbers = {sighting.rank: sighting.number for sighting in before}
     silent = [sighting for sighting in after if numbers.get(sighting.rank) == sighting.number]
@@ -204,19 +206,22 @@ def find_culprits(before: Sequence[Sighting], after: Sequence[Sighting]) -> tupl
 
 
 def _blame(sightings: Sequence[Sighting], what: str) -> tuple[list[int], str]:
-    named = [f"rank {seen.rank} ({seen.where}) {what} {seen.at}" for seen in sightings[:_NAMED_AT_MOST]]
+    """Return ranks and the sentence that `what` is true of them."""
+    named = [f"rank {seen.rank} ({seen.where}) {what} {seen.at}" for seen in sightings[:_MAX_NAMED_RANKS]]
     if len(sightings) > len(named):
         named.append(f"and {len(sightings) - len(named)} more ranks")
     return [seen.rank for seen in sightings], "; ".join(named)
 
 
 def _describe(frame: FrameType | None) -> str:
+    """Return the place of a Python call as text."""
     if frame is None:
         return "no Python call"
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def _waits(frame: FrameType | None) -> bool:
+    """Report whether the innermost Python call waits for other ranks."""
     if frame is None:
         return False
     if frame.f_code.co_filename.startswith(_WAITING_PACKAGES):

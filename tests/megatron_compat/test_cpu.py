@@ -1,4 +1,4 @@
-"""The CPU adapter: what Megatron asks of torch.cuda, answered by the CPU."""
+"""The CPU adapter maps torch.cuda to the CPU."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_factories_make_cpu_tensors(device: object) -> None:
 
 
 def test_other_default_devices_hold() -> None:
-    """transformers makes its models so before it loads their weights."""
+    """The library transformers makes models on the meta device before it loads their weights."""
     with torch.device("meta"):
         tensors = [torch.empty(2), torch.arange(3), torch.ones(2), torch.tensor([1.0]), torch.nn.Linear(2, 2).weight]
     assert all(tensor.is_meta for tensor in tensors)
@@ -95,7 +95,7 @@ def test_type_names_are_those_of_cuda() -> None:
     assert tensor.type(torch.float64).dtype == torch.float64
     assert tensor.type(torch.LongTensor).dtype == torch.int64
     assert tensor.type(tensor.type()) is tensor
-    with torch.device("meta"):  # a torch function mode, in which methods of tensors come back to their wrappers
+    with torch.device("meta"):  # in a torch function mode, the original method calls its wrapper again
         assert tensor.type() == "torch.cuda.FloatTensor"
 
 
@@ -135,7 +135,7 @@ def test_generators_are_that_of_the_cpu() -> None:
 
 
 def test_forked_random_states_are_restored() -> None:
-    """Megatron's tracker, with which tensor-parallel regions draw their own numbers."""
+    """Tensor-parallel regions draw their own random numbers with Megatron's tracker."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     tracker = CudaRNGStatesTracker()
@@ -154,7 +154,7 @@ def test_forked_random_states_are_restored() -> None:
 def test_memory_is_that_of_the_process() -> None:
     allocated = torch.cuda.memory_allocated()
     free, total = torch.cuda.mem_get_info()
-    # The kernel brings the peak up to date a few pages late.
+    # The kernel updates the peak a few pages late.
     assert 0 < allocated < 1.1 * torch.cuda.max_memory_allocated() < total
     assert 0 < free < total
     assert torch.cuda.get_device_properties(0).total_memory == total
@@ -163,7 +163,7 @@ def test_memory_is_that_of_the_process() -> None:
     assert stats["num_alloc_retries"] == 0
 
 
-def test_torch_itself_hears_of_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_itself_finds_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.cuda.is_available()
     assert torch.cuda.is_initialized()
     assert not torch.accelerator.is_available()

@@ -1,4 +1,4 @@
-"""Optimizer state without Apex and Transformer Engine, and the helper of the wheel."""
+"""Patches: optimizer state without Apex and Transformer Engine, the helper of the wheel, and outdated patches."""
 
 from pathlib import Path
 
@@ -11,7 +11,10 @@ from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_mega
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-pytestmark = pytest.mark.skipif(distrib_optimizer.HAVE_APEX_OR_TE, reason="Apex and Transformer Engine need no patch")
+from maskmoe.megatron_compat import patches
+from maskmoe.megatron_compat.replacing import replace
+
+without_apex = pytest.mark.skipif(distrib_optimizer.HAVE_APEX_OR_TE, reason="Apex and Transformer Engine need no patch")
 DEVICE = torch.device(torch.cuda.current_device())
 
 
@@ -26,9 +29,9 @@ class TwoLinears(MegatronModule):
 
 
 class Trained:
-    """A model under Megatron's distributed optimizer."""
+    """A model with Megatron's distributed optimizer."""
 
-    def __init__(self, bf16: bool):
+    def __init__(self, bf16: bool) -> None:
         dtype = torch.bfloat16 if bf16 else torch.float32
         config = TransformerConfig(
             num_layers=1,
@@ -81,9 +84,10 @@ class Trained:
         return {"model": model_state, "optimizer": optimizer_state}
 
 
+@without_apex
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_a_loaded_optimizer_goes_on_bit_for_bit(bf16: bool, tmp_path: Path) -> None:
+def test_loaded_optimizer_continues_bit_for_bit(bf16: bool, tmp_path: Path) -> None:
     whole = Trained(bf16)
     for seed in range(3):
         whole.step(seed)
@@ -95,10 +99,11 @@ def test_a_loaded_optimizer_goes_on_bit_for_bit(bf16: bool, tmp_path: Path) -> N
         whole.step(seed)
         resumed.step(seed)
         assert all(torch.equal(x, y) for x, y in zip(whole.parameters, resumed.parameters, strict=True))
-    # Each parameter's step is its own: one that all share would advance once per parameter.
+    # A step tensor that all parameters share would advance once for each parameter.
     assert resumed.steps == whole.steps == {6.0}
 
 
+@without_apex
 @pytest.mark.usefixtures("one_rank")
 def test_state_can_be_taken_before_the_first_step() -> None:
     fresh = Trained(bf16=False)
@@ -110,6 +115,33 @@ def test_state_can_be_taken_before_the_first_step() -> None:
     for trained in (fresh, stepped):
         trained.step(1)
     assert all(torch.equal(x, y) for x, y in zip(fresh.parameters, stepped.parameters, strict=True))
+
+
+def test_optimizer_without_parameters_counts_and_restores_its_steps() -> None:
+    """Saving on real ranks is in tests/training/test_resume.py, "stage without experts"."""
+
+    def make_optimizer() -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW([{"params": []}])
+        patches._count_steps_without_parameters(optimizer)
+        return optimizer
+
+    def steps(optimizer: torch.optim.Optimizer) -> list[float]:
+        return [state["step"].item() for state in optimizer.state_dict()["state"].values()]
+
+    trained, resumed = make_optimizer(), make_optimizer()
+    assert steps(trained) == [0.0]
+    for _ in range(3):
+        trained.step()
+    assert steps(trained) == [3.0]
+    resumed.load_state_dict(trained.state_dict())
+    resumed.step()
+    assert steps(resumed) == [4.0]
+
+
+def test_patch_of_a_missing_attribute_fails() -> None:
+    """A patch that was written for another version must not set an attribute that nothing reads."""
+    with pytest.raises(AttributeError, match="no_such_function"):
+        replace(torch.cuda, "no_such_function", print)
 
 
 def test_helpers_of_the_wheel_are_used_as_they_are() -> None:

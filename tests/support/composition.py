@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Names in `RUNS`: for each run on one process, the runs whose losses are compared with the losses of that run. The compared
-# runs continue from a checkpoint of the run on one process, or start like that run.
+# Names in `RUNS`: for each run on one process, the runs whose losses are compared with the losses of that run. The
+# compared runs continue from a checkpoint of the run on one process, or start like that run.
 COMPARED = {
     "reference": [
         "expert parallel 2",
@@ -58,7 +58,7 @@ class Works:
     """A row of settings that work with a routing mask.
 
     Attributes:
-        evidence: What was compared, in words.
+        evidence: Describes the comparison in words.
         flags: Words of the command line that all runs of the row have, each in one piece.
         runs: Names of compared runs of `RUNS`; each has a description.
         tests: Further tests as `FILE::FUNCTION`, below `tests/`.
@@ -91,14 +91,18 @@ FOLLOWS = f"{ROUTER}test_follows_the_method"
 TABLE: dict[str, Works | Refused] = {
     # The name of a row says in words what is combined with a routing mask.
     "tensor parallel with sequence parallel": Works(
-        "2 ranks", ("--tensor-model-parallel-size 2",), ("tensor 2 with sequence parallel", "rich, tensor 2, expert parallel 2")
+        "2 ranks",
+        ("--tensor-model-parallel-size 2",),
+        ("tensor 2 with sequence parallel", "rich, tensor 2, expert parallel 2"),
     ),
     "tensor parallel alone, in training": Refused("--tensor-model-parallel-size 2"),
     "pipeline parallel": Works(
         "2 ranks, 4 micro-batches a step", ("--pipeline-model-parallel-size 2",), ("pipeline 2", "rich, pipeline 2")
     ),
     "interleaved pipeline": Works(
-        "2 ranks, 4 chunks", ("--num-layers-per-virtual-pipeline-stage 1",), ("interleaved pipeline", "rich, interleaved pipeline")
+        "2 ranks, 4 chunks",
+        ("--num-layers-per-virtual-pipeline-stage 1",),
+        ("interleaved pipeline", "rich, interleaved pipeline"),
     ),
     "expert parallel": Works(
         "2 and 4 ranks", ("--expert-model-parallel-size",), ("expert parallel 2", "expert parallel 4")
@@ -130,15 +134,21 @@ TABLE: dict[str, Works | Refused] = {
         ("data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2",),
     ),
     "full recomputation": Works(
-        "bit-equal to none on one rank; on 4 ranks", ("--recompute-granularity full",), ("full recompute", "rich, full recompute, tensor 2, pipeline 2")
+        "bit-equal to none on one rank; on 4 ranks",
+        ("--recompute-granularity full",),
+        ("full recompute", "rich, full recompute, tensor 2, pipeline 2"),
     ),
     "selective recomputation of `moe`, `shared_experts`, `mlp`, `core_attn`": Works(
-        "that of `moe` bit-equal to none; 2 ranks", ("--recompute-modules moe",), ("selective recompute", "rich, selective recompute")
+        "that of `moe` bit-equal to none; 2 ranks",
+        ("--recompute-modules moe",),
+        ("selective recompute", "rich, selective recompute"),
     ),
     "selective recomputation of norms and activations": Refused("--recompute-modules layernorm"),
     "bf16": Works("2 ranks, losses to 5e-4 of fp32's", ("--bf16",), (BF16,)),
     "tied and untied embeddings": Works(
-        "2 ranks", runs=("pipeline 2", "rich, tensor 2, expert parallel 2", "rich, pipeline 2"), varied_flag="--untie-embeddings-and-output-weights"
+        "2 ranks",
+        runs=("pipeline 2", "rich, tensor 2, expert parallel 2", "rich, pipeline 2"),
+        varied_flag="--untie-embeddings-and-output-weights",
     ),
     "multi-token prediction": Works("2 and 4 ranks", ("--mtp-num-layers 1",), RICH),
     "multi-token prediction by one repeated layer": Works(
@@ -152,10 +162,14 @@ TABLE: dict[str, Works | Refused] = {
     "norms over all heads without norms": Refused("--qk-layernorm-all-heads"),
     "MoE layer frequency": Works("2 and 4 ranks", ("--moe-layer-freq",), RICH),
     "shared experts, with a gate": Works("2 and 4 ranks", ("--moe-shared-expert-gate",), RICH),
-    "overlapped shared experts": Works("2 ranks", ("--moe-shared-expert-overlap",), ("rich, overlapped shared experts",)),
+    "overlapped shared experts": Works(
+        "2 ranks", ("--moe-shared-expert-overlap",), ("rich, overlapped shared experts",)
+    ),
     "latent experts": Refused("--moe-latent-size 16"),
     "load-balancing loss of micro-batches, of sequences, and lists of them": Works(
-        "2, 4 and 8 ranks", ("--moe-router-load-balancing-type aux_loss seq_aux_loss",), (*RICH, "data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2")
+        "2, 4 and 8 ranks",
+        ("--moe-router-load-balancing-type aux_loss seq_aux_loss",),
+        (*RICH, "data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2"),
     ),
     "global load-balancing loss": Works(
         "2 and 4 ranks; data parallel, too, if a step has one micro-batch",

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from torch.distributed import TCPStore
-
 from support.paths import BENCHMARKS, RANK_SCRIPTS, TESTS
 from support.waiting import wait_until
+from torch.distributed import TCPStore
 
 __all__ = ["BENCHMARKS", "RANK_SCRIPTS", "TESTS", "Outcome", "RankProcesses", "RunRanks", "run_script_as_ranks"]
 
@@ -30,7 +29,7 @@ CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUN
 
 @dataclass(frozen=True)
 class Outcome:
-    """What processes left when they ended.
+    """Exit codes and output of processes that have ended.
 
     Attributes:
         exit_codes: One for each rank; under torchrun the exit code of torchrun alone.
@@ -62,7 +61,7 @@ class Rendezvous:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables by which ranks find the store instead of hosting one in rank 0."""
+        """Variables that make ranks connect to the store instead of hosting one in rank 0."""
         return {
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(self._store.port),
@@ -90,7 +89,7 @@ class RankProcesses:
         program: Python's arguments.
         environments: Variables of each process, see `rank_environments`; one empty dict for torchrun.
         folder: The output goes to `out0.log`, `err0.log` and so on in this folder.
-        working_folder: Where the processes run.
+        working_folder: Working directory of the processes.
         environment: Further variables of all processes.
         rendezvous: Kept alive as long as the processes.
 
@@ -135,7 +134,7 @@ class RankProcesses:
         return [process.pid for process in self._processes]
 
     def pid_of_rank(self, rank: int) -> int | None:
-        """Return the process id of a rank that torchrun started; None while there is no such process."""
+        """Return the process id of a rank that torchrun started; None while the rank is not running."""
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.pids[0]).children():
                 if child.environ().get("RANK") == str(rank):
@@ -199,7 +198,7 @@ def start_ranks(
         program: Python's arguments.
         folder: Takes the logs.
         ranks: Number of ranks.
-        working_folder: Where the processes run, by default `folder`.
+        working_folder: Working directory of the processes, by default `folder`.
         environment: Further variables of all processes.
     """
     rendezvous = Rendezvous() if ranks > 1 else None

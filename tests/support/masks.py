@@ -19,7 +19,7 @@ def build_mask(
     assignment: str = "balanced",
     *,
     frequent_mass: float = 0.4,
-    frequent_visible_experts: int = 4,
+    frequent_visible_experts: int | None = 4,
     seed: int = 1,
     expert_model_parallel_size: int | None = None,
 ) -> RoutingMask:

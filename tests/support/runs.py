@@ -4,11 +4,11 @@ import socket
 from pathlib import Path
 
 import numpy as np
+from support.datasets import frequent_ids, write_documents
+from support.masks import build_mask, count_ids
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
 from maskmoe.data.indexed_dataset import optimal_dtype
-from support.datasets import frequent_ids, write_documents
-from support.masks import build_mask, count_ids
 
 LAPTOP_VOCAB_SIZE = 4095  # NullTokenizer adds one id.
 

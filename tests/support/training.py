@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-
-from maskmoe.data.indexed_dataset import optimal_dtype
-from maskmoe.routing_mask.mask import RoutingMask
 from support.datasets import predictable_ids, write_documents
 from support.launchers import TIMEOUT, Outcome, RankProcesses, Rendezvous, rank_environments, start_ranks
 from support.masks import build_mask, count_ids
 from support.runs import free_port, read_scalars
+
+from maskmoe.data.indexed_dataset import optimal_dtype
+from maskmoe.routing_mask.mask import RoutingMask
 
 VOCAB_SIZE = 510
 SETTINGS = f"""
@@ -42,7 +42,7 @@ COMPARED_SCALARS = (
     "z_loss",
     "grad-norm",
 )
-"""Scalars by which runs are compared: every loss that training logs, and the norm of all gradients."""
+"""Scalars that are compared between runs: every loss that training logs, and the norm of all gradients."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Run:
         rank_0_hosts_store: The store of the ranks is in rank 0, as without torchrun.
         logs_scalars: Whether the run writes TensorBoard events.
         omits: A flag of `SETTINGS` that is left out.
-        description: What the run shows, in words.
+        description: Describes the run in words.
     """
 
     flags: str = ""
@@ -84,7 +84,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainingOutcome(Outcome):
-    """What a training run left.
+    """Exit codes, output and files of a training run that has ended.
 
     Its folder holds checkpoints in `save`, TensorBoard's events in `tensorboard` and the output in `*.log`.
     """

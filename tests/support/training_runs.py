@@ -1,7 +1,7 @@
 """The training runs that tests share, by name.
 
-A test names the runs that it looks at with `@pytest.mark.runs(name, …)`. Every name is written out here and in the test,
-so that a search for the name finds both.
+A test names the runs that it looks at with `@pytest.mark.runs(name, …)`. Every name is written out here and in the
+test, so that a search for the name finds both.
 """
 
 from support.launchers import TESTS
@@ -123,6 +123,9 @@ RUNS = {
         f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {FROM_7}",
         ranks=2,
         continues="stage without experts, distributed optimizer",
+    ),
+    "stage without experts, distributed optimizer, resumed on 1": Run(
+        f"--moe-layer-freq [0,0,1,1] {DISTRIBUTED} {FROM_7}", continues="stage without experts, distributed optimizer"
     ),
     # Another expert parallel size after a stop.
     "experts on 2": Run(f"{EXPERT_2} {UNTIL_12}", ranks=2, saves=True),

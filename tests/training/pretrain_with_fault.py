@@ -1,8 +1,12 @@
-"""Pretraining in which something goes wrong, as the environment says: FAULT=KIND, FAULT_RANK, FAULT_ITERATION.
+"""Pretraining with a fault of the kind FAULT on the rank FAULT_RANK, in the iteration FAULT_ITERATION.
 
-hang: the rank sleeps before that iteration. nan: its gradients become NaN in that iteration, once: a file
-`fault-happened` in FAULT_FOLDER says that it was so. nan-always: each time. slow-save: the rank is slow in writing
-checkpoints. slow-start: it never gets ready, and says so.
+The environment variable FAULT is one of:
+- `hang`: the rank sleeps before the iteration.
+- `nan`: the rank's gradients become NaN in the iteration, once. The file `fault-happened` in FAULT_FOLDER records this.
+- `nan-always`: the rank's gradients become NaN in the iteration, also if Megatron repeats the step.
+- `slow-save`: the rank writes checkpoints slowly.
+- `slow-start`: the rank prints a line and then never begins to train.
+- `none`: nothing goes wrong.
 """
 
 import functools
@@ -52,7 +56,7 @@ def write_slowly(*args, **kwargs):
 
 
 if KIND == "slow-save":
-    # Not in the main program only: asynchronous saving writes in a process that imports this module.
+    # Outside of the main program, because the process of asynchronous saving imports this module and writes.
     filesystem_async._write_item = write_slowly
 
 

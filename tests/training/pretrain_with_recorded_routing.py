@@ -1,8 +1,8 @@
-"""Pretraining that also writes down all that its routers see, from which a test takes the same numbers once more.
+"""Pretraining that also records the input of its routers, from which a test computes the logged numbers again.
 
-Each rank writes, at each logging of the routing, `routed{ITERATION}_{RANK}.pt` next to TensorBoard's folder: for each
-layer, the micro-batches since the last one as pairs of ids int64 [tokens] and logits float64 [tokens, experts], and the
-gradient of the router's weight.
+Whenever the routing is logged, each rank writes `routed{ITERATION}_{RANK}.pt` beside TensorBoard's folder. The file
+holds for each layer the micro-batches since the last record, as pairs of ids int64 [tokens] and logits float64
+[tokens, experts], and the gradient of the router's weight.
 """
 
 from maskmoe.megatron_compat import prepare_process

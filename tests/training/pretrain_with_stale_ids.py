@@ -1,7 +1,7 @@
-"""Pretraining with the mistake that the tests of recomputation must notice.
+"""Pretraining with a mistake that the tests of recomputation must notice.
 
-Routers take the token ids from a global that the model last set, not from what was handed down with the hidden states.
-Under recomputation in a pipeline these are the ids of another micro-batch.
+Routers take the token ids from a global variable that the model sets, instead of the argument that comes with the
+hidden states. During recomputation in a pipeline, the variable holds the ids of another micro-batch.
 """
 
 from maskmoe.megatron_compat import prepare_process

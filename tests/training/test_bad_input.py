@@ -1,4 +1,4 @@
-"""Bad input ends a training process before it trains or writes: exit code 2 and one line that names the culprit."""
+"""Bad input ends a training process before it trains or writes, with exit code 2 and one line that names the input."""
 
 import io
 import sys
@@ -13,13 +13,13 @@ import sentencepiece
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.training.arguments import parse_args
 from megatron.training.global_vars import destroy_global_vars
+from support.datasets import write_documents
+from support.masks import build_mask, count_ids
 
 from maskmoe.cli import run_tool
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
-from maskmoe.data.tokenizer import SentencePieceTokenizer, TokenizerRecord
+from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
 from maskmoe.training.checks import check_supported
@@ -29,17 +29,17 @@ SENTENCE_PIECE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model"
 
 MASK = "mask.safetensors"
 
-# name: flags, routing mask, what the line names. Paths under `bad/` are made by `bad_files`.
+# Flags, routing mask and parts of the error line of each case, by its name. `bad_files` makes the files in `bad/`.
 CASES = {
-    "missing dataset": ("--data-path nowhere", MASK, ["nowhere", "does not exist"]),
     "id beyond the vocabulary": ("--data-path bad/large_ids", MASK, ["bad/large_ids", "id 599 at position 57", "510"]),
-    "no mask": ("", None, ["--routing-mask"]),
     "altered mask": ("", "bad/altered.safetensors", ["bad/altered.safetensors"]),
-    "N not divisible": ("--expert-model-parallel-size 3", MASK, ["--num-experts 8", "--expert-model-parallel-size 3"]),
     "setting that Megatron refuses without a word": ("--num-attention-heads 3", MASK, ["num_attention_heads"]),
 }
-# The same code reports these; a process for each takes more time than it is worth by default.
+# The code that reports these cases is the same, so the default test run starts no process for them.
 MORE_CASES = {
+    "missing dataset": ("--data-path nowhere", MASK, ["nowhere", "does not exist"]),
+    "no mask": ("", None, ["--routing-mask"]),
+    "N not divisible": ("--expert-model-parallel-size 3", MASK, ["--num-experts 8", "--expert-model-parallel-size 3"]),
     "truncated bin": ("--data-path bad/short_bin", MASK, ["short_bin.bin", "truncated"]),
     "truncated idx": ("--data-path bad/short_idx", MASK, ["short_idx.idx", "truncated"]),
     "mask for another vocabulary": ("--vocab-size 500", MASK, ["vocabulary", "510", "500"]),
@@ -66,7 +66,7 @@ MORE_CASES = {
         ["counts", "theirs.model", "bad/ours.model"],
     ),
     "missing tokenizer model": (f"{SENTENCE_PIECE} nowhere.model", MASK, ["nowhere.model"]),
-    "tokenizer model that is none": (f"{SENTENCE_PIECE} bad/short_bin.bin", MASK, ["short_bin.bin"]),
+    "tokenizer model in another format": (f"{SENTENCE_PIECE} bad/short_bin.bin", MASK, ["short_bin.bin"]),
     "tokenizer model that is a folder": (f"{SENTENCE_PIECE} bad", MASK, ["--tokenizer-model bad is not a file"]),
     "missing tokenizer folder": (
         "--tokenizer-type HuggingFaceTokenizer --tokenizer-model nowhere",
@@ -83,7 +83,7 @@ ALL_CASES = CASES | MORE_CASES
 
 @pytest.fixture(scope="module")
 def bad_files(workplace) -> Path:
-    """The damaged and unfitting files of `CASES`."""
+    """Make the damaged and unfitting files of the cases."""
     folder = workplace.folder / "bad"
     folder.mkdir()
     for name in ("short_bin", "short_idx"):
@@ -93,19 +93,13 @@ def bad_files(workplace) -> Path:
             (folder / name).with_suffix(suffix).write_bytes(content[:cut])
     ids = np.full(120, 3)
     for name, bad_id in (("large_ids", 599), ("negative_ids", -1)):
-        write_documents(folder / name, [np.where(np.arange(120) == 57, bad_id, ids)] * 10)
-    write_documents(folder / "one_document", [ids])
+        write_documents(folder / name, [np.where(np.arange(120) == 57, bad_id, ids)] * 10, np.int32)
+    write_documents(folder / "one_document", [ids], np.int32)
     write_bad_masks(workplace.folder, folder)
     write_tokenizers(folder)
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("7")
     return folder
-
-
-def write_documents(prefix: Path, documents: list[np.ndarray], tokenizer: TokenizerRecord | None = None) -> None:
-    with IndexedDatasetWriter(prefix, np.int32, tokenizer) as writer:
-        for document in documents:
-            writer.add_document(document)
 
 
 def write_bad_masks(source: Path, folder: Path) -> None:
@@ -118,7 +112,7 @@ def write_bad_masks(source: Path, folder: Path) -> None:
 
 
 def write_tokenizers(folder: Path) -> None:
-    """Two SentencePiece models of one size; a dataset that records one of them, one that records none, and masks."""
+    """Write two SentencePiece models of one size, datasets with and without a record of one model, and masks."""
     documents = [np.full(120, 3)] * 10
     for name, letters in (("ours", "abcdefgh"), ("theirs", "klmnopqr")):
         random = np.random.default_rng(0)
@@ -129,17 +123,19 @@ def write_tokenizers(folder: Path) -> None:
         )
         (folder / f"{name}.model").write_bytes(model.getvalue())
     tokenizer = SentencePieceTokenizer(folder / "theirs.model")
-    write_documents(folder / "theirs", documents, tokenizer.record())
-    write_documents(folder / "unknown", documents)
+    write_documents(folder / "theirs", documents, np.int32, tokenizer.record())
+    write_documents(folder / "unknown", documents, np.int32)
     recipe = MaskRecipe(8, 4, "uniform", 0.0)
-    counts = count_token_frequency([str(folder / "theirs")], tokenizer.vocab_size, workers=1)
-    build_routing_mask(recipe, frequency=counts).save(folder / "of_their_counts.safetensors")
+    counts = count_ids(folder / "theirs", tokenizer.vocab_size)
+    build_mask(counts, 8, 4, "uniform", frequent_mass=0.0, frequent_visible_experts=None).save(
+        folder / "of_their_counts.safetensors"
+    )
     build_routing_mask(recipe, vocab_size=tokenizer.vocab_size).save(folder / "without_counts.safetensors")
 
 
 @pytest.fixture(scope="module")
 def refusals(request, start, refusal, bad_files) -> dict[str, Future]:
-    """The runs of the selected cases, queued at once."""
+    """Queue the runs of all selected cases at once."""
     selected = [item.callspec.params["case"] for item in request.session.items if "refusals" in item.fixturenames]
     return {
         case: start(f"refuse {case}", replace(refusal.run, flags=flags, mask=mask))
@@ -174,10 +170,10 @@ def test_bad_input_is_found_by_the_checks(case, workplace, bad_files, refusal, t
 
 
 @pytest.mark.parametrize(
-    "flags, culprit",
+    ("flags", "culprit"),
     [
-        ("--data-path nowhere", "nowhere"),  # every rank meets it
-        # The first rank alone reads the ids; the other waits for it, until torchrun's patience ends.
+        ("--data-path nowhere", "nowhere"),  # every rank finds the error
+        # Only the first rank reads the ids. The other rank waits for it until torchrun kills the rank.
         pytest.param("--data-path bad/large_ids", "large_ids", marks=pytest.mark.slow),
     ],
 )
@@ -186,7 +182,7 @@ def test_one_line_from_many_ranks(flags, culprit, start, refusal, bad_files):
     assert culprit in refusal(start(f"refuse {culprit} on 2 ranks", run), exit_code=1)
 
 
-def test_rank_that_alone_meets_bad_input_says_so(monkeypatch, capsys):
+def test_rank_that_alone_finds_bad_input_reports_it(monkeypatch, capsys):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -203,7 +199,7 @@ def test_rank_that_alone_meets_bad_input_says_so(monkeypatch, capsys):
 
 @pytest.fixture
 def supported_args(monkeypatch):
-    """Parse flags as the entry points do."""
+    """Return a function that parses flags as the entry points do."""
 
     def parse(*flags: str):
         monkeypatch.setattr(sys, "argv", ["pretrain", "--num-experts", "8", "--transformer-impl", "local", *flags])

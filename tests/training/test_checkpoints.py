@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, old or of another model."""
+"""Resuming from checkpoints that are damaged or hold another model, and removing old checkpoints."""
 
 import re
 import shutil
@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.training.global_vars import destroy_global_vars
+from support.paths import ROOT
+from support.training import Run
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, saved_iterations
@@ -20,7 +22,6 @@ from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import check_same_model, find_checkpoint
 from maskmoe.training.setup import parse_and_check_args
 
-REPOSITORY = Path(__file__).parents[2]
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
 EXPERT_2 = "--expert-model-parallel-size 2"
 
@@ -32,7 +33,7 @@ def check_all(checkpoint: Path) -> None:
 
 @pytest.fixture
 def copy(runs, tmp_path) -> Path:
-    """A copy of the checkpoints of the test's first run."""
+    """Copy the checkpoints of the test's first run."""
     return shutil.copytree(runs[0].checkpoints, tmp_path / "copy")
 
 
@@ -90,7 +91,7 @@ def test_any_flipped_bit_is_found(copy, data):
     except Damage:
         pass
     else:
-        # What names and formats the manifest and the marker hold beyond what is checked does not matter.
+        # Both files have parts that no check reads, such as names and formats.
         assert path.name in ("integrity.json", "metadata.json")
         assert manifest != Manifest({})
     finally:
@@ -119,7 +120,7 @@ def test_checkpoint_that_the_user_names_is_taken_or_refused(copy):
 
 @pytest.mark.runs(SAVED)
 def test_tracker_of_an_earlier_one_is_followed(copy):
-    """As users do to go back."""
+    """A user edits the tracker to resume from an earlier checkpoint."""
     (copy / TRACKER).write_text("14\n")
     assert choose_checkpoint(copy).iteration == 14
 
@@ -134,11 +135,11 @@ def test_unusable_tracker(copy, content, capsys):
     args = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True)
     assert find_checkpoint(args, RankStore(None, 0, 1)) == checkpoint_path(copy, 21)
     assert (copy / TRACKER).read_text() == "21"
-    assert "was unusable; it names 21 now" in capsys.readouterr().err
+    assert "was unusable; it names iteration 21 now" in capsys.readouterr().err
 
 
 @pytest.mark.runs(SAVED)
-def test_rests_of_a_first_save_are_no_checkpoint(copy, tmp_path):
+def test_unfinished_first_save_is_not_a_checkpoint(copy, tmp_path):
     first = tmp_path / "first"
     shutil.copytree(checkpoint_path(copy, 7), checkpoint_path(first, 7))
     (checkpoint_path(first, 7) / "metadata.json").unlink()
@@ -146,7 +147,7 @@ def test_rests_of_a_first_save_are_no_checkpoint(copy, tmp_path):
     assert choice.checkpoint is None
     assert len(choice.rejected) == 1
     assert choose_checkpoint(tmp_path / "nowhere").checkpoint is None
-    # What was finished and is damaged now is not passed over for a start from the beginning.
+    # A damaged checkpoint is an error, although the run could start from the beginning.
     (checkpoint_path(first, 7) / "metadata.json").write_text("{}")
     with pytest.raises(UserError, match="no sound checkpoint"):
         choose_checkpoint(first)
@@ -154,7 +155,7 @@ def test_rests_of_a_first_save_are_no_checkpoint(copy, tmp_path):
 
 @pytest.mark.runs(SAVED)
 def test_checkpoint_of_stock_megatron_has_no_manifest(copy):
-    """Only what its layout tells can be checked then."""
+    """Without a manifest, only the sizes in the layout can be checked."""
     (checkpoint_path(copy, 21) / "integrity.json").unlink()
     assert choose_checkpoint(copy, check=check_all).iteration == 21
     truncate(checkpoint_path(copy, 21) / "__0_0.distcp")
@@ -162,18 +163,18 @@ def test_checkpoint_of_stock_megatron_has_no_manifest(copy):
 
 
 @pytest.mark.runs(SAVED)
-def test_run_goes_on_from_the_newest_sound_checkpoint(runs, copy, workplace, new_run, tmp_path):
-    """The ranks share the work of reading, and agree."""
+def test_run_resumes_from_the_newest_sound_checkpoint(runs, copy, workplace, tmp_path):
+    """All ranks share the work of verifying, and agree on the checkpoint."""
     (undisturbed,) = runs
     flip(checkpoint_path(copy, 21) / "__0_0.distcp")
     flip(checkpoint_path(copy, 14) / "__1_0.distcp")
-    run = new_run(f"{EXPERT_2} --load {copy} --save {copy}", ranks=2)
+    run = Run(f"{EXPERT_2} --load {copy} --save {copy}", ranks=2)
     outcome = workplace.run(run, tmp_path / "run")
     assert outcome.exit_codes == (0, 0), outcome.report()
     for line in (
         f"warning: checkpoint {copy}/iter_0000021 __0_0.distcp does not have the content that was saved",
         f"warning: checkpoint {copy}/iter_0000014 __1_0.distcp does not have the content that was saved",
-        f"warning: going on from {copy}/iter_0000007",
+        f"warning: resuming from {copy}/iter_0000007",
     ):
         assert sum(error.splitlines().count(line) for error in outcome.errors) == 1
     assert outcome.iterations == list(range(8, 22))
@@ -182,23 +183,23 @@ def test_run_goes_on_from_the_newest_sound_checkpoint(runs, copy, workplace, new
         check_all(checkpoint_path(copy, iteration))
 
 
-def test_old_checkpoints_are_removed(workplace, new_run, tmp_path):
+def test_old_checkpoints_are_removed(workplace, tmp_path):
     flags = "--save-interval 2 --keep-last-checkpoints 2 --exit-interval 9"
-    outcome = workplace.run(new_run(flags, saves=True), tmp_path / "run")
+    outcome = workplace.run(Run(flags, saves=True), tmp_path / "run")
     assert outcome.exit_codes == (0,), outcome.report()
     assert saved_iterations(outcome.checkpoints) == [9, 8]
 
 
 @pytest.mark.slow
-def test_old_checkpoints_are_removed_but_those_to_retain(workplace, new_run, tmp_path):
+def test_old_checkpoints_are_removed_but_those_to_retain(workplace, tmp_path):
     flags = "--save-interval 2 --keep-last-checkpoints 2 --save-retain-interval 4 --exit-interval 11 --async-save"
-    outcome = workplace.run(new_run(flags, saves=True), tmp_path / "run")
+    outcome = workplace.run(Run(flags, saves=True), tmp_path / "run")
     assert outcome.exit_codes == (0,), outcome.report()
     assert saved_iterations(outcome.checkpoints) == [11, 8, 4]
 
 
 def thin(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "tools/thin_checkpoints.py"), "--load", str(folder), *flags]
+    command = [sys.executable, str(ROOT / "tools/thin_checkpoints.py"), "--load", str(folder), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -230,12 +231,12 @@ def test_thinning_never_removes_all(copy, folder, flags, message):
 
 
 @pytest.fixture
-def parse(workplace, new_run, tmp_path, monkeypatch):
-    """Make the checks of a run in this process."""
+def parse(workplace, tmp_path, monkeypatch):
+    """Run the checks of a run's command line in this process."""
 
     def parse(flags: str):
         monkeypatch.chdir(workplace.folder)
-        run = new_run(flags, logs_scalars=False)
+        run = Run(flags, logs_scalars=False)
         monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
         try:
             return parse_and_check_args()
@@ -248,9 +249,9 @@ def parse(workplace, new_run, tmp_path, monkeypatch):
 
 @pytest.mark.runs(SAVED)
 @pytest.mark.parametrize(
-    "flags, parts",
+    ("flags", "parts"),
     [
-        ("--hidden-size 64", ["--hidden-size 32 there, 64 here"]),
+        ("--hidden-size 64", ["--hidden-size 32 in the checkpoint, 64 in this run"]),
         ("--moe-ffn-hidden-size 48 --num-attention-heads 4", ["--moe-ffn-hidden-size 32", "--num-attention-heads 2"]),
         ("--moe-router-enable-expert-bias --moe-router-score-function sigmoid", ["--moe-router-enable-expert-bias"]),
     ],

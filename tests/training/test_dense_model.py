@@ -1,4 +1,4 @@
-"""A model without experts, for comparisons: the same builder makes what Megatron-Core's own makes."""
+"""Without experts, the model builder makes the model that Megatron-Core's builder makes."""
 
 import sys
 

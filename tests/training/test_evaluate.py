@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint as real processes, in several layouts."""
+"""Evaluation of a checkpoint by real processes, in several layouts."""
 
 import json
 import math
@@ -17,8 +17,7 @@ SETTINGS = """
 """
 LAYOUTS = {
     "one rank": ("", 1),
-    # Neither the 3 of a batch nor the 6 of two ranks divide the number of samples.
-    "uneven batches": ("--micro-batch-size 3", 1),
+    # Neither 3 samples (a batch) nor 6 samples (the batches of two ranks) divide the number of samples.
     "expert parallel": ("--expert-model-parallel-size 2 --micro-batch-size 3", 2),
     "pipeline": ("--pipeline-model-parallel-size 2", 2),
 }
@@ -26,10 +25,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def evaluate(workplace, start_by_name):
-    """Evaluate the checkpoint `start`; returns the results, and what was printed."""
+    """Evaluate the checkpoint of a run; return the results and the output."""
 
-    def evaluate(name: str, flags: str, ranks: int) -> tuple[dict, str]:
-        checkpoints = start_by_name("start").result().checkpoints
+    def evaluate(name: str, flags: str, ranks: int, run: str = "start") -> tuple[dict, str]:
+        checkpoints = start_by_name(run).result().checkpoints
         folder = workplace.folder / "evaluations" / name.replace(" ", "_")
         folder.mkdir(parents=True)
         output = folder / "evaluation.json"
@@ -49,9 +48,15 @@ def results(evaluate):
 
 
 def samples_of_validation_split(workplace) -> int:
-    """Sequences of 32 tokens and their labels in the last 40 % of the documents."""
+    """Return the number of sequences of 32 tokens, with their labels, in the last 40 % of the documents."""
     lengths = read_index(workplace.folder / "data").sequence_lengths
     return (int(lengths[round(0.6 * len(lengths)) :].sum()) - 1) // 32
+
+
+def tokens_of_validation_split(workplace) -> np.ndarray:
+    """Return all token ids in the last 40 % of the documents."""
+    lengths = read_index(workplace.folder / "data").sequence_lengths
+    return np.asarray(open_tokens(workplace.folder / "data"))[lengths[: round(0.6 * len(lengths))].sum() :]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -65,7 +70,7 @@ def test_every_token_counts_once(results, workplace, name):
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one rank"])
 def test_layouts_agree(results, name):
-    """Losses are fp32 and differ by the order of sums only."""
+    """Losses are fp32 sums, whose order depends on the layout."""
     evaluation, reference = results[name][0], results["one rank"][0]
 
     assert math.isclose(evaluation["loss"], reference["loss"], rel_tol=1e-6)
@@ -87,11 +92,10 @@ def test_bands_make_up_the_whole(results):
 
 
 def test_expert_load_is_what_the_mask_allows(results, workplace):
-    """Of the tokens with one visible expert, the mask tells the load; the others add what they can."""
+    """Tokens with one visible expert go to that expert; all other tokens go to at most two visible experts."""
     evaluation, _ = results["one rank"]
     mask = RoutingMask.load(workplace.folder / "mask.safetensors")
-    lengths = read_index(workplace.folder / "data").sequence_lengths
-    tokens = np.asarray(open_tokens(workplace.folder / "data"))[lengths[: round(0.6 * len(lengths))].sum() :]
+    tokens = tokens_of_validation_split(workplace)
     left_out = len(tokens) - evaluation["tokens"]  # too few for a sample
 
     assert [load["layer"] for load in evaluation["expert_load"]] == [1, 2, 3, 4]
@@ -104,8 +108,28 @@ def test_expert_load_is_what_the_mask_allows(results, workplace):
         assert math.isclose(load["max_over_mean"], counts.max() / counts.mean())
 
 
+def test_tokens_of_multi_token_prediction_count_in_a_layer_of_their_own(evaluate, workplace):
+    """The second of four layers is dense. The layer of multi-token prediction follows as layer 5."""
+    evaluation, _ = evaluate("multi-token prediction", "", 1, run="rich")
+
+    assert [load["layer"] for load in evaluation["expert_load"]] == [1, 3, 4, 5]
+    mask = RoutingMask.load(workplace.folder / "five_layers.safetensors")
+    for load in evaluation["expert_load"]:
+        num_visible = mask.visible_sets(load["layer"] - 1)[tokens_of_validation_split(workplace)].sum(axis=1)
+        assert sum(load["tokens_per_expert"]) <= np.minimum(num_visible, 2).sum()
+
+
+@pytest.mark.slow
+def test_uneven_batches_on_one_rank(evaluate, results, workplace):
+    evaluation, _ = evaluate("uneven batches", "--micro-batch-size 3", 1)
+
+    assert evaluation["tokens"] == 32 * samples_of_validation_split(workplace)
+    assert math.isclose(evaluation["loss"], results["one rank"][0]["loss"], rel_tol=1e-6)
+    assert evaluation["expert_load"] == results["one rank"][0]["expert_load"]
+
+
 def test_loss_is_megatrons_validation_loss(results, workplace, start_by_name):
-    """`pretrain` without training, on exactly the samples of the split."""
+    """Compare with `pretrain --skip-train`, which evaluates exactly the samples of the split."""
     checkpoints = start_by_name("start").result().checkpoints
     folder = workplace.folder / "evaluations" / "megatron"
     folder.mkdir(parents=True)

@@ -1,18 +1,20 @@
 """Generation from a checkpoint as real processes."""
 
 import shlex
+from argparse import Namespace
 
 import pytest
 import torch
 
-from maskmoe.training.generation import sample_next_token
+from maskmoe.errors import UserError
+from maskmoe.training.generation import check_generation, sample_next_token
 
 SETTINGS = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510 --max-new-tokens 6"
 
 
 @pytest.fixture(scope="module")
 def generate(workplace, start_by_name):
-    """Continue the ids "1 2 3" with the checkpoint `start`; returns the outcome, and the text if there is one."""
+    """Continue the ids "1 2 3" with the checkpoint of the run `start`; return the outcome and the text, if any."""
 
     def generate(name: str, flags: str, ranks: int = 1) -> tuple:
         checkpoints = start_by_name("start").result().checkpoints
@@ -45,19 +47,39 @@ def test_seed_decides_the_sample(generate):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize(
-    "name, flags, message",
-    [
-        ("long", "--max-new-tokens 100", "3 prompt tokens and 100 new ones exceed the model's 32 positions"),
-        ("cold", "--temperature -1", "--temperature"),
-    ],
-)
-def test_bad_settings_are_refused(generate, name, flags, message):
-    outcome, text = generate(name, flags)
+def test_text_longer_than_the_model_is_refused(generate):
+    outcome, text = generate("long", "--max-new-tokens 100")
 
     assert outcome.exit_codes == (2,), outcome.report()
-    assert message in outcome.errors[0]
+    assert "3 prompt tokens and 100 new ones exceed the model's 32 positions" in outcome.errors[0]
     assert text is None
+
+
+SOUND = {
+    "pipeline_model_parallel_size": 1,
+    "sequence_parallel": False,
+    "context_parallel_size": 1,
+    "temperature": 0.8,
+    "top_k": 50,
+    "max_new_tokens": 6,
+}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("temperature", -1, "--temperature"),
+        ("top_k", -1, "--top-k"),
+        ("max_new_tokens", 0, "--max-new-tokens"),
+        ("pipeline_model_parallel_size", 2, "pipelines"),
+        ("sequence_parallel", True, "split sequences"),
+        ("context_parallel_size", 2, "split sequences"),
+    ],
+)
+def test_bad_settings_are_refused(setting, value, message):
+    check_generation(Namespace(**SOUND))
+    with pytest.raises(UserError, match=message):
+        check_generation(Namespace(**SOUND | {setting: value}))
 
 
 class TestSampleNextToken:

@@ -1,4 +1,4 @@
-"""Ranks that are started again meet each other, not what is left of those before them."""
+"""Ranks that torchrun has restarted meet each other, not messages of earlier attempts."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ WORLD_SIZE = 3
 
 @pytest.fixture
 def server():
-    """The store of a launcher, which outlives the ranks."""
+    """Host a store that outlives the ranks, as a launcher does."""
     return TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
 
 
@@ -23,7 +23,7 @@ def connect(server: TCPStore) -> TCPStore:
 
 
 def meet(server: TCPStore, ranks=range(WORLD_SIZE)) -> list[str]:
-    """The sessions that so many ranks agree on."""
+    """Let ranks meet in threads, and return the session of each."""
     with ThreadPoolExecutor(WORLD_SIZE) as pool:
         return list(pool.map(lambda rank: _meet(connect(server), rank, WORLD_SIZE), ranks))
 
@@ -36,13 +36,13 @@ def test_every_attempt_has_a_session_of_its_own(server):
 
 @pytest.mark.parametrize("early", [0, 1])
 def test_ranks_that_died_before_they_met(server, early):
-    """One rank of an attempt has come and gone when the next attempt starts."""
+    """One rank of an attempt has started and died before the next attempt starts."""
     connect(server).set(f"hello/{early}", "of a process that is gone")
     assert len(set(meet(server))) == 1
 
 
 def test_late_rank_is_waited_for(server):
-    """The first rank takes the word of one that is gone, until its successor speaks."""
+    """The first rank believes a message of an earlier attempt until the new rank writes its own."""
     meet(server)
     sessions = {}
 
@@ -71,7 +71,7 @@ def test_messages(server):
     assert ranks[0].beside().peek("verdict") == "1"
 
 
-def test_process_that_is_alone():
+def test_single_rank():
     alone = RankStore(None, 0, 1)
     assert alone.gather("names", "me") == ["me"]
     assert alone.broadcast("word", "mine") == "mine"

@@ -6,69 +6,76 @@ import pytest
 FP32_ORDER_OF_SUMS = 2e-6
 
 
+def pairs(*names: tuple[str, str], slow: tuple[tuple[str, str], ...] = ()) -> list:
+    """Return parameters for pairs of an uninterrupted and a resumed run, and mark each with the names of its runs."""
+    return [
+        pytest.param(pair, marks=[pytest.mark.runs(*pair), *([pytest.mark.slow] if pair in slow else [])], id=pair[1])
+        for pair in (*names, *slow)
+    ]
+
+
 @pytest.mark.runs("reference", "resumed from start")
 def test_resume_after_stop_is_bit_equal(runs):
-    """Without --routing-mask: the checkpoint's is used."""
+    """The resumed run has no --routing-mask and uses the checkpoint's mask."""
     uninterrupted, resumed = runs
     assert resumed.iterations == list(range(2, 22))
     assert resumed.difference(uninterrupted) == 0
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(name, marks=[pytest.mark.runs(name, f"{name}, resumed"), *marks])
-        for name, *marks in [
-            ("fp32",),
-            ("bf16", pytest.mark.slow),
-            ("fp32, distributed optimizer", pytest.mark.slow),
-            ("bf16, distributed optimizer",),
-            ("experts on 2", pytest.mark.slow),
-            ("experts on 2, distributed optimizer", pytest.mark.slow),
-            ("saved asynchronously",),
-        ]
-    ],
+    "pair",
+    pairs(
+        ("bf16, distributed optimizer", "bf16, distributed optimizer, resumed"),
+        ("saved asynchronously", "saved asynchronously, resumed"),
+        slow=(
+            ("stage without experts, distributed optimizer", "stage without experts, distributed optimizer, resumed"),
+            ("fp32", "fp32, resumed"),
+            ("bf16", "bf16, resumed"),
+            ("fp32, distributed optimizer", "fp32, distributed optimizer, resumed"),
+            ("experts on 2", "experts on 2, resumed"),
+            ("experts on 2, distributed optimizer", "experts on 2, distributed optimizer, resumed"),
+        ),
+    ),
 )
-def test_resume_is_bit_equal(runs, kind):
-    """Data order, optimizer, learning rate and, in the runs with dropout, random state."""
+def test_resume_is_bit_equal(runs, pair):
+    """Data order, optimizer, learning rate and, in the runs with dropout, the random state are restored."""
     uninterrupted, resumed = runs
     assert uninterrupted.iterations == list(range(1, 13))
     assert resumed.iterations == list(range(8, 13))
     assert resumed.difference(uninterrupted) == 0
 
 
-# The other direction, from 1 to 2, is in test_composition.py: "expert parallel 2" loads what a single process saved.
+# The other direction, from 1 to 2, is in test_composition.py: "expert parallel 2" loads the checkpoint of one process.
 @pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(name, marks=[pytest.mark.runs(name, f"{name}, resumed on 1"), *marks])
-        for name, *marks in [("experts on 2", pytest.mark.slow), ("experts on 2, distributed optimizer",)]
-    ],
+    "pair",
+    pairs(
+        ("experts on 2, distributed optimizer", "experts on 2, distributed optimizer, resumed on 1"),
+        slow=(("experts on 2", "experts on 2, resumed on 1"),),
+    ),
 )
-def test_resume_with_fewer_expert_parallel_ranks(runs, kind):
+def test_resume_with_fewer_expert_parallel_ranks(runs, pair):
     uninterrupted, resumed = runs
     assert resumed.iterations == list(range(8, 13))
     assert resumed.difference(uninterrupted) < FP32_ORDER_OF_SUMS
 
 
 @pytest.mark.parametrize(
-    "layouts",
-    [
-        pytest.param((first, second), marks=[pytest.mark.runs(first, f"{first}, resumed {second}"), *marks])
-        for first, second, *marks in [
-            ("tensor 2", "as pipeline 2"),
-            ("joint", "on 1", pytest.mark.slow),
-            ("joint", "as pipeline 4", pytest.mark.slow),
-            ("joint, distributed optimizer", "on 1", pytest.mark.slow),
+    "pair",
+    pairs(
+        ("stage without experts, distributed optimizer", "stage without experts, distributed optimizer, resumed on 1"),
+        slow=(
+            ("tensor 2", "tensor 2, resumed as pipeline 2"),
+            ("joint", "joint, resumed on 1"),
+            ("joint", "joint, resumed as pipeline 4"),
+            ("joint, distributed optimizer", "joint, distributed optimizer, resumed on 1"),
             (
                 "joint, distributed optimizer",
-                "as pipeline 2, expert parallel 2, data parallel 2",
-                pytest.mark.slow,
+                "joint, distributed optimizer, resumed as pipeline 2, expert parallel 2, data parallel 2",
             ),
-        ]
-    ],
+        ),
+    ),
 )
-def test_resume_in_another_layout(runs, layouts):
+def test_resume_in_another_layout(runs, pair):
     uninterrupted, resumed = runs
     assert resumed.iterations == list(range(8, 13))
     assert resumed.difference(uninterrupted) < FP32_ORDER_OF_SUMS

@@ -1,4 +1,4 @@
-"""What training logs about its routing: against plain torch, and in every layout the same."""
+"""The routing log of training equals plain torch, and is equal in every layout."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import routing_log
 from maskmoe.training.routing_log import RoutingLog, RoutingRecord
 
-# Entropies and gradients are sums in another order, in fp32; load and shares are counts.
+# Entropies and gradients are fp32 sums, whose order depends on the layout. Loads and shares are counts.
 FP32_ORDER_OF_SUMS = 2e-5
 NAMES = ("expert_load_max_over_mean", "routing_entropy", "single_expert_token_share", "router_grad_norm")
 OF_EXPERT_PARALLEL = ("rank_load_max_over_mean", "rank_rows_max")
@@ -20,7 +20,7 @@ RECORDED = "recorded routing, experts of one rank, expert parallel 2"
 
 
 def read_routing(folder: Path) -> dict[str, dict[int, float]]:
-    """The scalars of routing that a run logged, by iteration."""
+    """Return the routing scalars that a run logged, by tag and iteration."""
     tags = re.compile(rf"(moe/)?({'|'.join(NAMES + OF_EXPERT_PARALLEL)})(_layer_\d+)?")
     logged = read_scalars(folder)
     return {tag: {event.step: event.value for event in events} for tag, events in logged.items() if tags.fullmatch(tag)}
@@ -32,7 +32,7 @@ def layers_of(routing: dict[str, dict[int, float]], name: str) -> list[int]:
 
 @pytest.mark.runs(RECORDED)
 def test_follows_the_method(runs, workplace):
-    """Planned dispatch on two ranks, logging every second iteration, with an evaluation in between."""
+    """The run plans its dispatch on two ranks, logs every second iteration, and evaluates in between."""
     (run,) = runs
     logged = read_routing(run.folder)
     mask = RoutingMask.load(workplace.folder / "rank_local.safetensors")
@@ -77,7 +77,7 @@ def test_follows_the_method(runs, workplace):
 
 @pytest.mark.runs(RECORDED)
 def test_losses_of_layers_are_megatrons(runs):
-    """`--moe-per-layer-logging` has them under the same index."""
+    """`--moe-per-layer-logging` logs the losses of a layer under the index that the routing log uses."""
     (run,) = runs
     logged = read_scalars(run.folder)
     for name in ("load_balancing_loss", "z_loss"):
@@ -89,18 +89,25 @@ def test_losses_of_layers_are_megatrons(runs):
 @pytest.mark.parametrize(
     "layouts",
     [
-        pytest.param(pair, marks=pytest.mark.runs(*pair))
-        for pair in [
-            ("reference", "expert parallel 2"),
-            ("reference", "pipeline 2"),
-            ("reference", "interleaved pipeline"),
-            ("reference", "tensor 2 with sequence parallel"),
-            ("reference", "data parallel 2, distributed optimizer"),
-            ("rich", "rich, tensor 2, expert parallel 2"),
-            ("rich", "rich, pipeline 2"),
-            ("experts of one rank", "experts of one rank, selective recompute"),
-            ("experts of one rank", "experts of one rank, full recompute, expert parallel 2, pipeline 2"),
-        ]
+        *(
+            pytest.param(pair, marks=pytest.mark.runs(*pair))
+            for pair in [
+                ("reference", "expert parallel 2"),
+                ("reference", "pipeline 2"),
+                ("reference", "interleaved pipeline"),
+                ("reference", "data parallel 2, distributed optimizer"),
+                ("rich", "rich, tensor 2, expert parallel 2"),
+                ("rich", "rich, pipeline 2"),
+                ("experts of one rank", "experts of one rank, selective recompute"),
+            ]
+        ),
+        *(
+            pytest.param(pair, marks=[pytest.mark.runs(*pair), pytest.mark.slow])
+            for pair in [
+                ("reference", "tensor 2 with sequence parallel"),
+                ("experts of one rank", "experts of one rank, full recompute, expert parallel 2, pipeline 2"),
+            ]
+        ),
     ],
 )
 def test_layout_agrees_with_single_process(runs, layouts):
@@ -127,7 +134,7 @@ def test_recomputation_and_resume_are_bit_equal(runs, pair):
 
 @pytest.mark.runs("rich")
 def test_layers_with_experts_have_curves(runs):
-    """Of four the second has none; the one of multi-token prediction follows."""
+    """The second of four layers has no experts. The layer of multi-token prediction comes last."""
     routing = read_routing(runs[0].folder)
     for name in NAMES:
         assert layers_of(routing, name) == [0, 2, 3, 4]
@@ -135,7 +142,7 @@ def test_layers_with_experts_have_curves(runs):
 
 @pytest.mark.runs("second rank without tokens")
 def test_uneven_ranks_are_warned_of_once(runs):
-    """All tokens have one visible expert, on the first rank."""
+    """Every token has one visible expert, which is on the first rank."""
     (run,) = runs
     routing = read_routing(run.folder)
     assert set(routing["rank_load_max_over_mean"].values()) == {2.0}

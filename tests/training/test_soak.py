@@ -1,6 +1,6 @@
-"""A run whose processes are killed again and again ends where an undisturbed one ends.
+"""A run whose processes are killed again and again logs the values of an undisturbed run.
 
-SOAK_KILLS and SOAK_SEED in the environment set how often, and when.
+The environment variable SOAK_KILLS sets the number of kills, SOAK_SEED their times.
 """
 
 import os
@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 from support.runs import read_scalars
+from support.training import Run
 
 KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 ITERATIONS = 600
-# Seconds. Half of the kills hit processes that start, the others a run that trains, and saves twice a second.
+# In seconds. Half of the kills hit processes that start, the other half a run that trains and saves twice a second.
 STARTING = 8.0
 TRAINING = 3.0
 FLAGS = f"""
@@ -26,14 +27,14 @@ FLAGS = f"""
 
 
 def all_values(folder) -> list[tuple[str, int, float]]:
-    """Every scalar that any process of a run logged: name, iteration and value."""
+    """Return every scalar that any process of a run logged, as name, iteration and value."""
     logged = read_scalars(folder, keep_repeated=True)
     names = ("lm loss", "load_balancing_loss", "grad-norm")
     return [(name, event.step, event.value) for name in names for event in logged.get(name, ())]
 
 
 def wait_for_a_moment(processes, choice: random.Random) -> None:
-    """Some time after the last kill, or after the first step since."""
+    """Wait for some time after the last kill, or after the first step since the last kill."""
     if choice.random() < 0.5:
         time.sleep(choice.uniform(0, STARTING))
         return
@@ -44,7 +45,7 @@ def wait_for_a_moment(processes, choice: random.Random) -> None:
 
 
 def kill_something(processes, choice: random.Random) -> str:
-    """A rank, both of them, or the whole node with torchrun; says what."""
+    """Kill a rank, both ranks, or both ranks of a node whose torchrun ends, too; return which."""
     ranks = [pid for pid in (processes.pid_of_rank(rank) for rank in (0, 1)) if pid is not None]
     kind = choice.choices(["a rank", "both ranks", "the node"], [0.7, 0.15, 0.15])[0]
     if kind == "a rank" and ranks:
@@ -58,7 +59,7 @@ def kill_something(processes, choice: random.Random) -> str:
 
 
 def is_left_of(process: psutil.Process, save: Path) -> bool:
-    """Whether a process still has to do with a run: it has a file open in, or beside, its checkpoints' folder."""
+    """Report whether a process has a file of the run open: in, or beside, the folder of its checkpoints."""
     try:
         return any(file.path.startswith(str(save.parent)) for file in process.open_files())
     except psutil.Error:
@@ -66,8 +67,8 @@ def is_left_of(process: psutil.Process, save: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_random_kills(workplace, new_run, tmp_path):
-    undisturbed = workplace.run(new_run(FLAGS, ranks=2), tmp_path / "undisturbed", timeout=900)
+def test_random_kills(workplace, tmp_path):
+    undisturbed = workplace.run(Run(FLAGS, ranks=2), tmp_path / "undisturbed", timeout=900)
     assert undisturbed.exit_codes == (0, 0), undisturbed.report()
     expected = {(name, step): value for name, step, value in all_values(undisturbed.folder)}
 
@@ -75,9 +76,9 @@ def test_random_kills(workplace, new_run, tmp_path):
     save = tmp_path / "save"
     kills, lives = 0, 0
     while True:
-        # A new node: torchrun anew, now saving synchronously, now not.
+        # Start on a new node, saving synchronously or asynchronously at random.
         asynchronous = "--async-save" if choice.random() < 0.5 else ""
-        run = new_run(
+        run = Run(
             f"{FLAGS} {asynchronous} --save {save} --load {save} --tensorboard-dir {tmp_path}/killed/tensorboard",
             ranks=2,
             torchrun=True,

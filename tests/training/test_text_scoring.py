@@ -26,7 +26,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def scores(workplace, start_by_name):
-    """Of `TEXTS`, in every layout."""
+    """Score `TEXTS` in every layout."""
     checkpoints = start_by_name("start").result().checkpoints
     results = {}
     for name, (flags, ranks) in LAYOUTS.items():
@@ -44,7 +44,7 @@ def scores(workplace, start_by_name):
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one rank"])
 def test_layouts_agree(scores, name):
-    """Losses are fp32 and differ by the order of sums only."""
+    """Losses are fp32 sums, whose order depends on the layout."""
     for score, expected in zip(scores[name]["texts"], scores["one rank"]["texts"], strict=True):
         assert score["tokens"] == expected["tokens"]
         assert math.isclose(score["log_likelihood"], expected["log_likelihood"], rel_tol=1e-6)
@@ -76,7 +76,7 @@ def test_every_token_is_scored_once_with_all_that_fits_before_it(num_tokens, dat
 
 
 class Letters:
-    """A tokenizer of letters, of which two words with one space make one piece."""
+    """A tokenizer of letters in which a space and the letter "b" make one token."""
 
     eod = 0
 
@@ -99,7 +99,7 @@ def test_text_follows_the_end_of_a_document():
 
 
 @pytest.mark.parametrize(
-    "lines, error",
+    ("lines", "error"),
     [
         ("", "has no texts"),
         ('{"text": "a"}\n{"txt": "b"}', 'line 2: must be {"text"'),

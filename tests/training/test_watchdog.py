@@ -1,4 +1,4 @@
-"""Which rank is to blame."""
+"""The watchdog blames the right rank, and data files are watched."""
 
 import sys
 from dataclasses import replace
@@ -16,13 +16,14 @@ WAITING = Sighting(
 
 
 def sightings(**of_rank_1) -> list[Sighting]:
-    """Three ranks that wait for each other, but for what is said of the second."""
+    """Return sightings of three ranks that wait for each other; the arguments change the second rank."""
     ranks = [replace(WAITING, rank=rank) for rank in range(3)]
     ranks[1] = replace(ranks[1], **of_rank_1)
     return ranks
 
 
 def later(ranks: list[Sighting], but=()) -> list[Sighting]:
+    """Return the sightings of all ranks some periods later; the ranks in `but` have reported nothing new."""
     return [seen if seen.rank in but else replace(seen, number=seen.number + 2) for seen in ranks]
 
 
@@ -77,19 +78,26 @@ def test_data_files(tmp_path):
         (tmp_path / f"{prefix}.bin").write_bytes(bytes(10))
     files = DataFiles(prefixes)
     files.check_all()
-    (tmp_path / "a.bin").write_bytes(bytes(11))  # one that grows does no harm
+    (tmp_path / "a.bin").write_bytes(bytes(11))  # a file that grows does no harm
     for _ in prefixes:
         files.check_some()
     (tmp_path / "k.bin").write_bytes(bytes(9))
+
+    def check_twice() -> None:
+        """Check all twelve files: `check_some` checks at least half of them."""
+        files.check_some()
+        files.check_some()
+
     with pytest.raises(RunFailure, match=r"k\.bin has shrunk from 10 to 9 bytes"):
-        for _ in range(2):
-            files.check_some()
+        check_twice()
     (tmp_path / "k.bin").unlink()
     with pytest.raises(RunFailure, match=r"k\.bin can no longer be read: No such file"):
         files.check_all()
 
 
-@pytest.mark.parametrize("restarts, most, is_last", [(None, None, True), (0, 0, True), (1, 3, False), (3, 3, True)])
+@pytest.mark.parametrize(
+    ("restarts", "most", "is_last"), [(None, None, True), (0, 0, True), (1, 3, False), (3, 3, True)]
+)
 def test_last_attempt_of_torchrun(monkeypatch, restarts, most, is_last):
     for name, value in (("TORCHELASTIC_RESTART_COUNT", restarts), ("TORCHELASTIC_MAX_RESTARTS", most)):
         monkeypatch.delenv(name, raising=False)

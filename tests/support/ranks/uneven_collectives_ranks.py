@@ -1,4 +1,4 @@
-"""One rank that checks collectives of tensors of uneven sizes: `python … FOLDER`, with RANK and WORLD_SIZE set."""
+"""One rank that checks collectives of tensors of different sizes: `python … FOLDER`, with RANK and WORLD_SIZE set."""
 
 import os
 import sys

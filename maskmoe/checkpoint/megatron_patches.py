@@ -1,0 +1,85 @@
+"""Patches of Megatron-Core and torch that concern checkpoints.
+
+Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says what, why, and when the patch can go.
+"""
+
+import functools
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from torch.distributed.checkpoint import default_planner, filesystem
+
+from maskmoe.checkpoint.unpickling import read_layout, read_object
+from maskmoe.checkpoint.writer_process import get_write_results_queue, immune_children, write_for_rank
+from maskmoe.megatron_compat.replacing import replace
+
+
+def unpickle_data_only() -> None:
+    """Refuse pickles with code in checkpoints.
+
+    Replaces: `pickle` in `torch.distributed.checkpoint.filesystem`, and `DefaultLoadPlanner.load_bytes`.
+    Why: torch unpickles the layout and the objects of a checkpoint without restrictions, so a crafted checkpoint can
+        run any code.
+    Can go: When torch reads both with restrictions.
+    """
+
+    def load_bytes(self: Any, read_item: Any, value: Any) -> None:
+        name = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            default_planner.set_element(self.original_state_dict, self.mappings[name], read_object(value))
+        else:
+            self.state_dict[name] = read_object(value)
+
+    replace(filesystem, "pickle", SimpleNamespace(load=read_layout, dump=pickle.dump))
+    replace(default_planner.DefaultLoadPlanner, "load_bytes", load_bytes)
+
+
+def tie_writers_to_their_rank() -> None:
+    """Let the processes of asynchronous saving end with their rank, not earlier and not later.
+
+    Replaces: `PersistentAsyncCaller._get_process` and `async_loop`, and `filesystem_async.get_write_results_queue`.
+    Why: A signal that asks for a last checkpoint goes to the whole process group and would kill the writer before it
+        has written the checkpoint. When the rank is killed, the writer would stay and might write into the folder that
+        the rank's successor saves to.
+    Can go: When Megatron-Core blocks these signals in its writers and ends them with their rank.
+    """
+    stock_get_process = PersistentAsyncCaller._get_process
+
+    @functools.wraps(stock_get_process)
+    def get_process(cls: type, *args: Any, **kwargs: Any) -> Any:
+        with immune_children():
+            return stock_get_process(*args, **kwargs)
+
+    replace(PersistentAsyncCaller, "_get_process", classmethod(get_process))
+    replace(PersistentAsyncCaller, "async_loop", staticmethod(write_for_rank))
+    replace(filesystem_async, "get_write_results_queue", get_write_results_queue)
+
+
+EVERY_PROCESS = (unpickle_data_only, tie_writers_to_their_rank)
+"""The patches that `prepare_process` applies."""
+
+
+def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager]) -> None:
+    """Save into empty folders only, and record a digest of every file; for processes that train.
+
+    Replaces: `TorchDistSaveShardedStrategy` in `megatron.training.checkpointing`, and
+        `megatron.training.training.save_checkpoint`.
+    Why: Megatron saves over the files of an interrupted save and, if asked for a record of its files, makes the record
+        on one rank. It hard-codes the class that writes and the function that saves, so replace both names.
+    Can go: When Megatron takes the strategy and the function as arguments.
+
+    Args:
+        while_saving: Returns a context manager that is entered around each save.
+    """
+    # Processes that do not train need not spend the time to import these modules.
+    from megatron.training import checkpointing, training
+
+    from maskmoe.checkpoint.saving import SealedSaveStrategy, saving_whole_checkpoints
+
+    replace(checkpointing, "TorchDistSaveShardedStrategy", SealedSaveStrategy)
+    replace(training, "save_checkpoint", saving_whole_checkpoints(training.save_checkpoint, while_saving))

@@ -1,0 +1,46 @@
+"""`--help` of the entry points prints all arguments, Megatron's included."""
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.launchers import Outcome, start_ranks
+
+from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
+
+ENTRY_POINTS = ("pretrain", "evaluate", "generate")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Run `--help` of all entry points, in processes of their own and side by side."""
+
+    def print_help(name: str) -> Outcome:
+        folder = tmp_path_factory.mktemp(name)
+        with start_ranks(["-m", f"maskmoe.training.{name}", "--help"], folder) as processes:
+            return processes.wait()
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(ENTRY_POINTS, pool.map(print_help, ENTRY_POINTS), strict=True))
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_help_lists_our_arguments_and_megatrons(outcomes: dict[str, Outcome], name: str) -> None:
+    outcome = outcomes[name]
+    assert outcome.exit_codes == (0,), outcome.report()
+    printed = (Path(outcome.folder) / "out0.log").read_text()
+    assert "\nMaskMoE:\n  --routing-mask FILE" in printed
+    assert "\n  --num-layers NUM_LAYERS" in printed
+
+
+def test_help_with_a_stray_percent_sign_is_printed_as_it_is() -> None:
+    parser = argparse.ArgumentParser()
+    # argparse of Python 3.14 refuses such a help text as soon as it is added.
+    action = parser.add_argument("--stray", help="")
+    action.help = "headroom (1.10 = 10%)."
+    parser.add_argument("--sound", default=3, help="default: %(default)s, at most 10%%")
+    escape_percent_signs_in_help(parser)
+    printed = parser.format_help()
+    assert "headroom (1.10 = 10%)." in printed
+    assert "default: 3, at most 10%" in printed
