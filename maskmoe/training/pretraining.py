@@ -13,13 +13,12 @@ from megatron.core.enums import ModelType
 from megatron.training import get_timers, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from maskmoe.check.command import check_run, ranks_to_check
 from maskmoe.megatron_compat import patches
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import get_batch, loss_function, token_losses, train_valid_test_datasets_provider
-from maskmoe.training.checks import data_prefixes
 from maskmoe.training.data_files import DataFiles
 from maskmoe.training.failures import SaveOnSignal, ending_data_workers, explaining_failures
+from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
@@ -79,10 +78,6 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def main() -> None:
-    ranks = ranks_to_check()
-    if ranks is not None:
-        check_run(ranks, add_pretraining_arguments)
-        return
     args = parse_and_check_args(add_pretraining_arguments)
     save_on_signal = SaveOnSignal(args)
     ranks = RankStore.from_environment()

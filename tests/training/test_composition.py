@@ -16,7 +16,7 @@ from megatron.training.arguments import parse_args
 
 from maskmoe.errors import UserError
 from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.checks import check_supported
+from maskmoe.training.refusals import check_supported
 
 REPOSITORY = Path(__file__).parents[2]
 
