@@ -1,5 +1,6 @@
-"""`--check`: what a run would be, need and refuse, worked out on one machine before anything is queued.
+"""`--check`: works out on one machine what a run would be, what it would need, and why it would be refused.
 
-No process group and no GPU is needed. `layout` does the arithmetic of ranks, `parameters` counts what every pipeline
-stage holds, `memory` and `activations` turn that into bytes, `findings` collects every error, `report` prints it all.
+The check needs neither a process group nor a GPU. `layout` does the arithmetic of ranks, `parameters` counts what every
+pipeline stage holds, `memory` and `activations` compute bytes, `findings` collects every error. `command` puts the
+results together in a `report`, which is printed as JSON or by `text`.
 """

@@ -1,73 +1,105 @@
 """The command `--check` of pretraining."""
 
 import io
+import json
 import logging
 import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 
 from maskmoe.check.activations import ActivationModel
-from maskmoe.check.findings import Findings, any_error_of, find_problems
+from maskmoe.check.expert_use import ExpertUse
+from maskmoe.check.findings import Findings, find_problems, reporting_failure_of
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import not_modelled, stage_memory
 from maskmoe.check.parameters import count_parameters, mask_bytes
-from maskmoe.check.report import (
-    describe_layers,
-    describe_layout,
-    describe_memory,
-    describe_parameters,
-    experts_per_token,
-)
+from maskmoe.check.report import MemoryReport, ModelReport, Report
+from maskmoe.check.text import report_lines
 from maskmoe.cli import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.setup import ArgumentsProvider, megatrons_checks
 
 
-def ranks_to_check() -> int | None:
-    """The number of ranks that `--check` on the command line asks about; None without it.
+@dataclass(frozen=True)
+class CheckRequest:
+    """The check that a command line asks for.
 
-    Raises:
-        UserError: it is not at least 1.
+    Attributes:
+        ranks: the number of ranks of the run.
+        as_json: print the report as JSON instead of text.
     """
-    parser = add_check_argument(ArgumentParser(add_help=False, allow_abbrev=False))
-    ranks = parser.parse_known_args()[0].check
-    if ranks is not None and ranks < 1:
-        raise UserError(f"--check {ranks}: a run has at least one rank")
-    return ranks
+
+    ranks: int
+    as_json: bool
+
+    @classmethod
+    def from_command_line(cls) -> "CheckRequest | None":
+        """Return the request on the command line of this process; None without `--check`.
+
+        Raises:
+            UserError: the number of ranks is below 1, or `--json` is given without `--check`.
+        """
+        parser = add_check_argument(ArgumentParser(add_help=False, allow_abbrev=False))
+        arguments, _ = parser.parse_known_args()
+        if arguments.check is None:
+            if arguments.check_json:
+                raise UserError("--json is the form of the report of --check: pass --check, too")
+            return None
+        if arguments.check < 1:
+            raise UserError(f"--check {arguments.check}: a run has at least one rank")
+        return cls(arguments.check, arguments.check_json)
 
 
-def check_run(ranks: int, extra_args_provider: ArgumentsProvider) -> None:
-    """Print what the run of this command line would be and need; then end with exit code 2 if it would be refused.
+def check_run(request: CheckRequest, extra_args_provider: ArgumentsProvider) -> None:
+    """Print what a run with this command line would be and need; exit with code 2 if the run would be refused.
+
+    The report goes to stdout. Each error also goes to stderr, as a line that begins with `error: `.
 
     Args:
-        ranks: processes of the run.
-        extra_args_provider: adds the arguments of its entry point to those of all.
+        request: which check to make.
+        extra_args_provider: adds the arguments of the entry point to the common arguments.
     """
-    lines: list[str] = []
-    with _silence():
-        findings = find_problems(ranks, extra_args_provider)
-        errors = list(findings.errors)
-        try:
-            lines.extend(_describe(findings))
-        except UserError as error:
-            errors.append(str(error))
-    for line in [*lines, *(f"note: {note}" for note in findings.notes)]:
-        print(line)
-    if not errors:
-        print("no errors found")
-        return
+    report = inspect_run(request.ranks, extra_args_provider)
+    if request.as_json:
+        print(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+    else:
+        print(*report_lines(report), sep="\n")
     sys.stdout.flush()
-    for error in dict.fromkeys(errors):
+    for error in report.errors:
         print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+    if report.errors:
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def inspect_run(ranks: int, extra_args_provider: ArgumentsProvider) -> Report:
+    """Check a run with the command line of this process, and work out its layout, parameters and memory.
+
+    Args:
+        ranks: the number of ranks of the run.
+        extra_args_provider: adds the arguments of the entry point to the common arguments.
+    """
+    with _silence():
+        try:
+            findings = find_problems(ranks, extra_args_provider)
+        except UserError as error:
+            return Report(errors=(str(error),))
+        divides = not any(findings.layout.errors())
+        layout = findings.layout if divides else None
+        try:
+            model, memory = _measure(findings, divides)
+        except UserError as error:
+            errors = dict.fromkeys([*findings.errors, str(error)])
+            return Report(tuple(errors), findings.notes, layout)
+    return Report(findings.errors, findings.notes, layout, model, memory)
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Drop what Megatron prints, logs and warns of while it parses, validates and builds."""
+    """Drop everything that Megatron prints, logs and warns of while it parses, validates and builds."""
     logging.disable(logging.WARNING)
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -77,25 +109,26 @@ def _silence() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _describe(findings: Findings) -> Iterator[str]:
-    divides = not any(findings.layout.errors())
-    if divides:
-        yield from describe_layout(findings.layout)
+def _measure(findings: Findings, divides: bool) -> tuple[ModelReport | None, MemoryReport | None]:
+    """Count the parameters of the model, and compute the memory if the layout divides.
+
+    Raises:
+        UserError: the model cannot be built.
+    """
     args, config, mask = findings.args, findings.config, findings.mask
     if args is None or config is None:
-        return
-    # A layout that does not divide still has a model.
+        return None, None
+    # Megatron has validated the arguments with a layout that divides, so the model is known even if the layout of the
+    # command line does not divide.
     layout = Layout.from_args(args)
-    with any_error_of("the model"), megatrons_checks():
-        model = count_parameters(config, layout)
-    yield from describe_layers(model)
-    yield from describe_parameters(model, args.num_experts, args.moe_router_topk, mask)
+    with reporting_failure_of("the model"), megatrons_checks():
+        parameters = count_parameters(config, layout)
+    use = ExpertUse.from_mask(mask, args.moe_router_topk if args.num_experts else 0)
+    model = ModelReport(parameters, args.num_experts, use, mask is not None, args.padded_vocab_size)
     if not divides:
-        return
-    topk = args.moe_router_topk if args.num_experts else 0
-    mean_experts = experts_per_token(mask, topk) if mask is not None else topk
-    activations = ActivationModel.from_args(args, config.transformer, layout, mean_experts)
+        return model, None
+    activations = ActivationModel.from_args(args, config.transformer, layout, use.mean)
     bytes_of_mask = mask_bytes(config, mask) if mask is not None else 0
-    memory = stage_memory(args, layout, model, activations, bytes_of_mask)
-    yield from describe_memory(layout, memory, activations, model)
-    yield from (f"  Note: {line}." for line in not_modelled(args))
+    stages = stage_memory(args, layout, parameters, activations, bytes_of_mask)
+    memory = MemoryReport.from_stages(stages, layout, parameters, activations, tuple(not_modelled(args)))
+    return model, memory

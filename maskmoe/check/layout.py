@@ -1,4 +1,4 @@
-"""How a run's ranks, batch and layers divide."""
+"""The arithmetic of a run: how ranks, batch and layers are divided."""
 
 import math
 from argparse import Namespace
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """The arithmetic of a run, from its command line; nothing here needs to divide.
+    """The sizes of a run, taken from its command line; the sizes need not divide each other.
 
     Attributes:
-        ranks: processes, one a GPU.
+        ranks: number of processes; each process has one GPU.
         tensor, pipeline, context, expert, expert_tensor: parallel sizes of these names.
-        virtual_pipeline: model chunks on each pipeline stage, 1 unless the pipeline is interleaved.
-        micro_batch_group: micro-batches that an interleaved pipeline computes before it turns to the next chunk.
-        micro_batch, global_batch: samples.
-        seq_length: tokens in a sample.
+        virtual_pipeline: number of model chunks on each pipeline stage; 1 unless the pipeline is interleaved.
+        micro_batch_group: number of micro-batches that an interleaved pipeline computes before it turns to the next
+            chunk.
+        micro_batch, global_batch: numbers of samples.
+        seq_length: number of tokens in a sample.
     """
 
     ranks: int
@@ -33,9 +34,12 @@ class Layout:
 
     @classmethod
     def from_args(cls, args: Namespace) -> "Layout":
-        """The layout that arguments describe, validated by Megatron or as they were parsed.
+        """Return the layout that arguments describe.
 
-        Missing batch sizes are filled in as Megatron does.
+        Missing batch sizes get the values that Megatron gives them.
+
+        Args:
+            args: parsed arguments; Megatron need not have validated them.
         """
         tensor, pipeline, context = (
             args.tensor_model_parallel_size,
@@ -60,30 +64,31 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Data parallel size of the dense parts."""
+        """Return the data parallel size of the dense parts."""
         return self.ranks // (self.tensor * self.pipeline * self.context)
 
     @property
     def expert_data(self) -> int:
-        """Data parallel size of the experts."""
+        """Return the data parallel size of the experts."""
         return self.ranks // (self.expert_tensor * self.expert * self.pipeline)
 
     @property
     def ranks_step(self) -> int:
-        """The numbers of ranks that dense parts and experts can both be divided over are the multiples of this."""
+        """Return the smallest number of ranks over which both dense parts and experts can be divided."""
         return self.pipeline * math.lcm(self.tensor * self.context, self.expert_tensor * self.expert)
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches that a rank computes in one step."""
+        """Return the number of micro-batches that a rank computes in one step."""
         return self.global_batch // (self.micro_batch * self.data)
 
     @property
     def tokens_per_step(self) -> int:
+        """Return the number of tokens in a global batch."""
         return self.global_batch * self.seq_length
 
     def errors(self) -> Iterator[str]:
-        """What does not divide, with the nearest sizes that would."""
+        """Yield an error for each size that does not divide, with the nearest sizes that would."""
         if self.ranks % self.ranks_step:
             yield (
                 f"{self.ranks} ranks cannot be divided over TP {self.tensor} × PP {self.pipeline} × CP {self.context} "
@@ -100,7 +105,7 @@ class Layout:
             )
 
     def repaired(self) -> "Layout":
-        """The layout with the next larger numbers of ranks and samples that divide."""
+        """Return the layout with the next larger numbers of ranks and samples that divide."""
         ranks = _round_up(self.ranks, self.ranks_step)
         batch_step = self.micro_batch * (ranks // (self.tensor * self.pipeline * self.context))
         fields = vars(self) | {"ranks": ranks, "global_batch": _round_up(self.global_batch, batch_step)}
@@ -108,7 +113,10 @@ class Layout:
 
 
 def layer_errors(args: Namespace) -> Iterator[str]:
-    """What does not divide where layers are dealt out to pipeline stages evenly, with the sizes that would."""
+    """Yield an error if the layers cannot be divided evenly among the pipeline stages, with the sizes that would fit.
+
+    A run that asks for stages of different length has no such errors.
+    """
     stages, layers = args.pipeline_model_parallel_size, args.num_layers
     is_uneven = any(
         (
@@ -139,6 +147,7 @@ def layer_errors(args: Namespace) -> Iterator[str]:
 
 
 def _virtual_pipeline(args: Namespace) -> int:
+    """Return the number of model chunks on each pipeline stage, from whichever flag gives it."""
     chunk = args.num_layers_per_virtual_pipeline_stage
     if getattr(args, "virtual_pipeline_model_parallel_size", None):
         return args.virtual_pipeline_model_parallel_size
@@ -154,5 +163,6 @@ def _round_up(value: int, step: int) -> int:
 
 
 def _nearest(value: int, step: int) -> str:
+    """Name the multiples of `step` next to `value`, such as `16 or 24`."""
     below, above = value // step * step, _round_up(value, step)
     return f"{below} or {above}" if below else str(above)

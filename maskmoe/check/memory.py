@@ -1,4 +1,4 @@
-"""Bytes that a rank of each pipeline stage needs, by what needs them."""
+"""Computes the memory of one rank of each pipeline stage, by purpose."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -11,18 +11,18 @@ from maskmoe.check.layout import Layout
 from maskmoe.check.parameters import Chunk, ModelParameters
 
 _FP32_BYTES = 4
-# What each optimizer keeps for a parameter besides the parameter itself; others keep at most what Adam keeps.
+# The moments that each optimizer keeps for a parameter. Other optimizers keep at most as much as Adam.
 _STATES = {"adam": ("exp_avg_dtype", "exp_avg_sq_dtype"), "sgd": ("exp_avg_dtype",), "lion": ("exp_avg_dtype",)}
 
 
 @dataclass(frozen=True)
 class BytesPerParameter:
-    """What training keeps for one parameter, in bytes.
+    """The bytes that training keeps for one parameter.
 
     Attributes:
-        weight: the parameter itself.
-        gradient: its place in the gradient buffer.
-        optimizer: its main copy, unless the parameter is fp32 itself, and the optimizer's moments.
+        weight: bytes of the parameter.
+        gradient: bytes in the gradient buffer.
+        optimizer: bytes of the optimizer's moments, and of the main copy that a parameter has unless it is fp32.
     """
 
     weight: int
@@ -31,13 +31,13 @@ class BytesPerParameter:
 
     @classmethod
     def from_args(cls, args: Namespace) -> "BytesPerParameter":
-        """As Megatron's `DistributedDataParallel` and its optimizers allocate them (bf16, fp16 or fp32)."""
+        """Return the bytes that Megatron's `DistributedDataParallel` and optimizers allocate for bf16, fp16 or fp32."""
         weight = args.params_dtype.itemsize
         states = _STATES.get(args.optimizer, _STATES["adam"])
         if args.use_precision_aware_optimizer:
             main = args.main_params_dtype.itemsize
             if args.bf16 and args.main_params_dtype == torch.float32:
-                # Only the bits that the bf16 weight lacks: `store_param_remainders`, which no flag sets.
+                # No flag turns `store_param_remainders` off: the main copy holds only the bits that bf16 lacks.
                 main -= weight
             moments = sum(getattr(args, name).itemsize for name in states)
         else:
@@ -52,18 +52,17 @@ class BytesPerParameter:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on a rank of one pipeline stage.
+    """The bytes that one rank of a pipeline stage needs.
 
-    Weights with buffers, gradients and the routing mask are exact; so is the optimizer, but that the ranks among which
-    the distributed optimizer divides it differ by the padding of its buckets. The rest is estimated, see
-    `ActivationModel`.
+    Weights (with buffers), gradients and the routing mask are exact. The optimizer is exact as a mean: the distributed
+    optimizer pads its buckets, so its ranks differ by the padding. `ActivationModel` estimates everything else.
 
     Attributes:
-        weights, gradients, optimizer, routing_mask: allocated once, and kept.
-        activations: what the backward pass will read, of all micro-batches in flight.
-        recomputation: of the layers that are recomputed at one time, all activations.
-        logits: logits and their softmax, of one micro-batch.
-        dispatch: rows on their way to and from experts, in one layer.
+        weights, gradients, optimizer, routing_mask: bytes that are allocated once and kept.
+        activations: bytes that the backward passes of all micro-batches in flight will read.
+        recomputation: bytes of all activations of the layers that are recomputed at one time.
+        logits: bytes of the logits and their softmax, of one micro-batch.
+        dispatch: bytes of the rows that one layer sends to experts and gets back.
     """
 
     weights: int
@@ -79,17 +78,21 @@ class StageMemory:
 
     @property
     def total(self) -> int:
+        """Return the sum of all bytes."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def stage_memory(
     args: Namespace, layout: Layout, model: ModelParameters, activations: ActivationModel, mask_bytes: int
 ) -> tuple[StageMemory, ...]:
-    """The memory of every pipeline stage.
+    """Return the memory of one rank of every pipeline stage.
 
     Args:
-        args: validated by Megatron.
-        mask_bytes: of the routing mask, in each model chunk.
+        args: arguments that Megatron has validated.
+        layout: how the run is divided; the sizes must divide each other.
+        model: the parameters of the stages.
+        activations: estimates the bytes that are not exact.
+        mask_bytes: bytes of the routing mask in each model chunk.
     """
     each = BytesPerParameter.from_args(args)
     return tuple(
@@ -99,7 +102,7 @@ def stage_memory(
 
 
 def not_modelled(args: Namespace) -> Iterator[str]:
-    """What the run does with memory that is not in `StageMemory`, one line each."""
+    """Yield a clause for each setting that changes the memory of a run but not `StageMemory`."""
     settings = {
         "--fp8-format and --fp4-format": args.fp8 or args.fp4,
         f"--optimizer {args.optimizer} (counted as adam)": args.optimizer not in _STATES,
@@ -121,6 +124,7 @@ def _memory_of_stage(
     activations: ActivationModel,
     mask_bytes: int,
 ) -> StageMemory:
+    """Return the memory of one rank of a pipeline stage."""
     dense = sum(chunk.dense_parameters for chunk in chunks)
     experts = sum(chunk.expert_parameters for chunk in chunks)
     share, expert_share = _optimizer_shares(args, layout)
@@ -137,7 +141,7 @@ def _memory_of_stage(
 
 
 def _optimizer_shares(args: Namespace, layout: Layout) -> tuple[int, int]:
-    """Among how many ranks the optimizer of dense parameters and that of experts are divided."""
+    """Return among how many ranks the optimizer is divided, for dense parameters and for experts."""
     if not args.use_distributed_optimizer:
         return 1, 1
     instances = args.num_distributed_optimizer_instances

@@ -1,146 +1,193 @@
-"""The text that `--check` prints."""
+"""The result of `--check`, and its form as JSON."""
 
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from maskmoe.check.activations import ActivationModel, micro_batches_in_flight
+from maskmoe.check.expert_use import ExpertUse
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import StageMemory
-from maskmoe.check.parameters import PARTS, Chunk, ModelParameters
-from maskmoe.routing_mask.mask import RoutingMask
-
-_GIB = 1 << 30
-_WHAT = {
-    "weights": "weights and buffers",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "routing_mask": "routing mask",
-    "activations": "activations in flight",
-    "recomputation": "recomputed at one time",
-    "logits": "logits and cross entropy",
-    "dispatch": "rows being dispatched",
-}
+from maskmoe.check.parameters import Chunk, ModelParameters
 
 
-def describe_layout(layout: Layout) -> Iterator[str]:
-    """The arithmetic of ranks and batch; of a layout that divides."""
-    yield f"ranks         {layout.ranks}"
-    yield (
-        f"  dense parts TP {layout.tensor} × PP {layout.pipeline} × CP {layout.context} × DP {layout.data} = "
-        f"{layout.ranks}"
-    )
-    yield (
-        f"  experts     ETP {layout.expert_tensor} × EP {layout.expert} × PP {layout.pipeline} × expert DP "
-        f"{layout.expert_data} = {layout.ranks}"
-    )
-    yield (
-        f"step          {layout.global_batch:,} samples = {layout.num_micro_batches:,} micro-batches × "
-        f"{layout.micro_batch} × DP {layout.data}"
-        + (f"; {layout.tokens_per_step:,} tokens" if layout.seq_length else "")
-    )
+@dataclass(frozen=True)
+class ModelReport:
+    """The parameters of the model of a run.
 
-
-def describe_layers(model: ModelParameters) -> Iterator[str]:
-    """How many layers each pipeline stage has."""
-    whole = model.whole
-    extra = f", {whole.mtp_layers} of multi-token prediction" if whole.mtp_layers else ""
-    yield f"layers        {whole.layers}: {whole.moe_layers} with experts, {whole.dense_layers} without{extra}"
-    if len(model.stages) > 1 or len(model.stages[0]) > 1:
-        yield f"  of stages   {_runs([_layers_of_stage(chunks) for chunks in model.stages])}"
-
-
-def describe_parameters(
-    model: ModelParameters, num_experts: int | None, topk: int, mask: RoutingMask | None
-) -> Iterator[str]:
-    """Parameters in all and of a token; exact."""
-    whole = model.whole
-    yield f"parameters    {_number(whole.num_parameters)}"
-    for part in PARTS:
-        if whole.parameters[part]:
-            yield f"  {part:<32}{whole.parameters[part]:>20,}"
-    if not num_experts:
-        return
-    active = _number(active_parameters(whole, num_experts, topk))
-    without = ", without multi-token prediction" if whole.mtp_layers else ""
-    yield f"active        {active}  for a token with {topk} experts{without}"
-    if mask is not None:
-        mean = experts_per_token(mask, topk)
-        active = _number(active_parameters(whole, num_experts, mean))
-        yield f"              {active}  on average, with {mean:.3g} experts a token: {_describe_use(mask, topk)}"
-
-
-def describe_memory(
-    layout: Layout, memory: Sequence[StageMemory], activations: ActivationModel, model: ModelParameters
-) -> Iterator[str]:
-    """The memory of the stage that needs most, by part, and of all."""
-    totals = [stage.total for stage in memory]
-    largest = int(np.argmax(totals))
-    stage = memory[largest]
-    where = f"pipeline stage {largest} of 0 to {layout.pipeline - 1}, " if layout.pipeline > 1 else ""
-    yield f"memory        GiB a rank, {where}{micro_batches_in_flight(layout, largest):.3g} micro-batches in flight"
-    for name, what in _WHAT.items():
-        kind = "exact" if name in StageMemory.EXACT else "estimate"
-        if value := getattr(stage, name):
-            yield f"  {what:<26}{value / _GIB:>9.2f}  {kind}"
-    yield f"  {'total':<26}{stage.total / _GIB:>9.2f}"
-    if layout.pipeline > 1:
-        yield f"  total of stages           {_runs([f'{total / _GIB:.2f}' for total in totals])}"
-    doubled = activations.bytes_of_doubled_rows(layout, largest, model.stages[largest])
-    if doubled:
-        yield (
-            f"  All experts are taken to get equally many rows, {activations.experts_per_token:.3g} for each token; "
-            f"a rank that gets twice as many needs {doubled / _GIB:.2f} more."
-        )
-    yield "  Not in it: the CUDA context, buffers of NCCL and cuBLAS, and fragmentation; leave a few GiB."
-
-
-def active_parameters(whole: Chunk, num_experts: int, experts: float) -> float:
-    """Parameters that a token with so many experts passes through, multi-token prediction left out."""
-    routed = whole.parameters["routed experts"]
-    return whole.num_parameters - whole.parameters["multi-token prediction"] - routed * (1 - experts / num_experts)
-
-
-def experts_per_token(mask: RoutingMask, topk: int) -> float:
-    """Experts that a token of the counted datasets uses on average, `min(k, V)`.
-
-    The frequent ids are taken to have exactly the share of occurrences that they were chosen to cover, which differs
-    from their true share by less than one id's.
+    Attributes:
+        parameters: the whole model, and each of its pipeline stages.
+        num_experts: number of routed experts in a layer; None for a model without experts.
+        expert_use: how many experts tokens use; 0 for a model without experts.
+        has_mask: whether `expert_use` is computed from a routing mask.
+        padded_vocab_size: number of rows of the embedding.
     """
-    used = np.minimum(mask.num_visible, topk)
-    is_frequent = mask.num_visible > 1
-    if is_frequent.all() or not is_frequent.any():
-        return float(used.mean())
-    share = mask.provenance.frequent_mass
-    return float(share * used[is_frequent].mean() + (1 - share) * used[~is_frequent].mean())
+
+    parameters: ModelParameters
+    num_experts: int | None
+    expert_use: ExpertUse
+    has_mask: bool
+    padded_vocab_size: int
+
+    @property
+    def whole(self) -> Chunk:
+        """Return the model as one rank without parallelism holds it."""
+        return self.parameters.whole
+
+    def active_parameters(self, experts_per_token: float) -> int:
+        """Return how many parameters a token passes through, multi-token prediction left out."""
+        return round(self.whole.active_parameters(self.num_experts or 1, experts_per_token))
 
 
-def _describe_use(mask: RoutingMask, topk: int) -> str:
-    used = np.minimum(mask.num_visible, topk)
-    is_frequent = mask.num_visible > 1
-    if is_frequent.all() or not is_frequent.any():
-        return f"every id uses {used.mean():.3g}"
-    return f"{mask.provenance.frequent_mass:.0%} of the tokens use {used[is_frequent].mean():.3g}, the others 1"
+@dataclass(frozen=True)
+class MemoryReport:
+    """The memory of a run.
+
+    Attributes:
+        stages: one rank of each pipeline stage.
+        micro_batches_in_flight: for each stage, the largest number of micro-batches with kept activations.
+        bytes_of_doubled_rows: for each stage, the additional bytes if its experts get twice their share of rows.
+        rows_per_token: mean number of rows that a token has on experts.
+        not_modelled: a clause for each setting of the run that changes the memory but is not taken into account.
+    """
+
+    stages: tuple[StageMemory, ...]
+    micro_batches_in_flight: tuple[float, ...]
+    bytes_of_doubled_rows: tuple[int, ...]
+    rows_per_token: float
+    not_modelled: tuple[str, ...]
+
+    @classmethod
+    def from_stages(
+        cls,
+        stages: Sequence[StageMemory],
+        layout: Layout,
+        model: ModelParameters,
+        activations: ActivationModel,
+        not_modelled: Sequence[str],
+    ) -> "MemoryReport":
+        """Return the report on stages whose memory is known.
+
+        Args:
+            stages: memory of one rank of each pipeline stage.
+            layout: how the run is divided; the sizes must divide each other.
+            model: the parameters of the stages.
+            activations: the estimator of activations.
+            not_modelled: clauses on settings that are not taken into account.
+        """
+        chunks_of_stage = list(enumerate(model.stages))
+        return cls(
+            stages=tuple(stages),
+            micro_batches_in_flight=tuple(micro_batches_in_flight(layout, stage) for stage, _ in chunks_of_stage),
+            bytes_of_doubled_rows=tuple(
+                activations.bytes_of_doubled_rows(layout, stage, chunks) for stage, chunks in chunks_of_stage
+            ),
+            rows_per_token=activations.experts_per_token,
+            not_modelled=tuple(not_modelled),
+        )
+
+    @property
+    def largest_stage(self) -> int:
+        """Return the number of the pipeline stage that needs most memory, from 0."""
+        return max(range(len(self.stages)), key=lambda stage: self.stages[stage].total)
 
 
-def _layers_of_stage(chunks: Sequence[Chunk]) -> str:
-    return "+".join(str(chunk.layers) for chunk in chunks)
+@dataclass(frozen=True)
+class Report:
+    """Everything that `--check` finds out about a run.
+
+    Attributes:
+        errors: the errors that the run would end with, one line each.
+        notes: facts that the user should know but that do not stop the run, one line each.
+        layout: how the run is divided; None if its sizes do not divide each other.
+        model: the parameters of the model; None if the model cannot be built.
+        memory: the memory of the run; None if the layout or the model is unknown.
+    """
+
+    errors: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    layout: Layout | None = None
+    model: ModelReport | None = None
+    memory: MemoryReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values; these keys are stable.
+
+        - `errors`, `notes`: lists of lines. The exit code is 2 if there is an error, else 0.
+        - `layout`: null if the sizes do not divide each other. Else `ranks`; the parallel sizes `tensor`, `pipeline`,
+          `context`, `data`, `expert`, `expert_tensor`, `expert_data` and `virtual_pipeline`; `micro_batch` and
+          `global_batch` in samples; `micro_batches` of a rank in a step; `seq_length` and `tokens_per_step` in tokens.
+        - `layers`: null if the model cannot be built. Else the numbers of layers `with_experts`, `without_experts` and
+          of `multi_token_prediction`, and `stages`: for each pipeline stage, the number of layers of each model chunk.
+        - `parameters`: null if the model cannot be built. Else `total`; `parts`, the number of each part of the model;
+          `routed_experts`, experts of multi-token prediction included; `active` of a token with `experts_per_token`
+          experts, and the means `mean_active` and `mean_experts_per_token` over the counted tokens;
+          `padded_vocab_size`.
+        - `memory`: null if the layout or the model is unknown. Else, in bytes of one rank, `stages`: for each pipeline
+          stage the bytes of each purpose, `total`, `doubled_rows` (additional bytes if the experts get twice their
+          share of rows) and `micro_batches_in_flight`; `largest_stage`, an index of `stages`; `exact`, the purposes
+          whose bytes are not estimated; `not_modelled`, a list of clauses.
+        """
+        return {
+            "errors": list(self.errors),
+            "notes": list(self.notes),
+            "layout": self.layout and _layout_as_json(self.layout),
+            "layers": self.model and _layers_as_json(self.model),
+            "parameters": self.model and _parameters_as_json(self.model),
+            "memory": self.memory and _memory_as_json(self.memory),
+        }
 
 
-def _billions(number: float) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.2f} M"
+def _layout_as_json(layout: Layout) -> dict[str, int]:
+    return {
+        "ranks": layout.ranks,
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "context": layout.context,
+        "data": layout.data,
+        "expert": layout.expert,
+        "expert_tensor": layout.expert_tensor,
+        "expert_data": layout.expert_data,
+        "virtual_pipeline": layout.virtual_pipeline,
+        "micro_batch": layout.micro_batch,
+        "global_batch": layout.global_batch,
+        "micro_batches": layout.num_micro_batches,
+        "seq_length": layout.seq_length,
+        "tokens_per_step": layout.tokens_per_step,
+    }
 
 
-def _number(parameters: float) -> str:
-    return f"{_billions(parameters)}  {round(parameters):,}"
+def _layers_as_json(model: ModelReport) -> dict[str, Any]:
+    return {
+        "with_experts": model.whole.moe_layers,
+        "without_experts": model.whole.dense_layers,
+        "multi_token_prediction": model.whole.mtp_layers,
+        "stages": [[chunk.layers for chunk in chunks] for chunks in model.parameters.stages],
+    }
 
 
-def _runs(values: Sequence[str]) -> str:
-    """A list in which what repeats is counted: `3, 14 × 4, 2`."""
-    runs: list[tuple[str, int]] = []
-    for value in values:
-        if runs and runs[-1][0] == value:
-            runs[-1] = (value, runs[-1][1] + 1)
-        else:
-            runs.append((value, 1))
-    return ", ".join(value if number == 1 else f"{number} × {value}" for value, number in runs)
+def _parameters_as_json(model: ModelReport) -> dict[str, Any]:
+    use = model.expert_use
+    return {
+        "total": model.whole.num_parameters,
+        "parts": dict(model.whole.parameters),
+        "routed_experts": model.whole.expert_parameters,
+        "active": model.active_parameters(use.most),
+        "experts_per_token": use.most,
+        "mean_active": model.active_parameters(use.mean),
+        "mean_experts_per_token": use.mean,
+        "padded_vocab_size": model.padded_vocab_size,
+    }
+
+
+def _memory_as_json(memory: MemoryReport) -> dict[str, Any]:
+    columns = zip(memory.stages, memory.bytes_of_doubled_rows, memory.micro_batches_in_flight, strict=True)
+    return {
+        "stages": [
+            asdict(stage) | {"total": stage.total, "doubled_rows": doubled, "micro_batches_in_flight": in_flight}
+            for stage, doubled, in_flight in columns
+        ],
+        "largest_stage": memory.largest_stage,
+        "exact": list(StageMemory.EXACT),
+        "not_modelled": list(memory.not_modelled),
+    }

@@ -77,7 +77,7 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, arguments: Sequence[st
 
 
 def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--check`, with which pretraining only reports what it would do, need and refuse."""
+    """Add `--check`, with which pretraining only reports what the run would be and need, and its errors."""
     parser.add_argument(
         "--check",
         metavar="RANKS",
@@ -87,5 +87,11 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
         "default WORLD_SIZE or 1; print the layout, parameters and memory of the run, and every error. Needs no GPU "
         "and no torchrun, and assumes GPUs with Transformer Engine unless --distributed-backend gloo is given",
+    )
+    parser.add_argument(
+        "--json",
+        dest="check_json",
+        action="store_true",
+        help="print the report of --check as one JSON object; maskmoe/check/report.py documents its keys",
     )
     return parser

@@ -13,14 +13,13 @@ from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from maskmoe.check.command import check_run, ranks_to_check
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
 from maskmoe.megatron_compat.globals import get_timers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import get_batch, loss_function, token_losses, train_valid_test_datasets_provider
-from maskmoe.training.checks import data_prefixes
 from maskmoe.training.data_files import DataFiles
 from maskmoe.training.failures import SaveOnSignal, ending_data_workers, explaining_failures
+from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
@@ -81,11 +80,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def main() -> None:
-    """Pretrain as the command line says, or check the run if the command line has `--check`."""
-    num_ranks = ranks_to_check()
-    if num_ranks is not None:
-        check_run(num_ranks, add_pretraining_arguments)
-        return
+    """Pretrain as the command line says."""
     # Check everything before any process group exists.
     args = parse_and_check_args(add_pretraining_arguments)
     save_on_signal = SaveOnSignal(args)

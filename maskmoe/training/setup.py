@@ -22,16 +22,16 @@ from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
-from maskmoe.training.checks import (
+from maskmoe.training.file_checks import (
     check_data,
     check_mask,
     check_save_folder,
-    check_supported,
     check_tokenizer,
     tokenizer_sha256,
 )
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
 from maskmoe.training.rank_store import RankStore
+from maskmoe.training.refusals import check_supported
 from maskmoe.training.resume import (
     check_same_model,
     checkpoint_to_load,

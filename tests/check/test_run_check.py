@@ -1,33 +1,40 @@
-"""`--check`: its counts against models that are really built, its errors, its arithmetic."""
+"""Tests of `--check`: its counts against models that are built, its errors, its arithmetic, its text."""
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
-from support.launchers import RANK_SCRIPTS
+from support.launchers import RANK_SCRIPTS, run_script_as_ranks
 
 from maskmoe.check.activations import micro_batches_in_flight
-from maskmoe.check.command import ranks_to_check
+from maskmoe.check.command import CheckRequest
+from maskmoe.check.expert_use import ExpertUse
 from maskmoe.check.layout import Layout
+from maskmoe.check.memory import StageMemory
+from maskmoe.check.parameters import PARTS, Chunk, ModelParameters
+from maskmoe.check.report import MemoryReport, ModelReport, Report
+from maskmoe.check.text import report_lines
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
 
-SCRIPT = str(RANK_SCRIPTS / "run_check_ranks.py")
+SCRIPT = RANK_SCRIPTS / "run_check_ranks.py"
 
-# A vocabulary that is padded, to 512 ids and with tensor parallelism 2 to 768.
+# Megatron pads this vocabulary to 512 ids.
 VOCAB_SIZE = 510
 BASE = f"""
     --num-layers 4 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 96 --seq-length 64
@@ -57,9 +64,9 @@ ARCHITECTURES = {
     "expert bias": f"{LLAMA} --moe-router-score-function sigmoid --moe-router-enable-expert-bias",
     "learned positions, untied": "--untie-embeddings-and-output-weights --position-embedding-type learned_absolute",
 }
-# Needs Transformer Engine, but to be counted.
+# Latent experts need Transformer Engine, but counting them does not.
 LATENT_EXPERTS = f"{LLAMA} --moe-latent-size 16 --transformer-impl transformer_engine"
-# Rank for rank.
+# Layouts whose bytes are compared rank by rank.
 LAYOUTS = {
     "expert parallel, bf16, distributed optimizer": f"{LLAMA} {BF16} {DISTRIBUTED} --expert-model-parallel-size 2",
 }
@@ -81,7 +88,7 @@ MORE_LAYOUTS = {
     "fp16": f"{LLAMA} --fp16",
     "sgd": f"{LLAMA} {BF16} --optimizer sgd",
 }
-# What a forward pass keeps, on one rank.
+# Settings under which the activations of a forward pass on one rank are compared.
 FORWARD = {
     "fp32": LLAMA,
     "bf16": f"{LLAMA} {BF16}",
@@ -97,112 +104,142 @@ FORWARD = {
     ),
     "half recomputed": f"{LLAMA} {BF16} --recompute-granularity full --recompute-method block --recompute-num-layers 2",
 }
-# How far the estimate of what a forward pass keeps may be from what it does keep, either way. 2 to 3 % are left out:
-# masks, indices, statistics of norms; with dropout 11 %, since a CPU keeps its masks in bf16, a GPU in bytes.
+# The most by which estimated and measured activations may differ, in either direction. The estimate leaves out 2 % to
+# 3 %: masks, indices, statistics of norms. With dropout the estimate leaves out 11 %, since it is made for GPUs, which keep
+# dropout masks in bytes, and a CPU keeps them in bf16.
 FORWARD_FACTOR = 1.15
 
-# Flags of a run on 8 ranks, and what the one error names.
+# Flags of a run on 8 ranks, and the parts of its only error.
 ERRORS = {
     "--pipeline-model-parallel-size 8": ["--num-layers 4", "1, 2, 4 would fit"],
     "--global-batch-size 40": ["--global-batch-size 40", "data parallel size 8 = 16; 32 or 48 would fit"],
     "--num-attention-heads 3": ["num_attention_heads"],
-    "--routing-mask nowhere.safetensors": ["nowhere.safetensors"],
+    "--routing-mask nowhere.safetensors": ["cannot read", "nowhere.safetensors: No such file"],
     "--routing-mask for_2_ranks.safetensors --expert-model-parallel-size 4": ["rank-local", "size 2", "4"],
-    "--routing-mask data.bin": ["data.bin"],
+    "--routing-mask data.bin": ["data.bin is not a readable safetensors file"],
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model data.bin": ["data.bin) cannot be made"],
-    "--load save/nowhere --ckpt-step 3": ["save/nowhere", "iter_0000003"],
+    "--load save/nowhere --ckpt-step 3": ["holds no sound checkpoint: save/nowhere/iter_0000003 does not exist"],
 }
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Runs `run_check_ranks.py`."""
+    """Runs `run_check_ranks.py` in a folder that has a dataset and masks.
 
-    workplace: Any
-    folder: Path
+    Attributes:
+        working_folder: the folder with the files that flags name.
+        scratch: a folder for cases and answers.
+    """
 
-    def __call__(
-        self, what: str, cases: dict[str, str], *, ranks: dict[str, int] | None = None, processes: int = 1
+    working_folder: Path
+    scratch: Path
+
+    def run(
+        self, command: str, cases: dict[str, str], *, ranks: dict[str, int] | None = None, processes: int = 1
     ) -> list[dict[str, Any]]:
-        """The answers to cases, flags by name, of runs of one rank or so many: one dictionary a process."""
-        folder = self.folder / f"{what}_{len(list(self.folder.iterdir()))}"
-        folder.mkdir()
-        base = [*shlex.split(BASE), "--routing-mask", str(self.folder.parent / "mask.safetensors")]
+        """Run a command of the script on cases.
+
+        Args:
+            command: the command of the script.
+            cases: the flags of each case, besides `BASE`, by name.
+            ranks: the number of ranks that a case is checked for; 1 by default.
+            processes: the number of ranks of the script.
+
+        Returns:
+            For each process, the answers by the names of the cases.
+        """
+        folder = Path(tempfile.mkdtemp(prefix=command, dir=self.scratch))
+        base = [*shlex.split(BASE), "--routing-mask", "shared.safetensors"]
         described = {
             name: {"ranks": (ranks or {}).get(name, 1), "flags": [*base, *shlex.split(flags)]}
             for name, flags in cases.items()
         }
         (folder / "cases.json").write_text(json.dumps(described))
-        outcome = self.workplace.execute([SCRIPT, what, str(folder)], folder, processes)
-        assert not any(outcome.exit_codes), outcome.report()
-        return [json.loads((folder / f"{what}{rank}.json").read_text()) for rank in range(processes)]
+        run_script_as_ranks(SCRIPT, folder, command, self.working_folder, world_size=processes, timeout=500)
+        return [json.loads((folder / f"answers{rank}.json").read_text()) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
-def bench(workplace, tmp_path_factory) -> Bench:
+def working_folder(tmp_path_factory) -> Path:
+    """A folder with a dataset, and with masks for it: of the model, of any number of layers, and rank-local."""
     folder = tmp_path_factory.mktemp("run_check")
-    # Shared by all layers, so that it fits any number of them.
+    random = np.random.default_rng(1)
+    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE)) as writer:
+        for _ in range(30):
+            writer.add_document(np.minimum(random.zipf(1.3, size=100), VOCAB_SIZE) - 1)
+    frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
+    recipe = MaskRecipe(8, 4, "uniform", 0.4, frequent_visible_experts=4)
+    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
     recipe = MaskRecipe.from_preset("smoe", 8, 5, shared_table=True)
-    build_routing_mask(recipe, vocab_size=VOCAB_SIZE).save(folder / "mask.safetensors")
+    build_routing_mask(recipe, vocab_size=VOCAB_SIZE).save(folder / "shared.safetensors")
     recipe = MaskRecipe(8, 4, "rank-local", 0.4, 4, expert_model_parallel_size=2)
-    frequency = count_token_frequency([str(workplace.folder / "data")], VOCAB_SIZE, workers=1)
-    build_routing_mask(recipe, frequency=frequency).save(workplace.folder / "for_2_ranks.safetensors")
-    (folder / "cases").mkdir()
-    return Bench(workplace, folder / "cases")
+    build_routing_mask(recipe, frequency=frequency).save(folder / "for_2_ranks.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def estimates(bench) -> dict[str, Any]:
+def bench(working_folder, tmp_path_factory) -> Bench:
+    return Bench(working_folder, tmp_path_factory.mktemp("cases"))
+
+
+@pytest.fixture(scope="module")
+def reports(bench) -> dict[str, Any]:
+    """The reports of all cases, made by one process."""
     layouts = LAYOUTS | MORE_LAYOUTS
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
     ranks = dict.fromkeys(layouts, 2) | dict.fromkeys(errors, 8)
     cases = ARCHITECTURES | FORWARD | layouts | errors | {"latent experts": LATENT_EXPERTS}
-    return bench("estimate", cases, ranks=ranks)[0]
+    return bench.run("report", cases, ranks=ranks)[0]
 
 
 @pytest.fixture(scope="module")
 def built(bench) -> dict[str, Any]:
-    return bench("build", ARCHITECTURES | FORWARD)[0]
+    return bench.run("build", ARCHITECTURES | FORWARD)[0]
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *FORWARD])
-def test_parameters_are_those_of_the_built_model(name, estimates, built):
-    assert estimates[name]["parameters"] == built[name]["parameters"]
-    assert estimates[name]["expert_parameters"] == built[name]["expert_parameters"]
-    assert sum(estimates[name]["parts"].values()) == estimates[name]["parameters"]
+def test_parameters_are_those_of_the_built_model(name, reports, built):
+    parameters = reports[name]["parameters"]
+    assert parameters["total"] == built[name]["parameters"]
+    assert parameters["routed_experts"] == built[name]["expert_parameters"]
+    assert sum(parameters["parts"].values()) == parameters["total"]
 
 
-def test_parameters_of_latent_experts(estimates):
-    parts, without = estimates["latent experts"]["parts"], estimates["untied embeddings, gate"]["parts"]
+def test_parameters_of_latent_experts(reports):
+    parts, without = (reports[name]["parameters"]["parts"] for name in ("latent experts", "untied embeddings, gate"))
     projections = 4 * 2 * 64 * 16
     assert parts["routed experts"] * 64 == without["routed experts"] * 16
     assert parts["layers without routed experts"] == without["layers without routed experts"] + projections
 
 
 @pytest.mark.parametrize("name", FORWARD)
-def test_activations_are_near_those_of_a_forward_pass(name, estimates, built):
-    (memory,) = estimates[name]["memory"]
-    # The logits themselves are needed while the cross entropy is computed, and not kept.
-    estimate = memory["activations"] + memory["logits"] - estimates[name]["bytes_of_logits"]
+def test_activations_are_near_those_of_a_forward_pass(name, reports, built):
+    (memory,) = reports[name]["memory"]["stages"]
+    layout = reports[name]["layout"]
+    # The cross entropy needs the logits while it computes the loss, but the forward pass does not keep them.
+    logits = layout["micro_batch"] * layout["seq_length"] * reports[name]["parameters"]["padded_vocab_size"]
+    bytes_of_logits = logits * (2 if BF16 in FORWARD[name] else 4)
+    estimate = memory["activations"] + memory["logits"] - bytes_of_logits
     assert built[name]["kept"] / FORWARD_FACTOR < estimate < built[name]["kept"] * FORWARD_FACTOR
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_LAYOUTS)])
-def test_bytes_are_those_of_a_run(name, bench, estimates):
-    estimate = estimates[name]
+def test_bytes_are_those_of_a_run(name, bench, reports):
+    report = reports[name]
     case = {name: (LAYOUTS | MORE_LAYOUTS)[name]}
-    measured = [answer[name] for answer in bench("measure", case, processes=2)]
-    assert sum(rank["parameters"] for rank in measured) == estimate["parameters"]
+    measured = [answer[name] for answer in bench.run("measure", case, processes=2)]
+    assert sum(rank["parameters"] for rank in measured) == report["parameters"]["total"]
+    stages = report["memory"]["stages"]
     for part in ("weights", "gradients", "routing_mask"):
         for rank in measured:
-            assert rank[part] == estimate["memory"][rank["stage"]][part]
+            assert rank[part] == stages[rank["stage"]][part]
     # The ranks that share an optimizer differ by the padding of its buckets.
-    for stage, memory in enumerate(estimate["memory"]):
-        of_stage = [rank["optimizer"] for rank in measured if rank["stage"] == stage]
-        assert sum(of_stage) == len(of_stage) * memory["optimizer"]
+    for stage, memory in enumerate(stages):
+        optimizers = [rank["optimizer"] for rank in measured if rank["stage"] == stage]
+        assert sum(optimizers) == len(optimizers) * memory["optimizer"]
 
 
-# The flags of models whose sizes were published.
+# Flags of models whose numbers of parameters were published.
 MIXTRAL = """
     --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
     --num-query-groups 8 --seq-length 4096 --max-position-embeddings 32768 --position-embedding-type rope --swiglu
@@ -225,33 +262,26 @@ DEEPSEEK_V3 = """
 """
 
 
-@dataclass(frozen=True)
-class Check:
-    """A finished `--check`."""
-
-    exit_code: int
-    output: str
-    errors: list[str]
-
-
 @pytest.fixture
-def check(workplace, tmp_path):
-    def check(ranks: int | None, flags: str, **variables: str) -> Check:
-        number = [] if ranks is None else [str(ranks)]
-        command = [sys.executable, "-m", "maskmoe.training.pretrain", "--check", *number, *shlex.split(flags)]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | variables
+def check(working_folder):
+    """Run `--check` as a user does."""
+
+    def check(ranks: int, flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "maskmoe.training.pretrain", "--check", str(ranks), *shlex.split(flags)]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         process = subprocess.run(
-            command, cwd=workplace.folder, env=environment, capture_output=True, text=True, timeout=120
+            command, cwd=working_folder, env=environment, capture_output=True, text=True, timeout=300
         )
         assert "Traceback" not in process.stderr
-        errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-        return Check(process.returncode, process.stdout, errors)
+        return process
 
     return check
 
 
 @pytest.fixture
 def mask_file(tmp_path):
+    """Write a routing mask of the given sizes."""
+
     def write(vocab_size: int, num_experts: int, num_layers: int) -> Path:
         recipe = MaskRecipe.from_preset("smoe", num_experts, num_layers, shared_table=True)
         build_routing_mask(recipe, vocab_size=vocab_size).save(tmp_path / "mask.safetensors")
@@ -260,74 +290,148 @@ def mask_file(tmp_path):
     return write
 
 
+def error_lines(process: subprocess.CompletedProcess) -> list[str]:
+    """Return the errors that a process wrote to stderr."""
+    return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+
+
 @pytest.mark.slow
 def test_mixtral(check, mask_file):
-    """Published: 46.7 billion parameters, 12.9 billion of them active."""
-    result = check(64, f"{MIXTRAL} --routing-mask {mask_file(32000, 8, 32)}")
-    assert (result.exit_code, result.errors) == (0, [])
-    assert "46.70 B  46,702,792,704" in result.output
-    assert "12.88 B  12,879,925,248  for a token with 2 experts" in result.output
-    assert "TP 1 × PP 4 × CP 1 × DP 16 = 64" in result.output
-    assert "ETP 1 × EP 8 × PP 4 × expert DP 2 = 64" in result.output
-    assert "256 samples = 16 micro-batches × 1 × DP 16; 1,048,576 tokens" in result.output
-    assert "4 × 4+4" in result.output
-    assert result.output.endswith("no errors found\n")
+    """The published numbers are 46.7 billion parameters, 12.9 billion of them active."""
+    process = check(64, f"{MIXTRAL} --routing-mask {mask_file(32000, 8, 32)}")
+    assert (process.returncode, error_lines(process)) == (0, [])
+    assert "46.70 B  46,702,792,704" in process.stdout
+    assert "12.88 B  12,879,925,248  for a token with 2 experts" in process.stdout
+    assert "TP 1 × PP 4 × CP 1 × DP 16 = 64" in process.stdout
+    assert "ETP 1 × EP 8 × PP 4 × expert DP 2 = 64" in process.stdout
+    assert "256 samples = 16 micro-batches × 1 × DP 16; 1,048,576 tokens" in process.stdout
+    assert "4 × 4+4" in process.stdout
+    assert process.stdout.endswith("no errors found\n")
 
 
 def test_deepseek_v3(check, mask_file):
-    """Published: 671 billion parameters without multi-token prediction, 37 billion of them active."""
-    result = check(1024, f"{DEEPSEEK_V3} --routing-mask {mask_file(129280, 256, 62)}")
-    assert (result.exit_code, result.errors) == (0, [])
-    (whole,) = re.findall(r"^parameters .* ([0-9,]+)$", result.output, re.MULTILINE)
-    (prediction,) = re.findall(r"^  multi-token prediction +([0-9,]+)$", result.output, re.MULTILINE)
-    assert int(whole.replace(",", "")) - int(prediction.replace(",", "")) == 671_026_404_352
-    assert re.search(r"37\.55 B  [\d,]+  for a token with 8 experts", result.output)
+    """The published numbers are 671 billion parameters without multi-token prediction, 37 billion of them active."""
+    process = check(1024, f"{DEEPSEEK_V3} --routing-mask {mask_file(129280, 256, 62)} --json")
+    assert (process.returncode, error_lines(process)) == (0, [])
+    report = json.loads(process.stdout)
+    assert report["errors"] == []
+    parameters = report["parameters"]
+    assert parameters["total"] - parameters["parts"]["multi-token prediction"] == 671_026_404_352
+    assert parameters["experts_per_token"] == 8
+    assert round(parameters["active"] / 1e9, 2) == 37.55
+    assert report["layers"]["stages"] == [[3], *[[4]] * 14, [2]]
+    assert (report["layout"]["ranks"], report["layout"]["data"], report["layout"]["expert_data"]) == (1024, 64, 1)
+    totals = [stage["total"] for stage in report["memory"]["stages"]]
+    assert max(totals) == totals[report["memory"]["largest_stage"]]
 
 
-def test_all_errors_at_once(check, workplace, files_and_times):
-    before = files_and_times(workplace.folder)
-    flags = (
-        f"{BASE} --num-experts 12 --vocab-size 500 --pipeline-model-parallel-size 2 --expert-model-parallel-size 5 "
-        "--global-batch-size 9 --spec a b --routing-mask mask.safetensors --data-path nowhere data elsewhere "
-        f"--save {workplace.folder / 'data.idx'} --tensorboard-dir events --load no_checkpoint"
-    )
-    result = check(24, flags.replace("--mock-data", ""))
-    assert result.exit_code == 2
-    for culprit in (
-        "--spec",
-        "--num-experts 12 is not divisible by --expert-model-parallel-size 5",
-        "24 ranks cannot be divided",
-        "20 or 30 ranks would fit",
-        "vocabulary size is 510, the model's is 500; its number of experts is 8, the model's is 12",
-        "--save",
-        "nowhere.idx",
-        "elsewhere.idx",
-    ):
-        assert sum(culprit in error for error in result.errors) == 1, (culprit, result.errors)
-    assert len(set(result.errors)) == len(result.errors)
-    assert "no_checkpoint holds no checkpoint" in result.output
-    assert files_and_times(workplace.folder) == before
+# A run with many errors, on 24 ranks, and a part of each error.
+FAULTY = (
+    f"{BASE} --num-experts 12 --vocab-size 500 --pipeline-model-parallel-size 2 --expert-model-parallel-size 5 "
+    "--global-batch-size 9 --spec a b --routing-mask mask.safetensors --data-path nowhere data elsewhere "
+    "--save data.idx --tensorboard-dir events --load no_checkpoint"
+).replace("--mock-data", "")
+FAULTS = (
+    "--spec is not supported. MaskMoE builds the layer specification itself.",
+    "--num-experts 12 is not divisible by --expert-model-parallel-size 5",
+    "24 ranks cannot be divided",
+    "vocabulary size is 510, the model's is 500; its number of experts is 8, the model's is 12",
+    "data.idx is not a folder",
+    "nowhere.idx does not exist",
+    "elsewhere.idx does not exist",
+)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_all_errors_at_once(as_json, check, working_folder):
+    before = files_and_times(working_folder)
+    process = check(24, f"{FAULTY} --json" if as_json else FAULTY)
+    assert process.returncode == 2
+    errors = [line.removeprefix("error: ") for line in error_lines(process)]
+    assert len(set(errors)) == len(errors)
+    for fault in FAULTS:
+        assert sum(fault in error for error in errors) == 1, (fault, errors)
+    (error,) = [error for error in errors if "24 ranks" in error]
+    assert "20 or 30 ranks would fit" in error
+    note = "--load no_checkpoint holds no checkpoint: training starts from the beginning"
+    if as_json:
+        report = json.loads(process.stdout)
+        assert (report["errors"], report["notes"], report["layout"]) == (errors, [note], None)
+    else:
+        assert f"note: {note}" in process.stdout.splitlines()
+        assert "no errors found" not in process.stdout
+    assert files_and_times(working_folder) == before
+
+
+def files_and_times(folder: Path) -> dict[Path, int]:
+    """Return when each file under a folder was last changed."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_unknown_flag_is_in_the_report(check):
+    process = check(1, f"{BASE} --num-expert 8 --json")
+    assert process.returncode == 2
+    (error,) = json.loads(process.stdout)["errors"]
+    assert error.startswith("unknown flag --num-expert (nearest: --num-experts)")
+    assert error_lines(process) == [f"error: {error}"]
 
 
 @pytest.mark.parametrize("flags", ERRORS)
-def test_error(flags, estimates):
-    (error,) = estimates[flags]["errors"]
-    assert all(culprit in error for culprit in ERRORS[flags]), error
+def test_error(flags, reports):
+    (error,) = reports[flags]["errors"]
+    for part in ERRORS[flags]:
+        assert part in error
 
 
-def test_number_of_ranks(monkeypatch):
-    def ranks(*flags: str) -> int | None:
+def test_request(monkeypatch):
+    def request(*flags: str) -> CheckRequest | None:
         monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
-        return ranks_to_check()
+        return CheckRequest.from_command_line()
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert ranks("--num-layers", "4") is None
-    assert ranks("--check", "--num-layers", "4") == 1
-    assert ranks("--num-layers", "4", "--check", "64") == 64
+    assert request("--num-layers", "4") is None
+    assert request("--check", "--num-layers", "4") == CheckRequest(1, as_json=False)
+    assert request("--num-layers", "4", "--check", "64", "--json") == CheckRequest(64, as_json=True)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    assert ranks("--check") == 16
+    assert request("--check") == CheckRequest(16, as_json=False)
     with pytest.raises(UserError, match="--check 0: a run has at least one rank"):
-        ranks("--check", "0")
+        request("--check", "0")
+    with pytest.raises(UserError, match="pass --check, too"):
+        request("--json")
+
+
+def test_text_of_a_report():
+    layout = Layout(16, 2, 2, 1, 4, 1, 1, 2, 1, 64, 4096)
+    chunk = Chunk(dict.fromkeys(PARTS, 10**8), 8 * 10**7, 0, 1, 3, 0, True, True)
+    parameters = ModelParameters(whole=chunk, stages=((chunk, chunk), (chunk,)))
+    use = ExpertUse(2, 1.4, "40% of the tokens use 2, the others 1")
+    model = ModelReport(parameters, 8, use, has_mask=True, padded_vocab_size=512)
+    stages = tuple(StageMemory(gib << 30, gib << 29, 0, 0, 0, 0, 0, 0) for gib in (2, 4))
+    memory = MemoryReport(stages, (2, 1), (0, 1 << 28), 1.4, ("the memory does not take --x into account",))
+    lines = list(report_lines(Report((), ("something",), layout, model, memory)))
+    for line in (
+        "ranks         16",
+        "  dense parts TP 2 × PP 2 × CP 1 × DP 4 = 16",
+        "  experts     ETP 1 × EP 4 × PP 2 × expert DP 2 = 16",
+        "step          64 samples = 16 micro-batches × 1 × DP 4; 262,144 tokens",
+        "layers        4: 3 with experts, 1 without",
+        "  of stages   4+4, 4",
+        "parameters    0.50 B  500,000,000",
+        "active        0.33 B  325,000,000  for a token with 2 experts",
+        f"              0.32 B  317,500,000  on average, with 1.4 experts a token: {use.description}",
+        "memory        GiB a rank, pipeline stage 1 of 0 to 1, 1 micro-batches in flight",
+        "  weights and buffers            4.00  exact",
+        "  gradients                      2.00  exact",
+        "  total                          6.00",
+        "  total of stages           3.00, 6.00",
+        "  Note: the memory does not take --x into account.",
+        "note: something",
+        "no errors found",
+    ):
+        assert line in lines
+    assert any("a rank that gets twice as many rows needs 0.25 GiB more" in line for line in lines)
+    assert not any("optimizer" in line for line in lines)
+    assert list(report_lines(Report(("an error",)))) == []
 
 
 SIZES = st.integers(1, 12)
@@ -355,10 +459,12 @@ def test_sizes_that_divide(ranks, sizes, batch, micro_batch):
     assert bool(errors) == (not divides or batch % (micro_batch * (ranks // dense)) != 0)
     repaired = layout.repaired()
     assert not list(repaired.errors())
-    assert repaired.ranks >= ranks and repaired.global_batch >= batch
+    assert repaired.ranks >= ranks
+    assert repaired.global_batch >= batch
     if not divides:
         fitting = [n for n in range(1, repaired.ranks + 1) if n % dense == 0 and n % experts == 0]
-        assert fitting[-1] == repaired.ranks and f"{repaired.ranks} ranks would fit" in errors[0]
+        assert fitting[-1] == repaired.ranks
+        assert f"{repaired.ranks} ranks would fit" in errors[0]
         if len(fitting) > 1:
             assert f"{fitting[-2]} or {fitting[-1]} ranks" in errors[0]
 
@@ -374,5 +480,5 @@ def test_micro_batches_in_flight(chunks, group, micro_batches):
             virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         )
         _, _, warm_up, remaining = get_pp_rank_microbatches(micro_batches, chunks, group, p2p_communicator=communicator)
-        # After the warm-up every forward pass is followed by a backward pass.
+        # After the warm-up, a backward pass follows every forward pass.
         assert micro_batches_in_flight(layout, stage) * chunks == pytest.approx(warm_up + (remaining > 0))

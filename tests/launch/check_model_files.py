@@ -17,11 +17,11 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 from maskmoe.check.activations import ActivationModel
+from maskmoe.check.expert_use import ExpertUse
 from maskmoe.check.findings import find_problems
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import stage_memory
 from maskmoe.check.parameters import count_parameters, mask_bytes
-from maskmoe.check.report import active_parameters, experts_per_token
 from maskmoe.training.pretraining import add_pretraining_arguments
 
 
@@ -53,7 +53,7 @@ def answer(ranks: int) -> dict[str, Any]:
     layout = Layout.from_args(args)
     model = count_parameters(config, layout)
     topk = args.moe_router_topk if args.num_experts else 0
-    experts = experts_per_token(mask, topk) if mask is not None else topk
+    experts = ExpertUse.from_mask(mask, topk).mean
     activations = ActivationModel.from_args(args, config.transformer, layout, experts)
     memory = stage_memory(args, layout, model, activations, mask_bytes(config, mask) if mask is not None else 0)
     return {
@@ -61,7 +61,7 @@ def answer(ranks: int) -> dict[str, Any]:
         "notes": findings.notes,
         "warnings": said,
         "parameters": model.whole.num_parameters,
-        "active": active_parameters(model.whole, args.num_experts or 1, topk),
+        "active": model.whole.active_parameters(args.num_experts or 1, topk),
         "memory": [stage.total for stage in memory],
         "layout": [layout.tensor, layout.pipeline, layout.expert, layout.data],
     }

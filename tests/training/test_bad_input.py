@@ -22,7 +22,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
-from maskmoe.training.checks import check_supported
+from maskmoe.training.refusals import check_supported
 from maskmoe.training.setup import parse_and_check_args
 
 SENTENCE_PIECE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model"
@@ -232,7 +232,7 @@ def test_unsupported_setting(supported_args, flags):
 
 def test_mask_of_a_model_without_experts(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain", "--routing-mask", "mask.safetensors"])
-    with pytest.raises(UserError, match="--routing-mask needs --num-experts"):
+    with pytest.raises(UserError, match="--routing-mask without --num-experts is not supported"):
         check_supported(parse_args(add_maskmoe_arguments))
 
 

@@ -15,7 +15,7 @@ from support.training_runs import RUNS
 
 from maskmoe.errors import UserError
 from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.checks import check_supported
+from maskmoe.training.refusals import check_supported
 
 # fp32 numbers are 1.2e-7 apart, and layouts add them in different orders. The largest difference seen is 4.3e-7, and it
 # does not grow over the steps. A mask that differs in its seed alone makes a difference of 2e-2.

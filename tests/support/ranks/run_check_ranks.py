@@ -1,15 +1,15 @@
-"""What `--check` says of command lines, and what models that are really built for them take.
+"""Reports of `--check` on command lines, and measurements of the models that these command lines build.
 
-`python run_check_ranks.py estimate|build|measure FOLDER` reads `FOLDER/cases.json`, command lines by name, and writes
-`FOLDER/{what}{rank}.json`, an answer for each. `estimate` and `build` take any number of cases and are one process;
-`measure` takes one case, and is a rank of its run.
+`python run_check_ranks.py FOLDER COMMAND WORKING_FOLDER` reads named command lines from `FOLDER/cases.json`, and writes
+an answer for each of them to `FOLDER/answers{rank}.json`. The commands `report` and `build` run as one process and take
+any number of cases. The command `measure` runs as the ranks of a training run and takes one case.
 """
 
 import json
 import os
 import sys
 from argparse import Namespace
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,42 +29,24 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 from torch.autograd.graph import saved_tensors_hooks
 
-from maskmoe.check.activations import ActivationModel
-from maskmoe.check.findings import find_problems
-from maskmoe.check.layout import Layout
-from maskmoe.check.memory import stage_memory
-from maskmoe.check.parameters import count_parameters, mask_bytes
-from maskmoe.check.report import experts_per_token
+from maskmoe.check.command import inspect_run
 from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
 
 
-def estimate(ranks: int) -> dict[str, Any]:
-    """What the check says of the command line of this process."""
-    findings = find_problems(ranks, add_pretraining_arguments)
-    if findings.errors:
-        return {"errors": findings.errors}
-    args, config = findings.args, findings.config
-    layout = Layout.from_args(args)
-    model = count_parameters(config, layout)
-    mean_experts = experts_per_token(findings.mask, args.moe_router_topk)
-    activations = ActivationModel.from_args(args, config.transformer, layout, mean_experts)
-    memory = stage_memory(args, layout, model, activations, mask_bytes(config, findings.mask))
-    whole = model.whole
-    return {
-        "parameters": whole.num_parameters,
-        "expert_parameters": whole.expert_parameters,
-        "parts": dict(whole.parameters),
-        "layers": [whole.dense_layers, whole.moe_layers],
-        "bytes_of_logits": layout.micro_batch * layout.seq_length * args.padded_vocab_size * args.params_dtype.itemsize,
-        "memory": [asdict(stage) for stage in memory],
-    }
+def report(ranks: int) -> dict[str, Any]:
+    """Return the report of `--check` on the command line of this process."""
+    return inspect_run(ranks, add_pretraining_arguments).to_json()
 
 
 def build(ranks: int) -> dict[str, Any]:
-    """The model of the command line, built on this rank alone, and what a forward pass keeps for the backward pass."""
+    """Build the model on this rank alone, count its parameters, and measure what its forward pass keeps.
+
+    Args:
+        ranks: unused; a built model is always on one rank.
+    """
     args = parse_args(add_maskmoe_arguments)
     validate_args(args)
     rebuild_tokenizer(args)
@@ -76,15 +58,20 @@ def build(ranks: int) -> dict[str, Any]:
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "expert_parameters": sum(experts),
-        # Experts with biases cannot be run by the local modules.
+        # The local modules cannot run experts with biases.
         "kept": None if args.add_bias_linear else _kept_by_forward(args, model),
     }
 
 
-def measure(ranks: int) -> dict[str, Any]:
-    """Bytes of this rank's part of a run that has taken a step, and its parameters that are no replicas."""
+def measure(store: torch.distributed.Store, ranks: int) -> dict[str, Any]:
+    """Take a step of training, and measure the bytes of this rank and its parameters that no other rank counts.
+
+    Args:
+        store: where the ranks meet.
+        ranks: unused; the environment has the number of ranks.
+    """
     args = parse_and_check_args(add_pretraining_arguments, reads_data=lambda _: False)
-    initialize_megatron()
+    initialize_megatron(store=store)
     model, optimizer, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, model_config_from_args(args)),
@@ -106,7 +93,7 @@ def measure(ranks: int) -> dict[str, Any]:
 
 
 def _kept_by_forward(args: Namespace, model: torch.nn.Module) -> int:
-    """Bytes of the storages that the backward pass of one micro-batch will read, those of parameters left out."""
+    """Return the bytes that the forward pass of a micro-batch keeps for the backward pass, without parameters."""
     module = Float16Module(model.config, model) if args.bf16 else model
     own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
     kept = {}
@@ -128,7 +115,7 @@ def _kept_by_forward(args: Namespace, model: torch.nn.Module) -> int:
 
 
 def _optimizer_bytes(optimizer: Any, model_storages: set[int]) -> int:
-    """Bytes of moments, and of main copies that are not the model's own parameters."""
+    """Return the bytes of moments, and of main copies that are not parameters of the model."""
     total = 0
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
@@ -140,8 +127,9 @@ def _optimizer_bytes(optimizer: Any, model_storages: set[int]) -> int:
 
 
 def _is_first_replica(parameter: torch.nn.Parameter) -> bool:
+    """Return whether this rank is the first of those that hold a copy of a parameter."""
     if getattr(parameter, "shared", False):
-        # A copy of the embedding on the last stage.
+        # The last stage has a copy of the embedding.
         return False
     is_divided = getattr(parameter, "tensor_model_parallel", False)
     if getattr(parameter, "allreduce", True):
@@ -154,9 +142,11 @@ def _is_first_replica(parameter: torch.nn.Parameter) -> bool:
 
 
 def main() -> None:
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    answer = {"estimate": estimate, "build": build, "measure": measure}[what]
-    if what == "build":
+    folder, command, working_folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    os.chdir(working_folder)
+    store = torch.distributed.FileStore(str(folder / "rendezvous"), int(os.environ["WORLD_SIZE"]))
+    answer = {"report": report, "build": build, "measure": partial(measure, store)}[command]
+    if command == "build":
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
     answers = {}
@@ -164,7 +154,7 @@ def main() -> None:
         for name, case in json.loads((folder / "cases.json").read_text()).items():
             sys.argv = [sys.argv[0], *case["flags"]]
             answers[name] = answer(case["ranks"])
-    (folder / f"{what}{os.environ.get('RANK', '0')}.json").write_text(json.dumps(answers))
+    (folder / f"answers{os.environ['RANK']}.json").write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":
