@@ -1,78 +1,82 @@
-"""Move models between Megatron's checkpoints and transformers' format, or make them of others."""
+"""Move models between Megatron's checkpoints and transformers' format, or make MoE models of dense ones."""
 
 import argparse
-import json
-from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maskmoe.megatron_compat import prepare_process
+from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings, parse_size
+from maskmoe.errors import UserError
 
-prepare_process()
-from maskmoe.checkpoint.routing_mask import read_routing_mask
-from maskmoe.cli import atomic_output
-from maskmoe.conversion.convert import (
-    DTYPES,
-    Settings,
-    huggingface_to_megatron,
-    megatron_to_huggingface,
-    upcycle_model,
-)
-from maskmoe.conversion.inspection import inspect_checkpoint
-from maskmoe.conversion.safetensors_files import parse_size
-from maskmoe.conversion.upcycle import add_upcycle_arguments, changes_of_function, settings_from
-from maskmoe.routing_mask.mask import RoutingMask
+if TYPE_CHECKING:
+    from maskmoe.routing_mask.mask import RoutingMask
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line; `run` in the result is the function of the subcommand."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser(
         "megatron-to-hf",
-        help="a torch_dist checkpoint, of whatever layout of ranks, as a model of transformers",
+        help="convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
     )
     to_hf.set_defaults(run=_megatron_to_hf)
     to_megatron = commands.add_parser(
         "hf-to-megatron",
-        help="a model of transformers as a checkpoint that training starts from",
+        help="convert a transformers model into a checkpoint that training starts from",
     )
     to_megatron.set_defaults(run=_hf_to_megatron)
-    upcycle = commands.add_parser("upcycle", help="a MaskMoE model of a dense one, whose MLPs become experts")
+    upcycle = commands.add_parser("upcycle", help="make a MaskMoE model of a dense model, whose MLPs become experts")
     upcycle.set_defaults(run=_upcycle)
     for command in (to_hf, to_megatron, upcycle):
         _add_conversion_arguments(command)
     for command in (to_hf, to_megatron):
-        command.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask of a model that holds none")
+        command.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask for a model that holds none")
     upcycle.add_argument(
-        "--save-format", choices=("megatron", "hf"), default="megatron", help="of the result (default: %(default)s)"
+        "--save-format",
+        choices=("megatron", "hf"),
+        default="megatron",
+        help="format of the result (default: %(default)s)",
     )
-    add_upcycle_arguments(upcycle.add_argument_group("experts"))
-    inspect = commands.add_parser("inspect", help="what is in a checkpoint or model, and whether it is whole")
+    add_upcycle_arguments(upcycle)
+    inspect = commands.add_parser("inspect", help="report what a checkpoint or model holds and whether it is intact")
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("checkpoint", type=Path, metavar="DIR", help="of either format, or the folder of a run")
-    inspect.add_argument("--json", type=Path, metavar="F", help="also write it as JSON")
+    inspect.add_argument(
+        "checkpoint", type=Path, metavar="DIR", help="folder of a model, of a checkpoint, or of a run's checkpoints"
+    )
+    inspect.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
     _add_verification_argument(inspect)
     return parser.parse_args()
 
 
 def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="what to convert")
+    parser.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to convert: a model, a checkpoint, or a run's checkpoints",
+    )
     parser.add_argument(
         "--save",
         type=Path,
         required=True,
         metavar="DIR",
-        help="new folder; or that of a conversion that was interrupted, to go on",
+        help="new folder for the result, or the folder of an interrupted conversion to resume",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: as they are stored)")
     parser.add_argument(
         "--max-shard-size",
         type=_size,
         default=Settings.max_shard_size,
         metavar="SIZE",
-        help="of a file, such as 5GB (default)",
+        help="upper bound of a file's size, such as 5GB (default)",
     )
-    parser.add_argument("--tokenizer-type", metavar="T", help="instead of the checkpoint's; NullTokenizer: none")
-    parser.add_argument("--tokenizer-model", metavar="F", help="instead of the checkpoint's")
+    parser.add_argument(
+        "--tokenizer-type",
+        metavar="T",
+        help="tokenizer to use instead of the checkpoint's, as Megatron's flag; NullTokenizer for none",
+    )
+    parser.add_argument("--tokenizer-model", metavar="F", help="file of the tokenizer, as Megatron's flag")
     parser.add_argument("--allow-nan", action="store_true", help="convert weights that are NaN or infinite, too")
     _add_verification_argument(parser)
 
@@ -86,11 +90,102 @@ def _add_verification_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `upcycle_settings` reads, and `--routing-mask`."""
+    group = parser.add_argument_group("experts")
+    group.add_argument(
+        "--routing-mask",
+        type=Path,
+        required=True,
+        metavar="F",
+        help="routing mask made by build_routing_mask.py for the model's vocabulary (vocab_size in config.json)",
+    )
+    group.add_argument("--num-experts", type=int, required=True, metavar="N", help="experts in each MoE layer")
+    group.add_argument(
+        "--topk", type=int, default=UpcycleSettings.topk, metavar="K", help="experts of a token (default: %(default)s)"
+    )
+    group.add_argument(
+        "--granularity",
+        type=int,
+        default=UpcycleSettings.granularity,
+        metavar="G",
+        help="make experts of 1/G of the MLP's size; N and K must be multiples of G (default: %(default)s, whole "
+        "copies)",
+    )
+    group.add_argument(
+        "--moe-layer-freq",
+        metavar="FREQ",
+        help="which layers get experts, as Megatron's flag: one in FREQ layers, or a list such as [0]+[1]*23 "
+        "(default: all layers)",
+    )
+    group.add_argument("--shared-expert", action="store_true", help="give each MoE layer a shared expert, too")
+    group.add_argument(
+        "--noise",
+        type=float,
+        default=UpcycleSettings.noise,
+        metavar="S",
+        help="standard deviation of relative noise on the experts' weights (default: %(default)s)",
+    )
+    group.add_argument(
+        "--reinit-share",
+        type=float,
+        default=UpcycleSettings.reinitialised,
+        metavar="R",
+        help="share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5 (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=UpcycleSettings.seed,
+        metavar="S",
+        help="seed of routers, noise and new features (default: %(default)s)",
+    )
+
+
 def _size(text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:
+    """Return the settings that the flags of `add_upcycle_arguments` describe; needs a prepared process.
+
+    Raises:
+        UserError: the settings contradict each other.
+    """
+    frequency = arguments.moe_layer_freq
+    return UpcycleSettings(
+        num_experts=arguments.num_experts,
+        topk=arguments.topk,
+        granularity=arguments.granularity,
+        moe_layer_freq=UpcycleSettings.moe_layer_freq if frequency is None else _parse_layer_frequency(frequency),
+        shared_expert=arguments.shared_expert,
+        noise=arguments.noise,
+        reinitialised=arguments.reinit_share,
+        seed=arguments.seed,
+    )
+
+
+def _parse_layer_frequency(text: str) -> int | list[int]:
+    """Parse `--moe-layer-freq` as Megatron does.
+
+    Raises:
+        UserError: the text is not a layer pattern.
+    """
+    from megatron.training.arguments import moe_freq_type
+
+    try:
+        frequency = moe_freq_type(text)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise UserError(f"--moe-layer-freq {text!r} is not a layer pattern such as 2 or [0]+[1]*23") from error
+    if isinstance(frequency, int) and frequency < 1:
+        raise UserError(f"--moe-layer-freq must be 1 or more, it is {frequency}")
+    if isinstance(frequency, list) and not all(is_sparse in (0, 1) for is_sparse in frequency):
+        raise UserError(f"--moe-layer-freq {text!r} must be a list of 1 for layers with experts and 0 for others")
+    return frequency
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -106,38 +201,55 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     )
 
 
-def _mask(arguments: argparse.Namespace) -> RoutingMask | None:
+def _mask(arguments: argparse.Namespace) -> "RoutingMask | None":
+    from maskmoe.checkpoint.routing_mask import read_routing_mask
+
     return read_routing_mask(arguments.routing_mask) if arguments.routing_mask else None
 
 
 def _megatron_to_hf(arguments: argparse.Namespace) -> None:
+    from maskmoe.conversion.convert import megatron_to_huggingface
+
     megatron_to_huggingface(_settings(arguments), _mask(arguments))
     print(f"written {arguments.save}")
 
 
 def _hf_to_megatron(arguments: argparse.Namespace) -> None:
-    _tell_flags(arguments, huggingface_to_megatron(_settings(arguments), _mask(arguments)))
+    from maskmoe.conversion.convert import huggingface_to_megatron
+
+    _print_load_flags(arguments, huggingface_to_megatron(_settings(arguments), _mask(arguments)))
 
 
 def _upcycle(arguments: argparse.Namespace) -> None:
-    recipe, mask, to_megatron = settings_from(arguments), _mask(arguments), arguments.save_format == "megatron"
+    from maskmoe.checkpoint.routing_mask import read_routing_mask
+    from maskmoe.conversion.convert import upcycle_model
+    from maskmoe.conversion.upcycle import changes_of_function
+
+    recipe, mask = upcycle_settings(arguments), read_routing_mask(arguments.routing_mask)
+    to_megatron = arguments.save_format == "megatron"
     flags = upcycle_model(_settings(arguments), recipe, mask, to_megatron)
-    changes = changes_of_function(recipe, mask)
-    print(
-        f"it computes {'not ' if changes else ''}what the dense model did{': ' if changes else ''}{'; '.join(changes)}"
-    )
+    if changes := changes_of_function(recipe, mask):
+        print(f"the model does not compute what the dense model computes: {'; '.join(changes)}")
+    else:
+        print("the model computes what the dense model computes")
     if to_megatron:
-        _tell_flags(arguments, flags)
+        _print_load_flags(arguments, flags)
     else:
         print(f"written {arguments.save}")
 
 
-def _tell_flags(arguments: argparse.Namespace, flags: list[str]) -> None:
+def _print_load_flags(arguments: argparse.Namespace, flags: list[str]) -> None:
     print(f"written {arguments.save}; load it with")
     print(" ".join(["  --load", str(arguments.save), "--use-checkpoint-args", *flags]))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from maskmoe.cli import atomic_output
+    from maskmoe.conversion.inspection import inspect_checkpoint
+
     inspection = inspect_checkpoint(arguments.checkpoint, arguments.verify_checkpoint)
     print(inspection.table())
     if arguments.json:
@@ -146,5 +258,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Run the subcommand that the command line names."""
     arguments = parse_arguments()
+    # Only now, since torch and Megatron take seconds to import and `--help` needs neither.
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
     arguments.run(arguments)

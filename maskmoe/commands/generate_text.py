@@ -1,23 +1,31 @@
-"""Continue a text with an exported model, on whatever transformers finds to run on."""
+"""Continue a text with an exported model, on a GPU if there is one."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse and check the command line.
+
+    Raises:
+        UserError: the model does not exist, or a number is out of range.
+    """
     parser = argparse.ArgumentParser(
-        description="Continue a text with a model in transformers' format, as tools/convert_checkpoint.py writes it.",
+        description="Continue a text with a model in transformers' format, such as convert_checkpoint.py writes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after so many tokens")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
-    parser.add_argument("--top-k", type=int, default=50, help="sample among so many tokens; 0: among all")
-    parser.add_argument("--seed", type=int, default=1234, help="of the draw")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after N new tokens")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="divide logits by this; 0 takes the most probable token"
+    )
+    parser.add_argument("--top-k", type=int, default=50, help="sample among the K most probable tokens; 0 for all")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the text to a file")
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
@@ -28,21 +36,23 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Print the prompt with its continuation."""
     arguments = parse_arguments()
 
+    # Only now, since these imports take seconds and `--help` does not need them.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", local_files_only=True)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if prompt["input_ids"].shape[1] == 0:
         raise UserError("--prompt is empty")
     set_seed(arguments.seed)
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
     tokens = model.generate(**prompt, max_new_tokens=arguments.max_new_tokens, **sampling)

@@ -1,5 +1,6 @@
-"""Checkpoints move between Megatron's `torch_dist` format, Hugging Face's safetensors, and other mixtures.
+"""Converts models between Megatron's `torch_dist` format and transformers' format, and upcycles dense models.
 
-Every conversion is a view: a `TensorSource` that reads blocks of tensors on demand, under the names and shapes of the
-target, out of the source's files (`blocks`). A writer goes through a view tensor by tensor. No model is built.
+Every conversion is a view: a `TensorSource` (module `blocks`) that has the names and shapes of the target format and
+reads blocks of tensors on demand from the input's files. A writer goes through the view tensor by tensor, so that no
+model is built and memory does not grow with the model.
 """

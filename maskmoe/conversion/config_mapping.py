@@ -1,13 +1,14 @@
-"""Megatron's arguments as the configuration of a transformers model, and the way back."""
+"""Translates Megatron's arguments into the configuration of a transformers model, and back."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from maskmoe.conversion.settings import expand_layer_frequency
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.errors import UserError
 
-# What checkpoints of older versions, or of models without experts, may lack.
+# Values of arguments that checkpoints of older versions, or of models without experts, may lack.
 _DEFAULTS: dict[str, Any] = {
     "activation_func_clamp_value": None,
     "add_qkv_bias": False,
@@ -50,26 +51,26 @@ _DEFAULTS: dict[str, Any] = {
     "use_rope_scaling": False,
     "window_size": None,
 }
-# Of Megatron's `--use-rope-scaling`, which is Llama 3.1's but for the factor.
+# Megatron's `--use-rope-scaling` has these values of Llama 3.1 built in; only the factor is free.
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_PADDING = 128
+_VOCAB_DIVISOR = 128
 """Megatron's default of `--make-vocab-size-divisible-by`."""
 
 
 def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
-    """The fields of `MaskMoEConfig`, but for `routing_mask`, of the model that Megatron's arguments describe.
+    """Return the fields of `MaskMoEConfig`, except `routing_mask`, for the model that Megatron's arguments describe.
 
     Args:
-        args: as a checkpoint holds them.
-        vocab_size: ids of the tokenizer.
+        args: Megatron's arguments as a checkpoint holds them.
+        vocab_size: number of the tokenizer's ids, without padding.
 
     Raises:
-        UserError: naming all settings that a MaskMoE model of transformers does not have.
+        UserError: the model has settings that the transformers model does not have; names all of them.
     """
     args = Namespace(**_DEFAULTS | vars(args))
     if refusals := list(_inexpressible(args)):
@@ -100,13 +101,13 @@ def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
 
 
 def args_from_config(config: Mapping[str, Any]) -> Namespace:
-    """Megatron's arguments that describe a model; those of its training are left to the run.
+    """Return Megatron's arguments that describe a model; arguments of training are left to the run.
 
     Args:
         config: the fields of `MaskMoEConfig`.
 
     Raises:
-        UserError: naming what Megatron-Core does not have.
+        UserError: the model has a setting that Megatron-Core does not have; names the setting.
     """
     qk_norm = config["qk_norm"]
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -135,42 +136,35 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
         hidden_dropout=0.0,
         position_embedding_type="rope",
         add_position_embedding=True,
-        make_vocab_size_divisible_by=_PADDING,
-        padded_vocab_size=-(-config["vocab_size"] // _PADDING) * _PADDING,
+        make_vocab_size_divisible_by=_VOCAB_DIVISOR,
+        padded_vocab_size=-(-config["vocab_size"] // _VOCAB_DIVISOR) * _VOCAB_DIVISOR,
         num_experts=config["num_experts"] if any(is_sparse) else None,
         multi_latent_attention=False,
         mtp_num_layers=None,
         **_rotary_args(config["rope_parameters"]),
     )
     if any(is_sparse):
-        # Megatron stores layers apart if a pattern is given, so none is where all are alike.
+        # Megatron stores each layer apart if it is given a pattern, so give none if all layers are alike.
         args.moe_layer_freq = 1 if all(is_sparse) else [int(sparse) for sparse in is_sparse]
         args.__dict__ |= _expert_args(config)
     return args
 
 
 def sparse_layers(args: Namespace) -> list[bool]:
-    """Which layers have experts, by Megatron's `--num-experts` and `--moe-layer-freq`."""
+    """Return for each layer whether Megatron's `--num-experts` and `--moe-layer-freq` give it experts."""
     if not args.num_experts:
         return [False] * args.num_layers
     return expand_layer_frequency(args.moe_layer_freq, args.num_layers)
 
 
-def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:
-    """Megatron's `--moe-layer-freq`, every so many or 0 or 1 for each, as whether each layer has experts."""
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(num_layers)]
-    return [bool(sparse) for sparse in frequency]
-
-
 def is_stacked(args: Namespace) -> bool:
-    """Whether Megatron has one tensor for all layers, as opposed to one for each, in checkpoints of this model."""
+    """Return whether Megatron saves one tensor for all layers of this model, as opposed to one for each layer."""
     frequency = getattr(args, "moe_layer_freq", 1)
     return isinstance(frequency, int) and frequency <= 1
 
 
 def further_flags(args: Namespace) -> list[str]:
-    """The flags for a run to go on as `args` have it that `--use-checkpoint-args` leaves to the command line."""
+    """Return the flags that a run from this checkpoint needs in addition to `--use-checkpoint-args`."""
     loss_tokens = getattr(args, "moe_aux_loss_tokens", "all")
     flags = [f"--{name}" for name in ("bf16", "fp16") if getattr(args, name, False)]
     flags += [f"--vocab-size {args.vocab_size}"] if args.tokenizer_type == WITHOUT_TEXT else []
@@ -221,7 +215,7 @@ def _expert_args(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _aux_loss_coefficient(args: Namespace) -> float:
-    """That of the load-balancing loss over whole batches, the one that the transformers model has."""
+    """Return the coefficient of the loss `aux_loss`, the only load-balancing loss that the transformers model has."""
     kinds, coefficients = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
     if isinstance(kinds, str):
         kinds, coefficients = [kinds], [coefficients]
@@ -257,13 +251,13 @@ def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
         case "llama3" if all(rope.get(name) == value for name, value in _LLAMA3_ROPE.items()):
             return args | {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     raise UserError(
-        "Megatron-Core has rotary embeddings without scaling, with rope_type linear and a whole factor, and with "
-        f"those of {_LLAMA3_ROPE} and any factor; rope_parameters are {dict(rope)}"
+        "Megatron-Core supports rotary embeddings without scaling, with rope_type linear and a whole factor, and with "
+        f"{_LLAMA3_ROPE} and any factor; rope_parameters are {dict(rope)}"
     )
 
 
 def _inexpressible(args: Namespace) -> Iterator[str]:
-    """The flags of settings that the transformers model does not have."""
+    """Yield the flags of settings that the transformers model does not have."""
     refusals = {
         "--multi-latent-attention": args.multi_latent_attention,
         "--mtp-num-layers": args.mtp_num_layers,

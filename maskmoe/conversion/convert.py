@@ -1,4 +1,4 @@
-"""The conversions as users ask for them: from one folder into another."""
+"""Runs the conversions that users ask for: each reads a model from one folder and writes it to another."""
 
 import hashlib
 import shutil
@@ -9,114 +9,90 @@ from pathlib import Path
 import torch
 
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
+from maskmoe.conversion.blocks import TensorSource
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags
 from maskmoe.conversion.families import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.huggingface_models import open_model, write_huggingface
 from maskmoe.conversion.megatron_models import find_megatron_checkpoint, open_megatron, write_megatron
+from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings
 from maskmoe.conversion.sources import CastSource, FiniteSource, JoinedSource
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
-from maskmoe.conversion.upcycle import UpcycleSettings, upcycle
+from maskmoe.conversion.upcycle import upcycle
 from maskmoe.conversion.writing import OutputFolder
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, HuggingFaceTokenizer, load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
+_DTYPES = dict(zip(DTYPE_NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_OF_VOCABULARY = (
+_VOCABULARY_ARGS = (
     "tokenizer_type",
     "tokenizer_model",
     "vocab_size",
     "padded_vocab_size",
     "make_vocab_size_divisible_by",
 )
-# In fp32 whatever the type of the model: it is added to scores that may be close to each other.
+# Expert biases stay in fp32 whatever the model's dtype: they are added to scores that may be close to each other.
 _EXPERT_BIAS = "e_score_correction_bias"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all conversions have in common.
-
-    Attributes:
-        load: what to convert: a model of transformers, a `torch_dist` checkpoint, or the folder of a run, of which the
-            newest sound checkpoint is taken.
-        save: folder for the result.
-        dtype: of floating point tensors, a key of `DTYPES`; None: as they are stored.
-        max_shard_size: bytes of a file, about.
-        allow_nan: convert weights that are not finite.
-        verify: compare files with the digests that were saved with them.
-        tokenizer_type, tokenizer_model: Megatron's flags; None: what the model was trained with.
-    """
-
-    load: Path
-    save: Path
-    dtype: str | None = None
-    max_shard_size: int = 5 * 10**9
-    allow_nan: bool = False
-    verify: bool = True
-    tokenizer_type: str | None = None
-    tokenizer_model: str | None = None
-
-
 def megatron_to_huggingface(settings: Settings, mask: RoutingMask | None = None) -> None:
-    """Convert a checkpoint of any layout of ranks into a model of transformers.
+    """Convert a checkpoint of any layout of ranks into a transformers model.
 
     Args:
-        settings: what, where to, and how.
-        mask: the routing mask of a checkpoint that holds none.
+        settings: the settings of the conversion.
+        mask: the routing mask for a checkpoint that holds none.
 
     Raises:
-        UserError: bad input, or the disk is full.
+        UserError: the input is bad, or the disk is full.
     """
     checkpoint = _find_checkpoint(settings)
-    model = open_megatron(checkpoint, mask, **_tokenizer_flags(settings))
+    model = open_megatron(checkpoint, mask, _tokenizer_args(settings))
     _save_huggingface(model, _Job(settings, checkpoint, mask))
 
 
 def huggingface_to_megatron(settings: Settings, mask: RoutingMask | None = None) -> list[str]:
-    """Convert a model of transformers into a checkpoint that training starts from, in any layout of ranks.
+    """Convert a transformers model into a checkpoint that training starts from, in any layout of ranks.
 
     Args:
-        settings: what, where to, and how.
-        mask: the routing mask of a model that holds none; by default every id sees every expert.
+        settings: the settings of the conversion.
+        mask: the routing mask for a model that holds none; by default every id sees every expert.
 
     Returns:
-        the flags that loading it needs besides `--use-checkpoint-args`.
+        the flags that loading the checkpoint needs in addition to `--use-checkpoint-args`.
 
     Raises:
-        UserError: bad input, or the disk is full.
+        UserError: the input is bad, or the disk is full.
     """
     return _save_megatron(open_model(settings.load, mask), _Job(settings, settings.load, mask))
 
 
 def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask, to_megatron: bool) -> list[str]:
-    """Make a MaskMoE model of a dense one of either format.
+    """Make a MaskMoE model of a dense model of either format.
 
     Args:
-        settings: what, where to, and how.
+        settings: the settings of the conversion.
         recipe: how experts are made.
         mask: the routing mask.
-        to_megatron: write a checkpoint, else a model of transformers.
+        to_megatron: write a checkpoint rather than a transformers model.
 
     Returns:
-        as `huggingface_to_megatron`; none for a model of transformers.
+        as `huggingface_to_megatron`; no flags for a transformers model.
 
     Raises:
-        UserError: bad input, or the disk is full.
+        UserError: the input is bad, or the disk is full.
     """
     if (settings.load / CONFIG_FILE).exists():
         folder = settings.load
         dense = open_model(folder)
     else:
         folder = _find_checkpoint(settings)
-        dense = open_megatron(folder, **_tokenizer_flags(settings))
+        dense = open_megatron(folder, changed_args=_tokenizer_args(settings))
     sparse = upcycle(dense, recipe, mask)
     args = args_from_config(sparse.config)
-    known = vars(dense.args) if dense.args else {}
-    args.__dict__ |= {name: known[name] for name in _OF_VOCABULARY if name in known}
-    # The dense model still has the padding of the vocabulary.
+    dense_args = vars(dense.args) if dense.args else {}
+    args.__dict__ |= {name: dense_args[name] for name in _VOCABULARY_ARGS if name in dense_args}
+    # The dense model's source provides the padding of the vocabulary.
     sparse = replace(sparse, source=JoinedSource(sparse.source, dense.source), args=args)
     save = _save_megatron if to_megatron else _save_huggingface
     return save(sparse, _Job(settings, folder, mask, recipe))
@@ -124,13 +100,13 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
 
 @dataclass(frozen=True)
 class _Job:
-    """A conversion with all that its result depends on.
+    """A conversion with everything that its result depends on.
 
     Attributes:
-        settings: what, where to, and how.
+        settings: the settings of the conversion.
         source: the folder that is converted.
-        mask: the routing mask that the model gets.
-        recipe: how it is upcycled.
+        mask: the routing mask that the user passed.
+        recipe: how experts are made, if the model is upcycled.
     """
 
     settings: Settings
@@ -139,23 +115,24 @@ class _Job:
     recipe: UpcycleSettings | None = None
 
     def output(self) -> OutputFolder:
-        """The folder for the result.
+        """Return the folder for the result, which resumes an interrupted conversion only if nothing has changed.
 
         Raises:
-            UserError: it is inside the source.
+            UserError: the folder lies inside the source.
         """
         if self.settings.save.resolve().is_relative_to(self.source.resolve()):
             raise UserError(f"{self.settings.save} is inside of what is converted; name a folder elsewhere")
-        asked = asdict(self.settings) | {
-            "load": str(self.source.resolve()),
+        settings = asdict(self.settings) | {"load": str(self.source.resolve())}
+        job = {name: value for name, value in settings.items() if name not in ("save", "verify")}
+        job |= {
             "recipe": self.recipe and asdict(self.recipe),
+            "source": self._fingerprint(),
+            "routing_mask": self.mask and self.mask.digest,
         }
-        job = {name: value for name, value in asked.items() if name not in ("save", "verify")}
-        job |= {"source": self._fingerprint(), "routing_mask": self.mask and self.mask.digest}
         return OutputFolder(self.settings.save, job, self._verify)
 
     def _fingerprint(self) -> str:
-        """A digest of the names, sizes and times of change of the source's files."""
+        """Return a digest of the names, sizes and modification times of the source's files."""
         digest = hashlib.sha256()
         for path in sorted(self.source.rglob("*")):
             if path.is_file():
@@ -164,7 +141,7 @@ class _Job:
         return digest.hexdigest()
 
     def _verify(self) -> None:
-        """Compare the source's files with the digests beside them, if there are any."""
+        """Compare the source's files with the digests beside them, if there are any and the settings ask for it."""
         if self.settings.verify:
             try:
                 check_content(self.source)
@@ -174,42 +151,44 @@ class _Job:
 
 def _save_huggingface(model: OpenedModel, job: _Job) -> list[str]:
     settings = job.settings
-    tokenizer = _tokenizer(model, settings)
+    tokenizer = _choose_tokenizer(model, settings)
     with job.output() as output:
-        write_huggingface(_as_asked(model, settings), output, settings.max_shard_size, *tokenizer)
+        write_huggingface(_cast_and_check(model, settings), output, settings.max_shard_size, *tokenizer)
     return []
 
 
 def _save_megatron(model: OpenedModel, job: _Job) -> list[str]:
     settings = job.settings
+    # Complete Megatron's arguments.
     args = _megatron_args(model)
-    args.tokenizer_type, args.tokenizer_model = _tokenizer(model, settings)
+    args.tokenizer_type, args.tokenizer_model = _choose_tokenizer(model, settings)
     if args.tokenizer_type == WITHOUT_TEXT:
         args.vocab_size = model.config["vocab_size"]
-    model = replace(_as_asked(model, settings), args=args)
+    model = _cast_and_check(model, settings)
     dtype = model.source.tensors["model.embed_tokens.weight"].dtype
     args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+    # Write the checkpoint, with its own copy of a tokenizer that lies beside the model.
     with job.output() as output:
         if args.tokenizer_model == str(settings.load):
             args.tokenizer_model = _copy_tokenizer(settings.load, output.path / "tokenizer")
-        is_ours = args.tokenizer_type in TOKENIZER_TYPES
-        tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model) if is_ours else None
+        can_load = args.tokenizer_type in TOKENIZER_TYPES
+        tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model) if can_load else None
         args.tokenizer_sha256 = tokenizer and tokenizer.record().sha256
-        write_megatron(model, output, settings.max_shard_size)
+        write_megatron(model, args, output, settings.max_shard_size)
     return further_flags(args)
 
 
-def _as_asked(model: OpenedModel, settings: Settings) -> OpenedModel:
-    """A model with weights of the type that is asked for, and checked."""
-    source = model.source
+def _cast_and_check(model: OpenedModel, settings: Settings) -> OpenedModel:
+    """Return a model whose weights are cast to `settings.dtype` and refused if they are not finite."""
+    source: TensorSource = model.source
     if settings.dtype is not None:
         kept = frozenset(name for name in source.tensors if name.endswith(_EXPERT_BIAS))
-        source = CastSource(source, DTYPES[settings.dtype], kept)
+        source = CastSource(source, _DTYPES[settings.dtype], kept)
     return replace(model, source=source if settings.allow_nan else FiniteSource(source))
 
 
 def _megatron_args(model: OpenedModel) -> Namespace:
-    """The arguments that a model came with, unless its configuration was changed since."""
+    """Return the arguments that a model came with; arguments made from its configuration if that has changed since."""
     if model.args is not None:
         described = config_from_args(model.args, model.config["vocab_size"])
         if all(model.config.get(name) == value for name, value in described.items()):
@@ -217,16 +196,17 @@ def _megatron_args(model: OpenedModel) -> Namespace:
     return args_from_config(model.config)
 
 
-def _tokenizer_flags(settings: Settings) -> dict[str, str]:
-    flags = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
-    return {name: value for name, value in flags.items() if value is not None}
+def _tokenizer_args(settings: Settings) -> dict[str, str]:
+    """Return those of Megatron's arguments on the tokenizer that the user passed."""
+    args = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
+    return {name: value for name, value in args.items() if value is not None}
 
 
-def _tokenizer(model: OpenedModel, settings: Settings) -> tuple[str, str | None]:
-    """The tokenizer, by type and path, that is asked for, else in Megatron's arguments, else beside the model.
+def _choose_tokenizer(model: OpenedModel, settings: Settings) -> tuple[str, str | None]:
+    """Return type and path of the tokenizer: the user's, else Megatron's, else the tokenizer beside the model.
 
     Raises:
-        UserError: it is not on this machine.
+        UserError: the tokenizer is not on this machine.
     """
     kind = settings.tokenizer_type or getattr(model.args, "tokenizer_type", None)
     path = settings.tokenizer_model or getattr(model.args, "tokenizer_model", None)
@@ -244,6 +224,7 @@ def _tokenizer(model: OpenedModel, settings: Settings) -> tuple[str, str | None]
 
 
 def _copy_tokenizer(load: Path, folder: Path) -> str:
+    """Copy the files of a tokenizer; return the path of the copy."""
     folder.mkdir(exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (load / name).is_file():
@@ -252,6 +233,11 @@ def _copy_tokenizer(load: Path, folder: Path) -> str:
 
 
 def _find_checkpoint(settings: Settings) -> Path:
+    """Return the checkpoint to convert, after checking that all its files are there.
+
+    Raises:
+        UserError: there is no checkpoint, or a file is missing or too short.
+    """
     checkpoint = find_megatron_checkpoint(settings.load)
     try:
         check_structure(checkpoint)

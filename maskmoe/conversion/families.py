@@ -1,7 +1,7 @@
-"""Other people's models in the format of transformers, read as MaskMoE models.
+"""Opens transformers models of other families (Llama, Mixtral, Qwen, ...) as MaskMoE models.
 
-Each family is declared once: what its settings are in terms of MaskMoE's, and how its files name the tensors. All
-tensors of the files must be accounted for, and settings that MaskMoE cannot express are refused.
+Each family is declared once in `FAMILIES`: how its settings translate to MaskMoE's, and how its files name the tensors.
+Tensors that the settings do not account for, and settings that MaskMoE cannot express, are refused.
 """
 
 import json
@@ -25,19 +25,19 @@ from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 
 CONFIG_FILE = "config.json"
 
-# What old files hold besides parameters: values that are computed from the configuration.
+# Old files hold these tensors besides the parameters; models compute them from the configuration.
 _COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _EXPERT_TENSOR = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A MaskMoE model in the format of transformers.
+    """A MaskMoE model in transformers' format whose tensors are read on demand.
 
     Attributes:
-        source: its tensors, by their names in `MaskMoEForCausalLM`.
-        config: the fields of its `MaskMoEConfig`.
-        args: Megatron's arguments of it, where they are known.
+        source: provides the tensors, by their names in `MaskMoEForCausalLM`.
+        config: the fields of the model's `MaskMoEConfig`.
+        args: Megatron's arguments that the model was trained with; None if they are unknown.
     """
 
     source: TensorSource
@@ -47,29 +47,35 @@ class OpenedModel:
 
 @dataclass(frozen=True)
 class Naming:
-    """How files name the tensors that MaskMoE has.
+    """The names that files of another family give to MaskMoE's tensors.
 
     Attributes:
-        replaced: parts of MaskMoE's names by what stands in their place.
-        projections: names of the gate, up and down projections of one expert; None if all experts of a layer are
-            stacked in one tensor, as MaskMoE has them.
+        replacements: parts of MaskMoE's names, each with the part of the file's name that replaces it.
+        projections: names of the gate, up and down projections of one expert; None if the files stack all experts of a
+            layer in one tensor, as MaskMoE does.
     """
 
-    replaced: Mapping[str, str] = field(default_factory=dict)
+    replacements: Mapping[str, str] = field(default_factory=dict)
     projections: tuple[str, str, str] | None = None
 
     def copies(self, shapes: Shapes) -> Iterator[Copy]:
-        """What fills MaskMoE's tensors of these shapes."""
+        """Yield the copies from the files' tensors that fill MaskMoE's tensors of these shapes."""
         for name, shape in shapes.items():
             if self.projections and (match := _EXPERT_TENSOR.search(name)):
-                yield from self._expert_copies(name, shape, is_down=match[1] == "down")
+                gate, up, down = self.projections
+                yield from self._expert_copies(name, shape, [down] if match[1] == "down" else [gate, up])
             else:
                 yield Copy(Block.whole(self._rename(name), shape), Block.whole(name, shape))
 
-    def _expert_copies(self, name: str, shape: tuple[int, ...], is_down: bool) -> Iterator[Copy]:
+    def _expert_copies(self, name: str, shape: tuple[int, ...], projections: list[str]) -> Iterator[Copy]:
+        """Yield the copies from the tensors of single experts to one stacked tensor.
+
+        Args:
+            name: name of the stacked tensor.
+            shape: shape of the stacked tensor: experts, rows, columns.
+            projections: names of the projections whose rows the stacked tensor holds one after the other.
+        """
         num_experts, rows, columns = shape
-        gate, up, down = self.projections
-        projections = [down] if is_down else [gate, up]
         rows //= len(projections)
         layer = self._rename(name.rpartition(".")[0])
         for expert in range(num_experts):
@@ -78,20 +84,21 @@ class Naming:
                 yield Copy(source, Block(name, (expert, part * rows, 0), (1, rows, columns)))
 
     def _rename(self, name: str) -> str:
-        for ours, theirs in self.replaced.items():
-            name = name.replace(ours, theirs)
+        for maskmoe_part, file_part in self.replacements.items():
+            name = name.replace(maskmoe_part, file_part)
         return name
 
 
 @dataclass(frozen=True)
 class Family:
-    """The models of one `model_type`.
+    """The models of one `model_type` of transformers.
 
     Attributes:
-        namings: in use. transformers may save as it names its modules, or as the family's first files had it.
-        has_experts: whether it is a family of mixtures of experts.
-        fields: of MaskMoE's configuration that differ from the usual, given the family's own configuration.
-        attributes: of the family's configuration without which a model is not described.
+        namings: the namings that files of this family may follow: transformers saves under the names of its modules,
+            or under the names of the family's first files.
+        has_experts: whether the models are mixtures of experts.
+        fields: returns the fields of `MaskMoEConfig` that are special to this family, given the family's configuration.
+        attributes: attributes that a configuration of this family must have, besides the sizes of all families.
     """
 
     namings: tuple[Naming, ...] = (Naming(),)
@@ -112,7 +119,7 @@ PLAIN_EXPERTS = {
     "output_router_logits": False,
     "aux_loss_tokens": "all",
 }
-"""Fields of `MaskMoEConfig` of a model with experts and nothing special."""
+"""Fields of `MaskMoEConfig` for a model with experts and without any of the optional features."""
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -156,29 +163,29 @@ def open_huggingface(folder: Path, mask: RoutingMask | None = None) -> OpenedMod
     """Open a model of another family as a MaskMoE model.
 
     Args:
-        folder: as `save_pretrained` writes it: `config.json` and safetensors files.
-        mask: the routing mask to give a model with experts; by default every id sees every expert, with which the
-            model computes what it did.
+        folder: a folder as `save_pretrained` writes it, with `config.json` and safetensors files.
+        mask: the routing mask for a model with experts. By default every id sees every expert, so that the MaskMoE
+            model computes the same as the original.
 
     Raises:
-        UserError: the files are missing or damaged, the family is unknown, a setting cannot be expressed, the tensors
-            are not those of the configuration, or the mask does not fit.
+        UserError: the files are missing or damaged, the family is unknown, MaskMoE cannot express a setting, the
+            tensors do not match the configuration, or the mask does not fit.
     """
     config = read_config(folder)
     fields = translate_config(config, folder)
     source = rename_tensors(SafetensorsSource(folder), fields, FAMILIES[config.model_type].namings, folder)
     if "sparse" not in fields["mlp_layer_types"]:
         if mask is not None:
-            raise UserError(f"{folder} has no experts to route to; make some with the subcommand upcycle")
+            raise UserError(f"{folder} has no experts to route to; add experts with the subcommand upcycle")
         return OpenedModel(source, fields)
     return with_routing_mask(OpenedModel(source, fields), mask or all_visible(fields))
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a known family.
+    """Read the configuration of a model of a known family.
 
     Raises:
-        UserError: missing, damaged, incomplete, or of another family.
+        UserError: the configuration is missing, damaged or incomplete, or the family is unknown.
     """
     path = folder / CONFIG_FILE
     try:
@@ -187,28 +194,33 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except OSError as error:
         raise UserError(f"{folder} is not a Hugging Face model: {CONFIG_FILE}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} does not describe a model: it is no JSON object with a model_type") from error
+        raise UserError(f"{path} does not describe a model: it must be a JSON object with a model_type") from error
     if model_type not in FAMILIES:
         raise UserError(f"{path}: model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")
+    # transformers fills in missing sizes with those of some published model, so require the sizes, under any name.
     family, config_class = FAMILIES[model_type], CONFIG_MAPPING[model_type]
-    other_names = {ours: theirs for theirs, ours in config_class.attribute_map.items()}
-    other_names |= config_class.attribute_map
+    synonyms = {attribute: synonym for synonym, attribute in config_class.attribute_map.items()}
+    synonyms |= config_class.attribute_map
     required = (*_SIZES, *(_EXPERT_SIZES if family.has_experts else ()), *family.attributes)
     for name in required:
-        if name not in values and other_names.get(name) not in values:
+        if name not in values and synonyms.get(name) not in values:
             raise UserError(f"{path} lacks {name}")
     try:
         return config_class.from_dict(values)
-    # Whatever the classes of transformers make of values of wrong types.
+    # The configuration classes of transformers raise any of these on values of wrong types.
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a configuration of {model_type}: {' '.join(str(error).split())}") from error
 
 
 def translate_config(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
-    """The fields of `MaskMoEConfig` that describe a model of another family, without its routing mask.
+    """Return the fields of `MaskMoEConfig` that describe a model of another family, without a routing mask.
+
+    Args:
+        config: the configuration of the model.
+        folder: the model's folder, for error messages.
 
     Raises:
-        UserError: naming a setting that MaskMoE cannot express.
+        UserError: MaskMoE cannot express a setting; names the setting.
     """
     for setting in _inexpressible(config):
         raise UserError(f"{folder / CONFIG_FILE}: MaskMoE cannot express {setting}")
@@ -250,7 +262,7 @@ def translate_config(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
 
 
 def _sparse_layers(config: PreTrainedConfig) -> list[bool]:
-    """Which layers have experts."""
+    """Return for each layer whether it has experts."""
     if not FAMILIES[config.model_type].has_experts:
         return [False] * config.num_hidden_layers
     step = getattr(config, "decoder_sparse_step", 1)
@@ -259,7 +271,7 @@ def _sparse_layers(config: PreTrainedConfig) -> list[bool]:
 
 
 def _inexpressible(config: PreTrainedConfig) -> Iterator[str]:
-    """The settings that MaskMoE does not have, as the user knows them."""
+    """Yield the settings that MaskMoE does not have, by their names in `config.json`."""
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if window and windowed and window < config.max_position_embeddings:
@@ -283,18 +295,22 @@ def _inexpressible(config: PreTrainedConfig) -> Iterator[str]:
 
 
 def all_visible(config: Mapping[str, Any]) -> RoutingMask:
-    """The routing mask with which every id sees every expert."""
+    """Return the routing mask with which every id sees every expert.
+
+    Args:
+        config: the fields of `MaskMoEConfig`.
+    """
     recipe = MaskRecipe.from_preset("smoe", config["num_experts"], config["num_hidden_layers"], shared_table=True)
     return build_routing_mask(recipe, vocab_size=config["vocab_size"])
 
 
 def with_routing_mask(model: OpenedModel, mask: RoutingMask) -> OpenedModel:
-    """A model with experts and the routing mask that its tensors lack.
+    """Add a routing mask to a model with experts that has none.
 
-    Models may have more rows in the embedding than their tokenizers have ids; the mask then gets as many.
+    A model may have more rows in the embedding than its tokenizer has ids; the mask is then extended to these rows.
 
     Raises:
-        UserError: the mask does not fit.
+        UserError: the mask does not fit the model.
     """
     config = model.config
     if mask.vocab_size < config["vocab_size"]:
@@ -309,19 +325,20 @@ def with_routing_mask(model: OpenedModel, mask: RoutingMask) -> OpenedModel:
 def rename_tensors(
     source: TensorSource, config: Mapping[str, Any], namings: Iterable[Naming], folder: Path
 ) -> RearrangedSource:
-    """Tensors of a model's files as those of a MaskMoE model without routing mask.
+    """Present the tensors of a model's files as the tensors of a MaskMoE model without a routing mask.
 
     Args:
+        source: provides the tensors under the files' names.
         config: the fields of `MaskMoEConfig`.
-        namings: one of which the files follow.
-        folder: to be named in errors.
+        namings: the namings that the files may follow; the one that finds most tensors is used.
+        folder: the model's folder, for error messages.
 
     Raises:
-        UserError: a tensor is missing, left over or of another shape; naming it.
+        UserError: a tensor is missing, unexpected or of another shape; names the tensor.
     """
     shapes = tensor_shapes(config)
     candidates = [list(naming.copies(shapes)) for naming in namings]
-    copies = max(candidates, key=lambda copies: len(_sources(copies) & source.tensors.keys()))
+    copies = max(candidates, key=lambda copies: len(_source_names(copies) & source.tensors.keys()))
     expected = {copy.source.tensor: copy.source.sizes for copy in copies}
     ignored = {name for name in source.tensors if _COMPUTED.search(name)}
     if config["tie_word_embeddings"]:
@@ -330,5 +347,5 @@ def rename_tensors(
     return RearrangedSource(source, shapes, copies)
 
 
-def _sources(copies: Iterable[Copy]) -> set[str]:
+def _source_names(copies: Iterable[Copy]) -> set[str]:
     return {copy.source.tensor for copy in copies}

@@ -1,4 +1,4 @@
-"""Whole models in transformers' format: opened, and written with all that loading them needs."""
+"""Opens models in transformers' format, and writes them with all that loading needs: configuration, code, tokenizer."""
 
 import json
 from argparse import Namespace
@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from maskmoe.checkpoint.integrity import Manifest
 from maskmoe.cli import atomic_output
+from maskmoe.conversion.blocks import TensorSource
 from maskmoe.conversion.families import CONFIG_FILE, OpenedModel, open_huggingface
 from maskmoe.conversion.model_tensors import check_tensors, tensor_shapes
 from maskmoe.conversion.safetensors_files import INDEX_FILE, SafetensorsSource, plan_safetensors
@@ -25,7 +26,7 @@ from maskmoe.routing_mask.mask import RoutingMask
 
 MODEL_TYPE = "maskmoe"
 MEGATRON_FOLDER = "megatron"
-"""Beside an exported model, what only Megatron needs of it."""
+"""Folder beside an exported model with the data that only Megatron needs."""
 
 _ARGS_FILE = f"{MEGATRON_FOLDER}/args.json"
 _PADDING_FILE = f"{MEGATRON_FOLDER}/padding.safetensors"
@@ -33,14 +34,14 @@ _PROGRESS = ("iteration", "curr_iteration", "consumed_train_samples", "consumed_
 
 
 def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
-    """Open an exported MaskMoE model, with what of it only Megatron needs, or one of another family.
+    """Open an exported MaskMoE model, including the data that only Megatron needs, or a model of another family.
 
     Args:
-        folder: of the model.
-        mask: the routing mask of a model that has none.
+        folder: the folder of the model.
+        mask: the routing mask for a model that has none.
 
     Raises:
-        UserError: it cannot be read, is of an unknown family, or its tensors are not those of its configuration.
+        UserError: the model cannot be read, its family is unknown, or its tensors do not match its configuration.
     """
     config = read_json(folder / CONFIG_FILE)
     if config.get("model_type") != MODEL_TYPE:
@@ -48,7 +49,7 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     if mask is not None:
         raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
     config = _make_config(config, folder / CONFIG_FILE).to_dict()
-    source = SafetensorsSource(folder)
+    source: TensorSource = SafetensorsSource(folder)
     check_tensors(source.tensors, tensor_shapes(config), str(folder))
     if (folder / _PADDING_FILE).exists():
         source = JoinedSource(source, SafetensorsSource(folder, _PADDING_FILE))
@@ -57,26 +58,29 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
 
 
 def write_huggingface(
-    model: OpenedModel, output: OutputFolder, most_bytes: int, tokenizer_type: str, tokenizer_model: str | None
+    model: OpenedModel, output: OutputFolder, max_file_bytes: int, tokenizer_type: str, tokenizer_model: str | None
 ) -> None:
-    """Write a model with its configuration, code and tokenizer, and what the way back to Megatron needs.
+    """Write a model with its configuration, code and tokenizer, and the data that only Megatron needs.
 
     Args:
-        model: whose source may have the padding of the vocabulary, too.
-        output: gets the files. `config.json`, without which transformers loads nothing, is the last.
-        most_bytes: of the tensors in a file.
-        tokenizer_type, tokenizer_model: as Megatron's flags name the tokenizer.
+        model: the model; its source may also provide the padding of the vocabulary.
+        output: the folder for the files. `config.json` is written last, since transformers loads nothing without it.
+        max_file_bytes: upper bound of the bytes of tensors in a file.
+        tokenizer_type: Megatron's `--tokenizer-type`.
+        tokenizer_model: Megatron's `--tokenizer-model`.
 
     Raises:
-        UserError: it cannot be written, or the tokenizer cannot be read or expressed.
+        UserError: a file cannot be written, or the tokenizer cannot be read or has no equal in transformers.
     """
     special = export_tokenizer(tokenizer_type, tokenizer_model, output.path)
+    # Write the tensors.
     tensors = model.source.tensors
     weights = {name: tensors[name] for name in tensor_shapes(model.config)}
     padding = {name: spec for name, spec in tensors.items() if name.startswith(PADDING_PREFIX)}
-    plan = plan_safetensors(weights, most_bytes)
-    files = [*plan.files, *(plan_safetensors(padding, most_bytes, _PADDING_FILE).files if padding else ())]
+    plan = plan_safetensors(weights, max_file_bytes)
+    files = [*plan.files, *(plan_safetensors(padding, max_file_bytes, _PADDING_FILE).files if padding else ())]
     write_files(model.source, files, output)
+    # Write all other files, config.json last.
     fields = model.config | {
         "architectures": [MaskMoEForCausalLM.__name__],
         "auto_map": AUTO_MAP,
@@ -102,9 +106,9 @@ def write_huggingface(
 def _make_config(values: Mapping[str, Any], path: Path) -> MaskMoEConfig:
     try:
         return MaskMoEConfig(**{name: value for name, value in values.items() if name != "model_type"})
-    # Whatever the class makes of values of wrong types.
+    # transformers raises any of these on values of wrong types.
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no configuration of MaskMoE: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not a configuration of MaskMoE: {' '.join(str(error).split())}") from error
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -113,9 +117,9 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _json_values(args: Namespace) -> dict[str, Any]:
-    """Those of Megatron's arguments that are JSON values, but for how far training was.
+    """Return Megatron's arguments whose values JSON can hold, except the progress of training.
 
-    Others, such as dtypes and signals, do not describe the model.
+    Other values, such as dtypes and signals, do not describe the model.
     """
     values = {}
     for name, value in sorted(vars(args).items()):

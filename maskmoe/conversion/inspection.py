@@ -1,4 +1,4 @@
-"""What is in a checkpoint or model, of whatever format."""
+"""Reports what a checkpoint or a model holds, in either format, and whether its files are intact."""
 
 import re
 from argparse import Namespace
@@ -21,7 +21,8 @@ from maskmoe.json_files import read_json
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
-# The first that is found in a tensor's name, Megatron's or that of a family of transformers, tells what it is part of.
+# A tensor belongs to the first part whose pattern occurs in its name. The patterns cover Megatron's names and the names
+# of all families of transformers.
 _PARTS = {
     "norms": r"layer_?norm|\.norm\.|_norm\.",
     "shared experts": r"shared_expert",
@@ -44,13 +45,15 @@ _LAYOUT = {
 
 @dataclass(frozen=True)
 class MaskSummary:
-    """A routing mask.
+    """What a routing mask is.
 
     Attributes:
-        digest: of content and provenance.
-        vocab_size, num_experts, num_tables: its sizes.
-        several_visible: share of the ids that see several experts.
-        provenance: what it was made from.
+        digest: digest of the mask's content and provenance.
+        vocab_size: number of ids.
+        num_experts: number of experts.
+        num_tables: 1 if all layers share a table, else the number of layers.
+        several_visible: share of the ids that see several experts, 0 to 1.
+        provenance: what the mask was made from.
     """
 
     digest: str
@@ -63,21 +66,21 @@ class MaskSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a checkpoint or model.
+    """What a checkpoint or a model holds.
 
     Attributes:
-        path: its folder.
-        format: "torch_dist" or "transformers".
-        integrity: "sound", or what is wrong.
-        iteration: that it was saved at; None for models of transformers.
-        layout: of the ranks that saved it, by their usual abbreviations; empty if unknown.
-        parameters: by part of the model.
-        active_parameters: that a token with k experts uses; None if k is unknown.
-        bytes_by_dtype: of the weights.
-        optimizer_bytes: of the optimizer's state.
-        routing_mask: None if there is none.
+        path: the folder.
+        format: "torch_dist" or "transformers (MODEL_TYPE)".
+        integrity: a sentence that says whether the files are sound, or what is wrong with them.
+        iteration: the iteration at which the checkpoint was saved; None for a transformers model.
+        layout: sizes of the layout of ranks that saved the checkpoint ("ranks", "TP", "PP", ...); empty if unknown.
+        parameters: number of parameters by part of the model.
+        active_parameters: number of parameters that a token with k experts uses; None if k is unknown.
+        bytes_by_dtype: bytes of the weights by dtype.
+        optimizer_bytes: bytes of the optimizer's state.
+        routing_mask: the routing mask; None if there is none.
         files: sizes in bytes by name.
-        digests: sha256 by name, of the files that were recorded when they were saved.
+        digests: sha256 digests by name, of the files whose digests were saved with them.
     """
 
     path: str
@@ -94,7 +97,7 @@ class Inspection:
     digests: dict[str, str]
 
     def table(self) -> str:
-        """As text."""
+        """Return the report as lines of text."""
         total = sum(self.parameters.values())
         active = f" · {self.active_parameters:,} active" if self.active_parameters is not None else ""
         lines = [
@@ -120,17 +123,19 @@ class Inspection:
 
 
 def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
-    """Look at a model of transformers, a checkpoint, or the newest one of a run.
+    """Inspect a transformers model, a checkpoint, or the newest sound checkpoint of a run.
 
     Args:
-        path: its folder.
+        path: the folder of the model, the checkpoint or the run.
         verify: compare the files with the digests that were saved with them.
 
     Raises:
-        UserError: there is none, or it cannot be read at all.
+        UserError: the folder holds neither, or the tensors cannot be listed.
     """
     if (path / JOURNAL).exists():
-        raise UserError(f"{path} is the unfinished output of a conversion; start that again with the same settings")
+        raise UserError(
+            f"{path} is the unfinished output of a conversion; start the conversion again with the same settings"
+        )
     if (path / CONFIG_FILE).exists():
         return _inspect_huggingface(path, verify)
     return _inspect_megatron(find_megatron_checkpoint(path), verify)
@@ -186,6 +191,14 @@ def _inspect_huggingface(folder: Path, verify: bool) -> Inspection:
 def _summarise(
     folder: Path, *, weights: Mapping[str, TensorSpec], experts: tuple[int | None, int | None], **known: Any
 ) -> Inspection:
+    """Count parameters and list files.
+
+    Args:
+        folder: the folder of the checkpoint or model.
+        weights: the model's tensors by name.
+        experts: k and N; None if unknown.
+        known: the attributes of `Inspection` that need no counting.
+    """
     weights = {name: spec for name, spec in weights.items() if "routing_mask." not in name}
     parameters: Counter[str] = Counter()
     bytes_by_dtype: Counter[str] = Counter()
@@ -210,11 +223,16 @@ def _summarise(
 
 
 def _check_content(folder: Path, verify: bool) -> str:
+    """Compare the files with their digests if `verify` is set; return a sentence with the result.
+
+    Raises:
+        Damage: a file differs from its digest.
+    """
     manifest = Manifest.load(folder)
     if manifest is None:
-        return "whole as far as can be told: it was saved without digests"
+        return "complete; not verified, since it was saved without digests"
     if not verify:
-        return "whole; not compared with its digests"
+        return "complete; not compared with its digests"
     check_content(folder)
     return "sound: all files have the content that was saved"
 
@@ -227,6 +245,7 @@ def _manifest(folder: Path) -> Manifest | None:
 
 
 def _num_ranks(checkpoint: Path) -> int:
+    """Return the number of ranks that wrote files of a checkpoint, from the files' names `__RANK_NUMBER.distcp`."""
     return len({path.name.split("_")[2] for path in checkpoint.glob("__*_*.distcp")})
 
 
@@ -261,6 +280,7 @@ def _mask_lines(mask: MaskSummary) -> list[str]:
 
 
 def _in_units(size: int) -> str:
+    """Return a size in bytes as text with a suitable unit."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:

@@ -1,4 +1,4 @@
-"""Whole models in `torch_dist` checkpoints: opened as models of transformers, and written."""
+"""Opens `torch_dist` checkpoints as models in transformers' format, and writes such models as checkpoints."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
 from maskmoe.checkpoint.series import RELEASE, choose_checkpoint, write_tracker
 from maskmoe.cli import atomic_output
-from maskmoe.conversion.blocks import RearrangedSource, TensorSource, TensorSpec, UncoveredTensor
+from maskmoe.conversion.blocks import CoverageError, RearrangedSource, TensorSource, TensorSpec
 from maskmoe.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
 from maskmoe.conversion.families import OpenedModel
 from maskmoe.conversion.model_tensors import (
@@ -36,31 +36,30 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
-# In a converted checkpoint's common state: the configuration that it was converted from.
+# Entry of a converted checkpoint's common state: the configuration of the transformers model.
 _CONFIG = "huggingface_config"
-# What is no part of the model.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _CHECKPOINT_VERSION = 3.0
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-# Modules whose (empty) state of mixed-precision training Megatron asks of a checkpoint: its local ones, and those of
-# Transformer Engine.
-_OF_ATTENTION = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
-_OF_MLP = ("linear_fc1", "linear_fc2")
+# Megatron's loader requires an entry `_extra_state` for each of these modules, local or of Transformer Engine. The
+# entries hold the state of FP8 training and are empty here.
+_ATTENTION_MODULES = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
+_MLP_MODULES = ("linear_fc1", "linear_fc2")
 
 
 def is_optimizer(name: str) -> bool:
-    """Whether a tensor of a checkpoint belongs to the optimizer's state."""
+    """Return whether a tensor of a checkpoint belongs to the optimizer's state, by the tensor's name."""
     return _OPTIMIZER.match(name) is not None
 
 
 def find_megatron_checkpoint(path: Path) -> Path:
-    """The checkpoint at a path: itself, or the newest sound one of a run.
+    """Return the folder of a checkpoint: `path` itself, or the newest sound checkpoint if `path` belongs to a run.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder does not exist or holds no checkpoint.
     """
     if not path.is_dir():
-        raise UserError(f"{path} does not exist, or is no folder")
+        raise UserError(f"{path} does not exist, or is not a folder")
     if (path / LAYOUT_FILE).exists():
         return path
     checkpoint = choose_checkpoint(path).checkpoint
@@ -69,23 +68,28 @@ def find_megatron_checkpoint(path: Path) -> Path:
     return checkpoint
 
 
-def open_megatron(checkpoint: Path, mask: RoutingMask | None = None, **changed_args: Any) -> OpenedModel:
-    """Open a checkpoint of any layout of ranks, with the padding of its vocabulary.
+def open_megatron(
+    checkpoint: Path, mask: RoutingMask | None = None, changed_args: Mapping[str, Any] | None = None
+) -> OpenedModel:
+    """Open a checkpoint of any layout of ranks as a transformers model, including the padding of the vocabulary.
 
     Args:
-        checkpoint: its folder.
-        mask: the routing mask of a checkpoint that holds none.
-        changed_args: values of Megatron's arguments instead of those in the checkpoint.
+        checkpoint: the checkpoint's folder.
+        mask: the routing mask for a checkpoint that holds none.
+        changed_args: values that replace those of Megatron's arguments in the checkpoint, by name.
 
     Raises:
-        UserError: it is damaged, its model cannot be expressed, or its tensors are not those of its arguments.
+        UserError: the checkpoint is damaged, transformers cannot express the model, or the checkpoint's tensors do not
+            match its arguments.
     """
-    source: TensorSource = TorchDistSource(checkpoint)
-    common = source.common_state()
+    stored = TorchDistSource(checkpoint)
+    common = stored.common_state()
     args = common.get("args")
     if not isinstance(args, Namespace):
-        raise UserError(f"{checkpoint} holds no arguments of Megatron, which tell what its tensors are")
-    args = Namespace(**vars(args) | changed_args)
+        raise UserError(f"{checkpoint} holds no arguments of Megatron, which say what its tensors are")
+    args = Namespace(**vars(args) | dict(changed_args or {}))
+    # Add the routing mask to a checkpoint that has none.
+    source: TensorSource = stored
     has_mask = f"{CHECKPOINT_PREFIX}row_of_id" in source.tensors
     if mask is not None:
         if has_mask or not args.num_experts:
@@ -99,53 +103,63 @@ def open_megatron(checkpoint: Path, mask: RoutingMask | None = None, **changed_a
         raise UserError(
             f"{checkpoint} holds no routing mask; pass the one that its experts should route by, --routing-mask"
         )
+    # Describe the model, and map its tensors.
     config = dict(common.get(_CONFIG, {}))
     config |= config_from_args(args, _vocab_size(source, args)) | {"routing_mask": _routing_mask_field(source)}
     weights = {name: spec for name, spec in source.tensors.items() if not is_optimizer(name)}
     try:
         mapping = map_tensors(config, _layout(source, args))
-        aliases = set(_norms_by_other_name(weights, mapping.megatron))
+        aliases = set(_duplicate_norms(weights, mapping.megatron))
         check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
         view = RearrangedSource(source, mapping.huggingface, mapping.copies)
-    except UncoveredTensor as error:
+    except CoverageError as error:
         raise UserError(f"the tensors of {checkpoint} do not fit its arguments: {error}") from error
     return OpenedModel(view, config, args)
 
 
-def write_megatron(model: OpenedModel, output: OutputFolder, most_bytes: int) -> None:
+def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, max_file_bytes: int) -> None:
     """Write a model as a checkpoint that training starts from, in any layout of ranks.
 
     Args:
-        model: with Megatron's arguments. Where its source lacks the padding of the vocabulary, there will be zeros.
-        output: gets the checkpoint, as one that no run saved, and the tracker that names it.
-        most_bytes: of a file.
+        model: the model. If its source does not provide the padding of the vocabulary, the padding is zeros.
+        args: Megatron's arguments of the model, which the checkpoint will hold.
+        output: the folder for the checkpoint `release` and for the tracker file that names it.
+        max_file_bytes: upper bound of a file's size in bytes.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the checkpoint cannot be written.
     """
-    layout = MegatronLayout(is_stacked(model.args), model.args.padded_vocab_size, EXPERT_NORMS)
+    # Map the tensors.
+    layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS)
     try:
         mapping = map_tensors(model.config, layout)
         copies = (copy.inverse for copy in mapping.copies)
         view = RearrangedSource(_with_padding(model.source, mapping.huggingface), mapping.megatron, copies)
-    except UncoveredTensor as error:
+    except CoverageError as error:
         raise UserError(f"the model's tensors do not fit into Megatron's: {error}") from error
+    # Write them with the state that Megatron's loader requires.
     common = {
-        "args": model.args,
+        "args": args,
         "checkpoint_version": _CHECKPOINT_VERSION,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": _CONTENT,
         _CONFIG: model.config,
     }
-    objects = {COMMON_STATE: [common]} | {name: [None] for name in _module_states(model.args, layout)}
-    plan = plan_torch_dist(view.tensors, objects, most_bytes, folder=RELEASE)
+    objects: dict[str, Any] = {COMMON_STATE: [common]}
+    objects |= {name: [None] for name in _extra_states(args, layout)}
+    plan = plan_torch_dist(view.tensors, objects, max_file_bytes, folder=RELEASE)
     write_files(view, plan.files, output)
     _seal(output, plan)
 
 
 def _with_padding(source: TensorSource, shapes: Shapes) -> TensorSource:
-    """A model's tensors with the padding of the vocabulary: their own if it fits, else zeros."""
+    """Add the padding of the vocabulary to a model's tensors: the model's own padding if it fits, else zeros.
+
+    Args:
+        source: provides the model's tensors.
+        shapes: shapes of all tensors by name, including the padding's.
+    """
     dtype = source.tensors["model.embed_tokens.weight"].dtype
     padding = {name: TensorSpec(shape, dtype) for name, shape in shapes.items() if name.startswith(PADDING_PREFIX)}
     zeros = {name: spec for name, spec in padding.items() if source.tensors.get(name) != spec}
@@ -153,7 +167,7 @@ def _with_padding(source: TensorSource, shapes: Shapes) -> TensorSource:
 
 
 def _seal(output: OutputFolder, plan: TorchDistPlan) -> None:
-    """Add to the files of tensors what makes them a checkpoint, and the only one."""
+    """Write the files that turn the files of tensors into a checkpoint, then the tracker that names the checkpoint."""
     checkpoint = output.path / RELEASE
     with reporting_full_disk(checkpoint):
         with atomic_output(checkpoint / LAYOUT_FILE) as path:
@@ -167,7 +181,7 @@ def _seal(output: OutputFolder, plan: TorchDistPlan) -> None:
 
 
 def _vocab_size(source: TensorSource, args: Namespace) -> int:
-    """Ids of the tokenizer: of the routing mask, which is made for it, else as the tokenizer itself says."""
+    """Return the number of the tokenizer's ids: the routing mask's, else Megatron's argument, else the tokenizer's."""
     row_of_id = source.tensors.get(f"{CHECKPOINT_PREFIX}row_of_id")
     if row_of_id is not None:
         return row_of_id.shape[-1]
@@ -177,12 +191,13 @@ def _vocab_size(source: TensorSource, args: Namespace) -> int:
 
 
 def _routing_mask_field(source: TensorSource) -> dict[str, Any] | None:
-    """The configuration's field `routing_mask`, after the mask has been verified."""
+    """Verify the routing mask; return the field `routing_mask` of the configuration, None without a routing mask."""
     mask = read_mask(source, CHECKPOINT_PREFIX)
-    return mask and routing_mask_tensors(mask)[1]
+    return None if mask is None else routing_mask_tensors(mask)[1]
 
 
 def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:
+    """Find out how a checkpoint names and shapes its tensors."""
     embedding = source.tensors.get(EMBEDDING)
     if embedding is None:
         raise UserError(f"the checkpoint lacks {EMBEDDING}")
@@ -193,29 +208,31 @@ def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:
     return MegatronLayout(stacked, embedding.shape[0], (norm,))
 
 
-def _norms_by_other_name(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """Tensors that stand in a checkpoint a second time, by the name that other modules load them by."""
-    ours, theirs = EXPERT_NORMS
+def _duplicate_norms(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the norms that a checkpoint holds a second time, under the name that Transformer Engine's modules load."""
+    local_name, transformer_engine_name = EXPERT_NORMS
     for name in tensors:
-        if name.endswith(theirs) and name.removesuffix(theirs) + ours in expected:
-            yield name
+        if name.endswith(transformer_engine_name):
+            prefix = name.removesuffix(transformer_engine_name)
+            if prefix + local_name in expected:
+                yield name
 
 
-def _module_states(args: Namespace, layout: MegatronLayout) -> Iterator[str]:
-    """The names of the modules' states, each with the suffix of its shard."""
+def _extra_states(args: Namespace, layout: MegatronLayout) -> Iterator[str]:
+    """Yield the names of the modules' entries `_extra_state`, each with the suffix of its shard."""
     yield "decoder.final_layernorm._extra_state/shard_0_1"
     sparse = sparse_layers(args)
     for layer, has_experts in enumerate(sparse):
         prefix = "decoder.layers." if layout.is_stacked else f"decoder.layers.{layer}."
         index, count = (f"{layer}.", f"{len(sparse)}.") if layout.is_stacked else ("", "")
-        modules = [f"self_attention.{module}" for module in _OF_ATTENTION]
-        modules += [f"mlp.{module}" for module in _OF_MLP] if not has_experts else ["pre_mlp_layernorm"]
+        modules = [f"self_attention.{module}" for module in _ATTENTION_MODULES]
+        modules += [f"mlp.{module}" for module in _MLP_MODULES] if not has_experts else ["pre_mlp_layernorm"]
         if has_experts and args.moe_shared_expert_intermediate_size:
-            modules += [f"mlp.shared_experts.{module}" for module in _OF_MLP]
+            modules += [f"mlp.shared_experts.{module}" for module in _MLP_MODULES]
         for module in modules:
             shard = f"{layer}_{len(sparse)}" if layout.is_stacked else "0_1"
             yield f"{prefix}{module}._extra_state/shard_{shard}"
-        for module in _OF_MLP if has_experts else ():
+        for module in _MLP_MODULES if has_experts else ():
             for expert in range(args.num_experts):
                 name = f"{prefix}mlp.experts.experts.{module}._extra_state"
                 yield f"{name}/shard_{index}{expert}_{count}{args.num_experts}"

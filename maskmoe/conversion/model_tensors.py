@@ -1,4 +1,4 @@
-"""The tensors of a MaskMoE model in the format of transformers."""
+"""Lists and checks the tensors of a MaskMoE model in transformers' format, and reads and makes its routing mask."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -13,14 +13,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 ROUTING_MASK_PREFIX = "model.routing_mask."
 
-_NAMED_AT_MOST = 3
+# An error names at most this number of tensors.
+_MAX_NAMES = 3
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The shapes of a model's tensors by name, in the order of the layers; those of its routing mask are the last.
+    """Return the shapes of a model's tensors by name.
 
     Args:
         config: the fields of `MaskMoEConfig`.
+
+    Returns:
+        the shapes in the order of the layers; the routing mask's tensors come last.
     """
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
@@ -55,9 +59,9 @@ def _attention_shapes(config: Mapping[str, Any]) -> Shapes:
             shapes[f"self_attn.{name}_proj.bias"] = (features,)
     shapes["self_attn.o_proj.weight"] = (hidden, queries)
     if config["qk_norm"]:
-        of_each_head = config["qk_norm"] == "head"
-        shapes["self_attn.q_norm.weight"] = (head_dim if of_each_head else queries,)
-        shapes["self_attn.k_norm.weight"] = (head_dim if of_each_head else keys,)
+        is_per_head = config["qk_norm"] == "head"
+        shapes["self_attn.q_norm.weight"] = (head_dim if is_per_head else queries,)
+        shapes["self_attn.k_norm.weight"] = (head_dim if is_per_head else keys,)
     return shapes
 
 
@@ -93,7 +97,7 @@ def _routing_mask_shapes(mask: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
 
 def routing_mask_tensors(mask: RoutingMask) -> tuple[MemorySource, dict[str, Any]]:
-    """A routing mask as the buffers of a model, and as the field `routing_mask` of its configuration."""
+    """Return a routing mask as the buffers of a model and as the field `routing_mask` of `MaskMoEConfig`."""
     buffers = buffers_of_routing_mask(mask)
     field = {
         "num_tables": len(mask.row_of_id),
@@ -105,10 +109,17 @@ def routing_mask_tensors(mask: RoutingMask) -> tuple[MemorySource, dict[str, Any
 
 
 def read_mask(source: TensorSource, prefix: str) -> RoutingMask | None:
-    """The routing mask among a source's tensors, under their names' prefix, verified; None if there is none.
+    """Read and verify the routing mask among a source's tensors.
+
+    Args:
+        source: the tensors of a model.
+        prefix: prefix of the names of the routing mask's tensors.
+
+    Returns:
+        the routing mask; None if no tensor has the prefix.
 
     Raises:
-        UserError: it is damaged or altered.
+        UserError: the routing mask is damaged or altered.
     """
     names = [name for name in source.tensors if name.startswith(prefix)]
     buffers = {name: source.read(Block.whole(name, source.tensors[name].shape)) for name in names}
@@ -118,27 +129,27 @@ def read_mask(source: TensorSource, prefix: str) -> RoutingMask | None:
 def check_tensors(
     found: Mapping[str, TensorSpec], expected: Shapes, where: str, ignored: Collection[str] = frozenset()
 ) -> None:
-    """Check that all tensors of a model are there, and no others.
+    """Check that a folder holds all tensors of a model, with the right shapes, and no further tensors.
 
     Args:
-        found: by name.
-        expected: shapes by name.
-        where: they were found, for errors.
-        ignored: names of others that may be there.
+        found: the folder's tensors by name.
+        expected: shapes of the model's tensors by name.
+        where: the folder, for error messages.
+        ignored: names of further tensors that the folder may hold.
 
     Raises:
-        UserError: naming those that are missing, are too many or have another shape.
+        UserError: a tensor is missing, unexpected or of another shape; names up to three such tensors.
     """
     if missing := expected.keys() - found.keys():
-        raise UserError(f"{where} lacks {_listed(missing)}")
+        raise UserError(f"{where} lacks {_join_names(missing)}")
     if surplus := found.keys() - expected.keys() - set(ignored):
-        raise UserError(f"{where} holds tensors that its settings do not account for: {_listed(surplus)}")
+        raise UserError(f"{where} holds tensors that its settings do not account for: {_join_names(surplus)}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{where}: {name} has the shape {list(found[name].shape)}, it should have {list(shape)}")
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
     names = sorted(names)
-    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
-    return ", ".join(names[:_NAMED_AT_MOST]) + more
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more

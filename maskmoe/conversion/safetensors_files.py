@@ -1,14 +1,14 @@
-"""Tensors in safetensors files, one or several with an index, as transformers stores models."""
+"""Reads and plans models in safetensors files, one file or several with an index, as transformers stores them."""
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -36,49 +36,54 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_ALIGNMENT = 8
 
 
+class _Index(BaseModel):
+    """The index of a model in several files: for each tensor, the name of the file that holds the tensor."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/]+$")]]
+
+
 class SafetensorsSource:
-    """The tensors of a folder with `model.safetensors`, or with several files and their index.
+    """Provides the tensors of a folder with `model.safetensors`, or with several files and their index.
 
     Args:
-        folder: of the model.
-        single_file: the name, if there is but one.
+        folder: the folder of the model.
+        single_file: the name of the file if there is only one. The index of several files has this name and the
+            suffix `.index.json`.
 
     Attributes:
-        tensors: by name.
-        files: the files that hold them.
+        tensors: shapes and dtypes of the tensors by name.
+        files: the files that hold the tensors.
 
     Raises:
         UserError: a file is missing or damaged, or holds other tensors than the index says.
     """
 
-    def __init__(self, folder: Path, single_file: str = SINGLE_FILE):
-        index = folder / f"{single_file}.index.json"
-        if index.is_file():
-            file_of = _read_index(index)
-            self.files = [folder / name for name in sorted(set(file_of.values()))]
-        else:
-            file_of = None
-            self.files = [folder / single_file]
+    def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
+        index_file = folder / f"{single_file}.index.json"
+        index = _read_index(index_file) if index_file.is_file() else None
+        names = [single_file] if index is None else sorted(set(index.values()))
+        self.files = [folder / name for name in names]
         self._stored: dict[str, StoredTensor] = {}
         for file in self.files:
             found = _read_header(file)
-            if file_of is not None:
-                _check_against_index(file, found.keys(), {name for name, of in file_of.items() if of == file.name})
+            if index is not None:
+                expected = {tensor for tensor, name in index.items() if name == file.name}
+                _check_against_index(file, found.keys(), expected)
             self._stored |= found
         self.tensors = {name: stored.spec for name, stored in self._stored.items()}
 
     def read(self, block: Block) -> Tensor:
-        """See `TensorSource`."""
+        """See `TensorSource.read`."""
         return self._stored[block.tensor].read(block)
 
 
 @dataclass(frozen=True)
 class SafetensorsPlan:
-    """Files of safetensors to write.
+    """A model in safetensors files that is yet to be written.
 
     Attributes:
-        files: to write.
-        index: content of the index, None if there is but one file.
+        files: the files.
+        index: content of the index file; None if there is only one file.
     """
 
     files: Sequence[PlannedFile]
@@ -86,16 +91,16 @@ class SafetensorsPlan:
 
 
 def plan_safetensors(
-    tensors: Mapping[str, TensorSpec], most_bytes: int, single_file: str = SINGLE_FILE
+    tensors: Mapping[str, TensorSpec], max_file_bytes: int, single_file: str = SINGLE_FILE
 ) -> SafetensorsPlan:
-    """Plan files for tensors, in their order.
+    """Distribute tensors over files, in the order of the tensors.
 
     Args:
-        tensors: by name.
-        most_bytes: of the tensors in a file, unless one alone has more.
-        single_file: the name, if one file does.
+        tensors: shapes and dtypes by name.
+        max_file_bytes: upper bound of the bytes of tensors in a file, unless one tensor alone is larger.
+        single_file: the name of the file if one is enough; several files get numbers in their names.
     """
-    groups = _divide(tensors, most_bytes)
+    groups = _divide(tensors, max_file_bytes)
     if len(groups) == 1:
         return SafetensorsPlan([_plan_file(single_file, groups[0])], None)
     stem = single_file.removesuffix(".safetensors")
@@ -107,23 +112,11 @@ def plan_safetensors(
     return SafetensorsPlan([_plan_file(*pair) for pair in zip(names, groups, strict=True)], index)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 300MiB or 1000; of a file's tensors in transformers' `max_shard_size`.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    match = re.fullmatch(r"(\d+)(?:([KMGT])(I?)B)?", text.strip().upper())
-    if not match or not int(match[1]):
-        raise ValueError(f"{text!r} is not a size such as 5GB")
-    return int(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2]) if match[2] else 0)
-
-
-def _divide(tensors: Mapping[str, TensorSpec], most_bytes: int) -> list[dict[str, TensorSpec]]:
+def _divide(tensors: Mapping[str, TensorSpec], max_file_bytes: int) -> list[dict[str, TensorSpec]]:
     groups: list[dict[str, TensorSpec]] = [{}]
     size = 0
     for name, spec in tensors.items():
-        if groups[-1] and size + spec.num_bytes > most_bytes:
+        if groups[-1] and size + spec.num_bytes > max_file_bytes:
             groups.append({})
             size = 0
         groups[-1][name] = spec
@@ -132,7 +125,7 @@ def _divide(tensors: Mapping[str, TensorSpec], most_bytes: int) -> list[dict[str
 
 
 def _plan_file(name: str, tensors: Mapping[str, TensorSpec]) -> PlannedFile:
-    # Elements must lie at multiples of their size, as the library itself sees to.
+    # Larger elements come first, so that every element lies at a multiple of its size, as the library does it.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     ends = [0, *accumulate(spec.num_bytes for spec in ordered.values())]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -146,21 +139,27 @@ def _plan_file(name: str, tensors: Mapping[str, TensorSpec]) -> PlannedFile:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    """Read an index; return for each tensor the name of its file.
+
+    Raises:
+        UserError: the index is damaged.
+    """
     try:
-        file_of = json.loads(path.read_bytes())["weight_map"]
-        if not all(isinstance(name, str) and Path(name).name == name for name in file_of.values()):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return _Index.model_validate_json(path.read_bytes()).weight_map
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged") from error
-    return file_of
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a file are."""
+    """Return where the tensors of a file lie, by name.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds tensors of an unsupported type.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
-        with safe_open(path, framework="pt"):  # refuses whatever does not fit together, and short files
+        with safe_open(path, framework="pt"):  # raises if the header contradicts itself or the file is too short
             pass
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -178,7 +177,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _check_against_index(path: Path, found: Any, expected: set[str]) -> None:
+def _check_against_index(path: Path, found: Set[str], expected: Set[str]) -> None:
     if missing := sorted(expected - found):
         raise UserError(f"{path} lacks {missing[0]}, which {INDEX_FILE} places in it")
     if surplus := sorted(found - expected):

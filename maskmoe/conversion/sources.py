@@ -1,4 +1,4 @@
-"""Sources of tensors that are in memory, and sources made of others."""
+"""Sources of tensors in memory, and sources that change or join other sources."""
 
 from collections.abc import Mapping
 
@@ -10,83 +10,83 @@ from maskmoe.errors import UserError
 
 
 class MemorySource:
-    """Tensors in memory.
+    """Provides tensors that are in memory.
 
     Args:
-        tensors: by name.
+        tensors: the tensors by name.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._values = tensors
         self.tensors = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
     def read(self, block: Block) -> Tensor:
-        """See `TensorSource`."""
+        """See `TensorSource.read`."""
         return self._values[block.tensor][block.slices]
 
 
 class ZeroSource:
-    """Tensors of zeros.
+    """Provides tensors of zeros.
 
     Args:
-        tensors: by name.
+        tensors: shapes and dtypes of the tensors by name.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorSpec]):
+    def __init__(self, tensors: Mapping[str, TensorSpec]) -> None:
         self.tensors = tensors
 
     def read(self, block: Block) -> Tensor:
-        """See `TensorSource`."""
+        """See `TensorSource.read`."""
         return torch.zeros(block.sizes, dtype=self.tensors[block.tensor].dtype)
 
 
 class RenamedSource:
-    """Another source's tensors with another prefix to their names.
+    """Replaces the prefix of all names of another source.
 
     Args:
-        source: where the elements come from.
-        theirs: the prefix that all its names have.
-        ours: what stands in its place.
+        source: provides the elements.
+        old_prefix: the prefix that all names of `source` have.
+        new_prefix: the prefix that replaces `old_prefix`.
     """
 
-    def __init__(self, source: TensorSource, theirs: str, ours: str):
+    def __init__(self, source: TensorSource, old_prefix: str, new_prefix: str) -> None:
         self._source = source
-        self._theirs = theirs
-        self._ours = ours
-        self.tensors = {ours + name.removeprefix(theirs): spec for name, spec in source.tensors.items()}
+        self._old_prefix = old_prefix
+        self._new_prefix = new_prefix
+        self.tensors = {new_prefix + name.removeprefix(old_prefix): spec for name, spec in source.tensors.items()}
 
     def read(self, block: Block) -> Tensor:
-        """See `TensorSource`."""
-        name = self._theirs + block.tensor.removeprefix(self._ours)
+        """See `TensorSource.read`."""
+        name = self._old_prefix + block.tensor.removeprefix(self._new_prefix)
         return self._source.read(Block(name, block.offsets, block.sizes))
 
 
 class JoinedSource:
-    """The tensors of several sources; of those with the same name, the first source's.
+    """Joins the tensors of several sources.
 
     Args:
-        sources: to join.
+        sources: the sources; if several have a tensor of one name, the first of them provides the tensor.
     """
 
-    def __init__(self, *sources: TensorSource):
+    def __init__(self, *sources: TensorSource) -> None:
         self._source_of = {name: source for source in reversed(sources) for name in source.tensors}
         self.tensors = {name: source.tensors[name] for name, source in self._source_of.items()}
 
     def read(self, block: Block) -> Tensor:
-        """See `TensorSource`."""
+        """See `TensorSource.read`."""
         return self._source_of[block.tensor].read(block)
 
 
 class CastSource:
-    """Another source's tensors, those of a floating point type in another one.
+    """Casts the floating point tensors of another source.
 
     Args:
-        source: where the elements come from.
-        dtype: of all floating point tensors, but for those in `kept`.
-        kept: names of tensors that stay as they are.
+        source: provides the elements.
+        dtype: the dtype of all floating point tensors except `kept`.
+        kept: names of tensors that keep their dtype.
     """
 
-    def __init__(self, source: TensorSource, dtype: torch.dtype, kept: frozenset[str] = frozenset()):
+    def __init__(self, source: TensorSource, dtype: torch.dtype, kept: frozenset[str] = frozenset()) -> None:
         self._source = source
         self.tensors = {
             name: TensorSpec(spec.shape, dtype) if spec.dtype.is_floating_point and name not in kept else spec
@@ -94,26 +94,26 @@ class CastSource:
         }
 
     def read(self, block: Block) -> Tensor:
-        """See `TensorSource`."""
+        """See `TensorSource.read`."""
         return self._source.read(block).to(self.tensors[block.tensor].dtype)
 
 
 class FiniteSource:
-    """Another source's tensors, refused where they are not finite.
+    """Refuses to read NaN and infinite values from another source.
 
     Args:
-        source: where the elements come from.
+        source: provides the elements.
     """
 
-    def __init__(self, source: TensorSource):
+    def __init__(self, source: TensorSource) -> None:
         self._source = source
         self.tensors = source.tensors
 
     def read(self, block: Block) -> Tensor:
-        """See `TensorSource`.
+        """See `TensorSource.read`.
 
         Raises:
-            UserError: there is NaN or infinity among the elements.
+            UserError: an element of the block is NaN or infinite.
         """
         elements = self._source.read(block)
         if elements.is_floating_point() and elements.numel() and not all(map(torch.isfinite, elements.aminmax())):

@@ -1,4 +1,4 @@
-"""Tensors as they lie in files."""
+"""Reads tensors, or blocks of them, from where their elements lie in files."""
 
 import os
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 from maskmoe.conversion.blocks import Block, TensorSpec
 from maskmoe.errors import UserError
 
-# Enough for the files that hold one tensor; more might exceed the limit of the process.
+# Enough for the files that hold one tensor. More open files might exceed the limit of the process.
 _OPEN_FILES = 64
 
 
@@ -24,7 +24,7 @@ class StoredTensor:
 
     Attributes:
         path: the file.
-        start: position of its first byte.
+        start: position of the tensor's first byte in the file.
         spec: shape and dtype.
     """
 
@@ -33,13 +33,16 @@ class StoredTensor:
     spec: TensorSpec
 
     def read(self, part: Block) -> Tensor:
-        """A part of it, `[*part.sizes]`. Reads whole rows, the part's columns and those between.
+        """Read a block of the tensor; reads whole rows, that is, the block's columns and all columns between them.
+
+        Returns:
+            a tensor of the shape `part.sizes`.
 
         Raises:
-            UserError: the file cannot be read, or is shorter.
+            UserError: the file cannot be read, or ends before the block does.
         """
         first, span = _rows_around(part, self.spec.shape)
-        # numpy asks for huge pages, which spares most of the page faults of large new memory.
+        # numpy asks the kernel for huge pages, which avoids most page faults of large new arrays.
         memory = np.empty(prod(span) * self.spec.dtype.itemsize, np.uint8)
         skipped = sum(index * prod(self.spec.shape[d + 1 :]) for d, index in enumerate(first))
         read_into(self.path, self.start + skipped * self.spec.dtype.itemsize, memoryview(memory))
@@ -48,10 +51,10 @@ class StoredTensor:
 
 
 def read_into(path: Path, start: int, buffer: memoryview) -> None:
-    """Fill a buffer of bytes with those of a file from `start` on.
+    """Fill a buffer with the bytes of a file from position `start` on.
 
     Raises:
-        UserError: the file cannot be read, or ends before.
+        UserError: the file cannot be read, or ends before the buffer is full.
     """
     try:
         stream = _open(path)
@@ -65,27 +68,27 @@ def read_into(path: Path, start: int, buffer: memoryview) -> None:
 
 
 def check_length(path: Path, length: int) -> None:
-    """Check that a file is at least so long.
+    """Check that a file has at least `length` bytes.
 
     Raises:
-        UserError: it is not, or cannot be opened.
+        UserError: the file is shorter, or cannot be opened.
     """
     try:
         stream = _open(path)
-        found = os.fstat(stream.fileno()).st_size
+        size = os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if found < length:
+    if size < length:
         raise UserError(f"{path} is damaged: it ends before what it should hold")
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor in host memory, without a copy."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def _rows_around(part: Block, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and sizes of the smallest contiguous box of a tensor that holds a part of it."""
+    """Return offsets and sizes of the smallest box that contains a block and is contiguous in memory."""
     split = next((d for d, size in enumerate(part.sizes) if size != 1), len(shape))
     first = (*part.offsets[: split + 1], *(0 for _ in shape[split + 1 :]))
     return first, (*part.sizes[: split + 1], *shape[split + 1 :])
@@ -93,5 +96,9 @@ def _rows_around(part: Block, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
 @lru_cache(maxsize=_OPEN_FILES)
 def _open(path: Path) -> FileIO:
-    """A file, which is closed when it is out of the cache and nobody holds it: threads must, while they use it."""
+    """Open a file, or return it if it is open already.
+
+    A file is closed when it has left the cache and nothing refers to it. A thread must therefore hold the returned
+    object while it uses the file's descriptor.
+    """
     return open(path, "rb", buffering=0)

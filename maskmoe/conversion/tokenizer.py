@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint in the format of transformers."""
+"""Exports a checkpoint's tokenizer in transformers' format."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 
-from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from maskmoe.errors import UserError
 
 WITHOUT_TEXT = "NullTokenizer"
-"""Megatron's `--tokenizer-type` of data that are ids already: there is no tokenizer to export."""
+"""Megatron's `--tokenizer-type` for data that are token ids already: there is no tokenizer to export."""
 
-_PIECES_OF_A_PROBE = 64
-# What tokenizers treat differently: spaces, lines, other scripts, combined and unassigned characters, control pieces.
+_PIECES_PER_PROBE = 64
+# Text that tokenizers treat differently: spaces, lines, other scripts, combined and unassigned characters, control
+# pieces.
 _PROBES = (
     "",
     " ",
@@ -30,37 +30,41 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids with which texts begin and end; None where there is none."""
+    """The ids with which texts begin and end; None if a tokenizer has no such id."""
 
     bos: int | None
     eos: int | None
 
 
-def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path, folder: Path) -> SpecialIds:
-    """Write a tokenizer as `AutoTokenizer.from_pretrained(folder)` reads it.
+def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, folder: Path) -> SpecialIds:
+    """Write a tokenizer so that `AutoTokenizer.from_pretrained(folder)` reads it.
 
-    It gives the ids that the training data have: no id is put before a text. A text begins where the one before has
-    ended, so its beginning is marked by the id that ends a document, if by any. What a text spells like a special piece
-    (`</s>`) becomes that piece, as everywhere in transformers.
+    The exported tokenizer gives the ids that the training data have: it puts no id before a text. In training data, a
+    text begins where the previous text has ended, so the id that ends a document also marks the beginning of a text.
+    Text that spells a special piece (`</s>`) becomes that piece, as everywhere in transformers.
 
     Args:
-        tokenizer_type: Megatron's `--tokenizer-type`: `SentencePieceTokenizer` or `HuggingFaceTokenizer`. Nothing is
-            written for `NullTokenizer`.
-        tokenizer_model: Megatron's `--tokenizer-model`.
-        folder: gets `tokenizer.json` and `tokenizer_config.json`.
+        tokenizer_type: Megatron's `--tokenizer-type`: `SentencePieceTokenizer`, `HuggingFaceTokenizer`, or
+            `NullTokenizer`, for which nothing is written.
+        tokenizer_model: Megatron's `--tokenizer-model`; None only for `NullTokenizer`.
+        folder: the folder for `tokenizer.json` and `tokenizer_config.json`.
 
     Raises:
-        UserError: the tokenizer is of another type, cannot be read, or cannot be expressed: a trial gives other ids.
+        UserError: the tokenizer is of another type, cannot be read, or has no equal in transformers: sample texts get
+            other ids.
     """
     if tokenizer_type == WITHOUT_TEXT:
         return SpecialIds(None, None)
+    if tokenizer_model is None:
+        raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
     tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        exported = _load_transformers_tokenizer(tokenizer.model_path)
-        probes = list(_PROBES)
-    else:
+    probes = list(_PROBES)
+    if isinstance(tokenizer, SentencePieceTokenizer):
         exported = _convert_sentencepiece(tokenizer)
-        probes = [*_PROBES, *_probes_of_all_pieces(tokenizer)]
+        probes.extend(_probes_of_all_pieces(tokenizer))
+    else:
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        exported = _load_transformers_tokenizer(tokenizer.model_path)
     _check_same_ids(tokenizer, exported, probes)
     exported.save_pretrained(folder)
     return SpecialIds(exported.bos_token_id, exported.eos_token_id)
@@ -94,23 +98,28 @@ def _piece(tokenizer: SentencePieceTokenizer, number: int) -> str:
 
 
 def _probes_of_all_pieces(tokenizer: SentencePieceTokenizer) -> Iterator[str]:
-    """Texts in which every piece of the vocabulary occurs, in a random order."""
-    processor: SentencePieceProcessor = tokenizer.processor
+    """Yield texts that together contain every piece of the vocabulary, in a random order."""
+    processor = tokenizer.processor
     numbers = np.random.default_rng(0).permutation(tokenizer.vocab_size).tolist()
     spelled = [number for number in numbers if not (processor.is_control(number) or processor.is_unknown(number))]
-    for begin in range(0, len(spelled), _PIECES_OF_A_PROBE):
-        yield processor.decode(spelled[begin : begin + _PIECES_OF_A_PROBE])
+    for begin in range(0, len(spelled), _PIECES_PER_PROBE):
+        yield processor.decode(spelled[begin : begin + _PIECES_PER_PROBE])
 
 
-def _check_same_ids(tokenizer: Any, exported: Any, probes: list[str]) -> None:
+def _check_same_ids(tokenizer: Tokenizer, exported: Any, probes: list[str]) -> None:
+    """Check that the exported tokenizer has as many ids as the original and gives the same ids for sample texts.
+
+    Raises:
+        UserError: the tokenizers differ.
+    """
     if len(exported) != tokenizer.vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.model_path} has {tokenizer.vocab_size} ids, in transformers it has {len(exported)}"
         )
     expected = tokenizer.encode_batch(probes)
-    for probe, ids, theirs in zip(probes, expected, exported(probes)["input_ids"], strict=True):
-        if ids.tolist() != theirs:
+    for probe, ids, exported_ids in zip(probes, expected, exported(probes)["input_ids"], strict=True):
+        if ids.tolist() != exported_ids:
             raise UserError(
                 f"tokenizer {tokenizer.model_path} cannot be expressed in transformers: {probe!r} would get the ids "
-                f"{theirs}, not {ids.tolist()}"
+                f"{exported_ids}, not {ids.tolist()}"
             )

@@ -25,18 +25,18 @@ from maskmoe.conversion.blocks import TensorSpec, row_major_blocks
 from maskmoe.conversion.writing import BLOCK_BYTES, PlannedFile, Segment
 
 MARKER = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-"""Content of `metadata.json`, by which Megatron knows the format of a checkpoint."""
+"""Content of `metadata.json`, which tells Megatron the format of a checkpoint."""
 
 _LAYOUT_VERSION = "1.0.0"
 
 
 @dataclass(frozen=True)
 class TorchDistPlan:
-    """A `torch_dist` checkpoint to write.
+    """A `torch_dist` checkpoint that is yet to be written.
 
     Attributes:
-        files: to write.
-        layout: content of `.metadata`.
+        files: the files with tensors and objects.
+        layout: content of the file `.metadata`, which says where each tensor lies.
     """
 
     files: Sequence[PlannedFile]
@@ -44,54 +44,61 @@ class TorchDistPlan:
 
 
 @dataclass
-class _File:
-    """A file to which chunks are added."""
+class _FilePlan:
+    """A file of a checkpoint that is being planned.
+
+    Attributes:
+        name: name of the file.
+        segments: the file's content so far, in order.
+        size: bytes of `segments`.
+    """
 
     name: str
     segments: list[Segment] = field(default_factory=list)
     size: int = 0
 
     def add(self, segment: Segment, length: int) -> _StorageInfo:
-        place = _StorageInfo(self.name, self.size, length)
+        """Append a segment of `length` bytes; return where it lies."""
+        location = _StorageInfo(self.name, self.size, length)
         self.segments.append(segment)
         self.size += length
-        return place
+        return location
 
 
 def plan_torch_dist(
-    tensors: Mapping[str, TensorSpec], objects: Mapping[str, Any], most_bytes: int, folder: str
+    tensors: Mapping[str, TensorSpec], objects: Mapping[str, Any], max_file_bytes: int, folder: str
 ) -> TorchDistPlan:
-    """Plan a checkpoint: tensors as chunks of a few MiB each, archives of `torch.save` one after the other.
+    """Plan a checkpoint whose files are archives of `torch.save` one after the other, one for each object and chunk.
 
     Args:
-        tensors: by the names that Megatron loads them by.
-        objects: to be pickled, by name with the suffix of their shard.
-        most_bytes: of a file, about.
-        folder: of the checkpoint, in the output.
+        tensors: shapes and dtypes by Megatron's names. Each tensor becomes chunks of at most `BLOCK_BYTES`.
+        objects: values to pickle, by name including the suffix of their shard.
+        max_file_bytes: upper bound of a file's size in bytes, unless one chunk or the objects are larger.
+        folder: name of the checkpoint's folder in the output.
     """
-    files = [_File("__0_0.distcp")]
+    files = [_FilePlan("__0_0.distcp")]
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    locations: dict[MetadataIndex, _StorageInfo] = {}
     for name, value in objects.items():
         archive = _archive(value)
         entries[name] = BytesStorageMetadata()
-        places[MetadataIndex(name)] = files[-1].add(Segment(archive), len(archive))
+        locations[MetadataIndex(name)] = files[-1].add(Segment(archive), len(archive))
     for name, spec in tensors.items():
         chunks = list(row_major_blocks(name, spec, BLOCK_BYTES))
         for block in chunks:
             head, tail = _around_elements(block.sizes, spec.dtype)
             length = len(head) + block.num_elements * spec.dtype.itemsize + len(tail)
-            if files[-1].size + length > most_bytes and files[-1].segments:
-                files.append(_File(f"__0_{len(files)}.distcp"))
-            place = files[-1].add(Segment(head, block, tail), length)
-            places[MetadataIndex(name, torch.Size(block.offsets))] = place
+            if files[-1].size + length > max_file_bytes and files[-1].segments:
+                files.append(_FilePlan(f"__0_{len(files)}.distcp"))
+            location = files[-1].add(Segment(head, block, tail), length)
+            locations[MetadataIndex(name, torch.Size(block.offsets))] = location
         entries[name] = TensorStorageMetadata(
             TensorProperties(dtype=spec.dtype),
             torch.Size(spec.shape),
             [ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.sizes)) for block in chunks],
         )
     layout = Metadata(
-        entries, storage_data=places, storage_meta=StorageMeta(save_id=str(uuid.uuid4())), version=_LAYOUT_VERSION
+        entries, storage_data=locations, storage_meta=StorageMeta(save_id=str(uuid.uuid4())), version=_LAYOUT_VERSION
     )
     planned = [PlannedFile(f"{folder}/{file.name}", file.segments, file.size) for file in files]
     return TorchDistPlan(planned, pickle.dumps(layout))
@@ -105,10 +112,14 @@ def _archive(value: Any) -> bytes:
 
 @cache
 def _around_elements(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What `torch.save` writes before and after the elements of a tensor.
+    """Return the bytes that `torch.save` writes before and after the elements of a tensor.
 
-    It does not depend on the elements but for their checksum, which `torch.load` does not look at, and which
-    `integrity.json` makes superfluous.
+    These bytes depend on the elements only through a checksum, so the checksum is left out: `torch.load` ignores it,
+    and `integrity.json` holds a better one.
+
+    Args:
+        sizes: shape of the tensor.
+        dtype: dtype of the tensor.
     """
     compute_checksums = get_crc32_options()
     set_crc32_options(False)

@@ -1,4 +1,4 @@
-"""Files of tensors, written block by block, verified as they are written, and kept when the work is interrupted."""
+"""Writes files of tensors block by block, verifies every write, and resumes conversions that were interrupted."""
 
 import errno
 import fcntl
@@ -9,12 +9,13 @@ import shutil
 from collections.abc import Buffer, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from maskmoe.checkpoint.integrity import FileRecord
@@ -24,20 +25,20 @@ from maskmoe.conversion.stored_tensors import byte_view
 from maskmoe.errors import UserError
 
 BLOCK_BYTES = 16 << 20
-"""What is read at a time."""
+"""Upper bound of a block's size when tensors are read or written block by block."""
 
-# Larger writes take several times as long where the kernel must find as large a piece of memory for them.
+# If single writes are larger, the kernel must find contiguous memory as large, which takes several times as long.
 _PIECE_BYTES = 256 << 10
 
 JOURNAL = "unfinished_conversion.json"
-"""What of an unfinished output is done. The name says what the folder is."""
+"""Name of the file that marks a folder as unfinished and lists its finished files."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a file: `head`, then the elements of a block if there is one, then `tail`."""
+    """A part of a file: the bytes `head`, then the elements of `block` if it is given, then the bytes `tail`."""
 
     head: bytes = b""
     block: Block | None = None
@@ -46,12 +47,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to write.
+    """A file that is yet to be written.
 
     Attributes:
-        name: in the output's folder.
-        segments: its content, in order.
-        size: bytes.
+        name: path of the file inside the output folder.
+        segments: the file's content, in order.
+        size: size of the file in bytes.
     """
 
     name: str
@@ -59,49 +60,58 @@ class PlannedFile:
     size: int
 
 
-class OutputFolder:
-    """A folder that a conversion fills, and that says so until it is whole.
+class _Journal(BaseModel):
+    """Content of the journal: what the conversion does, and which files it has finished."""
 
-    It is new or empty, or was left by a conversion of the same kind that was interrupted. To be used as a context
-    manager, which keeps others from writing to it; if no file was finished at the end, nothing is left of it.
+    job: dict[str, Any]
+    finished: dict[str, FileRecord]
+
+
+class OutputFolder:
+    """A folder that a conversion fills; a journal in the folder marks it as unfinished until `complete` is called.
+
+    The folder must be new or empty, or hold the finished files of the same conversion, which was interrupted. Use the
+    object as a context manager: it locks the folder against other conversions, and removes its content on leaving if
+    no file was finished.
 
     Args:
         path: the folder.
-        job: what is done, as JSON values. Another one does not go on with what this one left.
-        check: something that must not raise if the folder is to become whole. It runs while files are written.
+        job: describes the conversion by JSON values. A conversion resumes only a folder with an equal description.
+        check: a function that raises an exception if the result must not be completed. It runs while files are
+            written.
 
     Attributes:
         path: the folder.
-        check: see above.
-        finished: the files that are done, by name.
+        check: the function `check`.
+        finished: records of the finished files by name.
 
     Raises:
-        UserError: on entering: the folder holds something else, is another job's, is being written to, or cannot be
-            made.
+        UserError: on entering: the folder holds something else or another conversion's files, another process is
+            writing to it, or it cannot be created.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any], check: Callable[[], None] = lambda: None):
+    def __init__(self, path: Path, job: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
         self.path = path
         self.check = check
         self.finished: dict[str, FileRecord] = {}
-        self._job = job
+        self._job = json.loads(json.dumps(job))  # as the journal gives it back
         self._journal = path / JOURNAL
-        self._recording = Lock()
+        self._journal_lock = Lock()
 
-    def __enter__(self) -> "OutputFolder":
+    def __enter__(self) -> Self:
         self._is_new = not self.path.exists()
-        self._lock = self._make_and_lock()
+        self._descriptor = self._make_and_lock()
         try:
             if any(self.path.iterdir()):
                 self._resume()
             self._save()
         except BaseException:
-            os.close(self._lock)
+            os.close(self._descriptor)
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self._lock)
+        os.close(self._descriptor)
         if self._journal.exists() and not self.finished:
             for path in self.path.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -109,16 +119,17 @@ class OutputFolder:
                 self.path.rmdir()
 
     def record(self, name: str, record: FileRecord) -> None:
-        """Note that a file is done; from any thread."""
-        with self._recording:
+        """Add a finished file to the journal; can be called on any thread."""
+        with self._journal_lock:
             self.finished[name] = record
             self._save()
 
     def complete(self) -> None:
-        """Say no longer that the folder is unfinished."""
+        """Remove the journal: the folder is finished."""
         self._journal.unlink()
 
     def _make_and_lock(self) -> int:
+        """Create the folder if it does not exist, and lock it; return the descriptor that holds the lock."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDONLY)
@@ -132,46 +143,48 @@ class OutputFolder:
         return descriptor
 
     def _resume(self) -> None:
+        """Read which files an interrupted conversion has finished; refuse a folder of another conversion."""
         try:
-            left = json.loads(self._journal.read_bytes())
-            job = left["job"]
-            finished = {name: FileRecord(**record) for name, record in left["finished"].items()}
+            journal = _Journal.model_validate_json(self._journal.read_bytes())
         except FileNotFoundError as error:
             raise UserError(f"{self.path} is not empty; name a new folder") from error
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{self._journal} is damaged; remove {self.path} or name another folder") from error
-        if job != json.loads(json.dumps(self._job)):
+        job = journal.job
+        if job != self._job:
             changed = ", ".join(sorted(key for key in job | self._job if job.get(key) != self._job.get(key)))
             raise UserError(
                 f"{self.path} holds an unfinished conversion with other settings ({changed}); start that one again, "
                 "remove the folder or name another one"
             )
-        self.finished = finished
+        self.finished = journal.finished
 
     def _save(self) -> None:
-        finished = {name: asdict(record) for name, record in self.finished.items()}
+        journal = _Journal(job=self._job, finished=self.finished)
         with reporting_full_disk(self._journal), atomic_output(self._journal) as path:
-            path.write_text(json.dumps({"job": self._job, "finished": finished}, indent=2))
+            path.write_text(journal.model_dump_json(indent=2))
 
 
 def write_files(source: TensorSource, files: Sequence[PlannedFile], output: OutputFolder) -> None:
-    """Write files, but for those of an interrupted conversion that are intact; several at a time.
+    """Write files, several at a time, except intact files of an interrupted conversion.
 
-    A file has its name only when it is whole and on the disk. At the end, the output's check has passed.
+    A file gets its name only when it is complete and on the disk. `output.check` has passed when this function returns.
 
     Args:
-        source: of the blocks; several threads read it.
-        files: what to write.
-        output: gets them.
+        source: provides the blocks; several threads read it.
+        files: the files to write.
+        output: the folder for the files.
 
     Raises:
-        UserError: the disk is full, a block cannot be read, or what was written cannot be read back; or what the check
-            raises.
+        UserError: the disk is full, a block cannot be read, a file does not hold what was written to it, or
+            `output.check` raises it.
     """
-    found = tqdm(files, desc="checking what is done", unit="file", delay=0.5, disable=not output.finished)
+    # Skip files that an interrupted conversion has finished.
+    found = tqdm(files, desc="checking finished files", unit="file", delay=0.5, disable=not output.finished)
     done = {file.name: file.size for file in found if _is_done(output, file)}
     total, initial = sum(file.size for file in files), sum(done.values())
     _check_space(output.path, total - initial)
+    # Write the remaining files; the first failure stops all of them.
     bar = tqdm(total=total, initial=initial, desc="converting", unit="B", unit_scale=True, unit_divisor=1024)
     writer = _FileWriter(source, output, bar)
     with bar, ThreadPoolExecutor(1) as checker, ThreadPoolExecutor(_num_writers()) as writers:
@@ -179,7 +192,7 @@ def write_files(source: TensorSource, files: Sequence[PlannedFile], output: Outp
             work = [checker.submit(output.check)]
             work += [writers.submit(writer.write, file) for file in files if file.name not in done]
             for future in as_completed(work):
-                with suppress(CancelledError):  # something else has failed, which will come, too
+                with suppress(CancelledError):  # cancelled by a failure, which another future raises
                     future.result()
         except BaseException:
             writer.stop()
@@ -187,16 +200,19 @@ def write_files(source: TensorSource, files: Sequence[PlannedFile], output: Outp
 
 
 def _num_writers() -> int:
-    """One more than there are cores, since one waits for the disk; few enough for their blocks in memory."""
+    """Return the number of files to write at a time.
+
+    One more than there are cores, since one writer waits for the disk; at most 8, to bound the memory for blocks.
+    """
     return min(8, len(os.sched_getaffinity(0)) + 1)
 
 
 @contextmanager
 def reporting_full_disk(path: Path) -> Iterator[None]:
-    """Report what cannot be written as bad input.
+    """Turn an `OSError` inside the context into a `UserError` that names the file `path` and the reason.
 
     Raises:
-        UserError: naming the file and the reason.
+        UserError: an `OSError` was raised inside the context.
     """
     try:
         yield
@@ -206,7 +222,7 @@ def reporting_full_disk(path: Path) -> Iterator[None]:
 
 
 def _is_done(output: OutputFolder, file: PlannedFile) -> bool:
-    """Whether an interrupted conversion finished a file, and it still is as it was."""
+    """Return whether an interrupted conversion finished a file and the file has not changed since."""
     record, path = output.finished.get(file.name), output.path / file.name
     return record is not None and record.size == file.size and path.is_file() and FileRecord.of(path) == record
 
@@ -219,7 +235,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """A name to write under until the file is whole; the rests of one that will not be are removed."""
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -229,26 +245,26 @@ def _partial(path: Path) -> Iterator[Path]:
 
 
 class _FileWriter:
-    """Writes files piece by piece and reads each piece back; a file's digest is that of what was read.
+    """Writes files piece by piece and reads each piece back; a file's digest is computed from the bytes read back.
 
     Args:
-        source: of the blocks.
-        output: gets the files.
-        bar: shows the bytes that are done.
+        source: provides the blocks.
+        output: the folder for the files.
+        bar: the progress bar, in bytes.
     """
 
-    def __init__(self, source: TensorSource, output: OutputFolder, bar: tqdm):
+    def __init__(self, source: TensorSource, output: OutputFolder, bar: tqdm) -> None:
         self._source = source
         self._output = output
         self._bar = bar
         self._is_stopped = False
 
     def stop(self) -> None:
-        """Give up what is being written, and write no more."""
+        """Cancel the files that are being written, and all later ones."""
         self._is_stopped = True
 
     def write(self, file: PlannedFile) -> None:
-        """Write one file, on any thread.
+        """Write one file and record it as finished; can be called on any thread.
 
         Raises:
             UserError: see `write_files`.
@@ -266,7 +282,7 @@ class _FileWriter:
 
     def _write_to(self, descriptor: int, file: PlannedFile, path: Path) -> FileRecord:
         digest, size = hashlib.sha256(), 0
-        for content in self._content_of(file):
+        for content in self._contents(file):
             if self._is_stopped:
                 raise CancelledError
             if not _write_and_read_back(descriptor, content, size, digest.update):
@@ -278,8 +294,8 @@ class _FileWriter:
         os.fsync(descriptor)
         return FileRecord(digest.hexdigest(), size)
 
-    def _content_of(self, file: PlannedFile) -> Iterator[memoryview]:
-        """What is not empty of a file, in order."""
+    def _contents(self, file: PlannedFile) -> Iterator[memoryview]:
+        """Yield the file's content in order, without empty parts."""
         for segment in file.segments:
             if segment.head:
                 yield memoryview(segment.head)
@@ -289,27 +305,36 @@ class _FileWriter:
                 yield memoryview(segment.tail)
 
 
-def _write_and_read_back(descriptor: int, content: memoryview, position: int, take: Callable[[Buffer], None]) -> bool:
-    """Append to a file, which ends at `position`; `take` gets what it then holds. Returns whether that is the same.
+def _write_and_read_back(descriptor: int, content: memoryview, end: int, digest: Callable[[Buffer], None]) -> bool:
+    """Append to a file piece by piece and read each piece back.
 
-    Pieces are small enough to stay in the processor's cache until they are done with.
+    Pieces are small enough to stay in the processor's cache until they have been compared and digested.
+
+    Args:
+        descriptor: the file, opened for reading and writing, at its end.
+        content: the bytes to append.
+        end: position of the file's end.
+        digest: is called with the bytes that were read back.
+
+    Returns:
+        whether the bytes read back equal `content`.
     """
-    found = np.empty(min(_PIECE_BYTES, len(content)), np.uint8)
+    buffer = np.empty(min(_PIECE_BYTES, len(content)), np.uint8)
     for start in range(0, len(content), _PIECE_BYTES):
         piece = content[start : start + _PIECE_BYTES]
-        left = piece
-        while left:
-            left = left[os.write(descriptor, left) :]
-        read = found[: len(piece)]
-        os.preadv(descriptor, [read], position + start)
-        if not _are_equal(read, np.frombuffer(piece, np.uint8)):
+        unwritten = piece
+        while unwritten:
+            unwritten = unwritten[os.write(descriptor, unwritten) :]
+        read_back = buffer[: len(piece)]
+        os.preadv(descriptor, [read_back], end + start)
+        if not _are_equal(read_back, np.frombuffer(piece, np.uint8)):
             return False
-        take(read)
+        digest(read_back)
     return True
 
 
 def _are_equal(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two arrays, uint8 [bytes], are equal; eight bytes at a time, which is faster by as much."""
-    whole = len(first) // 8 * 8
-    words = (array[:whole].view(np.uint64) for array in (first, second))
-    return np.array_equal(*words) and np.array_equal(first[whole:], second[whole:])
+    """Return whether two arrays, uint8 [bytes], are equal; compares eight bytes at a time, which is faster."""
+    aligned = len(first) // 8 * 8
+    first_words, second_words = (array[:aligned].view(np.uint64) for array in (first, second))
+    return np.array_equal(first_words, second_words) and np.array_equal(first[aligned:], second[aligned:])

@@ -1,7 +1,8 @@
-"""MaskMoE models for transformers.
+"""Defines MaskMoE models for transformers.
 
-Importing this package registers them with the Auto classes, which then load exported models without
-`trust_remote_code`. It depends on torch and transformers alone: its two code files travel beside exported weights.
+Importing this package registers the models with transformers' Auto classes, which then load exported models without
+`trust_remote_code`. The package imports only torch and transformers, since its files `configuration_maskmoe.py` and
+`modeling_maskmoe.py` are copied beside exported weights.
 """
 
 import shutil
@@ -18,14 +19,14 @@ AUTO_MAP = {
     "AutoModel": "modeling_maskmoe.MaskMoEModel",
     "AutoModelForCausalLM": "modeling_maskmoe.MaskMoEForCausalLM",
 }
-"""The `auto_map` of config.json: where `trust_remote_code` finds the classes in the files of `export_code`."""
+"""The `auto_map` of config.json: names the classes that `trust_remote_code` loads from the files of `export_code`."""
 
-_CODE = (configuration_maskmoe, modeling_maskmoe)
+_EXPORTED_MODULES = (configuration_maskmoe, modeling_maskmoe)
 
 
 def export_code(folder: Path) -> None:
-    """Put the code of the models beside exported weights, for users who do not have this package."""
-    for module in _CODE:
+    """Copy the code of the models to a folder of exported weights, for users who do not have this package."""
+    for module in _EXPORTED_MODULES:
         shutil.copy(module.__file__, folder)
 
 

@@ -1,4 +1,4 @@
-"""Configuration of a MaskMoE model for transformers."""
+"""Configures MaskMoE models for transformers."""
 
 from typing import Any
 
@@ -13,50 +13,54 @@ _ROW_DTYPES = ("int16", "int32")
 
 
 class MaskMoEConfig(PreTrainedConfig):
-    """A decoder whose mixture-of-experts layers route under a routing mask (MaskMoE, arXiv 2407.09816).
+    """The settings of a decoder whose mixture-of-experts layers use a routing mask (MaskMoE, arXiv 2407.09816).
 
     Args:
-        vocab_size: ids of the tokenizer, without padding.
-        hidden_size: features of a token between layers.
-        intermediate_size: of the MLP in dense layers.
-        num_hidden_layers: dense and sparse ones.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads; as many as query heads if None.
-        head_dim: features of a head; `hidden_size / num_attention_heads` if None.
-        hidden_act: activation of the gated MLPs.
-        max_position_embeddings: the longest sequence the model was made for.
+        vocab_size: number of the tokenizer's ids, without padding.
+        hidden_size: number of features of a token between layers.
+        intermediate_size: number of intermediate features of the MLP in dense layers.
+        num_hidden_layers: number of layers, dense and sparse.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key heads and of value heads; `num_attention_heads` if None.
+        head_dim: number of features of a head; `hidden_size / num_attention_heads` if None.
+        hidden_act: activation function of the gated MLPs.
+        max_position_embeddings: number of tokens of the longest sequence that the model was made for.
         initializer_range: standard deviation of new weights.
-        rms_norm_eps: added to the mean square in every norm.
-        rope_parameters: rotary embedding as in transformers, "partial_rotary_factor" included.
+        rms_norm_eps: is added to the mean square in every norm.
+        rope_parameters: parameters of the rotary embedding as in transformers, including "partial_rotary_factor".
         tie_word_embeddings: the output layer uses the embedding's weight.
-        attention_bias: biases on the query, key and value projections; the output projection has none.
-        attention_dropout: probability, in training.
-        qk_norm: RMSNorm of queries and keys: none, over each "head" (Qwen3), or over the features of "all_heads"
-            together (OLMoE).
-        mlp_layer_types: "sparse" (experts) or "dense" for every layer; all sparse if None, all dense without experts.
-        num_experts: N, in every sparse layer.
-        num_experts_per_tok: k. A token with V < k visible experts gets V of them.
-        moe_intermediate_size: of an expert.
-        scoring_func: what makes scores of the router's logits: "softmax", "sigmoid" or "sqrtsoftplus".
-        norm_topk_prob: the weights of a token's selected experts add up to 1. With "softmax" this is a softmax over the
-            selected logits, whereby one expert alone has weight 1; with the other scores, as in Megatron-Core, it has
-            effect for k > 1 only.
+        attention_bias: the query, key and value projections have biases; the output projection never has one.
+        attention_dropout: dropout probability of attention in training.
+        qk_norm: RMSNorm of queries and keys: None for no norm, "head" for a norm over each head (Qwen3), "all_heads"
+            for a norm over the features of all heads together (OLMoE).
+        mlp_layer_types: "sparse" (with experts) or "dense" for each layer. If None, all layers are sparse, or dense if
+            `num_experts` is 0.
+        num_experts: N, the number of experts in each sparse layer.
+        num_experts_per_tok: k, the number of experts of a token. A token with V < k visible experts uses V experts.
+        moe_intermediate_size: number of intermediate features of an expert.
+        scoring_func: function from the router's logits to scores: "softmax", "sigmoid" or "sqrtsoftplus".
+        norm_topk_prob: make the weights of a token's selected experts add up to 1. With "softmax", the weights are a
+            softmax over the selected logits, so that a single expert has weight 1. With other scores, this has an
+            effect only for k > 1, as in Megatron-Core.
         routed_scaling_factor: factor of the selected experts' weights.
-        use_expert_bias: a bias per expert takes part in the selection but not in the weights (DeepSeek-V3); not with
-            "softmax".
-        n_group, topk_group: the experts form `n_group` groups, and a token selects from the best `topk_group` of them;
-            both None: no groups.
-        shared_expert_intermediate_size: of the MLP that every token of a sparse layer uses; 0: none.
-        shared_expert_gate: scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
+        use_expert_bias: add a bias for each expert to the scores for the selection, but not for the weights
+            (DeepSeek-V3); not available with "softmax".
+        n_group: number of groups that the experts form; None for no groups.
+        topk_group: number of groups from which a token selects its experts; None for no groups.
+        shared_expert_intermediate_size: number of intermediate features of the MLP that every token of a sparse layer
+            uses; 0 for no such MLP.
+        shared_expert_gate: multiply the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
         router_aux_loss_coef: coefficient of the load-balancing loss in the training loss.
-        output_router_logits: return router logits and the load-balancing loss, and add the latter to the training loss.
-        aux_loss_tokens: average the load-balancing loss over "all" tokens or over those that see two experts or more.
-        routing_mask: sizes of the routing mask's tensors: "num_tables" (one per layer, or one for all), "num_rows",
-            "row_dtype" (int16 or int32) and "metadata_bytes". None without sparse layers; with them, it stands for the
-            smallest mask under which every id sees all experts.
+        output_router_logits: return router logits and the load-balancing loss, and add this loss to the training loss.
+        aux_loss_tokens: "all" to average the load-balancing loss over all tokens, "routable" to average over tokens
+            with two or more visible experts.
+        routing_mask: sizes of the routing mask's tensors: "num_tables" (number of layers, or 1 for a table that all
+            layers share), "num_rows", "row_dtype" ("int16" or "int32") and "metadata_bytes". None in a model without
+            sparse layers; in a model with sparse layers, None becomes the sizes of the smallest mask under which every
+            id sees all experts.
 
     Raises:
-        ValueError: naming the field whose value does not fit.
+        ValueError: a field has an invalid value; names the field.
     """
 
     model_type = "maskmoe"
@@ -118,14 +122,21 @@ class MaskMoEConfig(PreTrainedConfig):
     @property
     def has_experts(self) -> bool:
         """Whether any layer is sparse."""
-        return "sparse" in self.mlp_layer_types
+        return "sparse" in (self.mlp_layer_types or ())
 
     @property
     def use_qk_norm(self) -> bool:
-        """Whether queries and keys are normalised; what transformers' attention asks."""
+        """Whether queries and keys are normalised; transformers' attention reads this attribute."""
         return self.qk_norm is not None
 
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Return whether a layer has experts; layers are counted from 0."""
+        assert self.mlp_layer_types is not None  # set by __post_init__
+        return self.mlp_layer_types[layer_idx] == "sparse"
+
     def _check(self) -> None:
+        assert self.mlp_layer_types is not None  # set by __post_init__, like num_key_value_heads
+        assert self.num_key_value_heads is not None
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {choices}")
@@ -134,7 +145,7 @@ class MaskMoEConfig(PreTrainedConfig):
             raise ValueError(f"mlp_layer_types must name {self.num_hidden_layers} layers, each 'sparse' or 'dense'")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
         if self.has_experts:
@@ -147,26 +158,29 @@ class MaskMoEConfig(PreTrainedConfig):
             raise ValueError("use_expert_bias needs scoring_func 'sigmoid' or 'sqrtsoftplus'")
         if (self.n_group is None) != (self.topk_group is None):
             raise ValueError("n_group and topk_group must both be given, or neither")
-        if self.n_group is not None:
-            self._check_groups()
+        if self.n_group is not None and self.topk_group is not None:
+            self._check_groups(self.n_group, self.topk_group)
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             raise ValueError("shared_expert_gate needs a shared_expert_intermediate_size")
-        mask = self.routing_mask
+        mask = self.routing_mask or {}
         if mask.get("num_tables") not in (1, self.num_hidden_layers) or mask.get("row_dtype") not in _ROW_DTYPES:
             raise ValueError(
                 f"routing_mask must have 1 or {self.num_hidden_layers} num_tables and a row_dtype of {_ROW_DTYPES}; "
                 f"it is {mask}"
             )
 
-    def _check_groups(self) -> None:
-        if self.num_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
-            raise ValueError(f"topk_group {self.topk_group} of n_group {self.n_group} for {self.num_experts} experts")
-        if self.num_experts_per_tok % self.topk_group:
+    def _check_groups(self, n_group: int, topk_group: int) -> None:
+        if self.num_experts % n_group or not 1 <= topk_group <= n_group:
             raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is no multiple of topk_group {self.topk_group}"
+                f"topk_group {topk_group} of n_group {n_group} for {self.num_experts} experts: n_group must divide the "
+                "number of experts, and topk_group must be 1 to n_group"
             )
-        if self.num_experts // self.n_group * self.topk_group < self.num_experts_per_tok:
+        if self.num_experts_per_tok % topk_group:
             raise ValueError(
-                f"{self.topk_group} of {self.n_group} groups hold fewer experts than num_experts_per_tok "
+                f"num_experts_per_tok {self.num_experts_per_tok} is not a multiple of topk_group {topk_group}"
+            )
+        if self.num_experts // n_group * topk_group < self.num_experts_per_tok:
+            raise ValueError(
+                f"{topk_group} of {n_group} groups hold fewer experts than num_experts_per_tok "
                 f"{self.num_experts_per_tok}"
             )

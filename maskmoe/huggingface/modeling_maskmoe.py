@@ -1,13 +1,16 @@
-"""MaskMoE for transformers: GLM-4-MoE's decoder, whose routers see the experts of each token's id only.
+"""Defines the MaskMoE decoder for transformers: GLM-4-MoE's decoder with a router that obeys a routing mask.
 
-The blocks are transformers' own; new are the routing mask, the router and the load-balancing loss.
+Attention, norms, MLPs and rotary embedding are transformers' own. New are the routing mask, the router and the
+load-balancing loss. This file is copied beside exported weights and runs without the package `maskmoe`, so it repeats
+the routing rule of `maskmoe.transformer.router` and the loss of `maskmoe.transformer.router_losses`; change them
+together.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations import use_experts_implementation
@@ -27,24 +30,26 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_maskmoe import MaskMoEConfig
 
-_NO_EXPERT = float("-inf")
+_INVISIBLE = float("-inf")
 _ALL_EXPERTS = 0xFF
 
 
 class MaskMoERoutingMask(nn.Module):
-    """The visible experts of every token id in every layer, kept as integers whatever the model's dtype.
+    """Looks up the visible experts of every token id in every layer.
 
-    Until a mask is loaded, every id sees every expert.
+    The buffers are integers, so they keep their types when the model's dtype changes. Until a mask is loaded, every id
+    sees every expert.
 
     Attributes:
-        row_of_id: int16 or int32 [tables, vocab], each id's row of `visible_bits`.
-        visible_bits: uint8 [tables, rows, ceil(N / 8)], expert e at bit e % 8 of byte e // 8.
-        metadata: uint8 [n], a JSON text: what the mask was made from, and its digest.
+        row_of_id: int16 or int32 [tables, vocab], the row of `visible_bits` for each id.
+        visible_bits: uint8 [tables, rows, ceil(N / 8)], expert e at bit `e % 8` of byte `e // 8`.
+        metadata: uint8 [n], a JSON text with the mask's digest and what the mask was made from.
     """
 
-    def __init__(self, config: MaskMoEConfig):
+    def __init__(self, config: MaskMoEConfig) -> None:
         super().__init__()
         sizes = config.routing_mask
+        assert sizes is not None  # the configuration of a model with experts has one
         tables, num_bytes = sizes["num_tables"], -(-config.num_experts // 8)
         row_dtype = getattr(torch, sizes["row_dtype"])
         self.register_buffer("row_of_id", torch.zeros(tables, config.vocab_size, dtype=row_dtype))
@@ -54,13 +59,13 @@ class MaskMoERoutingMask(nn.Module):
         self.register_buffer("metadata", torch.zeros(sizes["metadata_bytes"], dtype=torch.uint8))
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """Look up the visible sets of tokens.
+        """Look up the visible sets of tokens in all tables.
 
         Args:
             token_ids: int64 [tokens], each smaller than the vocabulary size.
 
         Returns:
-            uint8 [tables, tokens, bytes], as bits.
+            uint8 [tables, tokens, bytes], the visible sets in the form of `visible_bits`.
         """
         rows = self.row_of_id[:, token_ids].long()  # [tables, tokens]
         tables = torch.arange(len(rows), device=rows.device).unsqueeze(-1)
@@ -68,18 +73,19 @@ class MaskMoERoutingMask(nn.Module):
 
 
 def unpack_bits(bits: Tensor, num_experts: int) -> Tensor:
-    """Visible sets as bits, uint8 [tokens, bytes], to bool [tokens, experts]."""
+    """Unpack visible sets, uint8 [tokens, bytes], into bool [tokens, experts]."""
     bit_of_byte = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.unsqueeze(-1) >> bit_of_byte & 1).flatten(1)[:, :num_experts].bool()
 
 
 class MaskMoETopKRouter(nn.Module):
-    """Chooses the best `min(k, V)` of a token's V visible experts, in float32 also under autocast.
+    """Selects the best `min(k, V)` of a token's V visible experts, in float32 even under autocast.
 
-    Selection and weights are those of Megatron-Core's `topk_routing_with_score_function`, over the visible experts.
+    Selection and weights follow Megatron-Core's `topk_routing_with_score_function`, restricted to visible experts, as
+    `maskmoe.transformer.router` does in training.
     """
 
-    def __init__(self, config: MaskMoEConfig):
+    def __init__(self, config: MaskMoEConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.num_experts
@@ -103,67 +109,80 @@ class MaskMoETopKRouter(nn.Module):
 
         Returns:
             logits: float32 [tokens, experts], -inf for invisible experts.
-            weights: float32 [tokens, k], of the selected experts.
-            indices: int64 [tokens, k], the selected experts. A token that selects fewer than k names its best one once
-                more, with weight 0, so that no invisible expert computes anything.
+            weights: float32 [tokens, k], the weights of the selected experts.
+            indices: int64 [tokens, k], the selected experts. For a token that selects fewer than k experts, the
+                remaining entries repeat its best expert with weight 0, so that no invisible expert computes anything.
         """
+        # Score the visible experts.
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float()).masked_fill(~visible, _NO_EXPERT)
+            logits = functional.linear(hidden_states.float(), self.weight.float()).masked_fill(~visible, _INVISIBLE)
         scores = self._scores(logits)
+        # Select by score plus bias, among visible experts of the best groups.
         candidates = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
-        candidates = candidates.masked_fill(~visible, _NO_EXPERT)
-        if self.num_groups is not None:
-            candidates = self._keep_best_groups(candidates)
+        candidates = candidates.masked_fill(~visible, _INVISIBLE)
+        if self.num_groups is not None and self.topk_group is not None:
+            candidates = self._keep_best_groups(candidates, self.num_groups, self.topk_group)
         best, indices = candidates.topk(self.top_k, dim=-1)  # [tokens, k]
-        selected = best != _NO_EXPERT
+        selected = best != _INVISIBLE
+        # Weigh by score without bias.
         weights = self._weights(scores.gather(1, indices), selected)
         return logits, weights, torch.where(selected, indices, indices[:, :1])
 
     def _scores(self, logits: Tensor) -> Tensor:
-        """What experts are compared by, and the weights made from."""
+        """Return the scores [tokens, experts] that experts are compared by and that weights are made from."""
         if self.scoring_func == "sigmoid":
             return logits.sigmoid()
         if self.scoring_func == "sqrtsoftplus":
-            return F.softplus(logits).sqrt()
+            return functional.softplus(logits).sqrt()
         return logits if self.norm_topk_prob else logits.softmax(dim=-1)
 
     def _weights(self, scores: Tensor, selected: Tensor) -> Tensor:
-        """Weights [tokens, k] of the scores of selected experts, 0 where none was left to select."""
+        """Return weights [tokens, k] for scores [tokens, k]; 0 for entries that are not selected."""
         if self.scoring_func == "softmax" and self.norm_topk_prob:
-            weights = scores.masked_fill(~selected, _NO_EXPERT).softmax(dim=-1)
+            weights = scores.masked_fill(~selected, _INVISIBLE).softmax(dim=-1)
         else:
             weights = scores.masked_fill(~selected, 0.0)
             if self.norm_topk_prob and self.top_k > 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * self.scaling_factor
 
-    def _keep_best_groups(self, candidates: Tensor) -> Tensor:
+    def _keep_best_groups(self, candidates: Tensor, num_groups: int, topk_group: int) -> Tensor:
         """Set candidates [tokens, experts] outside the best groups to -inf (DeepSeek-V3, arXiv 2412.19437).
 
-        A group counts for the sum of its `k / topk_group` best candidates, of fewer if it has fewer, and for nothing if
-        it has none.
+        The score of a group is the sum of its `k / topk_group` best candidates, or of all its candidates if it has
+        fewer. A group without candidates is never chosen before a group with candidates.
+
+        Args:
+            candidates: float32 [tokens, experts], -inf for experts that cannot be selected.
+            num_groups: number of groups.
+            topk_group: number of groups to keep.
         """
-        of_group = candidates.unflatten(-1, (self.num_groups, -1))  # [tokens, groups, experts of a group]
-        best = of_group.topk(self.top_k // self.topk_group, dim=-1).values
-        is_missing = best == _NO_EXPERT
+        grouped = candidates.unflatten(-1, (num_groups, -1))  # [tokens, groups, experts of a group]
+        best = grouped.topk(self.top_k // topk_group, dim=-1).values
+        is_missing = best == _INVISIBLE
         group_scores = best.masked_fill(is_missing, 0.0).sum(dim=-1)
-        group_scores = group_scores.masked_fill(is_missing.all(dim=-1), _NO_EXPERT)
-        chosen = group_scores.topk(self.topk_group, dim=-1, sorted=False).indices
+        group_scores = group_scores.masked_fill(is_missing.all(dim=-1), _INVISIBLE)
+        chosen = group_scores.topk(topk_group, dim=-1, sorted=False).indices
         is_outside = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen, False)
-        return of_group.masked_fill(is_outside.unsqueeze(-1), _NO_EXPERT).flatten(1)
+        return grouped.masked_fill(is_outside.unsqueeze(-1), _INVISIBLE).flatten(1)
 
 
-# transformers looks for this decorator in the source of a model before it lets users choose an implementation.
+# The base class has this decorator, too, but transformers searches for it in the source of each model before it lets
+# users choose an implementation.
 @use_experts_implementation
 class MaskMoEExperts(Qwen3MoeExperts):
-    """The gated MLPs of a layer, stacked: `gate_up_proj` [N, 2 * ffn, hidden] and `down_proj` [N, hidden, ffn]."""
+    """Computes a layer's experts, which are gated MLPs.
+
+    Their weights are stacked: `gate_up_proj` [N, 2 * ffn, hidden] and `down_proj` [N, hidden, ffn].
+    """
 
 
 class MaskMoESparseMoeBlock(nn.Module):
-    """Routed experts, and a shared one if the model has it."""
+    """Adds up the outputs of a token's selected experts, and of the shared expert if the model has one."""
 
-    def __init__(self, config: MaskMoEConfig, layer_idx: int):
+    def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
         super().__init__()
+        assert config.routing_mask is not None  # the configuration of a model with experts has one
         self.table = layer_idx if config.routing_mask["num_tables"] > 1 else 0
         self.gate = MaskMoETopKRouter(config)
         self.experts = MaskMoEExperts(config)
@@ -174,7 +193,15 @@ class MaskMoESparseMoeBlock(nn.Module):
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden_states: Tensor, visible_bits: Tensor) -> Tensor:
-        """Process tokens [batch, sequence, hidden] with visible sets uint8 [tables, tokens, bytes]."""
+        """Process tokens.
+
+        Args:
+            hidden_states: [batch, sequence, hidden].
+            visible_bits: uint8 [tables, tokens, bytes], the visible sets of the same tokens.
+
+        Returns:
+            [batch, sequence, hidden].
+        """
         tokens = hidden_states.flatten(0, 1)
         visible = unpack_bits(visible_bits[self.table], self.gate.num_experts)
         _, weights, indices = self.gate(tokens, visible)
@@ -188,28 +215,31 @@ class MaskMoESparseMoeBlock(nn.Module):
 
 
 class MaskMoEAllHeadsRMSNorm(Glm4MoeRMSNorm):
-    """RMSNorm over the features of all heads together, of queries or keys [..., heads, head_dim]."""
+    """Normalises queries or keys over the features of all heads together."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise queries or keys [..., heads, head_dim]."""
         return super().forward(hidden_states.flatten(-2)).view_as(hidden_states)
 
 
 class MaskMoEAttention(Glm4MoeAttention):
-    """Grouped-query attention with rotary positions, and with norms of queries and keys as configured."""
+    """Computes grouped-query attention with rotary positions, and with norms of queries and keys as configured."""
 
-    def __init__(self, config: MaskMoEConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+    def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
+        # transformers annotates its own configuration class, but reads only fields that MaskMoEConfig has, too.
+        super().__init__(config, layer_idx)  # pyrefly: ignore[bad-argument-type]
         if config.qk_norm == "all_heads":
+            assert config.num_key_value_heads is not None  # set by the configuration
             self.q_norm = MaskMoEAllHeadsRMSNorm(config.num_attention_heads * self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = MaskMoEAllHeadsRMSNorm(config.num_key_value_heads * self.head_dim, eps=config.rms_norm_eps)
 
 
 class MaskMoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then a dense MLP or experts, each on normed input and added to the residual stream."""
+    """Adds attention to the residual stream, then a dense MLP or experts; both get normed input."""
 
-    def __init__(self, config: MaskMoEConfig, layer_idx: int):
+    def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.is_sparse = config.is_sparse(layer_idx)
         self.input_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = MaskMoEAttention(config, layer_idx)
         self.post_attention_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -220,8 +250,9 @@ class MaskMoEDecoderLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states: [batch, sequence, hidden].
-            visible_bits: uint8 [tables, tokens, bytes], the visible sets of the same tokens; sparse layers need them.
-            kwargs: what attention takes: mask, positions, cache.
+            visible_bits: uint8 [tables, tokens, bytes], the visible sets of the same tokens; None only in a model
+                without experts.
+            kwargs: arguments of attention: mask, positions, cache.
         """
         attention_output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attention_output
@@ -230,9 +261,9 @@ class MaskMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class MaskMoEPreTrainedModel(PreTrainedModel):
-    """How MaskMoE models are made, saved and loaded."""
+    """Initialises, loads and resizes MaskMoE models."""
 
-    config: MaskMoEConfig
+    config: MaskMoEConfig  # pyrefly: ignore[bad-override-mutable-attribute]  # as all models of transformers do
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MaskMoEDecoderLayer"]  # noqa: RUF012
@@ -250,12 +281,15 @@ class MaskMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, which only warns of missing weights; without its mask a model is another one.
+        """Load a model as transformers does, but refuse a checkpoint without a routing mask.
+
+        transformers only warns of missing weights, and a model would compute something else without its mask.
 
         Raises:
             ValueError: the checkpoint has no routing mask.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if missing := sorted(name for name in info["missing_keys"] if "routing_mask." in name):
             raise ValueError(
                 f"the checkpoint has no routing mask: {', '.join(missing)} missing; export the model again"
@@ -263,10 +297,10 @@ class MaskMoEPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers, if the vocabulary stays as large as the routing mask's.
+        """Resize the embedding as transformers does, but refuse to change the vocabulary of a model with experts.
 
         Raises:
-            ValueError: it does not, and the model has experts.
+            ValueError: the model has experts, and its routing mask is for another number of ids.
         """
         if self.config.has_experts and new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError(
@@ -292,17 +326,17 @@ class MaskMoEPreTrainedModel(PreTrainedModel):
 
 
 class MaskMoEModel(MaskMoEPreTrainedModel, Glm4MoeModel):
-    """The decoder without its output layer."""
+    """Computes the decoder's hidden states, without the output layer."""
 
-    # Glm4MoeModel's own list is of layers that its checkpoints have in excess.
+    # Glm4MoeModel ignores layers that only its own checkpoints have.
     _keys_to_ignore_on_load_unexpected = None
 
-    def __init__(self, config: MaskMoEConfig):
-        super(Glm4MoeModel, self).__init__(config)  # not Glm4MoeModel's constructor, which makes its own layers
+    def __init__(self, config: MaskMoEConfig) -> None:
+        super(Glm4MoeModel, self).__init__(config)  # skips Glm4MoeModel's constructor, which makes its own layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MaskMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Glm4MoeRotaryEmbedding(config=config)
+        self.rotary_emb = Glm4MoeRotaryEmbedding(config=config)  # pyrefly: ignore[bad-argument-type]  # see attention
         self.routing_mask = MaskMoERoutingMask(config) if config.has_experts else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -318,14 +352,14 @@ class MaskMoEModel(MaskMoEPreTrainedModel, Glm4MoeModel):
         """Process tokens.
 
         Args:
-            input_ids: int64 [batch, sequence]; routers need them even where there are embeddings.
+            input_ids: int64 [batch, sequence]; routers need the ids even if `inputs_embeds` is given.
             attention_mask: [batch, sequence of cache and tokens], 0 for padding.
             position_ids: int64 [batch, sequence].
-            inputs_embeds: [batch, sequence, hidden], in place of the embeddings of `input_ids`.
-            kwargs: what every decoder of transformers takes, such as `cache`, `use_cache`, `output_hidden_states`.
+            inputs_embeds: [batch, sequence, hidden], replaces the embeddings of `input_ids`.
+            kwargs: arguments of every decoder of transformers, such as `cache`, `use_cache`, `output_hidden_states`.
 
         Raises:
-            ValueError: there are no `input_ids`.
+            ValueError: `input_ids` is not given, and the model has experts.
         """
         visible_bits = None
         if self.routing_mask is not None:
@@ -343,11 +377,11 @@ class MaskMoEModel(MaskMoEPreTrainedModel, Glm4MoeModel):
 
 
 class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
-    """The decoder and its output layer."""
+    """Predicts next tokens with the decoder and an output layer."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: MaskMoEConfig):
+    def __init__(self, config: MaskMoEConfig) -> None:
         super().__init__(config)
         self.model = MaskMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -368,15 +402,20 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
         """Predict next tokens.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: see `MaskMoEModel.forward`.
-            labels: int64 [batch, sequence], the tokens themselves, -100 where no loss is taken.
-            output_router_logits: return `router_logits` and `aux_loss`, and add the latter, times
-                `config.router_aux_loss_coef`, to `loss`; as configured if None.
-            logits_to_keep: how many last positions to compute logits for, or which; 0: all.
+            input_ids: see `MaskMoEModel.forward`.
+            attention_mask: see `MaskMoEModel.forward`.
+            position_ids: see `MaskMoEModel.forward`.
+            inputs_embeds: see `MaskMoEModel.forward`.
+            labels: int64 [batch, sequence], the tokens themselves (the loss shifts them), -100 for tokens without loss.
+            output_router_logits: return `router_logits` and `aux_loss`, and add `aux_loss` times
+                `config.router_aux_loss_coef` to `loss`. None selects `config.output_router_logits`.
+            logits_to_keep: number of last positions to compute logits for, or int64 positions; 0 for all positions.
+            kwargs: see `MaskMoEModel.forward`.
 
         Returns:
-            `logits` [batch, sequence, vocab]; `loss` if there are labels; on request `router_logits`, for every sparse
-            layer float32 [tokens, experts] with -inf for invisible experts, and `aux_loss`, see `load_balancing_loss`.
+            `logits` [batch, sequence, vocab]; `loss`, a scalar, if `labels` is given; on request `router_logits`, for
+            each sparse layer float32 [tokens, experts] with -inf for invisible experts, and `aux_loss`, a scalar, see
+            `load_balancing_loss`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -400,48 +439,48 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        # Handed on under the names they have, since that of the cache differs between versions of transformers.
+        # Pass the other outputs on under their names: the cache's name differs between versions of transformers.
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)
 
     @staticmethod
     def _real_tokens(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-        """bool [tokens], those that are no padding; None if that is not known, or all are real."""
+        """Return which tokens are not padding, bool [tokens]; None if the mask is absent or does not say so."""
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             return None
         return attention_mask[:, -hidden_states.shape[1] :].flatten().bool()
 
 
 def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, config: MaskMoEConfig) -> Tensor:
-    """Load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4-6) over masked probabilities.
+    """Compute the load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4-6) over masked probabilities.
 
-    For every sparse layer `N * Σ_i f_i P_i`, with `f_i` the share of all assignments that expert i got and `P_i` its
-    mean probability; choices are those by score alone, without expert bias and groups. The layers' losses are added, as
-    they are in training with Megatron-Core, and have no coefficient yet.
+    The loss of a sparse layer is `N * Σ_i f_i P_i`, where `f_i` is the share of all assignments that expert i got and
+    `P_i` is the mean probability of expert i. Assignments are by score alone, without expert bias and groups, as in
+    Megatron-Core.
 
     Args:
-        router_logits: for every sparse layer float32 [tokens, experts], -inf for invisible experts.
-        real: bool [tokens], those that are no padding; None: all.
+        router_logits: for each sparse layer float32 [tokens, experts], -inf for invisible experts.
+        real: bool [tokens], the tokens that are not padding; None: all tokens.
         config: the model's configuration; `aux_loss_tokens` says which tokens count.
 
     Returns:
-        float32 scalar.
+        float32 scalar, the sum over layers without coefficient, as in training with Megatron-Core.
     """
     losses = [_load_balancing_loss_of_layer(logits, real, config) for logits in router_logits]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
 def _load_balancing_loss_of_layer(logits: Tensor, real: Tensor | None, config: MaskMoEConfig) -> Tensor:
-    visible = logits != _NO_EXPERT
+    visible = logits != _INVISIBLE
     counted = torch.ones_like(visible[:, 0]) if real is None else real.to(logits.device)
     if config.aux_loss_tokens == "routable":
         counted = counted & (visible.sum(dim=-1) > 1)
     if config.scoring_func == "softmax":
         scores = logits.softmax(dim=-1)
     else:
-        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else F.softplus(logits).sqrt()
+        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else functional.softplus(logits).sqrt()
         scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
-    chosen = scores.masked_fill(~visible, _NO_EXPERT).topk(config.num_experts_per_tok, dim=-1).indices
+    chosen = scores.masked_fill(~visible, _INVISIBLE).topk(config.num_experts_per_tok, dim=-1).indices
     assigned = torch.zeros_like(visible).scatter(1, chosen, True) & visible & counted.unsqueeze(-1)
     assignments = assigned.sum(dim=0).float()  # [experts]
     shares = assignments / assignments.sum().clamp(min=1.0)

@@ -13,7 +13,7 @@ from maskmoe.conversion.blocks import (
     Copy,
     RearrangedSource,
     TensorSpec,
-    UncoveredTensor,
+    CoverageError,
     check_cover,
     row_major_blocks,
 )
@@ -126,7 +126,7 @@ def test_a_cover_is_exact_or_refused(case):
     if (counts == 1).all():
         check_cover({"t": shape}, blocks)
     else:
-        with pytest.raises(UncoveredTensor, match=r"t \["):
+        with pytest.raises(CoverageError, match=r"t \["):
             check_cover({"t": shape}, blocks)
 
 
@@ -139,12 +139,12 @@ def test_a_cover_with_one_block_missing_twice_or_moved_is_refused(case, data):
     moved = Block("t", tuple(offset + 1 for offset in blocks[index].offsets), blocks[index].sizes)
     rest = blocks[:index] + blocks[index + 1 :]
     for wrong in (rest, [*blocks, blocks[index]], [*rest, moved]):
-        with pytest.raises(UncoveredTensor):
+        with pytest.raises(CoverageError):
             check_cover({"t": shape}, wrong)
 
 
 def test_blocks_of_unknown_tensors_and_of_other_sizes_are_refused():
-    with pytest.raises(UncoveredTensor, match="there is no tensor u"):
+    with pytest.raises(CoverageError, match="there is no tensor u"):
         check_cover({"t": (1,)}, [Block("t", (0,), (1,)), Block("u", (0,), (1,))])
     with pytest.raises(ValueError, match="differ in size"):
         Copy(Block("t", (0,), (2,)), Block("u", (0,), (1,)))
@@ -153,7 +153,7 @@ def test_blocks_of_unknown_tensors_and_of_other_sizes_are_refused():
 def test_a_tensor_has_one_type():
     source = MemorySource({"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.bfloat16)})
     copies = [Copy(Block(name, (0,), (1,)), Block("t", (i,), (1,))) for i, name in enumerate("ab")]
-    with pytest.raises(UncoveredTensor, match=r"t would be filled from .*bfloat16.*float32"):
+    with pytest.raises(CoverageError, match=r"t would be filled from .*bfloat16.*float32"):
         RearrangedSource(source, {"t": (2,)}, copies)
 
 

@@ -18,7 +18,8 @@ from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.conversion.blocks import Block
-from maskmoe.conversion.convert import Settings, huggingface_to_megatron, megatron_to_huggingface
+from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
+from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.sources import MemorySource
 from maskmoe.conversion.torch_dist import COMMON_STATE, TorchDistSource
 from maskmoe.conversion.torch_dist_writer import MARKER, plan_torch_dist

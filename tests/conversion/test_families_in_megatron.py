@@ -16,8 +16,8 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from support.foreign_models import CONFIGS, VOCAB_SIZE, logits_of, random_ids, save_model
 from transformers import AutoModelForCausalLM
 
-from maskmoe.conversion.convert import Settings, huggingface_to_megatron, upcycle_model
-from maskmoe.conversion.upcycle import UpcycleSettings
+from maskmoe.conversion.convert import huggingface_to_megatron, upcycle_model
+from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 from maskmoe.training.arguments import add_maskmoe_arguments

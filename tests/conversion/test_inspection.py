@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
-from maskmoe.conversion.convert import Settings, megatron_to_huggingface
+from maskmoe.conversion.convert import megatron_to_huggingface
 from maskmoe.conversion.inspection import inspect_checkpoint
+from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.writing import JOURNAL
 from maskmoe.errors import UserError
 
@@ -61,7 +62,7 @@ def test_models_of_others(name, tmp_path):
     assert sum(found.parameters.values()) == original.num_parameters()
     assert "other" not in found.parameters
     assert ("experts" in found.parameters) == (name != "llama")
-    assert found.integrity == "whole as far as can be told: it was saved without digests"
+    assert found.integrity == "complete; not verified, since it was saved without digests"
     assert found.routing_mask is None
 
 
@@ -73,7 +74,7 @@ def test_damage_is_the_verdict(checkpoints, model, tmp_path):
     path.write_bytes(content)
     found = inspect_checkpoint(tmp_path / "model")
     assert found.integrity == "model.safetensors does not have the content that was saved"
-    assert inspect_checkpoint(tmp_path / "model", verify=False).integrity == "whole; not compared with its digests"
+    assert inspect_checkpoint(tmp_path / "model", verify=False).integrity == "complete; not compared with its digests"
     (tmp_path / "model" / JOURNAL).write_text("{}")
     with pytest.raises(UserError, match="unfinished output of a conversion"):
         inspect_checkpoint(tmp_path / "model")

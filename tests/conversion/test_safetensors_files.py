@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from maskmoe.conversion.blocks import Block
-from maskmoe.conversion.safetensors_files import SafetensorsSource, parse_size, plan_safetensors
+from maskmoe.conversion.safetensors_files import SafetensorsSource, plan_safetensors
+from maskmoe.conversion.settings import parse_size
 from maskmoe.conversion.sources import MemorySource
 from maskmoe.conversion.writing import OutputFolder, write_files
 from maskmoe.errors import UserError
@@ -23,9 +24,9 @@ TENSORS = {
 }
 
 
-def write(folder, tensors, most_bytes):
+def write(folder, tensors, max_file_bytes):
     source = MemorySource(tensors)
-    plan = plan_safetensors(source.tensors, most_bytes)
+    plan = plan_safetensors(source.tensors, max_file_bytes)
     with OutputFolder(folder, {}) as output:
         write_files(source, plan.files, output)
         output.complete()
@@ -34,16 +35,16 @@ def write(folder, tensors, most_bytes):
     return plan
 
 
-@pytest.mark.parametrize("most_bytes, num_files", [(10**9, 1), (1500, 3), (1, 6)])
-def test_written_files_are_read_by_the_library(tmp_path, most_bytes, num_files):
+@pytest.mark.parametrize("max_file_bytes, num_files", [(10**9, 1), (1500, 3), (1, 6)])
+def test_written_files_are_read_by_the_library(tmp_path, max_file_bytes, num_files):
     folder = tmp_path / "model"
-    plan = write(folder, TENSORS, most_bytes)
+    plan = write(folder, TENSORS, max_file_bytes)
     assert [file.name for file in plan.files] == sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(plan.files) == num_files
     loaded = {}
     for file in plan.files:
         tensors = load_file(folder / file.name)
-        assert sum(tensor.nbytes for tensor in tensors.values()) <= most_bytes or len(tensors) == 1
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= max_file_bytes or len(tensors) == 1
         if plan.index:
             assert all(plan.index["weight_map"][name] == file.name for name in tensors)
         loaded |= tensors

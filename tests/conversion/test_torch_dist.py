@@ -30,9 +30,9 @@ def load_with_torch(checkpoint, tensors):
     return loaded
 
 
-def write_checkpoint(folder, tensors, objects, most_bytes=1 << 30):
+def write_checkpoint(folder, tensors, objects, max_file_bytes=1 << 30):
     source = MemorySource(tensors)
-    plan = plan_torch_dist(source.tensors, objects, most_bytes, folder="checkpoint")
+    plan = plan_torch_dist(source.tensors, objects, max_file_bytes, folder="checkpoint")
     with OutputFolder(folder, {}) as output:
         write_files(source, plan.files, output)
         output.complete()
@@ -87,15 +87,15 @@ def test_chunk_that_does_not_lie_in_order(tmp_path):
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.int32, torch.uint8)
 
 
-@pytest.mark.parametrize("most_bytes", [1, 10**5, 10**9])
-def test_written_tensors_are_read_by_torch(tmp_path, most_bytes, monkeypatch):
+@pytest.mark.parametrize("max_file_bytes", [1, 10**5, 10**9])
+def test_written_tensors_are_read_by_torch(tmp_path, max_file_bytes, monkeypatch):
     monkeypatch.setattr("maskmoe.conversion.torch_dist_writer.BLOCK_BYTES", 5000)
     generator = torch.Generator().manual_seed(0)
     tensors = {str(dtype): torch.randint(0, 255, (3, 50, 70), generator=generator).to(dtype) for dtype in TYPES} | {
         "scalar": torch.tensor(2.5),
         "row": torch.ones(7),
     }
-    checkpoint = write_checkpoint(tmp_path, tensors, {COMMON_STATE: [{"iteration": 0}]}, most_bytes)
+    checkpoint = write_checkpoint(tmp_path, tensors, {COMMON_STATE: [{"iteration": 0}]}, max_file_bytes)
     source = TorchDistSource(checkpoint)
     loaded = load_with_torch(checkpoint, source.tensors)
     for name, tensor in tensors.items():
@@ -103,7 +103,7 @@ def test_written_tensors_are_read_by_torch(tmp_path, most_bytes, monkeypatch):
         assert same_bits(source.read(Block.whole(name, tensor.shape)), tensor)
     assert load_common_state_dict(checkpoint) == source.common_state() == {"iteration": 0}
     sizes = [path.stat().st_size for path in checkpoint.glob("*.distcp")]
-    assert len(sizes) == 1 if most_bytes == 10**9 else max(sizes) <= max(most_bytes, 7000)
+    assert len(sizes) == 1 if max_file_bytes == 10**9 else max(sizes) <= max(max_file_bytes, 7000)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,4 +1,4 @@
-"""Upcycled models: they compute what the dense model did where they say so, whatever the blocks they are read in."""
+"""Upcycled models compute what the dense model computes if they say so, and are the same in blocks of any size."""
 
 import argparse
 from dataclasses import replace
@@ -10,17 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.foreign_models import DENSE, VOCAB_SIZE, in_transformers, logits_of, random_ids, save_model
 
+from maskmoe.commands.convert_checkpoint import add_upcycle_arguments, upcycle_settings
 from maskmoe.conversion.blocks import Block, TensorSource, row_major_blocks
 from maskmoe.conversion.families import OpenedModel, open_huggingface
 from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.sources import CastSource
-from maskmoe.conversion.upcycle import (
-    UpcycleSettings,
-    add_upcycle_arguments,
-    changes_of_function,
-    settings_from,
-    upcycle,
-)
+from maskmoe.conversion.upcycle import changes_of_function, upcycle
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
@@ -220,14 +216,21 @@ def test_refuses_a_model_with_experts(tmp_path):
         upcycle(open_huggingface(tmp_path), UpcycleSettings(4), mask_of(4))
 
 
-def test_flags():
+def settings_from_flags(*flags: str) -> UpcycleSettings:
     parser = argparse.ArgumentParser()
     add_upcycle_arguments(parser)
-    flags = "--routing-mask m --num-experts 8 --topk 4 --granularity 2 --moe-layer-freq ([0]*1+[1]*2) --shared-expert"
-    arguments = parser.parse_args([*flags.split(), "--noise", "0.1", "--reinit-share", "0.5", "--seed", "3"])
-    assert settings_from(arguments) == UpcycleSettings(8, 4, 2, [0, 1, 1], True, 0.1, 0.5, 3)
-    arguments = parser.parse_args(["--routing-mask", "m", "--num-experts", "8"])
-    assert settings_from(arguments) == UpcycleSettings(8)
-    for wrong in ("x", "0", "[1,", "[__import__('os')]"):
-        with pytest.raises(SystemExit):
-            parser.parse_args(["--routing-mask", "m", "--num-experts", "8", "--moe-layer-freq", wrong])
+    return upcycle_settings(parser.parse_args(["--routing-mask", "m", "--num-experts", "8", *flags]))
+
+
+def test_flags():
+    flags = "--topk 4 --granularity 2 --moe-layer-freq ([0]*1+[1]*2) --shared-expert --noise 0.1 --reinit-share 0.5"
+    settings = settings_from_flags(*flags.split(), "--seed", "3")
+    assert settings == UpcycleSettings(8, 4, 2, [0, 1, 1], True, 0.1, 0.5, 3)
+    assert settings_from_flags("--moe-layer-freq", "2").moe_layer_freq == 2
+    assert settings_from_flags() == UpcycleSettings(8)
+
+
+@pytest.mark.parametrize("pattern", ["x", "0", "[1,", "[0]+[2]*2", "[__import__('os')]"])
+def test_refuses_layer_patterns(pattern):
+    with pytest.raises(UserError, match="--moe-layer-freq"):
+        settings_from_flags("--moe-layer-freq", pattern)

@@ -49,10 +49,10 @@ def _one_file_at_a_time(monkeypatch):
     monkeypatch.setattr(writing, "_num_writers", lambda: 1)
 
 
-def write(folder, source, job=JOB, most_bytes=8000):
+def write(folder, source, job=JOB, max_file_bytes=8000):
     """Two tensors a file."""
     with OutputFolder(folder, job) as output:
-        write_files(source, plan_safetensors(source.tensors, most_bytes).files, output)
+        write_files(source, plan_safetensors(source.tensors, max_file_bytes).files, output)
         output.complete()
         return output.finished
 

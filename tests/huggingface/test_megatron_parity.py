@@ -16,7 +16,8 @@ from support.small_moe import DEVICE, make_mask, random_visible_sets
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from maskmoe.conversion.convert import Settings, megatron_to_huggingface
+from maskmoe.conversion.convert import megatron_to_huggingface
+from maskmoe.conversion.settings import Settings
 from maskmoe.routing_mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder

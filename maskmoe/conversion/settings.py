@@ -1,0 +1,122 @@
+"""The settings of conversions, as flags describe them.
+
+Importing this module loads neither torch nor Megatron, so that a command line can print its help at once.
+"""
+
+import re
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+from maskmoe.errors import UserError
+
+DTYPE_NAMES = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that all conversions share.
+
+    Attributes:
+        load: the folder of the input: a transformers model, a `torch_dist` checkpoint, or the checkpoints of a run, of
+            which the newest sound one is converted.
+        save: the folder of the result.
+        dtype: one of `DTYPE_NAMES`, for all floating point tensors; None keeps the stored types.
+        max_shard_size: upper bound of a file's size in bytes, unless one tensor alone is larger.
+        allow_nan: convert weights that are NaN or infinite, too.
+        verify: compare the input's files with the digests that were saved with them.
+        tokenizer_type: Megatron's `--tokenizer-type`; None selects the tokenizer that the model was trained with.
+        tokenizer_model: Megatron's `--tokenizer-model`; None selects the tokenizer that the model was trained with.
+    """
+
+    load: Path
+    save: Path
+    dtype: str | None = None
+    max_shard_size: int = 5 * 10**9
+    allow_nan: bool = False
+    verify: bool = True
+    tokenizer_type: str | None = None
+    tokenizer_model: str | None = None
+
+
+@dataclass(frozen=True)
+class UpcycleSettings:
+    """How the experts of an upcycled model are made from a dense MLP.
+
+    Attributes:
+        num_experts: N, the number of experts in each MoE layer.
+        topk: k, the number of experts of a token.
+        granularity: g, the number of experts that the MLP is divided into. Expert e starts as part `e % g` of the MLP.
+            N and k are multiples of g. Routers start with equal rows for the g parts of one copy, so that they are
+            chosen together.
+        moe_layer_freq: Megatron's `--moe-layer-freq`: every how many layers have experts, or a 0 or 1 for each layer.
+        shared_expert: give each MoE layer a shared expert, which starts as a copy of the whole MLP.
+        noise: standard deviation of the relative noise on the experts' weights.
+        reinitialised: share, 0 to 1, of each expert's intermediate features that are drawn anew from a normal
+            distribution with the mean and the standard deviation of the MLP's weights. Each expert draws which ones.
+        seed: seed of routers, noise and new features.
+
+    Raises:
+        UserError: the settings contradict each other.
+    """
+
+    num_experts: int
+    topk: int = 2
+    granularity: int = 1
+    moe_layer_freq: int | list[int] = 1
+    shared_expert: bool = False
+    noise: float = 0.0
+    reinitialised: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 2 or not 1 <= self.topk <= self.num_experts:
+            raise UserError(f"cannot choose {self.topk} of {self.num_experts} experts")
+        if self.granularity < 1 or self.num_experts % self.granularity or self.topk % self.granularity:
+            raise UserError(
+                f"--num-experts {self.num_experts} and --topk {self.topk} must be multiples of --granularity "
+                f"{self.granularity}: that many experts make up one copy of the MLP and are chosen together"
+            )
+        if not 0 <= self.noise < inf:
+            raise UserError(f"--noise {self.noise} is not a standard deviation; give 0 or more")
+        if not 0 <= self.reinitialised <= 1:
+            raise UserError(f"--reinit-share {self.reinitialised} is not a share; give 0 to 1")
+        if self.seed < 0:
+            raise UserError(f"--seed must not be negative, it is {self.seed}")
+
+    def is_sparse(self, num_layers: int) -> list[bool]:
+        """Return for each layer whether it gets experts.
+
+        Raises:
+            UserError: `moe_layer_freq` is for another number of layers, or gives experts to none.
+        """
+        is_sparse = expand_layer_frequency(self.moe_layer_freq, num_layers)
+        if len(is_sparse) != num_layers:
+            raise UserError(f"--moe-layer-freq is for {len(is_sparse)} layers, the model has {num_layers}")
+        if not any(is_sparse):
+            raise UserError("--moe-layer-freq gives experts to no layer")
+        return is_sparse
+
+
+def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:
+    """Return for each layer whether Megatron's `--moe-layer-freq` gives it experts.
+
+    Args:
+        frequency: every how many layers have experts, counting from layer 0, or a 0 or 1 for each layer.
+        num_layers: number of layers of the model.
+    """
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(num_layers)]
+    return [bool(sparse) for sparse in frequency]
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that a size such as 5GB, 300MiB or 1000 names, as in transformers' `max_shard_size`.
+
+    Raises:
+        ValueError: the text is not a size, or the size is 0.
+    """
+    match = re.fullmatch(r"(\d+)(?:([KMGT])(I?)B)?", text.strip().upper())
+    if not match or not int(match[1]):
+        raise ValueError(f"{text!r} is not a size such as 5GB")
+    return int(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2]) if match[2] else 0)
