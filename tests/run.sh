@@ -9,8 +9,8 @@ Sets up .venv and runs the checks, then the tests. The checks are ruff, pyrefly,
 mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a machine with a GPU.
 
   --all             also run the slow tests
-  --slurm           run only the tests that need a Slurm cluster of two nodes, or two hosts. The tests set up both on this
-                    machine and remove them. Needs root; installs the Debian packages slurm-wlm, munge and iproute2.
+  --slurm           run only the tests that need a Slurm cluster of two nodes, or two hosts. The tests set up both on
+                    this machine and remove them. Needs root; installs the Debian packages slurm-wlm, munge and iproute2.
   --docker          run only the tests that build and use the image for CPUs. Needs root; installs the Debian packages
                     podman, buildah, runc and mmdebstrap. Images are kept in build/containers.
                     BASE_IMAGE=NAME (environment): build on this image (default: a small Debian, made from packages)
@@ -75,12 +75,14 @@ if $checks && (($# == 0)); then
     .venv/bin/hadolint docker/Dockerfile*
     if [[ -e mkdocs.yml ]]; then
         echo "tests: mkdocs"
-        site=$(mktemp --directory)
-        trap 'rm -rf -- "$site"' EXIT
-        .venv/bin/mkdocs build --quiet --strict --site-dir "$site"
+        (
+            site=$(mktemp --directory)
+            trap 'rm -rf -- "$site"' EXIT
+            .venv/bin/mkdocs build --quiet --strict --site-dir "$site"
+        )
     fi
 fi
 
 # Many tests start several processes, so each process computes with one thread.
 export OMP_NUM_THREADS=1
-.venv/bin/python -m pytest -m "$selected" "$@"
+exec .venv/bin/python -m pytest -m "$selected" "$@"
