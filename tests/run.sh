@@ -5,16 +5,16 @@ usage() {
     cat <<'END'
 usage: tests/run.sh [--all | --slurm | --docker] [pytest arguments]
 
-Sets up .venv and runs the checks: ruff, shellcheck, hadolint, then pytest. The tests that need a GPU run where there is
-one.
+Sets up .venv and runs the checks, then the tests. The checks are ruff, pyrefly, shellcheck, hadolint and, if there is a
+mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a machine with a GPU.
 
-  --all             the slow tests too
-  --slurm           only those on a Slurm cluster of two nodes, and on two hosts, which they set up on this machine and
-                    take down again; needs root, and installs the Debian packages slurm-wlm, munge and iproute2
-  --docker          only those that build the image for CPUs and put it to use; needs root, and installs the Debian
-                    packages podman, buildah, runc and mmdebstrap; images stay in build/containers
-                    BASE_IMAGE=NAME (environment): build on this image instead of a small Debian of its own
-  pytest arguments  run pytest only, with these; paths are relative to the repository. For example:
+  --all             also run the slow tests
+  --slurm           run only the tests that need a Slurm cluster of two nodes, or two hosts. The tests set up both on
+                    this machine and remove them. Needs root; installs the Debian packages slurm-wlm, munge and iproute2.
+  --docker          run only the tests that build and use the image for CPUs. Needs root; installs the Debian packages
+                    podman, buildah, runc and mmdebstrap. Images are kept in build/containers.
+                    BASE_IMAGE=NAME (environment): build on this image (default: a small Debian, made from packages)
+  pytest arguments  run only pytest, with these arguments; paths are relative to the repository. For example:
                     tests/run.sh tests/routing_mask -k digest
 END
 }
@@ -26,7 +26,7 @@ fail() {
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-# Which tests, and which Debian packages they need.
+# Select the tests and the Debian packages that they need.
 selected="not slow and not slurm and not docker" checks=true packages=()
 case ${1:-} in
     --all)
@@ -57,7 +57,7 @@ has_gpu() {
 launch/setup.sh --extras dev,eval,hf
 has_gpu || selected+=" and not gpu"
 if ((${#packages[@]})); then
-    ((EUID == 0)) || fail "these tests need root: they make networks, hosts and containers of their own"
+    ((EUID == 0)) || fail "these tests need root, because they make networks, hosts and containers"
     tests/packages.sh "${packages[@]}"
 fi
 
@@ -65,14 +65,24 @@ if $checks && (($# == 0)); then
     echo "tests: ruff"
     .venv/bin/ruff check
     .venv/bin/ruff format --check
+    echo "tests: pyrefly"
+    .venv/bin/pyrefly check
     echo "tests: shellcheck"
     find . \( -name .venv -o -name .git -o -name runs -o -name build \) -prune -o \
         -type f \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print0 |
         xargs -0 .venv/bin/shellcheck --external-sources
     echo "tests: hadolint"
     .venv/bin/hadolint docker/Dockerfile*
+    if [[ -e mkdocs.yml ]]; then
+        echo "tests: mkdocs"
+        (
+            site=$(mktemp --directory)
+            trap 'rm -rf -- "$site"' EXIT
+            .venv/bin/mkdocs build --quiet --strict --site-dir "$site"
+        )
+    fi
 fi
 
-# One thread a process: many tests start several.
+# Many tests start several processes, so each process computes with one thread.
 export OMP_NUM_THREADS=1
 exec .venv/bin/python -m pytest -m "$selected" "$@"

@@ -38,8 +38,8 @@ class ModelFile:
 
         A key is a flag without its dashes. The value is text, written as on a command line; a list gives several
         words. The value `true` gives the flag without a value. The values `false` and `null`, and an empty value, omit
-        the flag. `${NAME}` in a value is replaced by a variable. The key `layouts` is no flag: its value maps numbers
-        of ranks to flags.
+        the flag. `${NAME}` in a value is replaced by a variable. The value of the key `layouts` maps numbers of
+        ranks to further flags.
 
         Args:
             path: the file.

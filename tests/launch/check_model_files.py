@@ -1,6 +1,6 @@
-"""What `--check` says of model files: `python check_model_files.py CASES.json ANSWERS.json`, one process for all.
+"""Runs `--check` on several model files in one process: `python check_model_files.py CASES.json ANSWERS.json`.
 
-`CASES.json` holds `{name: {"ranks": N, "flags": [...]}}`, the answers have the same names.
+`CASES.json` contains `{name: {"ranks": N, "flags": [...]}}`. `ANSWERS.json` maps each name to its findings.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from maskmoe.training.pretraining import add_pretraining_arguments
 
 
 class Collector(logging.Handler):
-    """Keeps what is logged as a warning or worse."""
+    """Collects the messages that are logged as warnings or errors."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages = []
 
@@ -37,19 +37,19 @@ class Collector(logging.Handler):
 
 
 def answer(ranks: int) -> dict[str, Any]:
-    """What the check finds of the command line of this process, and what Megatron prints and warns of meanwhile."""
+    """Check the command line of this process, and collect the findings and all warnings, Megatron's included."""
     collector = Collector()
     logging.getLogger().addHandler(collector)
     with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Megatron's code, for any settings
+        warnings.simplefilter("ignore", DeprecationWarning)  # Megatron's code causes them for any settings
         findings = find_problems(ranks, add_pretraining_arguments)
     logging.getLogger().removeHandler(collector)
-    said = [*collector.messages, *(str(warning.message) for warning in caught)]
-    said += [line for line in printed.getvalue().splitlines() if "warn" in line.lower()]
+    messages = [*collector.messages, *(str(warning.message) for warning in caught)]
+    messages += [line for line in printed.getvalue().splitlines() if "warn" in line.lower()]
     args, config, mask = findings.args, findings.config, findings.mask
     if findings.errors or config is None:
-        return {"errors": findings.errors, "notes": findings.notes, "warnings": said}
+        return {"errors": findings.errors, "notes": findings.notes, "warnings": messages}
     layout = Layout.from_args(args)
     model = count_parameters(config, layout)
     topk = args.moe_router_topk if args.num_experts else 0
@@ -59,7 +59,7 @@ def answer(ranks: int) -> dict[str, Any]:
     return {
         "errors": [],
         "notes": findings.notes,
-        "warnings": said,
+        "warnings": messages,
         "parameters": model.whole.num_parameters,
         "active": model.whole.active_parameters(args.num_experts or 1, topk),
         "memory": [stage.total for stage in memory],
@@ -68,7 +68,7 @@ def answer(ranks: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ["RANK"] = "0"  # of a run, not of a login node; Megatron warns without
+    os.environ["RANK"] = "0"  # Megatron warns without a rank
     cases, answers = Path(sys.argv[1]), Path(sys.argv[2])
     found = {}
     for name, case in json.loads(cases.read_text()).items():

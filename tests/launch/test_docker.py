@@ -1,4 +1,4 @@
-"""docker/ and launch/docker.sh: what the command looks like, and, with podman, the image built and put to use."""
+"""docker/ and launch/docker.sh: the command line, and, with podman, the image: it is built and used."""
 
 import json
 import os
@@ -8,17 +8,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 from support.runs import make_laptop_data, read_losses
 
 import maskmoe
 
-ROOT = Path(__file__).parents[2]
 IMAGE = f"maskmoe-cpu:{maskmoe.__version__}"
 HOME = "/opt/maskmoe"
 
 
 def docker(*arguments: object, expect: int = 0, timeout: float = 600, **environment: str) -> str:
-    """What `launch/docker.sh` prints."""
+    """Run `launch/docker.sh`, and return its output if it succeeds, else its errors."""
     result = subprocess.run(
         [ROOT / "launch" / "docker.sh", *map(str, arguments)],
         env=os.environ | environment,
@@ -32,16 +32,16 @@ def docker(*arguments: object, expect: int = 0, timeout: float = 600, **environm
 
 
 def dry_run(*arguments: object, **environment: str) -> list[str]:
-    """The words of the last command that `launch/docker.sh --dry-run` prints."""
+    """Return the words of the last command that `launch/docker.sh --dry-run` prints."""
     return shlex.split(docker("--dry-run", *arguments, **environment).splitlines()[-1])
 
 
 @pytest.fixture
 def with_gpus(tmp_path) -> dict[str, str]:
-    """An environment in which nvidia-smi shows two GPUs."""
+    """Return environment variables with which nvidia-smi shows two GPUs."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    # A reader that has left after the first line would be noticed at the second.
+    # The pause reveals a reader that closes the pipe after the first line.
     program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\nsleep 0.1\necho 'GPU 1: NVIDIA H100'\n")
     program.chmod(0o755)
     return {"PATH": f"{program.parent}:{os.environ['PATH']}"}
@@ -65,10 +65,10 @@ def test_mounts(tmp_path):
     volumes = [word.removeprefix("--volume=") for word in words if word.startswith("--volume=")]
     code = [f"{ROOT}/{folder}:{HOME}/{folder}:ro" for folder in ("launch", "maskmoe", "tools")]
     assert volumes == [f"{tmp_path}/new:{HOME}/runs", *code, f"{data}:{data}:ro", f"{tmp_path}:{tmp_path}:rw"]
-    assert not (tmp_path / "new").exists()  # a dry run makes nothing
+    assert not (tmp_path / "new").exists()  # a dry run creates nothing
 
 
-def test_code_of_the_image():
+def test_code_of_the_image_is_not_mounted_over():
     assert not [word for word in dry_run("--engine", "docker", "--code", "image", "true") if f":{HOME}/maskmoe" in word]
 
 
@@ -80,26 +80,29 @@ def test_memory():
     words = dry_run("--engine", "docker", "true")
     assert {"--ipc=host", "--ulimit=memlock=-1:-1", "--ulimit=stack=67108864:67108864"} <= set(words)
     words = dry_run("--engine", "docker", "--shm-size", "16g", "true")
-    assert "--shm-size=16g" in words and "--ipc=host" not in words
+    assert "--shm-size=16g" in words
+    assert "--ipc=host" not in words
 
 
-def test_podman_is_not_asked_for_more_than_its_user_has():
+def test_podmans_limits_do_not_exceed_the_users_limits():
     command = f"ulimit -l 64 -s 8192; {ROOT}/launch/docker.sh --dry-run --engine podman true"
     output = subprocess.check_output(["bash", "-c", command], text=True)
     assert "--ulimit=memlock=65536:65536 --ulimit=stack=8388608:8388608" in output
 
 
-def test_gpus_are_used_where_there_are_any(with_gpus):
+def test_gpus_are_used_if_there_are_any(with_gpus):
     words = dry_run("--engine", "docker", "true", **with_gpus)
-    assert "--gpus=all" in words and words[-2] == IMAGE.replace("-cpu", "")
+    assert "--gpus=all" in words
+    assert words[-2] == IMAGE.replace("-cpu", "")
     assert '--gpus="device=0,1"' in dry_run("--engine", "docker", "--gpus", "0,1", "true", **with_gpus)
     words = dry_run("--engine", "podman", "--gpus", "0,1", "true", **with_gpus)
     assert {"--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"} <= set(words)
     words = dry_run("--engine", "docker", "--cpu", "true", **with_gpus)
-    assert "--gpus=all" not in words and words[-2] == IMAGE
+    assert "--gpus=all" not in words
+    assert words[-2] == IMAGE
 
 
-def test_launchers_variables_are_handed_on():
+def test_variables_of_the_launchers_are_passed():
     words = dry_run("--engine", "docker", "--env", "A=b c", "true", NNODES="2", NCCL_DEBUG="INFO", RUN_DIR="/x", B="1")
     assert {"--env=NNODES", "--env=NCCL_DEBUG", "--env=A=b c"} <= set(words)
     assert not {"--env=RUN_DIR", "--env=B"} & set(words)
@@ -109,41 +112,47 @@ def test_build():
     command = docker("--dry-run", "--engine", "docker", "--cpu", "--build", "--base-image", "some:base").splitlines()
     assert len(command) == 1
     assert f"--file {ROOT}/docker/Dockerfile.cpu --tag {IMAGE} " in command[0]
-    assert f"--build-arg VERSION={maskmoe.__version__} " in command[0] and "BASE_IMAGE=some:base" in command[0]
+    assert f"--build-arg VERSION={maskmoe.__version__} " in command[0]
+    assert "BASE_IMAGE=some:base" in command[0]
 
 
 @pytest.mark.parametrize(
-    "arguments, error",
+    ("arguments", "error"),
     [
-        ((), "which command?"),
+        ((), "COMMAND is missing"),
         (("--nonsense", "true"), "unknown option --nonsense"),
         (("--run-dir",), "--run-dir needs a value"),
-        (("--mount", "/nowhere", "true"), "--mount /nowhere: there is no such file or folder"),
-        (("--engine", "lxc", "true"), "--engine is docker or podman, not lxc"),
-        (("--code", "theirs", "true"), "--code is checkout or image, not theirs"),
-        (("--dry-run", "--engine", "docker", "--gpus", "all", "--build"), "name it by --base-image"),
+        (("--mount", "/nowhere", "true"), "--mount /nowhere: no such file or folder"),
+        (("--engine", "lxc", "true"), "--engine must be docker or podman, not lxc"),
+        (("--code", "theirs", "true"), "--code must be checkout or image, not theirs"),
+        (("--dry-run", "--engine", "docker", "--gpus", "all", "--build"), "pass --base-image"),
     ],
 )
 def test_bad_options(arguments, error):
     message = docker("--engine", "docker", *arguments, expect=2)
-    assert message.startswith("docker: error: ") and error in message and message.count("\n") == 1
+    assert message.startswith("docker: error: ")
+    assert error in message
+    assert message.count("\n") == 1
 
 
 # ---- The image -------------------------------------------------------------------------------------------------------
 
 
 class Podman:
-    """podman with images and settings of its own, in `build/containers`, where the layers of the last time serve again.
+    """Runs podman with its own images and settings in `build/containers`, which keeps layers for the next tests.
 
-    Containers get pip's settings of this machine, and its certificates: both may be needed to reach a package registry.
+    Containers get this machine's settings of pip and its certificates, since a package registry may need both.
+
+    Args:
+        folder: the folder for images and settings.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         storage = f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n'
         (folder / "storage.conf").write_text(storage)
-        # Limits are given outright: raising a hard limit, as podman does by default, may be refused.
+        # Set all limits explicitly: by default podman raises hard limits, which may be refused.
         limits = subprocess.check_output(["bash", "-c", "ulimit -Hn; ulimit -Hu"], text=True).split()
         ulimits = [f"nofile=1024:{limits[0]}", f"nproc={limits[1]}:{limits[1]}"]
         settings = {"default_ulimits": ulimits, "netns": "host", "volumes": self._volumes(), "env": self._variables()}
@@ -175,11 +184,11 @@ class Podman:
         return result.stdout
 
     def docker(self, *arguments: object, **options) -> str:
-        """What `launch/docker.sh` prints, using this podman and the image for CPUs."""
+        """Run `launch/docker.sh` with this podman and the image for CPUs; see the function `docker`."""
         return docker("--engine", "podman", "--cpu", *arguments, **options, **self.environment)
 
     def make_base_image(self) -> str:
-        """A stand-in for the base image that needs no registry: this machine's Debian, small, with Python."""
+        """Make a base image without a registry, and return its name: this machine's Debian with little but Python."""
         name = "localhost/maskmoe-test-base"
         if not self("images", "--quiet", name).strip():
             release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if line)
@@ -206,40 +215,42 @@ def podman() -> Podman:
 
 @pytest.fixture(scope="session")
 def image(podman) -> str:
-    """The image for CPUs, built as users build it. With $BASE_IMAGE set, on that."""
+    """Build the image for CPUs as users build it, on $BASE_IMAGE if it is set, and return the image's name."""
     base = os.environ.get("BASE_IMAGE") or podman.make_base_image()
     podman.docker("--build", "--base-image", base, timeout=1800)
     return IMAGE
 
 
 def laptop_arguments(folder: Path, run_dir: str) -> list[str]:
-    """Those of `launch/pretrain.sh` for a short run of the laptop model on random data, which are made in `folder`."""
+    """Write random data to `folder`, and return the arguments of `launch/pretrain.sh` for a short laptop run."""
     short = "--train-iters 10 --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
     flags = f"{make_laptop_data(folder, num_documents=100)} {short} --expert-model-parallel-size 2"
     return f"--gpus-per-node 2 --run-dir {run_dir} launch/models/laptop.yaml {flags}".split()
 
 
 @pytest.mark.docker
-def test_image_says_what_it_is(podman, image):
+def test_labels_and_settings_of_the_image(podman, image):
     config = json.loads(podman("image", "inspect", image))[0]["Config"]
     labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items() if "opencontainers" in name}
     assert labels["version"] == maskmoe.__version__
-    assert labels["title"] == "maskmoe-cpu" and labels["revision"] not in ("", "unknown")
+    assert labels["title"] == "maskmoe-cpu"
+    assert labels["revision"] not in ("", "unknown")
     assert config["User"] == "10001:10001"
     assert config["Entrypoint"] == ["tini", "--"]
 
 
 @pytest.mark.docker
 def test_nothing_is_built_twice(podman, image):
-    """Not even the layer of the dependencies, if only sources differ."""
+    """A second build reuses all layers, the layer of the dependencies included."""
     base = os.environ.get("BASE_IMAGE") or podman.make_base_image()
     output = podman.docker("--build", "--base-image", base)
-    assert "pip install" not in output and output.count("Using cache") >= 8, output
+    assert "pip install" not in output, output
+    assert output.count("Using cache") >= 8, output
 
 
 @pytest.mark.docker
 def test_default_user_is_nobody_special(podman, image):
-    """It can run what the image has, and write to no file of it."""
+    """The default user can run the image's programs, but cannot write to the image's files."""
     program = "id -u; touch runs/x; touch maskmoe/x 2>/dev/null || echo refused; launch/check_node.sh --run-dir runs"
     output = podman("run", "--rm", "--network=host", image, "bash", "-c", f"{program} && echo fit")
     assert output.split() == ["10001", "refused", "fit"]
@@ -247,7 +258,7 @@ def test_default_user_is_nobody_special(podman, image):
 
 @pytest.mark.docker
 def test_environment_is_complete(podman, image):
-    """Also for a user whom the image does not know, no network and, for training, without a place to write to."""
+    """The environment works for an unknown user, without a network and, for training, with a read-only root."""
     options = ("--rm", "--network=none", "--user=4321:4321")
     assert ".venv is up to date" in podman("run", *options, image, "launch/setup.sh", "--extras", "hf")
     program = (
@@ -282,7 +293,7 @@ def test_same_losses_as_by_hand(podman, image, tmp_path, code):
 
 @pytest.mark.docker
 def test_quickstart(podman, image, tmp_path):
-    """All its stages, small, with the image's own code, and as a user whom the image does not know."""
+    """All stages of a small quickstart run with the image's own code, and as an unknown user."""
     sources = sorted((ROOT / "maskmoe").rglob("*.py"))
     documents = [json.dumps({"text": path.read_text()}) for path in sources]
     (tmp_path / "corpus.jsonl").write_text("\n".join(documents) + "\n")
@@ -299,7 +310,7 @@ def test_quickstart(podman, image, tmp_path):
     }
 
 
-# A base image with a torch of its own, that of the image for CPUs, and something that is called Transformer Engine.
+# A base image with its own torch, copied from the image for CPUs, and an empty package named Transformer Engine.
 GPU_BASE = """
 FROM {image} AS donor
 FROM {base}
@@ -316,7 +327,7 @@ RUN --mount=type=bind,from=donor,source=/opt/maskmoe/.venv/lib,target=/donor \\
 
 @pytest.mark.docker
 def test_image_for_gpus_keeps_the_torch_of_its_base(podman, image, tmp_path):
-    """All steps of docker/Dockerfile, on a stand-in for NVIDIA's image."""
+    """All steps of docker/Dockerfile work on a stand-in for NVIDIA's image."""
     (tmp_path / "Dockerfile").write_text(GPU_BASE.format(image=image, base=podman.make_base_image()))
     podman("build", "--tag", "localhost/maskmoe-test-gpu-base", tmp_path)
     name = "localhost/maskmoe-test-gpu"
@@ -327,12 +338,14 @@ def test_image_for_gpus_keeps_the_torch_of_its_base(podman, image, tmp_path):
         "import maskmoe, megatron.training, torch; print(torch.__file__, maskmoe.__file__, sep='\\n')"
     )
     output = podman("run", "--rm", "--network=none", name, "python", "-c", program).split()
-    assert output[-2].startswith("/usr/") and output[-1] == "/opt/maskmoe/maskmoe/__init__.py"
+    assert output[-2].startswith("/usr/")
+    assert output[-1] == "/opt/maskmoe/maskmoe/__init__.py"
     assert ".venv is up to date" in podman("run", "--rm", "--network=none", name, "launch/setup.sh", "--extras", "hf")
-    # There is no GPU: its health check says so.
+    # The health check reports that there is no GPU.
     command = ["podman", "run", "--rm", name, "launch/check_node.sh", "--gpus", "--run-dir", "runs"]
     result = subprocess.run(command, env=os.environ | podman.environment, capture_output=True, text=True)
-    assert result.returncode == 1 and "nvidia-smi fails" in result.stderr
+    assert result.returncode == 1
+    assert "nvidia-smi fails" in result.stderr
 
 
 @pytest.mark.docker

@@ -1,4 +1,4 @@
-"""The model files: what they are read as, and what `--check` says of those in `launch/models/`."""
+"""Model files: how they are read, and what `--check` finds in the files of `launch/models/`."""
 
 import json
 import os
@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.paths import ROOT
 
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import ModelFile, flag_words, override, split_flags
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
 
-ROOT = Path(__file__).parents[2]
 MODELS = sorted((ROOT / "launch" / "models").glob("*.yaml"))
 SCRIPT = Path(__file__).with_name("check_model_files.py")
 HEADER = re.compile(r"^# parameters: ([0-9,]+) in all, ([0-9,]+) active \(vocabulary of ([0-9,]+)\)$", re.MULTILINE)
-SIZES = {"12l-768d": (162e6, 842e6, 247e6), "24l-1024d": (468e6, 2.88e9, 770e6)}  # dense; with experts: all, active
+# Published numbers of parameters: of the dense model, then all and active ones of the models with experts.
+SIZES = {"12l-768d": (162e6, 842e6, 247e6), "24l-1024d": (468e6, 2.88e9, 770e6)}
 RANKS = [8 << power for power in range(8)]
 GPU_BYTES = 80 << 30
-# For the CUDA context, buffers of NCCL and cuBLAS, and fragmentation, which the check does not count.
+# The check does not count the CUDA context, buffers of NCCL and cuBLAS, and fragmentation; this is their share.
 SPARE_BYTES = 8 << 30
 
 
@@ -32,13 +33,13 @@ def read(path: Path) -> ModelFile:
 
 
 def header(path: Path) -> tuple[int, int, int]:
-    """Parameters, active parameters and vocabulary that a file names."""
+    """Return the parameters, the active parameters and the vocabulary size that a file's header names."""
     return tuple(int(number.replace(",", "")) for number in HEADER.search(path.read_text()).groups())
 
 
 @pytest.fixture(scope="module")
 def check(tmp_path_factory):
-    """Answers of `check_model_files.py` to cases: names, each with a file and a number of ranks."""
+    """Run `check_model_files.py` on named cases, each a file and a number of ranks, and return its answers."""
     folder = tmp_path_factory.mktemp("models")
 
     def flags_of(path: Path, ranks: int) -> list[str]:
@@ -82,7 +83,7 @@ def layouts_to_check(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_model_loads_without_a_warning_and_is_as_its_header_says(path, answers):
+def test_model_loads_without_a_warning_and_matches_its_header(path, answers):
     answer = answers[path.stem]
     assert (answer["errors"], answer["notes"], answer["warnings"]) == ([], [], [])
     assert (answer["parameters"], round(answer["active"])) == header(path)[:2]
@@ -90,7 +91,7 @@ def test_model_loads_without_a_warning_and_is_as_its_header_says(path, answers):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_comparison_set_has_the_published_sizes(size, answers):
-    """All to the digits that were published."""
+    """All sizes match the published digits."""
     dense, total, active = SIZES[size]
     assert answers[f"{size}-dense"]["parameters"] == pytest.approx(dense, rel=0.003)
     for kind in ("smoe", "hash", "maskmoe"):
@@ -129,7 +130,7 @@ def read_text(folder: Path, text: str, **variables: str) -> ModelFile:
     return ModelFile.read(folder / "model.yaml", variables)
 
 
-def test_values_are_the_words_of_a_command_line(tmp_path):
+def test_values_become_words_of_a_command_line(tmp_path):
     model = read_text(
         tmp_path,
         """
@@ -153,7 +154,7 @@ def test_values_are_the_words_of_a_command_line(tmp_path):
     )
 
 
-def test_flags_of_the_user_win(tmp_path):
+def test_flags_of_the_user_override_the_model_file(tmp_path):
     model = read_text(tmp_path, "lr: 1e-4\nbf16: true\nsplit: 90,10,0\nrecompute-modules: [moe, mlp]")
     flags = override(model.flags, split_flags(("--lr", "1", "--lr=2", "--bf16", "false", "--recompute-modules", "moe")))
     assert flag_words(flags) == ("--lr", "2", "--split", "90,10,0", "--recompute-modules", "moe")
@@ -164,31 +165,32 @@ def test_layout_of_the_number_of_ranks(tmp_path):
     assert model.flags_for(8) == {"a": ("8",), "b": ("1",)}
     assert model.flags_for(24) == {"a": ("8",), "b": ("1",)}
     assert model.flags_for(12) == {"a": ("2",), "b": ("1",)}
-    with pytest.raises(UserError, match="layouts for 2, 8 ranks and multiples of them, not for 3"):
+    with pytest.raises(UserError, match="layouts for 2, 8 ranks and their multiples, not for 3"):
         model.flags_for(3)
 
 
 @pytest.mark.parametrize(
-    "text, reason",
+    ("text", "reason"),
     [
-        ("a: [1", "is no YAML"),
-        ("- a\n- b", "must hold flags and their values"),
-        ("", "must hold flags and their values"),
-        ("a: 1\na: 2", "a is there twice"),
+        ("a: [1", "is not valid YAML"),
+        ("- a\n- b", "must contain flags and their values"),
+        ("", "must contain flags and their values"),
+        ("a: 1\na: 2", "the key a is repeated"),
         ("--a: 1", "write `a`, without dashes"),
         ("a: {b: 1}", "a must have a value or a list"),
         ("a: [[1]]", "a must have a value or a list"),
         ("a: ${NOWHERE}", "a needs the environment variable NOWHERE"),
         ("a: $", "a: write "),
-        ("layouts: 8", "`layouts` must hold flags by number of ranks"),
-        ("layouts: {eight: {}}", "'eight' is none"),
-        ("layouts: {8: 1}", "a layout must hold flags"),
+        ("layouts: 8", "`layouts` must map numbers of ranks to flags"),
+        ("layouts: {eight: {}}", "'eight' is not a number of ranks"),
+        ("layouts: {8: 1}", "a layout must contain flags"),
     ],
 )
 def test_bad_model_file_is_refused(tmp_path, text, reason):
     with pytest.raises(UserError) as refusal:
         read_text(tmp_path, text)
-    assert str(tmp_path / "model.yaml") in str(refusal.value) and reason in str(refusal.value)
+    assert str(tmp_path / "model.yaml") in str(refusal.value)
+    assert reason in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -201,7 +203,9 @@ def test_missing_model_file_is_refused(tmp_path):
 def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(content)
+    error = ""
     try:
         ModelFile.read(path, {})
     except UserError as refusal:
-        assert "\n" not in str(refusal)
+        error = str(refusal)
+    assert "\n" not in error

@@ -265,14 +265,15 @@ def test_python_variable_decides(machine):
     assert machine.chosen(PYTHON=str(wanted)) == wanted
 
 
-@pytest.mark.parametrize("version, reason", [((3, 11, 7), "it is Python 3.11"), (None, "does not run")])
+@pytest.mark.parametrize(("version", "reason"), [((3, 11, 7), "it is Python 3.11"), (None, "does not run")])
 def test_unsuitable_python_variable_is_an_error(machine, version, reason):
     python_pretending(machine.first / "python3", (3, 13, 0))
     path = machine.folder / "elsewhere/python"
     wanted = python_pretending(path, version) if version else broken_shim(path)
     code, _, errors = machine.choose(PYTHON=str(wanted))
     assert code == 2
-    assert errors.startswith(f"setup: error: PYTHON={wanted} cannot be used: ") and reason in errors
+    assert errors.startswith(f"setup: error: PYTHON={wanted} cannot be used: ")
+    assert reason in errors
     assert errors.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""Hosts of their own, though on this machine, a Slurm cluster on them, and the laptop model to train there."""
+"""Makes separate hosts on this machine, a Slurm cluster on the hosts, and laptop runs to train on the cluster."""
 
 import os
 import re
@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from support.paths import ROOT
 from support.runs import make_laptop_data, read_losses
 
-from maskmoe.checkpoint.series import read_tracker
-
-ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 NODES = ("n1", "n2")
 ITERATIONS = 100
@@ -25,6 +24,7 @@ SAVE_INTERVAL = 20
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float = 120) -> None:
+    """Wait until a condition is true; fail the test after the timeout, in seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
@@ -35,42 +35,44 @@ def wait_until(condition: Callable[[], object], what: str, timeout: float = 120)
 
 
 class Host:
-    """A host: a network, host name, process table and /etc/hosts of its own. Its files are this machine's.
+    """A host with its own network, host name, process table and /etc/hosts. It shares this machine's files.
 
     Attributes:
-        name: its host name.
-        address: its address in the network of all hosts.
+        name: the host name.
+        address: the address in the network of all hosts.
     """
 
-    # Process 1 reaps what others leave behind; with it, all processes of the host end.
+    # Process 1 reaps orphans. When process 1 ends, all processes of the host end.
     _BOOT = 'hostname "$1"; mount --bind "$2" /etc/hosts; ip link set lo up; sleep infinity & wait'
 
-    def __init__(self, name: str, address: str, namespace: str, hosts_file: Path):
+    def __init__(self, name: str, address: str, namespace: str, hosts_file: Path) -> None:
         self.name = name
         self.address = address
         self._boot = ["ip", "netns", "exec", namespace, "unshare", "--mount", "--uts", "--pid", "--fork"]
         self._boot += ["--kill-child", "--mount-proc", "bash", "-c", self._BOOT, "boot", name, str(hosts_file)]
-        self._unshare = None
+        self._unshare: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Boot the host."""
         self._unshare = subprocess.Popen(self._boot, stdin=subprocess.DEVNULL)
         parent = psutil.Process(self._unshare.pid)
         wait_until(lambda: [child for child in parent.children() if child.children()], f"{self.name} is up", 10)
         self._first = parent.children()[0].pid
 
     def stop(self) -> None:
-        """All its processes end at once, as when power fails."""
+        """Kill all processes of the host at once, as a power failure does."""
         if self._unshare is not None:
             self._unshare.kill()
             self._unshare.wait()
             self._unshare = None
 
-    def popen(self, command: Sequence[object], **options) -> subprocess.Popen:
+    def popen(self, command: Sequence[object], **options: Any) -> subprocess.Popen[Any]:
+        """Start a command on the host."""
         entering = ["nsenter", "--target", str(self._first), "--mount", "--uts", "--pid", "--net", f"--wd={ROOT}"]
         return subprocess.Popen([*entering, *map(str, command)], stdin=subprocess.DEVNULL, **options)
 
-    def run(self, command: Sequence[object], expect: int | None = 0, timeout: float = 60, **options) -> str:
-        """What a command prints."""
+    def run(self, command: Sequence[object], expect: int | None = 0, timeout: float = 60, **options: Any) -> str:
+        """Run a command on the host, and return its output; `expect` is the exit code, None for any."""
         process = self.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
         output, _ = process.communicate(timeout=timeout)
         assert expect is None or process.returncode == expect, output
@@ -78,9 +80,9 @@ class Host:
 
 
 class Network:
-    """Hosts that see each other over a switch, and nothing else."""
+    """Hosts that are connected to one switch, and to nothing else."""
 
-    def __init__(self, names: Sequence[str], folder: Path):
+    def __init__(self, names: Sequence[str], folder: Path) -> None:
         self._prefix = f"maskmoe-{os.getpid()}"
         addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, 1)}
         hosts_file = folder / "hosts"
@@ -105,13 +107,15 @@ class Network:
         subprocess.run(["ip", *arguments.split()], check=True)
 
     def cut(self, name: str) -> None:
-        """Pull the plug of a host at the switch: it is not told."""
+        """Take down a host's link at the switch. The host itself does not notice."""
         self._ip(f"-n {self._prefix}-switch link set {name} down")
 
     def mend(self, name: str) -> None:
+        """Bring up a host's link again."""
         self._ip(f"-n {self._prefix}-switch link set {name} up")
 
     def remove(self) -> None:
+        """Stop all hosts and remove the network."""
         for host in self.hosts.values():
             host.stop()
         for name in (*self.hosts, "switch"):
@@ -120,8 +124,8 @@ class Network:
 
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
 
-# A partition whose jobs are preempted by those of the other, after a minute's grace. What waits for minutes on a real
-# cluster, waits for seconds.
+# Jobs of the partition `high` preempt jobs of the partition `low`, after a minute's grace. Waits that take minutes
+# on real clusters take seconds here.
 SLURM_CONF = """
 ClusterName=maskmoe
 SlurmctldHost=control({control})
@@ -160,18 +164,19 @@ class Cluster:
     """A Slurm cluster of two nodes, with a controller on a third host.
 
     Attributes:
-        nodes: their hosts, by name.
+        nodes: the hosts of the nodes, by name.
     """
 
-    def __init__(self, network: Network, folder: Path):
+    def __init__(self, network: Network, folder: Path) -> None:
         self.folder = folder
         self._control = network.hosts["control"]
         self.nodes = {name: network.hosts[name] for name in NODES}
         self._environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._munge = Path(tempfile.mkdtemp(prefix="maskmoe-munge-"))
-        self._daemons = []
+        self._daemons: list[subprocess.Popen[Any]] = []
 
     def start(self) -> None:
+        """Start all daemons, and wait until all nodes are idle."""
         (self.folder / "state").mkdir()
         nodes = "\n".join(f"NodeName={host.name} NodeAddr={host.address}" for host in self.nodes.values())
         conf = SLURM_CONF.format(control=self._control.address, folder=self.folder, munge=self._munge, nodes=nodes)
@@ -184,7 +189,7 @@ class Cluster:
         self.wait_for_nodes()
 
     def _start_munge(self) -> None:
-        # It does not run as root.
+        # munged refuses to run as root.
         (self._munge / "key").write_bytes(os.urandom(128))
         (self._munge / "key").chmod(0o600)
         self._munge.chmod(0o755)
@@ -203,24 +208,28 @@ class Cluster:
             self._daemons.append(host.popen(command, env=self._environment, stdout=out, stderr=out))
 
     def start_node(self, name: str) -> None:
+        """Start the daemon of a node."""
         self._daemon(self.nodes[name], "slurmd", "-N", name, "-D")
 
     def wait_for_nodes(self) -> None:
+        """Wait until all nodes are idle."""
         states = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%t")
         wait_until(lambda: self.run(*states, expect=None).split() == ["idle"] * len(self.nodes), "all nodes are idle")
 
     def wait_for_queue(self, timeout: float = 300) -> None:
+        """Wait until the queue is empty."""
         wait_until(lambda: not self.run("squeue", "--noheader"), "the queue is empty", timeout)
 
     def run(self, *command: object, expect: int | None = 0, timeout: float = 60) -> str:
-        """What a command, such as one of Slurm's, prints on the controller."""
+        """Run a command, such as one of Slurm's, on the controller, and return its output."""
         return self._control.run(command, env=self._environment, expect=expect, timeout=timeout)
 
     def fail_node(self, name: str) -> None:
-        """The node's processes end at once, its daemon among them; Slurm has to find out."""
+        """Kill all processes of a node at once, including its daemon, without a message to Slurm."""
         self.nodes[name].stop()
 
     def mend_node(self, name: str) -> None:
+        """Boot a node again."""
         self.nodes[name].start()
         self.start_node(name)
 
@@ -230,6 +239,7 @@ class Cluster:
         return Job(self, output.strip())
 
     def stop(self) -> None:
+        """Kill all daemons."""
         for daemon in reversed(self._daemons):
             daemon.kill()
             daemon.wait()
@@ -238,34 +248,37 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """A job in the queue; its number is what sbatch calls it."""
+    """A job in the queue; sbatch has printed the number."""
 
     cluster: Cluster
     number: str
 
     def show(self, key: str) -> str:
+        """Return the value of a key in `scontrol show job`."""
         words = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
 
     @property
     def state(self) -> str:
+        """The job's state."""
         return self.show("JobState")
 
     def wait_for(self, *states: str, timeout: float = 240) -> str:
+        """Wait until the job is in one of the states, and return the state."""
         wait_until(lambda: self.state in states, f"job {self.number} is {' or '.join(states)}", timeout)
         return self.state
 
 
-# ---- What is trained -------------------------------------------------------------------------------------------------
+# ---- Laptop runs -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LaptopRun:
-    """The laptop model, made shorter, with its experts on two ranks; one run folder.
+    """A short run of the laptop model, with its experts on two ranks.
 
     Attributes:
         folder: the run folder.
-        arguments: what follows `launch/pretrain.sh`.
+        arguments: the arguments of `launch/pretrain.sh`.
     """
 
     folder: Path
@@ -273,25 +286,30 @@ class LaptopRun:
 
     @property
     def losses(self) -> dict[int, float]:
-        """By iteration, with the precision of fp32; of what was trained twice, the second."""
+        """The losses by iteration, with the precision of fp32; of a repeated iteration, the last loss."""
         return read_losses(self.folder)
 
     @property
     def saved(self) -> int:
         """The iteration of the newest checkpoint."""
+        # pytest may import this file before tests/conftest.py prepares the process, and the module imports Megatron.
+        from maskmoe.checkpoint.series import read_tracker
+
         return read_tracker(self.folder / "checkpoints")
 
     def find_rank(self, rank: int) -> psutil.Process:
-        """The process that trains, on whatever host; its children, which look alike, are younger."""
-        alike = [
+        """Return the process that trains a rank, on any host."""
+        # The rank's children have the same command line and variables, but are younger.
+        candidates = [
             process
             for process in psutil.process_iter(["cmdline", "environ"])
             if str(self.folder / "checkpoints") in (process.info["cmdline"] or ())
             and (process.info["environ"] or {}).get("RANK") == str(rank)
         ]
-        return min(alike, key=psutil.Process.create_time)
+        return min(candidates, key=psutil.Process.create_time)
 
     def wait_for_iteration(self, iteration: int, timeout: float = 180) -> None:
+        """Wait until a rank logs an iteration."""
         line = re.compile(rf" iteration +{iteration}/")
         logs = "logs/node*/*/attempt_*/*/stdout.log"
         wait_until(
@@ -303,7 +321,7 @@ class LaptopRun:
 
 @pytest.fixture(scope="session")
 def new_laptop_run(tmp_path_factory) -> Callable[..., LaptopRun]:
-    """Name a new run folder of the laptop model; flags are added to it."""
+    """Return a function that describes a new laptop run; its argument holds further flags."""
     folder = tmp_path_factory.mktemp("laptop")
     short = f"--train-iters {ITERATIONS} --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
     flags = f"{make_laptop_data(folder, num_documents=400)} {short} --save-interval {SAVE_INTERVAL}"
@@ -321,7 +339,7 @@ def new_laptop_run(tmp_path_factory) -> Callable[..., LaptopRun]:
 
 @pytest.fixture(scope="session")
 def undisturbed(new_laptop_run) -> LaptopRun:
-    """Both ranks on this machine, started by hand."""
+    """Return a finished run whose ranks both ran on this machine, started by hand."""
     run = new_laptop_run()
     command = [ROOT / "launch" / "pretrain.sh", "--gpus-per-node", "2", "--run-dir", run.folder, *run.arguments]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
@@ -334,7 +352,8 @@ def undisturbed(new_laptop_run) -> LaptopRun:
 
 @pytest.fixture(scope="session")
 def network(tmp_path_factory) -> Iterator[Network]:
-    # Then pytest takes all down, as after Ctrl-C.
+    """Return the network of the controller and the nodes."""
+    # On SIGTERM, pytest then tears down all fixtures, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     network = Network(("control", *NODES), tmp_path_factory.mktemp("network"))
     try:
@@ -345,6 +364,7 @@ def network(tmp_path_factory) -> Iterator[Network]:
 
 @pytest.fixture(scope="session")
 def cluster(network, tmp_path_factory) -> Iterator[Cluster]:
+    """Return a running cluster."""
     cluster = Cluster(network, tmp_path_factory.mktemp("slurm"))
     try:
         cluster.start()

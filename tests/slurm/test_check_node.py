@@ -1,19 +1,19 @@
-"""launch/check_node.sh: what it finds wrong with a node."""
+"""launch/check_node.sh: the problems that it finds on a node."""
 
 import os
 import socket
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "check_node.sh"
+SCRIPT = ROOT / "launch" / "check_node.sh"
 
 
 @pytest.fixture
 def check(tmp_path):
-    """Run the script on a machine where `nvidia-smi` and `dmesg` are the given shell programs."""
+    """Run the script with shell programs as `nvidia-smi` and `dmesg`; return its exit code and its errors."""
 
     def check(*arguments, nvidia_smi="exit 1", dmesg="exit 1"):
         for name, program in (("nvidia-smi", nvidia_smi), ("dmesg", dmesg)):
@@ -29,7 +29,7 @@ def check(tmp_path):
 
 
 def gpus(errors: str = "0", count: int = 2) -> str:
-    """An `nvidia-smi` that shows so many GPUs, the last with so many memory errors."""
+    """Return a shell program like `nvidia-smi`, which shows `count` GPUs, the last one with `errors` memory errors."""
     indices = "; ".join(f"echo {gpu}" for gpu in range(count))
     counts = "; ".join(f"echo '{gpu}, {errors if gpu == count - 1 else 0}'" for gpu in range(count))
     return f"case $1 in *=index) {indices} ;; *ecc*) {counts or ':'} ;; esac"
@@ -41,33 +41,37 @@ def test_sound_node(check, tmp_path):
         arguments = ("--run-dir", tmp_path / "new", "--time", int(time.time()), "--rendezvous", f"127.0.0.1:{port}")
         assert check(*arguments, "--gpus=2", nvidia_smi=gpus()) == (0, "")
     assert list((tmp_path / "new").iterdir()) == []
-    # Before the run nothing listens there yet.
+    # Before the run, no process listens at the port.
     assert check("--rendezvous", f"127.0.0.1:{port}") == (0, "")
 
 
 @pytest.mark.parametrize(
-    "arguments, problem",
+    ("arguments", "problem"),
     [
         (("--min-shm", 1 << 30), "/dev/shm has "),
         (("--run-dir", "/proc/x"), "cannot write to /proc/x"),
         (("--run-dir", "/tmp", "--min-disk", 1 << 40), "/tmp has "),
-        (("--time", 1_000_000_000), "its clock is "),
-        (("--rendezvous", "no-such-host.invalid:1"), "the rendezvous host no-such-host.invalid has no address here"),
+        (("--time", 1_000_000_000), "the clock differs by "),
+        (
+            ("--rendezvous", "no-such-host.invalid:1"),
+            "the name of the rendezvous host no-such-host.invalid cannot be resolved",
+        ),
     ],
 )
 def test_unfit_node(check, arguments, problem):
     code, errors = check(*arguments)
     assert code == 1
-    assert errors.startswith(f"node n7: {problem}") and errors.count("\n") == 1
+    assert errors.startswith(f"node n7: {problem}")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "machine, problem",
+    ("machine", "problem"),
     [
         ({"nvidia_smi": "echo 'Failed to initialize NVML'; exit 9"}, "nvidia-smi fails: Failed to initialize NVML"),
-        ({"nvidia_smi": gpus(count=1)}, "nvidia-smi shows 1 GPUs, not 2"),
-        ({"nvidia_smi": gpus(count=0)}, "nvidia-smi shows 0 GPUs, not 2"),
-        ({"nvidia_smi": gpus("3")}, "memory errors that could not be corrected (GPU 1: 3)"),
+        ({"nvidia_smi": gpus(count=1)}, "nvidia-smi shows 1 GPUs, expected 2"),
+        ({"nvidia_smi": gpus(count=0)}, "nvidia-smi shows 0 GPUs, expected 2"),
+        ({"nvidia_smi": gpus("3")}, "uncorrectable memory errors (GPU 1: 3)"),
         (
             {"nvidia_smi": gpus(), "dmesg": "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off'"},
             "the kernel reports NVRM: Xid (PCI:0000:3b:00): 79",
@@ -82,7 +86,7 @@ def test_gpus_without_error_correction(check):
     assert check("--gpus", nvidia_smi=gpus("[N/A]")) == (0, "")
 
 
-def test_xids_of_programs_are_no_fault_of_the_gpu(check):
+def test_xids_that_programs_cause_are_ignored(check):
     log = "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 13, Graphics Exception'"
     assert check("--gpus", nvidia_smi=gpus(), dmesg=log) == (0, "")
 
@@ -91,4 +95,5 @@ def test_xids_of_programs_are_no_fault_of_the_gpu(check):
 def test_bad_options(check, arguments):
     code, errors = check(*arguments)
     assert code == 2
-    assert errors.startswith("check_node: error: ") and errors.count("\n") == 1
+    assert errors.startswith("check_node: error: ")
+    assert errors.count("\n") == 1

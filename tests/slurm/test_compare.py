@@ -2,13 +2,12 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 pytestmark = pytest.mark.slurm
 
-ROOT = Path(__file__).parents[2]
 SUITE = """
 title: Two variants
 data: {vocab-size: 300, input: required}
@@ -44,7 +43,7 @@ variants:
 
 @pytest.fixture
 def compare(cluster, tmp_path):
-    """What launch/compare.sh prints on the controller."""
+    """Run launch/compare.sh on the controller, and return its output."""
     (tmp_path / "pair.yaml").write_text(SUITE)
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 6))) for _ in range(300)]
@@ -62,11 +61,12 @@ def compare(cluster, tmp_path):
 
 
 def test_from_the_first_command_to_the_report(cluster, compare, tmp_path):
-    """Runs are trained on both nodes, evaluated on one of them, and no one calls the command again."""
+    """One command is enough: both nodes train the runs, one node evaluates them, and the last job writes the report."""
     run = tmp_path / "run"
     cluster.wait_for_nodes()
     said = compare("--slurm", "--", "--nodes=2", "--exclusive")
-    assert "4 runs: tuning/smoe.lr-1e-3" in said and "submitted jobs" in said
+    assert "4 runs: tuning/smoe.lr-1e-3" in said
+    assert "submitted jobs" in said
     assert "in Slurm's queue, and go on by themselves" in compare("--slurm", "--", "--nodes=2", expect=2)
     cluster.wait_for_queue(1500)
     logs = {log.relative_to(run): log.read_text() for log in run.glob("**/slurm/*.log")}
@@ -77,7 +77,9 @@ def test_from_the_first_command_to_the_report(cluster, compare, tmp_path):
     assert all(result["validation"]["iterations"] == [2, 4, 6] for result in results["runs"])
     assert all(result["seconds"] > 0 for result in results["runs"])
     assert results["unfinished"] == []
-    # Where it was called, too, all is known to be finished.
+    # The controller sees that all runs are finished.
     listed = compare("--list").splitlines()
-    assert len(listed) == 2 + 4 + 2 and all(line.startswith("finished") for line in listed)
-    assert "report:" in compare() and "submitted" not in last
+    assert len(listed) == 2 + 4 + 2
+    assert all(line.startswith("finished") for line in listed)
+    assert "report:" in compare()
+    assert "submitted" not in last

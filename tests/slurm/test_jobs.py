@@ -1,4 +1,4 @@
-"""launch/slurm/ on a real cluster of two nodes."""
+"""launch/slurm/ on a real Slurm cluster of two nodes."""
 
 import re
 
@@ -43,7 +43,7 @@ def test_two_nodes_train_one_model(submit, new_laptop_run, undisturbed):
 
 
 def test_signal_before_the_time_limit(cluster, submit, new_laptop_run, undisturbed):
-    """The run saves, the job requeues itself, and goes on to the same losses."""
+    """The run saves, the job requeues itself, and the resumed run reaches the same losses."""
     run = new_laptop_run()
     job = submit(run)
     run.wait_for_iteration(12)
@@ -55,16 +55,16 @@ def test_signal_before_the_time_limit(cluster, submit, new_laptop_run, undisturb
     assert job.show("Restarts") == "1"
     assert run.losses == undisturbed.losses
     log = log_of(run, job)
-    assert "the run was asked to stop; the job is requeued" in log
+    assert "a signal stopped the run; the job is requeued" in log
     assert re.search(r"attempt 0.*attempt 1", log, re.DOTALL)
     resumed = (run.folder / "slurm" / job.number / "attempt1.n1.log").read_text()
     assert f"at iteration {saved}" in resumed
 
 
 def test_preemption(cluster, submit, new_laptop_run, undisturbed):
-    """Another partition's job takes the nodes; Slurm itself sends the signal.
+    """A job of another partition takes the nodes, and Slurm sends the signal.
 
-    It requeues the job again when that has ended, which then does nothing.
+    Slurm requeues the preempted job once more after it has ended. The requeued job then finds nothing to do.
     """
     run = new_laptop_run()
     job = submit(run)
@@ -79,7 +79,7 @@ def test_preemption(cluster, submit, new_laptop_run, undisturbed):
 
 @pytest.mark.parametrize("node", ["n1", "n2"])
 def test_dead_node(cluster, submit, new_laptop_run, undisturbed, node):
-    """Be it the one where the job's script runs or not. What its events held goes with it, and is trained again."""
+    """The node dies, with or without the job's script on it. Lost iterations are trained again to the same losses."""
     run = new_laptop_run()
     job = submit(run)
     run.wait_for_iteration(32)
@@ -94,8 +94,8 @@ def test_dead_node(cluster, submit, new_laptop_run, undisturbed, node):
     assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
 
 
-def test_run_that_stands_still(submit, new_laptop_run, undisturbed):
-    """One of its ranks is stopped, and torchrun may not start it again."""
+def test_hung_run(submit, new_laptop_run, undisturbed):
+    """One rank is suspended, and torchrun may not restart it."""
     run = new_laptop_run("--hang-timeout 15")
     job = submit(run, "--export=ALL,MAX_RESTARTS=0")
     run.wait_for_iteration(32)
@@ -104,7 +104,8 @@ def test_run_that_stands_still(submit, new_laptop_run, undisturbed):
     assert_completed(job, run)
     assert job.show("Restarts") == "1"
     log = log_of(run, job)
-    assert "rank 1 (host n2" in log and "the run stood still; the job is requeued" in log
+    assert "rank 1 (host n2" in log
+    assert "the run hung; the job is requeued" in log
     losses = run.losses
     assert set(losses) >= set(range(21, 101))
     assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
@@ -129,7 +130,7 @@ def test_bad_input_ends_the_job(submit, new_laptop_run):
 
 
 def test_unfit_node_is_left_out(cluster, submit, new_laptop_run):
-    """Its /dev/shm is full, and the job has a node to spare."""
+    """The node's /dev/shm is full. A job with a spare node trains without it; a job that needs both nodes fails."""
     cluster.nodes["n1"].run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"])
     try:
         run = new_laptop_run("--expert-model-parallel-size 1 --train-iters 2")
@@ -146,16 +147,16 @@ def test_unfit_node_is_left_out(cluster, submit, new_laptop_run):
 
 
 def test_chain(cluster, submit, new_laptop_run, undisturbed):
-    """The first job is asked to stop, the second ends the run, and nothing is left to do for the third."""
+    """A signal stops the first job, the second job completes the run, and the third job has nothing to do."""
     run = new_laptop_run()
     job = submit(run, "--chain", "3")
     run.wait_for_iteration(12)
-    # scancel's exit code for elements of an array is not to be relied on.
+    # scancel's exit code is unreliable for the jobs of an array.
     cluster.run("scancel", "--batch", "--signal=USR1", f"{job.number}_1", expect=None)
     cluster.wait_for_queue()
     assert run.losses == undisturbed.losses
     ends = sorted(log.read_text().splitlines()[-1] for log in (run.folder / "slurm").glob("*.log"))
     assert len(ends) == 3
-    assert ends[0] == "slurm: the run was asked to stop; the next of the chain goes on"
+    assert ends[0] == "slurm: a signal stopped the run; the next job of the chain resumes the run"
     assert ends[1] == "slurm: the training is complete"
-    assert ends[2].startswith("slurm: the training is complete: there is nothing to do")
+    assert re.fullmatch("slurm: the training is complete: .* exists, so there is nothing to do", ends[2])

@@ -1,4 +1,4 @@
-"""launch/pretrain.sh on two hosts that see each other over a network alone."""
+"""launch/pretrain.sh on two hosts that are connected only by a network."""
 
 import re
 import subprocess
@@ -10,13 +10,14 @@ from maskmoe.interruption import EXIT_REQUEUE
 
 pytestmark = pytest.mark.slurm
 
-HANG = 15  # seconds until a rank takes the others for lost
-ENDED = HANG + 120  # seconds until the last of the launchers has ended: one that hears nothing more is given a minute
+HANG_TIMEOUT = 15  # seconds until a rank reports that other ranks are lost
+# Seconds until both launchers have exited; a launcher waits a minute for a torchrun that does not answer.
+EXIT_TIMEOUT = HANG_TIMEOUT + 120
 
 
 @pytest.fixture
 def start(network):
-    """Start a run on both hosts; its processes end with the test."""
+    """Start a run on both hosts; the processes are killed at the end of the test."""
     processes = []
 
     def start(run, *options):
@@ -36,19 +37,19 @@ def start(network):
 
 
 def test_cut_link(network, start, new_laptop_run, undisturbed):
-    """Both sides say what happened and end in time; started again they go on to the same losses."""
-    run = new_laptop_run(f"--hang-timeout {HANG} --distributed-timeout-minutes 1")
+    """Both launchers report the failure and exit in time. The resumed run reaches the same losses."""
+    run = new_laptop_run(f"--hang-timeout {HANG_TIMEOUT} --distributed-timeout-minutes 1")
     processes = start(run, "--max-restarts", "0", "--shutdown-timeout", "10")
     run.wait_for_iteration(32)
     network.cut("n2")
     try:
         begin = time.monotonic()
-        outputs = [process.communicate(timeout=ENDED)[0] for process in processes]
+        outputs = [process.communicate(timeout=EXIT_TIMEOUT)[0] for process in processes]
         took = time.monotonic() - begin
     finally:
         network.mend("n2")
     assert all(process.returncode not in (0, 2, EXIT_REQUEUE) for process in processes), "\n".join(outputs)[-6000:]
-    assert took < ENDED
+    assert took < EXIT_TIMEOUT
     first, second = outputs
     assert re.search(r"rank 1 \(host n2.*\) shows no sign of life", first), first[-4000:]
     assert "the store of the ranks was silent" in second, second[-4000:]

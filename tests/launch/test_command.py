@@ -1,0 +1,114 @@
+"""The launcher's options, and the command line that it builds from them."""
+
+import shlex
+
+import pytest
+from support.paths import ROOT
+
+from maskmoe.errors import UserError
+from maskmoe.launch.command import run_flags, torchrun_command
+from maskmoe.launch.model_file import split_flags
+from maskmoe.launch.network import Route, route_to, wait_for
+from maskmoe.launch.options import Options, parse_options
+from maskmoe.launch.torchrun import Command, standalone_command
+
+
+def parse(arguments: str, environment: dict[str, str] | None = None) -> Options:
+    return parse_options("launch/pretrain.sh", shlex.split(arguments), environment or {})
+
+
+def build_command(arguments: str, environment: dict[str, str] | None = None, route: Route | None = None) -> Command:
+    """Return the command for 8 ranks on each node, and for a model file without flags."""
+    options = parse(arguments, environment)
+    return torchrun_command(options, run_flags(options, {}, split_flags(options.flags)), 8, route, {})
+
+
+def test_one_node_needs_no_rendezvous():
+    line = str(build_command("--run-dir /run model.yaml"))
+    assert "--nnodes 1 --nproc-per-node 8 --standalone --local-addr 127.0.0.1 --max-restarts 3" in line
+    assert line.startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 ")
+    assert "SOCKET_IFNAME" not in line
+
+
+def test_flags_and_environment_give_the_same_command_for_many_nodes():
+    by_flags = (
+        "--nodes 4 --node-rank 2 --rendezvous head:1234 --rendezvous-id job --max-restarts 1 --run-dir /run m.yaml"
+    )
+    by_environment = {
+        "NNODES": "4",
+        "NODE_RANK": "2",
+        "MASTER_ADDR": "head",
+        "MASTER_PORT": "1234",
+        "RDZV_ID": "job",
+        "MAX_RESTARTS": "1",
+        "RUN_DIR": "/run",
+    }
+    route = Route("10.0.0.3", "eth1")
+    line = str(build_command(by_flags, route=route))
+    assert line == str(build_command("m.yaml", by_environment, route))
+    assert line == str(build_command(by_flags, by_environment | {"NNODES": "9", "RDZV_ENDPOINT": "other:1"}, route))
+    assert "GLOO_SOCKET_IFNAME=eth1 NCCL_SOCKET_IFNAME=eth1 " in line
+    assert (
+        "--nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint head:1234 --rdzv-id job "
+        "--rdzv-conf is_host=false,join_timeout=600 --local-addr 10.0.0.3 --max-restarts 1 "
+    ) in line
+    assert "--log-dir /run/logs/node2 " in line
+    assert "is_host=true" in str(build_command(by_flags.replace("--node-rank 2", "--node-rank 0")))
+
+
+def test_users_variables_are_kept():
+    options = parse("m.yaml")
+    command = torchrun_command(
+        options, {}, 1, None, {"OMP_NUM_THREADS": "7", "CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"}
+    )
+    assert command.environment == {}
+
+
+def test_default_folders_lie_in_the_run_folder():
+    assert "--save /run/checkpoints --load /run/checkpoints --tensorboard-dir /run/tensorboard" in str(
+        build_command("--run-dir /run m.yaml")
+    )
+    moved = str(build_command("--run-dir /run m.yaml --save /elsewhere --tensorboard-dir false"))
+    assert moved.endswith(" --load /elsewhere --save /elsewhere")
+    assert parse("launch/models/laptop.yaml").run_dir == ROOT / "runs" / "laptop"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "reason"),
+    [
+        ("", {}, "MODEL.yaml"),
+        ("--nodes 0 m.yaml", {}, "--nodes: '0' is not a whole number from 1 .*"),
+        ("m.yaml", {"NNODES": "two"}, "--nodes.*'two' is not a whole number from 1"),
+        ("--nodes 2 m.yaml", {}, "2 nodes need a rendezvous"),
+        ("--nodes 2 --rendezvous a m.yaml", {}, "each of 2 nodes needs a rank"),
+        ("--nodes 2 --rendezvous a --node-rank 2 m.yaml", {}, "--node-rank 2: the last of 2 nodes has rank 1"),
+        ("--rendezvous a:b m.yaml", {}, "'a:b' is not HOST:PORT"),
+        ("--nonsense m.yaml", {}, r"--nonsense.*\(see launch/pretrain\.sh --help\)"),
+    ],
+)
+def test_bad_options_are_refused(arguments, environment, reason):
+    with pytest.raises(UserError, match=reason):
+        parse(arguments, environment)
+
+
+def test_word_that_is_not_a_flag_is_refused():
+    with pytest.raises(UserError, match=r"only Megatron's flags may follow the model file, not 'more\.yaml'"):
+        split_flags(("more.yaml",))
+
+
+def test_loopback_and_unknown_hosts_have_no_route():
+    assert route_to("localhost", 1) is None
+    assert route_to("no-such-host.invalid", 1) is None
+
+
+def test_error_names_the_unreachable_rendezvous():
+    with pytest.raises(UserError, match=r"node 0 cannot be reached at 127\.0\.0\.1:1 after 0.1 s"):
+        wait_for("127.0.0.1", 1, 0.1)
+
+
+def test_command_for_one_machine_ends_with_the_module_and_its_arguments():
+    words = standalone_command(2, "maskmoe.training.evaluate", ("--load", "run"), ("--shutdown-timeout", "9"))
+    assert words[1:3] == ("-m", "torch.distributed.run")
+    assert " ".join(words[3:]) == (
+        "--standalone --nproc-per-node 2 --shutdown-timeout 9 -m maskmoe.training.evaluate --load run"
+    )

@@ -1,0 +1,120 @@
+"""The supervisor, with other commands than torchrun."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+from support.launch import Launch
+
+from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
+
+SUPERVISE = """
+import sys
+from maskmoe.launch import supervisor
+from maskmoe.launch.torchrun import Command
+program, shutdown_timeout, supervisor._HANG_TIMEOUT = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+supervisor._INSPECTION_INTERVAL = supervisor._HANG_TIMEOUT / 4
+saves_checkpoints = sys.argv[4] == "True"
+sys.exit(supervisor.Supervisor(shutdown_timeout, saves_checkpoints).run(Command((sys.executable, "-c", program), {})))
+"""
+READY = "print('ready', flush=True)"
+LEAVE_EXIT_CODE = "from maskmoe.interruption import leave_exit_code; leave_exit_code({code})"
+
+
+@pytest.fixture
+def supervise(tmp_path) -> Iterator[Callable[..., Launch]]:
+    """Start a supervisor that runs a Python program instead of torchrun."""
+    started: list[Launch] = []
+
+    def supervise(
+        program: str, shutdown_timeout: float = 20, hang_timeout: float = 60, saves_checkpoints: bool = True
+    ) -> Launch:
+        arguments = [program, str(shutdown_timeout), str(hang_timeout), str(saves_checkpoints)]
+        started.append(Launch([sys.executable, "-c", SUPERVISE, *arguments], tmp_path, tmp_path / "run", {}))
+        return started[-1]
+
+    yield supervise
+    for launch in started:
+        launch.kill()
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_exit_code_of_the_command_is_returned(supervise, code):
+    assert supervise(f"import sys; sys.exit({code})").wait() == code
+
+
+@pytest.mark.parametrize("code", [2, EXIT_REQUEUE, EXIT_HANG])
+def test_exit_code_of_a_rank_stops_the_run_and_is_returned(supervise, code):
+    launch = supervise(f"{LEAVE_EXIT_CODE.format(code=code)}; import time; time.sleep(1000)")
+    assert launch.wait() == code
+
+
+@pytest.mark.parametrize("has_signal", [False, True])
+def test_hung_command_is_killed(supervise, has_signal):
+    """The program behaves like torchrun whose store does not answer: a rank has exited, and signals are ignored."""
+    launch = supervise(
+        "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        # The variable keeps the object alive, because Popen reaps its process when it is deleted.
+        f"rank = subprocess.Popen(['true']); {LEAVE_EXIT_CODE.format(code=EXIT_HANG)}\n"
+        "print('ready', flush=True); time.sleep(1000)",
+        shutdown_timeout=2,
+        hang_timeout=2,
+    )
+    launch.wait_for_output("ready")
+    if has_signal:
+        launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == EXIT_HANG
+    assert "torchrun does not notice that a rank has exited" in launch.output
+
+
+def test_signalled_run_that_completes_returns_success(supervise):
+    launch = supervise(
+        "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); print('ready', flush=True)\n"
+        "time.sleep(1000)"
+    )
+    launch.wait_for_output("ready")
+    launch.process.send_signal(signal.SIGUSR1)
+    assert launch.wait() == 0
+
+
+def test_signalled_run_without_a_checkpoint_requests_a_restart(supervise):
+    launch = supervise(f"{READY}; import time; time.sleep(1000)")
+    launch.wait_for_output("ready")
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == EXIT_REQUEUE
+    assert "stopped without saving a new checkpoint" in launch.output
+
+
+def test_signalled_command_that_saves_nothing_exits_as_shells_do(supervise):
+    launch = supervise(f"{READY}; import time; time.sleep(1000)", saves_checkpoints=False)
+    launch.wait_for_output("ready")
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == 128 + signal.SIGTERM
+    assert "checkpoint" not in launch.output
+
+
+def test_ranks_that_outlive_torchrun_may_save(supervise, tmp_path):
+    """The command is killed. A process that it started in another session needs a second to save."""
+    rank = (
+        "import pathlib, signal, time\n"
+        f"def save(*_): time.sleep(1); pathlib.Path('{tmp_path}/saved').touch(); exit(0)\n"
+        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(1000)"
+    )
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
+    launch = supervise(command)
+    launch.wait_for_output("ready")
+    (child,) = psutil.Process(launch.process.pid).children()
+    child.kill()
+    assert launch.wait() == 128 + signal.SIGKILL
+    assert (tmp_path / "saved").exists()
+
+
+def test_killed_supervisor_stops_the_command(supervise):
+    launch = supervise(f"{READY}; import time; time.sleep(1000)")
+    launch.wait_for_output("ready")
+    (child,) = psutil.Process(launch.process.pid).children()
+    launch.process.kill()
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running()

@@ -1,0 +1,105 @@
+"""Starts commands that launch a training run, and watches them."""
+
+import contextlib
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+TIMEOUT = 240  # seconds
+
+
+class Launch:
+    """A command that launches a run, started when the object is made.
+
+    At the end of a `with` block, the command and all of its descendants are killed.
+
+    Args:
+        command: the program and its arguments.
+        folder: the folder to run in, which also receives the log.
+        run_dir: the folder of the run.
+        environment: variables in addition to a minimal environment without GPUs.
+    """
+
+    def __init__(
+        self, command: Sequence[str | Path], folder: Path, run_dir: Path, environment: Mapping[str, str]
+    ) -> None:
+        self.run_dir = run_dir
+        self._log = folder / f"{run_dir.name}-{len(list(folder.glob('*.log')))}.log"
+        variables = {"CUDA_VISIBLE_DEVICES": "", "PATH": os.environ["PATH"], "HOME": str(folder)}
+        with open(self._log, "w") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**variables, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the command and all of its descendants."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for descendant in self.descendants():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    descendant.kill()
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def output(self) -> str:
+        """All output of the command so far."""
+        return self._log.read_text()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.run_dir / "checkpoints"
+
+    def descendants(self) -> list[psutil.Process]:
+        """Return the command's children, their children, and so on."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def pid_of_rank(self, rank: int) -> int:
+        """Return the process id of a rank."""
+        for descendant in self.descendants():
+            if descendant.environ().get("RANK") == str(rank):
+                return descendant.pid
+        pytest.fail(f"no process has rank {rank}\n{self.output[-4000:]}")
+
+    def wait(self) -> int:
+        """Wait until the command exits, and return its exit code."""
+        return self.process.wait(TIMEOUT)
+
+    def wait_for_iteration(self, iteration: int) -> None:
+        """Wait until training logs an iteration; fail if the command exits before."""
+        line = re.compile(rf"iteration +{iteration}/")
+        self._wait_for(lambda: bool(line.search(self.output)), f"iteration {iteration}")
+
+    def wait_for_output(self, text: str) -> None:
+        """Wait until the output contains a text; fail if the command exits before."""
+        self._wait_for(lambda: text in self.output, repr(text))
+
+    def wait_for_descendant(self, word: str) -> None:
+        """Wait until a descendant has a word on its command line; fail if the command exits before."""
+        self._wait_for(lambda: any(word in process.cmdline() for process in self.descendants()), f"process with {word}")
+
+    def _wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            if self.process.poll() is not None and not condition():
+                pytest.fail(f"the command exited before {what}\n{self.output[-4000:]}")
+            if time.monotonic() > deadline:
+                pytest.fail(f"no {what} within {TIMEOUT} s\n{self.output[-4000:]}")
+            time.sleep(0.02)
