@@ -1,5 +1,6 @@
 """The Python examples of the walk-throughs run against the code, and do what the page says."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,8 @@ from maskmoe.transformer.selection import MaskedLogits, select_experts
 
 def example(name: str) -> str:
     """Return the Python block of the page that defines `name`."""
-    page = blocks(DOCS / "changing-the-code.md")
-    (text,) = (
-        block.text for block in page if block.language == "python" and f" {name}(" in block.text.replace(":", "(")
-    )
+    examples = [block.text for block in blocks(DOCS / "changing-the-code.md") if block.language == "python"]
+    (text,) = (text for text in examples if re.search(rf"^(?:def|class) {name}\b", text, re.MULTILINE))
     return text
 
 

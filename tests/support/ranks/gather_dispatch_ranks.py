@@ -1,4 +1,4 @@
-"""Compare two ways to dispatch on one rank: `python gather_dispatch_ranks.py FOLDER MODULE`, with RANK and WORLD_SIZE set.
+"""Compare two ways to dispatch: `python gather_dispatch_ranks.py FOLDER MODULE`, with RANK and WORLD_SIZE set.
 
 MODULE is a file that defines `GatherDispatcher`. The script fails if outputs or gradients of an MoE layer differ from
 those with the layer's own dispatcher.
