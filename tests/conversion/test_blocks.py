@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from maskmoe.conversion.blocks import (
     Block,
     Copy,
+    CoverageError,
     RearrangedSource,
     TensorSpec,
-    CoverageError,
     check_cover,
     row_major_blocks,
 )

@@ -4,8 +4,6 @@ A row that works names training runs whose losses equal the losses of one proces
 flags which `check_supported` refuses.
 """
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 # Names in `RUNS`: for each run on one process, the runs whose losses are compared with the losses of that run. The
@@ -232,18 +230,3 @@ TABLE: dict[str, Works | Refused] = {
     "fully sharded data parallel": Refused("--use-torch-fsdp2"),
     "other checkpoint formats": Refused("--ckpt-format torch"),
 }
-
-
-def render_table(reason: Callable[[str], str]) -> str:
-    """Return the table in Markdown.
-
-    Args:
-        reason: Returns the message with which a command line is refused.
-    """
-    lines = ["| with a routing mask | | |", "|---|---|---|"]
-    for name, row in TABLE.items():
-        if isinstance(row, Works):
-            lines.append(f"| {name} | works | {row.evidence} |")
-        else:
-            lines.append(f"| {name} | refused | {re.sub(r'(--[a-z0-9-]+)', r'`\1`', reason(row.flags))} |")
-    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""The Python examples of the walk-throughs run against the code, and do what the page says."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.documentation import DOCS, blocks
+from support.launchers import RANK_SCRIPTS, RunRanks
+
+from maskmoe.transformer.selection import MaskedLogits, select_experts
+
+
+def example(name: str) -> str:
+    """Return the Python block of the page that defines `name`."""
+    examples = [block.text for block in blocks(DOCS / "changing-the-code.md") if block.language == "python"]
+    (text,) = (text for text in examples if re.search(rf"^(?:def|class) {name}\b", text, re.MULTILINE))
+    return text
+
+
+def define(name: str) -> SimpleNamespace:
+    """Run the Python block that defines `name`, and return its names."""
+    namespace: dict[str, object] = {}
+    exec(example(name), namespace)
+    return SimpleNamespace(**{key: value for key, value in namespace.items() if not key.startswith("__")})
+
+
+def masked_logits(is_real: torch.Tensor | None = None) -> MaskedLogits:
+    """Return logits of a token that sees three experts, and of a token that sees one."""
+    visible = torch.tensor([[True, True, True, False], [False, False, True, False]])
+    logits = torch.tensor([[1.0, 2.0, 0.5, 9.0], [1.0, 2.0, 0.5, 9.0]], requires_grad=True)
+    values = logits.masked_fill(~visible, float("-inf"))
+    sets = SimpleNamespace(experts=visible, routable=visible.sum(dim=1) > 1)
+    return MaskedLogits(values, sets, is_real, num_sequences=1, score_function="softmax")
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    torch.manual_seed(0)
+    logits = masked_logits()
+    probabilities = logits.normalized_scores.detach()[:1].expand(20_000, -1)
+    scores = define("with_sampling_noise").with_sampling_noise(probabilities)
+    selected = select_experts(scores, logits.visible.experts[:1].expand(20_000, -1), topk=1)
+    shares = torch.bincount(selected.flatten(), minlength=4) / 20_000
+    torch.testing.assert_close(shares, probabilities[0], rtol=0, atol=0.02)
+    assert shares[3] == 0
+
+
+@pytest.mark.parametrize("is_real", [None, torch.tensor([True, False])], ids=["no padding", "padding"])
+def test_entropy_loss_and_its_gradient(is_real: torch.Tensor | None) -> None:
+    logits = masked_logits(is_real)
+    loss = define("choice_entropy").choice_entropy(logits)
+    expected = torch.distributions.Categorical(logits=torch.tensor([1.0, 2.0, 0.5])).entropy()
+    torch.testing.assert_close(loss, expected / 2 if is_real is None else expected)
+    (gradient,) = torch.autograd.grad(loss, logits.values)
+    assert gradient[0, :3].abs().min() > 0
+    assert gradient[0, 3] == 0
+    assert gradient[1].abs().max() == 0
+
+
+def test_gather_dispatcher_equals_one_copy_dispatch(run_ranks: RunRanks, tmp_path: Path) -> None:
+    module = tmp_path / "gather.py"
+    module.write_text(example("GatherDispatcher"), encoding="utf-8")
+    run_ranks(RANK_SCRIPTS / "gather_dispatch_ranks.py", tmp_path, module)

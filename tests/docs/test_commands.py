@@ -1,0 +1,173 @@
+"""The commands on the documentation's pages have valid syntax, existing files and flags that their programs know."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+from support.documentation import (
+    DOCS,
+    FLAG,
+    ROOT,
+    Block,
+    bash_blocks,
+    commands,
+    documented_flags,
+    flags_of,
+    pages,
+    prose,
+)
+
+BLOCKS = [block for page in pages() for block in bash_blocks(page)]
+# Subcommands that take Megatron's flags, too.
+TAKE_MEGATRON_FLAGS = ("pretrain", "evaluate", "generate", "launch", "check")
+# Scripts that run a subcommand.
+SCRIPTS_OF_SUBCOMMANDS = {
+    "launch/pretrain.sh": "launch",
+    "launch/compare.sh": "compare",
+    "launch/quickstart.sh": "quickstart",
+}
+# Flags of programs from elsewhere that the pages name.
+FOREIGN_FLAGS = {
+    "lm_eval": {"--model", "--model_args", "--tasks", "--batch_size"},
+    "mkdocs": {"--strict"},
+    "sbatch": {"--array", "--dependency", "--exclusive", "--gpus-per-node", "--nodes", "--time"},
+    "torchrun": {"--max-restarts", "--nproc-per-node", "--shutdown-timeout", "--standalone"},
+}
+SHELL_COMMANDS = {"export", "mkdir", "source"}
+# The blocks of these pages that start with a command that takes seconds, and what the command prints.
+QUICK = {
+    "method.md": "digest           aeff2031e4989abe",
+    "flags.md": "--frequent-visible-experts",
+    "check.md": "no errors found",
+    "launching.md": "-m maskmoe.training.pretrain",
+    "slurm.md": "sbatch --output=",
+    "containers.md": "podman run --rm",
+    "comparing.md": "hash-balanced",
+}
+
+
+@cache
+def megatron_flags() -> frozenset[str]:
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return frozenset(parser._option_string_actions)
+
+
+@cache
+def known_flags(subcommand: str) -> frozenset[str]:
+    flags = frozenset(documented_flags()[subcommand])
+    if subcommand in ("launch", "check"):
+        flags |= documented_flags()["pretrain"]
+    return flags | megatron_flags() if subcommand in TAKE_MEGATRON_FLAGS else flags
+
+
+@cache
+def flags_in(*files: str) -> frozenset[str]:
+    """Return all flags that occur in the text of some files."""
+    return frozenset(flag for file in files for flag in FLAG.findall((ROOT / file).read_text(encoding="utf-8")))
+
+
+@cache
+def benchmark_flags() -> frozenset[str]:
+    return flags_in(*(str(path.relative_to(ROOT)) for path in (ROOT / "tools" / "benchmarks").glob("*.py")))
+
+
+def unknown_flags(words: list[str]) -> set[str]:
+    """Return the flags of a command that its program does not know.
+
+    Raises:
+        AssertionError: the program or one of its files does not exist.
+    """
+    if words[0] == "bash":
+        words = words[1:]
+    program, *arguments = words
+    if program in SHELL_COMMANDS or words[:2] == ["python", "-c"]:
+        return set()
+    if program == "maskmoe":
+        assert arguments[0] in documented_flags() or arguments[0] == "--help", arguments[0]
+        return flags_of(arguments) - known_flags(arguments[0])
+    if program in FOREIGN_FLAGS:
+        scripts = [word for word in arguments if word.endswith(".py")]
+        assert all((ROOT / script).is_file() for script in scripts)
+        return flags_of(arguments) - FOREIGN_FLAGS[program] - (benchmark_flags() if scripts else set())
+    if program == "python":
+        assert (ROOT / arguments[0]).is_file(), arguments[0]
+        return flags_of(arguments) - benchmark_flags()
+
+    assert os.access(ROOT / program, os.X_OK), f"{program} is not a script of the repository"
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if program == "launch/slurm/submit.sh":
+        run_flags = flags_of(arguments[len(own) :]) - known_flags("launch")
+        scripts = flags_in("launch/slurm/submit.sh", "launch/slurm/pretrain.sbatch")
+        return run_flags | flags_of(own) - scripts - FOREIGN_FLAGS["sbatch"]
+    if program == "launch/docker.sh":
+        # The first word that is neither an option nor a path to mount begins the command inside the container.
+        start = next((i for i, word in enumerate(own) if word.endswith(".sh")), len(own))
+        inner = unknown_flags(own[start:]) if start < len(own) else set()
+        return inner | (flags_of(own[:start]) - flags_in(program))
+    if program in SCRIPTS_OF_SUBCOMMANDS:
+        subcommand = SCRIPTS_OF_SUBCOMMANDS[program]
+        return flags_of(own) - known_flags(subcommand)
+    return flags_of(own) - flags_in(program)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_syntax(block: Block) -> None:
+    result = subprocess.run(["bash", "-n", "-c", block.text], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_flags_exist(block: Block) -> None:
+    for words in commands(block):
+        assert unknown_flags(words) == set(), " ".join(words)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_files_of_the_repository_exist(block: Block) -> None:
+    named = re.findall(r"(?<![\w/.-])(?:launch|tools|tests|docker)/[\w./-]+", block.text)
+    assert [file for file in named if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "unknown"),
+    [
+        ("maskmoe mask --num-experts 8 --no-such-flag", {"--no-such-flag"}),
+        ("maskmoe pretrain --num-layers 4 --num-layer 4", {"--num-layer"}),
+        ("launch/pretrain.sh --nodes 2 --nodse 2 a.yaml --lr 1", {"--nodse"}),
+        ("launch/slurm/submit.sh --nodes=2 --nodse=2 -- a.yaml --lrr 1", {"--nodse", "--lrr"}),
+        ("launch/docker.sh --cpu --gpu launch/pretrain.sh a.yaml --lrr 1", {"--gpu", "--lrr"}),
+    ],
+)
+def test_unknown_flags_are_found(command: str, unknown: set[str]) -> None:
+    assert unknown_flags(command.split()) == unknown
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_in_text_exist(page: Path) -> None:
+    known = megatron_flags() | benchmark_flags() | flags_in("tests/run.sh")
+    known |= {flag for flags in documented_flags().values() for flag in flags}
+    known |= {flag for flags in FOREIGN_FLAGS.values() for flag in flags}
+    known |= flags_in(*(str(path.relative_to(ROOT)) for path in (ROOT / "launch").rglob("*.s*") if path.is_file()))
+    assert set(FLAG.findall(prose(page))) - known == set()
+
+
+@pytest.mark.parametrize(("page", "output"), QUICK.items(), ids=list(QUICK))
+def test_first_command_of_page_runs(page: str, output: str, tmp_path: Path) -> None:
+    script = bash_blocks(DOCS / page)[0].text.replace("launch/", f"{ROOT}/launch/")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert output in result.stdout

@@ -1,0 +1,73 @@
+"""The README is short, links lead somewhere, the generated pages are up to date, and the site builds offline."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.documentation import DOCS, README, ROOT, anchors, links, pages
+
+GENERATED = {"flags.py": "flags.md", "combinations.py": "combinations.md"}
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_every_page_begins_with_a_command() -> None:
+    """Each page says what it is for and shows a command before its options."""
+    for page in DOCS.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert re.match(r"# .+\n\n[^#\n]", text), page
+        assert "```bash\n" in text, page
+
+
+@pytest.mark.parametrize("script", GENERATED)
+def test_generated_page_is_up_to_date(script: str) -> None:
+    command = [sys.executable, str(DOCS / "generators" / script), "--check"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_picture_is_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "routing.png"
+    command = [sys.executable, str(DOCS / "pictures" / "routing.py"), "--output", str(picture)]
+    subprocess.run(command, check=True, timeout=120)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; every warning fails the build."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_site_has_all_pages_and_pictures(site: Path) -> None:
+    pictures = [path.relative_to(DOCS) for path in DOCS.rglob("*.png")]
+    texts = [path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md")]
+    texts = [path.with_name("index.html") if path.name == "README.html" else path for path in texts]
+    assert [str(path) for path in (*pictures, *texts) if not (site / path).exists()] == []
+    assert not list(site.rglob("*.py"))
+    assert not list(site.rglob("*.j2"))
+
+
+def test_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|link|iframe)[^>]*(?:src|href)=\"?(https?://[^\s\">]+)", html)
+        assert loaded == [], page

@@ -1,0 +1,94 @@
+"""Read the documentation's pages: their code blocks, commands, flags and links."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+
+FLAG = re.compile(r"(?<![\w-])--[a-z0-9][a-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block of a page.
+
+    Attributes:
+        page: the page's path.
+        line: the line of the opening fence, from 1.
+        language: the word after the opening fence.
+        text: the lines between the fences, without their common indentation.
+    """
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def pages() -> list[Path]:
+    """Return the README and all pages of the site."""
+    return [README, *sorted(DOCS.rglob("*.md"))]
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Yield the code blocks of a page."""
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE):
+        indent, language, content = match.groups()
+        line = text.count("\n", 0, match.start()) + 1
+        yield Block(page, line, language, re.sub(rf"^{indent}", "", content, flags=re.MULTILINE))
+
+
+def bash_blocks(page: Path) -> list[Block]:
+    """Return the blocks of a page that hold commands."""
+    return [block for block in blocks(page) if block.language == "bash"]
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """Yield the words of each command of a block, without comments."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
+
+
+def prose(page: Path) -> str:
+    """Return the text of a page without its code blocks."""
+    return re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def flags_of(words: list[str]) -> set[str]:
+    """Return the flags among the words of a command, without their values."""
+    return {word.partition("=")[0] for word in words if FLAG.match(word)}
+
+
+def documented_flags() -> dict[str, set[str]]:
+    """Return the flags of each subcommand, as docs/flags.md lists them."""
+    flags: dict[str, set[str]] = {}
+    for line in (DOCS / "flags.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            section = flags.setdefault(line.removeprefix("## "), {"--help"})
+        elif line.startswith("| `--"):
+            section |= set(FLAG.findall(line.split("|")[1]))
+    return flags
+
+
+def links(page: Path) -> Iterator[str]:
+    """Yield the targets of a page's links and pictures that lie in the repository."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
