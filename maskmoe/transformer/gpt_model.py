@@ -27,37 +27,16 @@ class MaskMoEGPTModel(RoutesByTokenId, GPTModel):
         self._drop_unused_output_weight()
         self.set_routing_mask(visible_experts)
 
-    def _preprocess(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        decoder_input: Tensor | None = None,
-        inference_context: Any = None,
-        packed_seq_params: Any = None,
-        padding_mask: Tensor | None = None,
-    ) -> tuple:
+    def _preprocess(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
         """Compute the inputs of the decoder as `GPTModel` does, with packed token ids as `padding_mask`.
 
         Raises:
             ValueError: no token ids, or a padding mask of another shape.
         """
         packed = self.pack_for_layers(input_ids, padding_mask)
-        (
-            decoder_input,
-            rotary_pos_emb,
-            rotary_pos_cos,
-            rotary_pos_sin,
-            sequence_len_offset,
-            _padding_mask,
-            *rest,
-        ) = super()._preprocess(
-            input_ids,
-            position_ids,
-            decoder_input,  # pyrefly: ignore[bad-argument-type]  # None is the default
-            inference_context,
-            packed_seq_params,
-        )
-        return decoder_input, rotary_pos_emb, rotary_pos_cos, rotary_pos_sin, sequence_len_offset, packed, *rest
+        outputs = super()._preprocess(input_ids, *args, **kwargs)
+        decoder_input, rope, rope_cos, rope_sin, sequence_offset, _padding_mask, *rest = outputs
+        return decoder_input, rope, rope_cos, rope_sin, sequence_offset, packed, *rest
 
     def _drop_unused_output_weight(self) -> None:
         """Drop the output layer's own weight where embeddings are tied and multi-token prediction holds an embedding.

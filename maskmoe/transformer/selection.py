@@ -111,8 +111,8 @@ def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_top
     """Return bool [tokens, experts], True for experts outside the groups that are chosen for a token.
 
     Groups are chosen as in group-limited routing (DeepSeek-V3, arXiv 2412.19437): the score of a group is the sum of
-    its `topk / group_topk` largest scores, or of fewer if fewer experts of the group are visible. A group without a visible
-    expert is chosen only if there are not enough other groups.
+    its `topk / group_topk` largest scores, or of all its visible experts' scores if fewer are visible. A group without
+    a visible expert is chosen only if there are not enough other groups.
 
     Args:
         scores: [tokens, experts], -inf for invisible experts.

@@ -157,7 +157,7 @@ def test_is_bit_equal_for_rows_and_gradients_with_strides() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["linear_fc1", "linear_fc2", "local_experts", "local_experts.0", "inputs"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
     def compute_frozen(experts: SequentialMLP) -> dict[str, Tensor]:
         for name, parameter in experts.named_parameters():
             parameter.requires_grad_(frozen not in name)
@@ -282,7 +282,7 @@ LEFT_TO_MEGATRON = {
 
 
 @pytest.mark.parametrize("settings", LEFT_TO_MEGATRON.values(), ids=LEFT_TO_MEGATRON)
-def test_leaves_what_it_does_not_know_to_megatron(settings, monkeypatch) -> None:
+def test_unsupported_settings_use_sequential_experts(settings, monkeypatch) -> None:
     ours, theirs = make_pair(**settings)
     forbid(monkeypatch, "_compute_in_turns", "_compute_grouped")
     tokens_per_expert = [3] * ours.num_local_experts
@@ -329,7 +329,7 @@ class _Adapted(ColumnParallelLinear):
     ],
     ids=["adapter", "forward hook", "forward pre-hook", "backward hook"],
 )
-def test_changed_experts_do_what_they_were_changed_to(change: Callable) -> None:
+def test_changed_experts_keep_their_changes(change: Callable) -> None:
     ours, theirs = make_pair()
     unchanged = compute(ours, [2, 0, 3, 4])
     for experts in (ours, theirs):

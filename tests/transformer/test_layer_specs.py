@@ -115,7 +115,7 @@ def test_built_model_has_our_layers_where_the_pattern_says(pattern) -> None:
 
 
 def test_norms_of_a_sequence_parallel_model_are_marked() -> None:
-    """Building the whole model needs two ranks, its norms do not."""
+    """The norms need one rank only; the whole model would need two ranks."""
     config = make_config(num_layers=1, tensor_model_parallel_size=2, sequence_parallel=True)
     visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
     spec = get_maskmoe_decoder_block_spec(config, visible_experts)
@@ -132,7 +132,7 @@ class _Submodules:
 
 
 class _TransformerEngineNorm:
-    """Stands for a module of Transformer Engine, which is a leaf like any other."""
+    """A stand-in for a module of Transformer Engine, which is a leaf of a spec."""
 
 
 def test_specs_of_transformer_engine_keep_its_modules() -> None:

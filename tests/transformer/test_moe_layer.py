@@ -149,7 +149,7 @@ def run_with_capacity(**settings: Any) -> CapacityRun:
 
 
 @pytest.mark.parametrize("drop_policy", ["probs", "position"])
-def test_what_exceeds_the_capacity_is_dropped(drop_policy: str) -> None:
+def test_tokens_beyond_the_capacity_are_dropped(drop_policy: str) -> None:
     unlimited = run_with_capacity()
     limited = run_with_capacity(moe_expert_capacity_factor=0.5, moe_token_drop_policy=drop_policy)
     all_probs, everything, kept = unlimited.probs, unlimited.routing_map, limited.routing_map

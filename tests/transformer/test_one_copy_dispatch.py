@@ -51,3 +51,10 @@ def test_settings_that_only_megatrons_dispatcher_supports() -> None:
         {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True},
     ):
         assert choose_dispatch(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.STOCK
+
+
+def test_deferred_weight_gradients_need_megatrons_dispatcher() -> None:
+    """Without Transformer Engine, the configuration refuses the setting, so set it afterwards."""
+    config = make_config(4)
+    config.overlap_dispatch_backward_with_experts_wgrad = True
+    assert choose_dispatch(config, groups(), is_rank_local=True) is DispatchKind.STOCK

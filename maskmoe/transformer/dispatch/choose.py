@@ -30,6 +30,8 @@ def choose_dispatch(
         or config.moe_pad_expert_input_to_capacity
         or config.moe_shared_expert_overlap
         or config.moe_latent_size
+        # `MoELayer` computes the deferred gradients of the experts' weights in its own dispatch.
+        or config.overlap_dispatch_backward_with_experts_wgrad
     ):
         return DispatchKind.STOCK
     # A plan lets the receiving rank choose experts. Random logits and dropped tokens depend on the rank that chooses.

@@ -1,5 +1,6 @@
 """Copies of rows, sums of copies, and all-to-alls of rows: the parts of one-copy and planned dispatch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import embedding_bag
+
+RowMap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class RowCopies:
 
     def copy_rows_with_gradient(self, values: Tensor) -> Tensor:
         """Copy rows [rows, features] to [copies, features]; the gradient is `sum_copies`."""
-        return _CopyRows.apply(values, self)
+        return _LinearMap.apply(values, self.copy_rows, self.sum_copies)
 
     def sum_copies(self, copies: Tensor, out: Tensor | None = None) -> Tensor:
         """Sum the copies [copies, features] of each row in the order of their targets: [rows, features].
@@ -131,14 +134,14 @@ class RowExchange:
 
     def dispatch(self, values: Tensor) -> Tensor:
         """Send rows [rows, features]; return [received copies, features]."""
-        return _Dispatch.apply(values, self)
+        return _LinearMap.apply(values, self._dispatch, self._combine)
 
     def combine(self, values: Tensor) -> Tensor:
         """Send copies [received copies, features] back; return sums [rows, features]."""
-        return _Combine.apply(values, self)
+        return _LinearMap.apply(values, self._combine, self._dispatch)
 
-    def dispatch_without_gradient(self, values: Tensor) -> Tensor:
-        """Compute `dispatch`."""
+    def _dispatch(self, values: Tensor) -> Tensor:
+        """Compute `dispatch` without a gradient."""
         sending = self.to_ranks.copy_rows(values, out=self.buffers.get("send", values, sum(self.rows_to)))
         num_received = sum(self.rows_from)
         if self.to_local_experts is None:
@@ -148,8 +151,8 @@ class RowExchange:
         received = self.buffers.get("receive", values, num_received)
         return self.to_local_experts.copy_rows(self._all_to_all(received, sending, self.rows_from, self.rows_to))
 
-    def combine_without_gradient(self, values: Tensor) -> Tensor:
-        """Compute `combine`."""
+    def _combine(self, values: Tensor) -> Tensor:
+        """Compute `combine` without a gradient."""
         sending = values
         if self.to_local_experts is not None:
             out = self.buffers.get("send", values, sum(self.rows_from))
@@ -167,43 +170,17 @@ class RowExchange:
         return received
 
 
-class _CopyRows(torch.autograd.Function):
-    """`RowCopies.copy_rows_with_gradient`."""
+class _LinearMap(torch.autograd.Function):
+    """Applies a linear map of rows; the gradient is its transpose."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, copies: RowCopies) -> Tensor:
-        ctx.copies = copies
-        return copies.copy_rows(values)
+    def forward(ctx: Any, values: Tensor, apply: RowMap, transpose: RowMap) -> Tensor:
+        ctx.transpose = transpose
+        return apply(values.contiguous())
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.copies.sum_copies(gradients[0].contiguous()), None
-
-
-class _Dispatch(torch.autograd.Function):
-    """`RowExchange.dispatch`."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, exchange: RowExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.dispatch_without_gradient(values.contiguous())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.combine_without_gradient(gradients[0].contiguous()), None
-
-
-class _Combine(torch.autograd.Function):
-    """`RowExchange.combine`."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, exchange: RowExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.combine_without_gradient(values.contiguous())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.dispatch_without_gradient(gradients[0].contiguous()), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transpose(gradients[0].contiguous()), None, None
 
 
 def _gather_rows(values: Tensor, rows: Tensor) -> Tensor:
