@@ -1,7 +1,7 @@
-"""One rank that really dispatches: `python dispatch_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""Run one rank that dispatches with real collectives: `python dispatch_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
 
-Reads `cases.npz` and `rank_local.safetensors` from the folder. Dispatches and combines, there and back, and writes to
-`rankR.json` the bytes that each collective has sent to each rank.
+Reads `cases.npz` and `rank_local.safetensors` from the folder. Dispatches and combines tokens, forward and backward, and
+writes to `rankR.json` the bytes that each collective sent to each rank.
 """
 
 import json
@@ -30,7 +30,7 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 
 class Record:
-    """Stands in for torch's collectives, and notes the bytes for each rank."""
+    """Replaces torch's collectives by functions that also record the bytes sent to each rank."""
 
     def __init__(self, num_ranks: int, hidden_size: int):
         self._num_ranks, self._hidden_size = num_ranks, hidden_size
@@ -63,13 +63,13 @@ class Record:
         return self._all_gather(output, input, **kwargs)
 
     def take(self) -> list[tuple[str, list[int]]]:
-        """The calls since the last time."""
+        """Return the calls since the last call of this method."""
         calls, self.calls = self.calls, []
         return calls
 
 
 def dispatch_rows(dispatcher: MoEAlltoAllTokenDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
-    """A row for every selected expert."""
+    """Send a row for every selected expert, forward and backward."""
     hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
     rows, weights = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
     rows, weights = dispatcher.token_dispatch(rows, weights)
@@ -79,7 +79,7 @@ def dispatch_rows(dispatcher: MoEAlltoAllTokenDispatcher, hidden: Tensor, routin
 
 
 def dispatch_copies(dispatcher: OneCopyDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
-    """One copy a rank."""
+    """Send one copy to each rank, forward and backward."""
     hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
     rows, weights, dispatch = dispatcher.dispatch(hidden, probs, routing_map)
     dispatcher.combine(rows * weights.unsqueeze(1), dispatch).sum().backward()
