@@ -1,7 +1,7 @@
 """Measure tools/preprocess_data.py, from start to end, against the tokenizer library's own batch encoding in memory.
 
-Both use all cores. The text comes from the installed Python, as in tools/make_corpus.py. The tokenizers are trained on a
-part of the text.
+Both use all cores. The text comes from the installed Python, as in tools/make_corpus.py. The tokenizers are trained on
+a part of the text.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Run one rank that dispatches with real collectives: `python dispatch_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
 
-Reads `cases.npz` and `rank_local.safetensors` from the folder. Dispatches and combines tokens, forward and backward, and
-writes to `rankR.json` the bytes that each collective sent to each rank.
+Reads `cases.npz` and `rank_local.safetensors` from the folder. Dispatches and combines tokens, forward and backward,
+and writes to `rankR.json` the bytes that each collective sent to each rank.
 """
 
 import json
