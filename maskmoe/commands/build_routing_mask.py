@@ -1,4 +1,8 @@
-"""Build a routing mask: the experts that each token id may use in each layer."""
+"""Build a routing mask: the experts that each token id may use (its "visible" experts) in each layer.
+
+The most frequent ids, which together make up a share P of all occurrences, see V_f experts each. Every other id sees
+one expert. The mask is fixed before training.
+"""
 
 import argparse
 import math
@@ -13,12 +17,6 @@ from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
 
-_DESCRIPTION = """\
-Build a routing mask: the experts that each token id may use (its "visible" experts) in each layer.
-
-The most frequent ids, which together make up a share P of all occurrences, see V_f experts each. Every other id sees
-one expert. The mask is fixed before training.
-"""
 _EPILOG = """\
 example:
   %(prog)s --token-frequency counts.safetensors --num-experts 64 --num-layers 24 \\
@@ -29,7 +27,7 @@ example:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     vocabulary = parser.add_argument_group("vocabulary (give one)").add_mutually_exclusive_group(required=True)
     vocabulary.add_argument(

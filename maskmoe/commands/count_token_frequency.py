@@ -1,4 +1,7 @@
-"""Count the occurrences of each token id in the training data."""
+"""Count the occurrences of each token id in the training data.
+
+A routing mask is built from these counts.
+"""
 
 import argparse
 from pathlib import Path
@@ -7,9 +10,6 @@ from maskmoe.cli import atomic_output
 from maskmoe.routing_mask.assignment import ids_by_frequency
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 
-_DESCRIPTION = """\
-Count the occurrences of each token id in the training data. A routing mask is built from these counts.
-"""
 _EPILOG = """\
 example:
   %(prog)s --data-path 0.7 data/web_text_document 0.3 data/books_text_document \\
@@ -20,7 +20,7 @@ example:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--data-path",

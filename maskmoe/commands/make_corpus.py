@@ -1,4 +1,9 @@
-"""Write a text corpus without a download, from the Python files on this machine."""
+"""Write a text corpus without a download: sources and documentation of the installed Python and its packages.
+
+The output holds one JSON object {"text": …, "path": …} on each line, one line for each file. Files that are mostly
+numbers, generated tables or larger than 128 KiB are left out. The lines are shuffled, so that the last documents, which
+are usually held out for validation, resemble the documents before them.
+"""
 
 import argparse
 import json
@@ -8,13 +13,6 @@ from maskmoe.cli import atomic_output
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
 
-_DESCRIPTION = """\
-Write a text corpus without a download: sources and documentation of the installed Python and its packages.
-
-The output holds one JSON object {"text": …, "path": …} on each line, one line for each file. Files that are mostly
-numbers, generated tables or larger than 128 KiB are left out. The lines are shuffled, so that the last documents, which
-are usually held out for validation, resemble the documents before them.
-"""
 _EPILOG = """\
 example:
   %(prog)s --output corpus.jsonl --max-bytes 12000000
@@ -24,7 +22,7 @@ example:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write")
     parser.add_argument(

@@ -1,4 +1,12 @@
-"""Encode text files into a dataset that Megatron-Core trains on."""
+"""Encode text files into a dataset that Megatron-Core trains on.
+
+The output is PREFIX_text_document.bin with the token ids, PREFIX_text_document.idx with the documents, and
+PREFIX_text_document.tokenizer.json with the identity of the tokenizer.
+
+Input files that end in .jsonl, .json or .ndjson hold one JSON object on each line, and each line is a document. All
+other files are plain text: one document each, or several of about 1 MiB if the file is larger. Both may be compressed
+with gzip (.gz) or zstd (.zst). The flags have the names of Megatron-LM's.
+"""
 
 import argparse
 
@@ -6,14 +14,6 @@ from maskmoe.data.parallel import available_cores
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 
-_DESCRIPTION = """\
-Encode text files into a dataset that Megatron-Core trains on: PREFIX_text_document.bin holds the token ids,
-PREFIX_text_document.idx the documents, PREFIX_text_document.tokenizer.json the tokenizer.
-
-Input files that end in .jsonl, .json or .ndjson hold one JSON object on each line, and each line is a document. All
-other files are plain text: one document each, or several of about 1 MiB if the file is larger. Both may be compressed
-with gzip (.gz) or zstd (.zst). The flags have the names of Megatron-LM's.
-"""
 _EPILOG = """\
 example:
   %(prog)s --input corpus.jsonl --tokenizer-type SentencePieceTokenizer \\
@@ -24,7 +24,7 @@ example:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="FILE", help="text files, encoded in the given order"

@@ -1,34 +1,9 @@
-"""Simulate the dispatch of tokens to experts on 8 to thousands of GPUs, without a GPU."""
-
-import argparse
-import json
-from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
-
-from maskmoe.cli import atomic_output
-from maskmoe.data.indexed_dataset import open_tokens
-from maskmoe.errors import UserError
-from maskmoe.routing_mask import RoutingMask, TokenFrequency, count_token_frequency
-from maskmoe.simulation import Cluster, Layout, Link, MicroBatches, Simulation, Workload
-from maskmoe.simulation.report import draw_plot, table, to_json
-
-_NUM_GPUS = tuple(1 << exponent for exponent in range(3, 13))
-
-
-_DESCRIPTION = """\
-Compare ways to dispatch tokens to experts on 8 to thousands of GPUs, without a GPU.
+"""Compare ways to dispatch tokens to experts on 8 to thousands of GPUs, without a GPU.
 
 The simulation takes real token ids and a routing mask. A random choice among the visible experts of each id replaces
 the router. The hidden states that expert-parallel ranks would send each other are counted exactly: for the same choice
 of experts, they are those that Megatron's and MaskMoE's dispatchers put into their all-to-alls. The times come from a
 model of the network.
-"""
-_EPILOG = """\
-example:
-  %(prog)s --data-path data/web_text_document --routing-mask mask.safetensors \\
-    --topk 8 --hidden-size 4096 --expert-model-parallel-size 64 --output dispatch.json --plot dispatch.png
 
 variants that are compared:
   top-k                routing over all experts, without a mask
@@ -48,11 +23,32 @@ columns of the table:
   layer                time of everything that a layer sends in a step
 """
 
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from maskmoe.cli import atomic_output
+from maskmoe.data.indexed_dataset import open_tokens
+from maskmoe.errors import UserError
+from maskmoe.routing_mask import RoutingMask, TokenFrequency, count_token_frequency
+from maskmoe.simulation import Cluster, Layout, Link, MicroBatches, Simulation, Workload
+from maskmoe.simulation.report import draw_plot, table, to_json
+
+_NUM_GPUS = tuple(1 << exponent for exponent in range(3, 13))
+_EPILOG = """\
+example:
+  %(prog)s --data-path data/web_text_document --routing-mask mask.safetensors \\
+    --topk 8 --hidden-size 4096 --expert-model-parallel-size 64 --output dispatch.json --plot dispatch.png
+"""
+
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_argument_group("tokens and mask")
     source.add_argument("--data-path", required=True, metavar="P", help="prefix of a dataset (P.bin and P.idx exist)")

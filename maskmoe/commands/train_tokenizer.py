@@ -1,4 +1,11 @@
-"""Train a SentencePiece tokenizer on text files."""
+"""Train a SentencePiece tokenizer on text files.
+
+The output is PREFIX.model, the tokenizer, and PREFIX.vocab, a readable list of its tokens. The tokenizer keeps every
+character and all white space. Characters that are too rare for a token of their own are encoded as bytes.
+
+Input files that end in .jsonl, .json or .ndjson hold one JSON object on each line; all other files are plain text. Both
+may be compressed with gzip (.gz) or zstd (.zst).
+"""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -10,14 +17,6 @@ from maskmoe.cli import atomic_output
 from maskmoe.data.corpus import check_inputs, parse_block, read_blocks
 from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer, vocabulary_lines
 
-_DESCRIPTION = """\
-Train a SentencePiece tokenizer on text files. Writes PREFIX.model, the tokenizer, and PREFIX.vocab, a readable list of
-its tokens.
-
-The tokenizer keeps every character and all white space. Characters that are too rare for a token of their own are
-encoded as bytes. Input files that end in .jsonl, .json or .ndjson hold one JSON object on each line; all other files
-are plain text. Both may be compressed with gzip (.gz) or zstd (.zst).
-"""
 _EPILOG = """\
 example:
   %(prog)s --input corpus.jsonl --vocab-size 32000 --output-prefix tokenizer
@@ -27,7 +26,7 @@ example:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     defaults = TokenizerTraining(vocab_size=0)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files to train on")

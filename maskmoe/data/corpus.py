@@ -1,7 +1,7 @@
 """Read documents from text files: JSON lines or plain text, uncompressed or compressed with gzip or zstd.
 
-Reading has two steps, so that one reader can feed many parsing processes. `read_blocks` cuts files into blocks of raw
-bytes that end at the end of a document. `parse_block` turns one block into documents.
+Reading has two steps, so that a single reader can feed many parsing processes. `read_blocks` cuts files into blocks of
+raw bytes that end at the end of a document. `parse_block` turns one block into documents.
 
 A JSON line is one document, whatever its size. A plain text file is one document if it has up to about 1 MiB
 (`DOCUMENT_BYTES`); a larger file is divided at line ends into documents of about 1 MiB.

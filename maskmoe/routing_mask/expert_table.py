@@ -64,8 +64,8 @@ class ExpertTable:
         else:
             found = _read_safetensors(Path(path), {tensor} if tensor else None)
             if len(found) != 1:
-                what = f"no tensor {tensor}" if tensor else f"{len(found)} tensors; name one after a colon"
-                raise UserError(f"expert table {path} has {what}")
+                problem = f"no tensor {tensor}" if tensor else f"{len(found)} tensors; name one after a colon"
+                raise UserError(f"expert table {path} has {problem}")
             (array,) = found.values()
         # A tensor of three dimensions has a table for each layer.
         if array.ndim != 3:

@@ -250,7 +250,9 @@ class RoutingMask:
             ("number of layers", num_layers if self.is_shared else self.num_layers, num_layers),
         ]
         differences = [
-            f"its {what} is {ours}, the model's is {models}" for what, ours, models in pairs if ours != models
+            f"its {name} is {of_mask}, the model's is {of_model}"
+            for name, of_mask, of_model in pairs
+            if of_mask != of_model
         ]
         if differences:
             raise UserError(f"routing mask does not fit: {'; '.join(differences)}; {rebuild}")

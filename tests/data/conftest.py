@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,30 +7,17 @@ import pytest
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
 
-ROOT = Path(__file__).parents[2]
-RunTool = Callable[..., subprocess.CompletedProcess]
-
-
-@pytest.fixture(scope="session")
-def run_tool() -> RunTool:
-    """Run `tools/NAME.py` as a user does."""
-
-    def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    return run
-
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Real files, some of them odd."""
+    """Real files, and texts with unusual characters and white space."""
     documents = [document.text for document in default_corpus(400_000)]
     return [*documents, "", " ", "\n\n", "\ttabs\tand  spaces \r\n", "naïve 😀 中文 e\u0301", "</s><unk><0x0A>"]
 
 
 @pytest.fixture(scope="session")
 def sentencepiece_model(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 600 ids."""
     path = tmp_path_factory.mktemp("sentencepiece") / "small.model"
     path.write_bytes(train_tokenizer(texts, TokenizerTraining(vocab_size=600, num_threads=1)))
     return path
@@ -40,7 +25,7 @@ def sentencepiece_model(texts: list[str], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def huggingface_folder(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE with a template that begins each text with a special token, as Llama's."""
+    """A byte-level BPE tokenizer that starts each text with a special token, as Llama's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -64,7 +49,7 @@ def huggingface_folder(texts: list[str], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
-    """Write texts as JSON lines."""
+    """A function that writes texts to a file of JSON lines and returns its path."""
 
     def write(name: str, documents: Sequence[str]) -> Path:
         path = tmp_path / name

@@ -1,5 +1,8 @@
 import gzip
+import inspect
 import json
+import random
+import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,10 +10,11 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.tools import run_tool
 
 from maskmoe.data import corpus
 from maskmoe.data.corpus import parse_block, read_blocks, read_documents
-from maskmoe.data.default_corpus import default_corpus
+from maskmoe.data.default_corpus import default_corpus, is_written_by_people
 from maskmoe.errors import UserError
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -114,12 +118,66 @@ def test_missing_inputs(tmp_path: Path) -> None:
 def test_default_corpus() -> None:
     documents = list(default_corpus(6_000_000))
     assert documents == list(default_corpus(6_000_000))
-    assert 5_000_000 <= sum(len(document.text.encode()) for document in documents) <= 6_000_000
+    assert 5_800_000 <= sum(len(document.text.encode()) for document in documents) <= 6_000_000
     assert len({document.text for document in documents}) == len(documents)
     assert all(len(line.encode()) <= 1000 for document in documents for line in document.text.split("\n"))
+    # No single document can make up the held-out text, a fiftieth of the corpus.
+    assert max(len(document.text.encode()) for document in documents) <= 6_000_000 / 40
 
 
-def test_make_corpus(run_tool: Callable, tmp_path: Path) -> None:
+def table_of_digits(num_lines: int) -> str:
+    draw = random.Random(0)
+    return "".join(" ".join(f"{draw.random():.6f}" for _ in range(8)) + "\n" for _ in range(num_lines))
+
+
+SOURCE = inspect.getsource(random)
+NUMBERS_AND_TABLES = {
+    "few numbers": "0.25 17 3\n" * 50,
+    "table of floats": table_of_digits(500),
+    "table of code points": "".join(f"    0x{code:04X},\n" for code in range(500)),
+    "table of words": "TABLE = {\n"
+    + "".join(f"    'name_{'x' * (code % 7)}': 'value',\n" for code in range(300))
+    + "}\n",
+    "source with an embedded table": SOURCE + table_of_digits(1000),
+    "one long line": SOURCE + "x" * 1001 + "\n",
+}
+WRITTEN = {
+    "source": SOURCE,
+    "documentation": inspect.getdoc(random.Random.choices) or "",
+    "source with numbers": SOURCE + table_of_digits(50),
+    "short list of names": "__all__ = [\n" + "".join(f"    'name{number}',\n" for number in range(150)) + "]\n",
+    "blank lines": "Some words.\n" + "\n" * 1000 + "More words.\n",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS_AND_TABLES)
+def test_numbers_and_tables_are_recognised(name: str) -> None:
+    assert not is_written_by_people(NUMBERS_AND_TABLES[name].encode())
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_prose_and_source_are_recognised(name: str) -> None:
+    assert is_written_by_people(WRITTEN[name].encode())
+
+
+def test_default_corpus_leaves_files_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: dict.fromkeys(("stdlib", "purelib", "platlib"), str(tmp_path)))
+    (tmp_path / "package" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "a.py").write_text(SOURCE)
+    (tmp_path / "package" / "b.md").write_text("Words, one after the other.\n" * 12)
+    (tmp_path / "same.py").write_text(SOURCE)
+    (tmp_path / "tiny.py").write_text("x = 1\n")
+    (tmp_path / "huge.py").write_text(SOURCE * 5)
+    (tmp_path / "numbers.txt").write_text(table_of_digits(20))
+    (tmp_path / "latin.txt").write_bytes(SOURCE.encode() + b"\xe9")
+    (tmp_path / "binary.so").write_text(SOURCE + "1")
+    (tmp_path / "package" / "__pycache__" / "c.py").write_text(SOURCE + "2")
+    assert [document.path for document in default_corpus(1 << 20)] == ["a.py", "package/b.md"]
+    assert [document.path for document in default_corpus(len(SOURCE.encode()))] == ["a.py"]
+
+
+def test_make_corpus(tmp_path: Path) -> None:
     outputs: Sequence[Path] = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
     for output, seed in zip(outputs, (0, 0, 1), strict=True):
         result = run_tool("make_corpus", "--output", output, "--max-bytes", 300_000, "--seed", seed)

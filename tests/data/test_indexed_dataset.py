@@ -1,4 +1,4 @@
-"""The format against Megatron-Core's own reader and writer."""
+"""Compares the dataset format with Megatron-Core's own reader and writer."""
 
 import struct
 from itertools import chain
@@ -21,7 +21,7 @@ from maskmoe.data.indexed_dataset import (
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 
-# documents of sequences of token ids
+# Lists of documents, which are lists of sequences, which are lists of token ids.
 DOCUMENTS = st.lists(st.lists(st.lists(st.integers(0, 60000), min_size=1, max_size=5), max_size=3), max_size=8)
 DTYPES = st.sampled_from([np.uint16, np.int32, np.int64])
 RECORD = TokenizerRecord("SentencePieceTokenizer", "t.model", "ab" * 32, 600, 2)
@@ -110,12 +110,14 @@ def test_tokenizer_record(tmp_path: Path) -> None:
 def test_failed_writing_keeps_the_earlier_dataset(tmp_path: Path) -> None:
     write(tmp_path / "a", [[[1, 2]]], np.uint16, RECORD)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with (
-        pytest.raises(ValueError, match=r"70000\.\.70000 do not fit uint16"),
-        IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer,
-    ):
-        writer.add_document(np.array([3]))
-        writer.add_document(np.array([70000]))
+
+    def write_an_id_that_does_not_fit() -> None:
+        with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
+            writer.add_document(np.array([3]))
+            writer.add_document(np.array([70000]))
+
+    with pytest.raises(ValueError, match=r"70000\.\.70000 do not fit uint16"):
+        write_an_id_that_does_not_fit()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -1,9 +1,7 @@
-"""The whole way from text files to datasets, as a user runs it."""
+"""Makes datasets from text files as a user does."""
 
 import gzip
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +10,10 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from sentencepiece import SentencePieceProcessor
+from support.tools import assert_bad_input, run_tool
 from tokenizers import Tokenizer
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
-from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
@@ -35,7 +33,7 @@ def sentencepiece_arguments(model: Path, prefix: Path, *inputs: Path) -> list[ob
 
 
 def write_as_megatron(prefix: Path, documents: list[list[int]], vocab_size: int) -> None:
-    """What Megatron's `tools/preprocess_data.py` does with a document's ids."""
+    """Write a dataset with Megatron's builder, as Megatron's `tools/preprocess_data.py` does."""
     builder = IndexedDatasetBuilder(f"{prefix}_text_document.bin", DType.optimal_dtype(vocab_size))
     for ids in documents:
         builder.add_document(ids, [len(ids)] if ids else [])
@@ -43,9 +41,9 @@ def write_as_megatron(prefix: Path, documents: list[list[int]], vocab_size: int)
 
 
 def test_tool_gives_megatrons_bytes_for_any_number_of_workers(
-    run_tool: Callable, jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
+    jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
 ) -> None:
-    # Long enough for several tasks: 3 workers finish them out of order.
+    # The input makes several tasks, which 3 workers may finish in another order.
     documents = [*texts * 3, *texts[-6:] * 50]
     path = jsonl("a.jsonl", documents)
     processor = SentencePieceProcessor(model_file=str(sentencepiece_model))
@@ -116,7 +114,7 @@ def test_several_keys_and_no_eod(sentencepiece_model: Path, tmp_path: Path) -> N
 
 
 def test_bad_input_keeps_the_earlier_dataset(
-    run_tool: Callable, jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
+    jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
 ) -> None:
     prefix = tmp_path / "out"
     good = jsonl("good.jsonl", texts)
@@ -134,18 +132,17 @@ def test_bad_input_keeps_the_earlier_dataset(
     ):
         arguments = sentencepiece_arguments(sentencepiece_model, prefix, path)
         result = run_tool("preprocess_data", *arguments, "--workers", workers)
-        assert result.returncode == 2
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-        assert message in result.stderr
+        assert_bad_input(result, message)
+        assert result.stderr.count("\n") == 1
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_bad_flags(run_tool: Callable, jsonl: Callable, sentencepiece_model: Path, tmp_path: Path) -> None:
+def test_bad_flags(jsonl: Callable, sentencepiece_model: Path, tmp_path: Path) -> None:
     arguments = sentencepiece_arguments(sentencepiece_model, tmp_path / "no" / "out", jsonl("a.jsonl", ["a"]))
     result = run_tool("preprocess_data", *arguments, "--workers", 1)
-    assert result.returncode == 2 and "choose an existing, writable folder" in result.stderr
+    assert_bad_input(result, "choose an existing, writable folder")
     result = run_tool("preprocess_data", *arguments, "--workers", 0)
-    assert result.returncode == 2 and "--workers must be at least 1" in result.stderr
+    assert_bad_input(result, "--workers must be at least 1")
 
 
 def test_eod_needs_a_tokenizer_that_has_one(jsonl: Callable, huggingface_folder: Path, tmp_path: Path) -> None:
@@ -155,20 +152,3 @@ def test_eod_needs_a_tokenizer_that_has_one(jsonl: Callable, huggingface_folder:
         preprocess([path], "HuggingFaceTokenizer", tmp_path, tmp_path / "out", append_eod=True)
     preprocess([path], "HuggingFaceTokenizer", tmp_path, tmp_path / "out")
     assert open_tokens(tmp_path / "out_text_document").size
-
-
-def test_reading_stays_a_few_tasks_ahead() -> None:
-    taken = []
-    tasks = (taken.append(i) or i for i in range(1000))
-    results = map_in_processes(abs, tasks, 2)
-    assert next(results) == 0
-    assert len(taken) < 40
-    results.close()
-
-
-@pytest.mark.parametrize("name", ["preprocess_data", "train_tokenizer", "make_corpus"])
-def test_tools_start_without_torch(name: str) -> None:
-    tools = Path(__file__).parents[2] / "tools"
-    code = f"import sys, {name}; print(*{{'torch', 'megatron'}} & {{*sys.modules}})"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tools, capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("\n", "")

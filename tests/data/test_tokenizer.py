@@ -1,4 +1,4 @@
-"""Our tokenizers against Megatron-Core's of the same names."""
+"""Compares the tokenizers with Megatron-Core's tokenizers of the same names."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from maskmoe.errors import UserError
 
 
 def megatron_tokenizer(tokenizer_type: str, model: Path):
-    """What `megatron.training` builds for `--tokenizer-type TYPE --tokenizer-model MODEL` and no other flag."""
+    """Build a tokenizer as `megatron.training` does for `--tokenizer-type` and `--tokenizer-model` alone."""
     unset = (
         "special_tokens vocab_file merge_file chat_template metadata_path tokenizer_sentencepiece_legacy "
         "tokenizer_hf_no_use_fast tokenizer_hf_no_include_special_tokens trust_remote_code pad_vocab_size"

@@ -5,11 +5,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from support.tools import assert_bad_input, run_tool
 
 from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from maskmoe.errors import UserError
 
-# "▁" is SentencePiece's own sign for a space.
+# SentencePiece writes a space as "▁", so this character is not kept.
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="▁")
 TEXT = st.text(st.one_of(st.sampled_from(" \t\n\r0a"), CHARACTERS), max_size=60)
 
@@ -71,7 +72,7 @@ def test_errors_of_the_documents_come_through() -> None:
         train_tokenizer(documents(), TokenizerTraining(vocab_size=300))
 
 
-def test_tool(run_tool: Callable, jsonl: Callable, texts: list[str], tmp_path: Path) -> None:
+def test_tool(jsonl: Callable, texts: list[str], tmp_path: Path) -> None:
     prefix = tmp_path / "t"
     result = run_tool(
         "train_tokenizer", "--input", jsonl("a.jsonl", texts), "--vocab-size", 500, "--output-prefix", prefix
@@ -88,6 +89,6 @@ def test_tool(run_tool: Callable, jsonl: Callable, texts: list[str], tmp_path: P
         path = jsonl(name, documents)
         before[name] = path.read_bytes()
         result = run_tool("train_tokenizer", "--input", path, "--vocab-size", vocab_size, "--output-prefix", prefix)
-        assert result.returncode == 2
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert_bad_input(result)
+        assert result.stderr.count("\n") == 1
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -4,14 +4,14 @@ from hypothesis import settings
 
 from maskmoe.routing_mask import TokenFrequency
 
-# No test fails for being slow on a busy machine.
+# Tests must not fail because a busy machine is slow.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
 @pytest.fixture
 def make_frequency():
-    """Token counts of one dataset, as if counted."""
+    """A function that returns token counts of one dataset without a dataset."""
 
     def make(counts) -> TokenFrequency:
         counts = np.asarray(counts, dtype=np.int64)[None]
@@ -23,7 +23,7 @@ def make_frequency():
 
 @pytest.fixture
 def zipf_frequency(make_frequency):
-    """Zipf counts, ids in random order, some never seen."""
+    """A function that returns Zipf-distributed counts with ids in random order; some ids may never occur."""
 
     def make(vocab_size: int, num_tokens: int) -> TokenFrequency:
         rng = np.random.default_rng(0)

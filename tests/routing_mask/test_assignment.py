@@ -11,14 +11,14 @@ from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table
 
 
 def visible_sets(recipe: MaskRecipe, occurrences: np.ndarray, table: int = 0) -> np.ndarray:
-    """bool [vocab, experts], unpacked without the package's help."""
+    """Return the visible sets, bool [vocab, experts], unpacked independently of the package."""
     row_of_id, visible_bits = assign_table(recipe, Vocabulary.from_occurrences(occurrences, recipe), table)
     bits = [[visible_bits[row, e // 8] >> (e % 8) & 1 for e in range(recipe.num_experts)] for row in row_of_id]
     return np.array(bits, dtype=bool)
 
 
 def frequent_reference(counts: list[int], mass: float) -> set[int]:
-    """The definition, word for word, in exact arithmetic."""
+    """Return the frequent ids by their definition, in exact arithmetic."""
     order = sorted(range(len(counts)), key=lambda token: (-counts[token], token))
     share = Fraction(str(mass))
     for length in range(len(order) + 1):
@@ -99,7 +99,7 @@ def test_rank_local_sets_lie_on_one_rank(recipe_and_counts):
 def test_balanced_load_exceeds_the_mean_by_little_more_than_one_id(counts, num_experts, seed):
     counts = np.array(counts, dtype=np.float64)
     load = counts @ visible_sets(MaskRecipe(num_experts, 1, "balanced", 0.0, seed=seed), counts)
-    # Least-loaded placement: an expert was at most at the mean (plus the random quarter) when it got its last id.
+    # When an expert received its last id, its load was at most the mean plus a random quarter of the largest id.
     assert load.max() <= load.mean() + 1.25 * counts.max()
 
 

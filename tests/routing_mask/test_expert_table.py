@@ -1,7 +1,6 @@
-"""Tables of experts become masks with V = k."""
+"""Turns tables of experts into masks with V = k."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
+from support.tools import assert_bad_input, run_tool
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter
 
@@ -20,15 +20,14 @@ from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.mask import RoutingMask
 
-TOOL = Path(__file__).parents[2] / "tools" / "build_routing_mask.py"
 VOCAB_SIZE, NUM_EXPERTS, NUM_LAYERS = 50, 12, 4
 TENSOR = "model.layers.{layer}.mlp.gate.tid2eid"
 
 
 def random_table(seed: int, k: int = 3, vocab_size: int = VOCAB_SIZE) -> np.ndarray:
-    """[vocab, k], without repeats."""
+    """Return a table [vocab, k] without repeats."""
     order = np.random.default_rng(seed).random((vocab_size, NUM_EXPERTS)).argsort(axis=1)
-    return np.ascontiguousarray(order[:, :k])  # safetensors writes the memory as it lies
+    return np.ascontiguousarray(order[:, :k])  # safetensors ignores strides
 
 
 def assert_shows(mask: RoutingMask, layer: int, table: np.ndarray) -> None:
@@ -38,8 +37,7 @@ def assert_shows(mask: RoutingMask, layer: int, table: np.ndarray) -> None:
 
 def build(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
     model = ["--num-experts", NUM_EXPERTS, "--num-layers", NUM_LAYERS, "--output", "mask.safetensors"]
-    command = [sys.executable, str(TOOL), *map(str, [*model, *arguments])]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    return run_tool("build_routing_mask", *model, *arguments, cwd=folder)
 
 
 @given(
@@ -63,7 +61,9 @@ def test_one_table_serves_all_layers(k, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "WARNING" not in process.stdout
     mask = RoutingMask.load(tmp_path / "mask.safetensors")
-    assert mask.is_shared and mask.num_layers == NUM_LAYERS and (mask.num_visible == k).all()
+    assert mask.is_shared
+    assert mask.num_layers == NUM_LAYERS
+    assert (mask.num_visible == k).all()
     assert_shows(mask, NUM_LAYERS - 1, random_table(0, k))
     assert mask.provenance.expert_table["name"] == "t.npy"
 
@@ -79,7 +79,7 @@ def test_a_table_for_each_layer(tmp_path):
 
 
 def test_hash_layers_of_a_sharded_model(tmp_path):
-    """As in DeepSeek-V4: the first layers have tables, the others route freely."""
+    """As in DeepSeek-V4, the first layers have tables and the remaining layers route freely."""
     for layer in range(2):
         tensors = {TENSOR.format(layer=layer): random_table(layer), f"model.layers.{layer}.x": np.zeros(2, np.float32)}
         save_file(tensors, tmp_path / f"model-0000{layer + 1}-of-00002.safetensors")
@@ -88,7 +88,8 @@ def test_hash_layers_of_a_sharded_model(tmp_path):
     mask = RoutingMask.load(tmp_path / "mask.safetensors")
     for layer in range(2):
         assert_shows(mask, layer, random_table(layer))
-    assert mask.visible_sets(2).all() and mask.visible_sets(3).all()
+    assert mask.visible_sets(2).all()
+    assert mask.visible_sets(3).all()
 
 
 def test_routes_as_the_hash_router_of_deepseek():
@@ -123,7 +124,7 @@ def test_routes_as_the_hash_router_of_deepseek():
     torch.testing.assert_close(dense, their_dense)
 
 
-def test_repeats_are_told(tmp_path):
+def test_repeats_are_reported(tmp_path):
     table = random_table(0)
     table[[3, 7], 1] = table[[3, 7], 0]
     np.save(tmp_path / "t.npy", table)
@@ -132,7 +133,7 @@ def test_repeats_are_told(tmp_path):
     assert_shows(RoutingMask.load(tmp_path / "mask.safetensors"), 0, table)
 
 
-def test_provenance_knows_the_content(tmp_path):
+def test_provenance_has_a_digest_of_the_table(tmp_path):
     digests = set()
     for seed in (0, 0, 1):
         digests.add(ExpertTable("t", (random_table(seed),)).to_mask(NUM_EXPERTS, 1).provenance.expert_table["sha256"])
@@ -171,8 +172,5 @@ def test_refuses_bad_input(arguments, words, tmp_path):
     save_file({"a": fine, "b": fine}, tmp_path / "two.safetensors")
     save_file({"t0": fine, "t1": fine[1:]}, tmp_path / "different.safetensors")
     process = build("--expert-table", *arguments, folder=tmp_path)
-    assert process.returncode == 2
-    message = process.stderr.splitlines()[-1]
-    for word in words:
-        assert word in message
+    assert_bad_input(process, *words)
     assert not (tmp_path / "mask.safetensors").exists()

@@ -31,7 +31,7 @@ def random_ids(seed: int, size: int, vocab_size: int = 100) -> np.ndarray:
 
 @pytest.fixture
 def small_spans(monkeypatch):
-    """Spans and blocks of some hundred ids, so that small datasets have many of both."""
+    """Make spans and blocks of a few hundred ids, so that small datasets have many spans and blocks."""
     monkeypatch.setattr(frequency_module, "_MIN_SPAN_BYTES", 1000)
     monkeypatch.setattr(frequency_module, "_BLOCK_IDS", 128)
 

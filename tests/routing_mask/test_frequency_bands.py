@@ -12,7 +12,8 @@ def test_bands_cover_the_given_shares():
     bands = FrequencyBands.from_occurrences(occurrences)
 
     assert bands.names == ("top 40 %", "next 50 %", "last 10 %")
-    # Id 1 has 40 %; ids 3, 4 and 5 bring the share to 90 %; the rest, and what never occurs, is last.
+    # Id 1 covers 40 %, and ids 3, 4 and 5 extend this to 90 %. All other ids, id 2 without occurrences included, are
+    # in the last band.
     assert bands.band_of_id.tolist() == [2, 0, 2, 1, 1, 1, 2]
 
 

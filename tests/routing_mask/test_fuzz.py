@@ -1,7 +1,7 @@
-"""Files that anyone may have written: readers of routing masks and token counts end in a value or in a `UserError`.
+"""Reads files from untrusted sources: readers of routing masks and token counts return a value or raise `UserError`.
 
-What is read from damaged files is the original; what is read from forged ones, whose digest is right, can be used and
-saved. tracemalloc sees NumPy's memory, so that a small file which claims much is found out.
+If a damaged file can be read, the value is the original. If a forged file with a correct digest can be read, the value
+can be used and saved. tracemalloc tracks NumPy's memory, so a small file that claims a large size is detected.
 """
 
 import json
@@ -31,12 +31,12 @@ from maskmoe.transformer.visible_experts import routing_mask_from_buffers
 COUNTS = "token frequency"
 TOKENIZER = {"type": "SentencePieceTokenizer", "model": "t.model", "sha256": "a" * 64, "vocab_size": 20, "eod_id": None}
 
-# A file of some kilobytes needs a bit for each of N × N experts, which NumPy first makes bytes of.
+# A file of a few kilobytes needs one bit for each pair of N × N experts; NumPy unpacks each bit to a byte.
 MOST_BYTES = 16 << 20
 
 READERS: dict[str, Callable[[Path], Any]] = {MASK: RoutingMask.load, COUNTS: TokenFrequency.load}
 
-# The files do not depend on the example.
+# The fixtures do not depend on the example, so hypothesis may reuse them.
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=100)
 
 
@@ -49,26 +49,29 @@ def originals(make_frequency) -> dict[str, Any]:
 
 @pytest.fixture
 def contents(originals, tmp_path) -> dict[str, bytes]:
-    """The files of the originals."""
+    """The bytes of the originals' files."""
     for kind, original in originals.items():
         original.save(tmp_path / kind)
     return {kind: (tmp_path / kind).read_bytes() for kind in originals}
 
 
 def read(kind: str, path: Path) -> Any:
-    """What the reader returns; None if it refuses the file in one line that names it."""
+    """Return what the reader returns, or None if it rejects the file with one line that names the file."""
+    message = None
     tracemalloc.start()
     try:
-        return READERS[kind](path)
+        value = READERS[kind](path)
     except UserError as error:
-        assert path.name in str(error)
-        assert "\n" not in str(error)
-        str(error).encode()
-        return None
+        value, message = None, str(error)
     finally:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak < MOST_BYTES
+    assert peak < MOST_BYTES
+    if message is not None:
+        assert path.name in message
+        assert "\n" not in message
+        message.encode()
+    return value
 
 
 @fuzz
@@ -80,7 +83,7 @@ def test_any_bytes(content, kind, tmp_path):
 
 
 def mutations(content: bytes) -> st.SearchStrategy[bytes]:
-    """Files in which a run of bytes was replaced, or the length of the header."""
+    """Return files in which a run of bytes or the length of the header was replaced."""
     position = st.integers(0, len(content)) | st.integers(0, 16) | st.integers(0, len(content)).map(lambda n: -n)
     replaced = st.builds(
         lambda first, length, new: content[:first] + new + content[first:][length:],
@@ -128,7 +131,7 @@ NAMES = st.sampled_from(["row_of_id", "visible_bits", "counts", "weights", ""])
 )
 @example(entries=[("counts", {"dtype": "U8", "shape": [2**62], "data_offsets": [0, 2**62]})], tail=b"", kind=COUNTS)
 def test_headers_that_claim_anything(entries, tail, kind, originals, tmp_path):
-    """Also names that occur twice."""
+    """The headers may also contain a name twice."""
     metadata = {METADATA_KEY: seal(kind, originals[kind]._arrays() if kind == MASK else {}, {})[METADATA_KEY]}
     members = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in [*entries, ("__metadata__", metadata)]]
     header = f"{{{', '.join(members)}}}".encode()
@@ -153,7 +156,7 @@ ARRAYS = npst.arrays(
 
 
 def records_like(record: Any) -> st.SearchStrategy[Any]:
-    """Records in which values are others, are missing, or are of another type, at any depth."""
+    """Return records in which values at any depth are replaced, are missing or have another type."""
     if isinstance(record, dict):
         same = st.fixed_dictionaries({key: records_like(value) for key, value in record.items()})
         lacking = st.sampled_from([*record, None]).flatmap(
@@ -167,7 +170,7 @@ def records_like(record: Any) -> st.SearchStrategy[Any]:
 
 
 def use(value: Any) -> None:
-    """What is done with masks and counts."""
+    """Use masks and counts as the package does."""
     if isinstance(value, RoutingMask):
         occurrences = np.ones(value.vocab_size)
         assert value.min_visible >= 1
@@ -175,10 +178,12 @@ def use(value: Any) -> None:
         assert expected_expert_load(value, occurrences).sum() == pytest.approx(occurrences.sum() * len(value.row_of_id))
         overloading_ids(value, occurrences)
         for dataset in value.provenance.datasets:
-            assert isinstance(dataset["idx_sha256"], str) and dataset["bin_bytes"] >= 0
+            assert isinstance(dataset["idx_sha256"], str)
+            assert dataset["bin_bytes"] >= 0
         tokenizer = value.provenance.tokenizer
     else:
-        assert np.isfinite(value.occurrences).all() and value.occurrences.min() >= 0
+        assert np.isfinite(value.occurrences).all()
+        assert value.occurrences.min() >= 0
         tokenizer = value.tokenizer
     assert tokenizer is None or TokenizerRecord.from_json(tokenizer).to_json() == tokenizer
 
@@ -186,7 +191,7 @@ def use(value: Any) -> None:
 @fuzz
 @given(data=st.data(), kind=st.sampled_from(list(READERS)))
 def test_forged_files(data, kind, originals, tmp_path):
-    """With a digest that is right."""
+    """The digest of these files is correct."""
     original = originals[kind]
     tensors = dict(original._arrays() if kind == MASK else original._tensors())
     record = data.draw(records_like(json.loads(json.dumps(original._record()))))
@@ -220,7 +225,7 @@ def test_metadata_of_any_kind(envelope, text, kind, originals, tmp_path):
 @fuzz
 @given(data=st.data())
 def test_masks_in_checkpoints(data, originals):
-    """The tensors of a checkpoint are of any type and content, and may be missing."""
+    """The tensors of a checkpoint have any type and content, and may be missing."""
     mask = originals[MASK]
     tensors, metadata = mask.to_tensors()
     buffers = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
@@ -237,9 +242,14 @@ def test_masks_in_checkpoints(data, originals):
             buffers[name] = torch.from_numpy(data.draw(ARRAYS))
         elif change is not None:
             buffers[name] = buffers[name].to(change)
+    message, found = None, None
     try:
         found = routing_mask_from_buffers(buffers)
     except UserError as error:
-        assert "checkpoint" in str(error) and "\n" not in str(error)
+        message = str(error)
+    if message is not None:
+        assert "checkpoint" in message
+        assert "\n" not in message
     else:
+        assert found is not None
         assert found.digest == mask.digest

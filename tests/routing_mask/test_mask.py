@@ -21,7 +21,7 @@ def mask(zipf_frequency) -> RoutingMask:
 
 
 def pack(sets: list[list[set[int]]], num_experts: int) -> np.ndarray:
-    """Visible bits [tables, rows, bytes] of sets of experts."""
+    """Return the visible bits [tables, rows, bytes] of sets of experts."""
     bits = np.zeros((len(sets), len(sets[0]), -(-num_experts // 8)), dtype=np.uint8)
     for table, row in np.ndindex(bits.shape[:2]):
         for expert in sets[table][row]:
@@ -77,7 +77,7 @@ def test_building_does_not_depend_on_the_number_of_workers(mask, zipf_frequency)
     assert other_seed.digest != mask.digest
 
 
-def test_provenance_tells_what_the_mask_was_made_from(mask, zipf_frequency):
+def test_provenance_has_the_settings_and_the_data(mask, zipf_frequency):
     frequency = zipf_frequency(200, 5000)
     assert mask.provenance == MaskProvenance(
         assignment="balanced",

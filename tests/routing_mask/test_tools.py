@@ -1,34 +1,28 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.tools import assert_bad_input, run_tool
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.routing_mask import RoutingMask, TokenFrequency
 
-TOOLS = Path(__file__).parents[2] / "tools"
 VOCAB_SIZE = 300
 
 
-def run(tool: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, TOOLS / tool, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
 def count(*arguments, cwd: Path, output: str = "counts.safetensors") -> subprocess.CompletedProcess:
-    return run("count_token_frequency.py", *arguments, "--output", output, cwd=cwd)
+    return run_tool("count_token_frequency", *arguments, "--output", output, cwd=cwd)
 
 
 def build(*arguments, cwd: Path, output: str = "mask.safetensors") -> subprocess.CompletedProcess:
-    return run("build_routing_mask.py", *arguments, "--output", output, cwd=cwd)
+    return run_tool("build_routing_mask", *arguments, "--output", output, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two datasets, the second with another tokenizer and a foreign id, and counts of the first."""
+    """A folder with two datasets and counts of the first; the second has another tokenizer and an unknown id."""
     folder = tmp_path_factory.mktemp("tools")
     rng = np.random.default_rng(0)
     probabilities = 1 / np.arange(1, VOCAB_SIZE + 1)
@@ -40,16 +34,6 @@ def folder(tmp_path_factory) -> Path:
     counted = count("--data-path", "text", "--vocab-size", VOCAB_SIZE, cwd=folder)
     assert counted.returncode == 0, counted.stderr
     return folder
-
-
-def assert_bad_input(process: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit code 2 and a single line, but for argparse's usage, that holds `words`."""
-    assert process.returncode == 2, process.stderr
-    *usage, message = process.stderr.splitlines()
-    assert "error: " in message
-    assert not usage or usage[0].startswith("usage: ")
-    for word in words:
-        assert word in message
 
 
 def test_count(folder):
@@ -185,8 +169,8 @@ def test_build_refuses_bad_input_and_touches_nothing(folder, arguments, words):
     assert (folder / "kept").read_text() == "kept"
 
 
-def test_help_explains(folder):
-    for tool in ("count_token_frequency.py", "build_routing_mask.py"):
-        process = run(tool, "--help", cwd=folder)
-        assert process.returncode == 0
-        assert f"example:\n  {tool} --" in process.stdout
+@pytest.mark.parametrize("name", ["count_token_frequency", "build_routing_mask"])
+def test_help_has_an_example(name, folder):
+    process = run_tool(name, "--help", cwd=folder)
+    assert process.returncode == 0
+    assert f"example:\n  {name}.py --" in process.stdout

@@ -1,5 +1,5 @@
 from hypothesis import settings
 
-# No test fails for being slow on a busy machine.
+# Tests must not fail because a busy machine is slow.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

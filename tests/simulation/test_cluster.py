@@ -1,4 +1,4 @@
-"""Time, and what a cluster cannot be."""
+"""Computes times by hand and rejects impossible clusters."""
 
 import math
 
@@ -18,7 +18,7 @@ CLUSTER = Cluster(within=Link(bandwidth=400e9, latency=1e-6), across=Link(bandwi
 def test_time_of_one_message():
     counter = TrafficCounter(layout := Layout(num_gpus=4, ep_size=4, gpus_per_node=2))
     counter.add(range(1), np.array([[9, 0, 10, 0]]))
-    # Two peers are on the other node; rank 0 is also the one that sends.
+    # Two peers are on the other node. Rank 0 sends to them and determines the time.
     assert CLUSTER.seconds(layout, counter.total(), 1000) == pytest.approx(2 * 3e-6 + 10 * 1000 / 50e9)
 
 
@@ -30,11 +30,11 @@ def test_the_busiest_direction_of_the_busiest_rank_decides(seed):
     for first in (0, 4):
         counter.add(range(first, first + 4), matrix := rows[first : first + 4])
         for rank in range(4):
-            near = rank ^ 1
-            far = [other for other in range(4) if other // 2 != rank // 2]
-            of_near = max(matrix[rank, near], matrix[near, rank])
-            of_far = max(matrix[rank, far].sum(), matrix[far, rank].sum())
-            slowest = max(slowest, 1e-6 + of_near * 4096 / 400e9, 2 * 3e-6 + of_far * 4096 / 50e9)
+            neighbour = rank ^ 1
+            others = [other for other in range(4) if other // 2 != rank // 2]
+            rows_within = max(matrix[rank, neighbour], matrix[neighbour, rank])
+            rows_across = max(matrix[rank, others].sum(), matrix[others, rank].sum())
+            slowest = max(slowest, 1e-6 + rows_within * 4096 / 400e9, 2 * 3e-6 + rows_across * 4096 / 50e9)
     assert CLUSTER.seconds(layout, counter.total(), 4096) == pytest.approx(slowest)
 
 
@@ -52,7 +52,7 @@ def test_nodes_of_a_group(ep_size, gpus_per_node, nodes):
     ("sizes", "words"),
     [((12, 12, 8), "12 GPUs"), ((0, 2, 8), "0 GPUs"), ((8, 1, 8), "at least 2 ranks"), ((8, 8, 0), "a node")],
 )
-def test_layouts_that_cannot_be(sizes, words):
+def test_impossible_layouts_are_rejected(sizes, words):
     with pytest.raises(UserError, match=words):
         Layout(*sizes)
 
@@ -68,7 +68,7 @@ def test_layouts_that_cannot_be(sizes, words):
         (1e9, math.nan, "latency"),
     ],
 )
-def test_links_that_cannot_be(bandwidth, latency, words):
+def test_impossible_links_are_rejected(bandwidth, latency, words):
     link, good = Link(bandwidth, latency), CLUSTER.within
     with pytest.raises(UserError, match=words.replace(" .*", " within a node .*")):
         Cluster(link, good)

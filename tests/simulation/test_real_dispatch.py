@@ -1,4 +1,4 @@
-"""The simulated bytes are those that real ranks put into their collectives, rank pair by rank pair."""
+"""Compares simulated bytes with the bytes that real ranks put into their collectives, for each pair of ranks."""
 
 import json
 
@@ -27,7 +27,7 @@ DISPATCH = {
 
 
 def routing_map(choices, num_tokens: int, num_experts: int) -> np.ndarray:
-    """The selected experts, bool [tokens, experts]."""
+    """Return the selected experts, bool [tokens, experts]."""
     selected = np.zeros((num_tokens, num_experts), bool)
     for choice in choices:
         selected[choice.tokens, choice.experts] = True
@@ -39,25 +39,25 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
     num_experts, layout = 4 * num_ranks, Layout(num_ranks, num_ranks, num_ranks // 2)
     prefix = write_data(tmp_path)
     frequency = count(prefix)
-    # With no more visible experts than k, the simulation's own choice is the same.
+    # With at most k visible experts there is nothing to choose, so the simulation selects the same experts.
     mask = make_mask(frequency, num_experts, frequent_visible=TOPK)
     batches = MicroBatches(open_tokens(prefix), TOKENS)
     token_ids = batches.of_ranks(range(num_ranks), num_ranks).astype(np.int64)  # [ranks, tokens]
     masks = Masks(mask, [0], frequency)
     rng, maps, rows = np.random.default_rng(0), {}, {}
     for name, routing in (("top-k", Routing.TOPK), ("mask", Routing.MASK), ("rank-local mask", Routing.RANK_LOCAL)):
-        (of_routing,) = masks.layers_of(routing, layout)
-        choices = list(VisibleTable.of_layer(of_routing, 0).choose(token_ids.ravel(), TOPK, rng))
+        (layer_mask,) = masks.layers_of(routing, layout)
+        choices = list(VisibleTable.of_layer(layer_mask, 0).choose(token_ids.ravel(), TOPK, rng))
         maps[name] = routing_map(choices, token_ids.size, num_experts).reshape(num_ranks, TOKENS, num_experts)
         counted = rows_of_choices(choices, num_ranks, TOKENS, num_ranks, num_experts // num_ranks)
         rows |= {f"{name}, row per expert": counted.per_expert, f"{name}, one copy": counted.per_rank}
     rows["rank-local mask, planned"] = rows["rank-local mask, one copy"]
-    of_routing.save(tmp_path / "rank_local.safetensors")
+    layer_mask.save(tmp_path / "rank_local.safetensors")
     np.savez(tmp_path / "cases.npz", token_ids=token_ids, topk=TOPK, hidden_size=HIDDEN, **maps)
 
     run_ranks(PROGRAM, tmp_path, world_size=num_ranks)
 
-    of_ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+    calls_of_ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
     workload = Workload((TOPK,), TOKENS, HIDDEN, 4, num_experts, num_layers=1)
     link = Link(1e9, 0)
     results = Simulation(mask, [0], frequency, batches, Cluster(link, link), workload).run([layout])
@@ -67,29 +67,29 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
         counter = TrafficCounter(layout)
         counter.add(range(num_ranks), matrix)
         expected = {exchange.content: exchange for exchange in exchanges(dispatch, counter.total(), layout, workload)}
-        whats = {call[0] for of_rank in of_ranks for call in of_rank[name]}
-        assert whats == expected.keys()
+        assert {call[0] for rank_calls in calls_of_ranks for call in rank_calls[name]} == expected.keys()
         sent = np.zeros((num_ranks, num_ranks))
-        for what, exchange in expected.items():
-            # [calls, ranks, ranks]
-            calls = np.array([[sizes for of, sizes in of_rank[name] if of == what] for of_rank in of_ranks]).swapaxes(
-                0, 1
-            )
+        for content, exchange in expected.items():
+            sizes_of_ranks = [
+                [sizes for call_content, sizes in rank_calls[name] if call_content == content]
+                for rank_calls in calls_of_ranks
+            ]
+            calls = np.array(sizes_of_ranks).swapaxes(0, 1)  # [calls, ranks, ranks]
             assert len(calls) == exchange.calls
-            if what in ("counts", "token ids"):
+            if content in ("counts", "token ids"):
                 others = ~np.eye(num_ranks, dtype=bool)
                 assert (calls[:, others] == exchange.bytes_per_row).all()
                 calls = calls * others
             else:
-                # There, back, and so do the gradients.
+                # Calls alternate between the directions of dispatch and combine; gradients repeat both.
                 assert (calls[0::2] == matrix * exchange.bytes_per_row).all()
                 assert (calls[1::2] == matrix.T * exchange.bytes_per_row).all()
             sent += calls.sum(axis=0)
         if not name.startswith("top-k"):
             ranks = np.arange(num_ranks)
             own = np.trace(sent)
-            near = sent[ranks[:, None] // layout.gpus_per_node == ranks // layout.gpus_per_node].sum() - own
+            on_node = sent[ranks[:, None] // layout.gpus_per_node == ranks // layout.gpus_per_node].sum() - own
             cost = costs[name]
             assert cost.bytes_own * num_ranks == own
-            assert cost.bytes_node * num_ranks == near
-            assert cost.bytes_across * num_ranks == sent.sum() - own - near
+            assert cost.bytes_node * num_ranks == on_node
+            assert cost.bytes_across * num_ranks == sent.sum() - own - on_node

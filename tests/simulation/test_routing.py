@@ -1,4 +1,4 @@
-"""The choice of experts against loops over tokens."""
+"""Compares the choice of experts with loops over tokens."""
 
 from collections import Counter
 from itertools import combinations
@@ -35,9 +35,9 @@ def test_every_token_selects_min_k_v_visible_experts(case, topk, token_ids, seed
     selected = selected_experts(list(table.choose(token_ids, topk, np.random.default_rng(seed))))
     assert sorted(selected) == list(range(len(token_ids)))
     for token, experts in selected.items():
-        of_id = visible[token_ids[token]]
-        assert len(set(experts)) == len(experts) == min(topk, of_id.sum())
-        assert of_id[experts].all()
+        visible_of_token = visible[token_ids[token]]
+        assert len(set(experts)) == len(experts) == min(topk, visible_of_token.sum())
+        assert visible_of_token[experts].all()
     assert table.num_selected(token_ids, topk).tolist() == [len(selected[token]) for token in range(len(token_ids))]
 
 
@@ -47,11 +47,12 @@ def test_expected_load(case, topk, seed):
     assume(visible.shape[1] > 1)
     occurrences = np.random.default_rng(seed).integers(0, 100, size=len(visible))
     expected = np.zeros(num_ranks)
-    for of_id, times in zip(visible, occurrences, strict=True):
-        for expert in np.flatnonzero(of_id):
-            expected[expert // (visible.shape[1] // num_ranks)] += times * min(topk, of_id.sum()) / of_id.sum()
-    of_expert = expected_expert_load(mask_of(visible), occurrences, topk)[0]
-    np.testing.assert_allclose(of_expert.reshape(num_ranks, -1).sum(axis=1), expected)
+    for visible_of_id, times in zip(visible, occurrences, strict=True):
+        num_visible = visible_of_id.sum()
+        for expert in np.flatnonzero(visible_of_id):
+            expected[expert // (visible.shape[1] // num_ranks)] += times * min(topk, num_visible) / num_visible
+    expert_load = expected_expert_load(mask_of(visible), occurrences, topk)[0]
+    np.testing.assert_allclose(expert_load.reshape(num_ranks, -1).sum(axis=1), expected)
 
 
 def test_layers_of_a_mask(tmp_path):
@@ -60,5 +61,5 @@ def test_layers_of_a_mask(tmp_path):
         table = VisibleTable.of_layer(mask, layer)
         token_ids = np.arange(mask.vocab_size)
         selected = selected_experts(list(table.choose(token_ids, 12, np.random.default_rng(0))))
-        for token_id, of_id in enumerate(mask.visible_sets(layer)):
-            assert sorted(selected[token_id]) == np.flatnonzero(of_id).tolist()
+        for token_id, visible_of_id in enumerate(mask.visible_sets(layer)):
+            assert sorted(selected[token_id]) == np.flatnonzero(visible_of_id).tolist()

@@ -1,4 +1,4 @@
-"""Whole simulations against what can be worked out by hand or by loops."""
+"""Compares whole simulations with results that are computed by hand or by loops."""
 
 from dataclasses import astuple, replace
 
@@ -39,24 +39,24 @@ def by_name(results) -> dict[str, Cost]:
 
 
 def test_costs_of_a_mask_without_choice(frequency, tokens):
-    """k experts are visible at most, so that loops can follow every token."""
+    """At most k experts are visible, so that loops can follow every token."""
     mask = make_mask(frequency, num_experts=16, frequent_visible=3)
     layout = Layout(num_gpus=8, ep_size=4, gpus_per_node=2)
     costs = by_name(run(frequency, tokens, mask, [layout], topks=(3,)))
     visible = mask.visible_sets(0)
     for name, per_rank in (("mask, row per expert", False), ("mask, one copy", True)):
-        weights = 4 * 4 if per_rank else 4  # of 4 local experts, or of 1, in fp32
+        weights = 4 * 4 if per_rank else 4  # weights of 4 local experts, or of 1 expert, in fp32
         counts = 8 * (1 + 4) if per_rank else 8 * 16
-        sent = np.zeros(3)  # by reach
+        sent = np.zeros(3)  # bytes by reach
         received, load = np.zeros((2, 8))
         for source in range(8):
             for rank in range(source // 4 * 4, source // 4 * 4 + 4):
                 reach = 0 if rank == source else 1 if rank // 2 == source // 2 else 2
                 rows = 0
                 for token in tokens[source * 375 : source * 375 + TOKENS]:
-                    of_rank = visible[token, rank % 4 * 4 :][:4].sum()
-                    rows += min(of_rank, 1) if per_rank else of_rank
-                    load[rank] += of_rank
+                    num_selected = visible[token, rank % 4 * 4 :][:4].sum()
+                    rows += min(num_selected, 1) if per_rank else num_selected
+                    load[rank] += num_selected
                 received[rank] += rows
                 sent[reach] += rows * (4 * HIDDEN * 2 + 2 * weights) + (counts if reach else 0)
         cost = costs[name]
@@ -75,7 +75,7 @@ def test_rank_local_masks_are_planned(frequency, tokens):
     assert [dispatches[name] for name in NAMES[:4]] == [DispatchKind.STOCK, DispatchKind.ONE_COPY] * 2
     cost = by_name(results)["rank-local mask, planned"]
     assert cost.rows == TOKENS
-    # Four times all tokens, and the ids, which both layers share, to seven others.
+    # Four all-to-alls of all tokens, and the token ids to seven other ranks, once for both layers.
     assert cost.bytes_own + cost.bytes_node + cost.bytes_across == pytest.approx(
         4 * TOKENS * HIDDEN * 2 + 7 * TOKENS * 4 / 2
     )
@@ -97,12 +97,12 @@ def test_local_masks(frequency):
         (local,) = masks.layers_of(routing, layout)
         assert rank_of_rows(local, num_places) is not None
         assert local.max_visible == num_visible
-        # As many of the tokens see several experts.
+        # The same ids see several experts.
         assert np.array_equal(local.num_visible > 1, mask.num_visible > 1)
 
 
 def test_tokens_of_a_node_local_mask_go_to_one_node(frequency, tokens):
-    """Each token crosses at most as often as the node has ranks, and about half of them stay on their node."""
+    """A token crosses nodes at most once for each rank of a node, and about half of the tokens stay on their node."""
     mask = make_mask(frequency, num_experts=16, frequent_visible=8)
     layout = Layout(num_gpus=8, ep_size=8, gpus_per_node=4)
     costs = by_name(run(frequency, tokens, mask, [layout], topks=(8,), hidden_size=1 << 20))
@@ -207,6 +207,6 @@ def test_micro_batches():
         (((1,), 1, 1, -2, 8, 1), "bytes per element"),
     ],
 )
-def test_workloads_that_cannot_be(sizes, words):
+def test_impossible_workloads_are_rejected(sizes, words):
     with pytest.raises(UserError, match=words):
         Workload(*sizes)

@@ -1,4 +1,4 @@
-"""Rows between ranks against loops over tokens."""
+"""Compares the rows between ranks with loops over tokens."""
 
 import numpy as np
 from hypothesis import given
@@ -11,7 +11,7 @@ from maskmoe.simulation.traffic import RowsBetween, Traffic, TrafficCounter, pla
 
 @st.composite
 def dispatches(draw, rank_local: bool = False):
-    """A table, its number of ranks, ids [sources, tokens], k, and the choices made."""
+    """Return a table, its number of ranks, token ids [sources, tokens], k, and the choices of experts."""
     table, visible, num_ranks = draw(tables(rank_local))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     shape = draw(st.integers(1, num_ranks)), draw(st.integers(1, 6))
@@ -68,15 +68,15 @@ def layouts(draw) -> Layout:
 
 @given(layouts(), st.integers(0, 2**32))
 def test_counted_by_reach(layout, seed):
-    """Ranks by ranks, in blocks of random size."""
+    """The rows are added in blocks of random size and compared with a loop over pairs of ranks."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, 5, size=(layout.num_gpus, layout.ep_size))
     sent, received = np.zeros((2, layout.num_gpus, 3), np.int64)
     for source in range(layout.num_gpus):
         for place in range(layout.ep_size):
             rank = source // layout.ep_size * layout.ep_size + place
-            is_near = source // layout.gpus_per_node == rank // layout.gpus_per_node
-            reach = Reach.OWN if source == rank else Reach.NODE if is_near else Reach.ACROSS
+            is_on_node = source // layout.gpus_per_node == rank // layout.gpus_per_node
+            reach = Reach.OWN if source == rank else Reach.NODE if is_on_node else Reach.ACROSS
             sent[source, reach] += rows[source, place]
             received[rank, reach] += rows[source, place]
 

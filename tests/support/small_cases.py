@@ -1,4 +1,4 @@
-"""Small routing masks, choices of experts, and data."""
+"""Makes small routing masks, choices of experts, and datasets."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ VOCAB_SIZE = 100
 
 
 def make_table(visible: np.ndarray) -> VisibleTable:
-    """The table of visible sets, bool [vocab, N]."""
+    """Return the table of visible sets, bool [vocab, N]."""
     vocab_size, num_experts = visible.shape
     return VisibleTable(np.arange(vocab_size), np.nonzero(visible)[1], visible.sum(axis=1), num_experts)
 
 
 def mask_of(visible: np.ndarray) -> RoutingMask:
-    """The mask with these visible sets, bool [vocab, N], in one layer."""
+    """Return the mask of one layer with these visible sets, bool [vocab, N]."""
     vocab_size, num_experts = visible.shape
     is_single = visible.sum(axis=1) == 1
     rows = np.concatenate([np.eye(num_experts, dtype=bool), visible | is_single[:, None]])
@@ -32,7 +32,7 @@ def mask_of(visible: np.ndarray) -> RoutingMask:
 
 @st.composite
 def tables(draw, rank_local: bool = False) -> tuple[VisibleTable, np.ndarray, int]:
-    """A table, its visible sets, bool [vocab, N], and a number of ranks."""
+    """Draw a table, its visible sets, bool [vocab, N], and a number of ranks."""
     num_ranks, experts_per_rank = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     num_experts, vocab_size = num_ranks * experts_per_rank, draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -46,7 +46,7 @@ def tables(draw, rank_local: bool = False) -> tuple[VisibleTable, np.ndarray, in
 
 
 def selected_experts(choices: list[Choice]) -> dict[int, list[int]]:
-    """The experts of each token; a token that is in two choices fails."""
+    """Return the experts of each token; fail if a token is in two choices."""
     selected: dict[int, list[int]] = {}
     for choice in choices:
         for token, experts in zip(choice.tokens.tolist(), choice.experts.T.tolist(), strict=True):
@@ -56,7 +56,7 @@ def selected_experts(choices: list[Choice]) -> dict[int, list[int]]:
 
 
 def write_data(folder: Path, num_tokens: int = 3000) -> Path:
-    """A dataset of Zipf-distributed ids in several documents; returns its prefix."""
+    """Write a dataset of Zipf-distributed ids in several documents and return its prefix."""
     rng = np.random.default_rng(0)
     probabilities = 1 / np.arange(1, VOCAB_SIZE + 1)
     token_ids = rng.choice(VOCAB_SIZE, num_tokens, p=probabilities / probabilities.sum())
@@ -67,10 +67,11 @@ def write_data(folder: Path, num_tokens: int = 3000) -> Path:
 
 
 def count(prefix: Path) -> TokenFrequency:
+    """Count the ids of a dataset."""
     return count_token_frequency([str(prefix)], VOCAB_SIZE, workers=1)
 
 
 def make_mask(frequency: TokenFrequency, num_experts: int, frequent_visible: int, num_layers: int = 1) -> RoutingMask:
-    """A balanced mask."""
+    """Build a balanced mask in which frequent ids cover 40 % of all occurrences."""
     recipe = MaskRecipe(num_experts, num_layers, "balanced", 0.4, frequent_visible, seed=1)
     return build_routing_mask(recipe, frequency=frequency, workers=1)

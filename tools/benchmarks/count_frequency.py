@@ -1,6 +1,6 @@
-"""Speed of counting token ids on one core, data in the page cache, against numpy.bincount of the whole file.
+"""Measure the counting of token ids on one core against numpy.bincount of the whole file, with data in the page cache.
 
-The ids are Zipf-distributed. Also prints how long a large routing mask takes to build.
+The ids are Zipf-distributed. The benchmark also prints the time to build a large routing mask.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def zipf_probabilities(vocab_size: int) -> np.ndarray:
 
 
 def write_dataset(prefix: Path, vocab_size: int, dtype: type, num_bytes: int) -> None:
-    """Write one block of Zipf-distributed ids over and over."""
+    """Write a dataset of about `num_bytes` bytes that repeats one block of Zipf-distributed ids."""
     rng = np.random.default_rng(0)
     block = rng.permutation(vocab_size)[rng.choice(vocab_size, size=1 << 22, p=zipf_probabilities(vocab_size))]
     block = block.astype(dtype)
@@ -62,7 +62,7 @@ def print_mask_build_times() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--megabytes", type=int, default=256, metavar="M", help="size of each dataset (default: %(default)s)"
+        "--megabytes", type=int, default=256, metavar="M", help="size of each dataset in MB (default: %(default)s)"
     )
     harness.add_arguments(parser)
     arguments = parser.parse_args()

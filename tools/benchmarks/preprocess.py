@@ -1,6 +1,7 @@
-"""Speed of tools/preprocess_data.py, start to end, against the tokenizer library's own batch encoding in memory.
+"""Measure tools/preprocess_data.py, from start to end, against the tokenizer library's own batch encoding in memory.
 
-Both use all cores. The text is that of tools/make_corpus.py; the tokenizers are trained on a part of it.
+Both use all cores. The text comes from the installed Python, as in tools/make_corpus.py. The tokenizers are trained on
+a part of the text.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def huggingface_case(corpus: Path, texts: list[str], vocab_size: int) -> harness
 
 
 def startup_case(folder: Path) -> harness.Case:
-    """Encode one short document; the baseline is Python with the libraries that this takes."""
+    """Measure the encoding of one short document; the baseline is a Python process that imports the same libraries."""
     corpus, model = folder / "short.jsonl", folder / "sentencepiece.model"
     write_corpus(corpus, ["hello"])
     command = [sys.executable, "-c", "import numpy, sentencepiece, tqdm"]
@@ -86,14 +87,18 @@ def startup_case(folder: Path) -> harness.Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--megabytes", type=int, default=32, metavar="M", help="size of the text (default: %(default)s)"
+        "--megabytes", type=int, default=32, metavar="M", help="size of the text in MB (default: %(default)s)"
     )
     parser.add_argument(
-        "--vocab-size", type=int, default=32000, metavar="V", help="of the tokenizers (default: %(default)s)"
+        "--vocab-size",
+        type=int,
+        default=32000,
+        metavar="V",
+        help="number of ids of the tokenizers (default: %(default)s)",
     )
     harness.add_arguments(parser, repeats=5)
     arguments = parser.parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # for the baseline; the tool decides for itself
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # for the baseline; the tool sets the variable itself
     texts = [document.text for document in default_corpus(arguments.megabytes * 10**6)]
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"

@@ -1,7 +1,7 @@
-"""One rank that really dispatches: `python dispatch_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""Run one rank that dispatches with real collectives: `python dispatch_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
 
-Reads `cases.npz` and `rank_local.safetensors` from the folder. Dispatches and combines, there and back, and writes to
-`rankR.json` the bytes that each collective has sent to each rank.
+Reads `cases.npz` and `rank_local.safetensors` from the folder. Dispatches and combines tokens, forward and backward,
+and writes to `rankR.json` the bytes that each collective sent to each rank.
 """
 
 import json
@@ -35,7 +35,7 @@ NO_IDS = TokenIds(torch.empty(0, dtype=torch.int64))  # A fixed router reads no 
 
 
 class Record:
-    """Stands in for torch's collectives, and notes the bytes for each rank."""
+    """Replaces torch's collectives by functions that also record the bytes sent to each rank."""
 
     def __init__(self, num_ranks: int, hidden_size: int):
         self._num_ranks, self._hidden_size = num_ranks, hidden_size
@@ -68,13 +68,13 @@ class Record:
         return self._all_gather(output, input, **kwargs)
 
     def take(self) -> list[tuple[str, list[int]]]:
-        """The calls since the last time."""
+        """Return the calls since the last call of this method."""
         calls, self.calls = self.calls, []
         return calls
 
 
 def dispatch_rows(dispatcher: MoEAlltoAllTokenDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
-    """A row for every selected expert."""
+    """Send a row for every selected expert, forward and backward."""
     hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
     rows, weights = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
     rows, weights = dispatcher.token_dispatch(rows, weights)
@@ -84,7 +84,7 @@ def dispatch_rows(dispatcher: MoEAlltoAllTokenDispatcher, hidden: Tensor, routin
 
 
 def dispatch_copies(dispatcher: OneCopyDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
-    """One copy a rank."""
+    """Send one copy to each rank, forward and backward."""
     hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
     dispatched = dispatcher.route_and_dispatch(hidden.unsqueeze(1), NO_IDS, FixedRouter(probs, routing_map))
     outputs = dispatched.expert_input * dispatched.weights.unsqueeze(1)

@@ -1,0 +1,43 @@
+"""The packages of text and masks, and their tools, start without torch."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+PACKAGES = ("maskmoe.data", "maskmoe.routing_mask", "maskmoe.simulation")
+COMMANDS = (
+    "make_corpus",
+    "train_tokenizer",
+    "preprocess_data",
+    "count_token_frequency",
+    "build_routing_mask",
+    "simulate_dispatch",
+)
+HEAVY = ("torch", "megatron", "transformers", "matplotlib", "scipy")
+
+
+def imported(modules: list[str], heavy: tuple[str, ...]) -> set[str]:
+    """Import modules in a fresh process; return the libraries of `heavy` that this imports."""
+    code = f"import sys; {'; '.join(f'import {name}' for name in modules)}; print(*{{*{heavy}}} & {{*sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_no_heavy_library(package: str) -> None:
+    folder = importlib.import_module(package).__path__
+    modules = [f"{package}.{module.name}" for module in pkgutil.iter_modules(folder)]
+    assert len(modules) > 5
+    assert imported(modules, HEAVY) == set()
+
+
+def test_commands_start_without_heavy_libraries() -> None:
+    modules = [f"maskmoe.commands.{name}" for name in COMMANDS]
+    assert imported(modules, (*HEAVY, "sentencepiece", "tokenizers")) == set()
+
+
+def test_an_import_of_torch_is_found() -> None:
+    assert imported(["torch"], HEAVY) >= {"torch"}
