@@ -4,9 +4,11 @@ A row that works names training runs whose losses equal the losses of one proces
 flags which `check_supported` refuses.
 """
 
+import argparse
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
+
+from maskmoe.errors import UserError
 
 # Names in `RUNS`: for each run on one process, the runs whose losses are compared with the losses of that run. The
 # compared runs continue from a checkpoint of the run on one process, or start like that run.
@@ -234,16 +236,32 @@ TABLE: dict[str, Works | Refused] = {
 }
 
 
-def render_table(reason: Callable[[str], str]) -> str:
-    """Return the table in Markdown.
+def reason_of_refusal(flags: str) -> str:
+    """Return the message with which `check_supported` refuses a model of 8 experts with further flags.
 
-    Args:
-        reason: Returns the message with which a command line is refused.
+    Raises:
+        LookupError: The flags are not refused.
     """
+    # These modules import megatron, so they come after `prepare_process()`.
+    from megatron.training.arguments import add_megatron_arguments
+
+    from maskmoe.training.arguments import add_maskmoe_arguments
+    from maskmoe.training.checks import check_supported
+
+    parser = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    try:
+        check_supported(parser.parse_args(["--num-experts", "8", "--transformer-impl", "local", *flags.split()]))
+    except UserError as error:
+        return str(error)
+    raise LookupError(f"{flags} is not refused")
+
+
+def render_table() -> str:
+    """Return the table in Markdown; needs `prepare_process()`."""
     lines = ["| with a routing mask | | |", "|---|---|---|"]
     for name, row in TABLE.items():
         if isinstance(row, Works):
             lines.append(f"| {name} | works | {row.evidence} |")
         else:
-            lines.append(f"| {name} | refused | {re.sub(r'(--[a-z0-9-]+)', r'`\1`', reason(row.flags))} |")
+            lines.append(f"| {name} | refused | {re.sub(r'(--[a-z0-9-]+)', r'`\1`', reason_of_refusal(row.flags))} |")
     return "\n".join(lines)
