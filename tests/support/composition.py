@@ -4,7 +4,10 @@ A row that works names training runs whose losses equal the losses of one proces
 flags which `check_supported` refuses.
 """
 
+import argparse
 from dataclasses import dataclass
+
+from maskmoe.errors import UserError
 
 # Names in `RUNS`: for each run on one process, the runs whose losses are compared with the losses of that run. The
 # compared runs continue from a checkpoint of the run on one process, or start like that run.
@@ -230,3 +233,23 @@ TABLE: dict[str, Works | Refused] = {
     "fully sharded data parallel": Refused("--use-torch-fsdp2"),
     "other checkpoint formats": Refused("--ckpt-format torch"),
 }
+
+
+def reason_of_refusal(flags: str) -> str:
+    """Return the message with which `check_supported` refuses a model of 8 experts with further flags.
+
+    Raises:
+        LookupError: The flags are not refused.
+    """
+    # These modules import megatron, so they come after `prepare_process()`.
+    from megatron.training.arguments import add_megatron_arguments
+
+    from maskmoe.training.arguments import add_maskmoe_arguments
+    from maskmoe.training.refusals import check_supported
+
+    parser = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    try:
+        check_supported(parser.parse_args(["--num-experts", "8", "--transformer-impl", "local", *flags.split()]))
+    except UserError as error:
+        return str(error)
+    raise LookupError(f"{flags} is not refused")

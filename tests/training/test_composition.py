@@ -2,20 +2,13 @@
 
 import re
 import shlex
-import sys
-from collections.abc import Callable
 from itertools import chain
 
 import pytest
-from megatron.training.arguments import parse_args
-from support.composition import BF16, COMPARED, TABLE, Refused, Works
+from support.composition import BF16, COMPARED, TABLE, Refused, Works, reason_of_refusal
 from support.paths import TESTS
 from support.training import SETTINGS, Run
 from support.training_runs import RUNS
-
-from maskmoe.errors import UserError
-from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.refusals import check_supported
 
 # fp32 numbers are 1.2e-7 apart, and layouts add them in different orders. The largest difference seen is 4.3e-7, and it
 # does not grow over the steps. A mask that differs in its seed alone makes a difference of 2e-2.
@@ -95,26 +88,6 @@ def test_bf16_with_distributed_optimizer_agrees_roughly(runs):
     assert run.difference(reference) < 1e-2  # 5e-3 was seen; bf16 numbers are 8e-3 apart
 
 
-@pytest.fixture
-def reason(monkeypatch) -> Callable[[str], str]:
-    """Return the message with which a command line is refused."""
-
-    def reason(flags: str) -> str:
-        command_line = ["pretrain", "--num-experts", "8", "--transformer-impl", "local", *flags.split()]
-        monkeypatch.setattr(sys, "argv", command_line)
-        with pytest.raises(UserError) as error:
-            check_supported(parse_args(add_maskmoe_arguments))
-        return str(error.value)
-
-    return reason
-
-
-@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if isinstance(row, Refused)])
-def test_row_is_refused_with_a_reason(name, reason):
-    flags = TABLE[name].flags
-    assert any(word in reason(flags) for word in flags.split() if word.startswith("--"))
-
-
 def words_of(run: Run) -> list[str]:
     """Return the command line of a run, without the paths that depend on its folder."""
     return [word for word in shlex.split(f"{SETTINGS} {run.flags}") if word != run.omits]
@@ -159,6 +132,11 @@ def test_flag_that_a_run_does_not_have_is_noticed(flag):
     assert not has_flag(RUNS["rich, pipeline 2"], flag)
 
 
+def test_flags_that_are_not_refused_have_no_reason():
+    with pytest.raises(LookupError, match="--num-layers 2 is not refused"):
+        reason_of_refusal("--num-layers 2")
+
+
 def test_compared_runs_are_of_one_model():
     for reference, runs in COMPARED.items():
         assert RUNS[reference].ranks == 1
@@ -168,8 +146,8 @@ def test_compared_runs_are_of_one_model():
 
 
 @pytest.mark.parametrize("flags", [row.flags for row in TABLE.values() if isinstance(row, Refused)])
-def test_reason_names_the_flag(reason, flags):
-    assert any(flag in reason(flags) for flag in flags.split() if flag.startswith("--"))
+def test_reason_names_the_flag(flags):
+    assert any(flag in reason_of_refusal(flags) for flag in flags.split() if flag.startswith("--"))
 
 
 @pytest.mark.runs("experts of one rank", "experts of one rank, selective recompute")
