@@ -104,9 +104,9 @@ FORWARD = {
     ),
     "half recomputed": f"{LLAMA} {BF16} --recompute-granularity full --recompute-method block --recompute-num-layers 2",
 }
-# The most by which estimated and measured activations may differ, in either direction. The estimate leaves out 2 % to
-# 3 %: masks, indices, statistics of norms. With dropout the estimate leaves out 11 %, since it is made for GPUs, which keep
-# dropout masks in bytes, and a CPU keeps them in bf16.
+# The most by which estimated and measured activations may differ, in either direction. The estimate leaves out masks,
+# indices and statistics of norms, 2 to 3 %. With dropout the estimate is 11 % too low: it counts a byte for each element
+# of a dropout mask, as on a GPU, but a CPU keeps dropout masks in bf16.
 FORWARD_FACTOR = 1.15
 
 # Flags of a run on 8 ranks, and the parts of its only error.
