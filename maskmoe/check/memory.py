@@ -52,7 +52,7 @@ class BytesPerParameter:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """The bytes that one rank of a pipeline stage needs.
+    """The bytes needed by one rank of a pipeline stage.
 
     Weights (with buffers), gradients and the routing mask are exact. The optimizer is exact as a mean: the distributed
     optimizer pads its buckets, so its ranks differ by the padding. `ActivationModel` estimates everything else.
@@ -62,7 +62,7 @@ class StageMemory:
         activations: bytes that the backward passes of all micro-batches in flight will read.
         recomputation: bytes of all activations of the layers that are recomputed at one time.
         logits: bytes of the logits and their softmax, of one micro-batch.
-        dispatch: bytes of the rows that one layer sends to experts and gets back.
+        dispatch: bytes of the rows that a layer sends to experts and gets back.
     """
 
     weights: int

@@ -90,7 +90,7 @@ class Manifest:
 
 
 def record_rank(files: Sequence[Path], rank: int) -> None:
-    """Record the files that one rank wrote, in a file beside them that `write_manifest` reads.
+    """Record the files written by one rank, in a file beside them that `write_manifest` reads.
 
     A failure to read a file or to write the record is not reported here. `write_manifest` reports the missing record.
 

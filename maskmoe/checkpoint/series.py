@@ -19,7 +19,7 @@ class Choice:
     """The checkpoint to load.
 
     Attributes:
-        checkpoint: the folder of the checkpoint; None if there is no checkpoint.
+        checkpoint: the folder of the checkpoint; None if the folder has none.
         rejected: the newer checkpoints that are damaged, each with its fault.
     """
 

@@ -78,8 +78,8 @@ class Fluctuation:
     Attributes:
         before, after: names of the two models.
         by_layer: float64 [L], mean over all tokens.
-        routable_by_layer: float64 [L], mean over the tokens that see two or more experts in either model; NaN if there
-            is no such token.
+        routable_by_layer: float64 [L], mean over the tokens that see two or more experts in either model; NaN without
+            such tokens.
         by_band: float64 [B, L], means over the tokens of a frequency band; NaN if a band has no token.
     """
 

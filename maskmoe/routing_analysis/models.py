@@ -78,7 +78,7 @@ def find_models(paths: Sequence[Path], steps: Sequence[int] = ()) -> tuple[Model
         steps: the iterations to take from each run, in this order; empty for all.
 
     Raises:
-        UserError: a path is no such folder, or a checkpoint is missing or damaged.
+        UserError: a path is not a folder with models, or a checkpoint is missing or damaged.
     """
     formats = [_format_of(path) for path in paths]
     if steps and _Format.RUN not in formats:
@@ -153,7 +153,7 @@ def common_shape(models: Sequence[ModelSource]) -> tuple[ModelShape, int]:
     """Return the shape of all models, and the length of the longest sequence that all models accept.
 
     Raises:
-        UserError: there is no model, a model cannot be read or has no experts, or the models differ in shape.
+        UserError: the series is empty, a model cannot be read or has no experts, or the models differ in shape.
     """
     if not models:
         raise UserError("there is no model to analyse; name one with --load")

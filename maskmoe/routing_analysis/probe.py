@@ -69,7 +69,7 @@ class ProbeText(ABC):
             tokenizer_sha256: digest of the tokenizer file of the model; None if it is unknown.
 
         Raises:
-            UserError: there is no text, or the text does not fit the model.
+            UserError: the source has no text, or the text does not fit the model.
         """
 
     @abstractmethod

@@ -80,7 +80,7 @@ def dropped_share(trace: RoutingTrace, capacity_factor: float, micro_batch_token
 class Entropy:
     """The entropy of the routers.
 
-    The means are over the tokens that see two or more experts, and NaN if there is no such token.
+    The means are over the tokens that see two or more experts, and NaN without such tokens.
 
     Attributes:
         mean: float64 [L], mean entropy, in nats.

@@ -68,7 +68,7 @@ def _checkpoint(analysis: Analysis, checkpoint: CheckpointStatistics) -> dict[st
 
 
 def _load(load: np.ndarray) -> dict[str, Any]:
-    """Of int64 [L, N]."""
+    """Return the unevenness of a load, int64 [L, N], and the load."""
     return {
         "assignments": load.tolist(),
         "max_over_mean": json_numbers(max_over_mean(load)),

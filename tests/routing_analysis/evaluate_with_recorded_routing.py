@@ -1,7 +1,7 @@
 """Runs the evaluation, and records the choices of Megatron's routers.
 
-The file `routed.pt` in the working folder has a list of micro-batches for each layer. A micro-batch is a triple of token
-ids, int64 [batch, sequence], weights, float32 [batch, sequence, experts], and choices, bool [batch, sequence, experts].
+The file `routed.pt` in the working folder has a list of micro-batches for each layer. A micro-batch is a triple: token
+ids, int64 [batch, sequence]; weights, float32 [batch, sequence, experts]; choices, bool [batch, sequence, experts].
 """
 
 from maskmoe.megatron_compat import prepare_process
