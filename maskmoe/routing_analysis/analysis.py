@@ -8,13 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskmoe.errors import UserError
-from maskmoe.routing_analysis.models import (
-    ModelSource,
-    common_shape,
-    model_folder,
-    tokenizer_folder,
-    tokenizer_sha256,
-)
+from maskmoe.routing_analysis.models import ModelSource, common_shape, model_folder, tokenizer_folder, tokenizer_sha256
 from maskmoe.routing_analysis.probe import Probe, ProbeText, read_pieces
 from maskmoe.routing_analysis.recording import load_decoder, record_routing
 from maskmoe.routing_analysis.settings import AnalysisSettings, Conversion

@@ -13,13 +13,7 @@ from maskmoe.errors import UserError
 
 NO_EXPERT = -1
 _METADATA_KEY = "maskmoe_routing_trace"
-_DTYPES = {
-    "token_ids": "I64",
-    "experts": "I16",
-    "weights": "F32",
-    "entropy": "F32",
-    "num_visible": "I16",
-}
+_DTYPES = {"token_ids": "I64", "experts": "I16", "weights": "F32", "entropy": "F32", "num_visible": "I16"}
 
 
 @dataclass(frozen=True, eq=False)

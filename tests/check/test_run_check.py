@@ -69,7 +69,7 @@ ARCHITECTURES = {
 LATENT_EXPERTS = f"{LLAMA} --moe-latent-size 16 --transformer-impl transformer_engine"
 # Layouts whose bytes are compared rank by rank.
 LAYOUTS = {
-    "expert parallel, bf16, distributed optimizer": f"{LLAMA} {BF16} {DISTRIBUTED} --expert-model-parallel-size 2",
+    "expert parallel, bf16, distributed optimizer": f"{LLAMA} {BF16} {DISTRIBUTED} --expert-model-parallel-size 2"
 }
 MORE_LAYOUTS = {
     "tensor parallel, tied, expert bias": (
@@ -399,8 +399,11 @@ def test_text_of_a_report():
     parameters = ModelParameters(whole=chunk, stages=((chunk, chunk), (chunk,)))
     use = ExpertUse(2, 1.4, "40% of the tokens use 2, the others 1")
     model = ModelReport(parameters, 8, use, has_mask=True, padded_vocab_size=512)
-    stages = tuple(StageMemory(gib << 30, gib << 29, 0, 0, 0, 0, 0, 0) for gib in (2, 4))
-    memory = MemoryReport(stages, (2, 1), (0, 1 << 28), 1.4, ("the memory does not take --x into account",))
+    stages = tuple(
+        StageMemory(gib << 30, gib << 29, 0, 0, 0, 0, 0, 0, doubled_rows=gib << 26, micro_batches_in_flight=4 / gib)
+        for gib in (2, 4)
+    )
+    memory = MemoryReport(stages, 1.4, ("the memory does not take --x into account",))
     lines = list(report_lines(Report((), ("something",), layout, model, memory)))
     for line in (
         "ranks         16",
