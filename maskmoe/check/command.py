@@ -130,5 +130,4 @@ def _measure(findings: Findings, divides: bool) -> tuple[ModelReport | None, Mem
     activations = ActivationModel.from_args(args, config.transformer, layout, use.mean)
     bytes_of_mask = mask_bytes(config, mask) if mask is not None else 0
     stages = stage_memory(args, layout, parameters, activations, bytes_of_mask)
-    memory = MemoryReport.from_stages(stages, layout, parameters, activations, tuple(not_modelled(args)))
-    return model, memory
+    return model, MemoryReport(stages, activations.experts_per_token, tuple(not_modelled(args)))

@@ -200,12 +200,7 @@ class _ProblemFinder:
         return None
 
     def _check_files(
-        self,
-        args: Namespace,
-        mask: RoutingMask | None,
-        checkpoint: Path | None,
-        has_tokenizer: bool,
-        is_valid: bool,
+        self, args: Namespace, mask: RoutingMask | None, checkpoint: Path | None, has_tokenizer: bool, is_valid: bool
     ) -> None:
         """Check mask, checkpoint and datasets against the arguments."""
         if has_tokenizer and mask is not None and args.num_experts and args.num_layers:

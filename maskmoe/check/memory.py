@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from maskmoe.check.activations import ActivationModel
+from maskmoe.check.activations import ActivationModel, micro_batches_in_flight
 from maskmoe.check.layout import Layout
 from maskmoe.check.parameters import Chunk, ModelParameters
 
@@ -52,7 +52,7 @@ class BytesPerParameter:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """The bytes that one rank of a pipeline stage needs.
+    """The bytes needed by one rank of a pipeline stage.
 
     Weights (with buffers), gradients and the routing mask are exact. The optimizer is exact as a mean: the distributed
     optimizer pads its buckets, so its ranks differ by the padding. `ActivationModel` estimates everything else.
@@ -62,7 +62,9 @@ class StageMemory:
         activations: bytes that the backward passes of all micro-batches in flight will read.
         recomputation: bytes of all activations of the layers that are recomputed at one time.
         logits: bytes of the logits and their softmax, of one micro-batch.
-        dispatch: bytes of the rows that one layer sends to experts and gets back.
+        dispatch: bytes of the rows that a layer sends to experts and gets back.
+        doubled_rows: additional bytes if the experts of the rank get twice their share of rows.
+        micro_batches_in_flight: the largest number of micro-batches with kept activations.
     """
 
     weights: int
@@ -73,13 +75,16 @@ class StageMemory:
     recomputation: int
     logits: int
     dispatch: int
+    doubled_rows: int
+    micro_batches_in_flight: float
 
     EXACT = ("weights", "gradients", "optimizer", "routing_mask")
+    ESTIMATED = ("activations", "recomputation", "logits", "dispatch")
 
     @property
     def total(self) -> int:
-        """Return the sum of all bytes."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Return the sum of all bytes, without those of doubled rows."""
+        return sum(getattr(self, purpose) for purpose in (*self.EXACT, *self.ESTIMATED))
 
 
 def stage_memory(
@@ -137,6 +142,8 @@ def _memory_of_stage(
         recomputation=max(activations.recomputed_at_once(chunk) for chunk in chunks),
         logits=max(activations.logits(chunk) for chunk in chunks),
         dispatch=activations.dispatch() if any(chunk.moe_layers or chunk.mtp_layers for chunk in chunks) else 0,
+        doubled_rows=activations.bytes_of_doubled_rows(layout, stage, chunks),
+        micro_batches_in_flight=micro_batches_in_flight(layout, stage),
     )
 
 

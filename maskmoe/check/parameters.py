@@ -193,11 +193,13 @@ class _CountingModelBuilder(MaskMoEGPTModelBuilder):
     """The run's model builder, made fast: it needs no mask file, builds one expert a layer and no core attention."""
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
+        """Return the visible experts of a mask that fits every model."""
         # Megatron declares the base class of all configurations.
         config = self._model_config.transformer  # pyrefly: ignore[missing-attribute]
         return VisibleExperts(config, _mask_of_one_id(config.num_moe_experts), pg_collection, vp_stage)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
+        """Return the layer specifications of the run, with experts and core attention replaced."""
         replacements = {GroupedMLP: _RepresentativeExpert, DotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:

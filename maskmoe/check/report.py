@@ -1,10 +1,8 @@
 """The result of `--check`, and its form as JSON."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from maskmoe.check.activations import ActivationModel, micro_batches_in_flight
 from maskmoe.check.expert_use import ExpertUse
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import StageMemory
@@ -45,46 +43,13 @@ class MemoryReport:
 
     Attributes:
         stages: one rank of each pipeline stage.
-        micro_batches_in_flight: for each stage, the largest number of micro-batches with kept activations.
-        bytes_of_doubled_rows: for each stage, the additional bytes if its experts get twice their share of rows.
         rows_per_token: mean number of rows that a token has on experts.
         not_modelled: a clause for each setting of the run that changes the memory but is not taken into account.
     """
 
     stages: tuple[StageMemory, ...]
-    micro_batches_in_flight: tuple[float, ...]
-    bytes_of_doubled_rows: tuple[int, ...]
     rows_per_token: float
     not_modelled: tuple[str, ...]
-
-    @classmethod
-    def from_stages(
-        cls,
-        stages: Sequence[StageMemory],
-        layout: Layout,
-        model: ModelParameters,
-        activations: ActivationModel,
-        not_modelled: Sequence[str],
-    ) -> "MemoryReport":
-        """Return the report on stages whose memory is known.
-
-        Args:
-            stages: memory of one rank of each pipeline stage.
-            layout: how the run is divided; the sizes must divide each other.
-            model: the parameters of the stages.
-            activations: the estimator of activations.
-            not_modelled: clauses on settings that are not taken into account.
-        """
-        chunks_of_stage = list(enumerate(model.stages))
-        return cls(
-            stages=tuple(stages),
-            micro_batches_in_flight=tuple(micro_batches_in_flight(layout, stage) for stage, _ in chunks_of_stage),
-            bytes_of_doubled_rows=tuple(
-                activations.bytes_of_doubled_rows(layout, stage, chunks) for stage, chunks in chunks_of_stage
-            ),
-            rows_per_token=activations.experts_per_token,
-            not_modelled=tuple(not_modelled),
-        )
 
     @property
     def largest_stage(self) -> int:
@@ -115,8 +80,9 @@ class Report:
 
         - `errors`, `notes`: lists of lines. The exit code is 2 if there is an error, else 0.
         - `layout`: null if the sizes do not divide each other. Else `ranks`; the parallel sizes `tensor`, `pipeline`,
-          `context`, `data`, `expert`, `expert_tensor`, `expert_data` and `virtual_pipeline`; `micro_batch` and
-          `global_batch` in samples; `micro_batches` of a rank in a step; `seq_length` and `tokens_per_step` in tokens.
+          `context`, `data`, `expert`, `expert_tensor`, `expert_data` and `virtual_pipeline`; `micro_batch_group`;
+          `micro_batch` and `global_batch` in samples; `micro_batches` of a rank in a step; `seq_length` and
+          `tokens_per_step` in tokens.
         - `layers`: null if the model cannot be built. Else the numbers of layers `with_experts`, `without_experts` and
           of `multi_token_prediction`, and `stages`: for each pipeline stage, the number of layers of each model chunk.
         - `parameters`: null if the model cannot be built. Else `total`; `parts`, the number of each part of the model;
@@ -139,20 +105,10 @@ class Report:
 
 
 def _layout_as_json(layout: Layout) -> dict[str, int]:
-    return {
-        "ranks": layout.ranks,
-        "tensor": layout.tensor,
-        "pipeline": layout.pipeline,
-        "context": layout.context,
+    return asdict(layout) | {
         "data": layout.data,
-        "expert": layout.expert,
-        "expert_tensor": layout.expert_tensor,
         "expert_data": layout.expert_data,
-        "virtual_pipeline": layout.virtual_pipeline,
-        "micro_batch": layout.micro_batch,
-        "global_batch": layout.global_batch,
         "micro_batches": layout.num_micro_batches,
-        "seq_length": layout.seq_length,
         "tokens_per_step": layout.tokens_per_step,
     }
 
@@ -181,12 +137,8 @@ def _parameters_as_json(model: ModelReport) -> dict[str, Any]:
 
 
 def _memory_as_json(memory: MemoryReport) -> dict[str, Any]:
-    columns = zip(memory.stages, memory.bytes_of_doubled_rows, memory.micro_batches_in_flight, strict=True)
     return {
-        "stages": [
-            asdict(stage) | {"total": stage.total, "doubled_rows": doubled, "micro_batches_in_flight": in_flight}
-            for stage, doubled, in_flight in columns
-        ],
+        "stages": [asdict(stage) | {"total": stage.total} for stage in memory.stages],
         "largest_stage": memory.largest_stage,
         "exact": list(StageMemory.EXACT),
         "not_modelled": list(memory.not_modelled),

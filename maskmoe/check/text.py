@@ -82,8 +82,7 @@ def _memory_lines(memory: MemoryReport) -> Iterator[str]:
     largest, num_stages = memory.largest_stage, len(memory.stages)
     stage = memory.stages[largest]
     where = f"pipeline stage {largest} of 0 to {num_stages - 1}, " if num_stages > 1 else ""
-    in_flight = memory.micro_batches_in_flight[largest]
-    yield f"memory        GiB a rank, {where}{in_flight:.3g} micro-batches in flight"
+    yield f"memory        GiB a rank, {where}{stage.micro_batches_in_flight:.3g} micro-batches in flight"
     for name, purpose in _PURPOSES.items():
         kind = "exact" if name in StageMemory.EXACT else "estimate"
         if value := getattr(stage, name):
@@ -91,10 +90,10 @@ def _memory_lines(memory: MemoryReport) -> Iterator[str]:
     yield f"  {'total':<26}{stage.total / _GIB:>9.2f}"
     if num_stages > 1:
         yield f"  total of stages           {_run_lengths([f'{stage.total / _GIB:.2f}' for stage in memory.stages])}"
-    if doubled := memory.bytes_of_doubled_rows[largest]:
+    if stage.doubled_rows:
         yield (
             f"  The estimate assumes equally many rows for all experts, {memory.rows_per_token:.3g} for each token; "
-            f"a rank that gets twice as many rows needs {doubled / _GIB:.2f} GiB more."
+            f"a rank that gets twice as many rows needs {stage.doubled_rows / _GIB:.2f} GiB more."
         )
     yield "  Not included: the CUDA context, buffers of NCCL and cuBLAS, and fragmentation; leave a few GiB free."
     yield from (f"  Note: {clause}." for clause in memory.not_modelled)

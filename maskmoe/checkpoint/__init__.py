@@ -1,1 +1,1 @@
-"""What is read out of and put into checkpoints besides Megatron's own."""
+"""Saves checkpoints with a record of their files, finds the newest sound checkpoint, and reads checkpoints safely."""

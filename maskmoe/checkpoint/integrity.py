@@ -1,4 +1,4 @@
-"""Is a `torch_dist` checkpoint whole? Its files are recorded, with size and digest, where they are written."""
+"""Records the files of a `torch_dist` checkpoint with sizes and digests, and checks that a checkpoint is complete."""
 
 import contextlib
 import hashlib
@@ -19,39 +19,51 @@ LAYOUT_FILE = ".metadata"
 _FORMAT = "torch_dist"
 
 
-class Damage(Exception):
-    """What is wrong with a checkpoint, in a few words."""
+class Damage(Exception):  # noqa: N818 (the exception is a finding about a checkpoint, not a failure of the program)
+    """A fault of a checkpoint.
+
+    The text is a clause that follows the path of the checkpoint, such as "does not exist".
+    """
 
 
 class Unfinished(Damage):
-    """Saving it was interrupted."""
+    """The fault of a checkpoint whose saving was interrupted."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was written."""
+    """The digest and the size of a file when it was written.
+
+    Attributes:
+        sha256: the digest, hexadecimal.
+        size: the size in bytes; None in a manifest that Megatron wrote.
+    """
 
     sha256: str
     size: int | None
-    """bytes; None in manifests that Megatron wrote"""
 
     @classmethod
     def of(cls, path: Path) -> "FileRecord":
-        """Read a file in whole and record it."""
+        """Read a file and return its record."""
         with open(path, "rb") as stream:
             return cls(hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell())
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record of a checkpoint's files, all but `metadata.json`, which is written last and marks it as complete.
+    """The records of the files of a checkpoint.
 
-    Stored in the form of Megatron's own manifest (`--verify-integrity`), with the sizes added.
+    Megatron writes `metadata.json` last, to mark a checkpoint as complete, so a manifest does not record this file. The
+    format is that of Megatron's own manifest (`--verify-integrity`), with sizes added.
+
+    Attributes:
+        files: the records by the names of the files.
     """
 
     files: dict[str, FileRecord]
 
     def save(self, checkpoint: Path) -> None:
+        """Write the manifest into the folder of a checkpoint, atomically."""
         content = {
             "algorithm": "sha256",
             "files": {name: record.sha256 for name, record in self.files.items()},
@@ -62,10 +74,10 @@ class Manifest:
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Manifest | None":
-        """The manifest of a checkpoint; None if it was saved without one.
+        """Read the manifest of a checkpoint; return None if the checkpoint was saved without one.
 
         Raises:
-            Damage: it cannot be read.
+            Damage: the manifest cannot be read.
         """
         try:
             content = json.loads((checkpoint / INTEGRITY_FNAME).read_bytes())
@@ -78,19 +90,23 @@ class Manifest:
 
 
 def record_rank(files: Sequence[Path], rank: int) -> None:
-    """Leave a record of the files that one rank wrote beside them, for `write_manifest`.
+    """Record the files written by one rank, in a file beside them that `write_manifest` reads.
 
-    Says nothing where a file or the record cannot be written: that leaves no record, which `write_manifest` reports.
+    A failure to read a file or to write the record is not reported here. `write_manifest` reports the missing record.
+
+    Args:
+        files: the files, all in the folder of the checkpoint.
+        rank: the rank that wrote the files.
     """
     with contextlib.suppress(OSError), atomic_output(_rank_record(files[0].parent, rank)) as record:
         record.write_text(json.dumps({path.name: asdict(FileRecord.of(path)) for path in files}))
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Put the records of all ranks together.
+    """Join the records of all ranks into the manifest of a checkpoint, and remove the records.
 
     Raises:
-        Damage: a rank left none.
+        Damage: a file that the checkpoint needs has no record.
     """
     layout_file = checkpoint / LAYOUT_FILE
     files = {LAYOUT_FILE: FileRecord.of(layout_file)}
@@ -99,17 +115,17 @@ def write_manifest(checkpoint: Path) -> None:
         files |= {name: FileRecord(**record) for name, record in json.loads(path.read_bytes()).items()}
     missing = _needed_sizes(_read_layout(checkpoint)).keys() - files.keys()
     if missing:
-        raise Damage(f"{min(missing)} was not written in whole, or not into a folder that all nodes share")
+        raise Damage(f"{min(missing)} was not written completely, or not into a folder that all nodes share")
     Manifest(files).save(checkpoint)
     for path in rank_records:
         path.unlink()
 
 
 def check_structure(checkpoint: Path) -> None:
-    """Check that a checkpoint is complete and its files are there in full length, without reading the bulk of it.
+    """Check that a checkpoint is complete and that its files have their full size, without reading the tensors.
 
     Raises:
-        Damage: the first thing that is wrong.
+        Damage: the first fault that is found.
     """
     if not checkpoint.is_dir():
         raise Damage("does not exist")
@@ -133,14 +149,17 @@ def check_structure(checkpoint: Path) -> None:
 
 
 def check_content(checkpoint: Path, part: slice = slice(None)) -> None:
-    """Compare files with their digests in the manifest; does nothing for a checkpoint without one.
+    """Compare files of a checkpoint with their digests in the manifest.
+
+    A checkpoint without a manifest passes.
 
     Args:
-        checkpoint: passed `check_structure`.
-        part: which of its files, in the order of their names; `slice(rank, None, ranks)` shares them out.
+        checkpoint: a checkpoint that passes `check_structure`.
+        part: which files to compare, in the order of their names; `slice(rank, None, ranks)` divides the files among
+            ranks.
 
     Raises:
-        Damage: the first file that differs.
+        Damage: the first file that differs from its digest.
     """
     manifest = Manifest.load(checkpoint)
     for name, record in sorted(manifest.files.items())[part] if manifest else ():
@@ -153,10 +172,12 @@ def check_content(checkpoint: Path, part: slice = slice(None)) -> None:
 
 
 def _rank_record(checkpoint: Path, rank: int | str) -> Path:
+    """Return the file with the record of one rank."""
     return checkpoint / f"integrity.{rank}.json"
 
 
 def _size(path: Path) -> int:
+    """Return the size of a file in bytes. Raises Damage if the file is missing."""
     try:
         return path.stat().st_size
     except OSError as error:
@@ -164,6 +185,7 @@ def _size(path: Path) -> int:
 
 
 def _read_layout(checkpoint: Path) -> Metadata:
+    """Return the description of the tensors of a checkpoint. Raises Damage."""
     try:
         with open(checkpoint / LAYOUT_FILE, "rb") as stream:
             return read_layout(stream)
@@ -171,17 +193,17 @@ def _read_layout(checkpoint: Path) -> Metadata:
         raise Damage(f"{LAYOUT_FILE} is missing") from error
     except pickle.UnpicklingError as error:
         raise Damage(f"{LAYOUT_FILE} is damaged: {error}") from error
-    # Whatever an unpickler meets in damaged bytes.
+    # An unpickler raises exceptions of any class on damaged bytes.
     except Exception as error:
         raise Damage(f"{LAYOUT_FILE} is damaged") from error
 
 
 def _needed_sizes(layout: Metadata) -> dict[str, int]:
-    """How long each file must at least be to hold what the layout places in it."""
+    """Return the least size, in bytes, that each file needs for the tensors that the layout places in it."""
     needed: dict[str, int] = {}
     try:
-        for place in layout.storage_data.values():
-            needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+        for entry in layout.storage_data.values():
+            needed[entry.relative_path] = max(needed.get(entry.relative_path, 0), entry.offset + entry.length)
     except (AttributeError, TypeError) as error:
         raise Damage(f"{LAYOUT_FILE} is damaged") from error
     return needed

@@ -1,10 +1,11 @@
-"""Finds the routing mask of a run: in a file of its own or inside a checkpoint."""
+"""Reads the routing mask of a run from a mask file or from a checkpoint."""
 
 from pathlib import Path
 
 import torch
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from maskmoe.checkpoint.integrity import LAYOUT_FILE
 from maskmoe.checkpoint.series import choose_checkpoint
@@ -17,11 +18,11 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
     """Read a routing mask.
 
     Args:
-        source: a file made by tools/build_routing_mask.py, a `torch_dist` checkpoint, or the folder of a run's
-            checkpoints, of which the newest sound one is read.
+        source: a file made by tools/build_routing_mask.py, a `torch_dist` checkpoint, or the folder of the checkpoints
+            of a run. The newest sound checkpoint of a folder is read.
 
     Raises:
-        UserError: missing, damaged, or a checkpoint without a routing mask.
+        UserError: the source is missing or damaged, or a checkpoint holds no routing mask.
     """
     source = Path(source)
     if not source.is_dir():
@@ -33,7 +34,7 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
         buffers = _read_buffers(checkpoint)
     except OSError as error:
         raise UserError(f"{checkpoint} is not a readable torch_dist checkpoint: {error}") from error
-    # Whatever torch's unpickler and zip reader meet in damaged files.
+    # Torch's unpickler and zip reader raise exceptions of any class on damaged files.
     except (Exception, CheckpointException) as error:
         raise UserError(f"{checkpoint} is not a readable torch_dist checkpoint: its files are damaged") from error
     if not buffers:
@@ -42,12 +43,15 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
 
 
 def _read_buffers(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The routing mask's tensors in a `torch_dist` checkpoint, by their names without prefix; empty if it has none."""
+    """Return the tensors of the routing mask in a checkpoint, by their names without the prefix of the mask.
+
+    The result is empty for a checkpoint without a routing mask.
+    """
     reader = torch_checkpoint.FileSystemReader(checkpoint)
     buffers = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(CHECKPOINT_PREFIX)
+        if name.startswith(CHECKPOINT_PREFIX) and isinstance(entry, TensorStorageMetadata)
     }
     if buffers:
         torch_checkpoint.load(buffers, storage_reader=reader, no_dist=True)

@@ -1,4 +1,4 @@
-"""Saving so that what is in the folder is whole: sealed by a manifest, cleared of rests, and no more than asked for."""
+"""Saves checkpoints with a manifest, never over existing files, and removes checkpoints that are no longer wanted."""
 
 import functools
 import queue
@@ -8,10 +8,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import get_loaded_iteration
@@ -22,46 +24,61 @@ from maskmoe.checkpoint.series import checkpoint_path, read_tracker, remove_old_
 
 
 class SealedSaveStrategy(TorchDistSaveShardedStrategy):
-    """`TorchDistSaveShardedStrategy` that records every file's digest where it is written.
+    """Saves like `TorchDistSaveShardedStrategy`, and writes a manifest with the digest of every file.
 
-    Each rank reads back its own files, from the page cache, in the process that wrote them. So asynchronous saving
-    stays asynchronous, and no rank reads what others wrote.
+    Each rank reads its own files back, from the page cache, in the process that wrote them. So asynchronous saving
+    stays asynchronous, and no rank reads the files of another rank.
     """
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
-        """As the method it overrides, without the process through which a writer elsewhere would report.
+        """Save in this process, as the overridden method does, and write the manifest.
 
-        It takes seconds to start, and a signal to the process group may end it.
+        Megatron-Core starts a process for a queue of results, which only asynchronous saving needs. The process takes
+        seconds to start, and a signal to the process group may end it. So the queue is one of this process here.
+
+        Args:
+            sharded_state_dict: the state to save.
+            checkpoint_dir: the folder of the checkpoint.
         """
-        elsewhere = filesystem_async._results_queue
-        filesystem_async._results_queue = queue.Queue()
+        process_queue = filesystem_async._results_queue
+        # The attribute is declared as None.
+        filesystem_async._results_queue = queue.Queue()  # pyrefly: ignore[bad-assignment]
         try:
-            self._sealed_request(sharded_state_dict, checkpoint_dir, "mcore").execute_sync()
+            self._request(sharded_state_dict, Path(checkpoint_dir), "mcore").execute_sync()
         finally:
-            filesystem_async._results_queue = elsewhere
+            filesystem_async._results_queue = process_queue
 
-    def async_save(self, sharded_state_dict: dict, checkpoint_dir: str | Path, async_strategy: str = "nvrx"):
-        """As the method it overrides; what is in host memory is copied, as what is on a GPU is anyway.
+    def async_save(
+        self, sharded_state_dict: dict, checkpoint_dir: str | Path, async_strategy: str = "nvrx"
+    ) -> AsyncRequest:
+        """Return the request of an asynchronous save, which also writes the manifest.
 
-        Otherwise it would be shared with the process that writes, while training goes on to change it.
+        Tensors in host memory are copied first. The writing process would otherwise share them with training, which
+        changes them. Tensors on a GPU are copied to the host in any case.
+
+        Args:
+            sharded_state_dict: the state to save.
+            checkpoint_dir: the folder of the checkpoint.
+            async_strategy: Megatron's name of the implementation of asynchronous saving.
         """
-        request = self._sealed_request(sharded_state_dict, checkpoint_dir, async_strategy)
+        request = self._request(sharded_state_dict, Path(checkpoint_dir), async_strategy)
         if request.async_fn is not None:
             _, write_buckets, _ = request.async_fn_args
-            # In place: the function that moves tensors to the host has the same list.
+            # Change the list in place: the function that moves tensors to the host holds the same list.
             write_buckets[:] = [_copy_host_tensors(bucket) for bucket in write_buckets]
         return request
 
-    def _sealed_request(self, sharded_state_dict: dict, checkpoint_dir: str | Path, async_strategy: str):
+    def _request(self, sharded_state_dict: dict, checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
+        """Return Megatron's request, extended by the records of all ranks and by the manifest."""
         request = super().async_save(sharded_state_dict, checkpoint_dir, async_strategy)
         if request.async_fn is not None:
             request = request._replace(async_fn=partial(_write_and_record, request.async_fn))
-        request.finalize_fns.append(partial(_seal, Path(checkpoint_dir)))
+        request.finalize_fns.append(partial(_write_manifest_once, checkpoint_dir))
         return request
 
 
 def _copy_host_tensors(bucket: tuple) -> tuple:
-    """A `WriteBucket` of Megatron-Core with copies of its tensors in host memory."""
+    """Return a `WriteBucket` of Megatron-Core in which tensors in host memory are copied."""
     path, storage_key, (bytes_data, tensor_data) = bucket
     copied = [(item, tensor.clone() if tensor.device.type == "cpu" else tensor) for item, tensor in tensor_data]
     return path, storage_key, (bytes_data, copied)
@@ -70,16 +87,17 @@ def _copy_host_tensors(bucket: tuple) -> tuple:
 def saving_whole_checkpoints(
     save_checkpoint: Callable[..., None], while_saving: Callable[[], AbstractContextManager]
 ) -> Callable[..., None]:
-    """Make Megatron's `save_checkpoint` never write into a folder that holds something, and remove old checkpoints.
+    """Wrap Megatron's `save_checkpoint` so that it never writes into a used folder, and removes old checkpoints.
 
     Args:
-        save_checkpoint: Megatron's.
-        while_saving: entered around each save.
+        save_checkpoint: the function of Megatron.
+        while_saving: makes a context manager that is entered around each save.
     """
 
     @functools.wraps(save_checkpoint)
     def save(iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
         settings = get_args()
+        assert settings is not None
         if _is_saved(settings, iteration):
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
@@ -100,13 +118,16 @@ def saving_whole_checkpoints(
 
 
 def _is_saved(settings: Namespace, iteration: int) -> bool:
-    """Whether the checkpoint was loaded from there and nothing was trained since: saving would risk it for nothing."""
+    """Return whether the checkpoint was loaded from the folder in `--save`, with no iteration trained since.
+
+    Saving would replace a sound checkpoint by an equal one, and could lose it.
+    """
     is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
     return is_same_folder and not settings.finetune and get_loaded_iteration() == iteration
 
 
 def remove_unfinished_checkpoints(folder: str | Path) -> None:
-    """Remove what a failed save left: checkpoints newer than the tracker's that were not finished."""
+    """Remove unfinished checkpoints that are newer than the checkpoint in the tracker file, which failed saves left."""
     newest = read_tracker(folder)
     for iteration in saved_iterations(folder):
         if not isinstance(newest, int) or iteration > newest:
@@ -120,22 +141,23 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
 
 
 def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any) -> None:
-    """Write this rank's files, then record them.
+    """Write the files of this rank, then record them.
 
     Args:
-        write: the writer's function, which takes the other arguments.
-        rank: of the process that trains.
-        write_buckets: the first element of each is the path of the file that it goes to.
+        write: the function of Megatron's writer, which gets all further arguments.
+        rank: the rank that trains.
+        write_buckets: the contents of the files; the first element of each bucket is the path of its file.
+        *args: further arguments of `write`.
     """
     write(rank, write_buckets, *args)
     record_rank([Path(bucket[0]) for bucket in write_buckets], rank)
 
 
-def _seal(checkpoint: Path) -> None:
-    """Write the manifest on the first rank; if that fails, fail on all.
+def _write_manifest_once(checkpoint: Path) -> None:
+    """Write the manifest on the first rank; if the first rank fails, fail on all ranks.
 
     Raises:
-        CheckpointException: naming what was not written.
+        CheckpointException: the manifest could not be written; the message names the file that is missing.
     """
     outcome: list[BaseException | None] = [None]
     if torch.distributed.get_rank() == 0:
@@ -145,4 +167,4 @@ def _seal(checkpoint: Path) -> None:
             outcome = [error]
     torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
-        raise CheckpointException("write", {0: (outcome[0], None)})
+        raise CheckpointException("write", {0: (outcome[0], StackSummary())})

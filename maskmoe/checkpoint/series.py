@@ -1,4 +1,4 @@
-"""The checkpoints of one run, in Megatron's folder `--save`, and which of them to go on from."""
+"""Finds, chooses and removes checkpoints of one run in Megatron's folder `--save`."""
 
 import shutil
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from maskmoe.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-"""The name of a checkpoint that no training run saved, for example a converted one."""
+"""Megatron's name of a checkpoint that no training run saved, such as a converted checkpoint."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which checkpoint to load.
+    """The checkpoint to load.
 
     Attributes:
-        checkpoint: its folder; None if there is none.
-        rejected: the newer ones that are damaged, with what is wrong with each.
+        checkpoint: the folder of the checkpoint; None if the folder has none.
+        rejected: the newer checkpoints that are damaged, each with its fault.
     """
 
     checkpoint: Path | None
@@ -28,40 +28,45 @@ class Choice:
 
     @property
     def iteration(self) -> int | None:
-        """Its iteration; None for a `release` checkpoint or none."""
-        return self.checkpoint and iteration_of(self.checkpoint)
+        """Return the iteration of the checkpoint; None for a `release` checkpoint, or without a checkpoint."""
+        return None if self.checkpoint is None else iteration_of(self.checkpoint)
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
-    """The folder of one checkpoint under `--save`, as Megatron names it."""
+    """Return the folder of the checkpoint of an iteration, as Megatron names it."""
     return Path(folder) / f"iter_{iteration:07d}"
 
 
 def iteration_of(checkpoint: Path) -> int | None:
-    """The iteration in the name of a checkpoint's folder; None for a `release` checkpoint, or if it is no such name."""
+    """Return the iteration in the name of a checkpoint's folder; None for a name without one, such as `release`."""
     number = checkpoint.name.removeprefix("iter_")
     return int(number) if number.isdecimal() else None
 
 
 def saved_iterations(folder: str | Path) -> list[int]:
-    """The iterations of all checkpoints under `folder`, whole or not, newest first."""
+    """Return the iterations of all checkpoints in a folder, sound or damaged, in descending order."""
     iterations = (iteration_of(path) for path in Path(folder).glob("iter_*") if path.is_dir())
     return sorted((iteration for iteration in iterations if iteration is not None), reverse=True)
 
 
 def has_checkpoint(folder: str | Path) -> bool:
-    """Whether a run has saved, or begun to save, a checkpoint under `folder`."""
+    """Return whether a run has saved a checkpoint in a folder, or has begun to."""
     return (Path(folder) / TRACKER).is_file() or bool(saved_iterations(folder))
 
 
 def write_tracker(folder: str | Path, iteration: int | str) -> None:
-    """Record which checkpoint is the newest, or that it is `RELEASE`; Megatron itself writes the file in place."""
+    """Record the newest checkpoint in Megatron's tracker file, atomically; Megatron writes the file in place.
+
+    Args:
+        folder: the folder of the checkpoints.
+        iteration: the iteration of the newest checkpoint, or `RELEASE`.
+    """
     with atomic_output(Path(folder) / TRACKER) as path:
         path.write_text(str(iteration))
 
 
 def read_tracker(folder: str | Path) -> int | str | None:
-    """The iteration in Megatron's tracker file, or "release"; None if the file is missing or makes no sense."""
+    """Return the iteration in Megatron's tracker file, or `RELEASE`; None if the file is missing or damaged."""
     try:
         text = (Path(folder) / TRACKER).read_text(errors="replace").strip()
     except OSError:
@@ -74,31 +79,23 @@ def read_tracker(folder: str | Path) -> int | str | None:
 def choose_checkpoint(
     folder: str | Path, step: int | None = None, check: Callable[[Path], None] = check_structure
 ) -> Choice:
-    """The newest sound checkpoint under `folder`, from the one that the tracker names downwards.
+    """Choose the newest sound checkpoint in a folder.
 
-    Without a usable tracker, which an interrupted save may leave behind, from the newest downwards. If nothing but the
-    rests of interrupted first saves is there, there is none.
+    The search starts with the checkpoint that the tracker file names, and continues with older checkpoints. Without a
+    usable tracker file, which an interrupted save may leave behind, the search starts with the newest checkpoint. A
+    folder in which only the first save of a run was interrupted counts as a folder without checkpoints.
 
     Args:
-        folder: Megatron's `--load`.
-        step: Megatron's `--ckpt-step`: this one and no other.
+        folder: the folder in Megatron's `--load`.
+        step: Megatron's `--ckpt-step`, the only iteration to choose; None to choose among all.
         check: raises `Damage` if a checkpoint is not sound.
 
     Raises:
-        UserError: there are checkpoints, or a record of one, but none is sound.
+        UserError: the folder has checkpoints, or a record of one, but none is sound.
     """
     if step is None and not has_checkpoint(folder):
         return Choice(None)
-    tracked = read_tracker(folder)
-    if step is not None:
-        candidates = [checkpoint_path(folder, step)]
-    elif tracked == RELEASE:
-        candidates = [Path(folder) / RELEASE]
-    else:
-        iterations = [i for i in saved_iterations(folder) if tracked is None or i <= tracked]
-        if tracked is not None and tracked not in iterations:
-            iterations.insert(0, tracked)
-        candidates = [checkpoint_path(folder, iteration) for iteration in iterations]
+    candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
     rejected = []
     is_first_save = step is None and not (Path(folder) / TRACKER).exists()
     for candidate in candidates:
@@ -115,13 +112,39 @@ def choose_checkpoint(
     raise UserError(f"--load {folder} holds no sound checkpoint: {reasons}")
 
 
+def finished_iterations(folder: str | Path) -> list[int]:
+    """Return the iterations of the checkpoints that are not newer than the tracker file says, in descending order.
+
+    Without a usable tracker file, all checkpoints are included.
+    """
+    tracked = read_tracker(folder)
+    return [step for step in saved_iterations(folder) if not isinstance(tracked, int) or step <= tracked]
+
+
+def _candidates(folder: str | Path) -> list[Path]:
+    """Return the checkpoints that a run may load from a folder, the preferred checkpoint first.
+
+    A checkpoint that the tracker file names is the first candidate even if it is missing, so that it gets reported.
+    """
+    tracked = read_tracker(folder)
+    if tracked == RELEASE:
+        return [Path(folder) / RELEASE]
+    iterations = finished_iterations(folder)
+    if isinstance(tracked, int) and tracked not in iterations:
+        iterations.insert(0, tracked)
+    return [checkpoint_path(folder, iteration) for iteration in iterations]
+
+
 def remove_old_checkpoints(folder: str | Path, keep: int | None, retain_interval: int | None = None) -> list[Path]:
-    """Remove all but the newest `keep` whole checkpoints, and older unfinished ones; returns which.
+    """Remove all checkpoints that are older than the newest `keep` sound checkpoints.
 
     Args:
-        folder: Megatron's `--save`.
-        keep: None keeps all.
-        retain_interval: Megatron's `--save-retain-interval`, whose multiples stay, too.
+        folder: the folder in Megatron's `--save`.
+        keep: the number of sound checkpoints that stay; None keeps all.
+        retain_interval: Megatron's `--save-retain-interval`; checkpoints at multiples of this iteration stay, too.
+
+    Returns:
+        The folders of the removed checkpoints.
     """
     if keep is None:
         return []

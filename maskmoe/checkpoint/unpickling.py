@@ -1,7 +1,7 @@
-"""Reads the pickled parts of `torch_dist` checkpoints without running what they might hold.
+"""Reads the pickled parts of `torch_dist` checkpoints without running code from them.
 
-A checkpoint may come from a stranger. torch unpickles its `.metadata` and its objects without restraint, which lets a
-crafted file run any code. Here nothing but data can come out.
+A checkpoint may come from a stranger. Torch unpickles its `.metadata` and its objects without restriction, so that a
+crafted file can run any code. The functions of this module return nothing but data.
 """
 
 import dataclasses
@@ -29,9 +29,14 @@ _CONSTRUCTORS = frozenset(
 
 
 class _LayoutUnpickler(pickle.Unpickler):
-    """Knows only the dataclasses and enumerations in which torch describes a checkpoint."""
+    """Unpickles only the dataclasses and enumerations with which torch describes a checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return a class or function by its name, as the overridden method does.
+
+        Raises:
+            pickle.UnpicklingError: the class or function does not belong in the layout of a checkpoint.
+        """
         if (module, name) in _CONSTRUCTORS:
             return super().find_class(module, name)
         if "." not in name:
@@ -45,19 +50,19 @@ class _LayoutUnpickler(pickle.Unpickler):
 
 
 def read_layout(stream: BinaryIO) -> Any:
-    """The `Metadata` in the `.metadata` file of a `torch_dist` checkpoint.
+    """Read the `Metadata` in the `.metadata` file of a `torch_dist` checkpoint.
 
     Raises:
-        pickle.UnpicklingError: it holds anything but a checkpoint's layout.
+        pickle.UnpicklingError: the file holds anything but the layout of a checkpoint.
     """
     return _LayoutUnpickler(stream).load()
 
 
 def read_object(stream: io.BytesIO) -> Any:
-    """An object in a `torch_dist` checkpoint: tensors, plain containers and the settings' own classes.
+    """Read an object in a `torch_dist` checkpoint: tensors, plain containers, and the classes of Megatron's settings.
 
     Raises:
-        pickle.UnpicklingError: it holds anything else.
+        pickle.UnpicklingError: the object holds anything else.
     """
     register_safe_globals()
     return torch.load(stream, map_location="cpu", weights_only=True)

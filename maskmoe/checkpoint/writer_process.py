@@ -1,7 +1,8 @@
-"""The processes that asynchronous saving needs: they end with the rank that started them, and not before.
+"""Starts the processes of asynchronous saving so that they end together with their rank, and not before.
 
-Signals that ask for a last checkpoint go to whole process groups. A signal that is blocked when a process starts stays
-so in it.
+SIGTERM and SIGUSR1, which ask a run for a last checkpoint, reach all processes of a process group. They would kill the
+processes that write the checkpoint. A process inherits the blocked signals of its parent, so the rank blocks these
+signals while it starts such a process.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.managers import SyncManager
+from queue import Queue
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ _managers: list[SyncManager] = []
 
 @contextmanager
 def immune_children() -> Iterator[None]:
-    """Processes that are started in this block do not get `SIGNALS_THAT_SAVE`, and know who started them."""
+    """Block `SIGNALS_THAT_SAVE` in the processes that the block starts, and name this rank in their environment."""
     os.environ[_RANK_PROCESS] = str(os.getpid())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_THAT_SAVE)
     try:
@@ -38,31 +40,41 @@ def immune_children() -> Iterator[None]:
 
 
 def write_for_rank(*args: Any) -> None:
-    """`PersistentAsyncCaller.async_loop` in a process that ends with the rank it writes for.
+    """Run `PersistentAsyncCaller.async_loop` in this process, which is killed when the rank that it writes for ends.
 
-    Its parent is a fork server, which stays as long as it has a child. So the rank itself is watched.
+    The parent of this process is a fork server, which lives as long as it has a child. So this process watches the rank
+    and not its parent.
+
+    Args:
+        *args: the arguments of `PersistentAsyncCaller.async_loop`.
     """
     threading.Thread(target=_end_with, args=(int(os.environ[_RANK_PROCESS]),), daemon=True).start()
     _stock_async_loop(*args)
 
 
 def _end_with(process: int) -> None:
-    """Kill this process when another ends."""
+    """Kill this process when another process ends."""
     with contextlib.suppress(ProcessLookupError):
         select.select([os.pidfd_open(process)], [], [])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def get_write_results_queue(mp_mode: str = "spawn"):
-    """The function of that name in Megatron-Core, with a process for the queue that ends with this one.
+def get_write_results_queue(mp_mode: str = "spawn") -> Queue:
+    """Return the queue of write results; its process ends together with this process.
+
+    This function replaces Megatron-Core's function of the same name.
 
     Args:
-        mp_mode: how that process is started.
+        mp_mode: the start method of the process.
     """
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=torch.multiprocessing.get_context(mp_mode))
-        with immune_children():
-            manager.start(end_with_parent, (os.getpid(),))
-        _managers.append(manager)  # without a reference to it, it would shut down
-        filesystem_async._results_queue = manager.Queue()
-    return filesystem_async._results_queue
+    existing: Queue | None = filesystem_async._results_queue
+    if existing is not None:
+        return existing
+    manager = SyncManager(ctx=torch.multiprocessing.get_context(mp_mode))
+    with immune_children():
+        manager.start(end_with_parent, (os.getpid(),))
+    _managers.append(manager)  # a manager without a reference shuts down
+    results = manager.Queue()
+    # The attribute is declared as None.
+    filesystem_async._results_queue = results  # pyrefly: ignore[bad-assignment]
+    return results

@@ -1,35 +1,45 @@
-"""Remove all checkpoints of a finished run but the newest whole ones.
+"""Remove all checkpoints of a finished run but the newest sound checkpoints.
 
-For a series that was kept to be looked at, when that is done. Training itself keeps fewer with --keep-last-checkpoints.
+Use this command when the series of checkpoints is no longer needed. Training with --keep-last-checkpoints keeps fewer
+checkpoints from the start.
 """
 
 import argparse
 from pathlib import Path
 
-from maskmoe.megatron_compat import prepare_process
-
-prepare_process()
-from maskmoe.checkpoint.series import choose_checkpoint, remove_old_checkpoints
 from maskmoe.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line of this process."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/thin_checkpoints.py --load runs/a/checkpoints",
+        epilog="example:\n  %(prog)s --load runs/a/checkpoints",
     )
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of Megatron checkpoints")
     parser.add_argument(
-        "--keep-last-checkpoints", type=int, default=1, metavar="K", help="how many stay (default: %(default)s)"
+        "--keep-last-checkpoints",
+        type=int,
+        default=1,
+        metavar="K",
+        help="number of checkpoints to keep (default: %(default)s)",
     )
     return parser.parse_args()
 
 
 def main() -> None:
+    """Remove the old checkpoints of the run that the command line names."""
     arguments = parse_arguments()
     if arguments.keep_last_checkpoints < 1:
         raise UserError(f"--keep-last-checkpoints must be at least 1, not {arguments.keep_last_checkpoints}")
+
+    # Reading checkpoints needs torch and Megatron, `--help` does not.
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    from maskmoe.checkpoint.series import choose_checkpoint, remove_old_checkpoints
+
     if choose_checkpoint(arguments.load).checkpoint is None:
         raise UserError(f"--load {arguments.load} holds no checkpoint")
     for checkpoint in remove_old_checkpoints(arguments.load, arguments.keep_last_checkpoints):

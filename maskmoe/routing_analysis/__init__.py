@@ -1,23 +1,8 @@
-"""How checkpoints route a fixed probe text. Importing it needs neither torch nor Megatron; `analyze` does."""
+"""Analysis of how checkpoints route a fixed probe text.
 
-from maskmoe.routing_analysis.analysis import Analysis, AnalysisSettings, analyze
-from maskmoe.routing_analysis.models import Conversion, ModelSource, find_models
-from maskmoe.routing_analysis.probe import DatasetText, FileText, Probe
-from maskmoe.routing_analysis.report import write_results
-from maskmoe.routing_analysis.summary import summarise
-from maskmoe.routing_analysis.trace import RoutingTrace
+`models` finds the checkpoints, `probe` reads the text, `recording` runs a model and records a `trace` of its routing,
+`statistics` measures traces, `analysis` does all of this for a series, and `report` writes the results.
 
-__all__ = [
-    "Analysis",
-    "AnalysisSettings",
-    "Conversion",
-    "DatasetText",
-    "FileText",
-    "ModelSource",
-    "Probe",
-    "RoutingTrace",
-    "analyze",
-    "find_models",
-    "summarise",
-    "write_results",
-]
+`settings` needs neither torch nor Megatron. Call `maskmoe.megatron_compat.prepare_process` before you import any other
+module.
+"""

@@ -1,23 +1,17 @@
-"""The statistics of a series of models over one probe text."""
+"""Measures how each model of a series routes one probe text."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from maskmoe.errors import UserError
-from maskmoe.routing_analysis.models import (
-    Conversion,
-    ModelSource,
-    common_shape,
-    model_folder,
-    tokenizer_folder,
-    tokenizer_sha256,
-)
+from maskmoe.routing_analysis.models import ModelSource, common_shape, model_folder, tokenizer_folder, tokenizer_sha256
 from maskmoe.routing_analysis.probe import Probe, ProbeText, read_pieces
+from maskmoe.routing_analysis.recording import load_decoder, record_routing
+from maskmoe.routing_analysis.settings import AnalysisSettings, Conversion
 from maskmoe.routing_analysis.statistics import (
     DistinctExperts,
     Entropy,
@@ -33,66 +27,27 @@ from maskmoe.routing_analysis.statistics import (
 )
 from maskmoe.routing_analysis.trace import RoutingTrace
 from maskmoe.routing_mask.frequency import TokenFrequency
-
-if TYPE_CHECKING:
-    from maskmoe.routing_mask.frequency_bands import FrequencyBands
-
-
-@dataclass(frozen=True)
-class AnalysisSettings:
-    """What is measured.
-
-    Attributes:
-        num_tokens: of the probe text.
-        seq_length: tokens of a window; None: what the model was made for.
-        batch_size: windows that a model gets at a time.
-        capacity_factors: for the share of dropped assignments.
-        micro_batch_tokens: tokens that share experts' capacity; None: those of a batch.
-        min_occurrences: of an id in the probe, for it to count in the distinct experts of ids.
-        num_top_ids: most frequent ids that are listed for every expert.
-    """
-
-    num_tokens: int = 16384
-    seq_length: int | None = None
-    batch_size: int = 8
-    capacity_factors: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
-    micro_batch_tokens: int | None = None
-    min_occurrences: int = 8
-    num_top_ids: int = 10
-
-    def check(self) -> None:
-        """Raises UserError if a value is impossible."""
-        sizes = {
-            "--tokens": self.num_tokens,
-            "--seq-length": self.seq_length,
-            "--batch-size": self.batch_size,
-            "--micro-batch-tokens": self.micro_batch_tokens,
-            "--min-occurrences": self.min_occurrences,
-            "--top-ids": self.num_top_ids,
-        }
-        for flag, value in sizes.items():
-            if value is not None and value < 1:
-                raise UserError(f"{flag} must be at least 1, not {value}")
-        for factor in self.capacity_factors:
-            if not 0 < factor < float("inf"):
-                raise UserError(f"--capacity-factors must be positive numbers, not {factor}")
+from maskmoe.routing_mask.frequency_bands import FrequencyBands
 
 
 @dataclass(frozen=True, eq=False)
 class CheckpointStatistics:
-    """How one model routes the probe. L layers with experts, N experts, B frequency bands.
+    """The statistics of one model over the probe.
+
+    The sizes are L layers with experts, N experts and B frequency bands.
 
     Attributes:
-        name, iteration: of the model.
-        load: int64 [L, B, N], assignments.
-        dropped: float64 [capacity factors, L], share of the assignments.
-        entropy: see there.
-        id_information: float64 [L], mutual information of a token's id and its experts, in nats.
-        layer_information: float64 [L - 1], of its best expert in a layer and in the next.
-        top_ids: see there.
-        distinct_experts: see there.
-        coactivation: int64 [L, N, N], see there.
-        transitions: int64 [L - 1, N, N], see there.
+        name, iteration: name and iteration of the model.
+        load: int64 [L, B, N], number of assignments.
+        dropped: float64 [capacity factors, L], share of the assignments that experts of limited capacity would drop.
+        entropy: the entropy of the routers.
+        id_information: float64 [L], mutual information of the id and the experts of a token, in nats.
+        layer_information: float64 [L - 1], mutual information of a token's best experts in consecutive layers with
+            experts, in nats.
+        top_ids: the most frequent ids of each expert.
+        distinct_experts: the number of experts of each id.
+        coactivation: int64 [L, N, N], number of tokens that chose two experts together.
+        transitions: int64 [L - 1, N, N], number of tokens by their best experts in consecutive layers with experts.
     """
 
     name: str
@@ -110,13 +65,16 @@ class CheckpointStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Fluctuation:
-    """How much of the experts changed from one model to the next. L layers with experts, B frequency bands.
+    """The share of its experts that a token changed from one model to the next, as means over tokens.
+
+    The sizes are L layers with experts and B frequency bands.
 
     Attributes:
-        before, after: names of the models.
+        before, after: names of the two models.
         by_layer: float64 [L], mean over all tokens.
-        routable_by_layer: float64 [L], over those that see two experts or more in either; NaN where there is none.
-        by_band: float64 [B, L], NaN where a band has no token.
+        routable_by_layer: float64 [L], mean over the tokens that see two or more experts in either model; NaN without
+            such tokens.
+        by_band: float64 [B, L], means over the tokens of a frequency band; NaN if a band has no token.
     """
 
     before: str
@@ -128,22 +86,22 @@ class Fluctuation:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """All results.
+    """The results of an analysis.
 
     Attributes:
-        probe: the text.
-        bands: of ids by frequency.
-        settings: what was measured.
-        vocab_size: of the models.
-        num_experts: N.
-        topk: k.
-        layers: numbers of those with experts, from 1.
-        checkpoints: in order.
-        fluctuation: between each and the next.
+        probe: the probe text.
+        bands: the frequency bands of the ids.
+        settings: the settings of the analysis.
+        vocab_size: number of token ids of the models.
+        num_experts: number of experts in a layer, N.
+        topk: number of experts of a token, k.
+        layers: numbers of the layers with experts, from 1.
+        checkpoints: statistics of the models, in their order.
+        fluctuation: the changes from each model to the next.
     """
 
     probe: Probe
-    bands: "FrequencyBands"
+    bands: FrequencyBands
     settings: AnalysisSettings
     vocab_size: int
     num_experts: int
@@ -154,7 +112,7 @@ class Analysis:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens that share experts' capacity."""
+        """Return the number of tokens that share the capacity of the experts."""
         return _micro_batch_tokens(self.settings, self.probe)
 
 
@@ -167,22 +125,24 @@ def analyze(
     keep_trace: Callable[[int, RoutingTrace], None] = lambda position, trace: None,
     progress: bool = False,
 ) -> Analysis:
-    """Run models over a probe text, one after the other, and measure how they route it.
+    """Run each model over a probe text and measure how the model routes the text.
 
     Args:
-        models: in order, alike but for their weights.
-        text: what they read.
-        settings: what is measured.
-        frequency: counts that define the frequency bands; None: those of the probe.
-        conversion: how Megatron's checkpoints are converted.
-        keep_trace: is given the routing of every model, with its position in `models`.
-        progress: show a progress bar on stderr.
+        models: models that differ only in their weights, in the order of the series.
+        text: the source of the probe text.
+        settings: the settings of the analysis.
+        frequency: token counts that define the frequency bands; None for the counts of the probe.
+        conversion: how Megatron checkpoints are converted.
+        keep_trace: a function that gets the position in `models` and the trace of every model.
+        progress: whether to show a progress bar on stderr.
 
     Raises:
-        UserError: something does not fit; before the first model runs, unless a model's weights are damaged.
+        UserError: a setting, the text or a model does not fit. The error is raised before the first model runs, unless
+            the weights of a model are damaged.
     """
     settings, conversion = settings or AnalysisSettings(), conversion or Conversion()
     settings.check()
+    # Everything that can be checked is checked before the first model runs.
     shape, max_seq_length = common_shape(models)
     if frequency is not None and frequency.vocab_size != shape.vocab_size:
         raise UserError(f"--token-frequency counts {frequency.vocab_size:,} ids, the model has {shape.vocab_size:,}")
@@ -190,21 +150,21 @@ def analyze(
     if seq_length > max_seq_length:
         raise UserError(f"--seq-length is {seq_length}, but the model takes at most {max_seq_length} tokens")
     text.check(shape.vocab_size, tokenizer_sha256(models[0]))
+
+    # The probe: the same token ids for all models.
     with tokenizer_folder(models[0], conversion) as folder:
         token_ids = text.read(settings.num_tokens, seq_length, shape.vocab_size, folder)
         probe = Probe(token_ids, seq_length, settings.batch_size, text.source, read_pieces(folder, token_ids))
+    occurrences = np.bincount(token_ids, minlength=shape.vocab_size).astype(np.float64)
+    bands = FrequencyBands.from_occurrences(occurrences if frequency is None else frequency.occurrences)
 
-    from maskmoe.routing_analysis.recording import load_decoder, record_routing
-    from maskmoe.routing_mask.frequency_bands import FrequencyBands
-
+    # The traces are made one by one, while `measure` asks for them.
     def record(position: int, model: ModelSource) -> RoutingTrace:
         with model_folder(model, conversion) as folder:
             trace = record_routing(load_decoder(folder), probe, model.name, model.iteration)
         keep_trace(position, trace)
         return trace
 
-    occurrences = np.bincount(token_ids, minlength=shape.vocab_size).astype(np.float64)
-    bands = FrequencyBands.from_occurrences(occurrences if frequency is None else frequency.occurrences)
     bar = tqdm(models, desc="routing the probe", unit="model", disable=not progress)
     checkpoints, changes = measure(map(record, itertools.count(), bar), probe, bands, settings)
     return Analysis(
@@ -221,15 +181,20 @@ def analyze(
 
 
 def measure(
-    traces: Iterable[RoutingTrace], probe: Probe, bands: "FrequencyBands", settings: AnalysisSettings
+    traces: Iterable[RoutingTrace], probe: Probe, bands: FrequencyBands, settings: AnalysisSettings
 ) -> tuple[tuple[CheckpointStatistics, ...], tuple[Fluctuation, ...]]:
-    """The statistics of each trace, and of each and the next; no more than two traces are in memory.
+    """Measure each trace, and the changes from each trace to the next.
+
+    At most two traces are in memory at a time.
 
     Args:
-        traces: all of the probe, in order.
-        probe: what was routed.
-        bands: of ids by frequency.
-        settings: what is measured.
+        traces: traces of the probe, in the order of the series.
+        probe: the probe text.
+        bands: the frequency bands of the ids.
+        settings: the settings of the analysis.
+
+    Returns:
+        The statistics of every trace, and the changes between consecutive traces.
     """
     checkpoints, changes = [], []
     band_of_token = bands.band_of_id[probe.token_ids]
@@ -245,6 +210,7 @@ def measure(
 def _measure_checkpoint(
     trace: RoutingTrace, probe: Probe, band_of_token: np.ndarray, num_bands: int, settings: AnalysisSettings
 ) -> CheckpointStatistics:
+    """Compute all statistics of one trace."""
     micro_batch_tokens = _micro_batch_tokens(settings, probe)
     next_layer = transitions(trace)
     return CheckpointStatistics(
@@ -252,11 +218,11 @@ def _measure_checkpoint(
         iteration=trace.iteration,
         load=expert_load(trace, band_of_token, num_bands),
         dropped=np.array([dropped_share(trace, factor, micro_batch_tokens) for factor in settings.capacity_factors]),
-        entropy=Entropy.of(trace),
+        entropy=Entropy.from_trace(trace),
         id_information=id_information(trace),
         layer_information=mutual_information(next_layer),
-        top_ids=TopIds.of(trace, settings.num_top_ids),
-        distinct_experts=DistinctExperts.of(trace, settings.min_occurrences),
+        top_ids=TopIds.from_trace(trace, settings.num_top_ids),
+        distinct_experts=DistinctExperts.from_trace(trace, settings.min_occurrences),
         coactivation=coactivation(trace),
         transitions=next_layer,
     )
@@ -265,6 +231,7 @@ def _measure_checkpoint(
 def _measure_fluctuation(
     before: RoutingTrace, after: RoutingTrace, band_of_token: np.ndarray, num_bands: int
 ) -> Fluctuation:
+    """Compute the means of the share of experts that each token changed."""
     changed = fluctuation(before, after)
     return Fluctuation(
         before=before.name,

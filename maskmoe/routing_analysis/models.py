@@ -1,4 +1,4 @@
-"""The models of a series: where they are, whether they are alike, and how to come to them in transformers' format."""
+"""Finds the models of a series, checks that they are alike, and provides them in transformers' format."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +8,26 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
+from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure
+from maskmoe.checkpoint.series import (
+    RELEASE,
+    checkpoint_path,
+    finished_iterations,
+    has_checkpoint,
+    iteration_of,
+    read_tracker,
+)
+from maskmoe.conversion.convert import Settings, megatron_to_huggingface
+from maskmoe.conversion.megatron_models import open_megatron
+from maskmoe.conversion.tokenizer import WITHOUT_TEXT, export_tokenizer
 from maskmoe.errors import UserError
+from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.json_files import read_json
+from maskmoe.routing_analysis.settings import Conversion
 
 _CONFIG_FILE = "config.json"
 _MODEL_TYPE = "maskmoe"
-# What exported models keep of Megatron's arguments.
+# The file in which exported models keep Megatron's arguments.
 _MEGATRON_ARGS = "megatron/args.json"
 
 
@@ -22,10 +36,10 @@ class ModelSource:
     """A model to analyse.
 
     Attributes:
-        path: a Megatron checkpoint, or a folder in transformers' format.
-        name: for people.
-        iteration: of training; None if it is not known.
-        is_megatron: of Megatron's format.
+        path: the folder of the model, a Megatron checkpoint or a model in transformers' format.
+        name: the name of the model in results.
+        iteration: the iteration of training; None if it is unknown.
+        is_megatron: whether the model is a Megatron checkpoint.
     """
 
     path: Path
@@ -36,13 +50,13 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What must be the same in all models of a series.
+    """The sizes that all models of a series have in common.
 
     Attributes:
         vocab_size: number of token ids.
-        layers: numbers of those with experts, from 1.
-        num_experts: N.
-        topk: k.
+        layers: numbers of the layers with experts, from 1.
+        num_experts: number of experts in a layer, N.
+        topk: number of experts of a token, k.
     """
 
     vocab_size: int
@@ -55,30 +69,16 @@ class ModelShape:
         return f"{self.vocab_size:,} token ids and in layers {layers} top-{self.topk} of {self.num_experts} experts"
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """How Megatron's checkpoints are converted.
-
-    Attributes:
-        scratch_dir: where temporary folders are made; None: the system's.
-        tokenizer_type, tokenizer_model: Megatron's flags; None: what the model was trained with.
-    """
-
-    scratch_dir: Path | None = None
-    tokenizer_type: str | None = None
-    tokenizer_model: str | None = None
-
-
 def find_models(paths: Sequence[Path], steps: Sequence[int] = ()) -> tuple[ModelSource, ...]:
-    """The models at some paths, in order.
+    """Return the models of a series.
 
     Args:
-        paths: each a folder of Megatron checkpoints, which stands for all of them in order of their iterations, one
-            Megatron checkpoint, or a folder in transformers' format.
-        steps: iterations to take, in this order, of folders of checkpoints; all if empty.
+        paths: folders in the order of the series. Each is a Megatron checkpoint, a model in transformers' format, or a
+            run. A run stands for all its checkpoints in the order of their iterations.
+        steps: the iterations to take from each run, in this order; empty for all.
 
     Raises:
-        UserError: a path is none of these, or a checkpoint is missing or not sound.
+        UserError: a path is not a folder with models, or a checkpoint is missing or damaged.
     """
     formats = [_format_of(path) for path in paths]
     if steps and _Format.RUN not in formats:
@@ -94,7 +94,7 @@ def find_models(paths: Sequence[Path], steps: Sequence[int] = ()) -> tuple[Model
 
 
 class _Format(Enum):
-    """What a folder is."""
+    """The content of a folder: a model in transformers' format, a Megatron checkpoint, or the checkpoints of a run."""
 
     TRANSFORMERS = auto()
     CHECKPOINT = auto()
@@ -102,17 +102,11 @@ class _Format(Enum):
 
 
 def _format_of(path: Path) -> _Format:
+    """Recognise the content of a folder. Raises UserError if it is not a model."""
     if not path.is_dir():
-        raise UserError(f"--load {path} does not exist, or is no folder")
+        raise UserError(f"--load {path} does not exist, or is not a folder")
     if (path / _CONFIG_FILE).is_file():
         return _Format.TRANSFORMERS
-
-    from maskmoe.megatron_compat import prepare_process
-
-    prepare_process()
-    from maskmoe.checkpoint.integrity import LAYOUT_FILE
-    from maskmoe.checkpoint.series import has_checkpoint
-
     if (path / LAYOUT_FILE).is_file():
         return _Format.CHECKPOINT
     if has_checkpoint(path):
@@ -121,10 +115,15 @@ def _format_of(path: Path) -> _Format:
 
 
 def _megatron_model(checkpoint: Path, with_folder: bool) -> ModelSource:
-    """A checkpoint, named by its iteration, and by its folder where there are several. Raises UserError."""
-    from maskmoe.checkpoint.integrity import Damage, check_structure
-    from maskmoe.checkpoint.series import iteration_of
+    """Return a checkpoint as a model whose name has the iteration.
 
+    Args:
+        checkpoint: the folder of the checkpoint.
+        with_folder: whether the name also has the folder of the run, because the series has several folders.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
     try:
         check_structure(checkpoint)
     except Damage as damage:
@@ -135,25 +134,26 @@ def _megatron_model(checkpoint: Path, with_folder: bool) -> ModelSource:
 
 
 def _checkpoints_of_run(folder: Path, steps: Sequence[int]) -> list[Path]:
-    """Those asked for, else all that the run has finished, in order."""
-    from maskmoe.checkpoint.series import RELEASE, checkpoint_path, read_tracker, saved_iterations
+    """Return the checkpoints of a run: at the given steps, or all finished checkpoints in ascending order.
 
+    Raises:
+        UserError: the run has no finished checkpoint.
+    """
     if steps:
         return [checkpoint_path(folder, step) for step in steps]
-    tracked = read_tracker(folder)
-    if tracked == RELEASE:
+    if read_tracker(folder) == RELEASE:
         return [folder / RELEASE]
-    finished = [step for step in reversed(saved_iterations(folder)) if tracked is None or step <= tracked]
+    finished = finished_iterations(folder)
     if not finished:
         raise UserError(f"--load {folder} holds no finished checkpoint")
-    return [checkpoint_path(folder, step) for step in finished]
+    return [checkpoint_path(folder, step) for step in reversed(finished)]
 
 
 def common_shape(models: Sequence[ModelSource]) -> tuple[ModelShape, int]:
-    """The shape of all models, and the longest sequence that all of them take.
+    """Return the shape of all models, and the length of the longest sequence that all models accept.
 
     Raises:
-        UserError: there is none, one cannot be read or has no experts, or they differ.
+        UserError: the series is empty, a model cannot be read or has no experts, or the models differ in shape.
     """
     if not models:
         raise UserError("there is no model to analyse; name one with --load")
@@ -168,6 +168,7 @@ def common_shape(models: Sequence[ModelSource]) -> tuple[ModelShape, int]:
 
 
 def _shape(config: Mapping[str, Any], model: ModelSource) -> ModelShape:
+    """Return the shape of a model with a configuration. Raises UserError if the model has no experts."""
     layers = tuple(number for number, kind in enumerate(config["mlp_layer_types"], start=1) if kind == "sparse")
     if not layers:
         raise UserError(f"{model.path} has no routed experts; name a mixture-of-experts model")
@@ -175,10 +176,12 @@ def _shape(config: Mapping[str, Any], model: ModelSource) -> ModelShape:
 
 
 def _read_config(model: ModelSource) -> Mapping[str, Any]:
-    """The fields of `MaskMoEConfig` that a model has."""
-    if model.is_megatron:
-        from maskmoe.conversion.megatron_models import open_megatron
+    """Return the fields of the `MaskMoEConfig` of a model.
 
+    Raises:
+        UserError: the configuration is damaged or of another type of model.
+    """
+    if model.is_megatron:
         fields = open_megatron(model.path).config
     else:
         fields = read_json(model.path / _CONFIG_FILE)
@@ -187,20 +190,20 @@ def _read_config(model: ModelSource) -> Mapping[str, Any]:
                 f"{model.path} is a model of type {fields.get('model_type')!r}, not {_MODEL_TYPE!r}; convert it with "
                 "tools/convert_checkpoint.py hf-to-megatron"
             )
-    from maskmoe.huggingface import MaskMoEConfig
-
     try:
         return MaskMoEConfig(**{name: value for name, value in fields.items() if name != "model_type"}).to_dict()
-    # Whatever the class makes of values of wrong types.
+    # `MaskMoEConfig` raises any of these on values of wrong types.
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{model.path}: its configuration is damaged: {' '.join(str(error).split())}") from error
 
 
 def tokenizer_sha256(model: ModelSource) -> str | None:
-    """Digest of the tokenizer's file that a model was trained with; None if it is not known. Raises UserError."""
-    if model.is_megatron:
-        from maskmoe.conversion.megatron_models import open_megatron
+    """Return the digest of the tokenizer file that a model was trained with; None if the digest is unknown.
 
+    Raises:
+        UserError: the model cannot be read.
+    """
+    if model.is_megatron:
         return getattr(open_megatron(model.path).args, "tokenizer_sha256", None)
     args = model.path / _MEGATRON_ARGS
     return read_json(args).get("tokenizer_sha256") if args.is_file() else None
@@ -208,17 +211,16 @@ def tokenizer_sha256(model: ModelSource) -> str | None:
 
 @contextmanager
 def model_folder(model: ModelSource, conversion: Conversion) -> Iterator[Path]:
-    """The folder of a model in transformers' format; a converted one has no tokenizer, and is removed at the end.
+    """Provide the folder of a model in transformers' format.
+
+    A Megatron checkpoint is converted to a temporary folder without tokenizer, which is removed at the end.
 
     Raises:
-        UserError: it cannot be converted, or the disk is full.
+        UserError: the model cannot be converted, or the disk is full.
     """
     if not model.is_megatron:
         yield model.path
         return
-    from maskmoe.conversion.convert import Settings, megatron_to_huggingface
-    from maskmoe.conversion.tokenizer import WITHOUT_TEXT
-
     with _scratch_folder(conversion) as scratch:
         folder = scratch / "model"
         megatron_to_huggingface(Settings(load=model.path, save=folder, tokenizer_type=WITHOUT_TEXT))
@@ -227,24 +229,22 @@ def model_folder(model: ModelSource, conversion: Conversion) -> Iterator[Path]:
 
 @contextmanager
 def tokenizer_folder(model: ModelSource, conversion: Conversion) -> Iterator[Path]:
-    """A folder with the tokenizer of a model, as transformers reads it; without one if the model has none.
+    """Provide a folder with the tokenizer of a model in transformers' format; an empty folder for a model without one.
 
     Raises:
-        UserError: the tokenizer is not on this machine, or cannot be expressed in transformers.
+        UserError: the tokenizer is not on this machine, or transformers has no equivalent.
     """
     if not model.is_megatron:
         yield model.path
         return
-    from maskmoe.conversion.megatron_models import open_megatron
-    from maskmoe.conversion.tokenizer import WITHOUT_TEXT, export_tokenizer
-
     args = open_megatron(model.path).args
+    assert args is not None  # every Megatron checkpoint has its arguments
     kind = conversion.tokenizer_type or args.tokenizer_type
     path = conversion.tokenizer_model or args.tokenizer_model
     if kind != WITHOUT_TEXT and (path is None or not Path(path).exists()):
         raise UserError(
             f"the tokenizer {path} of {model.path} does not exist; pass --tokenizer-model, or --tokenizer-type "
-            f"{WITHOUT_TEXT} to go without"
+            f"{WITHOUT_TEXT} to work without a tokenizer"
         )
     with _scratch_folder(conversion) as folder:
         export_tokenizer(kind, path, folder)
@@ -253,7 +253,7 @@ def tokenizer_folder(model: ModelSource, conversion: Conversion) -> Iterator[Pat
 
 @contextmanager
 def _scratch_folder(conversion: Conversion) -> Iterator[Path]:
-    """A new folder that is removed at the end. Raises UserError where none can be made."""
+    """Make a folder that is removed at the end. Raises UserError if the folder cannot be made."""
     try:
         scratch = tempfile.TemporaryDirectory(prefix="analyze_routing_", dir=conversion.scratch_dir)
     except OSError as error:

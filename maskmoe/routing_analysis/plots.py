@@ -1,4 +1,4 @@
-"""The results as plots."""
+"""Draws the results of an analysis as plots."""
 
 import math
 from collections.abc import Callable
@@ -21,11 +21,16 @@ _COLORS = ("#1f4e9c", "#2a9d5c", "#d9822b", "#6b6b6b")
 
 
 def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write the PNG files; returns their paths. Raises UserError where one cannot be written."""
+    """Write a PNG file for each plot, and return the paths of the files.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     return [_write(folder / name, draw, analysis) for name, draw in _PLOTS.items()]
 
 
 def _write(path: Path, draw: Callable[["Figure", Analysis], None], analysis: Analysis) -> Path:
+    """Draw one plot and write its PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(dpi=130, layout="constrained")
@@ -36,39 +41,38 @@ def _write(path: Path, draw: Callable[["Figure", Analysis], None], analysis: Ana
 
 
 def _draw_load(figure: "Figure", analysis: Analysis) -> None:
-    """Heat map of the last model: an expert's load over the mean of its layer."""
+    """Draw a heat map of the load of each expert over the mean load of its layer, for the last model."""
     checkpoint = analysis.checkpoints[-1]
     load = checkpoint.load.sum(axis=1)  # [L, N]
-    figure.set_size_inches(_clip(2.5 + 0.3 * analysis.num_experts), _clip(1.8 + 0.3 * len(analysis.layers)))
+    figure.set_size_inches(
+        _clip_inches(2.5 + 0.3 * analysis.num_experts), _clip_inches(1.8 + 0.3 * len(analysis.layers))
+    )
     axes = figure.subplots()
     image = axes.imshow(load / load.mean(axis=1, keepdims=True), cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     axes.set(title=f"Load of experts over the mean, {checkpoint.name}", xlabel="expert", ylabel="layer")
-    axes.set_yticks(range(len(analysis.layers)), analysis.layers)
+    axes.set_yticks(range(len(analysis.layers)), [str(layer) for layer in analysis.layers])
     _use_whole_numbers(axes.xaxis)
     figure.colorbar(image, extend="max")
 
 
 def _draw_entropy(figure: "Figure", analysis: Analysis) -> None:
-    """A line for each layer over the series."""
+    """Draw a line for the entropy of each layer over the series, and a line for the largest possible mean."""
     means = np.array([checkpoint.entropy.mean for checkpoint in analysis.checkpoints])
+    bounds = np.array([checkpoint.entropy.bound for checkpoint in analysis.checkpoints])
     axes = figure.subplots()
     _draw_layers(axes, means, analysis)
-    axes.axhline(np.nanmax(_bounds(analysis), initial=0), color="#6b6b6b", linestyle="--", linewidth=1, label="at most")
+    axes.axhline(np.nanmax(bounds, initial=0), color="#6b6b6b", linestyle="--", linewidth=1, label="at most")
     axes.set(title="Entropy of routing, tokens with V > 1", ylabel="nats")
     axes.set_ylim(bottom=0)
     _label_series(axes, [checkpoint.name for checkpoint in analysis.checkpoints], _iterations(analysis))
 
 
-def _bounds(analysis: Analysis) -> np.ndarray:
-    return np.array([checkpoint.entropy.bound for checkpoint in analysis.checkpoints])
-
-
 def _draw_fluctuation(figure: "Figure", analysis: Analysis) -> None:
-    """A line for each layer over the series, from its second model on."""
+    """Draw a line for the changed experts of each layer over the series, from the second model on."""
     axes = figure.subplots()
     axes.set(title="Experts that changed since the model before, tokens with V > 1", ylabel="share")
     if not analysis.fluctuation:
-        _say(axes, "only one model")
+        _write_message(axes, "only one model")
         return
     shares = np.array([change.routable_by_layer for change in analysis.fluctuation])
     _draw_layers(axes, shares, analysis, start=1)
@@ -78,16 +82,16 @@ def _draw_fluctuation(figure: "Figure", analysis: Analysis) -> None:
 
 
 def _draw_coactivation(figure: "Figure", analysis: Analysis) -> None:
-    """For consecutive layers of the last model, which best experts follow each other."""
+    """Draw heat maps of the best experts of tokens in consecutive layers with experts, for the last model."""
     checkpoint = analysis.checkpoints[-1]
     num_pairs = len(checkpoint.transitions)
     if not num_pairs:
-        _say(figure.subplots(), "only one layer has experts")
+        _write_message(figure.subplots(), "only one layer has experts")
         return
     shown = np.unique(np.linspace(0, num_pairs - 1, min(num_pairs, _MAX_PANELS)).round().astype(int))
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
-    figure.set_size_inches(_clip(3.2 * columns + 1), 3.2 * rows + 0.6)
+    figure.set_size_inches(_clip_inches(3.2 * columns + 1), 3.2 * rows + 0.6)
     figure.suptitle(f"Where tokens of an expert go in the next layer\n{checkpoint.name}", fontsize="medium")
     all_axes = figure.subplots(rows, columns, squeeze=False).flat
     for pair, axes in zip(shown, all_axes, strict=False):
@@ -104,7 +108,7 @@ def _draw_coactivation(figure: "Figure", analysis: Analysis) -> None:
 
 
 def _draw_distinct_experts(figure: "Figure", analysis: Analysis) -> None:
-    """For each band of the last model, over how many experts an id spreads in each layer."""
+    """Draw bars for the number of distinct experts of an id, by layer and frequency band, for the last model."""
     checkpoint = analysis.checkpoints[-1]
     of_ids = checkpoint.distinct_experts
     band_of_id = analysis.bands.band_of_id[of_ids.ids]
@@ -116,7 +120,7 @@ def _draw_distinct_experts(figure: "Figure", analysis: Analysis) -> None:
         counted = band_of_id == band
         axes.bar(left, mean_where(of_ids.distinct, counted), width, color=_COLORS[band], alpha=0.4, label=name)
         axes.bar(left, mean_where(of_ids.effective, counted), width, color=_COLORS[band])
-    axes.set_xticks(places, analysis.layers)
+    axes.set_xticks(places, [str(layer) for layer in analysis.layers])
     axes.set(
         title=f"Distinct experts of an id by frequency (dark: effective), {checkpoint.name}",
         xlabel="layer",
@@ -128,7 +132,14 @@ def _draw_distinct_experts(figure: "Figure", analysis: Analysis) -> None:
 
 
 def _draw_layers(axes: "Axes", values: np.ndarray, analysis: Analysis, start: int = 0) -> None:
-    """A line for each layer: values [models, L], of the models from `start` on."""
+    """Draw a line for each layer.
+
+    Args:
+        axes: where to draw.
+        values: float64 [models, L].
+        analysis: the analysis that the values belong to.
+        start: position in the series of the first model in `values`.
+    """
     from matplotlib import colormaps
 
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(analysis.layers)))
@@ -138,14 +149,15 @@ def _draw_layers(axes: "Axes", values: np.ndarray, analysis: Analysis, start: in
 
 
 def _iterations(analysis: Analysis) -> list[int]:
-    """Where the models stand on the horizontal axis: at their iterations if these ascend, else side by side."""
-    iterations = [checkpoint.iteration for checkpoint in analysis.checkpoints]
-    if None not in iterations and iterations == sorted(set(iterations)):
-        return iterations
-    return list(range(len(iterations)))
+    """Return the horizontal positions of the models: their iterations if these ascend, else 0, 1, 2, …."""
+    known = [checkpoint.iteration for checkpoint in analysis.checkpoints if checkpoint.iteration is not None]
+    if len(known) == len(analysis.checkpoints) and known == sorted(set(known)):
+        return known
+    return list(range(len(analysis.checkpoints)))
 
 
 def _label_series(axes: "Axes", names: list[str], positions: list[int]) -> None:
+    """Label the horizontal axis with iterations, or with the names of models that have none, and add a legend."""
     if positions == list(range(positions[0], positions[0] + len(positions))):
         axes.set_xticks(positions, names, rotation=30, ha="right")
     else:
@@ -156,24 +168,27 @@ def _label_series(axes: "Axes", names: list[str], positions: list[int]) -> None:
 
 
 def _use_whole_numbers(axis: "Axis") -> None:
-    """Ticks at whole numbers alone."""
+    """Put the ticks of an axis at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _tidy(axes: "Axes") -> None:
+    """Add grid lines and remove the frame at the top and at the right."""
     axes.grid(color="#e6e6e6", linewidth=0.8, axis="y")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _say(axes: "Axes", text: str) -> None:
+def _write_message(axes: "Axes", text: str) -> None:
+    """Write a text in place of a plot that has no data."""
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
     axes.set_axis_off()
 
 
-def _clip(inches: float) -> float:
+def _clip_inches(inches: float) -> float:
+    """Limit the side of a figure to 5 to 16 inches."""
     return min(max(inches, 5.0), 16.0)
 
 

@@ -1,4 +1,4 @@
-"""The text that all models of a series route: where it comes from, and its token ids."""
+"""Reads the probe text, which all models of a series route."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,26 +7,31 @@ from itertools import batched
 from pathlib import Path
 
 import numpy as np
+import tokenizers
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 
 from maskmoe.data.corpus import check_inputs, read_documents
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import HuggingFaceTokenizer
 from maskmoe.errors import UserError
+from maskmoe.routing_analysis.settings import SPLITS
 
-SPLITS = ("train", "valid", "test")
 _TOKENIZER_FILE = "tokenizer.json"
 _DOCUMENTS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Token ids, cut into windows of the model's sequence length.
+    """The token ids of a probe text, and how they are cut into windows.
 
     Attributes:
         token_ids: int64 [tokens].
-        seq_length: tokens of a window; the last window may have fewer.
-        batch_size: windows that a model gets at a time.
-        source: where they come from, for people.
+        seq_length: number of tokens in a window; the last window may have fewer.
+        batch_size: number of windows in a batch.
+        source: the origin of the text, for people.
         pieces: the vocabulary's piece of every id that occurs; empty without a tokenizer.
     """
 
@@ -37,56 +42,59 @@ class Probe:
     pieces: Mapping[int, str]
 
     def batches(self) -> Iterator[np.ndarray]:
-        """Windows in order, int64 [batch, sequence]; the shorter last window is a batch of its own."""
+        """Yield the windows in order, int64 [batch, sequence]; a shorter last window is a batch of its own."""
         num_whole = len(self.token_ids) // self.seq_length
         windows = self.token_ids[: num_whole * self.seq_length].reshape(num_whole, self.seq_length)
         for start in range(0, num_whole, self.batch_size):
             yield windows[start : start + self.batch_size]
-        rest = self.token_ids[num_whole * self.seq_length :]
-        if len(rest):
-            yield rest[None]
+        remaining = self.token_ids[num_whole * self.seq_length :]
+        if len(remaining):
+            yield remaining[None]
 
 
 class ProbeText(ABC):
-    """A source of token ids."""
+    """A source of a probe text."""
 
-    source: str
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Return the origin of the text, for people."""
 
     @abstractmethod
     def check(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
-        """Find out what can be found out without a tokenizer.
+        """Check everything that can be checked without a tokenizer.
 
         Args:
-            vocab_size: of the model.
-            tokenizer_sha256: digest of the file of the model's tokenizer; None if it is not known.
+            vocab_size: number of token ids of the model.
+            tokenizer_sha256: digest of the tokenizer file of the model; None if it is unknown.
 
         Raises:
-            UserError: there is no text, or it does not fit the model.
+            UserError: the source has no text, or the text does not fit the model.
         """
 
     @abstractmethod
     def read(self, num_tokens: int, seq_length: int, vocab_size: int, model: Path) -> np.ndarray:
-        """Token ids, int64 [at most num_tokens].
+        """Return the token ids of the text, int64 [at most num_tokens].
 
         Args:
-            num_tokens: how many.
-            seq_length: of the windows that they will be cut into.
-            vocab_size: of the model.
-            model: its folder, which has the tokenizer.
+            num_tokens: number of tokens to read.
+            seq_length: number of tokens in a window.
+            vocab_size: number of token ids of the model.
+            model: the folder with the tokenizer of the model.
 
         Raises:
-            UserError: they cannot be read, or do not fit the model.
+            UserError: the text cannot be read, or does not fit the model.
         """
 
 
 @dataclass(frozen=True)
 class DatasetText(ProbeText):
-    """The tokens of an indexed dataset, or of one split of it; windows that are spread evenly over it.
+    """Windows that are spread evenly over an indexed dataset, or over one split of a dataset.
 
     Attributes:
-        prefix: path without `.bin` and `.idx`.
-        split: Megatron's `--split`; None: the whole dataset.
-        eval_split: which of `SPLITS`.
+        prefix: the path of the dataset without `.bin` and `.idx`.
+        split: the value of Megatron's `--split`; None for the whole dataset.
+        eval_split: the name of the split, one of `SPLITS`.
     """
 
     prefix: str
@@ -95,9 +103,11 @@ class DatasetText(ProbeText):
 
     @property
     def source(self) -> str:
+        """Return the origin of the text, for people."""
         return self.prefix if self.split is None else f"{self.prefix} ({self.eval_split} of --split {self.split})"
 
     def check(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
+        """Check that the dataset has tokens and was made with the tokenizer of the model, see `ProbeText.check`."""
         record = read_tokenizer_record(self.prefix)
         if record is not None and (record.vocab_size > vocab_size or tokenizer_sha256 not in (None, record.sha256)):
             raise UserError(
@@ -108,6 +118,7 @@ class DatasetText(ProbeText):
             raise UserError(f"{self.source} holds no tokens; choose another --eval-split or --split")
 
     def read(self, num_tokens: int, seq_length: int, vocab_size: int, model: Path) -> np.ndarray:
+        """Return tokens from all over the dataset, see `ProbeText.read`."""
         token_ids = spread_windows(self._tokens(), num_tokens, seq_length).astype(np.int64)
         is_foreign = (token_ids < 0) | (token_ids >= vocab_size)
         if is_foreign.any():
@@ -118,7 +129,7 @@ class DatasetText(ProbeText):
         return token_ids
 
     def _tokens(self) -> np.ndarray:
-        """All tokens of the split, in the dataset's dtype."""
+        """Return all tokens of the split, in the dtype of the dataset."""
         tokens = open_tokens(self.prefix)
         if self.split is None:
             return tokens
@@ -129,12 +140,15 @@ class DatasetText(ProbeText):
 
 
 def spread_windows(tokens: np.ndarray, num_tokens: int, seq_length: int) -> np.ndarray:
-    """Windows from all over a text, so that no single document decides: [min(num_tokens, len(tokens))].
+    """Return windows that are spread evenly over a text, so that no single document dominates.
 
     Args:
-        tokens: [all tokens].
-        num_tokens: how many to take.
-        seq_length: of a window; the last one may be shorter.
+        tokens: all tokens of the text, [tokens].
+        num_tokens: number of tokens to take.
+        seq_length: number of tokens in a window; the last window may be shorter.
+
+    Returns:
+        The tokens of the windows, [min(num_tokens, tokens)].
     """
     if len(tokens) <= num_tokens:
         return tokens
@@ -145,24 +159,16 @@ def spread_windows(tokens: np.ndarray, num_tokens: int, seq_length: int) -> np.n
 
 
 def split_sequences(split: str, eval_split: str, num_sequences: int) -> range:
-    """The sequences of a dataset that Megatron's `--split` gives to a split.
+    """Return the sequences of a dataset that Megatron's `--split` assigns to a split.
 
     Args:
-        split: such as "95,5,0".
-        eval_split: which of `SPLITS`.
-        num_sequences: of the dataset.
+        split: the value of `--split`, such as "95,5,0".
+        eval_split: the name of the split, one of `SPLITS`.
+        num_sequences: number of sequences in the dataset.
 
     Raises:
-        UserError: `split` makes no sense, or gives the split nothing.
+        UserError: `split` is not valid, or assigns no sequences to the split.
     """
-    from maskmoe.megatron_compat import prepare_process
-
-    prepare_process()
-    from megatron.core.datasets.blended_megatron_dataset_config import (
-        convert_split_vector_to_split_matrix,
-        parse_and_normalize_split,
-    )
-
     try:
         with np.errstate(invalid="ignore"):
             shares = parse_and_normalize_split(split)
@@ -173,17 +179,17 @@ def split_sequences(split: str, eval_split: str, num_sequences: int) -> range:
         raise UserError(f"--split {split} has no number above 0")
     if bounds is None:
         raise UserError(f"--split {split} leaves nothing for --eval-split {eval_split}")
-    # As BlendedMegatronDatasetBuilder rounds.
+    # Round like `BlendedMegatronDatasetBuilder`.
     return range(*(round(bound * float(num_sequences)) for bound in bounds))
 
 
 @dataclass(frozen=True)
 class FileText(ProbeText):
-    """The beginning of text files, by the model's own tokenizer; its id that ends a document comes after each.
+    """The first tokens of text files, by the tokenizer of the model; an end-of-document id follows each document.
 
     Attributes:
-        paths: JSON lines or plain text.
-        json_key: of the text in JSON lines.
+        paths: files with JSON lines or plain text.
+        json_key: the key of the text in JSON lines.
     """
 
     paths: Sequence[Path]
@@ -191,12 +197,15 @@ class FileText(ProbeText):
 
     @property
     def source(self) -> str:
+        """Return the origin of the text, for people."""
         return ", ".join(map(str, self.paths))
 
     def check(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
+        """Check that the files can be read, see `ProbeText.check`."""
         check_inputs(self.paths)
 
     def read(self, num_tokens: int, seq_length: int, vocab_size: int, model: Path) -> np.ndarray:
+        """Return the first tokens of the files, see `ProbeText.read`."""
         if not (model / _TOKENIZER_FILE).is_file():
             raise UserError("--input needs a tokenizer, but the model has none; pass token ids with --data-path")
         tokenizer = HuggingFaceTokenizer(model)
@@ -205,6 +214,7 @@ class FileText(ProbeText):
                 f"the tokenizer of {model} has {tokenizer.vocab_size:,} ids, but the model only {vocab_size:,}"
             )
         end = np.array([] if tokenizer.eod_id is None else [tokenizer.eod_id], np.int64)
+        # Documents are encoded in small batches until there are enough tokens.
         parts, missing = [], num_tokens
         for documents in batched(read_documents(self.paths, self.json_key), _DOCUMENTS_AT_A_TIME):
             for ids in tokenizer.encode_batch(list(documents)):
@@ -219,12 +229,15 @@ class FileText(ProbeText):
 
 
 def read_pieces(model: Path, token_ids: np.ndarray) -> dict[int, str]:
-    """The piece of every id that occurs, by the tokenizer in a model's folder; none if there is none."""
+    """Return the vocabulary's piece of every id that occurs.
+
+    Args:
+        model: the folder with the tokenizer of the model; without a tokenizer the result is empty.
+        token_ids: int64 [tokens].
+    """
     path = model / _TOKENIZER_FILE
     if not path.is_file():
         return {}
-    import tokenizers
-
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     pieces = {int(number): tokenizer.id_to_token(int(number)) for number in np.unique(token_ids)}
     return {number: piece for number, piece in pieces.items() if piece is not None}

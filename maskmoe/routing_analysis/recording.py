@@ -1,4 +1,4 @@
-"""Runs a model over a probe and writes down what its routers do, from outside, through forward hooks."""
+"""Runs a model over a probe and records the choices of its routers, through forward hooks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.functional import softplus
 from transformers.utils import logging
 
 from maskmoe.errors import UserError
@@ -20,10 +20,10 @@ from maskmoe.routing_analysis.trace import NO_EXPERT, RoutingTrace
 
 
 def load_decoder(folder: Path) -> MaskMoEModel:
-    """The decoder of an exported model, in the type that its weights are stored in, ready for inference.
+    """Load the decoder of an exported model for inference, in the dtype of the stored weights.
 
     Raises:
-        UserError: it cannot be read, or lacks weights.
+        UserError: the model cannot be read, or lacks weights.
     """
     logging.disable_progress_bar()
     try:
@@ -31,7 +31,7 @@ def load_decoder(folder: Path) -> MaskMoEModel:
             folder, dtype="auto", local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} is no whole MaskMoE model: {' '.join(str(error).split())}") from error
+        raise UserError(f"{folder} is not a complete MaskMoE model: {' '.join(str(error).split())}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks weights, such as {missing[0]}; export the model again")
     # Under the CPU adapter the current device is the CPU.
@@ -41,18 +41,19 @@ def load_decoder(folder: Path) -> MaskMoEModel:
 
 @torch.inference_mode()
 def record_routing(model: MaskMoEModel, probe: Probe, name: str, iteration: int | None = None) -> RoutingTrace:
-    """The routing of all tokens of a probe.
+    """Record how a model routes all tokens of a probe.
 
     Args:
         model: the decoder of a model with experts.
-        probe: what it reads, window by window.
-        name, iteration: of the trace.
+        probe: the probe text, which the model reads window by window.
+        name: the name of the model in the trace.
+        iteration: the iteration of the model in the trace; None if it is unknown.
     """
     with _recording(model) as recorders:
         for batch in probe.batches():
             model(input_ids=torch.from_numpy(batch).to(model.device), use_cache=False)
-    routed = [recorder.result() for recorder in recorders.values()]
-    stacked = {field: np.stack([of_layer[field] for of_layer in routed]) for field in routed[0]}
+    layers = [recorder.result() for recorder in recorders.values()]
+    stacked = {field: np.stack([layer[field] for layer in layers]) for field in layers[0]}
     return RoutingTrace(
         token_ids=probe.token_ids,
         layers=tuple(recorders),
@@ -65,7 +66,7 @@ def record_routing(model: MaskMoEModel, probe: Probe, name: str, iteration: int 
 
 @contextmanager
 def _recording(model: MaskMoEModel) -> Iterator[dict[int, "_RouterRecorder"]]:
-    """A recorder of every router, by the number of its layer from 1; at the end they are taken off."""
+    """Attach a recorder to every router during the block; yield the recorders by the numbers of their layers."""
     recorders, handles = {}, []
     for number, layer in enumerate(model.layers, start=1):
         if isinstance(layer.mlp, MaskMoESparseMoeBlock):
@@ -79,7 +80,7 @@ def _recording(model: MaskMoEModel) -> Iterator[dict[int, "_RouterRecorder"]]:
 
 
 class _RouterRecorder:
-    """Keeps what one router returns; its forward hook."""
+    """A forward hook that keeps the choices of one router."""
 
     def __init__(self) -> None:
         self._batches: list[dict[str, np.ndarray]] = []
@@ -98,14 +99,15 @@ class _RouterRecorder:
         self._batches.append({name: values.cpu().numpy() for name, values in fields.items()})
 
     def result(self) -> dict[str, Any]:
-        """All batches' arrays as one, see `RoutingTrace`; of one layer."""
+        """Return the arrays of a `RoutingTrace` for this layer, without the axis of layers."""
         return {name: np.concatenate([batch[name] for batch in self._batches]) for name in self._batches[0]}
 
 
 def selected_experts(indices: Tensor) -> Tensor:
-    """Experts [tokens, k], `NO_EXPERT` where the router was left without one to select.
+    """Return the selected experts, [tokens, k], with `NO_EXPERT` where the router had no further expert to select.
 
-    There it names its best once more, and it names no other twice; so whatever its weight, a repetition is no choice.
+    A router without a further expert repeats its best expert, and it never repeats another expert. So a repetition is
+    not a choice, whatever its weight.
 
     Args:
         indices: int64 [tokens, k], as the router returns them.
@@ -116,8 +118,8 @@ def selected_experts(indices: Tensor) -> Tensor:
 
 
 def _probabilities(logits: Tensor, scoring_func: str) -> Tensor:
-    """Normalised scores of the visible experts, [tokens, experts]; 0 for invisible ones, whose logits are -inf."""
+    """Return the normalised scores, [tokens, experts]; 0 for invisible experts, whose logits are -inf."""
     if scoring_func == "softmax":
         return logits.softmax(dim=-1)
-    scores = logits.sigmoid() if scoring_func == "sigmoid" else F.softplus(logits).sqrt()
+    scores = logits.sigmoid() if scoring_func == "sigmoid" else softplus(logits).sqrt()
     return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)

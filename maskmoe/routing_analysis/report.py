@@ -1,4 +1,4 @@
-"""All files of an analysis."""
+"""Writes all files of an analysis."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,11 @@ from maskmoe.routing_analysis.tables import write_tables
 
 
 def write_results(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write routing.json, the tables and the plots into a folder that exists; returns their paths.
+    """Write routing.json, the tables and the plots, and return the paths of the files.
+
+    Args:
+        analysis: the results.
+        folder: an existing folder.
 
     Raises:
         UserError: a file cannot be written.

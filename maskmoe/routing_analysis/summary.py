@@ -1,4 +1,4 @@
-"""The results as JSON values: what routing.json holds."""
+"""Converts the results of an analysis to the JSON values of routing.json."""
 
 import math
 from typing import Any
@@ -10,9 +10,10 @@ from maskmoe.routing_analysis.statistics import coefficient_of_variation, max_ov
 
 
 def summarise(analysis: Analysis) -> dict[str, Any]:
-    """All but tables of ids and pairs of experts. Lists over layers are in the order of `layers`.
+    """Return all results but the tables of ids and of pairs of experts.
 
-    What has no value, such as the entropy where no token has a choice, is None.
+    Lists over layers are in the order of `layers`. A number without a value, such as the entropy of a layer in which no
+    token has a choice, is None.
     """
     return {
         "probe": _probe(analysis),
@@ -67,7 +68,7 @@ def _checkpoint(analysis: Analysis, checkpoint: CheckpointStatistics) -> dict[st
 
 
 def _load(load: np.ndarray) -> dict[str, Any]:
-    """Of int64 [L, N]."""
+    """Return the unevenness of a load, int64 [L, N], and the load."""
     return {
         "assignments": load.tolist(),
         "max_over_mean": json_numbers(max_over_mean(load)),
@@ -83,7 +84,7 @@ def _distinct_experts(analysis: Analysis, checkpoint: CheckpointStatistics) -> d
 
 
 def _means_of_ids(checkpoint: CheckpointStatistics, counted: np.ndarray) -> dict[str, Any]:
-    """Means over the counted ids, bool [F]."""
+    """Return the means over the ids that `counted`, bool [F], selects."""
     of_ids = checkpoint.distinct_experts
     return {
         "ids": int(counted.sum()),
@@ -105,5 +106,5 @@ def _fluctuation(analysis: Analysis, change: Fluctuation) -> dict[str, Any]:
 
 
 def json_numbers(values: np.ndarray) -> list[float | None]:
-    """Numbers [n] as JSON values; None for NaN, which JSON does not have."""
+    """Return numbers, [n], as JSON values; NaN, which JSON does not have, becomes None."""
     return [None if math.isnan(value) else value for value in values.tolist()]

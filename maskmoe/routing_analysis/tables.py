@@ -1,7 +1,8 @@
-"""The results as a table for the terminal, and as tidy CSV files: a row for each value."""
+"""Writes the results of an analysis as a table for the terminal, and as tidy CSV files with a row for each value."""
 
 import csv
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +16,68 @@ Row = tuple[Any, ...]
 
 
 def terminal_table(analysis: Analysis) -> Iterator[str]:
-    """A line for each model, of means over the layers."""
-    factor = analysis.settings.capacity_factors[0]
+    """Yield the lines of a table for the terminal, with a row of means over the layers for each model."""
+    capacity_factor = analysis.settings.capacity_factors[0]
+    columns = (
+        _Column("load", "max/mean", 10, ".2f"),
+        _Column("dropped", f"at {capacity_factor:g}", 10, ".1%"),
+        _Column("entropy", "", 9, ".3f"),
+        _Column("of at most", "", 12, ".3f"),
+        _Column("one expert", "visible", 12, ".1%"),
+        _Column("id–expert", "inform.", 11, ".3f"),
+        _Column("experts", "an id", 9, ".2f"),
+        _Column("changed", "experts", 9, ".1%"),
+        _Column("of V > 1", "tokens", 10, ".1%"),
+    )
     yield "means over the layers; information and entropy in nats, per cent of tokens"
-    yield (
-        f"{'model':<28}{'load':>10}{'dropped':>10}{'entropy':>9}{'of at most':>12}{'one expert':>12}"
-        f"{'id–expert':>11}{'experts':>9}{'changed':>9}{'of V > 1':>10}"
-    )
-    yield (
-        f"{'':<28}{'max/mean':>10}{f'at {factor:g}':>10}{'':>9}{'':>12}{'visible':>12}{'inform.':>11}{'an id':>9}"
-        f"{'experts':>9}{'tokens':>10}"
-    )
+    yield f"{'model':<28}" + "".join(f"{column.title:>{column.width}}" for column in columns)
+    yield f"{'':<28}" + "".join(f"{column.subtitle:>{column.width}}" for column in columns)
     for position, checkpoint in enumerate(analysis.checkpoints):
-        entropy = checkpoint.entropy
-        values = (
-            f"{_mean(max_over_mean(checkpoint.load.sum(axis=1))):>10.2f}{_mean(checkpoint.dropped[0]):>10.1%}",
-            f"{_mean(entropy.mean):>9.3f}{_mean(entropy.bound):>12.3f}{_mean(entropy.single_expert_token_share):>12.1%}",
-            f"{_mean(checkpoint.id_information):>11.3f}{_mean(checkpoint.distinct_experts.distinct):>9.2f}",
-            *_changed(analysis, position),
-        )
-        yield f"{checkpoint.name[-27:]:<28}" + "".join(values)
+        values = [
+            max_over_mean(checkpoint.load.sum(axis=1)),
+            checkpoint.dropped[0],
+            checkpoint.entropy.mean,
+            checkpoint.entropy.bound,
+            checkpoint.entropy.single_expert_token_share,
+            checkpoint.id_information,
+            checkpoint.distinct_experts.distinct,
+        ]
+        if position > 0:  # the first model has no model before it
+            change = analysis.fluctuation[position - 1]
+            values += [change.by_layer, change.routable_by_layer]
+        cells = [
+            f"{_mean(value):>{column.width}{column.format}}" for column, value in zip(columns, values, strict=False)
+        ]
+        yield f"{checkpoint.name[-27:]:<28}" + "".join(cells)
 
 
-def _changed(analysis: Analysis, position: int) -> Iterator[str]:
-    """The fluctuation since the model before, if there is one."""
-    if position > 0:
-        change = analysis.fluctuation[position - 1]
-        yield f"{_mean(change.by_layer):>9.1%}{_mean(change.routable_by_layer):>10.1%}"
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table for the terminal: its heading in two lines, its width, and the format of its numbers."""
+
+    title: str
+    subtitle: str
+    width: int
+    format: str
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of those that are numbers; NaN if none is."""
+    """Return the mean of the values that are not NaN; NaN if there is none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
 
 
 def write_tables(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write the CSV files; returns their paths. Raises UserError where one cannot be written."""
+    """Write the CSV files, and return their paths.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     return [_write(folder / name, header, rows(analysis)) for name, (header, rows) in _TABLES.items()]
 
 
 def _write(path: Path, header: Row, rows: Iterable[Row]) -> Path:
+    """Write one CSV file."""
     with atomic_output(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
@@ -64,22 +86,23 @@ def _write(path: Path, header: Row, rows: Iterable[Row]) -> Path:
 
 
 def _cell(value: Any) -> Any:
-    """A value as it is written; what has none is empty."""
+    """Return a value as it is written; NaN becomes an empty cell."""
     if isinstance(value, float):
         return "" if np.isnan(value) else f"{value:.6g}"
     return value
 
 
-def _of_checkpoint(checkpoint: CheckpointStatistics) -> Row:
+def _key(checkpoint: CheckpointStatistics) -> Row:
+    """Return the first cells of every row about a checkpoint."""
     return checkpoint.name, checkpoint.iteration
 
 
 def _load(analysis: Analysis) -> Iterator[Row]:
     for checkpoint in analysis.checkpoints:
-        for layer, of_layer in zip(analysis.layers, checkpoint.load.tolist(), strict=True):
-            for band, of_band in zip(analysis.bands.names, of_layer, strict=True):
-                for expert, assignments in enumerate(of_band):
-                    yield (*_of_checkpoint(checkpoint), layer, band, expert, assignments)
+        for layer, load_of_bands in zip(analysis.layers, checkpoint.load.tolist(), strict=True):
+            for band, load_of_experts in zip(analysis.bands.names, load_of_bands, strict=True):
+                for expert, assignments in enumerate(load_of_experts):
+                    yield (*_key(checkpoint), layer, band, expert, assignments)
 
 
 def _drops(analysis: Analysis) -> Iterator[Row]:
@@ -87,7 +110,7 @@ def _drops(analysis: Analysis) -> Iterator[Row]:
         for factor, dropped in zip(analysis.settings.capacity_factors, checkpoint.dropped.tolist(), strict=True):
             capacity = expert_capacity(analysis.micro_batch_tokens, analysis.topk, analysis.num_experts, factor)
             for layer, share in zip(analysis.layers, dropped, strict=True):
-                yield (*_of_checkpoint(checkpoint), layer, factor, capacity, share)
+                yield (*_key(checkpoint), layer, factor, capacity, share)
 
 
 def _entropy(analysis: Analysis) -> Iterator[Row]:
@@ -97,7 +120,7 @@ def _entropy(analysis: Analysis) -> Iterator[Row]:
         columns = (entropy.mean, entropy.bound, entropy.single_expert_token_share, entropy.first_weight)
         columns = (*columns, checkpoint.id_information)
         for row in zip(analysis.layers, *(column.tolist() for column in columns), next_layer, strict=True):
-            yield (*_of_checkpoint(checkpoint), *row)
+            yield (*_key(checkpoint), *row)
 
 
 def _specialisation(analysis: Analysis) -> Iterator[Row]:
@@ -107,7 +130,7 @@ def _specialisation(analysis: Analysis) -> Iterator[Row]:
             if number >= 0:
                 layer, expert, rank = place
                 yield (
-                    *(*_of_checkpoint(checkpoint), analysis.layers[layer], expert, rank + 1, int(number)),
+                    *(*_key(checkpoint), analysis.layers[layer], expert, rank + 1, int(number)),
                     analysis.probe.pieces.get(int(number), ""),
                     *(int(top.counts[place]), float(top.shares[place]), float(top.lifts[place])),
                 )
@@ -120,15 +143,15 @@ def _coactivation(analysis: Analysis) -> Iterator[Row]:
     for layer, other_layer, counts in (*within, *between):
         for expert, other in np.argwhere(counts).tolist():
             share = float(counts[expert, other] / num_tokens)
-            yield (*_of_checkpoint(checkpoint), layer, expert, other_layer, other, share)
+            yield (*_key(checkpoint), layer, expert, other_layer, other, share)
 
 
 def _fluctuation(analysis: Analysis) -> Iterator[Row]:
     for change in analysis.fluctuation:
         groups = {"all": change.by_layer, "routable": change.routable_by_layer}
         groups |= dict(zip(analysis.bands.names, change.by_band, strict=True))
-        for tokens, of_layers in groups.items():
-            for layer, share in zip(analysis.layers, of_layers.tolist(), strict=True):
+        for tokens, shares in groups.items():
+            for layer, share in zip(analysis.layers, shares.tolist(), strict=True):
                 yield change.before, change.after, layer, tokens, share
 
 
@@ -141,7 +164,7 @@ def _distinct_experts(analysis: Analysis) -> Iterator[Row]:
                 number, *values = (value.item() for value in row)
                 band = analysis.bands.names[analysis.bands.band_of_id[number]]
                 piece = analysis.probe.pieces.get(number, "")
-                yield (*_of_checkpoint(checkpoint), layer, number, piece, band, *values)
+                yield (*_key(checkpoint), layer, number, piece, band, *values)
 
 
 _CHECKPOINT = ("checkpoint", "iteration")

@@ -136,11 +136,7 @@ REFUSALS = (
         "The flag changes the RMSNorms of --qk-layernorm, so it needs both.",
         lambda args: args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm"),
     ),
-    Refusal(
-        "--spec",
-        "MaskMoE builds the layer specification itself.",
-        lambda args: args.spec is not None,
-    ),
+    Refusal("--spec", "MaskMoE builds the layer specification itself.", lambda args: args.spec is not None),
     Refusal(
         "--experimental-attention-variant, --hybrid-layer-pattern or --heterogeneous-layers-config-path",
         "The layer specifications of these models have no MaskMoE layers.",

@@ -1,3 +1,5 @@
+"""Reading routing masks from files and from checkpoints."""
+
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""Nothing but data comes out of a checkpoint that a stranger made."""
+"""Reading a checkpoint of a stranger returns data and runs no code."""
 
 import io
 import os
@@ -18,7 +18,11 @@ from maskmoe.checkpoint.unpickling import read_layout
 
 
 class Command:
-    """Pickled so that unpickling runs a command."""
+    """An object whose pickle runs a command when it is read.
+
+    Args:
+        target: the file that the command makes.
+    """
 
     def __init__(self, target: Path):
         self.target = target
@@ -29,7 +33,7 @@ class Command:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A small one, as torch writes it."""
+    """A small checkpoint, as torch writes it."""
     folder = tmp_path / "checkpoint"
     save({"weight": torch.arange(6.0), "settings": {"lr": 1e-3}}, storage_writer=FileSystemWriter(folder), no_dist=True)
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
@@ -39,7 +43,8 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_sound_checkpoint_is_read(checkpoint: Path) -> None:
     state = {"weight": torch.zeros(6), "settings": {"lr": 0.0}}
     load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-    assert state["weight"].tolist() == list(range(6)) and state["settings"] == {"lr": 1e-3}
+    assert state["weight"].tolist() == list(range(6))
+    assert state["settings"] == {"lr": 1e-3}
     check_structure(checkpoint)
 
 

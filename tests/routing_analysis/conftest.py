@@ -1,4 +1,4 @@
-"""A short training run that saves a series of checkpoints, made once, and the tool as a user runs it."""
+"""Fixtures: a folder with data, and the checkpoints of a short training run in this folder."""
 
 import shlex
 from pathlib import Path
@@ -17,6 +17,7 @@ from maskmoe.routing_mask.mask import build_routing_mask
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A folder with a text, its tokenizer, a dataset, token counts and a routing mask."""
     folder = tmp_path_factory.mktemp("routing")
     text = "\n".join(path.read_text() for path in sorted((REPOSITORY / "maskmoe/routing_mask").glob("*.py")))
     (folder / "text.txt").write_text(text)
@@ -36,7 +37,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture(scope="session")
 def checkpoints(workplace: Workplace) -> Path:
-    """The folder of a run's checkpoints, at `ITERATIONS`."""
+    """The folder with the checkpoints of a training run, at `ITERATIONS`."""
     process = workplace.run_python("-m", "maskmoe.training.pretrain", *shlex.split(TRAINING))
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return workplace.folder / "checkpoints"

@@ -1,7 +1,7 @@
-"""Evaluation that also writes down what Megatron's routers do.
+"""Runs the evaluation, and records the choices of Megatron's routers.
 
-Writes `routed.pt` to the working folder: for each layer the micro-batches as triples of ids int64 [batch, sequence],
-and weights and choices, float32 and bool [batch, sequence, experts].
+The file `routed.pt` in the working folder has a list of micro-batches for each layer. A micro-batch is a triple: token
+ids, int64 [batch, sequence]; weights, float32 [batch, sequence, experts]; choices, bool [batch, sequence, experts].
 """
 
 from maskmoe.megatron_compat import prepare_process

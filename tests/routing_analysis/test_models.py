@@ -1,4 +1,4 @@
-"""Which models make up a series, and which cannot."""
+"""Finding the models of a series, and refusing models that cannot be one."""
 
 import hashlib
 import json
@@ -12,7 +12,6 @@ from support.tiny_maskmoe import make_config, make_model, random_mask
 
 from maskmoe.errors import UserError
 from maskmoe.routing_analysis.models import (
-    Conversion,
     ModelShape,
     ModelSource,
     common_shape,
@@ -21,6 +20,7 @@ from maskmoe.routing_analysis.models import (
     tokenizer_folder,
     tokenizer_sha256,
 )
+from maskmoe.routing_analysis.settings import Conversion
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def series(checkpoints, tmp_path) -> Path:
-    """A folder with checkpoints that a test may damage."""
+    """A copy of the checkpoints that a test may damage."""
     return Path(shutil.copytree(checkpoints, tmp_path / "series"))
 
 
@@ -47,7 +47,7 @@ def test_all_checkpoints_in_order(checkpoints):
     assert max_seq_length == 32
 
 
-def test_chosen_ones_and_other_formats(checkpoints, tiny_model):
+def test_chosen_checkpoints_and_other_formats(checkpoints, tiny_model):
     single = checkpoints / "iter_0000004"
     models = find_models([tiny_model, checkpoints, single], [6, 2])
     assert models == (
@@ -122,13 +122,14 @@ def test_models_without_experts_and_of_other_types(tmp_path):
 def test_tokenizers(checkpoints, tmp_path):
     (model,) = find_models([checkpoints / "iter_0000002"])
     with pytest.raises(UserError, match=r"tokenizer.model of .* does not exist; pass --tokenizer-model"):
-        # The run named it relative to its own folder.
+        # The arguments in the checkpoint have a path relative to the folder of the run.
         tokenizer_folder(model, Conversion()).__enter__()
     tokenizer = str(checkpoints.parent / "tokenizer.model")
     digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
     assert tokenizer_sha256(model) == digest
     with tokenizer_folder(model, Conversion(tmp_path, tokenizer_model=tokenizer)) as folder:
-        assert (folder / "tokenizer.json").is_file() and folder.parent == tmp_path
+        assert (folder / "tokenizer.json").is_file()
+        assert folder.parent == tmp_path
     with tokenizer_folder(model, Conversion(tmp_path, tokenizer_type="NullTokenizer")) as folder:
         assert not any(folder.iterdir())
     assert not any(tmp_path.iterdir())

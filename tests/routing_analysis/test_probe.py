@@ -1,4 +1,4 @@
-"""What a probe text consists of."""
+"""The token ids of probe texts."""
 
 import gzip
 import json
@@ -19,7 +19,6 @@ from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens, read
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_analysis.probe import (
-    SPLITS,
     DatasetText,
     FileText,
     Probe,
@@ -27,11 +26,12 @@ from maskmoe.routing_analysis.probe import (
     split_sequences,
     spread_windows,
 )
+from maskmoe.routing_analysis.settings import SPLITS
 
 
 @pytest.fixture(scope="module")
 def model(workplace) -> Path:
-    """A folder with the tokenizer, as that of an exported model."""
+    """A folder with the tokenizer, like the folder of an exported model."""
     folder = workplace.folder / "tokenizer"
     folder.mkdir()
     export_tokenizer("SentencePieceTokenizer", workplace.folder / "tokenizer.model", folder)
@@ -46,7 +46,7 @@ def test_batches_are_windows_in_order():
 
 
 def megatron_splits(folder: Path, prefix: Path, split: str) -> list[np.ndarray | None]:
-    """The sequences of train, valid and test that Megatron's builder takes."""
+    """Return the sequences that Megatron's builder of datasets assigns to train, valid and test."""
     tokenizer = MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=VOCAB_SIZE)
     config = GPTDatasetConfig(
         random_seed=1,
@@ -92,7 +92,8 @@ def test_dataset(workplace):
     assert np.array_equal(whole.read(len(tokens), 8, VOCAB_SIZE, workplace.folder), tokens)
     start = lengths[: round(0.7 * len(lengths))].sum()
     valid = DatasetText(prefix, SPLIT).read(50, 50, VOCAB_SIZE, workplace.folder)
-    assert valid.dtype == np.int64 and np.array_equal(valid, tokens[start : start + 50])
+    assert valid.dtype == np.int64
+    assert np.array_equal(valid, tokens[start : start + 50])
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 40))
@@ -103,7 +104,8 @@ def test_windows_are_whole_ordered_and_reach_the_end(num_all, num_tokens, seq_le
     if num_all > num_tokens:
         assert all((np.diff(window) == 1).all() for window in windows)
         starts = [window[0] for window in windows]
-        assert starts == sorted(starts) and starts[0] == 0
+        assert starts == sorted(starts)
+        assert starts[0] == 0
         if len(windows) > 1:
             assert starts[-1] == num_all - seq_length
     else:
@@ -117,7 +119,7 @@ def test_senseless_splits(split):
 
 
 def test_files(workplace, model, tmp_path):
-    """JSON lines, plain text and compressed text, each document with the id that ends it."""
+    """Documents from JSON lines, plain text and compressed text; the end-of-document id follows each document."""
     documents = ["def one():", "  return 'naïve'\n", "", "two\n"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in documents[:3]))
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(documents[3].encode()))

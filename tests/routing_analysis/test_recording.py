@@ -1,4 +1,4 @@
-"""The recorded routing is that of the model: by hand, and that of Megatron's routers."""
+"""The recorded routing equals the routing of the model, computed by hand and by Megatron's routers."""
 
 import shlex
 
@@ -10,9 +10,10 @@ from support.small_series import DATA, ITERATIONS
 from support.tiny_maskmoe import NUM_EXPERTS, make_model, random_ids, random_mask
 
 from maskmoe.errors import UserError
-from maskmoe.routing_analysis.models import Conversion, find_models, model_folder
+from maskmoe.routing_analysis.models import find_models, model_folder
 from maskmoe.routing_analysis.probe import Probe
 from maskmoe.routing_analysis.recording import load_decoder, record_routing, selected_experts
+from maskmoe.routing_analysis.settings import Conversion
 from maskmoe.routing_analysis.trace import NO_EXPERT, RoutingTrace
 
 
@@ -23,7 +24,7 @@ def make_probe(num_tokens: int, seq_length: int = 16, batch_size: int = 3) -> Pr
 @pytest.mark.parametrize("topk", [1, 2, 4])
 @pytest.mark.parametrize("settings", [{}, {"norm_topk_prob": True}, {"mlp_layer_types": ["sparse", "dense", "sparse"]}])
 def test_equals_routing_by_hand(topk, settings):
-    """Masks show 1 to all experts, so that some tokens see fewer than k."""
+    """The masks show one to all experts, so some tokens see fewer than k experts."""
     mask, probe = random_mask(), make_probe(100)
     model = make_model(mask, num_experts_per_tok=topk, **settings)
     trace = record_routing(model.model, probe, "tiny", 7)
@@ -53,7 +54,7 @@ def test_equals_routing_by_hand(topk, settings):
 
 
 def test_groups_limit_the_choice():
-    """A token of which too few visible experts are in the chosen groups has fewer than min(k, V)."""
+    """A token with too few visible experts in the chosen groups gets fewer than min(k, V) experts."""
     model = make_model(random_mask(1, 3), n_group=3, topk_group=1)
     trace = record_routing(model.model, make_probe(64), "tiny")
     num_chosen = (trace.experts != NO_EXPERT).sum(axis=-1)
@@ -66,7 +67,7 @@ def test_groups_limit_the_choice():
 
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "sqrtsoftplus"])
 def test_entropy_of_other_scores(scoring_func):
-    """That of the visible experts' scores over their sum."""
+    """The entropy is computed from the scores of the visible experts, divided by their sum."""
     model, probe = make_model(random_mask(), scoring_func=scoring_func), make_probe(16)
     trace = record_routing(model.model, probe, "tiny")
     logits = model(torch.from_numpy(probe.token_ids[None]), output_router_logits=True).router_logits
@@ -108,7 +109,8 @@ def test_saved_and_loaded(tmp_path):
     for name, value in vars(trace).items():
         other = getattr(loaded, name)
         if isinstance(value, np.ndarray):
-            assert value.dtype == other.dtype and np.array_equal(value, other)
+            assert value.dtype == other.dtype
+            assert np.array_equal(value, other)
         else:
             assert value == other
 
@@ -122,7 +124,7 @@ def test_files_that_are_no_traces(tmp_path):
     for name, words in (
         ("nowhere", "cannot read"),
         ("short", "damaged"),
-        ("other", "no trace"),
+        ("other", "not a trace"),
         ("contradictory", "damaged"),
     ):
         with pytest.raises(UserError, match=words):
@@ -131,7 +133,7 @@ def test_files_that_are_no_traces(tmp_path):
 
 @pytest.fixture(scope="module")
 def routed_by_megatron(workplace, checkpoints) -> dict[int, tuple[np.ndarray, ...]]:
-    """For each layer ids, weights and choices of the last checkpoint, see `evaluate_with_recorded_routing.py`."""
+    """Ids, weights and choices of the last checkpoint by layer, see `evaluate_with_recorded_routing.py`."""
     script = f"{__file__.rpartition('/')[0]}/evaluate_with_recorded_routing.py"
     flags = f"--load {checkpoints} --use-checkpoint-args {DATA} --micro-batch-size 4"
     process = workplace.run_python(script, *shlex.split(flags))
@@ -156,7 +158,7 @@ def test_equals_what_megatron_routed(checkpoints, routed_by_megatron):
         routed_by_megatron.values(), trace.experts, trace.weights, strict=True
     ):
         assert np.array_equal(ids, windows)
-        found = np.zeros((*experts.shape[:1], trace.num_experts + 1), np.float32)  # the last for `NO_EXPERT`
+        found = np.zeros((*experts.shape[:1], trace.num_experts + 1), np.float32)  # the last column is for `NO_EXPERT`
         np.put_along_axis(found, experts.astype(np.int64), weights, axis=1)
         is_chosen = np.zeros(found.shape, bool)
         np.put_along_axis(is_chosen, experts.astype(np.int64), True, axis=1)

@@ -1,4 +1,4 @@
-"""The statistics against a few lines of plain Python, and what must hold of all traces."""
+"""The statistics equal a few lines of plain Python, and their invariants hold for random traces."""
 
 import math
 from collections import Counter
@@ -19,11 +19,11 @@ from maskmoe.routing_analysis.trace import NO_EXPERT, RoutingTrace
 def make_trace(
     seed: int = 0, layers: int = 3, tokens: int = 200, num_experts: int = 6, topk: int = 2, vocab_size: int = 20
 ) -> RoutingTrace:
-    """Random choices among visible experts, of which an id has the same in all traces of these sizes."""
+    """Make random choices among visible experts; an id has the same visible experts in all traces of the same sizes."""
     sizes = np.random.default_rng(1)
     num_visible_of_id = sizes.integers(1, num_experts + 1, (layers, vocab_size))
     num_visible_of_id[:, 0] = 1
-    visible = sizes.random((layers, vocab_size, num_experts)).argsort(axis=-1)  # the first V of them
+    visible = sizes.random((layers, vocab_size, num_experts)).argsort(axis=-1)  # the first V experts are visible
     token_ids = sizes.integers(0, vocab_size, tokens)
     rng = np.random.default_rng(seed)
     experts = np.full((layers, tokens, topk), NO_EXPERT, np.int16)
@@ -41,7 +41,7 @@ def make_trace(
     )
 
 
-# On a busy machine any example may take long.
+# No deadline: any example may take long on a busy machine.
 examples = settings(max_examples=50, deadline=None)
 traces = st.builds(
     make_trace,
@@ -106,7 +106,7 @@ def test_drops_are_megatrons(factor):
     dropped = statistics.dropped_share(trace, factor, len(trace.token_ids))
     for experts, weights, share in zip(trace.experts, trace.weights, dropped, strict=True):
         padded = torch.zeros(len(experts), trace.num_experts + 1)
-        index = torch.from_numpy(experts).long() % (trace.num_experts + 1)  # `NO_EXPERT` is the last
+        index = torch.from_numpy(experts).long() % (trace.num_experts + 1)  # `NO_EXPERT` becomes the last column
         routing_map = padded.scatter(1, index, 1.0)[:, :-1].bool()
         probs = padded.scatter(1, index, torch.from_numpy(weights))[:, :-1]
         _, kept = apply_router_token_dropping(probs, routing_map, 2, factor)
@@ -116,7 +116,7 @@ def test_drops_are_megatrons(factor):
 
 def test_entropy():
     trace = make_trace()
-    entropy = statistics.Entropy.of(trace)
+    entropy = statistics.Entropy.from_trace(trace)
     for layer in range(3):
         routable = [token for token in range(200) if trace.num_visible[layer, token] > 1]
         assert entropy.single_expert_token_share[layer] == pytest.approx(1 - len(routable) / 200)
@@ -129,8 +129,10 @@ def test_entropy():
 
 
 def test_entropy_without_choice():
-    entropy = statistics.Entropy.of(make_trace(vocab_size=1))
-    assert np.isnan(entropy.mean).all() and np.isnan(entropy.bound).all() and np.isnan(entropy.first_weight).all()
+    entropy = statistics.Entropy.from_trace(make_trace(vocab_size=1))
+    assert np.isnan(entropy.mean).all()
+    assert np.isnan(entropy.bound).all()
+    assert np.isnan(entropy.first_weight).all()
     assert (entropy.single_expert_token_share == 1).all()
 
 
@@ -146,7 +148,7 @@ def test_information_is_bounded(trace):
 
 
 def information_by_hand(xs: np.ndarray, ys: np.ndarray) -> float:
-    """Mutual information of paired observations, in nats."""
+    """Return the mutual information of paired observations, in nats."""
     pairs = Counter(zip(xs.tolist(), ys.tolist(), strict=True))
     of_x, of_y = Counter(xs.tolist()), Counter(ys.tolist())
     total = pairs.total()
@@ -175,7 +177,7 @@ def test_information_of_a_table_and_of_independence():
 @examples
 @given(traces, st.integers(1, 5))
 def test_top_ids(trace, num_top):
-    top = statistics.TopIds.of(trace, num_top)
+    top = statistics.TopIds.from_trace(trace, num_top)
     occurrences = Counter(trace.token_ids.tolist())
     assert top.ids.shape == (len(trace.layers), trace.num_experts, min(num_top, len(occurrences)))
     for layer in range(len(trace.layers)):
@@ -245,7 +247,7 @@ def test_all_changed():
 @examples
 @given(traces, st.integers(1, 6))
 def test_distinct_experts(trace, min_occurrences):
-    of_ids = statistics.DistinctExperts.of(trace, min_occurrences)
+    of_ids = statistics.DistinctExperts.from_trace(trace, min_occurrences)
     occurrences = Counter(trace.token_ids.tolist())
     assert of_ids.ids.tolist() == sorted(number for number, count in occurrences.items() if count >= min_occurrences)
     for layer in range(len(trace.layers)):

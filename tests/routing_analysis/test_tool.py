@@ -1,4 +1,4 @@
-"""tools/analyze_routing.py as a user runs it."""
+"""The command analyze_routing, as a user runs it."""
 
 import csv
 import json
@@ -14,18 +14,15 @@ from support.small_series import ITERATIONS, NUM_EXPERTS, REPOSITORY, SPLIT, VOC
 from support.tiny_maskmoe import make_model, random_mask
 
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
-from maskmoe.routing_analysis import (
-    AnalysisSettings,
-    Conversion,
-    DatasetText,
-    RoutingTrace,
-    analyze,
-    find_models,
-    summarise,
-)
-from maskmoe.routing_analysis.models import tokenizer_sha256
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.routing_analysis.analysis import analyze
+from maskmoe.routing_analysis.models import find_models, tokenizer_sha256
 from maskmoe.routing_analysis.plots import PLOT_NAMES
+from maskmoe.routing_analysis.probe import DatasetText
+from maskmoe.routing_analysis.settings import AnalysisSettings, Conversion
+from maskmoe.routing_analysis.summary import summarise
 from maskmoe.routing_analysis.tables import TABLE_NAMES
+from maskmoe.routing_analysis.trace import RoutingTrace
 from maskmoe.routing_mask import RoutingMask, TokenFrequency
 
 FILES = {"routing.json", *TABLE_NAMES, *PLOT_NAMES}
@@ -45,7 +42,7 @@ def read_table(folder: Path, name: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def analysed_series(workplace, checkpoints) -> Path:
-    """The results of a run's checkpoints."""
+    """The folder with the results of the checkpoints of a run."""
     flags = ("--token-frequency", "counts.safetensors", "--tokens", 1500, "--capacity-factors", 1, 1.5, "--save-traces")
     process = workplace.analyze(*SERIES, *flags, "--scratch-dir", ".", "--output-dir", "series")
     assert process.returncode == 0, process.stderr
@@ -66,13 +63,14 @@ def test_files(analysed_series):
 
 
 def test_summary_follows_from_the_traces(analysed_series, workplace):
-    """Statistics have their own tests; here it is that the right ones stand in the right places."""
+    """The summary has the right statistics in the right places."""
     summary = read_summary(analysed_series)
     traces = [RoutingTrace.load(analysed_series / f"trace_{number}.safetensors") for number in (1, 2, 3)]
     mask = RoutingMask.load(workplace.folder / "mask.safetensors")
     assert (summary["vocab_size"], summary["num_experts"], summary["topk"]) == (VOCAB_SIZE, NUM_EXPERTS, 2)
     assert summary["layers"] == list(LAYERS)
-    assert summary["probe"]["tokens"] == 1500 and summary["probe"]["seq_length"] == 32
+    assert summary["probe"]["tokens"] == 1500
+    assert summary["probe"]["seq_length"] == 32
     assert [band["name"] for band in summary["probe"]["bands"]] == list(BANDS)
     assert sum(band["tokens"] for band in summary["probe"]["bands"]) == 1500
     for iteration, trace, checkpoint in zip(ITERATIONS, traces, summary["checkpoints"], strict=True):
@@ -143,7 +141,7 @@ def test_tables_hold_the_same_numbers(analysed_series):
 
 
 def test_function_gives_the_same(analysed_series, workplace, checkpoints):
-    """What other packages call, for one of the checkpoints."""
+    """The function `analyze` gives the same results as the command, for one checkpoint."""
     analysis = analyze(
         find_models([checkpoints], [4]),
         DatasetText(str(workplace.folder / "data"), SPLIT),
@@ -174,16 +172,18 @@ def test_an_exported_model_and_a_text(workplace, checkpoints):
 
 
 def test_a_model_against_itself(tmp_path, workplace, monkeypatch, capsys):
-    """One layer with experts, and no token with a choice: what has no value is left out."""
+    """With one layer with experts and no token with a choice, numbers without a value are None."""
     settings = {"mlp_layer_types": ["dense", "sparse", "dense"], "num_experts_per_tok": 1}
     make_model(random_mask(1), **settings).save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     run("--load", "model", "model", "--data-path", write_data(tmp_path), "--output-dir", "out")
     summary = read_summary(tmp_path / "out")
     (change,) = summary["fluctuation"]
-    assert change["by_layer"] == [0] and change["routable_by_layer"] == [None]
+    assert change["by_layer"] == [0]
+    assert change["routable_by_layer"] == [None]
     checkpoint = summary["checkpoints"][0]
-    assert checkpoint["entropy"] == [None] and checkpoint["single_expert_token_share"] == [1]
+    assert checkpoint["entropy"] == [None]
+    assert checkpoint["single_expert_token_share"] == [1]
     assert checkpoint["distinct_experts"]["by_layer"] == [1]
     assert checkpoint["next_layer_information"] == []
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
@@ -192,16 +192,14 @@ def test_a_model_against_itself(tmp_path, workplace, monkeypatch, capsys):
 
 
 def write_data(folder: Path) -> str:
-    """A dataset of the tiny model's ids."""
-    from maskmoe.data.indexed_dataset import IndexedDatasetWriter
-
+    """Write a dataset with the ids of the tiny model; return its prefix."""
     with IndexedDatasetWriter(folder / "tiny", np.uint16) as dataset:
         dataset.add_document(np.arange(600) % 60)
     return str(folder / "tiny")
 
 
 def run(*arguments: object) -> None:
-    """Run the tool in this process."""
+    """Run the command in this process."""
     tool = REPOSITORY / "tools/analyze_routing.py"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(tool), *map(str, arguments)])
@@ -257,16 +255,13 @@ def test_split_of_files(workplace, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run("--load", "nowhere", "--input", "text.txt", "--split", "1,1,1", "--output-dir", "bad")
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --split is of --data-path")
+    assert capsys.readouterr().err.startswith("error: --split is for --data-path")
 
 
-def test_help(workplace):
-    process = workplace.analyze("--help")
-    assert process.returncode == 0
-    assert "examples:" in process.stdout
-
-
-def test_importing_it_needs_neither_torch_nor_megatron(workplace):
-    code = "import sys, maskmoe.routing_analysis; print(*{'torch', 'transformers', 'megatron'} & {*sys.modules})"
-    process = workplace.run_python("-c", code)
-    assert process.stdout.strip() == "", process.stderr
+@pytest.mark.parametrize("command", ["analyze_routing", "thin_checkpoints"])
+def test_help_needs_neither_torch_nor_megatron(command, workplace):
+    blocked = "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'megatron'))"
+    code = f"{blocked}; from maskmoe.commands.{command} import main; main()"
+    process = workplace.run_python("-c", code, "--help")
+    assert process.returncode == 0, process.stderr
+    assert "example" in process.stdout

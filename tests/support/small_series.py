@@ -1,4 +1,4 @@
-"""A folder in which a short run saves a series of checkpoints, and the tool is run as by a user."""
+"""A folder in which a short run saves a series of checkpoints, and in which commands run."""
 
 import os
 import subprocess
@@ -24,14 +24,19 @@ TRAINING = f"""{DATA} --num-layers 3 --moe-layer-freq [1,0,1] --hidden-size 32 -
 
 @dataclass(frozen=True)
 class Workplace:
-    """A folder with text (`text.txt`), its tokenizer (`tokenizer.model`), a dataset (`data`), token counts
-    (`counts.safetensors`) and a routing mask, in which processes run.
+    """A folder in which processes run.
+
+    The folder has a text (`text.txt`), its tokenizer (`tokenizer.model`), a dataset (`data`), token counts
+    (`counts.safetensors`) and a routing mask (`mask.safetensors`).
+
+    Attributes:
+        folder: the path of the folder.
     """
 
     folder: Path
 
     def run_python(self, *arguments: object) -> subprocess.CompletedProcess:
-        """Run Python as the only rank of a group."""
+        """Run Python in the folder, as the only rank of a group."""
         group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
         group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         common = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
@@ -40,5 +45,5 @@ class Workplace:
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600)
 
     def analyze(self, *arguments: object) -> subprocess.CompletedProcess:
-        """Run tools/analyze_routing.py."""
+        """Run tools/analyze_routing.py in the folder."""
         return self.run_python(REPOSITORY / "tools/analyze_routing.py", *arguments)

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +62,14 @@ def build(ranks: int) -> dict[str, Any]:
     }
 
 
-def measure(store: torch.distributed.Store, ranks: int) -> dict[str, Any]:
+def measure(ranks: int) -> dict[str, Any]:
     """Take a step of training, and measure the bytes of this rank and its parameters that no other rank counts.
 
     Args:
-        store: where the ranks meet.
         ranks: unused; the environment has the number of ranks.
     """
     args = parse_and_check_args(add_pretraining_arguments, reads_data=lambda _: False)
-    initialize_megatron(store=store)
+    initialize_megatron()
     model, optimizer, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, model_config_from_args(args)),
@@ -144,8 +142,7 @@ def _is_first_replica(parameter: torch.nn.Parameter) -> bool:
 def main() -> None:
     folder, command, working_folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     os.chdir(working_folder)
-    store = torch.distributed.FileStore(str(folder / "rendezvous"), int(os.environ["WORLD_SIZE"]))
-    answer = {"report": report, "build": build, "measure": partial(measure, store)}[command]
+    answer = {"report": report, "build": build, "measure": measure}[command]
     if command == "build":
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
