@@ -202,6 +202,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _mask(arguments: argparse.Namespace) -> "RoutingMask | None":
+    """Read the routing mask that the user passed, if any; needs a prepared process."""
     from maskmoe.checkpoint.routing_mask import read_routing_mask
 
     return read_routing_mask(arguments.routing_mask) if arguments.routing_mask else None
@@ -239,6 +240,7 @@ def _upcycle(arguments: argparse.Namespace) -> None:
 
 
 def _print_load_flags(arguments: argparse.Namespace, flags: list[str]) -> None:
+    """Print how to load a checkpoint in training."""
     print(f"written {arguments.save}; load it with")
     print(" ".join(["  --load", str(arguments.save), "--use-checkpoint-args", *flags]))
 

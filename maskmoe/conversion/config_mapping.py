@@ -172,6 +172,7 @@ def further_flags(args: Namespace) -> list[str]:
 
 
 def _expert_fields(args: Namespace) -> dict[str, Any]:
+    """Return the fields of `MaskMoEConfig` about experts."""
     return {
         "num_experts_per_tok": args.moe_router_topk,
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
@@ -189,6 +190,11 @@ def _expert_fields(args: Namespace) -> dict[str, Any]:
 
 
 def _expert_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments about experts.
+
+    Raises:
+        UserError: Megatron-Core does not have the model's combination of scores and normalisation.
+    """
     topk, scores, normalised = config["num_experts_per_tok"], config["scoring_func"], config["norm_topk_prob"]
     if scores == "softmax" and normalised and topk == 1:
         raise UserError("Megatron-Core has no norm_topk_prob with num_experts_per_tok 1: all weights would be 1")
@@ -223,6 +229,7 @@ def _aux_loss_coefficient(args: Namespace) -> float:
 
 
 def _rope_parameters(args: Namespace) -> dict[str, Any]:
+    """Return the field `rope_parameters` of `MaskMoEConfig`."""
     parameters: dict[str, Any] = {"rope_type": "default"}
     if args.use_rope_scaling:
         parameters = _LLAMA3_ROPE | {"factor": args.rope_scaling_factor}
@@ -235,6 +242,11 @@ def _rope_parameters(args: Namespace) -> dict[str, Any]:
 
 
 def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments about the rotary embedding.
+
+    Raises:
+        UserError: Megatron-Core does not have the model's rotary embedding.
+    """
     base = rope["rope_theta"]
     args = {
         "rotary_base": int(base) if float(base).is_integer() else base,

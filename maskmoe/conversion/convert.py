@@ -150,6 +150,7 @@ class _Job:
 
 
 def _save_huggingface(model: OpenedModel, job: _Job) -> list[str]:
+    """Write a model in transformers' format; return no flags."""
     settings = job.settings
     tokenizer = _choose_tokenizer(model, settings)
     with job.output() as output:
@@ -158,6 +159,7 @@ def _save_huggingface(model: OpenedModel, job: _Job) -> list[str]:
 
 
 def _save_megatron(model: OpenedModel, job: _Job) -> list[str]:
+    """Write a model as a checkpoint; return the flags that loading needs."""
     settings = job.settings
     # Complete Megatron's arguments.
     args = _megatron_args(model)

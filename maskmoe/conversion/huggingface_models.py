@@ -104,6 +104,11 @@ def write_huggingface(
 
 
 def _make_config(values: Mapping[str, Any], path: Path) -> MaskMoEConfig:
+    """Build the configuration from the fields of a `config.json`; `path` is its file, for error messages.
+
+    Raises:
+        UserError: the fields do not form a valid configuration.
+    """
     try:
         return MaskMoEConfig(**{name: value for name, value in values.items() if name != "model_type"})
     # transformers raises any of these on values of wrong types.

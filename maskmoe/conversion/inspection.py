@@ -142,6 +142,7 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
 
 
 def _inspect_megatron(checkpoint: Path, verify: bool) -> Inspection:
+    """Inspect a `torch_dist` checkpoint."""
     try:
         check_structure(checkpoint)
         integrity = _check_content(checkpoint, verify)
@@ -168,6 +169,7 @@ def _inspect_megatron(checkpoint: Path, verify: bool) -> Inspection:
 
 
 def _inspect_huggingface(folder: Path, verify: bool) -> Inspection:
+    """Inspect a transformers model of any family."""
     source = SafetensorsSource(folder)
     try:
         integrity = _check_content(folder, verify)
@@ -238,6 +240,7 @@ def _check_content(folder: Path, verify: bool) -> str:
 
 
 def _manifest(folder: Path) -> Manifest | None:
+    """Return the record of a folder's files; None if it is missing or damaged."""
     try:
         return Manifest.load(folder)
     except Damage:
@@ -263,6 +266,7 @@ def _summarise_mask(mask: RoutingMask | None) -> MaskSummary | None:
 
 
 def _mask_lines(mask: MaskSummary) -> list[str]:
+    """Return the lines of the report about the routing mask."""
     made = mask.provenance
     recipe = {
         "assignment": made["preset"] or made["assignment"],

@@ -71,6 +71,7 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
 
 
 def _load_transformers_tokenizer(model: Path) -> Any:
+    """Load a `tokenizer.json`, with the special tokens of `tokenizer_config.json` if that lies beside it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (model.parent / "tokenizer_config.json").is_file():
@@ -79,6 +80,7 @@ def _load_transformers_tokenizer(model: Path) -> Any:
 
 
 def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
+    """Convert a SentencePiece tokenizer into a tokenizer of transformers."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 

@@ -53,7 +53,7 @@ BYTES_OF_LAYER = 792 << 20
 class RepeatedBlock:
     """Provides tensors that repeat one random block."""
 
-    def __init__(self, tensors: dict[str, TensorSpec]):
+    def __init__(self, tensors: dict[str, TensorSpec]) -> None:
         self.tensors = tensors
         self._elements = torch.randn(BLOCK_BYTES // 2).to(torch.bfloat16)
 
