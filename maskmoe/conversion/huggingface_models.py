@@ -12,8 +12,9 @@ from transformers import GenerationConfig
 from maskmoe.checkpoint.integrity import Manifest
 from maskmoe.cli import atomic_output
 from maskmoe.conversion.blocks import TensorSource
-from maskmoe.conversion.families import CONFIG_FILE, OpenedModel, open_huggingface
+from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import check_tensors, tensor_shapes
+from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.safetensors_files import INDEX_FILE, SafetensorsSource, plan_safetensors
 from maskmoe.conversion.sources import JoinedSource
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX

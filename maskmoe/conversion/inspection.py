@@ -10,9 +10,9 @@ from typing import Any
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.conversion.blocks import TensorSpec
-from maskmoe.conversion.families import CONFIG_FILE
 from maskmoe.conversion.megatron_models import find_megatron_checkpoint, is_optimizer
 from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
+from maskmoe.conversion.opened_model import CONFIG_FILE
 from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.conversion.writing import JOURNAL
@@ -45,7 +45,7 @@ _LAYOUT = {
 
 @dataclass(frozen=True)
 class MaskSummary:
-    """What a routing mask is.
+    """Sizes, digest and provenance of a routing mask.
 
     Attributes:
         digest: digest of the mask's content and provenance.
@@ -66,7 +66,7 @@ class MaskSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint or a model holds.
+    """Report on the content of a checkpoint or a model.
 
     Attributes:
         path: the folder.

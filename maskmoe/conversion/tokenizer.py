@@ -11,7 +11,7 @@ from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer,
 from maskmoe.errors import UserError
 
 WITHOUT_TEXT = "NullTokenizer"
-"""Megatron's `--tokenizer-type` for data that are token ids already: there is no tokenizer to export."""
+"""Megatron's `--tokenizer-type` for data that consist of token ids; such data have no tokenizer to export."""
 
 _PIECES_PER_PROBE = 64
 # Text that tokenizers treat differently: spaces, lines, other scripts, combined and unassigned characters, control

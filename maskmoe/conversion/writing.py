@@ -154,8 +154,8 @@ class OutputFolder:
         if job != self._job:
             changed = ", ".join(sorted(key for key in job | self._job if job.get(key) != self._job.get(key)))
             raise UserError(
-                f"{self.path} holds an unfinished conversion with other settings ({changed}); start that one again, "
-                "remove the folder or name another one"
+                f"{self.path} holds an unfinished conversion with other settings ({changed}); start that "
+                "conversion again, remove the folder or name another folder"
             )
         self.finished = journal.finished
 

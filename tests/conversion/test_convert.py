@@ -305,7 +305,7 @@ def test_bad_input_on_the_command_line(exported, run_cli, tmp_path):
 
 
 def test_result_inside_the_source(exported):
-    with pytest.raises(UserError, match="inside of what is converted"):
+    with pytest.raises(UserError, match="lies inside the folder that is converted"):
         huggingface_to_megatron(Settings(load=exported("ranks"), save=exported("ranks") / "megatron"))
     assert not (exported("ranks") / "megatron" / JOURNAL).exists()
 

@@ -12,8 +12,9 @@ from support.foreign_models import DENSE, VOCAB_SIZE, in_transformers, logits_of
 
 from maskmoe.commands.convert_checkpoint import add_upcycle_arguments, upcycle_settings
 from maskmoe.conversion.blocks import Block, TensorSource, row_major_blocks
-from maskmoe.conversion.families import OpenedModel, open_huggingface
+from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.sources import CastSource
 from maskmoe.conversion.upcycle import changes_of_function, upcycle

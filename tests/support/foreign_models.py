@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from maskmoe.conversion.blocks import Block
-from maskmoe.conversion.families import OpenedModel
+from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 
 VOCAB_SIZE = 67

@@ -24,9 +24,9 @@ prepare_process()
 
 from maskmoe.conversion.blocks import Block, TensorSpec
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
-from maskmoe.conversion.families import OpenedModel, all_visible, with_routing_mask
 from maskmoe.conversion.huggingface_models import write_huggingface
 from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.opened_model import OpenedModel, all_visible, with_routing_mask
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.conversion.writing import BLOCK_BYTES, OutputFolder
