@@ -2,8 +2,8 @@
 
 Attention, norms, MLPs and rotary embedding are transformers' own. New are the routing mask, the router and the
 load-balancing loss. This file is copied beside exported weights and runs without the package `maskmoe`, so it repeats
-the routing rule of `maskmoe.transformer.router` and the loss of `maskmoe.transformer.router_losses`; change them
-together.
+the routing rule of `maskmoe.transformer.selection` and the load-balancing loss of `maskmoe.transformer.router_losses`.
+Change both places together; tests/huggingface/test_routing.py compares them.
 """
 
 from typing import Any
@@ -89,7 +89,7 @@ class MaskMoETopKRouter(nn.Module):
     """Selects the best `min(k, V)` of a token's V visible experts, in float32 even under autocast.
 
     Selection and weights follow Megatron-Core's `topk_routing_with_score_function`, restricted to visible experts, as
-    `maskmoe.transformer.router` does in training.
+    `maskmoe.transformer.selection` does in training.
     """
 
     def __init__(self, config: MaskMoEConfig) -> None:
