@@ -1,9 +1,12 @@
 """Move models between Megatron's checkpoints and transformers' format, or make MoE models of dense ones."""
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from maskmoe.cli import atomic_output
 from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings, parse_size
 from maskmoe.errors import UserError
 
@@ -85,7 +88,7 @@ def _add_verification_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-verify-checkpoint",
         action="store_false",
-        dest="verify_checkpoint",
+        dest="verify",
         help="do not compare files with the digests that were saved with them",
     )
 
@@ -114,6 +117,7 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--moe-layer-freq",
+        default=UpcycleSettings.moe_layer_freq,
         metavar="FREQ",
         help="which layers get experts, as Megatron's flag: one in FREQ layers, or a list such as [0]+[1]*23 "
         "(default: all layers)",
@@ -129,6 +133,7 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reinit-share",
         type=float,
+        dest="reinitialised",
         default=UpcycleSettings.reinitialised,
         metavar="R",
         help="share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5 (default: "
@@ -156,17 +161,19 @@ def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:
     Raises:
         UserError: the settings contradict each other.
     """
-    frequency = arguments.moe_layer_freq
-    return UpcycleSettings(
-        num_experts=arguments.num_experts,
-        topk=arguments.topk,
-        granularity=arguments.granularity,
-        moe_layer_freq=UpcycleSettings.moe_layer_freq if frequency is None else _parse_layer_frequency(frequency),
-        shared_expert=arguments.shared_expert,
-        noise=arguments.noise,
-        reinitialised=arguments.reinit_share,
-        seed=arguments.seed,
-    )
+    values = _field_values(UpcycleSettings, arguments)
+    if isinstance(arguments.moe_layer_freq, str):
+        values["moe_layer_freq"] = _parse_layer_frequency(arguments.moe_layer_freq)
+    return UpcycleSettings(**values)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    return Settings(**_field_values(Settings, arguments))
+
+
+def _field_values(settings: type, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the flags that have the names of a dataclass's fields."""
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(settings)}
 
 
 def _parse_layer_frequency(text: str) -> int | list[int]:
@@ -188,20 +195,8 @@ def _parse_layer_frequency(text: str) -> int | list[int]:
     return frequency
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    return Settings(
-        load=arguments.load,
-        save=arguments.save,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-        allow_nan=arguments.allow_nan,
-        verify=arguments.verify_checkpoint,
-        tokenizer_type=arguments.tokenizer_type,
-        tokenizer_model=arguments.tokenizer_model,
-    )
-
-
 def _mask(arguments: argparse.Namespace) -> "RoutingMask | None":
+    """Read the routing mask that the user passed, if any; needs a prepared process."""
     from maskmoe.checkpoint.routing_mask import read_routing_mask
 
     return read_routing_mask(arguments.routing_mask) if arguments.routing_mask else None
@@ -239,22 +234,19 @@ def _upcycle(arguments: argparse.Namespace) -> None:
 
 
 def _print_load_flags(arguments: argparse.Namespace, flags: list[str]) -> None:
+    """Print how to load a checkpoint in training."""
     print(f"written {arguments.save}; load it with")
     print(" ".join(["  --load", str(arguments.save), "--use-checkpoint-args", *flags]))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    import json
-    from dataclasses import asdict
-
-    from maskmoe.cli import atomic_output
     from maskmoe.conversion.inspection import inspect_checkpoint
 
-    inspection = inspect_checkpoint(arguments.checkpoint, arguments.verify_checkpoint)
+    inspection = inspect_checkpoint(arguments.checkpoint, arguments.verify)
     print(inspection.table())
     if arguments.json:
         with atomic_output(arguments.json) as path:
-            path.write_text(json.dumps(asdict(inspection), indent=2) + "\n")
+            path.write_text(json.dumps(dataclasses.asdict(inspection), indent=2) + "\n")
 
 
 def main() -> None:

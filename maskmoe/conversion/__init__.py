@@ -3,4 +3,7 @@
 Every conversion is a view: a `TensorSource` (module `blocks`) that has the names and shapes of the target format and
 reads blocks of tensors on demand from the input's files. A writer goes through the view tensor by tensor, so that no
 model is built and memory does not grow with the model.
+
+Modules of this package import Megatron, so a process calls `maskmoe.megatron_compat.prepare_process` before it imports
+them. Only `settings` imports neither Megatron nor torch.
 """

@@ -58,6 +58,27 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Fields of `MaskMoEConfig` with the argument of Megatron that has the same value.
+_FIELDS = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "head_dim": "kv_channels",
+    "intermediate_size": "ffn_hidden_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "layernorm_epsilon",
+    "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
+    "attention_bias": "add_qkv_bias",
+}
+_EXPERT_FIELDS = {
+    "num_experts_per_tok": "moe_router_topk",
+    "scoring_func": "moe_router_score_function",
+    "use_expert_bias": "moe_router_enable_expert_bias",
+    "topk_group": "moe_router_group_topk",
+    "shared_expert_gate": "moe_shared_expert_gate",
+    "aux_loss_tokens": "moe_aux_loss_tokens",
+}
 _VOCAB_DIVISOR = 128
 """Megatron's default of `--make-vocab-size-divisible-by`."""
 
@@ -75,24 +96,14 @@ def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
     args = Namespace(**_DEFAULTS | vars(args))
     if refusals := list(_inexpressible(args)):
         raise UserError(f"a model with {', '.join(refusals)} cannot be expressed in transformers' format")
-    num_layers, num_experts = args.num_layers, args.num_experts or 0
+    num_experts = args.num_experts or 0
     qk_norm = ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None
-    fields = {
+    fields = {field: getattr(args, name) for field, name in _FIELDS.items()} | {
         "vocab_size": vocab_size,
-        "hidden_size": args.hidden_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": args.num_attention_heads,
         "num_key_value_heads": args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        "head_dim": args.kv_channels,
-        "intermediate_size": args.ffn_hidden_size,
-        "max_position_embeddings": args.max_position_embeddings,
-        "rms_norm_eps": args.layernorm_epsilon,
         "rope_parameters": _rope_parameters(args),
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "hidden_act": "silu",
-        "initializer_range": args.init_method_std,
-        "attention_dropout": args.attention_dropout,
-        "attention_bias": args.add_qkv_bias,
         "qk_norm": qk_norm,
         "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in sparse_layers(args)],
         "num_experts": num_experts,
@@ -110,29 +121,19 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
         UserError: the model has a setting that Megatron-Core does not have; names the setting.
     """
     qk_norm = config["qk_norm"]
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
     is_sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
     args = Namespace(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=hidden,
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=heads,
-        group_query_attention=config["num_key_value_heads"] != heads,
+        **{name: config[field] for field, name in _FIELDS.items()},
+        group_query_attention=config["num_key_value_heads"] != config["num_attention_heads"],
         num_query_groups=config["num_key_value_heads"],
-        kv_channels=config["head_dim"],
         seq_length=config["max_position_embeddings"],
-        max_position_embeddings=config["max_position_embeddings"],
         normalization="RMSNorm",
-        layernorm_epsilon=config["rms_norm_eps"],
         swiglu=True,
         squared_relu=False,
         add_bias_linear=False,
-        add_qkv_bias=config["attention_bias"],
         qk_layernorm=qk_norm is not None,
         qk_layernorm_all_heads=qk_norm == "all_heads",
         untie_embeddings_and_output_weights=not config["tie_word_embeddings"],
-        init_method_std=config["initializer_range"],
-        attention_dropout=config["attention_dropout"],
         hidden_dropout=0.0,
         position_embedding_type="rope",
         add_position_embedding=True,
@@ -172,44 +173,37 @@ def further_flags(args: Namespace) -> list[str]:
 
 
 def _expert_fields(args: Namespace) -> dict[str, Any]:
-    return {
-        "num_experts_per_tok": args.moe_router_topk,
+    """Return the fields of `MaskMoEConfig` about experts."""
+    return {field: getattr(args, name) for field, name in _EXPERT_FIELDS.items()} | {
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        "scoring_func": args.moe_router_score_function,
         "norm_topk_prob": args.moe_router_score_function != "softmax" or not args.moe_router_pre_softmax,
         "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
-        "use_expert_bias": args.moe_router_enable_expert_bias,
         "n_group": args.moe_router_num_groups if args.moe_router_group_topk else None,
-        "topk_group": args.moe_router_group_topk,
         "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
-        "shared_expert_gate": args.moe_shared_expert_gate,
         "router_aux_loss_coef": _aux_loss_coefficient(args),
-        "aux_loss_tokens": args.moe_aux_loss_tokens,
     }
 
 
 def _expert_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments about experts.
+
+    Raises:
+        UserError: Megatron-Core does not have the model's combination of scores and normalisation.
+    """
     topk, scores, normalised = config["num_experts_per_tok"], config["scoring_func"], config["norm_topk_prob"]
     if scores == "softmax" and normalised and topk == 1:
         raise UserError("Megatron-Core has no norm_topk_prob with num_experts_per_tok 1: all weights would be 1")
     if scores != "softmax" and not normalised and topk > 1:
         raise UserError(f"Megatron-Core has scoring_func {scores} only with norm_topk_prob")
-    return {
-        "moe_router_topk": topk,
+    scaling_factor = config["routed_scaling_factor"]
+    return {name: config[field] for field, name in _EXPERT_FIELDS.items()} | {
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_router_score_function": scores,
         "moe_router_pre_softmax": scores == "softmax" and not normalised,
-        "moe_router_topk_scaling_factor": None
-        if config["routed_scaling_factor"] == 1.0
-        else config["routed_scaling_factor"],
-        "moe_router_enable_expert_bias": config["use_expert_bias"],
+        "moe_router_topk_scaling_factor": None if scaling_factor == 1.0 else scaling_factor,
         "moe_router_num_groups": config["n_group"],
-        "moe_router_group_topk": config["topk_group"],
         "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"] or None,
-        "moe_shared_expert_gate": config["shared_expert_gate"],
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": config["router_aux_loss_coef"],
-        "moe_aux_loss_tokens": config["aux_loss_tokens"],
         "moe_latent_size": None,
     }
 
@@ -223,6 +217,7 @@ def _aux_loss_coefficient(args: Namespace) -> float:
 
 
 def _rope_parameters(args: Namespace) -> dict[str, Any]:
+    """Return the field `rope_parameters` of `MaskMoEConfig`."""
     parameters: dict[str, Any] = {"rope_type": "default"}
     if args.use_rope_scaling:
         parameters = _LLAMA3_ROPE | {"factor": args.rope_scaling_factor}
@@ -235,6 +230,11 @@ def _rope_parameters(args: Namespace) -> dict[str, Any]:
 
 
 def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments about the rotary embedding.
+
+    Raises:
+        UserError: Megatron-Core does not have the model's rotary embedding.
+    """
     base = rope["rope_theta"]
     args = {
         "rotary_base": int(base) if float(base).is_integer() else base,

@@ -11,9 +11,9 @@ import torch
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
 from maskmoe.conversion.blocks import TensorSource
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags
-from maskmoe.conversion.families import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.huggingface_models import open_model, write_huggingface
 from maskmoe.conversion.megatron_models import find_megatron_checkpoint, open_megatron, write_megatron
+from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings
 from maskmoe.conversion.sources import CastSource, FiniteSource, JoinedSource
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
@@ -121,7 +121,7 @@ class _Job:
             UserError: the folder lies inside the source.
         """
         if self.settings.save.resolve().is_relative_to(self.source.resolve()):
-            raise UserError(f"{self.settings.save} is inside of what is converted; name a folder elsewhere")
+            raise UserError(f"{self.settings.save} lies inside the folder that is converted; name a folder elsewhere")
         settings = asdict(self.settings) | {"load": str(self.source.resolve())}
         job = {name: value for name, value in settings.items() if name not in ("save", "verify")}
         job |= {
@@ -150,6 +150,7 @@ class _Job:
 
 
 def _save_huggingface(model: OpenedModel, job: _Job) -> list[str]:
+    """Write a model in transformers' format; return no flags."""
     settings = job.settings
     tokenizer = _choose_tokenizer(model, settings)
     with job.output() as output:
@@ -158,6 +159,7 @@ def _save_huggingface(model: OpenedModel, job: _Job) -> list[str]:
 
 
 def _save_megatron(model: OpenedModel, job: _Job) -> list[str]:
+    """Write a model as a checkpoint; return the flags that loading needs."""
     settings = job.settings
     # Complete Megatron's arguments.
     args = _megatron_args(model)
@@ -197,7 +199,7 @@ def _megatron_args(model: OpenedModel) -> Namespace:
 
 
 def _tokenizer_args(settings: Settings) -> dict[str, str]:
-    """Return those of Megatron's arguments on the tokenizer that the user passed."""
+    """Return Megatron's arguments about the tokenizer, as far as the user passed them."""
     args = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
     return {name: value for name, value in args.items() if value is not None}
 
@@ -236,7 +238,7 @@ def _find_checkpoint(settings: Settings) -> Path:
     """Return the checkpoint to convert, after checking that all its files are there.
 
     Raises:
-        UserError: there is no checkpoint, or a file is missing or too short.
+        UserError: the folder holds no checkpoint, or a file of the checkpoint is missing or too short.
     """
     checkpoint = find_megatron_checkpoint(settings.load)
     try:

@@ -6,7 +6,6 @@ Tensors that the settings do not account for, and settings that MaskMoE cannot e
 
 import json
 import re
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,33 +15,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource
-from maskmoe.conversion.model_tensors import Shapes, check_tensors, routing_mask_tensors, tensor_shapes
+from maskmoe.conversion.model_tensors import Shapes, check_tensors, tensor_shapes
+from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel, all_visible, with_routing_mask
 from maskmoe.conversion.safetensors_files import SafetensorsSource
-from maskmoe.conversion.sources import JoinedSource
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
-
-CONFIG_FILE = "config.json"
+from maskmoe.routing_mask.mask import RoutingMask
 
 # Old files hold these tensors besides the parameters; models compute them from the configuration.
 _COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _EXPERT_TENSOR = re.compile(r"\.experts\.(gate_up|down)_proj$")
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """A MaskMoE model in transformers' format whose tensors are read on demand.
-
-    Attributes:
-        source: provides the tensors, by their names in `MaskMoEForCausalLM`.
-        config: the fields of the model's `MaskMoEConfig`.
-        args: Megatron's arguments that the model was trained with; None if they are unknown.
-    """
-
-    source: TensorSource
-    config: dict[str, Any]
-    args: Namespace | None = None
 
 
 @dataclass(frozen=True)
@@ -97,13 +78,14 @@ class Family:
         namings: the namings that files of this family may follow: transformers saves under the names of its modules,
             or under the names of the family's first files.
         has_experts: whether the models are mixtures of experts.
-        fields: returns the fields of `MaskMoEConfig` that are special to this family, given the family's configuration.
+        special_fields: function from the family's configuration to the fields of `MaskMoEConfig` that only this family
+            sets.
         attributes: attributes that a configuration of this family must have, besides the sizes of all families.
     """
 
     namings: tuple[Naming, ...] = (Naming(),)
     has_experts: bool = False
-    fields: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
+    special_fields: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     attributes: tuple[str, ...] = ()
 
 
@@ -128,17 +110,17 @@ _EXPERT_SIZES = ("num_experts", "num_experts_per_tok")
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),
-    "qwen2": Family(fields=lambda config: {"attention_bias": True}),
-    "qwen3": Family(fields=lambda config: {"qk_norm": "head"}),
+    "qwen2": Family(special_fields=lambda config: {"attention_bias": True}),
+    "qwen3": Family(special_fields=lambda config: {"qk_norm": "head"}),
     "mixtral": Family(
         namings=(Naming({".mlp.": ".block_sparse_moe."}, ("w1", "w3", "w2")), Naming()),
         has_experts=True,
-        fields=lambda config: {"norm_topk_prob": True},
+        special_fields=lambda config: {"norm_topk_prob": True},
     ),
     "qwen2_moe": Family(
         namings=tuple(Naming({".shared_experts.": ".shared_expert."}, names) for names in (_PROJECTIONS, None)),
         has_experts=True,
-        fields=lambda config: {
+        special_fields=lambda config: {
             "attention_bias": config.qkv_bias,
             "shared_expert_intermediate_size": config.shared_expert_intermediate_size,
             "shared_expert_gate": True,
@@ -148,13 +130,13 @@ FAMILIES = {
     "qwen3_moe": Family(
         namings=(Naming(projections=_PROJECTIONS), Naming()),
         has_experts=True,
-        fields=lambda config: {"qk_norm": "head"},
+        special_fields=lambda config: {"qk_norm": "head"},
         attributes=("moe_intermediate_size",),
     ),
     "olmoe": Family(
         namings=(Naming(projections=_PROJECTIONS), Naming()),
         has_experts=True,
-        fields=lambda config: {"qk_norm": "all_heads"},
+        special_fields=lambda config: {"qk_norm": "all_heads"},
     ),
 }
 
@@ -258,7 +240,7 @@ def translate_config(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
             "norm_topk_prob": getattr(config, "norm_topk_prob", None),
             "router_aux_loss_coef": config.router_aux_loss_coef,
         }
-    return fields | family.fields(config)
+    return fields | family.special_fields(config)
 
 
 def _sparse_layers(config: PreTrainedConfig) -> list[bool]:
@@ -292,34 +274,6 @@ def _inexpressible(config: PreTrainedConfig) -> Iterator[str]:
         yield f"clip_qkv {config.clip_qkv}"
     if getattr(config, "quantization_config", None) is not None:
         yield "quantization_config; convert the model before it was quantized"
-
-
-def all_visible(config: Mapping[str, Any]) -> RoutingMask:
-    """Return the routing mask with which every id sees every expert.
-
-    Args:
-        config: the fields of `MaskMoEConfig`.
-    """
-    recipe = MaskRecipe.from_preset("smoe", config["num_experts"], config["num_hidden_layers"], shared_table=True)
-    return build_routing_mask(recipe, vocab_size=config["vocab_size"])
-
-
-def with_routing_mask(model: OpenedModel, mask: RoutingMask) -> OpenedModel:
-    """Add a routing mask to a model with experts that has none.
-
-    A model may have more rows in the embedding than its tokenizer has ids; the mask is then extended to these rows.
-
-    Raises:
-        UserError: the mask does not fit the model.
-    """
-    config = model.config
-    if mask.vocab_size < config["vocab_size"]:
-        mask = mask.with_vocab_size(config["vocab_size"])
-    mask.check_fits(
-        vocab_size=config["vocab_size"], num_experts=config["num_experts"], num_layers=config["num_hidden_layers"]
-    )
-    mask_source, mask_field = routing_mask_tensors(mask)
-    return OpenedModel(JoinedSource(model.source, mask_source), config | {"routing_mask": mask_field})
 
 
 def rename_tensors(

@@ -12,8 +12,9 @@ from transformers import GenerationConfig
 from maskmoe.checkpoint.integrity import Manifest
 from maskmoe.cli import atomic_output
 from maskmoe.conversion.blocks import TensorSource
-from maskmoe.conversion.families import CONFIG_FILE, OpenedModel, open_huggingface
+from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import check_tensors, tensor_shapes
+from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.safetensors_files import INDEX_FILE, SafetensorsSource, plan_safetensors
 from maskmoe.conversion.sources import JoinedSource
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
@@ -104,6 +105,11 @@ def write_huggingface(
 
 
 def _make_config(values: Mapping[str, Any], path: Path) -> MaskMoEConfig:
+    """Build the configuration from the fields of a `config.json`; `path` is its file, for error messages.
+
+    Raises:
+        UserError: the fields do not form a valid configuration.
+    """
     try:
         return MaskMoEConfig(**{name: value for name, value in values.items() if name != "model_type"})
     # transformers raises any of these on values of wrong types.

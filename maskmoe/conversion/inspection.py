@@ -10,9 +10,9 @@ from typing import Any
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.conversion.blocks import TensorSpec
-from maskmoe.conversion.families import CONFIG_FILE
 from maskmoe.conversion.megatron_models import find_megatron_checkpoint, is_optimizer
 from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
+from maskmoe.conversion.opened_model import CONFIG_FILE
 from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.conversion.writing import JOURNAL
@@ -45,7 +45,7 @@ _LAYOUT = {
 
 @dataclass(frozen=True)
 class MaskSummary:
-    """What a routing mask is.
+    """Sizes, digest and provenance of a routing mask.
 
     Attributes:
         digest: digest of the mask's content and provenance.
@@ -66,7 +66,7 @@ class MaskSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint or a model holds.
+    """Report on the content of a checkpoint or a model.
 
     Attributes:
         path: the folder.
@@ -142,6 +142,7 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
 
 
 def _inspect_megatron(checkpoint: Path, verify: bool) -> Inspection:
+    """Inspect a `torch_dist` checkpoint."""
     try:
         check_structure(checkpoint)
         integrity = _check_content(checkpoint, verify)
@@ -168,6 +169,7 @@ def _inspect_megatron(checkpoint: Path, verify: bool) -> Inspection:
 
 
 def _inspect_huggingface(folder: Path, verify: bool) -> Inspection:
+    """Inspect a transformers model of any family."""
     source = SafetensorsSource(folder)
     try:
         integrity = _check_content(folder, verify)
@@ -238,6 +240,7 @@ def _check_content(folder: Path, verify: bool) -> str:
 
 
 def _manifest(folder: Path) -> Manifest | None:
+    """Return the record of a folder's files; None if it is missing or damaged."""
     try:
         return Manifest.load(folder)
     except Damage:
@@ -263,6 +266,7 @@ def _summarise_mask(mask: RoutingMask | None) -> MaskSummary | None:
 
 
 def _mask_lines(mask: MaskSummary) -> list[str]:
+    """Return the lines of the report about the routing mask."""
     made = mask.provenance
     recipe = {
         "assignment": made["preset"] or made["assignment"],

@@ -12,7 +12,6 @@ from maskmoe.checkpoint.series import RELEASE, choose_checkpoint, write_tracker
 from maskmoe.cli import atomic_output
 from maskmoe.conversion.blocks import CoverageError, RearrangedSource, TensorSource, TensorSpec
 from maskmoe.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
-from maskmoe.conversion.families import OpenedModel
 from maskmoe.conversion.model_tensors import (
     ROUTING_MASK_PREFIX,
     Shapes,
@@ -20,6 +19,7 @@ from maskmoe.conversion.model_tensors import (
     read_mask,
     routing_mask_tensors,
 )
+from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.conversion.sources import JoinedSource, RenamedSource, ZeroSource
 from maskmoe.conversion.tensor_mapping import (
     EMBEDDING,
@@ -76,7 +76,7 @@ def open_megatron(
     Args:
         checkpoint: the checkpoint's folder.
         mask: the routing mask for a checkpoint that holds none.
-        changed_args: values that replace those of Megatron's arguments in the checkpoint, by name.
+        changed_args: Megatron's arguments, by name, that replace the checkpoint's.
 
     Raises:
         UserError: the checkpoint is damaged, transformers cannot express the model, or the checkpoint's tensors do not

@@ -50,6 +50,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def _attention_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of one layer's attention by name in the layer."""
     hidden, head_dim = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     shapes: Shapes = {}
@@ -66,6 +67,7 @@ def _attention_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def _mlp_shapes(prefix: str, features: int, hidden: int) -> Shapes:
+    """Return the shapes of one gated MLP with `features` intermediate features."""
     return {
         f"{prefix}gate_proj.weight": (features, hidden),
         f"{prefix}up_proj.weight": (features, hidden),
@@ -74,6 +76,7 @@ def _mlp_shapes(prefix: str, features: int, hidden: int) -> Shapes:
 
 
 def _moe_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of one layer's router, experts and shared expert by name in the layer."""
     hidden, experts, features = config["hidden_size"], config["num_experts"], config["moe_intermediate_size"]
     shapes: Shapes = {"mlp.gate.weight": (experts, hidden)}
     if config["use_expert_bias"]:
@@ -150,6 +153,7 @@ def check_tensors(
 
 
 def _join_names(names: Iterable[str]) -> str:
+    """Join names for an error message; only the first `_MAX_NAMES` are named, the others counted."""
     names = sorted(names)
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + more

@@ -113,6 +113,7 @@ def plan_safetensors(
 
 
 def _divide(tensors: Mapping[str, TensorSpec], max_file_bytes: int) -> list[dict[str, TensorSpec]]:
+    """Divide tensors into groups, each for one file."""
     groups: list[dict[str, TensorSpec]] = [{}]
     size = 0
     for name, spec in tensors.items():
@@ -126,6 +127,7 @@ def _divide(tensors: Mapping[str, TensorSpec], max_file_bytes: int) -> list[dict
 
 def _plan_file(name: str, tensors: Mapping[str, TensorSpec]) -> PlannedFile:
     # Larger elements come first, so that every element lies at a multiple of its size, as the library does it.
+    """Plan a file: a header of JSON, then the elements of all tensors in blocks."""
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     ends = [0, *accumulate(spec.num_bytes for spec in ordered.values())]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -178,6 +180,11 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_against_index(path: Path, found: Set[str], expected: Set[str]) -> None:
+    """Check that a file holds exactly the tensors that the index places in it.
+
+    Raises:
+        UserError: the file lacks a tensor or holds another one; names the tensor.
+    """
     if missing := sorted(expected - found):
         raise UserError(f"{path} lacks {missing[0]}, which {INDEX_FILE} places in it")
     if surplus := sorted(found - expected):

@@ -33,7 +33,9 @@ class StoredTensor:
     spec: TensorSpec
 
     def read(self, part: Block) -> Tensor:
-        """Read a block of the tensor; reads whole rows, that is, the block's columns and all columns between them.
+        """Read a block of the tensor.
+
+        The read covers one contiguous range of the file, which includes the columns between the block's rows.
 
         Returns:
             a tensor of the shape `part.sizes`.

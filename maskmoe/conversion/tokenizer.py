@@ -11,7 +11,7 @@ from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer,
 from maskmoe.errors import UserError
 
 WITHOUT_TEXT = "NullTokenizer"
-"""Megatron's `--tokenizer-type` for data that are token ids already: there is no tokenizer to export."""
+"""Megatron's `--tokenizer-type` for data that consist of token ids; such data have no tokenizer to export."""
 
 _PIECES_PER_PROBE = 64
 # Text that tokenizers treat differently: spaces, lines, other scripts, combined and unassigned characters, control
@@ -71,6 +71,7 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
 
 
 def _load_transformers_tokenizer(model: Path) -> Any:
+    """Load a `tokenizer.json`, with the special tokens of `tokenizer_config.json` if that lies beside it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (model.parent / "tokenizer_config.json").is_file():
@@ -79,6 +80,7 @@ def _load_transformers_tokenizer(model: Path) -> Any:
 
 
 def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
+    """Convert a SentencePiece tokenizer into a tokenizer of transformers."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 

@@ -21,7 +21,7 @@ from maskmoe.errors import UserError
 COMMON_STATE = "common_state/shard_0_1"
 """Name of the object with the state that all ranks share, which includes Megatron's arguments."""
 
-# Older versions of Megatron save the common state in this file of its own.
+# Older versions of Megatron save the common state in a separate file.
 _COMMON_STATE_FILE = "common.pt"
 
 

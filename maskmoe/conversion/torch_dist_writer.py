@@ -105,6 +105,7 @@ def plan_torch_dist(
 
 
 def _archive(value: Any) -> bytes:
+    """Return what `torch.save` writes for a value."""
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()

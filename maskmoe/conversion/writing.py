@@ -154,12 +154,13 @@ class OutputFolder:
         if job != self._job:
             changed = ", ".join(sorted(key for key in job | self._job if job.get(key) != self._job.get(key)))
             raise UserError(
-                f"{self.path} holds an unfinished conversion with other settings ({changed}); start that one again, "
-                "remove the folder or name another one"
+                f"{self.path} holds an unfinished conversion with other settings ({changed}); start that "
+                "conversion again, remove the folder or name another folder"
             )
         self.finished = journal.finished
 
     def _save(self) -> None:
+        """Write the journal."""
         journal = _Journal(job=self._job, finished=self.finished)
         with reporting_full_disk(self._journal), atomic_output(self._journal) as path:
             path.write_text(journal.model_dump_json(indent=2))
@@ -228,6 +229,11 @@ def _is_done(output: OutputFolder, file: PlannedFile) -> bool:
 
 
 def _check_space(folder: Path, needed: int) -> None:
+    """Check that the disk has room for `needed` bytes.
+
+    Raises:
+        UserError: the disk is too full.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"{folder} has room for {free / 2**30:.2f} GiB, the output needs {needed / 2**30:.2f} GiB")
@@ -281,6 +287,7 @@ class _FileWriter:
         self._output.record(file.name, record)
 
     def _write_to(self, descriptor: int, file: PlannedFile, path: Path) -> FileRecord:
+        """Write a file's content to a descriptor; return the record of the file."""
         digest, size = hashlib.sha256(), 0
         for content in self._contents(file):
             if self._is_stopped:

@@ -2,8 +2,8 @@
 
 Attention, norms, MLPs and rotary embedding are transformers' own. New are the routing mask, the router and the
 load-balancing loss. This file is copied beside exported weights and runs without the package `maskmoe`, so it repeats
-the routing rule of `maskmoe.transformer.router` and the loss of `maskmoe.transformer.router_losses`; change them
-together.
+the routing rule of `maskmoe.transformer.selection` and the load-balancing loss of `maskmoe.transformer.router_losses`.
+Change both places together; tests/huggingface/test_routing.py compares them.
 """
 
 from typing import Any
@@ -78,11 +78,18 @@ def unpack_bits(bits: Tensor, num_experts: int) -> Tensor:
     return (bits.unsqueeze(-1) >> bit_of_byte & 1).flatten(1)[:, :num_experts].bool()
 
 
+def score(logits: Tensor, scoring_func: str) -> Tensor:
+    """Apply a scoring function of `MaskMoEConfig` to router logits [tokens, experts]; -inf becomes score 0."""
+    if scoring_func == "softmax":
+        return logits.softmax(dim=-1)
+    return logits.sigmoid() if scoring_func == "sigmoid" else functional.softplus(logits).sqrt()
+
+
 class MaskMoETopKRouter(nn.Module):
     """Selects the best `min(k, V)` of a token's V visible experts, in float32 even under autocast.
 
     Selection and weights follow Megatron-Core's `topk_routing_with_score_function`, restricted to visible experts, as
-    `maskmoe.transformer.router` does in training.
+    `maskmoe.transformer.selection` does in training.
     """
 
     def __init__(self, config: MaskMoEConfig) -> None:
@@ -130,11 +137,9 @@ class MaskMoETopKRouter(nn.Module):
 
     def _scores(self, logits: Tensor) -> Tensor:
         """Return the scores [tokens, experts] that experts are compared by and that weights are made from."""
-        if self.scoring_func == "sigmoid":
-            return logits.sigmoid()
-        if self.scoring_func == "sqrtsoftplus":
-            return functional.softplus(logits).sqrt()
-        return logits if self.norm_topk_prob else logits.softmax(dim=-1)
+        if self.scoring_func == "softmax" and self.norm_topk_prob:  # the softmax follows the selection
+            return logits
+        return score(logits, self.scoring_func)
 
     def _weights(self, scores: Tensor, selected: Tensor) -> Tensor:
         """Return weights [tokens, k] for scores [tokens, k]; 0 for entries that are not selected."""
@@ -471,14 +476,13 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, 
 
 
 def _load_balancing_loss_of_layer(logits: Tensor, real: Tensor | None, config: MaskMoEConfig) -> Tensor:
+    """Compute the load-balancing loss of one layer from its router logits, float32 [tokens, experts]."""
     visible = logits != _INVISIBLE
     counted = torch.ones_like(visible[:, 0]) if real is None else real.to(logits.device)
     if config.aux_loss_tokens == "routable":
         counted = counted & (visible.sum(dim=-1) > 1)
-    if config.scoring_func == "softmax":
-        scores = logits.softmax(dim=-1)
-    else:
-        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else functional.softplus(logits).sqrt()
+    scores = score(logits, config.scoring_func)
+    if config.scoring_func != "softmax":
         scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
     chosen = scores.masked_fill(~visible, _INVISIBLE).topk(config.num_experts_per_tok, dim=-1).indices
     assigned = torch.zeros_like(visible).scatter(1, chosen, True) & visible & counted.unsqueeze(-1)

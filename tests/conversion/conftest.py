@@ -1,4 +1,4 @@
-"""Checkpoints that Megatron saved, made once and shared by the tests of this folder."""
+"""Fixtures of the tests of conversion: checkpoints that Megatron saves once a session, and the command line."""
 
 import os
 import shlex
@@ -8,18 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support.runs import free_port
+from support.paths import ROOT
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
 
-REPOSITORY = Path(__file__).parents[2]
-VOCAB_SIZE = 500  # Megatron pads it to 512, or to 768 for two tensor-parallel ranks
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# The variables that torchrun would set for a single rank, which listens on any free port.
+ONE_RANK = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+VOCAB_SIZE = 500  # Megatron pads this to 512, or to 768 for two tensor-parallel ranks
 DATA = f"--data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0"
 TRAINING = f"""{DATA} --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant --eval-iters 0
     --save-interval 100 --train-iters 2"""
@@ -27,7 +30,7 @@ ALL = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-query-a
     --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope --swiglu --normalization RMSNorm
     --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
     --num-experts 4 --moe-ffn-hidden-size 24 --moe-router-topk 2 --routing-mask mask.safetensors"""
-ALIKE = f"{ALL} --untie-embeddings-and-output-weights --moe-shared-expert-intermediate-size 16"
+UNIFORM = f"{ALL} --untie-embeddings-and-output-weights --moe-shared-expert-intermediate-size 16"
 RICH = f"""{ALL} --ffn-hidden-size 40 --moe-layer-freq [0,1] --add-qkv-bias --qk-layernorm --norm-epsilon 1e-6
     --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate --moe-router-score-function sigmoid
     --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 2.5 --rotary-percent 0.5 --rotary-base 500000"""
@@ -37,31 +40,24 @@ TP2_PP2_EP2 = """--tensor-model-parallel-size 2 --sequence-parallel --expert-ten
 
 @dataclass(frozen=True)
 class Workplace:
-    """A folder with a dataset and a routing mask, where training processes run."""
+    """A folder with a dataset and a routing mask, in which training processes run."""
 
     folder: Path
 
     def run(self, module: str, flags: str, ranks: int = 1) -> None:
-        """Run `python -m MODULE` as one group of ranks; fails the test if one fails."""
-        group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-        common = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", module, *shlex.split(flags)]
-        processes = []
-        for rank in range(ranks):
-            variables = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            with open(self.folder / f"rank{rank}.log", "w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        command, env=common | variables, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT
-                    )
-                )
-        try:
-            failed = [rank for rank, process in enumerate(processes) if process.wait(timeout=240)]
-        finally:
-            for process in processes:
-                process.kill()
-        if failed:
-            pytest.fail("\n".join((self.folder / f"rank{rank}.log").read_text()[-4000:] for rank in failed))
+        """Run `python -m MODULE FLAGS` on a number of ranks; fail the test if a rank fails."""
+        launcher = f"torch.distributed.run --standalone --nproc-per-node {ranks} -m".split() if ranks > 1 else []
+        process = subprocess.run(
+            [sys.executable, "-m", *launcher, module, *shlex.split(flags)],
+            env=ENVIRONMENT | (ONE_RANK if ranks == 1 else {}),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=240,
+        )
+        if process.returncode:
+            pytest.fail(process.stdout[-8000:])
 
 
 @pytest.fixture(scope="session")
@@ -79,20 +75,20 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture(scope="session")
 def checkpoints(workplace: Workplace) -> Callable[[str], Path]:
-    """The folder of a run's checkpoints, by name.
+    """Return a function from the name of a run to the folder of the run's checkpoints.
 
-    - "ranks": of 4 ranks, tensor, pipeline and expert parallel; layers are alike.
-    - "one rank": the same weights, loaded and saved by one rank.
-    - "rich": of one rank; one layer is dense, and the model has all else that can be converted.
+    - "ranks": saved by 4 ranks with tensor, pipeline and expert parallelism; all layers are alike.
+    - "one rank": the weights of "ranks", loaded and saved by one rank.
+    - "rich": saved by one rank; one layer is dense, and the model has most settings that can be converted.
     """
 
     @cache
     def make(name: str) -> Path:
         save = workplace.folder / name.replace(" ", "_")
         if name == "ranks":
-            workplace.run("maskmoe.training.pretrain", f"{ALIKE} {TRAINING} {TP2_PP2_EP2} --save {save}", ranks=4)
+            workplace.run("maskmoe.training.pretrain", f"{UNIFORM} {TRAINING} {TP2_PP2_EP2} --save {save}", ranks=4)
         elif name == "one rank":
-            flags = f"{ALIKE} {TRAINING} --load {make('ranks')} --save {save} --no-load-optim --no-load-rng"
+            flags = f"{UNIFORM} {TRAINING} --load {make('ranks')} --save {save} --no-load-optim --no-load-rng"
             workplace.run("maskmoe.training.pretrain", f"{flags} --make-vocab-size-divisible-by 256")
         else:
             workplace.run("maskmoe.training.pretrain", f"{RICH} {TRAINING} --save {save}")
@@ -103,11 +99,10 @@ def checkpoints(workplace: Workplace) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def run_cli() -> Callable[..., subprocess.CompletedProcess]:
-    """Run tools/convert_checkpoint.py in a process of its own."""
+    """Return a function that runs tools/convert_checkpoint.py in a process of its own."""
 
-    def run(*arguments: object, **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, REPOSITORY / "tools/convert_checkpoint.py", *map(str, arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, **options)
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / "tools/convert_checkpoint.py", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, **options)
 
     return run

@@ -1,4 +1,4 @@
-"""Blocks, what they cover, and tensors that are views of others."""
+"""Blocks of tensors, covers of tensors by blocks, and sources that rearrange the tensors of other sources."""
 
 from itertools import pairwise, product
 from math import prod
@@ -24,7 +24,7 @@ SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
 
 @st.composite
 def blocks_of(draw, name, shape):
-    """A block that is not empty."""
+    """Draw a block with at least one element."""
     bounds = [draw(st.tuples(st.integers(0, size - 1), st.integers(1, size))) for size in shape]
     starts = [min(first, last - 1) for first, last in bounds]
     return Block(name, tuple(starts), tuple(last - start for start, (_, last) in zip(starts, bounds, strict=True)))
@@ -32,7 +32,7 @@ def blocks_of(draw, name, shape):
 
 @st.composite
 def grids(draw, name, shape):
-    """Blocks that divide a tensor, in a random order."""
+    """Draw blocks that divide a tensor, in a random order."""
     cuts = [sorted({0, size, *draw(st.sets(st.integers(1, size)))}) for size in shape]
     intervals = [list(pairwise(edges)) for edges in cuts]
     cells = [
@@ -44,12 +44,12 @@ def grids(draw, name, shape):
 
 @st.composite
 def rearrangements(draw):
-    """A tensor, and the shapes and copies of tensors that all its elements are rearranged to."""
+    """Draw a tensor, with shapes and copies that rearrange all its elements into other tensors."""
     shape = draw(SHAPES)
     source = torch.arange(prod(shape)).view(shape)
     shapes, copies = {}, []
     for index, cell in enumerate(draw(grids("source", shape))):
-        name = f"target{index % 2}.{cell.sizes}"  # cells of the same size are stacked, or laid one after the other
+        name = f"target{index % 2}.{cell.sizes}"  # cells of equal sizes are stacked, or their rows concatenated
         start = shapes.get(name, (0,))[0]
         if index % 2:
             target = Block(name, (start, *(0 for _ in cell.sizes)), (1, *cell.sizes))
@@ -62,8 +62,8 @@ def rearrangements(draw):
     return source, shapes, draw(st.permutations(copies))
 
 
-def rearranged(source, shapes, copies):
-    """The same by plain indexing."""
+def rearrange_by_indexing(source, shapes, copies):
+    """Return the rearranged tensors, computed by plain indexing."""
     results = {name: torch.full(shape, -1) for name, shape in shapes.items()}
     for copy in copies:
         results[copy.target.tensor][copy.target.slices] = source[copy.source.slices].reshape(copy.target.sizes)
@@ -74,7 +74,7 @@ def rearranged(source, shapes, copies):
 @given(rearrangements(), st.data())
 def test_any_block_of_a_rearranged_tensor(rearrangement, data):
     source, shapes, copies = rearrangement
-    expected = rearranged(*rearrangement)
+    expected = rearrange_by_indexing(*rearrangement)
     view = RearrangedSource(MemorySource({"source": source}), shapes, copies)
     for name, shape in shapes.items():
         assert view.tensors[name] == TensorSpec(shape, torch.int64)
@@ -84,7 +84,7 @@ def test_any_block_of_a_rearranged_tensor(rearrangement, data):
 
 @settings(max_examples=100, deadline=None)
 @given(rearrangements())
-def test_there_and_back(rearrangement):
+def test_inverse_copies_restore_the_source(rearrangement):
     source, shapes, copies = rearrangement
     view = RearrangedSource(MemorySource({"source": source}), shapes, copies)
     back = RearrangedSource(view, {"source": tuple(source.shape)}, [copy.inverse for copy in copies])
@@ -92,6 +92,8 @@ def test_there_and_back(rearrangement):
 
 
 class CountingSource(MemorySource):
+    """Counts the elements that are read."""
+
     def __init__(self, tensors):
         super().__init__(tensors)
         self.elements_read = 0
@@ -104,7 +106,7 @@ class CountingSource(MemorySource):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_no_more_is_read_than_asked_for(data):
-    """Where layers are stacked, a block of one layer's tensor is read as that block."""
+    """A block of one layer's tensor is read from the stacked tensor of all layers as one block of the same size."""
     shape = data.draw(SHAPES)
     stacked = CountingSource({"stacked": torch.arange(3 * prod(shape)).view(3, *shape)})
     copies = [
@@ -132,7 +134,7 @@ def test_a_cover_is_exact_or_refused(case):
 
 @settings(max_examples=100, deadline=None)
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), grids("t", shape))), st.data())
-def test_a_cover_with_one_block_missing_twice_or_moved_is_refused(case, data):
+def test_a_cover_with_a_missing_repeated_or_moved_block_is_refused(case, data):
     shape, blocks = case
     check_cover({"t": shape}, blocks)
     index = data.draw(st.integers(0, len(blocks) - 1))

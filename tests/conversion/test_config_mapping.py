@@ -1,4 +1,4 @@
-"""Megatron's arguments and the configuration of the transformers model say the same."""
+"""Megatron's arguments and the configuration of the transformers model describe the same model."""
 
 from argparse import Namespace
 
@@ -33,7 +33,7 @@ ROPE = (
 
 @st.composite
 def configs(draw):
-    """The fields of any model that both sides have."""
+    """Draw the fields of a model that both Megatron and transformers can express."""
     layers, groups = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4]))
     fields = {
         "vocab_size": draw(st.integers(1, 300)),
@@ -85,8 +85,8 @@ MASK = {"num_tables": 1, "num_rows": 9, "row_dtype": "int16", "metadata_bytes": 
 
 @settings(max_examples=300, deadline=None)
 @given(configs())
-def test_there_and_back(fields):
-    MaskMoEConfig(**fields)  # it is one
+def test_arguments_and_configuration_describe_the_same_model(fields):
+    MaskMoEConfig(**fields)  # raises if the drawn fields are invalid
     args = args_from_config(fields)
     assert config_from_args(args, fields["vocab_size"]) == fields
     assert sparse_layers(args) == [kind == "sparse" for kind in fields["mlp_layer_types"]]
@@ -98,7 +98,7 @@ def test_there_and_back(fields):
     configs(), st.booleans(), st.integers(0, 20), st.sampled_from([EXPERT_NORMS, EXPERT_NORMS[:1], EXPERT_NORMS[1:]])
 )
 def test_every_element_has_one_place(fields, is_stacked, padding, norms):
-    """The mapping proves it when it is made; here it is made for all kinds of models."""
+    """Creating a mapping checks that it uses every element once; this test creates mappings of all kinds of models."""
     is_stacked = is_stacked and len(set(fields["mlp_layer_types"])) == 1
     config = fields | {"routing_mask": MASK if fields["num_experts"] else None}
     mapping = map_tensors(config, MegatronLayout(is_stacked, fields["vocab_size"] + padding, norms))
@@ -110,7 +110,7 @@ def test_every_element_has_one_place(fields, is_stacked, padding, norms):
     )
 
 
-def test_flags_that_are_left_to_the_command_line():
+def test_flags_that_a_run_needs_besides_the_checkpoint():
     args = plain_args(tokenizer_type="NullTokenizer", vocab_size=100, bf16=True, moe_aux_loss_tokens="routable")
     assert further_flags(args) == ["--bf16", "--vocab-size 100", "--moe-aux-loss-tokens routable"]
     assert further_flags(plain_args(tokenizer_type="HuggingFaceTokenizer")) == []
@@ -122,7 +122,7 @@ def plain_args(**changes):
 
 
 @pytest.mark.parametrize(
-    "changes, named",
+    ("changes", "named"),
     [
         ({"multi_latent_attention": True}, "--multi-latent-attention"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers"),
@@ -135,13 +135,13 @@ def plain_args(**changes):
         ({"attention_output_gate": True, "window_size": (3, 3)}, "--attention-output-gate, --window-size"),
     ],
 )
-def test_what_transformers_lacks(changes, named):
+def test_settings_that_transformers_cannot_express(changes, named):
     with pytest.raises(UserError, match=named):
         config_from_args(plain_args(**changes), 100)
 
 
 @pytest.mark.parametrize(
-    "changes, named",
+    ("changes", "named"),
     [
         ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "norm_topk_prob with num_experts_per_tok 1"),
         ({"scoring_func": "sigmoid", "norm_topk_prob": False, "num_experts_per_tok": 2}, "only with norm_topk_prob"),
@@ -149,7 +149,7 @@ def test_what_transformers_lacks(changes, named):
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}, "whole factor"),
     ],
 )
-def test_what_megatron_lacks(changes, named):
+def test_settings_that_megatron_cannot_express(changes, named):
     with pytest.raises(UserError, match=named):
         args_from_config(MaskMoEConfig(num_hidden_layers=2).to_dict() | changes)
 

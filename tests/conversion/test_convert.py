@@ -1,4 +1,4 @@
-"""Whole models there and back, from and to any layout of ranks, and what is refused."""
+"""Conversions of whole models in both directions, from any layout of ranks, and inputs that are refused."""
 
 import json
 import re
@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.paths import ROOT
 from transformers import AutoModelForCausalLM
 
 import maskmoe.huggingface  # noqa: F401  registers the model
@@ -26,15 +26,14 @@ from maskmoe.conversion.torch_dist_writer import MARKER, plan_torch_dist
 from maskmoe.conversion.writing import JOURNAL, OutputFolder, write_files
 from maskmoe.errors import UserError
 
-REPOSITORY = Path(__file__).parents[2]
-# Without which neither Megatron nor transformers loads anything.
+# Neither Megatron nor transformers loads a model without these files.
 MARKERS = ("latest_checkpointed_iteration.txt", "metadata.json", "config.json")
-# By which Transformer Engine's modules load the norm before experts; they stand in converted checkpoints, too.
-OTHER_NAME = re.compile(r"decoder\.layers\.(\d+\.)?pre_mlp_layernorm\.weight")
+# Transformer Engine's modules load the norm before experts under this name; converted checkpoints hold it twice.
+SECOND_NORM = re.compile(r"decoder\.layers\.(\d+\.)?pre_mlp_layernorm\.weight")
 
 
 def tensors_of(checkpoint):
-    """All tensors of the model in a checkpoint."""
+    """Read all tensors of a checkpoint, except the optimizer's."""
     source = TorchDistSource(checkpoint)
     return {
         name: source.read(Block.whole(name, spec.shape))
@@ -50,13 +49,14 @@ def assert_same_tensors(first, second):
         assert torch.equal(tensor, second[name]), name
 
 
-def files_of(folder):
+def contents_of(folder):
+    """Return the content of each file in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def exported(checkpoints, tmp_path_factory):
-    """A run's model in transformers' format, by name."""
+    """Return a function from the name of a run to the folder of its model in transformers' format."""
     folder = tmp_path_factory.mktemp("exported")
 
     def export(run):
@@ -69,7 +69,7 @@ def exported(checkpoints, tmp_path_factory):
 
 
 @pytest.mark.parametrize("run", ["ranks", "rich"])
-def test_megatron_there_and_back(checkpoints, exported, run, tmp_path):
+def test_converting_back_restores_the_checkpoint(checkpoints, exported, run, tmp_path):
     huggingface_to_megatron(Settings(load=exported(run), save=tmp_path / "back", max_shard_size=20_000))
     release = tmp_path / "back" / "release"
     check_structure(release)
@@ -78,13 +78,13 @@ def test_megatron_there_and_back(checkpoints, exported, run, tmp_path):
     assert len(list(release.glob("*.distcp"))) > 1
     original = checkpoint_path(checkpoints(run), 2)
     back = tensors_of(release)
-    aliases = {name: back.pop(name) for name in list(back) if OTHER_NAME.fullmatch(name)}
+    second_norms = {name: back.pop(name) for name in list(back) if SECOND_NORM.fullmatch(name)}
     assert_same_tensors(tensors_of(original), back)
-    for name, tensor in aliases.items():
+    for name, tensor in second_norms.items():
         assert torch.equal(tensor, back[name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")])
     assert read_routing_mask(release).digest == read_routing_mask(original).digest
     megatron_to_huggingface(Settings(load=tmp_path / "back", save=tmp_path / "again"))
-    assert files_of(tmp_path / "again") == files_of(exported(run))
+    assert contents_of(tmp_path / "again") == contents_of(exported(run))
 
 
 @pytest.mark.parametrize("run", ["ranks", "rich"])
@@ -95,20 +95,21 @@ def test_all_weights_are_in_the_transformers_model(exported, run):
     loaded = load_file(exported(run) / "model.safetensors")
     assert loaded.keys() | ({"lm_head.weight"} if run == "rich" else set()) == state.keys()
     for name, tensor in loaded.items():
-        assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name])
+        assert tensor.dtype == state[name].dtype
+        assert torch.equal(tensor, state[name])
 
 
 def test_the_layout_of_ranks_does_not_matter(checkpoints, exported, tmp_path):
-    """What four ranks saved, tensor, pipeline and expert parallel, and the same weights saved by one."""
+    """The same weights saved by four ranks (tensor, pipeline and expert parallel) and by one rank convert alike."""
     four = TorchDistSource(checkpoint_path(checkpoints("ranks"), 2)).common_state()["args"]
     one = TorchDistSource(checkpoint_path(checkpoints("one rank"), 2)).common_state()["args"]
     assert (four.world_size, four.tensor_model_parallel_size, four.expert_model_parallel_size) == (4, 2, 2)
     assert (one.world_size, one.tensor_model_parallel_size, one.expert_model_parallel_size) == (1, 1, 1)
     megatron_to_huggingface(Settings(load=checkpoints("one rank"), save=tmp_path / "one"))
-    ours, theirs = files_of(tmp_path / "one"), files_of(exported("ranks"))
-    differing = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+    of_one, of_four = contents_of(tmp_path / "one"), contents_of(exported("ranks"))
+    differing = {name for name in of_one | of_four if of_one.get(name) != of_four.get(name)}
     assert differing <= {"megatron/args.json", "megatron/padding.safetensors", "integrity.json"}
-    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    assert of_one["model.safetensors"] == of_four["model.safetensors"]
 
 
 def test_command_line_and_the_loss_that_megatron_evaluates(checkpoints, run_cli, workplace, tmp_path):
@@ -133,7 +134,7 @@ def test_command_line_and_the_loss_that_megatron_evaluates(checkpoints, run_cli,
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_a_converted_model(exported, workplace, tmp_path):
+def test_training_starts_from_a_converted_model(exported, workplace, tmp_path):
     flags = huggingface_to_megatron(Settings(load=exported("ranks"), save=tmp_path / "megatron"))
     workplace.run(
         "maskmoe.training.pretrain",
@@ -152,14 +153,15 @@ def test_dtype(checkpoints, exported, tmp_path):
     for name, tensor in original.items():
         is_kept = name.endswith("e_score_correction_bias") or not tensor.is_floating_point()
         expected = tensor if is_kept else tensor.bfloat16()
-        assert cast[name].dtype == expected.dtype and torch.equal(cast[name], expected)
+        assert cast[name].dtype == expected.dtype
+        assert torch.equal(cast[name], expected)
     flags = huggingface_to_megatron(Settings(load=tmp_path / "bf16", save=tmp_path / "megatron"))
     assert "--bf16" in flags
     assert tensors_of(tmp_path / "megatron" / "release")["embedding.word_embeddings.weight"].dtype == torch.bfloat16
 
 
 def rewrite(checkpoint, folder, change):
-    """A checkpoint with some of its tensors, or its common state, changed."""
+    """Write a copy of a checkpoint with changed tensors or a changed common state; return the copy."""
     source = TorchDistSource(checkpoint)
     tensors, common = tensors_of(checkpoint), source.common_state()
     change(tensors, common)
@@ -215,16 +217,16 @@ def test_wrong_checkpoint(checkpoints, tmp_path, wrong):
     with pytest.raises(UserError, match=message) as error:
         megatron_to_huggingface(Settings(load=checkpoint, save=tmp_path / "out"))
     assert "\n" not in str(error.value)
-    # Another file may be finished by then; the folder says that it is not whole.
+    # If another file was finished before the failure, the folder says that it is unfinished.
     assert not (tmp_path / "out").exists() or (tmp_path / "out" / JOURNAL).exists()
 
 
-def test_mask_and_nan_by_request(checkpoints, workplace, exported, tmp_path):
+def test_mask_and_nan_on_request(checkpoints, workplace, exported, tmp_path):
     original = checkpoint_path(checkpoints("ranks"), 2)
     mask = read_routing_mask(workplace.folder / "mask.safetensors")
     without = rewrite(original, tmp_path / "without", remove_mask)
     megatron_to_huggingface(Settings(load=without, save=tmp_path / "out"), mask)
-    assert files_of(tmp_path / "out")["model.safetensors"] == files_of(exported("ranks"))["model.safetensors"]
+    assert contents_of(tmp_path / "out")["model.safetensors"] == contents_of(exported("ranks"))["model.safetensors"]
     with pytest.raises(UserError, match="holds a routing mask; leave --routing-mask out"):
         megatron_to_huggingface(Settings(load=original, save=tmp_path / "other"), mask)
     with pytest.raises(UserError, match="holds the routing mask that it was trained with"):
@@ -235,7 +237,7 @@ def test_mask_and_nan_by_request(checkpoints, workplace, exported, tmp_path):
 
 
 def edit(folder, change):
-    """Change the tensors of a model of transformers, whose digests are no longer beside them."""
+    """Change the tensors of a transformers model, and remove its digests."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -303,13 +305,13 @@ def test_bad_input_on_the_command_line(exported, run_cli, tmp_path):
 
 
 def test_result_inside_the_source(exported):
-    with pytest.raises(UserError, match="inside of what is converted"):
+    with pytest.raises(UserError, match="lies inside the folder that is converted"):
         huggingface_to_megatron(Settings(load=exported("ranks"), save=exported("ranks") / "megatron"))
     assert not (exported("ranks") / "megatron" / JOURNAL).exists()
 
 
-def test_interrupted_conversion_does_not_look_whole(exported, tmp_path):
-    """A weight that is found not to be a number after the first file was written."""
+def test_interrupted_conversion_does_not_look_complete(exported, tmp_path):
+    """The conversion finds a weight that is NaN after it has written the first file."""
     settings = Settings(load=exported("ranks"), save=tmp_path / "out", max_shard_size=30_000)
     shutil.copytree(exported("ranks"), tmp_path / "whole")
     edit(tmp_path / "whole", lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
@@ -323,8 +325,8 @@ def test_interrupted_conversion_does_not_look_whole(exported, tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """The benchmark fails where a conversion needs more than its bound."""
-    command = [sys.executable, REPOSITORY / "tools/benchmarks/convert.py", "--gib", "3", "--repeats", "1"]
+    """The benchmark fails if a conversion needs more memory than its bound."""
+    command = [sys.executable, ROOT / "tools/benchmarks/convert.py", "--gib", "3", "--repeats", "1"]
     result = subprocess.run([*command, "--folder", tmp_path], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"peak memory \d+ MiB", result.stdout)) == 2

@@ -1,4 +1,4 @@
-"""Other people's models, imported or upcycled, compute the same in Megatron, and training goes on from them."""
+"""Models of other families, imported or upcycled, compute the same in Megatron, and training starts from them."""
 
 import os
 import subprocess
@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from support.foreign_models import CONFIGS, VOCAB_SIZE, logits_of, random_ids, save_model
+from support.paths import ROOT
 from transformers import AutoModelForCausalLM
 
 from maskmoe.conversion.convert import huggingface_to_megatron, upcycle_model
@@ -25,19 +26,24 @@ from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.training.resume import further_checkpoint_args
 from maskmoe.training.setup import model_config_from_args
 
-REPOSITORY = Path(__file__).parents[2]
-TOOL = REPOSITORY / "tools" / "convert_checkpoint.py"
-# Attention and rotary embedding are computed in another way, in fp32; logits are about 5. Seen: 8e-6.
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+# Megatron computes attention and rotary embedding in another way, in fp32. The largest difference seen is 8e-6, for
+# logits of about 5 in magnitude.
 ROUNDING = 1e-4
 TRAINING = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3"
 NUM_EXPERTS, LAYERS = 4, 3
 
 
 def megatron_logits(load: Path, flags: list[str], ids: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, length, vocabulary] of the model in a folder of checkpoints, made with such flags as users give.
+    """Load a converted model into Megatron with the flags of a user, and return its logits.
 
     Args:
-        flags: those that the conversion said loading needs.
+        load: folder of the checkpoint `release`.
+        flags: the flags that the conversion returned.
+        ids: token ids, int64 [batch, length].
+
+    Returns:
+        float32 [batch, length, vocabulary].
     """
     words = f"pretrain --load {load} --use-checkpoint-args {' '.join(flags)} {TRAINING} --data-path none".split()
 
@@ -60,7 +66,7 @@ def megatron_logits(load: Path, flags: list[str], ids: torch.Tensor) -> torch.Te
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_are_the_originals(name, tmp_path, one_rank):
+def test_logits_equal_the_originals(name, tmp_path, one_rank):
     original = save_model(name, tmp_path / "original")
     flags = huggingface_to_megatron(Settings(load=tmp_path / "original", save=tmp_path / "megatron"))
     ids = random_ids()
@@ -72,7 +78,7 @@ def test_logits_are_the_originals(name, tmp_path, one_rank):
 
 @pytest.fixture
 def mask() -> RoutingMask:
-    """Half of the ids see one expert, for the others there are two."""
+    """A mask under which half of the ids see one expert and half see two experts."""
     recipe = MaskRecipe.from_preset("top-k-hash", NUM_EXPERTS, LAYERS, frequent_visible_experts=2)
     mixed = build_routing_mask(recipe, vocab_size=VOCAB_SIZE)
     row_of_id = mixed.row_of_id.copy()
@@ -89,7 +95,7 @@ def mask() -> RoutingMask:
     ids=["all layers", "some layers, shared expert"],
 )
 @pytest.mark.parametrize("dense_format", ["hf", "megatron"])
-def test_upcycled_models_compute_what_the_dense_one_did(recipe, dense_format, mask, tmp_path, one_rank):
+def test_upcycled_models_compute_what_the_dense_model_computes(recipe, dense_format, mask, tmp_path, one_rank):
     dense = tmp_path / "hf"
     original = save_model("qwen3", dense)
     if dense_format == "megatron":
@@ -108,11 +114,11 @@ def test_upcycled_models_compute_what_the_dense_one_did(recipe, dense_format, ma
 
 
 def execute(program: str, folder: Path) -> subprocess.CompletedProcess:
-    """Run Python in a folder."""
+    """Run Python with the words of `program` as arguments, in a folder."""
     return subprocess.run(
         [sys.executable, *program.split()],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
@@ -120,7 +126,7 @@ def execute(program: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def run(program: str, folder: Path) -> str:
-    """What Python says that runs in a folder, and ends well."""
+    """Run Python as `execute` does; fail the test if it fails, else return its output."""
     process = execute(program, folder)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return process.stdout
@@ -136,20 +142,20 @@ def run(program: str, folder: Path) -> str:
         ("llama", "upcycle", 1),
     ],
 )
-def test_training_goes_on_from_them(name, command, ranks, mask, tmp_path):
-    """With the flags that the conversion names, and no others for the model."""
+def test_training_starts_from_them(name, command, ranks, mask, tmp_path):
+    """Training needs no flags about the model except those that the conversion prints."""
     save_model(name, tmp_path / "original")
     mask.save(tmp_path / "mask.safetensors")
     options = f"--routing-mask mask.safetensors --num-experts {NUM_EXPERTS}" if command == "upcycle" else ""
-    said = run(f"{TOOL} {command} --load original --save imported {options}", tmp_path)
-    assert ("it computes what the dense model did" in said) == (command == "upcycle")
-    named = said.partition("load it with")[2]
+    printed = run(f"{TOOL} {command} --load original --save imported {options}", tmp_path)
+    assert ("the model computes what the dense model computes" in printed) == (command == "upcycle")
+    flags = printed.partition("load it with")[2]
     layout = "--tensor-model-parallel-size 2 --sequence-parallel" if ranks == 2 else ""
     data = f"--mock-data --split 100,0,0 --eval-iters 0 --log-interval 1 --save run --save-interval 2 {layout}"
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} -m maskmoe.training.pretrain"
-    said = run(f"{launcher} {named} --tokenizer-type NullTokenizer {TRAINING} {data}", tmp_path)
-    assert "successfully loaded checkpoint" in said
-    assert said.count("lm loss:") == 2
+    log = run(f"{launcher} {flags} --tokenizer-type NullTokenizer {TRAINING} {data}", tmp_path)
+    assert "successfully loaded checkpoint" in log
+    assert log.count("lm loss:") == 2
     assert (tmp_path / "run" / "iter_0000002").is_dir()
 
 

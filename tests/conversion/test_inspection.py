@@ -1,4 +1,4 @@
-"""What `inspect` says of checkpoints and models."""
+"""Reports of `inspect` on checkpoints and models."""
 
 import json
 import shutil
@@ -26,7 +26,8 @@ def model(checkpoints, tmp_path_factory):
 def test_checkpoint(checkpoints, workplace):
     found = inspect_checkpoint(checkpoints("ranks"))
     assert found.path == str(checkpoint_path(checkpoints("ranks"), 2))
-    assert found.format == "torch_dist" and found.iteration == 2
+    assert found.format == "torch_dist"
+    assert found.iteration == 2
     assert found.integrity == "sound: all files have the content that was saved"
     assert found.layout == {"ranks": 4, "TP": 2, "PP": 2, "EP": 2, "CP": 1, "DP": 1}
     assert found.parameters["experts"] == 2 * 4 * 3 * 24 * 32
@@ -40,12 +41,15 @@ def test_checkpoint(checkpoints, workplace):
     mask = read_routing_mask(workplace.folder / "mask.safetensors")
     assert found.routing_mask.digest == mask.digest
     assert found.routing_mask.provenance["seed"] == 1
-    assert found.files["__0_0.distcp"] > 0 and len(found.digests["__0_0.distcp"]) == 64
+    assert found.files["__0_0.distcp"] > 0
+    assert len(found.digests["__0_0.distcp"]) == 64
 
 
-def test_model_has_the_same_but_for_the_padding(checkpoints, model):
+def test_model_has_the_checkpoints_parameters_without_padding(checkpoints, model):
     checkpoint, found = inspect_checkpoint(checkpoints("ranks")), inspect_checkpoint(model)
-    assert found.format == "transformers (maskmoe)" and found.iteration is None and found.optimizer_bytes == 0
+    assert found.format == "transformers (maskmoe)"
+    assert found.iteration is None
+    assert found.optimizer_bytes == 0
     assert found.routing_mask == checkpoint.routing_mask
     vocabulary = ("embedding", "output layer")
     for part, count in checkpoint.parameters.items():
@@ -55,7 +59,7 @@ def test_model_has_the_same_but_for_the_padding(checkpoints, model):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "llama"])
-def test_models_of_others(name, tmp_path):
+def test_models_of_other_families(name, tmp_path):
     original = save_model(name, tmp_path)
     found = inspect_checkpoint(tmp_path)
     assert found.format == f"transformers ({name})"
@@ -66,7 +70,7 @@ def test_models_of_others(name, tmp_path):
     assert found.routing_mask is None
 
 
-def test_damage_is_the_verdict(checkpoints, model, tmp_path):
+def test_damage_is_reported(checkpoints, model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     content = bytearray(path.read_bytes())

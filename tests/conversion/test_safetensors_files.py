@@ -1,4 +1,4 @@
-"""Safetensors files, read and planned, against the library's own code."""
+"""Safetensors files that we read and write, compared with the library's own code."""
 
 import json
 
@@ -35,7 +35,7 @@ def write(folder, tensors, max_file_bytes):
     return plan
 
 
-@pytest.mark.parametrize("max_file_bytes, num_files", [(10**9, 1), (1500, 3), (1, 6)])
+@pytest.mark.parametrize(("max_file_bytes", "num_files"), [(10**9, 1), (1500, 3), (1, 6)])
 def test_written_files_are_read_by_the_library(tmp_path, max_file_bytes, num_files):
     folder = tmp_path / "model"
     plan = write(folder, TENSORS, max_file_bytes)
@@ -52,13 +52,14 @@ def test_written_files_are_read_by_the_library(tmp_path, max_file_bytes, num_fil
             assert opened.metadata() == {"format": "pt"}
     source = SafetensorsSource(folder)
     for name, tensor in TENSORS.items():
-        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
         assert loaded[name].data_ptr() % tensor.element_size() == 0
         assert torch.equal(source.read(Block.whole(name, tensor.shape)), tensor)
     assert (plan.index is None) == (num_files == 1)
 
 
-def test_blocks_of_a_file_of_the_library(tmp_path):
+def test_blocks_of_a_file_that_the_library_wrote(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     source = SafetensorsSource(tmp_path)
     assert {name: (spec.shape, spec.dtype) for name, spec in source.tensors.items()} == {
@@ -91,7 +92,7 @@ def test_damaged_shard(sharded, keep):
         SafetensorsSource(sharded)
 
 
-def test_index_that_tells_otherwise(sharded):
+def test_index_that_contradicts_the_files(sharded):
     index_file = sharded / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
     index["weight_map"]["more"] = index["weight_map"]["a"]
@@ -102,7 +103,7 @@ def test_index_that_tells_otherwise(sharded):
     index_file.write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"holds a, which .* does not place in it"):
         SafetensorsSource(sharded)
-    for content in ("{", "[]", "{}", '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 1}}'):
+    for content in ("{", "[]", "{}", '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 1}}', "1"):
         index_file.write_text(content)
         with pytest.raises(UserError, match=r"index\.json is damaged"):
             SafetensorsSource(sharded)
@@ -115,13 +116,13 @@ def test_unknown_type(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, size", [("5GB", 5 * 10**9), ("300 MiB".replace(" ", ""), 300 << 20), ("12", 12), ("1kb", 1000)]
+    ("text", "size"), [("5GB", 5 * 10**9), ("300 MiB".replace(" ", ""), 300 << 20), ("12", 12), ("1kb", 1000)]
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "1.5GB"])
-def test_no_sizes(text):
-    with pytest.raises(ValueError):
+def test_texts_that_are_not_sizes(text):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)

@@ -1,4 +1,4 @@
-"""Tensors that several threads read from files."""
+"""Tensors in files that several threads read at the same time."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ NUM_FILES, LENGTH = 80, 2000  # more files than stay open
 
 
 def test_threads_read_more_files_than_stay_open(tmp_path):
-    """A file that one thread has open is not closed by another, which opens it or too many others."""
+    """No thread closes a file that another thread is reading, even if it opens more files than may stay open."""
     assert NUM_FILES > stored_tensors._OPEN_FILES
     tensors = []
     for number in range(NUM_FILES):

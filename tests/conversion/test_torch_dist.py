@@ -1,4 +1,4 @@
-"""Checkpoints in `torch_dist` format, read and written piece by piece, against torch's and Megatron's own code."""
+"""Checkpoints in `torch_dist` format that we read and write in blocks, compared with torch's and Megatron's code."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ RUNS = ("ranks", "rich")
 
 
 def load_with_torch(checkpoint, tensors):
-    """The tensors of a checkpoint by torch's own reader."""
+    """Read the tensors of a checkpoint with torch's own reader."""
     loaded = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in tensors.items()}
     torch_checkpoint.load(loaded, storage_reader=torch_checkpoint.FileSystemReader(checkpoint), no_dist=True)
     return loaded
@@ -49,7 +49,7 @@ def same_bits(first, second):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_tensors_are_those_that_torch_reads(checkpoints, run):
+def test_tensors_equal_those_that_torch_reads(checkpoints, run):
     checkpoint = checkpoint_path(checkpoints(run), 2)
     source = TorchDistSource(checkpoint)
     assert any(name.startswith("optimizer.") for name in source.tensors)
@@ -66,7 +66,7 @@ def test_tensors_are_those_that_torch_reads(checkpoints, run):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_common_state_is_what_megatron_reads(checkpoints, run):
+def test_common_state_equals_what_megatron_reads(checkpoints, run):
     checkpoint = checkpoint_path(checkpoints(run), 2)
     expected = load_common_state_dict(checkpoint)
     common = TorchDistSource(checkpoint).common_state()
@@ -74,8 +74,8 @@ def test_common_state_is_what_megatron_reads(checkpoints, run):
     assert common["args"] == expected["args"]
 
 
-def test_chunk_that_does_not_lie_in_order(tmp_path):
-    """torch keeps the strides of what it saves."""
+def test_chunk_that_is_not_in_row_major_order(tmp_path):
+    """The strides of a tensor are kept in the file that torch saves."""
     values = {"t": torch.arange(12.0).view(3, 4).t(), "u": torch.arange(10)[2:7], "s": torch.tensor(4.0)}
     torch_checkpoint.save(values, checkpoint_id=tmp_path, no_dist=True)
     source = TorchDistSource(tmp_path)
@@ -109,7 +109,7 @@ def test_written_tensors_are_read_by_torch(tmp_path, max_file_bytes, monkeypatch
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_reported_or_harmless(data, checkpoints, tmp_path):
-    """Whatever bit of the layout or of an archive is flipped: no exception but a UserError."""
+    """A flipped bit in the layout or in an archive raises a UserError of one line, or nothing."""
     checkpoint = tmp_path / "copy"
     if not checkpoint.exists():
         shutil.copytree(checkpoint_path(checkpoints("rich"), 2), checkpoint)
@@ -120,14 +120,22 @@ def test_damage_is_reported_or_harmless(data, checkpoints, tmp_path):
     original = path.read_bytes()
     path.write_bytes(content)
     try:
+        message = read_everything(checkpoint)
+    finally:
+        path.write_bytes(original)
+    assert "\n" not in message
+
+
+def read_everything(checkpoint) -> str:
+    """Read a checkpoint; return the message of a UserError, empty if there is none."""
+    try:
         source = TorchDistSource(checkpoint)
         source.common_state()
         for name, spec in source.tensors.items():
             source.read(Block.whole(name, spec.shape))
     except UserError as error:
-        assert "\n" not in str(error)
-    finally:
-        path.write_bytes(original)
+        return str(error)
+    return ""
 
 
 def test_missing_and_short_files(tmp_path):
@@ -147,7 +155,7 @@ def test_missing_and_short_files(tmp_path):
         TorchDistSource(tmp_path)
 
 
-def test_layout_that_lacks_a_chunk(tmp_path, monkeypatch):
+def test_layout_without_one_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr("maskmoe.conversion.torch_dist_writer.BLOCK_BYTES", 100)
     checkpoint = write_checkpoint(tmp_path, {"t": torch.ones(50, 10)}, {})
     layout = pickle.loads((checkpoint / ".metadata").read_bytes())
@@ -167,7 +175,7 @@ def test_chunk_of_another_tensor(tmp_path):
         TorchDistSource(checkpoint).read(Block.whole("t", (5,)))
 
 
-def test_plan_knows_the_sizes(tmp_path):
+def test_plan_has_the_sizes_of_the_files(tmp_path):
     tensors = {"t": TensorSpec((3, 5), torch.bfloat16)}
     (file,) = plan_torch_dist(tensors, {}, 10**9, folder="x").files
     torch.save(torch.zeros(3, 5, dtype=torch.bfloat16), tmp_path / "archive")

@@ -12,8 +12,9 @@ from support.foreign_models import DENSE, VOCAB_SIZE, in_transformers, logits_of
 
 from maskmoe.commands.convert_checkpoint import add_upcycle_arguments, upcycle_settings
 from maskmoe.conversion.blocks import Block, TensorSource, row_major_blocks
-from maskmoe.conversion.families import OpenedModel, open_huggingface
+from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.sources import CastSource
 from maskmoe.conversion.upcycle import changes_of_function, upcycle
@@ -21,7 +22,8 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 
-# Weights that add up to 1 do so up to rounding in fp32; logits are about 5. Seen: 4e-6.
+# Weights add up to 1 only up to rounding in fp32. The largest difference seen is 4e-6, for logits of about 5 in
+# magnitude.
 ROUNDING = 2e-5
 LAYERS = 3
 
@@ -102,7 +104,8 @@ def test_experts_start_as_parts_of_the_mlp(dense):
         assert torch.equal(experts[expert], torch.cat([gate[part], up[part]]))
         assert torch.equal(outputs[expert], down[:, part])
     router = read(upcycled, f"{mlp}.gate.weight")
-    assert torch.equal(router[0], router[1]) and torch.equal(router[2], router[3])
+    assert torch.equal(router[0], router[1])
+    assert torch.equal(router[2], router[3])
     assert not torch.equal(router[0], router[2])
 
 
@@ -124,7 +127,7 @@ def test_noise_is_relative(dense):
         assert not torch.equal(relative[0], relative[1])
 
 
-def test_some_features_start_anew(dense):
+def test_some_features_are_drawn_anew(dense):
     changed = upcycle(dense, UpcycleSettings(64, reinitialised=0.25), mask_of(64)).source
     plain = upcycle(dense, UpcycleSettings(64), mask_of(64)).source
     experts, outputs = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
@@ -132,7 +135,8 @@ def test_some_features_start_anew(dense):
     assert torch.equal(rows, (read(changed, experts) != read(plain, experts)).any(dim=2))
     gate, up = rows.chunk(2, dim=1)
     columns = (read(changed, outputs) != read(plain, outputs)).all(dim=1)  # [experts, features]
-    assert torch.equal(gate, up) and torch.equal(gate, columns)
+    assert torch.equal(gate, up)
+    assert torch.equal(gate, columns)
     assert (gate.sum(dim=1) == 12).all()
     assert not torch.equal(gate[0], gate[1])
     assert gate.any(dim=0).all()
@@ -160,7 +164,7 @@ def test_reads_the_same_in_any_blocks(dense, data, max_bytes):
     assert torch.equal(source.read(box), whole[box.slices])
 
 
-def test_seed_decides(dense):
+def test_seed_determines_the_weights(dense):
     settings = UpcycleSettings(4, noise=0.1, seed=1)
     name = "model.layers.0.mlp.experts.down_proj"
     one, same, other = (

@@ -1,4 +1,4 @@
-"""Files are verified as they are written, kept when the work is interrupted, and never look whole before they are."""
+"""Files are verified as they are written, kept if a conversion is interrupted, and never look finished too early."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ JOB = {"dtype": None, "source": "digest"}
 TENSORS = {f"t{number}": torch.full((1000,), float(number)) for number in range(6)}
 
 
-class Interrupted(Exception):
+class InterruptedReadError(Exception):
     pass
 
 
 class FailingSource(MemorySource):
-    """Fails at one tensor, and remembers which were read."""
+    """Raises an exception at one tensor, and records which tensors were read."""
 
     def __init__(self, tensors, fails_at=None):
         super().__init__(tensors)
@@ -39,7 +39,7 @@ class FailingSource(MemorySource):
 
     def read(self, block: Block):
         if block.tensor == self.fails_at:
-            raise Interrupted
+            raise InterruptedReadError
         self.read_tensors.append(block.tensor)
         return super().read(block)
 
@@ -50,7 +50,7 @@ def _one_file_at_a_time(monkeypatch):
 
 
 def write(folder, source, job=JOB, max_file_bytes=8000):
-    """Two tensors a file."""
+    """Write tensors to a folder, by default two tensors a file; return the records of the files."""
     with OutputFolder(folder, job) as output:
         write_files(source, plan_safetensors(source.tensors, max_file_bytes).files, output)
         output.complete()
@@ -67,7 +67,7 @@ def assert_whole(folder):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_records_are_of_the_files(tmp_path):
+def test_records_hold_size_and_digest_of_each_file(tmp_path):
     records = write(tmp_path / "new", MemorySource(TENSORS))
     assert sorted(records) == shards(tmp_path / "new") == sorted(os.listdir(tmp_path / "new"))
     for name, record in records.items():
@@ -75,12 +75,12 @@ def test_records_are_of_the_files(tmp_path):
         assert (record.sha256, record.size) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
-def test_interrupted_work_goes_on_where_it_was(tmp_path):
+def test_interrupted_conversion_resumes(tmp_path):
     folder = tmp_path / "out"
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedReadError):
         write(folder, FailingSource(TENSORS, fails_at="t3"))
     assert shards(folder) == ["model-00001-of-00003.safetensors"]
-    assert sorted(os.listdir(folder)) == [*shards(folder), JOURNAL]  # nothing half-written is left
+    assert sorted(os.listdir(folder)) == [*shards(folder), JOURNAL]  # no unfinished file is left
     first = (folder / shards(folder)[0]).stat()
     source = FailingSource(TENSORS)
     write(folder, source)
@@ -91,7 +91,7 @@ def test_interrupted_work_goes_on_where_it_was(tmp_path):
 
 
 class MeetingSource(MemorySource):
-    """Each file's first tensor is read only when those of all files are about to be."""
+    """Waits at each file's first tensor until the first tensors of all files are about to be read."""
 
     def __init__(self, tensors, num_files, fails_at=None):
         super().__init__(tensors)
@@ -102,7 +102,7 @@ class MeetingSource(MemorySource):
         if block.tensor in ("t0", "t2", "t4"):
             self.meeting.wait(timeout=20)
         if block.tensor == self.fails_at:
-            raise Interrupted
+            raise InterruptedReadError
         if self.fails_at:
             time.sleep(0.2)
         return super().read(block)
@@ -120,11 +120,11 @@ def test_files_are_written_at_the_same_time(tmp_path, monkeypatch):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_failure_ends_the_other_files(tmp_path, monkeypatch):
-    """It is the failure that is reported, whichever file ends first, and nothing half-written is left."""
+def test_failure_cancels_the_other_files(tmp_path, monkeypatch):
+    """The first failure is raised, whichever file ends first, and no unfinished file is left."""
     monkeypatch.setattr(writing, "_num_writers", lambda: 3)
     for tensor in ("t0", "t2", "t4"):
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedReadError):
             write(tmp_path / tensor, MeetingSource(TENSORS, num_files=3, fails_at=tensor))
         assert not (tmp_path / tensor).exists()
 
@@ -134,7 +134,7 @@ def test_failure_ends_the_other_files(tmp_path, monkeypatch):
 )
 def test_finished_file_that_was_changed_is_written_again(tmp_path, damage):
     folder = tmp_path / "out"
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedReadError):
         write(folder, FailingSource(TENSORS, fails_at="t5"))
     damage(folder / "model-00001-of-00003.safetensors")
     source = FailingSource(TENSORS)
@@ -143,19 +143,19 @@ def test_finished_file_that_was_changed_is_written_again(tmp_path, damage):
     assert load_file(folder / "model-00001-of-00003.safetensors")["t1"].tolist() == [1.0] * 1000
 
 
-def test_work_that_finished_nothing_leaves_nothing(tmp_path):
-    with pytest.raises(Interrupted):
+def test_conversion_without_finished_files_leaves_nothing(tmp_path):
+    with pytest.raises(InterruptedReadError):
         write(tmp_path / "new", FailingSource(TENSORS, fails_at="t1"))
     assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedReadError):
         write(tmp_path / "empty", FailingSource(TENSORS, fails_at="t1"))
     assert not any((tmp_path / "empty").iterdir())
 
 
 def test_other_folders_are_left_alone(tmp_path):
     folder = tmp_path / "out"
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedReadError):
         write(folder, FailingSource(TENSORS, fails_at="t3"))
     with pytest.raises(UserError, match=r"unfinished conversion with other settings \(dtype\)"):
         write(folder, MemorySource(TENSORS), {"dtype": "bf16", "source": "digest"})
@@ -179,7 +179,7 @@ def test_one_conversion_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["a byte changes", "a byte is lost"])
-def test_file_that_does_not_hold_what_was_written(tmp_path, monkeypatch, fault):
+def test_file_that_does_not_hold_the_written_bytes(tmp_path, monkeypatch, fault):
     write_to_disk = os.write
 
     def faulty(descriptor, content):
@@ -218,7 +218,7 @@ def shutil_usage(free):
 
 
 def test_disk_that_fills_up(tmp_path):
-    """A limit to the size of files stands for it: the error is reported in the same way."""
+    """A limit to the size of files stands in for a full disk: both errors are reported in the same way."""
     tensors = {name: torch.zeros(1000) for name in "ab"} | {"large": torch.zeros(10**6)}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
@@ -253,12 +253,13 @@ with OutputFolder(Path(sys.argv[1]), {"dtype": None, "source": "digest"}) as out
 """
 
 
-def test_killed_work_goes_on_where_it_was(tmp_path):
+def test_killed_conversion_resumes(tmp_path):
     folder = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", SLOW_CONVERSION, str(folder)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (folder / "model-00002-of-00003.safetensors").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""Exported models load through the Auto classes, with this package and without."""
+"""Exported models load through transformers' Auto classes, with this package and without it."""
 
 import json
 import subprocess
@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.paths import ROOT
 from support.tiny_maskmoe import make_model, random_ids
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, MaskMoEModel, export_code
 
-# First in a script: these packages cannot be imported.
+# The beginning of a script that cannot import some packages.
 BLOCK = """
 import sys
 
@@ -30,7 +31,7 @@ sys.meta_path.insert(0, Blocked())
 def run(
     script: str, folder: Path, *arguments: str, without: tuple[str, ...] = ("maskmoe", "megatron")
 ) -> subprocess.CompletedProcess:
-    """Run a script in a fresh process that cannot import some packages, with its caches in `folder`."""
+    """Run a script in a new process that cannot import the packages `without` and has its caches in `folder`."""
     command = [sys.executable, "-I", "-c", BLOCK.format(packages=without) + script, *arguments]
     environment = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -38,8 +39,8 @@ def run(
 
 @pytest.fixture
 def exported(tmp_path) -> Path:
-    """A model's folder as an export makes it: weights, a configuration with `auto_map`, and the code."""
-    folder = tmp_path / "model.v1"  # module names have no dots
+    """The folder of an exported model: weights, a configuration with `auto_map`, and the code."""
+    folder = tmp_path / "model.v1"  # a module's name cannot have a dot, the name of a folder can
     make_model().save_pretrained(folder)
     for code in folder.glob("*.py"):
         code.unlink()
@@ -94,18 +95,19 @@ assert torch.equal(again(token_ids).logits, logits)
 def test_unknown_without_trust(exported, tmp_path) -> None:
     script = "from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=False)"
     result = run(script, tmp_path, str(exported))
-    assert result.returncode and "trust_remote_code" in result.stderr
+    assert result.returncode
+    assert "trust_remote_code" in result.stderr
 
 
-def test_package_needs_nothing_else_of_ours(tmp_path) -> None:
-    """Importing it must not pull in the training stack."""
+def test_huggingface_package_imports_no_other_room(tmp_path) -> None:
+    """Importing `maskmoe.huggingface` imports neither Megatron nor any other part of `maskmoe`."""
     script = """
 sys.path.insert(0, sys.argv[1])
 import maskmoe.huggingface
 others = {name for name in sys.modules if name.startswith("maskmoe.") and "huggingface" not in name}
 assert not others, others
 """
-    result = run(script, tmp_path, str(Path(__file__).parents[2]), without=("megatron",))
+    result = run(script, tmp_path, str(ROOT), without=("megatron",))
     assert result.returncode == 0, result.stderr
 
 

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness on an exported model, against `maskmoe.training.evaluate` on the checkpoint.
+"""lm-evaluation-harness on an exported model scores texts as `maskmoe.training.evaluate` does on the checkpoint.
 
-The tasks and their data are in `lm_eval/`; nothing is fetched.
+The tasks and their data are in `lm_eval/`; nothing is downloaded.
 """
 
 import json
@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
 
-ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
 TASKS = Path(__file__).parent / "lm_eval"
-# Shorter than the longest of the texts, which are scored in windows then.
+# The longest texts have more tokens, so they are scored in windows.
 SEQ_LENGTH = 64
 MODEL = f"""
     --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length {SEQ_LENGTH}
@@ -30,6 +30,7 @@ MODEL = f"""
 
 
 def run(command: list[object], **environment: str) -> None:
+    """Run Python with arguments in the repository; fail the test if it fails."""
     outcome = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -44,7 +45,7 @@ def run(command: list[object], **environment: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint in `checkpoints`, and the same model for transformers in `model`."""
+    """A folder with a checkpoint in `checkpoints` and the same model in transformers' format in `model`."""
     folder = tmp_path_factory.mktemp("lm_eval")
     texts = [document.text for document in default_corpus(300_000)]
     (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, TokenizerTraining(vocab_size=500, num_threads=1)))
@@ -68,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def harness(folder) -> dict[str, list[dict]]:
-    """The samples that the harness logged, by task."""
+    """The samples that lm-evaluation-harness logged, by task."""
     model_args = f"pretrained={folder / 'model'},dtype=float32,trust_remote_code=True"
     command = ["-m", "lm_eval", "--model", "hf", "--model_args", model_args, "--include_path", TASKS]
     command += ["--tasks", "maskmoe_rolling,maskmoe_choice", "--device", "cpu", "--batch_size", "2"]
@@ -83,7 +84,7 @@ def harness(folder) -> dict[str, list[dict]]:
 
 
 def score(folder: Path, texts: list[dict[str, str]]) -> list[float]:
-    """The log-likelihoods by Megatron's model."""
+    """Return the log-likelihood of each text by Megatron's model."""
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", folder / "tokenizer.model"]
     files = ["--eval-texts", folder / "texts.jsonl", "--eval-output", folder / "scores.json"]
@@ -94,7 +95,7 @@ def score(folder: Path, texts: list[dict[str, str]]) -> list[float]:
 
 @pytest.mark.slow
 def test_same_log_likelihoods(folder, harness):
-    """In fp32, whose sums over at most 200 tokens differ by rounding."""
+    """Log-likelihoods of at most 200 tokens, in fp32, differ only by rounding."""
     texts, expected = [], []
     for sample in harness["maskmoe_rolling"]:
         texts.append({"text": sample["doc"]["text"]})

@@ -1,4 +1,4 @@
-"""Megatron's model and the transformers model that it converts to: the same weights and tokens give the same logits."""
+"""Megatron's model and the transformers model converted from it compute the same logits."""
 
 import sys
 from argparse import Namespace
@@ -44,7 +44,14 @@ SIGMOID = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias -
 
 @dataclass(frozen=True)
 class Case:
-    """A model: how many experts its ids see, k, and further flags."""
+    """A model to compare.
+
+    Attributes:
+        num_visible: the numbers of experts that ids see.
+        topk: k.
+        flags: further flags of Megatron.
+        trained: train the model for some steps before the comparison.
+    """
 
     num_visible: tuple[int, ...]
     topk: int
@@ -73,7 +80,7 @@ CASES = [
 
 
 def parse(flags: str) -> Namespace:
-    """Megatron's arguments, as a run would save them."""
+    """Return Megatron's arguments as a run would save them."""
     with mock.patch.object(sys, "argv", ["pretrain", *SETTINGS.split(), *flags.split()]):
         args = validate_args(parse_args(add_maskmoe_arguments))
     args.padded_vocab_size = 128
@@ -81,7 +88,7 @@ def parse(flags: str) -> Namespace:
 
 
 def build(case: Case, folder: Path) -> tuple[Namespace, torch.nn.Module]:
-    """Megatron's model with random weights."""
+    """Build Megatron's model with random weights; return its arguments and the model."""
     mask_file = folder / "mask.safetensors"
     make_routing_mask(case).save(mask_file)
     flags = f"--routing-mask {mask_file} --moe-router-topk {case.topk} {case.flags}"
@@ -103,7 +110,7 @@ def make_routing_mask(case: Case) -> RoutingMask:
 
 
 def random_tokens(seed: int) -> Tensor:
-    """int64 [batch, sequence]."""
+    """Draw token ids, int64 [batch, sequence]."""
     return torch.randint(0, VOCAB_SIZE, (2, 32), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
@@ -112,7 +119,7 @@ def position_ids(tokens: Tensor) -> Tensor:
 
 
 def train(model: torch.nn.Module) -> None:
-    """A few steps on a few sequences, which the model begins to remember."""
+    """Train a model for 20 steps on two batches, so that it begins to remember them."""
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=DEVICE))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []

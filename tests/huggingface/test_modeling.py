@@ -1,4 +1,4 @@
-"""The whole model: against transformers' own ones, and against itself in every way it can be run, saved and loaded."""
+"""The whole transformers model equals transformers' own models, and itself in every way to run, save and load it."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ SIZES = {
 
 
 def assert_alike(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal but for the order of additions, which depends on the sizes of matrices and their alignment in memory."""
+    """Assert equality up to the order of additions, which depends on sizes and memory alignment of matrices."""
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=tolerance)
 
 
@@ -106,18 +106,21 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 @torch.no_grad()
-def test_all_visible_is_transformers_own(family) -> None:
+def test_all_visible_equals_the_original_model(family) -> None:
     torch.manual_seed(0)
-    theirs = family().eval()
-    for parameter in theirs.parameters():  # norms and biases start out as ones and zeros
+    original = family().eval()
+    for parameter in original.parameters():  # norms and biases start out as ones and zeros
         parameter.add_(torch.randn_like(parameter) * 0.05)
-    rope_parameters = dict(theirs.config.rope_parameters)
-    ours = make_model(all_visible_mask(), rope_parameters=rope_parameters, **FAMILIES[family])
-    state = {name.replace(".shared_expert.", ".shared_experts."): value for name, value in theirs.state_dict().items()}
-    missing, unexpected = ours.load_state_dict(state, strict=False)
-    assert not unexpected and all("routing_mask" in name for name in missing)
+    rope_parameters = dict(original.config.rope_parameters)
+    model = make_model(all_visible_mask(), rope_parameters=rope_parameters, **FAMILIES[family])
+    state = {
+        name.replace(".shared_expert.", ".shared_experts."): value for name, value in original.state_dict().items()
+    }
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all("routing_mask" in name for name in missing)
     token_ids = random_ids(3, 20)
-    assert_alike(ours(token_ids).logits, theirs(token_ids).logits)
+    assert_alike(model(token_ids).logits, original(token_ids).logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -134,13 +137,13 @@ def test_cache_changes_nothing(variant) -> None:
 
 
 def generate(model: MaskMoEForCausalLM, token_ids: Tensor, **settings) -> Tensor:
-    """The new tokens [batch, 12]."""
+    """Generate 12 new tokens by default; return the new tokens [batch, 12]."""
     settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": PADDING_ID} | settings
     return model.generate(token_ids, **settings)[:, token_ids.shape[1] :]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_generation_with_cache_is_generation_without(variant) -> None:
+def test_generation_is_the_same_with_and_without_cache(variant) -> None:
     model = make_model(**VARIANTS[variant])
     token_ids = random_ids(3, 6)
     mask = torch.ones_like(token_ids)
@@ -152,7 +155,7 @@ def test_generation_with_cache_is_generation_without(variant) -> None:
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padded_prompts_go_on_as_unpadded_ones(attention, use_cache) -> None:
+def test_padded_prompts_continue_like_unpadded_prompts(attention, use_cache) -> None:
     model = make_model()
     model.set_attn_implementation(attention)
     prompts = [random_ids(1, length, seed=length) for length in (3, 9, 6)]
@@ -187,7 +190,8 @@ def test_samples_from_one_prompt() -> None:
     prompt = random_ids(1, 5)
     torch.manual_seed(0)
     samples = generate(model, prompt, do_sample=True, num_return_sequences=4, attention_mask=torch.ones_like(prompt))
-    assert samples.shape == (4, 12) and len(samples.unique(dim=0)) > 1
+    assert samples.shape == (4, 12)
+    assert len(samples.unique(dim=0)) > 1
     one_token = generate(model, prompt[:, :1], do_sample=True, max_new_tokens=1)
     assert one_token.shape == (1, 1)
 
@@ -240,25 +244,28 @@ def test_auxiliary_loss_is_part_of_the_loss() -> None:
     model = make_model(router_aux_loss_coef=0.5)
     token_ids = random_ids(2, 10)
     plain = model(token_ids, labels=token_ids)
-    assert plain.router_logits is None and plain.aux_loss is None
+    assert plain.router_logits is None
+    assert plain.aux_loss is None
     outputs = model(token_ids, labels=token_ids, output_router_logits=True)
     assert [logits.shape for logits in outputs.router_logits] == [(20, NUM_EXPERTS)] * NUM_LAYERS
     for layer, logits in enumerate(outputs.router_logits):
         visible = torch.from_numpy(random_mask().visible_sets(layer))[token_ids.flatten()]
-        assert torch.equal(logits.isfinite(), visible) and logits.dtype == torch.float32
+        assert torch.equal(logits.isfinite(), visible)
+        assert logits.dtype == torch.float32
     assert_alike(outputs.loss, plain.loss + 0.5 * outputs.aux_loss)
     model.config.output_router_logits = True
     assert torch.equal(model(token_ids, labels=token_ids).loss, outputs.loss)
     as_tuple = model(token_ids, return_dict=False)
-    assert torch.equal(as_tuple[0], outputs.aux_loss) and torch.equal(as_tuple[1], outputs.logits)
+    assert torch.equal(as_tuple[0], outputs.aux_loss)
+    assert torch.equal(as_tuple[1], outputs.logits)
 
 
 def test_auxiliary_loss_while_generating() -> None:
-    """The mask is longer than the tokens there."""
+    """With a cache, the attention mask is longer than the new tokens."""
     model = make_model(output_router_logits=True)
     prompt = random_ids(2, 5)
     mask = torch.ones_like(prompt)
-    mask[0, :2] = 0  # or else transformers leaves it out
+    mask[0, :2] = 0  # transformers drops a mask without padding
     assert generate(model, prompt, attention_mask=mask).shape == (2, 12)
 
 
@@ -288,7 +295,7 @@ def test_base_model_and_hidden_states() -> None:
 
 
 def expected_shapes(config: MaskMoEConfig, mask) -> dict[str, tuple[int, ...]]:
-    """The tensors of an exported model."""
+    """Return the shapes of an exported model's tensors by name."""
     c, heads = config, config.num_attention_heads * config.head_dim
     kv_heads = c.num_key_value_heads * c.head_dim
     shapes = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size), "model.norm.weight": (c.hidden_size,)}
@@ -335,7 +342,8 @@ def test_saved_and_loaded_bit_for_bit(variant, tmp_path) -> None:
     assert type(loaded) is MaskMoEForCausalLM
     for name, value in model.state_dict().items():
         other = loaded.state_dict()[name]
-        assert other.dtype == value.dtype and torch.equal(other, value), name
+        assert other.dtype == value.dtype, name
+        assert torch.equal(other, value), name
     token_ids = random_ids(2, 10)
     assert_alike(loaded(token_ids).logits, model(token_ids).logits)
     loaded.save_pretrained(tmp_path / "again")
@@ -362,13 +370,16 @@ def test_bfloat16_leaves_the_mask_alone(variant, tmp_path) -> None:
         assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
         for name, value in mask_tensors(random_mask()).items():
             buffer = half.model.routing_mask.get_buffer(name)
-            assert buffer.dtype == value.dtype and torch.equal(buffer, value)
+            assert buffer.dtype == value.dtype
+            assert torch.equal(buffer, value)
     for name, buffer in loaded.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            assert buffer.dtype == torch.float32 and torch.equal(buffer, model.get_buffer(name))
+            assert buffer.dtype == torch.float32
+            assert torch.equal(buffer, model.get_buffer(name))
     token_ids = random_ids(2, 10)
     outputs = loaded(token_ids, output_router_logits=True)
-    assert outputs.logits.dtype == torch.bfloat16 and outputs.router_logits[0].dtype == torch.float32
+    assert outputs.logits.dtype == torch.bfloat16
+    assert outputs.router_logits[0].dtype == torch.float32
     prompt = token_ids[:, :5]
     assert generate(loaded, prompt, attention_mask=torch.ones_like(prompt)).shape == (2, 12)
 
@@ -377,7 +388,7 @@ def test_bfloat16_leaves_the_mask_alone(variant, tmp_path) -> None:
 def test_device_maps(device_map, tmp_path) -> None:
     model = make_model()
     model.save_pretrained(tmp_path / "model")
-    if device_map == "split":  # as over several devices: every part has hooks, and one waits on disk
+    if device_map == "split":  # like several devices: each part has hooks, and the weights of one part stay on disk
         device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
         device_map |= {"model.routing_mask": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
         device_map |= {"model.layers.2": "cpu"}
@@ -391,7 +402,7 @@ def test_device_maps(device_map, tmp_path) -> None:
     assert torch.equal(generate(loaded, prompt, attention_mask=mask), generate(model, prompt, attention_mask=mask))
 
 
-def test_without_a_mask_is_refused(tmp_path) -> None:
+def test_model_without_a_mask_is_refused(tmp_path) -> None:
     model = make_model()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -420,7 +431,8 @@ def test_model_without_experts() -> None:
     model = MaskMoEForCausalLM(config).eval()
     token_ids = random_ids(2, 10)
     outputs = model(token_ids, labels=token_ids, output_router_logits=True)
-    assert outputs.aux_loss is None and outputs.loss.isfinite()
+    assert outputs.aux_loss is None
+    assert outputs.loss.isfinite()
     embeddings = model.get_input_embeddings()(token_ids)
     assert torch.equal(model(inputs_embeds=embeddings).logits, outputs.logits)
 
@@ -439,13 +451,13 @@ def test_vocabulary_cannot_grow() -> None:
         ({"scoring_func": "tanh"}, "scoring_func is 'tanh'"),
         ({"aux_loss_tokens": "some"}, "aux_loss_tokens is 'some'"),
         ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types must name 3 layers"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7 of 6"),
         ({"use_expert_bias": True}, "use_expert_bias needs"),
         ({"n_group": 3}, "both be given"),
         ({"n_group": 4, "topk_group": 2}, "n_group 4 for 6 experts"),
         ({"n_group": 6, "topk_group": 1}, "hold fewer experts"),
-        ({"n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}, "no multiple of topk_group"),
+        ({"n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}, "not a multiple of topk_group"),
         ({"shared_expert_gate": True}, "shared_expert_gate needs"),
         ({"routing_mask": {"num_tables": 2, "row_dtype": "int16"}}, "must have 1 or 3 num_tables"),
     ],
@@ -460,12 +472,13 @@ def test_configuration_round_trip(tmp_path) -> None:
     config = make_config(random_mask(), **VARIANTS["partial_rotary"])
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["model_type"] == "maskmoe" and saved["routing_mask"]["num_tables"] == NUM_LAYERS
+    assert saved["model_type"] == "maskmoe"
+    assert saved["routing_mask"]["num_tables"] == NUM_LAYERS
     assert MaskMoEConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
 def test_shared_table_and_wide_rows() -> None:
-    """One table for all layers; int32 rows."""
+    """A model with one table for all layers and int32 rows computes the same as with int16 rows."""
     mask = make_mask(random_mask().visible_sets(0)[None], NUM_LAYERS)
     model = make_model(mask)
     wide = MaskMoEForCausalLM(make_config(mask, routing_mask=model.config.routing_mask | {"row_dtype": "int32"})).eval()

@@ -1,4 +1,4 @@
-"""Routing, and the load-balancing loss, against our Megatron router, plain torch and a table."""
+"""The transformers model routes as our Megatron router does, with the same load-balancing loss; V = 1 is a look-up."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 @dataclass(frozen=True)
 class Case:
-    """Settings of a router, and tokens for it."""
+    """Settings of a router, and tokens drawn for it from `seed`."""
 
     seed: int
     topk: int
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def visible(self) -> Tensor:
-        """bool [tokens, experts], in the second layer."""
+        """The experts that each token sees in the second layer, bool [tokens, experts]."""
         return torch.from_numpy(self.mask.visible_sets(1))[self.token_ids]
 
     @property
@@ -113,7 +113,7 @@ class Case:
             moe_router_group_topk=topk_group,
             moe_router_topk_scaling_factor=self.scaling_factor,
         )
-        # The configuration refuses k = 1 with softmax after top-k, where the weight is constant. Here it is anyway.
+        # The configuration refuses k = 1 with softmax after top-k, since the weight is constant. Set it afterwards.
         config.moe_router_pre_softmax = not self.normalised
         router = make_router(config, self.mask, layer_number=2)
         router.weight.data.copy_(self.weight)
@@ -142,14 +142,14 @@ def cases(draw, scales: tuple[float, ...] = (1.0,)) -> Case:
     )
 
 
-# Large logits make scores of visible experts round to 0.
+# With large logits, scores of visible experts are rounded to 0.
 @given(cases(scales=(1.0, 100.0)))
 @example(Case(seed=0, topk=1, normalised=False))
 @example(Case(seed=0, topk=2, normalised=False))
 @example(Case(seed=1, topk=6, scoring_func="sigmoid", has_bias=True))
 @example(Case(seed=2, topk=4, scoring_func="sqrtsoftplus", has_bias=True, groups=(3, 2)))
 @settings(deadline=None, max_examples=60, derandomize=True)
-def test_routes_as_megatron_does(case: Case) -> None:
+def test_routes_as_the_megatron_router(case: Case) -> None:
     router = case.router()
     logits, weights, indices = router(case.hidden, case.visible)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_routes_as_megatron_does(case: Case) -> None:
             case.hidden.unsqueeze(1).to(DEVICE), case.token_ids.unsqueeze(1).to(DEVICE)
         )
     ours = torch.zeros(40, NUM_EXPERTS).scatter_add(1, indices, weights.detach())
-    # Both compute in float32, but not in the same order.
+    # Both routers compute in float32, but add up in another order.
     torch.testing.assert_close(ours, probs.cpu(), rtol=1e-5, atol=1e-6)
     assert torch.equal(torch.zeros(40, NUM_EXPERTS).scatter(1, indices, 1.0).bool(), routing_map.cpu())
     assert torch.equal(logits == float("-inf"), ~case.visible)
@@ -168,7 +168,7 @@ def test_routes_as_megatron_does(case: Case) -> None:
 @example(Case(seed=3, topk=2, has_padding=True))
 @example(Case(seed=3, topk=2, aux_loss_tokens="routable", has_padding=True))
 @settings(deadline=None, max_examples=60, derandomize=True)
-def test_load_balancing_loss_is_megatrons(case: Case) -> None:
+def test_load_balancing_loss_equals_the_reference(case: Case) -> None:
     logits, _, _ = case.router()(case.hidden, case.visible)
     real = None if case.is_padding is None else ~case.is_padding
     expected = reference_routing(
@@ -189,7 +189,8 @@ def test_routes_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = router(case.hidden, case.visible)
     for actual, expected in zip(under_autocast, router(case.hidden, case.visible), strict=True):
-        assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("topk", [1, 2])
@@ -207,7 +208,7 @@ def test_one_visible_expert_is_a_table_lookup(topk, normalised) -> None:
         expert = torch.from_numpy(table.astype(np.int64))[token_ids]  # [batch, sequence]
         gate, up = torch.einsum("bth,btfh->btf", hidden, block.experts.gate_up_proj[expert]).chunk(2, dim=-1)
         expected = torch.einsum("btf,bthf->bth", torch.nn.functional.silu(gate) * up, block.experts.down_proj[expert])
-        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)  # another order of adding
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)  # additions are in another order
         assert not block.gate.weight.grad.any()
 
 
@@ -227,7 +228,7 @@ def test_lookup_gives_the_masks_visible_sets(num_experts, tables) -> None:
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_invisible_experts_compute_nothing(implementation) -> None:
-    """Their weights may be anything, also where fewer than k experts are visible, and get no gradient."""
+    """NaN weights of an invisible expert change nothing, even for tokens with V < k, and get no gradient."""
     mask = random_mask(1, 2)
     visible = torch.from_numpy(mask.visible_sets(0))
     config = make_config(mask, num_experts_per_tok=4)
@@ -236,7 +237,7 @@ def test_invisible_experts_compute_nothing(implementation) -> None:
     block = MaskMoESparseMoeBlock(config, 0)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter)
-    token_ids = (~visible[:, 0]).nonzero().flatten()[None]  # those that do not see expert 0
+    token_ids = (~visible[:, 0]).nonzero().flatten()[None]  # the ids that do not see expert 0
     with torch.no_grad():
         block.experts.gate_up_proj[0] = float("nan")
         block.experts.down_proj[0] = float("nan")
@@ -245,4 +246,5 @@ def test_invisible_experts_compute_nothing(implementation) -> None:
     output = block(torch.randn(*token_ids.shape, config.hidden_size), routing_mask(token_ids.flatten()))
     output.sum().backward()
     assert output.isfinite().all()
-    assert not block.experts.gate_up_proj.grad[0].any() and block.experts.gate_up_proj.grad[1:].isfinite().all()
+    assert not block.experts.gate_up_proj.grad[0].any()
+    assert block.experts.gate_up_proj.grad[1:].isfinite().all()

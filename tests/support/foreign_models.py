@@ -1,4 +1,4 @@
-"""Tiny models of other families with random weights, made and saved by transformers."""
+"""Tiny models of other families with random weights, which transformers makes and saves."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from maskmoe.conversion.blocks import Block
-from maskmoe.conversion.families import OpenedModel
+from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 
 VOCAB_SIZE = 67
@@ -62,14 +62,14 @@ CONFIGS = {
     ),
     "olmoe": lambda: OlmoeConfig(**_SIZES, **_EXPERTS),
 }
-"""One configuration of every known family, and of variants."""
+"""Functions that make a configuration: one for each known family, and for variants of a family."""
 
 DENSE = ("llama", "llama, linear", "llama, tied", "mistral", "qwen2", "qwen3")
 SPARSE = tuple(name for name in CONFIGS if name not in DENSE)
 
 
 def make_model(name: str) -> PreTrainedModel:
-    """A model in fp32 whose every parameter matters: no norm is 1, no bias 0."""
+    """Make a model in fp32 in which every parameter changes the output: no norm is 1, no bias 0."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
     with torch.no_grad():
@@ -81,25 +81,25 @@ def make_model(name: str) -> PreTrainedModel:
 
 
 def save_model(name: str, folder: Path, **settings: Any) -> PreTrainedModel:
-    """Save a model to a folder; `settings` are those of `save_pretrained`."""
+    """Make a model and save it to a folder; `settings` are passed to `save_pretrained`."""
     model = make_model(name)
     model.save_pretrained(folder, **settings)
     return model
 
 
 def random_ids(length: int = 40) -> torch.Tensor:
-    """Token ids [2, length]."""
+    """Draw token ids, int64 [2, length]."""
     return torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(1))
 
 
 def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, length, vocabulary]."""
+    """Compute logits, float32 [batch, length, vocabulary]."""
     with torch.no_grad():
         return model(input_ids=ids).logits
 
 
 def in_transformers(opened: OpenedModel) -> MaskMoEForCausalLM:
-    """The MaskMoE model that was opened."""
+    """Load a model that conversion has opened into transformers, and check that no tensor is missing or left over."""
     model = MaskMoEForCausalLM(MaskMoEConfig(**opened.config)).eval()
     tensors = {name: opened.source.read(Block.whole(name, spec.shape)) for name, spec in opened.source.tensors.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)

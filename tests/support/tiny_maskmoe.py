@@ -1,4 +1,4 @@
-"""Small transformers models with routing masks."""
+"""Tiny MaskMoE models for transformers, with routing masks."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ VOCAB_SIZE = 60
 NUM_EXPERTS = 6
 NUM_LAYERS = 3
 
-# One setting of every kind: what a model can have beside the plain ones.
+# Settings by name; together they use every optional feature of a model.
 VARIANTS = {
     "plain": {},
     "shared_experts": {"shared_expert_intermediate_size": 20},
@@ -32,7 +32,7 @@ VARIANTS = {
 
 
 def make_config(mask: RoutingMask | None = None, **settings: Any) -> MaskMoEConfig:
-    """A tiny configuration, for a mask if there is one."""
+    """Make a tiny configuration that fits a mask if it is given; `settings` override the defaults."""
     defaults = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -62,19 +62,19 @@ def make_config(mask: RoutingMask | None = None, **settings: Any) -> MaskMoEConf
 
 
 def mask_tensors(mask: RoutingMask) -> dict[str, Tensor]:
-    """The tensors of a mask, as checkpoints hold them."""
+    """Return the tensors of a mask by name, as checkpoints hold them."""
     arrays, metadata = mask.to_tensors()
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return tensors | {"metadata": torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)}
 
 
 def random_mask(*sizes: int, tables: int = NUM_LAYERS, seed: int = 0) -> RoutingMask:
-    """A mask with visible sets of these sizes, by default of every size, half of them of one expert."""
+    """Draw a mask whose visible sets have these sizes; by default all sizes occur, and half of the sets have size 1."""
     return make_mask(random_visible_sets(seed, tables, VOCAB_SIZE, NUM_EXPERTS, sizes or None), NUM_LAYERS)
 
 
 def make_model(mask: RoutingMask | None = None, **settings: Any) -> MaskMoEForCausalLM:
-    """A model with random weights, ready for inference."""
+    """Make a model with random weights in evaluation mode; `settings` override the configuration's defaults."""
     torch.manual_seed(1)
     mask = random_mask() if mask is None else mask
     model = MaskMoEForCausalLM(make_config(mask, **settings)).eval()
@@ -86,5 +86,5 @@ def make_model(mask: RoutingMask | None = None, **settings: Any) -> MaskMoEForCa
 
 
 def random_ids(*shape: int, seed: int = 0) -> Tensor:
-    """Token ids, int64 of this shape."""
+    """Draw token ids, int64 of this shape."""
     return torch.from_numpy(np.random.default_rng(seed).integers(0, VOCAB_SIZE, shape))

@@ -1,8 +1,8 @@
-"""Speed and memory of checkpoint conversions, both ways, against `cp` of the same bytes.
+"""Compare the speed of checkpoint conversions, both ways, with `cp` of the same bytes, and check their peak memory.
 
-The model's weights are one random block over and over. Both sides count until their files are on the disk. Every
-conversion runs in a process of its own, whose peak memory must stay within 2 GiB and the largest tensor. It verifies
-what it writes in either case; what it takes to compare the source with the digests beside it, too, is measured apart.
+The weights of the model repeat one random block. Times include the time until the files are on the disk. Every
+conversion runs in a process of its own, whose peak memory must stay within 2 GiB. Every conversion verifies what it
+writes; conversions that also compare the source with its digests are measured apart.
 """
 
 import argparse
@@ -16,23 +16,24 @@ import time
 from pathlib import Path
 
 import harness
+import torch
 
 from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
-import torch
 
 from maskmoe.conversion.blocks import Block, TensorSpec
-from maskmoe.conversion.convert import Settings, huggingface_to_megatron, megatron_to_huggingface
-from maskmoe.conversion.families import OpenedModel, all_visible, with_routing_mask
+from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.huggingface_models import write_huggingface
 from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.opened_model import OpenedModel, all_visible, with_routing_mask
+from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.conversion.writing import BLOCK_BYTES, OutputFolder
 
 CONVERSIONS = {"megatron-to-hf": megatron_to_huggingface, "hf-to-megatron": huggingface_to_megatron}
 MEMORY_BOUND = 2 << 30
-# A layer has 16 experts of 3 · 2048 · 4096 weights in bf16: 768 MiB, and attention.
+# A layer has 16 experts of 3 · 2048 · 4096 weights in bf16, which are 768 MiB, and attention.
 CONFIG = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -44,25 +45,25 @@ CONFIG = {
     "moe_intermediate_size": 4096,
     "tie_word_embeddings": False,
 }
-# As large models have, several files.
+# The model is in several files, as large models are.
 SHARD_BYTES = 500 << 20
 BYTES_OF_LAYER = 792 << 20
 
 
 class RepeatedBlock:
-    """Tensors of one random block over and over."""
+    """Provides tensors that repeat one random block."""
 
-    def __init__(self, tensors: dict[str, TensorSpec]):
+    def __init__(self, tensors: dict[str, TensorSpec]) -> None:
         self.tensors = tensors
         self._elements = torch.randn(BLOCK_BYTES // 2).to(torch.bfloat16)
 
     def read(self, block: Block) -> torch.Tensor:
-        """See `TensorSource`."""
+        """See `TensorSource.read`."""
         return self._elements[: block.num_elements].view(block.sizes)
 
 
 def make_model(folder: Path, gib: float) -> None:
-    """Write a model of about so many GiB in transformers' format."""
+    """Write a model of about `gib` GiB in transformers' format."""
     from maskmoe.huggingface import MaskMoEConfig
 
     num_layers = max(1, round(gib * 2**30 / BYTES_OF_LAYER))
@@ -75,7 +76,7 @@ def make_model(folder: Path, gib: float) -> None:
 
 
 def convert(conversion: str, load: Path, save: Path, verify: bool) -> tuple[float, int]:
-    """Seconds and peak memory in bytes of one conversion in a process of its own."""
+    """Run one conversion in a process of its own; return its seconds and its peak memory in bytes."""
     shutil.rmtree(save, ignore_errors=True)
     command = [sys.executable, __file__, "--measure", conversion, str(load), str(save), "verify" * verify]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -91,7 +92,7 @@ def measure(conversion: str, load: str, save: str, verify: str) -> None:
 
 
 def copy(load: Path, save: Path) -> float:
-    """Seconds to copy a folder to the disk."""
+    """Copy a folder, wait until the copy is on the disk, and return the seconds."""
     shutil.rmtree(save, ignore_errors=True)
     start = time.perf_counter()
     subprocess.run(["cp", "-r", load, save], check=True)
@@ -102,7 +103,7 @@ def copy(load: Path, save: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=1.5, metavar="N", help="size of the model (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="for the files, twice as much (default: a new one)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="folder for files of 2N GiB (default: a new one)")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     harness.add_arguments(parser, repeats=3)
     arguments = parser.parse_args()

@@ -1,0 +1,57 @@
+"""A model whose tensors are read on demand, and the routing mask that it may get."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from maskmoe.conversion.blocks import TensorSource
+from maskmoe.conversion.model_tensors import routing_mask_tensors
+from maskmoe.conversion.sources import JoinedSource
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A MaskMoE model in transformers' format whose tensors are read on demand.
+
+    Attributes:
+        source: provides the tensors, by their names in `MaskMoEForCausalLM`.
+        config: the fields of the model's `MaskMoEConfig`.
+        args: Megatron's arguments that the model was trained with; None if they are unknown.
+    """
+
+    source: TensorSource
+    config: dict[str, Any]
+    args: Namespace | None = None
+
+
+def all_visible(config: Mapping[str, Any]) -> RoutingMask:
+    """Return the routing mask with which every id sees every expert.
+
+    Args:
+        config: the fields of `MaskMoEConfig`.
+    """
+    recipe = MaskRecipe.from_preset("smoe", config["num_experts"], config["num_hidden_layers"], shared_table=True)
+    return build_routing_mask(recipe, vocab_size=config["vocab_size"])
+
+
+def with_routing_mask(model: OpenedModel, mask: RoutingMask) -> OpenedModel:
+    """Add a routing mask to a model with experts that has none.
+
+    A model may have more rows in the embedding than its tokenizer has ids; the mask is then extended to these rows.
+
+    Raises:
+        UserError: the mask does not fit the model.
+    """
+    config = model.config
+    if mask.vocab_size < config["vocab_size"]:
+        mask = mask.with_vocab_size(config["vocab_size"])
+    mask.check_fits(
+        vocab_size=config["vocab_size"], num_experts=config["num_experts"], num_layers=config["num_hidden_layers"]
+    )
+    mask_source, mask_field = routing_mask_tensors(mask)
+    return OpenedModel(JoinedSource(model.source, mask_source), config | {"routing_mask": mask_field})
