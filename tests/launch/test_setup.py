@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support.paths import ROOT
+from support.waiting import wait_until
 
 BASE_PYTHON = sys._base_executable
 SHELL_TOOLS = ("bash", "cut", "dirname", "env", "grep", "paste", "sed", "sort", "timeout", "tr")
@@ -210,10 +210,7 @@ class Project:
         return output
 
     def wait_until_building(self) -> None:
-        deadline = time.monotonic() + 60
-        while not (self.root / "building").exists():
-            assert time.monotonic() < deadline, "pip did not start to build"
-            time.sleep(0.02)
+        wait_until((self.root / "building").exists, "pip to start the build", timeout=60)
 
     def installed(self) -> dict[str, str]:
         """Return the versions of the packages in the environment's own folder, by name."""
