@@ -214,9 +214,9 @@ constraints_file() {
 
 # Appends pip's output to the log, and prints one line for each package that pip fetches.
 log_pip() {
-    local verb='^ *(Downloading|Using cached|Processing) ' file='([^/ ]+)-([0-9][^-/ ]*)(-[^/ ]*\.whl|\.tar\.gz)'
-    tee -a "$(pip_log)" |
-        sed --unbuffered --quiet --regexp-extended "s!$verb([^ ]*/)?$file( \(.*\))?\$!setup:   \3 \4\6!p"
+    local file='([^/ ]+)-([0-9][^-/ ]*)(-[^/ ]*\.whl|\.tar\.gz)' size='( \([0-9.]+ [kMG]?B\))'
+    local fetched="^ *(Downloading|Using cached|Processing) ([^ ]*/)?$file$size?( \\(from .*\\))?\$"
+    tee -a "$(pip_log)" | sed --unbuffered --quiet --regexp-extended "s!$fetched!setup:   \\3 \\4\\6!p"
 }
 
 # install_package EXTRAS: installs the package in editable form with all its dependencies.

@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.analyze_routing` from a checkout; see its `--help`."""
+"""Runs `maskmoe analyze` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.analyze_routing import main

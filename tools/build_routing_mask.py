@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.build_routing_mask` from a checkout; see its `--help`."""
+"""Runs `maskmoe mask` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.build_routing_mask import main

@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.convert_checkpoint` from a checkout; see its `--help`."""
+"""Runs `maskmoe convert` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.convert_checkpoint import main

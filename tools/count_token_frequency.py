@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.count_token_frequency` from a checkout; see its `--help`."""
+"""Runs `maskmoe count` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.count_token_frequency import main

@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.generate_text` from a checkout; see its `--help`."""
+"""Runs `maskmoe sample` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.generate_text import main

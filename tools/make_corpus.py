@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.make_corpus` from a checkout; see its `--help`."""
+"""Runs `maskmoe corpus` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.make_corpus import main

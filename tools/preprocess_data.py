@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.preprocess_data` from a checkout; see its `--help`."""
+"""Runs `maskmoe preprocess` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.preprocess_data import main

@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.simulate_dispatch` from a checkout; see its `--help`."""
+"""Runs `maskmoe simulate` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.simulate_dispatch import main

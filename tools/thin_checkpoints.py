@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.thin_checkpoints` from a checkout; see its `--help`."""
+"""Runs `maskmoe thin` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.thin_checkpoints import main

@@ -1,4 +1,4 @@
-"""Runs `maskmoe.commands.train_tokenizer` from a checkout; see its `--help`."""
+"""Runs `maskmoe tokenizer` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.cli import run_tool
 from maskmoe.commands.train_tokenizer import main

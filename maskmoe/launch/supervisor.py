@@ -19,9 +19,7 @@ from maskmoe.launch.torchrun import Command
 
 _POLL_INTERVAL = 0.2  # seconds
 _INSPECTION_INTERVAL = 5.0  # seconds between inspections of torchrun's children
-_HANG_TIMEOUT = (
-    60.0  # seconds after which torchrun, which checks its ranks all the time, must have seen that one exited
-)
+_HANG_TIMEOUT = 60.0  # seconds within which torchrun must notice that a rank has exited
 
 
 class Supervisor:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,12 @@ import psutil
 import pytest
 from support.paths import ROOT
 from support.runs import make_laptop_data, read_losses
+from support.waiting import wait_until
 
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 NODES = ("n1", "n2")
 ITERATIONS = 100
 SAVE_INTERVAL = 20
-
-
-def wait_until(condition: Callable[[], object], what: str, timeout: float = 120) -> None:
-    """Wait until a condition is true; fail the test after the timeout, in seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
-        time.sleep(0.1)
 
 
 # ---- Hosts -----------------------------------------------------------------------------------------------------------
@@ -56,7 +48,9 @@ class Host:
         """Boot the host."""
         self._unshare = subprocess.Popen(self._boot, stdin=subprocess.DEVNULL)
         parent = psutil.Process(self._unshare.pid)
-        wait_until(lambda: [child for child in parent.children() if child.children()], f"{self.name} is up", 10)
+        wait_until(
+            lambda: [child for child in parent.children() if child.children()], f"{self.name} to boot", timeout=10
+        )
         self._first = parent.children()[0].pid
 
     def stop(self) -> None:
@@ -201,7 +195,7 @@ class Cluster:
         with open(self.folder / "munged.out", "w") as out:
             daemon = subprocess.Popen([*user, "munged", "--foreground", "--force", *options], stdout=out, stderr=out)
         self._daemons.append(daemon)
-        wait_until((self._munge / "socket").exists, "munged is up", 10)
+        wait_until((self._munge / "socket").exists, "munged to start", timeout=10)
 
     def _daemon(self, host: Host, *command: str) -> None:
         with open(self.folder / f"{host.name}.out", "a") as out:
@@ -214,11 +208,11 @@ class Cluster:
     def wait_for_nodes(self) -> None:
         """Wait until all nodes are idle."""
         states = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%t")
-        wait_until(lambda: self.run(*states, expect=None).split() == ["idle"] * len(self.nodes), "all nodes are idle")
+        wait_until(lambda: self.run(*states, expect=None).split() == ["idle"] * len(self.nodes), "idle nodes")
 
     def wait_for_queue(self, timeout: float = 300) -> None:
         """Wait until the queue is empty."""
-        wait_until(lambda: not self.run("squeue", "--noheader"), "the queue is empty", timeout)
+        wait_until(lambda: not self.run("squeue", "--noheader"), "an empty queue", timeout=timeout)
 
     def run(self, *command: object, expect: int | None = 0, timeout: float = 60) -> str:
         """Run a command, such as one of Slurm's, on the controller, and return its output."""
@@ -265,7 +259,7 @@ class Job:
 
     def wait_for(self, *states: str, timeout: float = 240) -> str:
         """Wait until the job is in one of the states, and return the state."""
-        wait_until(lambda: self.state in states, f"job {self.number} is {' or '.join(states)}", timeout)
+        wait_until(lambda: self.state in states, f"job {self.number} to be {' or '.join(states)}", timeout=timeout)
         return self.state
 
 
@@ -315,7 +309,7 @@ class LaptopRun:
         wait_until(
             lambda: any(line.search(log.read_text()) for log in self.folder.glob(logs)),
             f"iteration {iteration}",
-            timeout,
+            timeout=timeout,
         )
 
 

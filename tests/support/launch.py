@@ -4,12 +4,12 @@ import contextlib
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+from support.waiting import wait_until
 
 TIMEOUT = 240  # seconds
 
@@ -96,10 +96,11 @@ class Launch:
         self._wait_for(lambda: any(word in process.cmdline() for process in self.descendants()), f"process with {word}")
 
     def _wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while not condition():
-            if self.process.poll() is not None and not condition():
-                pytest.fail(f"the command exited before {what}\n{self.output[-4000:]}")
-            if time.monotonic() > deadline:
-                pytest.fail(f"no {what} within {TIMEOUT} s\n{self.output[-4000:]}")
-            time.sleep(0.02)
+        wait_until(
+            condition,
+            what,
+            timeout=TIMEOUT,
+            period=0.02,
+            has_ended=lambda: self.process.poll() is not None,
+            report=lambda: self.output[-4000:],
+        )
