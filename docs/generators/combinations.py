@@ -2,11 +2,10 @@
 
 python docs/generators/combinations.py [--check]
 
-The first table comes from tests/training/test_composition.py, whose rows name their tests. The second table comes from
+The first table comes from tests/support/composition.py, whose rows name their tests. The second table comes from
 `maskmoe.training.refusals`. The text around the tables is in combinations.md.j2.
 """
 
-import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,17 +38,13 @@ def render(works: Iterable[tuple[str, str]], refusals: Iterable[Refusal]) -> str
 
 
 def tested_combinations() -> Iterator[tuple[str, str]]:
-    """Yield the rows that work of the composition test's table."""
-    sys.path.insert(0, str(TESTS))  # for the tests' own `support` package
-    spec = importlib.util.spec_from_file_location("test_composition", TESTS / "training" / "test_composition.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    for name, row in module.TABLE.items():
-        if isinstance(row, module.Works):
-            yield name, row.how
+    """Yield each setting that works and the evidence for it, from the table of the composition test."""
+    sys.path.insert(0, str(TESTS))  # for the tests' package `support`
+    from support.composition import TABLE, Works
+
+    for name, row in TABLE.items():
+        if isinstance(row, Works):
+            yield name, row.evidence
 
 
 def render_from_code() -> str:

@@ -1,4 +1,4 @@
-"""The settings that work with a routing mask, and settings that are refused: the tables of docs/combinations.md.
+"""What can be combined with a routing mask: the table of the README, row by row.
 
 A row that works names runs whose losses equal those of one process, or tests. One that is refused names a command line
 that `check_supported` refuses, with the reason that the table gives.
@@ -299,10 +299,15 @@ def reason(monkeypatch) -> Callable[[str], str]:
     return reason
 
 
-@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if isinstance(row, Refused)])
-def test_row_is_refused_with_a_reason(name, reason):
-    flags = TABLE[name].flags
-    assert any(word in reason(flags) for word in flags.split() if word.startswith("--"))
+def test_readme_has_the_table(reason):
+    rows = ["| with a routing mask | | |", "|---|---|---|"]
+    for name, row in TABLE.items():
+        rows.append(
+            f"| {name} | works | {row.how} |"
+            if isinstance(row, Works)
+            else f"| {name} | refused | {re.sub(r'(--[a-z0-9-]+)', r'`\1`', reason(row.flags))} |"
+        )
+    assert "\n".join(rows) in (REPOSITORY / "README.md").read_text(), "the README should have\n" + "\n".join(rows)
 
 
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if isinstance(row, Works)])
