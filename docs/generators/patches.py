@@ -1,6 +1,6 @@
 """Write docs/megatron.md: what MaskMoE takes from Megatron-Core, and every function of Megatron and torch it replaces.
 
-python docs/generators/megatron.py [--check]
+python docs/generators/patches.py [--check]
 
 The table comes from the docstrings of the patches, which have the sections `Replaces`, `Why` and `Can go`. The text
 around the table is in megatron.md.j2.
