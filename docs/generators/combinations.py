@@ -2,7 +2,7 @@
 
 python docs/generators/combinations.py [--check]
 
-The first table comes from `support.composition` of the tests, whose rows name their runs and tests. The second table comes from
+The first table comes from tests/support/composition.py, whose rows name their tests. The second table comes from
 `maskmoe.training.refusals`. The text around the tables is in combinations.md.j2.
 """
 
@@ -38,8 +38,8 @@ def render(works: Iterable[tuple[str, str]], refusals: Iterable[Refusal]) -> str
 
 
 def tested_combinations() -> Iterator[tuple[str, str]]:
-    """Yield the rows of the composition tests' table that work."""
-    sys.path.insert(0, str(TESTS))  # the tests' own package `support`
+    """Yield each setting that works and the evidence for it, from the table of the composition test."""
+    sys.path.insert(0, str(TESTS))  # for the tests' package `support`
     from support.composition import TABLE, Works
 
     for name, row in TABLE.items():

@@ -43,7 +43,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def cell(text: str) -> str:
-    """Return plain text as the content of a table's cell, with its flags in code style."""
-    words = " ".join(text.split())
-    words = re.sub(r"([|*<>])", r"\\\1", words)
-    return re.sub(r"(?<![\w`-])(--[a-z0-9][a-z0-9-]*)", r"`\1`", words)
+    """Return plain text as the content of a table's cell: flags in code style, list items on lines of their own."""
+    items = [" ".join(item.split()) for item in re.split(r"\n\s*- ", text)]
+    items = [re.sub(r"([|*<>])", r"\\\1", item) for item in items]
+    items = [re.sub(r"(?<![\w`-])(--[a-z0-9][a-z0-9-]*)", r"`\1`", item) for item in items]
+    return "<br>• ".join(items)

@@ -34,8 +34,8 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """Return the README and all pages of the site."""
-    return [README, *sorted(DOCS.rglob("*.md"))]
+    """Return the pages at the top of the repository and all pages of the site."""
+    return [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 
 def blocks(page: Path) -> Iterator[Block]:
