@@ -11,4 +11,4 @@ if [[ ! -e $root/.venv/maskmoe-setup ]] && python3 -P -c 'import maskmoe, transf
 else
     "$root/launch/setup.sh" --extras hf
 fi
-exec "$python" -P -m maskmoe.comparison "$@"
+exec "$python" -P -m maskmoe compare "$@"

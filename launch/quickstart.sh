@@ -21,7 +21,7 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 for argument in "$@"; do
     if [[ $argument == -h || $argument == --help ]]; then
         if [[ -e $root/.venv/maskmoe-setup ]]; then
-            exec "$root/.venv/bin/python" -P -m maskmoe.quickstart --help
+            exec "$root/.venv/bin/python" -P -m maskmoe quickstart --help
         fi
         usage
         exit
@@ -29,4 +29,4 @@ for argument in "$@"; do
 done
 
 "$root/launch/setup.sh" --extras hf
-exec "$root/.venv/bin/python" -P -m maskmoe.quickstart "$@"
+exec "$root/.venv/bin/python" -P -m maskmoe quickstart "$@"
