@@ -15,7 +15,7 @@ from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 from maskmoe.launch.devices import find_devices
 from maskmoe.launch.model_file import override
-from maskmoe.workflow.paths import runs_folder
+from maskmoe.paths import runs_folder
 
 _DATA_OPTIONS = ("input", "data-path", "split", "tokenizer-type", "tokenizer-model", "vocab-size")
 

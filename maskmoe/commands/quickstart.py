@@ -13,7 +13,7 @@ from maskmoe.launch.devices import find_devices
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
 from maskmoe.workflow.entry import run_to_end
 from maskmoe.workflow.json_records import first_problem
-from maskmoe.workflow.paths import runs_folder
+from maskmoe.paths import runs_folder
 
 
 def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
@@ -103,7 +103,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     try:
         return Settings(**vars(parser.parse_args(arguments)))
     except ValidationError as error:
-        raise UserError(f"--{first_problem(error)}") from error
+        field, _, problem = first_problem(error).partition(": ")
+        raise UserError(f"--{field.replace('_', '-')}: {problem}") from error
 
 
 def main() -> None:

@@ -36,9 +36,7 @@ def quickstart_suite() -> Suite:
 class Settings(BaseModel):
     """The settings of a quickstart, see `maskmoe quickstart --help`. Wrong values raise a ValidationError."""
 
-    model_config = ConfigDict(
-        frozen=True, alias_generator=lambda name: name.replace("_", "-"), validate_by_name=True, validate_by_alias=False
-    )
+    model_config = ConfigDict(frozen=True)
 
     input: tuple[Path, ...]
     run_dir: Path

@@ -133,9 +133,8 @@ def render_report(results: QuickstartResults) -> str:
 
 
 def _band_rows(evaluation: dict[str, Any]) -> list[list[str]]:
-    overall: dict[str, Any] = {"name": "all", "share": 1.0} | {
-        key: evaluation[key] for key in ("tokens", "loss", "perplexity")
-    }
+    overall: dict[str, Any] = {key: evaluation[key] for key in ("tokens", "loss", "perplexity")}
+    overall |= {"name": "all", "share": 1.0}
     return [
         [
             band["name"],

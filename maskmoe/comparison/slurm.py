@@ -70,7 +70,7 @@ def refuse_while_jobs_are_queued(comparison: Comparison) -> None:
         raise UserError(f"cannot ask Slurm for its queue: {_last_line(result.stderr)}")
     if queued := [job for job in jobs if job in result.stdout.split()]:
         raise UserError(
-            f"jobs of this comparison are in Slurm's queue and continue by themselves; to end the jobs: "
+            f"jobs of this comparison are in Slurm's queue, and go on by themselves; to end the jobs: "
             f"scancel {' '.join(reversed(queued))}"
         )
 

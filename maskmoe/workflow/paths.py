@@ -1,20 +1,9 @@
-"""The checkout that this package may run from, and short names for paths."""
+"""The script that submits jobs to Slurm, and short names for paths."""
 
 from pathlib import Path
 
-_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-
-SUBMIT_SCRIPT = _PACKAGE_PARENT / "launch" / "slurm" / "submit.sh"
+SUBMIT_SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "slurm" / "submit.sh"
 """The script that submits training to Slurm. The script exists only in a checkout of the repository."""
-
-
-def runs_folder() -> Path:
-    """Return the folder that holds run folders by default.
-
-    The folder is `runs` of the checkout if the package runs from a checkout, else `runs` of the current folder.
-    """
-    parent = _PACKAGE_PARENT if SUBMIT_SCRIPT.is_file() else Path.cwd()
-    return parent / "runs"
 
 
 def short_path(path: Path | str) -> str:
