@@ -10,10 +10,10 @@ from maskmoe.comparison.quickstart import QuickstartPlan, Settings, quickstart_s
 from maskmoe.comparison.quickstart_report import write_report
 from maskmoe.errors import UserError
 from maskmoe.launch.devices import find_devices
+from maskmoe.paths import runs_folder
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
 from maskmoe.workflow.entry import run_to_end
 from maskmoe.workflow.json_records import first_problem
-from maskmoe.paths import runs_folder
 
 
 def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
