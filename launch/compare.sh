@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 set -euo pipefail
 
-# Compares variants of a model, see --help. The script sets up .venv first, unless a Python on PATH has MaskMoE, as in the
+# Compares variants of a model, see --help. Sets up .venv first, unless a Python on PATH has MaskMoE, as in the
 # container images.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

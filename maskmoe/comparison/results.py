@@ -269,7 +269,7 @@ class Estimate:
 def paired_difference(
     results: Results, name: str, baseline: str, value: Callable[[RunResult], float]
 ) -> Estimate | None:
-    """Estimate how a variant differs from a baseline over the seeds that both have; None if there is no such seed.
+    """Estimate how a variant differs from a baseline over their common seeds; None without common seeds.
 
     Both runs of a pair see the same data in the same order and start from the same weights, where the models have the
     same weights. Most of the variation between seeds therefore cancels.

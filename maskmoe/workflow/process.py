@@ -21,7 +21,7 @@ class StageProcess:
 
     Args:
         command: program and arguments.
-        environment: variables that are set in addition to those of this process.
+        environment: variables that are set in addition to the variables of this process.
         log: file to which the output is appended.
         lock: lock of the run folder; all processes of the command hold the lock, too.
     """

@@ -22,7 +22,7 @@ class Stage:
             outputs when the stage is repeated.
         scratch: folders that are removed before every start, because an interrupted command may leave incomplete files
             in them.
-        environment: variables that are set in addition to those of this process.
+        environment: variables that are set in addition to the variables of this process.
         machine_flags: names of flags that adapt the command to the machine. A change of these flags alone does not
             repeat the stage.
         is_resumable: whether the command, started again, continues from its own outputs.

@@ -31,7 +31,7 @@ class StubRun:
         self.flags = {"first": [], "steps": [], "last": []}
         self._plan_file = folder / "plan.json"
 
-    # What a plan has.
+    # The attributes of a plan, see `maskmoe.workflow.stage.Plan`.
     seq_length = 8
 
     @property
