@@ -33,19 +33,13 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     )
     suite = quickstart_suite()
     (variant,) = suite.variants
-    flags, mask = variant.flags, variant.mask or {}
+    defaults = {**suite.data, **variant.flags, **(variant.mask or {}), "lr": suite.learning_rates}
+    parser.set_defaults(**{flag.replace("-", "_"): words[0] for flag, words in defaults.items() if words})
+    parser.set_defaults(seed=variant.seeds[0])
 
-    def add(
-        group: argparse._ArgumentGroup,
-        flag: str,
-        kind: type,
-        default: object,
-        text: str,
-        metavar: str | None = "N",
-        choices: Sequence[str] | None = None,
-    ) -> None:
-        text = f"{text} [{default}]"
-        group.add_argument(flag, type=kind, default=kind(default), help=text, metavar=metavar, choices=choices)
+    def add(group: argparse._ArgumentGroup, flag: str, kind: type, text: str, metavar: str | None = "N") -> None:
+        choices = ASSIGNMENTS if flag == "--assignment" else None
+        group.add_argument(flag, type=kind, metavar=metavar, choices=choices, help=f"{text} [%(default)s]")
 
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -58,47 +52,26 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         "[sources and documentation of the installed Python and its packages]",
     )
     files.add_argument("--json-key", default="text", metavar="KEY", help="key that holds the text in JSON lines [text]")
-    files.add_argument(
-        "--run-dir",
-        type=Path,
-        default=runs_folder() / "quickstart",
-        metavar="DIR",
-        help="folder of all files [runs/quickstart]",
-    )
+    run_dir = runs_folder() / "quickstart"
+    files.add_argument("--run-dir", type=Path, default=run_dir, metavar="DIR", help="all files [runs/quickstart]")
 
     model = parser.add_argument_group("model")
-    add(model, "--vocab-size", int, suite.data["vocab-size"][0], "number of ids of the tokenizer")
-    add(model, "--num-layers", int, flags["num-layers"][0], "number of transformer layers")
-    add(model, "--hidden-size", int, flags["hidden-size"][0], "width of the model, a multiple of 32")
-    add(model, "--num-experts", int, flags["num-experts"][0], "number of experts in each layer")
+    add(model, "--vocab-size", int, "number of ids of the tokenizer")
+    add(model, "--num-layers", int, "number of transformer layers")
+    add(model, "--hidden-size", int, "width of the model, a multiple of 32")
+    add(model, "--num-experts", int, "number of experts in each layer")
 
-    routing = parser.add_argument_group("routing mask")
-    add(
-        routing,
-        *("--frequent-mass", float, mask["frequent-mass"][0]),
-        "the ids that make up this share of the text see several experts",
-        metavar="P",
-    )
-    add(
-        routing,
-        *("--frequent-visible-experts", int, mask["frequent-visible-experts"][0]),
-        "number of experts that frequent ids see; all other ids see one expert",
-        metavar="V",
-    )
-    add(
-        routing,
-        *("--assignment", str, mask["assignment"][0]),
-        "how experts are assigned to ids",
-        choices=ASSIGNMENTS,
-        metavar=None,
-    )
+    mask = parser.add_argument_group("routing mask")
+    add(mask, "--frequent-mass", float, "the ids that make up this share of the text see several experts", "P")
+    add(mask, "--frequent-visible-experts", int, "experts that such an id sees; all other ids see one expert", "V")
+    add(mask, "--assignment", str, "how experts are assigned to ids", None)
 
     training = parser.add_argument_group("training")
-    add(training, "--seq-length", int, flags["seq-length"][0], "number of tokens in a sample")
-    add(training, "--global-batch-size", int, flags["global-batch-size"][0], "number of samples in an iteration")
-    add(training, "--train-iters", int, flags["train-iters"][0], "number of iterations")
-    add(training, "--lr", float, suite.learning_rates[0], "largest learning rate", metavar="X")
-    add(training, "--seed", int, variant.seeds[0], "seed of the initial weights and of the order of the data")
+    add(training, "--seq-length", int, "number of tokens in a sample")
+    add(training, "--global-batch-size", int, "number of samples in an iteration")
+    add(training, "--train-iters", int, "number of iterations")
+    add(training, "--lr", float, "largest learning rate", "X")
+    add(training, "--seed", int, "seed of the initial weights and of the order of the data")
     training.add_argument("--prompt", metavar="TEXT", help="start of the sample [the start of a held-out text]")
     try:
         return Settings(**vars(parser.parse_args(arguments)))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
@@ -11,40 +11,6 @@ from maskmoe.workflow.files import TextFiles
 from maskmoe.workflow.split import choose_split
 from maskmoe.workflow.stage import Stage, StageMaker
 from maskmoe.workflow.stages import TextStages, count_tokens
-
-
-class Data(Protocol):
-    """A dataset with its token counts. The stages that make both form a plan, see `Plan`."""
-
-    @property
-    def files(self) -> TextFiles:
-        """Where the stages keep their files."""
-        ...
-
-    @property
-    def stages(self) -> tuple[StageMaker, ...]:
-        """Makers of the stages that make the dataset."""
-        ...
-
-    @property
-    def seq_length(self) -> int:
-        """Tokens in a sample."""
-        ...
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """Files of the dataset."""
-        ...
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """Folders that every process of a run must be able to read."""
-        ...
-
-    @property
-    def flags(self) -> Flags:
-        """Flags of training and evaluation that name the dataset."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -141,6 +107,18 @@ class PreparedData:
     def frequency(self) -> Stage:
         """Count the tokens of the dataset."""
         return count_tokens(self.flags["data-path"], self.vocab_size, self.inputs, self.files.token_frequency)
+
+
+Data = TextData | PreparedData | MissingData
+"""A dataset with its token counts. The stages that make both form a plan, see `Plan`. Each kind of data has:
+
+- `files`: where the stages keep their files;
+- `stages`: makers of the stages that make the dataset;
+- `seq_length`: tokens in a sample;
+- `inputs`: files of the dataset;
+- `folders`: folders that every process of a run must be able to read;
+- `flags`: flags of training and evaluation that name the dataset.
+"""
 
 
 def dataset_prefixes(words: Sequence[str]) -> list[str]:

@@ -129,35 +129,25 @@ class RunPlan:
     def evaluate(self) -> Stage:
         """Evaluate the trained model."""
         num_experts = int(self._flags.get("num-experts", ("1",))[0])
-        return stages.evaluate(
-            self.files,
-            processes=self._processes,
-            expert_model_parallel_size=math.gcd(self._processes, num_experts),
-            flags={
-                **self._data.flags,
-                "data-cache-path": (str(self.files.dataset_cache),),
-                "micro-batch-size": self._flags.get("micro-batch-size", ("1",)),
-            },
-            token_frequency=self._data.files.token_frequency,
-            inputs=self._inputs_of_evaluation,
-            devices=self._devices,
-        )
+        flags = {
+            "expert-model-parallel-size": (str(math.gcd(self._processes, num_experts)),),
+            **self._data.flags,
+            "data-cache-path": (str(self.files.dataset_cache),),
+            "micro-batch-size": self._flags.get("micro-batch-size", ("1",)),
+            "token-frequency": (str(self._data.files.token_frequency),),
+        }
+        return stages.evaluate(self.files, self._processes, flags, self._inputs_of_evaluation, self._devices)
 
     def routing(self) -> Stage:
         """Analyze how the run's checkpoints route."""
         data = self._data.flags
-        return stages.analyze_routing(
-            self.files,
-            iterations=self._saved,
-            flags={
-                "data-path": (dataset_prefixes(data["data-path"])[0],),
-                "split": data["split"],
-                "tokens": (str(self._suite.probe_tokens),),
-            },
-            token_frequency=self._data.files.token_frequency,
-            inputs=self._inputs_of_evaluation,
-            devices=self._devices,
-        )
+        flags = {
+            "data-path": (dataset_prefixes(data["data-path"])[0],),
+            "split": data["split"],
+            "tokens": (str(self._suite.probe_tokens),),
+            "token-frequency": (str(self._data.files.token_frequency),),
+        }
+        return stages.analyze_routing(self.files, self._saved, flags, self._inputs_of_evaluation, self._devices)
 
     def thin(self) -> Stage:
         """Remove all checkpoints but the last."""

@@ -148,39 +148,26 @@ def train(
     )
 
 
-def evaluate(
-    files: TrainingFiles,
-    *,
-    processes: int,
-    expert_model_parallel_size: int,
-    flags: Flags,
-    token_frequency: Path,
-    inputs: tuple[Path, ...],
-    devices: Devices,
-) -> Stage:
+def evaluate(files: TrainingFiles, processes: int, flags: Flags, inputs: tuple[Path, ...], devices: Devices) -> Stage:
     """Evaluate the newest checkpoint on all held-out text.
 
     Args:
         files: files of the run.
         processes: number of ranks.
-        expert_model_parallel_size: number of ranks that share the experts.
-        flags: flags of the data and the micro-batch size.
-        token_frequency: token counts, which define the frequency bands.
+        flags: flags of the layout, the data, the micro-batch size and the token counts.
         inputs: the last checkpoint, the token counts and the files of the dataset.
         devices: devices of this machine.
     """
     words = (
-        *("--load", files.checkpoints, "--use-checkpoint-args"),
-        *("--expert-model-parallel-size", expert_model_parallel_size),
+        *("--load", str(files.checkpoints), "--use-checkpoint-args"),
         *flag_words(flags),
-        *("--token-frequency", token_frequency),
-        *("--eval-output", files.evaluation),
+        *("--eval-output", str(files.evaluation)),
         *devices.megatron_flags,
     )
     return Stage(
         "evaluate",
-        standalone_command(processes, "maskmoe.training.evaluate", map(str, words)),
-        inputs=inputs,
+        standalone_command(processes, "maskmoe.training.evaluate", words),
+        inputs,
         outputs=(files.evaluation,),
         scratch=(files.dataset_cache,),
         environment=devices.environment,
@@ -189,38 +176,20 @@ def evaluate(
 
 
 def analyze_routing(
-    files: TrainingFiles,
-    *,
-    iterations: Iterable[int],
-    flags: Flags,
-    token_frequency: Path,
-    inputs: tuple[Path, ...],
-    devices: Devices,
+    files: TrainingFiles, iterations: Iterable[int], flags: Flags, inputs: tuple[Path, ...], devices: Devices
 ) -> Stage:
     """Analyze how the checkpoints of a run route held-out text.
 
     Args:
         files: files of the run.
         iterations: iterations of the checkpoints.
-        flags: flags of the data and the number of tokens.
-        token_frequency: token counts, which define the frequency bands.
+        flags: flags of the data, the number of tokens and the token counts.
         inputs: the last checkpoint, the token counts and the files of the dataset.
         devices: devices of this machine.
     """
-    command = maskmoe_command(
-        "analyze",
-        *("--load", files.checkpoints, "--ckpt-step", *iterations),
-        *flag_words(flags),
-        *("--token-frequency", token_frequency),
-        *("--output-dir", files.routing),
-    )
-    return Stage(
-        "routing",
-        command,
-        inputs=inputs,
-        outputs=(files.routing,),
-        environment=devices.environment,
-    )
+    checkpoints = ("--load", files.checkpoints, "--ckpt-step", *iterations)
+    command = maskmoe_command("analyze", *checkpoints, *flag_words(flags), "--output-dir", files.routing)
+    return Stage("routing", command, inputs, outputs=(files.routing,), environment=devices.environment)
 
 
 def thin_checkpoints(files: TrainingFiles, results: tuple[Path, ...]) -> Stage:

@@ -46,15 +46,7 @@ def test_key_of_the_text_names_the_dataset(tmp_path):
     [(ON_GPUS, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, True), (WITHOUT_GPUS, {"OMP_NUM_THREADS": "4"}, False)],
 )
 def test_evaluation_suits_the_devices(tmp_path, devices, environment, is_bf16):
-    stage = stages.evaluate(
-        TrainingFiles(tmp_path),
-        processes=2,
-        expert_model_parallel_size=2,
-        flags={"data-path": ("data",)},
-        token_frequency=tmp_path / "counts",
-        inputs=(),
-        devices=devices,
-    )
+    stage = stages.evaluate(TrainingFiles(tmp_path), 2, {"data-path": ("data",)}, (), devices)
     assert flags_of(stage)["--nproc-per-node"] == "2"
     assert stage.environment == environment
     assert ("--bf16" in stage.command) == is_bf16
