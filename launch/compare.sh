@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 set -euo pipefail
 
-# Compares variants of a model; see --help. Sets up .venv first, unless a Python on PATH has MaskMoE, as in the
+# Compares variants of a model, see --help. Sets up .venv first, unless a Python on PATH has MaskMoE, as in the
 # container images.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -11,4 +11,4 @@ if [[ ! -e $root/.venv/maskmoe-setup ]] && python3 -P -c 'import maskmoe, transf
 else
     "$root/launch/setup.sh" --extras hf
 fi
-exec "$python" -P -m maskmoe.comparison "$@"
+exec "$python" -P -m maskmoe compare "$@"

@@ -5,12 +5,12 @@ usage() {
     cat <<'END'
 usage: launch/quickstart.sh [--input FILE…] [--run-dir DIR] [options]
 
-Sets up .venv, then trains a MaskMoE language model from raw text on this machine, evaluates it, exports it to Hugging
-Face's format, and shows a sample of what it writes. Started again after an interruption, it continues where it was.
+Sets up .venv, then trains a MaskMoE language model from raw text on this machine, evaluates the model, exports the
+model to Hugging Face's format, and shows a sample of generated text. After an interruption, the same command resumes.
 
   --input FILE…  text to train on: JSON lines or plain text, also .gz and .zst
                  (default: sources and documentation of the installed Python and its packages)
-  --run-dir DIR  where all files of the run go (default: runs/quickstart)
+  --run-dir DIR  folder of all files of the run (default: runs/quickstart)
 
 Once launch/setup.sh has run, --help shows all options.
 END
@@ -21,7 +21,7 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 for argument in "$@"; do
     if [[ $argument == -h || $argument == --help ]]; then
         if [[ -e $root/.venv/maskmoe-setup ]]; then
-            exec "$root/.venv/bin/python" -P -m maskmoe.quickstart --help
+            exec "$root/.venv/bin/python" -P -m maskmoe quickstart --help
         fi
         usage
         exit
@@ -29,4 +29,4 @@ for argument in "$@"; do
 done
 
 "$root/launch/setup.sh" --extras hf
-exec "$root/.venv/bin/python" -P -m maskmoe.quickstart "$@"
+exec "$root/.venv/bin/python" -P -m maskmoe quickstart "$@"

@@ -1,4 +1,4 @@
-"""Holds the variants of a comparison to the same number of active parameters."""
+"""Require that the variants of a comparison have the same number of active parameters."""
 
 import re
 from collections.abc import Sequence
@@ -13,14 +13,19 @@ _ACTIVE = re.compile(r"^active .* (?P<number>[\d,]+)  for a token")
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters a variant has, and how many of them a token passes through."""
+    """The number of parameters of a variant.
+
+    Attributes:
+        total: all parameters.
+        active: the parameters that a token passes through.
+    """
 
     total: int
     active: int
 
     @classmethod
     def from_check(cls, lines: Sequence[str]) -> "Parameters | None":
-        """From what `--check` of training printed; None if it says nothing of parameters."""
+        """Read the numbers from the output of training's `--check`; return None if the output states none."""
         total = next((match for match in map(_TOTAL.match, lines) if match), None)
         active = next((match for match in map(_ACTIVE.match, lines) if match), None)
         if total is None:
@@ -29,20 +34,20 @@ class Parameters:
 
 
 def check_active_parameters(parameters: dict[str, Parameters]) -> None:
-    """Refuse a comparison of unequal models.
+    """Refuse to compare models of different size.
 
-    A router is allowed for: it is what a model with experts has and a dense one has not.
+    The tolerance allows for routers, which a dense model does not have.
 
     Args:
-        parameters: of the variants, by name.
+        parameters: numbers of parameters by name of the variant.
 
     Raises:
-        UserError: naming the two that differ most.
+        UserError: the smallest and the largest variant differ too much.
     """
     by_size = sorted(parameters, key=lambda name: parameters[name].active)
     smallest, largest = parameters[by_size[0]], parameters[by_size[-1]]
     if largest.active > (1 + _TOLERANCE) * smallest.active:
         raise UserError(
             f"variant {by_size[-1]} has {largest.active:,} active parameters and {by_size[0]} {smallest.active:,}: "
-            f"they can be compared if they differ by at most {_TOLERANCE:.0%}; choose other widths"
+            f"variants can be compared if their numbers differ by at most {_TOLERANCE:.0%}; choose other widths"
         )

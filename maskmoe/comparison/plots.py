@@ -1,6 +1,6 @@
 """The plots of a comparison."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +18,18 @@ _DASHES = ("-", "--", ":")
 
 
 def draw_plots(results: Results, folder: Path) -> dict[str, str]:
-    """Write the plots for which there are results.
+    """Write all plots for which there are results.
 
     Returns:
         captions by file name.
     """
-    plots = {
+    plots: dict[str, tuple[str, Callable[[Results], Figure | None]]] = {
         "loss_curves.png": ("Loss on held-out text during training", _loss_curves),
         "bands.png": ("Where the variants differ: loss by frequency of the input token's id", _bands),
         "expert_load.png": ("Load of the experts on held-out text", _expert_load),
         "entropy.png": ("How undecided the routers are: entropy of their choice, by layer", _entropy),
         "fluctuation.png": ("Routing fluctuation: tokens of a fixed text whose expert changes", _fluctuation),
-        "distinct_experts.png": ("Experts that the occurrences of one id spread over", _distinct_experts),
+        "distinct_experts.png": ("Number of experts that process the occurrences of one id", _distinct_experts),
         "grid.png": ("Perplexity over P and V_f", _grid),
         "learning_rates.png": ("Choice of the learning rate", _learning_rates),
     }
@@ -43,20 +43,57 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     return captions
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure whose size is given in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
 
 
-def _tidy(axes: "Axes") -> None:
+def tidy(axes: "Axes") -> None:
+    """Draw a light grid behind the data and remove the upper and right border."""
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _finish(figure: "Figure", axes: "Sequence[Axes] | np.ndarray", columns: int = 3) -> "Figure":
+    """Tidy all axes and put the legend of the first axes below the figure."""
+    for each in axes:
+        tidy(each)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def _pair_of_axes(figure: "Figure", *, share_y: bool = False) -> "tuple[Axes, Axes]":
+    left, right = figure.subplots(1, 2, sharey=share_y, squeeze=False)[0]
+    return left, right
+
+
+def _grid_of_axes(
+    width: float, height: float, extra: float, num: int, *, share: bool = False
+) -> "tuple[Figure, np.ndarray]":
+    """Return a figure and at least `num` axes, [rows, up to 4 columns], of which the surplus ones are hidden.
+
+    Args:
+        width: width of each axes in inches.
+        height: height of each axes in inches.
+        extra: further height of the figure in inches.
+        num: number of axes needed.
+        share: whether all axes have the same scales.
+    """
+    columns = min(4, num)
+    rows = -(-num // columns)
+    figure = new_figure(max(6.0, width * columns), height * rows + extra)
+    all_axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
+    for axes in all_axes.flat[num:]:
+        axes.set_visible(False)
+    return figure, all_axes
+
+
 def _styles(results: Results) -> dict[str, dict[str, Any]]:
-    """Line styles by name of main variants."""
+    """Return line styles by name of the main variants."""
     names = [variant.name for variant in results.of_role("main")]
     return {
         name: {"color": _COLORS[i % len(_COLORS)], "linestyle": _DASHES[i // len(_COLORS) % len(_DASHES)]}
@@ -64,243 +101,205 @@ def _styles(results: Results) -> dict[str, dict[str, Any]]:
     }
 
 
-def _mean_curve(runs: Sequence[RunResult]) -> tuple[list[int], np.ndarray]:
-    """Iterations that all runs have a held-out loss of, and the losses, [runs, iterations]."""
+def _held_out_losses(runs: Iterable[RunResult]) -> tuple[list[int], np.ndarray]:
+    """Return the iterations with a held-out loss in all runs, and the losses, [runs, iterations]."""
     curves = [dict(zip(run.validation.iterations, run.validation.losses, strict=True)) for run in runs]
     common = sorted(set.intersection(*(set(curve) for curve in curves)))
     return common, np.array([[curve[iteration] for iteration in common] for curve in curves])
 
 
 def _loss_curves(results: Results) -> "Figure | None":
-    baseline = results.baselines[0]
-    if not results.runs_of(baseline):
+    baseline = results.variant(results.baselines[0])
+    if baseline is None:
         return None
-    figure = _new_figure(12, 5)
-    left, right = figure.subplots(1, 2)
+    styles = _styles(results)
+    figure = new_figure(12, 5)
+    left, right = _pair_of_axes(figure)
     for variant in results.of_role("main"):
-        style = _styles(results)[variant.name]
-        iterations, losses = _mean_curve(results.runs_of(variant.name))
+        style = styles[variant.name]
+        iterations, losses = _held_out_losses(results.runs_of(variant.name))
         left.plot(iterations, losses.mean(axis=0), label=variant.title, **style)
-        points = list(_differences_by_iteration(results, variant.name, baseline))
-        if points and variant.name != baseline:
-            steps, means, errors = map(np.array, zip(*points, strict=True))
+        points = list(_differences_by_iteration(results, variant.name, baseline.name))
+        if points and variant != baseline:
+            steps, means, errors = np.array(points).T
             right.plot(steps, means, **style)
             right.fill_between(steps, means - errors, means + errors, color=style["color"], alpha=0.15, linewidth=0)
     left.set(xlabel="iteration", ylabel="loss (nats per token)", yscale="log")
     left.yaxis.set_major_formatter("{x:.1f}")
     left.yaxis.set_minor_formatter("{x:.1f}")
-    right.axhline(0, color=_styles(results)[baseline]["color"], linewidth=1)
-    title = results.variant(baseline).title
-    right.set(xlabel="iteration", ylabel=f"loss minus that of {title}, ± standard error")
-    for axes in (left, right):
-        _tidy(axes)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return figure
+    right.axhline(0, color=styles[baseline.name]["color"], linewidth=1)
+    right.set(xlabel="iteration", ylabel=f"loss minus the loss of {baseline.title}, ± standard error")
+    return _finish(figure, (left, right))
 
 
-def _differences_by_iteration(results: Results, name: str, baseline: str) -> Iterator[tuple[int, float, float]]:
-    """Iteration, mean difference and its standard error (0 if there is one pair only)."""
-    iterations, _ = _mean_curve([*results.runs_of(name), *results.runs_of(baseline)])
+def _differences_by_iteration(results: Results, name: str, baseline: str) -> Iterator[tuple[float, float, float]]:
+    """Yield iteration, mean difference of held-out losses, and its standard error (0 for a single pair)."""
+    iterations, _ = _held_out_losses([*results.runs_of(name), *results.runs_of(baseline)])
     for iteration in iterations:
-        difference = paired_difference(results, name, baseline, _validation_at(iteration))
+        difference = paired_difference(results, name, baseline, _held_out_loss_at(iteration))
         if difference is not None:
-            yield iteration, difference.mean, np.nan_to_num(difference.standard_error)
+            yield iteration, difference.mean, float(np.nan_to_num(difference.standard_error))
 
 
-def _validation_at(iteration: int) -> Callable[[RunResult], float]:
+def _held_out_loss_at(iteration: int) -> Callable[[RunResult], float]:
     return lambda run: run.validation.losses[run.validation.iterations.index(iteration)]
 
 
 def _bands(results: Results) -> "Figure | None":
-    names = results.band_names()
-    baselines = [variant for name in results.baselines if (variant := results.variant(name))]
+    names, baselines = results.band_names(), results.baseline_variants
     if not names or not baselines:
         return None
     variants = results.of_role("main")
-    figure = _new_figure(12, 1.2 + 0.42 * len(variants))
+    figure = new_figure(12, 1.2 + 0.42 * len(variants))
     all_axes = figure.subplots(1, len(baselines), sharey=True, squeeze=False)[0]
-    columns = {"all": lambda run: run.loss} | {name: _band(name) for name in names}
-    offsets = np.linspace(-0.27, 0.27, len(columns))
+    values: dict[str, Callable[[RunResult], float]] = {"all": lambda run: run.loss}
+    values |= {f"ids of {name}": lambda run, name=name: run.band_loss(name) for name in names}
+    offsets = np.linspace(-0.27, 0.27, len(values))
     for axes, baseline in zip(all_axes, baselines, strict=True):
-        for (label, value), offset, color in zip(columns.items(), offsets, ("black", *_COLORS[1:]), strict=False):
+        for (label, value), offset, color in zip(values.items(), offsets, ("black", *_COLORS[1:]), strict=False):
+            marker = {"color": color, "marker": "o", "linestyle": "none"}
             for row, variant in enumerate(variants):
                 difference = paired_difference(results, variant.name, baseline.name, value)
                 if difference is not None and variant != baseline:
-                    axes.errorbar(
-                        difference.mean,
-                        row + offset,
-                        xerr=np.nan_to_num(difference.standard_error),
-                        color=color,
-                        marker="o",
-                        markersize=4,
-                        linestyle="none",
-                    )
-            axes.plot(
-                [], [], color=color, marker="o", linestyle="none", label=label if label == "all" else f"ids of {label}"
-            )
+                    error = np.nan_to_num(difference.standard_error)
+                    axes.errorbar(difference.mean, row + offset, xerr=error, markersize=4, **marker)
+            axes.plot([], [], label=label, **marker)
         axes.axvline(0, color="#8a8a8a", linewidth=1)
         axes.set_yticks(range(len(variants)), [variant.title for variant in variants])
-        axes.set(xlabel=f"loss minus that of {baseline.title} (left is better)")
-        _tidy(axes)
+        axes.set(xlabel=f"loss minus the loss of {baseline.title} (left is better)")
     all_axes[0].invert_yaxis()
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    return figure
-
-
-def _band(name: str) -> Callable[[RunResult], float]:
-    return lambda run: next(band["loss"] for band in run.bands if band["name"] == name)
+    return _finish(figure, all_axes, columns=4)
 
 
 def _expert_load(results: Results) -> "Figure | None":
-    variants = [variant for variant in results.of_role("main") if results.runs_of(variant.name)[0].load]
-    if not variants:
+    first_runs = {variant.title: results.runs_of(variant.name)[0] for variant in results.of_role("main")}
+    first_runs = {title: run for title, run in first_runs.items() if run.load}
+    if not first_runs:
         return None
-    columns = min(4, len(variants))
-    rows = -(-len(variants) // columns)
-    figure = _new_figure(3.1 * columns, 1.9 * rows + 0.6)
-    all_axes = figure.subplots(rows, columns, squeeze=False)
+    figure, all_axes = _grid_of_axes(3.1, 1.9, 0.6, len(first_runs))
     image = None
-    for axes in all_axes.flat[len(variants) :]:
-        axes.set_visible(False)
-    for axes, variant in zip(all_axes.flat, variants, strict=False):
-        run = results.runs_of(variant.name)[0]
+    for axes, (title, run) in zip(all_axes.flat, first_runs.items(), strict=False):
         load = np.array(run.load, dtype=float)  # [layers, experts]
         load /= load.mean(axis=1, keepdims=True)
         image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-        axes.set_title(f"{variant.title}\nmax/mean {load.max(axis=1).mean():.2f}", fontsize=8)
+        axes.set_title(f"{title}\nmax/mean {load.max(axis=1).mean():.2f}", fontsize=8)
         axes.set_yticks(range(len(load)), range(1, len(load) + 1), fontsize=7)
         axes.set_xticks([])
         axes.set_xlabel("expert", fontsize=7)
         axes.set_ylabel("layer", fontsize=7)
+    assert image is not None
     figure.colorbar(image, ax=all_axes, label="tokens, as a multiple of the mean", shrink=0.8)
     return figure
 
 
-def _routed(results: Results) -> list[VariantResult]:
-    """Main variants in which a router has a choice."""
-    return [
-        variant
-        for variant in results.of_role("main")
-        if (routing := results.runs_of(variant.name)[0].routing) and routing.has_choice
-    ]
+def _routing_histories(
+    results: Results, *, with_choice: bool = False
+) -> list[tuple[VariantResult, list[RoutingHistory]]]:
+    """Return the main variants with experts, each with the routing of all its runs.
+
+    Args:
+        results: all results.
+        with_choice: whether to omit variants whose routers have no choice.
+    """
+    found = []
+    for variant in results.of_role("main"):
+        histories = [run.routing for run in results.runs_of(variant.name) if run.routing]
+        if histories and (histories[0].has_choice or not with_choice):
+            found.append((variant, histories))
+    return found
 
 
-def _mean_of_runs(
-    results: Results, name: str, value: Callable[[RoutingHistory], Sequence[Sequence[float | None]]]
-) -> np.ndarray:
-    """Mean over the runs of a variant of numbers by checkpoint and layer, [checkpoints, layers]."""
-    return np.mean([np.array(value(run.routing), dtype=float) for run in results.runs_of(name)], axis=0)
+def _mean_of_runs(values: Iterable[Sequence[Sequence[float | None]]]) -> np.ndarray:
+    """Return the mean over runs of numbers by checkpoint and layer, [checkpoints, layers]."""
+    return np.mean([np.array(of_run, dtype=float) for of_run in values], axis=0)
 
 
 def _entropy(results: Results) -> "Figure | None":
-    variants = _routed(results)
+    variants = _routing_histories(results, with_choice=True)
     if not variants:
         return None
-    layers = results.runs_of(variants[0].name)[0].routing.layers
-    columns = min(4, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = _new_figure(max(6.0, 3.4 * columns), 3.2 * rows + 0.8)
-    all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes in all_axes.flat[len(layers) :]:
-        axes.set_visible(False)
-    for variant in variants:
-        iterations = results.runs_of(variant.name)[0].routing.iterations
-        entropy = _mean_of_runs(results, variant.name, lambda routing: routing.entropy)
+    styles = _styles(results)
+    layers = variants[0][1][0].layers
+    figure, all_axes = _grid_of_axes(3.4, 3.2, 0.8, len(layers), share=True)
+    for variant, histories in variants:
+        entropy = _mean_of_runs(history.entropy for history in histories)
         for axes, of_layer in zip(all_axes.flat, entropy.T, strict=False):
-            axes.plot(iterations, of_layer, label=variant.title, marker=".", **_styles(results)[variant.name])
+            axes.plot(histories[0].iterations, of_layer, label=variant.title, marker=".", **styles[variant.name])
     for axes, layer in zip(all_axes.flat, layers, strict=False):
         axes.set(title=f"layer {layer}", xlabel="iteration")
-        _tidy(axes)
     for axes in all_axes[:, 0]:
         axes.set_ylabel("entropy (nats)")
         axes.set_ylim(bottom=0)
-    handles = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
-    return figure
+    return _finish(figure, all_axes.flat[: len(layers)])
 
 
 def _fluctuation(results: Results) -> "Figure | None":
-    variants = _routed(results)
+    variants = _routing_histories(results, with_choice=True)
     if not variants:
         return None
-    figure = _new_figure(11, 4.5)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for variant in variants:
-        iterations = results.runs_of(variant.name)[0].routing.iterations[1:]
-        of_all = _mean_of_runs(results, variant.name, lambda routing: routing.fluctuation)
-        of_routable = _mean_of_runs(results, variant.name, lambda routing: routing.routable_fluctuation)
+    styles = _styles(results)
+    figure = new_figure(11, 4.5)
+    left, right = _pair_of_axes(figure, share_y=True)
+    for variant, histories in variants:
+        of_all = _mean_of_runs(history.fluctuation for history in histories)
+        of_routable = _mean_of_runs(history.routable_fluctuation for history in histories)
         for axes, shares in ((left, of_all), (right, of_routable)):
             percent = 100 * shares.mean(axis=1)
-            axes.plot(iterations, percent, label=variant.title, marker=".", **_styles(results)[variant.name])
-    left.set(title="of all tokens", xlabel="iteration", ylabel="% whose expert changed since the last checkpoint")
-    right.set(title="of tokens with two or more visible experts", xlabel="iteration")
+            axes.plot(histories[0].iterations[1:], percent, label=variant.title, marker=".", **styles[variant.name])
+    left.set(title="all tokens", xlabel="iteration", ylabel="% whose expert changed since the last checkpoint")
+    right.set(title="tokens with two or more visible experts", xlabel="iteration")
     left.set_ylim(bottom=0)
-    for axes in (left, right):
-        _tidy(axes)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return figure
+    return _finish(figure, (left, right))
 
 
 def _distinct_experts(results: Results) -> "Figure | None":
-    variants = [variant for variant in results.of_role("main") if results.runs_of(variant.name)[0].routing]
+    variants = _routing_histories(results)
     if not variants:
         return None
     bands = results.band_names()
-    figure = _new_figure(9, 1.2 + 0.34 * len(variants))
+    figure = new_figure(9, 1.2 + 0.34 * len(variants))
     axes = figure.subplots()
     height = 0.8 / len(bands)
     for index, band in enumerate(bands):
+        # A band without occurrences has the mean nan, which draws no bar.
         values = [
-            np.mean([_distinct_in_band(run, band) for run in results.runs_of(variant.name)]) for variant in variants
+            np.mean([np.mean(np.array(history.distinct_experts[band], dtype=float)) for history in histories])
+            for _, histories in variants
         ]
         rows = np.arange(len(variants)) + (index - (len(bands) - 1) / 2) * height
         axes.barh(rows, values, height=height, color=_COLORS[index + 1], label=f"ids of {band}")
-    axes.set_yticks(range(len(variants)), [variant.title for variant in variants])
+    axes.set_yticks(range(len(variants)), [variant.title for variant, _ in variants])
     axes.invert_yaxis()
     axes.set_xlabel("distinct experts that an id's occurrences were sent to, mean over ids and layers")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    _tidy(axes)
-    return figure
-
-
-def _distinct_in_band(run: RunResult, band: str) -> float:
-    # Not a number where none of the ids occurred, which draws no bar.
-    return float(np.array(run.routing.distinct_experts[band], dtype=float).mean())
+    return _finish(figure, (axes,))
 
 
 def _grid(results: Results) -> "Figure | None":
     grid = results.of_role("grid")
     if not grid:
         return None
-    seed = results.runs_of(grid[0].name)[0].seed
-    base = next(variant for variant in results.of_role("main") if grid[0].name.startswith(f"{variant.name}."))
+    seed, base = results.runs_of(grid[0].name)[0].seed, results.grid_base
     points = {
         (variant.number("frequent-mass"), int(variant.number("frequent-visible-experts"))): run.loss
         for variant in (base, *grid)
         for run in results.runs_of(variant.name)
         if run.seed == seed
     }
-    figure = _new_figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
     for index, num_visible in enumerate(sorted({num_visible for _, num_visible in points})):
         curve = sorted((mass, loss) for (mass, number), loss in points.items() if number == num_visible)
-        masses, losses = zip(*curve, strict=True)
-        axes.plot(
-            [100 * mass for mass in masses],
-            np.exp(losses),
-            color=_COLORS[4 + index],
-            marker="o",
-            label=f"{base.title}, V_f = {num_visible}",
-        )
-    for name, dashes in zip(results.baselines, ("--", ":", "-."), strict=False):
-        of_seed = [run.loss for run in results.runs_of(name) if run.seed == seed]
-        if of_seed:
-            color = _styles(results)[name]["color"]
-            title = results.variant(name).title
-            axes.axhline(np.exp(of_seed[0]), color=color, linestyle=dashes, label=title)
+        percent, losses = 100 * np.array(curve).T[0], np.array(curve).T[1]
+        label = f"{base.title}, V_f = {num_visible}"
+        axes.plot(percent, np.exp(losses), color=_COLORS[4 + index], marker="o", label=label)
+    for baseline, dashes in zip(results.baseline_variants, ("--", ":", "-."), strict=False):
+        for run in results.runs_of(baseline.name):
+            if run.seed == seed:
+                color = _styles(results)[baseline.name]["color"]
+                axes.axhline(float(np.exp(run.loss)), color=color, linestyle=dashes, label=baseline.title)
     axes.set(xlabel="P (% of the text that frequent ids make up)", ylabel=f"perplexity, seed {seed}")
     axes.legend(frameon=False)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -308,15 +307,16 @@ def _learning_rates(results: Results) -> "Figure | None":
     tuned = [variant for variant in results.of_role("main") if len(variant.tuning) > 1]
     if not tuned:
         return None
-    figure = _new_figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for variant in tuned:
-        points = [(float(rate), loss) for rate, loss in variant.tuning.items() if loss is not None]
-        axes.plot(*zip(*sorted(points), strict=True), label=variant.title, marker="o", **_styles(results)[variant.name])
+        points = sorted((float(rate), loss) for rate, loss in variant.tuning.items() if loss is not None)
+        rates, losses = zip(*points, strict=True) if points else ((), ())
+        axes.plot(rates, losses, label=variant.title, marker="o", **_styles(results)[variant.name])
     axes.set(xlabel="largest learning rate", ylabel="held-out loss of a short run", xscale="log")
-    rates = sorted({float(rate) for variant in tuned for rate in variant.tuning})
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    tried = sorted({float(rate) for variant in tuned for rate in variant.tuning})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
     axes.set_xticks([], minor=True)
     axes.legend(frameon=False)
-    _tidy(axes)
+    tidy(axes)
     return figure

@@ -1,4 +1,4 @@
-"""Several runs at a time, each a process of its own."""
+"""Run several runs at a time, each in a process of its own."""
 
 import sys
 import time
@@ -16,70 +16,72 @@ _POLL_SECONDS = 0.5
 
 
 class Pool:
-    """Works off runs, so many at a time.
-
-    A run that fails does not stop the others; it is told at the end.
+    """Runs a limited number of runs at a time. A run that fails does not stop the other runs.
 
     Args:
-        comparison: that the runs belong to.
-        command: that takes up one run, whose name follows it.
-        jobs: runs at a time.
-        line: shows how far they are.
-        lock: of the comparison's folder.
+        comparison: the comparison to which the runs belong.
+        command: the command that finishes one run; the name of the run is appended.
+        jobs: number of runs at a time.
+        line: shows the progress.
+        lock: lock of the comparison's folder.
     """
 
-    def __init__(self, comparison: Comparison, command: Sequence[str], jobs: int, line: ProgressLine, lock: RunLock):
+    def __init__(
+        self, comparison: Comparison, command: Sequence[str], jobs: int, line: ProgressLine, lock: RunLock
+    ) -> None:
         self._comparison = comparison
         self._command = command
         self._jobs = jobs
         self._line = line
         self._lock = lock
 
-    def work_off(self, runs: Sequence[Run]) -> None:
-        """Bring all runs to their ends.
+    def finish(self, runs: Sequence[Run]) -> None:
+        """Finish all runs.
 
         Raises:
-            RunFailure: some failed.
+            RunFailure: at least one run failed. The message names all runs that failed.
         """
-        waiting, at_work, failed = list(runs), [], []
+        waiting, active, failed = list(runs), list[_ActiveRun](), list[_ActiveRun]()
         start = time.monotonic()
         try:
-            while waiting or at_work:
-                while waiting and len(at_work) < self._jobs:
-                    at_work.append(_RunAtWork(self._comparison.folder, waiting.pop(0), self._command, self._lock))
+            while waiting or active:
+                # Start as many runs as may run at a time.
+                while waiting and len(active) < self._jobs:
+                    active.append(_ActiveRun(self._comparison.folder, waiting.pop(0), self._command, self._lock))
                 time.sleep(_POLL_SECONDS)
-                for job in [job for job in at_work if job.has_ended()]:
-                    at_work.remove(job)
-                    done = len(runs) - len(waiting) - len(at_work)
+                # Report the runs that have ended.
+                for job in [job for job in active if job.has_ended()]:
+                    active.remove(job)
+                    done = len(runs) - len(waiting) - len(active)
                     verdict = "FAILED" if job.exit_code else "done"
                     self._line.print(f"[{done}/{len(runs)}] {job.run.name} {verdict} in {format_seconds(job.seconds)}")
                     if job.exit_code:
                         failed.append(job)
-                self._show(len(runs), len(waiting), at_work, time.monotonic() - start)
+                self._show(len(runs), len(waiting), active, time.monotonic() - start)
         except BaseException:
             self._line.print("stopping")
-            for job in at_work:
+            for job in active:
                 job.process.stop()
             raise
         if failed:
             reasons = "; ".join(f"{job.run.name}: {job.last_line}" for job in failed)
             raise RunFailure(f"{len(failed)} of {len(runs)} runs failed: {reasons}")
 
-    def _show(self, total: int, num_waiting: int, at_work: "Sequence[_RunAtWork]", seconds: float) -> None:
-        done = total - num_waiting - len(at_work)
+    def _show(self, total: int, num_waiting: int, active: "Sequence[_ActiveRun]", seconds: float) -> None:
+        done = total - num_waiting - len(active)
         eta = f" · ETA {format_seconds(seconds / done * (total - done))}" if done else ""
-        states = " · ".join(f"{job.run.name}: {job.last_line}" for job in at_work)
+        states = " · ".join(f"{job.run.name}: {job.last_line}" for job in active)
         self._line.update(f"{done}/{total} runs{eta} · {states}")
 
 
-class _RunAtWork:
-    """A process that takes up one run."""
+class _ActiveRun:
+    """A process that finishes one run."""
 
-    def __init__(self, folder: Path, run: Run, command: Sequence[str], lock: RunLock):
+    def __init__(self, folder: Path, run: Run, command: Sequence[str], lock: RunLock) -> None:
         self.run = run
         log = folder / run.name / "progress.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.process = StageProcess((*command, run.name), {}, log, lock, Path.cwd())
+        self.process = StageProcess((*command, run.name), {}, log, lock)
         self.last_line = "starts"
         self._start = time.monotonic()
 
@@ -92,17 +94,17 @@ class _RunAtWork:
         return time.monotonic() - self._start
 
     def has_ended(self) -> bool:
-        """Whether it has; also reads what it has printed."""
-        ended = self.exit_code is not None
+        """Return whether the process has ended, and read the lines that the process has printed."""
+        has_ended = self.exit_code is not None
         for line in self.process.new_lines():
             self.last_line = line.strip() or self.last_line
-        return ended
+        return has_ended
 
 
 def run_command(arguments: Sequence[str]) -> tuple[str, ...]:
-    """The command that takes up one run, without the name of the run.
+    """Return the command that finishes one run, up to the name of the run, which must follow.
 
     Args:
-        arguments: of this process.
+        arguments: arguments of this process.
     """
-    return (sys.executable, "-P", "-m", "maskmoe.comparison", *arguments, "--run")
+    return (sys.executable, "-P", "-m", "maskmoe", "compare", *arguments, "--run")

@@ -1,14 +1,12 @@
-"""What the runs of a comparison have shown: read from their files, kept as JSON, compared seed by seed."""
+"""The results of a comparison: read from the files of its runs, kept as JSON, compared seed by seed."""
 
-import json
 import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +15,9 @@ from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.runs import Run, choose_learning_rates, tuning_runs
 from maskmoe.comparison.suite import Role, Variant
 from maskmoe.json_files import read_json
+from maskmoe.workflow.json_records import read_record, write_record
 from maskmoe.workflow.record import RunRecord
+from maskmoe.workflow.training_log import IterationRecord, ValidationRecord
 
 _CONFIDENCE = 0.95
 
@@ -32,19 +32,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class RoutingHistory:
-    """How the checkpoints of a run route a fixed text, from what tools/analyze_routing.py has written.
+    """How the checkpoints of a run route a fixed text, as `maskmoe analyze` has written.
 
-    What has no value, such as the entropy where no token has a choice, is None.
+    A value that does not exist is None, for example the entropy of a layer in which no token has a choice.
 
     Attributes:
-        layers: numbers of those with experts.
-        iterations: of the checkpoints.
-        entropy: [checkpoints, layers], nats, of tokens with a choice.
-        fluctuation: [checkpoints - 1, layers], share of the experts of all tokens that changed since the one before.
-        routable_fluctuation: the same of tokens with a choice.
-        single_expert_token_share: [layers], tokens without a choice.
-        id_information: [layers], what the expert tells of the id at the last checkpoint, in nats.
-        distinct_experts: by band, [layers], experts that an id's occurrences spread over, at the last checkpoint.
+        layers: numbers of the layers with experts.
+        iterations: iterations of the checkpoints.
+        entropy: [checkpoints, layers], mean entropy of the router in nats, over tokens with a choice.
+        fluctuation: [checkpoints - 1, layers], share of all tokens' experts that changed since the checkpoint before.
+        routable_fluctuation: [checkpoints - 1, layers], the same share over tokens with a choice.
+        single_expert_token_share: [layers], share of tokens without a choice.
+        id_information: [layers], mutual information of expert and id at the last checkpoint, in nats.
+        distinct_experts: by band, [layers], number of experts that process an id's occurrences at the last checkpoint.
     """
 
     layers: list[int]
@@ -58,7 +58,7 @@ class RoutingHistory:
 
     @classmethod
     def read(cls, path: Path) -> "RoutingHistory":
-        """From routing.json. Raises UserError if it cannot be read."""
+        """Read routing.json. Raises UserError if the file cannot be read."""
         content = read_json(path)
         checkpoints, changes = content["checkpoints"], content["fluctuation"]
         last = checkpoints[-1]
@@ -75,8 +75,23 @@ class RoutingHistory:
 
     @property
     def has_choice(self) -> bool:
-        """Whether a router has one."""
+        """Whether any token has a choice among experts."""
         return min(self.single_expert_token_share) < 1
+
+
+@dataclass(frozen=True)
+class Band:
+    """The loss of the held-out tokens whose ids belong to one frequency band.
+
+    Attributes:
+        name: name of the band.
+        share: share of the band in all held-out tokens.
+        loss: mean loss in nats per token.
+    """
+
+    name: str
+    share: float
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -84,14 +99,15 @@ class RunResult:
     """A finished run.
 
     Attributes:
-        variant: name of what was trained.
-        seed: of the run.
-        seconds: that training took.
-        training, validation: losses on the way; of all tokens, and of part of the held-out text.
-        loss: of all the held-out text at the end, in nats per token.
-        bands: the same of its tokens by the frequency of their ids: `name`, `share`, `loss`.
-        load: for each layer with experts, the tokens of held-out text that each expert got.
-        routing: of each checkpoint; None for a model without experts.
+        variant: name of the variant.
+        seed: seed of the run.
+        seconds: duration of the training.
+        training: losses of training.
+        validation: losses of a part of the held-out text during training.
+        loss: loss of all held-out text after training, in nats per token.
+        bands: the same loss by frequency band.
+        load: for each layer with experts, the number of held-out tokens that each expert got.
+        routing: routing of each checkpoint; None for a model without experts.
     """
 
     variant: str
@@ -100,22 +116,28 @@ class RunResult:
     training: Curve
     validation: Curve
     loss: float
-    bands: list[dict[str, Any]]
+    bands: list[Band]
     load: list[list[int]]
     routing: RoutingHistory | None
+
+    def band_loss(self, name: str) -> float:
+        """Return the loss of one band."""
+        return next(band.loss for band in self.bands if band.name == name)
 
 
 @dataclass(frozen=True)
 class VariantResult:
-    """A variant, and how it was made.
+    """A variant with the settings that the report states.
 
     Attributes:
-        name, title, role: as in `Variant`.
-        mask: flags of tools/build_routing_mask.py; None for a model without experts.
-        parameters: None where only the mask differs from another variant's.
-        learning_rate: of its runs.
-        tuning: held-out loss by learning rate, of a variant that was tuned itself.
-        tokens: that each run was trained on.
+        name: see `Variant`.
+        title: see `Variant`.
+        role: see `Variant`.
+        mask: flags of `maskmoe mask`; None for a model without experts.
+        parameters: numbers of parameters; None if the variant differs from another variant only in its mask.
+        learning_rate: learning rate of the variant's runs.
+        tuning: held-out loss by learning rate, if the variant was tuned itself; None if training diverged.
+        tokens: number of tokens that each run was trained on.
     """
 
     name: str
@@ -127,21 +149,22 @@ class VariantResult:
     tuning: dict[str, float | None]
     tokens: int
 
-    def number(self, flag: str) -> float | None:
-        """The value of a flag of its mask, if it has one."""
-        return float(self.mask[flag][0]) if self.mask and flag in self.mask else None
+    def number(self, flag: str) -> float:
+        """Return the value of a flag that the mask has."""
+        assert self.mask is not None
+        return float(self.mask[flag][0])
 
 
 @dataclass(frozen=True)
 class LimitResult:
-    """Whether a variant reproduces another one.
+    """Whether a variant reproduces another variant's losses.
 
     Attributes:
-        title: of the variant.
-        equals: name of the other.
-        seed: of both runs.
-        iterations: that were compared.
-        num_equal: those of them in which the losses, in fp32, are the same to the last bit.
+        title: title of the variant.
+        equals: name of the other variant.
+        seed: seed of both runs.
+        iterations: number of compared iterations.
+        num_equal: number of iterations whose losses, in fp32, are the same to the last bit.
     """
 
     title: str
@@ -153,17 +176,17 @@ class LimitResult:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a report shows.
+    """The content of a report.
 
     Attributes:
-        title: of the suite.
-        command: that made it.
-        machine: where, and with which versions of torch and Megatron-Core.
-        baselines: names of the variants that the others are compared to.
-        variants: in order, those with finished runs.
-        runs: the finished runs.
-        limits: the finished limits.
-        unfinished: names of runs that are missing.
+        title: title of the suite.
+        command: command that made the results.
+        machine: machine of the runs, with the versions of torch and Megatron-Core.
+        baselines: names of the variants to which the others are compared.
+        variants: variants with finished runs, in order.
+        runs: finished runs.
+        limits: finished limits.
+        unfinished: names of unfinished runs.
     """
 
     title: str
@@ -176,44 +199,40 @@ class Results:
     unfinished: list[str]
 
     def of_role(self, role: Role) -> list[VariantResult]:
-        """The variants of one role, in order."""
+        """Return the variants of one role, in order."""
         return [variant for variant in self.variants if variant.role == role]
 
     def variant(self, name: str) -> VariantResult | None:
-        """The variant of a name, if it has a finished run."""
+        """Return the variant with the name; None if the variant has no finished run."""
         return next((variant for variant in self.variants if variant.name == name), None)
 
     def runs_of(self, name: str) -> list[RunResult]:
-        """The runs of a variant."""
+        """Return the runs of a variant."""
         return [run for run in self.runs if run.variant == name]
 
+    @property
+    def baseline_variants(self) -> list[VariantResult]:
+        """The baselines with finished runs."""
+        return [variant for name in self.baselines if (variant := self.variant(name))]
+
+    @property
+    def grid_base(self) -> VariantResult:
+        """The variant whose P and V_f the grid varies. There must be a grid."""
+        name = self.of_role("grid")[0].name
+        return next(variant for variant in self.of_role("main") if name.startswith(f"{variant.name}."))
+
     def band_names(self) -> list[str]:
-        """Names of the frequency bands."""
-        return [band["name"] for band in self.runs[0].bands] if self.runs else []
+        """Return the names of the frequency bands."""
+        return [band.name for band in self.runs[0].bands] if self.runs else []
 
     def save(self, path: Path) -> None:
-        """Write as JSON."""
-        path.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n", encoding="utf-8")
+        """Write the results as JSON."""
+        write_record(self, path)
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read what `save` has written. Raises UserError if it cannot be read."""
-        content = read_json(path)
-        variants = [_variant_result(values) for values in content.pop("variants")]
-        runs = [_run_result(values) for values in content.pop("runs")]
-        limits = [LimitResult(**values) for values in content.pop("limits")]
-        return cls(variants=variants, runs=runs, limits=limits, **content)
-
-
-def _variant_result(values: dict[str, Any]) -> VariantResult:
-    parameters = values.pop("parameters")
-    return VariantResult(**values, parameters=None if parameters is None else Parameters(**parameters))
-
-
-def _run_result(values: dict[str, Any]) -> RunResult:
-    curves = {name: Curve(**values.pop(name)) for name in ("training", "validation")}
-    routing = values.pop("routing")
-    return RunResult(**values, **curves, routing=None if routing is None else RoutingHistory(**routing))
+        """Read results that `save` has written. Raises UserError if the file cannot be read."""
+        return read_record(cls, path, "write the report again")
 
 
 @dataclass(frozen=True)
@@ -221,9 +240,9 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-        mean: of the values.
-        standard_error: of the mean; nan if there is one value only.
-        num: values.
+        mean: mean of the values.
+        standard_error: standard error of the mean; nan if there is only one value.
+        num: number of values.
     """
 
     mean: float
@@ -232,34 +251,34 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """Of one value or more."""
+        """Return the estimate from at least one value."""
         error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(float(np.mean(values)), float(error), len(values))
 
     @property
     def is_resolved(self) -> bool:
-        """Whether it differs from 0 with 95 % confidence, by Student's t of so few values."""
+        """Whether the mean differs from 0 with 95 % confidence by Student's t, which suits few values."""
         from scipy.special import stdtrit
 
         if self.num < 2:
             return False
         quantile = stdtrit(self.num - 1, (1 + _CONFIDENCE) / 2)
-        return abs(self.mean) > quantile * self.standard_error
+        return bool(abs(self.mean) > quantile * self.standard_error)
 
 
 def paired_difference(
     results: Results, name: str, baseline: str, value: Callable[[RunResult], float]
 ) -> Estimate | None:
-    """How a variant differs from another over the seeds that both have; None if there is no such seed.
+    """Estimate how a variant differs from a baseline over their common seeds; None without common seeds.
 
-    Both runs of a pair see the same data in the same order and start from the same weights where they have the same, so
-    most of what differs from seed to seed cancels.
+    Both runs of a pair see the same data in the same order and start from the same weights, where the models have the
+    same weights. Most of the variation between seeds therefore cancels.
 
     Args:
-        results: all of them.
-        name: the variant.
-        baseline: what it is compared to.
-        value: of a run.
+        results: all results.
+        name: name of the variant.
+        baseline: name of the variant whose value is subtracted.
+        value: returns the value of a run.
     """
     of_baseline = {run.seed: value(run) for run in results.runs_of(baseline)}
     pairs = [value(run) - of_baseline[run.seed] for run in results.runs_of(name) if run.seed in of_baseline]
@@ -267,22 +286,24 @@ def paired_difference(
 
 
 def collect_results(comparison: Comparison, command: str) -> Results:
-    """Read what the finished runs of a comparison have left.
+    """Read the results of all finished runs of a comparison.
 
     Args:
-        comparison: the comparison, as far as it is.
-        command: that the report shall name.
+        comparison: the comparison, which need not be finished.
+        command: command that the report states.
     """
     suite = comparison.suite
     losses = comparison.tuning_losses()
     rates = choose_learning_rates(suite, losses)
     parameters = comparison.parameters()
-    runs, limits, unfinished = [], [], []
+    runs: list[RunResult] = []
+    limits: list[LimitResult] = []
+    unfinished: list[str] = []
     for run in comparison.whole_runs():
         if not comparison.is_finished(run):
             unfinished.append(run.name)
-        elif run.variant.role == "limit":
-            limits.append(_compare_limit(comparison, run))
+        elif run.variant.equals is not None:
+            limits.append(_compare_limit(comparison, run, run.variant.equals))
         else:
             runs.append(_read_run(comparison, run))
     found = {run.variant for run in runs}
@@ -295,7 +316,7 @@ def collect_results(comparison: Comparison, command: str) -> Results:
             parameters=parameters.get(variant.name),
             learning_rate=rates[variant.name],
             tuning={run.learning_rate: losses[run.name] for run in tuning_runs(suite) if run.variant == variant},
-            tokens=_tokens(variant),
+            tokens=_trained_tokens(variant),
         )
         for variant in suite.variants
         if variant.name in found
@@ -304,15 +325,14 @@ def collect_results(comparison: Comparison, command: str) -> Results:
     return Results(suite.title, command, machine, list(suite.baselines), variants, runs, limits, unfinished)
 
 
-def _tokens(variant: Variant) -> int:
-    number = {name: int(variant.flags[name][0]) for name in ("train-iters", "global-batch-size", "seq-length")}
-    return math.prod(number.values())
+def _trained_tokens(variant: Variant) -> int:
+    return math.prod(int(variant.flags[name][0]) for name in ("train-iters", "global-batch-size", "seq-length"))
 
 
 def _read_run(comparison: Comparison, run: Run) -> RunResult:
     plan = comparison.plan(run)
     evaluation = read_json(plan.files.evaluation)
-    history = comparison.history(run)
+    history = plan.history()
     return RunResult(
         variant=run.variant.name,
         seed=run.seed,
@@ -320,27 +340,28 @@ def _read_run(comparison: Comparison, run: Run) -> RunResult:
         training=_curve(history.iterations),
         validation=_curve(history.validations),
         loss=evaluation["loss"],
-        bands=[{name: band[name] for name in ("name", "share", "loss")} for band in evaluation["bands"]],
+        bands=[Band(band["name"], band["share"], band["loss"]) for band in evaluation["bands"]],
         load=[load["tokens_per_expert"] for load in evaluation["expert_load"]],
         routing=RoutingHistory.read(plan.files.routing / "routing.json") if run.variant.has_experts else None,
     )
 
 
-def _curve(records: Mapping[int, Any]) -> Curve:
-    points = [(iteration, record.loss) for iteration, record in sorted(records.items()) if record.loss is not None]
-    return Curve([iteration for iteration, _ in points], [loss for _, loss in points])
+def _curve(records: Mapping[int, IterationRecord] | Mapping[int, ValidationRecord]) -> Curve:
+    points = {iteration: record.loss for iteration, record in sorted(records.items()) if record.loss is not None}
+    return Curve(list(points), list(points.values()))
 
 
-def _compare_limit(comparison: Comparison, run: Run) -> LimitResult:
-    other = replace(run, variant=comparison.suite[run.variant.equals])
-    own, others = (_exact_losses(comparison.plan(each).files.tensorboard) for each in (run, other))
-    common = own.keys() & others.keys()
-    num_equal = sum(own[iteration] == others[iteration] for iteration in common)
-    return LimitResult(run.variant.title, run.variant.equals, run.seed, len(common), num_equal)
+def _compare_limit(comparison: Comparison, run: Run, equals: str) -> LimitResult:
+    """Compare the losses of a limit with the losses of the variant that the limit must reproduce."""
+    other = replace(run, variant=comparison.suite[equals])
+    own_losses, other_losses = (_exact_losses(comparison.plan(each).files.tensorboard) for each in (run, other))
+    common = own_losses.keys() & other_losses.keys()
+    num_equal = sum(own_losses[iteration] == other_losses[iteration] for iteration in common)
+    return LimitResult(run.variant.title, equals, run.seed, len(common), num_equal)
 
 
 def _exact_losses(tensorboard: Path) -> dict[int, float]:
-    """Training losses by iteration, as fp32."""
+    """Return the training losses by iteration with the precision of fp32, which the text log does not have."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(os.fspath(tensorboard), size_guidance={"scalars": 0})

@@ -1,4 +1,4 @@
-"""The runs of a suite: one training each, with what is decided for it alone."""
+"""The runs of a suite: one training each, with the settings that each run alone has."""
 
 import math
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ class Run:
     """One training of a variant.
 
     Attributes:
-        variant: what is trained.
-        seed: of weights, of the order of the data, and of the mask.
-        learning_rate: the largest, as a word.
-        kind: `check`: nothing is trained, the settings are only checked. `tuning`: a short run that only helps to
-            choose the learning rate. `whole`: what is compared.
+        variant: the variant to be trained.
+        seed: seed of the weights, of the order of the data, and of the mask.
+        learning_rate: the largest learning rate, as a word.
+        kind: `check`: the settings are checked and nothing is trained. `tuning`: a short run that only helps to choose
+            the learning rate. `whole`: a run that is compared.
     """
 
     variant: Variant
@@ -30,7 +30,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder, in that of the suite."""
+        """Path of the run's folder, relative to the folder of the comparison."""
         if self.kind == "check":
             return f"checks/{self.variant.name}"
         if self.kind == "tuning":
@@ -39,19 +39,19 @@ class Run:
 
     @property
     def is_analyzed(self) -> bool:
-        """Whether it is evaluated when it is trained: a whole run that need not just equal another one."""
+        """Whether the trained model is evaluated. A limit need only reproduce the losses of another run."""
         return self.kind == "whole" and self.variant.role != "limit"
 
 
 def check_runs(suite: Suite) -> tuple[Run, ...]:
-    """One for each variant, to find what is wrong before any is trained; the grid's differ in their masks only."""
+    """Return one check for each variant, except for the variants of the grid, which differ only in their masks."""
     rate = suite.learning_rates[0]
     variants = (*suite.of_role("main"), *suite.of_role("limit"))
     return tuple(Run(variant, variant.seeds[0], rate, "check") for variant in variants)
 
 
 def tuning_runs(suite: Suite) -> tuple[Run, ...]:
-    """The runs by which learning rates are chosen, none where there is nothing to choose."""
+    """Return the runs that try learning rates; none if there is only one learning rate."""
     if len(suite.learning_rates) == 1:
         return ()
     tuned = [variant for variant in suite.variants if variant.is_tuned]
@@ -59,30 +59,32 @@ def tuning_runs(suite: Suite) -> tuple[Run, ...]:
 
 
 def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> dict[str, str]:
-    """The learning rate of every variant: that of the smallest held-out loss.
+    """Return the learning rate of every variant: the rate with the smallest held-out loss.
 
     Args:
         suite: the suite.
-        losses: held-out loss at the end of tuning runs, by their names; None where training diverged.
+        losses: held-out loss at the end of each tuning run by the run's name; None if training diverged.
     """
     best = {}
     for variant in suite.variants:
         if variant.is_tuned:
-            rates = {rate: losses.get(Run(variant, 0, rate, "tuning").name) for rate in suite.learning_rates}
-            best[variant.name] = min(rates, key=lambda rate: math.inf if rates[rate] is None else rates[rate])
+            of_rates = {rate: losses.get(Run(variant, 0, rate, "tuning").name) for rate in suite.learning_rates}
+            known = {rate: math.inf if loss is None else loss for rate, loss in of_rates.items()}
+            best[variant.name] = min(known, key=known.__getitem__)
     return {variant.name: best[variant.tuned_as] for variant in suite.variants}
 
 
 def whole_runs(suite: Suite, learning_rates: Mapping[str, str]) -> tuple[Run, ...]:
-    """All other runs: first of the main variants that have the most seeds, with the limits; of all others; the grid's.
+    """Return all runs that are compared, in the order in which the runs are trained.
 
-    Each group goes seed by seed, so that all its variants have one run before any has two.
+    First come the main variants with the most seeds and the limits, then the other main variants, then the grid. Each
+    group goes seed by seed, so that all variants of the group have one run before any variant has two.
     """
     main = suite.of_role("main")
     most_seeds = max(len(variant.seeds) for variant in main)
     core = [variant for variant in main if len(variant.seeds) == most_seeds]
     others = [variant for variant in main if len(variant.seeds) < most_seeds]
-    runs = []
+    runs: list[Run] = []
     for variants in ([*core, *suite.of_role("limit")], others, suite.of_role("grid")):
         seeds = dict.fromkeys(seed for variant in variants for seed in variant.seeds)
         runs += [
@@ -95,14 +97,14 @@ def whole_runs(suite: Suite, learning_rates: Mapping[str, str]) -> tuple[Run, ..
 
 
 def checkpoint_iterations(suite: Suite, run: Run) -> list[int]:
-    """At which a run saves, the last of them at its end; an interruption may add others."""
+    """Return the iterations at which a run saves, up to its last. An interruption may add further checkpoints."""
     interval, end = _save_interval(suite, run), _train_iterations(suite, run)
     last = min(run.variant.until or end, end)
     return [*range(interval, last, interval), last]
 
 
 def _train_iterations(suite: Suite, run: Run) -> int:
-    """The length of the schedule, which a limit need not follow to its end."""
+    """Return the length of the learning rate's schedule. A limit may stop before the end of the schedule."""
     return suite.tuning_iterations if run.kind == "tuning" else int(run.variant.flags["train-iters"][0])
 
 
@@ -111,7 +113,7 @@ def _save_interval(suite: Suite, run: Run) -> int:
 
 
 def training_flags(suite: Suite, run: Run) -> Flags:
-    """Flags of training that depend on the run; those of the variant and the data come on top."""
+    """Return the variant's flags of training together with the run's own flags, without the flags of the data."""
     flags = dict(run.variant.flags)
     flags.pop("keep-last-checkpoints", None)
     flags |= {

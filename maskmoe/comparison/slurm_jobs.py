@@ -1,7 +1,7 @@
 """The command lines that submit a phase of a comparison to Slurm: pure functions of runs and options.
 
-An array trains the phase's runs, by `launch/slurm/submit.sh`; another one takes up each that is trained, and evaluates
-it; and a job that waits for all of them goes on with the comparison.
+The first job array trains the phase's runs by `launch/slurm/submit.sh`. The second array evaluates each run after its
+training. A last job waits for all elements and continues the comparison.
 """
 
 import shlex
@@ -12,24 +12,23 @@ from pathlib import Path
 
 from maskmoe.comparison.runs import Run
 from maskmoe.errors import UserError
-from maskmoe.workflow.stage import ROOT
+from maskmoe.workflow.paths import SUBMIT_SCRIPT
 
-SUBMIT = ROOT / "launch" / "slurm" / "submit.sh"
-
+_CHECKOUT = SUBMIT_SCRIPT.parents[2]
 _WITH_VALUE = {"--train-nodes", "--max-requeues", "--container", "--image", "--mount", "--port", "--address"}
 _WITHOUT_VALUE = {"--no-node-check"}
 _DECIDED = {
     *("--run-dir", "--chain", "--dry-run", "--array", "--dependency", "--output", "--open-mode", "--chdir", "--wrap"),
     *("--parsable", "--kill-on-invalid-dep", "-a", "-d", "-o", "-D"),
 }
-# Where a job may run and for how long, but not what it needs.
+# These options say where a job may run and for how long, but not which resources the job needs.
 _FOR_ANY_JOB = ("account", "partition", "qos", "reservation", "clusters", "export", "time")
 _FOR_ANY_JOB_SHORT = ("-A", "-p", "-q", "-M", "-t")
 
-_COMPARE = ("-P", "-m", "maskmoe.comparison")
+_COMPARE = ("-P", "-m", "maskmoe", "compare")
 
 Submit = Callable[[str, Sequence[str]], str]
-"""Submits a job: its name for people, and the command that does it. Returns the job's number."""
+"""Submits a job. Takes the job's name for people and the command that submits the job; returns the job's number."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Container:
 
     Attributes:
         kind: `pyxis` or `apptainer`.
-        image: of the container.
-        mounts: `PATH` or `PATH:MODE`, at the same places in the container.
+        image: image of the container.
+        mounts: `PATH` or `PATH:MODE`; every path is mounted at the same path in the container.
     """
 
     kind: str
@@ -47,21 +46,21 @@ class Container:
     mounts: tuple[str, ...]
 
     def enclose(self, words: Sequence[str], inputs: Sequence[Path], folder: Path, cwd: Path) -> tuple[str, ...]:
-        """The command that runs Python in the container, with the code of this checkout.
+        """Return the command that runs Python in the container, with the code of this checkout.
 
         Args:
-            words: what follows the name of the program.
+            words: arguments of Python.
             inputs: folders that are read.
-            folder: that is written to.
-            cwd: where it runs.
+            folder: folder that is written.
+            cwd: current folder of the command.
         """
-        python = ("env", f"PYTHONPATH={ROOT}", "python3", *words)
-        modes = {str(path): "ro" for path in (ROOT, cwd, *inputs)}
+        python = ("env", f"PYTHONPATH={_CHECKOUT}", "python3", *words)
+        modes = {str(path): "ro" for path in (_CHECKOUT, cwd, *inputs)}
         for word in self.mounts:
             path, _, mode = word.rpartition(":")
             modes |= {path: mode} if mode in ("ro", "rw") else {word: "ro"}
         modes |= {str(folder): "rw"}
-        # A folder comes before what is in it.
+        # A folder must be mounted before the folders inside it.
         mounts = [f"{path}:{path}:{modes[path]}" for path in sorted(modes)]
         if self.kind == "pyxis":
             options = (f"--container-image={self.image}", f"--container-mounts={','.join(mounts)}")
@@ -73,12 +72,12 @@ class Container:
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What follows `--` on the command line: options of launch/slurm/submit.sh, sbatch's among them.
+    """The options after `--` on the command line: options of launch/slurm/submit.sh and of sbatch.
 
     Attributes:
-        words: all of them.
-        sbatch: only sbatch's.
-        container: that jobs run in; None for none.
+        words: all options.
+        sbatch: options of sbatch only.
+        container: container in which jobs run; None to run without a container.
     """
 
     words: tuple[str, ...]
@@ -90,49 +89,54 @@ class SlurmOptions:
         """Read the options.
 
         Raises:
-            UserError: one is not written as submit.sh wants it, or is decided by the comparison.
+            UserError: an option is not written as submit.sh requires, or the comparison decides the option.
         """
         sbatch: list[str] = []
         values: dict[str, list[str]] = {}
-        rest = list(words)
-        while rest:
-            word = rest.pop(0)
+        remaining = list(words)
+        while remaining:
+            word = remaining.pop(0)
             name = word.partition("=")[0] if word.startswith("--") else word[:2]
             if name in _DECIDED:
-                raise UserError(f"after `--`: {word} is decided by the comparison; leave it out")
+                raise UserError(f"after `--`: {word} is decided by the comparison; leave the option out")
             if word in _WITH_VALUE:
-                if not rest:
+                if not remaining:
                     raise UserError(f"after `--`: {word} needs a value")
-                values.setdefault(word, []).append(rest.pop(0))
+                values.setdefault(word, []).append(remaining.pop(0))
             elif not word.startswith("-"):
                 raise UserError(f"after `--`: {word} stands alone: write sbatch's options as --option=value")
             elif word not in _WITHOUT_VALUE:
                 sbatch.append(word)
-        kind, image = (values.get(name, [""])[-1] for name in ("--container", "--image"))
-        if kind not in ("", "none", "pyxis", "apptainer"):
-            raise UserError(f"after `--`: --container is none, pyxis or apptainer, not {kind}")
-        if kind in ("", "none"):
-            return cls(tuple(words), tuple(sbatch), None)
-        if not image:
-            raise UserError(f"after `--`: --container {kind} needs an --image")
-        return cls(tuple(words), tuple(sbatch), Container(kind, image, tuple(values.get("--mount", ()))))
+        return cls(tuple(words), tuple(sbatch), _parse_container(values))
 
     @property
     def for_any_job(self) -> tuple[str, ...]:
-        """Those of sbatch's that do not ask for nodes, GPUs or memory."""
+        """The options of sbatch that do not ask for nodes, GPUs or memory."""
         long = tuple(f"--{name}=" for name in _FOR_ANY_JOB)
         return tuple(word for word in self.sbatch if word.startswith((*long, *_FOR_ANY_JOB_SHORT)))
 
 
+def _parse_container(values: Mapping[str, Sequence[str]]) -> Container | None:
+    """Return the container that the values of submit.sh's options describe."""
+    kind, image = (values.get(name, [""])[-1] for name in ("--container", "--image"))
+    if kind in ("", "none"):
+        return None
+    if kind not in ("pyxis", "apptainer"):
+        raise UserError(f"after `--`: --container is none, pyxis or apptainer, not {kind}")
+    if not image:
+        raise UserError(f"after `--`: --container {kind} needs an --image")
+    return Container(kind, image, tuple(values.get("--mount", ())))
+
+
 @dataclass(frozen=True)
 class Phase:
-    """Runs that can be taken up now, each an element of the arrays.
+    """Runs that can be started now. Each run is one element of the job arrays.
 
     Attributes:
         name: `tuning` or `runs`.
-        folder: has a link to the folder of each run, named by the number of its element.
+        folder: folder with a link to the folder of each run, named by the number of the run's element.
         to_train: runs whose training is not complete, by element.
-        to_evaluate: runs with stages after training, be they to be trained or not.
+        to_evaluate: runs with stages after training, by element, whether or not their training is complete.
     """
 
     name: str
@@ -142,14 +146,16 @@ class Phase:
 
     @property
     def elements(self) -> dict[int, Run]:
-        """All runs."""
+        """All runs by element."""
         return {**self.to_train, **self.to_evaluate}
 
     @property
     def todo(self) -> dict[str, list[str]]:
-        """Names of the runs, by what there is to do."""
-        runs = {"train": self.to_train, "evaluate": self.to_evaluate}
-        return {name: sorted(run.name for run in these.values()) for name, these in runs.items()}
+        """Names of the runs to train and of the runs to evaluate."""
+        return {
+            "train": sorted(run.name for run in self.to_train.values()),
+            "evaluate": sorted(run.name for run in self.to_evaluate.values()),
+        }
 
 
 @dataclass(frozen=True)
@@ -157,14 +163,14 @@ class Jobs:
     """The command lines that submit the jobs of a phase.
 
     Attributes:
-        phase: of the comparison.
-        folder: of the comparison.
-        suite: its name.
-        options: of the user.
+        phase: the phase.
+        folder: folder of the comparison.
+        suite: name of the suite.
+        options: the user's options for Slurm.
         inputs: folders that runs read, besides their own.
-        arguments: of this command, without what concerns Slurm.
-        throttle: how many elements of an array run at a time; None: all.
-        cwd: where this command was called.
+        arguments: arguments of `maskmoe compare`, without the arguments for Slurm.
+        throttle: number of elements of an array that run at a time; None for no limit.
+        cwd: current folder of the user.
     """
 
     phase: Phase
@@ -177,32 +183,33 @@ class Jobs:
     cwd: Path
 
     def training(self) -> tuple[str, ...]:
-        """The array that trains."""
-        mounts = () if self.options.container is None else [w for path in self.inputs for w in ("--mount", str(path))]
+        """Return the command that submits the array that trains."""
+        inputs = () if self.options.container is None else self.inputs
         return (
-            *(str(SUBMIT), "--parsable", f"--job-name={self._name}-train", self._array(self.phase.to_train)),
+            *(str(SUBMIT_SCRIPT), "--parsable", f"--job-name={self._name}-train", self._array(self.phase.to_train)),
             f"--output={self._element_log}",
             *self.options.words,
-            *mounts,
+            *(word for path in inputs for word in ("--mount", str(path))),
             *("--run-dir", f"{self.phase.folder}/%a", "--", f"{self.phase.folder}/%a/run.yaml"),
         )
 
     def evaluation(self, elements: Sequence[int], after: str | None) -> tuple[str, ...]:
-        """The array that does what comes after training, each element on one node.
+        """Return the command that submits the array that runs all stages after training, each element on one node.
 
         Args:
-            elements: of the phase.
-            after: the job that trains them; None if they are trained.
+            elements: elements of the phase.
+            after: number of the job that trains the elements; None if the elements are trained already.
         """
         dependency = (f"--dependency=aftercorr:{after}", "--kill-on-invalid-dep=yes") if after else ()
-        container = self.options.container
         words = (*_COMPARE, *self.arguments, "--run")
-        command = (sys.executable, *words)
-        if container is not None:
+        container = self.options.container
+        if container is None:
+            command = (sys.executable, *words)
+        else:
             command = container.enclose(words, self.inputs, self.folder, self.cwd)
-        # An element finds its run by the link.
-        run = f'"$(realpath --relative-to={shlex.quote(str(self.folder))} '
-        run += f'{shlex.quote(str(self.phase.folder))}/"$SLURM_ARRAY_TASK_ID")"'
+        # The link of the element leads to the folder of the run, whose path is the name of the run.
+        link = f'{shlex.quote(str(self.phase.folder))}/"$SLURM_ARRAY_TASK_ID"'
+        run = f'"$(realpath --relative-to={shlex.quote(str(self.folder))} {link})"'
         return (
             *("sbatch", "--parsable", f"--job-name={self._name}-evaluate", self._array(elements), *dependency),
             *("--requeue", "--open-mode=append", f"--output={self._element_log}", f"--chdir={self.cwd}"),
@@ -211,7 +218,11 @@ class Jobs:
         )
 
     def continuation(self, after: Sequence[str]) -> tuple[str, ...]:
-        """The job that goes on when others have ended, however they did."""
+        """Return the command that submits the job that continues the comparison.
+
+        Args:
+            after: numbers of the jobs that must have ended before, whether or not the jobs succeed.
+        """
         command = (sys.executable, *_COMPARE, *self.arguments, "--slurm", "--", *self.options.words)
         return (
             *("sbatch", "--parsable", f"--job-name={self._name}-next", f"--dependency=afterany:{':'.join(after)}"),
@@ -224,17 +235,17 @@ class Jobs:
         """Submit all jobs.
 
         Raises:
-            UserError: Slurm refuses one.
+            UserError: Slurm refuses a job.
         """
-        numbers = []
+        numbers: list[str] = []
         if self.phase.to_train:
             numbers.append(submit("TRAINING", self.training()))
         trained_first = [element for element in self.phase.to_evaluate if element in self.phase.to_train]
-        trained = [element for element in self.phase.to_evaluate if element not in self.phase.to_train]
+        trained_already = [element for element in self.phase.to_evaluate if element not in self.phase.to_train]
         if trained_first:
             numbers.append(submit("EVALUATION", self.evaluation(trained_first, numbers[0])))
-        if trained:
-            numbers.append(submit("REST", self.evaluation(trained, None)))
+        if trained_already:
+            numbers.append(submit("REST", self.evaluation(trained_already, None)))
         submit("NEXT", self.continuation(numbers))
 
     @property

@@ -1,27 +1,21 @@
-"""Suite files: YAML that says which variants of a model are compared, and how they are trained."""
+"""Suites: which variants of a model are compared and how the variants are trained."""
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from maskmoe.comparison.suite_file import SuiteFile, VariantSection
 from maskmoe.errors import UserError
-from maskmoe.launch.model_file import LAYOUTS, Flags, ModelFile, override, parse_flags, parse_layouts, read_words
+from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, parse_layouts
 
 Role = Literal["main", "grid", "limit"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_SUITE_KEYS = {
-    *("title", "data", "model", "flags", "expert-flags", "mask", "seeds", "learning-rates", "variants", "grid"),
-    *("checkpoints", "keep-checkpoints", "probe-tokens", "baselines"),
-}
-_VARIANT_KEYS = {"title", "model", "flags", LAYOUTS, "mask", "seeds", "tuned-as", "equals", "until"}
-_GRID_KEYS = {"of", "frequent-mass", "frequent-visible-experts", "seeds"}
-_LEARNING_RATE_KEYS = {"values", "iterations", "min-share"}
-_DATA_KEYS = {"input", "max-bytes", "vocab-size", "data-path", "split", "tokenizer-type", "tokenizer-model"}
-_DECIDED = {"seed", "save", "load", "routing-mask", "data-path"}
+_DATA_FLAGS = {"input", "max-bytes", "vocab-size", "data-path", "split", "tokenizer-type", "tokenizer-model"}
+_DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
+# A preset decides all other flags of the mask.
+_FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
 
 
 @dataclass(frozen=True)
@@ -29,16 +23,17 @@ class Variant:
     """A model to be trained.
 
     Attributes:
-        name: in file names.
-        title: in the report.
-        role: `main`: of the comparison. `grid`: another P or V_f of a main variant. `limit`: must equal another one.
-        mask: flags of tools/build_routing_mask.py; None for a model without experts.
-        flags: of training, all but those that runs differ in.
+        name: name in file names.
+        title: name in the report.
+        role: `main`: a variant that is compared. `grid`: another P or V_f of a main variant. `limit`: a variant that
+            must reproduce another variant's losses.
+        mask: flags of `maskmoe mask`; None for a model without experts.
+        flags: flags of training, without the flags in which the runs of a variant differ.
         layouts: further flags by number of ranks, see `ModelFile`.
-        tuned_as: the variant whose learning rate it takes; its own name if it is tuned itself.
-        equals: for a limit, the variant whose losses it must reproduce to the last bit.
-        until: the iteration at which it stops, if not at the end.
-        seeds: of its runs.
+        tuned_as: name of the variant whose learning rate is used; the own name if the variant is tuned itself.
+        equals: for a limit, name of the variant whose losses must be reproduced to the last bit; else None.
+        until: iteration at which training stops early; None to train to the end.
+        seeds: seeds of the variant's runs.
     """
 
     name: str
@@ -54,35 +49,35 @@ class Variant:
 
     @property
     def has_experts(self) -> bool:
-        """Whether there is something to route."""
+        """Whether the model has experts."""
         return self.mask is not None
 
     @property
     def is_tuned(self) -> bool:
-        """Whether its own learning rate is sought."""
+        """Whether the variant's own learning rate is searched."""
         return self.tuned_as == self.name
 
     def number(self, flag: str) -> float | None:
-        """The value of a flag of its mask, if it has one."""
+        """Return the value of a flag of the mask; None if the mask does not have the flag."""
         return float(self.mask[flag][0]) if self.mask and flag in self.mask else None
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is compared.
+    """The variants that are compared, and how the variants are trained.
 
     Attributes:
-        name: of the file.
-        title: of the report.
-        data: flags that say what text there is.
-        variants: in the order of the report.
+        name: name of the file, without its suffix.
+        title: title of the report.
+        data: flags that describe the text, see `open_data`.
+        variants: variants in the order of the report.
         baselines: names of the variants to which the others are compared, seed by seed.
-        learning_rates: the values that are tried for every tuned variant, as words, ascending.
-        tuning_iterations: how long for.
-        min_share: the smallest learning rate of a run, as a share of the largest.
-        checkpoints: of a run, evenly spaced.
-        keeps_checkpoints: whether all stay when it is known how they route; else only the last.
-        probe_tokens: tokens of held-out text whose routing is looked at.
+        learning_rates: learning rates that are tried for every tuned variant, as words, ascending.
+        tuning_iterations: iterations of the runs that try learning rates.
+        min_share: smallest learning rate of a run, as a share of the largest.
+        checkpoints: number of evenly spaced checkpoints of a run.
+        keeps_checkpoints: whether all checkpoints are kept after their routing was analyzed, or only the last.
+        probe_tokens: tokens of held-out text whose routing is analyzed.
     """
 
     name: str
@@ -103,201 +98,152 @@ class Suite:
 
         Args:
             path: the file.
-            variables: for `${NAME}` in values.
+            variables: values for `${NAME}` in the file.
 
         Raises:
-            UserError: it cannot be read, or does not describe a suite.
+            UserError: the file cannot be read or does not describe a suite.
         """
         return _Reader(path, variables).suite()
 
     def __getitem__(self, name: str) -> Variant:
         return next(variant for variant in self.variants if variant.name == name)
 
+    @property
+    def seq_length(self) -> int:
+        """Tokens in a sample."""
+        return int(self.variants[0].flags["seq-length"][0])
+
     def of_role(self, role: Role) -> tuple[Variant, ...]:
-        """The variants of one role, in order."""
+        """Return the variants of one role, in order."""
         return tuple(variant for variant in self.variants if variant.role == role)
 
 
 class _Reader:
-    """Turns the content of a suite file into a suite."""
+    """Builds a suite from the sections of its file."""
 
-    def __init__(self, path: Path, variables: Mapping[str, str]):
+    def __init__(self, path: Path, variables: Mapping[str, str]) -> None:
         self._path = path
         self._variables = variables
-        content = read_words(path, "suite")
-        if not isinstance(content, dict) or not isinstance(content.get("variants"), dict) or not content["variants"]:
-            raise UserError(f"suite {path} must name its variants: `variants: {{smoe: …}}`")
-        self._content: dict = content
+        self._file = SuiteFile.read(path)
 
     def suite(self) -> Suite:
-        content = self._content
-        self._check_keys(content, _SUITE_KEYS, "")
-        rates = self._mapping(content, "learning-rates", _LEARNING_RATE_KEYS)
-        values = sorted(self._list(rates, "values", "learning-rates"), key=self._positive)
-        variants = [self._variant(name, spec or {}) for name, spec in content["variants"].items()]
+        """Return the suite."""
+        file = self._file
+        variants = [self._variant(name, section) for name, section in file.variants.items()]
         variants += self._grid(variants)
         self._check_references(variants)
-        baselines = self._list(content, "baselines", "") if "baselines" in content else [variants[0].name]
-        if unknown := [name for name in baselines if name not in {v.name for v in variants if v.role == "main"}]:
-            raise self._error(f"baselines: {', '.join(unknown)} is none of the variants")
+        baselines = file.baselines or (variants[0].name,)
+        main = {variant.name for variant in variants if variant.role == "main"}
+        if unknown := [name for name in baselines if name not in main]:
+            raise self._error(f"baselines: {', '.join(unknown)} is not a variant of the suite")
+        data = self._flags(file.data, "data")
+        if unknown := sorted(data.keys() - _DATA_FLAGS):
+            raise self._error(
+                f"data: unknown {', '.join(unknown)}; the known keys are {', '.join(sorted(_DATA_FLAGS))}"
+            )
         return Suite(
             name=self._path.stem,
-            title=content.get("title", self._path.stem),
-            data=self._flags(content.get("data", {}), "data", _DATA_KEYS),
+            title=file.title or self._path.stem,
+            data=data,
             variants=tuple(variants),
-            baselines=tuple(baselines),
-            learning_rates=tuple(values),
-            tuning_iterations=self._count(rates, "iterations", "learning-rates"),
-            min_share=self._positive(rates.get("min-share", "0.1")),
-            checkpoints=self._count(content, "checkpoints", "", default="8"),
-            keeps_checkpoints=self._choice(content, "keep-checkpoints", ("all", "last")) == "all",
-            probe_tokens=self._count(content, "probe-tokens", "", default="16384"),
+            baselines=baselines,
+            learning_rates=tuple(sorted(file.learning_rates.values, key=float)),
+            tuning_iterations=file.learning_rates.iterations,
+            min_share=float(file.learning_rates.min_share),
+            checkpoints=file.checkpoints,
+            keeps_checkpoints=file.keep_checkpoints == "all",
+            probe_tokens=file.probe_tokens,
         )
 
-    def _variant(self, name: str, spec: object) -> Variant:
+    def _variant(self, name: str, section: VariantSection) -> Variant:
         where = f"variant {name}"
-        if not _NAME.fullmatch(name):
-            raise self._error(f"{where}: a name is made of letters, digits and . _ + -, since it names a folder")
-        if not isinstance(spec, dict):
-            raise self._error(f"{where} must hold {', '.join(sorted(_VARIANT_KEYS))}")
-        self._check_keys(spec, _VARIANT_KEYS, where)
-        mask = None
-        if "mask" in spec:
-            common = self._flags(self._content.get("mask", {}), "mask")
-            own = self._flags(spec["mask"], f"{where}: mask")
-            # A preset decides what the common flags would decide otherwise.
-            kept = {"seed", "shared-table", "expert-model-parallel-size"} if "preset" in own else set(common)
-            mask = override({flag: words for flag, words in common.items() if flag in kept}, own)
-        flags, layouts = self._training_flags(spec, mask is not None, where)
-        equals = spec.get("equals")
+        mask = self._mask(section, where)
+        flags, layouts = self._training_flags(section, mask is not None, where)
         return Variant(
             name=name,
-            title=spec.get("title", name),
-            role="main" if equals is None else "limit",
+            title=section.title or name,
+            role="main" if section.equals is None else "limit",
             mask=mask,
             flags=flags,
             layouts=layouts,
-            tuned_as=spec.get("tuned-as", equals or name),
-            equals=equals,
-            until=self._count(spec, "until", where) if "until" in spec else None,
-            seeds=self._seeds(spec, where),
+            tuned_as=section.tuned_as or section.equals or name,
+            equals=section.equals,
+            until=section.until,
+            seeds=section.seeds or self._file.seeds,
         )
 
-    def _training_flags(self, spec: dict, has_experts: bool, where: str) -> tuple[Flags, Mapping[int, Flags]]:
-        content, flags, layouts = self._content, {}, {}
-        model = spec.get("model", content.get("model"))
-        if model is not None:
-            file = ModelFile.read(self._path.parent / model, self._variables)
-            flags, layouts = file.flags, file.layouts
-        layouts = {**layouts, **parse_layouts(spec.get(LAYOUTS, {}), f"suite {self._path}: {where}", self._variables)}
-        flags = override(flags, self._raw_flags(content.get("flags", {}), "flags"))
+    def _mask(self, section: VariantSection, where: str) -> Flags | None:
+        """Merge the common flags of masks with the variant's own."""
+        if section.mask is None:
+            return None
+        common = self._flags(self._file.mask, "mask")
+        own = self._flags(section.mask, f"{where}: mask")
+        if "preset" in own:
+            common = {flag: words for flag, words in common.items() if flag in _FLAGS_BESIDE_PRESET}
+        return override(common, own)
+
+    def _training_flags(
+        self, section: VariantSection, has_experts: bool, where: str
+    ) -> tuple[Flags, Mapping[int, Flags]]:
+        """Merge the flags of the model file, the suite and the variant; later flags replace earlier ones."""
+        flags: Flags = {}
+        layouts: Mapping[int, Flags] = {}
+        if (model := section.model or self._file.model) is not None:
+            model_file = ModelFile.read(self._path.parent / model, self._variables)
+            flags, layouts = model_file.flags, model_file.layouts
+        own_layouts = parse_layouts(section.layouts, f"suite {self._path}: {where}", self._variables)
+        flags = override(flags, self._flags_with_removals(self._file.flags, "flags"))
         if has_experts:
-            flags = override(flags, self._raw_flags(content.get("expert-flags", {}), "expert-flags"))
-        flags = override(flags, self._raw_flags(spec.get("flags", {}), f"{where}: flags"))
+            flags = override(flags, self._flags_with_removals(self._file.expert_flags, "expert-flags"))
+        flags = override(flags, self._flags_with_removals(section.flags, f"{where}: flags"))
         for needed in ("train-iters", "seq-length", "num-layers", *(("num-experts",) if has_experts else ())):
             if needed not in flags:
                 raise self._error(f"{where} has no {needed} among its flags")
-        if decided := sorted(_DECIDED & flags.keys()):
-            raise self._error(f"{where}: {', '.join(decided)} is decided by the comparison; leave it out")
-        return flags, layouts
+        if decided := sorted(_DECIDED_FLAGS & flags.keys()):
+            raise self._error(f"{where}: {', '.join(decided)} is decided by the comparison; leave the flag out")
+        return flags, {**layouts, **own_layouts}
 
     def _grid(self, variants: Sequence[Variant]) -> Iterator[Variant]:
-        if "grid" not in self._content:
+        """Yield a variant for each further pair of P and V_f."""
+        grid = self._file.grid
+        if grid is None:
             return
-        spec = self._mapping(self._content, "grid", _GRID_KEYS)
-        base = next((variant for variant in variants if variant.name == spec.get("of")), None)
-        if base is None or not base.has_experts:
-            raise self._error(f"grid: `of: {spec.get('of')}` must name a variant that has a mask")
-        masses = self._list(spec, "frequent-mass", "grid")
-        numbers = self._list(spec, "frequent-visible-experts", "grid")
-        for mass, number in itertools.product(masses, numbers):
-            if (self._positive(mass), self._positive(number)) == (
-                base.number("frequent-mass"),
-                base.number("frequent-visible-experts"),
-            ):
-                continue
-            yield Variant(
-                name=f"{base.name}.p{mass}-v{number}",
-                title=f"{base.title}, P = {mass}, V_f = {number}",
-                role="grid",
-                mask={**base.mask, "frequent-mass": (mass,), "frequent-visible-experts": (number,)},
-                flags=base.flags,
-                layouts=base.layouts,
-                tuned_as=base.tuned_as,
-                equals=None,
-                until=None,
-                seeds=self._seeds(spec, "grid"),
-            )
+        base = next((variant for variant in variants if variant.name == grid.of), None)
+        if base is None or base.mask is None:
+            raise self._error(f"grid: `of: {grid.of}` must name a variant that has a mask")
+        own = base.number("frequent-mass"), base.number("frequent-visible-experts")
+        for mass, number in itertools.product(grid.frequent_mass, grid.frequent_visible_experts):
+            if (float(mass), float(number)) != own:
+                yield replace(
+                    base,
+                    name=f"{base.name}.p{mass}-v{number}",
+                    title=f"{base.title}, P = {mass}, V_f = {number}",
+                    role="grid",
+                    mask={**base.mask, "frequent-mass": (mass,), "frequent-visible-experts": (number,)},
+                    equals=None,
+                    until=None,
+                    seeds=grid.seeds or self._file.seeds,
+                )
 
     def _check_references(self, variants: Sequence[Variant]) -> None:
         by_name = {variant.name: variant for variant in variants}
         for variant in variants:
             for name in (variant.tuned_as, variant.equals):
                 if name is not None and (name not in by_name or by_name[name].role != "main"):
-                    raise self._error(f"variant {variant.name} refers to {name}, which is none of the variants")
+                    raise self._error(f"variant {variant.name} refers to {name}, which is not a variant of the suite")
             if not by_name[variant.tuned_as].is_tuned:
                 raise self._error(f"variant {variant.name} is tuned as {variant.tuned_as}, which is not tuned itself")
             if variant.equals and not set(variant.seeds) <= set(by_name[variant.equals].seeds):
-                raise self._error(f"variant {variant.name} has seeds that {variant.equals} has not")
+                raise self._error(f"variant {variant.name} has seeds that {variant.equals} does not have")
 
-    def _raw_flags(self, content: object, where: str) -> Flags:
-        """Flags in which `false` stands for one to be taken away."""
+    def _flags_with_removals(self, content: object, where: str) -> Flags:
+        """Parse flags and keep `false` as a word, which removes a flag of an earlier section."""
         if isinstance(content, dict):
             content = {name: ["false"] if value == "false" else value for name, value in content.items()}
         return self._flags(content, where)
 
-    def _flags(self, content: object, where: str, known: set[str] | None = None) -> Flags:
-        flags = parse_flags(content, f"suite {self._path}: {where}", self._variables)
-        if known is not None:
-            self._check_keys(flags, known, where)
-        return flags
-
-    def _mapping(self, content: Mapping, key: str, known: set[str]) -> dict:
-        if not isinstance(content.get(key), dict):
-            raise self._error(f"`{key}` must hold {', '.join(sorted(known))}")
-        self._check_keys(content[key], known, key)
-        return content[key]
-
-    def _list(self, content: Mapping, key: str, where: str) -> list[str]:
-        values = content.get(key)
-        values = [values] if isinstance(values, str) else values
-        if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-            raise self._error(f"{where}: {key} must be a list of values")
-        return values
-
-    def _seeds(self, content: Mapping, where: str) -> tuple[int, ...]:
-        key = "seeds"
-        seeds = self._list(content if key in content else {key: self._content.get(key, ["1"])}, key, where)
-        if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
-            raise self._error(f"{where}: seeds must be different whole numbers, not {', '.join(seeds)}")
-        return tuple(map(int, seeds))
-
-    def _count(self, content: Mapping, key: str, where: str, default: str | None = None) -> int:
-        word = content.get(key, default)
-        if not isinstance(word, str) or not word.isdecimal() or int(word) < 1:
-            raise self._error(f"{where}{': ' if where else ''}{key} must be a whole number from 1, not {word}")
-        return int(word)
-
-    def _choice(self, content: Mapping, key: str, choices: Sequence[str]) -> str:
-        """One of the words, the first if there is none."""
-        word = content.get(key, choices[0])
-        if word not in choices:
-            raise self._error(f"{key} must be {' or '.join(choices)}, not {word}")
-        return word
-
-    def _positive(self, word: str) -> float:
-        try:
-            value = float(word)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < float("inf"):
-            raise self._error(f"{word!r} is no number")
-        return value
-
-    def _check_keys(self, content: Mapping, known: set[str], where: str) -> None:
-        if unknown := sorted(set(content) - known):
-            place = f"{where}: " if where else ""
-            raise self._error(f"{place}unknown {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    def _flags(self, content: object, where: str) -> Flags:
+        return parse_flags(content, f"suite {self._path}: {where}", self._variables)
 
     def _error(self, message: str) -> UserError:
         return UserError(f"suite {self._path}: {message}")

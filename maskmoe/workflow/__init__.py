@@ -1,5 +1,6 @@
-"""Commands in a row, each done once however often the work is interrupted; what quickstart and comparison share.
+"""Run a plan of stages, each finished once however often the work is interrupted.
 
-Every stage is a command that a user could type. This package runs them, shows their progress, and continues where an
-earlier start was interrupted. It imports neither torch nor megatron.
+Every stage is a command that a user could type. The quickstart and the comparison build their plans from the stages of
+this package, which starts the commands, shows their progress and resumes after an interruption. The package imports
+neither torch nor Megatron.
 """

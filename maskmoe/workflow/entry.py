@@ -1,4 +1,4 @@
-"""The main function of a command that runs a plan of stages."""
+"""Run a plan of stages as the main function of a command."""
 
 import signal
 import sys
@@ -16,29 +16,29 @@ from maskmoe.workflow.runner import Runner, StageError
 from maskmoe.workflow.stage import Plan
 
 
-def run_to_end(plan: Plan, report: Callable[[Plan, RunRecord], str]) -> None:
-    """Run all stages that are not finished, then print the report; the exit code says how it went.
+def run_to_end(plan: Plan, report: Callable[[RunRecord], str]) -> None:
+    """Run all unfinished stages, then print the report.
 
     Args:
         plan: the stages.
-        report: makes the report of a finished run.
+        report: returns the report of a finished run.
 
     Raises:
-        UserError: another command is at work in the run folder, or the input cannot be used.
-        SystemExit: a stage failed (1, or 2 if the input is at fault), or a signal came.
+        UserError: another command works in the run folder, or the input cannot be used.
+        SystemExit: a stage failed (exit code 1, or 2 if the input is at fault), or a signal arrived.
     """
     line = ProgressLine(sys.stdout)
     with working_in(plan.files.folder, line):
         record = run_stages(plan, line)
-        line.print(f"\n{report(plan, record)}")
+        line.print(f"\n{report(record)}")
 
 
 def run_stages(plan: Plan, line: ProgressLine) -> RunRecord:
-    """Run all stages that are not finished, in their folder, which is made.
+    """Run all unfinished stages in the plan's folder, which is created if missing.
 
     Raises:
-        UserError: another command is at work there, or what a stage made cannot be used by the next.
-        StageError: one failed.
+        UserError: another command works in the folder, or a stage cannot use what an earlier stage has made.
+        StageError: a stage failed.
     """
     plan.files.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.files.lock) as lock:
@@ -49,15 +49,15 @@ def run_stages(plan: Plan, line: ProgressLine) -> RunRecord:
 
 @contextmanager
 def working_in(folder: Path, line: ProgressLine) -> Iterator[None]:
-    """Turn what ends the work in the block into an exit code and one line.
+    """Translate errors and signals in the block into an exit code and one line.
 
     Args:
-        folder: of the run.
-        line: that shows progress.
+        folder: folder of the run.
+        line: shows the progress.
 
     Raises:
-        UserError: the folder cannot be worked in.
-        SystemExit: a stage failed (1, or 2 if the input is at fault), or a signal came.
+        UserError: the folder cannot be used.
+        SystemExit: a stage failed (exit code 1, or 2 if the input is at fault), or a signal arrived.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_on_signal)
@@ -70,7 +70,7 @@ def working_in(folder: Path, line: ProgressLine) -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT if error.failure.is_bad_input else 1)
     except KeyboardInterrupt:
-        line.print("interrupted; the same command goes on from here")
+        line.print("interrupted; start the same command again to resume")
         sys.exit(130)
 
 

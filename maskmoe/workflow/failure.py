@@ -1,14 +1,14 @@
-"""Finds, in the log of a stage that failed, the line that says why."""
+"""Find the line in the log of a failed stage that states the reason."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 _RANK = r"(?:\[rank\d+\]:? ?)?"
-_USER_ERROR = re.compile(rf"^{_RANK}(?:\S+\.py: )?error: (?P<message>.+)")
+_USER_ERROR = re.compile(rf"^{_RANK}(?:(?:\S+\.py|maskmoe)(?: [\w-]+)?: )?error: (?P<message>.+)")
 _EXCEPTION = re.compile(rf"^{_RANK}(?P<message>(?:\w+\.)*\w*(?:Error|Exception|Killed)\b: .+)")
 _KILLED = re.compile(r"Signal 9 \(SIGKILL\)|exitcode\s*: -9\b")
-# What other ranks, and torchrun, say when one rank has failed.
+# The other ranks and torchrun report these errors when one rank has failed.
 _CONSEQUENCE = re.compile(
     r"ChildFailedError|SignalException|Dist(?:Network|Backend)Error|Connection (?:closed|reset) by peer|Broken pipe"
 )
@@ -16,11 +16,11 @@ _CONSEQUENCE = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a stage failed.
+    """The reason why a stage failed.
 
     Attributes:
-        message: one line.
-        is_bad_input: it is the user's input that is at fault.
+        message: the reason, on one line.
+        is_bad_input: whether the user's input is at fault.
     """
 
     message: str
@@ -28,14 +28,16 @@ class Failure:
 
 
 def explain_failure(exit_code: int, lines: Sequence[str]) -> Failure:
-    """Find the reason in what a stage printed.
+    """Return the reason of a failure.
 
     Args:
-        exit_code: of the stage, negative for a signal.
-        lines: of its output.
+        exit_code: exit code of the stage; negative for a signal.
+        lines: lines of the stage's output.
     """
+    # A line `error: …` is a refusal of the input; such a line explains itself.
     if reasons := [match["message"] for match in map(_USER_ERROR.match, lines) if match]:
         return Failure(reasons[0], is_bad_input=True)
+    # Else the last exception counts that is not merely the consequence of another rank's failure.
     exceptions = [match["message"] for match in map(_EXCEPTION.match, lines) if match]
     if reasons := [message for message in exceptions if not _CONSEQUENCE.search(message)]:
         return Failure(reasons[-1], is_bad_input=False)

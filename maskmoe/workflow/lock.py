@@ -1,4 +1,4 @@
-"""One command at a time works in a run folder."""
+"""Let only one command at a time work in a run folder."""
 
 import fcntl
 import os
@@ -20,19 +20,19 @@ _SECONDS_TO_GIVE_UP = 30.0
 class RunLock:
     """The locked lock file of a run folder.
 
-    Processes that have it as their standard input hold the lock as well. So it is free only when all processes of a
-    command have ended, also of one that was killed.
+    Every process that has the file as its standard input holds the lock, too. The lock is therefore free only after all
+    processes of a command have ended, even if the command itself was killed.
 
     Attributes:
-        path: of the file.
-        descriptor: of the file, open.
+        path: path of the file.
+        descriptor: descriptor of the open file.
     """
 
     path: Path
     descriptor: int
 
     def other_holders(self) -> set[psutil.Process]:
-        """Processes that have the lock as their standard input, with all their children (on Linux)."""
+        """Return the processes that have the lock as standard input, with all their children (on Linux only)."""
         found: set[psutil.Process] = set()
         for process in psutil.process_iter():
             with suppress(OSError, psutil.Error):
@@ -41,7 +41,7 @@ class RunLock:
         return found
 
     def kill_other_holders(self) -> None:
-        """Leave no process of a stage behind."""
+        """Kill all processes that a stage has left behind."""
         for process in self.other_holders():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -49,19 +49,21 @@ class RunLock:
 
 @contextmanager
 def locked(path: Path, seconds_to_end: float = _SECONDS_TO_END) -> Iterator[RunLock]:
-    """Hold a lock file for the time of the block.
+    """Hold a lock file during the block.
 
     Args:
-        path: of the file, which is made.
-        seconds_to_end: how long processes that a killed command has left may take to end; then they are killed.
+        path: path of the file, which is created if missing.
+        seconds_to_end: how many seconds the processes that a killed command has left behind may take to end. After
+            that time the processes are killed.
 
     Raises:
-        UserError: another command is at work here.
+        UserError: another command works in the folder.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         lock = RunLock(path, descriptor)
         _acquire(lock, seconds_to_end)
+        # The file holds the number of the process that owns the lock.
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, f"{os.getpid()}\n".encode())
@@ -71,6 +73,7 @@ def locked(path: Path, seconds_to_end: float = _SECONDS_TO_END) -> Iterator[RunL
 
 
 def _acquire(lock: RunLock, seconds_to_end: float) -> None:
+    """Lock the file. If the lock's owner is gone, wait for the owner's remaining processes, then kill them."""
     start = time.monotonic()
     while True:
         try:
@@ -80,15 +83,15 @@ def _acquire(lock: RunLock, seconds_to_end: float) -> None:
             owner = _read_owner(lock.descriptor)
         folder = lock.path.parent
         if owner is None or _is_alive(owner):
-            at_work = f"process {owner}" if owner else "just started"
-            raise UserError(f"another command ({at_work}) is at work in {folder}; give another --run-dir")
+            name = f"process {owner}" if owner else "just started"
+            raise UserError(f"another command ({name}) is at work in {folder}; give another --run-dir")
         waited = time.monotonic() - start
         if waited > seconds_to_end:
             lock.kill_other_holders()
         if waited > seconds_to_end + _SECONDS_TO_GIVE_UP:
             raise UserError(
-                f"processes of an earlier command (process {owner}, which is gone) still work in {folder}: "
-                "end them, or give another --run-dir"
+                f"processes of an earlier command (process {owner}, which has ended) still work in {folder}: "
+                "end these processes, or give another --run-dir"
             )
         time.sleep(0.2)
 

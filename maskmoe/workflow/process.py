@@ -1,4 +1,4 @@
-"""Runs the command of a stage, with its output in a log, and ends it with everything it has started."""
+"""Run the command of a stage with its output in a log, and stop the command together with all its processes."""
 
 import os
 import signal
@@ -13,59 +13,52 @@ import psutil
 from maskmoe.child_process import end_with_parent
 from maskmoe.workflow.lock import RunLock
 
-_SECONDS_TO_END = 45.0  # torchrun gives its workers 30
+_SECONDS_TO_END = 45.0  # torchrun gives its workers 30 seconds
 
 
 class StageProcess:
-    """A command at work.
-
-    It ends when this process does, however that comes about (on Linux).
+    """A running command in the current folder. On Linux the command ends when this process ends, even if killed.
 
     Args:
         command: program and arguments.
-        environment: variables in addition to those of this process.
+        environment: variables that are set in addition to the variables of this process.
         log: file to which the output is appended.
-        lock: of the run folder, which all processes of the command hold too.
-        folder: to run in.
+        lock: lock of the run folder; all processes of the command hold the lock, too.
     """
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], log: Path, lock: RunLock, folder: Path
-    ) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, lock: RunLock) -> None:
         self._lock = lock
         with open(log, "ab") as output:
             self._log = LogTail(log, output.tell())
             self._process = subprocess.Popen(
                 command,
-                cwd=folder,
-                env={**os.environ, **environment},
-                # torchrun's workers inherit the standard streams only, so one of them carries the lock.
+                # `python -m` would import the user's files of the current folder before the standard library.
+                env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
+                # torchrun's workers inherit only the standard streams, so a standard stream carries the lock.
                 stdin=lock.descriptor,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C reaches this process alone, which then ends the command in good order.
+                # Ctrl-C reaches only this process, which then stops the command in good order.
                 start_new_session=True,
                 preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
             )
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative if a signal ended it."""
+        """Exit code; None while the command runs; negative if a signal ended the command."""
         return self._process.poll()
 
     def new_lines(self) -> Iterator[str]:
-        """Whole lines that it has written since the last call."""
+        """Yield the complete lines that the command has written since the last call."""
         return self._log.new_lines()
 
     def wait(self, seconds: float) -> None:
-        """Until it has ended, or for some time."""
-        try:
+        """Wait until the command has ended, at most some seconds."""
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return
 
     def stop(self) -> None:
-        """Ask it to end, wait for that, and kill what is left then, or at once at a second interruption."""
+        """Ask the command to end, wait, and kill what remains. A second interruption kills at once."""
         family = self._family()
         self._process.terminate()
         try:
@@ -78,7 +71,7 @@ class StageProcess:
             self.clear_up()
 
     def clear_up(self) -> None:
-        """When it has ended: end what it has left, as it does if it was killed."""
+        """Kill the processes that the ended command has left behind, as happens if the command was killed."""
         self._lock.kill_other_holders()
 
     def _family(self) -> set[psutil.Process]:
@@ -90,22 +83,27 @@ class StageProcess:
 
 
 class LogTail:
-    """Reads the lines that are added to a file.
+    """Reads the lines that are appended to a file.
 
     Args:
         path: the file.
-        offset: where to begin.
+        offset: position in bytes at which reading begins.
     """
 
-    def __init__(self, path: Path, offset: int = 0):
+    def __init__(self, path: Path, offset: int = 0) -> None:
         self._path = path
         self._offset = offset
 
     def new_lines(self) -> Iterator[str]:
-        """Whole lines added since the last call, without their ends."""
+        """Yield the complete lines that were appended since the last call, without line ends."""
         with open(self._path, "rb") as stream:
             stream.seek(self._offset)
             data = stream.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        yield from whole.decode("utf-8", errors="replace").splitlines()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        yield from complete.decode("utf-8", errors="replace").splitlines()
+
+
+def read_log(path: Path) -> list[str]:
+    """Return all complete lines of a log; an empty list if the log does not exist."""
+    return list(LogTail(path).new_lines()) if path.exists() else []

@@ -1,27 +1,26 @@
-"""Remembers which stages are finished, and from what they were made."""
+"""Record which stages are finished, with which commands and from which files."""
 
 import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from maskmoe.cli import atomic_output
-from maskmoe.errors import UserError
+from maskmoe.workflow.json_records import read_record, write_record
 from maskmoe.workflow.stage import Stage
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What is known of a stage that was started.
+    """The record of one stage that was started.
 
     Attributes:
         command: program and arguments.
-        inputs, outputs: digests of their files' names, sizes and times (see `files_digest`); `outputs` is None until
-            the stage is finished.
-        seconds: how long it has taken, over all its starts.
+        inputs: digest of the input files' names, sizes and modification times, see `files_digest`.
+        outputs: the same digest of the output files; None until the stage is finished.
+        seconds: duration of the stage over all its starts.
     """
 
     command: tuple[str, ...]
@@ -31,28 +30,32 @@ class StageRecord:
 
     @property
     def is_finished(self) -> bool:
+        """Whether the stage has been finished."""
         return self.outputs is not None
 
 
+@dataclass(frozen=True)
+class _RecordFile:
+    """Content of the record file."""
+
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+
+
 class RunRecord:
-    """The records of all stages, kept in a file.
+    """The records of all stages of a folder, kept in a file.
 
     Args:
-        path: the file; need not exist.
+        path: the file, which need not exist.
 
     Raises:
         UserError: the file is damaged.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._stages: dict[str, StageRecord] = {}
-        if path.exists():
-            try:
-                stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-                self._stages = {name: _stage_record(values) for name, values in stages.items()}
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(f"{path} is damaged ({error}); delete it to start from the first stage") from error
+        advice = "delete the file to start from the first stage"
+        content = read_record(_RecordFile, path, advice) if path.exists() else _RecordFile()
+        self._stages = content.stages
 
     def __contains__(self, name: str) -> bool:
         return name in self._stages
@@ -60,10 +63,10 @@ class RunRecord:
     def __getitem__(self, name: str) -> StageRecord:
         return self._stages[name]
 
-    def reason_to_redo(self, stage: Stage) -> str | None:
-        """Why what an earlier start of the stage left is of no use; None if it is, or if there was none.
+    def reason_to_repeat(self, stage: Stage) -> str | None:
+        """Return why the files of the stage's earlier start cannot be used; None if they can, or if there are none.
 
-        A stage that was started and not finished has no output to judge yet.
+        The outputs of a stage that was started but not finished are not judged.
         """
         record = self._stages.get(stage.name)
         if record is None:
@@ -78,44 +81,35 @@ class RunRecord:
         return None
 
     def is_started(self, stage: Stage) -> bool:
-        """Whether it was begun, in its present form or another."""
+        """Return whether the stage was started, with its present command or another."""
         return stage.name in self
 
     def is_finished(self, stage: Stage) -> bool:
-        """Whether the stage was finished, and nothing has changed since."""
+        """Return whether the stage was finished and neither its command nor its files have changed since."""
         record = self._stages.get(stage.name)
-        return record is not None and record.is_finished and self.reason_to_redo(stage) is None
+        return record is not None and record.is_finished and self.reason_to_repeat(stage) is None
 
     def begin(self, stage: Stage) -> None:
-        """Note that the stage starts from nothing, before its first output is written."""
-        self._stages[stage.name] = StageRecord(stage.command, files_digest(stage.inputs), None, 0.0)
-        self._save()
+        """Record that the stage starts from nothing. Call before the stage writes its first output."""
+        self._set(stage, StageRecord(stage.command, files_digest(stage.inputs), None, 0.0))
 
     def pause(self, stage: Stage, seconds: float) -> None:
-        """Note that the stage was at work and has ended before it was finished."""
+        """Record that the stage ran for some seconds and ended before it was finished."""
         record = self._stages[stage.name]
-        self._stages[stage.name] = replace(record, seconds=record.seconds + seconds)
-        self._save()
+        self._set(stage, replace(record, seconds=record.seconds + seconds))
 
     def finish(self, stage: Stage, seconds: float) -> None:
-        """Note that the stage has made all its outputs."""
+        """Record that the stage has made all its outputs, after some more seconds."""
         record = self._stages[stage.name]
-        outputs = files_digest(stage.outputs)
-        self._stages[stage.name] = replace(record, outputs=outputs, seconds=record.seconds + seconds)
-        self._save()
+        self._set(stage, replace(record, outputs=files_digest(stage.outputs), seconds=record.seconds + seconds))
 
-    def _save(self) -> None:
-        stages = {name: asdict(record) for name, record in self._stages.items()}
-        with atomic_output(self.path) as path:
-            path.write_text(json.dumps({"stages": stages}, indent=2) + "\n", encoding="utf-8")
-
-
-def _stage_record(values: dict[str, Any]) -> StageRecord:
-    return StageRecord(**(values | {"command": tuple(values["command"])}))
+    def _set(self, stage: Stage, record: StageRecord) -> None:
+        self._stages[stage.name] = record
+        write_record(_RecordFile(self._stages), self.path, indent=2)
 
 
 def files_digest(paths: Iterable[Path]) -> str:
-    """sha256 (hex) over names, sizes and modification times of the files, and of all files in the folders."""
+    """Return the sha256 (hex) of names, sizes and modification times of files, and of all files in folders."""
     signatures = [_signature(path) for path in paths]
     return hashlib.sha256(json.dumps(signatures).encode()).hexdigest()
 
@@ -131,7 +125,7 @@ def _signature(path: Path) -> list[Any]:
 
 
 def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
-    """Which flags differ between two command lines, with their values."""
+    """Describe which flags differ between two command lines, with their old and new values."""
     old_flags, new_flags = _flags(old), _flags(new)
     changes = [
         f"{flag}: {old_flags.get(flag, 'not given')} → {new_flags.get(flag, 'not given')}"
@@ -142,18 +136,23 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
 
 
 def _settings(command: Sequence[str], machine_flags: Collection[str]) -> list[str]:
-    """A command line without what depends on the machine: those flags, and the program, which is Python."""
-    kept, is_setting = [], True
-    for word in command[1:]:
-        if word.startswith("-"):
+    """Return a command line from its first flag on, without the folders of paths and the flags that fit the machine.
+
+    The words before the first flag name the program, which the stage's name determines. The digests of the stage's
+    files cover the folders.
+    """
+    settings: list[str] = []
+    is_setting = False
+    for word in command:
+        if word.startswith("--") or (is_setting and word.startswith("-")):
             is_setting = word.partition("=")[0] not in machine_flags
         if is_setting:
-            kept.append(word)
-    return kept
+            settings.append(word if word.startswith("-") else word.rpartition("/")[2])
+    return settings
 
 
 def _flags(command: Sequence[str]) -> dict[str, str]:
-    """Values of each flag; the words before the first one count as those of `command`."""
+    """Return the values of each flag; the words before the first flag are the values of `command`."""
     flags: dict[str, list[str]] = {"command": []}
     values = flags["command"]
     for word in command:

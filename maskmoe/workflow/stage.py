@@ -1,30 +1,31 @@
-"""What a stage is, what a plan of stages is, and where their files are."""
+"""The definitions of a stage and of a plan of stages."""
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The repository; stages run in it."""
+from maskmoe.workflow.files import StageFiles
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command.
+    """One command with the files that the command reads and writes.
 
     Attributes:
-        name: a short word; names the log.
-        command: program and arguments, run in the repository.
-        inputs: files and folders that the result depends on.
-        outputs: files and folders that it makes.
-        byproducts: what else it makes; kept apart with the outputs when the stage is done again.
-        scratch: folders that it may leave behind, removed before every start: what was cut off there must not be read.
-        environment: variables set in addition to those of this process.
-        machine_flags: names of flags that suit the command to the machine; other ones are no reason to do it again.
-        continues: started again, it goes on from its own outputs.
+        name: a short word, which also names the log.
+        command: program and arguments, run in the user's current folder; paths are absolute.
+        inputs: files and folders that determine the result, together with the command.
+        outputs: files and folders that the command makes.
+        byproducts: further files and folders that the command makes. Byproducts are set aside together with the
+            outputs when the stage is repeated.
+        scratch: folders that are removed before every start, because an interrupted command may leave incomplete files
+            in them.
+        environment: variables that are set in addition to the variables of this process.
+        machine_flags: names of flags that adapt the command to the machine. A change of these flags alone does not
+            repeat the stage.
+        is_resumable: whether the command, started again, continues from its own outputs.
     """
 
     name: str
@@ -35,97 +36,32 @@ class Stage:
     scratch: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     machine_flags: frozenset[str] = frozenset()
-    continues: bool = False
+    is_resumable: bool = False
 
 
-@dataclass(frozen=True)
-class StageFiles:
-    """Files that every folder of stages has.
-
-    Attributes:
-        folder: the folder.
-    """
-
-    folder: Path
-
-    @property
-    def commands(self) -> Path:
-        return self.folder / "commands.sh"
-
-    @property
-    def record(self) -> Path:
-        return self.folder / "stages.json"
-
-    @property
-    def lock(self) -> Path:
-        return self.folder / ".lock"
-
-    @property
-    def previous(self) -> Path:
-        return self.folder / "previous"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
-
-    def log(self, stage: str) -> Path:
-        return self.logs / f"{stage}.log"
-
-
-@dataclass(frozen=True)
-class TrainingFiles(StageFiles):
-    """Files that a folder has in which a model is trained and evaluated."""
-
-    @property
-    def routing_mask(self) -> Path:
-        return self.folder / "routing_mask.safetensors"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.folder / "tensorboard"
-
-    @property
-    def dataset_cache(self) -> Path:
-        return self.folder / "dataset_cache"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation.json"
+StageMaker = Callable[[], Stage]
+"""Makes a stage, at a time when all stages before are finished: the command may depend on their outputs."""
 
 
 class Plan(Protocol):
-    """Stages in order.
-
-    A stage is asked for when all before it are finished: its command may depend on what they made.
-    """
+    """Stages in order."""
 
     @property
     def files(self) -> StageFiles:
-        """Where the files of the stages are."""
+        """Where the stages keep their files."""
+        ...
 
     @property
-    def stages(self) -> tuple[Callable[[], Stage], ...]:
+    def stages(self) -> tuple[StageMaker, ...]:
         """Makers of all stages, in order."""
+        ...
 
     @property
     def seq_length(self) -> int:
-        """Tokens in a sample, for the speed of training."""
+        """Tokens in a sample, from which the speed of training is computed."""
+        ...
 
 
-def tool_command(name: str, *arguments: object) -> tuple[str, ...]:
-    """The command line of a tool of the repository."""
-    return words(Path(sys.executable), f"tools/{name}.py", *arguments)
-
-
-def words(*arguments: object) -> tuple[str, ...]:
-    """Arguments as a command line has them; files of the repository relative to it."""
-    return tuple(short_path(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
-
-
-def short_path(path: Path) -> str:
-    """The path as a command in the repository names it."""
-    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)
+def maskmoe_command(subcommand: str, *arguments: object) -> tuple[str, ...]:
+    """Return the command line of `maskmoe SUBCOMMAND ARGUMENTS…`."""
+    return (sys.executable, "-m", "maskmoe", subcommand, *map(str, arguments))

@@ -24,7 +24,7 @@ grid: {of: maskmoe, frequent-mass: [0.2, 0.4], frequent-visible-experts: [2, 4],
 
 @pytest.fixture
 def suite_file(tmp_path):
-    """A path, and what writes a suite there, with replacements."""
+    """Write a suite file, with some of its text replaced, and return the path."""
 
     def write(**replacements):
         text = SUITE

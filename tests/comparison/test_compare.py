@@ -4,21 +4,21 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
+from support.paths import ROOT
+from support.waiting import wait_until
 
 from maskmoe.comparison.results import Results
 from maskmoe.workflow.record import RunRecord
-from maskmoe.workflow.stage import ROOT
 
 TEXT_DOCUMENTS = 400
 
 
 @pytest.fixture
 def text(tmp_path):
-    """Text of few words, so that a small vocabulary holds them."""
+    """A text file with few different words, for which a small vocabulary suffices."""
     words = ["alpha", "beta", "gamma", "delta", "of", "the", "and", "(", ")", "1", "2"]
     path = tmp_path / "text.jsonl"
     with path.open("w") as stream:
@@ -29,20 +29,13 @@ def text(tmp_path):
 
 
 def compare(*arguments):
-    command = [sys.executable, "-P", "-m", "maskmoe.comparison", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "maskmoe", "compare", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
 def is_finished(run, stage):
     path = run / "stages.json"
     return path.exists() and stage in (record := RunRecord(path)) and record[stage].is_finished
-
-
-def wait_until(condition, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happens"
-        time.sleep(0.1)
 
 
 def test_bad_suite_is_one_line(tmp_path):
@@ -52,11 +45,12 @@ def test_bad_suite_is_one_line(tmp_path):
     assert output == f"error: cannot read the suite {tmp_path / 'nowhere.yaml'}: No such file or directory\n"
 
 
-def test_list_names_what_is_to_do(suite_file, text, tmp_path):
+def test_list_names_all_known_runs(suite_file, text, tmp_path):
     process = compare(suite_file(), "--input", text, "--run-dir", tmp_path / "run", "--list")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "to do     checks/dense\n" in output and "to do     tuning/smoe.lr-1e-3\n" in output
+    assert "to do     checks/dense\n" in output
+    assert "to do     tuning/smoe.lr-1e-3\n" in output
     assert not (tmp_path / "run").exists()
 
 
@@ -106,7 +100,7 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
 
     first = compare(*arguments)
     run = folder / "runs" / "dense.seed-1"
-    wait_until(lambda: is_finished(run, "evaluate"))
+    wait_until(lambda: is_finished(run, "evaluate"), "the first evaluation", timeout=240)
     children = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
     first.communicate(timeout=60)
@@ -130,4 +124,5 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
 
     third = compare(*arguments)
     output, _ = third.communicate(timeout=60)
-    assert third.returncode == 0 and "runs:" not in output
+    assert third.returncode == 0
+    assert "runs:" not in output

@@ -1,4 +1,4 @@
-"""What is made of the runs' losses: against scipy's own statistics, and as a report."""
+"""Statistics of the runs' losses against scipy's own, and the report with its plots."""
 
 import math
 import re
@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
+from support.paths import ROOT
 from support.synthetic import EFFECTS, synthetic_results
 
 from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
-from maskmoe.comparison.results import Estimate, Results, paired_difference
+from maskmoe.comparison.results import Band, Estimate, Results, paired_difference
 from maskmoe.errors import UserError
 
 
@@ -31,7 +32,8 @@ def test_estimate_against_scipy(values):
 
 def test_one_value_resolves_nothing():
     estimate = Estimate.of([1.0])
-    assert math.isnan(estimate.standard_error) and not estimate.is_resolved
+    assert math.isnan(estimate.standard_error)
+    assert not estimate.is_resolved
 
 
 def test_paired_difference_is_that_of_a_paired_t_test():
@@ -52,13 +54,35 @@ def test_only_common_seeds_are_paired():
     assert paired_difference(some, "nothing", "smoe", lambda run: run.loss) is None
 
 
+def test_results_of_an_earlier_version_are_read():
+    results = Results.load(ROOT / "docs" / "comparison-laptop" / "results.json")
+    assert len(results.runs) == 25
+    assert results.runs_of("smoe")[0].routing.layers == [1, 2, 3]
+    assert results.variant("smoe").parameters == Parameters(1637280, 476064)
+
+
+def test_damaged_results_are_refused(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"title": "a", "command": 1}')
+    with pytest.raises(UserError, match=r"results.json is damaged \(command: .*\); write the report again") as error:
+        Results.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_loss_that_is_not_a_number_is_kept(tmp_path):
+    results = synthetic_results()
+    results.runs[0].bands[0] = Band("top 40 %", 0.4, math.nan)
+    results.save(tmp_path / "results.json")
+    assert math.isnan(Results.load(tmp_path / "results.json").runs[0].band_loss("top 40 %"))
+
+
 def test_results_are_read_as_they_were_saved(tmp_path):
     results = synthetic_results()
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == results
 
 
-def test_report_tells_what_was_put_in(tmp_path):
+def test_report_states_the_effects_of_the_synthetic_results(tmp_path):
     text = write_report(synthetic_results(), tmp_path / "report").read_text()
     _, _, to_smoe = text.partition("## Difference to Smoe")
     for name, effect in EFFECTS.items():
@@ -67,16 +91,18 @@ def test_report_tells_what_was_put_in(tmp_path):
             mean = float(re.search(r"[+-][\d.]+", row)[0])
             assert mean == pytest.approx(effect, abs=0.01)
             assert "**" in row
-    assert "Better: Hash-balanced; Maskmoe." in to_smoe and "Worse: Dense." in to_smoe
+    assert "Better: Hash-balanced; Maskmoe." in to_smoe
+    assert "Worse: Dense." in to_smoe
     assert "20 iterations, the same to the last bit" in text
     assert "**DIFFERENT** in 1" in text
     images = set(re.findall(r"\]\((\w+\.png)\)", text))
-    assert images == {path.name for path in (tmp_path / "report").glob("*.png")} and len(images) >= 5
+    assert images == {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert len(images) >= 5
     for image in images:
         Image.open(tmp_path / "report" / image).verify()
 
 
-def test_what_noise_hides_is_not_resolved():
+def test_effects_below_the_noise_are_not_resolved():
     text = render_report(synthetic_results(noise=0.3), {})
     assert "Not resolved" in text
 
@@ -89,7 +115,7 @@ def test_one_seed_is_no_verdict():
     assert "±" not in text.partition("## Difference")[2]
 
 
-def test_what_is_missing_is_named():
+def test_unfinished_runs_are_named():
     results = synthetic_results()
     some = Results(**{**results.__dict__, "unfinished": ["runs/smoe.seed-9"]})
     assert "1 runs are missing: runs/smoe.seed-9" in render_report(some, {})

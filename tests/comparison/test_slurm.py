@@ -1,4 +1,4 @@
-"""A comparison as Slurm jobs: the command lines, by a stand-in for sbatch, and what is made of what jobs leave."""
+"""A comparison in Slurm jobs: the command lines, by a stand-in for sbatch, and the trainings that jobs complete."""
 
 import json
 import os
@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-from maskmoe.comparison import __main__ as command
+from maskmoe.commands import compare as command
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.slurm import (
     Submission,
     next_runs,
-    note_training,
-    refuse_while_jobs_work,
+    record_training,
+    refuse_while_jobs_are_queued,
     submission_file,
     submit_phase,
 )
@@ -27,14 +28,13 @@ from maskmoe.launch.devices import Devices
 from maskmoe.workflow.progress import ProgressLine
 from maskmoe.workflow.record import RunRecord
 
-ROOT = Path(__file__).parents[2]
 SUITE = """
 data: {vocab-size: 300}
 flags: {num-layers: 1, hidden-size: 8, seq-length: 16, train-iters: 4, global-batch-size: 2}
 learning-rates: {values: [1e-3, 1e-2], iterations: 2}
 variants: {one: {}, two: {}}
 """
-# Notes its arguments and what it is told by variables, and numbers jobs from 11.
+# Appends its arguments and the variables of Slurm to a file, and numbers jobs from 11.
 SBATCH = """#!/usr/bin/env python3
 import json, os, sys
 path = os.environ["SBATCH_CALLS"]
@@ -58,7 +58,7 @@ def program(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """A stand-in for sbatch is on PATH; what it was called with."""
+    """Put a stand-in for sbatch on PATH; return a function that returns the arguments of all its calls."""
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin", "sbatch", SBATCH)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -78,7 +78,7 @@ def suite_path(tmp_path):
 
 @pytest.fixture
 def comparison(tmp_path, suite_path):
-    """Two dense variants, checked, on a dataset that nothing reads; its folder has a blank in its name."""
+    """A comparison of two checked dense variants in a folder with a blank in its name; nothing reads the dataset."""
     files = {"data-path": ("data",), "split": ("9,1,0",), "tokenizer-model": ("model",), "vocab-size": ("300",)}
     folder = tmp_path / "its folder"
     data = open_data(files, folder / "data", 16)
@@ -89,7 +89,7 @@ def comparison(tmp_path, suite_path):
 
 
 def finish_stages(comparison, run):
-    """Note all stages of a run as finished."""
+    """Record all stages of a run as finished."""
     plan = comparison.plan(run)
     plan.prepare()
     record = RunRecord(plan.files.record)
@@ -100,7 +100,7 @@ def finish_stages(comparison, run):
 
 
 def leave_by_job(comparison, run, job="21", loss="2.5"):
-    """What a job leaves that has trained a run on two nodes."""
+    """Write the files of a job that has trained a run on two nodes."""
     files = comparison.plan(run).files
     logs = files.slurm / job
     logs.mkdir(parents=True)
@@ -132,13 +132,13 @@ def submit(comparison, **options) -> None:
 
 
 def options_of(call: list[str]) -> dict[str, str]:
-    """The options of a call; of those that are there twice, the last, as for sbatch."""
+    """Return the options of a call; the last value of a repeated option counts, as for sbatch."""
     return dict(word.removeprefix("--").partition("=")[::2] for word in call if word.startswith("--") and "=" in word)
 
 
-def test_tuning_is_an_array_and_a_job_that_goes_on(comparison, calls):
+def test_tuning_is_an_array_and_a_job_that_continues(comparison, calls):
     submit(comparison)
-    training, going_on = calls()
+    training, continuation = calls()
     phase = comparison.folder / "slurm" / "tuning"
     options = options_of(training)
     assert (options["array"], options["nodes"], options["partition"]) == ("1,2,3,4", "2", "p")
@@ -147,14 +147,15 @@ def test_tuning_is_an_array_and_a_job_that_goes_on(comparison, calls):
     assert training[training.index("--") + 1 :] == [f"{phase}/%a/run.yaml"]
     for element, run in enumerate(comparison.runs_of_next_phase(), start=1):
         folder = comparison.folder / run.name
-        assert (phase / str(element)).resolve() == folder and (folder / "slurm").is_dir()
+        assert (phase / str(element)).resolve() == folder
+        assert (folder / "slurm").is_dir()
         assert (phase / str(element) / "run.yaml").is_file()
         assert RunRecord(folder / "stages.json").is_started(comparison.plan(run).train())
-    options = options_of(going_on)
+    options = options_of(continuation)
     assert options["dependency"] == "afterany:11"
     assert (options["partition"], options["nodes"], options["ntasks"]) == ("p", "1", "1")
     assert shlex.split(options["wrap"])[1:] == [
-        *(sys.executable, "-P", "-m", "maskmoe.comparison", "pair.yaml", "--run-dir", "its folder"),
+        *(sys.executable, "-P", "-m", "maskmoe", "compare", "pair.yaml", "--run-dir", "its folder"),
         *("--slurm", "--", "--nodes=2", "--partition=p"),
     ]
     assert Submission.read(submission_file(comparison)).jobs == ("11", "12")
@@ -172,48 +173,49 @@ def test_losses_are_read_from_the_logs_of_jobs(comparison, calls):
     assert RunRecord(comparison.plan(tuned).files.record)["train"].seconds == 3.0
 
 
-def test_whole_runs_are_evaluated_each_when_it_is_trained(comparison, calls):
+def test_each_whole_run_is_evaluated_after_its_training(comparison, calls):
     for run in comparison.runs_of_next_phase():
         finish_stages(comparison, run)
     submit(comparison, throttle=1)
-    training, evaluation, going_on = calls()
+    training, evaluation, continuation = calls()
     assert options_of(training)["array"] == "1,2%1"
     options = options_of(evaluation)
     assert (options["array"], options["dependency"]) == ("1,2%1", "aftercorr:11")
     assert (options["nodes"], options["ntasks-per-node"]) == ("1", "1")
     assert "--kill-on-invalid-dep=yes" in evaluation
-    assert options_of(going_on)["dependency"] == "afterany:11:12"
-    # Of the second element, as the shell of the job has it.
+    assert options_of(continuation)["dependency"] == "afterany:11:12"
+    # The name of the second element's run, as the shell of the job expands the name.
     script = options["wrap"].replace("exec ", "printf '%s\\n' ", 1)
     words = os.popen(f"SLURM_ARRAY_TASK_ID=2; {script}").read().splitlines()
     assert words[-2:] == ["--run", "runs/two.seed-1"]
 
 
-def test_what_is_trained_is_only_evaluated(comparison, calls):
+def test_trained_runs_are_only_evaluated(comparison, calls):
     for run in comparison.runs_of_next_phase():
         finish_stages(comparison, run)
     submit(comparison)
     leave_by_job(comparison, comparison.find_run("runs/two.seed-1"))
     submit(comparison)
-    training, first, rest, going_on = calls()[3:]
+    training, first, rest, continuation = calls()[3:]
     assert options_of(training)["array"] == options_of(first)["array"] == "1"
-    assert options_of(rest)["array"] == "2" and "dependency" not in options_of(rest)
-    assert options_of(going_on)["dependency"] == "afterany:14:15:16"
+    assert options_of(rest)["array"] == "2"
+    assert "dependency" not in options_of(rest)
+    assert options_of(continuation)["dependency"] == "afterany:14:15:16"
 
 
-def test_training_by_a_job_counts_only_for_what_was_submitted(comparison, calls):
+def test_training_by_a_job_counts_only_for_the_submitted_run(comparison, calls):
     submit(comparison)
     run = comparison.runs_of_next_phase()[0]
-    assert not note_training(comparison.plan(run))
+    assert not record_training(comparison.plan(run))
     leave_by_job(comparison, run)
-    assert note_training(comparison.plan(run))
-    assert not note_training(comparison.plan(run))
+    assert record_training(comparison.plan(run))
+    assert not record_training(comparison.plan(run))
     other = comparison.runs_of_next_phase()[0]
     leave_by_job(comparison, other)
-    assert not note_training(comparison.plan(replace(other, seed=5)))
+    assert not record_training(comparison.plan(replace(other, seed=5)))
 
 
-def test_what_jobs_have_trained_by_other_settings_is_set_aside(comparison, calls, suite_path):
+def test_training_with_other_settings_is_set_aside(comparison, calls, suite_path):
     submit(comparison)
     leave_by_job(comparison, comparison.runs_of_next_phase()[0])
     suite_path.write_text(SUITE.replace("iterations: 2", "iterations: 3"))
@@ -221,13 +223,14 @@ def test_what_jobs_have_trained_by_other_settings_is_set_aside(comparison, calls
     submit(changed)
     run = changed.runs_of_next_phase()[0]
     files = changed.plan(run).files
-    assert run.kind == "tuning" and not changed.history(run).iterations
+    assert run.kind == "tuning"
+    assert not changed.history(run).iterations
     assert (files.previous / "slurm" / "21.finished").exists()
     assert (files.previous / "checkpoints" / "iter_0000002").exists()
     assert list(files.slurm.iterdir()) == []
 
 
-def test_it_does_not_go_on_for_ever(comparison, calls, monkeypatch):
+def test_jobs_without_progress_are_not_submitted_again(comparison, calls, monkeypatch):
     submit(comparison)
     runs = comparison.runs_of_next_phase()
     log = comparison.plan(runs[0]).files.slurm / "21.log"
@@ -237,20 +240,21 @@ def test_it_does_not_go_on_for_ever(comparison, calls, monkeypatch):
         submit(comparison)
     message = str(failure.value)
     assert f"tuning/one.lr-1e-3: --num-layers is no number (full output: {log})" in message
-    assert "tuning/two.lr-1e-2: no job has begun it" in message and "\n" not in message
+    assert "tuning/two.lr-1e-2: no job has started the run" in message
+    assert "\n" not in message
     assert len(calls()) == 2
     leave_by_job(comparison, runs[0])
     submit(comparison)
     assert options_of(calls()[2])["array"] == "1,2,3"
 
 
-def test_a_user_may_submit_again_what_has_failed(comparison, calls):
+def test_a_user_may_submit_failed_jobs_again(comparison, calls):
     submit(comparison)
     submit(comparison)
     assert len(calls()) == 4
 
 
-def test_jobs_do_not_inherit_what_slurm_says_of_this_one(comparison, calls, monkeypatch, tmp_path):
+def test_jobs_do_not_inherit_the_variables_of_this_job(comparison, calls, monkeypatch, tmp_path):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     submit(comparison)
@@ -260,19 +264,19 @@ def test_jobs_do_not_inherit_what_slurm_says_of_this_one(comparison, calls, monk
 def test_nothing_else_starts_while_jobs_are_in_the_queue(comparison, calls, tmp_path, monkeypatch):
     submit(comparison)
     program(tmp_path / "bin", "squeue", "#!/bin/sh\nprintf '11\\n12\\n99\\n'\n")
-    with pytest.raises(UserError, match=r"in Slurm's queue, and go on by themselves; to end them: scancel 12 11$"):
-        refuse_while_jobs_work(comparison)
+    with pytest.raises(UserError, match=r"in Slurm's queue, and go on by themselves; to end the jobs: scancel 12 11$"):
+        refuse_while_jobs_are_queued(comparison)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    refuse_while_jobs_work(comparison)
+    refuse_while_jobs_are_queued(comparison)
     monkeypatch.delenv("SLURM_JOB_ID")
     program(tmp_path / "bin", "squeue", "#!/bin/sh\necho 99\n")
-    refuse_while_jobs_work(comparison)
+    refuse_while_jobs_are_queued(comparison)
     program(tmp_path / "bin", "squeue", "#!/bin/sh\necho 'squeue: error: no controller' >&2\nexit 1\n")
     with pytest.raises(UserError, match="queue: squeue: error: no controller"):
-        refuse_while_jobs_work(comparison)
+        refuse_while_jobs_are_queued(comparison)
 
 
-def test_what_sbatch_refuses_is_told(comparison, calls, tmp_path):
+def test_refusal_of_sbatch_is_reported(comparison, calls, tmp_path):
     program(tmp_path / "bin", "sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     with pytest.raises(UserError, match="not submitted: sbatch: error: invalid partition"):
         submit(comparison)
@@ -290,7 +294,7 @@ def test_a_run_evaluated_on_gpus_is_finished_where_there_are_none(comparison):
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
 
-def test_options_are_told_apart():
+def test_options_of_sbatch_and_of_the_script_are_separated():
     words = ("--nodes=2", "--container", "pyxis", "--image", "a#b", "--mount", "/m:rw", "-pgpu", "--mem=1G", "--time=9")
     options = SlurmOptions.parse((*words, "--no-node-check"))
     assert options.words == (*words, "--no-node-check")
@@ -328,7 +332,7 @@ def test_evaluation_runs_in_the_container_of_training(comparison, calls, kind, s
     for run in comparison.runs_of_next_phase():
         finish_stages(comparison, run)
     submit(comparison, words=("--container", kind, "--image", "an image", "--mount", "/more"))
-    training, evaluation, going_on = calls()
+    training, evaluation, continuation = calls()
     mounts = [training[i + 1] for i, word in enumerate(training) if word == "--mount"]
     assert mounts == ["/more", "/data"]
     words = shlex.split(options_of(evaluation)["wrap"])[1:]
@@ -340,7 +344,7 @@ def test_evaluation_runs_in_the_container_of_training(comparison, calls, kind, s
     python = words.index("env")
     assert words[python : python + 5] == ["env", f"PYTHONPATH={ROOT}", "python3", "-P", "-m"]
     # Nothing is submitted from within a container.
-    assert shlex.split(options_of(going_on)["wrap"])[1] == sys.executable
+    assert shlex.split(options_of(continuation)["wrap"])[1] == sys.executable
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -355,15 +359,16 @@ def main(monkeypatch, suite_path, tmp_path):
     return main
 
 
-def test_dry_run_prints_what_would_be_submitted_and_makes_nothing(main, tmp_path, capsys, monkeypatch):
+def test_dry_run_prints_the_command_lines_and_writes_nothing(main, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     main("--slurm", "--dry-run", "--jobs", "2", "--", "--nodes=2", "--gpus-per-node=8")
-    training, going_on = map(shlex.split, capsys.readouterr().out.splitlines())
-    assert training[0] == going_on[0] == "sbatch"
+    training, continuation = map(shlex.split, capsys.readouterr().out.splitlines())
+    assert training[0] == continuation[0] == "sbatch"
     assert {"--array=1,2,3,4%2", "--nodes=2", "--gpus-per-node=8"} <= set(training)
-    assert "--dependency=afterany:TRAINING" in going_on and "--gpus-per-node=8" not in going_on
-    again = shlex.split(options_of(going_on)["wrap"])
-    assert again[5:] == [
+    assert "--dependency=afterany:TRAINING" in continuation
+    assert "--gpus-per-node=8" not in continuation
+    again = shlex.split(options_of(continuation)["wrap"])
+    assert again[6:] == [
         *(str(tmp_path / "pair.yaml"), "--run-dir", str(tmp_path / "new"), "--jobs", "2"),
         *("--slurm", "--", "--nodes=2", "--gpus-per-node=8"),
     ]
@@ -377,7 +382,7 @@ def test_dry_run_prints_what_would_be_submitted_and_makes_nothing(main, tmp_path
         (("--", "--nodes=2"), "options after `--`: only together with --slurm"),
         (("--slurm", "--", "nodes"), "nodes stands alone"),
         (("--slurm", "--jobs", "0"), "--jobs must be at least 1"),
-        (("--slurm",), "there is no sbatch here"),
+        (("--slurm",), "sbatch is missing"),
     ],
 )
 def test_bad_command_line_is_refused(main, tmp_path, monkeypatch, arguments, message):

@@ -1,4 +1,4 @@
-"""Suite files: what they expand to, and what is refused."""
+"""Suite files: the variants and runs that a file describes, and the files that are refused."""
 
 import pytest
 
@@ -20,13 +20,14 @@ def suite(suite_file):
 
 
 def test_variants_have_the_flags_of_suite_experts_and_their_own(suite):
-    assert suite["dense"].mask is None and "num-experts" not in suite["dense"].flags
+    assert suite["dense"].mask is None
+    assert "num-experts" not in suite["dense"].flags
     assert suite["smoe"].flags["num-experts"] == ("4",)
     assert suite["hash"].flags["moe-ffn-hidden-size"] == ("32",)
     assert "ffn-hidden-size" not in suite["hash"].flags
 
 
-def test_a_preset_takes_nothing_of_the_common_mask_but_what_it_leaves_open(suite):
+def test_preset_takes_only_the_common_flags_that_it_does_not_decide(suite):
     assert suite["smoe"].mask == {"preset": ("smoe",)}
     assert suite["hash"].mask == {"preset": ("hash",), "shared-table": ()}
     assert suite["maskmoe-uniform"].mask == {
@@ -36,7 +37,7 @@ def test_a_preset_takes_nothing_of_the_common_mask_but_what_it_leaves_open(suite
     }
 
 
-def test_grid_leaves_out_the_point_that_is_a_variant_already(suite):
+def test_grid_omits_the_point_that_is_a_variant_already(suite):
     assert [variant.name for variant in suite.of_role("grid")] == [
         "maskmoe.p0.2-v2",
         "maskmoe.p0.2-v4",
@@ -60,7 +61,7 @@ def test_one_learning_rate_needs_no_tuning(suite_file):
     assert set(choose_learning_rates(suite, {}).values()) == {"1e-3"}
 
 
-def test_the_learning_rate_of_the_smallest_loss_is_chosen_and_handed_on(suite):
+def test_learning_rate_of_the_smallest_loss_is_chosen_for_all_variants_that_use_it(suite):
     losses = {run.name: 3.0 for run in tuning_runs(suite)}
     losses["tuning/maskmoe.lr-1e-2"] = 2.0
     losses["tuning/smoe.lr-1e-3"] = None
@@ -70,7 +71,7 @@ def test_the_learning_rate_of_the_smallest_loss_is_chosen_and_handed_on(suite):
     assert rates["dense"] == "1e-3"
 
 
-def test_runs_go_seed_by_seed_those_of_most_seeds_first(suite):
+def test_runs_go_seed_by_seed_and_variants_with_most_seeds_come_first(suite):
     runs = whole_runs(suite, choose_learning_rates(suite, {}))
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
@@ -79,7 +80,7 @@ def test_runs_go_seed_by_seed_those_of_most_seeds_first(suite):
     assert all(name.startswith("runs/maskmoe.p") for name in names[10:])
 
 
-def test_runs_differ_in_what_is_decided_for_each_alone(suite):
+def test_runs_of_a_variant_differ_in_their_own_flags(suite):
     run = Run(suite["maskmoe"], 2, "1e-2", "whole")
     flags = training_flags(suite, run)
     own = {"lr": ("1e-2",), "min-lr": ("0.001",), "seed": ("2",), "save-interval": ("5",)}
@@ -112,23 +113,26 @@ def test_a_run_saves_its_checkpoints_evenly_and_the_last_at_its_end(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("variants:", "variant:", "must name its variants"),
-        ("title: A small suite", "name: A small suite", "unknown name"),
+        ("variants:", "variant:", "unknown variant; the known keys are .*variants"),
+        ("title: A small suite", "name: A small suite", "unknown name; the known keys are baselines"),
+        ("maskmoe: {mask: {}}", "maskmoe: {masks: {}}", "variants.maskmoe: unknown masks"),
+        ("learning-rates: {values: [1e-2, 1e-3], ", "learning-rates: {", "learning-rates.values: is missing"),
+        ("frequent-mass: [0.2, 0.4]", "frequent-mass: []", "grid.frequent-mass: .* at least 1 item"),
         ("tuned-as: maskmoe", "tuned-as: maskmoo", "refers to maskmoo"),
         ("tuned-as: maskmoe", "tuned-as: all-visible", "refers to all-visible"),
         ("equals: smoe", "equals: maskmoe-uniform", "not tuned itself"),
-        ("until: 5, seeds: [1]", "until: 5, seeds: [3]", "has seeds that smoe has not"),
-        ("until: 5", "until: soon", "until must be a whole number"),
+        ("until: 5, seeds: [1]", "until: 5, seeds: [3]", "has seeds that smoe does not have"),
+        ("until: 5", "until: soon", "variants.all-visible.until: must be a whole number from 1, not 'soon'"),
         ("seeds: [1, 2]", "seeds: [1, 1]", "seeds must be different"),
-        ("values: [1e-2, 1e-3]", "values: [fast]", "'fast' is no number"),
+        ("values: [1e-2, 1e-3]", "values: [fast]", "learning-rates.values.0: 'fast' is not a number"),
         ("of: maskmoe", "of: dense", "must name a variant that has a mask"),
-        ("baselines: [smoe, hash]", "baselines: [moe]", "moe is none of the variants"),
+        ("baselines: [smoe, hash]", "baselines: [moe]", "moe is not a variant of the suite"),
         ("train-iters: 40, ", "", "has no train-iters"),
         ("num-layers: 2,", "num-layers: 2, seed: 3,", "seed is decided by the comparison"),
         ("dense: {title", "../dense: {title", "names a folder"),
         ("data: {vocab-size: 300}", "data: {vocabulary: 300}", "unknown vocabulary"),
-        ("iterations: 10", "iterations: 0", "iterations must be a whole number from 1"),
-        ("data:", "keep-checkpoints: none\ndata:", "keep-checkpoints must be all or last, not none"),
+        ("iterations: 10", "iterations: 0", "learning-rates.iterations: must be a whole number from 1"),
+        ("data:", "keep-checkpoints: none\ndata:", "keep-checkpoints: should be 'all' or 'last', not none"),
         ("smoe: {mask", "dense: {mask", "the key dense is repeated"),
         ("smoe: {mask: {preset: smoe}}", "smoe: {model: nowhere.yaml}", "nowhere.yaml"),
         ("smoe: {mask", "smoe: {layouts: {eight: {}}, mask", "variant smoe: `layouts` maps numbers of ranks to flags"),

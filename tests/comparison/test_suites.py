@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.runs import check_runs, choose_learning_rates, training_flags, tuning_runs, whole_runs
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 SUITES = sorted((ROOT / "launch" / "suites").glob("*.yaml"))
 GPU_SUITES = ("small", "large")
 
@@ -27,7 +27,7 @@ def test_runs_are_unique_and_all_variants_are_among_them(suite):
 
 
 def test_variants_are_trained_alike(suite):
-    """But for what makes them what they are."""
+    """Variants differ only in the flags of their experts."""
     own = {"ffn-hidden-size", "num-experts"}
     trained = [
         {name: words for name, words in variant.flags.items() if name not in own and not name.startswith("moe-")}
@@ -62,9 +62,10 @@ def test_suites_for_gpus_keep_layouts_and_want_text(name, tmp_path):
         size = {} if variant.mask is None else {"expert-model-parallel-size": ("8",)}
         if variant.name == "maskmoe-rank-local":
             size = {"expert-model-parallel-size": variant.mask["expert-model-parallel-size"]}
-        assert variant.layouts.get(8, {}) == size and variant.layouts.get(1, {}) == {}
+        assert variant.layouts.get(8, {}) == size
+        assert variant.layouts.get(1, {}) == {}
     data = open_data(suite.data, tmp_path, 2048)
-    for attribute in ("stages", "flags", "inputs", "token_frequency"):
+    for attribute in ("stages", "flags", "inputs", "folders"):
         with pytest.raises(UserError, match="the suite brings no text"):
             getattr(data, attribute)
     given = {"data-path": ("0.5", "data"), "split": ("99,1,0",), "tokenizer-model": ("model",)}
@@ -84,4 +85,5 @@ def test_fixed_routing_has_nothing_to_balance(name):
 
 def test_short_runs_warm_up_as_long_in_proportion(suite):
     run = tuning_runs(suite)[0]
-    assert "lr-warmup-fraction" in training_flags(suite, run) and "lr-warmup-iters" not in training_flags(suite, run)
+    assert "lr-warmup-fraction" in training_flags(suite, run)
+    assert "lr-warmup-iters" not in training_flags(suite, run)

@@ -1,9 +1,17 @@
-"""Results of a comparison as if it had been run: losses are known functions of variant, seed and band."""
+"""Results of a comparison that was never run: losses are known functions of variant, seed and band."""
 
 import numpy as np
 
 from maskmoe.comparison.fairness import Parameters
-from maskmoe.comparison.results import Curve, LimitResult, Results, RoutingHistory, RunResult, VariantResult
+from maskmoe.comparison.results import (
+    Band,
+    Curve,
+    LimitResult,
+    Results,
+    RoutingHistory,
+    RunResult,
+    VariantResult,
+)
 
 BANDS = {"top 40 %": 0.4, "next 50 %": 0.5, "last 10 %": 0.1}
 EFFECTS = {"dense": 0.1, "smoe": 0.0, "hash-balanced": -0.05, "maskmoe": -0.08}
@@ -17,7 +25,7 @@ ITERATIONS = [100, 200, 300, 400]
 
 
 def synthetic_results(seeds=(1, 2, 3), noise=0.004):
-    """Variants that differ by `EFFECTS`, by a common effect of the seed, and by noise."""
+    """Return results of variants that differ by `EFFECTS`, by a common effect of the seed, and by noise."""
     rng = np.random.default_rng(0)
     variants = [
         VariantResult(
@@ -47,17 +55,16 @@ def synthetic_results(seeds=(1, 2, 3), noise=0.004):
 
 def _run(name, seed, effect, shift, rng):
     loss = 2.3 + effect + shift
-    on_the_way = [loss + 1.0 / (1 + i) for i in range(len(ITERATIONS))]
+    losses = [loss + 1.0 / (1 + i) for i in range(len(ITERATIONS))]
     return RunResult(
         variant=name,
         seed=seed,
         seconds=100.0,
-        training=Curve(ITERATIONS, on_the_way),
-        validation=Curve(ITERATIONS, on_the_way),
+        training=Curve(ITERATIONS, losses),
+        validation=Curve(ITERATIONS, losses),
         loss=loss,
         bands=[
-            {"name": band, "share": share, "loss": loss + 0.3 * index + index * effect}
-            for index, (band, share) in enumerate(BANDS.items())
+            Band(band, share, loss + 0.3 * index + index * effect) for index, (band, share) in enumerate(BANDS.items())
         ],
         load=[] if name == "dense" else rng.integers(800, 1200, size=(3, 8)).tolist(),
         routing=None if name == "dense" else _routing(has_choice=not name.startswith("hash"), rng=rng),
@@ -65,15 +72,15 @@ def _run(name, seed, effect, shift, rng):
 
 
 def _routing(has_choice, rng):
-    """Of two layers."""
-    none = [[None, None]] * len(ITERATIONS)
+    """Return the routing of two layers."""
+    no_values = [[None, None]] * len(ITERATIONS)
     shares = rng.random((len(ITERATIONS), 2)).tolist()
     return RoutingHistory(
         layers=[1, 2],
         iterations=ITERATIONS,
-        entropy=shares if has_choice else none,
+        entropy=shares if has_choice else no_values,
         fluctuation=shares[1:] if has_choice else [[0.0, 0.0]] * (len(ITERATIONS) - 1),
-        routable_fluctuation=shares[1:] if has_choice else none[1:],
+        routable_fluctuation=shares[1:] if has_choice else no_values[1:],
         single_expert_token_share=[0.6, 0.6] if has_choice else [1.0, 1.0],
         id_information=[1.0, 1.0],
         distinct_experts={band: [2.0, 1.5] for band in BANDS},

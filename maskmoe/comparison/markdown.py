@@ -1,0 +1,36 @@
+"""Render reports in Markdown from the templates of the package."""
+
+from collections.abc import Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def render(template: str, **values: object) -> str:
+    """Render a template of `maskmoe/comparison/templates`.
+
+    Args:
+        template: file name of the template.
+        values: the template's variables. The template can also call `table`, see `markdown_table`.
+    """
+    environment = Environment(
+        loader=PackageLoader("maskmoe.comparison"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown is not HTML
+    )
+    return environment.get_template(template).render(values, table=markdown_table)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table whose first column is aligned left and whose other columns are aligned right."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])

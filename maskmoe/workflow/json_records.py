@@ -1,0 +1,50 @@
+"""JSON files whose content pydantic validates when the files are read."""
+
+import json
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from maskmoe.cli import atomic_output
+from maskmoe.errors import UserError
+
+
+def read_record[T](kind: type[T], path: Path, advice: str) -> T:
+    """Read a JSON file that `write_record` has written.
+
+    Args:
+        kind: dataclass of the content.
+        path: the file.
+        advice: what the user can do about a damaged file.
+
+    Raises:
+        UserError: the file cannot be read or is damaged.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({first_problem(error)}); {advice}") from error
+
+
+def write_record(record: object, path: Path, indent: int | None = None) -> None:
+    """Write a dataclass as a JSON file, which replaces an older file atomically."""
+    # A loss may be NaN, which `dump_json` would write as null.
+    content = TypeAdapter(type(record)).dump_python(record)
+    separators = (",", ":") if indent is None else None
+    with atomic_output(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, separators=separators) + "\n", encoding="utf-8")
+
+
+def first_problem(error: ValidationError) -> str:
+    """Describe the first problem of a validation on one line: its place, then what is wrong."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        message = "is missing"
+    elif message.startswith("Input should"):
+        value = f", not {problem['input']}" if isinstance(problem["input"], str | int | float) else ""
+        message = message.removeprefix("Input ") + value
+    return f"{place}: {message}" if place else message

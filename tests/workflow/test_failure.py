@@ -1,0 +1,49 @@
+"""The line of a log that says why a stage failed."""
+
+import pytest
+
+from maskmoe.workflow.failure import explain_failure
+
+
+def test_bad_input_comes_before_its_consequences():
+    lines = [
+        "W1124 torch/distributed/run.py] Setting OMP_NUM_THREADS",
+        "error: dataset data does not exist",
+        "Traceback (most recent call last):",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+    ]
+    failure = explain_failure(1, lines)
+    assert (failure.message, failure.is_bad_input) == ("dataset data does not exist", True)
+
+
+@pytest.mark.parametrize("program", ["x.py", "maskmoe", "maskmoe preprocess", "__main__.py mask"])
+def test_bad_flag_is_bad_input(program):
+    failure = explain_failure(2, [f"usage: {program}", f"{program}: error: bad flag"])
+    assert (failure.message, failure.is_bad_input) == ("bad flag", True)
+
+
+def test_first_rank_to_fail_gives_the_reason():
+    lines = [
+        "[rank1]: Traceback (most recent call last):",
+        "[rank1]: ValueError: the weights are wrong",
+        "[rank0]: RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1",
+        "raise ChildFailedError(",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+    ]
+    failure = explain_failure(1, lines)
+    assert (failure.message, failure.is_bad_input) == ("ValueError: the weights are wrong", False)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "lines", "message"),
+    [
+        (1, ["traceback : Signal 9 (SIGKILL) received by PID 9"], "a process was killed"),
+        (-9, [], "a process was killed"),
+        (1, ["the last line", ""], "the last line"),
+        (3, [], "exit code 3"),
+    ],
+)
+def test_failure_without_an_exception(exit_code, lines, message):
+    failure = explain_failure(exit_code, lines)
+    assert failure.message.startswith(message)
+    assert not failure.is_bad_input
