@@ -78,7 +78,7 @@ if $checks && (($# == 0)); then
         (
             site=$(mktemp --directory)
             trap 'rm -rf -- "$site"' EXIT
-            .venv/bin/mkdocs build --quiet --strict --site-dir "$site"
+            NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --site-dir "$site"
         )
     fi
 fi
