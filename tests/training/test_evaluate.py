@@ -116,7 +116,9 @@ def test_tokens_of_multi_token_prediction_count_in_a_layer_of_their_own(evaluate
     mask = RoutingMask.load(workplace.folder / "five_layers.safetensors")
     for load in evaluation["expert_load"]:
         num_visible = mask.visible_sets(load["layer"] - 1)[tokens_of_validation_split(workplace)].sum(axis=1)
-        assert sum(load["tokens_per_expert"]) <= np.minimum(num_visible, 2).sum()
+        # Multi-token prediction shifts the ids of a sample by one, and appends id 0.
+        num_appended = samples_of_validation_split(workplace) if load["layer"] == 5 else 0
+        assert 0 < sum(load["tokens_per_expert"]) <= np.minimum(num_visible, 2).sum() + 2 * num_appended
 
 
 @pytest.mark.slow
