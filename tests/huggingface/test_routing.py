@@ -29,6 +29,7 @@ from maskmoe.huggingface.modeling_maskmoe import (
     unpack_bits,
 )
 from maskmoe.routing_mask import MaskRecipe, build_routing_mask
+from maskmoe.transformer.token_ids import TokenIds
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -154,7 +155,7 @@ def test_routes_as_the_megatron_router(case: Case) -> None:
     logits, weights, indices = router(case.hidden, case.visible)
     with torch.no_grad():
         probs, routing_map = case.megatron_router()(
-            case.hidden.unsqueeze(1).to(DEVICE), case.token_ids.unsqueeze(1).to(DEVICE)
+            case.hidden.unsqueeze(1).to(DEVICE), TokenIds(case.token_ids.unsqueeze(1).to(DEVICE))
         )
     ours = torch.zeros(40, NUM_EXPERTS).scatter_add(1, indices, weights.detach())
     # Both routers compute in float32, but add up in another order.

@@ -180,7 +180,9 @@ SETTINGS = [
 """Overrides of the configuration. Options are repeated next to others, so that masks can alternate."""
 
 
-@pytest.mark.parametrize(("overrides", "mask_kind"), zip(SETTINGS, itertools.cycle(["smoe", "frequent"])), ids=str)
+@pytest.mark.parametrize(
+    ("overrides", "mask_kind"), list(zip(SETTINGS, itertools.cycle(["smoe", "frequent"]), strict=False)), ids=str
+)
 def test_all_visible_equals_stock_in_every_setting(overrides: dict, mask_kind: str) -> None:
     config = make_config(**({"num_experts": 12, "topk": 4} | LOSSES | overrides))
     check_equals_stock(config, mask_kind, steps=3)
