@@ -94,8 +94,8 @@ def main() -> None:
     step = MicroBatchStep(watchdog, data_files, save_on_signal)
     keep_checkpoints_whole(while_saving=watchdog.paused)
     # Train. Each context manager handles one way in which the run may end early.
-    watchdog.start()
     with (
+        watchdog.watching(),
         ending_data_workers(),
         leaving_process_groups(),
         explaining_failures(args, data_files),
@@ -108,4 +108,3 @@ def main() -> None:
             step.forward,
             store=ranks.for_process_groups,
         )
-    watchdog.stop()

@@ -31,6 +31,7 @@ _WAITING_PACKAGES = tuple(
 # Calls in which Python waits for the result of a collective, or for a GPU that is in a collective.
 _WAITING_CALLS = (".wait(", "barrier(", ".synchronize(", ".item(", ".cpu(", ".tolist(")
 _MAX_NAMED_RANKS = 8
+_JOIN_TIMEOUT = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,30 @@ class Watchdog:
         self._last_step: float | None = None
         self._sightings = 0
         self._last_contact = time.monotonic()
+        self._is_over = threading.Event()
 
-    def start(self) -> None:
-        """Start the threads of the watchdog."""
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        threading.Thread(target=self._guard, name="watchdog's guard", daemon=True).start()
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Run the threads of the watchdog during the block.
+
+        A thread that waits for the store while the interpreter exits would abort the process, so end the threads
+        before.
+        """
+        threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._guard)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._last_step = None
+            self._is_over.set()
+            for thread in threads:
+                thread.join(_JOIN_TIMEOUT)
 
     def step(self) -> None:
         """Note that a micro-batch begins."""
         self._steps += 1
         self._last_step = time.monotonic()
-
-    def stop(self) -> None:
-        """Stop counting time, because training is over."""
-        self._last_step = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -100,8 +111,7 @@ class Watchdog:
             self._last_step = None
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(self._period)
+        while not self._is_over.wait(self._period):
             try:
                 self._report()
                 verdict = self._ranks.peek("verdict")
@@ -117,8 +127,7 @@ class Watchdog:
 
     def _guard(self) -> None:
         """End this rank if the store does not answer because its host hangs; without torchrun the host is rank 0."""
-        while True:
-            time.sleep(self._period)
+        while not self._is_over.wait(self._period):
             silence = time.monotonic() - self._last_contact
             if self._stands_still() and silence > max(self._timeout, 8 * self._period):
                 self._print([], f"no micro-batch was begun, and the store of the ranks was silent, for {silence:.0f} s")
@@ -145,7 +154,7 @@ class Watchdog:
         """Return the verdict of this rank or of a faster rank; None if training continues after all."""
         before = self._read()
         for _ in range(3):
-            time.sleep(self._period)
+            self._is_over.wait(self._period)
             self._report()
         if not self._stands_still():
             return None

@@ -1,6 +1,7 @@
 """The watchdog blames the right rank, and data files are watched."""
 
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from maskmoe.errors import RunFailure
 from maskmoe.interruption import is_last_attempt
 from maskmoe.training.data_files import DataFiles
-from maskmoe.training.watchdog import Sighting, _waits, find_culprits
+from maskmoe.training.rank_store import RankStore
+from maskmoe.training.watchdog import Sighting, Watchdog, _waits, find_culprits
 
 WAITING = Sighting(
     rank=0, where="host a, process 1", steps=7, at="distributed.py:1 in all_reduce", waits=True, number=3
@@ -70,6 +72,14 @@ def test_waiting_is_told_from_working():
     assert _waits(Handle().wait())
     assert not _waits(sys._getframe())
     assert not _waits(None)
+
+
+def test_threads_end_with_the_block():
+    """A thread that outlives the interpreter would abort the process."""
+    before = set(threading.enumerate())
+    with Watchdog(RankStore(None, 0, 1), timeout=1.0).watching():
+        assert len(set(threading.enumerate()) - before) == 2
+    assert set(threading.enumerate()) <= before
 
 
 def test_data_files(tmp_path):
