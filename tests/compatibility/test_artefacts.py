@@ -64,6 +64,7 @@ def test_training_resumes_to_the_same_losses(run_folder: Path) -> None:
     assert read_losses(run_folder) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluation_gives_the_same_loss(run_folder: Path) -> None:
     run_entry_point("evaluate", "--token-frequency counts.safetensors --eval-output evaluation.json", run_folder)
     loss = json.loads((run_folder / "evaluation.json").read_text())["loss"]

@@ -68,7 +68,7 @@ def exported(checkpoints, tmp_path_factory):
     return export
 
 
-@pytest.mark.parametrize("run", ["ranks", "rich"])
+@pytest.mark.parametrize("run", [pytest.param("ranks", marks=pytest.mark.slow), "rich"])
 def test_converting_back_restores_the_checkpoint(checkpoints, exported, run, tmp_path):
     huggingface_to_megatron(Settings(load=exported(run), save=tmp_path / "back", max_shard_size=20_000))
     release = tmp_path / "back" / "release"
@@ -87,7 +87,7 @@ def test_converting_back_restores_the_checkpoint(checkpoints, exported, run, tmp
     assert contents_of(tmp_path / "again") == contents_of(exported(run))
 
 
-@pytest.mark.parametrize("run", ["ranks", "rich"])
+@pytest.mark.parametrize("run", [pytest.param("ranks", marks=pytest.mark.slow), "rich"])
 def test_all_weights_are_in_the_transformers_model(exported, run):
     model, info = AutoModelForCausalLM.from_pretrained(exported(run), output_loading_info=True)
     assert not any(info.values())
