@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from support.documentation import (
     flags_of,
     pages,
     prose,
+    run_script,
 )
 
 BLOCKS = [block for page in pages() for block in bash_blocks(page)]
@@ -160,14 +160,6 @@ def test_flags_in_text_exist(page: Path) -> None:
 @pytest.mark.parametrize(("page", "output"), QUICK.items(), ids=list(QUICK))
 def test_first_command_of_page_runs(page: str, output: str, tmp_path: Path) -> None:
     script = bash_blocks(DOCS / page)[0].text.replace("launch/", f"{ROOT}/launch/")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run_script(script, tmp_path, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert output in result.stdout

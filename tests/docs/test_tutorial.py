@@ -1,13 +1,10 @@
 """The tutorial's commands run as printed, with smaller numbers."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.documentation import DOCS, ROOT, bash_blocks
+from support.documentation import DOCS, bash_blocks, run_script
 
 # Numbers on the page, and smaller numbers that show that the commands work.
 SMALLER = {
@@ -34,15 +31,7 @@ def script() -> str:
 
 
 def test_tutorial_runs_in_an_empty_folder(script: str, tmp_path: Path) -> None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
+    result = run_script(script, tmp_path, timeout=800)
 
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     folder = tmp_path / "runs" / "by-hand"

@@ -1,7 +1,10 @@
 """Read the documentation's pages: their code blocks, commands, flags and links."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +53,19 @@ def blocks(page: Path) -> Iterator[Block]:
 def bash_blocks(page: Path) -> list[Block]:
     """Return the blocks of a page that hold commands."""
     return [block for block in blocks(page) if block.language == "bash"]
+
+
+def run_script(script: str, folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a script of a page by bash in a folder, with the program `maskmoe` of this environment on PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def commands(block: Block) -> Iterator[list[str]]:
