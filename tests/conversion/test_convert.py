@@ -99,6 +99,7 @@ def test_all_weights_are_in_the_transformers_model(exported, run):
         assert torch.equal(tensor, state[name])
 
 
+@pytest.mark.slow
 def test_the_layout_of_ranks_does_not_matter(checkpoints, exported, tmp_path):
     """The same weights saved by four ranks (tensor, pipeline and expert parallel) and by one rank convert alike."""
     four = TorchDistSource(checkpoint_path(checkpoints("ranks"), 2)).common_state()["args"]

@@ -203,6 +203,7 @@ def thin(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.runs(SAVED)
 def test_a_series_is_thinned(copy):
     truncate(checkpoint_path(copy, 21) / "__1_0.distcp")
