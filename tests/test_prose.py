@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("maskmoe", "tools", "launch", "docker", "docs", "tests", ".ci")
 FILES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SUFFIXES = (".py", ".sh", ".md", ".sbatch", ".yaml", ".yml", ".j2")

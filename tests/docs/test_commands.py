@@ -12,7 +12,6 @@ from megatron.training.arguments import add_megatron_arguments
 from support.documentation import (
     DOCS,
     FLAG,
-    ROOT,
     Block,
     bash_blocks,
     commands,
@@ -22,6 +21,7 @@ from support.documentation import (
     prose,
     run_script,
 )
+from support.paths import ROOT
 
 BLOCKS = [block for page in pages() for block in bash_blocks(page)]
 # Subcommands that take Megatron's flags, too.

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.documentation import DOCS, README, ROOT, anchors, links, pages
+from support.documentation import DOCS, README, anchors, links, pages
+from support.paths import ROOT
 
 GENERATED = ("flags.py", "combinations.py", "patches.py")
 

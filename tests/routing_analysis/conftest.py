@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.small_series import NUM_EXPERTS, REPOSITORY, TRAINING, VOCAB_SIZE, Workplace
+from support.paths import ROOT
+from support.small_series import NUM_EXPERTS, TRAINING, VOCAB_SIZE, Workplace
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.data.tokenizer import SentencePieceTokenizer
@@ -19,7 +20,7 @@ from maskmoe.routing_mask.mask import build_routing_mask
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A folder with a text, its tokenizer, a dataset, token counts and a routing mask."""
     folder = tmp_path_factory.mktemp("routing")
-    text = "\n".join(path.read_text() for path in sorted((REPOSITORY / "maskmoe/routing_mask").glob("*.py")))
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
     (folder / "text.txt").write_text(text)
     (folder / "tokenizer.model").write_bytes(
         train_tokenizer([text], TokenizerTraining(vocab_size=VOCAB_SIZE, num_threads=1))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.small_series import ITERATIONS, NUM_EXPERTS, REPOSITORY, SPLIT, VOCAB_SIZE
+from support.paths import ROOT
+from support.small_series import ITERATIONS, NUM_EXPERTS, SPLIT, VOCAB_SIZE
 from support.tiny_maskmoe import make_model, random_mask
 
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
@@ -200,7 +201,7 @@ def write_data(folder: Path) -> str:
 
 def run(*arguments: object) -> None:
     """Run the command in this process."""
-    tool = REPOSITORY / "tools/analyze_routing.py"
+    tool = ROOT / "tools/analyze_routing.py"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(tool), *map(str, arguments)])
         runpy.run_path(str(tool), run_name="__main__")

@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.paths import ROOT
 from support.runs import free_port
 
-REPOSITORY = Path(__file__).parents[2]
 VOCAB_SIZE = 500
 NUM_EXPERTS = 4
 SPLIT = "70,30,0"
@@ -46,4 +46,4 @@ class Workplace:
 
     def analyze(self, *arguments: object) -> subprocess.CompletedProcess:
         """Run tools/analyze_routing.py in the folder."""
-        return self.run_python(REPOSITORY / "tools/analyze_routing.py", *arguments)
+        return self.run_python(ROOT / "tools/analyze_routing.py", *arguments)

@@ -77,10 +77,6 @@ class Run:
     omits: str | None = None
     description: str = ""
 
-    def with_flags(self, flags: str) -> "Run":
-        """Return this run with further flags."""
-        return replace(self, flags=f"{self.flags} {flags}")
-
 
 @dataclass(frozen=True)
 class TrainingOutcome(Outcome):
