@@ -82,7 +82,8 @@ class VisibleExperts(MegatronModule):
             num_visible_of_row = mask.row_sizes.astype(np.int16)
             self.register_buffer("rank_of_row", torch.from_numpy(rank_of_row), persistent=False)
             self.register_buffer("num_visible_of_row", torch.from_numpy(num_visible_of_row), persistent=False)
-        self.register_buffer("bit_of_byte", torch.arange(8, dtype=torch.uint8), persistent=False)
+        # `from_numpy` also fills the buffer where `--init-model-with-meta-device` makes other new tensors empty.
+        self.register_buffer("bit_of_byte", torch.from_numpy(np.arange(8, dtype=np.uint8)), persistent=False)
 
     def table_of_layer(self, layer_number: int) -> int:
         """Return the table of the layer that Megatron numbers `layer_number`, counting from 1."""

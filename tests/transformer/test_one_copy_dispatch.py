@@ -39,6 +39,9 @@ def test_kind_of_dispatch() -> None:
     one_expert = make_config(4, topk=1)
     assert choose_dispatch(one_expert, groups(), is_rank_local=False) is DispatchKind.STOCK
     assert choose_dispatch(one_expert, groups(), is_rank_local=True) is DispatchKind.PLANNED
+    one_expert_per_rank = make_config(8)
+    assert choose_dispatch(one_expert_per_rank, groups(8), is_rank_local=False) is DispatchKind.STOCK
+    assert choose_dispatch(one_expert_per_rank, groups(8), is_rank_local=True) is DispatchKind.PLANNED
     assert choose_dispatch(make_config(4), groups(), is_rank_local=True, is_mtp_layer=True) is DispatchKind.ONE_COPY
 
 

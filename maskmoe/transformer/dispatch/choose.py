@@ -44,8 +44,9 @@ def choose_dispatch(
     # Multi-token prediction routes by shifted ids, which the plan of a micro-batch does not cover.
     if is_rank_local and any_rank_can_choose and not is_mtp_layer:
         return DispatchKind.PLANNED
-    # With one expert for each token, Megatron's all-to-all also sends one copy.
-    return DispatchKind.STOCK if config.moe_router_topk == 1 else DispatchKind.ONE_COPY
+    # With one expert for each token, or on each rank, Megatron's all-to-all also sends one copy.
+    one_expert_per_rank = config.num_moe_experts == get_pg_size(pg_collection.ep)
+    return DispatchKind.STOCK if config.moe_router_topk == 1 or one_expert_per_rank else DispatchKind.ONE_COPY
 
 
 def build_dispatcher(kind: DispatchKind, layer: MoELayer) -> Dispatcher:

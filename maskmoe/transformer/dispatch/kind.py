@@ -6,6 +6,6 @@ from enum import Enum
 class DispatchKind(Enum):
     """A way to dispatch tokens to their experts; the values are shown in logs."""
 
-    STOCK = "Megatron's all-to-all: one row for every selected expert"
+    STOCK = "Megatron's own token dispatcher"
     ONE_COPY = "one copy of a token for each rank"
     PLANNED = "one copy of a token for each rank, planned from the token ids"
