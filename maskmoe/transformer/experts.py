@@ -206,4 +206,7 @@ class _GroupedProduct(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         rows_gradient = grouped_mm(gradient, torch.stack(weights), offs=ends)
         weights_gradient = grouped_mm(gradient.t(), rows.contiguous(), offs=ends)  # [experts, out, in]
+        # The kernel of some GPUs leaves memory of experts without rows as it was.
+        has_no_rows = ends.diff(prepend=ends.new_zeros(1)) == 0
+        weights_gradient.masked_fill_(has_no_rows.view(-1, 1, 1), 0.0)
         return rows_gradient, None, *weights_gradient.unbind()

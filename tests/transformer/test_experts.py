@@ -25,7 +25,7 @@ from support.small_moe import (
     random_visible_sets,
 )
 from torch import Tensor
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, grouped_mm
 
 from maskmoe.transformer import experts as experts_module
 from maskmoe.transformer.experts import GroupedMLP, can_group
@@ -244,6 +244,25 @@ def test_grouped_products_do_not_ask_how_many_rows_there_are(monkeypatch) -> Non
     monkeypatch.setattr(experts_module, "_fits_grouped_mm", lambda rows, experts: True)
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("a tensor was brought to the host"))
     compute(experts, [2, 0, 3, 4])
+
+
+def test_grouped_products_of_experts_without_rows_have_gradient_zero(monkeypatch) -> None:
+    """Stand in for a kernel that leaves the memory of empty groups uninitialised."""
+
+    def leave_empty_groups_as_they_are(first: Tensor, second: Tensor, *, offs: Tensor) -> Tensor:
+        product = grouped_mm(first, second, offs=offs)
+        if product.dim() == 3:
+            product[offs.diff(prepend=offs.new_zeros(1)) == 0] = float("nan")
+        return product
+
+    experts = make_experts(GroupedMLP, make_config())
+    monkeypatch.setattr(experts_module, "_fits_grouped_mm", lambda rows, experts: True)
+    monkeypatch.setattr(experts_module, "grouped_mm", leave_empty_groups_as_they_are)
+    gradients = compute(experts, [2, 0, 3, 0])
+    for number, expert in enumerate(experts.local_experts):
+        for name, _ in expert.named_parameters():
+            gradient = gradients[f"local_experts.{number}.{name}"]
+            assert torch.all(gradient == 0) if number in (1, 3) else torch.all(gradient.isfinite() & (gradient != 0))
 
 
 @pytest.mark.parametrize("kind", [GroupedMLP, SequentialMLP])
