@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskmoe.transformer.router_losses import AuxLossTokens, attach_losses
 from maskmoe.transformer.routing_statistics import RoutingStatistics
-from maskmoe.transformer.selection import MaskedLogits, preference_scores, routing_map_of, select_experts
+from maskmoe.transformer.selection import MaskedLogits, preference_scores, select_experts
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts, VisibleExpertsReference
 
@@ -117,7 +117,7 @@ class MaskMoERouter(TopKRouter):
         selected = select_experts(
             scores, visible, self.topk, self.config.moe_router_num_groups, self.config.moe_router_group_topk
         )
-        probs, _ = topk_routing_with_score_function(
+        probs, routing_map = topk_routing_with_score_function(
             values,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
@@ -126,8 +126,8 @@ class MaskMoERouter(TopKRouter):
             expert_bias=self.expert_bias,
             precomputed_indices=selected,
         )
-        # If k > V, invisible experts with weight 0 fill up to k. They are not in the map.
-        routing_map = routing_map_of(selected, visible)
+        # If k > V, invisible experts with weight 0 fill up to k. Remove them from the map.
+        routing_map = routing_map & visible
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(
                 probs,

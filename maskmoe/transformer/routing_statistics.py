@@ -46,7 +46,7 @@ class RoutingStatistics:
     """Counts what one router does with the tokens of this rank, and the rows that the rank's experts receive.
 
     The class is not a module and has no buffers, so checkpoints do not hold the sums and `Float16Module` does not
-    convert them. Sums are float64, which counts exactly up to 2^53. Nothing waits for the device before `take`.
+    convert them. Sums are int64, or float64 for entropies. Nothing waits for the device before `take`.
 
     Args:
         num_experts: N.
@@ -64,20 +64,19 @@ class RoutingStatistics:
             logits: the masked logits of the tokens.
             routing_map: bool [tokens, experts], the experts that the tokens are sent to.
         """
-        entropy = torch.special.entr(logits.normalized_scores).sum(dim=-1)  # [tokens]
         is_real, routable = logits.is_real, logits.visible.routable
-        if is_real is None:
-            num_tokens = entropy.new_full((), len(routing_map), dtype=torch.float64)
-        else:
+        num_tokens: int | Tensor = len(routing_map)
+        if is_real is not None:
             routing_map = routing_map & is_real.unsqueeze(-1)
             routable = is_real if routable is None else routable & is_real
             num_tokens = is_real.sum()
-        num_routable = num_tokens if routable is None else routable.sum()
+        entropy = torch.special.entr(logits.normalized_scores)  # [tokens, experts]
         if routable is not None:
-            entropy = entropy.masked_fill(~routable, 0.0)
-        scalars = torch.stack([num_tokens.double(), num_routable.double(), entropy.sum(dtype=torch.float64)])
-        sums = torch.cat([scalars, routing_map.sum(dim=0).double()])
-        self._sums = sums if self._sums is None else self._sums + sums
+            entropy = entropy.masked_fill(~routable.unsqueeze(-1), 0.0)
+        self._num_tokens += num_tokens
+        self._num_routable += num_tokens if routable is None else routable.sum()
+        self._entropy += entropy.sum(dtype=torch.float64)
+        self._tokens_per_expert += routing_map.sum(dim=0)
 
     def count_rows(self, num_rows: int) -> None:
         """Count the rows that the experts of this rank receive in one micro-batch.
@@ -90,17 +89,18 @@ class RoutingStatistics:
 
     def take(self) -> tuple[Tensor, int]:
         """Return the sums since the last call, packed for `RoutingSums`, and the most rows of one micro-batch."""
-        sums = self._sums
-        if sums is None:
-            num_sums = RoutingSums.packed_size(self._num_experts) - 2
-            sums = torch.zeros(num_sums, dtype=torch.float64, device=torch.cuda.current_device())
-        rows = sums.new_tensor([self._num_rows, self._num_micro_batches])
-        taken = torch.cat([sums[:3], rows, sums[3:]]), self._largest_num_rows
+        device = torch.cuda.current_device()
+        scalars = (self._num_tokens, self._num_routable, self._entropy, self._num_rows, self._num_micro_batches)
+        packed = [torch.as_tensor(scalar, dtype=torch.float64, device=device).view(1) for scalar in scalars]
+        experts = torch.zeros(self._num_experts, dtype=torch.float64, device=device) + self._tokens_per_expert
+        taken = torch.cat([*packed, experts]), self._largest_num_rows
         self._clear()
         return taken
 
     def _clear(self) -> None:
-        """Set all sums to 0."""
-        # float64 [3 + experts]: tokens, routable tokens, their summed entropy, and the tokens of each expert.
-        self._sums: Tensor | None = None
+        """Set all sums to 0. The first addition makes them tensors on the device of the tokens."""
+        self._num_tokens: int | Tensor = 0
+        self._num_routable: int | Tensor = 0
+        self._entropy: float | Tensor = 0.0
+        self._tokens_per_expert: int | Tensor = 0  # [experts]
         self._num_rows = self._num_micro_batches = self._largest_num_rows = 0

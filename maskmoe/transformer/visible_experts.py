@@ -54,7 +54,7 @@ class VisibleExperts(MegatronModule):
     row_of_id: Tensor
     visible_bits: Tensor
     metadata: Tensor
-    bit_of_byte: Tensor
+    bit_values: Tensor
     rank_of_row: Tensor
     num_visible_of_row: Tensor
 
@@ -83,7 +83,7 @@ class VisibleExperts(MegatronModule):
             self.register_buffer("rank_of_row", torch.from_numpy(rank_of_row), persistent=False)
             self.register_buffer("num_visible_of_row", torch.from_numpy(num_visible_of_row), persistent=False)
         # `from_numpy` also fills the buffer where `--init-model-with-meta-device` makes other new tensors empty.
-        self.register_buffer("bit_of_byte", torch.from_numpy(np.arange(8, dtype=np.uint8)), persistent=False)
+        self.register_buffer("bit_values", torch.from_numpy(1 << np.arange(8, dtype=np.uint8)), persistent=False)
 
     def table_of_layer(self, layer_number: int) -> int:
         """Return the table of the layer that Megatron numbers `layer_number`, counting from 1."""
@@ -121,7 +121,7 @@ class VisibleExperts(MegatronModule):
 
     def _unpack_bits(self, visible_bytes: Tensor) -> Tensor:
         """Unpack uint8 [..., bytes] to bool [..., experts]."""
-        bits = visible_bytes.unsqueeze(-1).bitwise_right_shift(self.bit_of_byte).bitwise_and_(1)
+        bits = visible_bytes.unsqueeze(-1).bitwise_and(self.bit_values)
         return bits.flatten(-2)[..., : self.num_experts].bool()
 
     def sharded_state_dict(

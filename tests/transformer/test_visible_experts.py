@@ -52,7 +52,7 @@ def module(mask) -> VisibleExperts:
 
 
 def test_buffers_are_filled_on_the_meta_device(mask) -> None:
-    """`--init-model-with-meta-device` builds the model so, and materializes only tensors that are on the meta device."""
+    """`--init-model-with-meta-device` builds the model so, and materializes only tensors on the meta device."""
     with torch.device("meta"):
         module = VisibleExperts(make_config(mask.num_experts, num_layers=mask.num_layers), mask, process_groups())
     expected = make_visible_experts(make_config(mask.num_experts, num_layers=mask.num_layers), mask)

@@ -99,10 +99,12 @@ class _HostWaits(TorchFunctionMode):
 
         - The mode is off while an intercepted function runs, also in the backward pass.
         - Megatron's dispatcher copies on a stream of its own and waits for an event.
+        - Without Transformer Engine, Megatron's dispatcher keeps the constant order of its chunks on the host.
         - Megatron compares states of random numbers, which are on the host.
         """
         run_backward = torch.autograd._engine_run_backward
         copy, rng_state = token_dispatcher.maybe_move_tensor_to_cpu, torch.get_rng_state
+        sort_chunks = token_dispatcher.sort_chunks_by_idxs
         event_wait, stream_wait = torch.cuda.Event.synchronize, torch.cuda.Stream.synchronize
 
         def run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:
@@ -112,6 +114,11 @@ class _HostWaits(TorchFunctionMode):
         def copy_without_waiting(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
                 return self._mark_on_host(copy(*args, **kwargs))
+
+        def sort_chunks_of_known_order(rows: Tensor, sizes: Tensor, order: Tensor, **options: Any) -> Any:
+            if not options.get("fused"):
+                self._mark_on_host(order)
+            return sort_chunks(rows, sizes, order, **options)
 
         def counted(original: Callable[[Any], None]) -> Callable[[Any], None]:
             def wait(waited_for: Any) -> None:
@@ -123,6 +130,7 @@ class _HostWaits(TorchFunctionMode):
         with (
             patch.object(torch.autograd, "_engine_run_backward", run_backward_in_mode),
             patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", copy_without_waiting),
+            patch.object(token_dispatcher, "sort_chunks_by_idxs", sort_chunks_of_known_order),
             patch.object(torch, "get_rng_state", lambda: self._mark_on_host(rng_state())),
             patch.object(torch.cuda.Event, "synchronize", counted(event_wait)),
             patch.object(torch.cuda.Stream, "synchronize", counted(stream_wait)),

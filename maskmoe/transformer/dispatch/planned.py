@@ -57,7 +57,7 @@ class PlannedDispatcher:
         to_local_experts = RowCopies.from_map(selected, plan.num_selected, has_every_row=True)
         return Dispatched(
             expert_input=to_local_experts.copy_rows_with_gradient(rows),
-            tokens_per_expert=selected.sum(dim=0).cpu(),
+            tokens_per_expert=selected.sum(dim=0),
             weights=weights_of_copies(probs[:, self._local_experts], to_local_experts),
             metadata=(replace(exchange, to_local_experts=to_local_experts), hidden_states.shape),
         )

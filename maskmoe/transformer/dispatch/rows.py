@@ -101,7 +101,7 @@ class RowBuffers:
             num_rows: the number of rows.
         """
         shape = (num_rows, *like.shape[1:])
-        if like.device.type != "cpu":
+        if not is_on_cpu(like):
             return like.new_empty(shape)
         key = (use, like.dtype, like.shape[1:])
         if key not in self._buffers or len(self._buffers[key]) < num_rows:
@@ -183,9 +183,14 @@ class _LinearMap(torch.autograd.Function):
         return ctx.transpose(gradients[0].contiguous()), None, None
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Return whether a tensor is in host memory, where the fastest operations are other ones than on a GPU."""
+    return tensor.device.type == "cpu"
+
+
 def _gather_rows(values: Tensor, rows: Tensor) -> Tensor:
     """Return `values[rows]`, [copies, features]."""
-    if values.device.type != "cpu" or len(rows) == 0:
+    if not is_on_cpu(values) or len(rows) == 0:
         return values.index_select(0, rows)
     # On a CPU, the kernel of `embedding_bag` prefetches rows, so it is faster than `index_select`.
     return embedding_bag(rows, values, torch.arange(len(rows)), mode="sum")
