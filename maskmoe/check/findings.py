@@ -159,7 +159,7 @@ class _ProblemFinder:
             return None
         with self._collecting():
             choice = choose_checkpoint(args.load, args.ckpt_step)
-            self._notes += [f"checkpoint {path} {reason}" for path, reason in choice.rejected]
+            self._notes += [f"checkpoint {damage}" for damage in choice.rejected]
             if choice.checkpoint is None:
                 self._notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")
             elif choice.iteration is not None:

@@ -2,28 +2,38 @@
 
 import contextlib
 import hashlib
-import json
 import pickle
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
+from pydantic import BaseModel
 from torch.distributed.checkpoint.metadata import Metadata
 
 from maskmoe.checkpoint.unpickling import read_layout
 from maskmoe.cli import atomic_output
+from maskmoe.errors import UserError
 
 LAYOUT_FILE = ".metadata"
 _FORMAT = "torch_dist"
 
 
-class Damage(Exception):  # noqa: N818 (the exception is a finding about a checkpoint, not a failure of the program)
+@dataclass(eq=False)
+class Damage(UserError):  # noqa: N818 (the exception is a finding about a checkpoint)
     """A fault of a checkpoint.
 
-    The text is a clause that follows the path of the checkpoint, such as "does not exist".
+    Attributes:
+        checkpoint: the folder of the checkpoint.
+        fault: a clause that follows the path of the checkpoint, such as "does not exist".
     """
+
+    checkpoint: Path
+    fault: str
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint} {self.fault}"
 
 
 class Unfinished(Damage):
@@ -36,11 +46,11 @@ class FileRecord:
 
     Attributes:
         sha256: the digest, hexadecimal.
-        size: the size in bytes; None in a manifest that Megatron wrote.
+        size: the size in bytes.
     """
 
     sha256: str
-    size: int | None
+    size: int
 
     @classmethod
     def of(cls, path: Path) -> "FileRecord":
@@ -49,75 +59,80 @@ class FileRecord:
             return cls(hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell())
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """The records of the files of a checkpoint.
+class Manifest(BaseModel):
+    """The digests and sizes of the files of a checkpoint.
 
     Megatron writes `metadata.json` last, to mark a checkpoint as complete, so a manifest does not record this file. The
     format is that of Megatron's own manifest (`--verify-integrity`), with sizes added.
 
     Attributes:
-        files: the records by the names of the files.
+        algorithm: the algorithm of the digests.
+        files: the digests, hexadecimal, by the names of the files.
+        sizes: the sizes in bytes by the names of the files; empty in a manifest that Megatron wrote.
     """
 
-    files: dict[str, FileRecord]
-
-    def save(self, checkpoint: Path) -> None:
-        """Write the manifest into the folder of a checkpoint, atomically."""
-        content = {
-            "algorithm": "sha256",
-            "files": {name: record.sha256 for name, record in self.files.items()},
-            "sizes": {name: record.size for name, record in self.files.items()},
-        }
-        with atomic_output(checkpoint / INTEGRITY_FNAME) as path:
-            path.write_text(json.dumps(content, indent=2))
+    algorithm: str = "sha256"
+    files: dict[str, str]
+    sizes: dict[str, int] = {}
 
     @classmethod
-    def load(cls, checkpoint: Path) -> "Manifest | None":
-        """Read the manifest of a checkpoint; return None if the checkpoint was saved without one.
+    def of(cls, records: Mapping[str, FileRecord]) -> "Manifest":
+        """Return the manifest with the records of files by their names."""
+        return cls(
+            files={name: record.sha256 for name, record in records.items()},
+            sizes={name: record.size for name, record in records.items()},
+        )
+
+    def save(self, checkpoint: Path, name: str = INTEGRITY_FNAME) -> None:
+        """Write the manifest into the folder of a checkpoint, atomically."""
+        with atomic_output(checkpoint / name) as path:
+            path.write_text(self.model_dump_json(indent=2))
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> "Manifest":
+        """Read the manifest of a checkpoint; return an empty one if the checkpoint was saved without.
 
         Raises:
             Damage: the manifest cannot be read.
         """
         try:
-            content = json.loads((checkpoint / INTEGRITY_FNAME).read_bytes())
-            sizes = content.get("sizes", {})
-            return cls({name: FileRecord(digest, sizes.get(name)) for name, digest in content["files"].items()})
+            return cls.model_validate_json((checkpoint / INTEGRITY_FNAME).read_bytes())
         except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-            raise Damage(f"{INTEGRITY_FNAME} is damaged") from error
+            return cls(files={})
+        except (ValueError, OSError) as error:
+            raise Damage(checkpoint, f"{INTEGRITY_FNAME} is damaged") from error
 
 
 def record_rank(files: Sequence[Path], rank: int) -> None:
-    """Record the files written by one rank, in a file beside them that `write_manifest` reads.
+    """Record the files written by one rank, in a manifest beside them that `write_manifest` reads.
 
-    A failure to read a file or to write the record is not reported here. `write_manifest` reports the missing record.
+    A failure to read a file or to write the manifest is not reported here. `write_manifest` reports the missing record.
 
     Args:
         files: the files, all in the folder of the checkpoint.
         rank: the rank that wrote the files.
     """
-    with contextlib.suppress(OSError), atomic_output(_rank_record(files[0].parent, rank)) as record:
-        record.write_text(json.dumps({path.name: asdict(FileRecord.of(path)) for path in files}))
+    with contextlib.suppress(OSError):
+        records = {path.name: FileRecord.of(path) for path in files}
+        Manifest.of(records).save(files[0].parent, f"integrity.{rank}.json")
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Join the records of all ranks into the manifest of a checkpoint, and remove the records.
+    """Join the manifests of all ranks into the manifest of a checkpoint, and remove them.
 
     Raises:
         Damage: a file that the checkpoint needs has no record.
     """
-    layout_file = checkpoint / LAYOUT_FILE
-    files = {LAYOUT_FILE: FileRecord.of(layout_file)}
-    rank_records = sorted(checkpoint.glob(_rank_record(checkpoint, "*").name))
-    for path in rank_records:
-        files |= {name: FileRecord(**record) for name, record in json.loads(path.read_bytes()).items()}
-    missing = _needed_sizes(_read_layout(checkpoint)).keys() - files.keys()
-    if missing:
-        raise Damage(f"{min(missing)} was not written completely, or not into a folder that all nodes share")
-    Manifest(files).save(checkpoint)
-    for path in rank_records:
+    manifest = Manifest.of({LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)})
+    paths = sorted(checkpoint.glob("integrity.*.json"))
+    for path in paths:
+        of_rank = Manifest.model_validate_json(path.read_bytes())
+        manifest.files |= of_rank.files
+        manifest.sizes |= of_rank.sizes
+    for name in sorted(_needed_sizes(checkpoint).keys() - manifest.files.keys()):
+        raise Damage(checkpoint, f"{name} was not written completely, or not into a folder that all nodes share")
+    manifest.save(checkpoint)
+    for path in paths:
         path.unlink()
 
 
@@ -128,24 +143,24 @@ def check_structure(checkpoint: Path) -> None:
         Damage: the first fault that is found.
     """
     if not checkpoint.is_dir():
-        raise Damage("does not exist")
+        raise Damage(checkpoint, "does not exist")
     try:
         config = maybe_load_config(str(checkpoint))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise Damage("metadata.json is damaged") from error
+        raise Damage(checkpoint, "metadata.json is damaged") from error
     if config is None:
-        raise Unfinished("was not finished: it has no metadata.json")
+        raise Unfinished(checkpoint, "was not finished: it has no metadata.json")
     if config.sharded_backend != _FORMAT:
-        raise Damage(f"is of the format {config.sharded_backend!r}, not {_FORMAT}")
+        raise Damage(checkpoint, f"is of the format {config.sharded_backend!r}, not {_FORMAT}")
     manifest = Manifest.load(checkpoint)
-    for name, record in manifest.files.items() if manifest else ():
-        size = _size(checkpoint / name)
-        if record.size is not None and size != record.size:
-            raise Damage(f"{name} has {size} of {record.size} bytes")
-    for name, needed in _needed_sizes(_read_layout(checkpoint)).items():
-        size = _size(checkpoint / name)
+    for name in manifest.files:
+        size = _size(checkpoint, name)
+        if size != manifest.sizes.get(name, size):
+            raise Damage(checkpoint, f"{name} has {size} of {manifest.sizes[name]} bytes")
+    for name, needed in _needed_sizes(checkpoint).items():
+        size = _size(checkpoint, name)
         if size < needed:
-            raise Damage(f"{name} has {size} of at least {needed} bytes")
+            raise Damage(checkpoint, f"{name} has {size} of at least {needed} bytes")
 
 
 def check_content(checkpoint: Path, part: slice = slice(None)) -> None:
@@ -161,49 +176,49 @@ def check_content(checkpoint: Path, part: slice = slice(None)) -> None:
     Raises:
         Damage: the first file that differs from its digest.
     """
-    manifest = Manifest.load(checkpoint)
-    for name, record in sorted(manifest.files.items())[part] if manifest else ():
+    for name, digest in sorted(Manifest.load(checkpoint).files.items())[part]:
         try:
             found = FileRecord.of(checkpoint / name)
         except OSError as error:
-            raise Damage(f"{name} cannot be read: {error.strerror}") from error
-        if found.sha256 != record.sha256:
-            raise Damage(f"{name} does not have the content that was saved")
+            raise Damage(checkpoint, f"{name} cannot be read: {error.strerror}") from error
+        if found.sha256 != digest:
+            raise Damage(checkpoint, f"{name} does not have the content that was saved")
 
 
-def _rank_record(checkpoint: Path, rank: int | str) -> Path:
-    """Return the file with the record of one rank."""
-    return checkpoint / f"integrity.{rank}.json"
+def read_checkpoint_layout(checkpoint: Path) -> Metadata:
+    """Read the description of the tensors of a checkpoint.
 
-
-def _size(path: Path) -> int:
-    """Return the size of a file in bytes. Raises Damage if the file is missing."""
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise Damage(f"{path.name} is missing") from error
-
-
-def _read_layout(checkpoint: Path) -> Metadata:
-    """Return the description of the tensors of a checkpoint. Raises Damage."""
+    Raises:
+        Damage: the description is missing or damaged, or holds anything else.
+    """
     try:
         with open(checkpoint / LAYOUT_FILE, "rb") as stream:
             return read_layout(stream)
     except FileNotFoundError as error:
-        raise Damage(f"{LAYOUT_FILE} is missing") from error
+        raise Damage(checkpoint, f"{LAYOUT_FILE} is missing") from error
     except pickle.UnpicklingError as error:
-        raise Damage(f"{LAYOUT_FILE} is damaged: {error}") from error
+        raise Damage(checkpoint, f"{LAYOUT_FILE} is damaged: {error}") from error
     # An unpickler raises exceptions of any class on damaged bytes.
     except Exception as error:
-        raise Damage(f"{LAYOUT_FILE} is damaged") from error
+        raise Damage(checkpoint, f"{LAYOUT_FILE} is damaged") from error
 
 
-def _needed_sizes(layout: Metadata) -> dict[str, int]:
-    """Return the least size, in bytes, that each file needs for the tensors that the layout places in it."""
-    needed: dict[str, int] = {}
+def _size(checkpoint: Path, name: str) -> int:
+    """Return the size of a file in bytes. Raises Damage if the file is missing."""
+    if not (checkpoint / name).is_file():
+        raise Damage(checkpoint, f"{name} is missing")
+    return (checkpoint / name).stat().st_size
+
+
+def _needed_sizes(checkpoint: Path) -> dict[str, int]:
+    """Return the least size, in bytes, that each file needs for the tensors that the layout places in it.
+
+    Raises:
+        Damage: the layout is missing or damaged.
+    """
+    layout = read_checkpoint_layout(checkpoint)
     try:
-        for entry in layout.storage_data.values():
-            needed[entry.relative_path] = max(needed.get(entry.relative_path, 0), entry.offset + entry.length)
+        ends = sorted((entry.offset + entry.length, entry.relative_path) for entry in layout.storage_data.values())
     except (AttributeError, TypeError) as error:
-        raise Damage(f"{LAYOUT_FILE} is damaged") from error
-    return needed
+        raise Damage(checkpoint, f"{LAYOUT_FILE} is damaged") from error
+    return {name: end for end, name in ends}  # the last tensor of a file comes last

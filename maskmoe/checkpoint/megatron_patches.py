@@ -3,7 +3,6 @@
 Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says what, why, and when the patch can go.
 """
 
-import functools
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -48,14 +47,8 @@ def tie_writers_to_their_rank() -> None:
         the rank's successor saves to.
     Can go: When Megatron-Core blocks these signals in its writers and ends them with their rank.
     """
-    stock_get_process = PersistentAsyncCaller._get_process
-
-    @functools.wraps(stock_get_process)
-    def get_process(cls: type, *args: Any, **kwargs: Any) -> Any:
-        with immune_children():
-            return stock_get_process(*args, **kwargs)
-
-    replace(PersistentAsyncCaller, "_get_process", classmethod(get_process))
+    # A context manager made by `contextmanager` also decorates functions, which then run inside the context.
+    replace(PersistentAsyncCaller, "_get_process", staticmethod(immune_children()(PersistentAsyncCaller._get_process)))
     replace(PersistentAsyncCaller, "async_loop", staticmethod(write_for_rank))
     replace(filesystem_async, "get_write_results_queue", get_write_results_queue)
 

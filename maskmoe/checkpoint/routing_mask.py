@@ -7,8 +7,8 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from maskmoe.checkpoint.integrity import LAYOUT_FILE
-from maskmoe.checkpoint.series import choose_checkpoint
+from maskmoe.checkpoint.integrity import read_checkpoint_layout
+from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX, routing_mask_from_buffers
@@ -27,32 +27,19 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
     source = Path(source)
     if not source.is_dir():
         return RoutingMask.load(source)
-    checkpoint = source if (source / LAYOUT_FILE).exists() else choose_checkpoint(source).checkpoint
-    if checkpoint is None:
-        raise UserError(f"there is no checkpoint in {source}")
+    checkpoint = locate_checkpoint(source)
+    layout = read_checkpoint_layout(checkpoint)
     try:
-        buffers = _read_buffers(checkpoint)
-    except OSError as error:
-        raise UserError(f"{checkpoint} is not a readable torch_dist checkpoint: {error}") from error
+        buffers = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in layout.state_dict_metadata.items()
+            if name.startswith(CHECKPOINT_PREFIX) and isinstance(entry, TensorStorageMetadata)
+        }
+        if buffers:
+            torch_checkpoint.load(buffers, storage_reader=torch_checkpoint.FileSystemReader(checkpoint), no_dist=True)
     # Torch's unpickler and zip reader raise exceptions of any class on damaged files.
     except (Exception, CheckpointException) as error:
         raise UserError(f"{checkpoint} is not a readable torch_dist checkpoint: its files are damaged") from error
     if not buffers:
         raise UserError(f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE")
-    return routing_mask_from_buffers(buffers)
-
-
-def _read_buffers(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of the routing mask in a checkpoint, by their names without the prefix of the mask.
-
-    The result is empty for a checkpoint without a routing mask.
-    """
-    reader = torch_checkpoint.FileSystemReader(checkpoint)
-    buffers = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(CHECKPOINT_PREFIX) and isinstance(entry, TensorStorageMetadata)
-    }
-    if buffers:
-        torch_checkpoint.load(buffers, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(CHECKPOINT_PREFIX): buffer for name, buffer in buffers.items()}
+    return routing_mask_from_buffers({name.removeprefix(CHECKPOINT_PREFIX): buffer for name, buffer in buffers.items()})

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from traceback import StackSummary
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import get_loaded_iteration
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.utils import _DistWrapper
 
-from maskmoe.checkpoint.integrity import Damage, Unfinished, check_structure, record_rank, write_manifest
+from maskmoe.checkpoint.integrity import record_rank, write_manifest
 from maskmoe.checkpoint.series import checkpoint_path, read_tracker, remove_old_checkpoints, saved_iterations
 
 
@@ -73,7 +73,9 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
         request = super().async_save(sharded_state_dict, checkpoint_dir, async_strategy)
         if request.async_fn is not None:
             request = request._replace(async_fn=partial(_write_and_record, request.async_fn))
-        request.finalize_fns.append(partial(_write_manifest_once, checkpoint_dir))
+        # The first rank writes the manifest. If it fails, all ranks raise a `CheckpointException` with the cause.
+        first_rank = _DistWrapper(group=None, use_dist=True, coordinator_rank=0)
+        request.finalize_fns.append(partial(first_rank.broadcast, "write", partial(write_manifest, checkpoint_dir)))
         return request
 
 
@@ -102,17 +104,15 @@ def saving_whole_checkpoints(
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
         is_first = torch.distributed.get_rank() == 0
-        remove_old = partial(
-            remove_old_checkpoints, settings.save, settings.keep_last_checkpoints, settings.save_retain_interval
-        )
+        retention = settings.keep_last_checkpoints, settings.save_retain_interval
         with while_saving():
             if is_first and not non_persistent_ckpt:
                 shutil.rmtree(checkpoint_path(settings.save, iteration), ignore_errors=True)
-                remove_old()
+                remove_old_checkpoints(settings.save, *retention)
             torch.distributed.barrier()
             save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
             if is_first and not settings.async_save:
-                remove_old()
+                remove_old_checkpoints(settings.save, *retention)
 
     return save
 
@@ -130,14 +130,10 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
     """Remove unfinished checkpoints that are newer than the checkpoint in the tracker file, which failed saves left."""
     newest = read_tracker(folder)
     for iteration in saved_iterations(folder):
-        if not isinstance(newest, int) or iteration > newest:
-            checkpoint = checkpoint_path(folder, iteration)
-            try:
-                check_structure(checkpoint)
-            except Unfinished:
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            except Damage:
-                continue
+        checkpoint = checkpoint_path(folder, iteration)
+        is_newer = not isinstance(newest, int) or iteration > newest
+        if is_newer and not (checkpoint / CONFIG_FNAME).exists():  # Megatron writes this file last
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any) -> None:
@@ -151,20 +147,3 @@ def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list
     """
     write(rank, write_buckets, *args)
     record_rank([Path(bucket[0]) for bucket in write_buckets], rank)
-
-
-def _write_manifest_once(checkpoint: Path) -> None:
-    """Write the manifest on the first rank; if the first rank fails, fail on all ranks.
-
-    Raises:
-        CheckpointException: the manifest could not be written; the message names the file that is missing.
-    """
-    outcome: list[BaseException | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            write_manifest(checkpoint)
-        except (Damage, OSError) as error:
-            outcome = [error]
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise CheckpointException("write", {0: (outcome[0], StackSummary())})

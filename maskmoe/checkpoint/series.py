@@ -2,10 +2,11 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.checkpoint.integrity import Damage, Unfinished, check_structure
+from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, Unfinished, check_structure
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 
@@ -20,11 +21,11 @@ class Choice:
 
     Attributes:
         checkpoint: the folder of the checkpoint; None if the folder has none.
-        rejected: the newer checkpoints that are damaged, each with its fault.
+        rejected: the faults of the newer checkpoints.
     """
 
     checkpoint: Path | None
-    rejected: tuple[tuple[Path, str], ...] = ()
+    rejected: tuple[Damage, ...] = ()
 
     @property
     def iteration(self) -> int | None:
@@ -93,23 +94,33 @@ def choose_checkpoint(
     Raises:
         UserError: the folder has checkpoints, or a record of one, but none is sound.
     """
-    if step is None and not has_checkpoint(folder):
-        return Choice(None)
-    candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
-    rejected = []
-    is_first_save = step is None and not (Path(folder) / TRACKER).exists()
-    for candidate in candidates:
+    rejected: list[Damage] = []
+    for candidate in [checkpoint_path(folder, step)] if step is not None else _candidates(folder):
         try:
             check(candidate)
-        except Damage as damage:
-            rejected.append((candidate, str(damage)))
-            is_first_save = is_first_save and isinstance(damage, Unfinished)
-        else:
             return Choice(candidate, tuple(rejected))
-    if is_first_save:
+        except Damage as damage:
+            rejected.append(damage)
+    # Without a tracker file, no save was finished.
+    is_without_saves = step is None and not (Path(folder) / TRACKER).exists()
+    if is_without_saves and all(isinstance(damage, Unfinished) for damage in rejected):
         return Choice(None, tuple(rejected))
-    reasons = "; ".join(f"{path} {reason}" for path, reason in rejected) or f"{TRACKER} names none that exists"
+    reasons = "; ".join(map(str, rejected)) or f"{TRACKER} names none that exists"
     raise UserError(f"--load {folder} holds no sound checkpoint: {reasons}")
+
+
+def locate_checkpoint(path: Path) -> Path:
+    """Return the folder of a checkpoint: `path` itself, or the newest sound checkpoint if `path` belongs to a run.
+
+    Raises:
+        UserError: the folder does not exist or holds no checkpoint.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist, or is not a folder")
+    checkpoint = path if (path / LAYOUT_FILE).exists() else choose_checkpoint(path).checkpoint
+    if checkpoint is None:
+        raise UserError(f"there is no checkpoint in {path}")
+    return checkpoint
 
 
 def finished_iterations(folder: str | Path) -> list[int]:
@@ -151,13 +162,11 @@ def remove_old_checkpoints(folder: str | Path, keep: int | None, retain_interval
     kept, removed = 0, []
     for iteration in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, iteration)
-        if kept >= keep and not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
+        if kept < keep:
+            with suppress(Damage):
+                check_structure(checkpoint)
+                kept += 1
+        elif not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
             shutil.rmtree(checkpoint, ignore_errors=True)
             removed.append(checkpoint)
-            continue
-        try:
-            check_structure(checkpoint)
-            kept += 1
-        except Damage:
-            continue
     return removed

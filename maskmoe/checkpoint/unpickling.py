@@ -6,26 +6,20 @@ crafted file can run any code. The functions of this module return nothing but d
 
 import dataclasses
 import enum
-import io
 import pickle
 from typing import Any, BinaryIO
 
 import torch
-from megatron.core.safe_globals import register_safe_globals
 
-_LAYOUT_MODULES = frozenset(
-    f"torch.distributed.checkpoint.{module}" for module in ("metadata", "planner", "filesystem")
-)
-_CONSTRUCTORS = frozenset(
-    [
-        ("builtins", "set"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),  # the name in Python 3.13
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-    ]
-)
+_LAYOUT_MODULES = {f"torch.distributed.checkpoint.{module}" for module in ("metadata", "planner", "filesystem")}
+_CONSTRUCTORS = {
+    "builtins.set",
+    "collections.OrderedDict",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",  # the name in Python 3.13
+    "torch.Size",
+    "torch.serialization._get_layout",
+}
 
 
 class _LayoutUnpickler(pickle.Unpickler):
@@ -37,7 +31,7 @@ class _LayoutUnpickler(pickle.Unpickler):
         Raises:
             pickle.UnpicklingError: the class or function does not belong in the layout of a checkpoint.
         """
-        if (module, name) in _CONSTRUCTORS:
+        if f"{module}.{name}" in _CONSTRUCTORS:
             return super().find_class(module, name)
         if "." not in name:
             if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -58,11 +52,12 @@ def read_layout(stream: BinaryIO) -> Any:
     return _LayoutUnpickler(stream).load()
 
 
-def read_object(stream: io.BytesIO) -> Any:
+def read_object(stream: BinaryIO) -> Any:
     """Read an object in a `torch_dist` checkpoint: tensors, plain containers, and the classes of Megatron's settings.
+
+    Megatron-Core registers its classes with torch when it is imported.
 
     Raises:
         pickle.UnpicklingError: the object holds anything else.
     """
-    register_safe_globals()
     return torch.load(stream, map_location="cpu", weights_only=True)

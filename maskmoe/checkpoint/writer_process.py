@@ -25,7 +25,6 @@ from maskmoe.interruption import SIGNALS_THAT_SAVE
 
 _RANK_PROCESS = "MASKMOE_RANK_PROCESS"
 _stock_async_loop: Callable[..., None] = PersistentAsyncCaller.async_loop
-_managers: list[SyncManager] = []
 
 
 @contextmanager
@@ -67,14 +66,10 @@ def get_write_results_queue(mp_mode: str = "spawn") -> Queue:
     Args:
         mp_mode: the start method of the process.
     """
-    existing: Queue | None = filesystem_async._results_queue
-    if existing is not None:
-        return existing
-    manager = SyncManager(ctx=torch.multiprocessing.get_context(mp_mode))
-    with immune_children():
-        manager.start(end_with_parent, (os.getpid(),))
-    _managers.append(manager)  # a manager without a reference shuts down
-    results = manager.Queue()
-    # The attribute is declared as None.
-    filesystem_async._results_queue = results  # pyrefly: ignore[bad-assignment]
-    return results
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=torch.multiprocessing.get_context(mp_mode))
+        with immune_children():
+            manager.start(end_with_parent, (os.getpid(),))
+        # The queue keeps its manager alive. The attribute is declared as None.
+        filesystem_async._results_queue = manager.Queue()  # pyrefly: ignore[bad-assignment]
+    return filesystem_async._results_queue  # pyrefly: ignore[bad-return]

@@ -1,14 +1,19 @@
-"""Blocks of tensors, sources that read tensors block by block, and views that rename and reshape a source's tensors."""
+"""Blocks of tensors, tensors in memory and in files that are read in blocks, and views of such tensors."""
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
 from math import prod
+from operator import add, sub
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from maskmoe.errors import UserError
 
 
 class CoverageError(ValueError):
@@ -58,36 +63,43 @@ class Block:
 
     def intersection(self, other: "Block") -> "Block | None":
         """Return the elements that two blocks of one tensor share, as a block; None if they share none."""
-        starts = tuple(map(max, self.offsets, other.offsets))
-        stops = map(min, _stops(self), _stops(other))
-        sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-        return Block(self.tensor, starts, sizes) if all(size > 0 for size in sizes) else None
+        extents = []
+        for mine, my_size, theirs, their_size in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            start = max(mine, theirs)
+            size = min(mine + my_size, theirs + their_size) - start
+            if size <= 0:  # blocks of large tensors are compared with thousands of others
+                return None
+            extents.append((start, size))
+        return Block(self.tensor, tuple(start for start, _ in extents), tuple(size for _, size in extents))
 
-    def slices_within(self, outer: "Block") -> tuple[slice, ...]:
-        """Return the indices that select this block in a tensor that holds just the elements of `outer`."""
-        starts = (inner - start for inner, start in zip(self.offsets, outer.offsets, strict=True))
-        return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
+    def within(self, outer: "Block") -> "Block":
+        """Return this block as a block of a tensor that holds just the elements of `outer`."""
+        return Block(self.tensor, tuple(map(sub, self.offsets, outer.offsets)), self.sizes)
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A rule: the elements of the block `target` are those of the block `source`, both in row-major order.
+    """A rule: the elements of the block `target` are those of the block `source`.
 
     Raises:
-        ValueError: the blocks have different numbers of elements.
+        ValueError: the blocks differ in more than dimensions of one element.
     """
 
     source: Block
     target: Block
 
     def __post_init__(self) -> None:
-        if self.source.num_elements != self.target.num_elements:
+        if [size for size in self.source.sizes if size != 1] != [size for size in self.target.sizes if size != 1]:
             raise ValueError(f"{self.source} and {self.target} differ in size")
 
-    @property
-    def inverse(self) -> "Copy":
-        """The copy from `target` to `source`."""
-        return Copy(self.target, self.source)
+    def source_of(self, part: Block) -> Block:
+        """Return the block whose elements fill `part`, which lies inside `target`."""
+        inner = part.within(self.target)
+        extents = zip(inner.offsets, inner.sizes, self.target.sizes, strict=True)
+        long_extents = iter([(start, count) for start, count, size in extents if size != 1])
+        cuts = [(0, 1) if size == 1 else next(long_extents) for size in self.source.sizes]
+        starts, sizes = zip(*cuts, strict=True) if cuts else ((), ())
+        return Block(self.source.tensor, tuple(map(add, self.source.offsets, starts)), sizes)
 
 
 class TensorSource(Protocol):
@@ -128,29 +140,141 @@ class RearrangedSource:
         for copy in copies:
             self._copies[copy.target.tensor].append(copy)
         check_cover(shapes, (copy.target for tensor_copies in self._copies.values() for copy in tensor_copies))
-        self.tensors = {name: TensorSpec(shape, self._dtype(name)) for name, shape in shapes.items()}
+        self.tensors: dict[str, TensorSpec] = {}
+        for name, shape in shapes.items():
+            dtype, *others = {source.tensors[copy.source.tensor].dtype for copy in self._copies[name]}
+            if others:
+                types = sorted(map(str, (dtype, *others)))
+                raise CoverageError(f"{name} would be filled from tensors of different types: {types}")
+            self.tensors[name] = TensorSpec(shape, dtype)
 
     def read(self, block: Block) -> Tensor:
         """See `TensorSource.read`."""
-        parts = [(part, copy) for copy in self._copies[block.tensor] if (part := block.intersection(copy.target))]
+        parts = [
+            (part, self._source.read(copy.source_of(part)).reshape(part.sizes))
+            for copy in self._copies[block.tensor]
+            if (part := block.intersection(copy.target))
+        ]
         if len(parts) == 1:  # the copies cover the tensor exactly, so this part is the whole block
-            return self._read_part(parts[0][1], block)
+            return parts[0][1]
         result = torch.empty(block.sizes, dtype=self.tensors[block.tensor].dtype)
-        for part, copy in parts:
-            result[part.slices_within(block)] = self._read_part(copy, part)
+        for part, elements in parts:
+            result[part.within(block).slices] = elements
         return result
 
-    def _read_part(self, copy: Copy, part: Block) -> Tensor:
-        """Read a part of a copy's target block."""
-        narrowed = _narrow(copy, part)
-        elements = self._source.read(narrowed.source).reshape(narrowed.target.sizes)
-        return elements[part.slices_within(narrowed.target)]
 
-    def _dtype(self, name: str) -> torch.dtype:
-        dtypes = {self._source.tensors[copy.source.tensor].dtype for copy in self._copies[name]}
-        if len(dtypes) > 1:
-            raise CoverageError(f"{name} would be filled from tensors of different types: {sorted(map(str, dtypes))}")
-        return dtypes.pop()
+class MemorySource:
+    """Provides tensors that are in memory.
+
+    Args:
+        tensors: the tensors by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._values = tensors
+        self.tensors = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+    def read(self, block: Block) -> Tensor:
+        """See `TensorSource.read`."""
+        return self._values[block.tensor][block.slices]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose elements lie uncompressed in a file.
+
+    Attributes:
+        path: the file.
+        start: position of the tensor's storage in the file, in bytes.
+        layout: a tensor on the meta device, which has the shape, the strides and the dtype.
+    """
+
+    path: Path
+    start: int
+    layout: Tensor
+
+    def read(self, part: Block) -> Tensor:
+        """Read a block of the tensor.
+
+        The read covers one contiguous range of the file, from the block's first element to its last.
+
+        Returns:
+            a tensor of the shape `part.sizes`.
+
+        Raises:
+            UserError: the file cannot be read, or ends before the block does.
+        """
+        view = self.layout[part.slices]
+        last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+        num_bytes = (last + 1) * view.itemsize if view.numel() else 0
+        start = self.start + view.storage_offset() * view.itemsize
+        try:
+            content = np.fromfile(self.path, np.uint8, num_bytes, offset=start)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+        if len(content) < num_bytes:
+            raise UserError(f"{self.path} is damaged: it ends before what it should hold")
+        return torch.from_numpy(content).view(view.dtype).as_strided(view.shape, view.stride())
+
+
+class JoinedSource:
+    """Joins the tensors of several sources.
+
+    Args:
+        sources: the sources; if several have a tensor of one name, the first of them provides the tensor.
+    """
+
+    def __init__(self, *sources: TensorSource) -> None:
+        self._source_of = {name: source for source in reversed(sources) for name in source.tensors}
+        self.tensors = {name: source.tensors[name] for name, source in self._source_of.items()}
+
+    def read(self, block: Block) -> Tensor:
+        """See `TensorSource.read`."""
+        return self._source_of[block.tensor].read(block)
+
+
+class CastSource:
+    """Casts the floating point tensors of another source.
+
+    Args:
+        source: provides the elements.
+        dtype: the dtype of all floating point tensors except `kept`.
+        kept: names of tensors that keep their dtype.
+    """
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype, kept: frozenset[str] = frozenset()) -> None:
+        self._source = source
+        self.tensors = {
+            name: TensorSpec(spec.shape, dtype) if spec.dtype.is_floating_point and name not in kept else spec
+            for name, spec in source.tensors.items()
+        }
+
+    def read(self, block: Block) -> Tensor:
+        """See `TensorSource.read`."""
+        return self._source.read(block).to(self.tensors[block.tensor].dtype)
+
+
+class FiniteSource:
+    """Refuses to read NaN and infinite values from another source.
+
+    Args:
+        source: provides the elements.
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self.tensors = source.tensors
+
+    def read(self, block: Block) -> Tensor:
+        """See `TensorSource.read`.
+
+        Raises:
+            UserError: an element of the block is NaN or infinite.
+        """
+        elements = self._source.read(block)
+        if elements.is_floating_point() and elements.numel() and not all(map(torch.isfinite, elements.aminmax())):
+            raise UserError(f"{block.tensor} holds NaN or infinite values; pass --allow-nan to convert it nevertheless")
+        return elements
 
 
 def row_major_blocks(name: str, spec: TensorSpec, max_bytes: int) -> Iterator[Block]:
@@ -166,16 +290,19 @@ def row_major_blocks(name: str, spec: TensorSpec, max_bytes: int) -> Iterator[Bl
     """
     if not spec.num_bytes:
         return
-    row_bytes = [prod(spec.shape[d + 1 :]) * spec.dtype.itemsize for d in range(len(spec.shape))]
-    split = next((d for d, size in enumerate(row_bytes) if size <= max_bytes), len(spec.shape) - 1)
-    if split < 0:  # a scalar
+    row_bytes = [prod(spec.shape[d:]) * spec.dtype.itemsize for d in range(len(spec.shape) + 1)]
+    num_cut = next((d for d, size in enumerate(row_bytes) if size <= max_bytes), len(spec.shape))
+    if num_cut == 0:
         yield Block.whole(name, spec.shape)
         return
-    step = max(1, max_bytes // row_bytes[split])
-    for leading in product(*map(range, spec.shape[:split])):
-        for start in range(0, spec.shape[split], step):
-            sizes = (*(1 for _ in leading), min(step, spec.shape[split] - start), *spec.shape[split + 1 :])
-            yield Block(name, (*leading, start, *(0 for _ in spec.shape[split + 1 :])), sizes)
+    # Cut the first dimensions into single indices, and the last of them into ranges.
+    *leading, num_rows = spec.shape[:num_cut]
+    inner = spec.shape[num_cut:]
+    step = max(1, max_bytes // row_bytes[num_cut])
+    for indices in np.ndindex(*leading):
+        for start in range(0, num_rows, step):
+            sizes = (*(1 for _ in indices), min(step, num_rows - start), *inner)
+            yield Block(name, (*indices, start, *(0 for _ in inner)), sizes)
 
 
 def check_cover(shapes: Mapping[str, tuple[int, ...]], blocks: Iterable[Block]) -> None:
@@ -198,71 +325,22 @@ def check_cover(shapes: Mapping[str, tuple[int, ...]], blocks: Iterable[Block]) 
         parts = [block for block in blocks_by_tensor[name] if block.num_elements]
         if any(block.intersection(whole) != block for block in parts):
             raise CoverageError(f"{name} {list(shape)} is smaller than what would be copied to it")
-        covered = sum(block.num_elements for block in parts)
-        if covered != whole.num_elements or (len(parts) > 1 and _any_overlap(parts)):
+        if parts != [whole] and (_times_covered(whole, parts) != 1).any():
             raise CoverageError(f"{name} {list(shape)} is not covered exactly once")
 
 
-def _any_overlap(blocks: Iterable[Block], dimension: int = 0) -> bool:
-    """Return whether two blocks of one tensor share an element, looking at `dimension` and later dimensions only.
+def _times_covered(whole: Block, parts: Sequence[Block]) -> np.ndarray:
+    """Return how many of its parts cover each cell of a tensor, int32 [cells in each dimension].
 
-    Blocks that are apart in one dimension are not compared in the next, which keeps large covers fast to check.
+    The edges of all parts divide the tensor into cells. A part covers each cell completely or not at all.
     """
-    for connected in _connected_blocks(blocks, dimension):
-        if dimension + 1 < len(connected[0].offsets):
-            overlap = _any_overlap(connected, dimension + 1)
-        else:
-            overlap = any(first.intersection(second) for first, second in combinations(connected, 2))
-        if overlap:
-            return True
-    return False
-
-
-def _connected_blocks(blocks: Iterable[Block], dimension: int) -> Iterator[list[Block]]:
-    """Yield the groups of two or more blocks whose intervals in one dimension overlap in a chain."""
-    group: list[Block] = []
-    stop = 0
-    for block in sorted(blocks, key=lambda block: block.offsets[dimension]):
-        if group and block.offsets[dimension] >= stop:
-            if len(group) > 1:
-                yield group
-            group = []
-        group.append(block)
-        stop = max(stop, block.offsets[dimension] + block.sizes[dimension])
-    if len(group) > 1:
-        yield group
-
-
-def _narrow(copy: Copy, part: Block) -> Copy:
-    """Reduce a copy so that it still fills `part` of its target but reads less of its source.
-
-    Only the leading dimensions that both blocks have in common can be cut: behind the first difference, a box of the
-    target is not a box of the source.
-    """
-    source, target = copy.source, copy.target
-    for source_dimension, target_dimension in zip(_long_dimensions(source), _long_dimensions(target), strict=False):
-        if copy.source.sizes[source_dimension] != copy.target.sizes[target_dimension]:
-            break
-        start = part.offsets[target_dimension] - copy.target.offsets[target_dimension]
-        count = part.sizes[target_dimension]
-        source = _cut(source, source_dimension, start, count)
-        target = _cut(target, target_dimension, start, count)
-    return Copy(source, target)
-
-
-def _long_dimensions(block: Block) -> list[int]:
-    """Return the dimensions in which a block has other than one element."""
-    return [dimension for dimension, size in enumerate(block.sizes) if size != 1]
-
-
-def _cut(block: Block, dimension: int, start: int, count: int) -> Block:
-    """Return the `count` entries of a block from its entry `start` on, in one dimension."""
-    offsets = list(block.offsets)
-    sizes = list(block.sizes)
-    offsets[dimension] += start
-    sizes[dimension] = count
-    return Block(block.tensor, tuple(offsets), tuple(sizes))
-
-
-def _stops(block: Block) -> tuple[int, ...]:
-    return tuple(offset + size for offset, size in zip(block.offsets, block.sizes, strict=True))
+    extents_by_dimension = zip(*(block.slices for block in (whole, *parts)), strict=True)
+    edges = [
+        sorted({edge for extent in extents for edge in (extent.start, extent.stop)}) for extents in extents_by_dimension
+    ]
+    counts = np.zeros([len(positions) - 1 for positions in edges], np.int32)
+    for part in parts:
+        starts = map(bisect_left, edges, part.offsets)
+        stops = map(bisect_left, edges, map(add, part.offsets, part.sizes))
+        counts[tuple(map(slice, starts, stops))] += 1
+    return counts

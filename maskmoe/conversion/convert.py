@@ -1,21 +1,21 @@
 """Runs the conversions that users ask for: each reads a model from one folder and writes it to another."""
 
-import hashlib
 import shutil
 from argparse import Namespace
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
-from maskmoe.conversion.blocks import TensorSource
+from maskmoe.checkpoint.integrity import check_content, check_structure
+from maskmoe.checkpoint.series import locate_checkpoint
+from maskmoe.conversion.blocks import CastSource, FiniteSource, JoinedSource, TensorSource
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags
 from maskmoe.conversion.huggingface_models import open_model, write_huggingface
-from maskmoe.conversion.megatron_models import find_megatron_checkpoint, open_megatron, write_megatron
+from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings
-from maskmoe.conversion.sources import CastSource, FiniteSource, JoinedSource
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.conversion.upcycle import upcycle
 from maskmoe.conversion.writing import OutputFolder
@@ -46,9 +46,10 @@ def megatron_to_huggingface(settings: Settings, mask: RoutingMask | None = None)
     Raises:
         UserError: the input is bad, or the disk is full.
     """
-    checkpoint = _find_checkpoint(settings)
+    checkpoint = locate_checkpoint(settings.load)
+    check_structure(checkpoint)
     model = open_megatron(checkpoint, mask, _tokenizer_args(settings))
-    _save_huggingface(model, _Job(settings, checkpoint, mask))
+    _save_huggingface(model, settings, _output_folder(settings, checkpoint, mask))
 
 
 def huggingface_to_megatron(settings: Settings, mask: RoutingMask | None = None) -> list[str]:
@@ -64,7 +65,8 @@ def huggingface_to_megatron(settings: Settings, mask: RoutingMask | None = None)
     Raises:
         UserError: the input is bad, or the disk is full.
     """
-    return _save_megatron(open_model(settings.load, mask), _Job(settings, settings.load, mask))
+    model = open_model(settings.load, mask)
+    return _save_megatron(model, settings, _output_folder(settings, settings.load, mask))
 
 
 def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask, to_megatron: bool) -> list[str]:
@@ -86,7 +88,8 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
         folder = settings.load
         dense = open_model(folder)
     else:
-        folder = _find_checkpoint(settings)
+        folder = locate_checkpoint(settings.load)
+        check_structure(folder)
         dense = open_megatron(folder, changed_args=_tokenizer_args(settings))
     sparse = upcycle(dense, recipe, mask)
     args = args_from_config(sparse.config)
@@ -95,72 +98,50 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
     # The dense model's source provides the padding of the vocabulary.
     sparse = replace(sparse, source=JoinedSource(sparse.source, dense.source), args=args)
     save = _save_megatron if to_megatron else _save_huggingface
-    return save(sparse, _Job(settings, folder, mask, recipe))
+    return save(sparse, settings, _output_folder(settings, folder, mask, recipe))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A conversion with everything that its result depends on.
+def _output_folder(
+    settings: Settings, source: Path, mask: RoutingMask | None, recipe: UpcycleSettings | None = None
+) -> OutputFolder:
+    """Return the folder for the result, which resumes an interrupted conversion only if nothing has changed.
 
-    Attributes:
+    Args:
         settings: the settings of the conversion.
         source: the folder that is converted.
         mask: the routing mask that the user passed.
         recipe: how experts are made, if the model is upcycled.
+
+    Raises:
+        UserError: the folder lies inside the source.
     """
+    if settings.save.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{settings.save} lies inside the folder that is converted; name a folder elsewhere")
+    files = {path: path.stat() for path in source.rglob("*") if path.is_file()}
+    job = asdict(settings) | {
+        "load": str(source.resolve()),
+        "recipe": recipe and asdict(recipe),
+        "source": {
+            str(path.relative_to(source)): [status.st_size, status.st_mtime_ns] for path, status in files.items()
+        },
+        "routing_mask": mask and mask.digest,
+    }
+    del job["save"], job["verify"]
 
-    settings: Settings
-    source: Path
-    mask: RoutingMask | None = None
-    recipe: UpcycleSettings | None = None
-
-    def output(self) -> OutputFolder:
-        """Return the folder for the result, which resumes an interrupted conversion only if nothing has changed.
-
-        Raises:
-            UserError: the folder lies inside the source.
-        """
-        if self.settings.save.resolve().is_relative_to(self.source.resolve()):
-            raise UserError(f"{self.settings.save} lies inside the folder that is converted; name a folder elsewhere")
-        settings = asdict(self.settings) | {"load": str(self.source.resolve())}
-        job = {name: value for name, value in settings.items() if name not in ("save", "verify")}
-        job |= {
-            "recipe": self.recipe and asdict(self.recipe),
-            "source": self._fingerprint(),
-            "routing_mask": self.mask and self.mask.digest,
-        }
-        return OutputFolder(self.settings.save, job, self._verify)
-
-    def _fingerprint(self) -> str:
-        """Return a digest of the names, sizes and modification times of the source's files."""
-        digest = hashlib.sha256()
-        for path in sorted(self.source.rglob("*")):
-            if path.is_file():
-                status = path.stat()
-                digest.update(f"{path.relative_to(self.source)} {status.st_size} {status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
-
-    def _verify(self) -> None:
-        """Compare the source's files with the digests beside them, if there are any and the settings ask for it."""
-        if self.settings.verify:
-            try:
-                check_content(self.source)
-            except Damage as damage:
-                raise UserError(f"{self.source}: {damage}") from damage
+    verify = partial(check_content, source) if settings.verify else lambda: None
+    return OutputFolder(settings.save, job, verify)
 
 
-def _save_huggingface(model: OpenedModel, job: _Job) -> list[str]:
+def _save_huggingface(model: OpenedModel, settings: Settings, output_folder: OutputFolder) -> list[str]:
     """Write a model in transformers' format; return no flags."""
-    settings = job.settings
     tokenizer = _choose_tokenizer(model, settings)
-    with job.output() as output:
+    with output_folder as output:
         write_huggingface(_cast_and_check(model, settings), output, settings.max_shard_size, *tokenizer)
     return []
 
 
-def _save_megatron(model: OpenedModel, job: _Job) -> list[str]:
+def _save_megatron(model: OpenedModel, settings: Settings, output_folder: OutputFolder) -> list[str]:
     """Write a model as a checkpoint; return the flags that loading needs."""
-    settings = job.settings
     # Complete Megatron's arguments.
     args = _megatron_args(model)
     args.tokenizer_type, args.tokenizer_model = _choose_tokenizer(model, settings)
@@ -170,7 +151,7 @@ def _save_megatron(model: OpenedModel, job: _Job) -> list[str]:
     dtype = model.source.tensors["model.embed_tokens.weight"].dtype
     args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
     # Write the checkpoint, with its own copy of a tokenizer that lies beside the model.
-    with job.output() as output:
+    with output_folder as output:
         if args.tokenizer_model == str(settings.load):
             args.tokenizer_model = _copy_tokenizer(settings.load, output.path / "tokenizer")
         can_load = args.tokenizer_type in TOKENIZER_TYPES
@@ -232,17 +213,3 @@ def _copy_tokenizer(load: Path, folder: Path) -> str:
         if (load / name).is_file():
             shutil.copy(load / name, folder)
     return str(folder.resolve())
-
-
-def _find_checkpoint(settings: Settings) -> Path:
-    """Return the checkpoint to convert, after checking that all its files are there.
-
-    Raises:
-        UserError: the folder holds no checkpoint, or a file of the checkpoint is missing or too short.
-    """
-    checkpoint = find_megatron_checkpoint(settings.load)
-    try:
-        check_structure(checkpoint)
-    except Damage as damage:
-        raise UserError(f"{checkpoint} {damage}") from damage
-    return checkpoint

@@ -11,12 +11,11 @@ from transformers import GenerationConfig
 
 from maskmoe.checkpoint.integrity import Manifest
 from maskmoe.cli import atomic_output
-from maskmoe.conversion.blocks import TensorSource
+from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import check_tensors, tensor_shapes
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.safetensors_files import INDEX_FILE, SafetensorsSource, plan_safetensors
-from maskmoe.conversion.sources import JoinedSource
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
@@ -78,8 +77,9 @@ def write_huggingface(
     tensors = model.source.tensors
     weights = {name: tensors[name] for name in tensor_shapes(model.config)}
     padding = {name: spec for name, spec in tensors.items() if name.startswith(PADDING_PREFIX)}
-    plan = plan_safetensors(weights, max_file_bytes)
-    files = [*plan.files, *(plan_safetensors(padding, max_file_bytes, _PADDING_FILE).files if padding else ())]
+    files, index = plan_safetensors(weights, max_file_bytes)
+    if padding:
+        files += plan_safetensors(padding, max_file_bytes, _PADDING_FILE)[0]
     write_files(model.source, files, output)
     # Write all other files, config.json last.
     fields = model.config | {
@@ -93,12 +93,12 @@ def write_huggingface(
     with reporting_full_disk(output.path):
         export_code(output.path)
         GenerationConfig(bos_token_id=special.bos, eos_token_id=special.eos).save_pretrained(output.path)
-        if plan.index:
-            _write_json(output.path / INDEX_FILE, plan.index)
+        if index:
+            _write_json(output.path / INDEX_FILE, index)
         if model.args is not None:
             (output.path / MEGATRON_FOLDER).mkdir(exist_ok=True)
             _write_json(output.path / _ARGS_FILE, _json_values(model.args))
-        Manifest({file.name: output.finished[file.name] for file in files}).save(output.path)
+        Manifest.of({file.name: output.finished[file.name] for file in files}).save(output.path)
         with atomic_output(output.path / CONFIG_FILE) as path:
             path.write_text(config.to_json_string())
     output.complete()

@@ -3,24 +3,27 @@
 import json
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
-from maskmoe.checkpoint.series import RELEASE, choose_checkpoint, write_tracker
+from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.cli import atomic_output
-from maskmoe.conversion.blocks import CoverageError, RearrangedSource, TensorSource, TensorSpec
-from maskmoe.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
-from maskmoe.conversion.model_tensors import (
-    ROUTING_MASK_PREFIX,
-    Shapes,
-    check_tensors,
-    read_mask,
-    routing_mask_tensors,
+from maskmoe.conversion.blocks import (
+    Copy,
+    CoverageError,
+    JoinedSource,
+    MemorySource,
+    RearrangedSource,
+    TensorSource,
+    TensorSpec,
 )
+from maskmoe.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
+from maskmoe.conversion.model_tensors import Shapes, check_tensors, read_mask, routing_mask_tensors
 from maskmoe.conversion.opened_model import OpenedModel
-from maskmoe.conversion.sources import JoinedSource, RenamedSource, ZeroSource
 from maskmoe.conversion.tensor_mapping import (
     EMBEDDING,
     EXPERT_NORMS,
@@ -28,13 +31,12 @@ from maskmoe.conversion.tensor_mapping import (
     MegatronLayout,
     map_tensors,
 )
-from maskmoe.conversion.torch_dist import COMMON_STATE, TorchDistSource
-from maskmoe.conversion.torch_dist_writer import MARKER, TorchDistPlan, plan_torch_dist
-from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
+from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, plan_torch_dist
+from maskmoe.conversion.writing import OutputFolder, PlannedFile, reporting_full_disk, write_files
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
+from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX, buffers_of_routing_mask
 
 # Entry of a converted checkpoint's common state: the configuration of the transformers model.
 _CONFIG = "huggingface_config"
@@ -50,22 +52,6 @@ _MLP_MODULES = ("linear_fc1", "linear_fc2")
 def is_optimizer(name: str) -> bool:
     """Return whether a tensor of a checkpoint belongs to the optimizer's state, by the tensor's name."""
     return _OPTIMIZER.match(name) is not None
-
-
-def find_megatron_checkpoint(path: Path) -> Path:
-    """Return the folder of a checkpoint: `path` itself, or the newest sound checkpoint if `path` belongs to a run.
-
-    Raises:
-        UserError: the folder does not exist or holds no checkpoint.
-    """
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist, or is not a folder")
-    if (path / LAYOUT_FILE).exists():
-        return path
-    checkpoint = choose_checkpoint(path).checkpoint
-    if checkpoint is None:
-        raise UserError(f"{path} holds no torch_dist checkpoint")
-    return checkpoint
 
 
 def open_megatron(
@@ -96,8 +82,9 @@ def open_megatron(
             raise UserError(
                 f"{checkpoint} {'holds a routing mask' if has_mask else 'has no experts'}; leave --routing-mask out"
             )
+        buffers = buffers_of_routing_mask(mask)
         source = JoinedSource(
-            source, RenamedSource(routing_mask_tensors(mask)[0], ROUTING_MASK_PREFIX, CHECKPOINT_PREFIX)
+            source, MemorySource({CHECKPOINT_PREFIX + name: buffer for name, buffer in buffers.items()})
         )
     elif args.num_experts and not has_mask:
         raise UserError(
@@ -133,7 +120,7 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
     layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS)
     try:
         mapping = map_tensors(model.config, layout)
-        copies = (copy.inverse for copy in mapping.copies)
+        copies = (Copy(copy.target, copy.source) for copy in mapping.copies)
         view = RearrangedSource(_with_padding(model.source, mapping.huggingface), mapping.megatron, copies)
     except CoverageError as error:
         raise UserError(f"the model's tensors do not fit into Megatron's: {error}") from error
@@ -148,9 +135,9 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
     }
     objects: dict[str, Any] = {COMMON_STATE: [common]}
     objects |= {name: [None] for name in _extra_states(args, layout)}
-    plan = plan_torch_dist(view.tensors, objects, max_file_bytes, folder=RELEASE)
-    write_files(view, plan.files, output)
-    _seal(output, plan)
+    files, layout_file = plan_torch_dist(view.tensors, objects, max_file_bytes, folder=RELEASE)
+    write_files(view, files, output)
+    _seal(output, files, layout_file)
 
 
 def _with_padding(source: TensorSource, shapes: Shapes) -> TensorSource:
@@ -161,19 +148,23 @@ def _with_padding(source: TensorSource, shapes: Shapes) -> TensorSource:
         shapes: shapes of all tensors by name, including the padding's.
     """
     dtype = source.tensors["model.embed_tokens.weight"].dtype
-    padding = {name: TensorSpec(shape, dtype) for name, shape in shapes.items() if name.startswith(PADDING_PREFIX)}
-    zeros = {name: spec for name, spec in padding.items() if source.tensors.get(name) != spec}
-    return JoinedSource(ZeroSource(zeros), source)
+    zero = torch.zeros((), dtype=dtype)
+    zeros = {
+        name: zero.expand(shape)
+        for name, shape in shapes.items()
+        if name.startswith(PADDING_PREFIX) and source.tensors.get(name) != TensorSpec(shape, dtype)
+    }
+    return JoinedSource(MemorySource(zeros), source)
 
 
-def _seal(output: OutputFolder, plan: TorchDistPlan) -> None:
+def _seal(output: OutputFolder, files: Sequence[PlannedFile], layout: bytes) -> None:
     """Write the files that turn the files of tensors into a checkpoint, then the tracker that names the checkpoint."""
     checkpoint = output.path / RELEASE
     with reporting_full_disk(checkpoint):
         with atomic_output(checkpoint / LAYOUT_FILE) as path:
-            path.write_bytes(plan.layout)
-        records = {Path(file.name).name: output.finished[file.name] for file in plan.files}
-        Manifest(records | {LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)}).save(checkpoint)
+            path.write_bytes(layout)
+        records = {Path(file.name).name: output.finished[file.name] for file in files}
+        Manifest.of(records | {LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)}).save(checkpoint)
         with atomic_output(checkpoint / "metadata.json") as path:
             path.write_text(json.dumps(MARKER))
         write_tracker(output.path, RELEASE)

@@ -3,8 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from maskmoe.conversion.blocks import Block, TensorSource, TensorSpec
-from maskmoe.conversion.sources import MemorySource
+from maskmoe.conversion.blocks import Block, MemorySource, TensorSource, TensorSpec
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import buffers_of_routing_mask, routing_mask_from_buffers

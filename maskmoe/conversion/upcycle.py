@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource
+from maskmoe.conversion.blocks import Block, Copy, JoinedSource, RearrangedSource, TensorSource
 from maskmoe.conversion.families import PLAIN_EXPERTS
 from maskmoe.conversion.model_tensors import tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
 from maskmoe.conversion.settings import UpcycleSettings
-from maskmoe.conversion.sources import JoinedSource
 from maskmoe.conversion.upcycled_tensors import (
     DOWN,
     GATE_UP,

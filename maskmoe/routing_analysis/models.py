@@ -127,7 +127,7 @@ def _megatron_model(checkpoint: Path, with_folder: bool) -> ModelSource:
     try:
         check_structure(checkpoint)
     except Damage as damage:
-        raise UserError(f"{checkpoint} {damage}; choose sound checkpoints with --ckpt-step") from damage
+        raise UserError(f"{damage}; choose sound checkpoints with --ckpt-step") from damage
     iteration = iteration_of(checkpoint)
     name = checkpoint.name if iteration is None else f"iteration {iteration}"
     return ModelSource(checkpoint, f"{checkpoint.parent} {name}" if with_folder else name, iteration, is_megatron=True)

@@ -83,7 +83,7 @@ def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
             ranks.broadcast(question, json.dumps({"verify": str(checkpoint)}))
             for damage in ranks.gather(f"{question}/damage", _damage_of_my_share(checkpoint, ranks)):
                 if damage:
-                    raise Damage(damage)
+                    raise Damage(checkpoint, damage)
 
     answer: dict[str, str | None] = {"error": "choosing the checkpoint failed on the first rank"}
     try:
@@ -132,7 +132,7 @@ def _damage_of_my_share(checkpoint: Path, ranks: RankStore) -> str:
     try:
         check_content(checkpoint, slice(ranks.rank, None, ranks.world_size))
     except Damage as damage:
-        return str(damage)
+        return damage.fault
     return ""
 
 
@@ -169,8 +169,8 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
 
 
 def _warn_of_rejected(choice: Choice) -> None:
-    for checkpoint, reason in choice.rejected:
-        _warn(f"checkpoint {checkpoint} {reason}")
+    for damage in choice.rejected:
+        _warn(f"checkpoint {damage}")
     if choice.rejected:
         _warn(f"resuming from {choice.checkpoint}" if choice.checkpoint else "starting from the beginning")
 

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,16 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.datasets import frequent_ids, write_documents
+from support.launchers import CPU_ENVIRONMENT, start_ranks
+from support.masks import build_mask, count_ids
 from support.paths import ROOT
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.frequency import count_token_frequency
-from maskmoe.routing_mask.mask import build_routing_mask
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-# The variables that torchrun would set for a single rank, which listens on any free port.
-ONE_RANK = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 VOCAB_SIZE = 500  # Megatron pads this to 512, or to 768 for two tensor-parallel ranks
 DATA = f"--data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0"
 TRAINING = f"""{DATA} --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant --eval-iters 0
@@ -46,30 +42,21 @@ class Workplace:
 
     def run(self, module: str, flags: str, ranks: int = 1) -> None:
         """Run `python -m MODULE FLAGS` on a number of ranks; fail the test if a rank fails."""
-        launcher = f"torch.distributed.run --standalone --nproc-per-node {ranks} -m".split() if ranks > 1 else []
-        process = subprocess.run(
-            [sys.executable, "-m", *launcher, module, *shlex.split(flags)],
-            env=ENVIRONMENT | (ONE_RANK if ranks == 1 else {}),
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=240,
-        )
-        if process.returncode:
-            pytest.fail(process.stdout[-8000:])
+        program = ["-m", module, *shlex.split(flags)]
+        with start_ranks(
+            program, Path(tempfile.mkdtemp(dir=self.folder)), ranks=ranks, working_folder=self.folder
+        ) as processes:
+            outcome = processes.wait()
+        if any(outcome.exit_codes):
+            pytest.fail(outcome.report())
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     folder = tmp_path_factory.mktemp("conversion")
-    random = np.random.default_rng(0)
-    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE)) as dataset:
-        for length in random.integers(20, 200, size=40):
-            dataset.add_document(np.minimum(random.zipf(1.3, size=length), VOCAB_SIZE) - 1)
-    frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
-    recipe = MaskRecipe(4, 2, "balanced", frequent_mass=0.4, frequent_visible_experts=3, seed=1)
-    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
+    documents = frequent_ids(np.random.default_rng(0), VOCAB_SIZE, num_documents=40)
+    frequency = count_ids(write_documents(folder / "data", documents), VOCAB_SIZE)
+    build_mask(frequency, 4, 2, frequent_visible_experts=3).save(folder / "mask.safetensors")
     return Workplace(folder)
 
 
@@ -103,6 +90,8 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess]:
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess:
         command = [sys.executable, ROOT / "tools/convert_checkpoint.py", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, **options)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | CPU_ENVIRONMENT, timeout=240, **options
+        )
 
     return run

@@ -17,12 +17,10 @@ import maskmoe.huggingface  # noqa: F401  registers the model
 from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
-from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.blocks import Block, MemorySource
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.settings import Settings
-from maskmoe.conversion.sources import MemorySource
-from maskmoe.conversion.torch_dist import COMMON_STATE, TorchDistSource
-from maskmoe.conversion.torch_dist_writer import MARKER, plan_torch_dist
+from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, plan_torch_dist
 from maskmoe.conversion.writing import JOURNAL, OutputFolder, write_files
 from maskmoe.errors import UserError
 
@@ -167,11 +165,11 @@ def rewrite(checkpoint, folder, change):
     tensors, common = tensors_of(checkpoint), source.common_state()
     change(tensors, common)
     changed = MemorySource(tensors)
-    plan = plan_torch_dist(changed.tensors, {COMMON_STATE: [common]}, 10**9, folder="checkpoint")
+    files, layout = plan_torch_dist(changed.tensors, {COMMON_STATE: [common]}, 10**9, folder="checkpoint")
     with OutputFolder(folder, {}) as output:
-        write_files(changed, plan.files, output)
+        write_files(changed, files, output)
         output.complete()
-    (folder / "checkpoint" / ".metadata").write_bytes(plan.layout)
+    (folder / "checkpoint" / ".metadata").write_bytes(layout)
     (folder / "checkpoint" / "metadata.json").write_text(json.dumps(MARKER))
     return folder / "checkpoint"
 

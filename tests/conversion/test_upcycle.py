@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from support.foreign_models import DENSE, VOCAB_SIZE, in_transformers, logits_of, random_ids, save_model
 
 from maskmoe.commands.convert_checkpoint import add_upcycle_arguments, upcycle_settings
-from maskmoe.conversion.blocks import Block, TensorSource, row_major_blocks
+from maskmoe.conversion.blocks import Block, CastSource, TensorSource, row_major_blocks
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.conversion.settings import UpcycleSettings
-from maskmoe.conversion.sources import CastSource
 from maskmoe.conversion.upcycle import changes_of_function, upcycle
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe

@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from maskmoe.conversion import writing
-from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.blocks import Block, FiniteSource, MemorySource
 from maskmoe.conversion.safetensors_files import plan_safetensors
-from maskmoe.conversion.sources import FiniteSource, MemorySource
 from maskmoe.conversion.writing import JOURNAL, OutputFolder, write_files
 from maskmoe.errors import UserError
 
@@ -46,13 +45,13 @@ class FailingSource(MemorySource):
 
 @pytest.fixture(autouse=True)
 def _one_file_at_a_time(monkeypatch):
-    monkeypatch.setattr(writing, "_num_writers", lambda: 1)
+    monkeypatch.setattr(writing, "_NUM_WRITERS", 1)
 
 
 def write(folder, source, job=JOB, max_file_bytes=8000):
     """Write tensors to a folder, by default two tensors a file; return the records of the files."""
     with OutputFolder(folder, job) as output:
-        write_files(source, plan_safetensors(source.tensors, max_file_bytes).files, output)
+        write_files(source, plan_safetensors(source.tensors, max_file_bytes)[0], output)
         output.complete()
         return output.finished
 
@@ -109,7 +108,7 @@ class MeetingSource(MemorySource):
 
 
 def test_files_are_written_at_the_same_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "_num_writers", lambda: 3)
+    monkeypatch.setattr(writing, "_NUM_WRITERS", 3)
     records = write(tmp_path / "out", MeetingSource(TENSORS, num_files=3))
     assert sorted(records) == shards(tmp_path / "out")
     loaded = {
@@ -122,7 +121,7 @@ def test_files_are_written_at_the_same_time(tmp_path, monkeypatch):
 
 def test_failure_cancels_the_other_files(tmp_path, monkeypatch):
     """The first failure is raised, whichever file ends first, and no unfinished file is left."""
-    monkeypatch.setattr(writing, "_num_writers", lambda: 3)
+    monkeypatch.setattr(writing, "_NUM_WRITERS", 3)
     for tensor in ("t0", "t2", "t4"):
         with pytest.raises(InterruptedReadError):
             write(tmp_path / tensor, MeetingSource(TENSORS, num_files=3, fails_at=tensor))
@@ -180,15 +179,13 @@ def test_one_conversion_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("fault", ["a byte changes", "a byte is lost"])
 def test_file_that_does_not_hold_the_written_bytes(tmp_path, monkeypatch, fault):
-    write_to_disk = os.write
+    read_from_disk = os.pread
 
-    def faulty(descriptor, content):
-        content = bytes(content)
-        if fault == "a byte changes":
-            return write_to_disk(descriptor, content[:-1] + bytes([content[-1] ^ 1]))
-        return write_to_disk(descriptor, content[:-1]) + 1
+    def faulty(descriptor, size, position):
+        content = read_from_disk(descriptor, size, position)
+        return content[:-1] + (bytes([content[-1] ^ 1]) if fault == "a byte changes" else b"")
 
-    monkeypatch.setattr(writing.os, "write", faulty)
+    monkeypatch.setattr(writing.os, "pread", faulty)
     with pytest.raises(UserError, match="does not hold what was written to it"):
         write(tmp_path / "out", MemorySource({"t": torch.randn(5_000_000)}))
     assert not (tmp_path / "out").exists()
@@ -224,11 +221,11 @@ def test_disk_that_fills_up(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*-00002-.*: File too large; make room and start again"):
-            write(tmp_path / "out", MemorySource(tensors))
+            write(tmp_path / "out", MemorySource(tensors), max_file_bytes=4 * 10**6)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(os.listdir(tmp_path / "out")) == ["model-00001-of-00002.safetensors", JOURNAL]
-    write(tmp_path / "out", MemorySource(tensors))
+    write(tmp_path / "out", MemorySource(tensors), max_file_bytes=4 * 10**6)
     assert len(shards(tmp_path / "out")) == 2
 
 
@@ -236,11 +233,11 @@ SLOW_CONVERSION = """
 import sys, time, torch
 from pathlib import Path
 from maskmoe.conversion.safetensors_files import plan_safetensors
-from maskmoe.conversion.sources import MemorySource
+from maskmoe.conversion.blocks import MemorySource
 from maskmoe.conversion import writing
 from maskmoe.conversion.writing import OutputFolder, write_files
 
-writing._num_writers = lambda: 1
+writing._NUM_WRITERS = 1
 
 class SlowSource(MemorySource):
     def read(self, block):
@@ -249,7 +246,7 @@ class SlowSource(MemorySource):
 
 source = SlowSource({f"t{number}": torch.full((1000,), float(number)) for number in range(6)})
 with OutputFolder(Path(sys.argv[1]), {"dtype": None, "source": "digest"}) as output:
-    write_files(source, plan_safetensors(source.tensors, 8000).files, output)
+    write_files(source, plan_safetensors(source.tensors, 8000)[0], output)
 """
 
 

@@ -69,9 +69,9 @@ def test_damaged_checkpoint_is_passed_over(copy, damage):
     do(checkpoint_path(copy, 21))
     choice = choose_checkpoint(copy, check=check_all)
     assert choice.iteration == 14
-    ((rejected, why),) = choice.rejected
-    assert rejected == checkpoint_path(copy, 21)
-    assert re.search(reason, why)
+    (rejected,) = choice.rejected
+    assert rejected.checkpoint == checkpoint_path(copy, 21)
+    assert re.search(reason, rejected.fault)
 
 
 @pytest.mark.runs(SAVED)
@@ -93,7 +93,7 @@ def test_any_flipped_bit_is_found(copy, data):
     else:
         # Both files have parts that no check reads, such as names and formats.
         assert path.name in ("integrity.json", "metadata.json")
-        assert manifest != Manifest({})
+        assert manifest != Manifest(files={})
     finally:
         path.write_bytes(content)
 
