@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,19 +36,24 @@ class Submission:
     todo: dict[str, list[str]]
 
     @classmethod
-    def read(cls, path: Path) -> "Submission":
+    def read(cls, comparison: Comparison) -> "Submission":
         """Read the file; return an empty submission if the file does not exist.
 
         Raises:
             UserError: the file is damaged.
         """
+        path = _submission_file(comparison)
         if not path.exists():
             return cls((), {})
         return read_record(cls, path, "delete the file when no job of the comparison is left")
 
+    @property
+    def is_continued_here(self) -> bool:
+        """Whether this process belongs to the last of the jobs."""
+        return bool(self.jobs) and os.environ.get("SLURM_JOB_ID") == self.jobs[-1]
 
-def submission_file(comparison: Comparison) -> Path:
-    """Return the file with the numbers of the comparison's jobs."""
+
+def _submission_file(comparison: Comparison) -> Path:
     return comparison.folder / "slurm" / "submission.json"
 
 
@@ -60,37 +65,17 @@ def refuse_while_jobs_are_queued(comparison: Comparison) -> None:
     Raises:
         UserError: jobs of this comparison are queued or running.
     """
-    jobs = Submission.read(submission_file(comparison)).jobs
-    if not jobs or _is_continuation(jobs) or shutil.which("squeue") is None:
+    submission = Submission.read(comparison)
+    if not submission.jobs or submission.is_continued_here or shutil.which("squeue") is None:
         return
     states = "PENDING,RUNNING,SUSPENDED,CONFIGURING"
     command = ("squeue", "--noheader", "--format=%F", f"--states={states}", f"--user={os.getuid()}")
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise UserError(f"cannot ask Slurm for its queue: {_last_line(result.stderr)}")
-    if queued := [job for job in jobs if job in result.stdout.split()]:
+    listed = _output(*command, failure="cannot ask Slurm for its queue: ").split()
+    if queued := [job for job in submission.jobs if job in listed]:
         raise UserError(
             f"jobs of this comparison are in Slurm's queue, and go on by themselves; to end the jobs: "
             f"scancel {' '.join(reversed(queued))}"
         )
-
-
-def _is_continuation(jobs: Sequence[str]) -> bool:
-    """Return whether this process belongs to the last of the jobs."""
-    return bool(jobs) and os.environ.get("SLURM_JOB_ID") == jobs[-1]
-
-
-def _refuse_without_progress(comparison: Comparison, phase: Phase) -> None:
-    """Refuse to submit the same jobs again and again when none of the runs makes progress.
-
-    Raises:
-        RunFailure: this is the job that continues the comparison, and the other jobs have not finished any run.
-    """
-    last = Submission.read(submission_file(comparison))
-    if not _is_continuation(last.jobs) or phase.todo != last.todo:
-        return
-    reasons = "; ".join(f"{run.name}: {_reason(comparison.plan(run))}" for run in phase.elements.values())
-    raise RunFailure(f"the jobs {', '.join(last.jobs[:-1])} have not finished any run: {reasons}")
 
 
 def _reason(plan: RunPlan) -> str:
@@ -127,35 +112,48 @@ def next_runs(comparison: Comparison) -> tuple[Run, ...]:
     return runs
 
 
-def make_phase(comparison: Comparison, runs: Sequence[Run]) -> Phase:
+def _make_phase(comparison: Comparison, runs: Sequence[Run]) -> Phase:
     """Return the phase of unfinished runs."""
     name = runs[0].name.partition("/")[0]
-    elements = dict(enumerate(runs, start=1))
-    to_train = {element: run for element, run in elements.items() if _needs_training(comparison.plan(run))}
-    to_evaluate = {element: run for element, run in elements.items() if run.is_analyzed}
-    return Phase(name, comparison.folder / "slurm" / name, to_train, to_evaluate)
+    plans = [comparison.plan(run) for run in runs]
+    to_train = [element for element, plan in enumerate(plans, start=1) if plan.train in plan.unfinished]
+    to_evaluate = [element for element, run in enumerate(runs, start=1) if run.is_analyzed]
+    return Phase(name, comparison.folder / "slurm" / name, runs, to_train, to_evaluate)
 
 
-def _needs_training(plan: RunPlan) -> bool:
-    """Return whether training, or a stage before it, is the first unfinished stage."""
-    if not (plan.files.record.exists() and plan.is_prepared):
-        return True
-    record = RunRecord(plan.files.record)
-    first = next(stage.name for stage in (make_stage() for make_stage in plan.stages) if not record.is_finished(stage))
-    return first in ("mask", "train")
+def submit_phase(jobs: Jobs, runs: Sequence[Run], line: ProgressLine) -> None:
+    """Submit the jobs that finish runs of the next phase, and the job that continues the comparison afterwards.
+
+    Raises:
+        RunFailure: this is the job that continues the comparison, and the other jobs have not finished any run.
+        StageError: a mask cannot be made.
+        UserError: Slurm refuses a job, or another command works on a run.
+    """
+    comparison = jobs.comparison
+    phase = _make_phase(comparison, runs)
+    # Refuse to submit the same jobs again and again when none of the runs makes progress.
+    last = Submission.read(comparison)
+    if last.is_continued_here and phase.todo == last.todo:
+        reasons = "; ".join(f"{run.name}: {_reason(comparison.plan(run))}" for run in runs)
+        raise RunFailure(f"the jobs {', '.join(last.jobs[:-1])} have not finished any run: {reasons}")
+    _prepare_runs(comparison, phase, line)
+    numbers: list[str] = []
+
+    def submit_and_record(_name: str, command: Sequence[str]) -> str:
+        numbers.append(_submit(command))
+        # Every job is recorded at once: a later job may be refused.
+        write_record(Submission(tuple(numbers), phase.todo), _submission_file(comparison), indent=2)
+        return numbers[-1]
+
+    jobs.submit(phase, submit_and_record)
+    line.print(f"submitted jobs {', '.join(numbers)}; the last job continues when the other jobs have ended")
 
 
 def _prepare_runs(comparison: Comparison, phase: Phase, line: ProgressLine) -> None:
-    """Make masks, model files, and the links through which the elements of job arrays find their runs.
-
-    Raises:
-        StageError: a mask cannot be made.
-        UserError: another command works on a run.
-    """
-    if phase.folder.exists():
-        shutil.rmtree(phase.folder)
+    """Make masks, model files, and the links through which the elements of job arrays find their runs."""
+    shutil.rmtree(phase.folder, ignore_errors=True)
     phase.folder.mkdir(parents=True)
-    for element, run in phase.elements.items():
+    for element, run in enumerate(phase.runs, start=1):
         plan = comparison.plan(run)
         if element in phase.to_train:
             plan.prepare()
@@ -163,56 +161,22 @@ def _prepare_runs(comparison: Comparison, phase: Phase, line: ProgressLine) -> N
             with locked(plan.files.lock) as lock:
                 Runner(plan, RunRecord(plan.files.record), line, lock).prepare("train")
         plan.files.slurm.mkdir(exist_ok=True)
-        link = phase.folder / str(element)
-        link.symlink_to(os.path.relpath(plan.files.folder, phase.folder))
+        (phase.folder / str(element)).symlink_to(os.path.relpath(plan.files.folder, phase.folder))
 
 
-def submit_phase(
-    comparison: Comparison, runs: Sequence[Run], jobs: Callable[[Phase], Jobs], line: ProgressLine
-) -> None:
-    """Submit the jobs that finish runs, and the job that continues the comparison afterwards.
-
-    Args:
-        comparison: the comparison to which the runs belong.
-        runs: runs of the next phase.
-        jobs: makes the command lines.
-        line: shows the progress.
-
-    Raises:
-        RunFailure: this is the job that continues the comparison, and the other jobs have not finished any run.
-        StageError: a mask cannot be made.
-        UserError: Slurm refuses a job, or another command works on a run.
-    """
-    phase = make_phase(comparison, runs)
-    _refuse_without_progress(comparison, phase)
-    _prepare_runs(comparison, phase, line)
-    numbers: list[str] = []
-
-    def submit_and_record(_name: str, command: Sequence[str]) -> str:
-        numbers.append(_submit(command))
-        # Every job is recorded at once: a later job may be refused.
-        write_record(Submission(tuple(numbers), phase.todo), submission_file(comparison), indent=2)
-        return numbers[-1]
-
-    jobs(phase).submit(submit_and_record)
-    line.print(f"submitted jobs {', '.join(numbers)}; the last job continues when the other jobs have ended")
-
-
-def show_phase(comparison: Comparison, jobs: Callable[[Phase], Jobs]) -> None:
+def show_phase(jobs: Jobs) -> None:
     """Print sbatch's command lines of the next phase, without changing anything."""
+    comparison = jobs.comparison
     runs = comparison.unfinished(tuning_runs(comparison.suite)) or comparison.unfinished(comparison.whole_runs())
     if runs:
         _check_submit_script()
-        jobs(make_phase(comparison, runs)).submit(_show)
+        jobs.submit(_make_phase(comparison, runs), _show)
 
 
 def _show(name: str, command: Sequence[str]) -> str:
     """Print sbatch's command line and return the job's name, which stands for the number of the job."""
     if command[0] == str(SUBMIT_SCRIPT):
-        result = subprocess.run([command[0], "--dry-run", *command[1:]], capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise UserError(_last_line(result.stderr))
-        print(result.stdout, end="")
+        print(_output(command[0], "--dry-run", *command[1:]), end="")
     else:
         print(shlex.join(command))
     return name
@@ -238,12 +202,13 @@ def _submit(command: Sequence[str]) -> str:
     """Submit a job and return its number."""
     # The variables that Slurm has set for this job must not reach the jobs that are submitted.
     kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}
-    result = subprocess.run(command, env=kept, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise UserError(f"the job was not submitted: {_last_line(result.stderr)}")
     # sbatch prints `NUMBER;CLUSTER` if there are several clusters.
-    return result.stdout.strip().partition(";")[0]
+    return _output(*command, env=kept, failure="the job was not submitted: ").strip().partition(";")[0]
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
+def _output(*command: str, failure: str = "", env: Mapping[str, str] | None = None) -> str:
+    """Return what a command prints; raise a UserError with its last words if the command fails."""
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise UserError(failure + (result.stderr.strip().splitlines() or ["no reason given"])[-1])
+    return result.stdout
