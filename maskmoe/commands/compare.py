@@ -1,4 +1,8 @@
-"""Train all variants of a suite alike, with several seeds, and report how the variants differ."""
+"""Train all variants of a suite alike, with several seeds, and report how the variants differ.
+
+Short runs choose the learning rates first. If the command is interrupted, start the same command again to resume. After
+the suite file has changed, only the affected runs are repeated.
+"""
 
 import argparse
 import os
@@ -9,8 +13,8 @@ from pathlib import Path
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.execution import compare, finish_run, report
-from maskmoe.comparison.slurm import check_slurm, show_phase
-from maskmoe.comparison.slurm_jobs import Jobs, SlurmOptions
+from maskmoe.comparison.slurm import SlurmJobs, check_slurm
+from maskmoe.comparison.slurm_options import SlurmOptions
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 from maskmoe.launch.devices import find_devices
@@ -25,9 +29,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s SUITE.yaml [options] [--slurm -- options of launch/slurm/submit.sh and sbatch]",
         allow_abbrev=False,
-        description="Train all variants of a suite alike, with several seeds, and report how the variants differ. "
-        "Short runs choose the learning rates first. If the command is interrupted, start the same command again to "
-        "resume. After the suite file has changed, only the affected runs are repeated.",
+        description=__doc__,
         epilog="The run folder gets data/, checks/, tuning/ and runs/ with a folder for each run, and report/ with "
         "README.md, its plots, and results.json.",
     )
@@ -42,12 +44,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     data = parser.add_argument_group("data, which replace the suite's data")
     data.add_argument("--input", nargs="+", metavar="FILE", help="text files: JSON lines or plain text")
     data.add_argument("--data-path", nargs="+", metavar="P", help="an existing dataset, as Megatron's --data-path")
-    data.add_argument("--split", nargs=1, metavar="A,B,C", help="Megatron's --split of --data-path")
-    data.add_argument(
-        "--tokenizer-type", nargs=1, metavar="T", help="tokenizer of --data-path [SentencePieceTokenizer]"
-    )
-    data.add_argument("--tokenizer-model", nargs=1, metavar="F", help="tokenizer file of --data-path")
-    data.add_argument("--vocab-size", nargs=1, metavar="V", help="number of ids of the tokenizer")
+    data.add_argument("--split", metavar="A,B,C", help="Megatron's --split of --data-path")
+    data.add_argument("--tokenizer-type", metavar="T", help="tokenizer of --data-path [SentencePieceTokenizer]")
+    data.add_argument("--tokenizer-model", metavar="F", help="tokenizer file of --data-path")
+    data.add_argument("--vocab-size", metavar="V", help="number of ids of the tokenizer")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="only list the runs, and which are finished")
     action.add_argument("--report", action="store_true", help="only write the report of the finished runs")
@@ -70,7 +70,7 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     """
     suite = Suite.read(options.suite, os.environ)
     given = {name: vars(options)[name.replace("-", "_")] for name in _DATA_OPTIONS}
-    own = {name: tuple(words) for name, words in given.items() if words}
+    own = {name: (words,) if isinstance(words, str) else tuple(words) for name, words in given.items() if words}
     folder = (options.run_dir or runs_folder() / suite.name).absolute()
     data = open_data(override(suite.data, own), folder / "data", suite.seq_length)
     return Comparison(suite, folder, data, find_devices())
@@ -97,9 +97,9 @@ def main() -> None:
     elif options.slurm:
         own = tuple(word for word in arguments if word not in ("--slurm", "--dry-run"))
         inputs = (options.suite.absolute().parent, *comparison.data.folders)
-        jobs = Jobs(comparison, SlurmOptions.parse(slurm_words), inputs, own, options.jobs, Path.cwd())
+        jobs = SlurmJobs(comparison, SlurmOptions.parse(slurm_words), inputs, own, options.jobs, Path.cwd())
         if options.dry_run:
-            show_phase(jobs)
+            jobs.show()
         else:
             check_slurm()
             compare(comparison, own, None, jobs)

@@ -12,8 +12,7 @@ from maskmoe.comparison.fairness import check_active_parameters
 from maskmoe.comparison.report import write_report
 from maskmoe.comparison.results import collect_results
 from maskmoe.comparison.runs import Run
-from maskmoe.comparison.slurm import next_runs, record_training, refuse_while_jobs_are_queued, submit_phase
-from maskmoe.comparison.slurm_jobs import Jobs
+from maskmoe.comparison.slurm import SlurmJobs, next_runs, record_training, refuse_while_jobs_are_queued
 from maskmoe.errors import RunFailure
 from maskmoe.workflow.entry import run_stages, run_to_end, working_in
 from maskmoe.workflow.lock import RunLock, locked
@@ -24,7 +23,7 @@ from maskmoe.workflow.progress import ProgressLine, format_seconds
 _POLL_SECONDS = 0.5
 
 
-def compare(comparison: Comparison, arguments: Sequence[str], jobs: int | None, slurm: Jobs | None = None) -> None:
+def compare(comparison: Comparison, arguments: Sequence[str], jobs: int | None, slurm: SlurmJobs | None = None) -> None:
     """Finish all runs and write the report.
 
     Args:
@@ -49,7 +48,7 @@ def compare(comparison: Comparison, arguments: Sequence[str], jobs: int | None, 
             while runs := next_runs(comparison):
                 line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
                 if slurm is not None and runs[0].kind != "check":
-                    submit_phase(slurm, runs, line)
+                    slurm.submit(runs, line)
                     return
                 _finish_runs(comparison, runs, arguments, jobs, line, lock)
                 if left := comparison.unfinished(runs):

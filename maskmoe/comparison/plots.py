@@ -60,14 +60,7 @@ def tidy(axes: "Axes") -> None:
 
 
 def _frame(
-    num: int,
-    width: float,
-    height: float,
-    extra: float = 0.0,
-    *,
-    is_tidy: bool = True,
-    share_x: bool = False,
-    share_y: bool = False,
+    num: int, width: float, height: float, extra: float = 0.0, *, is_tidy: bool = True, **options: Any
 ) -> "tuple[Figure, np.ndarray]":
     """Return a figure and at least `num` axes, [rows, up to 4 columns], of which the surplus ones are hidden.
 
@@ -77,13 +70,12 @@ def _frame(
         height: height of each axes in inches.
         extra: further height of the figure in inches.
         is_tidy: whether to call `tidy` for all axes.
-        share_x: whether all axes have the same horizontal scale.
-        share_y: whether all axes have the same vertical scale.
+        options: further options of `Figure.subplots`.
     """
     columns = min(4, num)
     rows = -(-num // columns)
     figure = new_figure(max(6.0, width * columns), height * rows + extra)
-    all_axes = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y)
+    all_axes = figure.subplots(rows, columns, squeeze=False, **options)
     for index, axes in enumerate(all_axes.flat):
         axes.set_visible(index < num)
         if is_tidy:
@@ -144,10 +136,10 @@ def _bands(results: Results) -> "Figure | None":
     labels = ["all", *(f"ids of {band.name}" for band in results.bands)]
     if len(labels) == 1 or not baselines:
         return None
-    figure, (row,) = _frame(len(baselines), 12 / len(baselines), 1.2 + 0.42 * len(variants), share_y=True)
+    figure, all_axes = _frame(len(baselines), 12 / len(baselines), 1.2 + 0.42 * len(variants), sharey=True)
     markers = [{"color": color, "marker": "o", "linestyle": "none"} for color in ("black", *_COLORS[1:])]
     offsets = np.linspace(-0.27, 0.27, len(labels))
-    for axes, baseline in zip(row, baselines, strict=True):
+    for axes, baseline in zip(all_axes.flat, baselines, strict=False):
         for difference in differences_to(results, baseline):
             position = variants.index(difference.variant)
             for estimate, offset, marker in zip(difference.estimates, offsets, markers, strict=False):
@@ -158,8 +150,8 @@ def _bands(results: Results) -> "Figure | None":
         axes.axvline(0, color="#8a8a8a", linewidth=1)
         axes.set_yticks(range(len(variants)), [variant.title for variant in variants])
         axes.set(xlabel=f"loss minus the loss of {baseline.title} (left is better)")
-    row[0].invert_yaxis()
-    return _with_legend(figure, row[0], columns=4)
+    all_axes[0, 0].invert_yaxis()
+    return _with_legend(figure, all_axes[0, 0], columns=4)
 
 
 def _expert_load(results: Results) -> "Figure | None":
@@ -200,7 +192,7 @@ def _entropy(results: Results) -> "Figure | None":
     if not variants:
         return None
     layers = next(iter(variants.values()))[0].layers
-    figure, all_axes = _frame(len(layers), 3.4, 3.2, 0.8, share_x=True, share_y=True)
+    figure, all_axes = _frame(len(layers), 3.4, 3.2, 0.8, sharex=True, sharey=True)
     for name, histories in variants.items():
         entropy = _mean(history.entropy for history in histories)
         for axes, of_layer in zip(all_axes.flat, entropy.T, strict=False):
@@ -216,7 +208,7 @@ def _fluctuation(results: Results) -> "Figure | None":
     variants = _routing_histories(results, with_choice=True)
     if not variants:
         return None
-    figure, ((left, right),) = _frame(2, 5.5, 4.5, share_y=True)
+    figure, ((left, right),) = _frame(2, 5.5, 4.5, sharey=True)
     for name, histories in variants.items():
         of_all = _mean(history.fluctuation for history in histories)
         of_routable = _mean(history.routable_fluctuation for history in histories)

@@ -35,9 +35,7 @@ def render_report(results: Results, plots: dict[str, str]) -> str:
     return render(
         "comparison.md.j2",
         results=results,
-        main=results.of_role("main"),
         tokens=max((variant.tokens for variant in results.variants), default=0),
-        hours=sum(run.seconds for run in results.runs) / 3600,
         loss=lambda runs: Estimate.of([run.loss for run in runs]),
         perplexity=_perplexity,
         differences_to=differences_to,

@@ -1,7 +1,6 @@
 """The results of a comparison: read from the files of its runs, kept as JSON, compared seed by seed."""
 
 import math
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -397,7 +396,7 @@ def _exact_losses(tensorboard: Path) -> dict[int, float]:
     """Return the training losses by iteration with the precision of fp32, which the text log does not have."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(os.fspath(tensorboard), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})
     events.Reload()
     return {event.step: event.value for event in events.Scalars("lm loss")}
 

@@ -30,12 +30,9 @@ class Run:
     def name(self) -> str:
         """Path of the run's folder, relative to the folder of the comparison."""
         name = self.variant.name
-        folders = {
-            "check": f"checks/{name}",
-            "tuning": f"tuning/{name}.lr-{self.learning_rate}",
-            "whole": f"runs/{name}.seed-{self.seed}",
-        }
-        return folders[self.kind]
+        if self.kind == "whole":
+            return f"runs/{name}.seed-{self.seed}"
+        return f"checks/{name}" if self.kind == "check" else f"tuning/{name}.lr-{self.learning_rate}"
 
     @property
     def is_analyzed(self) -> bool:

@@ -294,18 +294,12 @@ class Suite(_Section):
         if base is None or base.mask is None:
             raise ValueError(f"grid: `of: {self.grid.of}` must name a variant that has a mask")
         own = base.number("frequent-mass"), base.number("frequent-visible-experts")
+        common = {"role": "grid", "equals": None, "until": None, "seeds": self.grid.seeds or self.seeds}
         for mass, number in itertools.product(self.grid.frequent_mass, self.grid.frequent_visible_experts):
             if (float(mass), float(number)) != own:
-                update = {
-                    "name": f"{base.name}.p{mass}-v{number}",
-                    "title": f"{base.title}, P = {mass}, V_f = {number}",
-                    "role": "grid",
-                    "mask": {**base.mask, "frequent-mass": (mass,), "frequent-visible-experts": (number,)},
-                    "equals": None,
-                    "until": None,
-                    "seeds": self.grid.seeds or self.seeds,
-                }
-                yield base.model_copy(update=update)
+                mask = {**base.mask, "frequent-mass": (mass,), "frequent-visible-experts": (number,)}
+                name, title = f"{base.name}.p{mass}-v{number}", f"{base.title}, P = {mass}, V_f = {number}"
+                yield base.model_copy(update={**common, "name": name, "title": title, "mask": mask})
 
 
 def _check_references(variants: Mapping[str, Variant], baselines: tuple[str, ...]) -> None:

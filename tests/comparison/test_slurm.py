@@ -14,13 +14,13 @@ from maskmoe.commands import compare as command
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.slurm import (
+    SlurmJobs,
     Submission,
     next_runs,
     record_training,
     refuse_while_jobs_are_queued,
-    submit_phase,
 )
-from maskmoe.comparison.slurm_jobs import Jobs, SlurmOptions
+from maskmoe.comparison.slurm_options import SlurmOptions
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.launch.devices import Devices
@@ -110,7 +110,7 @@ def leave_by_job(comparison, run, job="21", loss="2.5"):
 
 
 def make_jobs(comparison, words=("--nodes=2", "--partition=p"), throttle=None):
-    return Jobs(
+    return SlurmJobs(
         comparison=comparison,
         options=SlurmOptions.parse(words),
         inputs=(Path("/data"),),
@@ -122,7 +122,7 @@ def make_jobs(comparison, words=("--nodes=2", "--partition=p"), throttle=None):
 
 def submit(comparison, **options) -> None:
     line = ProgressLine(sys.stdout)
-    submit_phase(make_jobs(comparison, **options), next_runs(comparison), line)
+    make_jobs(comparison, **options).submit(next_runs(comparison), line)
 
 
 def options_of(call: list[str]) -> dict[str, str]:
