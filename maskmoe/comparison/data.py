@@ -1,6 +1,6 @@
 """The dataset that all runs of a suite train on."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -14,29 +14,43 @@ from maskmoe.workflow.stages import TextStages, count_tokens
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A dataset with its token counts. The stages that make both form a plan, see `Plan`.
+class TextData:
+    """A dataset that is made from text. Its last documents are held out.
 
     Attributes:
         files: where the stages keep their files.
+        text: the stages.
         seq_length: tokens in a sample.
-        stages: makers of the stages that make the dataset.
-        inputs: files of the dataset.
-        folders: folders that every process of a run must be able to read.
-        make_flags: returns `flags`.
     """
 
     files: TextFiles
+    text: TextStages
     seq_length: int
-    stages: tuple[StageMaker, ...]
-    inputs: tuple[Path, ...]
-    folders: tuple[Path, ...]
-    make_flags: Callable[[], Flags]
+
+    @property
+    def stages(self) -> tuple[StageMaker, ...]:
+        """Makers of all stages from text to token counts."""
+        return self.text.all
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files of the dataset and the tokenizer."""
+        return (*self.files.dataset, self.files.tokenizer_model)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders of the dataset and of the text."""
+        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in self.text.input)]))
 
     @property
     def flags(self) -> Flags:
-        """Flags of training and evaluation that name the dataset, which must exist already."""
-        return self.make_flags()
+        """Flags that name the dataset, the split and the tokenizer."""
+        return {
+            "data-path": (str(self.files.dataset_prefix),),
+            "split": (choose_split(self.files.dataset_prefix, self.seq_length).flag,),
+            "tokenizer-type": ("SentencePieceTokenizer",),
+            "tokenizer-model": (str(self.files.tokenizer_model),),
+        }
 
 
 @dataclass(frozen=True)
@@ -57,60 +71,54 @@ class MissingData:
     inputs = folders = flags = stages
 
 
-Data = Dataset | MissingData
+@dataclass(frozen=True)
+class PreparedData:
+    """A dataset that exists already. Only its tokens are counted.
 
-
-def text_data(files: TextFiles, text: TextStages, seq_length: int) -> Dataset:
-    """Return a dataset that is made from text. Its last documents are held out.
-
-    Args:
+    Attributes:
         files: where the stages keep their files.
-        text: the stages from text to token counts.
+        flags: flags of training and evaluation that name the dataset.
+        vocab_size: number of ids of the tokenizer.
         seq_length: tokens in a sample.
     """
 
-    def flags() -> Flags:
-        return {
-            "data-path": (str(files.dataset_prefix),),
-            "split": (choose_split(files.dataset_prefix, seq_length).flag,),
-            "tokenizer-type": ("SentencePieceTokenizer",),
-            "tokenizer-model": (str(files.tokenizer_model),),
-        }
+    files: TextFiles
+    flags: Flags
+    vocab_size: str
+    seq_length: int
 
-    inputs = (*files.dataset, files.tokenizer_model)
-    return Dataset(files, seq_length, text.all, inputs, _folders(files, text.input), flags)
+    @property
+    def stages(self) -> tuple[StageMaker, ...]:
+        """Maker of the one stage, which counts tokens."""
+        return (self.frequency,)
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files of the dataset."""
+        prefixes = dataset_prefixes(self.flags["data-path"])
+        return tuple(Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx"))
 
-def prepared_data(files: TextFiles, flags: Flags, seq_length: int) -> Dataset:
-    """Return a dataset that exists already. Only its tokens are counted.
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders of the dataset, the tokenizer and the counts."""
+        paths = (*self.inputs, *map(Path, self.flags["tokenizer-model"]))
+        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in paths)]))
 
-    Args:
-        files: where the stages keep their files.
-        flags: flags that name the dataset, and `vocab-size`.
-        seq_length: tokens in a sample.
-
-    Raises:
-        UserError: a flag is missing.
-    """
-    if missing := [name for name in ("split", "tokenizer-model") if name not in flags]:
-        raise UserError(f"a dataset given by data-path also needs {' and '.join(missing)}")
-    # Stages run in any folder, so all paths are absolute.
-    prefixes, tokenizer = dataset_prefixes(flags["data-path"]), flags["tokenizer-model"]
-    absolute = {word: str(Path(word).absolute()) for word in (*prefixes, *tokenizer)}
-    given = {"tokenizer-type": ("SentencePieceTokenizer",), **flags}
-    names = ("tokenizer-type", "data-path", "split", "tokenizer-model")
-    named = {name: tuple(absolute.get(word, word) for word in given[name]) for name in names}
-    inputs = tuple(Path(f"{absolute[prefix]}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx"))
-
-    def frequency() -> Stage:
-        return count_tokens(named["data-path"], flags["vocab-size"][0], inputs, files.token_frequency)
-
-    folders = _folders(files, (*inputs, *map(Path, named["tokenizer-model"])))
-    return Dataset(files, seq_length, (frequency,), inputs, folders, lambda: named)
+    def frequency(self) -> Stage:
+        """Count the tokens of the dataset."""
+        return count_tokens(self.flags["data-path"], self.vocab_size, self.inputs, self.files.token_frequency)
 
 
-def _folders(files: TextFiles, paths: Iterable[Path]) -> tuple[Path, ...]:
-    return tuple(dict.fromkeys([files.folder, *(path.parent for path in paths)]))
+Data = TextData | PreparedData | MissingData
+"""A dataset with its token counts. The stages that make both form a plan, see `Plan`. Each kind of data has:
+
+- `files`: where the stages keep their files;
+- `stages`: makers of the stages that make the dataset;
+- `seq_length`: tokens in a sample;
+- `inputs`: files of the dataset;
+- `folders`: folders that every process of a run must be able to read;
+- `flags`: flags of training and evaluation that name the dataset.
+"""
 
 
 def dataset_prefixes(words: Sequence[str]) -> list[str]:
@@ -134,8 +142,9 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
     files = TextFiles(folder)
     if "vocab-size" not in flags:
         raise UserError("the suite's section `data` needs vocab-size")
+    vocab_size = flags["vocab-size"][0]
     if "data-path" in flags:
-        return prepared_data(files, flags, seq_length)
+        return PreparedData(files, _flags_of_dataset(flags), vocab_size, seq_length)
     if flags.get("input") == ("required",):
         return MissingData(files, seq_length)
     text = tuple(Path(word).absolute() for word in flags.get("input", ()))
@@ -143,4 +152,16 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
         if not path.is_file():
             raise UserError(f"the text file {path} does not exist; name files by --input")
     corpus_flags = ("--max-bytes", *flags["max-bytes"]) if "max-bytes" in flags else ()
-    return text_data(files, TextStages(files, text, int(flags["vocab-size"][0]), corpus_flags), seq_length)
+    return TextData(files, TextStages(files, text, int(vocab_size), corpus_flags), seq_length)
+
+
+def _flags_of_dataset(flags: Flags) -> Flags:
+    """Return the flags that name an existing dataset, with absolute paths."""
+    if missing := [name for name in ("split", "tokenizer-model") if name not in flags]:
+        raise UserError(f"a dataset given by data-path also needs {' and '.join(missing)}")
+    names = ("data-path", "split", "tokenizer-model", "tokenizer-type")
+    given = {name: flags[name] for name in names if name in flags}
+    prefixes = dataset_prefixes(flags["data-path"])
+    given["data-path"] = tuple(str(Path(word).absolute()) if word in prefixes else word for word in flags["data-path"])
+    given["tokenizer-model"] = tuple(str(Path(word).absolute()) for word in flags["tokenizer-model"])
+    return {"tokenizer-type": ("SentencePieceTokenizer",), **given}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from maskmoe.comparison.data import text_data
+from maskmoe.comparison.data import TextData
 from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.suite import Suite
@@ -133,7 +133,7 @@ class QuickstartPlan(RunPlan):
         (variant,) = suite.variants.values()
         files = TextFiles(settings.run_dir, settings.json_key)
         text = stages.TextStages(files, settings.input, settings.vocab_size)
-        data = text_data(files, text, settings.seq_length)
+        data = TextData(files, text, settings.seq_length)
         run = Run(variant, settings.seed, suite.learning_rates.values[0], "whole")
         super().__init__(suite, run, data, settings.run_dir, devices, devices.num_processes)
         self.settings = settings
