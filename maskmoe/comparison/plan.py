@@ -46,12 +46,6 @@ class RunPlan:
         folder: folder of the run.
         devices: devices of this machine.
         processes: ranks that evaluate; by default one for each GPU, or one without GPUs.
-
-    Attributes:
-        run: the run.
-        files: where the stages keep their files.
-        seq_length: tokens in a sample.
-        last_checkpoint: folder of the checkpoint that completes the training.
     """
 
     def __init__(
@@ -65,8 +59,11 @@ class RunPlan:
         self._processes = processes or devices.num_gpus or 1
         self._flags = training_flags(suite, run)
         self._saved = checkpoint_iterations(suite, run)
-        self.seq_length = int(self._flags["seq-length"][0])
-        self.last_checkpoint = self.files.checkpoint(self._saved[-1])
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens in a sample."""
+        return int(self._flags["seq-length"][0])
 
     @property
     def stages(self) -> tuple[StageMaker, ...]:
@@ -162,6 +159,11 @@ class RunPlan:
         """Remove all checkpoints but the last."""
         routing = (self.files.routing,) if self.run.variant.has_experts else ()
         return stages.thin_checkpoints(self.files, (self.files.evaluation, *routing))
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Folder of the checkpoint that completes the training."""
+        return self.files.checkpoint(self._saved[-1])
 
     @property
     def flags(self) -> Flags:
