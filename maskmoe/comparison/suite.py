@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,13 +46,10 @@ def _to_list(value: object) -> object:
 
 
 def _check_number(word: str) -> str:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{word!r} is not a number of at least 0")
-    return word
+    with suppress(ValueError):
+        if 0 <= float(word) < math.inf:
+            return word
+    raise ValueError(f"{word!r} is not a number of at least 0")
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
