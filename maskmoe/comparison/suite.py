@@ -83,9 +83,9 @@ def _parse[T](parse: Callable[[object, str, Mapping[str, str]], T], content: obj
         raise ValueError(str(error)) from error
 
 
-type Several[T] = Annotated[tuple[T, ...], BeforeValidator(_to_list), Field(min_length=1)]
+type OneOrMore[T] = Annotated[tuple[T, ...], BeforeValidator(_to_list), Field(min_length=1)]
 Number = Annotated[str, AfterValidator(_check_number)]
-Seeds = Annotated[Several[NonNegativeInt], AfterValidator(_check_seeds)]
+Seeds = Annotated[OneOrMore[NonNegativeInt], AfterValidator(_check_seeds)]
 Name = Annotated[str, AfterValidator(_check_name)]
 FlagSection = Annotated[Flags, PlainValidator(partial(_parse, parse_flags))]
 LayoutSection = Annotated[Mapping[int, Flags], PlainValidator(partial(_parse, parse_layouts))]
@@ -160,8 +160,8 @@ class Grid(_Section):
     """Further values of P and V_f for the variant `of`."""
 
     of: str = ""
-    frequent_mass: Several[Number]
-    frequent_visible_experts: Several[Number]
+    frequent_mass: OneOrMore[Number]
+    frequent_visible_experts: OneOrMore[Number]
     seeds: Seeds = ()
 
 
@@ -174,7 +174,7 @@ class LearningRates(_Section):
         min_share: smallest learning rate of a run, as a share of the largest.
     """
 
-    values: Annotated[Several[Number], AfterValidator(lambda words: tuple(sorted(words, key=float)))]
+    values: Annotated[OneOrMore[Number], AfterValidator(lambda words: tuple(sorted(words, key=float)))]
     iterations: PositiveInt
     min_share: Number = "0.1"
 
@@ -214,7 +214,7 @@ class Suite(_Section):
     checkpoints: PositiveInt = 8
     keep_checkpoints: Literal["all", "last"] = "all"
     probe_tokens: PositiveInt = 16384
-    baselines: Several[str] = ()
+    baselines: OneOrMore[str] = ()
 
     @classmethod
     def read(cls, path: Path, variables: Mapping[str, str]) -> "Suite":
