@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maskmoe.cli import atomic_output
-from maskmoe.comparison.results import Results, RoutingHistory, RunResult, differences_to, paired_difference
+from maskmoe.comparison.results import (
+    Results,
+    RoutingHistory,
+    RunResult,
+    VariantResult,
+    differences_to,
+    paired_difference,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +25,9 @@ if TYPE_CHECKING:
 _COLORS = ("#6b6b6b", "#d9822b", "#8e5bb5", "#c0392b", "#5aa9e6", "#1f4e9c", "#2a9d5c", "#b08d57", "#17becf", "#e377c2")
 _DASHES = ("-", "--", ":")
 
+Histories = dict[str, list[RoutingHistory]]
+"""The routing of the runs of each variant, by the variant's name."""
+
 
 def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     """Write all plots for which there are results.
@@ -25,23 +35,29 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     Returns:
         captions by file name.
     """
-    plots: dict[str, tuple[str, Callable[[Results], Figure | None]]] = {
-        "loss_curves.png": ("Loss on held-out text during training", _loss_curves),
-        "bands.png": ("Where the variants differ: loss by frequency of the input token's id", _bands),
-        "expert_load.png": ("Load of the experts on held-out text", _expert_load),
-        "entropy.png": ("How undecided the routers are: entropy of their choice, by layer", _entropy),
-        "fluctuation.png": ("Routing fluctuation: tokens of a fixed text whose expert changes", _fluctuation),
-        "distinct_experts.png": ("Number of experts that process the occurrences of one id", _distinct_experts),
-        "grid.png": ("Perplexity over P and V_f", _grid),
-        "learning_rates.png": ("Choice of the learning rate", _learning_rates),
-    }
+    main, baselines = results.of_role("main"), results.baseline_variants if results.bands else []
+    first_runs = {variant.title: results.runs_of(variant.name)[0] for variant in main}
+    loads = {title: np.array(run.load, dtype=float) for title, run in first_runs.items() if run.load}
+    histories = _routing_histories(results)
+    with_choice = {name: of_runs for name, of_runs in histories.items() if of_runs[0].has_choice}
+    tuned = [variant for variant in main if len(variant.tuning) > 1]
+    # Each plot has a name, a caption, a function that draws it, and what the function draws, if there is any.
+    plots: list[tuple[str, str, Callable[[Results, Any], Figure], Any]] = [
+        ("loss_curves", "Loss on held-out text during training", _loss_curves, results.variant(results.baselines[0])),
+        ("bands", "Where the variants differ: loss by frequency of the input token's id", _bands, baselines),
+        ("expert_load", "Load of the experts on held-out text", _expert_load, loads),
+        ("entropy", "How undecided the routers are: entropy of their choice, by layer", _entropy, with_choice),
+        ("fluctuation", "Routing fluctuation: tokens of a fixed text whose expert changes", _fluctuation, with_choice),
+        ("distinct_experts", "Number of experts that process the occurrences of one id", _distinct_experts, histories),
+        ("grid", "Perplexity over P and V_f", _grid, results.of_role("grid")),
+        ("learning_rates", "Choice of the learning rate", _learning_rates, tuned),
+    ]
     captions = {}
-    for name, (caption, draw) in plots.items():
-        figure = draw(results)
-        if figure is not None:
-            with atomic_output(folder / name) as path:
-                figure.savefig(path, format="png")
-            captions[name] = caption
+    for name, caption, draw, drawn in plots:
+        if drawn:
+            with atomic_output(folder / f"{name}.png") as path:
+                draw(results, drawn).savefig(path, format="png")
+            captions[f"{name}.png"] = caption
     return captions
 
 
@@ -104,10 +120,7 @@ def _common_iterations(runs: Iterable[RunResult]) -> list[int]:
     return sorted(set.intersection(*(set(run.validation.iterations) for run in runs)))
 
 
-def _loss_curves(results: Results) -> "Figure | None":
-    baseline = results.variant(results.baselines[0])
-    if baseline is None:
-        return None
+def _loss_curves(results: Results, baseline: VariantResult) -> "Figure":
     styles = _styles(results)
     figure, ((left, right),) = _frame(2, 6, 5)
     for variant in results.of_role("main"):
@@ -131,11 +144,9 @@ def _loss_curves(results: Results) -> "Figure | None":
     return _with_legend(figure, left)
 
 
-def _bands(results: Results) -> "Figure | None":
-    baselines, variants = results.baseline_variants, results.of_role("main")
+def _bands(results: Results, baselines: list[VariantResult]) -> "Figure":
+    variants = results.of_role("main")
     labels = ["all", *(f"ids of {band.name}" for band in results.bands)]
-    if len(labels) == 1 or not baselines:
-        return None
     figure, all_axes = _frame(len(baselines), 12 / len(baselines), 1.2 + 0.42 * len(variants), sharey=True)
     markers = [{"color": color, "marker": "o", "linestyle": "none"} for color in ("black", *_COLORS[1:])]
     offsets = np.linspace(-0.27, 0.27, len(labels))
@@ -154,11 +165,7 @@ def _bands(results: Results) -> "Figure | None":
     return _with_legend(figure, all_axes[0, 0], columns=4)
 
 
-def _expert_load(results: Results) -> "Figure | None":
-    first_runs = {variant.title: results.runs_of(variant.name)[0] for variant in results.of_role("main")}
-    loads = {title: np.array(run.load, dtype=float) for title, run in first_runs.items() if run.load}
-    if not loads:
-        return None
+def _expert_load(_results: Results, loads: dict[str, np.ndarray]) -> "Figure":
     figure, all_axes = _frame(len(loads), 3.1, 1.9, 0.6, is_tidy=False)
     for axes, (title, load) in zip(all_axes.flat, loads.items(), strict=False):
         load /= load.mean(axis=1, keepdims=True)  # [layers, experts]
@@ -173,13 +180,13 @@ def _expert_load(results: Results) -> "Figure | None":
     return figure
 
 
-def _routing_histories(results: Results, *, with_choice: bool) -> dict[str, list[RoutingHistory]]:
-    """Return the routing of all runs of each main variant with experts; `with_choice` only if routers have a choice."""
+def _routing_histories(results: Results) -> Histories:
+    """Return the routing of all runs of each main variant with experts, by the variant's name."""
     histories = {
         variant.name: [run.routing for run in results.runs_of(variant.name) if run.routing]
         for variant in results.of_role("main")
     }
-    return {name: found for name, found in histories.items() if found and (found[0].has_choice or not with_choice)}
+    return {name: of_runs for name, of_runs in histories.items() if of_runs}
 
 
 def _mean(values: Iterable[object]) -> np.ndarray:
@@ -187,10 +194,7 @@ def _mean(values: Iterable[object]) -> np.ndarray:
     return np.mean([np.array(of_run, dtype=float) for of_run in values], axis=0)
 
 
-def _entropy(results: Results) -> "Figure | None":
-    variants = _routing_histories(results, with_choice=True)
-    if not variants:
-        return None
+def _entropy(results: Results, variants: Histories) -> "Figure":
     layers = next(iter(variants.values()))[0].layers
     figure, all_axes = _frame(len(layers), 3.4, 3.2, 0.8, sharex=True, sharey=True)
     for name, histories in variants.items():
@@ -204,10 +208,7 @@ def _entropy(results: Results) -> "Figure | None":
     return _with_legend(figure, all_axes[0, 0])
 
 
-def _fluctuation(results: Results) -> "Figure | None":
-    variants = _routing_histories(results, with_choice=True)
-    if not variants:
-        return None
+def _fluctuation(results: Results, variants: Histories) -> "Figure":
     figure, ((left, right),) = _frame(2, 5.5, 4.5, sharey=True)
     for name, histories in variants.items():
         of_all = _mean(history.fluctuation for history in histories)
@@ -220,10 +221,7 @@ def _fluctuation(results: Results) -> "Figure | None":
     return _with_legend(figure, left)
 
 
-def _distinct_experts(results: Results) -> "Figure | None":
-    variants = _routing_histories(results, with_choice=False)
-    if not variants:
-        return None
+def _distinct_experts(results: Results, variants: Histories) -> "Figure":
     figure, ((axes,),) = _frame(1, 9, 1.2 + 0.34 * len(variants))
     height = 0.8 / len(results.bands)
     for index, band in enumerate(results.bands):
@@ -241,9 +239,7 @@ def _distinct_experts(results: Results) -> "Figure | None":
     return _with_legend(figure, axes)
 
 
-def _grid(results: Results) -> "Figure | None":
-    if not results.of_role("grid"):
-        return None
+def _grid(results: Results, _points: list[VariantResult]) -> "Figure":
     seed, runs = results.grid_seed, results.grid_runs()
     figure, ((axes,),) = _frame(1, 7.5, 4.8)
     for index, num_visible in enumerate(sorted({num_visible for _, num_visible in runs})):
@@ -259,10 +255,7 @@ def _grid(results: Results) -> "Figure | None":
     return figure
 
 
-def _learning_rates(results: Results) -> "Figure | None":
-    tuned = [variant for variant in results.of_role("main") if len(variant.tuning) > 1]
-    if not tuned:
-        return None
+def _learning_rates(results: Results, tuned: list[VariantResult]) -> "Figure":
     figure, ((axes,),) = _frame(1, 7, 4.5)
     for variant in tuned:
         points = sorted((float(rate), loss) for rate, loss in variant.tuning.items() if loss is not None)

@@ -280,7 +280,7 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """What the mean says as a difference of losses; empty for one value, which says nothing."""
+        """`Better`, `Worse` or `Not resolved` for a mean difference of losses; empty for one value, which says nothing."""
         if self.num < 2:
             return ""
         return "Not resolved" if not self.is_resolved else "Better" if self.mean < 0 else "Worse"
