@@ -280,7 +280,7 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """`Better`, `Worse` or `Not resolved` for a mean difference of losses; empty for one value, which says nothing."""
+        """`Better`, `Worse` or `Not resolved`, if the mean is a difference of losses; empty for a single value."""
         if self.num < 2:
             return ""
         return "Not resolved" if not self.is_resolved else "Better" if self.mean < 0 else "Worse"
