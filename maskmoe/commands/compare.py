@@ -1,4 +1,8 @@
-"""Train all variants of a suite alike, with several seeds, and report how the variants differ."""
+"""Train all variants of a suite alike, with several seeds, and report how the variants differ.
+
+Short runs choose the learning rates first. If the command is interrupted, start the same command again to resume. After
+the suite file has changed, only the affected runs are repeated.
+"""
 
 import argparse
 import os
@@ -8,9 +12,9 @@ from pathlib import Path
 
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
-from maskmoe.comparison.execution import compare, finish_run, report, show_runs
-from maskmoe.comparison.slurm import check_slurm, refuse_while_jobs_are_queued, show_phase, submit_phase
-from maskmoe.comparison.slurm_jobs import Jobs, Phase, SlurmOptions
+from maskmoe.comparison.execution import compare, finish_run, report
+from maskmoe.comparison.slurm import SlurmJobs, check_slurm
+from maskmoe.comparison.slurm_options import SlurmOptions
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 from maskmoe.launch.devices import find_devices
@@ -25,9 +29,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s SUITE.yaml [options] [--slurm -- options of launch/slurm/submit.sh and sbatch]",
         allow_abbrev=False,
-        description="Train all variants of a suite alike, with several seeds, and report how the variants differ. "
-        "Short runs choose the learning rates first. If the command is interrupted, start the same command again to "
-        "resume. After the suite file has changed, only the affected runs are repeated.",
+        description=__doc__,
         epilog="The run folder gets data/, checks/, tuning/ and runs/ with a folder for each run, and report/ with "
         "README.md, its plots, and results.json.",
     )
@@ -60,12 +62,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments before the first `--` and the arguments after it."""
-    end = [*arguments, "--"].index("--")
-    return [*arguments[:end]], [*arguments[end + 1 :]]
-
-
 def open_comparison(options: argparse.Namespace) -> Comparison:
     """Return the comparison that the command line names.
 
@@ -73,8 +69,8 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
         UserError: the suite or its data cannot be used.
     """
     suite = Suite.read(options.suite, os.environ)
-    given = {name: getattr(options, name.replace("-", "_")) for name in _DATA_OPTIONS}
-    own = {name: (value,) if isinstance(value, str) else tuple(value) for name, value in given.items() if value}
+    given = {name: vars(options)[name.replace("-", "_")] for name in _DATA_OPTIONS}
+    own = {name: (words,) if isinstance(words, str) else tuple(words) for name, words in given.items() if words}
     folder = (options.run_dir or runs_folder() / suite.name).absolute()
     data = open_data(override(suite.data, own), folder / "data", suite.seq_length)
     return Comparison(suite, folder, data, find_devices())
@@ -82,7 +78,9 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
 
 def main() -> None:
     """Run the command."""
-    arguments, slurm_words = split_arguments(sys.argv[1:])
+    # Argparse would take the words after `--` for positional arguments.
+    end = [*sys.argv, "--"].index("--")
+    arguments, slurm_words = sys.argv[1:end], sys.argv[end + 1 :]
     options = parse_arguments(arguments)
     if not options.slurm and (options.dry_run or slurm_words):
         raise UserError(f"{'--dry-run' if options.dry_run else 'options after `--`'}: only together with --slurm")
@@ -90,50 +88,20 @@ def main() -> None:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
     comparison = open_comparison(options)
     if options.list:
-        show_runs(comparison)
+        for run in comparison.known_runs():
+            print(f"{'to do' if comparison.unfinished([run]) else 'finished':<10}{run.name}")
     elif options.report:
         print(report(comparison, arguments))
     elif options.run:
         finish_run(comparison, options.run)
     elif options.slurm:
-        compare_by_slurm(comparison, options, arguments, SlurmOptions.parse(slurm_words))
+        own = tuple(word for word in arguments if word not in ("--slurm", "--dry-run"))
+        inputs = (options.suite.absolute().parent, *comparison.data.folders)
+        jobs = SlurmJobs(comparison, SlurmOptions.parse(slurm_words), inputs, own, options.jobs, Path.cwd())
+        if options.dry_run:
+            jobs.show()
+        else:
+            check_slurm()
+            compare(comparison, own, None, jobs)
     else:
-        refuse_while_jobs_are_queued(comparison)
         compare(comparison, arguments, options.jobs)
-
-
-def compare_by_slurm(
-    comparison: Comparison, options: argparse.Namespace, arguments: Sequence[str], slurm: SlurmOptions
-) -> None:
-    """Submit the jobs of the next phase, or only print the command lines that would submit the jobs.
-
-    Args:
-        comparison: the comparison.
-        options: options of the command line.
-        arguments: arguments from which the options were parsed.
-        slurm: options after `--`.
-
-    Raises:
-        RunFailure: the last jobs have not finished any run.
-        UserError: Slurm is missing or refuses a job, or jobs of this comparison are still queued.
-    """
-    own = tuple(word for word in arguments if word not in ("--slurm", "--dry-run"))
-
-    def jobs(phase: Phase) -> Jobs:
-        return Jobs(
-            phase=phase,
-            folder=comparison.folder,
-            suite=comparison.suite.name,
-            options=slurm,
-            inputs=(options.suite.absolute().parent, *comparison.data.folders),
-            arguments=own,
-            throttle=options.jobs,
-            cwd=Path.cwd(),
-        )
-
-    if options.dry_run:
-        show_phase(comparison, jobs)
-        return
-    check_slurm()
-    refuse_while_jobs_are_queued(comparison)
-    compare(comparison, own, None, submit=lambda runs, line: submit_phase(comparison, runs, jobs, line))

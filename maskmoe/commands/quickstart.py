@@ -32,8 +32,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         "commands.sh with the command line of every stage, and logs/ with the full output of each stage.",
     )
     suite = quickstart_suite()
-    (variant,) = suite.variants
-    defaults = {**suite.data, **variant.flags, **(variant.mask or {}), "lr": suite.learning_rates}
+    (variant,) = suite.variants.values()
+    defaults = {**suite.data, **variant.flags, **(variant.mask or {}), "lr": suite.learning_rates.values}
     parser.set_defaults(**{flag.replace("-", "_"): words[0] for flag, words in defaults.items() if words})
     parser.set_defaults(seed=variant.seeds[0])
 

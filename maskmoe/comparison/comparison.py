@@ -13,8 +13,6 @@ from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 from maskmoe.launch.devices import Devices
 from maskmoe.workflow.process import read_log
-from maskmoe.workflow.record import RunRecord
-from maskmoe.workflow.training_log import TrainingHistory
 
 
 @dataclass(frozen=True)
@@ -33,26 +31,13 @@ class Comparison:
     data: Data
     devices: Devices
 
-    @property
-    def report_folder(self) -> Path:
-        """Folder of the report."""
-        return self.folder / "report"
-
     def plan(self, run: Run) -> RunPlan:
         """Return the stages of a run."""
         return RunPlan(self.suite, run, self.data, self.folder / run.name, self.devices)
 
-    def is_finished(self, run: Run) -> bool:
-        """Return whether all stages of a run are finished and nothing has changed since."""
-        plan = self.plan(run)
-        if not (plan.files.record.exists() and plan.is_prepared):
-            return False
-        record = RunRecord(plan.files.record)
-        return all(record.is_finished(make_stage()) for make_stage in plan.stages)
-
     def unfinished(self, runs: Iterable[Run]) -> tuple[Run, ...]:
-        """Return the unfinished runs among the given ones, in order."""
-        return tuple(run for run in runs if not self.is_finished(run))
+        """Return the runs among the given ones of which a stage is unfinished or has changed since, in order."""
+        return tuple(run for run in runs if self.plan(run).unfinished)
 
     def runs_of_next_phase(self) -> tuple[Run, ...]:
         """Return the unfinished runs of the first phase that has any: checks, learning rates, whole runs."""
@@ -66,19 +51,9 @@ class Comparison:
         tuning = (*check_runs(self.suite), *tuning_runs(self.suite))
         return tuning if self.unfinished(tuning) else (*tuning, *self.whole_runs())
 
-    def parameters(self) -> dict[str, Parameters]:
-        """Return the numbers of parameters of all checked main variants by name."""
-        runs = [run for run in check_runs(self.suite) if run.variant.role == "main"]
-        found = {run.variant.name: Parameters.from_check(read_log(self.plan(run).files.log("check"))) for run in runs}
-        return {name: parameters for name, parameters in found.items() if parameters is not None}
-
     def whole_runs(self) -> tuple[Run, ...]:
         """Return all runs that are compared. The tuning runs must be finished."""
         return whole_runs(self.suite, choose_learning_rates(self.suite, self.tuning_losses()))
-
-    def tuning_losses(self) -> dict[str, float | None]:
-        """Return the last held-out loss of every tuning run by its name; None if the loss is not a finite number."""
-        return {run.name: self._last_held_out_loss(run) for run in tuning_runs(self.suite)}
 
     def find_run(self, name: str) -> Run:
         """Return the run with the name.
@@ -91,11 +66,17 @@ class Comparison:
                 return run
         raise UserError(f"the suite has no run {name}; --list shows all runs")
 
-    def history(self, run: Run) -> TrainingHistory:
-        """Return the losses that a run has logged so far."""
-        return self.plan(run).history()
+    def tuning_losses(self) -> dict[str, float | None]:
+        """Return the last held-out loss of every tuning run by its name; None if the loss is not a finite number."""
+        losses = {}
+        for run in tuning_runs(self.suite):
+            validations = self.plan(run).history().validations
+            loss = validations[max(validations)].loss if validations else math.nan
+            losses[run.name] = loss if math.isfinite(loss) else None
+        return losses
 
-    def _last_held_out_loss(self, run: Run) -> float | None:
-        validations = self.history(run).validations
-        loss = validations[max(validations)].loss if validations else math.nan
-        return loss if math.isfinite(loss) else None
+    def parameters(self) -> dict[str, Parameters]:
+        """Return the numbers of parameters of all checked main variants by name."""
+        runs = [run for run in check_runs(self.suite) if run.variant.role == "main"]
+        found = {run.variant.name: Parameters.from_check(read_log(self.plan(run).files.log("check"))) for run in runs}
+        return {name: parameters for name, parameters in found.items() if parameters}

@@ -1,18 +1,17 @@
 """Require that the variants of a comparison have the same number of active parameters."""
 
-import re
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from pydantic import BaseModel
 
 from maskmoe.errors import UserError
 
 _TOLERANCE = 0.02
-_TOTAL = re.compile(r"^parameters .* (?P<number>[\d,]+)$")
-_ACTIVE = re.compile(r"^active .* (?P<number>[\d,]+)  for a token")
+_REPORT = '{\n  "errors": '
 
 
-@dataclass(frozen=True)
-class Parameters:
+class Parameters(BaseModel, frozen=True):
     """The number of parameters of a variant.
 
     Attributes:
@@ -25,12 +24,11 @@ class Parameters:
 
     @classmethod
     def from_check(cls, lines: Sequence[str]) -> "Parameters | None":
-        """Read the numbers from the output of training's `--check`; return None if the output states none."""
-        total = next((match for match in map(_TOTAL.match, lines) if match), None)
-        active = next((match for match in map(_ACTIVE.match, lines) if match), None)
-        if total is None:
-            return None
-        return cls(*(int(match["number"].replace(",", "")) for match in (total, active or total)))
+        """Read the numbers from the log of `--check --json`; return None if the log states none."""
+        log = "\n".join(lines)
+        start = log.rfind(_REPORT)
+        found = json.JSONDecoder().raw_decode(log, start)[0]["parameters"] if start >= 0 else None
+        return cls.model_validate(found) if found else None
 
 
 def check_active_parameters(parameters: dict[str, Parameters]) -> None:

@@ -1,6 +1,8 @@
 """Render reports in Markdown from the templates of the package."""
 
+import re
 from collections.abc import Sequence
+from operator import methodcaller
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -10,7 +12,8 @@ def render(template: str, **values: object) -> str:
 
     Args:
         template: file name of the template.
-        values: the template's variables. The template can also call `table`, see `markdown_table`.
+        values: the template's variables. The template can also call `table`, see `markdown_table`, and has the filters
+            `table` for the lines of a table, and `cell` for text in a cell of such a line.
     """
     environment = Environment(
         loader=PackageLoader("maskmoe.comparison"),
@@ -20,7 +23,15 @@ def render(template: str, **values: object) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown is not HTML
     )
+    environment.filters |= {"table": _align_table, "cell": methodcaller("replace", "|", "\\|")}
     return environment.get_template(template).render(values, table=markdown_table)
+
+
+def _align_table(text: str) -> str:
+    """Return a Markdown table from a header and rows on one line each, whose cells are separated by `|`."""
+    lines = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.strip()]
+    header, *rows = [[cell.strip() for cell in line] for line in lines]
+    return markdown_table(header, rows)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 
 import yaml
@@ -15,6 +16,7 @@ from maskmoe.launch.model_file import LAYOUTS, Flags
 from maskmoe.workflow import stages
 from maskmoe.workflow.files import TrainingFiles
 from maskmoe.workflow.process import read_log
+from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 from maskmoe.workflow.training_log import TrainingHistory
 
@@ -32,12 +34,6 @@ class RunFiles(TrainingFiles):
     def slurm(self) -> Path:
         """Folder with the logs of Slurm jobs that train or evaluate the run."""
         return self.folder / "slurm"
-
-    @property
-    def training_logs(self) -> tuple[Path, ...]:
-        """Existing logs of training, here and in Slurm jobs, the newest last."""
-        logs = [path for path in (*self.slurm.glob("*/attempt*.log"), self.log("train")) if path.exists()]
-        return tuple(sorted(logs, key=lambda path: path.stat().st_mtime_ns))
 
 
 class RunPlan:
@@ -78,8 +74,16 @@ class RunPlan:
         if not self.run.is_analyzed:
             return (*mask, self.train)
         routing = (self.routing,) if self.run.variant.has_experts else ()
-        thin = () if self._suite.keeps_checkpoints else (self.thin,)
+        thin = () if self._suite.keep_checkpoints == "all" else (self.thin,)
         return (*mask, self.train, self.evaluate, *routing, *thin)
+
+    @property
+    def unfinished(self) -> tuple[StageMaker, ...]:
+        """Makers of the stages from the first on that is unfinished, or whose settings or files have changed since."""
+        if not (self.files.record.exists() and self.is_prepared):
+            return self.stages
+        record = RunRecord(self.files.record)
+        return tuple(dropwhile(lambda make_stage: record.is_finished(make_stage()), self.stages))
 
     @property
     def is_prepared(self) -> bool:
@@ -98,8 +102,10 @@ class RunPlan:
                 path.write_text(self._model_text(), encoding="utf-8")
 
     def history(self) -> TrainingHistory:
-        """Return the losses that the run has logged so far."""
-        return TrainingHistory(line for log in self.files.training_logs for line in read_log(log))
+        """Return the losses that the run has logged so far, here and in Slurm jobs; the newest log counts last."""
+        logs = [path for path in (*self.files.slurm.glob("*/attempt*.log"), self.files.log("train")) if path.exists()]
+        logs.sort(key=lambda path: path.stat().st_mtime_ns)
+        return TrainingHistory(line for log in logs for line in read_log(log))
 
     def mask(self) -> Stage:
         """Build the run's routing mask."""
@@ -114,7 +120,7 @@ class RunPlan:
     def check(self) -> Stage:
         """Check the run's settings."""
         backend = () if self._devices.num_gpus else ("--distributed-backend", "gloo")
-        return stages.check_settings((*self._launch("--check"), *backend), self._inputs_of_launch)
+        return stages.check_settings((*self._launch("--check"), "--json", *backend), self._inputs_of_launch)
 
     def train(self) -> Stage:
         """Train the run's model by launch/pretrain.sh."""

@@ -1,13 +1,22 @@
 """The plots of a comparison."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from maskmoe.cli import atomic_output
-from maskmoe.comparison.results import Results, RoutingHistory, RunResult, VariantResult, paired_difference
+from maskmoe.comparison.results import (
+    Results,
+    RoutingHistory,
+    RunResult,
+    VariantResult,
+    differences_to,
+    paired_difference,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +25,9 @@ if TYPE_CHECKING:
 _COLORS = ("#6b6b6b", "#d9822b", "#8e5bb5", "#c0392b", "#5aa9e6", "#1f4e9c", "#2a9d5c", "#b08d57", "#17becf", "#e377c2")
 _DASHES = ("-", "--", ":")
 
+Histories = dict[str, list[RoutingHistory]]
+"""The routing of the runs of each variant, by the variant's name."""
+
 
 def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     """Write all plots for which there are results.
@@ -23,23 +35,29 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     Returns:
         captions by file name.
     """
-    plots: dict[str, tuple[str, Callable[[Results], Figure | None]]] = {
-        "loss_curves.png": ("Loss on held-out text during training", _loss_curves),
-        "bands.png": ("Where the variants differ: loss by frequency of the input token's id", _bands),
-        "expert_load.png": ("Load of the experts on held-out text", _expert_load),
-        "entropy.png": ("How undecided the routers are: entropy of their choice, by layer", _entropy),
-        "fluctuation.png": ("Routing fluctuation: tokens of a fixed text whose expert changes", _fluctuation),
-        "distinct_experts.png": ("Number of experts that process the occurrences of one id", _distinct_experts),
-        "grid.png": ("Perplexity over P and V_f", _grid),
-        "learning_rates.png": ("Choice of the learning rate", _learning_rates),
-    }
+    main, baselines = results.of_role("main"), results.baseline_variants if results.bands else []
+    first_runs = {variant.title: results.runs_of(variant.name)[0] for variant in main}
+    loads = {title: np.array(run.load, dtype=float) for title, run in first_runs.items() if run.load}
+    histories = _routing_histories(results)
+    with_choice = {name: of_runs for name, of_runs in histories.items() if of_runs[0].has_choice}
+    tuned = [variant for variant in main if len(variant.tuning) > 1]
+    # Each plot has a name, a caption, a function that draws it, and what the function draws, if there is any.
+    plots: list[tuple[str, str, Callable[[Results, Any], Figure], Any]] = [
+        ("loss_curves", "Loss on held-out text during training", _loss_curves, results.variant(results.baselines[0])),
+        ("bands", "Where the variants differ: loss by frequency of the input token's id", _bands, baselines),
+        ("expert_load", "Load of the experts on held-out text", _expert_load, loads),
+        ("entropy", "How undecided the routers are: entropy of their choice, by layer", _entropy, with_choice),
+        ("fluctuation", "Routing fluctuation: tokens of a fixed text whose expert changes", _fluctuation, with_choice),
+        ("distinct_experts", "Number of experts that process the occurrences of one id", _distinct_experts, histories),
+        ("grid", "Perplexity over P and V_f", _grid, results.of_role("grid")),
+        ("learning_rates", "Choice of the learning rate", _learning_rates, tuned),
+    ]
     captions = {}
-    for name, (caption, draw) in plots.items():
-        figure = draw(results)
-        if figure is not None:
-            with atomic_output(folder / name) as path:
-                figure.savefig(path, format="png")
-            captions[name] = caption
+    for name, caption, draw, drawn in plots:
+        if drawn:
+            with atomic_output(folder / f"{name}.png") as path:
+                draw(results, drawn).savefig(path, format="png")
+            captions[f"{name}.png"] = caption
     return captions
 
 
@@ -57,69 +75,63 @@ def tidy(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _finish(figure: "Figure", axes: "Sequence[Axes] | np.ndarray", columns: int = 3) -> "Figure":
-    """Tidy all axes and put the legend of the first axes below the figure."""
-    for each in axes:
-        tidy(each)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    return figure
-
-
-def _pair_of_axes(figure: "Figure", *, share_y: bool = False) -> "tuple[Axes, Axes]":
-    left, right = figure.subplots(1, 2, sharey=share_y, squeeze=False)[0]
-    return left, right
-
-
-def _grid_of_axes(
-    width: float, height: float, extra: float, num: int, *, share: bool = False
+def _frame(
+    num: int, width: float, height: float, extra: float = 0.0, *, is_tidy: bool = True, **options: Any
 ) -> "tuple[Figure, np.ndarray]":
     """Return a figure and at least `num` axes, [rows, up to 4 columns], of which the surplus ones are hidden.
 
     Args:
+        num: number of axes needed.
         width: width of each axes in inches.
         height: height of each axes in inches.
         extra: further height of the figure in inches.
-        num: number of axes needed.
-        share: whether all axes have the same scales.
+        is_tidy: whether to call `tidy` for all axes.
+        options: further options of `Figure.subplots`.
     """
     columns = min(4, num)
     rows = -(-num // columns)
     figure = new_figure(max(6.0, width * columns), height * rows + extra)
-    all_axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
-    for axes in all_axes.flat[num:]:
-        axes.set_visible(False)
+    all_axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for index, axes in enumerate(all_axes.flat):
+        axes.set_visible(index < num)
+        if is_tidy:
+            tidy(axes)
     return figure, all_axes
 
 
+def _with_legend(figure: "Figure", axes: "Axes", columns: int = 3) -> "Figure":
+    """Put the legend of some axes below the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
 def _styles(results: Results) -> dict[str, dict[str, Any]]:
-    """Return line styles by name of the main variants."""
-    names = [variant.name for variant in results.of_role("main")]
+    """Return label, color and dashes of the lines of all main variants by the variant's name."""
+    styles = itertools.cycle(itertools.product(_DASHES, _COLORS))
     return {
-        name: {"color": _COLORS[i % len(_COLORS)], "linestyle": _DASHES[i // len(_COLORS) % len(_DASHES)]}
-        for i, name in enumerate(names)
+        variant.name: {"label": variant.title, "color": color, "linestyle": dashes}
+        for variant, (dashes, color) in zip(results.of_role("main"), styles, strict=False)
     }
 
 
-def _held_out_losses(runs: Iterable[RunResult]) -> tuple[list[int], np.ndarray]:
-    """Return the iterations with a held-out loss in all runs, and the losses, [runs, iterations]."""
-    curves = [dict(zip(run.validation.iterations, run.validation.losses, strict=True)) for run in runs]
-    common = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return common, np.array([[curve[iteration] for iteration in common] for curve in curves])
+def _common_iterations(runs: Iterable[RunResult]) -> list[int]:
+    """Return the iterations with a held-out loss in all runs."""
+    return sorted(set.intersection(*(set(run.validation.iterations) for run in runs)))
 
 
-def _loss_curves(results: Results) -> "Figure | None":
-    baseline = results.variant(results.baselines[0])
-    if baseline is None:
-        return None
+def _loss_curves(results: Results, baseline: VariantResult) -> "Figure":
     styles = _styles(results)
-    figure = new_figure(12, 5)
-    left, right = _pair_of_axes(figure)
+    figure, ((left, right),) = _frame(2, 6, 5)
     for variant in results.of_role("main"):
-        style = styles[variant.name]
-        iterations, losses = _held_out_losses(results.runs_of(variant.name))
-        left.plot(iterations, losses.mean(axis=0), label=variant.title, **style)
-        points = list(_differences_by_iteration(results, variant.name, baseline.name))
+        style, runs = styles[variant.name], results.runs_of(variant.name)
+        iterations = _common_iterations(runs)
+        left.plot(iterations, [np.mean([run.held_out_loss(each) for run in runs]) for each in iterations], **style)
+        points = []
+        for iteration in _common_iterations([*runs, *results.runs_of(baseline.name)]):
+            value = methodcaller("held_out_loss", iteration)
+            if difference := paired_difference(results, variant.name, baseline.name, value):
+                points.append((iteration, difference.mean, np.nan_to_num(difference.standard_error)))
         if points and variant != baseline:
             steps, means, errors = np.array(points).T
             right.plot(steps, means, **style)
@@ -129,194 +141,129 @@ def _loss_curves(results: Results) -> "Figure | None":
     left.yaxis.set_minor_formatter("{x:.1f}")
     right.axhline(0, color=styles[baseline.name]["color"], linewidth=1)
     right.set(xlabel="iteration", ylabel=f"loss minus the loss of {baseline.title}, ± standard error")
-    return _finish(figure, (left, right))
+    return _with_legend(figure, left)
 
 
-def _differences_by_iteration(results: Results, name: str, baseline: str) -> Iterator[tuple[float, float, float]]:
-    """Yield iteration, mean difference of held-out losses, and its standard error (0 for a single pair)."""
-    iterations, _ = _held_out_losses([*results.runs_of(name), *results.runs_of(baseline)])
-    for iteration in iterations:
-        difference = paired_difference(results, name, baseline, _held_out_loss_at(iteration))
-        if difference is not None:
-            yield iteration, difference.mean, float(np.nan_to_num(difference.standard_error))
-
-
-def _held_out_loss_at(iteration: int) -> Callable[[RunResult], float]:
-    return lambda run: run.validation.losses[run.validation.iterations.index(iteration)]
-
-
-def _bands(results: Results) -> "Figure | None":
-    names, baselines = results.band_names(), results.baseline_variants
-    if not names or not baselines:
-        return None
+def _bands(results: Results, baselines: list[VariantResult]) -> "Figure":
     variants = results.of_role("main")
-    figure = new_figure(12, 1.2 + 0.42 * len(variants))
-    all_axes = figure.subplots(1, len(baselines), sharey=True, squeeze=False)[0]
-    values: dict[str, Callable[[RunResult], float]] = {"all": lambda run: run.loss}
-    values |= {f"ids of {name}": lambda run, name=name: run.band_loss(name) for name in names}
-    offsets = np.linspace(-0.27, 0.27, len(values))
-    for axes, baseline in zip(all_axes, baselines, strict=True):
-        for (label, value), offset, color in zip(values.items(), offsets, ("black", *_COLORS[1:]), strict=False):
-            marker = {"color": color, "marker": "o", "linestyle": "none"}
-            for row, variant in enumerate(variants):
-                difference = paired_difference(results, variant.name, baseline.name, value)
-                if difference is not None and variant != baseline:
-                    error = np.nan_to_num(difference.standard_error)
-                    axes.errorbar(difference.mean, row + offset, xerr=error, markersize=4, **marker)
+    labels = ["all", *(f"ids of {band.name}" for band in results.bands)]
+    figure, all_axes = _frame(len(baselines), 12 / len(baselines), 1.2 + 0.42 * len(variants), sharey=True)
+    markers = [{"color": color, "marker": "o", "linestyle": "none"} for color in ("black", *_COLORS[1:])]
+    offsets = np.linspace(-0.27, 0.27, len(labels))
+    for axes, baseline in zip(all_axes.flat, baselines, strict=False):
+        for difference in differences_to(results, baseline):
+            position = variants.index(difference.variant)
+            for estimate, offset, marker in zip(difference.estimates, offsets, markers, strict=False):
+                error = np.nan_to_num(estimate.standard_error)
+                axes.errorbar(estimate.mean, position + offset, xerr=error, markersize=4, **marker)
+        for label, marker in zip(labels, markers, strict=False):
             axes.plot([], [], label=label, **marker)
         axes.axvline(0, color="#8a8a8a", linewidth=1)
         axes.set_yticks(range(len(variants)), [variant.title for variant in variants])
         axes.set(xlabel=f"loss minus the loss of {baseline.title} (left is better)")
-    all_axes[0].invert_yaxis()
-    return _finish(figure, all_axes, columns=4)
+    all_axes[0, 0].invert_yaxis()
+    return _with_legend(figure, all_axes[0, 0], columns=4)
 
 
-def _expert_load(results: Results) -> "Figure | None":
-    first_runs = {variant.title: results.runs_of(variant.name)[0] for variant in results.of_role("main")}
-    first_runs = {title: run for title, run in first_runs.items() if run.load}
-    if not first_runs:
-        return None
-    figure, all_axes = _grid_of_axes(3.1, 1.9, 0.6, len(first_runs))
-    image = None
-    for axes, (title, run) in zip(all_axes.flat, first_runs.items(), strict=False):
-        load = np.array(run.load, dtype=float)  # [layers, experts]
-        load /= load.mean(axis=1, keepdims=True)
-        image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+def _expert_load(_results: Results, loads: dict[str, np.ndarray]) -> "Figure":
+    figure, all_axes = _frame(len(loads), 3.1, 1.9, 0.6, is_tidy=False)
+    for axes, (title, load) in zip(all_axes.flat, loads.items(), strict=False):
+        load /= load.mean(axis=1, keepdims=True)  # [layers, experts]
+        axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
         axes.set_title(f"{title}\nmax/mean {load.max(axis=1).mean():.2f}", fontsize=8)
         axes.set_yticks(range(len(load)), range(1, len(load) + 1), fontsize=7)
         axes.set_xticks([])
         axes.set_xlabel("expert", fontsize=7)
         axes.set_ylabel("layer", fontsize=7)
-    assert image is not None
+    image = all_axes[0, 0].images[0]
     figure.colorbar(image, ax=all_axes, label="tokens, as a multiple of the mean", shrink=0.8)
     return figure
 
 
-def _routing_histories(
-    results: Results, *, with_choice: bool = False
-) -> list[tuple[VariantResult, list[RoutingHistory]]]:
-    """Return the main variants with experts, each with the routing of all its runs.
-
-    Args:
-        results: all results.
-        with_choice: whether to omit variants whose routers have no choice.
-    """
-    found = []
-    for variant in results.of_role("main"):
-        histories = [run.routing for run in results.runs_of(variant.name) if run.routing]
-        if histories and (histories[0].has_choice or not with_choice):
-            found.append((variant, histories))
-    return found
+def _routing_histories(results: Results) -> Histories:
+    """Return the routing of all runs of each main variant with experts, by the variant's name."""
+    histories = {
+        variant.name: [run.routing for run in results.runs_of(variant.name) if run.routing]
+        for variant in results.of_role("main")
+    }
+    return {name: of_runs for name, of_runs in histories.items() if of_runs}
 
 
-def _mean_of_runs(values: Iterable[Sequence[Sequence[float | None]]]) -> np.ndarray:
-    """Return the mean over runs of numbers by checkpoint and layer, [checkpoints, layers]."""
+def _mean(values: Iterable[object]) -> np.ndarray:
+    """Return the mean over runs of arrays by checkpoint and layer; a value that does not exist is nan."""
     return np.mean([np.array(of_run, dtype=float) for of_run in values], axis=0)
 
 
-def _entropy(results: Results) -> "Figure | None":
-    variants = _routing_histories(results, with_choice=True)
-    if not variants:
-        return None
-    styles = _styles(results)
-    layers = variants[0][1][0].layers
-    figure, all_axes = _grid_of_axes(3.4, 3.2, 0.8, len(layers), share=True)
-    for variant, histories in variants:
-        entropy = _mean_of_runs(history.entropy for history in histories)
+def _entropy(results: Results, variants: Histories) -> "Figure":
+    layers = next(iter(variants.values()))[0].layers
+    figure, all_axes = _frame(len(layers), 3.4, 3.2, 0.8, sharex=True, sharey=True)
+    for name, histories in variants.items():
+        entropy = _mean(history.entropy for history in histories)
         for axes, of_layer in zip(all_axes.flat, entropy.T, strict=False):
-            axes.plot(histories[0].iterations, of_layer, label=variant.title, marker=".", **styles[variant.name])
+            axes.plot(histories[0].iterations, of_layer, marker=".", **_styles(results)[name])
     for axes, layer in zip(all_axes.flat, layers, strict=False):
         axes.set(title=f"layer {layer}", xlabel="iteration")
     for axes in all_axes[:, 0]:
-        axes.set_ylabel("entropy (nats)")
-        axes.set_ylim(bottom=0)
-    return _finish(figure, all_axes.flat[: len(layers)])
+        axes.set(ylabel="entropy (nats)", ylim=(0, None))
+    return _with_legend(figure, all_axes[0, 0])
 
 
-def _fluctuation(results: Results) -> "Figure | None":
-    variants = _routing_histories(results, with_choice=True)
-    if not variants:
-        return None
-    styles = _styles(results)
-    figure = new_figure(11, 4.5)
-    left, right = _pair_of_axes(figure, share_y=True)
-    for variant, histories in variants:
-        of_all = _mean_of_runs(history.fluctuation for history in histories)
-        of_routable = _mean_of_runs(history.routable_fluctuation for history in histories)
+def _fluctuation(results: Results, variants: Histories) -> "Figure":
+    figure, ((left, right),) = _frame(2, 5.5, 4.5, sharey=True)
+    for name, histories in variants.items():
+        of_all = _mean(history.fluctuation for history in histories)
+        of_routable = _mean(history.routable_fluctuation for history in histories)
         for axes, shares in ((left, of_all), (right, of_routable)):
             percent = 100 * shares.mean(axis=1)
-            axes.plot(histories[0].iterations[1:], percent, label=variant.title, marker=".", **styles[variant.name])
+            axes.plot(histories[0].iterations[1:], percent, marker=".", **_styles(results)[name])
     left.set(title="all tokens", xlabel="iteration", ylabel="% whose expert changed since the last checkpoint")
-    right.set(title="tokens with two or more visible experts", xlabel="iteration")
-    left.set_ylim(bottom=0)
-    return _finish(figure, (left, right))
+    right.set(title="tokens with two or more visible experts", xlabel="iteration", ylim=(0, None))
+    return _with_legend(figure, left)
 
 
-def _distinct_experts(results: Results) -> "Figure | None":
-    variants = _routing_histories(results)
-    if not variants:
-        return None
-    bands = results.band_names()
-    figure = new_figure(9, 1.2 + 0.34 * len(variants))
-    axes = figure.subplots()
-    height = 0.8 / len(bands)
-    for index, band in enumerate(bands):
+def _distinct_experts(results: Results, variants: Histories) -> "Figure":
+    figure, ((axes,),) = _frame(1, 9, 1.2 + 0.34 * len(variants))
+    height = 0.8 / len(results.bands)
+    for index, band in enumerate(results.bands):
         # A band without occurrences has the mean nan, which draws no bar.
         values = [
-            np.mean([np.mean(np.array(history.distinct_experts[band], dtype=float)) for history in histories])
-            for _, histories in variants
+            _mean(history.distinct_experts[band.name] for history in histories).mean()
+            for histories in variants.values()
         ]
-        rows = np.arange(len(variants)) + (index - (len(bands) - 1) / 2) * height
-        axes.barh(rows, values, height=height, color=_COLORS[index + 1], label=f"ids of {band}")
-    axes.set_yticks(range(len(variants)), [variant.title for variant, _ in variants])
+        rows = np.arange(len(variants)) + (index - (len(results.bands) - 1) / 2) * height
+        axes.barh(rows, values, height=height, color=_COLORS[index + 1], label=f"ids of {band.name}")
+    styles = _styles(results)
+    axes.set_yticks(range(len(variants)), [styles[name]["label"] for name in variants])
     axes.invert_yaxis()
     axes.set_xlabel("distinct experts that an id's occurrences were sent to, mean over ids and layers")
-    return _finish(figure, (axes,))
+    return _with_legend(figure, axes)
 
 
-def _grid(results: Results) -> "Figure | None":
-    grid = results.of_role("grid")
-    if not grid:
-        return None
-    seed, base = results.runs_of(grid[0].name)[0].seed, results.grid_base
-    points = {
-        (variant.number("frequent-mass"), int(variant.number("frequent-visible-experts"))): run.loss
-        for variant in (base, *grid)
-        for run in results.runs_of(variant.name)
-        if run.seed == seed
-    }
-    figure = new_figure(7.5, 4.8)
-    axes = figure.subplots()
-    for index, num_visible in enumerate(sorted({num_visible for _, num_visible in points})):
-        curve = sorted((mass, loss) for (mass, number), loss in points.items() if number == num_visible)
-        percent, losses = 100 * np.array(curve).T[0], np.array(curve).T[1]
-        label = f"{base.title}, V_f = {num_visible}"
-        axes.plot(percent, np.exp(losses), color=_COLORS[4 + index], marker="o", label=label)
+def _grid(results: Results, _points: list[VariantResult]) -> "Figure":
+    seed, runs = results.grid_seed, results.grid_runs()
+    figure, ((axes,),) = _frame(1, 7.5, 4.8)
+    for index, num_visible in enumerate(sorted({num_visible for _, num_visible in runs})):
+        curve = {mass: run.loss for (mass, number), run in runs.items() if number == num_visible}
+        label = f"{results.grid_base.title}, V_f = {num_visible:.0f}"
+        percent, perplexity = 100 * np.array([*curve]), np.exp([*curve.values()])
+        axes.plot(percent, perplexity, color=_COLORS[4 + index], marker="o", label=label)
     for baseline, dashes in zip(results.baseline_variants, ("--", ":", "-."), strict=False):
-        for run in results.runs_of(baseline.name):
-            if run.seed == seed:
-                color = _styles(results)[baseline.name]["color"]
-                axes.axhline(float(np.exp(run.loss)), color=color, linestyle=dashes, label=baseline.title)
+        for run in results.runs_of(baseline.name, seed):
+            axes.axhline(np.exp(run.loss), **{**_styles(results)[baseline.name], "linestyle": dashes})
     axes.set(xlabel="P (% of the text that frequent ids make up)", ylabel=f"perplexity, seed {seed}")
     axes.legend(frameon=False)
-    tidy(axes)
     return figure
 
 
-def _learning_rates(results: Results) -> "Figure | None":
-    tuned = [variant for variant in results.of_role("main") if len(variant.tuning) > 1]
-    if not tuned:
-        return None
-    figure = new_figure(7, 4.5)
-    axes = figure.subplots()
+def _learning_rates(results: Results, tuned: list[VariantResult]) -> "Figure":
+    figure, ((axes,),) = _frame(1, 7, 4.5)
     for variant in tuned:
         points = sorted((float(rate), loss) for rate, loss in variant.tuning.items() if loss is not None)
         rates, losses = zip(*points, strict=True) if points else ((), ())
-        axes.plot(rates, losses, label=variant.title, marker="o", **_styles(results)[variant.name])
+        axes.plot(rates, losses, marker="o", **_styles(results)[variant.name])
     axes.set(xlabel="largest learning rate", ylabel="held-out loss of a short run", xscale="log")
     tried = sorted({float(rate) for variant in tuned for rate in variant.tuning})
     axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
     axes.set_xticks([], minor=True)
     axes.legend(frameon=False)
-    tidy(axes)
     return figure

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -81,7 +80,7 @@ class Settings(BaseModel):
     def suite(self, devices: Devices) -> Suite:
         """Return the suite with these settings, for a training on all devices of this machine."""
         suite = quickstart_suite()
-        (variant,) = suite.variants
+        (variant,) = suite.variants.values()
         # Every rank processes one micro-batch, so the global batch is rounded up to a multiple of the ranks.
         micro_batch_size = -(-self.global_batch_size // devices.num_processes)
         expert_model_parallel_size = devices.expert_model_parallel_size(self.num_experts)
@@ -107,13 +106,14 @@ class Settings(BaseModel):
             "assignment": self.assignment,
             "expert-model-parallel-size": expert_model_parallel_size,
         }
-        variant = replace(
-            variant,
-            flags=override(variant.flags, _words(flags)),
-            mask=override(variant.mask or {}, _words(mask)),
-            seeds=(self.seed,),
-        )
-        return replace(suite, variants=(variant,), learning_rates=(str(self.lr),))
+        update = {
+            "flags": override(variant.flags, _words(flags)),
+            "mask": override(variant.mask or {}, _words(mask)),
+            "seeds": (self.seed,),
+        }
+        variants = {variant.name: variant.model_copy(update=update)}
+        learning_rates = suite.learning_rates.model_copy(update={"values": (str(self.lr),)})
+        return suite.model_copy(update={"variants": variants, "learning_rates": learning_rates})
 
 
 def _words(values: Mapping[str, object]) -> Flags:
@@ -130,11 +130,11 @@ class QuickstartPlan(RunPlan):
 
     def __init__(self, settings: Settings, devices: Devices) -> None:
         suite = settings.suite(devices)
-        (variant,) = suite.variants
+        (variant,) = suite.variants.values()
         files = TextFiles(settings.run_dir, settings.json_key)
         text = stages.TextStages(files, settings.input, settings.vocab_size)
         data = TextData(files, text, settings.seq_length)
-        run = Run(variant, settings.seed, suite.learning_rates[0], "whole")
+        run = Run(variant, settings.seed, suite.learning_rates.values[0], "whole")
         super().__init__(suite, run, data, settings.run_dir, devices, devices.num_processes)
         self.settings = settings
         self.devices = devices

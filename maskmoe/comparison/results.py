@@ -1,37 +1,45 @@
 """The results of a comparison: read from the files of its runs, kept as JSON, compared seed by seed."""
 
 import math
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from operator import methodcaller
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from pydantic import BaseModel
 
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.runs import Run, choose_learning_rates, tuning_runs
-from maskmoe.comparison.suite import Role, Variant
+from maskmoe.comparison.suite import Role
 from maskmoe.json_files import read_json
-from maskmoe.workflow.json_records import read_record, write_record
+from maskmoe.launch.devices import Devices
+from maskmoe.launch.model_file import Flags
 from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.training_log import IterationRecord, ValidationRecord
 
 _CONFIDENCE = 0.95
+_FLAGS_OF_TOKENS = ("train-iters", "global-batch-size", "seq-length")
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(BaseModel, frozen=True):
     """Losses by iteration, in nats per token."""
 
     iterations: list[int]
     losses: list[float]
 
+    @classmethod
+    def of(cls, records: Mapping[int, IterationRecord] | Mapping[int, ValidationRecord]) -> "Curve":
+        """Return the curve of the finite losses among the records of a training log."""
+        points = {iteration: record.loss for iteration, record in sorted(records.items()) if record.loss is not None}
+        return cls(iterations=list(points), losses=list(points.values()))
 
-@dataclass(frozen=True)
-class RoutingHistory:
+
+class RoutingHistory(BaseModel, frozen=True):
     """How the checkpoints of a run route a fixed text, as `maskmoe analyze` has written.
 
     A value that does not exist is None, for example the entropy of a layer in which no token has a choice.
@@ -79,8 +87,7 @@ class RoutingHistory:
         return min(self.single_expert_token_share) < 1
 
 
-@dataclass(frozen=True)
-class Band:
+class Band(BaseModel, frozen=True):
     """The loss of the held-out tokens whose ids belong to one frequency band.
 
     Attributes:
@@ -94,8 +101,7 @@ class Band:
     loss: float
 
 
-@dataclass(frozen=True)
-class RunResult:
+class RunResult(BaseModel, frozen=True):
     """A finished run.
 
     Attributes:
@@ -120,13 +126,16 @@ class RunResult:
     load: list[list[int]]
     routing: RoutingHistory | None
 
-    def band_loss(self, name: str) -> float:
-        """Return the loss of one band."""
-        return next(band.loss for band in self.bands if band.name == name)
+    def held_out_loss(self, iteration: int) -> float:
+        """Return the loss of a part of the held-out text after an iteration of `validation`."""
+        return self.validation.losses[self.validation.iterations.index(iteration)]
+
+    def loss_of(self, band: str | None) -> float:
+        """Return the loss of one band by its name, or of all tokens for None."""
+        return next((each.loss for each in self.bands if each.name == band), self.loss)
 
 
-@dataclass(frozen=True)
-class VariantResult:
+class VariantResult(BaseModel, frozen=True):
     """A variant with the settings that the report states.
 
     Attributes:
@@ -143,7 +152,7 @@ class VariantResult:
     name: str
     title: str
     role: Role
-    mask: dict[str, list[str]] | None
+    mask: Flags | None
     parameters: Parameters | None
     learning_rate: str
     tuning: dict[str, float | None]
@@ -155,8 +164,7 @@ class VariantResult:
         return float(self.mask[flag][0])
 
 
-@dataclass(frozen=True)
-class LimitResult:
+class LimitResult(BaseModel, frozen=True):
     """Whether a variant reproduces another variant's losses.
 
     Attributes:
@@ -174,8 +182,7 @@ class LimitResult:
     num_equal: int
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(BaseModel, frozen=True):
     """The content of a report.
 
     Attributes:
@@ -206,9 +213,9 @@ class Results:
         """Return the variant with the name; None if the variant has no finished run."""
         return next((variant for variant in self.variants if variant.name == name), None)
 
-    def runs_of(self, name: str) -> list[RunResult]:
-        """Return the runs of a variant."""
-        return [run for run in self.runs if run.variant == name]
+    def runs_of(self, name: str, seed: int | None = None) -> list[RunResult]:
+        """Return the runs of a variant, with any seed or with one seed."""
+        return [run for run in self.runs if run.variant == name and seed in (None, run.seed)]
 
     @property
     def baseline_variants(self) -> list[VariantResult]:
@@ -216,23 +223,29 @@ class Results:
         return [variant for name in self.baselines if (variant := self.variant(name))]
 
     @property
+    def bands(self) -> list[Band]:
+        """The frequency bands of all runs, with the losses of the first run."""
+        return self.runs[0].bands if self.runs else []
+
+    @property
     def grid_base(self) -> VariantResult:
         """The variant whose P and V_f the grid varies. There must be a grid."""
         name = self.of_role("grid")[0].name
         return next(variant for variant in self.of_role("main") if name.startswith(f"{variant.name}."))
 
-    def band_names(self) -> list[str]:
-        """Return the names of the frequency bands."""
-        return [band.name for band in self.runs[0].bands] if self.runs else []
+    @property
+    def grid_seed(self) -> int:
+        """The seed of the runs in the grid's table and plot. There must be a grid."""
+        return self.runs_of(self.of_role("grid")[0].name)[0].seed
 
-    def save(self, path: Path) -> None:
-        """Write the results as JSON."""
-        write_record(self, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Results":
-        """Read results that `save` has written. Raises UserError if the file cannot be read."""
-        return read_record(cls, path, "write the report again")
+    def grid_runs(self) -> dict[tuple[float, float], RunResult]:
+        """Return the runs of the grid's seed by P and V_f, ascending. There must be a grid."""
+        runs = {
+            (variant.number("frequent-mass"), variant.number("frequent-visible-experts")): run
+            for variant in (self.grid_base, *self.of_role("grid"))
+            for run in self.runs_of(variant.name, self.grid_seed)
+        }
+        return dict(sorted(runs.items(), key=lambda item: item[0]))
 
 
 @dataclass(frozen=True)
@@ -265,6 +278,18 @@ class Estimate:
         quantile = stdtrit(self.num - 1, (1 + _CONFIDENCE) / 2)
         return bool(abs(self.mean) > quantile * self.standard_error)
 
+    @property
+    def verdict(self) -> str:
+        """`Better`, `Worse` or `Not resolved`, if the mean is a difference of losses; empty for a single value."""
+        if self.num < 2:
+            return ""
+        return "Not resolved" if not self.is_resolved else "Better" if self.mean < 0 else "Worse"
+
+    def __format__(self, form: str) -> str:
+        """Format the mean, and its standard error if there are several values."""
+        error = f" ± {format(self.standard_error, form.removeprefix('+'))}" if self.num > 1 else ""
+        return f"{format(self.mean, form)}{error}"
+
 
 def paired_difference(
     results: Results, name: str, baseline: str, value: Callable[[RunResult], float]
@@ -285,6 +310,26 @@ def paired_difference(
     return Estimate.of(pairs) if pairs else None
 
 
+class Difference(NamedTuple):
+    """How a variant differs from a baseline: its losses minus the baseline's, over all tokens, then over each band."""
+
+    variant: VariantResult
+    estimates: list[Estimate]
+
+
+def differences_to(results: Results, baseline: VariantResult) -> list[Difference]:
+    """Return how the other main variants that have seeds in common with a baseline differ from the baseline."""
+    differences = []
+    for variant in results.of_role("main"):
+        estimates = [
+            paired_difference(results, variant.name, baseline.name, methodcaller("loss_of", band))
+            for band in (None, *(band.name for band in results.bands))
+        ]
+        if variant != baseline and (found := [estimate for estimate in estimates if estimate]):
+            differences.append(Difference(variant, found))
+    return differences
+
+
 def collect_results(comparison: Comparison, command: str) -> Results:
     """Read the results of all finished runs of a comparison.
 
@@ -296,90 +341,71 @@ def collect_results(comparison: Comparison, command: str) -> Results:
     losses = comparison.tuning_losses()
     rates = choose_learning_rates(suite, losses)
     parameters = comparison.parameters()
-    runs: list[RunResult] = []
-    limits: list[LimitResult] = []
-    unfinished: list[str] = []
-    for run in comparison.whole_runs():
-        if not comparison.is_finished(run):
-            unfinished.append(run.name)
-        elif run.variant.equals is not None:
-            limits.append(_compare_limit(comparison, run, run.variant.equals))
-        else:
-            runs.append(_read_run(comparison, run))
-    found = {run.variant for run in runs}
-    variants = [
-        VariantResult(
-            name=variant.name,
-            title=variant.title,
-            role=variant.role,
-            mask=None if variant.mask is None else {flag: list(words) for flag, words in variant.mask.items()},
-            parameters=parameters.get(variant.name),
-            learning_rate=rates[variant.name],
-            tuning={run.learning_rate: losses[run.name] for run in tuning_runs(suite) if run.variant == variant},
-            tokens=_trained_tokens(variant),
-        )
-        for variant in suite.variants
-        if variant.name in found
-    ]
-    machine = _describe_machine(comparison)
-    return Results(suite.title, command, machine, list(suite.baselines), variants, runs, limits, unfinished)
-
-
-def _trained_tokens(variant: Variant) -> int:
-    return math.prod(int(variant.flags[name][0]) for name in ("train-iters", "global-batch-size", "seq-length"))
+    whole_runs = comparison.whole_runs()
+    unfinished = comparison.unfinished(whole_runs)
+    finished = [run for run in whole_runs if run not in unfinished]
+    runs = [_read_run(comparison, run) for run in finished if run.is_analyzed]
+    variants = []
+    for variant in suite.variants.values():
+        own = {
+            "parameters": parameters.get(variant.name),
+            "learning_rate": rates[variant.name],
+            "tuning": {run.learning_rate: losses[run.name] for run in tuning_runs(suite) if run.variant == variant},
+            "tokens": math.prod(int(variant.flags[flag][0]) for flag in _FLAGS_OF_TOKENS),
+        }
+        if variant.name in {run.variant for run in runs}:
+            variants.append(VariantResult.model_validate(dict(variant) | own))
+    return Results(
+        title=suite.title,
+        command=command,
+        machine=_describe_machine(comparison.devices),
+        baselines=list(suite.baselines),
+        variants=variants,
+        runs=runs,
+        limits=[_compare_limit(comparison, run) for run in finished if not run.is_analyzed],
+        unfinished=[run.name for run in unfinished],
+    )
 
 
 def _read_run(comparison: Comparison, run: Run) -> RunResult:
     plan = comparison.plan(run)
-    evaluation = read_json(plan.files.evaluation)
-    history = plan.history()
-    return RunResult(
-        variant=run.variant.name,
-        seed=run.seed,
-        seconds=RunRecord(plan.files.record)["train"].seconds,
-        training=_curve(history.iterations),
-        validation=_curve(history.validations),
-        loss=evaluation["loss"],
-        bands=[Band(band["name"], band["share"], band["loss"]) for band in evaluation["bands"]],
-        load=[load["tokens_per_expert"] for load in evaluation["expert_load"]],
-        routing=RoutingHistory.read(plan.files.routing / "routing.json") if run.variant.has_experts else None,
-    )
+    evaluation, history = read_json(plan.files.evaluation), plan.history()
+    own = {
+        "variant": run.variant.name,
+        "seed": run.seed,
+        "seconds": RunRecord(plan.files.record)["train"].seconds,
+        "training": Curve.of(history.iterations),
+        "validation": Curve.of(history.validations),
+        "load": [load["tokens_per_expert"] for load in evaluation["expert_load"]],
+        "routing": RoutingHistory.read(plan.files.routing / "routing.json") if run.variant.has_experts else None,
+    }
+    return RunResult.model_validate(evaluation | own)
 
 
-def _curve(records: Mapping[int, IterationRecord] | Mapping[int, ValidationRecord]) -> Curve:
-    points = {iteration: record.loss for iteration, record in sorted(records.items()) if record.loss is not None}
-    return Curve(list(points), list(points.values()))
-
-
-def _compare_limit(comparison: Comparison, run: Run, equals: str) -> LimitResult:
+def _compare_limit(comparison: Comparison, run: Run) -> LimitResult:
     """Compare the losses of a limit with the losses of the variant that the limit must reproduce."""
-    other = replace(run, variant=comparison.suite[equals])
+    equals = run.variant.equals or ""
+    other = replace(run, variant=comparison.suite.variants[equals])
     own_losses, other_losses = (_exact_losses(comparison.plan(each).files.tensorboard) for each in (run, other))
-    common = own_losses.keys() & other_losses.keys()
-    num_equal = sum(own_losses[iteration] == other_losses[iteration] for iteration in common)
-    return LimitResult(run.variant.title, equals, run.seed, len(common), num_equal)
+    are_equal = [own_losses[iteration] == other_losses[iteration] for iteration in own_losses.keys() & other_losses]
+    title, seed = run.variant.title, run.seed
+    return LimitResult(title=title, equals=equals, seed=seed, iterations=len(are_equal), num_equal=sum(are_equal))
 
 
 def _exact_losses(tensorboard: Path) -> dict[int, float]:
     """Return the training losses by iteration with the precision of fp32, which the text log does not have."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(os.fspath(tensorboard), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})
     events.Reload()
     return {event.step: event.value for event in events.Scalars("lm loss")}
 
 
-def _describe_machine(comparison: Comparison) -> str:
-    devices = comparison.devices
-    machine = f"{devices.num_gpus} GPUs" if devices.num_gpus else f"{devices.num_cores} cores, {_processor()}"
+def _describe_machine(devices: Devices) -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    processor = next(names, platform.processor() or platform.machine())
+    machine = f"{devices.num_gpus} GPUs" if devices.num_gpus else f"{devices.num_cores} cores, {processor}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     return f"{machine} ({packages})"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

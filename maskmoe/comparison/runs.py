@@ -8,8 +8,6 @@ from typing import Literal
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.launch.model_file import Flags
 
-Kind = Literal["check", "tuning", "whole"]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -26,16 +24,15 @@ class Run:
     variant: Variant
     seed: int
     learning_rate: str
-    kind: Kind
+    kind: Literal["check", "tuning", "whole"]
 
     @property
     def name(self) -> str:
         """Path of the run's folder, relative to the folder of the comparison."""
-        if self.kind == "check":
-            return f"checks/{self.variant.name}"
-        if self.kind == "tuning":
-            return f"tuning/{self.variant.name}.lr-{self.learning_rate}"
-        return f"runs/{self.variant.name}.seed-{self.seed}"
+        name = self.variant.name
+        if self.kind == "whole":
+            return f"runs/{name}.seed-{self.seed}"
+        return f"checks/{name}" if self.kind == "check" else f"tuning/{name}.lr-{self.learning_rate}"
 
     @property
     def is_analyzed(self) -> bool:
@@ -45,17 +42,16 @@ class Run:
 
 def check_runs(suite: Suite) -> tuple[Run, ...]:
     """Return one check for each variant, except for the variants of the grid, which differ only in their masks."""
-    rate = suite.learning_rates[0]
+    rate = suite.learning_rates.values[0]
     variants = (*suite.of_role("main"), *suite.of_role("limit"))
     return tuple(Run(variant, variant.seeds[0], rate, "check") for variant in variants)
 
 
 def tuning_runs(suite: Suite) -> tuple[Run, ...]:
     """Return the runs that try learning rates; none if there is only one learning rate."""
-    if len(suite.learning_rates) == 1:
-        return ()
-    tuned = [variant for variant in suite.variants if variant.is_tuned]
-    return tuple(Run(variant, variant.seeds[0], rate, "tuning") for variant in tuned for rate in suite.learning_rates)
+    rates = suite.learning_rates.values
+    tuned = [variant for variant in suite.variants.values() if variant.is_tuned and len(rates) > 1]
+    return tuple(Run(variant, variant.seeds[0], rate, "tuning") for variant in tuned for rate in rates)
 
 
 def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> dict[str, str]:
@@ -65,13 +61,13 @@ def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> d
         suite: the suite.
         losses: held-out loss at the end of each tuning run by the run's name; None if training diverged.
     """
-    best = {}
-    for variant in suite.variants:
-        if variant.is_tuned:
-            of_rates = {rate: losses.get(Run(variant, 0, rate, "tuning").name) for rate in suite.learning_rates}
-            known = {rate: math.inf if loss is None else loss for rate, loss in of_rates.items()}
-            best[variant.name] = min(known, key=known.__getitem__)
-    return {variant.name: best[variant.tuned_as] for variant in suite.variants}
+    chosen = {}
+    for variant in suite.variants.values():
+        tuned = suite.variants[variant.tuned_as]
+        of_rates = {rate: losses.get(Run(tuned, 0, rate, "tuning").name) for rate in suite.learning_rates.values}
+        known = {rate: math.inf if loss is None else loss for rate, loss in of_rates.items()}
+        chosen[variant.name] = min(known, key=known.__getitem__)
+    return chosen
 
 
 def whole_runs(suite: Suite, learning_rates: Mapping[str, str]) -> tuple[Run, ...]:
@@ -80,48 +76,43 @@ def whole_runs(suite: Suite, learning_rates: Mapping[str, str]) -> tuple[Run, ..
     First come the main variants with the most seeds and the limits, then the other main variants, then the grid. Each
     group goes seed by seed, so that all variants of the group have one run before any variant has two.
     """
-    main = suite.of_role("main")
-    most_seeds = max(len(variant.seeds) for variant in main)
-    core = [variant for variant in main if len(variant.seeds) == most_seeds]
-    others = [variant for variant in main if len(variant.seeds) < most_seeds]
-    runs: list[Run] = []
-    for variants in ([*core, *suite.of_role("limit")], others, suite.of_role("grid")):
-        seeds = dict.fromkeys(seed for variant in variants for seed in variant.seeds)
-        runs += [
-            Run(variant, seed, learning_rates[variant.name], "whole")
-            for seed in seeds
-            for variant in variants
-            if seed in variant.seeds
-        ]
-    return tuple(runs)
+    most_seeds = max(len(variant.seeds) for variant in suite.of_role("main"))
 
+    def group(variant: Variant) -> int:
+        if variant.role == "main" and len(variant.seeds) < most_seeds:
+            return 1
+        return 2 if variant.role == "grid" else 0
 
-def checkpoint_iterations(suite: Suite, run: Run) -> list[int]:
-    """Return the iterations at which a run saves, up to its last. An interruption may add further checkpoints."""
-    interval, end = _save_interval(suite, run), _train_iterations(suite, run)
-    last = min(run.variant.until or end, end)
-    return [*range(interval, last, interval), last]
+    runs = [
+        Run(variant, seed, learning_rates[variant.name], "whole")
+        for variant in suite.variants.values()
+        for seed in variant.seeds
+    ]
+    return tuple(sorted(runs, key=lambda run: (group(run.variant), run.seed)))
 
 
 def _train_iterations(suite: Suite, run: Run) -> int:
     """Return the length of the learning rate's schedule. A limit may stop before the end of the schedule."""
-    return suite.tuning_iterations if run.kind == "tuning" else int(run.variant.flags["train-iters"][0])
+    return suite.learning_rates.iterations if run.kind == "tuning" else int(run.variant.flags["train-iters"][0])
 
 
-def _save_interval(suite: Suite, run: Run) -> int:
-    return max(1, _train_iterations(suite, run) // suite.checkpoints)
+def checkpoint_iterations(suite: Suite, run: Run) -> list[int]:
+    """Return the iterations at which a run saves, up to its last. An interruption may add further checkpoints."""
+    end = _train_iterations(suite, run)
+    interval, last = max(1, end // suite.checkpoints), min(run.variant.until or end, end)
+    return [*range(interval, last, interval), last]
 
 
 def training_flags(suite: Suite, run: Run) -> Flags:
     """Return the variant's flags of training together with the run's own flags, without the flags of the data."""
-    flags = dict(run.variant.flags)
-    flags.pop("keep-last-checkpoints", None)
+    end = _train_iterations(suite, run)
+    flags = {flag: words for flag, words in run.variant.flags.items() if flag != "keep-last-checkpoints"}
     flags |= {
-        "train-iters": (str(_train_iterations(suite, run)),),
+        "train-iters": (str(end),),
         "lr": (run.learning_rate,),
-        "min-lr": (f"{suite.min_share * float(run.learning_rate):.6g}",),
+        "min-lr": (f"{float(suite.learning_rates.min_share) * float(run.learning_rate):.6g}",),
         "seed": (str(run.seed),),
-        "save-interval": (str(_save_interval(suite, run)),),
+        "save-interval": (str(max(1, end // suite.checkpoints)),),
     }
     if run.kind == "tuning":
         flags["keep-last-checkpoints"] = ("1",)

@@ -4,14 +4,15 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.runs import Run, tuning_runs
-from maskmoe.comparison.slurm_jobs import Jobs, Phase
+from maskmoe.comparison.slurm_options import SlurmOptions
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.workflow.failure import explain_failure
 from maskmoe.workflow.json_records import read_record, write_record
@@ -22,6 +23,9 @@ from maskmoe.workflow.progress import ProgressLine
 from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.runner import Runner
 
+_CHECKOUT = SUBMIT_SCRIPT.parents[2]
+_COMPARE = ("-P", "-m", "maskmoe", "compare")
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -29,26 +33,31 @@ class Submission:
 
     Attributes:
         jobs: numbers of the jobs; the last job continues the comparison.
-        todo: names of the runs that the jobs were to train and to evaluate, see `Phase.todo`.
+        todo: names of the runs that the jobs were to train and to evaluate, by `train` and `evaluate`.
     """
 
     jobs: tuple[str, ...]
     todo: dict[str, list[str]]
 
     @classmethod
-    def read(cls, path: Path) -> "Submission":
+    def read(cls, comparison: Comparison) -> "Submission":
         """Read the file; return an empty submission if the file does not exist.
 
         Raises:
             UserError: the file is damaged.
         """
+        path = _submission_file(comparison)
         if not path.exists():
             return cls((), {})
         return read_record(cls, path, "delete the file when no job of the comparison is left")
 
+    @property
+    def is_continued_here(self) -> bool:
+        """Whether this process belongs to the last of the jobs."""
+        return bool(self.jobs) and os.environ.get("SLURM_JOB_ID") == self.jobs[-1]
 
-def submission_file(comparison: Comparison) -> Path:
-    """Return the file with the numbers of the comparison's jobs."""
+
+def _submission_file(comparison: Comparison) -> Path:
     return comparison.folder / "slurm" / "submission.json"
 
 
@@ -60,37 +69,17 @@ def refuse_while_jobs_are_queued(comparison: Comparison) -> None:
     Raises:
         UserError: jobs of this comparison are queued or running.
     """
-    jobs = Submission.read(submission_file(comparison)).jobs
-    if not jobs or _is_continuation(jobs) or shutil.which("squeue") is None:
+    submission = Submission.read(comparison)
+    if not submission.jobs or submission.is_continued_here or shutil.which("squeue") is None:
         return
     states = "PENDING,RUNNING,SUSPENDED,CONFIGURING"
     command = ("squeue", "--noheader", "--format=%F", f"--states={states}", f"--user={os.getuid()}")
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise UserError(f"cannot ask Slurm for its queue: {_last_line(result.stderr)}")
-    if queued := [job for job in jobs if job in result.stdout.split()]:
+    listed = _output(*command, failure="cannot ask Slurm for its queue: ").split()
+    if queued := [job for job in submission.jobs if job in listed]:
         raise UserError(
             f"jobs of this comparison are in Slurm's queue, and go on by themselves; to end the jobs: "
             f"scancel {' '.join(reversed(queued))}"
         )
-
-
-def _is_continuation(jobs: Sequence[str]) -> bool:
-    """Return whether this process belongs to the last of the jobs."""
-    return bool(jobs) and os.environ.get("SLURM_JOB_ID") == jobs[-1]
-
-
-def _refuse_without_progress(comparison: Comparison, phase: Phase) -> None:
-    """Refuse to submit the same jobs again and again when none of the runs makes progress.
-
-    Raises:
-        RunFailure: this is the job that continues the comparison, and the other jobs have not finished any run.
-    """
-    last = Submission.read(submission_file(comparison))
-    if not _is_continuation(last.jobs) or phase.todo != last.todo:
-        return
-    reasons = "; ".join(f"{run.name}: {_reason(comparison.plan(run))}" for run in phase.elements.values())
-    raise RunFailure(f"the jobs {', '.join(last.jobs[:-1])} have not finished any run: {reasons}")
 
 
 def _reason(plan: RunPlan) -> str:
@@ -127,92 +116,207 @@ def next_runs(comparison: Comparison) -> tuple[Run, ...]:
     return runs
 
 
-def make_phase(comparison: Comparison, runs: Sequence[Run]) -> Phase:
-    """Return the phase of unfinished runs."""
-    name = runs[0].name.partition("/")[0]
-    elements = dict(enumerate(runs, start=1))
-    to_train = {element: run for element, run in elements.items() if _needs_training(comparison.plan(run))}
-    to_evaluate = {element: run for element, run in elements.items() if run.is_analyzed}
-    return Phase(name, comparison.folder / "slurm" / name, to_train, to_evaluate)
+@dataclass(frozen=True)
+class _Phase:
+    """Runs that can be started now. Each run is one element of the job arrays; the elements are counted from 1.
 
-
-def _needs_training(plan: RunPlan) -> bool:
-    """Return whether training, or a stage before it, is the first unfinished stage."""
-    if not (plan.files.record.exists() and plan.is_prepared):
-        return True
-    record = RunRecord(plan.files.record)
-    first = next(stage.name for stage in (make_stage() for make_stage in plan.stages) if not record.is_finished(stage))
-    return first in ("mask", "train")
-
-
-def _prepare_runs(comparison: Comparison, phase: Phase, line: ProgressLine) -> None:
-    """Make masks, model files, and the links through which the elements of job arrays find their runs.
-
-    Raises:
-        StageError: a mask cannot be made.
-        UserError: another command works on a run.
+    Attributes:
+        name: `tuning` or `runs`.
+        folder: folder with a link to the folder of each run, named by the number of the run's element.
+        to_train: elements whose training is not complete.
+        to_evaluate: elements with stages after training, whether or not their training is complete.
     """
-    if phase.folder.exists():
-        shutil.rmtree(phase.folder)
-    phase.folder.mkdir(parents=True)
-    for element, run in phase.elements.items():
-        plan = comparison.plan(run)
-        if element in phase.to_train:
-            plan.prepare()
-            line.print(run.name)
-            with locked(plan.files.lock) as lock:
-                Runner(plan, RunRecord(plan.files.record), line, lock).prepare("train")
-        plan.files.slurm.mkdir(exist_ok=True)
-        link = phase.folder / str(element)
-        link.symlink_to(os.path.relpath(plan.files.folder, phase.folder))
+
+    name: str
+    folder: Path
+    to_train: list[int]
+    to_evaluate: list[int]
 
 
-def submit_phase(
-    comparison: Comparison, runs: Sequence[Run], jobs: Callable[[Phase], Jobs], line: ProgressLine
-) -> None:
-    """Submit the jobs that finish runs, and the job that continues the comparison afterwards.
+@dataclass(frozen=True)
+class SlurmJobs:
+    """The Slurm jobs that train and evaluate the runs of a comparison, phase by phase.
 
-    Args:
-        comparison: the comparison to which the runs belong.
-        runs: runs of the next phase.
-        jobs: makes the command lines.
-        line: shows the progress.
+    The first job array trains the phase's runs by `launch/slurm/submit.sh`. The second array evaluates each run after
+    its training. A last job waits for all elements and continues the comparison.
 
-    Raises:
-        RunFailure: this is the job that continues the comparison, and the other jobs have not finished any run.
-        StageError: a mask cannot be made.
-        UserError: Slurm refuses a job, or another command works on a run.
+    Attributes:
+        comparison: the comparison.
+        options: the user's options for Slurm.
+        inputs: folders that runs read, besides their own.
+        arguments: arguments of `maskmoe compare`, without the arguments for Slurm.
+        throttle: number of elements of an array that run at a time; None for no limit.
+        cwd: current folder of the user.
     """
-    phase = make_phase(comparison, runs)
-    _refuse_without_progress(comparison, phase)
-    _prepare_runs(comparison, phase, line)
-    numbers: list[str] = []
 
-    def submit_and_record(_name: str, command: Sequence[str]) -> str:
-        numbers.append(_submit(command))
-        # Every job is recorded at once: a later job may be refused.
-        write_record(Submission(tuple(numbers), phase.todo), submission_file(comparison), indent=2)
-        return numbers[-1]
+    comparison: Comparison
+    options: SlurmOptions
+    inputs: tuple[Path, ...]
+    arguments: tuple[str, ...]
+    throttle: int | None
+    cwd: Path
 
-    jobs(phase).submit(submit_and_record)
-    line.print(f"submitted jobs {', '.join(numbers)}; the last job continues when the other jobs have ended")
+    def submit(self, runs: Sequence[Run], line: ProgressLine) -> None:
+        """Submit the jobs that finish runs of the next phase, and the job that continues the comparison afterwards.
 
+        Raises:
+            RunFailure: this is the job that continues the comparison, and the other jobs have not finished any run.
+            StageError: a mask cannot be made.
+            UserError: Slurm refuses a job, or another command works on a run.
+        """
+        phase = self._phase(runs)
+        parts = {"train": phase.to_train, "evaluate": phase.to_evaluate}
+        todo = {what: sorted(runs[element - 1].name for element in part) for what, part in parts.items()}
+        # Refuse to submit the same jobs again and again when none of the runs makes progress.
+        last = Submission.read(self.comparison)
+        if last.is_continued_here and todo == last.todo:
+            reasons = "; ".join(f"{run.name}: {_reason(self.comparison.plan(run))}" for run in runs)
+            raise RunFailure(f"the jobs {', '.join(last.jobs[:-1])} have not finished any run: {reasons}")
+        self._prepare(phase, runs, line)
+        # The variables that Slurm has set for this job must not reach the jobs that are submitted.
+        kept = [name for name in os.environ if name == "SLURM_CONF" or not name.startswith("SLURM_")]
+        environment = {name: os.environ[name] for name in kept}
+        numbers: list[str] = []
 
-def show_phase(comparison: Comparison, jobs: Callable[[Phase], Jobs]) -> None:
-    """Print sbatch's command lines of the next phase, without changing anything."""
-    runs = comparison.unfinished(tuning_runs(comparison.suite)) or comparison.unfinished(comparison.whole_runs())
-    if runs:
-        _check_submit_script()
-        jobs(make_phase(comparison, runs)).submit(_show)
+        def submit(_name: str, command: Sequence[str]) -> str:
+            printed = _output(*command, env=environment, failure="the job was not submitted: ")
+            # sbatch prints `NUMBER;CLUSTER` if there are several clusters.
+            numbers.append(printed.strip().partition(";")[0])
+            # Every job is recorded at once: a later job may be refused.
+            write_record(Submission(tuple(numbers), todo), _submission_file(self.comparison), indent=2)
+            return numbers[-1]
+
+        self._make_jobs(phase, submit)
+        line.print(f"submitted jobs {', '.join(numbers)}; the last job continues when the other jobs have ended")
+
+    def show(self) -> None:
+        """Print sbatch's command lines of the next phase, without changing anything."""
+        comparison = self.comparison
+        runs = comparison.unfinished(tuning_runs(comparison.suite)) or comparison.unfinished(comparison.whole_runs())
+        if runs:
+            _check_submit_script()
+            self._make_jobs(self._phase(runs), _show)
+
+    def _phase(self, runs: Sequence[Run]) -> _Phase:
+        """Return the phase of unfinished runs."""
+        name = runs[0].name.partition("/")[0]
+        plans = [self.comparison.plan(run) for run in runs]
+        to_train = [element for element, plan in enumerate(plans, start=1) if plan.train in plan.unfinished]
+        to_evaluate = [element for element, run in enumerate(runs, start=1) if run.is_analyzed]
+        return _Phase(name, self.comparison.folder / "slurm" / name, to_train, to_evaluate)
+
+    def _prepare(self, phase: _Phase, runs: Sequence[Run], line: ProgressLine) -> None:
+        """Make masks, model files, and the links through which the elements of job arrays find their runs."""
+        shutil.rmtree(phase.folder, ignore_errors=True)
+        phase.folder.mkdir(parents=True)
+        for element, run in enumerate(runs, start=1):
+            plan = self.comparison.plan(run)
+            if element in phase.to_train:
+                plan.prepare()
+                line.print(run.name)
+                with locked(plan.files.lock) as lock:
+                    Runner(plan, RunRecord(plan.files.record), line, lock).prepare("train")
+            plan.files.slurm.mkdir(exist_ok=True)
+            (phase.folder / str(element)).symlink_to(os.path.relpath(plan.files.folder, phase.folder))
+
+    def _make_jobs(self, phase: _Phase, submit: Callable[[str, Sequence[str]], str]) -> None:
+        """Make the command lines of all jobs of a phase.
+
+        Args:
+            phase: the phase.
+            submit: submits a job. Takes the job's name for people and the command that submits the job; returns the
+                job's number, which the command lines of later jobs contain.
+        """
+        numbers: list[str] = []
+        if phase.to_train:
+            numbers.append(submit("TRAINING", self._training(phase)))
+        trained_first = [element for element in phase.to_evaluate if element in phase.to_train]
+        trained_already = [element for element in phase.to_evaluate if element not in phase.to_train]
+        if trained_first:
+            numbers.append(submit("EVALUATION", self._evaluation(phase, trained_first, numbers[0])))
+        if trained_already:
+            numbers.append(submit("REST", self._evaluation(phase, trained_already, None)))
+        submit("NEXT", self._continuation(phase, numbers))
+
+    def _training(self, phase: _Phase) -> tuple[str, ...]:
+        """Return the command that submits the array that trains."""
+        inputs = () if self.options.container == "none" else self.inputs
+        return (
+            *(str(SUBMIT_SCRIPT), "--parsable", *self._array(phase, "train", phase.to_train)),
+            *self.options.words,
+            *(word for path in inputs for word in ("--mount", str(path))),
+            *("--run-dir", f"{phase.folder}/%a", "--", f"{phase.folder}/%a/run.yaml"),
+        )
+
+    def _evaluation(self, phase: _Phase, elements: Sequence[int], after: str | None) -> tuple[str, ...]:
+        """Return the command that submits the array that runs all stages after training, each element on one node.
+
+        Args:
+            phase: the phase.
+            elements: elements of the phase.
+            after: number of the job that trains the elements; None if the elements are trained already.
+        """
+        dependency = (f"--dependency=aftercorr:{after}", "--kill-on-invalid-dep=yes") if after else ()
+        # The link of the element leads to the folder of the run, whose path is the name of the run.
+        link = f'{shlex.quote(str(phase.folder))}/"$SLURM_ARRAY_TASK_ID"'
+        run = f'"$(realpath --relative-to={shlex.quote(str(self.comparison.folder))} {link})"'
+        return (
+            *("sbatch", "--parsable", *self._array(phase, "evaluate", elements), *dependency),
+            *("--requeue", "--open-mode=append", f"--chdir={self.cwd}"),
+            *(*self.options.sbatch, "--nodes=1", "--ntasks-per-node=1"),
+            f"--wrap=exec {shlex.join(self._python(*_COMPARE, *self.arguments, '--run'))} {run}",
+        )
+
+    def _continuation(self, phase: _Phase, after: Sequence[str]) -> tuple[str, ...]:
+        """Return the command that submits the job that continues the comparison.
+
+        Args:
+            phase: the phase.
+            after: numbers of the jobs that must have ended before, whether or not the jobs succeed.
+        """
+        name = f"{self.comparison.suite.name}-{phase.name}-next"
+        command = (sys.executable, *_COMPARE, *self.arguments, "--slurm", "--", *self.options.words)
+        return (
+            *("sbatch", "--parsable", f"--job-name={name}", f"--dependency=afterany:{':'.join(after)}"),
+            *("--open-mode=append", f"--output={self.comparison.folder}/slurm/%j.log", f"--chdir={self.cwd}"),
+            *(*self.options.for_any_job, "--nodes=1", "--ntasks=1"),
+            f"--wrap=exec {shlex.join(command)}",
+        )
+
+    def _array(self, phase: _Phase, what: str, elements: Sequence[int]) -> tuple[str, ...]:
+        """Return the options of a job array: its name, its elements, and the log of each element."""
+        throttle = f"%{self.throttle}" if self.throttle else ""
+        return (
+            f"--job-name={self.comparison.suite.name}-{phase.name}-{what}",
+            f"--array={','.join(map(str, elements))}{throttle}",
+            f"--output={phase.folder}/%a/slurm/%j.log",
+        )
+
+    def _python(self, *words: str) -> tuple[str, ...]:
+        """Return the command that runs Python with the code of this checkout, in the container if there is one."""
+        options = self.options
+        if options.container == "none":
+            return (sys.executable, *words)
+        python = ("env", f"PYTHONPATH={_CHECKOUT}", "python3", *words)
+        modes = {str(path): "ro" for path in (_CHECKOUT, self.cwd, *self.inputs)}
+        for word in options.mounts:
+            path, _, mode = word.rpartition(":")
+            modes |= {path: mode} if mode in ("ro", "rw") else {word: "ro"}
+        modes |= {str(self.comparison.folder): "rw"}
+        # A folder must be mounted before the folders inside it.
+        mounts = [f"{path}:{path}:{modes[path]}" for path in sorted(modes)]
+        if options.container == "pyxis":
+            image = (f"--container-image={options.image}", f"--container-mounts={','.join(mounts)}")
+            step = ("srun", "--ntasks=1", "--cpu-bind=none", *image, "--no-container-mount-home")
+            return (*step, f"--container-workdir={self.cwd}", *python)
+        binds = [f"--bind={mount}" for mount in mounts]
+        return ("apptainer", "exec", "--no-home", "--nv", "--pwd", str(self.cwd), *binds, options.image, *python)
 
 
 def _show(name: str, command: Sequence[str]) -> str:
     """Print sbatch's command line and return the job's name, which stands for the number of the job."""
     if command[0] == str(SUBMIT_SCRIPT):
-        result = subprocess.run([command[0], "--dry-run", *command[1:]], capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise UserError(_last_line(result.stderr))
-        print(result.stdout, end="")
+        print(_output(command[0], "--dry-run", *command[1:]), end="")
     else:
         print(shlex.join(command))
     return name
@@ -234,16 +338,9 @@ def _check_submit_script() -> None:
         raise UserError(f"--slurm: {SUBMIT_SCRIPT} is missing: start launch/compare.sh of a checkout of the repository")
 
 
-def _submit(command: Sequence[str]) -> str:
-    """Submit a job and return its number."""
-    # The variables that Slurm has set for this job must not reach the jobs that are submitted.
-    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}
-    result = subprocess.run(command, env=kept, capture_output=True, text=True, check=False)
+def _output(*command: str, failure: str = "", env: Mapping[str, str] | None = None) -> str:
+    """Return what a command prints; raise a UserError with its last words if the command fails."""
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise UserError(f"the job was not submitted: {_last_line(result.stderr)}")
-    # sbatch prints `NUMBER;CLUSTER` if there are several clusters.
-    return result.stdout.strip().partition(";")[0]
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(failure + (result.stderr.strip().splitlines() or ["no reason given"])[-1])
+    return result.stdout

@@ -1,25 +1,117 @@
-"""Suites: which variants of a model are compared and how the variants are trained."""
+"""Suites: which variants of a model are compared and how the variants are trained, as a YAML file describes both.
+
+The pydantic models say which keys a file may have and which values the keys take. Values are words as they are written
+in the file. `Suite.read` then merges the flags of the sections, so that each variant has all its flags.
+"""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from maskmoe.comparison.suite_file import SuiteFile, VariantSection
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PlainValidator,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
 from maskmoe.errors import UserError
-from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, parse_layouts
+from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, parse_layouts, read_words
+from maskmoe.workflow.json_records import first_problem
 
 Role = Literal["main", "grid", "limit"]
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _DATA_FLAGS = {"input", "max-bytes", "vocab-size", "data-path", "split", "tokenizer-type", "tokenizer-model"}
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
 _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
+# A file and a key name the suite and its variants. The role of a variant follows from its keys.
+_FIELDS_WITHOUT_KEY = {"name", "role"}
 
 
-@dataclass(frozen=True)
-class Variant:
+def _to_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _check_number(word: str) -> str:
+    with suppress(ValueError):
+        if 0 <= float(word) < math.inf:
+            return word
+    raise ValueError(f"{word!r} is not a number of at least 0")
+
+
+def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different whole numbers, not {', '.join(map(str, seeds))}")
+    return seeds
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError("a name consists of letters, digits and . _ + -, because the name names a folder")
+    return name
+
+
+def _check_data(flags: Flags) -> Flags:
+    if unknown := sorted(flags.keys() - _DATA_FLAGS):
+        raise ValueError(f"unknown {', '.join(unknown)}; the known keys are {', '.join(sorted(_DATA_FLAGS))}")
+    return flags
+
+
+def _parse[T](parse: Callable[[object, str, Mapping[str, str]], T], content: object, info: ValidationInfo) -> T:
+    """Parse a section of flags or layouts. The context of the validation holds the variables for `${NAME}`.
+
+    The value `false` is kept as a word, because it removes a flag of an earlier section.
+    """
+    if isinstance(content, dict):
+        content = {name: ["false"] if value == "false" else value for name, value in content.items()}
+    try:
+        return parse(content, "the section", info.context or {})
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+type OneOrMore[T] = Annotated[tuple[T, ...], BeforeValidator(_to_list), Field(min_length=1)]
+Number = Annotated[str, AfterValidator(_check_number)]
+Seeds = Annotated[OneOrMore[NonNegativeInt], AfterValidator(_check_seeds)]
+Name = Annotated[str, AfterValidator(_check_name)]
+FlagSection = Annotated[Flags, PlainValidator(partial(_parse, parse_flags))]
+LayoutSection = Annotated[Mapping[int, Flags], PlainValidator(partial(_parse, parse_layouts))]
+
+
+def _kebab_case(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class _Section(BaseModel, frozen=True, alias_generator=_kebab_case):
+    """A mapping with known keys. A section without content has no keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, content: object) -> object:
+        known = sorted(map(_kebab_case, cls.model_fields.keys() - _FIELDS_WITHOUT_KEY))
+        if content == "":
+            return {}
+        if not isinstance(content, dict):
+            raise ValueError(f"must hold {', '.join(known)}")
+        if unknown := sorted(content.keys() - known):
+            raise ValueError(f"unknown {', '.join(unknown)}; the known keys are {', '.join(known)}")
+        return content
+
+
+class Variant(_Section):
     """A model to be trained.
 
     Attributes:
@@ -27,6 +119,7 @@ class Variant:
         title: name in the report.
         role: `main`: a variant that is compared. `grid`: another P or V_f of a main variant. `limit`: a variant that
             must reproduce another variant's losses.
+        model: model file with the first flags and the layouts, instead of the suite's model file.
         mask: flags of `maskmoe mask`; None for a model without experts.
         flags: flags of training, without the flags in which the runs of a variant differ.
         layouts: further flags by number of ranks, see `ModelFile`.
@@ -36,16 +129,17 @@ class Variant:
         seeds: seeds of the variant's runs.
     """
 
-    name: str
-    title: str
-    role: Role
-    mask: Flags | None
-    flags: Flags
-    layouts: Mapping[int, Flags]
-    tuned_as: str
-    equals: str | None
-    until: int | None
-    seeds: tuple[int, ...]
+    name: str = ""
+    title: str = ""
+    role: Role = "main"
+    model: str = ""
+    mask: FlagSection | None = None
+    flags: FlagSection = {}
+    layouts: LayoutSection = {}
+    tuned_as: str = ""
+    equals: str | None = None
+    until: PositiveInt | None = None
+    seeds: Seeds = ()
 
     @property
     def has_experts(self) -> bool:
@@ -62,35 +156,65 @@ class Variant:
         return float(self.mask[flag][0]) if self.mask and flag in self.mask else None
 
 
-@dataclass(frozen=True)
-class Suite:
+class Grid(_Section):
+    """Further values of P and V_f for the variant `of`."""
+
+    of: str = ""
+    frequent_mass: OneOrMore[Number]
+    frequent_visible_experts: OneOrMore[Number]
+    seeds: Seeds = ()
+
+
+class LearningRates(_Section):
+    """The learning rates.
+
+    Attributes:
+        values: learning rates that are tried for every tuned variant, as words, ascending.
+        iterations: iterations of the runs that try learning rates.
+        min_share: smallest learning rate of a run, as a share of the largest.
+    """
+
+    values: Annotated[OneOrMore[Number], AfterValidator(lambda words: tuple(sorted(words, key=float)))]
+    iterations: PositiveInt
+    min_share: Number = "0.1"
+
+
+class Suite(_Section):
     """The variants that are compared, and how the variants are trained.
 
     Attributes:
         name: name of the file, without its suffix.
         title: title of the report.
         data: flags that describe the text, see `open_data`.
-        variants: variants in the order of the report.
-        baselines: names of the variants to which the others are compared, seed by seed.
-        learning_rates: learning rates that are tried for every tuned variant, as words, ascending.
-        tuning_iterations: iterations of the runs that try learning rates.
-        min_share: smallest learning rate of a run, as a share of the largest.
+        model: model file of all variants; the path is relative to the folder of the suite.
+        flags: flags of all variants.
+        expert_flags: flags of all variants with experts.
+        mask: flags of all masks that no preset makes.
+        seeds: seeds of the variants that name none.
+        learning_rates: learning rates that are tried.
+        variants: variants by name, in the order of the report.
+        grid: further values of P and V_f.
         checkpoints: number of evenly spaced checkpoints of a run.
-        keeps_checkpoints: whether all checkpoints are kept after their routing was analyzed, or only the last.
+        keep_checkpoints: whether all checkpoints are kept after their routing was analyzed, or only the last.
         probe_tokens: tokens of held-out text whose routing is analyzed.
+        baselines: names of the variants to which the others are compared, seed by seed.
     """
 
-    name: str
-    title: str
-    data: Flags
-    variants: tuple[Variant, ...]
-    baselines: tuple[str, ...]
-    learning_rates: tuple[str, ...]
-    tuning_iterations: int
-    min_share: float
-    checkpoints: int
-    keeps_checkpoints: bool
-    probe_tokens: int
+    name: str = ""
+    title: str = ""
+    data: Annotated[FlagSection, AfterValidator(_check_data)] = {}
+    model: str = ""
+    flags: FlagSection = {}
+    expert_flags: FlagSection = {}
+    mask: FlagSection = {}
+    seeds: Seeds = (1,)
+    learning_rates: LearningRates
+    variants: dict[Name, Variant] = {}
+    grid: Grid | None = None
+    checkpoints: PositiveInt = 8
+    keep_checkpoints: Literal["all", "last"] = "all"
+    probe_tokens: PositiveInt = 16384
+    baselines: OneOrMore[str] = ()
 
     @classmethod
     def read(cls, path: Path, variables: Mapping[str, str]) -> "Suite":
@@ -103,147 +227,88 @@ class Suite:
         Raises:
             UserError: the file cannot be read or does not describe a suite.
         """
-        return _Reader(path, variables).suite()
-
-    def __getitem__(self, name: str) -> Variant:
-        return next(variant for variant in self.variants if variant.name == name)
+        try:
+            suite = cls.model_validate(read_words(path, "suite"), context=variables)
+            return suite._complete(path, variables)
+        except ValueError as error:
+            problem = first_problem(error) if isinstance(error, ValidationError) else error
+            raise UserError(f"suite {path}: {problem}") from error
 
     @property
     def seq_length(self) -> int:
         """Tokens in a sample."""
-        return int(self.variants[0].flags["seq-length"][0])
+        return int(next(iter(self.variants.values())).flags["seq-length"][0])
 
     def of_role(self, role: Role) -> tuple[Variant, ...]:
         """Return the variants of one role, in order."""
-        return tuple(variant for variant in self.variants if variant.role == role)
+        return tuple(variant for variant in self.variants.values() if variant.role == role)
 
+    def _complete(self, path: Path, variables: Mapping[str, str]) -> "Suite":
+        """Return the suite with complete variants. Raises ValueError if the variants do not fit together."""
+        if not self.variants:
+            raise ValueError("name at least one variant, for example `variants: {smoe: {mask: {preset: smoe}}}`")
+        variants = {}
+        for name, section in self.variants.items():
+            model = section.model or self.model
+            model_file = ModelFile.read(path.parent / model, variables) if model else ModelFile(path, {}, {})
+            variants[name] = self._complete_variant(name, section, model_file)
+        variants |= {variant.name: variant for variant in self._grid_variants(variants)}
+        baselines = self.baselines or (next(iter(variants)),)
+        _check_references(variants, baselines)
+        names = {"name": path.stem, "title": self.title or path.stem}
+        return self.model_copy(update={**names, "variants": variants, "baselines": baselines})
 
-class _Reader:
-    """Builds a suite from the sections of its file."""
-
-    def __init__(self, path: Path, variables: Mapping[str, str]) -> None:
-        self._path = path
-        self._variables = variables
-        self._file = SuiteFile.read(path)
-
-    def suite(self) -> Suite:
-        """Return the suite."""
-        file = self._file
-        variants = [self._variant(name, section) for name, section in file.variants.items()]
-        variants += self._grid(variants)
-        self._check_references(variants)
-        baselines = file.baselines or (variants[0].name,)
-        main = {variant.name for variant in variants if variant.role == "main"}
-        if unknown := [name for name in baselines if name not in main]:
-            raise self._error(f"baselines: {', '.join(unknown)} is not a variant of the suite")
-        data = self._flags(file.data, "data")
-        if unknown := sorted(data.keys() - _DATA_FLAGS):
-            raise self._error(
-                f"data: unknown {', '.join(unknown)}; the known keys are {', '.join(sorted(_DATA_FLAGS))}"
-            )
-        return Suite(
-            name=self._path.stem,
-            title=file.title or self._path.stem,
-            data=data,
-            variants=tuple(variants),
-            baselines=baselines,
-            learning_rates=tuple(sorted(file.learning_rates.values, key=float)),
-            tuning_iterations=file.learning_rates.iterations,
-            min_share=float(file.learning_rates.min_share),
-            checkpoints=file.checkpoints,
-            keeps_checkpoints=file.keep_checkpoints == "all",
-            probe_tokens=file.probe_tokens,
-        )
-
-    def _variant(self, name: str, section: VariantSection) -> Variant:
-        where = f"variant {name}"
-        mask = self._mask(section, where)
-        flags, layouts = self._training_flags(section, mask is not None, where)
-        return Variant(
-            name=name,
-            title=section.title or name,
-            role="main" if section.equals is None else "limit",
-            mask=mask,
-            flags=flags,
-            layouts=layouts,
-            tuned_as=section.tuned_as or section.equals or name,
-            equals=section.equals,
-            until=section.until,
-            seeds=section.seeds or self._file.seeds,
-        )
-
-    def _mask(self, section: VariantSection, where: str) -> Flags | None:
-        """Merge the common flags of masks with the variant's own."""
-        if section.mask is None:
-            return None
-        common = self._flags(self._file.mask, "mask")
-        own = self._flags(section.mask, f"{where}: mask")
-        if "preset" in own:
-            common = {flag: words for flag, words in common.items() if flag in _FLAGS_BESIDE_PRESET}
-        return override(common, own)
-
-    def _training_flags(
-        self, section: VariantSection, has_experts: bool, where: str
-    ) -> tuple[Flags, Mapping[int, Flags]]:
+    def _complete_variant(self, name: str, section: Variant, model_file: ModelFile) -> Variant:
         """Merge the flags of the model file, the suite and the variant; later flags replace earlier ones."""
-        flags: Flags = {}
-        layouts: Mapping[int, Flags] = {}
-        if (model := section.model or self._file.model) is not None:
-            model_file = ModelFile.read(self._path.parent / model, self._variables)
-            flags, layouts = model_file.flags, model_file.layouts
-        own_layouts = parse_layouts(section.layouts, f"suite {self._path}: {where}", self._variables)
-        flags = override(flags, self._flags_with_removals(self._file.flags, "flags"))
-        if has_experts:
-            flags = override(flags, self._flags_with_removals(self._file.expert_flags, "expert-flags"))
-        flags = override(flags, self._flags_with_removals(section.flags, f"{where}: flags"))
-        for needed in ("train-iters", "seq-length", "num-layers", *(("num-experts",) if has_experts else ())):
-            if needed not in flags:
-                raise self._error(f"{where} has no {needed} among its flags")
+        flags = model_file.flags
+        for further in (self.flags, self.expert_flags if section.has_experts else {}, section.flags):
+            flags = override(flags, further)
+        needed = ("train-iters", "seq-length", "num-layers", *(("num-experts",) if section.has_experts else ()))
+        if missing := [flag for flag in needed if flag not in flags]:
+            raise ValueError(f"variant {name} has no {missing[0]} among its flags")
         if decided := sorted(_DECIDED_FLAGS & flags.keys()):
-            raise self._error(f"{where}: {', '.join(decided)} is decided by the comparison; leave the flag out")
-        return flags, {**layouts, **own_layouts}
+            raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
+        mask = section.mask
+        if mask is not None:
+            is_common = _FLAGS_BESIDE_PRESET if "preset" in mask else self.mask
+            mask = override({flag: words for flag, words in self.mask.items() if flag in is_common}, mask)
+        update = {
+            "name": name,
+            "title": section.title or name,
+            "role": "main" if section.equals is None else "limit",
+            "mask": mask,
+            "flags": flags,
+            "layouts": {**model_file.layouts, **section.layouts},
+            "tuned_as": section.tuned_as or section.equals or name,
+            "seeds": section.seeds or self.seeds,
+        }
+        return section.model_copy(update=update)
 
-    def _grid(self, variants: Sequence[Variant]) -> Iterator[Variant]:
+    def _grid_variants(self, variants: Mapping[str, Variant]) -> Iterator[Variant]:
         """Yield a variant for each further pair of P and V_f."""
-        grid = self._file.grid
-        if grid is None:
+        if self.grid is None:
             return
-        base = next((variant for variant in variants if variant.name == grid.of), None)
+        base = variants.get(self.grid.of)
         if base is None or base.mask is None:
-            raise self._error(f"grid: `of: {grid.of}` must name a variant that has a mask")
+            raise ValueError(f"grid: `of: {self.grid.of}` must name a variant that has a mask")
         own = base.number("frequent-mass"), base.number("frequent-visible-experts")
-        for mass, number in itertools.product(grid.frequent_mass, grid.frequent_visible_experts):
+        common = {"role": "grid", "equals": None, "until": None, "seeds": self.grid.seeds or self.seeds}
+        for mass, number in itertools.product(self.grid.frequent_mass, self.grid.frequent_visible_experts):
             if (float(mass), float(number)) != own:
-                yield replace(
-                    base,
-                    name=f"{base.name}.p{mass}-v{number}",
-                    title=f"{base.title}, P = {mass}, V_f = {number}",
-                    role="grid",
-                    mask={**base.mask, "frequent-mass": (mass,), "frequent-visible-experts": (number,)},
-                    equals=None,
-                    until=None,
-                    seeds=grid.seeds or self._file.seeds,
-                )
+                mask = {**base.mask, "frequent-mass": (mass,), "frequent-visible-experts": (number,)}
+                name, title = f"{base.name}.p{mass}-v{number}", f"{base.title}, P = {mass}, V_f = {number}"
+                yield base.model_copy(update={**common, "name": name, "title": title, "mask": mask})
 
-    def _check_references(self, variants: Sequence[Variant]) -> None:
-        by_name = {variant.name: variant for variant in variants}
-        for variant in variants:
-            for name in (variant.tuned_as, variant.equals):
-                if name is not None and (name not in by_name or by_name[name].role != "main"):
-                    raise self._error(f"variant {variant.name} refers to {name}, which is not a variant of the suite")
-            if not by_name[variant.tuned_as].is_tuned:
-                raise self._error(f"variant {variant.name} is tuned as {variant.tuned_as}, which is not tuned itself")
-            if variant.equals and not set(variant.seeds) <= set(by_name[variant.equals].seeds):
-                raise self._error(f"variant {variant.name} has seeds that {variant.equals} does not have")
 
-    def _flags_with_removals(self, content: object, where: str) -> Flags:
-        """Parse flags and keep `false` as a word, which removes a flag of an earlier section."""
-        if isinstance(content, dict):
-            content = {name: ["false"] if value == "false" else value for name, value in content.items()}
-        return self._flags(content, where)
-
-    def _flags(self, content: object, where: str) -> Flags:
-        return parse_flags(content, f"suite {self._path}: {where}", self._variables)
-
-    def _error(self, message: str) -> UserError:
-        return UserError(f"suite {self._path}: {message}")
+def _check_references(variants: Mapping[str, Variant], baselines: tuple[str, ...]) -> None:
+    """Raise ValueError if a variant or a baseline names something else than a variant that is compared."""
+    main = {name for name, variant in variants.items() if variant.role == "main"}
+    for variant in variants.values():
+        for name in {variant.tuned_as, variant.equals} - main - {None}:
+            raise ValueError(f"variant {variant.name} refers to {name}, which is not a variant of the suite")
+        if not variants[variant.tuned_as].is_tuned:
+            raise ValueError(f"variant {variant.name} is tuned as {variant.tuned_as}, which is not tuned itself")
+        if variant.equals and not set(variant.seeds) <= set(variants[variant.equals].seeds):
+            raise ValueError(f"variant {variant.name} has seeds that {variant.equals} does not have")
+    if unknown := [name for name in baselines if name not in main]:
+        raise ValueError(f"baselines: {', '.join(unknown)} is not a variant of the suite")

@@ -11,6 +11,7 @@ from support.paths import ROOT
 from support.waiting import wait_until
 
 from maskmoe.comparison.results import Results
+from maskmoe.workflow.json_records import read_record
 from maskmoe.workflow.record import RunRecord
 
 TEXT_DOCUMENTS = 400
@@ -112,7 +113,7 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     output, _ = second.communicate(timeout=400)
     assert second.returncode == 0, output
     assert (run / "evaluation.json").stat().st_mtime_ns == written
-    results = Results.load(folder / "report" / "results.json")
+    results = read_record(Results, folder / "report" / "results.json", "write the report again")
     assert {run.variant for run in results.runs} == {"dense", "smoe", "maskmoe"}
     assert all(len(run.validation.iterations) == 4 for run in results.runs)
     assert [(limit.num_equal, limit.iterations) for limit in results.limits] == [(5, 5)]

@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +16,11 @@ from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
 from maskmoe.comparison.results import Band, Estimate, Results, paired_difference
 from maskmoe.errors import UserError
+from maskmoe.workflow.json_records import read_record, write_record
+
+
+def read_results(path):
+    return read_record(Results, path, "write the report again")
 
 
 @settings(deadline=None)  # the first example imports scipy
@@ -55,31 +59,31 @@ def test_only_common_seeds_are_paired():
 
 
 def test_results_of_an_earlier_version_are_read():
-    results = Results.load(ROOT / "docs" / "comparison-laptop" / "results.json")
+    results = read_results(ROOT / "docs" / "comparison-laptop" / "results.json")
     assert len(results.runs) == 25
     assert results.runs_of("smoe")[0].routing.layers == [1, 2, 3]
-    assert results.variant("smoe").parameters == Parameters(1637280, 476064)
+    assert results.variant("smoe").parameters == Parameters(total=1637280, active=476064)
 
 
 def test_damaged_results_are_refused(tmp_path):
     path = tmp_path / "results.json"
     path.write_text('{"title": "a", "command": 1}')
     with pytest.raises(UserError, match=r"results.json is damaged \(command: .*\); write the report again") as error:
-        Results.load(path)
+        read_results(path)
     assert "\n" not in str(error.value)
 
 
 def test_loss_that_is_not_a_number_is_kept(tmp_path):
     results = synthetic_results()
-    results.runs[0].bands[0] = Band("top 40 %", 0.4, math.nan)
-    results.save(tmp_path / "results.json")
-    assert math.isnan(Results.load(tmp_path / "results.json").runs[0].band_loss("top 40 %"))
+    results.runs[0].bands[0] = Band(name="top 40 %", share=0.4, loss=math.nan)
+    write_record(results, tmp_path / "results.json")
+    assert math.isnan(read_results(tmp_path / "results.json").runs[0].loss_of("top 40 %"))
 
 
 def test_results_are_read_as_they_were_saved(tmp_path):
     results = synthetic_results()
-    results.save(tmp_path / "results.json")
-    assert Results.load(tmp_path / "results.json") == results
+    write_record(results, tmp_path / "results.json")
+    assert read_results(tmp_path / "results.json") == results
 
 
 def test_report_states_the_effects_of_the_synthetic_results(tmp_path):
@@ -109,7 +113,8 @@ def test_effects_below_the_noise_are_not_resolved():
 
 def test_one_seed_is_no_verdict():
     results = synthetic_results()
-    of_one_seed = replace(results, runs=[run for run in results.runs if run.seed == results.runs[0].seed])
+    of_first_seed = [run for run in results.runs if run.seed == results.runs[0].seed]
+    of_one_seed = results.model_copy(update={"runs": of_first_seed})
     text = render_report(of_one_seed, {})
     assert not re.search("^(Better|Worse|Not resolved): ", text, re.MULTILINE)
     assert "±" not in text.partition("## Difference")[2]
@@ -122,22 +127,28 @@ def test_unfinished_runs_are_named():
 
 
 CHECK = """\
-layers        3: 3 with experts, 0 without
-parameters    1.64 M  1,640,000
-  embedding                                     98,304
-active        0.48 M  476,064  for a token with 1 experts
-              0.48 M  476,064  on average, with 1 experts a token: every id uses 1
+launch: a line of another program
+{
+  "errors": [],
+  "layers": {"stages": [[2]]},
+  "parameters": {
+    "total": 1640000,
+    "active": 476064
+  }
+}
 """
 
 
 def test_parameters_are_read_from_a_check():
-    assert Parameters.from_check(CHECK.splitlines()) == Parameters(1_640_000, 476_064)
-    dense = "\n".join(line for line in CHECK.splitlines() if "experts a" not in line and "active" not in line)
-    assert Parameters.from_check(dense.splitlines()) == Parameters(1_640_000, 1_640_000)
+    assert Parameters.from_check(CHECK.splitlines()) == Parameters(total=1_640_000, active=476_064)
+    repeated = CHECK.replace("476064", "1") + CHECK
+    assert Parameters.from_check(repeated.splitlines()) == Parameters(total=1_640_000, active=476_064)
+    refused = ["{", '  "errors": ["no"],', '  "parameters": null', "}", "error: no"]
+    assert Parameters.from_check(refused) is None
     assert Parameters.from_check(["error: no"]) is None
 
 
 def test_unequal_models_are_refused():
-    check_active_parameters({"dense": Parameters(100, 100), "smoe": Parameters(800, 102)})
+    check_active_parameters({"dense": Parameters(total=100, active=100), "smoe": Parameters(total=800, active=102)})
     with pytest.raises(UserError, match="variant big has 120 active parameters and dense 100"):
-        check_active_parameters({"dense": Parameters(100, 100), "big": Parameters(120, 120)})
+        check_active_parameters({"dense": Parameters(total=100, active=100), "big": Parameters(total=120, active=120)})

@@ -14,14 +14,13 @@ from maskmoe.commands import compare as command
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.slurm import (
+    SlurmJobs,
     Submission,
     next_runs,
     record_training,
     refuse_while_jobs_are_queued,
-    submission_file,
-    submit_phase,
 )
-from maskmoe.comparison.slurm_jobs import Jobs, Phase, SlurmOptions
+from maskmoe.comparison.slurm_options import SlurmOptions
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.launch.devices import Devices
@@ -111,24 +110,19 @@ def leave_by_job(comparison, run, job="21", loss="2.5"):
 
 
 def make_jobs(comparison, words=("--nodes=2", "--partition=p"), throttle=None):
-    def jobs(phase: Phase) -> Jobs:
-        return Jobs(
-            phase=phase,
-            folder=comparison.folder,
-            suite="pair",
-            options=SlurmOptions.parse(words),
-            inputs=(Path("/data"),),
-            arguments=("pair.yaml", "--run-dir", "its folder"),
-            throttle=throttle,
-            cwd=comparison.folder.parent,
-        )
-
-    return jobs
+    return SlurmJobs(
+        comparison=comparison,
+        options=SlurmOptions.parse(words),
+        inputs=(Path("/data"),),
+        arguments=("pair.yaml", "--run-dir", "its folder"),
+        throttle=throttle,
+        cwd=comparison.folder.parent,
+    )
 
 
 def submit(comparison, **options) -> None:
     line = ProgressLine(sys.stdout)
-    submit_phase(comparison, next_runs(comparison), make_jobs(comparison, **options), line)
+    make_jobs(comparison, **options).submit(next_runs(comparison), line)
 
 
 def options_of(call: list[str]) -> dict[str, str]:
@@ -158,7 +152,7 @@ def test_tuning_is_an_array_and_a_job_that_continues(comparison, calls):
         *(sys.executable, "-P", "-m", "maskmoe", "compare", "pair.yaml", "--run-dir", "its folder"),
         *("--slurm", "--", "--nodes=2", "--partition=p"),
     ]
-    assert Submission.read(submission_file(comparison)).jobs == ("11", "12")
+    assert Submission.read(comparison).jobs == ("11", "12")
 
 
 def test_losses_are_read_from_the_logs_of_jobs(comparison, calls):
@@ -224,7 +218,7 @@ def test_training_with_other_settings_is_set_aside(comparison, calls, suite_path
     run = changed.runs_of_next_phase()[0]
     files = changed.plan(run).files
     assert run.kind == "tuning"
-    assert not changed.history(run).iterations
+    assert not changed.plan(run).history().iterations
     assert (files.previous / "slurm" / "21.finished").exists()
     assert (files.previous / "checkpoints" / "iter_0000002").exists()
     assert list(files.slurm.iterdir()) == []
@@ -300,7 +294,7 @@ def test_options_of_sbatch_and_of_the_script_are_separated():
     assert options.words == (*words, "--no-node-check")
     assert options.sbatch == ("--nodes=2", "-pgpu", "--mem=1G", "--time=9")
     assert options.for_any_job == ("-pgpu", "--time=9")
-    assert (options.container.kind, options.container.image, options.container.mounts) == ("pyxis", "a#b", ("/m:rw",))
+    assert (options.container, options.image, options.mounts) == ("pyxis", "a#b", ("/m:rw",))
 
 
 @pytest.mark.parametrize(

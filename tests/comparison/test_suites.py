@@ -23,7 +23,9 @@ def test_runs_are_unique_and_all_variants_are_among_them(suite):
     runs = (*check_runs(suite), *tuning_runs(suite), *whole_runs(suite, choose_learning_rates(suite, {})))
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
-    assert {run.variant.name for run in runs if run.kind == "whole"} == {variant.name for variant in suite.variants}
+    assert {run.variant.name for run in runs if run.kind == "whole"} == {
+        variant.name for variant in suite.variants.values()
+    }
 
 
 def test_variants_are_trained_alike(suite):
@@ -31,7 +33,7 @@ def test_variants_are_trained_alike(suite):
     own = {"ffn-hidden-size", "num-experts"}
     trained = [
         {name: words for name, words in variant.flags.items() if name not in own and not name.startswith("moe-")}
-        for variant in suite.variants
+        for variant in suite.variants.values()
     ]
     assert all(flags == trained[0] for flags in trained)
 
@@ -41,15 +43,15 @@ def test_all_suites_compare_the_same_variants(suite):
     for role in ("main", "limit"):
         assert [v.name for v in suite.of_role(role)] == [v.name for v in laptop.of_role(role)]
     assert suite.baselines == laptop.baselines
-    assert {v.name: (v.tuned_as, v.equals, v.until) for v in suite.variants if v.role != "grid"} == {
-        v.name: (v.tuned_as, v.equals, v.until) for v in laptop.variants if v.role != "grid"
+    assert {v.name: (v.tuned_as, v.equals, v.until) for v in suite.variants.values() if v.role != "grid"} == {
+        v.name: (v.tuned_as, v.equals, v.until) for v in laptop.variants.values() if v.role != "grid"
     }
 
 
 def test_routed_and_shared_experts_are_as_wide_as_the_dense_layer(suite):
     flags = ("moe-ffn-hidden-size", "moe-shared-expert-intermediate-size")
-    (dense,) = suite["dense"].flags["ffn-hidden-size"]
-    for variant in suite.variants:
+    (dense,) = suite.variants["dense"].flags["ffn-hidden-size"]
+    for variant in suite.variants.values():
         if variant.mask is not None:
             widths = [int(width) for flag in flags for width in variant.flags.get(flag, ())]
             assert sum(widths) == int(dense), variant.name
@@ -58,7 +60,7 @@ def test_routed_and_shared_experts_are_as_wide_as_the_dense_layer(suite):
 @pytest.mark.parametrize("name", GPU_SUITES)
 def test_suites_for_gpus_keep_layouts_and_want_text(name, tmp_path):
     suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
-    for variant in suite.variants:
+    for variant in suite.variants.values():
         size = {} if variant.mask is None else {"expert-model-parallel-size": ("8",)}
         if variant.name == "maskmoe-rank-local":
             size = {"expert-model-parallel-size": variant.mask["expert-model-parallel-size"]}
@@ -76,7 +78,7 @@ def test_suites_for_gpus_keep_layouts_and_want_text(name, tmp_path):
 @pytest.mark.parametrize("name", GPU_SUITES)
 def test_fixed_routing_has_nothing_to_balance(name):
     suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
-    for variant in suite.variants:
+    for variant in suite.variants.values():
         if variant.mask is not None:
             is_fixed = "hash" in variant.name or variant.name == "limit-one-visible"
             expected = ("none",) if is_fixed else ("aux_loss",)

@@ -77,14 +77,14 @@ def test_settings_reach_their_stages(plan):
 
 def test_defaults_are_those_of_the_suite(plan):
     """The suite file states the flags that follow from other flags, too."""
-    made, (variant,) = plan(), quickstart_suite().variants
+    made, (variant,) = plan(), quickstart_suite().variants.values()
     assert made.run.variant.flags == {**variant.flags, "expert-model-parallel-size": ("2",)}
     assert made.run.variant.mask == {**variant.mask, "expert-model-parallel-size": ("2",)}
 
 
 def test_model_file_of_the_laptop_describes_the_same_model():
     model = ModelFile.read(ROOT / "launch" / "models" / "laptop.yaml", {})
-    (variant,) = quickstart_suite().variants
+    (variant,) = quickstart_suite().variants.values()
     differing = {"lr", "min-lr", "num-workers", "log-interval", "eval-interval", "save-interval"}
     own = {name: words for name, words in model.flags.items() if name not in differing | {"keep-last-checkpoints"}}
     assert {name: words for name, words in variant.flags.items() if name not in differing} == own

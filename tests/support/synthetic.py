@@ -17,9 +17,9 @@ BANDS = {"top 40 %": 0.4, "next 50 %": 0.5, "last 10 %": 0.1}
 EFFECTS = {"dense": 0.1, "smoe": 0.0, "hash-balanced": -0.05, "maskmoe": -0.08}
 MASKS = {
     "dense": None,
-    "smoe": {"preset": ["smoe"]},
-    "hash-balanced": {"preset": ["hash-balanced"]},
-    "maskmoe": {"frequent-mass": ["0.2"], "frequent-visible-experts": ["2"], "assignment": ["balanced"]},
+    "smoe": {"preset": ("smoe",)},
+    "hash-balanced": {"preset": ("hash-balanced",)},
+    "maskmoe": {"frequent-mass": ("0.2",), "frequent-visible-experts": ("2",), "assignment": ("balanced",)},
 }
 ITERATIONS = [100, 200, 300, 400]
 
@@ -28,18 +28,16 @@ def synthetic_results(seeds=(1, 2, 3), noise=0.004):
     """Return results of variants that differ by `EFFECTS`, by a common effect of the seed, and by noise."""
     rng = np.random.default_rng(0)
     variants = [
-        VariantResult(
-            name, name.capitalize(), "main", mask, Parameters(2000, 1000), "4e-3", {"2e-3": 2.5, "4e-3": 2.4}, 1000
-        )
+        _variant(name, name.capitalize(), "main", mask, Parameters(total=2000, active=1000), {"2e-3": 2.5, "4e-3": 2.4})
         for name, mask in MASKS.items()
     ]
     runs = [
         _run(name, seed, EFFECTS[name], 0.02 * seed + noise * rng.normal(), rng) for name in MASKS for seed in seeds
     ]
     for mass in ("0.1", "0.4"):
-        mask = MASKS["maskmoe"] | {"frequent-mass": [mass]}
+        mask = MASKS["maskmoe"] | {"frequent-mass": (mass,)}
         name = f"maskmoe.p{mass}-v2"
-        variants.append(VariantResult(name, name, "grid", mask, None, "4e-3", {}, 1000))
+        variants.append(_variant(name, name, "grid", mask, None, {}))
         runs.append(_run(name, 1, -0.06, 0.02, rng))
     return Results(
         title="A synthetic comparison",
@@ -48,9 +46,17 @@ def synthetic_results(seeds=(1, 2, 3), noise=0.004):
         baselines=["smoe", "hash-balanced"],
         variants=variants,
         runs=runs,
-        limits=[LimitResult("All visible", "smoe", 1, 20, 20), LimitResult("One visible", "hash-balanced", 1, 20, 19)],
+        limits=[
+            LimitResult(title="All visible", equals="smoe", seed=1, iterations=20, num_equal=20),
+            LimitResult(title="One visible", equals="hash-balanced", seed=1, iterations=20, num_equal=19),
+        ],
         unfinished=[],
     )
+
+
+def _variant(name, title, role, mask, parameters, tuning):
+    settings = {"parameters": parameters, "learning_rate": "4e-3", "tuning": tuning, "tokens": 1000}
+    return VariantResult(name=name, title=title, role=role, mask=mask, **settings)
 
 
 def _run(name, seed, effect, shift, rng):
@@ -60,11 +66,12 @@ def _run(name, seed, effect, shift, rng):
         variant=name,
         seed=seed,
         seconds=100.0,
-        training=Curve(ITERATIONS, losses),
-        validation=Curve(ITERATIONS, losses),
+        training=Curve(iterations=ITERATIONS, losses=losses),
+        validation=Curve(iterations=ITERATIONS, losses=losses),
         loss=loss,
         bands=[
-            Band(band, share, loss + 0.3 * index + index * effect) for index, (band, share) in enumerate(BANDS.items())
+            Band(name=band, share=share, loss=loss + 0.3 * index + index * effect)
+            for index, (band, share) in enumerate(BANDS.items())
         ],
         load=[] if name == "dense" else rng.integers(800, 1200, size=(3, 8)).tolist(),
         routing=None if name == "dense" else _routing(has_choice=not name.startswith("hash"), rng=rng),
