@@ -7,7 +7,7 @@ functions; the local modules keep more. The estimate assumes that all experts ge
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -18,322 +18,200 @@ _FP32_BYTES = 4
 _ID_BYTES = 8
 
 
-@dataclass(frozen=True)
+class _Tensors(NamedTuple):
+    """Tensors of a layer that the backward pass reads.
+
+    Attributes:
+        size: the bytes of the tensors.
+        dropped_by: names in `--recompute-modules`; each of these drops the tensors after the forward pass.
+    """
+
+    size: float
+    dropped_by: tuple[str, ...] = ()
+
+
+class _Layer(NamedTuple):
+    """The bytes that the backward pass of a layer reads.
+
+    Attributes:
+        kept: bytes that are kept from the forward pass.
+        recomputed: bytes that selective recomputation drops and computes again.
+    """
+
+    kept: float
+    recomputed: float
+
+
 class ActivationModel:
     """Estimates the activations of one micro-batch on one rank, in bytes.
 
-    Attributes:
+    Args:
+        args: arguments that Megatron has validated.
         config: the model's configuration.
-        padded_vocab: number of rows of the output layer.
-        micro_batch: number of samples in a micro-batch.
-        sequence: number of tokens of a sample on one context-parallel rank.
-        tensor, expert_tensor: tensor parallel sizes.
-        experts_per_token: mean number of experts that a token is sent to.
-        rotates: whether queries and keys are rotated by their position.
-        fused: whether norms, attention and activation functions are the fused kernels of Transformer Engine.
+        layout: how the run is divided.
+        experts_per_token: mean number of experts that a token is sent to. If experts are padded to their capacity, the
+            capacity takes its place.
     """
 
-    config: TransformerConfig
-    padded_vocab: int
-    micro_batch: int
-    sequence: int
-    tensor: int
-    expert_tensor: int
-    experts_per_token: float
-    rotates: bool
-    fused: bool
-
-    @classmethod
-    def from_args(
-        cls, args: Namespace, config: TransformerConfig, layout: Layout, experts_per_token: float
-    ) -> "ActivationModel":
-        """Return the estimator for a run.
-
-        Args:
-            args: arguments that Megatron has validated.
-            config: the model's configuration.
-            layout: how the run is divided.
-            experts_per_token: mean number of experts that a token is sent to. If experts are padded to their capacity,
-                the capacity takes its place.
-        """
+    def __init__(self, args: Namespace, config: TransformerConfig, layout: Layout, experts_per_token: float) -> None:
         if args.moe_pad_expert_input_to_capacity:
             experts_per_token = args.moe_router_topk * args.moe_expert_capacity_factor
-        return cls(
-            config=config,
-            padded_vocab=args.padded_vocab_size,
-            micro_batch=layout.micro_batch,
-            sequence=layout.seq_length // layout.context,
-            tensor=layout.tensor,
-            expert_tensor=layout.expert_tensor,
-            experts_per_token=experts_per_token,
-            rotates=args.position_embedding_type in ("rope", "mrope", "yarn"),
-            fused=args.transformer_impl == "transformer_engine",
-        )
+        self.experts_per_token = experts_per_token
+        self._config, self._layout = config, layout
+        self._padded_vocab = args.padded_vocab_size
+        self._rotates = args.position_embedding_type in ("rope", "mrope", "yarn")
+        # Transformer Engine has fused kernels for norms, attention and activation functions.
+        self._fused = args.transformer_impl == "transformer_engine"
+        self._element = config.params_dtype.itemsize
+        self._sequence = layout.seq_length // layout.context
+        self._tokens = layout.micro_batch * self._sequence
+        # Sequence parallelism divides the tokens between the parts of a layer.
+        self._shard = self._tokens / layout.tensor if config.sequence_parallel else self._tokens
+        self._hidden = self._shard * config.hidden_size * self._element
+        self._dropout_mask = self._shard * config.hidden_size if config.hidden_dropout else 0
+        # A layer can be recomputed from its input.
+        self._layer_input = self._hidden / (layout.tensor if config.distribute_saved_activations else 1)
+        # The rows that the experts of this rank get.
+        self._row = (config.moe_latent_size or config.hidden_size) * self._element
+        self._num_rows = self._shard * experts_per_token * layout.expert_tensor
+        self._expert_channels = self._num_rows * (config.moe_ffn_hidden_size or 0) / layout.expert_tensor
+        # Torch's RMSNorm keeps its input in fp32, before and after the division by the root mean square.
+        has_torch_norm = not self._fused and config.normalization != "LayerNorm"
+        self._norm_input = 2 * self._shard * config.hidden_size * _FP32_BYTES if has_torch_norm else self._hidden
+        # An MLP keeps inputs and output of its activation function. Without fusion, the product of a gated MLP keeps
+        # both halves once more: one activated, the other with an offset.
+        self._mlp_channel = (2 if not config.gated_linear_unit else 3 if self._fused else 5) * self._element
+        # A layer keeps these bytes in proportion to the number of rows on this rank's experts. The local experts
+        # multiply the output of the activation function by the weight of each token.
+        per_channel = self._mlp_channel + (0 if self._fused else self._element)
+        self._expert_bytes = self._num_rows * self._row + self._expert_channels * per_channel
+        self._dropped = config.recompute_modules or () if config.recompute_granularity == "selective" else ()
+        attention, dense_mlp = self._attention(), _Tensors(self._mlp(config.ffn_hidden_size), ("mlp",))
+        self._dense, self._moe = self._layer([*attention, dense_mlp]), self._layer([*attention, *self._experts()])
 
-    def in_flight(self, layout: Layout, stage: int, chunks: Sequence[Chunk]) -> int:
-        """Return the bytes that a stage keeps of all micro-batches whose backward pass is still to come."""
-        per_micro_batch = sum(self.kept(chunk) for chunk in chunks)
-        return round(per_micro_batch * micro_batches_in_flight(layout, stage))
+    def of_stage(self, stage: int, chunks: Sequence[Chunk]) -> dict[str, int]:
+        """Return the estimated bytes of a rank of a pipeline stage, by the names of `StageMemory`."""
+        in_flight = self._layout.micro_batches_in_flight(stage)
+        moe_layers = sum(chunk.moe_layers + chunk.mtp_layers for chunk in chunks) if self._config.num_moe_experts else 0
+        # The rows before and after the two exchanges of a layer are freed afterwards. The backward pass needs as many
+        # bytes as the forward pass.
+        received = self._num_rows * self._row
+        dispatched = 2 * (self._row * self._shard * self.experts_per_token + received)
+        # If the rows double, all layers whose experts keep their tensors grow, else the layer that is recomputed.
+        is_kept = self._config.recompute_granularity != "full" and "moe" not in self._dropped
+        doubled_rows = (moe_layers * in_flight if is_kept else 1) * self._expert_bytes + 2 * received
+        return {
+            "activations": round(sum(map(self._kept, chunks)) * in_flight),
+            "recomputation": round(max(map(self._recomputed_at_once, chunks))),
+            "logits": round(max(map(self._logits, chunks))),
+            "dispatch": round(dispatched) if moe_layers else 0,
+            "doubled_rows": round(doubled_rows) if moe_layers else 0,
+        }
 
-    def kept(self, chunk: Chunk) -> float:
-        """Return the bytes that a model chunk keeps of one micro-batch until its backward pass."""
-        layers = chunk.layers
-        if self.config.recompute_granularity == "full":
-            group = self.config.recompute_num_layers or 1
-            if self.config.recompute_method == "block":
-                recomputed = min(group, layers)
-                kept = recomputed * self._layer_input + (layers - recomputed) * self._mean_layer(chunk)
-            else:
-                kept = -(-layers // group) * self._layer_input
-            kept += chunk.mtp_layers * self._layer_input
-        else:
-            kept = chunk.dense_layers * self._layer(moe=False) + chunk.moe_layers * self._layer(moe=True)
-            kept += chunk.mtp_layers * self._layer(moe=bool(chunk.moe_layers))
-        # Multi-token prediction concatenates the outputs of two norms and projects the result to the hidden size.
-        kept += chunk.mtp_layers * 2 * (self._norm_input + self._hidden)
-        if chunk.has_embedding:
-            kept += self._tokens * _ID_BYTES + self._dropout_mask
-        if chunk.has_output:
-            # The final norm keeps its input and its output.
-            kept += (1 + chunk.mtp_layers) * (self._norm_input + self._hidden)
-        return kept
-
-    def recomputed_at_once(self, chunk: Chunk) -> int:
+    def _recomputed_at_once(self, chunk: Chunk) -> float:
         """Return the bytes that the backward pass of a model chunk recomputes at one time."""
-        config = self.config
+        config = self._config
         if config.recompute_granularity == "full":
             layers = 1 if config.recompute_method == "block" else min(config.recompute_num_layers or 1, chunk.layers)
-            return round(layers * self._mean_layer(chunk))
-        if config.recompute_granularity == "selective":
-            kinds = {False, self._has_experts(chunk)}
-            return round(max(self._recomputed(moe) for moe in kinds))
-        return 0
+            return layers * self._mean_layer(chunk)
+        return max(self._dense.recomputed, self._moe.recomputed if chunk.moe_layers or chunk.mtp_layers else 0)
 
-    def logits(self, chunk: Chunk) -> int:
+    def _logits(self, chunk: Chunk) -> float:
         """Return the bytes of the logits of one output, and of the fp32 exponentials of the losses of all outputs."""
-        if not chunk.has_output:
-            return 0
-        elements = self._tokens * self.padded_vocab / self.tensor
-        return round((1 + chunk.mtp_layers) * elements * _FP32_BYTES + elements * self._element)
+        elements = self._tokens * self._padded_vocab / self._layout.tensor if chunk.has_output else 0
+        return (1 + chunk.mtp_layers) * elements * _FP32_BYTES + elements * self._element
 
-    def dispatch(self) -> int:
-        """Return the bytes of the rows before and after the two exchanges of a layer.
-
-        The rows are freed afterwards, and the backward pass needs as many bytes as the forward pass.
-        """
-        return round(2 * (self._hidden_per_row * self._shard * self.experts_per_token + self._expert_rows_bytes))
-
-    def bytes_of_doubled_rows(self, layout: Layout, stage: int, chunks: Sequence[Chunk]) -> int:
-        """Return how many more bytes a stage needs if its experts get twice their share of rows."""
-        moe_layers = sum(chunk.moe_layers + chunk.mtp_layers for chunk in chunks if self._has_experts(chunk))
-        if not moe_layers:
-            return 0
-        is_kept = self.config.recompute_granularity != "full" and not self._recomputes("moe")
-        layers = moe_layers * micro_batches_in_flight(layout, stage) if is_kept else 1
-        return round(layers * self._expert_bytes + 2 * self._expert_rows_bytes)
-
-    @property
-    def _expert_width(self) -> float:
-        """Return the inner size of an expert on one expert-tensor-parallel rank."""
-        # Without experts there is no width.
-        return (self.config.moe_ffn_hidden_size or 0) / self.expert_tensor
-
-    @property
-    def _head_width(self) -> int:
-        """Return the channels of one attention head."""
-        assert self.config.kv_channels is not None  # `TransformerConfig` derives a missing number from the hidden size
-        return self.config.kv_channels
-
-    def _has_experts(self, chunk: Chunk) -> bool:
-        return bool(self.config.num_moe_experts and (chunk.moe_layers or chunk.mtp_layers))
-
-    @property
-    def _expert_bytes(self) -> float:
-        """Return the bytes that a layer keeps in proportion to the number of rows on this rank's experts."""
-        width = self._expert_width
-        # The local experts multiply the output of the activation function by the weight of each token.
-        weighing = 0 if self.fused else self._rows * width * self._element
-        return self._expert_rows_bytes + self._rows * self._mlp_per_token(width) + weighing
-
-    @property
-    def _element(self) -> int:
-        return self.config.params_dtype.itemsize
-
-    @property
-    def _tokens(self) -> int:
-        return self.micro_batch * self.sequence
-
-    @property
-    def _shard(self) -> float:
-        """Return the tokens of a rank between the parts of a layer, where sequence parallelism divides the sequence."""
-        return self._tokens / self.tensor if self.config.sequence_parallel else self._tokens
-
-    @property
-    def _hidden(self) -> float:
-        """Return the bytes of the hidden states between the parts of a layer."""
-        return self._shard * self.config.hidden_size * self._element
-
-    @property
-    def _layer_input(self) -> float:
-        """Return the bytes of the hidden states from which a layer can be recomputed."""
-        divided = self.tensor if self.config.distribute_saved_activations else 1
-        return self._hidden / divided
-
-    @property
-    def _dropout_mask(self) -> float:
-        return self._shard * self.config.hidden_size if self.config.hidden_dropout else 0
-
-    @property
-    def _rows(self) -> float:
-        """Return the number of rows that this rank's experts get."""
-        return self._shard * self.experts_per_token * self.expert_tensor
-
-    @property
-    def _hidden_per_row(self) -> float:
-        return (self.config.moe_latent_size or self.config.hidden_size) * self._element
-
-    @property
-    def _expert_rows_bytes(self) -> float:
-        return self._rows * self._hidden_per_row
-
-    def _recomputes(self, module: str) -> bool:
-        return self.config.recompute_granularity == "selective" and module in (self.config.recompute_modules or ())
+    def _kept(self, chunk: Chunk) -> float:
+        """Return the bytes that a model chunk keeps of one micro-batch until its backward pass."""
+        if self._config.recompute_granularity == "full":
+            group = self._config.recompute_num_layers or 1
+            if self._config.recompute_method == "block":
+                recomputed = min(group, chunk.layers)
+                kept = recomputed * self._layer_input + (chunk.layers - recomputed) * self._mean_layer(chunk)
+            else:
+                kept = -(-chunk.layers // group) * self._layer_input
+            kept += chunk.mtp_layers * self._layer_input
+        else:
+            kept = chunk.dense_layers * self._dense.kept + chunk.moe_layers * self._moe.kept
+            kept += chunk.mtp_layers * (self._moe if chunk.moe_layers else self._dense).kept
+        # Multi-token prediction concatenates the outputs of two norms. Before each output there is a norm.
+        norms = 2 * chunk.mtp_layers + (1 + chunk.mtp_layers if chunk.has_output else 0)
+        kept += norms * (self._norm_input + self._hidden)
+        return kept + (self._tokens * _ID_BYTES + self._dropout_mask if chunk.has_embedding else 0)
 
     def _mean_layer(self, chunk: Chunk) -> float:
         """Return the bytes that the backward pass of a layer reads, averaged over the layers of a chunk."""
-        dense, moe = self._whole_layer(False), self._whole_layer(True)
+        dense, moe = sum(self._dense), sum(self._moe)
         if not chunk.layers:
             return moe if chunk.mtp_layers else 0
         return (chunk.dense_layers * dense + chunk.moe_layers * moe) / chunk.layers
 
-    def _whole_layer(self, moe: bool) -> float:
-        return self._norms + self._attention + self._scores + (self._moe if moe else self._dense_mlp)
+    def _layer(self, tensors: Sequence[_Tensors]) -> _Layer:
+        """Add up the tensors of a layer."""
+        recomputed = sum(size for size, dropped_by in tensors if not set(dropped_by).isdisjoint(self._dropped))
+        return _Layer(sum(size for size, _ in tensors) - recomputed, recomputed)
 
-    def _layer(self, moe: bool) -> float:
-        """Return the bytes that a layer keeps when selective recomputation drops some of its tensors."""
-        return self._whole_layer(moe) - self._recomputed(moe)
-
-    def _recomputed(self, moe: bool) -> float:
-        """Return the bytes of a layer that selective recomputation drops."""
-        dropped = self._scores if self._recomputes("core_attn") else 0
-        if self._recomputes("layernorm"):
-            dropped += 2 * self._hidden
-        if self._recomputes("mla_up_proj"):
-            dropped += self._query_key_value
-        if not moe:
-            return dropped + (self._dense_mlp if self._recomputes("mlp") else 0)
-        if self._recomputes("moe"):
-            return dropped + self._moe
-        if self._recomputes("moe_act"):
-            dropped += self._rows * self._expert_width * self._element
-        return dropped + (self._shared_experts if self._recomputes("shared_experts") else 0)
-
-    @property
-    def _norms(self) -> float:
-        """Return the bytes of the two norms, and of the dropouts before the two residual additions."""
-        return 2 * (self._norm_input + self._hidden + self._dropout_mask)
-
-    @property
-    def _norm_input(self) -> float:
-        """Return the bytes that a norm keeps besides its output."""
-        if self.fused or self.config.normalization == "LayerNorm":
-            return self._hidden
-        # Torch's RMSNorm keeps its input in fp32, before and after the division by the root mean square.
-        return 2 * self._shard * self.config.hidden_size * _FP32_BYTES
-
-    @property
-    def _query_key_value(self) -> float:
-        """Return the bytes of queries, keys and values."""
-        config = self.config
-        heads = config.num_attention_heads
-        groups = config.num_query_groups or heads
-        if isinstance(config, MLATransformerConfig):
-            width = heads * (2 * (config.qk_head_dim + config.qk_pos_emb_head_dim) + config.v_head_dim)
-        elif not self.fused and groups < heads:
-            # Local attention repeats keys and values for every head that shares them.
-            width = 3 * heads * self._head_width
-        else:
-            # The values are a view of the projection's output, but rotated queries and keys are new tensors.
-            rotated = heads + groups if self.rotates else 0
-            width = (heads + 2 * groups + rotated) * self._head_width
-        return self._tokens * width / self.tensor * self._element
-
-    @property
-    def _attention(self) -> float:
-        """Return the bytes of attention without its scores.
-
-        Queries, keys, values and the output are kept, and so are the inputs of the norms of queries and keys.
-        """
-        config = self.config
-        heads = config.num_attention_heads
-        before, value_width = 0.0, self._head_width
+    def _attention(self) -> list[_Tensors]:
+        """Return the tensors of attention, of the two norms of a layer, and of its two residual additions."""
+        config = self._config
+        heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+        # The bytes of one channel of queries, keys or values.
+        channel = self._tokens / self._layout.tensor * self._element
         if isinstance(config, MLATransformerConfig):
             value_width = config.v_head_dim
-            compressed = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_pos_emb_head_dim
+            query_key_value = heads * (2 * (config.qk_head_dim + config.qk_pos_emb_head_dim) + value_width) * channel
             # The compressed queries and keys are kept before and after their norms.
-            before = 2 * self._shard * compressed * self._element
-        elif config.qk_layernorm:
-            width = (heads + (config.num_query_groups or heads)) * self._head_width
-            before = self._tokens * width / self.tensor * self._element
-        output = self._tokens * heads * value_width / self.tensor * self._element
-        statistics = self._tokens * heads / self.tensor * _FP32_BYTES if self.fused else 0
+            compressed = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_pos_emb_head_dim
+            before_norms = 2 * self._shard * compressed * self._element
+        else:
+            value_width = config.kv_channels or 0  # `TransformerConfig` derives a missing number
+            if not self._fused and groups < heads:
+                # Local attention repeats keys and values for every head that shares them.
+                num_heads = 3 * heads
+            else:
+                # The values are a view of the projection's output, but rotated queries and keys are new tensors.
+                num_heads = heads + 2 * groups + (heads + groups if self._rotates else 0)
+            query_key_value = num_heads * value_width * channel
+            before_norms = (heads + groups) * value_width * channel if config.qk_layernorm else 0
+        output = heads * value_width * channel
+        statistics = self._tokens * heads / self._layout.tensor * _FP32_BYTES if self._fused else 0
         gate = 2 * output if config.attention_output_gate else 0
-        return self._query_key_value + output + before + statistics + gate
+        return [
+            _Tensors(2 * (self._norm_input + self._dropout_mask)),
+            _Tensors(2 * self._hidden, ("layernorm",)),
+            _Tensors(query_key_value, ("mla_up_proj",)),
+            _Tensors(before_norms + output + statistics + gate),
+            _Tensors(self._scores, ("core_attn",)),
+        ]
 
     @property
     def _scores(self) -> float:
         """Return the bytes of the scores of local attention: after the softmax, after the cast, and after dropout."""
-        if self.fused:
+        if self._fused:
             return 0
         per_score = self._element
-        if self.config.attention_softmax_in_fp32 and self._element < _FP32_BYTES:
+        if self._config.attention_softmax_in_fp32 and self._element < _FP32_BYTES:
             per_score += _FP32_BYTES
-        if self.config.attention_dropout:
+        if self._config.attention_dropout:
             per_score += 1 + self._element
-        heads = self.config.num_attention_heads / self.tensor
-        return self.micro_batch * heads * self.sequence**2 * per_score
+        heads = self._config.num_attention_heads / self._layout.tensor
+        return self._layout.micro_batch * heads * self._sequence**2 * per_score
 
-    def _mlp_per_token(self, width: float) -> float:
-        """Return the bytes that an MLP keeps of a token: the inputs and the output of its activation function."""
-        if not self.config.gated_linear_unit:
-            return 2 * width * self._element
-        # Without fusion, the product keeps both halves once more: one activated, the other with an offset.
-        return (3 if self.fused else 5) * width * self._element
+    def _mlp(self, inner_size: int | None) -> float:
+        """Return the bytes of an MLP that computes all tokens."""
+        return self._tokens * (inner_size or 0) / self._layout.tensor * self._mlp_channel
 
-    @property
-    def _dense_mlp(self) -> float:
-        assert self.config.ffn_hidden_size is not None  # `TransformerConfig` derives a missing size
-        return self._tokens * self._mlp_per_token(self.config.ffn_hidden_size / self.tensor)
-
-    @property
-    def _shared_experts(self) -> float:
-        width = self.config.moe_shared_expert_intermediate_size or 0
-        return self._tokens * self._mlp_per_token(width / self.tensor)
-
-    @property
-    def _moe(self) -> float:
-        """Return the bytes of router, permutation, routed experts and shared experts of a layer.
-
-        A model without experts has no such bytes.
-        """
-        if not self.config.num_moe_experts:
-            return 0.0
+    def _experts(self) -> list[_Tensors]:
+        """Return the tensors of router, permutation, routed experts and shared experts; none without experts."""
+        if not self._config.num_moe_experts:
+            return []
         # Scores for routing and for the load-balancing loss, bool maps, and the indices that permute the rows.
-        router = self._shard * self.config.num_moe_experts * (2 * _FP32_BYTES + 2)
+        router = self._shard * self._config.num_moe_experts * (2 * _FP32_BYTES + 2)
         router += 5 * self._shard * self.experts_per_token * _ID_BYTES
-        latent = self._shard * self._hidden_per_row if self.config.moe_latent_size else 0
-        return router + latent + self._expert_bytes + self._shared_experts
-
-
-def micro_batches_in_flight(layout: Layout, stage: int) -> float:
-    """Return the largest number of micro-batches whose backward pass a pipeline stage still has to compute.
-
-    The schedule is one-forward-one-backward (`megatron.core.pipeline_parallel.schedules`). In an interleaved pipeline
-    each chunk of a stage has its own micro-batches in flight, and the result is their mean over the chunks.
-    """
-    stages_after = layout.pipeline - stage - 1
-    if layout.virtual_pipeline == 1:
-        return min(layout.num_micro_batches, stages_after + 1)
-    chunks = layout.virtual_pipeline
-    warm_up = 2 * stages_after + (chunks - 1) * layout.micro_batch_group + 1
-    return min(layout.num_micro_batches * chunks, warm_up) / chunks
+        latent = self._shard * self._row if self._config.moe_latent_size else 0
+        activated = self._expert_channels * self._element
+        return [
+            _Tensors(router + latent + self._expert_bytes - activated, ("moe",)),
+            _Tensors(activated, ("moe", "moe_act")),
+            _Tensors(self._mlp(self._config.moe_shared_expert_intermediate_size), ("moe", "shared_experts")),
+        ]

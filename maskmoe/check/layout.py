@@ -3,7 +3,7 @@
 import math
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,28 @@ class Layout:
         Args:
             args: parsed arguments; Megatron need not have validated them.
         """
-        tensor, pipeline, context = (
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            args.context_parallel_size,
+        tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+        # Several flags give the number of model chunks on a stage; validation derives it from the flags.
+        layers_of_chunk = args.num_layers_per_virtual_pipeline_stage
+        virtual_pipeline = (
+            getattr(args, "virtual_pipeline_model_parallel_size", None)
+            or args.num_virtual_stages_per_pipeline_rank
+            or (layers_of_chunk and args.num_layers and args.num_layers // pipeline // layers_of_chunk)
         )
-        micro_batch = args.micro_batch_size or 1
-        data = max(1, args.world_size // (tensor * pipeline * context))
-        return cls(
+        layout = cls(
             ranks=args.world_size,
             tensor=tensor,
             pipeline=pipeline,
-            context=context,
+            context=args.context_parallel_size,
             expert=args.expert_model_parallel_size,
             expert_tensor=args.expert_tensor_parallel_size or tensor,
-            virtual_pipeline=_virtual_pipeline(args),
+            virtual_pipeline=virtual_pipeline or 1,
             micro_batch_group=args.microbatch_group_size_per_vp_stage or pipeline,
-            micro_batch=micro_batch,
-            global_batch=args.global_batch_size or micro_batch * data,
+            micro_batch=args.micro_batch_size or 1,
+            global_batch=args.global_batch_size or 0,
             seq_length=args.seq_length or 0,
         )
+        return layout if layout.global_batch else replace(layout, global_batch=layout.micro_batch * max(1, layout.data))
 
     @property
     def data(self) -> int:
@@ -78,7 +80,7 @@ class Layout:
         return self.pipeline * math.lcm(self.tensor * self.context, self.expert_tensor * self.expert)
 
     @property
-    def num_micro_batches(self) -> int:
+    def micro_batches(self) -> int:
         """Return the number of micro-batches that a rank computes in one step."""
         return self.global_batch // (self.micro_batch * self.data)
 
@@ -86,6 +88,19 @@ class Layout:
     def tokens_per_step(self) -> int:
         """Return the number of tokens in a global batch."""
         return self.global_batch * self.seq_length
+
+    def micro_batches_in_flight(self, stage: int) -> float:
+        """Return the largest number of micro-batches whose backward pass a pipeline stage still has to compute.
+
+        The schedule is one-forward-one-backward (`megatron.core.pipeline_parallel.schedules`). In an interleaved
+        pipeline each chunk of a stage has its own micro-batches in flight, and the result is their mean over the
+        chunks.
+        """
+        stages_after, chunks = self.pipeline - stage - 1, self.virtual_pipeline
+        if chunks == 1:
+            return min(self.micro_batches, stages_after + 1)
+        warm_up = 2 * stages_after + (chunks - 1) * self.micro_batch_group + 1
+        return min(self.micro_batches * chunks, warm_up) / chunks
 
     def errors(self) -> Iterator[str]:
         """Yield an error for each size that does not divide, with the nearest sizes that would."""
@@ -96,9 +111,7 @@ class Layout:
                 f"{self.expert} × PP {self.pipeline} = {self.expert_tensor * self.expert * self.pipeline} for experts; "
                 f"{_nearest(self.ranks, self.ranks_step)} ranks would fit"
             )
-            return
-        batch_step = self.micro_batch * self.data
-        if self.global_batch % batch_step:
+        elif self.global_batch % (batch_step := self.micro_batch * self.data):
             yield (
                 f"--global-batch-size {self.global_batch} is not divisible by --micro-batch-size {self.micro_batch} × "
                 f"data parallel size {self.data} = {batch_step}; {_nearest(self.global_batch, batch_step)} would fit"
@@ -106,10 +119,8 @@ class Layout:
 
     def repaired(self) -> "Layout":
         """Return the layout with the next larger numbers of ranks and samples that divide."""
-        ranks = _round_up(self.ranks, self.ranks_step)
-        batch_step = self.micro_batch * (ranks // (self.tensor * self.pipeline * self.context))
-        fields = vars(self) | {"ranks": ranks, "global_batch": _round_up(self.global_batch, batch_step)}
-        return Layout(**fields)
+        layout = replace(self, ranks=_round_up(self.ranks, self.ranks_step))
+        return replace(layout, global_batch=_round_up(self.global_batch, layout.micro_batch * layout.data))
 
 
 def layer_errors(args: Namespace) -> Iterator[str]:
@@ -118,44 +129,31 @@ def layer_errors(args: Namespace) -> Iterator[str]:
     A run that asks for stages of different length has no such errors.
     """
     stages, layers = args.pipeline_model_parallel_size, args.num_layers
-    is_uneven = any(
-        (
-            args.decoder_first_pipeline_num_layers,
-            args.decoder_last_pipeline_num_layers,
-            args.pipeline_model_parallel_layout,
-            args.account_for_embedding_in_pipeline_split,
-            args.account_for_loss_in_pipeline_split,
-        )
+    is_uneven = (
+        args.decoder_first_pipeline_num_layers
+        or args.decoder_last_pipeline_num_layers
+        or args.pipeline_model_parallel_layout
+        or args.account_for_embedding_in_pipeline_split
+        or args.account_for_loss_in_pipeline_split
     )
     if not layers or is_uneven:
         return
+    layers_of_stage, chunk = layers // stages, args.num_layers_per_virtual_pipeline_stage
     if layers % stages:
-        divisors = ", ".join(str(size) for size in range(1, layers + 1) if layers % size == 0)
         yield (
-            f"--num-layers {layers} is not divisible by --pipeline-model-parallel-size {stages}: {divisors} would fit, "
-            "or stages of different length by --decoder-first-pipeline-num-layers, "
+            f"--num-layers {layers} is not divisible by --pipeline-model-parallel-size {stages}: {_divisors(layers)} "
+            "would fit, or stages of different length by --decoder-first-pipeline-num-layers, "
             "--decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout"
         )
-        return
-    chunk = args.num_layers_per_virtual_pipeline_stage
-    if chunk and (layers // stages) % chunk:
-        divisors = ", ".join(str(size) for size in range(1, layers // stages + 1) if layers // stages % size == 0)
+    elif chunk and layers_of_stage % chunk:
         yield (
-            f"the {layers // stages} layers of a pipeline stage are not divisible by "
-            f"--num-layers-per-virtual-pipeline-stage {chunk}: {divisors} would fit"
+            f"the {layers_of_stage} layers of a pipeline stage are not divisible by "
+            f"--num-layers-per-virtual-pipeline-stage {chunk}: {_divisors(layers_of_stage)} would fit"
         )
 
 
-def _virtual_pipeline(args: Namespace) -> int:
-    """Return the number of model chunks on each pipeline stage, from whichever flag gives it."""
-    chunk = args.num_layers_per_virtual_pipeline_stage
-    if getattr(args, "virtual_pipeline_model_parallel_size", None):
-        return args.virtual_pipeline_model_parallel_size
-    if args.num_virtual_stages_per_pipeline_rank:
-        return args.num_virtual_stages_per_pipeline_rank
-    if chunk and args.num_layers:
-        return max(1, args.num_layers // args.pipeline_model_parallel_size // chunk)
-    return 1
+def _divisors(number: int) -> str:
+    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
 
 
 def _round_up(value: int, step: int) -> int:

@@ -1,53 +1,31 @@
 """Computes the memory of one rank of each pipeline stage, by purpose."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from maskmoe.check.activations import ActivationModel, micro_batches_in_flight
+from maskmoe.check.activations import ActivationModel
 from maskmoe.check.layout import Layout
-from maskmoe.check.parameters import Chunk, ModelParameters
+from maskmoe.check.parameters import ModelParameters
 
+# The purposes of memory, and how the report for people calls them. `ActivationModel` estimates the second group.
+EXACT = {
+    "weights": "weights and buffers",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "routing_mask": "routing mask",
+}
+ESTIMATED = {
+    "activations": "activations in flight",
+    "recomputation": "recomputed at one time",
+    "logits": "logits and cross entropy",
+    "dispatch": "rows being dispatched",
+}
 _FP32_BYTES = 4
 # The moments that each optimizer keeps for a parameter. Other optimizers keep at most as much as Adam.
 _STATES = {"adam": ("exp_avg_dtype", "exp_avg_sq_dtype"), "sgd": ("exp_avg_dtype",), "lion": ("exp_avg_dtype",)}
-
-
-@dataclass(frozen=True)
-class BytesPerParameter:
-    """The bytes that training keeps for one parameter.
-
-    Attributes:
-        weight: bytes of the parameter.
-        gradient: bytes in the gradient buffer.
-        optimizer: bytes of the optimizer's moments, and of the main copy that a parameter has unless it is fp32.
-    """
-
-    weight: int
-    gradient: int
-    optimizer: int
-
-    @classmethod
-    def from_args(cls, args: Namespace) -> "BytesPerParameter":
-        """Return the bytes that Megatron's `DistributedDataParallel` and optimizers allocate for bf16, fp16 or fp32."""
-        weight = args.params_dtype.itemsize
-        states = _STATES.get(args.optimizer, _STATES["adam"])
-        if args.use_precision_aware_optimizer:
-            main = args.main_params_dtype.itemsize
-            if args.bf16 and args.main_params_dtype == torch.float32:
-                # No flag turns `store_param_remainders` off: the main copy holds only the bits that bf16 lacks.
-                main -= weight
-            moments = sum(getattr(args, name).itemsize for name in states)
-        else:
-            main = _FP32_BYTES if weight < _FP32_BYTES else 0
-            moments = _FP32_BYTES * len(states)
-        return cls(
-            weight=weight,
-            gradient=_FP32_BYTES if args.accumulate_allreduce_grads_in_fp32 else weight,
-            optimizer=main + moments,
-        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +33,7 @@ class StageMemory:
     """The bytes needed by one rank of a pipeline stage.
 
     Weights (with buffers), gradients and the routing mask are exact. The optimizer is exact as a mean: the distributed
-    optimizer pads its buckets, so its ranks differ by the padding. `ActivationModel` estimates everything else.
+    optimizer pads its buckets, so its ranks differ by the padding.
 
     Attributes:
         weights, gradients, optimizer, routing_mask: bytes that are allocated once and kept.
@@ -78,78 +56,87 @@ class StageMemory:
     doubled_rows: int
     micro_batches_in_flight: float
 
-    EXACT = ("weights", "gradients", "optimizer", "routing_mask")
-    ESTIMATED = ("activations", "recomputation", "logits", "dispatch")
-
     @property
     def total(self) -> int:
         """Return the sum of all bytes, without those of doubled rows."""
-        return sum(getattr(self, purpose) for purpose in (*self.EXACT, *self.ESTIMATED))
+        return sum(getattr(self, purpose) for purpose in EXACT | ESTIMATED)
 
 
-def stage_memory(
-    args: Namespace, layout: Layout, model: ModelParameters, activations: ActivationModel, mask_bytes: int
-) -> tuple[StageMemory, ...]:
-    """Return the memory of one rank of every pipeline stage.
+@dataclass(frozen=True)
+class MemoryReport:
+    """The memory of a run.
+
+    Attributes:
+        stages: one rank of each pipeline stage.
+        rows_per_token: mean number of rows that a token has on experts.
+        not_modelled: a clause for each setting of the run that changes the memory but is not taken into account.
+    """
+
+    stages: tuple[StageMemory, ...]
+    rows_per_token: float
+    not_modelled: tuple[str, ...]
+
+    @property
+    def largest_stage(self) -> int:
+        """Return the number of the pipeline stage that needs most memory, from 0."""
+        return max(range(len(self.stages)), key=lambda stage: self.stages[stage].total)
+
+
+def compute_memory(args: Namespace, config: TransformerConfig, model: ModelParameters) -> MemoryReport:
+    """Compute the memory of one rank of every pipeline stage.
 
     Args:
         args: arguments that Megatron has validated.
-        layout: how the run is divided; the sizes must divide each other.
+        config: the model's configuration.
         model: the parameters of the stages.
-        activations: estimates the bytes that are not exact.
-        mask_bytes: bytes of the routing mask in each model chunk.
     """
-    each = BytesPerParameter.from_args(args)
-    return tuple(
-        _memory_of_stage(args, layout, each, stage, chunks, activations, mask_bytes)
-        for stage, chunks in enumerate(model.stages)
-    )
-
-
-def not_modelled(args: Namespace) -> Iterator[str]:
-    """Yield a clause for each setting that changes the memory of a run but not `StageMemory`."""
-    settings = {
+    layout = Layout.from_args(args)
+    activations = ActivationModel(args, config, layout, model.expert_use.mean)
+    weight, gradient, optimizer = _bytes_of_parameter(args)
+    # The number of ranks among which the optimizer is divided, for dense parameters and for experts.
+    share = expert_share = 1
+    if args.use_distributed_optimizer:
+        share = layout.data * layout.context // args.num_distributed_optimizer_instances
+        expert_share = layout.expert_data // args.num_distributed_optimizer_instances
+    stages = []
+    for stage, chunks in enumerate(model.stages):
+        experts = sum(chunk.expert_parameters for chunk in chunks)
+        dense = sum(chunk.num_parameters for chunk in chunks) - experts
+        memory = StageMemory(
+            weights=(dense + experts) * weight + sum(chunk.buffer_bytes for chunk in chunks),
+            gradients=(dense + experts) * gradient,
+            optimizer=-(-dense * optimizer // share) - (-experts * optimizer // expert_share),
+            routing_mask=model.mask_bytes * len(chunks),
+            micro_batches_in_flight=layout.micro_batches_in_flight(stage),
+            **activations.of_stage(stage, chunks),
+        )
+        stages.append(memory)
+    ignored = {
         "--fp8-format and --fp4-format": args.fp8 or args.fp4,
         f"--optimizer {args.optimizer} (counted as adam)": args.optimizer not in _STATES,
         "--optimizer-cpu-offload": args.optimizer_cpu_offload,
         "--fine-grained-activation-offloading": args.fine_grained_activation_offloading,
         "--cpu-offloading-num-layers": args.cpu_offloading_num_layers,
     }
-    for setting, is_used in settings.items():
-        if is_used:
-            yield f"the memory does not take {setting} into account"
+    clauses = (f"the memory does not take {setting} into account" for setting, is_used in ignored.items() if is_used)
+    return MemoryReport(tuple(stages), activations.experts_per_token, tuple(clauses))
 
 
-def _memory_of_stage(
-    args: Namespace,
-    layout: Layout,
-    each: BytesPerParameter,
-    stage: int,
-    chunks: Sequence[Chunk],
-    activations: ActivationModel,
-    mask_bytes: int,
-) -> StageMemory:
-    """Return the memory of one rank of a pipeline stage."""
-    dense = sum(chunk.dense_parameters for chunk in chunks)
-    experts = sum(chunk.expert_parameters for chunk in chunks)
-    share, expert_share = _optimizer_shares(args, layout)
-    return StageMemory(
-        weights=(dense + experts) * each.weight + sum(chunk.buffer_bytes for chunk in chunks),
-        gradients=(dense + experts) * each.gradient,
-        optimizer=-(-dense * each.optimizer // share) - (-experts * each.optimizer // expert_share),
-        routing_mask=mask_bytes * len(chunks),
-        activations=activations.in_flight(layout, stage, chunks),
-        recomputation=max(activations.recomputed_at_once(chunk) for chunk in chunks),
-        logits=max(activations.logits(chunk) for chunk in chunks),
-        dispatch=activations.dispatch() if any(chunk.moe_layers or chunk.mtp_layers for chunk in chunks) else 0,
-        doubled_rows=activations.bytes_of_doubled_rows(layout, stage, chunks),
-        micro_batches_in_flight=micro_batches_in_flight(layout, stage),
-    )
+def _bytes_of_parameter(args: Namespace) -> tuple[int, int, int]:
+    """Return the bytes of a parameter, of its gradient, and of its state in the optimizer.
 
-
-def _optimizer_shares(args: Namespace, layout: Layout) -> tuple[int, int]:
-    """Return among how many ranks the optimizer is divided, for dense parameters and for experts."""
-    if not args.use_distributed_optimizer:
-        return 1, 1
-    instances = args.num_distributed_optimizer_instances
-    return layout.data * layout.context // instances, layout.expert_data // instances
+    These are the bytes that Megatron's `DistributedDataParallel` and optimizers allocate for bf16, fp16 or fp32. The
+    state consists of moments, and of a main copy unless the parameter is fp32.
+    """
+    weight = args.params_dtype.itemsize
+    states = _STATES.get(args.optimizer, _STATES["adam"])
+    if args.use_precision_aware_optimizer:
+        main = args.main_params_dtype.itemsize
+        if args.bf16 and args.main_params_dtype == torch.float32:
+            # No flag turns `store_param_remainders` off: the main copy holds only the bits that bf16 lacks.
+            main -= weight
+        moments = sum(getattr(args, name).itemsize for name in states)
+    else:
+        main = _FP32_BYTES if weight < _FP32_BYTES else 0
+        moments = _FP32_BYTES * len(states)
+    return weight, _FP32_BYTES if args.accumulate_allreduce_grads_in_fp32 else weight, main + moments

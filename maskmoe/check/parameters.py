@@ -6,11 +6,11 @@ Engine's parameters. So a machine without Transformer Engine can count for a mac
 """
 
 import copy
-import dataclasses
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskmoe.check.layout import Layout
 from maskmoe.megatron_compat.patches import latent_projections_without_transformer_engine
-from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 PARTS = ("embedding", "output layer", "layers without routed experts", "routed experts", "multi-token prediction")
-_STANDS_FOR = "stands_for"
+_PART_OF_MODULE = {"embedding": "embedding", "output_layer": "output layer", "mtp": "multi-token prediction"}
 
 # Settings that local modules refuse, or that cost time. None of them changes the shape of a parameter.
 _LOCAL = {
@@ -66,7 +67,7 @@ _ONE_RANK = {
     "account_for_embedding_in_pipeline_split": False,
     "account_for_loss_in_pipeline_split": False,
 }
-_ALONE = Layout(**dict.fromkeys((field.name for field in dataclasses.fields(Layout)), 1))
+_ALONE = Layout(*[1] * len(fields(Layout)))
 
 
 @dataclass(frozen=True)
@@ -97,24 +98,41 @@ class Chunk:
         return sum(self.parameters.values())
 
     @property
-    def dense_parameters(self) -> int:
-        """Return the number of parameters outside routed experts."""
-        return self.num_parameters - self.expert_parameters
-
-    @property
     def layers(self) -> int:
         """Return the number of decoder layers."""
         return self.dense_layers + self.moe_layers
 
-    def active_parameters(self, num_experts: int, experts_per_token: float) -> float:
-        """Return how many parameters a token passes through, multi-token prediction left out.
 
-        Args:
-            num_experts: number of routed experts in a layer; any positive number for a model without experts.
-            experts_per_token: number of experts that the token uses.
+@dataclass(frozen=True)
+class ExpertUse:
+    """The number of experts that tokens use, min(k, V) for a token with V visible experts.
+
+    Attributes:
+        most: the largest number, k; 0 for a model without experts.
+        mean: the mean over the tokens of the counted datasets.
+        description: how the mean comes about, for people; empty without a routing mask.
+    """
+
+    most: int
+    mean: float
+    description: str = ""
+
+    @classmethod
+    def from_mask(cls, mask: RoutingMask | None, topk: int) -> "ExpertUse":
+        """Return the use of experts under a routing mask; without one, every token uses `topk` experts.
+
+        The mean assumes that the frequent ids have exactly the share of occurrences that they were chosen to cover. The
+        true share differs by less than the share of one id.
         """
-        unused = self.parameters["routed experts"] * (1 - experts_per_token / num_experts)
-        return self.num_parameters - self.parameters["multi-token prediction"] - unused
+        if mask is None:
+            return cls(topk, topk)
+        used = np.minimum(mask.num_visible, topk)
+        is_frequent = mask.num_visible > 1
+        if is_frequent.all() or not is_frequent.any():
+            return cls(topk, float(used.mean()), f"every id uses {used.mean():.3g}")
+        share, of_frequent = mask.provenance.frequent_mass, float(used[is_frequent].mean())
+        mean = share * of_frequent + (1 - share) * float(used[~is_frequent].mean())
+        return cls(topk, mean, f"{share:.0%} of the tokens use {of_frequent:.3g}, the others 1")
 
 
 @dataclass(frozen=True)
@@ -124,50 +142,58 @@ class ModelParameters:
     Attributes:
         whole: the model as one rank without parallelism holds it.
         stages: the chunks of one rank of each pipeline stage.
+        num_experts: number of routed experts in a layer; None for a model without experts.
+        expert_use: how many experts tokens use.
+        mask_bytes: the bytes that the routing mask takes on the device in each chunk.
+        padded_vocab_size: number of rows of the embedding.
     """
 
     whole: Chunk
     stages: tuple[tuple[Chunk, ...], ...]
+    num_experts: int | None
+    expert_use: ExpertUse
+    mask_bytes: int
+    padded_vocab_size: int
+
+    def active(self, experts_per_token: float) -> int:
+        """Return how many parameters a token passes through, multi-token prediction left out.
+
+        Args:
+            experts_per_token: number of experts that the token uses.
+        """
+        parts = self.whole.parameters
+        unused = parts["routed experts"] * (1 - experts_per_token / (self.num_experts or 1))
+        return round(self.whole.num_parameters - parts["multi-token prediction"] - unused)
 
 
-def count_parameters(config: MaskMoEGPTModelConfig, layout: Layout) -> ModelParameters:
+def count_parameters(args: Namespace, config: MaskMoEGPTModelConfig, mask: RoutingMask | None) -> ModelParameters:
     """Count the parameters of a model that is divided over ranks.
 
+    The time does not depend on the number of ranks.
+
     Args:
+        args: arguments that Megatron has validated.
         config: the model's configuration; the file in its `routing_mask` is not read.
-        layout: how the model is divided; its sizes must divide each other. The time does not depend on the number of
-            ranks.
+        mask: the routing mask; None if there is none, or none that can be read.
     """
-    with _fake_process_groups(_ALONE, rank=0) as groups:
-        whole = _count_chunk(_changed(config, _LOCAL | _ONE_RANK), groups, vp_stage=None)
-    config = _changed(config, _LOCAL)
-    ranks_of_stage = layout.ranks // layout.pipeline
-    stages = []
-    for stage in range(layout.pipeline):
-        # Megatron numbers the ranks of a stage consecutively by default; the order does not change the parameters.
-        with _fake_process_groups(layout, rank=stage * ranks_of_stage) as groups:
-            interleaved = config.transformer.virtual_pipeline_model_parallel_size
-            vp_stages = range(interleaved) if interleaved else [None]
-            stages.append(tuple(_count_chunk(config, groups, vp_stage) for vp_stage in vp_stages))
-    return ModelParameters(whole, tuple(stages))
-
-
-def mask_bytes(config: MaskMoEGPTModelConfig, mask: RoutingMask) -> int:
-    """Return the bytes that a routing mask takes on the device in each model chunk."""
-    buffers = VisibleExperts(config.transformer, mask, ProcessGroupCollection()).buffers()
-    return sum(buffer.nbytes for buffer in buffers)
+    (whole,) = _count_stage(_changed(config, _LOCAL | _ONE_RANK), _ALONE, stage=0)
+    layout, local = Layout.from_args(args), _changed(config, _LOCAL)
+    buffers = VisibleExperts(config.transformer, mask, ProcessGroupCollection()).buffers() if mask else []
+    return ModelParameters(
+        whole,
+        stages=tuple(_count_stage(local, layout, stage) for stage in range(layout.pipeline)),
+        num_experts=args.num_experts,
+        expert_use=ExpertUse.from_mask(mask, args.moe_router_topk if args.num_experts else 0),
+        mask_bytes=sum(buffer.nbytes for buffer in buffers),
+        padded_vocab_size=args.padded_vocab_size,
+    )
 
 
 class _RepresentativeExpert(SequentialMLP):
-    """One expert in place of `num_local_experts` experts of the same shape, which would take as long to build.
-
-    The attribute `stands_for` of its parameters is the number of experts.
-    """
+    """One expert in place of `num_local_experts` experts of the same shape, which would take as long to build."""
 
     def __init__(self, num_local_experts: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(1, *args, **kwargs)
-        for parameter in self.parameters():
-            setattr(parameter, _STANDS_FOR, num_local_experts)
 
 
 class _CoreAttention(torch.nn.Module):
@@ -182,11 +208,9 @@ class _CoreAttention(torch.nn.Module):
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads))
 
 
-class _LatentProjection(torch.nn.Linear):
-    """The parameters of a projection between hidden states and the rows that latent experts get."""
-
-    def __init__(self, input_size: int, output_size: int, *, bias: bool, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, bias)
+def _latent_projection(input_size: int, output_size: int, *, bias: bool, **kwargs: Any) -> torch.nn.Module:
+    """Return a projection between hidden states and the rows that latent experts get."""
+    return torch.nn.Linear(input_size, output_size, bias)
 
 
 class _CountingModelBuilder(MaskMoEGPTModelBuilder):
@@ -196,32 +220,24 @@ class _CountingModelBuilder(MaskMoEGPTModelBuilder):
         """Return the visible experts of a mask that fits every model."""
         # Megatron declares the base class of all configurations.
         config = self._model_config.transformer  # pyrefly: ignore[missing-attribute]
-        return VisibleExperts(config, _mask_of_one_id(config.num_moe_experts), pg_collection, vp_stage)
+        recipe = MaskRecipe.from_preset("hash", config.num_moe_experts, num_layers=1)
+        return VisibleExperts(config, build_routing_mask(recipe, vocab_size=1), pg_collection, vp_stage)
 
-    def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
+    def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, ...]:
         """Return the layer specifications of the run, with experts and core attention replaced."""
         replacements = {GroupedMLP: _RepresentativeExpert, DotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:
             return replacements.get(node, node) if isinstance(node, type) else node
 
-        block_spec, mtp_block_spec = super().layer_specs(visible_experts, vp_stage)
-        return map_spec(block_spec, substitute), map_spec(mtp_block_spec, substitute)
-
-
-def _mask_of_one_id(num_experts: int) -> RoutingMask:
-    """Return the smallest routing mask for a number of experts."""
-    singletons = np.packbits(np.eye(num_experts, dtype=bool), axis=1, bitorder="little")
-    provenance = MaskProvenance("uniform", 0.0, None, seed=0, shared_table=True)
-    return RoutingMask(np.zeros((1, 1), np.int16), singletons[None], 1, num_experts, 1, provenance)
+        return tuple(map_spec(spec, substitute) for spec in super().layer_specs(visible_experts, vp_stage))
 
 
 def _changed(config: MaskMoEGPTModelConfig, settings: Mapping[str, Any]) -> MaskMoEGPTModelConfig:
     """Return a copy of a configuration in which some settings of the transformer are replaced."""
     transformer = copy.copy(config.transformer)
-    for name, value in settings.items():
-        setattr(transformer, name, value)
-    return dataclasses.replace(config, transformer=transformer)
+    vars(transformer).update(settings)
+    return replace(config, transformer=transformer)
 
 
 @contextmanager
@@ -244,16 +260,27 @@ def _fake_process_groups(layout: Layout, rank: int) -> Iterator[ProcessGroupColl
         torch.distributed.destroy_process_group()
 
 
+def _count_stage(config: MaskMoEGPTModelConfig, layout: Layout, stage: int) -> tuple[Chunk, ...]:
+    """Count the chunks of one rank of a pipeline stage."""
+    # Megatron numbers the ranks of a stage consecutively by default; the order does not change the parameters.
+    with _fake_process_groups(layout, rank=stage * layout.ranks // layout.pipeline) as groups:
+        interleaved = config.transformer.virtual_pipeline_model_parallel_size
+        return tuple(_count_chunk(config, groups, chunk) for chunk in (range(interleaved) if interleaved else [None]))
+
+
 def _count_chunk(config: MaskMoEGPTModelConfig, groups: ProcessGroupCollection, vp_stage: int | None) -> Chunk:
     """Build one model chunk on tensors without storage, and count its parameters."""
-    with FakeTensorMode(), latent_projections_without_transformer_engine(_LatentProjection):
+    with FakeTensorMode(), latent_projections_without_transformer_engine(_latent_projection):
         model = _CountingModelBuilder(config).build_model(groups, vp_stage=vp_stage)
     parameters = Counter(dict.fromkeys(PARTS, 0))
+    experts_of_rank = (config.transformer.num_moe_experts or 0) // groups.ep.size()
     expert_parameters = 0
     for name, parameter in model.named_parameters():
-        number = parameter.numel() * getattr(parameter, _STANDS_FOR, 1)
-        parameters[_part_of(name)] += number
-        expert_parameters += number if ".mlp.experts." in name else 0
+        number, part = parameter.numel(), "layers without routed experts"
+        if ".mlp.experts." in name:
+            number, part = number * experts_of_rank, "routed experts"
+            expert_parameters += number
+        parameters[_PART_OF_MODULE.get(name.partition(".")[0], part)] += number
     moe_layers = sum(isinstance(layer.mlp, MoELayer) for layer in model.decoder.layers)
     return Chunk(
         parameters=dict(parameters),
@@ -265,17 +292,6 @@ def _count_chunk(config: MaskMoEGPTModelConfig, groups: ProcessGroupCollection, 
         has_embedding=model.pre_process,
         has_output=model.post_process,
     )
-
-
-def _part_of(name: str) -> str:
-    """Return to which of `PARTS` a parameter belongs."""
-    if name.startswith("embedding."):
-        return "embedding"
-    if name.startswith("output_layer."):
-        return "output layer"
-    if name.startswith("mtp."):
-        return "multi-token prediction"
-    return "routed experts" if ".mlp.experts." in name else "layers without routed experts"
 
 
 def _buffer_bytes(name: str, buffer: torch.Tensor, config: MaskMoEGPTModelConfig) -> int:

@@ -1,60 +1,15 @@
-"""The result of `--check`, and its form as JSON."""
+"""The result of `--check`, its form as JSON, and its form as text for people."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
-from maskmoe.check.expert_use import ExpertUse
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from maskmoe.check.layout import Layout
-from maskmoe.check.memory import StageMemory
-from maskmoe.check.parameters import Chunk, ModelParameters
-
-
-@dataclass(frozen=True)
-class ModelReport:
-    """The parameters of the model of a run.
-
-    Attributes:
-        parameters: the whole model, and each of its pipeline stages.
-        num_experts: number of routed experts in a layer; None for a model without experts.
-        expert_use: how many experts tokens use; 0 for a model without experts.
-        has_mask: whether `expert_use` is computed from a routing mask.
-        padded_vocab_size: number of rows of the embedding.
-    """
-
-    parameters: ModelParameters
-    num_experts: int | None
-    expert_use: ExpertUse
-    has_mask: bool
-    padded_vocab_size: int
-
-    @property
-    def whole(self) -> Chunk:
-        """Return the model as one rank without parallelism holds it."""
-        return self.parameters.whole
-
-    def active_parameters(self, experts_per_token: float) -> int:
-        """Return how many parameters a token passes through, multi-token prediction left out."""
-        return round(self.whole.active_parameters(self.num_experts or 1, experts_per_token))
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """The memory of a run.
-
-    Attributes:
-        stages: one rank of each pipeline stage.
-        rows_per_token: mean number of rows that a token has on experts.
-        not_modelled: a clause for each setting of the run that changes the memory but is not taken into account.
-    """
-
-    stages: tuple[StageMemory, ...]
-    rows_per_token: float
-    not_modelled: tuple[str, ...]
-
-    @property
-    def largest_stage(self) -> int:
-        """Return the number of the pipeline stage that needs most memory, from 0."""
-        return max(range(len(self.stages)), key=lambda stage: self.stages[stage].total)
+from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
+from maskmoe.check.parameters import ModelParameters
 
 
 @dataclass(frozen=True)
@@ -72,7 +27,7 @@ class Report:
     errors: tuple[str, ...]
     notes: tuple[str, ...] = ()
     layout: Layout | None = None
-    model: ModelReport | None = None
+    model: ModelParameters | None = None
     memory: MemoryReport | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -94,52 +49,54 @@ class Report:
           share of rows) and `micro_batches_in_flight`; `largest_stage`, an index of `stages`; `exact`, the purposes
           whose bytes are not estimated; `not_modelled`, a list of clauses.
         """
-        return {
-            "errors": list(self.errors),
-            "notes": list(self.notes),
-            "layout": self.layout and _layout_as_json(self.layout),
-            "layers": self.model and _layers_as_json(self.model),
-            "parameters": self.model and _parameters_as_json(self.model),
-            "memory": self.memory and _memory_as_json(self.memory),
-        }
+        layers = parameters = layout = memory = None
+        if self.layout:
+            derived = ("data", "expert_data", "micro_batches", "tokens_per_step")
+            layout = asdict(self.layout) | {name: getattr(self.layout, name) for name in derived}
+        if self.model:
+            whole, use = self.model.whole, self.model.expert_use
+            layers = {
+                "with_experts": whole.moe_layers,
+                "without_experts": whole.dense_layers,
+                "multi_token_prediction": whole.mtp_layers,
+                "stages": [[chunk.layers for chunk in chunks] for chunks in self.model.stages],
+            }
+            parameters = {
+                "total": whole.num_parameters,
+                "parts": dict(whole.parameters),
+                "routed_experts": whole.expert_parameters,
+                "active": self.model.active(use.most),
+                "experts_per_token": use.most,
+                "mean_active": self.model.active(use.mean),
+                "mean_experts_per_token": use.mean,
+                "padded_vocab_size": self.model.padded_vocab_size,
+            }
+        if self.memory:
+            memory = {
+                "stages": [asdict(stage) | {"total": stage.total} for stage in self.memory.stages],
+                "largest_stage": self.memory.largest_stage,
+                "exact": list(EXACT),
+                "not_modelled": list(self.memory.not_modelled),
+            }
+        findings = {"errors": list(self.errors), "notes": list(self.notes)}
+        return findings | {"layout": layout, "layers": layers, "parameters": parameters, "memory": memory}
+
+    def to_text(self) -> str:
+        """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
+        environment = Environment(
+            loader=PackageLoader("maskmoe.check"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters |= {"gib": _gib, "run_lengths": _run_lengths}
+        template = environment.get_template("report.txt.j2")
+        return template.render(vars(self), exact=EXACT, purposes=EXACT | ESTIMATED).rstrip("\n")
 
 
-def _layout_as_json(layout: Layout) -> dict[str, int]:
-    return asdict(layout) | {
-        "data": layout.data,
-        "expert_data": layout.expert_data,
-        "micro_batches": layout.num_micro_batches,
-        "tokens_per_step": layout.tokens_per_step,
-    }
+def _gib(number: int) -> str:
+    """Write a number of bytes in GiB."""
+    return f"{number / 2**30:.2f}"
 
 
-def _layers_as_json(model: ModelReport) -> dict[str, Any]:
-    return {
-        "with_experts": model.whole.moe_layers,
-        "without_experts": model.whole.dense_layers,
-        "multi_token_prediction": model.whole.mtp_layers,
-        "stages": [[chunk.layers for chunk in chunks] for chunks in model.parameters.stages],
-    }
-
-
-def _parameters_as_json(model: ModelReport) -> dict[str, Any]:
-    use = model.expert_use
-    return {
-        "total": model.whole.num_parameters,
-        "parts": dict(model.whole.parameters),
-        "routed_experts": model.whole.expert_parameters,
-        "active": model.active_parameters(use.most),
-        "experts_per_token": use.most,
-        "mean_active": model.active_parameters(use.mean),
-        "mean_experts_per_token": use.mean,
-        "padded_vocab_size": model.padded_vocab_size,
-    }
-
-
-def _memory_as_json(memory: MemoryReport) -> dict[str, Any]:
-    return {
-        "stages": [asdict(stage) | {"total": stage.total} for stage in memory.stages],
-        "largest_stage": memory.largest_stage,
-        "exact": list(StageMemory.EXACT),
-        "not_modelled": list(memory.not_modelled),
-    }
+def _run_lengths(values: Iterable[str]) -> str:
+    """Write a list in which repeated neighbours are counted, such as `3, 14 × 4, 2`."""
+    runs = [(value, len(list(same))) for value, same in groupby(values)]
+    return ", ".join(value if number == 1 else f"{number} × {value}" for value, number in runs)

@@ -27,17 +27,16 @@ import argparse
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from maskmoe.cli import atomic_output
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import RoutingMask, TokenFrequency, count_token_frequency
-from maskmoe.simulation import Cluster, Layout, Link, MicroBatches, Simulation, Workload
+from maskmoe.simulation import Cluster, Layout, Link, Masks, MicroBatches, Simulation, Workload
 from maskmoe.simulation.report import draw_plot, table, to_json
 
-_NUM_GPUS = tuple(1 << exponent for exponent in range(3, 13))
 _EPILOG = """\
 example:
   %(prog)s --data-path data/web_text_document --routing-mask mask.safetensors \\
@@ -50,120 +49,55 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_argument_group("tokens and mask")
-    source.add_argument("--data-path", required=True, metavar="P", help="prefix of a dataset (P.bin and P.idx exist)")
-    source.add_argument(
-        "--routing-mask", type=Path, required=True, metavar="F", help="routing mask of the dataset's tokenizer"
-    )
-    source.add_argument(
-        "--layer", type=int, metavar="L", help="layer of the mask, counted from 1 (default: all layers, averaged)"
-    )
-    source.add_argument(
+
+    source = partial(parser.add_argument_group("tokens and mask").add_argument, type=int)
+    source("--data-path", type=str, required=True, metavar="P", help="prefix of a dataset (P.bin and P.idx exist)")
+    source("--routing-mask", type=Path, required=True, metavar="F", help="routing mask of the dataset's tokenizer")
+    source("--layer", metavar="L", help="layer of the mask, counted from 1 (default: all layers, averaged)")
+    source(
         "--tokens-per-rank",
-        type=int,
         default=4096,
         metavar="T",
         help="tokens in the micro-batch of a rank; each rank takes consecutive tokens from its own part of the dataset "
         "(default: %(default)s)",
     )
-    source.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of the random choice of experts (default: %(default)s)"
-    )
+    source("--seed", default=0, metavar="S", help="seed of the random choice of experts (default: %(default)s)")
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--topk",
-        type=int,
-        nargs="+",
-        required=True,
-        metavar="K",
-        help="experts of a token; give several to compare them",
-    )
-    model.add_argument("--hidden-size", type=int, required=True, metavar="H", help="elements of a hidden state")
-    model.add_argument(
+    model = partial(parser.add_argument_group("model").add_argument, type=int)
+    model("--topk", nargs="+", required=True, metavar="K", help="experts of a token; give several to compare them")
+    model("--hidden-size", required=True, metavar="H", help="elements of a hidden state")
+    model(
         "--bytes-per-element",
-        type=int,
         default=2,
         metavar="B",
         help="bytes of an element of a hidden state (default: %(default)s, bf16)",
     )
 
-    cluster = parser.add_argument_group("cluster")
-    cluster.add_argument(
+    cluster = partial(parser.add_argument_group("cluster").add_argument, type=int)
+    cluster(
         "--num-gpus",
-        type=int,
         nargs="+",
-        default=_NUM_GPUS,
+        default=tuple(1 << exponent for exponent in range(3, 13)),
         metavar="G",
         help="numbers of GPUs to compare (default: 8, 16, … 4096)",
     )
-    cluster.add_argument(
-        "--gpus-per-node", type=int, default=8, metavar="G", help="GPUs of a node (default: %(default)s)"
-    )
-    cluster.add_argument(
+    cluster("--gpus-per-node", default=8, metavar="G", help="GPUs of a node (default: %(default)s)")
+    cluster(
         "--expert-model-parallel-size",
-        type=int,
         metavar="E",
         help="number of expert-parallel ranks, limited to the number of GPUs (default: all GPUs)",
     )
-    for place, target, bandwidth, latency in (
-        ("intra", "GPUs of its node", 450, 1),
-        ("inter", "other nodes", 50, 2),
+    for flag, default, unit, meaning in (
+        ("--intra-node-bandwidth", 450, "GB/s", "bandwidth of a GPU to GPUs of its node, in each direction"),
+        ("--intra-node-latency", 1, "µs", "constant time of a message to GPUs of its node"),
+        ("--inter-node-bandwidth", 50, "GB/s", "bandwidth of a GPU to other nodes, in each direction"),
+        ("--inter-node-latency", 2, "µs", "constant time of a message to other nodes"),
     ):
-        cluster.add_argument(
-            f"--{place}-node-bandwidth",
-            type=float,
-            default=bandwidth,
-            metavar="GB/s",
-            help=f"bandwidth of a GPU to {target}, in each direction (default: %(default)s)",
-        )
-        cluster.add_argument(
-            f"--{place}-node-latency",
-            type=float,
-            default=latency,
-            metavar="µs",
-            help=f"constant time of a message to {target} (default: %(default)s)",
-        )
+        cluster(flag, type=float, default=default, metavar=unit, help=f"{meaning} (default: %(default)s)")
 
     parser.add_argument("--output", type=Path, metavar="F", help="file for the results in bytes and seconds, .json")
     parser.add_argument("--plot", type=Path, metavar="F", help="file for a plot of the results, .png")
     return parser.parse_args()
-
-
-def layouts_from(arguments: argparse.Namespace) -> list[Layout]:
-    """Return the layout of the ranks for each number of GPUs, ascending.
-
-    Raises:
-        UserError: A layout is impossible.
-    """
-    ep_size, all_num_gpus = arguments.expert_model_parallel_size, sorted(set(arguments.num_gpus))
-    ep_sizes = all_num_gpus if ep_size is None else [min(num_gpus, ep_size) for num_gpus in all_num_gpus]
-    return [Layout(*sizes, arguments.gpus_per_node) for sizes in zip(all_num_gpus, ep_sizes, strict=True)]
-
-
-def layers_from(arguments: argparse.Namespace, mask: RoutingMask) -> Sequence[int]:
-    """Return the layers to simulate, counted from 0.
-
-    Raises:
-        UserError: The mask does not have the layer.
-    """
-    if arguments.layer is None:
-        return range(mask.num_layers)
-    if not 1 <= arguments.layer <= mask.num_layers:
-        raise UserError(f"--layer is {arguments.layer}, but the routing mask has layers 1 to {mask.num_layers}")
-    return [arguments.layer - 1]
-
-
-def cluster_from(arguments: argparse.Namespace) -> Cluster:
-    """Return the links of the cluster.
-
-    Raises:
-        UserError: A bandwidth or latency is impossible.
-    """
-    return Cluster(
-        within=Link(arguments.intra_node_bandwidth * 1e9, arguments.intra_node_latency * 1e-6),
-        across=Link(arguments.inter_node_bandwidth * 1e9, arguments.inter_node_latency * 1e-6),
-    )
 
 
 def count_frequency(data_path: str, mask: RoutingMask, mask_path: Path) -> TokenFrequency:
@@ -180,20 +114,12 @@ def count_frequency(data_path: str, mask: RoutingMask, mask_path: Path) -> Token
         ) from error
 
 
-def settings_of(arguments: argparse.Namespace, mask: RoutingMask, num_tokens: int) -> dict[str, Any]:
-    """Return all settings that determine the results, as JSON values."""
-    flags = {name: value for name, value in vars(arguments).items() if name not in ("output", "plot")}
-    flags["routing_mask"] = str(arguments.routing_mask)
-    return flags | {"routing_mask_digest": mask.digest, "num_experts": mask.num_experts, "dataset_tokens": num_tokens}
-
-
 def print_settings(
     arguments: argparse.Namespace, mask: RoutingMask, batches: MicroBatches, layouts: Sequence[Layout]
 ) -> None:
     """Print the dataset, the mask, the micro-batches and the cluster."""
-    num_visible = mask.num_visible
-    is_frequent = num_visible > 1
-    sees = f"; {is_frequent.sum():,} of them see {num_visible.max()}" if is_frequent.any() else ""
+    is_frequent = mask.num_visible > 1
+    sees = f"; {is_frequent.sum():,} of them see {mask.num_visible.max()}" if is_frequent.any() else ""
     print(f"dataset          {arguments.data_path}: {len(batches.tokens):,} tokens")
     if overlapping := [layout.num_gpus for layout in layouts if batches.overlap(layout.num_gpus)]:
         print(f"                 with {overlapping[0]:,} or more GPUs, some tokens are given to several ranks")
@@ -215,9 +141,17 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.seed < 0:
         raise UserError(f"--seed must not be negative, it is {arguments.seed}")
-    layouts, cluster = layouts_from(arguments), cluster_from(arguments)
+    all_num_gpus, ep_size = sorted(set(arguments.num_gpus)), arguments.expert_model_parallel_size
+    ep_sizes = all_num_gpus if ep_size is None else [min(num_gpus, ep_size) for num_gpus in all_num_gpus]
+    layouts = [Layout(*sizes, arguments.gpus_per_node) for sizes in zip(all_num_gpus, ep_sizes, strict=True)]
+    cluster = Cluster(
+        within=Link(arguments.intra_node_bandwidth * 1e9, arguments.intra_node_latency * 1e-6),
+        across=Link(arguments.inter_node_bandwidth * 1e9, arguments.inter_node_latency * 1e-6),
+    )
     mask = RoutingMask.load(arguments.routing_mask)
-    layers = layers_from(arguments, mask)
+    if arguments.layer is not None and not 1 <= arguments.layer <= mask.num_layers:
+        raise UserError(f"--layer is {arguments.layer}, but the routing mask has layers 1 to {mask.num_layers}")
+    layers = range(mask.num_layers) if arguments.layer is None else [arguments.layer - 1]
     workload = Workload(
         topks=tuple(sorted(set(arguments.topk))),
         tokens_per_rank=arguments.tokens_per_rank,
@@ -231,11 +165,14 @@ def main() -> None:
         output = arguments.output and outputs.enter_context(atomic_output(arguments.output))
         plot = arguments.plot and outputs.enter_context(atomic_output(arguments.plot))
         frequency = count_frequency(arguments.data_path, mask, arguments.routing_mask)
-        simulation = Simulation(mask, layers, frequency, batches, cluster, workload, arguments.seed)
+        simulation = Simulation(Masks(mask, layers, frequency), batches, cluster, workload, arguments.seed)
         results = simulation.run(layouts, progress=True)
         if output:
-            content = to_json(settings_of(arguments, mask, len(batches.tokens)), results)
-            output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            # All settings that determine the results.
+            settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "plot")}
+            settings |= {"routing_mask": str(arguments.routing_mask), "routing_mask_digest": mask.digest}
+            settings |= {"num_experts": mask.num_experts, "dataset_tokens": len(batches.tokens)}
+            output.write_text(json.dumps(to_json(settings, results), indent=2) + "\n", encoding="utf-8")
         if plot:
             draw_plot(results, plot)
     print_settings(arguments, mask, batches, layouts)

@@ -3,11 +3,10 @@
 This package imports neither torch nor Megatron.
 """
 
-from maskmoe.simulation.cluster import Cluster, Link
+from maskmoe.simulation.cluster import Cluster, Layout, Link
 from maskmoe.simulation.dispatch import Workload
-from maskmoe.simulation.layout import Layout
 from maskmoe.simulation.micro_batches import MicroBatches
-from maskmoe.simulation.results import Cost, Result
-from maskmoe.simulation.simulate import Simulation
+from maskmoe.simulation.simulate import Cost, Result, Simulation
+from maskmoe.simulation.variants import Masks
 
-__all__ = ["Cluster", "Cost", "Layout", "Link", "MicroBatches", "Result", "Simulation", "Workload"]
+__all__ = ["Cluster", "Cost", "Layout", "Link", "Masks", "MicroBatches", "Result", "Simulation", "Workload"]

@@ -16,18 +16,16 @@ class MicroBatches:
 
     Attributes:
         tokens: Ids of the whole dataset, integer [dataset tokens].
-        tokens_per_rank: Tokens of a micro-batch on each rank.
+        tokens_per_rank: Tokens of a micro-batch on each rank, at least 1.
 
     Raises:
-        UserError: The dataset has fewer tokens than one rank needs, or a rank has no tokens.
+        UserError: The dataset has fewer tokens than one rank needs.
     """
 
     tokens: np.ndarray
     tokens_per_rank: int
 
     def __post_init__(self) -> None:
-        if self.tokens_per_rank < 1:
-            raise UserError(f"a rank needs at least 1 token, not {self.tokens_per_rank}")
         if len(self.tokens) < self.tokens_per_rank:
             raise UserError(
                 f"the dataset has {len(self.tokens):,} tokens, fewer than the {self.tokens_per_rank:,} of one rank; "

@@ -61,10 +61,6 @@ class VisibleTable:
         """The different sizes of the visible sets of all ids."""
         return np.unique(self.num_visible[self.row_of_id]).tolist()
 
-    def num_selected(self, token_ids: np.ndarray, topk: int) -> np.ndarray:
-        """Return `min(k, V)` for each token, in the shape of `token_ids`."""
-        return np.minimum(self.num_visible, topk)[self.row_of_id[token_ids]]
-
     def choose(self, token_ids: np.ndarray, topk: int, rng: np.random.Generator) -> Iterator[Choice]:
         """Select `min(k, V)` visible experts for each token; all subsets of this size are equally likely.
 

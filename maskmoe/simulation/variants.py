@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
-from maskmoe.simulation.layout import Layout
+from maskmoe.simulation.cluster import Layout
 from maskmoe.transformer.dispatch.kind import DispatchKind
 
 
@@ -54,82 +55,75 @@ class Masks:
         mask: The given mask.
         layers: The simulated layers, counted from 0.
         frequency: Token counts of the dataset.
+
+    Attributes:
+        frequency: Token counts of the dataset.
     """
 
     def __init__(self, mask: RoutingMask, layers: Sequence[int], frequency: TokenFrequency) -> None:
-        self.num_experts = mask.num_experts
-        self._seed = mask.provenance.seed
-        self._frequency = frequency
-        layers = [0] if mask.is_shared else sorted(set(layers))
-        num_visible = mask.num_visible_of_layer(layers[0])
+        self._mask, self.frequency = mask, frequency
+        self._layers = [0] if mask.is_shared else sorted(set(layers))
+        num_visible = mask.num_visible_of_layer(self._layers[0])
         occurrences = frequency.occurrences
         self._max_visible = int(num_visible.max())
         self._frequent_mass = float(occurrences[num_visible > 1].sum() / occurrences.sum())
-        everything = MaskRecipe.from_preset("smoe", mask.num_experts, 1)
-        self._fixed = {
-            Routing.TOPK: (build_routing_mask(everything, vocab_size=mask.vocab_size, workers=1),),
-            Routing.MASK: tuple(_one_layer(mask, layer) for layer in layers),
-        }
-        self._local: dict[int, tuple[RoutingMask, ...]] = {}
+        # One build for all layouts with the same number of places, and for all k.
+        self._build = cache(self._build_masks)
 
     def num_layers(self, routing: Routing) -> int:
         """Return the number of masks that `layers_of` returns."""
-        return 1 if routing is Routing.TOPK else len(self._fixed[Routing.MASK])
+        return 1 if routing is Routing.TOPK else len(self._layers)
 
-    def layers_of(self, routing: Routing, layout: Layout) -> tuple[RoutingMask, ...]:
+    def layers_of(self, routing: Routing, layout: Layout) -> list[RoutingMask]:
         """Return a mask of one layer for each simulated layer, or a single mask if all layers are equal.
 
         Call `why_impossible` first: the masks must be possible.
         """
-        if routing in self._fixed:
-            return self._fixed[routing]
-        num_places = _num_places(routing, layout)
-        assert num_places is not None
-        if num_places not in self._local:
-            self._local[num_places] = self._build_local(num_places)
-        return self._local[num_places]
+        return self._build(routing, _num_places(routing, layout))
 
     def why_impossible(self, routing: Routing, layout: Layout, topk: int) -> str | None:
         """Return the reason why these masks are impossible for these ranks and this k, or None."""
-        num_experts, ep_size = self.num_experts, layout.ep_size
+        num_experts, ep_size = self._mask.num_experts, layout.ep_size
         if layout.num_gpus % ep_size:
             return f"{layout.num_gpus:,} GPUs cannot be divided into groups of {ep_size:,} expert-parallel ranks"
         if num_experts < ep_size:
             return f"{num_experts:,} experts are fewer than {ep_size:,} expert-parallel ranks"
         if num_experts % ep_size:
             return f"{num_experts:,} experts cannot be divided evenly over {ep_size:,} expert-parallel ranks"
-        if routing in self._fixed:
-            return None
         num_places = _num_places(routing, layout)
-        if num_places is None:
+        if num_places == 0:
             return f"{ep_size:,} expert-parallel ranks do not fill whole nodes of {layout.gpus_per_node:,}"
-        needed = min(self._max_visible, max(2, topk))
-        if num_experts // num_places < needed:
+        available, needed = num_experts // num_places, min(self._max_visible, max(2, topk))
+        if available < needed:
             place = "rank" if routing is Routing.RANK_LOCAL else "node"
-            available = num_experts // num_places
             return f"a {place} has {available:,} of the experts, fewer than the {needed:,} that a frequent id needs"
         return None
 
-    def _build_local(self, num_places: int) -> tuple[RoutingMask, ...]:
-        """Build masks in which all experts of an id are on one of `num_places` ranks or nodes."""
-        sees_several = self._max_visible > 1
-        num_layers = self.num_layers(Routing.MASK)
-        recipe = MaskRecipe(
-            num_experts=self.num_experts,
-            num_layers=num_layers,
-            assignment="rank-local",
-            frequent_mass=self._frequent_mass,
-            frequent_visible_experts=min(self._max_visible, self.num_experts // num_places) if sees_several else None,
-            seed=self._seed,
-            expert_model_parallel_size=num_places,
-        )
-        mask = build_routing_mask(recipe, frequency=self._frequency, workers=1)
-        return tuple(_one_layer(mask, layer) for layer in range(num_layers))
+    def _build_masks(self, routing: Routing, num_places: int) -> list[RoutingMask]:
+        """Build the masks of a kind of routing, with all experts of an id on one of `num_places` ranks or nodes."""
+        num_experts, num_layers = self._mask.num_experts, self.num_layers(routing)
+        if routing is Routing.MASK:
+            return [_one_layer(self._mask, layer) for layer in self._layers]
+        if routing is Routing.TOPK:
+            recipe = MaskRecipe.from_preset("smoe", num_experts, num_layers)
+        else:
+            num_visible = min(self._max_visible, num_experts // num_places)
+            frequent_visible, seed = num_visible if num_visible > 1 else None, self._mask.provenance.seed
+            recipe = MaskRecipe(
+                num_experts, num_layers, "rank-local", self._frequent_mass, frequent_visible, seed, num_places
+            )
+        mask = build_routing_mask(recipe, frequency=self.frequency, workers=1)
+        return [_one_layer(mask, layer) for layer in range(num_layers)]
 
 
-def _num_places(routing: Routing, layout: Layout) -> int | None:
-    """Return the number of ranks or nodes of a group; None if the group does not fill whole nodes."""
-    return layout.ep_size if routing is Routing.RANK_LOCAL else layout.nodes_per_group
+def _num_places(routing: Routing, layout: Layout) -> int:
+    """Return the number of places among which the ids of a group are divided: ranks, nodes, or the whole group.
+
+    The number is 0 if the group would have to be divided among nodes but does not fill whole nodes.
+    """
+    if routing is Routing.NODE_LOCAL:
+        return layout.nodes_per_group or 0
+    return layout.ep_size if routing is Routing.RANK_LOCAL else 1
 
 
 def _one_layer(mask: RoutingMask, layer: int) -> RoutingMask:

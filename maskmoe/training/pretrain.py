@@ -10,14 +10,14 @@ from maskmoe.megatron_compat import prepare_process
 def main() -> None:
     """Prepare the process, then train, or check the command line if `--check` is given."""
     prepare_process()
-    from maskmoe.check.command import CheckRequest, check_run
+    from maskmoe.check.command import check_run, requested_check
     from maskmoe.training import pretraining
 
-    request = CheckRequest.from_command_line()
-    if request is None:
+    request = requested_check()
+    if request.check is None:
         pretraining.main()
     else:
-        check_run(request, pretraining.add_pretraining_arguments)
+        check_run(request.check, request.check_json, pretraining.add_pretraining_arguments)
 
 
 if __name__ == "__mp_main__":  # a process that Megatron spawned, such as the writer of checkpoints

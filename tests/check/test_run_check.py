@@ -19,14 +19,11 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from support.launchers import RANK_SCRIPTS, run_script_as_ranks
 from support.runs import free_port
 
-from maskmoe.check.activations import micro_batches_in_flight
-from maskmoe.check.command import CheckRequest
-from maskmoe.check.expert_use import ExpertUse
+from maskmoe.check.command import requested_check
 from maskmoe.check.layout import Layout
-from maskmoe.check.memory import StageMemory
-from maskmoe.check.parameters import PARTS, Chunk, ModelParameters
-from maskmoe.check.report import MemoryReport, ModelReport, Report
-from maskmoe.check.text import report_lines
+from maskmoe.check.memory import MemoryReport, StageMemory
+from maskmoe.check.parameters import PARTS, Chunk, ExpertUse, ModelParameters
+from maskmoe.check.report import Report
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
@@ -377,16 +374,17 @@ def test_error(flags, reports):
 
 
 def test_request(monkeypatch):
-    def request(*flags: str) -> CheckRequest | None:
+    def request(*flags: str) -> tuple[int | None, bool]:
         monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
-        return CheckRequest.from_command_line()
+        request = requested_check()
+        return request.check, request.check_json
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert request("--num-layers", "4") is None
-    assert request("--check", "--num-layers", "4") == CheckRequest(1, as_json=False)
-    assert request("--num-layers", "4", "--check", "64", "--json") == CheckRequest(64, as_json=True)
+    assert request("--num-layers", "4") == (None, False)
+    assert request("--check", "--num-layers", "4") == (1, False)
+    assert request("--num-layers", "4", "--check", "64", "--json") == (64, True)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    assert request("--check") == CheckRequest(16, as_json=False)
+    assert request("--check") == (16, False)
     with pytest.raises(UserError, match="--check 0: a run has at least one rank"):
         request("--check", "0")
     with pytest.raises(UserError, match="pass --check, too"):
@@ -396,15 +394,14 @@ def test_request(monkeypatch):
 def test_text_of_a_report():
     layout = Layout(16, 2, 2, 1, 4, 1, 1, 2, 1, 64, 4096)
     chunk = Chunk(dict.fromkeys(PARTS, 10**8), 8 * 10**7, 0, 1, 3, 0, True, True)
-    parameters = ModelParameters(whole=chunk, stages=((chunk, chunk), (chunk,)))
     use = ExpertUse(2, 1.4, "40% of the tokens use 2, the others 1")
-    model = ModelReport(parameters, 8, use, has_mask=True, padded_vocab_size=512)
+    model = ModelParameters(chunk, ((chunk, chunk), (chunk,)), 8, use, mask_bytes=0, padded_vocab_size=512)
     stages = tuple(
         StageMemory(gib << 30, gib << 29, 0, 0, 0, 0, 0, 0, doubled_rows=gib << 26, micro_batches_in_flight=4 / gib)
         for gib in (2, 4)
     )
     memory = MemoryReport(stages, 1.4, ("the memory does not take --x into account",))
-    lines = list(report_lines(Report((), ("something",), layout, model, memory)))
+    lines = Report((), ("something",), layout, model, memory).to_text().splitlines()
     for line in (
         "ranks         16",
         "  dense parts TP 2 × PP 2 × CP 1 × DP 4 = 16",
@@ -427,7 +424,7 @@ def test_text_of_a_report():
         assert line in lines
     assert any("a rank that gets twice as many rows needs 0.25 GiB more" in line for line in lines)
     assert not any("optimizer" in line for line in lines)
-    assert list(report_lines(Report(("an error",)))) == []
+    assert Report(("an error",)).to_text() == ""
 
 
 SIZES = st.integers(1, 12)
@@ -477,4 +474,4 @@ def test_micro_batches_in_flight(chunks, group, micro_batches):
         )
         _, _, warm_up, remaining = get_pp_rank_microbatches(micro_batches, chunks, group, p2p_communicator=communicator)
         # After the warm-up, a backward pass follows every forward pass.
-        assert micro_batches_in_flight(layout, stage) * chunks == pytest.approx(warm_up + (remaining > 0))
+        assert layout.micro_batches_in_flight(stage) * chunks == pytest.approx(warm_up + (remaining > 0))

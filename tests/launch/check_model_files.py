@@ -16,12 +16,7 @@ from typing import Any
 from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
-from maskmoe.check.activations import ActivationModel
-from maskmoe.check.expert_use import ExpertUse
-from maskmoe.check.findings import find_problems
-from maskmoe.check.layout import Layout
-from maskmoe.check.memory import stage_memory
-from maskmoe.check.parameters import count_parameters, mask_bytes
+from maskmoe.check.inspection import Inspection
 from maskmoe.training.pretraining import add_pretraining_arguments
 
 
@@ -43,26 +38,20 @@ def answer(ranks: int) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", DeprecationWarning)  # Megatron's code causes them for any settings
-        findings = find_problems(ranks, add_pretraining_arguments)
+        report = Inspection(ranks, add_pretraining_arguments).report()
     logging.getLogger().removeHandler(collector)
-    messages = [*collector.messages, *(str(warning.message) for warning in caught)]
+    # Megatron logs the deprecation for every model that is built.
+    logged = [message for message in collector.messages if not message.startswith("GPTModel IS DEPRECATED")]
+    messages = [*logged, *(str(warning.message) for warning in caught)]
     messages += [line for line in printed.getvalue().splitlines() if "warn" in line.lower()]
-    args, config, mask = findings.args, findings.config, findings.mask
-    if findings.errors or config is None:
-        return {"errors": findings.errors, "notes": findings.notes, "warnings": messages}
-    layout = Layout.from_args(args)
-    model = count_parameters(config, layout)
-    topk = args.moe_router_topk if args.num_experts else 0
-    experts = ExpertUse.from_mask(mask, topk).mean
-    activations = ActivationModel.from_args(args, config.transformer, layout, experts)
-    memory = stage_memory(args, layout, model, activations, mask_bytes(config, mask) if mask is not None else 0)
-    return {
-        "errors": [],
-        "notes": findings.notes,
-        "warnings": messages,
-        "parameters": model.whole.num_parameters,
-        "active": model.whole.active_parameters(args.num_experts or 1, topk),
-        "memory": [stage.total for stage in memory],
+    findings = {"errors": report.errors, "notes": report.notes, "warnings": messages}
+    if report.layout is None or report.model is None or report.memory is None:
+        return findings
+    layout = report.layout
+    return findings | {
+        "parameters": report.model.whole.num_parameters,
+        "active": report.model.active(report.model.expert_use.most),
+        "memory": [stage.total for stage in report.memory.stages],
         "layout": [layout.tensor, layout.pipeline, layout.expert, layout.data],
     }
 

@@ -9,33 +9,33 @@ from hypothesis import strategies as st
 
 from maskmoe.errors import UserError
 from maskmoe.simulation import Cluster, Layout, Link
-from maskmoe.simulation.layout import Reach
-from maskmoe.simulation.traffic import TrafficCounter
+from maskmoe.simulation.cluster import Reach
+from maskmoe.simulation.dispatch import Exchange, Traffic
 
 CLUSTER = Cluster(within=Link(bandwidth=400e9, latency=1e-6), across=Link(bandwidth=50e9, latency=3e-6))
 
 
 def test_time_of_one_message():
-    counter = TrafficCounter(layout := Layout(num_gpus=4, ep_size=4, gpus_per_node=2))
-    counter.add(range(1), np.array([[9, 0, 10, 0]]))
+    traffic = Traffic.empty(Layout(num_gpus=4, ep_size=4, gpus_per_node=2))
+    traffic.add(range(1), np.array([[9, 0, 10, 0]]))
     # Two peers are on the other node. Rank 0 sends to them and determines the time.
-    assert CLUSTER.seconds(layout, counter.total(), 1000) == pytest.approx(2 * 3e-6 + 10 * 1000 / 50e9)
+    assert Exchange("rows", 1, traffic, 1000).seconds(CLUSTER) == pytest.approx(2 * 3e-6 + 10 * 1000 / 50e9)
 
 
 @given(st.integers(0, 2**32))
 def test_the_busiest_direction_of_the_busiest_rank_decides(seed):
     layout = Layout(num_gpus=8, ep_size=4, gpus_per_node=2)
     rows = np.random.default_rng(seed).integers(0, 100, size=(8, 4))
-    counter, slowest = TrafficCounter(layout), 0.0
+    traffic, slowest = Traffic.empty(layout), 0.0
     for first in (0, 4):
-        counter.add(range(first, first + 4), matrix := rows[first : first + 4])
+        traffic.add(range(first, first + 4), matrix := rows[first : first + 4])
         for rank in range(4):
             neighbour = rank ^ 1
             others = [other for other in range(4) if other // 2 != rank // 2]
             rows_within = max(matrix[rank, neighbour], matrix[neighbour, rank])
             rows_across = max(matrix[rank, others].sum(), matrix[others, rank].sum())
             slowest = max(slowest, 1e-6 + rows_within * 4096 / 400e9, 2 * 3e-6 + rows_across * 4096 / 50e9)
-    assert CLUSTER.seconds(layout, counter.total(), 4096) == pytest.approx(slowest)
+    assert Exchange("rows", 1, traffic, 4096).seconds(CLUSTER) == pytest.approx(slowest)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from support.small_cases import count, make_mask, write_data
 
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.simulation import Cluster, Layout, Link, MicroBatches, Simulation, Workload
-from maskmoe.simulation.dispatch import exchanges
+from maskmoe.simulation.dispatch import Traffic, exchanges, rows_of_choices
 from maskmoe.simulation.routing import VisibleTable
-from maskmoe.simulation.traffic import TrafficCounter, rows_of_choices
 from maskmoe.simulation.variants import Masks, Routing
 from maskmoe.transformer.dispatch.kind import DispatchKind
 
@@ -49,8 +48,8 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
         (layer_mask,) = masks.layers_of(routing, layout)
         choices = list(VisibleTable.of_layer(layer_mask, 0).choose(token_ids.ravel(), TOPK, rng))
         maps[name] = routing_map(choices, token_ids.size, num_experts).reshape(num_ranks, TOKENS, num_experts)
-        counted = rows_of_choices(choices, num_ranks, TOKENS, num_ranks, num_experts // num_ranks)
-        rows |= {f"{name}, row per expert": counted.per_expert, f"{name}, one copy": counted.per_rank}
+        per_expert, per_rank = rows_of_choices(choices, (num_ranks, TOKENS), num_ranks, num_experts // num_ranks)
+        rows |= {f"{name}, row per expert": per_expert, f"{name}, one copy": per_rank}
     rows["rank-local mask, planned"] = rows["rank-local mask, one copy"]
     layer_mask.save(tmp_path / "rank_local.safetensors")
     np.savez(tmp_path / "cases.npz", token_ids=token_ids, topk=TOPK, hidden_size=HIDDEN, **maps)
@@ -60,13 +59,13 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
     calls_of_ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
     workload = Workload((TOPK,), TOKENS, HIDDEN, 4, num_experts, num_layers=1)
     link = Link(1e9, 0)
-    results = Simulation(mask, [0], frequency, batches, Cluster(link, link), workload).run([layout])
+    results = Simulation(masks, batches, Cluster(link, link), workload).run([layout])
     costs = {result.variant.name: result.cost for result in results}
     for name, dispatch in DISPATCH.items():
         matrix = rows[name]  # [ranks, ranks]
-        counter = TrafficCounter(layout)
-        counter.add(range(num_ranks), matrix)
-        expected = {exchange.content: exchange for exchange in exchanges(dispatch, counter.total(), layout, workload)}
+        traffic = Traffic.empty(layout)
+        traffic.add(range(num_ranks), matrix)
+        expected = {exchange.content: exchange for exchange in exchanges(dispatch, traffic, workload)}
         assert {call[0] for rank_calls in calls_of_ranks for call in rank_calls[name]} == expected.keys()
         sent = np.zeros((num_ranks, num_ranks))
         for content, exchange in expected.items():

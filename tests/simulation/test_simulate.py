@@ -30,7 +30,7 @@ def tokens(tmp_path_factory):
 
 def run(frequency, tokens, mask, layouts, topks=(2,), layers=(0,), seed=0, hidden_size=HIDDEN):
     workload = Workload(topks, TOKENS, hidden_size, 2, mask.num_experts, mask.num_layers)
-    simulation = Simulation(mask, layers, frequency, MicroBatches(tokens, TOKENS), CLUSTER, workload, seed)
+    simulation = Simulation(Masks(mask, layers, frequency), MicroBatches(tokens, TOKENS), CLUSTER, workload, seed)
     return simulation.run(layouts)
 
 
@@ -193,9 +193,8 @@ def test_micro_batches():
     assert batches.of_ranks(range(3, 4), 4).tolist() == [[*range(75, 100), *range(5)]]
     assert not batches.overlap(3)
     assert batches.overlap(4)
-    for tokens_per_rank, words in ((101, "100 tokens, fewer than the 101"), (0, "at least 1")):
-        with pytest.raises(UserError, match=words):
-            MicroBatches(token_ids, tokens_per_rank)
+    with pytest.raises(UserError, match="100 tokens, fewer than the 101"):
+        MicroBatches(token_ids, 101)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +202,7 @@ def test_micro_batches():
     [
         (((0,), 1, 1, 1, 8, 1), "top-k must be 1 to 8"),
         (((2, 9), 1, 1, 1, 8, 1), "not 9"),
+        (((1,), 0, 1, 1, 8, 1), "tokens per rank must be at least 1"),
         (((1,), 1, 0, 1, 8, 1), "hidden size"),
         (((1,), 1, 1, -2, 8, 1), "bytes per element"),
     ],

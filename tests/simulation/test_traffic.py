@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.small_cases import selected_experts, tables
 
-from maskmoe.simulation.layout import Layout, Reach
-from maskmoe.simulation.traffic import RowsBetween, Traffic, TrafficCounter, planned_rows, rows_of_choices
+from maskmoe.simulation.cluster import Layout, Reach
+from maskmoe.simulation.dispatch import Traffic, rows_of_choices
 
 
 @st.composite
@@ -19,9 +19,9 @@ def dispatches(draw, rank_local: bool = False):
     return table, num_ranks, token_ids, topk, list(table.choose(token_ids.ravel(), topk, rng))
 
 
-def count_rows(case) -> RowsBetween:
+def count_rows(case) -> tuple[np.ndarray, np.ndarray]:
     table, num_ranks, token_ids, _, choices = case
-    return rows_of_choices(choices, *token_ids.shape, num_ranks, table.num_experts // num_ranks)
+    return rows_of_choices(choices, token_ids.shape, num_ranks, table.num_experts // num_ranks)
 
 
 @given(dispatches())
@@ -34,29 +34,30 @@ def test_rows_of_choices(case):
             per_expert[token // token_ids.shape[1], rank] += 1
         for rank in set(ranks):
             per_rank[token // token_ids.shape[1], rank] += 1
-    rows = count_rows(case)
-    assert np.array_equal(rows.per_expert, per_expert)
-    assert np.array_equal(rows.per_rank, per_rank)
+    assert np.array_equal(count_rows(case), (per_expert, per_rank))
 
 
 @given(dispatches())
 def test_one_copy_is_never_more(case):
     table, _, token_ids, topk, _ = case
-    rows = count_rows(case)
-    assert (rows.per_rank <= rows.per_expert).all()
-    assert ((rows.per_rank > 0) == (rows.per_expert > 0)).all()
-    assert np.array_equal(rows.per_expert.sum(axis=1), table.num_selected(token_ids, topk).sum(axis=1))
+    per_expert, per_rank = count_rows(case)
+    assert (per_rank <= per_expert).all()
+    assert ((per_rank > 0) == (per_expert > 0)).all()
+    num_selected = np.minimum(table.num_visible[table.row_of_id[token_ids]], topk)
+    assert np.array_equal(per_expert.sum(axis=1), num_selected.sum(axis=1))
 
 
 @given(dispatches(rank_local=True))
 def test_rank_local_tokens_are_one_row_each_whatever_is_chosen(case):
     table, num_ranks, token_ids, topk, _ = case
-    rows = count_rows(case)
-    assert (rows.per_rank.sum(axis=1) == token_ids.shape[1]).all()
+    per_expert, per_rank = count_rows(case)
     rank_of_set = table.experts[np.cumsum(table.num_visible) - 1] // (table.num_experts // num_ranks)
-    planned = planned_rows(rank_of_set[table.row_of_id[token_ids]], table.num_selected(token_ids, topk), num_ranks)
-    assert np.array_equal(planned.per_rank, rows.per_rank)
-    assert np.array_equal(planned.per_expert, rows.per_expert)
+    rows = table.row_of_id[token_ids]
+    for source, sets in enumerate(rows):
+        tokens_to_rank = np.bincount(rank_of_set[sets], minlength=num_ranks)
+        experts_on_rank = np.bincount(rank_of_set[sets], np.minimum(table.num_visible[sets], topk), num_ranks)
+        assert np.array_equal(per_rank[source], tokens_to_rank)
+        assert np.array_equal(per_expert[source], experts_on_rank)
 
 
 @st.composite
@@ -80,12 +81,11 @@ def test_counted_by_reach(layout, seed):
             sent[source, reach] += rows[source, place]
             received[rank, reach] += rows[source, place]
 
-    counter, start = TrafficCounter(layout), 0
+    traffic, start = Traffic.empty(layout), 0
     while start < layout.num_gpus:
         end = start + int(rng.integers(1, layout.ep_size - start % layout.ep_size + 1))
-        counter.add(range(start, end), rows[start:end])
+        traffic.add(range(start, end), rows[start:end])
         start = end
-    traffic = counter.total()
     assert np.array_equal(traffic.sent, sent)
     assert np.array_equal(traffic.received, received)
     assert np.array_equal(traffic.sent.sum(axis=0), traffic.received.sum(axis=0))
@@ -93,9 +93,9 @@ def test_counted_by_reach(layout, seed):
 
 @given(layouts())
 def test_one_row_to_every_peer(layout):
-    counter = TrafficCounter(layout)
+    expected = Traffic.empty(layout)
     for first in range(0, layout.num_gpus, layout.ep_size):
-        counter.add(range(first, first + layout.ep_size), 1 - np.eye(layout.ep_size, dtype=np.int64))
-    expected, traffic = counter.total(), Traffic.to_every_peer(layout)
+        expected.add(range(first, first + layout.ep_size), 1 - np.eye(layout.ep_size, dtype=np.int64))
+    traffic = Traffic.to_every_peer(layout)
     assert np.array_equal(traffic.sent, expected.sent)
     assert np.array_equal(traffic.received, expected.received)

@@ -1,12 +1,11 @@
-"""Finds all errors in the command line and the files of a run, not only the first."""
+"""Inspects the command line and the files of a run: finds all errors, not only the first, and measures the run."""
 
 import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,22 +18,17 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer
 
 from maskmoe.check.layout import Layout, layer_errors
+from maskmoe.check.memory import compute_memory
+from maskmoe.check.parameters import count_parameters
+from maskmoe.check.report import Report
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint
 from maskmoe.data.indexed_dataset import read_info
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat import cpu
 from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.training import file_checks
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
-from maskmoe.training.file_checks import (
-    check_mask,
-    check_save_folder,
-    check_tokenizer,
-    current_vocab_size,
-    data_errors,
-    data_prefixes,
-    tokenizer_sha256,
-    was_counted,
-)
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
 from maskmoe.training.refusals import unsupported_settings
 from maskmoe.training.resume import check_same_model
@@ -58,46 +52,15 @@ _MISSING_TRANSFORMER_ENGINE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Findings:
-    """The result of checking a command line.
-
-    Attributes:
-        errors: the errors that the run would end with, one line each.
-        notes: facts that the user should know but that do not stop the run, one line each.
-        layout: the layout on the command line; its sizes need not divide each other.
-        args: arguments that Megatron has validated, with a layout that divides; None if Megatron refuses them.
-        config: the model's configuration; None if Megatron refuses it, or if the size of the vocabulary is unknown.
-        mask: the routing mask; None if there is none, or none that can be read.
-    """
-
-    errors: tuple[str, ...]
-    notes: tuple[str, ...]
-    layout: Layout
-    args: Namespace | None
-    config: MaskMoEGPTModelConfig | None
-    mask: RoutingMask | None
-
-
-def find_problems(ranks: int, extra_args_provider: ArgumentsProvider) -> Findings:
-    """Check the command line of this process.
+class Inspection:
+    """Makes the checks of a run in the order of the run, but continues after an error; then measures the run.
 
     Args:
         ranks: the number of ranks that the run would have.
         extra_args_provider: adds the arguments of the entry point to the common arguments.
 
     Raises:
-        UserError: the command line has unknown flags.
-    """
-    return _ProblemFinder(ranks, extra_args_provider).run()
-
-
-class _ProblemFinder:
-    """Makes the checks of a run in the order of the run, but continues after an error.
-
-    Args:
-        ranks: the number of ranks that the run would have.
-        extra_args_provider: adds the arguments of the entry point to the common arguments.
+        UserError: the command line of this process has unknown flags.
     """
 
     def __init__(self, ranks: int, extra_args_provider: ArgumentsProvider) -> None:
@@ -106,8 +69,8 @@ class _ProblemFinder:
         self._args = parse_args(partial(_add_arguments, extra_args_provider))
         self._args.world_size, self._args.rank = ranks, 0
 
-    def run(self) -> Findings:
-        """Make all checks."""
+    def report(self) -> Report:
+        """Make all checks, and compute the layout, parameters and memory as far as they are known."""
         args = self._args
         # The arguments: given, or read from a checkpoint.
         checkpoint = self._find_checkpoint()
@@ -115,24 +78,32 @@ class _ProblemFinder:
             load_args_from_checkpoint(args)
         # Settings, sizes and files, by our own rules.
         layout = Layout.from_args(args)
-        errors = (unsupported_settings(args), layout.errors(), layer_errors(args))
-        self._add(chain.from_iterable(errors))
+        divides = not any(layout.errors())
+        self._add(chain(unsupported_settings(args), layout.errors(), layer_errors(args)))
         with self._collecting():
-            check_save_folder(args)
+            file_checks.check_save_folder(args)
         mask = self._find_mask(checkpoint)
         # Megatron's rules. The remaining checks use the validated arguments if there are some.
         validated = self._validate(layout)
-        has_tokenizer = self._make_tokenizer(validated or args)
-        self._check_files(validated or args, mask, checkpoint, has_tokenizer, is_valid=validated is not None)
-        config = self._model_config(validated) if validated and has_tokenizer else None
-        return Findings(
-            errors=tuple(dict.fromkeys(self._errors)),
-            notes=tuple(dict.fromkeys(self._notes)),
-            layout=layout,
-            args=validated,
-            config=config,
-            mask=mask,
-        )
+        args = validated or args
+        has_tokenizer = self._make_tokenizer(args)
+        if has_tokenizer and mask is not None and args.num_experts and args.num_layers:
+            with self._collecting():
+                file_checks.check_mask(args, mask)
+        if validated is not None and checkpoint is not None:
+            with self._collecting():
+                check_same_model(args, checkpoint)
+        self._check_data(args, mask, file_checks.current_vocab_size() if has_tokenizer else None)
+        # The validated arguments have a layout that divides, so the model is known even if the given layout does not.
+        model = memory = None
+        if validated is not None and has_tokenizer:
+            with self._collecting():
+                config = _model_config(validated)
+                with _reporting_failure_of("the model"), megatrons_checks():
+                    model = count_parameters(validated, config, mask)
+                memory = compute_memory(validated, config.transformer, model) if divides else None
+        errors, notes = (tuple(dict.fromkeys(lines)) for lines in (self._errors, self._notes))
+        return Report(errors, notes, layout if divides else None, model, memory)
 
     @contextmanager
     def _collecting(self) -> Iterator[None]:
@@ -186,75 +157,55 @@ class _ProblemFinder:
         if any(layer_errors(self._args)):
             # Megatron would only report the same errors in other words.
             return None
-        args = deepcopy(self._args)
-        repaired = layout.repaired()
-        args.world_size = repaired.ranks
+        args, repaired = deepcopy(self._args), layout.repaired()
+        args.world_size, args.global_batch_size = repaired.ranks, args.global_batch_size and repaired.global_batch
         # Megatron refuses grouped experts without a GPU, which the machine of the check need not have.
-        args.moe_grouped_gemm = self._args.moe_grouped_gemm and not _defaults_of_cpu()
-        if any(layout.errors()) and args.global_batch_size:
-            args.global_batch_size = repaired.global_batch
+        args.moe_grouped_gemm = self._args.moe_grouped_gemm and not cpu.is_installed()
         with self._collecting(), megatrons_checks():
             validate_args(args)
             args.moe_grouped_gemm = self._args.moe_grouped_gemm
             return args
         return None
 
-    def _check_files(
-        self, args: Namespace, mask: RoutingMask | None, checkpoint: Path | None, has_tokenizer: bool, is_valid: bool
-    ) -> None:
-        """Check mask, checkpoint and datasets against the arguments."""
-        if has_tokenizer and mask is not None and args.num_experts and args.num_layers:
-            with self._collecting():
-                check_mask(args, mask)
-        if is_valid and checkpoint is not None:
-            with self._collecting():
-                check_same_model(args, checkpoint)
-        vocab_size = current_vocab_size() if has_tokenizer else None
-        self._add(data_errors(args, mask, vocab_size, _MOST_BYTES_READ))
-        self._note_unread_ids(args, mask)
+    def _check_data(self, args: Namespace, mask: RoutingMask | None, vocab_size: int | None) -> None:
+        """Check the datasets, except the token ids of large datasets, which the run checks."""
+        self._add(file_checks.data_errors(args, mask, vocab_size, _MOST_BYTES_READ))
+        for prefix in dict.fromkeys(file_checks.data_prefixes(args)):
+            with suppress(UserError):  # `data_errors` has reported it
+                info = read_info(prefix)
+                if info.bin_bytes > _MOST_BYTES_READ and not file_checks.was_counted(info, mask):
+                    self._notes.append(
+                        f"dataset {prefix} was not counted for the mask: the run checks its token ids when it starts"
+                    )
 
     def _make_tokenizer(self, args: Namespace) -> bool:
         """Build Megatron's tokenizer and record its digest in the arguments; return whether there was no error."""
         args.tokenizer_sha256 = None
-        errors_before = len(self._errors)
         with self._collecting():
-            check_tokenizer(args)
-        if len(self._errors) > errors_before:
-            return False
-        with self._collecting(), reporting_failure_of(f"the tokenizer ({args.tokenizer_type} {args.tokenizer_model})"):
-            args.tokenizer_sha256 = tokenizer_sha256(args)
-            rebuild_tokenizer(args)
-        return len(self._errors) == errors_before
+            file_checks.check_tokenizer(args)
+            with _reporting_failure_of(f"the tokenizer ({args.tokenizer_type} {args.tokenizer_model})"):
+                args.tokenizer_sha256 = file_checks.tokenizer_sha256(args)
+                rebuild_tokenizer(args)
+            return True
+        return False
 
-    def _note_unread_ids(self, args: Namespace, mask: RoutingMask | None) -> None:
-        """Note the datasets whose token ids nothing has checked yet."""
-        for prefix in dict.fromkeys(data_prefixes(args)):
-            try:
-                info = read_info(prefix)
-            except UserError:
-                continue
-            if info.bin_bytes > _MOST_BYTES_READ and not was_counted(info, mask):
-                self._notes.append(
-                    f"dataset {prefix} was not counted for the mask: the run checks its token ids when it starts"
-                )
 
-    def _model_config(self, args: Namespace) -> MaskMoEGPTModelConfig | None:
-        """Return the configuration of the model; None if Megatron refuses it."""
-        buildable = Namespace(**vars(args))
-        buildable.routing_mask = args.routing_mask or args.load or "missing"
-        buildable.spec = None  # `unsupported_settings` has reported it
-        if not HAVE_TE:
-            vars(buildable).update(_WITHOUT_TRANSFORMER_ENGINE)
-        with self._collecting(), reporting_failure_of("the model's configuration"), megatrons_checks():
-            config = model_config_from_args(buildable)
-            pretrain_cfg_container_from_args(buildable, config)
-            config.finalize()
-            return config
-        return None
+def _model_config(args: Namespace) -> MaskMoEGPTModelConfig:
+    """Return the configuration of the model. Raises UserError if Megatron refuses it."""
+    buildable = Namespace(**vars(args))
+    buildable.routing_mask = args.routing_mask or args.load or "missing"
+    buildable.spec = None  # `unsupported_settings` has reported it
+    if not HAVE_TE:
+        vars(buildable).update(_WITHOUT_TRANSFORMER_ENGINE)
+    with _reporting_failure_of("the model's configuration"), megatrons_checks():
+        config = model_config_from_args(buildable)
+        pretrain_cfg_container_from_args(buildable, config)
+        config.finalize()
+    return config
 
 
 @contextmanager
-def reporting_failure_of(what: str) -> Iterator[None]:
+def _reporting_failure_of(what: str) -> Iterator[None]:
     """Turn any exception of the block into a UserError: a run would fail with the same exception.
 
     Args:
@@ -274,22 +225,11 @@ def _add_arguments(extra_args_provider: ArgumentsProvider, parser: ArgumentParse
 
     The machine of the check may have no GPU although the run has GPUs.
     """
-    stock = {name: parser.get_default(name) for name in _defaults_of_cpu()}
+    defaults_on_cpu = cpu.argument_defaults() if cpu.is_installed() else {}
+    defaults_on_gpu = {name: parser.get_default(name) for name in defaults_on_cpu}
     parser = extra_args_provider(add_maskmoe_arguments(parser))
     refuse_unknown_flags(parser, sys.argv[1:])
-    if not _is_for_cpus(sys.argv):
-        parser.set_defaults(**stock)
+    parser.set_defaults(**defaults_on_gpu)
+    if parser.parse_known_args()[0].distributed_backend == "gloo":  # a run on CPUs asks for gloo explicitly
+        parser.set_defaults(**defaults_on_cpu)
     return parser
-
-
-def _defaults_of_cpu() -> Sequence[str]:
-    """Return the names of the arguments whose defaults the CPU adapter changes; none if it is not in use."""
-    adapter = sys.modules.get("maskmoe.megatron_compat.cpu")
-    return tuple(adapter.argument_defaults()) if adapter else ()
-
-
-def _is_for_cpus(argv: Sequence[str]) -> bool:
-    """Return whether a command line is for a run on CPUs, which asks for gloo explicitly."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--distributed-backend")
-    return parser.parse_known_args(argv)[0].distributed_backend == "gloo"
