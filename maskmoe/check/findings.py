@@ -23,16 +23,15 @@ from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint
 from maskmoe.data.indexed_dataset import read_info
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
 from maskmoe.training.file_checks import (
+    check_data,
     check_mask,
     check_save_folder,
     check_tokenizer,
-    current_vocab_size,
-    data_errors,
     data_prefixes,
-    tokenizer_sha256,
     was_counted,
 )
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
@@ -209,8 +208,8 @@ class _ProblemFinder:
         if is_valid and checkpoint is not None:
             with self._collecting():
                 check_same_model(args, checkpoint)
-        vocab_size = current_vocab_size() if has_tokenizer else None
-        self._add(data_errors(args, mask, vocab_size, _MOST_BYTES_READ))
+        vocab_size = get_tokenizer().vocab_size if has_tokenizer else None
+        check_data(args, mask, vocab_size, _MOST_BYTES_READ, self._collecting)
         self._note_unread_ids(args, mask)
 
     def _make_tokenizer(self, args: Namespace) -> bool:
@@ -218,17 +217,16 @@ class _ProblemFinder:
         args.tokenizer_sha256 = None
         errors_before = len(self._errors)
         with self._collecting():
-            check_tokenizer(args)
+            args.tokenizer_sha256 = check_tokenizer(args)
         if len(self._errors) > errors_before:
             return False
         with self._collecting(), reporting_failure_of(f"the tokenizer ({args.tokenizer_type} {args.tokenizer_model})"):
-            args.tokenizer_sha256 = tokenizer_sha256(args)
             rebuild_tokenizer(args)
         return len(self._errors) == errors_before
 
     def _note_unread_ids(self, args: Namespace, mask: RoutingMask | None) -> None:
         """Note the datasets whose token ids nothing has checked yet."""
-        for prefix in dict.fromkeys(data_prefixes(args)):
+        for prefix in data_prefixes(args):
             try:
                 info = read_info(prefix)
             except UserError:
