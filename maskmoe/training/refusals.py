@@ -43,6 +43,7 @@ def _is_given(setting: str, args: Namespace) -> bool:
             return (given or 0) > int(number)
         case ["other", "than", value]:
             return given != value
+    # A list of values also gives the word "or", which is the value of no flag.
     return not set(words).isdisjoint(given if isinstance(given, list) else [given])
 
 
