@@ -1,22 +1,24 @@
-"""Datasets and micro-batches, with the token ids on every pipeline stage."""
+"""Datasets, micro-batches with the token ids on every pipeline stage, and the losses of their tokens."""
 
 from argparse import Namespace
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, NamedTuple, cast
 
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
+from torch.utils.data import default_collate
+from tqdm import tqdm
 
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
-
-_KEYS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
 
 class Batch(NamedTuple):
@@ -38,18 +40,15 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
     """Return the next micro-batch, complete on every pipeline stage.
 
     Megatron's `get_batch` gives no tokens to later stages. Here every stage reads the data, which costs no
-    communication
-    over the pipeline: all stages of a data-parallel rank draw the same samples.
+    communication over the pipeline: all stages of a data-parallel rank draw the same samples.
 
     Args:
         data_iterator: Samples; None on ranks that are not the first of their tensor-parallel group.
     """
     args = get_args()
-    batch: dict[str, Any] = {}
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        assert data_iterator is not None
-        data = next(data_iterator)
-        batch = {key: data[key].cuda(non_blocking=True) if data.get(key) is not None else None for key in _KEYS}
+    data = next(data_iterator) if data_iterator is not None else {}
+    batch: dict[str, Any] = dict.fromkeys(Batch._fields)
+    batch |= {key: data[key].cuda(non_blocking=True) for key in Batch._fields if data.get(key) is not None}
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -66,7 +65,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
         pipeline_model_parallel_size=1,
     )
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return Batch(**{key: batch[key] for key in _KEYS})
+    return Batch(**{key: batch[key] for key in Batch._fields})
 
 
 def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
@@ -77,80 +76,47 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
         batch: The micro-batch.
         padding_mask: bool [batch, sequence], True for tokens that routers must not count; None if there are none.
     """
-    return model(
-        batch.tokens,
-        batch.position_ids,
-        batch.attention_mask,
-        labels=batch.labels,
-        loss_mask=batch.loss_mask,
-        padding_mask=padding_mask,
-    )
+    tokens, position_ids, attention_mask, labels, loss_mask = batch
+    return model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, padding_mask=padding_mask)
 
 
-class _DatasetsProvider(Protocol):
-    """A function that builds datasets, as Megatron's training loop takes it."""
-
-    is_distributed: bool
-
-    def __call__(self, num_samples: list[int], vp_stage: int | None = None) -> list[GPTDataset | None]: ...
-
-
-def _build_and_announce_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[GPTDataset | None]:
-    """Build the datasets of Megatron's `pretrain_gpt.py` on the first tensor-parallel rank of every pipeline stage.
+def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = None) -> list[GPTDataset | None]:
+    """Build the train, validation and test datasets on the first tensor-parallel rank of every pipeline stage.
 
     Args:
-        num_samples: Number of train, validation and test samples that the run will take.
+        num_samples: Number of samples of each dataset; None for one epoch.
         vp_stage: Unused; part of the signature that `pretrain` asks for.
+
+    Returns:
+        The datasets; None for a dataset without a share, and on ranks that do not read data.
     """
     print_rank_0("> building train, validation, and test datasets for MaskMoE ...")
-    datasets = build_datasets(get_args(), num_samples)
-    print_rank_0("> finished creating MaskMoE datasets ...")
-    return datasets
-
-
-train_valid_test_datasets_provider = cast(_DatasetsProvider, _build_and_announce_datasets)
-# Megatron's training loop calls the provider on all ranks, not only on the first stage, if the attribute is set.
-train_valid_test_datasets_provider.is_distributed = True
-
-
-def build_datasets(args: Namespace, num_samples: list[int] | list[None]) -> list[GPTDataset | None]:
-    """Build the train, validation and test datasets of the command line; None on ranks that do not read data.
-
-    Args:
-        args: Megatron's arguments.
-        num_samples: Number of samples of each dataset; None for one epoch.
-    """
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    # Megatron's configuration names most settings like its arguments.
+    settings = {field.name: getattr(args, field.name) for field in fields(GPTDatasetConfig) if field.name in args}
+    settings |= {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "path_to_cache": args.data_cache_path,
+        "tokenizer": get_tokenizer(),
+        "create_attention_mask": args.create_attention_mask_in_dataloader,
+    }
     builder = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         cast(list[int], num_samples),  # Megatron annotates int but takes None, too.
         lambda: mpu.get_tensor_model_parallel_rank() == 0,
-        dataset_config_from_args(args),
+        GPTDatasetConfig(**settings),
     )
-    return cast(list[GPTDataset | None], builder.build())
+    datasets = cast(list[GPTDataset | None], builder.build())
+    print_rank_0("> finished creating MaskMoE datasets ...")
+    return datasets
 
 
-def dataset_config_from_args(args: Namespace) -> GPTDatasetConfig:
-    """Return Megatron's dataset configuration for its command line arguments."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-    )
+# Megatron's training loop calls the function on all ranks, not only on the first stage, if the attribute is set.
+vars(build_datasets)["is_distributed"] = True
 
 
 def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -166,17 +132,91 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
     Raises:
         RuntimeError: The loss is NaN or infinite, and `--check-for-nan-in-loss-and-grad` is on.
     """
-    losses = output_tensor.view(-1).float()
-    mask = loss_mask.view(-1).float()
-    loss = torch.sum(losses * mask)
-    num_tokens = mask.sum().to(torch.int)
+    loss = torch.sum(output_tensor.float() * loss_mask)
+    num_tokens = loss_mask.sum().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
-        for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=cast(Any, is_bad),
-                message=f"found {name} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+        get_rerun_state_machine().validate_result(
+            loss, lambda value: not torch.isfinite(value), "found NaN or Inf in local forward loss calculation"
+        )
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+
+
+@torch.no_grad()
+def losses_of_all(
+    args: Namespace,
+    model: torch.nn.Module,
+    sample: Callable[[int], dict[str, Any]] | None,
+    num_samples: int,
+    description: str,
+) -> Iterator[tuple[int, Batch, Tensor]]:
+    """Compute the loss of every token of a dataset, with a progress bar; all ranks must iterate over the result.
+
+    Args:
+        args: Megatron's arguments; each rank takes `micro_batch_size` samples in each step.
+        model: This rank's part of the model.
+        sample: Returns a sample by its index, in the form of Megatron's `GPTDataset`; None on ranks that do not read
+            data.
+        num_samples: Number of samples of the dataset, on all ranks.
+        description: Label of the progress bar.
+
+    Yields:
+        For each step, the index of this rank's first sample, the micro-batch, and the loss of every token
+        [batch, sequence]; nothing on ranks that are not on the last pipeline stage.
+    """
+    model.eval()
+    samples_a_step = args.micro_batch_size * mpu.get_data_parallel_world_size()
+    first_of_rank = mpu.get_data_parallel_rank() * args.micro_batch_size
+    steps = range(0, num_samples, samples_a_step)
+    start = 0
+
+    def micro_batches(sample: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield micro-batches of this data-parallel rank; together, all ranks cover the dataset exactly once.
+
+        In the last step, a rank may have less than a micro-batch of samples left, or none. All ranks take part in the
+        step nevertheless, since they share the experts. They fill up with copies of the last sample whose loss does
+        not count.
+        """
+        for first in (step + first_of_rank for step in steps):
+            samples = [sample(min(index, num_samples - 1)) for index in range(first, first + args.micro_batch_size)]
+            for copy in samples[max(0, num_samples - first) :]:
+                copy["loss_mask"] = torch.zeros_like(copy["loss_mask"])
+            yield default_collate(samples)
+
+    def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
+        """Run one micro-batch forward; return the losses and a function that keeps them with the micro-batch."""
+        batch = get_batch(data_iterator)
+        # In a step that is filled up, samples without a token that counts are padding for the routers. All ranks pass a
+        # mask in that step, since they dispatch together.
+        is_filled_up = args.num_experts and start + samples_a_step > num_samples
+        is_padding = ~batch.loss_mask.any(dim=1, keepdim=True).expand_as(batch.tokens) if is_filled_up else None
+        return token_losses(model, batch, is_padding), lambda losses, non_loss_data: (batch, losses)
+
+    # Megatron's schedules take None, too, on ranks that do not read data.
+    data_iterator: Any = micro_batches(sample) if sample is not None else None
+    for start in tqdm(steps, desc=description, unit="batch", disable=None if args.rank == 0 else True):
+        collected = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=data_iterator,
+            model=model,
+            num_microbatches=1,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        for batch, losses in collected:
+            yield start + first_of_rank, batch, losses
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Add up, in place, the values of each rank; a collective call of all ranks.
+
+    All ranks of a tensor-parallel group hold equal values, so only the first of them counts.
+
+    Args:
+        values: Zeros on ranks that have nothing to add, such as ranks that are not on the last pipeline stage.
+    """
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        values.zero_()
+    torch.distributed.all_reduce(values)
+    return values

@@ -5,29 +5,20 @@ the experts in every layer. With `--eval-texts F.jsonl`, the command scores the 
 """
 
 import argparse
-import itertools
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from megatron.core import mpu
 from megatron.training import print_rank_0
 from torch import Tensor
 
-from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 from maskmoe.routing_mask.frequency_bands import FrequencyBands
-from maskmoe.training.batch import Batch, build_datasets, get_batch, token_losses
-from maskmoe.training.forward import forward_all, sum_over_ranks
-from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
+from maskmoe.training.batch import build_datasets, losses_of_all, sum_over_ranks
+from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args, write_on_first_rank
 from maskmoe.training.text_scoring import TextScores, read_texts, score_texts
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
@@ -74,55 +65,41 @@ class Evaluation:
 
     def table(self) -> str:
         """Return the results as text for the terminal."""
-        lines = [f"{'input tokens':<14}{'share':>8}{'tokens':>12}{'loss':>9}{'perplexity':>13}"]
-        overall = BandResult("all", 1.0, self.loss, self.perplexity, self.tokens)
-        for band in (*self.bands, overall):
-            lines.append(
-                f"{band.name:<14}{band.share:>8.1%}{band.tokens:>12,}{band.loss:>9.4f}{band.perplexity:>13.2f}"
-            )
-        lines.append("")
-        if self.expert_load:
-            loads = ", ".join(f"{load.layer}: {load.max_over_mean:.2f}" for load in self.expert_load)
-            lines.append(f"expert load, max/mean by layer: {loads}")
-        lines.append(f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s")
-        return "\n".join(lines)
+        bands = (*self.bands, BandResult("all", 1.0, self.loss, self.perplexity, self.tokens))
+        loads = ", ".join(f"{load.layer}: {load.max_over_mean:.2f}" for load in self.expert_load)
+        rows = [
+            f"{'input tokens':<14}{'share':>8}{'tokens':>12}{'loss':>9}{'perplexity':>13}",
+            *(f"{b.name:<14}{b.share:>8.1%}{b.tokens:>12,}{b.loss:>9.4f}{b.perplexity:>13.2f}" for b in bands),
+            f"\nexpert load, max/mean by layer: {loads}" if loads else "",
+            f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s",
+        ]
+        return "\n".join(rows)
 
 
-class ExpertLoadCounter:
-    """Counts the tokens that each router sends to each expert, by forward hooks; padding is not counted.
+def count_tokens_of_experts(model: torch.nn.Module, num_layers: int, num_experts: int) -> Tensor:
+    """Return counts [layers, experts] to which routers add the tokens that they send to each expert, without padding.
 
-    Each rank counts the tokens that it routes. The result is the sum over ranks.
+    Each rank counts the tokens that it routes.
 
     Args:
-        model: This rank's part of the model.
+        model: This rank's part of the model, whose routers get a forward hook.
         num_layers: Number of layers of the whole model, layers of multi-token prediction included.
         num_experts: Number of experts of a layer; 0 for a model without experts.
     """
+    counts = torch.zeros(num_layers, num_experts, dtype=torch.long, device=torch.cuda.current_device())
 
-    def __init__(self, model: torch.nn.Module, num_layers: int, num_experts: int) -> None:
-        self.counts = torch.zeros(num_layers, num_experts, dtype=torch.long, device=torch.cuda.current_device())
-        for module in model.modules():
-            if isinstance(module, MaskMoERouter):
-                module.register_forward_hook(self._count)
-
-    def _count(self, router: MaskMoERouter, inputs: tuple[Tensor, TokenIds], outputs: tuple[Tensor, Tensor]) -> None:
+    def count(router: MaskMoERouter, inputs: tuple[Tensor, TokenIds], outputs: tuple[Tensor, Tensor]) -> None:
         is_padding = inputs[1].is_padding  # [sequence, batch]
         _, routing_map = outputs  # [tokens, experts]
         if is_padding is not None:
             routing_map = routing_map & ~is_padding.reshape(-1, 1)
         # Not `layer_number`: layers of multi-token prediction count theirs from 1 again.
-        self.counts[router.number_in_model - 1] += routing_map.sum(dim=0)
+        counts[router.number_in_model - 1] += routing_map.sum(dim=0)
 
-    def result(self) -> list[ExpertLoad]:
-        """Return the load, summed over all ranks, of each layer that has experts; a collective call."""
-        # Without sequence parallelism, all ranks of a tensor-parallel group route the same tokens.
-        counts = self.counts.clone() if mpu.get_tensor_model_parallel_rank() == 0 else torch.zeros_like(self.counts)
-        torch.distributed.all_reduce(counts)
-        return [
-            ExpertLoad(layer, float(load.max() / load.double().mean()), load.tolist())
-            for layer, load in enumerate(counts.cpu(), start=1)
-            if load.any()
-        ]
+    for module in model.modules():
+        if isinstance(module, MaskMoERouter):
+            module.register_forward_hook(count)
+    return counts
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -146,8 +123,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     return parser
 
 
-def read_token_frequency(args: argparse.Namespace, vocab_size: int) -> TokenFrequency:
-    """Return the token counts that define the frequency bands.
+def read_frequency_bands(args: argparse.Namespace, vocab_size: int) -> FrequencyBands:
+    """Return the frequency bands of the token counts in `--token-frequency` or, without the flag, of the data.
 
     Args:
         args: Megatron's arguments.
@@ -156,122 +133,63 @@ def read_token_frequency(args: argparse.Namespace, vocab_size: int) -> TokenFreq
     Raises:
         UserError: The counts are for another vocabulary, or there are neither counts nor a data path to count.
     """
-    if args.token_frequency is None:
-        if args.data_path is None:
-            raise UserError("pass --token-frequency FILE, which defines the frequency bands")
-        return count_token_frequency(args.data_path, vocab_size, workers=1, progress=False)
-    frequency = TokenFrequency.load(args.token_frequency)
+    if args.token_frequency is not None:
+        frequency = TokenFrequency.load(args.token_frequency)
+    elif args.data_path is not None:
+        frequency = count_token_frequency(args.data_path, vocab_size, workers=1, progress=False)
+    else:
+        raise UserError("pass --token-frequency FILE, which defines the frequency bands")
     if frequency.vocab_size != vocab_size:
         raise UserError(
             f"--token-frequency {args.token_frequency} counts {frequency.vocab_size} ids, the model has {vocab_size}"
         )
-    return frequency
+    return FrequencyBands.from_occurrences(frequency.occurrences)
 
 
-def band_loss_function(
-    tokens: Tensor, loss_mask: Tensor, band_of_id: Tensor, num_bands: int, output_tensor: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the sum of losses and the number of tokens in every frequency band.
-
-    Args:
-        tokens: Input ids, int64 [batch, sequence].
-        loss_mask: float [batch, sequence].
-        band_of_id: int64 [vocab].
-        num_bands: Number of bands.
-        output_tensor: Loss of every token, [batch, sequence].
-
-    Returns:
-        The loss and the number of tokens in the form that Megatron's schedules take, and `bands`, float64 [bands, 2].
-    """
-    mask = loss_mask.reshape(-1).double()
-    losses = output_tensor.reshape(-1).double() * mask
-    values = torch.stack([losses, mask], dim=1)  # [tokens, 2]
-    bands = values.new_zeros(num_bands, 2).index_add_(0, band_of_id[tokens.reshape(-1)], values)
-    return losses.sum().float(), mask.sum().to(torch.int), {"bands": bands}
-
-
-@torch.no_grad()
-def evaluate(args: argparse.Namespace, model: torch.nn.Module, bands: FrequencyBands) -> Evaluation:
+def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
     """Run the model over the whole split; a collective call, which returns equal results on all ranks.
 
     Args:
         args: Megatron's arguments.
         model: This rank's part of the model.
-        bands: Frequency bands of the input ids.
 
     Raises:
-        UserError: The split is empty.
+        UserError: The split is empty, or nothing defines the frequency bands.
     """
-    model.eval()
-    dataset = build_datasets(args, [None, None, None])[_SPLITS.index(args.eval_split)]
-    num_samples = _broadcast_object(len(dataset) if dataset is not None else 0)
-    if num_samples == 0:
-        raise UserError(f"the {args.eval_split} split of {args.data_path} (--split {args.split}) has no sample")
+    bands = read_frequency_bands(args, get_tokenizer().vocab_size)
     band_of_id = torch.from_numpy(bands.band_of_id).cuda()
-    counter = ExpertLoadCounter(model, args.num_layers + (args.mtp_num_layers or 0), args.num_experts or 0)
+    dataset = build_datasets([None, None, None])[_SPLITS.index(args.eval_split)]
+    num_samples = [len(dataset) if dataset is not None else 0]
+    torch.distributed.broadcast_object_list(num_samples, src=0)
+    if num_samples == [0]:
+        raise UserError(f"the {args.eval_split} split of {args.data_path} (--split {args.split}) has no sample")
 
-    num_whole_steps = num_samples // (args.micro_batch_size * mpu.get_data_parallel_world_size())
-    steps = itertools.count()
-
-    def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
-        batch = get_batch(data_iterator)
-        # The last step may have fewer samples than all ranks take. The samples that fill it up are padding for the
-        # routers. All ranks pass a mask in that step, since they dispatch together.
-        is_filled_up = args.num_experts and next(steps) >= num_whole_steps
-        output = token_losses(model, batch, _mask_uncounted_samples(batch) if is_filled_up else None)
-        return output, partial(band_loss_function, batch.tokens, batch.loss_mask, band_of_id, len(bands.names))
-
+    # Add up the losses and the tokens of each band.
+    counts = count_tokens_of_experts(model, args.num_layers + (args.mtp_num_layers or 0), args.num_experts or 0)
     sums = torch.zeros(len(bands.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    sample = None if dataset is None else dataset.__getitem__
     start = time.perf_counter()
-    for _, outputs in forward_all(args, model, dataset, num_samples, forward_step, "evaluating"):
-        for output in outputs:
-            sums += output["bands"]
+    for _, batch, losses in losses_of_all(args, model, sample, num_samples[0], "evaluating"):
+        mask = batch.loss_mask.double()
+        values = torch.stack([losses.double() * mask, mask], dim=-1)  # [batch, sequence, 2]
+        sums.index_add_(0, band_of_id[batch.tokens].flatten(), values.flatten(0, 1))
     sum_over_ranks(sums)
     seconds = time.perf_counter() - start
-    return _summarise(sums.cpu().numpy(), bands.names, counter.result(), seconds)
 
-
-def _mask_uncounted_samples(batch: Batch) -> Tensor:
-    """Return bool [batch, sequence], True in samples without a token that counts."""
-    return ~batch.loss_mask.any(dim=1, keepdim=True).expand_as(batch.tokens)
-
-
-def _broadcast_object(value: Any) -> Any:
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _summarise(sums: np.ndarray, names: tuple[str, ...], expert_load: list[ExpertLoad], seconds: float) -> Evaluation:
-    """Return the results of an evaluation.
-
-    Args:
-        sums: Sum of losses and number of tokens of every band, float64 [bands, 2].
-        names: Names of the bands.
-        expert_load: Load of every layer with experts.
-        seconds: Duration.
-    """
-    losses, counts = sums.T
-    total_loss, total = losses.sum() / counts.sum(), int(counts.sum())
-    results = []
-    for name, loss, count in zip(names, losses, counts, strict=True):
-        mean = float(loss / count) if count else float("nan")
-        results.append(BandResult(name, float(count / total), mean, float(np.exp(mean)), int(count)))
-    return Evaluation(
-        loss=float(total_loss),
-        perplexity=float(np.exp(total_loss)),
-        tokens=total,
-        bands=results,
-        expert_load=expert_load,
-        seconds=seconds,
-        tokens_per_second=total / seconds,
-    )
-
-
-def evaluate_split(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
-    """Run `evaluate` with the frequency bands that `--token-frequency` or the data define."""
-    frequency = read_token_frequency(args, get_tokenizer().vocab_size)
-    return evaluate(args, model, FrequencyBands.from_occurrences(frequency.occurrences))
+    # Summarise each band, and all tokens.
+    sums = torch.cat([sums, sums.sum(dim=0, keepdim=True)])
+    total_losses, tokens = sums.T
+    mean_losses = total_losses / tokens
+    columns = (tokens / tokens[-1], mean_losses, mean_losses.exp(), tokens.long())
+    rows = zip((*bands.names, "all"), *(column.tolist() for column in columns), strict=True)
+    *band_results, overall = (BandResult(*row) for row in rows)
+    expert_load = [
+        ExpertLoad(layer, float(load.max() / load.double().mean()), load.tolist())
+        for layer, load in enumerate(sum_over_ranks(counts).cpu(), start=1)
+        if load.any()
+    ]
+    of_all = (overall.loss, overall.perplexity, overall.tokens)
+    return Evaluation(*of_all, band_results, expert_load, seconds, tokens_per_second=overall.tokens / seconds)
 
 
 def main() -> None:
@@ -280,9 +198,6 @@ def main() -> None:
     texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
     with leaving_process_groups():
         model = load_model(args)
-        results: Evaluation | TextScores
-        results = evaluate_split(args, model) if texts is None else score_texts(args, model, texts)
+        results: Evaluation | TextScores = evaluate(args, model) if texts is None else score_texts(args, model, texts)
         print_rank_0(results.table())
-        if args.eval_output is not None and torch.distributed.get_rank() == 0:
-            with atomic_output(Path(args.eval_output)) as path:
-                path.write_text(json.dumps(asdict(results), indent=2) + "\n")
+        write_on_first_rank(args.eval_output, json.dumps(asdict(results), indent=2) + "\n")

@@ -1,19 +1,19 @@
 """Early ends of a training run: saving on a signal, one line that explains a failure, and the exit code."""
 
 import errno
+import itertools
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from megatron.core.rerun_state_machine import (
-    EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
-    EXIT_CODE_RESUME_TO_DISAMBIGUATE,
-)
+from megatron.core import rerun_state_machine
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.saving import remove_unfinished_checkpoints
@@ -21,23 +21,57 @@ from maskmoe.checkpoint.series import read_tracker
 from maskmoe.errors import RunFailure
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.megatron_compat.globals import get_signal_handler
-from maskmoe.training.data_files import DataFiles
 
 # If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these
 # codes.
 _RERUN_VERDICTS = {
-    EXIT_CODE_FAILED_ON_RESULT_VALIDATION: "a loss or gradient was NaN or infinite, and not so when the step was "
-    "repeated: the device that the log names may be faulty",
-    EXIT_CODE_RESUME_TO_DISAMBIGUATE: "a loss or gradient was NaN or infinite, and so again when the step was "
-    "repeated: start the run again, if possible on other devices, to find out whether the device or the model is at "
-    "fault",
+    rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION: "a loss or gradient was NaN or infinite, and not so "
+    "when the step was repeated: the device that the log names may be faulty",
+    rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE: "a loss or gradient was NaN or infinite, and so again when "
+    "the step was repeated: start the run again, if possible on other devices, to find out whether the device or the "
+    "model is at fault",
 }
 _NO_SPACE = 1 << 20  # bytes
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-class SaveOnSignal:
-    """Makes Megatron save a checkpoint on every signal of `SIGNALS_THAT_SAVE`, not only on `--exit-signal`.
+class DataFiles:
+    """The files from which a run reads its tokens, with their sizes at its start.
+
+    The files are mapped into memory. If someone shortens a file during the run, reading beyond its new end kills the
+    process by SIGBUS without a message.
+
+    Args:
+        prefixes: Prefixes of the datasets.
+    """
+
+    def __init__(self, prefixes: Iterable[str]) -> None:
+        self._sizes = {f"{prefix}.bin": os.path.getsize(f"{prefix}.bin") for prefix in prefixes}
+        self._turns = itertools.cycle(self._sizes.items())
+
+    def check(self, most: int | None = None) -> None:
+        """Check the next `most` files in turn, or all files, which takes long on large parallel file systems.
+
+        Raises:
+            RunFailure: A file has become shorter or is gone.
+        """
+        number = len(self._sizes) if most is None else min(most, len(self._sizes))
+        for path, size_at_start in itertools.islice(self._turns, number):
+            try:
+                size = os.path.getsize(path)
+            except OSError as error:
+                raise RunFailure(
+                    f"{path} can no longer be read: {error.strerror}. Data files must not change while a run uses them"
+                ) from error
+            if size < size_at_start:
+                raise RunFailure(
+                    f"{path} has shrunk from {size_at_start} to {size} bytes during the run. Restore the file and "
+                    "start the run again: it resumes from its last checkpoint"
+                )
+
+
+def save_on_signals(args: Namespace) -> Callable[[], object]:
+    """Make Megatron save a checkpoint on every signal of `SIGNALS_THAT_SAVE`, not only on `--exit-signal`.
 
     Megatron saves after the iteration in progress. Before the first iteration there is nothing to save, and a rank may
     wait for other ranks without handling signals. So until then, `--exit-signal`, with which torchrun ends ranks, ends
@@ -45,54 +79,26 @@ class SaveOnSignal:
 
     Args:
         args: Megatron's arguments. Megatron has installed its handler of `--exit-signal`.
+
+    Returns:
+        A function to call when training has begun, after which `--exit-signal` saves, too; further calls change
+        nothing.
     """
-
-    def __init__(self, args: Namespace) -> None:
-        self._exit_signal = args.exit_signal
-        self._handler = signal.getsignal(args.exit_signal) if args.exit_signal_handler else None
-        self._has_begun = self._handler is None
-        if self._handler is not None:
-            for number in SIGNALS_THAT_SAVE:
-                signal.signal(number, self._handler)
-            signal.signal(self._exit_signal, signal.SIG_DFL)
-
-    def begin(self) -> None:
-        """Save on `--exit-signal` from now on, since training has begun; further calls do nothing."""
-        if not self._has_begun:
-            signal.signal(self._exit_signal, self._handler)
-            self._has_begun = True
-
-    @contextmanager
-    def requeueing(self) -> Iterator[None]:
-        """Turn Megatron's exit code 0 into `EXIT_REQUEUE` if the run ended because of a signal."""
-        try:
-            yield
-        except SystemExit as end:
-            if self._handler is not None and not end.code and any(get_signal_handler().signals_received()):
-                sys.exit(EXIT_REQUEUE)
-            raise
+    if not args.exit_signal_handler:
+        return lambda: None
+    save = signal.getsignal(args.exit_signal)
+    for number in SIGNALS_THAT_SAVE:
+        signal.signal(number, save)
+    signal.signal(args.exit_signal, signal.SIG_DFL)
+    return partial(signal.signal, args.exit_signal, save)
 
 
 @contextmanager
-def ending_data_workers() -> Iterator[None]:
-    """Kill the workers of the data loaders at the end of the block, also if the block fails.
+def handling_early_ends(args: Namespace, data_files: DataFiles) -> Iterator[None]:
+    """Explain why the block ends early, exit with the right code, and end the workers of the data loaders.
 
-    When the process exits, Python sends SIGTERM to the workers and waits for their end. But Megatron makes workers
-    ignore SIGTERM, so that a signal to the process group does not end them before the last save. The process would
-    never end.
-    """
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a failed worker
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.kill()
-
-
-@contextmanager
-def explaining_failures(args: Namespace, data_files: DataFiles) -> Iterator[None]:
-    """Explain a failed save or a changed data file in one line, which also names the newest checkpoint.
+    A failed save and a changed data file are explained in one line, which also names the newest checkpoint. If the
+    block ends because of a signal, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
 
     Args:
         args: Megatron's arguments.
@@ -112,12 +118,22 @@ def explaining_failures(args: Namespace, data_files: DataFiles) -> Iterator[None
             raise
         raise _save_failure(args, str(error)) from error
     except RuntimeError:
-        data_files.check_all()
+        data_files.check()
         raise
     except SystemExit as end:
         if end.code in _RERUN_VERDICTS and torch.distributed.get_rank() == 0:
             print(f"error: {_RERUN_VERDICTS[end.code]}. {_newest_checkpoint(args)}", file=sys.stderr)
+        if not end.code and args.exit_signal_handler and any(get_signal_handler().signals_received()):
+            sys.exit(EXIT_REQUEUE)
         raise
+    finally:
+        # When the process exits, Python sends SIGTERM to the workers and waits for their end. But Megatron makes
+        # workers ignore SIGTERM, so that a signal to the process group does not end them before the last save. The
+        # process would never end.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a failed worker
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
 
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:

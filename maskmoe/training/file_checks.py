@@ -1,36 +1,35 @@
 """Checks of the files that a run names, made before any compute is spent: tokenizer, mask, datasets, save folder."""
 
 import hashlib
-import math
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
-from megatron.training import get_tokenizer
+from megatron.core.datasets import blended_megatron_dataset_config as dataset_config
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
 from maskmoe.data.indexed_dataset import IndexedDatasetInfo, open_tokens, read_index, read_info, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.frequency import parse_data_path
 from maskmoe.routing_mask.mask import RoutingMask
 
 _CHUNK_TOKENS = 1 << 24
-_PARTS = ("training", "validation", "test")
 
 
-def check_tokenizer(args: Namespace) -> None:
+def check_tokenizer(args: Namespace) -> str | None:
     """Check that the flags describe a tokenizer that exists on this machine.
 
     Megatron itself reports such mistakes with a traceback.
+
+    Returns:
+        The SHA-256 digest of the tokenizer's file; None for a type of tokenizer that the tools of this package do not
+        make.
 
     Raises:
         UserError: the type, or the vocabulary size that the type needs, is missing, or the tokenizer's model does not
@@ -41,11 +40,15 @@ def check_tokenizer(args: Namespace) -> None:
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
     if args.tokenizer_type not in TOKENIZER_TYPES or args.tokenizer_model is None:
-        return
-    if not Path(args.tokenizer_model).exists():
-        raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
-    if args.tokenizer_type == "SentencePieceTokenizer" and not Path(args.tokenizer_model).is_file():
-        raise UserError(f"--tokenizer-model {args.tokenizer_model} is not a file")
+        return None
+    model = Path(args.tokenizer_model)
+    if not model.exists():
+        raise UserError(f"--tokenizer-model {model} does not exist")
+    if args.tokenizer_type == "HuggingFaceTokenizer" and model.is_dir():
+        model /= "tokenizer.json"
+    if not model.is_file():
+        raise UserError(f"--tokenizer-model {model} is not a file")
+    return hashlib.sha256(model.read_bytes()).hexdigest()
 
 
 def check_save_folder(args: Namespace) -> None:
@@ -76,7 +79,7 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
     Raises:
         UserError: a size or the tokenizer differs; the message names both values.
     """
-    vocab_size = current_vocab_size()
+    vocab_size = get_tokenizer().vocab_size
     if args.routing_mask is None and vocab_size < mask.vocab_size <= args.padded_vocab_size:
         # The mask comes from a checkpoint of an imported model, whose embedding may have more rows than its tokenizer
         # has ids.
@@ -92,96 +95,65 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
 
 
-def check_data(args: Namespace, mask: RoutingMask | None) -> None:
+def check_data(
+    args: Namespace,
+    mask: RoutingMask | None,
+    vocab_size: int | None,
+    most_bytes_read: float,
+    checking: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
     """Check every dataset of the run.
 
     A dataset must be complete, made with the tokenizer of the run, and hold no token id beyond the vocabulary. Before
     training, the datasets must also have all the parts that training reads. The ids of a dataset whose counts are in
-    the mask were checked when the mask was made. The first rank of each node reads every other dataset once.
-
-    Args:
-        args: arguments that Megatron has validated.
-        mask: the routing mask; None for a model without experts.
-
-    Raises:
-        UserError: a dataset is unusable; the message names the file.
-    """
-    is_first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    for error in data_errors(args, mask, current_vocab_size(), math.inf if is_first_of_node else 0):
-        raise UserError(error)
-
-
-def current_vocab_size() -> int:
-    """Return the number of ids of the tokenizer that Megatron has built for this process."""
-    tokenizer = get_tokenizer()
-    assert tokenizer is not None
-    return tokenizer.vocab_size
-
-
-def data_errors(
-    args: Namespace, mask: RoutingMask | None, vocab_size: int | None, most_bytes_read: float
-) -> Iterator[str]:
-    """Yield an error for every fault of the datasets of the run; `check_data` says what is checked.
+    the mask were checked when the mask was made.
 
     Args:
         args: parsed arguments; Megatron need not have validated them.
         mask: the routing mask; None if there is none, or none that can be read.
         vocab_size: number of ids of the tokenizer; None if the number is unknown. Then no token ids are read.
         most_bytes_read: the size, in bytes, up to which the token ids of a dataset are read.
+        checking: makes a context manager for each check. One that catches errors continues with the next check.
+
+    Raises:
+        UserError: a dataset is unusable; the message names the file.
     """
-    try:
+    with checking():
         _check_data_paths(args)
-    except UserError as error:
-        yield str(error)
-        return
-    are_readable = True
-    for prefix in dict.fromkeys(data_prefixes(args)):
-        try:
-            info = read_info(prefix)
-            _check_dataset_tokenizer(args, prefix)
-            if vocab_size is not None and not was_counted(info, mask) and info.bin_bytes <= most_bytes_read:
-                _check_token_ids(prefix, vocab_size)
-        except UserError as error:
-            yield str(error)
-            are_readable = False
-    if are_readable and not args.skip_train:
-        try:
+        prefixes = data_prefixes(args)
+        readable = []
+        for prefix in prefixes:
+            with checking():
+                info = read_info(prefix)
+                if (record := read_tokenizer_record(prefix)) is not None:
+                    _check_same_tokenizer(args, record.to_json(), f"dataset {prefix} was")
+                if vocab_size is not None and not was_counted(info, mask) and info.bin_bytes <= most_bytes_read:
+                    _check_token_ids(prefix, vocab_size)
+                readable.append(prefix)
+        if readable == prefixes and not args.skip_train:
             _check_parts(args)
-        except UserError as error:
-            yield str(error)
 
 
 def was_counted(dataset: IndexedDatasetInfo, mask: RoutingMask | None) -> bool:
     """Return whether the routing mask was made from counts of this dataset, which checked all its token ids."""
     counted = mask.provenance.datasets if mask else ()
-    return any(
-        (entry["idx_sha256"], entry["bin_bytes"]) == (dataset.idx_sha256, dataset.bin_bytes) for entry in counted
-    )
+    return (dataset.idx_sha256, dataset.bin_bytes) in [(entry["idx_sha256"], entry["bin_bytes"]) for entry in counted]
 
 
-def data_prefixes(args: Namespace) -> Iterator[str]:
-    """Yield the prefixes of all datasets of the run; a prefix may come more than once."""
+def data_prefixes(args: Namespace) -> list[str]:
+    """Return the prefixes of all datasets of the run, each once."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    for part in [blend, *(blend_per_split or [])]:
-        if part is not None:
-            yield from part[0]
-
-
-def _check_dataset_tokenizer(args: Namespace, prefix: str) -> None:
-    """Check that a dataset, if it records its tokenizer, was made with the tokenizer of the run. Raises UserError."""
-    record = read_tokenizer_record(prefix)
-    if record is not None:
-        _check_same_tokenizer(args, record.to_json(), f"dataset {prefix} was")
+    blends = [blend, *(blend_per_split or [])]
+    return list(dict.fromkeys(prefix for part in blends if part is not None for prefix in part[0]))
 
 
 def _check_data_paths(args: Namespace) -> None:
     """Check that the flags name datasets, in a form that can be read. Raises UserError."""
     paths = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
-    for path in paths:
-        if path is not None:
-            parse_data_path(path)
-    files = [args.data_args_path, args.per_split_data_args_path]
-    if all(source is None for source in paths + files) and not args.mock_data:
+    given = [path for path in paths if path is not None]
+    for path in given:
+        parse_data_path(path)
+    if not (given or args.data_args_path or args.per_split_data_args_path or args.mock_data):
         raise UserError("no dataset: pass --data-path PREFIX, made by tools/preprocess_data.py")
 
 
@@ -195,51 +167,27 @@ def _check_parts(args: Namespace) -> None:
         UserError: a part is missing or has no tokens.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    # A part is a blend of its own, or begins and ends at these shares of each dataset. None is a part without a share.
+    parts: Any = blend_per_split
     if blend is not None:
-        parts = _bounds_of_parts(args.split)
-    elif blend_per_split is not None:
-        parts = blend_per_split
-    else:
+        split = dataset_config.parse_and_normalize_split(args.split)
+        parts = dataset_config.convert_split_vector_to_split_matrix(split)
+    if parts is None:
         return
+    lengths_by_prefix = {prefix: read_index(prefix).sequence_lengths for prefix in (blend[0] if blend else ())}
     validates = args.full_validation or args.eval_iters > 0
-    for name, part, is_needed in zip(_PARTS, parts, (True, validates, False), strict=True):
+    for name, part, is_needed in zip(("training", "validation", "test"), parts, (True, validates, False), strict=True):
         if part is None and is_needed:
             hint = " or pass --eval-iters 0" if name == "validation" else ""
             raise UserError(f"there are no {name} data; give them a share in --split or a path of their own{hint}")
-    if blend is not None:
-        for prefix in blend[0]:
-            _check_split(prefix, args.split)
-
-
-def _bounds_of_parts(split: str) -> Sequence[tuple[float, float] | None]:
-    """Return where each of `_PARTS` begins and ends in a dataset, as shares of it; None for a part without a share."""
-    return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-
-
-def _check_split(prefix: str, split: str) -> None:
-    """Check that every part that has a share of a dataset also has tokens. Raises UserError."""
-    lengths = read_index(prefix).sequence_lengths
-    for name, part in zip(_PARTS, _bounds_of_parts(split), strict=True):
-        if part is None:
-            continue
-        first, last = (round(bound * len(lengths)) for bound in part)
-        if not lengths[first:last].any():
-            raise UserError(
-                f"dataset {prefix}: --split {split} leaves the {name} part no tokens, because the split assigns whole "
-                f"documents and the dataset has {len(lengths)}; give the part a share of 0, or a larger share"
-            )
-
-
-def tokenizer_sha256(args: Namespace) -> str | None:
-    """Return the SHA-256 digest of the file that `--tokenizer-model` names.
-
-    The digest is None for a type of tokenizer that the tools of this package do not make.
-    """
-    if args.tokenizer_type not in TOKENIZER_TYPES or args.tokenizer_model is None:
-        return None
-    path = Path(args.tokenizer_model)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        for prefix, lengths in lengths_by_prefix.items() if part else ():
+            first, last = (round(bound * len(lengths)) for bound in part)
+            if not lengths[first:last].any():
+                raise UserError(
+                    f"dataset {prefix}: --split {args.split} leaves the {name} part no tokens, because the split "
+                    f"assigns whole documents and the dataset has {len(lengths)}; give the part a share of 0, or a "
+                    "larger share"
+                )
 
 
 def _check_same_tokenizer(args: Namespace, made_with: dict[str, Any], what: str) -> None:
@@ -266,10 +214,10 @@ def _check_token_ids(prefix: str, vocab_size: int) -> None:
     # As an unsigned number, a negative id is larger than any vocabulary.
     unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
     starts = range(0, len(tokens), _CHUNK_TOKENS)
-    for start in tqdm(starts, desc=f"checking {Path(prefix).name}", unit="chunk", disable=len(starts) < 64):
-        chunk = unsigned[start : start + _CHUNK_TOKENS]
-        if chunk.size and int(chunk.max()) >= vocab_size:
-            position = start + int(np.argmax(chunk >= vocab_size))
+    for start in tqdm(starts, desc=f"checking {Path(prefix).name}", unit="chunk", delay=1):
+        is_beyond = unsigned[start : start + _CHUNK_TOKENS] >= vocab_size
+        if is_beyond.any():
+            position = start + int(is_beyond.argmax())
             raise UserError(
                 f"dataset {prefix} holds token id {tokens[position]} at position {position}, but the tokenizer has "
                 f"{vocab_size} ids; it was made with another tokenizer"

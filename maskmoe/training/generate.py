@@ -12,7 +12,5 @@ def main() -> None:
     generation.main()
 
 
-if __name__ == "__mp_main__":  # a process that Megatron spawned, such as the writer of checkpoints
-    prepare_process()
 if __name__ == "__main__":
     run_tool(main)

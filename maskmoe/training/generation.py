@@ -1,7 +1,6 @@
 """Continue a prompt: `torchrun … -m maskmoe.training.generate --load DIR --use-checkpoint-args --prompt TEXT`."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -9,10 +8,9 @@ from megatron.training import print_rank_0
 from torch import Tensor
 from tqdm import tqdm
 
-from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
+from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args, write_on_first_rank
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -113,6 +111,4 @@ def main() -> None:
     with leaving_process_groups():
         text = get_tokenizer().detokenize(generate(args, load_model(args), prompt_ids))
         print_rank_0(text)
-        if args.sample_output is not None and torch.distributed.get_rank() == 0:
-            with atomic_output(Path(args.sample_output)) as path:
-                path.write_text(text + "\n")
+        write_on_first_rank(args.sample_output, text + "\n")

@@ -1,17 +1,13 @@
 """Builds the model from its configuration, with the interface of Megatron's model builders."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel.utils import (
-    is_pp_first_stage,
-    is_pp_last_stage,
-    is_vp_first_stage,
-    is_vp_last_stage,
-)
+from megatron.core.pipeline_parallel import utils as pipeline
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
@@ -41,9 +37,7 @@ class MaskMoEGPTModelConfig(GPTModelConfig):
 class MaskMoEGPTModelBuilder(GPTModelBuilder):
     """Builds a `MaskMoEGPTModel`, or a `GPTModel` if the model has no experts."""
 
-    @property
-    def _settings(self) -> MaskMoEGPTModelConfig:
-        return cast(MaskMoEGPTModelConfig, self._model_config)
+    _model_config: Any  # a `MaskMoEGPTModelConfig`; Megatron declares the base class of all configurations
 
     def build_model(
         self,
@@ -53,50 +47,38 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         vp_stage: int | None = None,
     ) -> GPTModel:
         """Build one pipeline stage; arguments as for `GPTModelBuilder.build_model`."""
-        settings = self._settings
+        settings = self._model_config
         config = settings.transformer
-        vp_size = config.virtual_pipeline_model_parallel_size
         # Without an interleaved pipeline `vp_stage` and `vp_size` are None, which Megatron accepts but does not
         # annotate.
-        if pre_process is None:
-            pre_process = is_vp_first_stage(cast(int, vp_stage), vp_size) and is_pp_first_stage(pg_collection.pp)
-        if post_process is None:
-            post_process = is_vp_last_stage(cast(int, vp_stage), vp_size) and is_pp_last_stage(pg_collection.pp)
-
+        virtual: Any = (vp_stage, config.virtual_pipeline_model_parallel_size)
+        is_first = pipeline.is_vp_first_stage(*virtual) and pipeline.is_pp_first_stage(pg_collection.pp)
+        is_last = pipeline.is_vp_last_stage(*virtual) and pipeline.is_pp_last_stage(pg_collection.pp)
         visible_experts = self.visible_experts(pg_collection, vp_stage) if config.num_moe_experts else None
         block_spec, mtp_block_spec = self.layer_specs(visible_experts, vp_stage)
         model = partial(MaskMoEGPTModel, visible_experts=visible_experts) if visible_experts else GPTModel
+        # Megatron's configuration names most settings like the arguments of the model.
+        shared = {field.name for field in fields(GPTModelConfig)} & signature(GPTModel).parameters.keys()
         return model(
             config=config,
             transformer_layer_spec=block_spec,
             mtp_block_spec=mtp_block_spec,
-            vocab_size=cast(int, settings.vocab_size),
             max_sequence_length=settings.seq_length,
-            fp16_lm_cross_entropy=settings.fp16_lm_cross_entropy,
-            parallel_output=settings.parallel_output,
-            share_embeddings_and_output_weights=settings.share_embeddings_and_output_weights,
-            position_embedding_type=settings.position_embedding_type,
-            rotary_percent=settings.rotary_percent,
-            rotary_base=settings.rotary_base,
-            rope_scaling=settings.rope_scaling,
-            rope_scaling_factor=settings.rope_scaling_factor,
-            seq_len_interpolation_factor=settings.seq_len_interpolation_factor,
-            scatter_embedding_sequence_parallel=settings.scatter_embedding_sequence_parallel,
-            pre_process=pre_process,
-            post_process=post_process,
+            pre_process=is_first if pre_process is None else pre_process,
+            post_process=is_last if post_process is None else post_process,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
+            **{name: getattr(settings, name) for name in shared - {"transformer_layer_spec"}},
         )
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the routing mask of the run, which the routers of one pipeline stage share."""
-        settings = self._settings
-        assert settings.routing_mask is not None
+        settings = self._model_config
         return VisibleExperts(settings.transformer, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
         """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""
-        settings = self._settings
+        settings = self._model_config
         config = settings.transformer
         described = (config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads)
         block_spec = get_maskmoe_decoder_block_spec(*described)

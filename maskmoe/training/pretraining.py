@@ -5,7 +5,7 @@ are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a 
 """
 
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 
@@ -16,9 +16,8 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
 from maskmoe.megatron_compat.globals import get_timers
 from maskmoe.training.arguments import add_check_argument
-from maskmoe.training.batch import get_batch, loss_function, token_losses, train_valid_test_datasets_provider
-from maskmoe.training.data_files import DataFiles
-from maskmoe.training.failures import SaveOnSignal, ending_data_workers, explaining_failures
+from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
+from maskmoe.training.failures import DataFiles, handling_early_ends, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.routing_log import RoutingLog
@@ -26,31 +25,24 @@ from maskmoe.training.setup import leaving_process_groups, model_config_from_arg
 from maskmoe.training.watchdog import Watchdog
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 
+_DATA_FILES_A_STEP = 8
 
-class MicroBatchStep:
-    """The forward step that Megatron's schedules call for each micro-batch.
+
+def forward_step(data_iterator: Iterator, model: MaskMoEGPTModel, before: Iterable[Callable[[], object]]) -> tuple:
+    """Run one micro-batch forward; return the model's output and the function that computes the loss from it.
 
     Args:
-        watchdog: Notified of each micro-batch.
-        data_files: Files that micro-batches come from, of which each step checks a few.
-        save_on_signal: Begins with the first micro-batch.
+        data_iterator: Samples, as `get_batch` takes them.
+        model: One pipeline stage.
+        before: Functions to call before each micro-batch.
     """
-
-    def __init__(self, watchdog: Watchdog, data_files: DataFiles, save_on_signal: SaveOnSignal) -> None:
-        self._watchdog = watchdog
-        self._data_files = data_files
-        self._save_on_signal = save_on_signal
-
-    def forward(self, data_iterator: Iterator, model: MaskMoEGPTModel) -> tuple:
-        """Run one micro-batch forward; return the model's output and the function that computes the loss from it."""
-        self._save_on_signal.begin()
-        self._watchdog.step()
-        self._data_files.check_some()
-        timers = get_timers()
-        timers("batch-generator", log_level=2).start()
-        batch = get_batch(data_iterator)
-        timers("batch-generator").stop()
-        return token_losses(model, batch), partial(loss_function, batch.loss_mask)
+    for call in before:
+        call()
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    return token_losses(model, batch), partial(loss_function, batch.loss_mask)
 
 
 def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -83,7 +75,7 @@ def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
     args = parse_and_check_args(add_pretraining_arguments)
-    save_on_signal = SaveOnSignal(args)
+    let_signals_save = save_on_signals(args)
     ranks = RankStore.from_environment()
     watchdog = Watchdog(ranks, args.hang_timeout or 60 * args.distributed_timeout_minutes)
     data_files = DataFiles(data_prefixes(args))
@@ -91,20 +83,14 @@ def main() -> None:
     model_config = model_config_from_args(args)
     if args.num_experts:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
-    step = MicroBatchStep(watchdog, data_files, save_on_signal)
+    before_each = (let_signals_save, watchdog.step, partial(data_files.check, _DATA_FILES_A_STEP))
     keep_checkpoints_whole(while_saving=watchdog.paused)
     # Train. Each context manager handles one way in which the run may end early.
-    with (
-        watchdog.watching(),
-        ending_data_workers(),
-        leaving_process_groups(),
-        explaining_failures(args, data_files),
-        save_on_signal.requeueing(),
-    ):
+    with watchdog.watching(), leaving_process_groups(), handling_early_ends(args, data_files):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_datasets_provider,
+            build_datasets,
             ModelType.encoder_or_decoder,
-            step.forward,
+            partial(forward_step, before=before_each),
             store=ranks.for_process_groups,
         )

@@ -10,49 +10,24 @@ from typing import Any
 from megatron.core.dist_checkpointing import load_common_state_dict
 
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
-from maskmoe.checkpoint.series import RELEASE, Choice, checkpoint_path, choose_checkpoint, read_tracker, write_tracker
+from maskmoe.checkpoint.series import RELEASE, checkpoint_path, choose_checkpoint, read_tracker, write_tracker
 from maskmoe.errors import UserError
 from maskmoe.training.rank_store import RankStore
 
 # Arguments that decide the shapes of a model's parameters, or their meaning.
 _MODEL_ARGUMENTS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "group_query_attention",
-    "num_query_groups",
-    "kv_channels",
-    "multi_latent_attention",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "moe_latent_size",
-    "moe_router_enable_expert_bias",
-    "mtp_num_layers",
-    "normalization",
-    "swiglu",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "qk_layernorm_all_heads",
-    "untie_embeddings_and_output_weights",
-    "position_embedding_type",
-    "layernorm_epsilon",
+    *("num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
+    *("num_attention_heads", "group_query_attention", "num_query_groups", "kv_channels", "multi_latent_attention"),
+    *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
+    *("num_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_router_enable_expert_bias", "moe_latent_size"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    *("position_embedding_type", "untie_embeddings_and_output_weights"),
 )
 # Settings of a model that Megatron 0.19 does not take from the checkpoint with `--use-checkpoint-args`.
 _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
-    "layernorm_epsilon",
-    "moe_router_group_topk",
-    "moe_router_num_groups",
-    "moe_shared_expert_gate",
-    "qk_layernorm",
-    "qk_layernorm_all_heads",
-    "rope_scaling_factor",
-    "rotary_seq_len_interpolation_factor",
-    "use_rope_scaling",
+    *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads"),
+    *("moe_router_group_topk", "moe_router_num_groups", "moe_shared_expert_gate"),
+    *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
 )
 
 
@@ -73,43 +48,37 @@ def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
         return None
     if ranks.rank > 0:
         return _answer_first_rank(ranks)
-    questions = count()
+    questions = (f"checkpoint/{number}" for number in count())
 
     def check(checkpoint: Path) -> None:
         """Raise `Damage` if a checkpoint is damaged; asks all ranks to verify their shares of its files."""
         check_structure(checkpoint)
         if args.verify_checkpoint:
-            question = f"checkpoint/{next(questions)}"
-            ranks.broadcast(question, json.dumps({"verify": str(checkpoint)}))
-            for damage in ranks.gather(f"{question}/damage", _damage_of_my_share(checkpoint, ranks)):
-                if damage:
-                    raise Damage(checkpoint, damage)
+            question = next(questions)
+            ranks.broadcast(question, json.dumps(["verify", str(checkpoint)]))
+            for damage in filter(None, _gather_damages(checkpoint, ranks, question)):
+                raise Damage(checkpoint, damage)
 
-    answer: dict[str, str | None] = {"error": "choosing the checkpoint failed on the first rank"}
+    answer = ["error", "choosing the checkpoint failed on the first rank"]
     try:
         choice = choose_checkpoint(args.load, args.ckpt_step, check)
-        _warn_of_rejected(choice)
+        chosen = choice.checkpoint
+        warnings = [f"checkpoint {damage}" for damage in choice.rejected]
+        if choice.rejected:
+            warnings.append(f"resuming from {chosen}" if chosen else "starting from the beginning")
         if choice.iteration is not None and args.ckpt_step is None and read_tracker(args.load) is None:
             write_tracker(args.load, choice.iteration)
-            _warn(f"the tracker file in {args.load} was unusable; it names iteration {choice.iteration} now")
-        answer = {"chosen": str(choice.checkpoint) if choice.checkpoint else None}
-        return choice.checkpoint
+            warnings.append(f"the tracker file in {args.load} was unusable; it names iteration {choice.iteration} now")
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        answer = ["chosen", str(chosen or "")]
+        return chosen
     except UserError as error:
-        answer = {"error": str(error)}
+        answer = ["error", str(error)]
         raise
     finally:
         # The other ranks wait for an answer, so send one even if this rank fails.
-        ranks.broadcast(f"checkpoint/{next(questions)}", json.dumps(answer))
-
-
-def checkpoint_to_load(args: Namespace) -> Path | None:
-    """Return the checkpoint that `find_checkpoint` chose, after its choice was stored in `args.ckpt_step`."""
-    if args.load is None:
-        return None
-    if args.ckpt_step is not None:
-        return checkpoint_path(args.load, args.ckpt_step)
-    release = Path(args.load) / RELEASE
-    return release if release.exists() else None
+        ranks.broadcast(next(questions), json.dumps(answer))
 
 
 def _answer_first_rank(ranks: RankStore) -> Path | None:
@@ -119,21 +88,31 @@ def _answer_first_rank(ranks: RankStore) -> Path | None:
     """
     for number in count():
         question = f"checkpoint/{number}"
-        message = json.loads(ranks.broadcast(question))
-        if "error" in message:
-            raise UserError(message["error"])
-        if "chosen" in message:
-            return Path(message["chosen"]) if message["chosen"] else None
-        ranks.gather(f"{question}/damage", _damage_of_my_share(Path(message["verify"]), ranks))
+        kind, text = json.loads(ranks.broadcast(question))
+        if kind == "error":
+            raise UserError(text)
+        if kind == "chosen":
+            return Path(text) if text else None
+        _gather_damages(Path(text), ranks, question)
 
 
-def _damage_of_my_share(checkpoint: Path, ranks: RankStore) -> str:
-    """Return the damage of this rank's share of a checkpoint's files; empty if the files are sound."""
+def _gather_damages(checkpoint: Path, ranks: RankStore, question: str) -> list[str]:
+    """Verify this rank's share of a checkpoint's files; return the damage of each rank's share, or an empty string."""
+    damage = ""
     try:
         check_content(checkpoint, slice(ranks.rank, None, ranks.world_size))
-    except Damage as damage:
-        return damage.fault
-    return ""
+    except Damage as found:
+        damage = found.fault
+    return ranks.gather(f"{question}/damage", damage)
+
+
+def checkpoint_to_load(args: Namespace) -> Path | None:
+    """Return the checkpoint that `find_checkpoint` chose, after its choice was stored in `args.ckpt_step`."""
+    if args.load is None:
+        return None
+    iteration = args.ckpt_step
+    checkpoint = Path(args.load) / RELEASE if iteration is None else checkpoint_path(args.load, iteration)
+    return checkpoint if checkpoint.exists() else None
 
 
 def further_checkpoint_args(checkpoint: Path) -> dict[str, Any]:
@@ -166,14 +145,3 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
             f"checkpoint {checkpoint} was trained with another tokenizer ({saved.tokenizer_model}, sha256 "
             f"{theirs[:12]}…) than --tokenizer-model {args.tokenizer_model} ({ours[:12]}…)"
         )
-
-
-def _warn_of_rejected(choice: Choice) -> None:
-    for damage in choice.rejected:
-        _warn(f"checkpoint {damage}")
-    if choice.rejected:
-        _warn(f"resuming from {choice.checkpoint}" if choice.checkpoint else "starting from the beginning")
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -2,13 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from megatron.training import get_tensorboard_writer, get_wandb_writer, is_last_rank
 from torch import Tensor
@@ -24,8 +21,7 @@ _MOST_ROWS = "rank_rows_max"
 _UNEVEN = 1.5
 
 
-@dataclass(frozen=True)
-class RoutingRecord:
+class RoutingRecord(NamedTuple):
     """The routing of the tokens of some iterations, on all ranks.
 
     Attributes:
@@ -49,28 +45,6 @@ class RoutingRecord:
     by_layer: dict[str, dict[int, float]]
     uneven: tuple[int, float] | None
 
-    @property
-    def overall(self) -> dict[str, float]:
-        """The mean of each scalar over the layers, as Megatron logs it; for `rank_rows_max` the maximum."""
-        return {
-            name: max(values.values()) if name == _MOST_ROWS else sum(values.values()) / len(values)
-            for name, values in self.by_layer.items()
-            if values
-        }
-
-    def scalars(self) -> dict[str, float]:
-        """Return overall values and values of layers by their tags, which are named like Megatron's tags."""
-        tagged = {
-            f"moe/{name}_layer_{layer}": value
-            for name, values in self.by_layer.items()
-            for layer, value in values.items()
-        }
-        return self.overall | tagged
-
-    def __str__(self) -> str:
-        values = (f" {name.replace('_', ' ')}: {value:.4g} |" for name, value in self.overall.items())
-        return f" routing |{''.join(values)}"
-
 
 class RoutingLog:
     """Finalizes gradients as Megatron-Core does, and logs the routing of the last `interval` iterations.
@@ -87,16 +61,10 @@ class RoutingLog:
         self._interval = interval
         self._has_warned = False
 
-    def __call__(
-        self,
-        model: Sequence[DistributedDataParallel],
-        num_tokens: Tensor | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        force_all_reduce: bool | None = False,
-    ) -> None:
+    def __call__(self, model: Sequence[DistributedDataParallel], *arguments: Any, **options: Any) -> None:
         """Finalize the gradients of this rank's model chunks; a collective call with Megatron-Core's arguments."""
         # Megatron-Core annotates a list of modules of which it uses the methods of `DistributedDataParallel`.
-        finalize_model_grads(cast(Any, model), num_tokens, pg_collection, bool(force_all_reduce))
+        finalize_model_grads(cast(Any, model), *arguments, **options)
         iteration = get_args().curr_iteration + 1
         if iteration % self._interval == 0:
             record = take_record(model)
@@ -104,8 +72,19 @@ class RoutingLog:
                 self._write(record, iteration)
 
     def _write(self, record: RoutingRecord, iteration: int) -> None:
-        print(record, flush=True)
-        scalars = record.scalars()
+        # The mean over the layers, as Megatron logs it, or the maximum; and each layer, with tags like Megatron's.
+        overall = {
+            name: max(values.values()) if name == _MOST_ROWS else sum(values.values()) / len(values)
+            for name, values in record.by_layer.items()
+            if values
+        }
+        scalars = overall | {
+            f"moe/{name}_layer_{layer}": value
+            for name, values in record.by_layer.items()
+            for layer, value in values.items()
+        }
+        texts = (f"{name.replace('_', ' ')}: {value:.4g} |" for name, value in overall.items())
+        print(" routing |", *texts, flush=True)
         if writer := get_tensorboard_writer():
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, iteration)
@@ -133,52 +112,43 @@ def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
     # Collect the sums and the maximum of this rank's layers; layers of other pipeline stages stay 0.
     config = get_model_config(model[0])
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
+    num_ep_ranks = config.expert_model_parallel_size
     device = torch.cuda.current_device()
     row_size = 1 + RoutingSums.packed_size(config.num_moe_experts)
-    sums = torch.zeros(num_layers, row_size, dtype=torch.float64, device=device)
+    packed = torch.zeros(num_layers, row_size, dtype=torch.float64, device=device)
     most_rows = torch.zeros(num_layers, dtype=torch.int64, device=device)
     for chunk in model:
         for router in chunk.modules():
             if isinstance(router, MaskMoERouter):
                 layer = router.number_in_model - 1
-                sums[layer, 0] = _part_of_squared_gradient(chunk, router.weight)
-                sums[layer, 1:], most_rows[layer] = router.statistics.take()
+                packed[layer, 0] = _part_of_squared_gradient(chunk, router.weight)
+                packed[layer, 1:], most_rows[layer] = router.statistics.take()
     # Combine all ranks.
-    torch.distributed.all_reduce(sums)
-    if config.expert_model_parallel_size > 1:
+    torch.distributed.all_reduce(packed)
+    if num_ep_ranks > 1:
         torch.distributed.all_reduce(most_rows, op=torch.distributed.ReduceOp.MAX)
-    grad_norms = sums[:, 0].sqrt() / _gradient_scale(config)
-    return _record_of(
-        RoutingSums.unpack(sums[:, 1:].cpu()), most_rows.cpu(), grad_norms.cpu(), config.expert_model_parallel_size
-    )
+    packed, most_rows = packed.cpu(), most_rows.cpu()
+    sums = RoutingSums.unpack(packed[:, 1:])
+    # With the loss scale of fp16, gradients are multiplied by it.
+    loss_scale = 1.0 if config.grad_scale_func is None else config.grad_scale_func(1.0)
 
-
-def _record_of(sums: RoutingSums, most_rows: Tensor, grad_norms: Tensor, num_ep_ranks: int) -> RoutingRecord:
-    """Return the record of all layers from sums over all ranks.
-
-    Args:
-        sums: Sums of all layers.
-        most_rows: int64 [layers], the most rows of a rank in a micro-batch.
-        grad_norms: Norms of the gradients of the routers' weights, [layers].
-        num_ep_ranks: Number of expert-parallel ranks, of which each has an equal, contiguous share of the experts.
-    """
-
-    def select(values: Tensor, has_value: Tensor) -> dict[int, float]:
-        """Return the values of the layers that have one."""
-        return {layer: values[layer].item() for layer in has_value.nonzero().flatten().tolist()}
-
-    has_tokens = sums.num_tokens > 0
-    by_layer = {"expert_load_max_over_mean": select(_max_over_mean(sums.tokens_per_expert), has_tokens)}
+    # Compute the values of each layer.
+    values = {"expert_load_max_over_mean": _max_over_mean(sums.tokens_per_expert)}
     uneven = None
     if num_ep_ranks > 1:
+        # Each expert-parallel rank has an equal, contiguous share of the experts.
         tokens_per_rank = sums.tokens_per_expert.unflatten(1, (num_ep_ranks, -1)).sum(dim=-1)
-        by_layer["rank_load_max_over_mean"] = select(_max_over_mean(tokens_per_rank), has_tokens)
-        by_layer[_MOST_ROWS] = select(most_rows, has_tokens)
+        values["rank_load_max_over_mean"] = _max_over_mean(tokens_per_rank)
+        values[_MOST_ROWS] = most_rows
         ratios = (most_rows * sums.num_micro_batches / sums.num_rows).nan_to_num()
         uneven = int(ratios.argmax()), ratios.max().item()
-    by_layer["routing_entropy"] = select(sums.entropy / sums.num_routable, sums.num_routable > 0)
-    by_layer["single_expert_token_share"] = select(1 - sums.num_routable / sums.num_tokens, has_tokens)
-    by_layer["router_grad_norm"] = select(grad_norms, has_tokens)
+    values["routing_entropy"] = sums.entropy / sums.num_routable
+    values["single_expert_token_share"] = 1 - sums.num_routable / sums.num_tokens
+    values["router_grad_norm"] = packed[:, 0].sqrt() / float(loss_scale)
+    by_layer = {}
+    for name, of_layers in values.items():
+        has_value = sums.num_routable if name == "routing_entropy" else sums.num_tokens
+        by_layer[name] = {layer: of_layers[layer].item() for layer in has_value.nonzero().flatten().tolist()}
     return RoutingRecord(by_layer, uneven)
 
 
@@ -200,17 +170,10 @@ def _part_of_squared_gradient(chunk: DistributedDataParallel, weight: torch.nn.P
     if not weight.requires_grad:
         return 0.0
     bucket = chunk.param_to_bucket_group[weight].param_to_bucket[weight]
-    group = chunk.intra_dp_cp_group
-    assert group is not None
-    assert chunk.tp_group is not None
+    group, tp_group = cast(Any, (chunk.intra_dp_cp_group, chunk.tp_group))  # Megatron-Core annotates None, too
     share = -(-bucket.grad_data.numel() // group.size())
     start, end = bucket.param_to_index[weight]
     own = bucket.grad_data[max(start, group.rank() * share) : min(end, (group.rank() + 1) * share)]
     # All ranks of a tensor-parallel group, and all instances of the distributed optimizer, hold equal gradients.
-    num_copies = chunk.tp_group.size() * chunk.ddp_config.num_distributed_optimizer_instances
+    num_copies = tp_group.size() * chunk.ddp_config.num_distributed_optimizer_instances
     return torch.linalg.vector_norm(own, dtype=torch.float64).square() / num_copies
-
-
-def _gradient_scale(config: TransformerConfig) -> Tensor | float:
-    """Return the loss scale of fp16, with which gradients are multiplied, or 1 without fp16."""
-    return 1.0 if config.grad_scale_func is None else config.grad_scale_func(1.0)

@@ -1,5 +1,7 @@
 """Turns the command line into a checked configuration, before any process group exists."""
 
+import math
+import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -19,37 +21,27 @@ from megatron.training.training import setup_model_and_optimizer
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import iteration_of
+from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.training import file_checks, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
-from maskmoe.training.file_checks import (
-    check_data,
-    check_mask,
-    check_save_folder,
-    check_tokenizer,
-    tokenizer_sha256,
-)
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.refusals import check_supported
-from maskmoe.training.resume import (
-    check_same_model,
-    checkpoint_to_load,
-    find_checkpoint,
-    further_checkpoint_args,
-)
 from maskmoe.transformer.visible_experts import check_same_mask
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
 def parse_and_check_args(
-    extra_args_provider: ArgumentsProvider | None = None, *, reads_data: Callable[[Namespace], bool] = lambda _: True
+    own_arguments: ArgumentsProvider = lambda parser: parser, reads_data: Callable[[Namespace], bool] = lambda _: True
 ) -> Namespace:
     """Parse the command line, check all settings and files in it, and set Megatron's global variables.
 
     Args:
-        extra_args_provider: Adds the arguments of one entry point to the arguments of all entry points.
+        own_arguments: Adds the arguments of one entry point to the arguments of all entry points.
         reads_data: Returns whether the entry point needs a dataset with these arguments.
 
     Raises:
@@ -58,15 +50,14 @@ def parse_and_check_args(
     chosen: dict[str, Any] = {}
 
     def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-        parser = add_maskmoe_arguments(parser)
-        parser = extra_args_provider(parser) if extra_args_provider else parser
+        parser = own_arguments(add_maskmoe_arguments(parser))
         parser.set_defaults(**chosen)
         refuse_unknown_flags(parser, sys.argv[1:])
         return parser
 
     # Choose the checkpoint, whose settings may complete the command line.
     args = parse_args(add_arguments)
-    checkpoint = find_checkpoint(args, RankStore.from_environment())
+    checkpoint = resume.find_checkpoint(args, RankStore.from_environment())
     if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
         # Pass the choice to Megatron by `--ckpt-step`, as a user would.
         args.ckpt_step = chosen["ckpt_step"] = iteration
@@ -74,23 +65,25 @@ def parse_and_check_args(
         if checkpoint is None:
             raise UserError("--use-checkpoint-args needs --load with the folder of the checkpoints")
         # Set them as defaults, so that the command line overrides them.
-        chosen |= further_checkpoint_args(checkpoint)
+        chosen |= resume.further_checkpoint_args(checkpoint)
         args = parse_args(add_arguments)
         args, _ = load_args_from_checkpoint(args)
     # Check settings and files, before and after Megatron validates and completes the arguments.
     check_supported(args)
-    check_tokenizer(args)
-    check_save_folder(args)
+    tokenizer_sha256 = file_checks.check_tokenizer(args)
+    file_checks.check_save_folder(args)
     mask = find_routing_mask(args, checkpoint)
     with megatrons_checks():
         args = cast(Namespace, parse_and_validate_args(add_arguments))
-    args.tokenizer_sha256 = tokenizer_sha256(args)  # saved with the other arguments in every checkpoint
+    args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint
     if checkpoint is not None:
-        check_same_model(args, checkpoint)
+        resume.check_same_model(args, checkpoint)
     if mask is not None:
-        check_mask(args, mask)
+        file_checks.check_mask(args, mask)
     if reads_data(args):
-        check_data(args, mask)
+        # The first rank of each node reads the token ids of each dataset once.
+        is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        file_checks.check_data(args, mask, get_tokenizer().vocab_size, math.inf if is_first_of_node else 0)
     return args
 
 
@@ -106,15 +99,13 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None) -> RoutingMask |
     """
     if not args.num_experts:
         return None
-    source = args.routing_mask or checkpoint
-    if source is None:
+    masks = [read_routing_mask(source) for source in (args.routing_mask, checkpoint) if source is not None]
+    if not masks:
         raise UserError(
             "no routing mask: pass --routing-mask FILE, made by tools/build_routing_mask.py, or --load a checkpoint"
         )
-    mask = read_routing_mask(source)
-    if args.routing_mask is not None and checkpoint is not None:
-        check_same_mask(mask.digest, read_routing_mask(checkpoint).digest)
-    return mask
+    check_same_mask(masks[0].digest, masks[-1].digest)
+    return masks[0]
 
 
 def load_model(args: Namespace) -> torch.nn.Module:
@@ -123,7 +114,7 @@ def load_model(args: Namespace) -> torch.nn.Module:
     Raises:
         UserError: `--load` holds no checkpoint, or the pipeline is interleaved, which is for training only.
     """
-    if checkpoint_to_load(args) is None:
+    if resume.checkpoint_to_load(args) is None:
         raise UserError("pass --load with the folder of the checkpoints")
     if args.virtual_pipeline_model_parallel_size is not None:
         raise UserError(
@@ -147,9 +138,8 @@ def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
     with megatrons_checks():
         config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
     if args.num_experts:
-        source = args.routing_mask or checkpoint_to_load(args)
-        assert source is not None  # `find_routing_mask` refuses a run without a mask
-        config.routing_mask = Path(source)
+        # `find_routing_mask` refuses a run without a mask.
+        config.routing_mask = Path(cast(Path, args.routing_mask or resume.checkpoint_to_load(args)))
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default
@@ -181,13 +171,14 @@ def leaving_process_groups() -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit:
-        _leave_process_groups()
-        raise
-    _leave_process_groups()
+    finally:
+        if isinstance(sys.exception(), SystemExit | None) and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
-def _leave_process_groups() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+def write_on_first_rank(path: str | None, text: str) -> None:
+    """Write a text file on the first rank, if a path is given."""
+    if path is not None and torch.distributed.get_rank() == 0:
+        with atomic_output(path) as unfinished:
+            unfinished.write_text(text)

@@ -4,10 +4,9 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import exp, log
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from megatron.core import mpu
@@ -16,14 +15,10 @@ from torch import Tensor
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.training.batch import get_batch, token_losses
-from maskmoe.training.forward import forward_all, sum_over_ranks
-
-_KEYS = ({"text"}, {"context", "continuation"})
+from maskmoe.training.batch import losses_of_all, sum_over_ranks
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A text to score.
 
     Attributes:
@@ -37,7 +32,7 @@ class Text:
 
 @dataclass(frozen=True)
 class TextScore:
-    """The probability of one text."""
+    """The probability of a text."""
 
     log_likelihood: float
     """Natural logarithm of the probability, the sum over the scored tokens."""
@@ -48,23 +43,10 @@ class TextScore:
 
 
 @dataclass(frozen=True)
-class TextScores:
-    """The probabilities of some texts, with their sums."""
+class TextScores(TextScore):
+    """The probability of some texts together, and of each of them."""
 
     texts: list[TextScore]
-    log_likelihood: float
-    tokens: int
-    bytes: int
-
-    @classmethod
-    def of(cls, scores: list[TextScore]) -> "TextScores":
-        """Return the scores with their sums."""
-        return cls(
-            scores,
-            log_likelihood=sum(score.log_likelihood for score in scores),
-            tokens=sum(score.tokens for score in scores),
-            bytes=sum(score.bytes for score in scores),
-        )
 
     def table(self) -> str:
         """Return the results as text for the terminal."""
@@ -86,27 +68,27 @@ def read_texts(path: str | Path) -> list[Text]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
-    texts = [_read_line(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON: {error}") from error
+        if not isinstance(values, dict) or not ("text" in values or {"context", "continuation"} <= values.keys()):
+            raise UserError(f'{where}: must be {{"text": …}} or {{"context": …, "continuation": …}}')
+        text = Text(None, values["text"]) if "text" in values else Text(values["context"], values["continuation"])
+        if not isinstance(text.continuation, str) or not isinstance(text.context, str | None):
+            raise UserError(f"{where}: a text must be a string")
+        texts.append(text)
     if not texts:
         raise UserError(f"{path} has no texts")
     return texts
 
 
-def _read_line(line: str, where: str) -> Text:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
-    if not isinstance(values, dict) or not any(keys <= values.keys() for keys in _KEYS):
-        raise UserError(f'{where}: must be {{"text": …}} or {{"context": …, "continuation": …}}')
-    text = Text(None, values["text"]) if "text" in values else Text(values["context"], values["continuation"])
-    if not isinstance(text.continuation, str) or not isinstance(text.context, str | None):
-        raise UserError(f"{where}: a text must be a string")
-    return text
-
-
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Tokens of a text that the model sees at once, the last of which are scored.
 
     Attributes:
@@ -134,8 +116,8 @@ def windows(text: int, tokens: Sequence[int], num_context: int, length: int) -> 
         yield Window(text, tuple(tokens[max(0, end - length - 1) : end]), end - begin)
 
 
-def token_windows(texts: Sequence[Text], tokenizer: Any, length: int) -> list[Window]:
-    """Return the windows of all texts.
+def token_windows(texts: Sequence[Text], tokenizer: Any, length: int) -> Iterator[Window]:
+    """Yield the windows of all texts.
 
     Args:
         texts: Texts to score.
@@ -145,53 +127,33 @@ def token_windows(texts: Sequence[Text], tokenizer: Any, length: int) -> list[Wi
     Raises:
         UserError: A text has no context, and the tokenizer has no id that ends a document.
     """
-    found: list[Window] = []
     for number, text in enumerate(texts):
         if text.context:
             # White space belongs to the following word, so tokenize it together with the continuation.
-            context = text.context.rstrip()
-            spaces = text.context[len(context) :]
-            tokens = tokenizer.tokenize(context + spaces + text.continuation)
-            num_context = len(tokenizer.tokenize(context))
+            tokens = tokenizer.tokenize(text.context + text.continuation)
+            num_context = len(tokenizer.tokenize(text.context.rstrip()))
         else:
             if (end_of_document := getattr(tokenizer, "eod", None)) is None:
                 raise UserError(
                     "the tokenizer has no end-of-document id, which must precede a text without context; "
                     'give the text a "context"'
                 )
-            tokens, num_context = [end_of_document], 1
-            if text.continuation:
-                tokens += tokenizer.tokenize(text.continuation)
-        found += windows(number, tokens, num_context, length)
-    return found
+            tokens = [end_of_document, *(tokenizer.tokenize(text.continuation) if text.continuation else [])]
+            num_context = 1
+        yield from windows(number, tokens, num_context, length)
 
 
-class _Samples:
-    """Windows in the form of the samples of `GPTDataset`, padded to `length` tokens; made when they are needed."""
-
-    def __init__(self, found: Sequence[Window], length: int) -> None:
-        self._windows = found
-        self._length = length
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        window = self._windows[index]
-        num_inputs = len(window.tokens) - 1
-        padded = torch.zeros(self._length + 1, dtype=torch.long)
-        padded[: num_inputs + 1] = torch.tensor(window.tokens)
-        loss_mask = torch.zeros(self._length)
-        loss_mask[num_inputs - window.num_scored : num_inputs] = 1
-        return {
-            "tokens": padded[:-1],
-            "labels": padded[1:],
-            "loss_mask": loss_mask,
-            "position_ids": torch.arange(self._length),
-        }
+def _sample_of(window: Window, length: int) -> dict[str, Tensor]:
+    """Return a window in the form of a sample of `GPTDataset`, padded to `length` tokens."""
+    num_inputs = len(window.tokens) - 1
+    padded = torch.zeros(length + 1, dtype=torch.long)
+    padded[: num_inputs + 1] = torch.tensor(window.tokens)
+    loss_mask = torch.zeros(length)
+    loss_mask[num_inputs - window.num_scored : num_inputs] = 1
+    position_ids = torch.arange(length)
+    return {"tokens": padded[:-1], "labels": padded[1:], "loss_mask": loss_mask, "position_ids": position_ids}
 
 
-@torch.no_grad()
 def score_texts(args: argparse.Namespace, model: torch.nn.Module, texts: Sequence[Text]) -> TextScores:
     """Score texts; a collective call, which returns equal results on all ranks.
 
@@ -206,38 +168,29 @@ def score_texts(args: argparse.Namespace, model: torch.nn.Module, texts: Sequenc
     Raises:
         UserError: A text has no context, and the tokenizer has no id that ends a document.
     """
-    model.eval()
     args.create_attention_mask_in_dataloader = False
     tokenizer = get_tokenizer()
     _exclude_padding_ids(model, tokenizer.vocab_size)
-    found = token_windows(texts, tokenizer, args.seq_length)
-    likelihoods = torch.zeros(len(found) + args.micro_batch_size, dtype=torch.float64, device="cuda")
-
-    def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
-        batch = get_batch(data_iterator)
-        return token_losses(model, batch), partial(_sum_of_samples, batch.loss_mask)
+    found = list(token_windows(texts, tokenizer, args.seq_length))
+    likelihoods = torch.zeros(len(found), dtype=torch.float64, device="cuda")
 
     # Compute the log-likelihood of every window.
-    samples = _Samples(found, args.seq_length)
-    for first, outputs in forward_all(args, model, samples, len(samples), forward_step, "scoring"):
-        for output in outputs:
-            # Samples beyond the last window fill up the last step. Their losses are 0.
-            step_likelihoods = likelihoods[min(first, len(found)) :][: args.micro_batch_size]
-            step_likelihoods -= output["losses"]
-    sum_over_ranks(likelihoods)
+    def sample(index: int) -> dict[str, Tensor]:
+        return _sample_of(found[index], args.seq_length)
+
+    for first, batch, losses in losses_of_all(args, model, sample, len(found), "scoring"):
+        step_likelihoods = likelihoods[first : first + args.micro_batch_size]
+        # The last step may be filled up with samples beyond the last window.
+        step_likelihoods -= (losses.double() * batch.loss_mask).sum(dim=1)[: len(step_likelihoods)]
 
     # Add up the windows of each text.
-    text_likelihoods = torch.zeros(len(texts), dtype=torch.float64)
-    text_likelihoods.index_add_(
-        0, torch.tensor([window.text for window in found], dtype=torch.long), likelihoods[: len(found)].cpu()
-    )
-    num_tokens = [0] * len(texts)
-    for window in found:
+    log_likelihoods, num_tokens = [0.0] * len(texts), [0] * len(texts)
+    for window, likelihood in zip(found, sum_over_ranks(likelihoods).tolist(), strict=True):
+        log_likelihoods[window.text] += likelihood
         num_tokens[window.text] += window.num_scored
     num_bytes = [len(text.continuation.encode()) for text in texts]
-    return TextScores.of(
-        [TextScore(*score) for score in zip(text_likelihoods.tolist(), num_tokens, num_bytes, strict=True)]
-    )
+    scores = [TextScore(*score) for score in zip(log_likelihoods, num_tokens, num_bytes, strict=True)]
+    return TextScores(sum(log_likelihoods), sum(num_tokens), sum(num_bytes), scores)
 
 
 def _exclude_padding_ids(model: torch.nn.Module, vocab_size: int) -> None:
@@ -258,17 +211,3 @@ def _exclude_padding_ids(model: torch.nn.Module, vocab_size: int) -> None:
         return logits.masked_fill(is_padding, float("-inf")), bias
 
     stage.output_layer.register_forward_hook(mask_logits)
-
-
-def _sum_of_samples(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the loss of every sample.
-
-    Args:
-        loss_mask: float [batch, sequence].
-        output_tensor: Loss of every token, [batch, sequence].
-
-    Returns:
-        The loss and the number of tokens in the form that Megatron's schedules take, and `losses`, float64 [batch].
-    """
-    losses = (output_tensor.double() * loss_mask).sum(dim=1)
-    return losses.sum().float(), loss_mask.sum().to(torch.int), {"losses": losses}

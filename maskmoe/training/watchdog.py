@@ -4,9 +4,7 @@ A rank that hangs stops all other ranks, which wait for it in a collective. So t
 sign of life, or a rank that stands still outside of a collective.
 """
 
-import contextlib
 import json
-import linecache
 import os
 import socket
 import sys
@@ -14,10 +12,8 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -25,9 +21,7 @@ import torch
 from maskmoe.interruption import EXIT_HANG, is_last_attempt, leave_exit_code
 from maskmoe.training.rank_store import RankStore
 
-_WAITING_PACKAGES = tuple(
-    str(Path(torch.__file__).parent / package) + os.sep for package in ("distributed", "autograd")
-)
+_WAITING_PACKAGES = tuple(f"{os.path.dirname(torch.__file__)}/{package}/" for package in ("distributed", "autograd"))
 # Calls in which Python waits for the result of a collective, or for a GPU that is in a collective.
 _WAITING_CALLS = (".wait(", "barrier(", ".synchronize(", ".item(", ".cpu(", ".tolist(")
 _MAX_NAMED_RANKS = 8
@@ -44,7 +38,7 @@ class Sighting:
         steps: Number of micro-batches that the rank has begun.
         at: Innermost Python call of the training thread, for the message.
         waits: Whether this call waits for other ranks.
-        number: Number of this report among the reports of the rank.
+        time: When the rank reported this, in seconds on a clock of its own.
     """
 
     rank: int
@@ -52,7 +46,7 @@ class Sighting:
     steps: int
     at: str
     waits: bool
-    number: int
+    time: float
 
 
 class Watchdog:
@@ -74,7 +68,6 @@ class Watchdog:
         self._trainer = threading.get_ident()
         self._steps = 0
         self._last_step: float | None = None
-        self._sightings = 0
         self._last_contact = time.monotonic()
         self._is_over = threading.Event()
 
@@ -103,12 +96,9 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count time during work of any length, such as saving; restart with the next micro-batch."""
+        """Do not count time during work of any length, such as saving, until the next micro-batch begins."""
         self._last_step = None
-        try:
-            yield
-        finally:
-            self._last_step = None
+        yield
 
     def _watch(self) -> None:
         while not self._is_over.wait(self._period):
@@ -138,17 +128,12 @@ class Watchdog:
         return last_step is not None and time.monotonic() - last_step > self._timeout
 
     def _report(self) -> None:
-        frame = sys._current_frames().get(self._trainer)
-        self._sightings += 1
-        sighting = Sighting(
-            rank=self._ranks.rank,
-            where=f"host {socket.gethostname()}, process {os.getpid()}",
-            steps=self._steps,
-            at=_describe(frame),
-            waits=_waits(frame),
-            number=self._sightings,
-        )
-        self._ranks.put(f"sighting/{sighting.rank}", json.dumps(asdict(sighting)))
+        call = traceback.extract_stack(sys._current_frames()[self._trainer], limit=1)[-1]
+        where = f"host {socket.gethostname()}, process {os.getpid()}"
+        at = f"{call.filename}:{call.lineno} in {call.name}"
+        rank = self._ranks.rank
+        sighting = Sighting(rank, where, self._steps, at, waits_for_others(call), time.monotonic())
+        self._ranks.store.set(f"sighting/{rank}", json.dumps(asdict(sighting)))
 
     def _judge(self) -> str | None:
         """Return the verdict of this rank or of a faster rank; None if training continues after all."""
@@ -160,7 +145,7 @@ class Watchdog:
             return None
         culprits, reason = find_culprits(before, self._read())
         message = f"no micro-batch was begun for {self._timeout:g} s: {reason}"
-        return self._ranks.put_first("verdict", json.dumps([culprits, message]))
+        return self._ranks.store.compare_set("verdict", "", json.dumps([culprits, message])).decode()
 
     def _read(self) -> list[Sighting]:
         messages = (self._ranks.peek(f"sighting/{rank}") for rank in range(self._ranks.world_size))
@@ -170,17 +155,17 @@ class Watchdog:
         if self._ranks.rank in culprits or os.environ.get("LOCAL_RANK", "0") == "0" or not culprits:
             print(f"error: {message}", file=sys.stderr)
         if self._ranks.rank in culprits or not culprits:
-            stack = "".join(traceback.format_stack(sys._current_frames().get(self._trainer)))
+            stack = "".join(traceback.format_stack(sys._current_frames()[self._trainer]))
             print(f"rank {self._ranks.rank} stands at\n{stack}", file=sys.stderr)
         sys.stderr.flush()
 
     def _wait_for_others(self) -> None:
         """Wait until all living ranks have read the verdict: the end of a rank breaks the collectives of the others."""
         deadline = time.monotonic() + 2 * self._period
-        with contextlib.suppress(RuntimeError):
-            self._ranks.put(f"heard/{self._ranks.rank}", "")
-            others = [f"heard/{rank}" for rank in range(self._ranks.world_size)]
-            while time.monotonic() < deadline and any(self._ranks.peek(other) is None for other in others):
+        with suppress(RuntimeError):
+            self._ranks.store.set(f"heard/{self._ranks.rank}", "")
+            all_heard = [f"heard/{rank}" for rank in range(self._ranks.world_size)]
+            while time.monotonic() < deadline and not self._ranks.store.check(all_heard):
                 time.sleep(0.01)
 
 
@@ -201,39 +186,22 @@ def find_culprits(before: Sequence[Sighting], after: Sequence[Sighting]) -> tupl
     Returns:
         The ranks to blame, which may be none, and a sentence about them.
     """
-    numbers = {sighting.rank: sighting.number for sighting in before}
-    silent = [sighting for sighting in after if numbers.get(sighting.rank) == sighting.number]
-    busy = [sighting for sighting in after if not sighting.waits]
-    behind = [sighting for sighting in after if sighting.steps < max(other.steps for other in after)]
-    if silent:
-        return _blame(silent, "shows no sign of life; it was last seen at")
-    if busy:
-        return _blame(busy, "stands still while the others wait for it, at")
-    if behind:
-        return _blame(behind, "is behind the others, at")
+    times = {seen.rank: seen.time for seen in before}
+    most_steps = max((seen.steps for seen in after), default=0)
+    suspects = {
+        "shows no sign of life; it was last seen at": [s for s in after if times.get(s.rank) == s.time],
+        "stands still while the others wait for it, at": [s for s in after if not s.waits],
+        "is behind the others, at": [s for s in after if s.steps < most_steps],
+    }
+    for what, culprits in suspects.items():
+        if culprits:
+            named = [f"rank {seen.rank} ({seen.where}) {what} {seen.at}" for seen in culprits[:_MAX_NAMED_RANKS]]
+            if len(culprits) > len(named):
+                named.append(f"and {len(culprits) - len(named)} more ranks")
+            return [seen.rank for seen in culprits], "; ".join(named)
     return [], f"all {len(after)} ranks wait for each other; where each stands follows"
 
 
-def _blame(sightings: Sequence[Sighting], what: str) -> tuple[list[int], str]:
-    """Return ranks and the sentence that `what` is true of them."""
-    named = [f"rank {seen.rank} ({seen.where}) {what} {seen.at}" for seen in sightings[:_MAX_NAMED_RANKS]]
-    if len(sightings) > len(named):
-        named.append(f"and {len(sightings) - len(named)} more ranks")
-    return [seen.rank for seen in sightings], "; ".join(named)
-
-
-def _describe(frame: FrameType | None) -> str:
-    """Return the place of a Python call as text."""
-    if frame is None:
-        return "no Python call"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def _waits(frame: FrameType | None) -> bool:
-    """Report whether the innermost Python call waits for other ranks."""
-    if frame is None:
-        return False
-    if frame.f_code.co_filename.startswith(_WAITING_PACKAGES):
-        return True
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    return any(call in line for call in _WAITING_CALLS)
+def waits_for_others(call: traceback.FrameSummary) -> bool:
+    """Report whether the innermost Python call of a rank waits for other ranks."""
+    return call.filename.startswith(_WAITING_PACKAGES) or any(wait in (call.line or "") for wait in _WAITING_CALLS)

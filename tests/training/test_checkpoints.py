@@ -14,6 +14,7 @@ from megatron.core.num_microbatches_calculator import unset_num_microbatches_cal
 from megatron.training.global_vars import destroy_global_vars
 from support.paths import ROOT
 from support.training import Run
+from torch.distributed import HashStore
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, saved_iterations
@@ -133,7 +134,7 @@ def test_unusable_tracker(copy, content, capsys):
     else:
         (copy / TRACKER).write_text(content)
     args = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True)
-    assert find_checkpoint(args, RankStore(None, 0, 1)) == checkpoint_path(copy, 21)
+    assert find_checkpoint(args, RankStore(HashStore(), 0, 1)) == checkpoint_path(copy, 21)
     assert (copy / TRACKER).read_text() == "21"
     assert "was unusable; it names iteration 21 now" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from maskmoe.training.rank_store import RankStore, _meet
 
@@ -67,14 +67,15 @@ def test_messages(server):
         assert list(pool.map(lambda store: store.gather("names", str(store.rank)), ranks)) == [["0", "1", "2"]] * 3
         assert list(pool.map(lambda store: store.broadcast("word", f"of {store.rank}"), ranks)) == ["of 0"] * 3
     assert ranks[1].peek("verdict") is None
-    assert [store.put_first("verdict", str(store.rank)) for store in ranks[1:]] == ["1", "1"]
+    assert [one.store.compare_set("verdict", "", str(one.rank)) for one in ranks[1:]] == [b"1", b"1"]
     assert ranks[0].beside().peek("verdict") == "1"
 
 
 def test_single_rank():
-    alone = RankStore(None, 0, 1)
+    alone = RankStore(HashStore(), 0, 1)
     assert alone.gather("names", "me") == ["me"]
     assert alone.broadcast("word", "mine") == "mine"
-    assert alone.put_first("verdict", "guilty") == "guilty"
     assert alone.beside().peek("verdict") is None
+    alone.store.set("verdict", "guilty")
+    assert alone.beside().peek("verdict") == "guilty"
     assert alone.for_process_groups is None

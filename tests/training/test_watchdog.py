@@ -2,18 +2,20 @@
 
 import sys
 import threading
+import traceback
 from dataclasses import replace
 
 import pytest
+from torch.distributed import HashStore
 
 from maskmoe.errors import RunFailure
 from maskmoe.interruption import is_last_attempt
-from maskmoe.training.data_files import DataFiles
+from maskmoe.training.failures import DataFiles
 from maskmoe.training.rank_store import RankStore
-from maskmoe.training.watchdog import Sighting, Watchdog, _waits, find_culprits
+from maskmoe.training.watchdog import Sighting, Watchdog, find_culprits, waits_for_others
 
 WAITING = Sighting(
-    rank=0, where="host a, process 1", steps=7, at="distributed.py:1 in all_reduce", waits=True, number=3
+    rank=0, where="host a, process 1", steps=7, at="distributed.py:1 in all_reduce", waits=True, time=3.0
 )
 
 
@@ -26,7 +28,7 @@ def sightings(**of_rank_1) -> list[Sighting]:
 
 def later(ranks: list[Sighting], but=()) -> list[Sighting]:
     """Return the sightings of all ranks some periods later; the ranks in `but` have reported nothing new."""
-    return [seen if seen.rank in but else replace(seen, number=seen.number + 2) for seen in ranks]
+    return [seen if seen.rank in but else replace(seen, time=seen.time + 2) for seen in ranks]
 
 
 def test_silent_rank():
@@ -65,19 +67,22 @@ def test_many_culprits_are_not_all_named():
 
 class Handle:
     def wait(self):
-        return sys._getframe(1)
+        return innermost_call(sys._getframe(1))
+
+
+def innermost_call(frame) -> traceback.FrameSummary:
+    return traceback.extract_stack(frame, limit=1)[-1]
 
 
 def test_waiting_is_told_from_working():
-    assert _waits(Handle().wait())
-    assert not _waits(sys._getframe())
-    assert not _waits(None)
+    assert waits_for_others(Handle().wait())
+    assert not waits_for_others(innermost_call(sys._getframe()))
 
 
 def test_threads_end_with_the_block():
     """A thread that outlives the interpreter would abort the process."""
     before = set(threading.enumerate())
-    with Watchdog(RankStore(None, 0, 1), timeout=1.0).watching():
+    with Watchdog(RankStore(HashStore(), 0, 1), timeout=1.0).watching():
         assert len(set(threading.enumerate()) - before) == 2
     assert set(threading.enumerate()) <= before
 
@@ -87,22 +92,22 @@ def test_data_files(tmp_path):
     for prefix in prefixes:
         (tmp_path / f"{prefix}.bin").write_bytes(bytes(10))
     files = DataFiles(prefixes)
-    files.check_all()
+    files.check()
     (tmp_path / "a.bin").write_bytes(bytes(11))  # a file that grows does no harm
     for _ in prefixes:
-        files.check_some()
+        files.check(8)
     (tmp_path / "k.bin").write_bytes(bytes(9))
 
     def check_twice() -> None:
-        """Check all twelve files: `check_some` checks at least half of them."""
-        files.check_some()
-        files.check_some()
+        """Check all twelve files: each call checks more than half of them."""
+        files.check(8)
+        files.check(8)
 
     with pytest.raises(RunFailure, match=r"k\.bin has shrunk from 10 to 9 bytes"):
         check_twice()
     (tmp_path / "k.bin").unlink()
     with pytest.raises(RunFailure, match=r"k\.bin can no longer be read: No such file"):
-        files.check_all()
+        files.check()
 
 
 @pytest.mark.parametrize(
