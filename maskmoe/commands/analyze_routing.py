@@ -10,16 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
-from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings, Conversion
-
-if TYPE_CHECKING:
-    from maskmoe.routing_analysis.trace import RoutingTrace
-
-_DEFAULTS = AnalysisSettings()
+from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,88 +53,35 @@ files in --output-dir:
         help="the models of the series, in order: Megatron checkpoints, models in transformers' format, or folders of "
         "Megatron checkpoints, which stand for all their checkpoints",
     )
-    models.add_argument(
-        "--ckpt-step", type=int, nargs="+", default=(), metavar="I", help="use only these iterations of a folder"
-    )
-    models.add_argument(
-        "--tokenizer-type",
-        metavar="T",
-        help="type of the tokenizer (default: the checkpoint's; NullTokenizer: no tokenizer)",
-    )
-    models.add_argument("--tokenizer-model", metavar="F", help="file of the tokenizer (default: the checkpoint's)")
-    models.add_argument(
-        "--scratch-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder in which Megatron checkpoints are converted (default: the system's)",
-    )
+    _add(models, "--ckpt-step I", "use only these iterations of a folder", type=int, nargs="+", default=())
+    _add(models, "--tokenizer-type T", "type of the tokenizer (default: the checkpoint's; NullTokenizer: no tokenizer)")
+    _add(models, "--tokenizer-model F", "file of the tokenizer (default: the checkpoint's)")
+    folder = "folder in which Megatron checkpoints are converted (default: the system's)"
+    _add(models, "--scratch-dir DIR", folder, type=Path)
 
     probe = parser.add_argument_group("probe text")
     text = probe.add_mutually_exclusive_group(required=True)
-    text.add_argument("--data-path", metavar="P", help="prefix of a dataset; P.bin and P.idx exist")
-    text.add_argument(
-        "--input", type=Path, nargs="+", metavar="F", help="text files (.jsonl, .txt, also .gz and .zst) to tokenize"
-    )
-    probe.add_argument(
-        "--split", metavar="A,B,C", help="Megatron's --split of --data-path (default: the whole dataset)"
-    )
+    _add(text, "--data-path P", "prefix of a dataset; P.bin and P.idx exist")
+    _add(text, "--input F", "text files (.jsonl, .txt, also .gz and .zst) to tokenize", type=Path, nargs="+")
+    _add(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)")
     probe.add_argument(
         "--eval-split", choices=SPLITS, default="valid", help="the part of --split to use (default: %(default)s)"
     )
-    probe.add_argument(
-        "--json-key", default="text", metavar="K", help="key of the text in JSON lines (default: %(default)s)"
-    )
-    probe.add_argument(
-        "--tokens",
-        type=int,
-        default=_DEFAULTS.num_tokens,
-        metavar="T",
-        help="number of tokens, from all over --data-path or from the beginning of --input (default: %(default)s)",
-    )
-    probe.add_argument("--seq-length", type=int, metavar="S", help="tokens in a window (default: the model's)")
-    probe.add_argument(
-        "--batch-size",
-        type=int,
-        default=_DEFAULTS.batch_size,
-        metavar="B",
-        help="windows in a batch (default: %(default)s)",
-    )
+    _add(probe, "--json-key K", "key of the text in JSON lines (default: %(default)s)", default="text")
+    tokens = "number of tokens, from all over --data-path or from the beginning of --input (default: %(default)s)"
+    _add(probe, "--tokens T", tokens, type=int)
+    _add(probe, "--seq-length S", "tokens in a window (default: the model's)", type=int)
+    _add(probe, "--batch-size B", "windows in a batch (default: %(default)s)", type=int)
 
     measures = parser.add_argument_group("statistics")
-    measures.add_argument(
-        "--token-frequency",
-        type=Path,
-        metavar="F",
-        help="token counts for the frequency bands, made by tools/count_token_frequency.py (default: the probe's)",
-    )
-    measures.add_argument(
-        "--capacity-factors",
-        type=float,
-        nargs="+",
-        default=_DEFAULTS.capacity_factors,
-        metavar="C",
-        help="capacity factors for the share of dropped assignments (default: 1 1.25 1.5 2)",
-    )
-    measures.add_argument(
-        "--micro-batch-tokens",
-        type=int,
-        metavar="T",
-        help="tokens that share a capacity (default: the tokens of a batch)",
-    )
-    measures.add_argument(
-        "--min-occurrences",
-        type=int,
-        default=_DEFAULTS.min_occurrences,
-        metavar="O",
-        help="occurrences in the probe from which an id counts in distinct_experts.csv (default: %(default)s)",
-    )
-    measures.add_argument(
-        "--top-ids",
-        type=int,
-        default=_DEFAULTS.num_top_ids,
-        metavar="R",
-        help="ids to list for each expert (default: %(default)s)",
-    )
+    counts = "token counts for the frequency bands, made by tools/count_token_frequency.py (default: the probe's)"
+    _add(measures, "--token-frequency F", counts, type=Path)
+    factors = "capacity factors for the share of dropped assignments (default: 1 1.25 1.5 2)"
+    _add(measures, "--capacity-factors C", factors, type=float, nargs="+")
+    _add(measures, "--micro-batch-tokens T", "tokens that share a capacity (default: the tokens of a batch)", type=int)
+    occurrences = "occurrences in the probe from which an id counts in distinct_experts.csv (default: %(default)s)"
+    _add(measures, "--min-occurrences O", occurrences, type=int)
+    _add(measures, "--top-ids R", "ids to list for each expert (default: %(default)s)", type=int)
 
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
@@ -151,17 +93,18 @@ files in --output-dir:
     return arguments
 
 
-def settings_from(arguments: argparse.Namespace) -> AnalysisSettings:
-    """Return the settings that the command line gives."""
-    return AnalysisSettings(
-        num_tokens=arguments.tokens,
-        seq_length=arguments.seq_length,
-        batch_size=arguments.batch_size,
-        capacity_factors=tuple(arguments.capacity_factors),
-        micro_batch_tokens=arguments.micro_batch_tokens,
-        min_occurrences=arguments.min_occurrences,
-        num_top_ids=arguments.top_ids,
-    )
+def _add(group: argparse._ActionsContainer, usage: str, text: str, **options: Any) -> None:
+    """Add an argument with a value, by default the value that `AnalysisSettings` has.
+
+    Args:
+        group: the group of the argument.
+        usage: the flag and the name of its value, such as `--tokens T`.
+        text: the help text.
+        options: further options of argparse.
+    """
+    flag, metavar = usage.split()
+    options.setdefault("default", getattr(AnalysisSettings, flag.removeprefix("--").replace("-", "_"), None))
+    group.add_argument(flag, metavar=metavar, help=text, **options)
 
 
 @contextmanager
@@ -189,8 +132,7 @@ def output_folder(path: Path) -> Iterator[Path]:
 def main() -> None:
     """Run the analysis that the command line describes, write its files and print its table."""
     arguments = parse_arguments()
-    settings = settings_from(arguments)
-    settings.check()
+    settings = AnalysisSettings(**{name: getattr(arguments, name) for name in AnalysisSettings.__dataclass_fields__})
 
     # The analysis needs torch and Megatron, `--help` does not.
     from maskmoe.megatron_compat import prepare_process
@@ -199,28 +141,20 @@ def main() -> None:
     from maskmoe.routing_analysis.analysis import analyze
     from maskmoe.routing_analysis.models import find_models
     from maskmoe.routing_analysis.probe import DatasetText, FileText
-    from maskmoe.routing_analysis.report import write_results
-    from maskmoe.routing_analysis.tables import terminal_table
+    from maskmoe.routing_analysis.report import terminal_table, write_results
     from maskmoe.routing_mask import TokenFrequency
 
     if arguments.input is None:
         text = DatasetText(arguments.data_path, arguments.split, arguments.eval_split)
     else:
         text = FileText(tuple(arguments.input), arguments.json_key)
-    conversion = Conversion(arguments.scratch_dir, arguments.tokenizer_type, arguments.tokenizer_model)
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     models = find_models(arguments.load, arguments.ckpt_step)
-    with output_folder(arguments.output_dir) as folder, ExitStack() as traces:
-        trace_files = [folder / f"trace_{number}.safetensors" for number in range(1, len(models) + 1)]
-
-        def keep_trace(position: int, trace: "RoutingTrace") -> None:
-            if arguments.save_traces:
-                # Temporary files become the traces when the analysis has succeeded.
-                trace.save(traces.enter_context(atomic_output(trace_files[position])))
-
-        analysis = analyze(models, text, settings, frequency, conversion, keep_trace, progress=True)
+    with output_folder(arguments.output_dir) as folder, ExitStack() as outputs:
+        numbers = range(1, len(models) + 1) if arguments.save_traces else ()
+        trace_files = [folder / f"trace_{number}.safetensors" for number in numbers]
+        # Temporary files become the traces when the analysis has succeeded.
+        temporary = [outputs.enter_context(atomic_output(path)) for path in trace_files]
+        analysis = analyze(models, text, settings, frequency, temporary, progress=True)
         written = write_results(analysis, folder)
-    print(*terminal_table(analysis), sep="\n")
-    print()
-    for path in [*written, *(trace_files if arguments.save_traces else ())]:
-        print(f"written  {path}")
+    print(*terminal_table(analysis), "", *(f"written  {path}" for path in [*written, *trace_files]), sep="\n")

@@ -8,7 +8,7 @@ patch here knows other rooms of this package. The patches that concern checkpoin
 import argparse
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -138,12 +138,9 @@ def latent_projections_without_transformer_engine(linear: Callable[..., torch.nn
     """
     from megatron.core.transformer.moe import moe_layer
 
-    stock = {name: getattr(moe_layer, name) for name in ("HAVE_TE", "TELinear")}
-    if not moe_layer.HAVE_TE:
-        replace(moe_layer, "HAVE_TE", True)
-        replace(moe_layer, "TELinear", linear)
-    try:
+    replacements = {} if moe_layer.HAVE_TE else {"HAVE_TE": True, "TELinear": linear}
+    with ExitStack() as restored:
+        for name, replacement in replacements.items():
+            restored.callback(replace, moe_layer, name, getattr(moe_layer, name))
+            replace(moe_layer, name, replacement)
         yield
-    finally:
-        for name, value in stock.items():
-            replace(moe_layer, name, value)

@@ -1,9 +1,8 @@
 """Reads the probe text, which all models of a series route."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import batched
+from itertools import batched, chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 
-from maskmoe.data.corpus import check_inputs, read_documents
+from maskmoe.data.corpus import read_documents
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import HuggingFaceTokenizer
 from maskmoe.errors import UserError
@@ -44,51 +43,16 @@ class Probe:
     def batches(self) -> Iterator[np.ndarray]:
         """Yield the windows in order, int64 [batch, sequence]; a shorter last window is a batch of its own."""
         num_whole = len(self.token_ids) // self.seq_length
-        windows = self.token_ids[: num_whole * self.seq_length].reshape(num_whole, self.seq_length)
+        whole, remaining = np.split(self.token_ids, [num_whole * self.seq_length])
+        windows = whole.reshape(num_whole, self.seq_length)
         for start in range(0, num_whole, self.batch_size):
             yield windows[start : start + self.batch_size]
-        remaining = self.token_ids[num_whole * self.seq_length :]
         if len(remaining):
             yield remaining[None]
 
 
-class ProbeText(ABC):
-    """A source of a probe text."""
-
-    @property
-    @abstractmethod
-    def source(self) -> str:
-        """Return the origin of the text, for people."""
-
-    @abstractmethod
-    def check(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
-        """Check everything that can be checked without a tokenizer.
-
-        Args:
-            vocab_size: number of token ids of the model.
-            tokenizer_sha256: digest of the tokenizer file of the model; None if it is unknown.
-
-        Raises:
-            UserError: the source has no text, or the text does not fit the model.
-        """
-
-    @abstractmethod
-    def read(self, num_tokens: int, seq_length: int, vocab_size: int, model: Path) -> np.ndarray:
-        """Return the token ids of the text, int64 [at most num_tokens].
-
-        Args:
-            num_tokens: number of tokens to read.
-            seq_length: number of tokens in a window.
-            vocab_size: number of token ids of the model.
-            model: the folder with the tokenizer of the model.
-
-        Raises:
-            UserError: the text cannot be read, or does not fit the model.
-        """
-
-
 @dataclass(frozen=True)
-class DatasetText(ProbeText):
+class DatasetText:
     """Windows that are spread evenly over an indexed dataset, or over one split of a dataset.
 
     Attributes:
@@ -106,20 +70,30 @@ class DatasetText(ProbeText):
         """Return the origin of the text, for people."""
         return self.prefix if self.split is None else f"{self.prefix} ({self.eval_split} of --split {self.split})"
 
-    def check(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
-        """Check that the dataset has tokens and was made with the tokenizer of the model, see `ProbeText.check`."""
+    def read(
+        self, num_tokens: int, seq_length: int, vocab_size: int, model: Path, tokenizer_sha256: str | None = None
+    ) -> np.ndarray:
+        """Return tokens from all over the dataset, int64 [at most num_tokens].
+
+        Args:
+            num_tokens: number of tokens to read.
+            seq_length: number of tokens in a window.
+            vocab_size: number of token ids of the model.
+            model: the folder with the tokenizer of the model.
+            tokenizer_sha256: digest of the tokenizer file of the model; None if it is unknown.
+
+        Raises:
+            UserError: the text cannot be read, has no tokens, or does not fit the model.
+        """
         record = read_tokenizer_record(self.prefix)
         if record is not None and (record.vocab_size > vocab_size or tokenizer_sha256 not in (None, record.sha256)):
             raise UserError(
                 f"dataset {self.prefix} was made with another tokenizer ({record.model}, {record.vocab_size:,} ids) "
                 f"than that of the model of {vocab_size:,} ids"
             )
-        if not len(self._tokens()):
-            raise UserError(f"{self.source} holds no tokens; choose another --eval-split or --split")
-
-    def read(self, num_tokens: int, seq_length: int, vocab_size: int, model: Path) -> np.ndarray:
-        """Return tokens from all over the dataset, see `ProbeText.read`."""
         token_ids = spread_windows(self._tokens(), num_tokens, seq_length).astype(np.int64)
+        if not len(token_ids):
+            raise UserError(f"{self.source} holds no tokens; choose another --eval-split or --split")
         is_foreign = (token_ids < 0) | (token_ids >= vocab_size)
         if is_foreign.any():
             raise UserError(
@@ -135,8 +109,8 @@ class DatasetText(ProbeText):
             return tokens
         lengths = read_index(self.prefix).sequence_lengths
         sequences = split_sequences(self.split, self.eval_split, len(lengths))
-        ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-        return tokens[ends[sequences.start] : ends[sequences.stop]]
+        start = lengths[: sequences.start].sum(dtype=np.int64)
+        return tokens[start : start + lengths[sequences.start : sequences.stop].sum(dtype=np.int64)]
 
 
 def spread_windows(tokens: np.ndarray, num_tokens: int, seq_length: int) -> np.ndarray:
@@ -170,13 +144,11 @@ def split_sequences(split: str, eval_split: str, num_sequences: int) -> range:
         UserError: `split` is not valid, or assigns no sequences to the split.
     """
     try:
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="raise"):  # the sum of the numbers may be 0
             shares = parse_and_normalize_split(split)
         bounds = convert_split_vector_to_split_matrix(shares)[SPLITS.index(eval_split)]
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"--split {split} must be up to three numbers, such as 95,5,0") from error
-    if not np.isfinite(shares).all():
-        raise UserError(f"--split {split} has no number above 0")
+    except (AssertionError, ValueError, FloatingPointError) as error:
+        raise UserError(f"--split {split} must be up to three numbers, not all 0, such as 95,5,0") from error
     if bounds is None:
         raise UserError(f"--split {split} leaves nothing for --eval-split {eval_split}")
     # Round like `BlendedMegatronDatasetBuilder`.
@@ -184,7 +156,7 @@ def split_sequences(split: str, eval_split: str, num_sequences: int) -> range:
 
 
 @dataclass(frozen=True)
-class FileText(ProbeText):
+class FileText:
     """The first tokens of text files, by the tokenizer of the model; an end-of-document id follows each document.
 
     Attributes:
@@ -200,12 +172,10 @@ class FileText(ProbeText):
         """Return the origin of the text, for people."""
         return ", ".join(map(str, self.paths))
 
-    def check(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
-        """Check that the files can be read, see `ProbeText.check`."""
-        check_inputs(self.paths)
-
-    def read(self, num_tokens: int, seq_length: int, vocab_size: int, model: Path) -> np.ndarray:
-        """Return the first tokens of the files, see `ProbeText.read`."""
+    def read(
+        self, num_tokens: int, seq_length: int, vocab_size: int, model: Path, tokenizer_sha256: str | None = None
+    ) -> np.ndarray:
+        """Return the first tokens of the files, see `DatasetText.read`."""
         if not (model / _TOKENIZER_FILE).is_file():
             raise UserError("--input needs a tokenizer, but the model has none; pass token ids with --data-path")
         tokenizer = HuggingFaceTokenizer(model)
@@ -213,19 +183,17 @@ class FileText(ProbeText):
             raise UserError(
                 f"the tokenizer of {model} has {tokenizer.vocab_size:,} ids, but the model only {vocab_size:,}"
             )
-        end = np.array([] if tokenizer.eod_id is None else [tokenizer.eod_id], np.int64)
-        # Documents are encoded in small batches until there are enough tokens.
-        parts, missing = [], num_tokens
-        for documents in batched(read_documents(self.paths, self.json_key), _DOCUMENTS_AT_A_TIME):
-            for ids in tokenizer.encode_batch(list(documents)):
-                parts += [ids.astype(np.int64), end]
-                missing -= len(ids) + len(end)
-            if missing <= 0:
-                break
-        token_ids = np.concatenate(parts)[:num_tokens] if parts else np.array([], np.int64)
+        # Encode small batches of documents until there are enough tokens.
+        end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
+        documents = batched(read_documents(self.paths, self.json_key), _DOCUMENTS_AT_A_TIME)
+        encoded = (ids.tolist() + end for batch in documents for ids in tokenizer.encode_batch(list(batch)))
+        token_ids = np.fromiter(islice(chain.from_iterable(encoded), num_tokens), np.int64)
         if not len(token_ids):
             raise UserError(f"{self.source} has no text")
         return token_ids
+
+
+ProbeText = DatasetText | FileText
 
 
 def read_pieces(model: Path, token_ids: np.ndarray) -> dict[int, str]:
@@ -239,5 +207,5 @@ def read_pieces(model: Path, token_ids: np.ndarray) -> dict[int, str]:
     if not path.is_file():
         return {}
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    pieces = {int(number): tokenizer.id_to_token(int(number)) for number in np.unique(token_ids)}
+    pieces = {number: tokenizer.id_to_token(number) for number in np.unique(token_ids).tolist()}
     return {number: piece for number, piece in pieces.items() if piece is not None}

@@ -6,12 +6,58 @@ probe.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import entr
 
+from maskmoe.routing_analysis.settings import AnalysisSettings
 from maskmoe.routing_analysis.trace import NO_EXPERT, RoutingTrace
+from maskmoe.routing_mask.frequency_bands import FrequencyBands
+
+
+def measure(
+    trace: RoutingTrace, before: RoutingTrace, bands: FrequencyBands, capacity_tokens: int, settings: AnalysisSettings
+) -> dict[str, np.ndarray]:
+    """Compute all statistics of one model.
+
+    Args:
+        trace: the trace of the model.
+        before: the trace of the previous model of the series; for the first model, its own trace.
+        bands: the frequency bands of the ids.
+        capacity_tokens: number of tokens that share the capacity of the experts.
+        settings: the settings of the analysis.
+
+    Returns:
+        load: int64 [L, B, N], number of assignments.
+        dropped: float64 [capacity factors, L], share of the assignments that experts of limited capacity would drop.
+        id_expert_information: float64 [L], mutual information of the id and the experts of a token, in nats.
+        next_layer_information: float64 [L - 1], mutual information of a token's best experts in consecutive layers with
+            experts, in nats.
+        coactivation: int64 [L, N, N], number of tokens that chose two experts together.
+        transitions: int64 [L - 1, N, N], number of tokens by their best experts in consecutive layers with experts.
+        changed: float64 [2 + B, L], share of its experts that a token changed since the previous model, as means over
+            groups of tokens; NaN for a group without tokens. The groups are all tokens, the tokens that see two or more
+            experts in either model, and the tokens of each frequency band.
+
+        And the arrays of `router_entropy`, `top_ids` and `distinct_experts`.
+    """
+    band_of_token, num_bands = bands.band_of_id[trace.token_ids], len(bands.names)
+    next_layer = transitions(trace)
+    changed = fluctuation(before, trace)
+    groups = [np.ones(len(band_of_token), bool), before.is_routable | trace.is_routable]
+    groups += [band_of_token == band for band in range(num_bands)]
+    return {
+        "load": expert_load(trace, band_of_token, num_bands),
+        "dropped": np.array([dropped_share(trace, factor, capacity_tokens) for factor in settings.capacity_factors]),
+        **router_entropy(trace),
+        "id_expert_information": id_information(trace),
+        "next_layer_information": mutual_information(next_layer),
+        **top_ids(trace, settings.top_ids),
+        **distinct_experts(trace, settings.min_occurrences),
+        "coactivation": coactivation(trace),
+        "transitions": next_layer,
+        "changed": np.stack([mean_where(changed, group) for group in groups]),
+    }
 
 
 def count_choices(experts: np.ndarray, group_of_token: np.ndarray, num_groups: int, num_experts: int) -> np.ndarray:
@@ -39,9 +85,8 @@ def expert_load(trace: RoutingTrace, group_of_token: np.ndarray, num_groups: int
         group_of_token: int64 [T], the group of each token, such as its frequency band or its micro-batch.
         num_groups: number of groups, G.
     """
-    return np.stack(
-        [count_choices(experts, group_of_token, num_groups, trace.num_experts) for experts in trace.experts]
-    )
+    counts = [count_choices(experts, group_of_token, num_groups, trace.num_experts) for experts in trace.experts]
+    return np.stack(counts)
 
 
 def max_over_mean(load: np.ndarray) -> np.ndarray:
@@ -67,8 +112,7 @@ def dropped_share(trace: RoutingTrace, capacity_factor: float, micro_batch_token
         capacity_factor: the capacity as a multiple of an even share of the assignments of a micro-batch.
         micro_batch_tokens: number of consecutive tokens in a micro-batch; the last micro-batch may have fewer.
     """
-    num_tokens = len(trace.token_ids)
-    micro_batch = np.arange(num_tokens) // micro_batch_tokens
+    micro_batch = np.arange(len(trace.token_ids)) // micro_batch_tokens
     sizes = np.bincount(micro_batch)  # [micro-batches]
     capacity = [expert_capacity(size, trace.topk, trace.num_experts, capacity_factor) for size in sizes.tolist()]
     load = expert_load(trace, micro_batch, len(sizes))
@@ -76,34 +120,24 @@ def dropped_share(trace: RoutingTrace, capacity_factor: float, micro_batch_token
     return excess.sum(axis=(1, 2)) / load.sum(axis=(1, 2))
 
 
-@dataclass(frozen=True, eq=False)
-class Entropy:
-    """The entropy of the routers.
+def router_entropy(trace: RoutingTrace) -> dict[str, np.ndarray]:
+    """Return the entropy of the routers, as means over the tokens that see two or more experts.
 
-    The means are over the tokens that see two or more experts, and NaN without such tokens.
+    A mean is NaN without such tokens.
 
-    Attributes:
-        mean: float64 [L], mean entropy, in nats.
-        bound: float64 [L], mean of ln V, the largest possible mean entropy, in nats.
+    Returns:
+        entropy: float64 [L], mean entropy, in nats.
+        entropy_bound: float64 [L], mean of ln V, the largest possible mean entropy, in nats.
         single_expert_token_share: float64 [L], share of the tokens that see one expert.
         first_weight: float64 [L], mean weight of a token's best expert.
     """
-
-    mean: np.ndarray
-    bound: np.ndarray
-    single_expert_token_share: np.ndarray
-    first_weight: np.ndarray
-
-    @classmethod
-    def from_trace(cls, trace: RoutingTrace) -> "Entropy":
-        """Compute the means over the tokens of a trace."""
-        routable = trace.is_routable
-        return cls(
-            mean=mean_where(trace.entropy, routable),
-            bound=mean_where(np.log(trace.num_visible, dtype=np.float64), routable),
-            single_expert_token_share=1 - routable.mean(axis=1),
-            first_weight=mean_where(trace.weights[..., 0], routable),
-        )
+    routable = trace.is_routable
+    return {
+        "entropy": mean_where(trace.entropy, routable),
+        "entropy_bound": mean_where(np.log(trace.num_visible, dtype=np.float64), routable),
+        "single_expert_token_share": 1 - routable.mean(axis=1),
+        "first_weight": mean_where(trace.weights[..., 0], routable),
+    }
 
 
 def mean_where(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
@@ -148,34 +182,25 @@ def _entropy(counts: np.ndarray) -> np.ndarray:
     return entr(_divide(counts, counts.sum(axis=-1, keepdims=True))).sum(axis=-1)
 
 
-@dataclass(frozen=True, eq=False)
-class TopIds:
-    """The r most frequent ids of each expert; an expert with fewer ids has id -1 and zeros in the remaining places.
+def top_ids(trace: RoutingTrace, num_top: int) -> dict[str, np.ndarray]:
+    """Return the r = min(num_top, U) most frequent ids of each expert, the most frequent id first.
 
-    Attributes:
-        ids: int64 [L, N, r], the most frequent id first.
-        counts: int64 [L, N, r], number of tokens with the id that the expert gets.
-        shares: float64 [L, N, r], share of these tokens among all tokens of the expert.
-        lifts: float64 [L, N, r], this share over the share of the id in the probe.
+    Returns:
+        top_ids: int64 [L, N, r]; -1, with zeros in the other arrays, after all ids of an expert with fewer ids.
+        top_counts: int64 [L, N, r], number of tokens with the id that the expert gets.
+        top_shares: float64 [L, N, r], share of these tokens among all tokens of the expert.
+        top_lifts: float64 [L, N, r], this share over the share of the id in the probe.
     """
-
-    ids: np.ndarray
-    counts: np.ndarray
-    shares: np.ndarray
-    lifts: np.ndarray
-
-    @classmethod
-    def from_trace(cls, trace: RoutingTrace, num_top: int) -> "TopIds":
-        """Find the r = min(num_top, U) most frequent ids of each expert in a trace with U distinct ids."""
-        ids, occurrences = np.unique(trace.token_ids, return_counts=True)
-        layers = []
-        for choices in count_choices_of_ids(trace):
-            index = _largest(choices.T, min(num_top, len(ids)))  # [N, r]
-            counts = np.take_along_axis(choices.T, index, axis=1)
-            shares = counts / np.maximum(choices.sum(axis=0), 1)[:, None]
-            lifts = shares / (occurrences[index] / len(trace.token_ids))
-            layers.append((np.where(counts > 0, ids[index], -1), counts, shares, lifts))
-        return cls(*(np.stack(arrays) for arrays in zip(*layers, strict=True)))
+    ids, occurrences = np.unique(trace.token_ids, return_counts=True)
+    layers = []
+    for choices in count_choices_of_ids(trace):
+        index = _largest(choices.T, min(num_top, len(ids)))  # [N, r]
+        counts = np.take_along_axis(choices.T, index, axis=1)
+        shares = counts / np.maximum(choices.sum(axis=0), 1)[:, None]
+        lifts = shares / (occurrences[index] / len(trace.token_ids))
+        layers.append((np.where(counts > 0, ids[index], -1), counts, shares, lifts))
+    names = ("top_ids", "top_counts", "top_shares", "top_lifts")
+    return {name: np.stack(arrays) for name, arrays in zip(names, zip(*layers, strict=True), strict=True)}
 
 
 def _largest(counts: np.ndarray, num_top: int) -> np.ndarray:
@@ -210,7 +235,7 @@ def transitions(trace: RoutingTrace) -> np.ndarray:
     first = trace.experts[..., 0].astype(np.int64)
     bins = first[:-1] * trace.num_experts + first[1:]  # [L - 1, T]
     counts = [np.bincount(layer_bins, minlength=trace.num_experts**2) for layer_bins in bins]
-    return np.reshape(counts, (len(bins), trace.num_experts, trace.num_experts)).astype(np.int64)
+    return np.array(counts, np.int64).reshape(-1, trace.num_experts, trace.num_experts)
 
 
 def fluctuation(before: RoutingTrace, after: RoutingTrace) -> np.ndarray:
@@ -228,28 +253,24 @@ def fluctuation(before: RoutingTrace, after: RoutingTrace) -> np.ndarray:
     return changed
 
 
-@dataclass(frozen=True, eq=False)
-class DistinctExperts:
-    """The number of experts that the occurrences of an id choose first.
+def repeated_ids(token_ids: np.ndarray, min_occurrences: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids that occur at least `min_occurrences` times, ascending, and their numbers of occurrences."""
+    ids, occurrences = np.unique(token_ids, return_counts=True)
+    is_repeated = occurrences >= min_occurrences
+    return ids[is_repeated], occurrences[is_repeated]
 
-    Attributes:
-        ids: int64 [F], the ids that occur often enough.
+
+def distinct_experts(trace: RoutingTrace, min_occurrences: int) -> dict[str, np.ndarray]:
+    """Return the number of experts that the occurrences of an id choose first, for the F ids of `repeated_ids`.
+
+    Returns:
         distinct: int64 [L, F], number of experts that at least one occurrence chose first.
         effective: float64 [L, F], exp of the entropy of the first choices: the number of equally used experts with the
             same entropy.
     """
-
-    ids: np.ndarray
-    distinct: np.ndarray
-    effective: np.ndarray
-
-    @classmethod
-    def from_trace(cls, trace: RoutingTrace, min_occurrences: int) -> "DistinctExperts":
-        """Count the first choices of the ids that occur at least `min_occurrences` times."""
-        ids, occurrences = np.unique(trace.token_ids, return_counts=True)
-        is_frequent = occurrences >= min_occurrences
-        choices = np.stack([counts[is_frequent] for counts in count_choices_of_ids(trace, first_only=True)])
-        return cls(ids[is_frequent], (choices > 0).sum(axis=-1), np.exp(_entropy(choices)))
+    counted = np.isin(np.unique(trace.token_ids), repeated_ids(trace.token_ids, min_occurrences)[0])
+    choices = np.stack([counts[counted] for counts in count_choices_of_ids(trace, first_only=True)])
+    return {"distinct": (choices > 0).sum(axis=-1), "effective": np.exp(_entropy(choices))}
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

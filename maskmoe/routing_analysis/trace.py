@@ -13,7 +13,7 @@ from maskmoe.errors import UserError
 
 NO_EXPERT = -1
 _METADATA_KEY = "maskmoe_routing_trace"
-_DTYPES = {"token_ids": "I64", "experts": "I16", "weights": "F32", "entropy": "F32", "num_visible": "I16"}
+_TENSORS = ("token_ids", "experts", "weights", "entropy", "num_visible")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +55,8 @@ class RoutingTrace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace to a safetensors file, atomically. Raises UserError if the file cannot be written."""
-        record = {
-            "layers": self.layers,
-            "num_experts": self.num_experts,
-            "name": self.name,
-            "iteration": self.iteration,
-        }
-        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _DTYPES}
+        record = {name: getattr(self, name) for name in ("layers", "num_experts", "name", "iteration")}
+        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
         with atomic_output(path) as temporary:
             save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(record)})
 
@@ -74,22 +69,18 @@ class RoutingTrace:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                if {name: file.get_slice(name).get_dtype() for name in file.keys()} != _DTYPES:  # noqa: SIM118
-                    raise UserError(f"{path} is not a trace of routing; make it with tools/analyze_routing.py")
-                tensors = {name: file.get_tensor(name) for name in _DTYPES}
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
                 record = json.loads((file.metadata() or {})[_METADATA_KEY])
             trace = cls(**tensors, **(record | {"layers": tuple(record["layers"])}))
-            trace._check_shapes()
+            shape = (len(trace.layers), len(trace.token_ids), trace.topk)
+            if not trace.experts.shape == trace.weights.shape == shape:
+                raise ValueError("experts and weights differ in shape")
+            if not trace.entropy.shape == trace.num_visible.shape == shape[:2]:
+                raise ValueError("per-token arrays differ in shape")
         except OSError as error:
             raise UserError(f"cannot read trace of routing {path}: {error.strerror or error}") from error
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not a trace of routing, or is damaged; make it again") from error
+            raise UserError(
+                f"{path} is not a trace of routing, or is damaged; make it with tools/analyze_routing.py --save-traces"
+            ) from error
         return trace
-
-    def _check_shapes(self) -> None:
-        """Check that the shapes of all arrays agree. Raises ValueError."""
-        of_token = (len(self.layers), len(self.token_ids))
-        if self.entropy.shape != of_token or self.num_visible.shape != of_token:
-            raise ValueError("per-token arrays differ in shape")
-        if self.experts.shape != self.weights.shape or self.experts.shape[:-1] != of_token:
-            raise ValueError("experts and weights differ in shape")

@@ -11,6 +11,7 @@ from support.small_series import ITERATIONS, VOCAB_SIZE
 from support.tiny_maskmoe import make_config, make_model, random_mask
 
 from maskmoe.errors import UserError
+from maskmoe.huggingface import MaskMoEForCausalLM
 from maskmoe.routing_analysis.models import (
     ModelShape,
     ModelSource,
@@ -18,9 +19,8 @@ from maskmoe.routing_analysis.models import (
     find_models,
     model_folder,
     tokenizer_folder,
-    tokenizer_sha256,
 )
-from maskmoe.routing_analysis.settings import Conversion
+from maskmoe.routing_analysis.settings import AnalysisSettings
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,10 @@ def test_altered_content_is_found_when_it_is_converted(series, tmp_path):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     (tmp_path / "scratch").mkdir()
-    with pytest.raises(UserError, match="iter_0000002"), model_folder(model, Conversion(tmp_path / "scratch")):
+    with (
+        pytest.raises(UserError, match="iter_0000002"),
+        model_folder(model, AnalysisSettings(scratch_dir=tmp_path / "scratch")),
+    ):
         pass
     assert not any((tmp_path / "scratch").iterdir())
 
@@ -108,9 +111,9 @@ def test_models_without_experts_and_of_other_types(tmp_path):
     for name, fields, words in (
         ("dense", make_config(num_experts=0).to_dict(), "has no routed experts"),
         ("foreign", {"model_type": "mixtral"}, "of type 'mixtral', not 'maskmoe'; convert it"),
-        ("odd", make_config().to_dict() | {"scoring_func": "odd"}, "its configuration is damaged: .*odd"),
+        ("odd", make_config().to_dict() | {"scoring_func": "odd"}, "odd/config.json is not a configuration .*odd"),
     ):
-        (tmp_path / name).mkdir()
+        MaskMoEForCausalLM(make_config(num_experts=0)).save_pretrained(tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps(fields))
         with pytest.raises(UserError, match=words):
             common_shape(find_models([tmp_path / name]))
@@ -123,14 +126,14 @@ def test_tokenizers(checkpoints, tmp_path):
     (model,) = find_models([checkpoints / "iter_0000002"])
     with pytest.raises(UserError, match=r"tokenizer.model of .* does not exist; pass --tokenizer-model"):
         # The arguments in the checkpoint have a path relative to the folder of the run.
-        tokenizer_folder(model, Conversion()).__enter__()
+        tokenizer_folder(model, AnalysisSettings()).__enter__()
     tokenizer = str(checkpoints.parent / "tokenizer.model")
     digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-    assert tokenizer_sha256(model) == digest
-    with tokenizer_folder(model, Conversion(tmp_path, tokenizer_model=tokenizer)) as folder:
+    assert model.open().args.tokenizer_sha256 == digest
+    with tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_model=tokenizer)) as folder:
         assert (folder / "tokenizer.json").is_file()
         assert folder.parent == tmp_path
-    with tokenizer_folder(model, Conversion(tmp_path, tokenizer_type="NullTokenizer")) as folder:
+    with tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_type="NullTokenizer")) as folder:
         assert not any(folder.iterdir())
     assert not any(tmp_path.iterdir())
 
@@ -139,6 +142,6 @@ def test_scratch_folder_that_cannot_be(checkpoints, tmp_path):
     (model,) = find_models([checkpoints / "iter_0000002"])
     with (
         pytest.raises(UserError, match="choose another --scratch-dir"),
-        model_folder(model, Conversion(tmp_path / "nowhere")),
+        model_folder(model, AnalysisSettings(scratch_dir=tmp_path / "nowhere")),
     ):
         pass

@@ -88,7 +88,6 @@ def test_dataset(workplace):
     prefix = str(workplace.folder / "data")
     tokens, lengths = open_tokens(prefix), read_index(prefix).sequence_lengths
     whole = DatasetText(prefix)
-    whole.check(VOCAB_SIZE)
     assert np.array_equal(whole.read(len(tokens), 8, VOCAB_SIZE, workplace.folder), tokens)
     start = lengths[: round(0.7 * len(lengths))].sum()
     valid = DatasetText(prefix, SPLIT).read(50, 50, VOCAB_SIZE, workplace.folder)
@@ -145,14 +144,13 @@ def test_what_does_not_fit(workplace, model, tmp_path):
         (DatasetText(prefix, "100,0,0"), "leaves nothing for --eval-split valid"),
     ):
         with pytest.raises(UserError, match=words):
-            text.check(VOCAB_SIZE)
+            text.read(10, 8, VOCAB_SIZE, model)
     for vocab_size, digest in ((60, None), (VOCAB_SIZE, "0" * 64)):
         with pytest.raises(UserError, match=rf"another tokenizer \(tokenizer.model, {VOCAB_SIZE} ids\) than"):
-            DatasetText(prefix).check(vocab_size, digest)
+            DatasetText(prefix).read(10, 8, vocab_size, model, digest)
     for suffix in ("bin", "idx"):
         shutil.copy(f"{prefix}.{suffix}", tmp_path / f"unrecorded.{suffix}")
     unrecorded = DatasetText(str(tmp_path / "unrecorded"))
-    unrecorded.check(60)
     with pytest.raises(UserError, match=r"holds token id .* made with another tokenizer"):
         unrecorded.read(1000, 8, 60, tmp_path)
     (tmp_path / "empty.txt").write_text("")

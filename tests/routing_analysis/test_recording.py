@@ -13,7 +13,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_analysis.models import find_models, model_folder
 from maskmoe.routing_analysis.probe import Probe
 from maskmoe.routing_analysis.recording import load_decoder, record_routing, selected_experts
-from maskmoe.routing_analysis.settings import Conversion
+from maskmoe.routing_analysis.settings import AnalysisSettings
 from maskmoe.routing_analysis.trace import NO_EXPERT, RoutingTrace
 
 
@@ -149,7 +149,7 @@ def test_equals_what_megatron_routed(checkpoints, routed_by_megatron):
     (model,) = find_models([checkpoints], [ITERATIONS[-1]])
     windows = routed_by_megatron[1][0]
     probe = Probe(windows.reshape(-1), windows.shape[1], 4, "evaluation", {})
-    with model_folder(model, Conversion()) as folder:
+    with model_folder(model, AnalysisSettings()) as folder:
         trace = record_routing(load_decoder(folder), probe, model.name, model.iteration)
     assert not folder.exists()
     assert trace.layers == tuple(routed_by_megatron) == (1, 3)

@@ -116,24 +116,24 @@ def test_drops_are_megatrons(factor):
 
 def test_entropy():
     trace = make_trace()
-    entropy = statistics.Entropy.from_trace(trace)
+    entropy = statistics.router_entropy(trace)
     for layer in range(3):
         routable = [token for token in range(200) if trace.num_visible[layer, token] > 1]
-        assert entropy.single_expert_token_share[layer] == pytest.approx(1 - len(routable) / 200)
-        assert entropy.mean[layer] == pytest.approx(np.mean([trace.entropy[layer, token] for token in routable]))
+        assert entropy["single_expert_token_share"][layer] == pytest.approx(1 - len(routable) / 200)
+        assert entropy["entropy"][layer] == pytest.approx(np.mean([trace.entropy[layer, token] for token in routable]))
         bound = np.mean([math.log(trace.num_visible[layer, token]) for token in routable])
-        assert entropy.bound[layer] == pytest.approx(bound)
-        assert entropy.mean[layer] < entropy.bound[layer]
+        assert entropy["entropy_bound"][layer] == pytest.approx(bound)
+        assert entropy["entropy"][layer] < entropy["entropy_bound"][layer]
         weight = np.mean([trace.weights[layer, token, 0] for token in routable])
-        assert entropy.first_weight[layer] == pytest.approx(weight)
+        assert entropy["first_weight"][layer] == pytest.approx(weight)
 
 
 def test_entropy_without_choice():
-    entropy = statistics.Entropy.from_trace(make_trace(vocab_size=1))
-    assert np.isnan(entropy.mean).all()
-    assert np.isnan(entropy.bound).all()
-    assert np.isnan(entropy.first_weight).all()
-    assert (entropy.single_expert_token_share == 1).all()
+    entropy = statistics.router_entropy(make_trace(vocab_size=1))
+    assert np.isnan(entropy["entropy"]).all()
+    assert np.isnan(entropy["entropy_bound"]).all()
+    assert np.isnan(entropy["first_weight"]).all()
+    assert (entropy["single_expert_token_share"] == 1).all()
 
 
 @examples
@@ -177,19 +177,19 @@ def test_information_of_a_table_and_of_independence():
 @examples
 @given(traces, st.integers(1, 5))
 def test_top_ids(trace, num_top):
-    top = statistics.TopIds.from_trace(trace, num_top)
+    top = statistics.top_ids(trace, num_top)
     occurrences = Counter(trace.token_ids.tolist())
-    assert top.ids.shape == (len(trace.layers), trace.num_experts, min(num_top, len(occurrences)))
+    assert top["top_ids"].shape == (len(trace.layers), trace.num_experts, min(num_top, len(occurrences)))
     for layer in range(len(trace.layers)):
         for expert in range(trace.num_experts):
             got = Counter(trace.token_ids[(trace.experts[layer] == expert).any(axis=1)].tolist())
             expected = sorted(got.items(), key=lambda pair: (-pair[1], pair[0]))[:num_top]
-            ids, counts = top.ids[layer, expert].tolist(), top.counts[layer, expert].tolist()
+            ids, counts = top["top_ids"][layer, expert].tolist(), top["top_counts"][layer, expert].tolist()
             assert [pair for pair in zip(ids, counts, strict=True) if pair[0] >= 0] == expected
             for rank, (number, count) in enumerate(expected):
                 share = count / got.total()
-                assert top.shares[layer, expert, rank] == pytest.approx(share)
-                assert top.lifts[layer, expert, rank] == pytest.approx(
+                assert top["top_shares"][layer, expert, rank] == pytest.approx(share)
+                assert top["top_lifts"][layer, expert, rank] == pytest.approx(
                     share / (occurrences[number] / len(trace.token_ids))
                 )
 
@@ -247,15 +247,18 @@ def test_all_changed():
 @examples
 @given(traces, st.integers(1, 6))
 def test_distinct_experts(trace, min_occurrences):
-    of_ids = statistics.DistinctExperts.from_trace(trace, min_occurrences)
+    ids, counts = statistics.repeated_ids(trace.token_ids, min_occurrences)
+    of_ids = statistics.distinct_experts(trace, min_occurrences)
     occurrences = Counter(trace.token_ids.tolist())
-    assert of_ids.ids.tolist() == sorted(number for number, count in occurrences.items() if count >= min_occurrences)
+    expected_ids = sorted(number for number, count in occurrences.items() if count >= min_occurrences)
+    assert ids.tolist() == expected_ids
+    assert counts.tolist() == [occurrences[number] for number in expected_ids]
     for layer in range(len(trace.layers)):
-        for place, number in enumerate(of_ids.ids):
+        for place, number in enumerate(ids):
             choices = Counter(trace.experts[layer, trace.token_ids == number, 0].tolist())
-            assert of_ids.distinct[layer, place] == len(choices)
+            assert of_ids["distinct"][layer, place] == len(choices)
             expected = math.exp(scipy_entropy(list(choices.values())))
-            assert of_ids.effective[layer, place] == pytest.approx(expected)
-            assert of_ids.effective[layer, place] <= len(choices) + 1e-9
+            assert of_ids["effective"][layer, place] == pytest.approx(expected)
+            assert of_ids["effective"][layer, place] <= len(choices) + 1e-9
             visible = trace.num_visible[layer, trace.token_ids == number][0]
             assert len(choices) <= visible

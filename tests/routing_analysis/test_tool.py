@@ -17,12 +17,11 @@ from support.tiny_maskmoe import make_model, random_mask
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.routing_analysis.analysis import analyze
-from maskmoe.routing_analysis.models import find_models, tokenizer_sha256
+from maskmoe.routing_analysis.models import find_models
 from maskmoe.routing_analysis.plots import PLOT_NAMES
 from maskmoe.routing_analysis.probe import DatasetText
-from maskmoe.routing_analysis.settings import AnalysisSettings, Conversion
-from maskmoe.routing_analysis.summary import summarise
-from maskmoe.routing_analysis.tables import TABLE_NAMES
+from maskmoe.routing_analysis.report import TABLE_NAMES, summarise
+from maskmoe.routing_analysis.settings import AnalysisSettings
 from maskmoe.routing_analysis.trace import RoutingTrace
 from maskmoe.routing_mask import RoutingMask, TokenFrequency
 
@@ -146,9 +145,8 @@ def test_function_gives_the_same(analysed_series, workplace, checkpoints):
     analysis = analyze(
         find_models([checkpoints], [4]),
         DatasetText(str(workplace.folder / "data"), SPLIT),
-        AnalysisSettings(num_tokens=1500, capacity_factors=(1.0, 1.5)),
+        AnalysisSettings(tokens=1500, capacity_factors=(1.0, 1.5), tokenizer_type="NullTokenizer"),
         TokenFrequency.load(workplace.folder / "counts.safetensors"),
-        Conversion(tokenizer_type="NullTokenizer"),
     )
     summary = summarise(analysis)
     assert summary["checkpoints"] == [read_summary(analysed_series)["checkpoints"][1]]
@@ -159,7 +157,8 @@ def test_an_exported_model_and_a_text(workplace, checkpoints):
     tokenizer = str(workplace.folder / "tokenizer.model")
     megatron_to_huggingface(Settings(load=checkpoints, save=workplace.folder / "exported", tokenizer_model=tokenizer))
     (exported,) = find_models([workplace.folder / "exported"])
-    assert tokenizer_sha256(exported) == tokenizer_sha256(find_models([checkpoints])[0])
+    of_checkpoint, of_exported = (model.open().args for model in (find_models([checkpoints])[0], exported))
+    assert of_exported.tokenizer_sha256 == of_checkpoint.tokenizer_sha256
     flags = ("--load", "exported", "--input", "text.txt", "--seq-length", 16, "--tokens", 700, "--batch-size", 5)
     process = workplace.analyze(*flags, "--output-dir", "of_text")
     assert process.returncode == 0, process.stderr
