@@ -21,7 +21,7 @@ from megatron.training.global_vars import rebuild_tokenizer
 from maskmoe.check.layout import Layout, layer_errors
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint
-from maskmoe.data.indexed_dataset import read_info
+from maskmoe.data.indexed_dataset import read_index
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
@@ -230,10 +230,10 @@ class _ProblemFinder:
         """Note the datasets whose token ids nothing has checked yet."""
         for prefix in dict.fromkeys(data_prefixes(args)):
             try:
-                info = read_info(prefix)
+                index = read_index(prefix)
             except UserError:
                 continue
-            if info.bin_bytes > _MOST_BYTES_READ and not was_counted(info, mask):
+            if index.bin_bytes > _MOST_BYTES_READ and not was_counted(index, mask):
                 self._notes.append(
                     f"dataset {prefix} was not counted for the mask: the run checks its token ids when it starts"
                 )

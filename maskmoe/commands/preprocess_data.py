@@ -1,4 +1,4 @@
-"""Encode text files into a dataset that Megatron-Core trains on.
+r"""Encode text files into a dataset that Megatron-Core trains on.
 
 The output is PREFIX_text_document.bin with the token ids, PREFIX_text_document.idx with the documents, and
 PREFIX_text_document.tokenizer.json with the identity of the tokenizer.
@@ -6,36 +6,24 @@ PREFIX_text_document.tokenizer.json with the identity of the tokenizer.
 Input files that end in .jsonl, .json or .ndjson hold one JSON object on each line, and each line is a document. All
 other files are plain text: one document each, or several of about 1 MiB if the file is larger. Both may be compressed
 with gzip (.gz) or zstd (.zst). The flags have the names of Megatron-LM's.
+
+Example:
+  %(prog)s --input corpus.jsonl --tokenizer-type SentencePieceTokenizer \
+    --tokenizer-model tokenizer.model --output-prefix data/corpus --append-eod --shuffle-seed 1
 """
 
 import argparse
 
+from maskmoe.commands.arguments import add_text_arguments, command_parser
 from maskmoe.data.parallel import available_cores
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 
-_EPILOG = """\
-example:
-  %(prog)s --input corpus.jsonl --tokenizer-type SentencePieceTokenizer \\
-    --tokenizer-model tokenizer.model --output-prefix data/corpus --append-eod --shuffle-seed 1
-"""
-
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="text files, encoded in the given order"
-    )
-    parser.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="keys of the JSON objects that hold text; each key gets a dataset of its own (default: text)",
-    )
+    parser = command_parser(__doc__)
+    add_text_arguments(parser, ", encoded in the given order", "text; each key gets a dataset of its own")
     parser.add_argument(
         "--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="type of the tokenizer, as in training"
     )
@@ -46,12 +34,8 @@ def parse_arguments() -> argparse.Namespace:
         help="a SentencePiece .model file; or the tokenizer.json of a Hugging Face tokenizer, or the folder that holds "
         "it",
     )
-    parser.add_argument(
-        "--output-prefix",
-        required=True,
-        metavar="PREFIX",
-        help="start of the output paths PREFIX_KEY_document.{bin,idx,tokenizer.json}",
-    )
+    outputs = "start of the output paths PREFIX_KEY_document.{bin,idx,tokenizer.json}"
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=outputs)
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
     parser.add_argument(
         "--shuffle-seed",
@@ -78,17 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Encode the files and print the size of each dataset."""
-    arguments = parse_arguments()
-    summaries = preprocess(
-        arguments.input,
-        arguments.tokenizer_type,
-        arguments.tokenizer_model,
-        arguments.output_prefix,
-        json_keys=arguments.json_keys,
-        append_eod=arguments.append_eod,
-        workers=arguments.workers,
-        shuffle_seed=arguments.shuffle_seed,
-    )
-    for summary in summaries:
+    arguments = vars(parse_arguments())
+    for summary in preprocess(arguments.pop("input"), **arguments):
         rate = summary.num_tokens / summary.seconds
         print(f"{summary.prefix}: {summary.num_documents} documents, {summary.num_tokens} tokens, {rate:.0f} tokens/s")

@@ -56,8 +56,7 @@ def map_in_processes[Task, Result](
             pending.append(pool.submit(function, task))
             if len(pending) >= workers * _TASKS_PER_WORKER:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from (future.result() for future in pending)
     finally:
         pool.shutdown(cancel_futures=True)
 

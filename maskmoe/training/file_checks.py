@@ -6,7 +6,6 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -17,8 +16,8 @@ from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import IndexedDatasetInfo, open_tokens, read_index, read_info, read_tokenizer_record
-from maskmoe.data.tokenizer import TOKENIZER_TYPES
+from maskmoe.data.indexed_dataset import DatasetIndex, open_tokens, read_index, read_tokenizer_record
+from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import parse_data_path
 from maskmoe.routing_mask.mask import RoutingMask
@@ -137,9 +136,9 @@ def data_errors(
     are_readable = True
     for prefix in dict.fromkeys(data_prefixes(args)):
         try:
-            info = read_info(prefix)
+            index = read_index(prefix)
             _check_dataset_tokenizer(args, prefix)
-            if vocab_size is not None and not was_counted(info, mask) and info.bin_bytes <= most_bytes_read:
+            if vocab_size is not None and not was_counted(index, mask) and index.bin_bytes <= most_bytes_read:
                 _check_token_ids(prefix, vocab_size)
         except UserError as error:
             yield str(error)
@@ -151,7 +150,7 @@ def data_errors(
             yield str(error)
 
 
-def was_counted(dataset: IndexedDatasetInfo, mask: RoutingMask | None) -> bool:
+def was_counted(dataset: DatasetIndex, mask: RoutingMask | None) -> bool:
     """Return whether the routing mask was made from counts of this dataset, which checked all its token ids."""
     counted = mask.provenance.datasets if mask else ()
     return any(
@@ -171,7 +170,7 @@ def _check_dataset_tokenizer(args: Namespace, prefix: str) -> None:
     """Check that a dataset, if it records its tokenizer, was made with the tokenizer of the run. Raises UserError."""
     record = read_tokenizer_record(prefix)
     if record is not None:
-        _check_same_tokenizer(args, record.to_json(), f"dataset {prefix} was")
+        _check_same_tokenizer(args, record, f"dataset {prefix} was")
 
 
 def _check_data_paths(args: Namespace) -> None:
@@ -242,7 +241,7 @@ def tokenizer_sha256(args: Namespace) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_same_tokenizer(args: Namespace, made_with: dict[str, Any], what: str) -> None:
+def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:
     """Check that a file was made with the tokenizer of the run.
 
     Args:
@@ -253,10 +252,10 @@ def _check_same_tokenizer(args: Namespace, made_with: dict[str, Any], what: str)
     Raises:
         UserError: the tokenizers differ.
     """
-    if args.tokenizer_sha256 not in (None, made_with["sha256"]):
+    if args.tokenizer_sha256 not in (None, made_with.sha256):
         raise UserError(
-            f"{what} made with another tokenizer ({made_with['model']}, {made_with['vocab_size']} ids, "
-            f"sha256 {made_with['sha256'][:12]}…) than --tokenizer-model {args.tokenizer_model}"
+            f"{what} made with another tokenizer ({made_with.model}, {made_with.vocab_size} ids, "
+            f"sha256 {made_with.sha256[:12]}…) than --tokenizer-model {args.tokenizer_model}"
         )
 
 
