@@ -1,7 +1,6 @@
 """Parsers of the command line, and arguments that several subcommands share."""
 
 import argparse
-from pathlib import Path
 
 
 def command_parser(documentation: str | None) -> argparse.ArgumentParser:
@@ -22,11 +21,10 @@ def add_text_arguments(parser: argparse.ArgumentParser, purpose: str, meaning_of
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help=keys)
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for the file that several processes make."""
-    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
-    workers = "number of processes (default: number of available cores)"
-    parser.add_argument("--workers", type=int, metavar="W", help=workers)
+def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for the number of processes."""
+    meaning = "number of processes; does not change the result (default: number of available cores)"
+    parser.add_argument("--workers", type=int, metavar="W", help=meaning)
 
 
 def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe.cli import atomic_output
-from maskmoe.commands.arguments import add_output_arguments, add_seed_argument, command_parser
+from maskmoe.commands.arguments import add_seed_argument, add_workers_argument, command_parser
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe
 from maskmoe.routing_mask.expert_table import ExpertTable
@@ -55,12 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     method = parser.add_argument_group("method")
-    method.add_argument(
-        "--frequent-mass",
-        type=float,
-        metavar="P",
-        help="the most frequent ids that together make up this share (0 to 1) of all occurrences are the frequent ids",
-    )
+    mass = "the most frequent ids that together make up this share (0 to 1) of all occurrences are the frequent ids"
+    method.add_argument("--frequent-mass", type=float, metavar="P", help=mass)
     visible = "experts that each frequent id sees, 2 to N"
     method.add_argument("--frequent-visible-experts", type=int, metavar="V_f", help=visible)
     method.add_argument(
@@ -78,7 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
     add_seed_argument(method, "the random choices")
-    add_output_arguments(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_workers_argument(parser)
     return parser.parse_args()
 
 
@@ -175,20 +172,16 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
 def main() -> None:
     """Build the mask, write it and print a summary."""
     arguments = parse_arguments()
-    recipe = None if arguments.expert_table else recipe_from(arguments)
     num_ranks = arguments.expert_model_parallel_size
     if num_ranks is not None and (num_ranks < 1 or arguments.num_experts % num_ranks):
-        raise UserError(
-            f"{arguments.num_experts} experts cannot be divided evenly over {num_ranks} expert-parallel ranks"
-        )
+        raise UserError(f"{arguments.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     with atomic_output(arguments.output) as temporary:
-        if recipe is None:
+        if arguments.expert_table:
             mask = mask_from_table(arguments)
         else:
-            mask = build_routing_mask(
-                recipe, frequency=frequency, vocab_size=arguments.vocab_size, workers=arguments.workers, progress=True
-            )
+            source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
+            mask = build_routing_mask(recipe_from(arguments), **source, workers=arguments.workers, progress=True)
         mask.save(temporary)
     print_summary(mask, frequency, num_ranks)
     print(f"written          {arguments.output}")

@@ -7,30 +7,12 @@ Example:
     --vocab-size 32000 --output counts.safetensors
 """
 
-import argparse
+from pathlib import Path
 
 from maskmoe.cli import atomic_output
-from maskmoe.commands.arguments import add_output_arguments, command_parser
+from maskmoe.commands.arguments import add_workers_argument, command_parser
 from maskmoe.routing_mask.assignment import ids_by_frequency
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument(
-        "--data-path",
-        nargs="+",
-        required=True,
-        metavar="P",
-        help="the value of Megatron's --data-path in training, so that the counts follow the same blend: dataset "
-        "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="V", help="number of ids of the tokenizer, without padding"
-    )
-    add_output_arguments(parser)
-    return parser.parse_args()
 
 
 def print_summary(frequency: TokenFrequency) -> None:
@@ -50,7 +32,20 @@ def print_summary(frequency: TokenFrequency) -> None:
 
 def main() -> None:
     """Count, write the counts and print a summary."""
-    arguments = parse_arguments()
+    parser = command_parser(__doc__)
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        required=True,
+        metavar="P",
+        help="the value of Megatron's --data-path in training, so that the counts follow the same blend: dataset "
+        "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
+    )
+    size = "number of ids of the tokenizer, without padding"
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help=size)
+    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_workers_argument(parser)
+    arguments = parser.parse_args()
     with atomic_output(arguments.output) as temporary:
         frequency = count_token_frequency(arguments.data_path, arguments.vocab_size, arguments.workers, progress=True)
         frequency.save(temporary)

@@ -8,8 +8,8 @@ from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse and check the command line.
+def main() -> None:
+    """Print the prompt with its continuation.
 
     Raises:
         UserError: the model does not exist, or a number is out of range.
@@ -31,12 +31,6 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
     if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
-    return arguments
-
-
-def main() -> None:
-    """Print the prompt with its continuation."""
-    arguments = parse_arguments()
 
     # Only now, since these imports take seconds and `--help` does not need them.
     import torch

@@ -8,7 +8,6 @@ Example:
   %(prog)s --output corpus.jsonl --max-bytes 12000000
 """
 
-import argparse
 import json
 import random
 
@@ -18,24 +17,14 @@ from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write")
-    parser.add_argument(
-        "--max-bytes",
-        type=int,
-        default=32 << 20,
-        metavar="N",
-        help="largest size of the text in bytes; the standard library comes first (default: %(default)s, 32 MiB)",
-    )
-    add_seed_argument(parser, "the order of the documents")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Write the corpus and print its size."""
-    arguments = parse_arguments()
+    parser = command_parser(__doc__)
+    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write")
+    limit = "largest size of the text in bytes; the standard library comes first (default: %(default)s, 32 MiB)"
+    parser.add_argument("--max-bytes", type=int, default=32 << 20, metavar="N", help=limit)
+    add_seed_argument(parser, "the order of the documents")
+    arguments = parser.parse_args()
     with atomic_output(arguments.output) as path, open(path, "w", encoding="utf-8") as stream:
         documents = list(default_corpus(arguments.max_bytes))
         if not documents:

@@ -12,21 +12,17 @@ Example:
     --tokenizer-model tokenizer.model --output-prefix data/corpus --append-eod --shuffle-seed 1
 """
 
-import argparse
-
-from maskmoe.commands.arguments import add_text_arguments, command_parser
-from maskmoe.data.parallel import available_cores
+from maskmoe.commands.arguments import add_text_arguments, add_workers_argument, command_parser
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
+def main() -> None:
+    """Encode the files and print the size of each dataset."""
     parser = command_parser(__doc__)
     add_text_arguments(parser, ", encoded in the given order", "text; each key gets a dataset of its own")
-    parser.add_argument(
-        "--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="type of the tokenizer, as in training"
-    )
+    kind = "type of the tokenizer, as in training"
+    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help=kind)
     parser.add_argument(
         "--tokenizer-model",
         required=True,
@@ -45,24 +41,10 @@ def parse_arguments() -> argparse.Namespace:
         "documents, which Megatron's --split holds out, resemble the documents before them; needs twice the disk space "
         "while it runs (default: keep the order of the input)",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=available_cores(),
-        metavar="W",
-        help="number of processes; does not change the result (default: number of available cores)",
-    )
-    arguments = parser.parse_args()
-    if arguments.workers < 1:
-        parser.error(f"--workers must be at least 1, not {arguments.workers}")
-    if arguments.shuffle_seed is not None and arguments.shuffle_seed < 0:
-        parser.error(f"--shuffle-seed must not be negative, it is {arguments.shuffle_seed}")
-    return arguments
-
-
-def main() -> None:
-    """Encode the files and print the size of each dataset."""
-    arguments = vars(parse_arguments())
-    for summary in preprocess(arguments.pop("input"), **arguments):
+    add_workers_argument(parser)
+    settings = vars(parser.parse_args())
+    if (seed := settings["shuffle_seed"]) is not None and seed < 0:
+        parser.error(f"--shuffle-seed must not be negative, it is {seed}")
+    for summary in preprocess(settings.pop("input"), **settings):
         rate = summary.num_tokens / summary.seconds
         print(f"{summary.prefix}: {summary.num_documents} documents, {summary.num_tokens} tokens, {rate:.0f} tokens/s")

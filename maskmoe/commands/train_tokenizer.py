@@ -10,7 +10,6 @@ Example:
   %(prog)s --input corpus.jsonl --vocab-size 32000 --output-prefix tokenizer
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,14 +19,23 @@ from maskmoe.data.corpus import check_inputs, parse_block, progress_bar, read_bl
 from maskmoe.data.tokenizer_training import train_tokenizer, vocabulary_lines
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
+def read_with_progress(paths: Sequence[Path], json_keys: Sequence[str]) -> Iterator[str]:
+    """Yield all documents under all keys while a progress bar shows the bytes that were read."""
+    with progress_bar(paths, "reading") as bar:
+        for block in read_blocks(paths, bar):
+            for texts in parse_block(block, json_keys):
+                yield from texts
+        bar.set_description("training")
+
+
+def main() -> None:
+    """Train the tokenizer and write its files."""
     parser = command_parser(__doc__)
     add_text_arguments(parser, " to train on", "the text")
     size = "number of token ids, including 3 special ids and 256 ids for bytes"
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help=size)
-    prefix = "path of the output files without .model and .vocab"
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=prefix)
+    outputs = "path of the output files without .model and .vocab"
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=outputs)
     algorithm = "algorithm of the tokenizer (default: %(default)s)"
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help=algorithm)
     parser.add_argument(
@@ -42,21 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-lines", type=int, default=10_000_000, metavar="N", help=lines)
     parser.add_argument("--num-threads", type=int, default=16, metavar="T", help="threads (default: %(default)s)")
     add_seed_argument(parser, "the drawn lines")
-    return parser.parse_args()
-
-
-def read_with_progress(paths: Sequence[Path], json_keys: Sequence[str]) -> Iterator[str]:
-    """Yield all documents under all keys while a progress bar shows the bytes that were read."""
-    with progress_bar(paths, "reading") as bar:
-        for block in read_blocks(paths, bar):
-            for texts in parse_block(block, json_keys):
-                yield from texts
-        bar.set_description("training")
-
-
-def main() -> None:
-    """Train the tokenizer and write its files."""
-    settings = vars(parse_arguments())
+    settings = vars(parser.parse_args())
     prefix = settings.pop("output_prefix")
     documents = read_with_progress(check_inputs(settings.pop("input")), settings.pop("json_keys"))
     with atomic_output(f"{prefix}.model") as model_path, atomic_output(f"{prefix}.vocab") as vocab_path:

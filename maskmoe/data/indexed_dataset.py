@@ -1,4 +1,4 @@
-"""Read and write Megatron-Core's indexed dataset format with numpy alone.
+"""Read, write and shuffle datasets in Megatron-Core's indexed dataset format with numpy alone.
 
 A dataset is a pair of files (`megatron.core.datasets.indexed_dataset`; all integers are little endian):
 
@@ -21,10 +21,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from maskmoe.cli import atomic_output
 from maskmoe.data.tokenizer import TokenizerRecord
@@ -34,6 +34,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _CODE_OF_DTYPE = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+_SHUFFLED_TOKENS = 1 << 20
 _DTYPE_OF_CODE = {code: np.dtype(name) for name, code in _CODE_OF_DTYPE.items()}
 
 
@@ -139,17 +140,12 @@ def _parse_index(prefix: str, path: Path) -> DatasetIndex:
     ends = np.cumsum([_HEADER.size, num_sequences * 4, num_sequences * 8, num_boundaries * 8])
     _, lengths, offsets, boundaries, _ = np.split(content, ends)
     lengths, offsets, boundaries = lengths.view("<i4"), offsets.view("<i8"), boundaries.view("<i8")
-    index = DatasetIndex(prefix, _DTYPE_OF_CODE[code], lengths, boundaries)
-    if not (
-        num_boundaries > 0
-        and boundaries[0] == 0
-        and boundaries[-1] == num_sequences
-        and (np.diff(boundaries) >= 0).all()
-        and (lengths >= 0).all()
-        and np.array_equal(offsets, _sequence_offsets(lengths, index.dtype))
-    ):
+    dtype = _DTYPE_OF_CODE[code]
+    documents_fit = num_boundaries > 0 and boundaries[0] == 0 and boundaries[-1] == num_sequences
+    ascends = (np.diff(boundaries) >= 0).all() and (lengths >= 0).all()
+    if not (documents_fit and ascends and np.array_equal(offsets, _sequence_offsets(lengths, dtype))):
         raise ValueError("contradicts itself (sequence lengths, offsets and document ends disagree); it is damaged")
-    return index
+    return DatasetIndex(prefix, dtype, lengths, boundaries)
 
 
 def _sequence_offsets(sequence_lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -221,10 +217,8 @@ class IndexedDatasetWriter:
         self._bin = self._files.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._files.__exit__(kind, error, traceback)
+    def __exit__(self, *failure: Any) -> None:
+        self._files.__exit__(*failure)
 
     @contextmanager
     def _write_files(self, prefix: str | Path, tokenizer: TokenizerRecord | None) -> Iterator[BinaryIO]:
@@ -290,3 +284,34 @@ class IndexedDatasetWriter:
         self._document_indices.frombytes(ends.tobytes())
         self._sequence_lengths.frombytes(sequence_lengths.astype(np.int32).tobytes())
         self.num_tokens += len(tokens)
+
+
+def copy_shuffled(source: str | Path, writer: IndexedDatasetWriter, seed: int) -> None:
+    """Append all documents of a dataset to `writer` in an order that depends only on `seed` and their number.
+
+    Datasets with the same number of documents are therefore shuffled alike. The tokens are read through a memory map,
+    so memory holds about a million tokens, or the largest document, and a few integers for each document.
+
+    Args:
+        source: Prefix of the dataset to copy. Each document is at most one sequence.
+        writer: An open writer of the copy.
+        seed: Seed of the order, not negative.
+
+    Raises:
+        ValueError: A document has several sequences.
+        UserError: The dataset is damaged or has no tokens.
+    """
+    index, tokens = read_index(source), np.asarray(open_tokens(source))
+    if (np.diff(index.document_indices) > 1).any():
+        raise ValueError(f"dataset {source} has documents of several sequences, which cannot be shuffled")
+    boundaries = index.document_boundaries
+    order = np.random.default_rng(seed).permutation(len(boundaries) - 1)
+    lengths = np.diff(boundaries)[order]
+    # A batch ends after the document that fills up another million tokens.
+    batch_ends = np.flatnonzero(np.diff(np.cumsum(lengths) // _SHUFFLED_TOKENS)) + 1
+    with tqdm(total=len(order), unit="document", unit_scale=True, desc="shuffling", disable=None) as bar:
+        for documents in np.split(order, batch_ends):
+            starts, ends = boundaries[documents].tolist(), boundaries[documents + 1].tolist()
+            parts = [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+            writer.add_documents(np.concatenate(parts), np.array([len(part) for part in parts]))
+            bar.update(len(documents))

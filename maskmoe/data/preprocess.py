@@ -11,28 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
 
 from maskmoe.data.corpus import BLOCK_BYTES, Block, check_inputs, parse_block, progress_bar, read_blocks
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, copy_shuffled, optimal_dtype
 from maskmoe.data.parallel import map_in_processes
-from maskmoe.data.shuffling import copy_shuffled
 from maskmoe.data.tokenizer import Tokenizer, TokenizerRecord, load_tokenizer
 from maskmoe.errors import UserError
-
-
-class EncodedDocuments(NamedTuple):
-    """Token ids of several documents.
-
-    Attributes:
-        tokens: Ids of all documents, one document after the other, [tokens] in the dtype of the dataset.
-        lengths: Tokens in each document, int32 [documents].
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,8 +54,12 @@ class BlockEncoder:
     json_keys: tuple[str, ...]
     append_eod: bool
 
-    def encode(self, blocks: Sequence[Block]) -> list[EncodedDocuments]:
-        """Encode the documents of all blocks; returns one result for each key.
+    def encode(self, blocks: Sequence[Block]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Encode the documents of all blocks.
+
+        Returns:
+            For each key, the token ids of all documents, one document after the other, [tokens] in the dtype of the
+            dataset; and the number of tokens in each document, int32 [documents].
 
         Raises:
             UserError: A block cannot be parsed, see `parse_block`, or the tokenizer returns an id outside its own
@@ -78,7 +68,7 @@ class BlockEncoder:
         columns = zip(*(parse_block(block, self.json_keys) for block in blocks), strict=True)
         return [self._encode_texts([text for texts in column for text in texts]) for column in columns]
 
-    def _encode_texts(self, texts: list[str]) -> EncodedDocuments:
+    def _encode_texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         ids_of_texts = _load_once(self.tokenizer, self.tokenizer_model).encode_batch(texts)
         lengths = np.array([len(ids) for ids in ids_of_texts], np.int32)
         tokens = np.concatenate(ids_of_texts) if ids_of_texts else np.empty(0, np.int32)
@@ -90,7 +80,7 @@ class BlockEncoder:
             has_tokens = lengths > 0
             tokens = np.insert(tokens, np.cumsum(lengths)[has_tokens], eod_id)
             lengths += has_tokens
-        return EncodedDocuments(tokens, lengths)
+        return tokens, lengths
 
 
 @lru_cache(maxsize=1)

@@ -150,9 +150,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(texts)]
 
 
-TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {
-    cls.__name__: cls for cls in (SentencePieceTokenizer, HuggingFaceTokenizer)
-}
+TOKENIZER_TYPES = {cls.__name__: cls for cls in (SentencePieceTokenizer, HuggingFaceTokenizer)}
 
 
 def load_tokenizer(tokenizer_type: str, model: str | Path) -> Tokenizer:

@@ -26,8 +26,7 @@ from maskmoe.routing_analysis.statistics import (
     transitions,
 )
 from maskmoe.routing_analysis.trace import RoutingTrace
-from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.frequency_bands import FrequencyBands
+from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 
 
 @dataclass(frozen=True, eq=False)

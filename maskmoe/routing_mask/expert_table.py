@@ -101,31 +101,26 @@ class ExpertTable:
                     f"experts are 0 to {num_experts - 1}"
                 )
         vocab_size = len(self._tables()[0])
-        layers = [_rows_of_ids(table, vocab_size, num_experts) for table in self.experts]
+        row_of_id, sets = zip(*(_rows_of_ids(table, vocab_size, num_experts) for table in self.experts), strict=True)
         # All layers need the same number of rows; add rows that no id uses.
-        num_rows = max(len(sets) for _, sets in layers)
-        visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(layers), num_rows, 1))
-        for bits, (_, sets) in zip(visible_bits, layers, strict=True):
-            bits[: len(sets)] = sets
+        num_rows = max(map(len, sets))
+        visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(sets), num_rows, 1))
+        for bits, sets_of_layer in zip(visible_bits, sets, strict=True):
+            bits[: len(sets_of_layer)] = sets_of_layer
         most = max(table.shape[1] for table in self._tables())
         digest = hashlib.sha256()
         for table in self.experts:
             digest.update(b"-" if table is None else np.ascontiguousarray(table, dtype="<i8").tobytes())
-        return RoutingMask(
-            row_of_id=np.stack([row_of_id for row_of_id, _ in layers]).astype(row_dtype(num_rows)),
-            visible_bits=visible_bits,
-            vocab_size=vocab_size,
-            num_experts=num_experts,
-            num_layers=num_layers,
-            provenance=MaskProvenance(
-                assignment=ASSIGNMENT,
-                frequent_mass=float(most > 1),
-                frequent_visible_experts=most if most > 1 else None,
-                seed=0,
-                shared_table=len(self.experts) == 1,
-                expert_table={"name": self.name, "sha256": digest.hexdigest()},
-            ),
+        provenance = MaskProvenance(
+            assignment=ASSIGNMENT,
+            frequent_mass=float(most > 1),
+            frequent_visible_experts=most if most > 1 else None,
+            seed=0,
+            shared_table=len(self.experts) == 1,
+            expert_table={"name": self.name, "sha256": digest.hexdigest()},
         )
+        rows = np.stack(row_of_id).astype(row_dtype(num_rows))
+        return RoutingMask(rows, visible_bits, vocab_size, num_experts, num_layers, provenance)
 
     def _tables(self) -> list[np.ndarray]:
         return [table for table in self.experts if table is not None]

@@ -1,12 +1,12 @@
-"""Count the occurrences of each token id in Megatron's indexed datasets."""
+"""Count the occurrences of each token id in Megatron's indexed datasets, and group the ids by their frequency."""
 
 import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 import numpy as np
 from pydantic import Field
@@ -16,7 +16,10 @@ from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index, rea
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import count_frequent, ids_by_frequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
+
+DEFAULT_BAND_EDGES = (0.4, 0.9, 1.0)
 
 # np.bincount casts its input to int64 first. A block of this length is 2 MiB after the cast and stays in the cache,
 # which nearly doubles the speed.
@@ -34,12 +37,6 @@ class CountedDataset(TypedDict):
     bin_bytes: Annotated[int, Field(ge=0)]
 
 
-class _FrequencyRecord(TypedDict):
-    weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, ...]
-    datasets: tuple[CountedDataset, ...]
-    tokenizer: TokenizerRecord | None
-
-
 @dataclass(frozen=True, eq=False)
 class TokenFrequency(SealedTensors):
     """Token counts of the datasets of a training blend, with records of these datasets and their tokenizer.
@@ -55,26 +52,19 @@ class TokenFrequency(SealedTensors):
     """
 
     KIND = "token frequency"
-    RECORD = _FrequencyRecord
 
     counts: np.ndarray
-    weights: tuple[float | None, ...]
+    weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, ...]
     datasets: tuple[CountedDataset, ...]
     tokenizer: TokenizerRecord | None
 
     def __post_init__(self) -> None:
         counts, tokens = self.counts, [dataset["num_tokens"] for dataset in self.datasets]
-        if (
-            counts.dtype != np.int64
-            or counts.ndim != 2
-            or 0 in counts.shape
-            or counts.min() < 0
-            # Sums of int64 would wrap around silently.
-            or counts.sum(axis=1, dtype=np.float64).max() >= 2.0**63
-            or counts.sum(axis=1).tolist() != tokens
-            or len(self.weights) != len(tokens)
-            or (None in self.weights and set(self.weights) != {None})
-        ):
+        are_counts = counts.dtype == np.int64 and counts.ndim == 2 and 0 not in counts.shape and counts.min() >= 0
+        # Larger sums of int64 would wrap around silently.
+        sums_fit = are_counts and counts.sum(axis=1, dtype=np.float64).max() < 2.0**63
+        weights_fit = len(self.weights) == len(tokens) and (None not in self.weights or set(self.weights) == {None})
+        if not (sums_fit and weights_fit and counts.sum(axis=1).tolist() == tokens):
             raise UserError("counts and datasets contradict each other; count again")
 
     @property
@@ -101,11 +91,6 @@ class TokenFrequency(SealedTensors):
         tokens = np.array([dataset["num_tokens"] for dataset in self.datasets])
         tokens_drawn = self.num_tokens * weights / weights.sum()
         return (tokens_drawn / tokens) @ self.counts
-
-    def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the counts, and the record as JSON values."""
-        tokenizer = None if self.tokenizer is None else asdict(self.tokenizer)
-        return {"counts": self.counts}, {"weights": self.weights, "datasets": self.datasets, "tokenizer": tokenizer}
 
 
 def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float | None]]:
@@ -256,3 +241,37 @@ def _common_tokenizer(prefixes: Sequence[str], vocab_size: int) -> TokenizerReco
             f"give --vocab-size {first.vocab_size}"
         )
     return first
+
+
+@dataclass(frozen=True)
+class FrequencyBands:
+    """Bands of token ids by their frequency in the training stream.
+
+    Attributes:
+        names: Name of each band, from the band of the most frequent ids on.
+        band_of_id: Band of each id, int64 `[vocab]`.
+    """
+
+    names: tuple[str, ...]
+    band_of_id: np.ndarray
+
+    @classmethod
+    def from_occurrences(
+        cls, occurrences: np.ndarray, edges: tuple[float, ...] = DEFAULT_BAND_EDGES
+    ) -> "FrequencyBands":
+        """Cut the ids, sorted by descending frequency, where they cover given shares of all occurrences.
+
+        Args:
+            occurrences: Occurrences of each id, float64 `[vocab]`, see `TokenFrequency.occurrences`.
+            edges: Share of the occurrences that each band and all bands before it cover, ascending. The last share is
+                1; its band also holds the ids that never occur.
+        """
+        ids = ids_by_frequency(occurrences)
+        ends = [count_frequent(occurrences[ids], edge) for edge in edges[:-1]]
+        # One id can cover several shares, so a band can be empty: its end is not after its start.
+        band_of_id = np.empty(len(ids), np.int64)
+        band_of_id[ids] = np.searchsorted(ends, np.arange(len(ids)), side="right")
+        positions = ["top", *["next"] * (len(edges) - 2), "last"][: len(edges)]
+        shares = np.diff(edges, prepend=0)
+        names = (f"{position} {100 * share:.0f} %" for position, share in zip(positions, shares, strict=True))
+        return cls(tuple(names), band_of_id)

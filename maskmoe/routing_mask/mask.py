@@ -1,8 +1,8 @@
 """The routing mask: the experts that each token id may use in each layer, fixed before training."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -17,13 +17,6 @@ from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
 # Fewer assignments than this take less time than starting worker processes.
 _FEW_ASSIGNMENTS = 1 << 20
-
-
-class ExpertTableFile(TypedDict):
-    """Name and digest of a table of experts, see `ExpertTable`."""
-
-    name: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,8 @@ class MaskProvenance:
         counts_digest: Digest of the `TokenFrequency`, or None if the mask was made without counts.
         datasets: The counted datasets, see `TokenFrequency`.
         tokenizer: The tokenizer that made the datasets, or None if it is unknown.
-        expert_table: The table that the visible sets were copied from; None if the settings chose the visible sets.
+        expert_table: `name` and `sha256` of the table that the visible sets were copied from, see `ExpertTable`; None
+            if the settings chose the visible sets.
     """
 
     assignment: str
@@ -54,24 +48,7 @@ class MaskProvenance:
     counts_digest: str | None = None
     datasets: tuple[CountedDataset, ...] = ()
     tokenizer: TokenizerRecord | None = None
-    expert_table: ExpertTableFile | None = None
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the provenance as a dictionary of JSON values.
-
-        The key `expert_table` is absent if there is no table, so that the digests of such masks do not depend on it.
-        """
-        record = asdict(self)
-        if self.expert_table is None:
-            del record["expert_table"]
-        return record
-
-
-class _MaskRecord(TypedDict):
-    vocab_size: int
-    num_experts: int
-    num_layers: int
-    provenance: MaskProvenance
+    expert_table: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +73,6 @@ class RoutingMask(SealedTensors):
     """
 
     KIND = "routing mask"
-    RECORD = _MaskRecord
 
     row_of_id: np.ndarray
     visible_bits: np.ndarray
@@ -139,7 +115,7 @@ class RoutingMask(SealedTensors):
     @cached_property
     def row_sizes(self) -> np.ndarray:
         """Number of experts in each row, int64 `[tables, rows]`."""
-        return np.bitwise_count(self.visible_bits).sum(axis=-1, dtype=np.int64)
+        return _count_bits(self.visible_bits)
 
     @property
     def is_shared(self) -> bool:
@@ -171,18 +147,15 @@ class RoutingMask(SealedTensors):
 
     def num_visible_of_layer(self, layer: int) -> np.ndarray:
         """Return the number of experts that each id sees in a layer, int64 `[vocab]`; layers count from 0."""
-        table = self._table_index(layer)
-        return self.row_sizes[table][self.row_of_id[table]]
+        row_of_id, visible_bits = self.table_of_layer(layer)
+        return _count_bits(visible_bits)[row_of_id]
 
     def table_of_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of a layer; layers count from 0."""
-        table = self._table_index(layer)
-        return self.row_of_id[table], self.visible_bits[table]
-
-    def _table_index(self, layer: int) -> int:
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"layer {layer} of {self.num_layers}")
-        return 0 if self.is_shared else layer
+        table = 0 if self.is_shared else layer
+        return self.row_of_id[table], self.visible_bits[table]
 
     def visible_sets(self, layer: int) -> np.ndarray:
         """Return the visible sets of a layer, bool `[vocab, N]`; layers count from 0.
@@ -193,12 +166,7 @@ class RoutingMask(SealedTensors):
         return unpack_bits(visible_bits, self.num_experts)[row_of_id]
 
     def check_fits(
-        self,
-        *,
-        vocab_size: int,
-        num_experts: int,
-        num_layers: int,
-        expert_model_parallel_size: int | None = None,
+        self, *, vocab_size: int, num_experts: int, num_layers: int, expert_model_parallel_size: int | None = None
     ) -> None:
         """Check that a model can use this mask.
 
@@ -218,11 +186,11 @@ class RoutingMask(SealedTensors):
             "number of layers": (num_layers if self.is_shared else self.num_layers, num_layers),
         }
         differences = [
-            f"its {name} is {ours}, the model's is {its}" for name, (ours, its) in sizes.items() if ours != its
+            f"its {name} is {own}, the model's is {needed}; " for name, (own, needed) in sizes.items() if own != needed
         ]
         if differences:
             cure = "build a routing mask for this model or change the model"
-            raise UserError(f"routing mask does not fit: {'; '.join(differences)}; {cure}")
+            raise UserError(f"routing mask does not fit: {''.join(differences)}{cure}")
         if expert_model_parallel_size is None:
             return
         if num_experts % expert_model_parallel_size:
@@ -237,6 +205,24 @@ class RoutingMask(SealedTensors):
                 f"{expert_model_parallel_size}; run with --expert-model-parallel-size {built_for} or a divisor of it, "
                 "or build another mask"
             )
+
+    def rank_of_rows(self, num_ranks: int) -> np.ndarray | None:
+        """Return the rank that holds the visible experts of each row of `visible_bits`, if the mask is rank-local.
+
+        The result depends on the visible sets only, not on the assignment that chose them: a mask with one visible
+        expert for every id is always rank-local.
+
+        Args:
+            num_ranks: Number of ranks. Each holds an equal, contiguous block of experts.
+
+        Returns:
+            Rank of each row, int16 `[tables, rows]`; None if any id sees experts of two ranks in a layer.
+        """
+        visible = unpack_bits(self.visible_bits, self.num_experts)  # [tables, rows, experts]
+        sees_rank = visible.reshape(*visible.shape[:2], num_ranks, -1).any(axis=-1)  # [tables, rows, ranks]
+        # Check the rows through the ids, because some tables have rows that no id uses.
+        num_ranks_of_id = np.take_along_axis(sees_rank.sum(axis=-1), self.row_of_id.astype(np.int64), axis=1)
+        return sees_rank.argmax(axis=-1).astype(np.int16) if (num_ranks_of_id == 1).all() else None
 
     def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
         """Return the mask extended to a larger vocabulary, for models whose embedding has padding rows.
@@ -253,15 +239,23 @@ class RoutingMask(SealedTensors):
         return replace(self, row_of_id=row_of_id, vocab_size=vocab_size)
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the tables, and the record as JSON values."""
-        sizes = {"vocab_size": self.vocab_size, "num_experts": self.num_experts, "num_layers": self.num_layers}
-        tables = {"row_of_id": self.row_of_id, "visible_bits": self.visible_bits}
-        return tables, sizes | {"provenance": self.provenance.to_record()}
+        """Return the tables, and the record without the key `expert_table` if there is no table.
+
+        The digests of such masks therefore do not depend on the key.
+        """
+        tables, record = super().parts()
+        if self.provenance.expert_table is None:
+            del record["provenance"]["expert_table"]
+        return tables, record
 
 
 def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
     """Unpack visible bits `[…, bytes]` into bool `[…, num_experts]`."""
     return np.unpackbits(visible_bits, axis=-1, count=num_experts, bitorder="little").view(bool)
+
+
+def _count_bits(visible_bits: np.ndarray) -> np.ndarray:
+    return np.bitwise_count(visible_bits).sum(axis=-1, dtype=np.int64)
 
 
 def build_routing_mask(
@@ -300,21 +294,12 @@ def build_routing_mask(
     tables = map_in_processes(assign, range(recipe.num_tables), workers)
     with tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", delay=0.5, disable=not progress) as bar:
         row_of_id, visible_bits = zip(*bar, strict=True)
-    settings = {field.name for field in fields(MaskProvenance)} & {field.name for field in fields(MaskRecipe)}
-    provenance = MaskProvenance(
-        **{name: getattr(recipe, name) for name in settings},
-        counts_digest=None if frequency is None else frequency.digest,
-        datasets=() if frequency is None else frequency.datasets,
-        tokenizer=None if frequency is None else frequency.tokenizer,
-    )
-    return RoutingMask(
-        row_of_id=np.stack(row_of_id),
-        visible_bits=np.stack(visible_bits),
-        vocab_size=len(occurrences),
-        num_experts=recipe.num_experts,
-        num_layers=recipe.num_layers,
-        provenance=provenance,
-    )
+    settings: dict[str, Any] = asdict(recipe)
+    sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
+    if frequency is not None:
+        settings["counts_digest"] = frequency.digest
+        settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}
+    return RoutingMask(np.stack(row_of_id), np.stack(visible_bits), **sizes, provenance=MaskProvenance(**settings))
 
 
 def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int = 1) -> np.ndarray:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self, TypedDict
 
 import numpy as np
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -22,8 +22,6 @@ from maskmoe.errors import UserError
 
 METADATA_KEY = "maskmoe"
 VERSION = 1
-
-_DTYPES = {"U8", "I16", "I32", "I64"}
 
 
 class _Envelope(TypedDict):
@@ -59,22 +57,23 @@ def seal(kind: str, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]
 
 
 class SealedTensors:
-    """Base of dataclasses that are stored as tensors and a record.
+    """Base of dataclasses that are stored in a sealed file.
 
-    The fields of a subclass are its tensors and the keys of its `RECORD`. A subclass raises `UserError` if its fields
-    do not fit together.
+    Fields of the type `np.ndarray` are tensors; all other fields together are the record. Pydantic converts the record
+    to JSON values, and checks a record that is read. A subclass raises `UserError` if its fields do not fit together.
 
     Attributes:
         KIND: Name of the kind of file.
-        RECORD: A `TypedDict` of the fields that are not tensors. Pydantic checks the types of a record that is read.
     """
 
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
     KIND: ClassVar[str]
-    RECORD: ClassVar[type]
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the tensors, and the record as JSON values."""
-        raise NotImplementedError
+        """Return the tensors, and the record."""
+        values = TypeAdapter(type(self)).dump_python(self)
+        tensors = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        return tensors, {name: value for name, value in values.items() if name not in tensors}
 
     @cached_property
     def digest(self) -> str:
@@ -87,9 +86,9 @@ class SealedTensors:
         Raises:
             UserError: `path` cannot be written.
         """
-        tensors, record = self.parts()
+        tensors, metadata = self.to_tensors()
         with atomic_output(path) as temporary:
-            save_file(tensors, temporary, metadata=seal(self.KIND, tensors, record))
+            save_file(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -100,17 +99,14 @@ class SealedTensors:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                names = list(file.keys())
-                if any(file.get_slice(name).get_dtype() not in _DTYPES for name in names):
-                    raise UserError(f"{path} is not a {cls.KIND} file of MaskMoE: it has tensors of an unexpected type")
+                metadata, names = file.metadata(), file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
-                metadata = file.metadata()
         except OSError as error:
             raise UserError(f"cannot read {cls.KIND} file {path}: {error.strerror or error}") from error
-        except (SafetensorError, ValueError, OverflowError) as error:
-            # NumPy raises ValueError and OverflowError for shapes beyond its own limits.
-            problem = f"{path} is not a readable safetensors file ({error})"
-            raise UserError(f"{problem}; build the {cls.KIND} again") from error
+        except (SafetensorError, AttributeError, OverflowError, TypeError, ValueError) as error:
+            # NumPy does not know all dtypes of safetensors, and has limits for shapes.
+            problem = f"{path} is not a readable safetensors file of a {cls.KIND}"
+            raise UserError(f"{problem} ({error}); build it again") from error
         return cls.from_tensors(tensors, metadata, str(path))
 
     def to_tensors(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -141,13 +137,11 @@ class SealedTensors:
         if kind != cls.KIND:
             raise UserError(f"{source} is a {kind} file, expected a {cls.KIND} file")
         if envelope["version"] != VERSION:
-            raise UserError(
-                f"{source} has format version {envelope['version']}; this version of MaskMoE reads version {VERSION}"
-            )
+            raise UserError(f"{source} has format version {envelope['version']}, but this MaskMoE reads {VERSION}")
         if not is_intact:
             raise UserError(f"{source} was altered or damaged: its content does not match its digest; build it again")
         try:
-            value = cls(**tensors, **TypeAdapter(cls.RECORD).validate_json(json.dumps(record), strict=True))
+            value = TypeAdapter(cls).validate_python({**record, **tensors})
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
         except (TypeError, ValueError) as error:

@@ -7,7 +7,6 @@ import numpy as np
 from tqdm import tqdm
 
 from maskmoe.routing_mask import RoutingMask, TokenFrequency
-from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.routing_mask.mask import expected_expert_load
 from maskmoe.simulation.cluster import Cluster
 from maskmoe.simulation.dispatch import Workload, exchanges
@@ -94,7 +93,7 @@ class Simulation:
             return
         # Dispatch is planned only if the destination of every token is known in every layer.
         masks = self._masks.layers_of(routing, layout)
-        ranks_of_sets = [rank_of_rows(mask, layout.ep_size) for mask in masks]
+        ranks_of_sets = [mask.rank_of_rows(layout.ep_size) for mask in masks]
         is_planned = all(rank_of_set is not None for rank_of_set in ranks_of_sets)
         # Route the tokens once for each layer. The random stream depends on the case, not on what else is simulated.
         traffics = []

@@ -23,8 +23,7 @@ from torch import Tensor
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
-from maskmoe.routing_mask.frequency_bands import FrequencyBands
+from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
 from maskmoe.training.batch import Batch, build_datasets, get_batch, token_losses
 from maskmoe.training.forward import forward_all, sum_over_ranks
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args
