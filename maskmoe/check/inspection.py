@@ -23,27 +23,13 @@ from maskmoe.check.parameters import count_parameters
 from maskmoe.check.report import Report
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint
-from maskmoe.data.indexed_dataset import read_info
+from maskmoe.data.indexed_dataset import read_index
 from maskmoe.errors import UserError
-<<<<<<< HEAD:maskmoe/check/inspection.py
 from maskmoe.megatron_compat import cpu
-=======
 from maskmoe.megatron_compat.globals import get_tokenizer
->>>>>>> h5:maskmoe/check/findings.py
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
-<<<<<<< HEAD:maskmoe/check/inspection.py
-=======
-from maskmoe.training.file_checks import (
-    check_data,
-    check_mask,
-    check_save_folder,
-    check_tokenizer,
-    data_prefixes,
-    was_counted,
-)
->>>>>>> h5:maskmoe/check/findings.py
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
 from maskmoe.training.refusals import unsupported_settings
 from maskmoe.training.resume import check_same_model
@@ -108,7 +94,7 @@ class Inspection:
         if validated is not None and checkpoint is not None:
             with self._collecting():
                 check_same_model(args, checkpoint)
-        self._check_data(args, mask, file_checks.current_vocab_size() if has_tokenizer else None)
+        self._check_data(args, mask, get_tokenizer().vocab_size if has_tokenizer else None)
         # The validated arguments have a layout that divides, so the model is known even if the given layout does not.
         model = memory = None
         if validated is not None and has_tokenizer:
@@ -182,65 +168,27 @@ class Inspection:
             return args
         return None
 
-<<<<<<< HEAD:maskmoe/check/inspection.py
     def _check_data(self, args: Namespace, mask: RoutingMask | None, vocab_size: int | None) -> None:
         """Check the datasets, except the token ids of large datasets, which the run checks."""
-        self._add(file_checks.data_errors(args, mask, vocab_size, _MOST_BYTES_READ))
-        for prefix in dict.fromkeys(file_checks.data_prefixes(args)):
-            with suppress(UserError):  # `data_errors` has reported it
-                info = read_info(prefix)
-                if info.bin_bytes > _MOST_BYTES_READ and not file_checks.was_counted(info, mask):
+        file_checks.check_data(args, mask, vocab_size, _MOST_BYTES_READ, self._collecting)
+        for prefix in file_checks.data_prefixes(args):
+            with suppress(UserError):  # `check_data` has reported it
+                index = read_index(prefix)
+                if index.bin_bytes > _MOST_BYTES_READ and not file_checks.was_counted(index, mask):
                     self._notes.append(
                         f"dataset {prefix} was not counted for the mask: the run checks its token ids when it starts"
                     )
-=======
-    def _check_files(
-        self, args: Namespace, mask: RoutingMask | None, checkpoint: Path | None, has_tokenizer: bool, is_valid: bool
-    ) -> None:
-        """Check mask, checkpoint and datasets against the arguments."""
-        if has_tokenizer and mask is not None and args.num_experts and args.num_layers:
-            with self._collecting():
-                check_mask(args, mask)
-        if is_valid and checkpoint is not None:
-            with self._collecting():
-                check_same_model(args, checkpoint)
-        vocab_size = get_tokenizer().vocab_size if has_tokenizer else None
-        check_data(args, mask, vocab_size, _MOST_BYTES_READ, self._collecting)
-        self._note_unread_ids(args, mask)
->>>>>>> h5:maskmoe/check/findings.py
 
     def _make_tokenizer(self, args: Namespace) -> bool:
         """Build Megatron's tokenizer and record its digest in the arguments; return whether there was no error."""
         args.tokenizer_sha256 = None
         with self._collecting():
-<<<<<<< HEAD:maskmoe/check/inspection.py
-            file_checks.check_tokenizer(args)
+            args.tokenizer_sha256 = file_checks.check_tokenizer(args)
             with _reporting_failure_of(f"the tokenizer ({args.tokenizer_type} {args.tokenizer_model})"):
-                args.tokenizer_sha256 = file_checks.tokenizer_sha256(args)
                 rebuild_tokenizer(args)
             return True
         return False
 
-=======
-            args.tokenizer_sha256 = check_tokenizer(args)
-        if len(self._errors) > errors_before:
-            return False
-        with self._collecting(), reporting_failure_of(f"the tokenizer ({args.tokenizer_type} {args.tokenizer_model})"):
-            rebuild_tokenizer(args)
-        return len(self._errors) == errors_before
-
-    def _note_unread_ids(self, args: Namespace, mask: RoutingMask | None) -> None:
-        """Note the datasets whose token ids nothing has checked yet."""
-        for prefix in data_prefixes(args):
-            try:
-                info = read_info(prefix)
-            except UserError:
-                continue
-            if info.bin_bytes > _MOST_BYTES_READ and not was_counted(info, mask):
-                self._notes.append(
-                    f"dataset {prefix} was not counted for the mask: the run checks its token ids when it starts"
-                )
->>>>>>> h5:maskmoe/check/findings.py
 
 def _model_config(args: Namespace) -> MaskMoEGPTModelConfig:
     """Return the configuration of the model. Raises UserError if Megatron refuses it."""

@@ -1,7 +1,11 @@
-"""Build a routing mask: the experts that each token id may use (its "visible" experts) in each layer.
+r"""Build a routing mask: the experts that each token id may use (its "visible" experts) in each layer.
 
 The most frequent ids, which together make up a share P of all occurrences, see V_f experts each. Every other id sees
 one expert. The mask is fixed before training.
+
+Example:
+  %(prog)s --token-frequency counts.safetensors --num-experts 64 --num-layers 24 \
+    --frequent-mass 0.4 --frequent-visible-experts 8 --assignment balanced --seed 1 --output mask.safetensors
 """
 
 import argparse
@@ -11,31 +15,24 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe.cli import atomic_output
+from maskmoe.commands.arguments import add_seed_argument, add_workers_argument, command_parser
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
 
-_EPILOG = """\
-example:
-  %(prog)s --token-frequency counts.safetensors --num-experts 64 --num-layers 24 \\
-    --frequent-mass 0.4 --frequent-visible-experts 8 --assignment balanced --seed 1 --output mask.safetensors
-"""
+_METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     vocabulary = parser.add_argument_group("vocabulary (give one)").add_mutually_exclusive_group(required=True)
-    vocabulary.add_argument(
-        "--token-frequency", type=Path, metavar="F", help="file of token counts, counted in the training data"
-    )
-    vocabulary.add_argument(
-        "--vocab-size", type=int, metavar="V", help="number of ids of the tokenizer, for masks that need no counts"
-    )
+    counts = "file of token counts, counted in the training data"
+    vocabulary.add_argument("--token-frequency", type=Path, metavar="F", help=counts)
+    size = "number of ids of the tokenizer, for masks that need no counts"
+    vocabulary.add_argument("--vocab-size", type=int, metavar="V", help=size)
     vocabulary.add_argument(
         "--expert-table",
         metavar="F[:TENSOR]",
@@ -47,9 +44,8 @@ def parse_arguments() -> argparse.Namespace:
 
     model = parser.add_argument_group("model")
     model.add_argument("--num-experts", type=int, required=True, metavar="N", help="experts in each MoE layer")
-    model.add_argument(
-        "--num-layers", type=int, required=True, metavar="L", help="transformer layers, with and without experts"
-    )
+    layers = "transformer layers, with and without experts"
+    model.add_argument("--num-layers", type=int, required=True, metavar="L", help=layers)
     model.add_argument(
         "--expert-model-parallel-size",
         type=int,
@@ -59,15 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     method = parser.add_argument_group("method")
-    method.add_argument(
-        "--frequent-mass",
-        type=float,
-        metavar="P",
-        help="the most frequent ids that together make up this share (0 to 1) of all occurrences are the frequent ids",
-    )
-    method.add_argument(
-        "--frequent-visible-experts", type=int, metavar="V_f", help="experts that each frequent id sees, 2 to N"
-    )
+    mass = "the most frequent ids that together make up this share (0 to 1) of all occurrences are the frequent ids"
+    method.add_argument("--frequent-mass", type=float, metavar="P", help=mass)
+    visible = "experts that each frequent id sees, 2 to N"
+    method.add_argument("--frequent-visible-experts", type=int, metavar="V_f", help=visible)
     method.add_argument(
         "--assignment",
         choices=ASSIGNMENTS,
@@ -82,14 +73,9 @@ def parse_arguments() -> argparse.Namespace:
         "--frequent-visible-experts experts)",
     )
     method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
-    method.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of the random choices (default: %(default)s)"
-    )
-
+    add_seed_argument(method, "the random choices")
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
-    parser.add_argument(
-        "--workers", type=int, metavar="W", help="number of processes (default: number of available cores)"
-    )
+    add_workers_argument(parser)
     return parser.parse_args()
 
 
@@ -99,8 +85,7 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
     Raises:
         UserError: Flags are missing or contradict each other.
     """
-    method = {name: getattr(arguments, name) for name in ("frequent_mass", "frequent_visible_experts", "assignment")}
-    given = {name: value for name, value in method.items() if value is not None}
+    given = {name: value for name in _METHOD if (value := getattr(arguments, name)) is not None}
     common = {"seed": arguments.seed, "shared_table": arguments.shared_table}
     if arguments.assignment == "rank-local":
         if arguments.expert_model_parallel_size is None:
@@ -108,9 +93,9 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
         common["expert_model_parallel_size"] = arguments.expert_model_parallel_size
     if arguments.preset:
         return MaskRecipe.from_preset(arguments.preset, arguments.num_experts, arguments.num_layers, **given, **common)
-    needed = [name for name in method if name != "frequent_visible_experts" or arguments.frequent_mass != 0]
-    if missing := [f"--{name.replace('_', '-')}" for name in needed if name not in given]:
-        raise UserError(f"{', '.join(missing)} missing; give all of them, or a --preset")
+    optional = {"frequent_visible_experts"} if arguments.frequent_mass == 0 else set()
+    if missing := [name for name in _METHOD if name not in given.keys() | optional]:
+        raise UserError(f"{_flags(missing)} missing; give all of them, or a --preset")
     return MaskRecipe(arguments.num_experts, arguments.num_layers, **given, **common)
 
 
@@ -120,16 +105,19 @@ def mask_from_table(arguments: argparse.Namespace) -> RoutingMask:
     Raises:
         UserError: The table cannot be used, or a flag is given that the table already decides.
     """
-    flags = ("frequent_mass", "frequent_visible_experts", "assignment", "preset")
-    given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]
-    given += ["--shared-table"] if arguments.shared_table else []
+    given = [name for name in (*_METHOD, "preset") if getattr(arguments, name) is not None]
+    if arguments.shared_table:
+        given.append("shared_table")
     if given:
-        raise UserError(f"--expert-table already decides the experts of each id; leave {', '.join(given)} out")
+        raise UserError(f"--expert-table already decides the experts of each id; leave {_flags(given)} out")
     table = ExpertTable.read(arguments.expert_table, arguments.num_layers)
-    repeats = table.num_ids_with_repeats
-    if repeats:
+    if repeats := table.num_ids_with_repeats:
         print(f"WARNING: {repeats:,} ids name an expert more than once; they see each named expert once")
     return table.to_mask(arguments.num_experts, arguments.num_layers)
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None) -> None:
@@ -184,20 +172,16 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
 def main() -> None:
     """Build the mask, write it and print a summary."""
     arguments = parse_arguments()
-    recipe = None if arguments.expert_table else recipe_from(arguments)
     num_ranks = arguments.expert_model_parallel_size
     if num_ranks is not None and (num_ranks < 1 or arguments.num_experts % num_ranks):
-        raise UserError(
-            f"{arguments.num_experts} experts cannot be divided evenly over {num_ranks} expert-parallel ranks"
-        )
+        raise UserError(f"{arguments.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     with atomic_output(arguments.output) as temporary:
-        if recipe is None:
+        if arguments.expert_table:
             mask = mask_from_table(arguments)
         else:
-            mask = build_routing_mask(
-                recipe, frequency=frequency, vocab_size=arguments.vocab_size, workers=arguments.workers, progress=True
-            )
+            source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
+            mask = build_routing_mask(recipe_from(arguments), **source, workers=arguments.workers, progress=True)
         mask.save(temporary)
     print_summary(mask, frequency, num_ranks)
     print(f"written          {arguments.output}")

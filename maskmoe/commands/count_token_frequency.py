@@ -1,43 +1,18 @@
-"""Count the occurrences of each token id in the training data.
+r"""Count the occurrences of each token id in the training data.
 
 A routing mask is built from these counts.
-"""
 
-import argparse
-from pathlib import Path
-
-from maskmoe.cli import atomic_output
-from maskmoe.routing_mask.assignment import ids_by_frequency
-from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
-
-_EPILOG = """\
-example:
-  %(prog)s --data-path 0.7 data/web_text_document 0.3 data/books_text_document \\
+Example:
+  %(prog)s --data-path 0.7 data/web_text_document 0.3 data/books_text_document \
     --vocab-size 32000 --output counts.safetensors
 """
 
+from pathlib import Path
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data-path",
-        nargs="+",
-        required=True,
-        metavar="P",
-        help="the value of Megatron's --data-path in training, so that the counts follow the same blend: dataset "
-        "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="V", help="number of ids of the tokenizer, without padding"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
-    parser.add_argument(
-        "--workers", type=int, metavar="W", help="number of processes (default: number of available cores)"
-    )
-    return parser.parse_args()
+from maskmoe.cli import atomic_output
+from maskmoe.commands.arguments import add_workers_argument, command_parser
+from maskmoe.routing_mask.assignment import ids_by_frequency
+from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 
 
 def print_summary(frequency: TokenFrequency) -> None:
@@ -57,11 +32,22 @@ def print_summary(frequency: TokenFrequency) -> None:
 
 def main() -> None:
     """Count, write the counts and print a summary."""
-    arguments = parse_arguments()
+    parser = command_parser(__doc__)
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        required=True,
+        metavar="P",
+        help="the value of Megatron's --data-path in training, so that the counts follow the same blend: dataset "
+        "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
+    )
+    size = "number of ids of the tokenizer, without padding"
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help=size)
+    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_workers_argument(parser)
+    arguments = parser.parse_args()
     with atomic_output(arguments.output) as temporary:
-        frequency = count_token_frequency(
-            arguments.data_path, arguments.vocab_size, workers=arguments.workers, progress=True
-        )
+        frequency = count_token_frequency(arguments.data_path, arguments.vocab_size, arguments.workers, progress=True)
         frequency.save(temporary)
     print_summary(frequency)
     print(f"written          {arguments.output}")

@@ -8,8 +8,8 @@ from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse and check the command line.
+def main() -> None:
+    """Print the prompt with its continuation.
 
     Raises:
         UserError: the model does not exist, or a number is out of range.
@@ -18,26 +18,19 @@ def parse_arguments() -> argparse.Namespace:
         description="Continue a text with a model in transformers' format, such as convert_checkpoint.py writes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
-    parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after N new tokens")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="divide logits by this; 0 takes the most probable token"
-    )
-    parser.add_argument("--top-k", type=int, default=50, help="sample among the K most probable tokens; 0 for all")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the text to a file")
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
+    add("--prompt", required=True, help="text to continue")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="stop after N new tokens")
+    add("--temperature", type=float, default=0.8, help="divide logits by this; 0 takes the most probable token")
+    add("--top-k", type=int, default=50, help="sample among the K most probable tokens; 0 for all")
+    add("--seed", type=int, default=1234, help="seed of the sampling")
+    add("--output", type=Path, metavar="FILE", help="also write the text to a file")
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
     if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
-    return arguments
-
-
-def main() -> None:
-    """Print the prompt with its continuation."""
-    arguments = parse_arguments()
 
     # Only now, since these imports take seconds and `--help` does not need them.
     import torch

@@ -3,44 +3,28 @@
 The output holds one JSON object {"text": …, "path": …} on each line, one line for each file. Files that are mostly
 numbers, generated tables or larger than 128 KiB are left out. The lines are shuffled, so that the last documents, which
 are usually held out for validation, resemble the documents before them.
+
+Example:
+  %(prog)s --output corpus.jsonl --max-bytes 12000000
 """
 
-import argparse
 import json
 import random
 
 from maskmoe.cli import atomic_output
+from maskmoe.commands.arguments import add_seed_argument, command_parser
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
-
-_EPILOG = """\
-example:
-  %(prog)s --output corpus.jsonl --max-bytes 12000000
-"""
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write")
-    parser.add_argument(
-        "--max-bytes",
-        type=int,
-        default=32 << 20,
-        metavar="N",
-        help="largest size of the text in bytes; the standard library comes first (default: %(default)s, 32 MiB)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of the order of the documents (default: %(default)s)"
-    )
-    return parser.parse_args()
 
 
 def main() -> None:
     """Write the corpus and print its size."""
-    arguments = parse_arguments()
+    parser = command_parser(__doc__)
+    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write")
+    limit = "largest size of the text in bytes; the standard library comes first (default: %(default)s, 32 MiB)"
+    parser.add_argument("--max-bytes", type=int, default=32 << 20, metavar="N", help=limit)
+    add_seed_argument(parser, "the order of the documents")
+    arguments = parser.parse_args()
     with atomic_output(arguments.output) as path, open(path, "w", encoding="utf-8") as stream:
         documents = list(default_corpus(arguments.max_bytes))
         if not documents:

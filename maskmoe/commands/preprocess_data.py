@@ -1,4 +1,4 @@
-"""Encode text files into a dataset that Megatron-Core trains on.
+r"""Encode text files into a dataset that Megatron-Core trains on.
 
 The output is PREFIX_text_document.bin with the token ids, PREFIX_text_document.idx with the documents, and
 PREFIX_text_document.tokenizer.json with the identity of the tokenizer.
@@ -6,39 +6,23 @@ PREFIX_text_document.tokenizer.json with the identity of the tokenizer.
 Input files that end in .jsonl, .json or .ndjson hold one JSON object on each line, and each line is a document. All
 other files are plain text: one document each, or several of about 1 MiB if the file is larger. Both may be compressed
 with gzip (.gz) or zstd (.zst). The flags have the names of Megatron-LM's.
-"""
 
-import argparse
-
-from maskmoe.data.parallel import available_cores
-from maskmoe.data.preprocess import preprocess
-from maskmoe.data.tokenizer import TOKENIZER_TYPES
-
-_EPILOG = """\
-example:
-  %(prog)s --input corpus.jsonl --tokenizer-type SentencePieceTokenizer \\
+Example:
+  %(prog)s --input corpus.jsonl --tokenizer-type SentencePieceTokenizer \
     --tokenizer-model tokenizer.model --output-prefix data/corpus --append-eod --shuffle-seed 1
 """
 
+from maskmoe.commands.arguments import add_text_arguments, add_workers_argument, command_parser
+from maskmoe.data.preprocess import preprocess
+from maskmoe.data.tokenizer import TOKENIZER_TYPES
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="text files, encoded in the given order"
-    )
-    parser.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="keys of the JSON objects that hold text; each key gets a dataset of its own (default: text)",
-    )
-    parser.add_argument(
-        "--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="type of the tokenizer, as in training"
-    )
+
+def main() -> None:
+    """Encode the files and print the size of each dataset."""
+    parser = command_parser(__doc__)
+    add_text_arguments(parser, ", encoded in the given order", "text; each key gets a dataset of its own")
+    kind = "type of the tokenizer, as in training"
+    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help=kind)
     parser.add_argument(
         "--tokenizer-model",
         required=True,
@@ -46,12 +30,8 @@ def parse_arguments() -> argparse.Namespace:
         help="a SentencePiece .model file; or the tokenizer.json of a Hugging Face tokenizer, or the folder that holds "
         "it",
     )
-    parser.add_argument(
-        "--output-prefix",
-        required=True,
-        metavar="PREFIX",
-        help="start of the output paths PREFIX_KEY_document.{bin,idx,tokenizer.json}",
-    )
+    outputs = "start of the output paths PREFIX_KEY_document.{bin,idx,tokenizer.json}"
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=outputs)
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
     parser.add_argument(
         "--shuffle-seed",
@@ -61,34 +41,10 @@ def parse_arguments() -> argparse.Namespace:
         "documents, which Megatron's --split holds out, resemble the documents before them; needs twice the disk space "
         "while it runs (default: keep the order of the input)",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=available_cores(),
-        metavar="W",
-        help="number of processes; does not change the result (default: number of available cores)",
-    )
-    arguments = parser.parse_args()
-    if arguments.workers < 1:
-        parser.error(f"--workers must be at least 1, not {arguments.workers}")
-    if arguments.shuffle_seed is not None and arguments.shuffle_seed < 0:
-        parser.error(f"--shuffle-seed must not be negative, it is {arguments.shuffle_seed}")
-    return arguments
-
-
-def main() -> None:
-    """Encode the files and print the size of each dataset."""
-    arguments = parse_arguments()
-    summaries = preprocess(
-        arguments.input,
-        arguments.tokenizer_type,
-        arguments.tokenizer_model,
-        arguments.output_prefix,
-        json_keys=arguments.json_keys,
-        append_eod=arguments.append_eod,
-        workers=arguments.workers,
-        shuffle_seed=arguments.shuffle_seed,
-    )
-    for summary in summaries:
+    add_workers_argument(parser)
+    settings = vars(parser.parse_args())
+    if (seed := settings["shuffle_seed"]) is not None and seed < 0:
+        parser.error(f"--shuffle-seed must not be negative, it is {seed}")
+    for summary in preprocess(settings.pop("input"), **settings):
         rate = summary.num_tokens / summary.seconds
         print(f"{summary.prefix}: {summary.num_documents} documents, {summary.num_tokens} tokens, {rate:.0f} tokens/s")

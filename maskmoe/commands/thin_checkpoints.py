@@ -2,35 +2,24 @@
 
 Use this command when the series of checkpoints is no longer needed. Training with --keep-last-checkpoints keeps fewer
 checkpoints from the start.
+
+Example:
+  %(prog)s --load runs/a/checkpoints
 """
 
-import argparse
 from pathlib import Path
 
+from maskmoe.commands.arguments import command_parser
 from maskmoe.errors import UserError
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line of this process."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  %(prog)s --load runs/a/checkpoints",
-    )
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of Megatron checkpoints")
-    parser.add_argument(
-        "--keep-last-checkpoints",
-        type=int,
-        default=1,
-        metavar="K",
-        help="number of checkpoints to keep (default: %(default)s)",
-    )
-    return parser.parse_args()
 
 
 def main() -> None:
     """Remove the old checkpoints of the run that the command line names."""
-    arguments = parse_arguments()
+    parser = command_parser(__doc__)
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of Megatron checkpoints")
+    keep = "number of checkpoints to keep (default: %(default)s)"
+    parser.add_argument("--keep-last-checkpoints", type=int, default=1, metavar="K", help=keep)
+    arguments = parser.parse_args()
     if arguments.keep_last_checkpoints < 1:
         raise UserError(f"--keep-last-checkpoints must be at least 1, not {arguments.keep_last_checkpoints}")
 

@@ -7,26 +7,26 @@ A JSON line is one document, whatever its size. A plain text file is one documen
 (`DOCUMENT_BYTES`); a larger file is divided at line ends into documents of about 1 MiB.
 """
 
-import codecs
-import gzip
-import io
 import json
+import re
 import zlib
-from collections.abc import Buffer, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import Any
+
+import zstandard
+from tqdm import tqdm
 
 from maskmoe.errors import UserError
-
-if TYPE_CHECKING:
-    from zstandard import ZstdDecompressionObj
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 DOCUMENT_BYTES = 1 << 20
 """Size in bytes beyond which a plain text file is divided into several documents."""
 BLOCK_BYTES = 1 << 18
-"""Size in bytes at which a block of JSON lines ends, after the line that reaches it."""
+"""Size in bytes at which a block of JSON lines ends, after the line that exceeds it."""
+_CHUNK_BYTES = 1 << 16
+_HALF_OF_PAIR = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot encode
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,27 @@ class Block:
     file_bytes: int
 
 
-def read_blocks(paths: Sequence[str | Path]) -> Iterator[Block]:
+def read_blocks(paths: Sequence[str | Path], bar: tqdm | None = None) -> Iterator[Block]:
     """Yield the blocks of all files in order; only one block is in memory at a time.
+
+    Args:
+        paths: The files.
+        bar: A progress bar to advance, see `progress_bar`.
 
     Raises:
         UserError: A file does not exist, cannot be read, or holds damaged compressed data.
     """
     for path in check_inputs(paths):
-        yield from _read_file(path)
+        for block in _read_file(path):
+            if bar is not None:
+                bar.update(block.file_bytes)
+            yield block
+
+
+def progress_bar(paths: Sequence[Path], description: str) -> tqdm:
+    """Return a progress bar over the bytes of all files on disk, which is shown if stderr is a terminal."""
+    size = sum(path.stat().st_size for path in paths)
+    return tqdm(total=size, unit="B", unit_scale=True, desc=description, disable=None)
 
 
 def check_inputs(paths: Sequence[str | Path]) -> list[Path]:
@@ -75,18 +88,55 @@ def check_inputs(paths: Sequence[str | Path]) -> list[Path]:
 def _read_file(path: Path) -> Iterator[Block]:
     suffix = Path(path.stem).suffix if path.suffix in _DECOMPRESSORS else path.suffix
     is_json = suffix.lower() in JSON_SUFFIXES
-    block_bytes = BLOCK_BYTES if is_json else DOCUMENT_BYTES
     line, offset, position = 1, 0, 0
     try:
-        with open(path, "rb") as raw, _DECOMPRESSORS.get(path.suffix, _keep_uncompressed)(raw) as stream:
-            while lines := stream.readlines(block_bytes):
-                data, previous, position = b"".join(lines), position, raw.tell()
+        with open(path, "rb") as file:
+            chunks = iter(lambda: file.read(_CHUNK_BYTES), b"")
+            if path.suffix in _DECOMPRESSORS:
+                chunks = _decompress(chunks, _DECOMPRESSORS[path.suffix])
+            for data in _cut_at_line_ends(chunks, BLOCK_BYTES if is_json else DOCUMENT_BYTES):
+                previous, position = position, file.tell()
                 yield Block(str(path), is_json, data, line, offset, position - previous)
-                line, offset = line + len(lines), offset + len(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile, _zstd_error()) as error:
+                line, offset = line + data.count(b"\n"), offset + len(data)
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"input {path} is damaged or truncated: {error}") from error
     except OSError as error:
         raise UserError(f"input {path} cannot be read: {error.strerror or error}") from error
+
+
+def _cut_at_line_ends(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Join the chunks, and cut the result after each line that makes a block larger than `size` bytes."""
+    block = bytearray()
+    for chunk in chunks:
+        searched = max(size, len(block))
+        block += chunk
+        while end := block.find(b"\n", searched) + 1:
+            yield bytes(block[:end])
+            del block[:end]
+            searched = size
+    if block:
+        yield bytes(block)
+
+
+# Both libraries' objects have `decompress`, `eof` and `unused_data`.
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS),
+    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+}
+
+
+def _decompress(chunks: Iterable[bytes], new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompress gzip members or zstd frames that follow each other; raise EOFError if the last one is truncated."""
+    decompressor = None
+    for chunk in chunks:
+        # Zeros may follow the end of a member.
+        while chunk := chunk if decompressor else chunk.lstrip(b"\0"):
+            decompressor = decompressor or new_decompressor()
+            yield decompressor.decompress(chunk)
+            chunk = decompressor.unused_data
+            decompressor = None if decompressor.eof else decompressor
+    if decompressor:
+        raise EOFError("the compressed data has no end")
 
 
 def parse_block(block: Block, json_keys: Sequence[str]) -> list[list[str]]:
@@ -102,14 +152,14 @@ def parse_block(block: Block, json_keys: Sequence[str]) -> list[list[str]]:
         UserError: The block has invalid UTF-8 or JSON, lacks a key, or has a value that is not text. The message names
             the file and the line.
     """
-    # The byte order mark at the start of a file is not part of its text.
-    data = block.data.removeprefix(codecs.BOM_UTF8) if block.offset == 0 else block.data
     try:
-        text = data.decode("utf-8")
+        text = block.data.decode("utf-8")
     except UnicodeDecodeError as error:
-        offset = block.offset + len(block.data) - len(data) + error.start
-        line = block.first_line + data.count(b"\n", 0, error.start)
+        offset = block.offset + error.start
+        line = block.first_line + block.data.count(b"\n", 0, error.start)
         raise UserError(f"{block.path}: line {line}: invalid UTF-8 at byte {offset} ({error.reason})") from error
+    # The byte order mark at the start of a file is not part of its text.
+    text = text.removeprefix("\ufeff") if block.offset == 0 else text
     if not block.is_json:
         return [[text] for _ in json_keys]
     lines = ((number, line) for number, line in enumerate(text.split("\n"), block.first_line) if line.strip())
@@ -132,18 +182,10 @@ def _parse_line(line: str, json_keys: Sequence[str], location: str) -> list[str]
         if not isinstance(text, str):
             raise UserError(f"{location}: the value of {key!r} is not text")
         # Only an escape can produce half of a surrogate pair, so the slow check is rarely needed.
-        if "\\u" in line and not _is_encodable(text):
+        if "\\u" in line and _HALF_OF_PAIR.search(text):
             raise UserError(f"{location}: the value of {key!r} has half of a surrogate pair, which is not text")
         texts.append(text)
     return texts
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_documents(paths: Sequence[str | Path], json_key: str = "text") -> Iterator[str]:
@@ -158,62 +200,3 @@ def read_documents(paths: Sequence[str | Path], json_key: str = "text") -> Itera
     """
     for block in read_blocks(paths):
         yield from parse_block(block, [json_key])[0]
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard  # imported late: most inputs need no zstd
-
-    return zstandard.ZstdError
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompress a file of zstd frames and raise an error if the file is truncated.
-
-    The reader of the `zstandard` library ends silently in the middle of a truncated frame.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw = raw
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame: ZstdDecompressionObj | None = None
-        self._compressed = self._decompressed = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer, /) -> int:
-        # Decompress until there is output; some input bytes, such as frame headers, give none.
-        while not self._decompressed:
-            self._compressed = self._compressed or self._raw.read(1 << 16)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame has no end")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            self._decompressed = self._frame.decompress(self._compressed)
-            self._compressed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        # Hand out as much as the caller has room for and keep the remaining bytes for the next call.
-        target = memoryview(buffer)
-        chunk = self._decompressed[: len(target)]
-        self._decompressed = self._decompressed[len(chunk) :]
-        target[: len(chunk)] = chunk
-        return len(chunk)
-
-
-def _keep_uncompressed(raw: BinaryIO) -> BinaryIO:
-    return raw
-
-
-def _decompress_gzip(raw: BinaryIO) -> BinaryIO:
-    return cast("BinaryIO", gzip.GzipFile(fileobj=raw))
-
-
-def _decompress_zstd(raw: BinaryIO) -> BinaryIO:
-    return io.BufferedReader(_ZstdReader(raw), 1 << 20)
-
-
-_DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": _decompress_gzip, ".zst": _decompress_zstd}

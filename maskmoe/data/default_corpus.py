@@ -38,10 +38,9 @@ def default_corpus(limit_bytes: int) -> Iterator[CorpusDocument]:
         limit_bytes: Stop before the documents together exceed this number of bytes.
     """
     paths = sysconfig.get_paths()
-    roots = dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib", "platlib"))
     seen: set[bytes] = set()
     size = 0
-    for root in roots:
+    for root in dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib", "platlib")):
         for path in _text_files(root):
             data = _read_text(path)
             digest = hashlib.sha256(data).digest()

@@ -1,4 +1,4 @@
-"""Read and write Megatron-Core's indexed dataset format with numpy alone.
+"""Read, write and shuffle datasets in Megatron-Core's indexed dataset format with numpy alone.
 
 A dataset is a pair of files (`megatron.core.datasets.indexed_dataset`; all integers are little endian):
 
@@ -16,13 +16,15 @@ import hashlib
 import json
 import struct
 from array import array
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from typing import Any, BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from maskmoe.cli import atomic_output
 from maskmoe.data.tokenizer import TokenizerRecord
@@ -32,6 +34,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _CODE_OF_DTYPE = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+_SHUFFLED_TOKENS = 1 << 20
 _DTYPE_OF_CODE = {code: np.dtype(name) for name, code in _CODE_OF_DTYPE.items()}
 
 
@@ -57,23 +60,36 @@ def tokenizer_record_path(prefix: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """The content of an `.idx` file.
+    """The content of an `.idx` file, which is mapped into memory.
 
     Attributes:
+        prefix: Path of the pair of files without `.bin` and `.idx`.
         dtype: Dtype of the token ids in the `.bin` file.
         sequence_lengths: Tokens in each sequence, int32 [sequences].
         document_indices: Index of each document's first sequence, followed by the number of sequences,
             int64 [documents + 1].
     """
 
+    prefix: str
     dtype: np.dtype
     sequence_lengths: np.ndarray
     document_indices: np.ndarray
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Number of token ids in all sequences together."""
         return int(self.sequence_lengths.sum(dtype=np.int64))
+
+    @property
+    def bin_bytes(self) -> int:
+        """Size of the `.bin` file in bytes."""
+        return self.num_tokens * self.dtype.itemsize
+
+    @property
+    def idx_sha256(self) -> str:
+        """Hex digest of the `.idx` file."""
+        with open(idx_path(self.prefix), "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     @property
     def document_boundaries(self) -> np.ndarray:
@@ -82,31 +98,8 @@ class DatasetIndex:
         return sequence_boundaries[self.document_indices]
 
 
-@dataclass(frozen=True)
-class IndexedDatasetInfo:
-    """Identity and size of a dataset.
-
-    Attributes:
-        prefix: Path of the pair of files without `.bin` and `.idx`.
-        dtype: Dtype of the token ids.
-        num_sequences: Number of sequences.
-        num_documents: Number of documents.
-        num_tokens: Number of tokens.
-        bin_bytes: Size of the `.bin` file in bytes.
-        idx_sha256: Hex digest of the `.idx` file.
-    """
-
-    prefix: str
-    dtype: np.dtype
-    num_sequences: int
-    num_documents: int
-    num_tokens: int
-    bin_bytes: int
-    idx_sha256: str
-
-
 def read_index(prefix: str | Path) -> DatasetIndex:
-    """Read `PREFIX.idx`; check that it is consistent and fits the size of `PREFIX.bin`.
+    """Open `PREFIX.idx`; check that it is consistent and fits the size of `PREFIX.bin`.
 
     Raises:
         UserError: A file is missing, has another format or is truncated, or the two files do not belong together.
@@ -115,58 +108,49 @@ def read_index(prefix: str | Path) -> DatasetIndex:
         if not path.is_file():
             hint = "; give the prefix, without .bin or .idx" if Path(prefix).suffix in (".bin", ".idx") else ""
             raise UserError(f"dataset {prefix}: {path} does not exist{hint}")
-    index = _parse_index(idx_path(prefix))
-    expected, actual = index.num_tokens * index.dtype.itemsize, bin_path(prefix).stat().st_size
-    if actual != expected:
+    try:
+        index = _parse_index(str(prefix), idx_path(prefix))
+    except ValueError as error:
+        raise UserError(f"{idx_path(prefix)} {error}") from error
+    actual = bin_path(prefix).stat().st_size
+    if actual != index.bin_bytes:
         raise UserError(
-            f"{bin_path(prefix)} has {actual} bytes, but {idx_path(prefix)} describes {expected}; "
+            f"{bin_path(prefix)} has {actual} bytes, but {idx_path(prefix)} describes {index.bin_bytes}; "
             "the files are truncated or belong to different datasets: make the dataset again or copy both files again"
         )
     return index
 
 
-def _parse_index(path: Path) -> DatasetIndex:
-    actual = path.stat().st_size
-    if actual < _HEADER.size:
-        raise UserError(f"{path} has {actual} bytes, fewer than the {_HEADER.size} of an index header; it is truncated")
-    with open(path, "rb") as stream:
-        magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(stream.read(_HEADER.size))
-        if magic != _MAGIC:
-            raise UserError(
-                f"{path} is not an index of a Megatron dataset (it does not begin with {_MAGIC[:7].decode()})"
-            )
-        if version != _VERSION:
-            raise UserError(f"{path} has format version {version}; only version {_VERSION} is known")
-        if code not in _DTYPE_OF_CODE:
-            raise UserError(f"{path} has dtype code {code}, which no integer token dtype has")
-        text_only = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
-        if actual not in (text_only, text_only + num_sequences):
-            raise UserError(
-                f"{path} has {actual} bytes, but its header describes {text_only}; it is truncated or damaged"
-            )
-        sequence_lengths = np.fromfile(stream, "<i4", num_sequences)
-        sequence_offsets = np.fromfile(stream, "<i8", num_sequences)
-        document_indices = np.fromfile(stream, "<i8", num_boundaries)
-    index = DatasetIndex(_DTYPE_OF_CODE[code], sequence_lengths, document_indices)
-    consistent = (
-        num_boundaries > 0
-        and document_indices[0] == 0
-        and document_indices[-1] == num_sequences
-        and bool((np.diff(document_indices) >= 0).all())
-        and bool((sequence_lengths >= 0).all())
-        and np.array_equal(sequence_offsets, _sequence_offsets(sequence_lengths, index.dtype))
-    )
-    if not consistent:
-        raise UserError(
-            f"{path} contradicts itself (sequence lengths, offsets and document ends disagree); it is damaged"
-        )
-    return index
+def _parse_index(prefix: str, path: Path) -> DatasetIndex:
+    """Return the content of an index. Raises ValueError if the index is damaged."""
+    size = path.stat().st_size
+    if size < _HEADER.size:
+        raise ValueError(f"has {size} bytes, fewer than the {_HEADER.size} of an index header; it is truncated")
+    content = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    magic, version, code, num_sequences, num_boundaries = _HEADER.unpack_from(content)
+    if magic != _MAGIC:
+        raise ValueError(f"is not an index of a Megatron dataset (it does not begin with {_MAGIC[:7].decode()})")
+    if version != _VERSION:
+        raise ValueError(f"has format version {version}; only version {_VERSION} is known")
+    if code not in _DTYPE_OF_CODE:
+        raise ValueError(f"has dtype code {code}, which no integer token dtype has")
+    described = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
+    if size not in (described, described + num_sequences):
+        raise ValueError(f"has {size} bytes, but its header describes {described}; it is truncated or damaged")
+    ends = np.cumsum([_HEADER.size, num_sequences * 4, num_sequences * 8, num_boundaries * 8])
+    _, lengths, offsets, boundaries, _ = np.split(content, ends)
+    lengths, offsets, boundaries = lengths.view("<i4"), offsets.view("<i8"), boundaries.view("<i8")
+    dtype = _DTYPE_OF_CODE[code]
+    documents_fit = num_boundaries > 0 and boundaries[0] == 0 and boundaries[-1] == num_sequences
+    ascends = (np.diff(boundaries) >= 0).all() and (lengths >= 0).all()
+    if not (documents_fit and ascends and np.array_equal(offsets, _sequence_offsets(lengths, dtype))):
+        raise ValueError("contradicts itself (sequence lengths, offsets and document ends disagree); it is damaged")
+    return DatasetIndex(prefix, dtype, lengths, boundaries)
 
 
 def _sequence_offsets(sequence_lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return the byte offset of each sequence in the `.bin` file, int64 [sequences]."""
-    ends = np.cumsum(sequence_lengths, dtype=np.int64) * dtype.itemsize
-    return np.concatenate(([0], ends[:-1])) if ends.size else ends
+    return (np.cumsum(sequence_lengths, dtype=np.int64) - sequence_lengths) * dtype.itemsize
 
 
 def open_tokens(prefix: str | Path) -> np.memmap:
@@ -181,26 +165,6 @@ def open_tokens(prefix: str | Path) -> np.memmap:
     return np.memmap(bin_path(prefix), dtype=index.dtype, mode="r")
 
 
-def read_info(prefix: str | Path) -> IndexedDatasetInfo:
-    """Return the identity and size of a dataset.
-
-    Raises:
-        UserError: The dataset is damaged, see `read_index`.
-    """
-    index = read_index(prefix)
-    with open(idx_path(prefix), "rb") as stream:
-        idx_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return IndexedDatasetInfo(
-        prefix=str(prefix),
-        dtype=index.dtype,
-        num_sequences=len(index.sequence_lengths),
-        num_documents=len(index.document_indices) - 1,
-        num_tokens=index.num_tokens,
-        bin_bytes=bin_path(prefix).stat().st_size,
-        idx_sha256=idx_sha256,
-    )
-
-
 def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
     """Return the record of the tokenizer that made the dataset.
 
@@ -209,13 +173,15 @@ def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
     Raises:
         UserError: The record exists but is not valid.
     """
+    from pydantic import TypeAdapter  # imported late: making datasets does not need it
+
     path = tokenizer_record_path(prefix)
     if not path.exists():
         return None
     try:
-        return TokenizerRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not a tokenizer record ({error}); delete it or make the dataset again") from error
+        return TypeAdapter(TokenizerRecord).validate_json(path.read_bytes(), strict=True)
+    except ValueError as error:
+        raise UserError(f"{path} is not a tokenizer record; delete it or make the dataset again") from error
 
 
 class IndexedDatasetWriter:
@@ -236,23 +202,45 @@ class IndexedDatasetWriter:
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type, tokenizer: TokenizerRecord | None = None) -> None:
-        self.prefix = prefix
         self.dtype = np.dtype(dtype)
-        self.tokenizer = tokenizer
+        self.num_tokens = 0
         self._sequence_lengths = array("i")
         self._document_indices = array("q", [0])
-        self._files = ExitStack()
+        self._files = self._write_files(prefix, tokenizer)
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents, including documents without tokens."""
+        return len(self._document_indices) - 1
 
     def __enter__(self) -> "IndexedDatasetWriter":
+        self._bin = self._files.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._files.__exit__(*failure)
+
+    @contextmanager
+    def _write_files(self, prefix: str | Path, tokenizer: TokenizerRecord | None) -> Iterator[BinaryIO]:
+        """Yield the open file of token ids; then write the index, and give all files their names."""
+        record_path = tokenizer_record_path(prefix)
         # Files get their final names in the reverse order of this stack: .bin, tokenizer record, .idx.
         with ExitStack() as files:
-            self._idx = files.enter_context(atomic_output(idx_path(self.prefix)))
-            if self.tokenizer is not None:
-                record = files.enter_context(atomic_output(tokenizer_record_path(self.prefix)))
-                record.write_text(json.dumps(self.tokenizer.to_json(), indent=2) + "\n", encoding="utf-8")
-            self._bin = files.enter_context(open(files.enter_context(atomic_output(bin_path(self.prefix))), "wb"))
-            self._files = files.pop_all()
-        return self
+            new_idx = files.enter_context(atomic_output(idx_path(prefix)))
+            if tokenizer is not None:
+                text = json.dumps(asdict(tokenizer), indent=2) + "\n"
+                files.enter_context(atomic_output(record_path)).write_text(text, encoding="utf-8")
+            with open(files.enter_context(atomic_output(bin_path(prefix))), "wb") as stream:
+                yield stream
+            lengths = np.frombuffer(self._sequence_lengths, np.int32)
+            boundaries = np.frombuffer(self._document_indices, np.int64)
+            header = _HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self.dtype.name], len(lengths), len(boundaries))
+            with open(new_idx, "wb") as stream:
+                for part in (header, lengths, _sequence_offsets(lengths, self.dtype), boundaries):
+                    stream.write(part)
+            idx_path(prefix).unlink(missing_ok=True)
+            if tokenizer is None:
+                record_path.unlink(missing_ok=True)
 
     def add_document(self, tokens: np.ndarray, sequence_lengths: Sequence[int] | None = None) -> None:
         """Append one document.
@@ -265,12 +253,9 @@ class IndexedDatasetWriter:
             ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
         """
         if sequence_lengths is None:
-            sequence_lengths = [len(tokens)] if len(tokens) else []
-        if sum(sequence_lengths) != len(tokens):
-            raise ValueError(f"sequence lengths sum up to {sum(sequence_lengths)}, but there are {len(tokens)} tokens")
-        self._write_tokens(tokens)
-        self._sequence_lengths.extend(int(length) for length in sequence_lengths)
-        self._document_indices.append(len(self._sequence_lengths))
+            self.add_documents(tokens, np.array([len(tokens)]))
+        else:
+            self._append(tokens, np.array(sequence_lengths, np.int64), [len(sequence_lengths)])
 
     def add_documents(self, tokens: np.ndarray, document_lengths: np.ndarray) -> None:
         """Append many documents at once; each is one sequence, or none if it is empty.
@@ -282,41 +267,51 @@ class IndexedDatasetWriter:
         Raises:
             ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
         """
-        if document_lengths.sum() != len(tokens):
-            raise ValueError(
-                f"documents' lengths sum up to {document_lengths.sum()}, but there are {len(tokens)} tokens"
-            )
-        self._write_tokens(tokens)
-        ends = len(self._sequence_lengths) + np.cumsum(document_lengths > 0, dtype=np.int64)
-        self._sequence_lengths.frombytes(document_lengths[document_lengths > 0].astype(np.int32).tobytes())
-        self._document_indices.frombytes(ends.tobytes())
+        has_tokens = document_lengths > 0
+        self._append(tokens, document_lengths[has_tokens], has_tokens)
 
-    def _write_tokens(self, tokens: np.ndarray) -> None:
-        tokens = np.asarray(tokens)
+    def _append(
+        self, tokens: np.ndarray, sequence_lengths: np.ndarray, sequences_of_documents: np.ndarray | list[int]
+    ) -> None:
+        if sequence_lengths.sum() != len(tokens):
+            raise ValueError(f"lengths sum up to {sequence_lengths.sum()}, but there are {len(tokens)} tokens")
         if tokens.dtype != self.dtype and tokens.size:
             limits = np.iinfo(self.dtype)
             if tokens.min() < limits.min or tokens.max() > limits.max:
                 raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
         self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+        ends = len(self._sequence_lengths) + np.cumsum(sequences_of_documents, dtype=np.int64)
+        self._document_indices.frombytes(ends.tobytes())
+        self._sequence_lengths.frombytes(sequence_lengths.astype(np.int32).tobytes())
+        self.num_tokens += len(tokens)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._files.__exit__(kind, error, traceback)
-            return
-        with self._files:
-            self._bin.close()
-            self._write_index()
-            idx_path(self.prefix).unlink(missing_ok=True)
-            if self.tokenizer is None:
-                tokenizer_record_path(self.prefix).unlink(missing_ok=True)
 
-    def _write_index(self) -> None:
-        lengths = np.frombuffer(self._sequence_lengths, np.int32)
-        boundaries = np.frombuffer(self._document_indices, np.int64)
-        header = _HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self.dtype.name], len(lengths), len(boundaries))
-        offsets = _sequence_offsets(lengths, self.dtype)
-        with open(self._idx, "wb") as stream:
-            for part in (header, lengths, offsets, boundaries):
-                stream.write(part)
+def copy_shuffled(source: str | Path, writer: IndexedDatasetWriter, seed: int) -> None:
+    """Append all documents of a dataset to `writer` in an order that depends only on `seed` and their number.
+
+    Datasets with the same number of documents are therefore shuffled alike. The tokens are read through a memory map,
+    so memory holds about a million tokens, or the largest document, and a few integers for each document.
+
+    Args:
+        source: Prefix of the dataset to copy. Each document is at most one sequence.
+        writer: An open writer of the copy.
+        seed: Seed of the order, not negative.
+
+    Raises:
+        ValueError: A document has several sequences.
+        UserError: The dataset is damaged or has no tokens.
+    """
+    index, tokens = read_index(source), np.asarray(open_tokens(source))
+    if (np.diff(index.document_indices) > 1).any():
+        raise ValueError(f"dataset {source} has documents of several sequences, which cannot be shuffled")
+    boundaries = index.document_boundaries
+    order = np.random.default_rng(seed).permutation(len(boundaries) - 1)
+    lengths = np.diff(boundaries)[order]
+    # A batch ends after the document that fills up another million tokens.
+    batch_ends = np.flatnonzero(np.diff(np.cumsum(lengths) // _SHUFFLED_TOKENS)) + 1
+    with tqdm(total=len(order), unit="document", unit_scale=True, desc="shuffling", disable=None) as bar:
+        for documents in np.split(order, batch_ends):
+            starts, ends = boundaries[documents].tolist(), boundaries[documents + 1].tolist()
+            parts = [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+            writer.add_documents(np.concatenate(parts), np.array([len(part) for part in parts]))
+            bar.update(len(documents))

@@ -38,7 +38,7 @@ def map_in_processes[Task, Result](
     """
     workers = available_cores() if workers is None else workers
     if workers < 1:
-        raise UserError(f"need at least 1 worker process, not {workers}")
+        raise UserError(f"--workers: need at least 1 worker process, not {workers}")
     remaining = iter(tasks)
     first_two = list(islice(remaining, 2))
     tasks = chain(first_two, remaining)
@@ -49,19 +49,14 @@ def map_in_processes[Task, Result](
     # that has imported the function's module, which saves each worker the time of the import.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([(function.func if isinstance(function, partial) else function).__module__])
-    pool = ProcessPoolExecutor(workers, context, _ignore_interrupts)
+    # Only the calling process reacts to Ctrl-C; it then ends the workers.
+    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     pending: deque[Future[Result]] = deque()
     try:
         for task in tasks:
             pending.append(pool.submit(function, task))
             if len(pending) >= workers * _TASKS_PER_WORKER:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from (future.result() for future in pending)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    """Let only the calling process react to Ctrl-C; it then ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

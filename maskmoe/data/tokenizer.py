@@ -5,16 +5,15 @@ every id into a Python object.
 """
 
 import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from maskmoe.errors import UserError
+from maskmoe.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -29,30 +28,16 @@ class TokenizerRecord:
         eod_id: The id that ends a document, or None if the tokenizer has no such id.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads this attribute of the class
+
     type: str
     model: str
     sha256: str
     vocab_size: int
     eod_id: int | None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as a dictionary of JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "TokenizerRecord":
-        """Return the record that `to_json` turned into `values`.
-
-        Raises:
-            TypeError: A key is missing or unknown, or a value has the wrong type.
-        """
-        record = cls(**values)
-        texts = (record.type, record.model, record.sha256)
-        numbers = (record.vocab_size, 0 if record.eod_id is None else record.eod_id)
-        # The exact type is compared because a bool is an instance of int.
-        if any(type(text) is not str for text in texts) or any(type(number) is not int for number in numbers):
-            raise TypeError("a value has the wrong type for a tokenizer record")
-        return record
+    def __str__(self) -> str:
+        return f"{self.type} {self.model} ({self.vocab_size} ids, sha256 {self.sha256[:12]})"
 
 
 class Tokenizer(ABC):
@@ -65,14 +50,18 @@ class Tokenizer(ABC):
         model_path: The file that defines the tokenizer.
         vocab_size: Number of ids.
         eod_id: The id that ends a document, or None if the tokenizer has no such id.
+
+    Raises:
+        UserError: The file does not exist or does not define a tokenizer.
     """
 
-    model_path: Path
     vocab_size: int
     eod_id: int | None
 
-    @abstractmethod
-    def __init__(self, model: str | Path) -> None: ...
+    def __init__(self, model: str | Path) -> None:
+        self.model_path = Path(model)
+        if not self.model_path.is_file():
+            raise UserError(f"model {model} of {type(self).__name__} does not exist")
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -80,13 +69,8 @@ class Tokenizer(ABC):
 
     def record(self) -> TokenizerRecord:
         """Return the record that identifies this tokenizer; reads the model file to compute its digest."""
-        return TokenizerRecord(
-            type=type(self).__name__,
-            model=self.model_path.name,
-            sha256=hashlib.sha256(self.model_path.read_bytes()).hexdigest(),
-            vocab_size=self.vocab_size,
-            eod_id=self.eod_id,
-        )
+        sha256 = hashlib.sha256(self.model_path.read_bytes()).hexdigest()
+        return TokenizerRecord(type(self).__name__, self.model_path.name, sha256, self.vocab_size, self.eod_id)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -104,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: str | Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self.model_path = _existing_file(Path(model), "SentencePiece model")
+        super().__init__(model)
         self.processor = SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(self.model_path.read_bytes())
@@ -137,8 +121,7 @@ class HuggingFaceTokenizer(Tokenizer):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         import tokenizers
 
-        path = Path(model)
-        self.model_path = _existing_file(path / "tokenizer.json" if path.is_dir() else path, "Hugging Face tokenizer")
+        super().__init__(Path(model) / "tokenizer.json" if Path(model).is_dir() else model)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self.model_path))
         except Exception as error:  # the library raises no narrower class
@@ -152,15 +135,13 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the id of the end-of-sequence token named by the first settings file that names one."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             path = self.model_path.parent / name
-            settings = _read_json_object(path) if path.is_file() else {}
+            settings = read_json(path) if path.is_file() else {}
             token = settings.get("eos_token") or settings.get("sep_token")
             if token:
                 content = token["content"] if isinstance(token, dict) else token
                 eod_id = self._tokenizer.token_to_id(content)
                 if eod_id is None:
-                    raise UserError(
-                        f"{path} names {content!r} as the end of text, but {self.model_path} has no such token"
-                    )
+                    raise UserError(f"{path} names {content!r} as the end of text, which {self.model_path} lacks")
                 return eod_id
         return None
 
@@ -169,9 +150,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(texts)]
 
 
-TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {
-    cls.__name__: cls for cls in (SentencePieceTokenizer, HuggingFaceTokenizer)
-}
+TOKENIZER_TYPES = {cls.__name__: cls for cls in (SentencePieceTokenizer, HuggingFaceTokenizer)}
 
 
 def load_tokenizer(tokenizer_type: str, model: str | Path) -> Tokenizer:
@@ -183,19 +162,3 @@ def load_tokenizer(tokenizer_type: str, model: str | Path) -> Tokenizer:
     if tokenizer_type not in TOKENIZER_TYPES:
         raise UserError(f"unknown tokenizer type {tokenizer_type}; choose one of {', '.join(TOKENIZER_TYPES)}")
     return TOKENIZER_TYPES[tokenizer_type](model)
-
-
-def _existing_file(path: Path, description: str) -> Path:
-    if not path.is_file():
-        raise UserError(f"{description} {path} does not exist")
-    return path
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return values

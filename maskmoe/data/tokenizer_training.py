@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from itertools import chain
 
 from maskmoe.errors import UserError
 
@@ -14,29 +14,16 @@ _TOO_SMALL_TEXT = re.compile(r"Vocabulary size too high \(\d+\)\. Please set it 
 _TOO_SMALL_VOCABULARY = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)")
 
 
-@dataclass(frozen=True)
-class TokenizerTraining:
-    """Settings of the training.
-
-    Attributes:
-        vocab_size: Number of ids, including 3 special ids and 256 ids for bytes.
-        model_type: `bpe` or `unigram`.
-        character_coverage: Share of the characters in the text that are covered by characters with their own id.
-            Other characters are encoded as bytes.
-        max_lines: Upper limit of the lines to train on. If the text has more lines, a random sample is used.
-        num_threads: Threads of the library.
-        seed: Seed of the random sample.
-    """
-
-    vocab_size: int
-    model_type: str = "bpe"
-    character_coverage: float = 0.9995
-    max_lines: int = 10_000_000
-    num_threads: int = 16
-    seed: int = 0
-
-
-def train_tokenizer(documents: Iterable[str], training: TokenizerTraining) -> bytes:
+def train_tokenizer(
+    documents: Iterable[str],
+    vocab_size: int,
+    *,
+    model_type: str = "bpe",
+    character_coverage: float = 0.9995,
+    max_lines: int = 10_000_000,
+    num_threads: int = 16,
+    seed: int = 0,
+) -> bytes:
     """Train on the documents and return a serialized SentencePiece model.
 
     The tokenizer loses no text: nothing is normalised, white space is kept, and characters without an id are encoded
@@ -44,25 +31,49 @@ def train_tokenizer(documents: Iterable[str], training: TokenizerTraining) -> by
     for a space, becomes a space. Ids are: 0 unknown (never used), 1 begin of text, 2 end of text, 3 to 258 bytes. Each
     digit is a token of its own. The result depends on the documents and the settings only.
 
+    Args:
+        documents: The text.
+        vocab_size: Number of ids, including 3 special ids and 256 ids for bytes.
+        model_type: `bpe` or `unigram`.
+        character_coverage: Share of the characters in the text that are covered by characters with their own id.
+            Other characters are encoded as bytes.
+        max_lines: Upper limit of the lines to train on. If the text has more lines, a random sample is used.
+        num_threads: Threads of the library.
+        seed: Seed of the random sample.
+
     Raises:
         UserError: The text is empty or too small for the vocabulary, or the vocabulary is too small for the text.
     """
     import sentencepiece
 
-    sentencepiece.set_random_generator_seed(training.seed)
+    failures: list[Exception] = []
+
+    def lines_of_all_documents() -> Iterator[str]:
+        # The trainer replaces an exception of the documents by an exception of its own.
+        try:
+            for document in documents:
+                yield from _cut_into_lines(document)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    lines = lines_of_all_documents()
+    first_line = next(lines, None)
+    if first_line is None:
+        raise UserError("the input holds no text to train a tokenizer on")
+    sentencepiece.set_random_generator_seed(seed)
     model = io.BytesIO()
-    lines = _LineReader(documents)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=chain([first_line], lines),
             model_writer=model,
-            vocab_size=training.vocab_size,
-            model_type=training.model_type,
-            character_coverage=training.character_coverage,
-            input_sentence_size=training.max_lines,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            input_sentence_size=max_lines,
             shuffle_input_sentence=True,
             max_sentence_length=4 * _MAX_LINE_CHARACTERS,
-            num_threads=training.num_threads,
+            num_threads=num_threads,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -76,39 +87,19 @@ def train_tokenizer(documents: Iterable[str], training: TokenizerTraining) -> by
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise lines.error or _explain(error, training.vocab_size, lines.count) from error
+        raise failures[0] if failures else _explain(error, vocab_size) from error
     return model.getvalue()
 
 
-class _LineReader:
-    """Cuts documents into lines that the trainer accepts.
-
-    Attributes:
-        count: Lines yielded so far.
-        error: The exception that the documents raised, if any. The trainer replaces it by an exception of its own.
-    """
-
-    def __init__(self, documents: Iterable[str]) -> None:
-        self._documents = documents
-        self.count = 0
-        self.error: Exception | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for document in self._documents:
-                for line in _SEPARATORS.split(document):
-                    for begin in range(0, len(line), _MAX_LINE_CHARACTERS):
-                        self.count += 1
-                        yield line[begin : begin + _MAX_LINE_CHARACTERS]
-        except Exception as error:
-            self.error = error
-            raise
+def _cut_into_lines(document: str) -> Iterator[str]:
+    """Yield the lines of a document in pieces that the trainer accepts."""
+    for line in _SEPARATORS.split(document):
+        for begin in range(0, len(line), _MAX_LINE_CHARACTERS):
+            yield line[begin : begin + _MAX_LINE_CHARACTERS]
 
 
-def _explain(error: RuntimeError, vocab_size: int, num_lines: int) -> Exception:
+def _explain(error: RuntimeError, vocab_size: int) -> Exception:
     """Return a `UserError` for the trainer's errors that the user can cure, else the error itself."""
-    if num_lines == 0:
-        return UserError("the input holds no text to train a tokenizer on")
     if match := _TOO_SMALL_TEXT.search(str(error)):
         return UserError(
             f"the input is too small for a vocabulary of {vocab_size}: "

@@ -13,8 +13,7 @@ from maskmoe.routing_analysis.probe import Probe, ProbeText, read_pieces
 from maskmoe.routing_analysis.recording import load_decoder, record_routing
 from maskmoe.routing_analysis.settings import AnalysisSettings
 from maskmoe.routing_analysis.statistics import measure, repeated_ids
-from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.frequency_bands import FrequencyBands
+from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,24 +59,34 @@ class MaskRecipe:
     preset: str | None = None
 
     def __post_init__(self) -> None:
-        if self.num_experts < 2 or self.num_layers < 1:
-            raise UserError(f"need at least 2 experts and 1 layer, not {self.num_experts} and {self.num_layers}")
+        if problem := self._find_problem():
+            raise UserError(problem)
+
+    def _find_problem(self) -> str | None:
+        """Return a description of the first contradiction, or None if the settings are sound."""
+        num_experts, num_ranks = self.num_experts, self.expert_model_parallel_size
+        visible, experts_of_rank = self.frequent_visible_experts, num_experts // self.num_ranks
+        if num_experts < 2 or self.num_layers < 1:
+            return f"need at least 2 experts and 1 layer, not {num_experts} and {self.num_layers}"
         if self.seed < 0:
-            raise UserError(f"the seed must not be negative, it is {self.seed}")
+            return f"the seed must not be negative, it is {self.seed}"
         if self.assignment not in ASSIGNMENTS:
-            raise UserError(f"unknown assignment {self.assignment!r}; choose one of {', '.join(ASSIGNMENTS)}")
+            return f"unknown assignment {self.assignment!r}; choose one of {', '.join(ASSIGNMENTS)}"
         if not 0 <= self.frequent_mass <= 1:
-            raise UserError(f"frequent mass is a share of occurrences between 0 and 1, not {self.frequent_mass}")
-        if self.expert_model_parallel_size is not None and self.expert_model_parallel_size < 1:
-            raise UserError(f"expert parallel size must be at least 1, not {self.expert_model_parallel_size}")
-        if (self.assignment == "rank-local") != (self.expert_model_parallel_size is not None):
-            raise UserError("an expert-parallel size is needed for rank-local assignment, and for no other")
-        if self.num_experts % self.num_ranks:
-            raise UserError(
-                f"{self.num_experts} experts cannot be divided evenly over {self.num_ranks} expert-parallel ranks"
-            )
-        if self.frequent_mass > 0 or self.frequent_visible_experts is not None:
-            self._check_visible_experts()
+            return f"frequent mass is a share of occurrences between 0 and 1, not {self.frequent_mass}"
+        if num_ranks is not None and num_ranks < 1:
+            return f"expert parallel size must be at least 1, not {num_ranks}"
+        if (self.assignment == "rank-local") != (num_ranks is not None):
+            return "an expert-parallel size is needed for rank-local assignment, and for no other"
+        if num_experts % self.num_ranks:
+            return f"{num_experts} experts cannot be divided evenly over {num_ranks} expert-parallel ranks"
+        if visible is None:
+            return "the number of visible experts of frequent ids is missing" if self.frequent_mass > 0 else None
+        if not 2 <= visible <= num_experts:
+            return f"frequent ids can see 2 to {num_experts} of {num_experts} experts, not {visible}"
+        if visible > experts_of_rank:
+            return f"frequent ids cannot see {visible} experts of one rank, which has {experts_of_rank}"
+        return None
 
     @classmethod
     def from_preset(cls, preset: str, num_experts: int, num_layers: int, **settings: Any) -> "MaskRecipe":
@@ -105,20 +115,6 @@ class MaskRecipe:
             raise UserError(f"preset {preset} already decides {', '.join(clashing).replace('_', ' ')}; leave it out")
         all_settings: dict[str, Any] = {"assignment": "uniform"} | settings | fixed
         return cls(num_experts, num_layers, preset=preset, **all_settings)
-
-    def _check_visible_experts(self) -> None:
-        visible = self.frequent_visible_experts
-        if visible is None:
-            raise UserError("the number of visible experts of frequent ids is missing")
-        if not 2 <= visible <= self.num_experts:
-            raise UserError(
-                f"frequent ids can see 2 to {self.num_experts} of {self.num_experts} experts, not {visible}"
-            )
-        if visible > self.num_experts // self.num_ranks:
-            raise UserError(
-                f"frequent ids cannot see {visible} experts of one rank: {self.num_experts} experts on "
-                f"{self.num_ranks} expert-parallel ranks are {self.num_experts // self.num_ranks} on each"
-            )
 
     @property
     def all_frequent(self) -> bool:
@@ -183,16 +179,8 @@ class Vocabulary:
     def from_occurrences(cls, occurrences: np.ndarray, recipe: MaskRecipe) -> "Vocabulary":
         """Sort the ids by their `occurrences` `[vocab]` and count the frequent ids."""
         ids = ids_by_frequency(occurrences)
-        sorted_occurrences = occurrences[ids]
-        if recipe.all_frequent:
-            return cls(ids, sorted_occurrences, len(ids))
-        return cls(ids, sorted_occurrences, count_frequent(sorted_occurrences, recipe.frequent_mass))
-
-    @property
-    def frequent_share(self) -> float:
-        """Share of all occurrences that belong to frequent ids; 0 if there are no counts."""
-        total = self.occurrences.sum()
-        return float(self.occurrences[: self.num_frequent].sum() / total) if total else 0.0
+        num_frequent = len(ids) if recipe.all_frequent else count_frequent(occurrences[ids], recipe.frequent_mass)
+        return cls(ids, occurrences[ids], num_frequent)
 
 
 def assign_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: int) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +219,12 @@ def assign_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: int) -> tupl
     row_of_id[vocabulary.ids[:num_frequent]] = num_experts if skipped else np.arange(num_experts, num_rows)
     row_of_id[vocabulary.ids[num_frequent:]] = single_expert
     visible = np.concatenate([np.eye(num_experts, dtype=bool), sets])
-    return row_of_id, np.packbits(visible, axis=1, bitorder="little")
+    return row_of_id, pack_sets(visible)
+
+
+def pack_sets(sets: np.ndarray) -> np.ndarray:
+    """Pack sets of experts, bool `[…, N]`, into bits, uint8 `[…, bytes]`; expert e is bit e % 8 of byte e // 8."""
+    return np.packbits(sets, axis=-1, bitorder="little")
 
 
 def row_dtype(num_rows: int) -> type[np.int16] | type[np.int32]:
@@ -259,26 +252,23 @@ def _assign_by_load(
 
     See `_spread` for the arguments and results.
     """
-    if recipe.num_ranks == 1:
-        return _spread(rng, occurrences, num_sets, recipe.frequent_visible_experts, recipe.num_experts)
-    # Choose a rank for every id.
-    _, rank_of_position = _spread(rng, occurrences, 0, None, recipe.num_ranks)
+    num_ranks, set_size = recipe.num_ranks, recipe.frequent_visible_experts or 0
+    rank_of_id = np.zeros(len(occurrences)) if num_ranks == 1 else _spread(rng, occurrences, 0, 0, num_ranks)[1]
     # On each rank, choose among the rank's experts for the ids that were placed there.
-    experts_per_rank = recipe.num_experts // recipe.num_ranks
-    sets = np.zeros((num_sets, recipe.num_ranks, experts_per_rank), dtype=bool)
+    experts_per_rank = recipe.num_experts // num_ranks
+    sets = np.zeros((num_sets, num_ranks, experts_per_rank), dtype=bool)
     single_expert = np.empty(len(occurrences), dtype=np.int64)
-    for rank in range(recipe.num_ranks):
-        members = np.flatnonzero(rank_of_position == rank)
+    for rank in range(num_ranks):
+        members = np.flatnonzero(rank_of_id == rank)
         with_set, with_single = members[members < num_sets], members[members >= num_sets]
-        sets[with_set, rank], local_expert = _spread(
-            rng, occurrences[members], len(with_set), recipe.frequent_visible_experts, experts_per_rank
-        )
-        single_expert[with_single] = rank * experts_per_rank + local_expert
+        spread = _spread(rng, occurrences[members], len(with_set), set_size, experts_per_rank)
+        sets[with_set, rank] = spread[0]
+        single_expert[with_single] = rank * experts_per_rank + spread[1]
     return sets.reshape(num_sets, recipe.num_experts), single_expert[num_sets:]
 
 
 def _spread(
-    rng: np.random.Generator, occurrences: np.ndarray, num_sets: int, set_size: int | None, num_bins: int
+    rng: np.random.Generator, occurrences: np.ndarray, num_sets: int, set_size: int, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put each item on the least-loaded of `num_bins` bins; the first `num_sets` on the `set_size` least-loaded ones.
 
@@ -293,7 +283,7 @@ def _spread(
         rng: Source of randomness.
         occurrences: Weights of the items, descending, float64 `[items]`.
         num_sets: Number of items, from the first, that go to several bins.
-        set_size: Number of bins for each of these items; None if `num_sets` is 0.
+        set_size: Number of bins for each of these items.
         num_bins: Number of bins.
 
     Returns:
@@ -308,16 +298,14 @@ def _spread(
 
     # Items of several bins: each bin gets an equal share of the item.
     sets = np.zeros((num_sets, num_bins), dtype=bool)
-    if num_seen_sets:
-        assert set_size is not None
-        shares = occurrences[:num_seen_sets] / set_size
-        jitters = _LOAD_JITTER * shares * rng.random(num_seen_sets)
-        for item, (share, jitter) in enumerate(zip(shares, jitters, strict=True)):
-            bins = np.argpartition(priorities, set_size - 1)[:set_size]
-            sets[item, bins] = True
-            loads[bins] += share
-            priorities[bins] = loads[bins] + jitter
-    sets[num_seen_sets:] = uniform_subsets(rng, num_sets - num_seen_sets, set_size or 0, num_bins)
+    shares = occurrences[:num_seen_sets] / max(set_size, 1)
+    jitters = _LOAD_JITTER * shares * rng.random(num_seen_sets)
+    for item, (share, jitter) in enumerate(zip(shares, jitters, strict=True)):
+        bins = np.argpartition(priorities, set_size - 1)[:set_size]
+        sets[item, bins] = True
+        loads[bins] += share
+        priorities[bins] = loads[bins] + jitter
+    sets[num_seen_sets:] = uniform_subsets(rng, num_sets - num_seen_sets, set_size, num_bins)
 
     # Items of one bin: a heap gives the bin of the lowest priority.
     singles = occurrences[num_sets:num_seen]

@@ -1,7 +1,7 @@
 """Turn tables of the experts of every token id, as models with hash layers have them, into routing masks."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import row_dtype
+from maskmoe.routing_mask.assignment import pack_sets, row_dtype
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 
 ASSIGNMENT = "expert-table"
@@ -26,13 +26,19 @@ class ExpertTable:
             the layer. A single table applies to all layers.
 
     Raises:
-        UserError: The tables have different vocabulary sizes, or there is no table.
+        UserError: A table has another shape or dtype, or the tables have different vocabulary sizes.
     """
 
     name: str
-    experts: tuple[np.ndarray | None, ...]
+    experts: Sequence[np.ndarray | None]
 
     def __post_init__(self) -> None:
+        for table in self._tables():
+            if table.ndim != 2 or not table.size or not np.issubdtype(table.dtype, np.integer):
+                raise UserError(
+                    f"expert table {self.name} must be integers [vocab, k] or [layers, vocab, k], not {table.dtype} "
+                    f"{list(table.shape)}"
+                )
         sizes = sorted({len(table) for table in self._tables()})
         if len(sizes) != 1:
             raise UserError(f"expert table {self.name} must have one vocabulary, but it has layers of {sizes} ids")
@@ -52,27 +58,21 @@ class ExpertTable:
             UserError: The file or the tensor is missing or damaged, or is not a table of experts.
         """
         path, separator, tensor = location.partition(":")
+        names = [tensor.replace(_LAYER, str(layer)) for layer in range(num_layers)] if _LAYER in tensor else [tensor]
+        found = _read_tensors(Path(path), names if tensor else None)
+        if tensor and not found:
+            others = ", and none of any other layer" if _LAYER in tensor else ""
+            raise UserError(f"expert table {path} has no tensor {names[0]}{others}")
         name = Path(path).name + separator + tensor
-        if Path(path).suffix == ".npy":
-            array = _read_npy(Path(path))
-        elif _LAYER in tensor:
-            names = [tensor.replace(_LAYER, str(layer)) for layer in range(num_layers)]
-            found = _read_safetensors(Path(path), set(names))
-            if not found:
-                raise UserError(f"expert table {location}: it has no tensor {names[0]}, and none of any other layer")
-            return cls(name, tuple(_checked(found[name], name) if name in found else None for name in names))
-        else:
-            found = _read_safetensors(Path(path), {tensor} if tensor else None)
-            if len(found) != 1:
-                problem = f"no tensor {tensor}" if tensor else f"{len(found)} tensors; name one after a colon"
-                raise UserError(f"expert table {path} has {problem}")
-            (array,) = found.values()
+        if _LAYER in tensor:
+            return cls(name, [found.get(of_layer) for of_layer in names])
+        if len(found) != 1:
+            raise UserError(f"expert table {path} has {len(found)} tensors; name one after a colon")
+        (table,) = found.values()
         # A tensor of three dimensions has a table for each layer.
-        if array.ndim != 3:
-            return cls(name, (_checked(array, location),))
-        if len(array) not in (1, num_layers):
-            raise UserError(f"expert table {location} is for {len(array)} layers, but the model has {num_layers}")
-        return cls(name, tuple(_checked(layer, location) for layer in array))
+        if table.ndim == 3 and len(table) not in (1, num_layers):
+            raise UserError(f"expert table {location} is for {len(table)} layers, but the model has {num_layers}")
+        return cls(name, list(table) if table.ndim == 3 else [table])
 
     @property
     def num_ids_with_repeats(self) -> int:
@@ -100,31 +100,18 @@ class ExpertTable:
                     f"expert table {self.name} gives id {token_id} the expert {table[token_id, column]}, but the "
                     f"experts are 0 to {num_experts - 1}"
                 )
-        vocab_size = len(next(self._tables()))
-        rows = [_rows_of_ids(table, vocab_size, num_experts) for table in self.experts]
-        num_rows = max(len(sets) for _, sets in rows)
-        all_experts = np.packbits(np.ones((1, num_experts), bool), axis=1, bitorder="little")
-        return RoutingMask(
-            row_of_id=np.stack([row_of_id for row_of_id, _ in rows]).astype(row_dtype(num_rows)),
-            # All layers need the same number of rows; add rows that no id uses.
-            visible_bits=np.stack(
-                [np.concatenate([sets, all_experts.repeat(num_rows - len(sets), axis=0)]) for _, sets in rows]
-            ),
-            vocab_size=vocab_size,
-            num_experts=num_experts,
-            num_layers=num_layers,
-            provenance=self._provenance(),
-        )
-
-    def _tables(self) -> Iterator[np.ndarray]:
-        return (table for table in self.experts if table is not None)
-
-    def _provenance(self) -> MaskProvenance:
+        vocab_size = len(self._tables()[0])
+        row_of_id, sets = zip(*(_rows_of_ids(table, vocab_size, num_experts) for table in self.experts), strict=True)
+        # All layers need the same number of rows; add rows that no id uses.
+        num_rows = max(map(len, sets))
+        visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(sets), num_rows, 1))
+        for bits, sets_of_layer in zip(visible_bits, sets, strict=True):
+            bits[: len(sets_of_layer)] = sets_of_layer
+        most = max(table.shape[1] for table in self._tables())
         digest = hashlib.sha256()
         for table in self.experts:
             digest.update(b"-" if table is None else np.ascontiguousarray(table, dtype="<i8").tobytes())
-        most = max(table.shape[1] for table in self._tables())
-        return MaskProvenance(
+        provenance = MaskProvenance(
             assignment=ASSIGNMENT,
             frequent_mass=float(most > 1),
             frequent_visible_experts=most if most > 1 else None,
@@ -132,56 +119,38 @@ class ExpertTable:
             shared_table=len(self.experts) == 1,
             expert_table={"name": self.name, "sha256": digest.hexdigest()},
         )
+        rows = np.stack(row_of_id).astype(row_dtype(num_rows))
+        return RoutingMask(rows, visible_bits, vocab_size, num_experts, num_layers, provenance)
+
+    def _tables(self) -> list[np.ndarray]:
+        return [table for table in self.experts if table is not None]
 
 
 def _rows_of_ids(table: np.ndarray | None, vocab_size: int, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
     """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of one layer, see `RoutingMask`."""
-    singles = np.eye(num_experts, dtype=bool)
-    if table is None:
-        sets = np.concatenate([singles, np.ones((1, num_experts), bool)])
-        return np.full(vocab_size, num_experts), np.packbits(sets, axis=1, bitorder="little")
     visible = np.zeros((vocab_size, num_experts), bool)
-    visible[np.arange(vocab_size)[:, None], table] = True
+    visible[np.arange(vocab_size)[:, None], slice(None) if table is None else table] = True
     # Rows 0 to N - 1 are the single experts; each different set of several experts gets one row after them.
     is_single = visible.sum(axis=1) == 1
-    bits = np.packbits(visible, axis=1, bitorder="little")
-    sets, index = np.unique(bits[~is_single], axis=0, return_inverse=True)
+    sets, index = np.unique(pack_sets(visible[~is_single]), axis=0, return_inverse=True)
     row_of_id = np.empty(vocab_size, np.int64)
     row_of_id[is_single] = visible[is_single].argmax(axis=1)
     row_of_id[~is_single] = num_experts + index.ravel()
-    return row_of_id, np.concatenate([np.packbits(singles, axis=1, bitorder="little"), sets])
+    return row_of_id, np.concatenate([pack_sets(np.eye(num_experts, dtype=bool)), sets])
 
 
-def _checked(table: np.ndarray, name: str) -> np.ndarray:
-    """Return the table of one layer after checking its shape and dtype."""
-    if table.ndim != 2 or not table.size or not np.issubdtype(table.dtype, np.integer):
-        raise UserError(
-            f"expert table {name} must be integers [vocab, k] or [layers, vocab, k], not {table.dtype} "
-            f"{list(table.shape)}"
-        )
-    return table
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"cannot read expert table {path}: {error.strerror or error}") from error
-    except (EOFError, ValueError) as error:
-        raise UserError(f"expert table {path} is not a readable .npy file of numbers") from error
-
-
-def _read_safetensors(path: Path, names: set[str] | None) -> Mapping[str, np.ndarray]:
-    """Return the tensors of the given names, or all tensors if None, of a file or of all files of a folder."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+def _read_tensors(path: Path, names: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Return the array of a .npy file, or the named tensors, all if None, of a safetensors file or a folder of them."""
     found: dict[str, np.ndarray] = {}
-    for file in files:
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         try:
+            if file.suffix == ".npy":
+                return {"": np.load(file, allow_pickle=False)}
             with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys() if names is None else names.intersection(tensors.keys()):
-                    found[name] = tensors.get_tensor(name)
+                wanted = set(tensors.keys()).intersection(names or tensors.keys())
+                found |= {name: tensors.get_tensor(name) for name in wanted}
         except OSError as error:
             raise UserError(f"cannot read expert table {file}: {error.strerror or error}") from error
-        except (SafetensorError, TypeError, ValueError) as error:
-            raise UserError(f"expert table {file} is not a readable safetensors file of integers: {error}") from error
+        except (EOFError, SafetensorError, TypeError, ValueError) as error:
+            raise UserError(f"expert table {file} is not a readable file of integers: {error}") from error
     return found

@@ -1,39 +1,19 @@
 """The routing mask: the experts that each token id may use in each layer, fixed before training."""
 
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
 
 from maskmoe.data.parallel import map_in_processes
+from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table
-from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.records import check_fields, read_datasets, read_tokenizer
-from maskmoe.routing_mask.sealed_tensors import content_digest, load_sealed, save_sealed, seal, unseal
-
-KIND = "routing mask"
-
-_SIZES = ("vocab_size", "num_experts", "num_layers")
-_TEXT_OR_NONE = (str, type(None))
-_NUMBER_OR_NONE = (int, type(None))
-_PROVENANCE = {
-    "assignment": str,
-    "frequent_mass": (int, float),
-    "frequent_visible_experts": _NUMBER_OR_NONE,
-    "seed": int,
-    "expert_model_parallel_size": _NUMBER_OR_NONE,
-    "shared_table": bool,
-    "preset": _TEXT_OR_NONE,
-    "counts_digest": _TEXT_OR_NONE,
-    "datasets": list,
-    "tokenizer": (dict, type(None)),
-}
-_EXPERT_TABLE = {"name": str, "sha256": str}
+from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table, pack_sets
+from maskmoe.routing_mask.frequency import CountedDataset, TokenFrequency
+from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
 # Fewer assignments than this take less time than starting worker processes.
 _FEW_ASSIGNMENTS = 1 << 20
@@ -59,48 +39,20 @@ class MaskProvenance:
     """
 
     assignment: str
-    frequent_mass: float
-    frequent_visible_experts: int | None
+    frequent_mass: Annotated[int | float, Field(ge=0, le=1)]
+    frequent_visible_experts: Annotated[int, Field(ge=2)] | None
     seed: int
-    expert_model_parallel_size: int | None = None
+    expert_model_parallel_size: Annotated[int, Field(ge=1)] | None = None
     shared_table: bool = False
     preset: str | None = None
     counts_digest: str | None = None
-    datasets: tuple[dict[str, Any], ...] = ()
-    tokenizer: dict[str, Any] | None = None
-    expert_table: dict[str, Any] | None = None
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the provenance as a dictionary of JSON values.
-
-        The key `expert_table` is absent if there is no table, so that the digests of such masks do not depend on it.
-        """
-        record = asdict(self)
-        return record if self.expert_table else {name: record[name] for name in _PROVENANCE}
-
-    @classmethod
-    def from_record(cls, record: Any) -> "MaskProvenance":
-        """Return the provenance that a JSON record describes.
-
-        Raises:
-            TypeError: The record has missing or unknown fields, or fields of the wrong type.
-            ValueError: A value is out of range.
-        """
-        has_table = isinstance(record, dict) and "expert_table" in record
-        check_fields(record, _PROVENANCE | {"expert_table": dict} if has_table else _PROVENANCE)
-        if has_table:
-            check_fields(record["expert_table"], _EXPERT_TABLE)
-        if not 0 <= record["frequent_mass"] <= 1:
-            raise ValueError(f"frequent mass {record['frequent_mass']}")
-        for name, least in (("frequent_visible_experts", 2), ("expert_model_parallel_size", 1)):
-            if record[name] is not None and record[name] < least:
-                raise ValueError(f"{name} {record[name]}")
-        datasets, tokenizer = read_datasets(record["datasets"]), read_tokenizer(record["tokenizer"])
-        return cls(**record | {"datasets": datasets, "tokenizer": tokenizer})
+    datasets: tuple[CountedDataset, ...] = ()
+    tokenizer: TokenizerRecord | None = None
+    expert_table: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class RoutingMask:
+class RoutingMask(SealedTensors):
     """The visible experts of every token id in every layer.
 
     An id with one visible expert costs one small integer in each table. Only the few sets of several experts are stored
@@ -120,6 +72,8 @@ class RoutingMask:
         UserError: The parts do not fit together, or an id sees no expert.
     """
 
+    KIND = "routing mask"
+
     row_of_id: np.ndarray
     visible_bits: np.ndarray
     vocab_size: int
@@ -137,40 +91,31 @@ class RoutingMask:
 
     def _find_problem(self) -> str | None:
         """Return a description of the first inconsistency, or None if the mask is valid."""
-        if self.num_experts < 2 or self.vocab_size < 1 or self.num_layers < 1:
-            return f"{self.num_experts} experts, {self.vocab_size} ids, {self.num_layers} layers"
-        if self.row_of_id.ndim != 2:
-            return f"rows of ids of shape {self.row_of_id.shape}"
-        if self.row_of_id.dtype not in (np.int16, np.int32) or self.visible_bits.dtype != np.uint8:
-            return f"tables have the types {self.row_of_id.dtype} and {self.visible_bits.dtype}"
-        tables = len(self.row_of_id)
-        if self.row_of_id.shape != (tables, self.vocab_size) or tables not in (1, self.num_layers):
-            return f"{self.row_of_id.shape} rows of ids for {self.num_layers} layers and {self.vocab_size} ids"
-        num_rows = self.visible_bits.shape[1] if self.visible_bits.ndim == 3 else 0
-        if self.visible_bits.shape != (tables, num_rows, -(-self.num_experts // 8)) or num_rows < self.num_experts:
-            return f"bits of shape {self.visible_bits.shape} for {tables} tables and {self.num_experts} experts"
-        if self.row_of_id.min() < 0 or self.row_of_id.max() >= num_rows:
+        rows, bits, num_experts = self.row_of_id, self.visible_bits, self.num_experts
+        if num_experts < 2 or self.vocab_size < 1 or self.num_layers < 1:
+            return f"{num_experts} experts, {self.vocab_size} ids, {self.num_layers} layers"
+        if rows.dtype not in (np.int16, np.int32) or bits.dtype != np.uint8:
+            return f"tables have the types {rows.dtype} and {bits.dtype}"
+        if rows.shape not in ((1, self.vocab_size), (self.num_layers, self.vocab_size)):
+            return f"{rows.shape} rows of ids for {self.num_layers} layers and {self.vocab_size} ids"
+        num_rows = bits.shape[1] if bits.ndim == 3 else 0
+        if bits.shape != (len(rows), num_rows, -(-num_experts // 8)) or num_rows < num_experts:
+            return f"bits of shape {bits.shape} for {len(rows)} tables and {num_experts} experts"
+        if rows.min() < 0 or rows.max() >= num_rows:
             return f"an id has a row outside 0 to {num_rows - 1}"
-        if (self.visible_bits[:, : self.num_experts] != _single_experts(self.num_experts)).any():
-            return f"the first {self.num_experts} rows are not the single experts"
-        if self.num_experts % 8 and (self.visible_bits[..., -1] >> self.num_experts % 8).any():
-            return f"a visible set has experts beyond the {self.num_experts}"
-        smallest = self.row_sizes[:, self.num_experts :].min(initial=2)
-        if smallest < 2:
-            return (
-                "a visible set is empty" if smallest == 0 else "a visible set of one expert is stored as one of several"
-            )
-        return None
+        if (bits[:, :num_experts] != pack_sets(np.eye(num_experts, dtype=bool))).any():
+            return f"the first {num_experts} rows are not the single experts"
+        if num_experts % 8 and (bits[..., -1] >> num_experts % 8).any():
+            return f"a visible set has experts beyond the {num_experts}"
+        smallest = self.row_sizes[:, num_experts:].min(initial=2)
+        if smallest == 0:
+            return "a visible set is empty"
+        return "a visible set of one expert is stored as one of several" if smallest == 1 else None
 
     @cached_property
     def row_sizes(self) -> np.ndarray:
         """Number of experts in each row, int64 `[tables, rows]`."""
-        return np.bitwise_count(self.visible_bits).sum(axis=-1, dtype=np.int64)
-
-    @cached_property
-    def digest(self) -> str:
-        """The sha256 (hex) of content and provenance."""
-        return content_digest(self._arrays(), self._record())
+        return _count_bits(self.visible_bits)
 
     @property
     def is_shared(self) -> bool:
@@ -202,12 +147,14 @@ class RoutingMask:
 
     def num_visible_of_layer(self, layer: int) -> np.ndarray:
         """Return the number of experts that each id sees in a layer, int64 `[vocab]`; layers count from 0."""
-        table = self._table_index(layer)
-        return self.row_sizes[table][self.row_of_id[table]]
+        row_of_id, visible_bits = self.table_of_layer(layer)
+        return _count_bits(visible_bits)[row_of_id]
 
     def table_of_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of a layer; layers count from 0."""
-        table = self._table_index(layer)
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer {layer} of {self.num_layers}")
+        table = 0 if self.is_shared else layer
         return self.row_of_id[table], self.visible_bits[table]
 
     def visible_sets(self, layer: int) -> np.ndarray:
@@ -218,18 +165,8 @@ class RoutingMask:
         row_of_id, visible_bits = self.table_of_layer(layer)
         return unpack_bits(visible_bits, self.num_experts)[row_of_id]
 
-    def _table_index(self, layer: int) -> int:
-        if not 0 <= layer < self.num_layers:
-            raise IndexError(f"layer {layer} of {self.num_layers}")
-        return 0 if self.is_shared else layer
-
     def check_fits(
-        self,
-        *,
-        vocab_size: int,
-        num_experts: int,
-        num_layers: int,
-        expert_model_parallel_size: int | None = None,
+        self, *, vocab_size: int, num_experts: int, num_layers: int, expert_model_parallel_size: int | None = None
     ) -> None:
         """Check that a model can use this mask.
 
@@ -243,19 +180,17 @@ class RoutingMask:
         Raises:
             UserError: The mask does not fit; the message names the sizes of the mask and of the model, and the cure.
         """
-        rebuild = "build a routing mask for this model or change the model"
-        pairs = [
-            ("vocabulary size", self.vocab_size, vocab_size),
-            ("number of experts", self.num_experts, num_experts),
-            ("number of layers", num_layers if self.is_shared else self.num_layers, num_layers),
-        ]
+        sizes = {
+            "vocabulary size": (self.vocab_size, vocab_size),
+            "number of experts": (self.num_experts, num_experts),
+            "number of layers": (num_layers if self.is_shared else self.num_layers, num_layers),
+        }
         differences = [
-            f"its {name} is {of_mask}, the model's is {of_model}"
-            for name, of_mask, of_model in pairs
-            if of_mask != of_model
+            f"its {name} is {own}, the model's is {needed}; " for name, (own, needed) in sizes.items() if own != needed
         ]
         if differences:
-            raise UserError(f"routing mask does not fit: {'; '.join(differences)}; {rebuild}")
+            cure = "build a routing mask for this model or change the model"
+            raise UserError(f"routing mask does not fit: {''.join(differences)}{cure}")
         if expert_model_parallel_size is None:
             return
         if num_experts % expert_model_parallel_size:
@@ -271,6 +206,24 @@ class RoutingMask:
                 "or build another mask"
             )
 
+    def rank_of_rows(self, num_ranks: int) -> np.ndarray | None:
+        """Return the rank that holds the visible experts of each row of `visible_bits`, if the mask is rank-local.
+
+        The result depends on the visible sets only, not on the assignment that chose them: a mask with one visible
+        expert for every id is always rank-local.
+
+        Args:
+            num_ranks: Number of ranks. Each holds an equal, contiguous block of experts.
+
+        Returns:
+            Rank of each row, int16 `[tables, rows]`; None if any id sees experts of two ranks in a layer.
+        """
+        visible = unpack_bits(self.visible_bits, self.num_experts)  # [tables, rows, experts]
+        sees_rank = visible.reshape(*visible.shape[:2], num_ranks, -1).any(axis=-1)  # [tables, rows, ranks]
+        # Check the rows through the ids, because some tables have rows that no id uses.
+        num_ranks_of_id = np.take_along_axis(sees_rank.sum(axis=-1), self.row_of_id.astype(np.int64), axis=1)
+        return sees_rank.argmax(axis=-1).astype(np.int16) if (num_ranks_of_id == 1).all() else None
+
     def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
         """Return the mask extended to a larger vocabulary, for models whose embedding has padding rows.
 
@@ -285,75 +238,24 @@ class RoutingMask:
         row_of_id = np.pad(self.row_of_id, ((0, 0), (0, num_additional)), mode="edge")
         return replace(self, row_of_id=row_of_id, vocab_size=vocab_size)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the mask to a safetensors file atomically.
+    def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return the tables, and the record without the key `expert_table` if there is no table.
 
-        Raises:
-            UserError: `path` cannot be written.
+        The digests of such masks therefore do not depend on the key.
         """
-        save_sealed(path, KIND, self._arrays(), self._record())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "RoutingMask":
-        """Read and verify a file written by `save`.
-
-        Raises:
-            UserError: The file is missing, damaged or altered, or is not a routing mask.
-        """
-        return cls._from_record(*load_sealed(path, KIND), source=str(path))
-
-    def to_tensors(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Return copies of the tables, and metadata with the digest, to embed the mask in another file."""
-        arrays = self._arrays()
-        return {name: array.copy() for name, array in arrays.items()}, seal(KIND, arrays, self._record())
-
-    @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], source: str = "embedded routing mask"
-    ) -> "RoutingMask":
-        """Return the verified mask that `to_tensors` took apart.
-
-        Args:
-            tensors: The tables.
-            metadata: The metadata with the digest.
-            source: Name of the file or checkpoint for error messages.
-
-        Raises:
-            UserError: The mask is damaged or altered.
-        """
-        return cls._from_record(tensors, unseal(KIND, tensors, metadata, source), source)
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        return {"row_of_id": self.row_of_id, "visible_bits": self.visible_bits}
-
-    def _record(self) -> dict[str, Any]:
-        sizes = {name: getattr(self, name) for name in _SIZES}
-        return sizes | {"provenance": self.provenance.to_record()}
-
-    @classmethod
-    def _from_record(cls, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], source: str) -> "RoutingMask":
-        try:
-            check_fields(record, dict.fromkeys(_SIZES, int) | {"provenance": dict})
-            provenance = MaskProvenance.from_record(record["provenance"])
-            sizes = {name: record[name] for name in _SIZES}
-            return cls(tensors["row_of_id"], tensors["visible_bits"], **sizes, provenance=provenance)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{source} lacks parts of a routing mask; build it again") from error
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
-
-
-def _single_experts(num_experts: int) -> np.ndarray:
-    """Return the sets {0}, {1}, … as bits, uint8 `[N, ceil(N / 8)]`."""
-    experts = np.arange(num_experts)
-    bits = np.zeros((num_experts, -(-num_experts // 8)), np.uint8)
-    bits[experts, experts // 8] = 1 << experts % 8
-    return bits
+        tables, record = super().parts()
+        if self.provenance.expert_table is None:
+            del record["provenance"]["expert_table"]
+        return tables, record
 
 
 def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
     """Unpack visible bits `[…, bytes]` into bool `[…, num_experts]`."""
     return np.unpackbits(visible_bits, axis=-1, count=num_experts, bitorder="little").view(bool)
+
+
+def _count_bits(visible_bits: np.ndarray) -> np.ndarray:
+    return np.bitwise_count(visible_bits).sum(axis=-1, dtype=np.int64)
 
 
 def build_routing_mask(
@@ -392,21 +294,12 @@ def build_routing_mask(
     tables = map_in_processes(assign, range(recipe.num_tables), workers)
     with tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", delay=0.5, disable=not progress) as bar:
         row_of_id, visible_bits = zip(*bar, strict=True)
-    settings = {field.name for field in fields(MaskProvenance)} & {field.name for field in fields(MaskRecipe)}
-    provenance = MaskProvenance(
-        **{name: getattr(recipe, name) for name in settings},
-        counts_digest=None if frequency is None else frequency.digest,
-        datasets=() if frequency is None else frequency.datasets,
-        tokenizer=None if frequency is None else frequency.tokenizer,
-    )
-    return RoutingMask(
-        row_of_id=np.stack(row_of_id),
-        visible_bits=np.stack(visible_bits),
-        vocab_size=len(occurrences),
-        num_experts=recipe.num_experts,
-        num_layers=recipe.num_layers,
-        provenance=provenance,
-    )
+    settings: dict[str, Any] = asdict(recipe)
+    sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
+    if frequency is not None:
+        settings["counts_digest"] = frequency.digest
+        settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}
+    return RoutingMask(np.stack(row_of_id), np.stack(visible_bits), **sizes, provenance=MaskProvenance(**settings))
 
 
 def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int = 1) -> np.ndarray:

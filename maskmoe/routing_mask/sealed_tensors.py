@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Self, TypedDict
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -21,7 +23,17 @@ from maskmoe.errors import UserError
 METADATA_KEY = "maskmoe"
 VERSION = 1
 
-_NUMPY_DTYPES = {"U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+
+class _Envelope(TypedDict):
+    """The JSON value of the metadata."""
+
+    kind: Annotated[str, Field(pattern="^[a-z ]+$")]
+    version: int
+    record: dict[str, Any]
+    sha256: str
+
+
+_ENVELOPE = TypeAdapter(_Envelope)
 
 
 def _canonical_json(value: Any) -> str:
@@ -44,65 +56,97 @@ def seal(kind: str, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]
     return {METADATA_KEY: _canonical_json(envelope)}
 
 
-def unseal(
-    kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None, source: str
-) -> dict[str, Any]:
-    """Return the record in `metadata` after checking kind, version and digest.
+class SealedTensors:
+    """Base of dataclasses that are stored in a sealed file.
 
-    Args:
-        kind: The expected kind of file.
-        tensors: All tensors of the file.
-        metadata: The file's safetensors metadata.
-        source: Name of the file for error messages.
+    Fields of the type `np.ndarray` are tensors; all other fields together are the record. Pydantic converts the record
+    to JSON values, and checks a record that is read. A subclass raises `UserError` if its fields do not fit together.
 
-    Raises:
-        UserError: `metadata` is not valid or is of another kind or version, or the digest does not match `tensors`.
+    Attributes:
+        KIND: Name of the kind of file.
     """
-    try:
-        envelope = json.loads((metadata or {})[METADATA_KEY])
-        found_kind, version, record, digest = (envelope[key] for key in ("kind", "version", "record", "sha256"))
-        intact = isinstance(record, dict) and content_digest(tensors, record) == digest
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not a {kind} file of MaskMoE") from error
-    if not isinstance(found_kind, str) or not found_kind.isprintable() or not isinstance(version, int):
-        raise UserError(f"{source} is not a {kind} file of MaskMoE")
-    if found_kind != kind:
-        raise UserError(f"{source} is a {found_kind} file, expected a {kind} file")
-    if version != VERSION:
-        raise UserError(f"{source} has format version {version}; this version of MaskMoE reads version {VERSION}")
-    if not intact:
-        raise UserError(f"{source} was altered or damaged: its content does not match its digest; build it again")
-    return record
 
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
+    KIND: ClassVar[str]
 
-def save_sealed(
-    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]
-) -> None:
-    """Write `tensors` and `record` to `path` atomically.
+    def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return the tensors, and the record."""
+        values = TypeAdapter(type(self)).dump_python(self)
+        tensors = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        return tensors, {name: value for name, value in values.items() if name not in tensors}
 
-    Raises:
-        UserError: `path` cannot be written.
-    """
-    with atomic_output(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=seal(kind, tensors, record))
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 (hex) of tensors and record."""
+        return content_digest(*self.parts())
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the content to a safetensors file atomically.
 
-def load_sealed(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read and verify a file written by `save_sealed`; return its tensors and its record.
+        Raises:
+            UserError: `path` cannot be written.
+        """
+        tensors, metadata = self.to_tensors()
+        with atomic_output(path) as temporary:
+            save_file(tensors, temporary, metadata)
 
-    Raises:
-        UserError: The file is missing, unreadable, of another kind, damaged or altered.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            if any(file.get_slice(name).get_dtype() not in _NUMPY_DTYPES for name in names):
-                raise UserError(f"{path} is not a {kind} file of MaskMoE: it holds tensors of an unexpected type")
-            tensors = {name: file.get_tensor(name) for name in names}
-            metadata = file.metadata()
-    except OSError as error:
-        raise UserError(f"cannot read {kind} file {path}: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, OverflowError) as error:
-        # NumPy raises ValueError and OverflowError for shapes beyond its own limits.
-        raise UserError(f"{path} is not a readable safetensors file ({error}); build the {kind} again") from error
-    return tensors, unseal(kind, tensors, metadata, str(path))
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read and verify a file written by `save`.
+
+        Raises:
+            UserError: The file is missing, unreadable, of another kind, damaged or altered.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata, names = file.metadata(), file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except OSError as error:
+            raise UserError(f"cannot read {cls.KIND} file {path}: {error.strerror or error}") from error
+        except (SafetensorError, AttributeError, OverflowError, TypeError, ValueError) as error:
+            # NumPy does not know all dtypes of safetensors, and has limits for shapes.
+            problem = f"{path} is not a readable safetensors file of a {cls.KIND}"
+            raise UserError(f"{problem} ({error}); build it again") from error
+        return cls.from_tensors(tensors, metadata, str(path))
+
+    def to_tensors(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Return copies of the tensors, and metadata with record and digest, to embed both in another file."""
+        tensors, record = self.parts()
+        return {name: tensor.copy() for name, tensor in tensors.items()}, seal(self.KIND, tensors, record)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None, source: str = "embedded content"
+    ) -> Self:
+        """Return the verified value that `to_tensors` took apart.
+
+        Args:
+            tensors: All tensors.
+            metadata: The metadata with record and digest.
+            source: Name of the file or checkpoint for error messages.
+
+        Raises:
+            UserError: The content is of another kind or version, damaged or altered.
+        """
+        try:
+            envelope = _ENVELOPE.validate_json((metadata or {})[METADATA_KEY], strict=True)
+            kind, record, digest = envelope["kind"], envelope["record"], envelope["sha256"]
+            is_intact = content_digest(tensors, record) == digest
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{source} is not a {cls.KIND} file of MaskMoE") from error
+        if kind != cls.KIND:
+            raise UserError(f"{source} is a {kind} file, expected a {cls.KIND} file")
+        if envelope["version"] != VERSION:
+            raise UserError(f"{source} has format version {envelope['version']}, but this MaskMoE reads {VERSION}")
+        if not is_intact:
+            raise UserError(f"{source} was altered or damaged: its content does not match its digest; build it again")
+        try:
+            value = TypeAdapter(cls).validate_python({**record, **tensors})
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source} lacks parts of a {cls.KIND}; build it again") from error
+        # A record with missing, additional or converted values gives another digest.
+        if value.digest != digest:
+            raise UserError(f"{source} has other fields than a {cls.KIND}; build it again")
+        return value

@@ -8,7 +8,6 @@ import numpy as np
 from tqdm import tqdm
 
 from maskmoe.routing_mask import RoutingMask
-from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.routing_mask.mask import expected_expert_load
 from maskmoe.simulation.cluster import Cluster, Layout, Reach
 from maskmoe.simulation.dispatch import Traffic, Workload, exchanges, rows_of_choices
@@ -124,7 +123,7 @@ class Simulation:
             return [Result(layout, topk, variant, variant.dispatch, impossible=reason) for variant in variants]
         masks = self.masks.layers_of(routing, layout)
         # Dispatch is planned only if the destination of every token is known in every layer.
-        is_planned = all(rank_of_rows(mask, layout.ep_size) is not None for mask in masks)
+        is_planned = all(mask.rank_of_rows(layout.ep_size) is not None for mask in masks)
         one_copy = DispatchKind.PLANNED if is_planned else DispatchKind.ONE_COPY
         dispatches = [
             one_copy if variant.dispatch is DispatchKind.ONE_COPY else variant.dispatch for variant in variants

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
-from maskmoe.routing_mask.frequency_bands import FrequencyBands
+from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
 from maskmoe.training.batch import build_datasets, losses_of_all, sum_over_ranks
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args, write_on_first_rank
 from maskmoe.training.text_scoring import TextScores, read_texts, score_texts

@@ -6,14 +6,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from megatron.core.datasets import blended_megatron_dataset_config as dataset_config
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import IndexedDatasetInfo, open_tokens, read_index, read_info, read_tokenizer_record
-from maskmoe.data.tokenizer import TOKENIZER_TYPES
+from maskmoe.data.indexed_dataset import DatasetIndex, open_tokens, read_index, read_tokenizer_record
+from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.frequency import parse_data_path
@@ -124,17 +123,17 @@ def check_data(
         readable = []
         for prefix in prefixes:
             with checking():
-                info = read_info(prefix)
+                index = read_index(prefix)
                 if (record := read_tokenizer_record(prefix)) is not None:
-                    _check_same_tokenizer(args, record.to_json(), f"dataset {prefix} was")
-                if vocab_size is not None and not was_counted(info, mask) and info.bin_bytes <= most_bytes_read:
+                    _check_same_tokenizer(args, record, f"dataset {prefix} was")
+                if vocab_size is not None and not was_counted(index, mask) and index.bin_bytes <= most_bytes_read:
                     _check_token_ids(prefix, vocab_size)
                 readable.append(prefix)
         if readable == prefixes and not args.skip_train:
             _check_parts(args)
 
 
-def was_counted(dataset: IndexedDatasetInfo, mask: RoutingMask | None) -> bool:
+def was_counted(dataset: DatasetIndex, mask: RoutingMask | None) -> bool:
     """Return whether the routing mask was made from counts of this dataset, which checked all its token ids."""
     counted = mask.provenance.datasets if mask else ()
     return (dataset.idx_sha256, dataset.bin_bytes) in [(entry["idx_sha256"], entry["bin_bytes"]) for entry in counted]
@@ -190,7 +189,7 @@ def _check_parts(args: Namespace) -> None:
                 )
 
 
-def _check_same_tokenizer(args: Namespace, made_with: dict[str, Any], what: str) -> None:
+def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:
     """Check that a file was made with the tokenizer of the run.
 
     Args:
@@ -201,10 +200,10 @@ def _check_same_tokenizer(args: Namespace, made_with: dict[str, Any], what: str)
     Raises:
         UserError: the tokenizers differ.
     """
-    if args.tokenizer_sha256 not in (None, made_with["sha256"]):
+    if args.tokenizer_sha256 not in (None, made_with.sha256):
         raise UserError(
-            f"{what} made with another tokenizer ({made_with['model']}, {made_with['vocab_size']} ids, "
-            f"sha256 {made_with['sha256'][:12]}…) than --tokenizer-model {args.tokenizer_model}"
+            f"{what} made with another tokenizer ({made_with.model}, {made_with.vocab_size} ids, "
+            f"sha256 {made_with.sha256[:12]}…) than --tokenizer-model {args.tokenizer_model}"
         )
 
 

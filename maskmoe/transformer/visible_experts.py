@@ -13,7 +13,6 @@ from megatron.core.utils import get_pg_rank, get_pg_size, make_sharded_tensor_fo
 from torch import Tensor
 
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.routing_mask.mask import RoutingMask
 
 # The name of the mask's module inside the model, hence the prefix of the mask's tensors in every checkpoint.
@@ -76,7 +75,7 @@ class VisibleExperts(MegatronModule):
         for name, buffer in buffers_of_routing_mask(mask).items():
             self.register_buffer(name, buffer)
         ep_size = config.expert_model_parallel_size
-        rank_of_row = rank_of_rows(mask, ep_size) if ep_size > 1 else None
+        rank_of_row = mask.rank_of_rows(ep_size) if ep_size > 1 else None
         self.is_rank_local = rank_of_row is not None
         if rank_of_row is not None:
             num_visible_of_row = mask.row_sizes.astype(np.int16)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from maskmoe.conversion.tokenizer import SpecialIds, export_tokenizer
 from maskmoe.data.tokenizer import load_tokenizer
-from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 
 WORDS = "the quick brown fox jumps over a lazy dog , and 12 cafés déjà vu ; x = f ( y ) \n    return naïve 日本"
@@ -28,8 +28,8 @@ def train_foreign(**settings) -> bytes:
 
 
 MODELS = {
-    "ours, bpe": lambda: train_tokenizer(TEXTS, TokenizerTraining(vocab_size=400)),
-    "ours, unigram": lambda: train_tokenizer(TEXTS, TokenizerTraining(vocab_size=300, model_type="unigram")),
+    "ours, bpe": lambda: train_tokenizer(TEXTS, vocab_size=400),
+    "ours, unigram": lambda: train_tokenizer(TEXTS, vocab_size=300, model_type="unigram"),
     "like Llama's": lambda: train_foreign(
         model_type="bpe", vocab_size=400, byte_fallback=True, normalization_rule_name="identity",
         remove_extra_whitespaces=False,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from maskmoe.data.default_corpus import default_corpus
-from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from maskmoe.data.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def texts() -> list[str]:
 def sentencepiece_model(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of 600 ids."""
     path = tmp_path_factory.mktemp("sentencepiece") / "small.model"
-    path.write_bytes(train_tokenizer(texts, TokenizerTraining(vocab_size=600, num_threads=1)))
+    path.write_bytes(train_tokenizer(texts, vocab_size=600, num_threads=1))
     return path
 
 

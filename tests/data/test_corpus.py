@@ -62,6 +62,20 @@ def test_zstd_frames_follow_each_other(tmp_path: Path) -> None:
     assert list(read_documents([path])) == ["one\ntwo\n"]
 
 
+def test_gzip_members_follow_each_other_and_may_be_padded(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"one\n") + gzip.compress(b"two\n") + bytes(100_000))
+    assert list(read_documents([path])) == ["one\ntwo\n"]
+
+
+def test_a_block_ends_after_the_line_that_exceeds_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "DOCUMENT_BYTES", 4)
+    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 3)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"abc\nd\nefghijklm\n\nno\np")
+    assert list(read_documents([path])) == ["abc\nd\n", "efghijklm\n", "\nno\np"]
+
+
 def test_json_keys(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"q": "1", "a": "2"}\n\n  \n{"q": "3", "a": "4"}\n')
     (block,) = read_blocks([tmp_path / "a.jsonl"])

@@ -15,7 +15,6 @@ from maskmoe.data.indexed_dataset import (
     open_tokens,
     optimal_dtype,
     read_index,
-    read_info,
     read_tokenizer_record,
 )
 from maskmoe.data.tokenizer import TokenizerRecord
@@ -57,12 +56,12 @@ def test_same_bytes_as_megatron(tmp_path: Path, documents: list[list[list[int]]]
     write_with_megatron(tmp_path / "theirs", documents, dtype)
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")
 
-    index, info = read_index(tmp_path / "theirs"), read_info(tmp_path / "theirs")
+    index = read_index(tmp_path / "theirs")
     sequences = flatten(documents)
     assert index.dtype == dtype
     assert index.sequence_lengths.tolist() == [len(sequence) for sequence in sequences]
-    assert (info.num_documents, info.num_sequences) == (len(documents), len(sequences))
-    if info.num_tokens:
+    assert (len(index.document_indices) - 1, len(index.sequence_lengths)) == (len(documents), len(sequences))
+    if index.num_tokens:
         assert open_tokens(tmp_path / "theirs").tolist() == flatten(sequences)
 
 
@@ -164,7 +163,7 @@ DAMAGES = {
 def test_damaged_datasets(tmp_path: Path, message: str) -> None:
     write(tmp_path / "a", [[[1, 2, 3]], [[4, 5]]], np.uint16)
     DAMAGES[message](tmp_path)
-    for read in (read_index, read_info, open_tokens):
+    for read in (read_index, open_tokens):
         with pytest.raises(UserError, match=message):
             read(tmp_path / "a")
 
@@ -172,7 +171,7 @@ def test_damaged_datasets(tmp_path: Path, message: str) -> None:
 def test_suffix_given_as_prefix(tmp_path: Path) -> None:
     write(tmp_path / "a", [[[1]]], np.uint16)
     with pytest.raises(UserError, match=r"give the prefix, without \.bin or \.idx"):
-        read_info(tmp_path / "a.bin")
+        read_index(tmp_path / "a.bin")
 
 
 def test_no_tokens(tmp_path: Path) -> None:

@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from support.tools import assert_bad_input, run_tool
 
-from maskmoe.data import shuffling
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens, read_index, read_tokenizer_record
+from maskmoe.data import indexed_dataset
+from maskmoe.data.indexed_dataset import (
+    IndexedDatasetWriter,
+    copy_shuffled,
+    open_tokens,
+    read_index,
+    read_tokenizer_record,
+)
 from maskmoe.data.preprocess import preprocess
-from maskmoe.data.shuffling import copy_shuffled
 
 SUFFIXES = ("bin", "idx", "tokenizer.json")
 
@@ -54,7 +59,7 @@ def test_same_documents_whatever_the_batches(
 ) -> None:
     source = write(tmp_path / "source", documents)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shuffling, "_BATCH_TOKENS", batch_tokens)
+        patch.setattr(indexed_dataset, "_SHUFFLED_TOKENS", batch_tokens)
         shuffled = shuffle(source, tmp_path / "shuffled", seed)
     assert sorted(shuffled) == sorted(documents)
     assert shuffled == shuffle(source, tmp_path / "again", seed)

@@ -1,6 +1,5 @@
 """Compares the tokenizers with Megatron-Core's tokenizers of the same names."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-from maskmoe.data.tokenizer import TokenizerRecord, load_tokenizer
+from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
 
 
@@ -47,7 +46,6 @@ def test_record(tokenizer_model: tuple[str, Path]) -> None:
     assert record.type == tokenizer_model[0]
     assert record.model in ("small.model", "tokenizer.json")
     assert len(record.sha256) == 64
-    assert TokenizerRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
 def test_huggingface_folder_or_file(huggingface_folder: Path) -> None:
@@ -76,8 +74,8 @@ def test_unknown_type(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ('{"eos_token": "<nowhere>"}', "names '<nowhere>' as the end of text"),
-        ("{", "is not valid JSON"),
-        ("[]", "does not hold a JSON object"),
+        ("{", "does not contain a JSON object"),
+        ("[]", "does not contain a JSON object"),
     ],
 )
 def test_bad_huggingface_settings(huggingface_folder: Path, tmp_path: Path, settings: str, message: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from support.tools import assert_bad_input, run_tool
 
-from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 
 # SentencePiece writes a space as "▁", so this character is not kept.
@@ -17,8 +17,8 @@ TEXT = st.text(st.one_of(st.sampled_from(" \t\n\r0a"), CHARACTERS), max_size=60)
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def processor(request: pytest.FixtureRequest, texts: list[str]) -> SentencePieceProcessor:
-    training = TokenizerTraining(vocab_size=500, model_type=request.param, num_threads=1)
-    return SentencePieceProcessor(model_proto=train_tokenizer(texts[-20:], training))
+    model = train_tokenizer(texts[-20:], 500, model_type=request.param, num_threads=1)
+    return SentencePieceProcessor(model_proto=model)
 
 
 @settings(max_examples=300, deadline=None)
@@ -40,12 +40,12 @@ def test_layout_of_the_vocabulary(processor: SentencePieceProcessor) -> None:
 
 @pytest.mark.parametrize("max_lines", [500, 10_000_000])
 def test_deterministic(texts: list[str], max_lines: int) -> None:
-    training = TokenizerTraining(vocab_size=400, max_lines=max_lines, num_threads=2)
-    assert train_tokenizer(texts, training) == train_tokenizer(texts, training)
+    first, second = (train_tokenizer(texts, 400, max_lines=max_lines, num_threads=2) for _ in range(2))
+    assert first == second
 
 
 def test_training_is_on_all_lines_with_tabs() -> None:
-    model = train_tokenizer(["\tabcabc\tabc\n" * 50], TokenizerTraining(vocab_size=264, num_threads=1))
+    model = train_tokenizer(["\tabcabc\tabc\n" * 50], vocab_size=264, num_threads=1)
     assert "abc" in SentencePieceProcessor(model_proto=model).encode("abc", out_type=str)
 
 
@@ -60,7 +60,7 @@ def test_training_is_on_all_lines_with_tabs() -> None:
 )
 def test_bad_sizes(documents: Sequence[str], vocab_size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        train_tokenizer(documents, TokenizerTraining(vocab_size=vocab_size, num_threads=1))
+        train_tokenizer(documents, vocab_size=vocab_size, num_threads=1)
 
 
 def test_errors_of_the_documents_come_through() -> None:
@@ -69,7 +69,7 @@ def test_errors_of_the_documents_come_through() -> None:
         raise UserError("broken input")
 
     with pytest.raises(UserError, match="broken input"):
-        train_tokenizer(documents(), TokenizerTraining(vocab_size=300))
+        train_tokenizer(documents(), vocab_size=300)
 
 
 def test_tool(jsonl: Callable, texts: list[str], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from support.paths import ROOT
 
 from maskmoe.data.default_corpus import default_corpus
-from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from maskmoe.data.tokenizer_training import train_tokenizer
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
 TASKS = Path(__file__).parent / "lm_eval"
@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
     """A folder with a checkpoint in `checkpoints` and the same model in transformers' format in `model`."""
     folder = tmp_path_factory.mktemp("lm_eval")
     texts = [document.text for document in default_corpus(300_000)]
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, TokenizerTraining(vocab_size=500, num_threads=1)))
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, vocab_size=500, num_threads=1))
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", folder / "tokenizer.model"]
     output = ["--output-prefix", folder / "data", "--append-eod"]

@@ -10,7 +10,7 @@ from support.small_series import NUM_EXPERTS, TRAINING, VOCAB_SIZE, Workplace
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.data.tokenizer import SentencePieceTokenizer
-from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
@@ -22,9 +22,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     folder = tmp_path_factory.mktemp("routing")
     text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
     (folder / "text.txt").write_text(text)
-    (folder / "tokenizer.model").write_bytes(
-        train_tokenizer([text], TokenizerTraining(vocab_size=VOCAB_SIZE, num_threads=1))
-    )
+    (folder / "tokenizer.model").write_bytes(train_tokenizer([text], vocab_size=VOCAB_SIZE, num_threads=1))
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE), tokenizer.record()) as dataset:
         for ids in tokenizer.encode_batch(text.split("\n\n")):

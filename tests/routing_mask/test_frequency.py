@@ -1,12 +1,12 @@
 import hashlib
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
@@ -14,6 +14,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask import TokenFrequency, count_token_frequency
 from maskmoe.routing_mask import frequency as frequency_module
 from maskmoe.routing_mask.frequency import parse_data_path
+from maskmoe.routing_mask.sealed_tensors import seal
 
 TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "text.model", sha256="a" * 64, vocab_size=100, eod_id=0)
 
@@ -154,7 +155,7 @@ def test_tokenizers_must_agree(tmp_path):
     renamed = write_dataset(tmp_path / "renamed", ids, tokenizer=replace(TOKENIZER, model="other-name.model"))
     unknown = write_dataset(tmp_path / "unknown", ids)
     other = write_dataset(tmp_path / "other", ids, tokenizer=replace(TOKENIZER, sha256="b" * 64))
-    assert count_token_frequency([first, renamed, unknown], 100).tokenizer == asdict(TOKENIZER)
+    assert count_token_frequency([first, renamed, unknown], 100).tokenizer == TOKENIZER
     assert count_token_frequency([unknown], 100).tokenizer is None
     with pytest.raises(
         UserError, match=r"different tokenizers: .*first with .*aaaaaaaaaaaa.*, .*other with .*bbbbbbbbbbbb"
@@ -173,7 +174,7 @@ def test_save_and_load(tmp_path):
     frequency.save(path)
     loaded = TokenFrequency.load(path)
     assert loaded.counts.tobytes() == frequency.counts.tobytes()
-    assert (loaded.weights, loaded.datasets, loaded.tokenizer) == ((0.3, 0.7), frequency.datasets, asdict(TOKENIZER))
+    assert (loaded.weights, loaded.datasets, loaded.tokenizer) == ((0.3, 0.7), frequency.datasets, TOKENIZER)
     assert loaded.digest == frequency.digest
     assert replace(frequency, weights=(0.5, 0.5)).digest != frequency.digest
 
@@ -187,9 +188,14 @@ def test_altered_counts_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="altered or damaged"):
         TokenFrequency.load(path)
-    replace(frequency, counts=frequency.counts + 1).save(path)
     with pytest.raises(UserError, match="contradict"):
-        TokenFrequency.load(path)
-    replace(frequency, datasets=({"name": json.dumps([])},)).save(path)
-    with pytest.raises(UserError, match="lacks parts"):
-        TokenFrequency.load(path)
+        replace(frequency, counts=frequency.counts + 1)
+    tensors, record = frequency.parts()
+    for forged_tensors, forged_record, message in (
+        ({"counts": frequency.counts + 1}, record, "contradict"),
+        (tensors, record | {"datasets": [{"name": "[]"}]}, "lacks parts"),
+        (tensors, record | {"x": 1}, "other fields"),
+    ):
+        save_file(forged_tensors, path, metadata=seal("token frequency", forged_tensors, forged_record))
+        with pytest.raises(UserError, match=rf"counts\.safetensors.*{message}"):
+            TokenFrequency.load(path)

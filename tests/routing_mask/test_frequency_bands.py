@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskmoe.routing_mask.frequency_bands import FrequencyBands
+from maskmoe.routing_mask.frequency import FrequencyBands
 
 
 def test_bands_cover_the_given_shares():

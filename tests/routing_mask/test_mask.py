@@ -9,7 +9,6 @@ from safetensors.numpy import load_file, save_file
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import MaskProvenance, MaskRecipe, RoutingMask, build_routing_mask
-from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.routing_mask.mask import expected_expert_load, overloading_ids
 
 PROVENANCE = MaskProvenance("uniform", 0.5, 2, seed=0)
@@ -190,7 +189,7 @@ def test_check_fits_of_shared_and_rank_local_masks(zipf_frequency):
     mask.check_fits(**model)
     for divisor in (1, 2, 4):
         mask.check_fits(**model, expert_model_parallel_size=divisor)
-        assert rank_of_rows(mask, divisor) is not None
+        assert mask.rank_of_rows(divisor) is not None
     with pytest.raises(UserError, match="expert parallel size 4, the run's is 8"):
         mask.check_fits(**model, expert_model_parallel_size=8)
 

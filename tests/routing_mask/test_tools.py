@@ -43,7 +43,7 @@ def test_count(folder):
     assert process.returncode == 0
     frequency = TokenFrequency.load(folder / "again.safetensors")
     assert frequency.num_tokens == 5001
-    assert frequency.tokenizer["model"] == "text.json"
+    assert frequency.tokenizer.model == "text.json"
     assert "tokens           5,001" in process.stdout
     most_frequent = np.argmax(frequency.counts[0])
     assert f"most frequent    {most_frequent} (" in process.stdout
@@ -91,7 +91,7 @@ def test_build(folder):
     provenance = mask.provenance
     assert (provenance.assignment, provenance.frequent_mass, provenance.seed) == ("rank-local", 0.5, 3)
     assert provenance.counts_digest == TokenFrequency.load(folder / "counts.safetensors").digest
-    assert provenance.tokenizer["model"] == "text.json"
+    assert provenance.tokenizer.model == "text.json"
     for line in (
         "frequent share   5",
         "each sees 2 experts",

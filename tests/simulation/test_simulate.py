@@ -8,7 +8,6 @@ from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
 
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.locality import rank_of_rows
 from maskmoe.simulation import Cluster, Cost, Layout, Link, MicroBatches, Simulation, Workload, simulate
 from maskmoe.simulation.variants import VARIANTS, Masks, Routing
 from maskmoe.transformer.dispatch.kind import DispatchKind
@@ -95,7 +94,7 @@ def test_local_masks(frequency):
     masks, layout = Masks(mask, [0], frequency), Layout(16, 16, 4)
     for routing, num_places, num_visible in ((Routing.RANK_LOCAL, 16, 2), (Routing.NODE_LOCAL, 4, 8)):
         (local,) = masks.layers_of(routing, layout)
-        assert rank_of_rows(local, num_places) is not None
+        assert local.rank_of_rows(num_places) is not None
         assert local.max_visible == num_visible
         # The same ids see several experts.
         assert np.array_equal(local.num_visible > 1, mask.num_visible > 1)
@@ -107,7 +106,7 @@ def test_tokens_of_a_node_local_mask_go_to_one_node(frequency, tokens):
     layout = Layout(num_gpus=8, ep_size=8, gpus_per_node=4)
     costs = by_name(run(frequency, tokens, mask, [layout], topks=(8,), hidden_size=1 << 20))
     (local,) = Masks(mask, [0], frequency).layers_of(Routing.NODE_LOCAL, layout)
-    node_of_id = rank_of_rows(local, 2)[0][local.row_of_id[0]]
+    node_of_id = local.rank_of_rows(2)[0][local.row_of_id[0]]
     visible = local.visible_sets(0).reshape(VOCAB_SIZE, 8, 2).any(axis=2)  # [vocab, ranks]
     across = sum(
         visible[token].sum()

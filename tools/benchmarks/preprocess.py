@@ -19,7 +19,7 @@ import tokenizers
 
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.data.parallel import available_cores
-from maskmoe.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from maskmoe.data.tokenizer_training import train_tokenizer
 
 TOOL = Path(__file__).parents[1] / "preprocess_data.py"
 TRAINING_DOCUMENTS = 400
@@ -45,7 +45,7 @@ def run_tool(corpus: Path, tokenizer_type: str, model: Path) -> Callable[[], Non
 
 def sentencepiece_case(corpus: Path, texts: list[str], vocab_size: int) -> harness.Case:
     model = corpus.parent / "sentencepiece.model"
-    model.write_bytes(train_tokenizer(texts[:TRAINING_DOCUMENTS], TokenizerTraining(vocab_size)))
+    model.write_bytes(train_tokenizer(texts[:TRAINING_DOCUMENTS], vocab_size))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
 
     def encode() -> list[list[int]]:

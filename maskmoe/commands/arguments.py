@@ -1,0 +1,32 @@
+"""Parsers of the command line, and arguments that several subcommands share."""
+
+import argparse
+
+
+def command_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is the docstring of a command's module.
+
+    The docstring's example is shown after the arguments; `%(prog)s` stands for the program.
+    """
+    description, _, example = (documentation or "").partition("Example:\n")
+    return argparse.ArgumentParser(
+        description=description, epilog=f"example:\n{example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, purpose: str, meaning_of_keys: str) -> None:
+    """Add the flags that name text files and the keys of their JSON lines."""
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"text files{purpose}")
+    keys = f"keys of the JSON objects that hold {meaning_of_keys} (default: text)"
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help=keys)
+
+
+def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for the number of processes."""
+    meaning = "number of processes; does not change the result (default: number of available cores)"
+    parser.add_argument("--workers", type=int, metavar="W", help=meaning)
+
+
+def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:
+    """Add the flag for the seed of something random."""
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help=f"seed of {purpose} (default: %(default)s)")
