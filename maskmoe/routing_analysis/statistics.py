@@ -12,7 +12,7 @@ from scipy.special import entr
 
 from maskmoe.routing_analysis.settings import AnalysisSettings
 from maskmoe.routing_analysis.trace import NO_EXPERT, RoutingTrace
-from maskmoe.routing_mask.frequency_bands import FrequencyBands
+from maskmoe.routing_mask.frequency import FrequencyBands
 
 
 def measure(
