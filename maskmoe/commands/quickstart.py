@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from maskmoe.comparison.quickstart import QuickstartPlan, Settings, quickstart_suite
 from maskmoe.comparison.quickstart_report import write_report
 from maskmoe.errors import UserError
+from maskmoe.json_files import first_problem
 from maskmoe.launch.devices import find_devices
 from maskmoe.paths import runs_folder
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
-from maskmoe.workflow.entry import run_to_end
-from maskmoe.workflow.json_records import first_problem
+from maskmoe.workflow.runner import run_to_end
 
 
 def parse_settings(arguments: Sequence[str] | None = None) -> Settings:

@@ -1,7 +1,6 @@
 """The stages of each run: its mask, training, evaluation, and the analysis of its routing."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -19,7 +18,6 @@ from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 from maskmoe.workflow.training_log import TrainingHistory
 
 
-@dataclass(frozen=True)
 class RunFiles(TrainingFiles):
     """The files of a run."""
 

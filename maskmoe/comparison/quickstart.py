@@ -11,9 +11,9 @@ from maskmoe.comparison.data import TextData
 from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.suite import Suite
+from maskmoe.launch.command import standalone_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import Flags, flag_words, override
-from maskmoe.launch.torchrun import standalone_command
 from maskmoe.workflow import stages
 from maskmoe.workflow.files import TextFiles
 from maskmoe.workflow.split import choose_split, opening_of_held_out_text

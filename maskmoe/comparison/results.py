@@ -14,8 +14,7 @@ from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.runs import Run, choose_learning_rates, tuning_runs
 from maskmoe.comparison.suite import Role, Variant
-from maskmoe.json_files import read_json
-from maskmoe.workflow.json_records import read_record, write_record
+from maskmoe.json_files import read_json, read_record, write_record
 from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.training_log import IterationRecord, ValidationRecord
 

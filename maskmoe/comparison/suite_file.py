@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from maskmoe.errors import UserError
+from maskmoe.json_files import first_problem
 from maskmoe.launch.model_file import read_words
-from maskmoe.workflow.json_records import first_problem
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 

@@ -66,19 +66,17 @@ class Devices:
 def find_devices() -> Devices:
     """Return the devices of this machine."""
     return Devices(
-        num_gpus=_count_gpus() if _may_have_gpus() else 0,
+        num_gpus=_count_gpus(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
     )
 
 
-def _may_have_gpus() -> bool:
-    """Return whether torch must count the GPUs, which takes seconds. On Linux, a GPU's driver has a device file."""
-    return sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in _GPU_DEVICE_FILES)
-
-
 def _count_gpus() -> int:
     """Return the number of GPUs that torch can use. A separate process imports torch, to keep this process small."""
+    # Importing torch takes seconds. On Linux, a GPU's driver has a device file.
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _GPU_DEVICE_FILES):
+        return 0
     command = [sys.executable, "-P", "-c", _COUNT_GPUS]
     completed = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(completed.stdout) if completed.returncode == 0 else 0

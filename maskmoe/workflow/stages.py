@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from maskmoe.launch.command import standalone_command
 from maskmoe.launch.devices import DEVICE_FLAGS, Devices
 from maskmoe.launch.model_file import Flags, flag_words
-from maskmoe.launch.torchrun import standalone_command
 from maskmoe.workflow.files import TextFiles, TrainingFiles
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 
