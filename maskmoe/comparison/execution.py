@@ -12,8 +12,8 @@ from maskmoe.comparison.results import collect_results
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.slurm import next_runs, record_training
 from maskmoe.errors import RunFailure
+from maskmoe.paths import short_path
 from maskmoe.workflow.lock import locked
-from maskmoe.workflow.paths import short_path
 from maskmoe.workflow.progress import ProgressLine
 from maskmoe.workflow.runner import run_stages, run_to_end, working_in
 

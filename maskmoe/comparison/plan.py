@@ -9,9 +9,9 @@ from maskmoe.cli import atomic_output
 from maskmoe.comparison.data import Data, dataset_prefixes
 from maskmoe.comparison.runs import Run, checkpoint_iterations, training_flags
 from maskmoe.comparison.suite import Suite
-from maskmoe.launch.devices import Devices
-from maskmoe.launch.model_file import LAYOUTS, Flags
-from maskmoe.workflow import stages
+from maskmoe.launch.command import standalone_command
+from maskmoe.launch.devices import DEVICE_FLAGS, Devices
+from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
 from maskmoe.workflow.files import TrainingFiles
 from maskmoe.workflow.process import read_log
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
@@ -101,31 +101,37 @@ class RunPlan:
 
     def mask(self) -> Stage:
         """Build the run's routing mask."""
+        frequency, mask = self._data.files.token_frequency, self.files.routing_mask
         flags = {
+            "token-frequency": (str(frequency),),
             "num-experts": self._flags["num-experts"],
             "num-layers": self._flags["num-layers"],
             "seed": (str(self.run.seed),),
             **(self.run.variant.mask or {}),
         }
-        return stages.build_mask(flags, self._data.files.token_frequency, self.files.routing_mask)
+        command = maskmoe_command("mask", *flag_words(flags), "--output", mask)
+        return Stage("mask", command, inputs=(frequency,), outputs=(mask,))
 
     def check(self) -> Stage:
         """Check the run's settings."""
         backend = () if self._devices.num_gpus else ("--distributed-backend", "gloo")
-        return stages.check_settings((*self._launch("--check"), *backend), self._inputs_of_launch)
+        command = (*self._launch("--check"), *backend)
+        return Stage("check", command, self._inputs_of_launch, (), machine_flags=frozenset({"--distributed-backend"}))
 
     def train(self) -> Stage:
-        """Train the run's model by launch/pretrain.sh."""
-        return stages.train(
-            self.files,
+        """Train the run's model by launch/pretrain.sh, or resume its training."""
+        return Stage(
+            "train",
             self._launch("--no-check"),
-            inputs=self._inputs_of_launch,
-            last_checkpoint=self.last_checkpoint,
-            byproducts=(self.files.slurm,),
+            self._inputs_of_launch,
+            outputs=(self.last_checkpoint,),
+            byproducts=(self.files.checkpoints, self.files.tensorboard, self.files.slurm),
+            scratch=(self.files.dataset_cache,),
+            is_resumable=True,
         )
 
     def evaluate(self) -> Stage:
-        """Evaluate the trained model."""
+        """Evaluate the trained model on all held-out text."""
         num_experts = int(self._flags.get("num-experts", ("1",))[0])
         flags = {
             "expert-model-parallel-size": (str(math.gcd(self._processes, num_experts)),),
@@ -134,10 +140,24 @@ class RunPlan:
             "micro-batch-size": self._flags.get("micro-batch-size", ("1",)),
             "token-frequency": (str(self._data.files.token_frequency),),
         }
-        return stages.evaluate(self.files, self._processes, flags, self._inputs_of_evaluation, self._devices)
+        words = (
+            *("--load", str(self.files.checkpoints), "--use-checkpoint-args"),
+            *flag_words(flags),
+            *("--eval-output", str(self.files.evaluation)),
+            *self._devices.megatron_flags,
+        )
+        return Stage(
+            "evaluate",
+            standalone_command(self._processes, "maskmoe.training.evaluate", words),
+            self._inputs_of_evaluation,
+            outputs=(self.files.evaluation,),
+            scratch=(self.files.dataset_cache,),
+            environment=self._devices.environment,
+            machine_flags=DEVICE_FLAGS | {"--nproc-per-node", "--expert-model-parallel-size"},
+        )
 
     def routing(self) -> Stage:
-        """Analyze how the run's checkpoints route."""
+        """Analyze how the run's checkpoints route held-out text."""
         data = self._data.flags
         flags = {
             "data-path": (dataset_prefixes(data["data-path"])[0],),
@@ -145,12 +165,16 @@ class RunPlan:
             "tokens": (str(self._suite.probe_tokens),),
             "token-frequency": (str(self._data.files.token_frequency),),
         }
-        return stages.analyze_routing(self.files, self._saved, flags, self._inputs_of_evaluation, self._devices)
+        checkpoints, output = ("--load", self.files.checkpoints, "--ckpt-step", *self._saved), self.files.routing
+        command = maskmoe_command("analyze", *checkpoints, *flag_words(flags), "--output-dir", output)
+        environment = self._devices.environment
+        return Stage("routing", command, self._inputs_of_evaluation, outputs=(output,), environment=environment)
 
     def thin(self) -> Stage:
         """Remove all checkpoints but the last."""
         routing = (self.files.routing,) if self.run.variant.has_experts else ()
-        return stages.thin_checkpoints(self.files, (self.files.evaluation, *routing))
+        command = maskmoe_command("thin", "--load", self.files.checkpoints)
+        return Stage("thin", command, inputs=(self.files.evaluation, *routing), outputs=())
 
     @property
     def last_checkpoint(self) -> Path:

@@ -14,9 +14,9 @@ from maskmoe.comparison.runs import Run, tuning_runs
 from maskmoe.comparison.slurm_jobs import Jobs, Phase
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.json_files import read_record, write_record
+from maskmoe.paths import SUBMIT_SCRIPT, short_path
 from maskmoe.workflow.failure import explain_failure
 from maskmoe.workflow.lock import locked
-from maskmoe.workflow.paths import SUBMIT_SCRIPT, short_path
 from maskmoe.workflow.process import read_log
 from maskmoe.workflow.progress import ProgressLine
 from maskmoe.workflow.record import RunRecord

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maskmoe.comparison.runs import Run
 from maskmoe.errors import UserError
-from maskmoe.workflow.paths import SUBMIT_SCRIPT
+from maskmoe.paths import SUBMIT_SCRIPT
 
 _CHECKOUT = SUBMIT_SCRIPT.parents[2]
 _WITH_VALUE = {"--train-nodes", "--max-requeues", "--container", "--image", "--mount", "--port", "--address"}

@@ -16,9 +16,10 @@ GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 # A node runs many processes, so each process computes with one thread. Unbuffered output appears at once, also in log
 # files.
-_DEFAULT_ENVIRONMENT = {**GPU_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+RUN_ENVIRONMENT = {**GPU_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+"""The environment variables of all processes of a run."""
+
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_ENTRY_POINT = "maskmoe.training.pretrain"
 
 
 @dataclass(frozen=True)
@@ -71,23 +72,11 @@ def torchrun_command(
         *("--signals-to-handle", ",".join(number.name for number in SIGNALS_THAT_END)),
         *("--shutdown-timeout", str(options.shutdown_timeout)),
     )
-    variables = dict(_DEFAULT_ENVIRONMENT)
+    variables = dict(RUN_ENVIRONMENT)
     if options.nodes > 1 and route and route.interface:
         variables |= dict.fromkeys(_INTERFACE_VARIABLES, route.interface)
-    words = _torchrun_words(launcher_words, _ENTRY_POINT, flag_words(flags))
+    words = _torchrun_words(launcher_words, "maskmoe.training.pretrain", flag_words(flags))
     return Command(words, unset_variables(variables, environment))
-
-
-def check_command(flags: Flags, ranks: int, environment: Mapping[str, str]) -> Command:
-    """Return the command that checks the flags of a run.
-
-    Args:
-        flags: the flags of the run.
-        ranks: the number of ranks of the run.
-        environment: the variables of this process, which are not changed.
-    """
-    words = (sys.executable, "-m", _ENTRY_POINT, "--check", str(ranks), *flag_words(flags))
-    return Command(words, unset_variables(_DEFAULT_ENVIRONMENT, environment))
 
 
 def standalone_command(

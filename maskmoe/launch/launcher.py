@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from maskmoe.cli import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
-from maskmoe.launch.command import check_command, run_flags, torchrun_command
+from maskmoe.launch.command import RUN_ENVIRONMENT, run_flags, torchrun_command, unset_variables
 from maskmoe.launch.devices import Devices, find_devices
-from maskmoe.launch.model_file import Flags, ModelFile, override, split_flags
+from maskmoe.launch.model_file import Flags, ModelFile, flag_words, override, split_flags
 from maskmoe.launch.network import route_to, wait_for
 from maskmoe.launch.options import parse_options
 from maskmoe.launch.supervisor import Supervisor
@@ -73,5 +73,6 @@ def check(flags: Flags, ranks: int, devices: Devices | None) -> int:
     """
     if devices is not None and not devices.num_gpus:
         flags = override({"distributed-backend": ("gloo",)}, flags)
-    command = check_command(flags, ranks, os.environ)
-    return subprocess.run(command.words, env={**os.environ, **command.environment}, check=False).returncode
+    words = (sys.executable, "-m", "maskmoe.training.pretrain", "--check", str(ranks), *flag_words(flags))
+    variables = unset_variables(RUN_ENVIRONMENT, os.environ)
+    return subprocess.run(words, env={**os.environ, **variables}, check=False).returncode

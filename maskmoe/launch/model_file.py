@@ -116,13 +116,9 @@ class _WordLoader(yaml.BaseLoader):
     """Loads all scalars as text, without octal numbers or `on` that becomes true, and refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = set()
-        for key_node, _ in node.value:
-            if key_node.value in keys:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value} is repeated", node.start_mark
-                )
-            keys.add(key_node.value)
+        keys = [key_node.value for key_node, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated[0]} is repeated", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -168,7 +164,12 @@ def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Fl
         if value == "true":
             flags[name] = ()
         elif value not in _OMITTED_VALUES:
-            flags[name] = tuple(_expand(word, name, place, variables) for word in words)
+            try:
+                flags[name] = tuple(string.Template(word).substitute(variables) for word in words)
+            except KeyError as error:
+                raise UserError(f"{place}: {name} needs the environment variable {error.args[0]}") from error
+            except ValueError as error:
+                raise UserError(f"{place}: {name}: write $$ for a dollar sign, or ${{NAME}}") from error
     return flags
 
 
@@ -193,12 +194,3 @@ def parse_layouts(content: object, place: str, variables: Mapping[str, str]) -> 
             )
         layouts[int(ranks)] = parse_flags(flags, f"{place}: a layout", variables)
     return layouts
-
-
-def _expand(word: str, name: str, place: str, variables: Mapping[str, str]) -> str:
-    try:
-        return string.Template(word).substitute(variables)
-    except KeyError as error:
-        raise UserError(f"{place}: {name} needs the environment variable {error.args[0]}") from error
-    except ValueError as error:
-        raise UserError(f"{place}: {name}: write $$ for a dollar sign, or ${{NAME}}") from error

@@ -12,9 +12,9 @@ from pathlib import Path
 from maskmoe.child_process import send_signal
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.paths import short_path
 from maskmoe.workflow.failure import explain_failure
 from maskmoe.workflow.lock import RunLock, locked, other_holders
-from maskmoe.workflow.paths import short_path
 from maskmoe.workflow.process import StageProcess
 from maskmoe.workflow.progress import ProgressLine, StageProgress, format_seconds
 from maskmoe.workflow.record import RunRecord
