@@ -105,7 +105,6 @@ class MissingData:
     """The data of a suite whose text the user must name but has not named. The runs can be listed, but not started."""
 
     files: TextFiles
-    seq_length: int
 
     @property
     def stages(self) -> NoReturn:
@@ -126,13 +125,11 @@ class PreparedData:
         files: where the stages keep their files.
         flags: flags of training and evaluation that name the dataset.
         vocab_size: number of ids of the tokenizer.
-        seq_length: tokens in a sample.
     """
 
     files: TextFiles
     flags: Flags
     vocab_size: str
-    seq_length: int
 
     @property
     def stages(self) -> tuple[StageMaker, ...]:
@@ -166,7 +163,6 @@ Data = TextData | PreparedData | MissingData
 
 - `files`: where the stages keep their files;
 - `stages`: makers of the stages that make the dataset;
-- `seq_length`: tokens in a sample;
 - `inputs`: files of the dataset;
 - `folders`: folders that every process of a run must be able to read;
 - `flags`: flags of training and evaluation that name the dataset.
@@ -196,9 +192,9 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
         raise UserError("the suite's section `data` needs vocab-size")
     vocab_size = flags["vocab-size"][0]
     if "data-path" in flags:
-        return PreparedData(files, _flags_of_dataset(flags), vocab_size, seq_length)
+        return PreparedData(files, _flags_of_dataset(flags), vocab_size)
     if flags.get("input") == ("required",):
-        return MissingData(files, seq_length)
+        return MissingData(files)
     text = tuple(Path(word).absolute() for word in flags.get("input", ()))
     for path in text:
         if not path.is_file():

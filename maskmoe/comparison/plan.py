@@ -63,11 +63,6 @@ class RunPlan:
         self._saved = checkpoint_iterations(suite, run)
 
     @property
-    def seq_length(self) -> int:
-        """Tokens in a sample."""
-        return int(self._flags["seq-length"][0])
-
-    @property
     def stages(self) -> tuple[StageMaker, ...]:
         """Makers of all stages, in order."""
         mask = (self.mask,) if self.run.variant.has_experts else ()
@@ -128,6 +123,7 @@ class RunPlan:
             byproducts=(self.files.checkpoints, self.files.tensorboard, self.files.slurm),
             scratch=(self.files.dataset_cache,),
             is_resumable=True,
+            seq_length=int(self._flags["seq-length"][0]),
         )
 
     def evaluate(self) -> Stage:

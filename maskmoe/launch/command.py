@@ -6,13 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from maskmoe.interruption import SIGNALS_THAT_END
+from maskmoe.launch.devices import GPU_ENVIRONMENT
 from maskmoe.launch.model_file import Flags, flag_words, override
 from maskmoe.launch.network import Route
 from maskmoe.launch.options import Options
-
-# Megatron requires one connection for tensor and context parallelism on GPUs before Blackwell.
-GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-"""The environment variables that ranks on GPUs need."""
 
 # A node runs many processes, so each process computes with one thread. Unbuffered output appears at once, also in log
 # files.

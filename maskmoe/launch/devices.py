@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,10 @@ _WITHOUT_TRANSFORMER_ENGINE = (
 )
 # Device files of the drivers of NVIDIA, of NVIDIA's Tegra, of AMD, and of Windows Subsystem for Linux.
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
+
+# Megatron requires one connection for tensor and context parallelism on GPUs before Blackwell.
+GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+"""The environment variables that a training process on a GPU needs."""
 
 DEVICE_FLAGS = frozenset(
     word for word in (*_CPU_FLAGS, *_GPU_FLAGS, *_WITHOUT_TRANSFORMER_ENGINE) if word.startswith("--")
@@ -49,10 +54,10 @@ class Devices:
         return math.gcd(self.num_processes, num_experts)
 
     @property
-    def environment(self) -> dict[str, str]:
+    def environment(self) -> Mapping[str, str]:
         """The environment variables of a training process."""
         if self.num_gpus:
-            return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+            return GPU_ENVIRONMENT
         return {"OMP_NUM_THREADS": str(max(1, self.num_cores // self.num_processes))}
 
     @property

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from maskmoe.errors import UserError
-from maskmoe.launch.command import GPU_ENVIRONMENT, Command, standalone_command, unset_variables
-from maskmoe.launch.devices import find_devices
+from maskmoe.launch.command import Command, standalone_command, unset_variables
+from maskmoe.launch.devices import GPU_ENVIRONMENT, find_devices
 from maskmoe.launch.supervisor import Supervisor
 
 _PROCESSES_FLAG = "--nproc-per-node"

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from maskmoe.child_process import send_signal
@@ -86,33 +87,32 @@ def run_stages(plan: Plan, line: ProgressLine, before: str | None = None) -> Run
     return record
 
 
+@dataclass(frozen=True)
 class _Runner:
     """Runs the unfinished stages of a plan.
 
-    Args:
+    Attributes:
         plan: the stages.
         record: record of the finished stages.
         line: shows the progress.
         lock: lock of the run folder.
     """
 
-    def __init__(self, plan: Plan, record: RunRecord, line: ProgressLine, lock: RunLock) -> None:
-        self._plan = plan
-        self._files = plan.files
-        self._record = record
-        self._line = line
-        self._lock = lock
+    plan: Plan
+    record: RunRecord
+    line: ProgressLine
+    lock: RunLock
 
     def run(self, before: str | None) -> None:
         """Finish all stages, or all stages before one, see `run_stages`."""
-        makers, stages = self._plan.stages, list[Stage]()
+        makers, stages = self.plan.stages, list[Stage]()
         for number, make_stage in enumerate(makers, start=1):
             stage = make_stage()
             stages.append(stage)
             self._write_commands(stages)
             title = f"[{number}/{len(makers)}] {stage.name:<9}"
-            if self._record.is_finished(stage):
-                self._line.print(f"{title} finished earlier ({format_seconds(self._record[stage.name].seconds)})")
+            if self.record.is_finished(stage):
+                self.line.print(f"{title} finished earlier ({format_seconds(self.record[stage.name].seconds)})")
                 continue
             self._prepare(stage, title)
             if stage.name == before:
@@ -123,33 +123,33 @@ class _Runner:
         """Write the commands of all stages so far as a shell script."""
         parts = [f"#!/usr/bin/env bash\nset -euo pipefail\ncd {shlex.quote(str(Path.cwd()))}\n"]
         parts += [f"# {stage.name}\n{format_command(stage)}\n" for stage in stages]
-        with atomic_output(self._files.commands) as path:
+        with atomic_output(self.plan.files.commands) as path:
             path.write_text("\n".join(parts), encoding="utf-8")
 
     def _prepare(self, stage: Stage, title: str) -> None:
         """Prepare the stage to start from nothing, or to resume from the files of an earlier start."""
-        reason = self._record.reason_to_repeat(stage)
+        reason = self.record.reason_to_repeat(stage)
         if reason is not None:
-            self._line.print(f"{title} is repeated: {reason}")
-        if stage.is_resumable and stage.name in self._record and reason is None:
-            self._line.print(f"{title} resumes")
+            self.line.print(f"{title} is repeated: {reason}")
+        if stage.is_resumable and stage.name in self.record and reason is None:
+            self.line.print(f"{title} resumes")
         else:
             self._set_aside(stage, title)
-            self._record.begin(stage)
+            self.record.begin(stage)
         for folder in stage.scratch:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _set_aside(self, stage: Stage, title: str) -> None:
         """Move the files of an earlier start to the folder `previous`, so that no file is lost or mixed up."""
         made = (*stage.outputs, *stage.byproducts)
-        candidates = (*made, self._files.log(stage.name))
+        candidates = (*made, self.plan.files.log(stage.name))
         # A folder is moved with all that it contains.
         left = [path for path in candidates if path.exists() and not any(folder in path.parents for folder in made)]
         if any(path in made for path in left):
-            self._line.print(f"{title} earlier output is kept in {short_path(self._files.previous)}")
+            self.line.print(f"{title} earlier output is kept in {short_path(self.plan.files.previous)}")
         for path in left:
-            self._files.previous.mkdir(exist_ok=True)
-            kept = self._files.previous / path.name
+            self.plan.files.previous.mkdir(exist_ok=True)
+            kept = self.plan.files.previous / path.name
             if kept.is_dir():
                 shutil.rmtree(kept)
             os.replace(path, kept)
@@ -161,24 +161,24 @@ class _Runner:
             UserError: the stage failed because of its input.
             RunFailure: the stage failed for another reason.
         """
-        log = self._files.log(stage.name)
-        progress = StageProgress(title, self._plan.seq_length)
-        process = StageProcess(stage.command, stage.environment, log, self._lock)
+        log = self.plan.files.log(stage.name)
+        progress = StageProgress(title, stage.seq_length)
+        process = StageProcess(stage.command, stage.environment, log, self.lock)
         lines: list[str] = []
         try:
             if exit_code := self._follow(process, progress, lines):
                 # A killed command leaves processes behind.
-                send_signal(other_holders(self._lock), signal.SIGKILL)
+                send_signal(other_holders(self.lock), signal.SIGKILL)
                 reason = explain_failure(exit_code, lines)
                 raise type(reason)(f"stage {stage.name} failed: {reason} (full output: {short_path(log)})")
         except BaseException:
             if process.exit_code is None:
-                self._line.print(f"{title} is being stopped")
+                self.line.print(f"{title} is being stopped")
             process.stop()
-            self._record.pause(stage, progress.seconds)
+            self.record.pause(stage, progress.seconds)
             raise
-        self._record.finish(stage, progress.seconds)
-        self._line.print(f"{title} done in {format_seconds(self._record[stage.name].seconds)}")
+        self.record.finish(stage, progress.seconds)
+        self.line.print(f"{title} done in {format_seconds(self.record[stage.name].seconds)}")
 
     def _follow(self, process: StageProcess, progress: StageProgress, lines: list[str]) -> int:
         """Show the progress and collect the printed lines until the process has ended; return its exit code."""
@@ -187,7 +187,7 @@ class _Runner:
             for line in process.new_lines():
                 lines.append(line)
                 progress.read(line)
-            self._line.update(str(progress))
+            self.line.update(str(progress))
             if exit_code is not None:
                 return exit_code
             process.wait(_POLL_SECONDS)

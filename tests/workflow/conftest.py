@@ -32,8 +32,6 @@ class StubRun:
         self._plan_file = folder / "plan.json"
 
     # The attributes of a plan, see `maskmoe.workflow.stage.Plan`.
-    seq_length = 8
-
     @property
     def files(self):
         return StageFiles(self.folder)

@@ -15,7 +15,6 @@ from maskmoe.workflow.stage import Stage
 class StubPlan:
     files: StageFiles
     stages: tuple
-    seq_length: int = 8
 
 
 def read_plan(folder, path):

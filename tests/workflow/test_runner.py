@@ -110,7 +110,7 @@ def test_scratch_of_an_earlier_start_is_removed(tmp_path):
     (scratch / "incomplete").touch()
     program = f"import os; assert not os.path.exists({str(scratch)!r})"
     stage = Stage("stub", (sys.executable, "-c", program), (), (), scratch=(scratch,))
-    plan = SimpleNamespace(files=StageFiles(tmp_path), stages=(lambda: stage,), seq_length=8)
+    plan = SimpleNamespace(files=StageFiles(tmp_path), stages=(lambda: stage,))
     assert run_stages(plan, ProgressLine(io.StringIO()))["stub"].is_finished
 
 
