@@ -3,8 +3,8 @@
 import os
 import signal
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,16 +33,16 @@ def run_tool(main: Callable[[], None]) -> None:
             # The first rank of the node usually fails with the same error. Torchrun then ends this rank while it waits.
             time.sleep(_REPORT_DELAY)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, RunFailure):
-            sys.exit(EXIT_RUN_FAILURE)
-        leave_exit_code(EXIT_BAD_INPUT)
-        sys.exit(EXIT_BAD_INPUT)
+        code = EXIT_RUN_FAILURE if isinstance(error, RunFailure) else EXIT_BAD_INPUT
     except SystemExit as exit_request:
-        if exit_request.code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
-            leave_exit_code(exit_request.code)
-        raise
+        code = exit_request.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    else:
+        return
+    if code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
+        leave_exit_code(code)
+    sys.exit(code)
 
 
 @contextmanager
@@ -57,18 +57,13 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose an existing, writable folder") from error
-    os.close(descriptor)
-    temporary_path = Path(temporary)
     try:
-        yield temporary_path
-        # mkstemp makes private files. Give the output the permissions of any other new file: those of the umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary_path.chmod(0o666 & ~umask)
-        os.replace(temporary_path, path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        temporary_path.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

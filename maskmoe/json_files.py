@@ -1,24 +1,60 @@
-"""Reads JSON files that may be damaged."""
+"""Reads JSON files, which pydantic validates, and writes JSON files."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
+    """Read a JSON object whose content is not known in advance.
 
     Raises:
         UserError: the file cannot be read, or does not contain a JSON object.
     """
+    return read_record(dict[str, Any], path, "replace the file by an intact copy")
+
+
+def read_record[T](kind: type[T], path: Path, advice: str) -> T:
+    """Read a JSON file that `write_record` has written.
+
+    Args:
+        kind: dataclass of the content.
+        path: the file.
+        advice: what the user can do about a damaged file.
+
+    Raises:
+        UserError: the file cannot be read or is damaged.
+    """
     try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise TypeError
+        return TypeAdapter(kind).validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it does not contain a JSON object") from error
-    return values
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({first_problem(error)}); {advice}") from error
+
+
+def write_record(record: object, path: Path, indent: int | None = None) -> None:
+    """Write a dataclass as a JSON file, which replaces an older file atomically."""
+    # A loss may be NaN, which `dump_json` would write as null.
+    content = TypeAdapter(type(record)).dump_python(record)
+    separators = (",", ":") if indent is None else None
+    with atomic_output(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, separators=separators) + "\n", encoding="utf-8")
+
+
+def first_problem(error: ValidationError) -> str:
+    """Describe the first problem of a validation on one line: its place, then what is wrong."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        message = "is missing"
+    elif message.startswith("Input should"):
+        value = f", not {problem['input']}" if isinstance(problem["input"], str | int | float) else ""
+        message = message.removeprefix("Input ") + value
+    return f"{place}: {message}" if place else message

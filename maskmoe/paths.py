@@ -1,8 +1,11 @@
-"""The folders that MaskMoE uses by default."""
+"""The folders and scripts that MaskMoE uses by default, and short names for paths."""
 
 from pathlib import Path
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
+
+SUBMIT_SCRIPT = _CHECKOUT / "launch" / "slurm" / "submit.sh"
+"""The script that submits training to Slurm. The script exists only in a checkout of the repository."""
 
 
 def runs_folder() -> Path:
@@ -12,3 +15,9 @@ def runs_folder() -> Path:
     """
     is_checkout = (_CHECKOUT / "launch" / "pretrain.sh").exists()
     return (_CHECKOUT if is_checkout else Path.cwd()) / "runs"
+
+
+def short_path(path: Path | str) -> str:
+    """Return the path relative to the current folder if the path lies inside, else the path unchanged."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from maskmoe.comparison.quickstart import QuickstartPlan, Settings, quickstart_suite
 from maskmoe.comparison.quickstart_report import write_report
 from maskmoe.errors import UserError
+from maskmoe.json_files import first_problem
 from maskmoe.launch.devices import find_devices
 from maskmoe.paths import runs_folder
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
-from maskmoe.workflow.entry import run_to_end
-from maskmoe.workflow.json_records import first_problem
+from maskmoe.workflow.runner import run_to_end
 
 
 def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
@@ -37,20 +37,13 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.set_defaults(**{flag.replace("-", "_"): words[0] for flag, words in defaults.items() if words})
     parser.set_defaults(seed=variant.seeds[0])
 
-    def add(group: argparse._ArgumentGroup, flag: str, kind: type, text: str, metavar: str | None = "N") -> None:
-        choices = ASSIGNMENTS if flag == "--assignment" else None
-        group.add_argument(flag, type=kind, metavar=metavar, choices=choices, help=f"{text} [%(default)s]")
+    def add(group: argparse._ArgumentGroup, flag: str, kind: type, text: str, metavar: str = "N") -> None:
+        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} [%(default)s]")
 
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--input",
-        nargs="+",
-        type=Path,
-        default=(),
-        metavar="FILE",
-        help="text to train on: JSON lines (.jsonl) or plain text, also .gz and .zst "
-        "[sources and documentation of the installed Python and its packages]",
-    )
+    text = "text to train on: JSON lines (.jsonl) or plain text, also .gz and .zst "
+    text += "[sources and documentation of the installed Python and its packages]"
+    files.add_argument("--input", nargs="+", type=Path, default=(), metavar="FILE", help=text)
     files.add_argument("--json-key", default="text", metavar="KEY", help="key that holds the text in JSON lines [text]")
     run_dir = runs_folder() / "quickstart"
     files.add_argument("--run-dir", type=Path, default=run_dir, metavar="DIR", help="all files [runs/quickstart]")
@@ -64,7 +57,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     mask = parser.add_argument_group("routing mask")
     add(mask, "--frequent-mass", float, "the ids that make up this share of the text see several experts", "P")
     add(mask, "--frequent-visible-experts", int, "experts that such an id sees; all other ids see one expert", "V")
-    add(mask, "--assignment", str, "how experts are assigned to ids", None)
+    mask.add_argument("--assignment", choices=ASSIGNMENTS, help="how experts are assigned to ids [%(default)s]")
 
     training = parser.add_argument_group("training")
     add(training, "--seq-length", int, "number of tokens in a sample")
@@ -76,7 +69,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     try:
         return Settings(**vars(parser.parse_args(arguments)))
     except ValidationError as error:
-        field, _, problem = first_problem(error).partition(": ")
+        place, _, problem = first_problem(error).partition(": ")
+        field = place.partition(".")[0]  # a place such as `input.0` also says which of several values is wrong
         raise UserError(f"--{field.replace('_', '-')}: {problem}") from error
 
 

@@ -1,4 +1,4 @@
-"""The dataset that all runs of a suite train on."""
+"""The dataset that all runs of a suite train on, and the stages that make the dataset."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,28 +9,35 @@ from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
 from maskmoe.workflow.files import TextFiles
 from maskmoe.workflow.split import choose_split
-from maskmoe.workflow.stage import Stage, StageMaker
-from maskmoe.workflow.stages import TextStages, count_tokens
+from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
+
+_MAX_TOKENIZER_LINES = 1_000_000
+_SHUFFLE_SEED = 0  # belongs to the text: all runs, whatever their seeds, hold out the same documents
 
 
 @dataclass(frozen=True)
 class TextData:
-    """A dataset that is made from text. Its last documents are held out.
+    """A dataset that is made from text, with its tokenizer and its token counts. Its last documents are held out.
 
     Attributes:
         files: where the stages keep their files.
-        text: the stages.
+        text: text files; if empty, the text is the sources and documentation of the installed Python and its packages.
+        vocab_size: number of ids of the tokenizer.
         seq_length: tokens in a sample.
+        corpus_flags: flags of `maskmoe corpus`, used if `text` is empty.
     """
 
     files: TextFiles
-    text: TextStages
+    text: tuple[Path, ...]
+    vocab_size: int
     seq_length: int
+    corpus_flags: tuple[str, ...] = ()
 
     @property
     def stages(self) -> tuple[StageMaker, ...]:
         """Makers of all stages from text to token counts."""
-        return self.text.all
+        corpus = () if self.text else (self.corpus,)
+        return (*corpus, self.tokenizer, self.dataset, self.frequency)
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -40,7 +47,7 @@ class TextData:
     @property
     def folders(self) -> tuple[Path, ...]:
         """Folders of the dataset and of the text."""
-        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in self.text.input)]))
+        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in self.text)]))
 
     @property
     def flags(self) -> Flags:
@@ -52,13 +59,52 @@ class TextData:
             "tokenizer-model": (str(self.files.tokenizer_model),),
         }
 
+    def corpus(self) -> Stage:
+        """Collect text of the installed Python and its packages."""
+        command = maskmoe_command("corpus", *self.corpus_flags, "--output", self.files.corpus)
+        return Stage("corpus", command, inputs=(), outputs=(self.files.corpus,))
+
+    def tokenizer(self) -> Stage:
+        """Train a SentencePiece tokenizer on the text."""
+        command = maskmoe_command(
+            "tokenizer",
+            *("--input", *self._text, "--json-keys", self.files.json_key),
+            *("--vocab-size", self.vocab_size, "--max-lines", _MAX_TOKENIZER_LINES),
+            *("--output-prefix", self.files.tokenizer_prefix),
+        )
+        vocabulary = Path(f"{self.files.tokenizer_prefix}.vocab")
+        return Stage("tokenizer", command, inputs=self._text, outputs=(self.files.tokenizer_model, vocabulary))
+
+    def dataset(self) -> Stage:
+        """Encode the text into a dataset, with its documents shuffled.
+
+        The last documents are held out for evaluation. Shuffled documents make the held-out text resemble the training
+        text.
+        """
+        command = maskmoe_command(
+            "preprocess",
+            *("--input", *self._text, "--json-keys", self.files.json_key),
+            *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", self.files.tokenizer_model),
+            *("--output-prefix", self.files.dataset_stem, "--append-eod", "--shuffle-seed", _SHUFFLE_SEED),
+        )
+        inputs = (*self._text, self.files.tokenizer_model)
+        return Stage("dataset", command, inputs=inputs, outputs=self.files.dataset)
+
+    def frequency(self) -> Stage:
+        """Count the tokens of the dataset."""
+        files = self.files
+        return _count_tokens([str(files.dataset_prefix)], self.vocab_size, files.dataset, files.token_frequency)
+
+    @property
+    def _text(self) -> tuple[Path, ...]:
+        return self.text or (self.files.corpus,)
+
 
 @dataclass(frozen=True)
 class MissingData:
     """The data of a suite whose text the user must name but has not named. The runs can be listed, but not started."""
 
     files: TextFiles
-    seq_length: int
 
     @property
     def stages(self) -> NoReturn:
@@ -79,13 +125,11 @@ class PreparedData:
         files: where the stages keep their files.
         flags: flags of training and evaluation that name the dataset.
         vocab_size: number of ids of the tokenizer.
-        seq_length: tokens in a sample.
     """
 
     files: TextFiles
     flags: Flags
     vocab_size: str
-    seq_length: int
 
     @property
     def stages(self) -> tuple[StageMaker, ...]:
@@ -106,7 +150,12 @@ class PreparedData:
 
     def frequency(self) -> Stage:
         """Count the tokens of the dataset."""
-        return count_tokens(self.flags["data-path"], self.vocab_size, self.inputs, self.files.token_frequency)
+        return _count_tokens(self.flags["data-path"], self.vocab_size, self.inputs, self.files.token_frequency)
+
+
+def _count_tokens(data_path: Sequence[str], vocab_size: int | str, inputs: tuple[Path, ...], output: Path) -> Stage:
+    flags = ("--data-path", *data_path, "--vocab-size", vocab_size, "--output", output)
+    return Stage("frequency", maskmoe_command("count", *flags), inputs=inputs, outputs=(output,))
 
 
 Data = TextData | PreparedData | MissingData
@@ -114,7 +163,6 @@ Data = TextData | PreparedData | MissingData
 
 - `files`: where the stages keep their files;
 - `stages`: makers of the stages that make the dataset;
-- `seq_length`: tokens in a sample;
 - `inputs`: files of the dataset;
 - `folders`: folders that every process of a run must be able to read;
 - `flags`: flags of training and evaluation that name the dataset.
@@ -144,15 +192,15 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
         raise UserError("the suite's section `data` needs vocab-size")
     vocab_size = flags["vocab-size"][0]
     if "data-path" in flags:
-        return PreparedData(files, _flags_of_dataset(flags), vocab_size, seq_length)
+        return PreparedData(files, _flags_of_dataset(flags), vocab_size)
     if flags.get("input") == ("required",):
-        return MissingData(files, seq_length)
+        return MissingData(files)
     text = tuple(Path(word).absolute() for word in flags.get("input", ()))
     for path in text:
         if not path.is_file():
             raise UserError(f"the text file {path} does not exist; name files by --input")
     corpus_flags = ("--max-bytes", *flags["max-bytes"]) if "max-bytes" in flags else ()
-    return TextData(files, TextStages(files, text, int(vocab_size), corpus_flags), seq_length)
+    return TextData(files, text, int(vocab_size), seq_length, corpus_flags)
 
 
 def _flags_of_dataset(flags: Flags) -> Flags:

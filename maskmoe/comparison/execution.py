@@ -14,11 +14,11 @@ from maskmoe.comparison.results import collect_results
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.slurm import SlurmJobs, next_runs, record_training, refuse_while_jobs_are_queued
 from maskmoe.errors import RunFailure
-from maskmoe.workflow.entry import run_stages, run_to_end, working_in
+from maskmoe.paths import short_path
 from maskmoe.workflow.lock import RunLock, locked
-from maskmoe.workflow.paths import short_path
 from maskmoe.workflow.process import StageProcess
 from maskmoe.workflow.progress import ProgressLine, format_seconds
+from maskmoe.workflow.runner import run_stages, run_to_end, working_in
 
 _POLL_SECONDS = 0.5
 

@@ -1,7 +1,6 @@
 """The stages of each run: its mask, training, evaluation, and the analysis of its routing."""
 
 import math
-from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from maskmoe.cli import atomic_output
 from maskmoe.comparison.data import Data, dataset_prefixes
 from maskmoe.comparison.runs import Run, checkpoint_iterations, training_flags
 from maskmoe.comparison.suite import Suite
-from maskmoe.launch.devices import Devices
-from maskmoe.launch.model_file import LAYOUTS, Flags
-from maskmoe.workflow import stages
+from maskmoe.launch.command import standalone_command
+from maskmoe.launch.devices import DEVICE_FLAGS, Devices
+from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
 from maskmoe.workflow.files import TrainingFiles
 from maskmoe.workflow.process import read_log
 from maskmoe.workflow.record import RunRecord
@@ -21,7 +20,6 @@ from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 from maskmoe.workflow.training_log import TrainingHistory
 
 
-@dataclass(frozen=True)
 class RunFiles(TrainingFiles):
     """The files of a run."""
 
@@ -34,6 +32,12 @@ class RunFiles(TrainingFiles):
     def slurm(self) -> Path:
         """Folder with the logs of Slurm jobs that train or evaluate the run."""
         return self.folder / "slurm"
+
+    @property
+    def training_logs(self) -> tuple[Path, ...]:
+        """Existing logs of training, here and in Slurm jobs, the newest last."""
+        logs = [path for path in (*self.slurm.glob("*/attempt*.log"), self.log("train")) if path.exists()]
+        return tuple(sorted(logs, key=lambda path: path.stat().st_mtime_ns))
 
 
 class RunPlan:
@@ -59,11 +63,6 @@ class RunPlan:
         self._processes = processes or devices.num_gpus or 1
         self._flags = training_flags(suite, run)
         self._saved = checkpoint_iterations(suite, run)
-
-    @property
-    def seq_length(self) -> int:
-        """Tokens in a sample."""
-        return int(self._flags["seq-length"][0])
 
     @property
     def stages(self) -> tuple[StageMaker, ...]:
@@ -102,38 +101,43 @@ class RunPlan:
                 path.write_text(self._model_text(), encoding="utf-8")
 
     def history(self) -> TrainingHistory:
-        """Return the losses that the run has logged so far, here and in Slurm jobs; the newest log counts last."""
-        logs = [path for path in (*self.files.slurm.glob("*/attempt*.log"), self.files.log("train")) if path.exists()]
-        logs.sort(key=lambda path: path.stat().st_mtime_ns)
-        return TrainingHistory(line for log in logs for line in read_log(log))
+        """Return the losses that the run has logged so far."""
+        return TrainingHistory(line for log in self.files.training_logs for line in read_log(log))
 
     def mask(self) -> Stage:
         """Build the run's routing mask."""
+        frequency, mask = self._data.files.token_frequency, self.files.routing_mask
         flags = {
+            "token-frequency": (str(frequency),),
             "num-experts": self._flags["num-experts"],
             "num-layers": self._flags["num-layers"],
             "seed": (str(self.run.seed),),
             **(self.run.variant.mask or {}),
         }
-        return stages.build_mask(flags, self._data.files.token_frequency, self.files.routing_mask)
+        command = maskmoe_command("mask", *flag_words(flags), "--output", mask)
+        return Stage("mask", command, inputs=(frequency,), outputs=(mask,))
 
     def check(self) -> Stage:
         """Check the run's settings."""
         backend = () if self._devices.num_gpus else ("--distributed-backend", "gloo")
-        return stages.check_settings((*self._launch("--check"), "--json", *backend), self._inputs_of_launch)
+        command = (*self._launch("--check"), "--json", *backend)
+        return Stage("check", command, self._inputs_of_launch, (), machine_flags=frozenset({"--distributed-backend"}))
 
     def train(self) -> Stage:
-        """Train the run's model by launch/pretrain.sh."""
-        return stages.train(
-            self.files,
+        """Train the run's model by launch/pretrain.sh, or resume its training."""
+        return Stage(
+            "train",
             self._launch("--no-check"),
-            inputs=self._inputs_of_launch,
-            last_checkpoint=self.last_checkpoint,
-            byproducts=(self.files.slurm,),
+            self._inputs_of_launch,
+            outputs=(self.last_checkpoint,),
+            byproducts=(self.files.checkpoints, self.files.tensorboard, self.files.slurm),
+            scratch=(self.files.dataset_cache,),
+            is_resumable=True,
+            seq_length=int(self._flags["seq-length"][0]),
         )
 
     def evaluate(self) -> Stage:
-        """Evaluate the trained model."""
+        """Evaluate the trained model on all held-out text."""
         num_experts = int(self._flags.get("num-experts", ("1",))[0])
         flags = {
             "expert-model-parallel-size": (str(math.gcd(self._processes, num_experts)),),
@@ -142,10 +146,24 @@ class RunPlan:
             "micro-batch-size": self._flags.get("micro-batch-size", ("1",)),
             "token-frequency": (str(self._data.files.token_frequency),),
         }
-        return stages.evaluate(self.files, self._processes, flags, self._inputs_of_evaluation, self._devices)
+        words = (
+            *("--load", str(self.files.checkpoints), "--use-checkpoint-args"),
+            *flag_words(flags),
+            *("--eval-output", str(self.files.evaluation)),
+            *self._devices.megatron_flags,
+        )
+        return Stage(
+            "evaluate",
+            standalone_command(self._processes, "maskmoe.training.evaluate", words),
+            self._inputs_of_evaluation,
+            outputs=(self.files.evaluation,),
+            scratch=(self.files.dataset_cache,),
+            environment=self._devices.environment,
+            machine_flags=DEVICE_FLAGS | {"--nproc-per-node", "--expert-model-parallel-size"},
+        )
 
     def routing(self) -> Stage:
-        """Analyze how the run's checkpoints route."""
+        """Analyze how the run's checkpoints route held-out text."""
         data = self._data.flags
         flags = {
             "data-path": (dataset_prefixes(data["data-path"])[0],),
@@ -153,12 +171,16 @@ class RunPlan:
             "tokens": (str(self._suite.probe_tokens),),
             "token-frequency": (str(self._data.files.token_frequency),),
         }
-        return stages.analyze_routing(self.files, self._saved, flags, self._inputs_of_evaluation, self._devices)
+        checkpoints, output = ("--load", self.files.checkpoints, "--ckpt-step", *self._saved), self.files.routing
+        command = maskmoe_command("analyze", *checkpoints, *flag_words(flags), "--output-dir", output)
+        environment = self._devices.environment
+        return Stage("routing", command, self._inputs_of_evaluation, outputs=(output,), environment=environment)
 
     def thin(self) -> Stage:
         """Remove all checkpoints but the last."""
         routing = (self.files.routing,) if self.run.variant.has_experts else ()
-        return stages.thin_checkpoints(self.files, (self.files.evaluation, *routing))
+        command = maskmoe_command("thin", "--load", self.files.checkpoints)
+        return Stage("thin", command, inputs=(self.files.evaluation, *routing), outputs=())
 
     @property
     def last_checkpoint(self) -> Path:

@@ -2,21 +2,22 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
 from maskmoe.comparison.data import TextData
 from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.suite import Suite
+from maskmoe.launch.command import standalone_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import Flags, flag_words, override
-from maskmoe.launch.torchrun import standalone_command
-from maskmoe.workflow import stages
 from maskmoe.workflow.files import TextFiles
 from maskmoe.workflow.split import choose_split, opening_of_held_out_text
-from maskmoe.workflow.stage import Stage, StageMaker
+from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 
 _SUITE = Path(__file__).parent / "suites" / "quickstart.yaml"
 _HEAD_SIZE = 32
@@ -32,20 +33,37 @@ def quickstart_suite() -> Suite:
     return Suite.read(_SUITE, {})
 
 
-class Settings(BaseModel):
+def _check_input(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
+    return path.absolute()
+
+
+def _check_run_dir(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, not a folder")
+    return path.absolute()
+
+
+def _check_visible_experts(number: int, info: ValidationInfo) -> int:
+    num_experts = info.data.get("num_experts", number)
+    if not 2 <= number <= num_experts:
+        raise ValueError(f"must be between 2 and --num-experts {num_experts}, not {number}")
+    return number
+
+
+class Settings(BaseModel, frozen=True):
     """The settings of a quickstart, see `maskmoe quickstart --help`. Wrong values raise a ValidationError."""
 
-    model_config = ConfigDict(frozen=True)
-
-    input: tuple[Path, ...]
-    run_dir: Path
+    input: tuple[Annotated[Path, AfterValidator(_check_input)], ...]
+    run_dir: Annotated[Path, AfterValidator(_check_run_dir)]
     json_key: str
     vocab_size: int
     num_layers: int = Field(ge=1)
     hidden_size: int = Field(ge=_HEAD_SIZE, multiple_of=_HEAD_SIZE)
     num_experts: int = Field(ge=2)
     frequent_mass: float = Field(ge=0, le=1)
-    frequent_visible_experts: int
+    frequent_visible_experts: Annotated[int, AfterValidator(_check_visible_experts)]
     assignment: str
     seq_length: int = Field(ge=32)
     global_batch_size: int = Field(ge=1)
@@ -54,61 +72,29 @@ class Settings(BaseModel):
     seed: int
     prompt: str | None
 
-    @field_validator("input")
-    @classmethod
-    def _check_input(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
-        for path in paths:
-            if not path.is_file():
-                raise ValueError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
-        return tuple(path.absolute() for path in paths)
-
-    @field_validator("run_dir")
-    @classmethod
-    def _check_run_dir(cls, path: Path) -> Path:
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is a file, not a folder")
-        return path.absolute()
-
-    @field_validator("frequent_visible_experts")
-    @classmethod
-    def _check_visible_experts(cls, number: int, info: ValidationInfo) -> int:
-        num_experts = info.data.get("num_experts", number)
-        if not 2 <= number <= num_experts:
-            raise ValueError(f"must be between 2 and --num-experts {num_experts}, not {number}")
-        return number
-
     def suite(self, devices: Devices) -> Suite:
         """Return the suite with these settings, for a training on all devices of this machine."""
         suite = quickstart_suite()
         (variant,) = suite.variants.values()
         # Every rank processes one micro-batch, so the global batch is rounded up to a multiple of the ranks.
         micro_batch_size = -(-self.global_batch_size // devices.num_processes)
-        expert_model_parallel_size = devices.expert_model_parallel_size(self.num_experts)
+        expert_parallel = {"expert_model_parallel_size": devices.expert_model_parallel_size(self.num_experts)}
         flags = {
-            "num-layers": self.num_layers,
-            "hidden-size": self.hidden_size,
-            "num-attention-heads": self.hidden_size // _HEAD_SIZE,
-            "init-method-std": f"{0.6 / math.sqrt(self.hidden_size):.3g}",
-            "num-experts": self.num_experts,
-            "moe-ffn-hidden-size": 2 * self.hidden_size,
-            "expert-model-parallel-size": expert_model_parallel_size,
-            "seq-length": self.seq_length,
-            "max-position-embeddings": self.seq_length,
-            "micro-batch-size": micro_batch_size,
-            "global-batch-size": micro_batch_size * devices.num_processes,
-            "train-iters": self.train_iters,
-            "eval-interval": max(1, self.train_iters // _EVALUATIONS),
-            "log-interval": max(1, self.train_iters // _LOG_LINES),
+            **self.model_dump(include={"num_layers", "hidden_size", "num_experts", "seq_length", "train_iters"}),
+            **expert_parallel,
+            "num_attention_heads": self.hidden_size // _HEAD_SIZE,
+            "init_method_std": f"{0.6 / math.sqrt(self.hidden_size):.3g}",
+            "moe_ffn_hidden_size": 2 * self.hidden_size,
+            "max_position_embeddings": self.seq_length,
+            "micro_batch_size": micro_batch_size,
+            "global_batch_size": micro_batch_size * devices.num_processes,
+            "eval_interval": max(1, self.train_iters // _EVALUATIONS),
+            "log_interval": max(1, self.train_iters // _LOG_LINES),
         }
-        mask = {
-            "frequent-mass": self.frequent_mass,
-            "frequent-visible-experts": self.frequent_visible_experts,
-            "assignment": self.assignment,
-            "expert-model-parallel-size": expert_model_parallel_size,
-        }
+        mask = self.model_dump(include={"frequent_mass", "frequent_visible_experts", "assignment"}) | expert_parallel
         update = {
-            "flags": override(variant.flags, _words(flags)),
-            "mask": override(variant.mask or {}, _words(mask)),
+            "flags": override(variant.flags, _flags(flags)),
+            "mask": override(variant.mask or {}, _flags(mask)),
             "seeds": (self.seed,),
         }
         variants = {variant.name: variant.model_copy(update=update)}
@@ -116,8 +102,8 @@ class Settings(BaseModel):
         return suite.model_copy(update={"variants": variants, "learning_rates": learning_rates})
 
 
-def _words(values: Mapping[str, object]) -> Flags:
-    return {name: (str(value),) for name, value in values.items()}
+def _flags(settings: Mapping[str, object]) -> Flags:
+    return {name.replace("_", "-"): (str(value),) for name, value in settings.items()}
 
 
 class QuickstartPlan(RunPlan):
@@ -131,14 +117,12 @@ class QuickstartPlan(RunPlan):
     def __init__(self, settings: Settings, devices: Devices) -> None:
         suite = settings.suite(devices)
         (variant,) = suite.variants.values()
-        files = TextFiles(settings.run_dir, settings.json_key)
-        text = stages.TextStages(files, settings.input, settings.vocab_size)
-        data = TextData(files, text, settings.seq_length)
-        run = Run(variant, settings.seed, suite.learning_rates.values[0], "whole")
-        super().__init__(suite, run, data, settings.run_dir, devices, devices.num_processes)
         self.settings = settings
         self.devices = devices
-        self.text_files = files
+        self.text_files = TextFiles(settings.run_dir, settings.json_key)
+        data = TextData(self.text_files, settings.input, settings.vocab_size, settings.seq_length)
+        run = Run(variant, settings.seed, suite.learning_rates.values[0], "whole")
+        super().__init__(suite, run, data, settings.run_dir, devices, devices.num_processes)
 
     @property
     def stages(self) -> tuple[StageMaker, ...]:
@@ -146,27 +130,32 @@ class QuickstartPlan(RunPlan):
         return (*self._data.stages, self.mask, self.train, self.evaluate, self.export, self.sample)
 
     def train(self) -> Stage:
-        """Train the model on all devices of this machine."""
+        """Train the model on all devices of this machine, or resume its training."""
         files = self.files
-        folders = {"save": files.checkpoints, "load": files.checkpoints, "tensorboard-dir": files.tensorboard}
-        flags = {**self.flags, **_words(folders), "keep-last-checkpoints": ("1",)}
-        arguments = (*flag_words(flags), *self.devices.megatron_flags)
-        return stages.train(
-            files,
-            standalone_command(self.devices.num_processes, "maskmoe.training.pretrain", arguments),
-            inputs=self.training_inputs,
-            last_checkpoint=self.last_checkpoint,
-            devices=self.devices,
-        )
+        folders = {"save": files.checkpoints, "load": files.checkpoints, "tensorboard_dir": files.tensorboard}
+        flags = {**self.flags, **_flags(folders), "keep-last-checkpoints": ("1",)}
+        words = (*flag_words(flags), *self.devices.megatron_flags)
+        command = standalone_command(self.devices.num_processes, "maskmoe.training.pretrain", words)
+        environment = self.devices.environment
+        return replace(super().train(), command=command, inputs=self.training_inputs, environment=environment)
 
     def export(self) -> Stage:
-        """Export the trained model to transformers."""
-        return stages.export(self.files, self.last_checkpoint, self.text_files.tokenizer_model)
+        """Export the trained model, with its tokenizer, to the format of transformers."""
+        folders = ("--load", self.files.checkpoints, "--save", self.files.model)
+        command = maskmoe_command("convert", "megatron-to-hf", *folders)
+        inputs = (self.last_checkpoint, self.text_files.tokenizer_model)
+        return Stage("export", command, inputs, outputs=(self.files.model,))
 
     def sample(self) -> Stage:
         """Let the exported model continue the prompt."""
-        num_tokens = min(_SAMPLE_TOKENS, self.settings.seq_length - _PROMPT_TOKENS)
-        return stages.sample(self.files, self._prompt, num_tokens, self.settings.seed)
+        model, sample = self.files.model, self.files.sample
+        words = (
+            *("--model", model),
+            f"--prompt={self._prompt}",  # one word, so that the prompt may begin with a dash
+            *("--max-new-tokens", min(_SAMPLE_TOKENS, self.settings.seq_length - _PROMPT_TOKENS)),
+            *("--seed", self.settings.seed, "--output", sample),
+        )
+        return Stage("sample", maskmoe_command("sample", *words), inputs=(model,), outputs=(sample,))
 
     @property
     def _prompt(self) -> str:

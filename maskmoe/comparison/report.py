@@ -8,7 +8,7 @@ from maskmoe.cli import atomic_output
 from maskmoe.comparison.markdown import render
 from maskmoe.comparison.plots import draw_plots
 from maskmoe.comparison.results import Estimate, Results, RunResult, differences_to
-from maskmoe.workflow.json_records import write_record
+from maskmoe.json_files import write_record
 
 
 def write_report(results: Results, folder: Path) -> Path:

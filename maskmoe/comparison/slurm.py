@@ -14,14 +14,14 @@ from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.runs import Run, tuning_runs
 from maskmoe.comparison.slurm_options import SlurmOptions
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.json_files import read_record, write_record
+from maskmoe.paths import SUBMIT_SCRIPT, short_path
 from maskmoe.workflow.failure import explain_failure
-from maskmoe.workflow.json_records import read_record, write_record
 from maskmoe.workflow.lock import locked
-from maskmoe.workflow.paths import SUBMIT_SCRIPT, short_path
 from maskmoe.workflow.process import read_log
 from maskmoe.workflow.progress import ProgressLine
 from maskmoe.workflow.record import RunRecord
-from maskmoe.workflow.runner import Runner
+from maskmoe.workflow.runner import run_stages
 
 _CHECKOUT = SUBMIT_SCRIPT.parents[2]
 _COMPARE = ("-P", "-m", "maskmoe", "compare")
@@ -87,7 +87,7 @@ def _reason(plan: RunPlan) -> str:
     logs = sorted(plan.files.slurm.glob("*.log"), key=lambda log: log.stat().st_mtime_ns)
     if not logs:
         return "no job has started the run"
-    reason = explain_failure(1, read_log(logs[-1])).message
+    reason = str(explain_failure(1, read_log(logs[-1])))
     # The message of a failed stage names the stage's log already.
     return reason if "(full output: " in reason else f"{reason} (full output: {short_path(logs[-1])})"
 
@@ -102,7 +102,7 @@ def record_training(plan: RunPlan) -> bool:
         return False
     with locked(plan.files.lock):
         record, stage = RunRecord(plan.files.record), plan.train()
-        if not record.is_started(stage) or record.is_finished(stage) or record.reason_to_repeat(stage):
+        if stage.name not in record or record.is_finished(stage) or record.reason_to_repeat(stage):
             return False
         record.finish(stage, plan.history().training_seconds)
     return True
@@ -160,8 +160,8 @@ class SlurmJobs:
         """Submit the jobs that finish runs of the next phase, and the job that continues the comparison afterwards.
 
         Raises:
-            RunFailure: this is the job that continues the comparison, and the other jobs have not finished any run.
-            StageError: a mask cannot be made.
+            RunFailure: a mask cannot be made, or this is the job that continues the comparison, and the other jobs have
+                not finished any run.
             UserError: Slurm refuses a job, or another command works on a run.
         """
         phase = self._phase(runs)
@@ -214,8 +214,7 @@ class SlurmJobs:
             if element in phase.to_train:
                 plan.prepare()
                 line.print(run.name)
-                with locked(plan.files.lock) as lock:
-                    Runner(plan, RunRecord(plan.files.record), line, lock).prepare("train")
+                run_stages(plan, line, before="train")
             plan.files.slurm.mkdir(exist_ok=True)
             (phase.folder / str(element)).symlink_to(os.path.relpath(plan.files.folder, phase.folder))
 

@@ -1,19 +1,40 @@
-"""Builds the command lines of a run from options, flags and the network route."""
+"""Builds the command lines of a run, and of any entry point, with their environment variables."""
 
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from maskmoe.interruption import SIGNALS_THAT_END
+from maskmoe.launch.devices import GPU_ENVIRONMENT
 from maskmoe.launch.model_file import Flags, flag_words, override
 from maskmoe.launch.network import Route
 from maskmoe.launch.options import Options
-from maskmoe.launch.torchrun import Command, torchrun_words
 
-# Megatron requires one connection for tensor and context parallelism on GPUs before Blackwell. A node runs many
-# processes, so each process computes with one thread. Unbuffered output appears at once, also in log files.
-_DEFAULT_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+# A node runs many processes, so each process computes with one thread. Unbuffered output appears at once, also in log
+# files.
+RUN_ENVIRONMENT = {**GPU_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+"""The environment variables of all processes of a run."""
+
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_ENTRY_POINT = "maskmoe.training.pretrain"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line with its environment variables.
+
+    Attributes:
+        words: the program and its arguments.
+        environment: variables that are set in addition to those of this process.
+    """
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """Return one line that can be pasted into a shell."""
+        variables = (f"{name}={shlex.quote(value)}" for name, value in self.environment.items())
+        return " ".join([*variables, shlex.join(self.words)])
 
 
 def run_flags(options: Options, model_flags: Flags, user_flags: Flags) -> Flags:
@@ -22,10 +43,9 @@ def run_flags(options: Options, model_flags: Flags, user_flags: Flags) -> Flags:
     The user's flags override the model file's flags. By default, a run loads from the folder to which it saves, so that
     it resumes when it is started again.
     """
-    flags = override(model_flags, user_flags)
-    save = flags.get("save", (str(options.run_dir / "checkpoints"),))
+    save = override(model_flags, user_flags).get("save", (str(options.run_dir / "checkpoints"),))
     folders = {"save": save, "load": save, "tensorboard-dir": (str(options.run_dir / "tensorboard"),)}
-    return {**{name: words for name, words in folders.items() if name not in {**model_flags, **user_flags}}, **flags}
+    return override({**folders, **model_flags}, user_flags)
 
 
 def torchrun_command(
@@ -44,33 +64,39 @@ def torchrun_command(
         *("--nnodes", str(options.nodes), "--nproc-per-node", str(processes)),
         *_rendezvous_words(options, route),
         *("--max-restarts", str(options.max_restarts), "--monitor-interval", "0.5"),
-        *("--log-dir", str(options.run_dir / "logs" / options.node_name), "--redirects", "3", "--tee", "3"),
+        *("--log-dir", str(options.log_folder), "--redirects", "3", "--tee", "3"),
         *("--log-line-prefix-template", "[rank${rank}]: "),
         *("--signals-to-handle", ",".join(number.name for number in SIGNALS_THAT_END)),
         *("--shutdown-timeout", str(options.shutdown_timeout)),
     )
-    variables = dict(_DEFAULT_ENVIRONMENT)
+    variables = dict(RUN_ENVIRONMENT)
     if options.nodes > 1 and route and route.interface:
         variables |= dict.fromkeys(_INTERFACE_VARIABLES, route.interface)
-    words = torchrun_words(launcher_words, _ENTRY_POINT, flag_words(flags))
+    words = _torchrun_words(launcher_words, "maskmoe.training.pretrain", flag_words(flags))
     return Command(words, unset_variables(variables, environment))
 
 
-def check_command(flags: Flags, ranks: int, environment: Mapping[str, str]) -> Command:
-    """Return the command that checks the flags of a run.
+def standalone_command(
+    processes: int, module: str, arguments: Iterable[str] = (), options: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Return the words that run a module as ranks on this machine alone.
 
     Args:
-        flags: the flags of the run.
-        ranks: the number of ranks of the run.
-        environment: the variables of this process, which are not changed.
+        processes: the number of ranks.
+        module: the entry point, such as `maskmoe.training.pretrain`.
+        arguments: the entry point's arguments.
+        options: further options of torchrun.
     """
-    words = (sys.executable, "-m", _ENTRY_POINT, "--check", str(ranks), *flag_words(flags))
-    return Command(words, unset_variables(_DEFAULT_ENVIRONMENT, environment))
+    return _torchrun_words(("--standalone", "--nproc-per-node", str(processes), *options), module, arguments)
 
 
 def unset_variables(defaults: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
     """Return those default variables that the environment leaves unset or empty."""
     return {name: value for name, value in defaults.items() if not environment.get(name)}
+
+
+def _torchrun_words(options: Iterable[str], module: str, arguments: Iterable[str]) -> tuple[str, ...]:
+    return (sys.executable, "-m", "torch.distributed.run", *options, "-m", module, *arguments)
 
 
 def _rendezvous_words(options: Options, route: Route | None) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,10 @@ _WITHOUT_TRANSFORMER_ENGINE = (
 )
 # Device files of the drivers of NVIDIA, of NVIDIA's Tegra, of AMD, and of Windows Subsystem for Linux.
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
+
+# Megatron requires one connection for tensor and context parallelism on GPUs before Blackwell.
+GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+"""The environment variables that a training process on a GPU needs."""
 
 DEVICE_FLAGS = frozenset(
     word for word in (*_CPU_FLAGS, *_GPU_FLAGS, *_WITHOUT_TRANSFORMER_ENGINE) if word.startswith("--")
@@ -49,10 +54,10 @@ class Devices:
         return math.gcd(self.num_processes, num_experts)
 
     @property
-    def environment(self) -> dict[str, str]:
+    def environment(self) -> Mapping[str, str]:
         """The environment variables of a training process."""
         if self.num_gpus:
-            return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+            return GPU_ENVIRONMENT
         return {"OMP_NUM_THREADS": str(max(1, self.num_cores // self.num_processes))}
 
     @property
@@ -66,19 +71,17 @@ class Devices:
 def find_devices() -> Devices:
     """Return the devices of this machine."""
     return Devices(
-        num_gpus=_count_gpus() if _may_have_gpus() else 0,
+        num_gpus=_count_gpus(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
     )
 
 
-def _may_have_gpus() -> bool:
-    """Return whether torch must count the GPUs, which takes seconds. On Linux, a GPU's driver has a device file."""
-    return sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in _GPU_DEVICE_FILES)
-
-
 def _count_gpus() -> int:
     """Return the number of GPUs that torch can use. A separate process imports torch, to keep this process small."""
+    # Importing torch takes seconds. On Linux, a GPU's driver has a device file.
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _GPU_DEVICE_FILES):
+        return 0
     command = [sys.executable, "-P", "-c", _COUNT_GPUS]
     completed = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(completed.stdout) if completed.returncode == 0 else 0

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from maskmoe.errors import UserError
-from maskmoe.launch.command import unset_variables
-from maskmoe.launch.devices import find_devices
+from maskmoe.launch.command import Command, standalone_command, unset_variables
+from maskmoe.launch.devices import GPU_ENVIRONMENT, find_devices
 from maskmoe.launch.supervisor import Supervisor
-from maskmoe.launch.torchrun import Command, standalone_command
 
 _PROCESSES_FLAG = "--nproc-per-node"
 _SINGLE_PROCESS_FLAGS = ("-h", "--help", "--check")
 _SHUTDOWN_TIMEOUT = 600  # seconds for a last checkpoint after a signal
-# Megatron requires one connection for tensor and context parallelism on GPUs before Blackwell.
-_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 def run_entry_point(module: str, saves_checkpoints: bool) -> NoReturn:
@@ -39,7 +36,7 @@ def run_entry_point(module: str, saves_checkpoints: bool) -> NoReturn:
     options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(_SHUTDOWN_TIMEOUT))
     words = standalone_command(processes or find_devices().num_gpus or 1, module, arguments, options)
     supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints)
-    sys.exit(supervisor.run(Command(words, unset_variables(_ENVIRONMENT, os.environ))))
+    sys.exit(supervisor.run(Command(words, unset_variables(GPU_ENVIRONMENT, os.environ))))
 
 
 def split_processes(words: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -51,13 +48,12 @@ def split_processes(words: Sequence[str]) -> tuple[int | None, list[str]]:
     Raises:
         UserError: the value is missing or is not a positive whole number.
     """
-    if not words or words[0].partition("=")[0] != _PROCESSES_FLAG:
+    flag, equals, value = words[0].partition("=") if words else ("", "", "")
+    if flag != _PROCESSES_FLAG:
         return None, list(words)
-    _, equals, value = words[0].partition("=")
-    if equals:
-        remaining = list(words[1:])
-    else:
-        value, remaining = (words[1], list(words[2:])) if len(words) > 1 else ("", [])
+    remaining = list(words[1:])
+    if not equals:
+        value = remaining.pop(0) if remaining else ""
     if not value.isdecimal() or int(value) < 1:
         raise UserError(f"{_PROCESSES_FLAG} needs a positive whole number, not {value!r}")
     return int(value), remaining

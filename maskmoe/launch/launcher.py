@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from maskmoe.cli import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
-from maskmoe.launch.command import check_command, run_flags, torchrun_command
+from maskmoe.launch.command import RUN_ENVIRONMENT, run_flags, torchrun_command, unset_variables
 from maskmoe.launch.devices import Devices, find_devices
-from maskmoe.launch.model_file import Flags, ModelFile, override, split_flags
+from maskmoe.launch.model_file import Flags, ModelFile, flag_words, override, split_flags
 from maskmoe.launch.network import route_to, wait_for
-from maskmoe.launch.options import Options, parse_options
+from maskmoe.launch.options import parse_options
 from maskmoe.launch.supervisor import Supervisor
 
 
@@ -34,7 +34,7 @@ def launch(program: str, arguments: Sequence[str]) -> None:
     # Combine the options, the model file and the user's flags into the flags of the run.
     options = parse_options(program, arguments, os.environ)
     model = ModelFile.read(options.model, {**os.environ, "RUN_DIR": str(options.run_dir)})
-    processes, devices = options.processes_per_node, None
+    processes, devices = options.gpus_per_node, None
     if processes is None or not (options.dry_run or options.check_only):
         devices = find_devices()
         processes = processes or devices.num_gpus or 1
@@ -55,7 +55,10 @@ def launch(program: str, arguments: Sequence[str]) -> None:
         wait_for(*options.rendezvous, options.rendezvous_timeout)
     elif options.checks and check(flags, ranks, devices):
         sys.exit(EXIT_BAD_INPUT)
-    make_log_folder(options)
+    try:
+        options.log_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {options.log_folder}: {error.strerror}; choose another --run-dir") from error
     print(f"launch: {command}", flush=True)
     sys.exit(Supervisor(options.shutdown_timeout).run(command))
 
@@ -70,18 +73,6 @@ def check(flags: Flags, ranks: int, devices: Devices | None) -> int:
     """
     if devices is not None and not devices.num_gpus:
         flags = override({"distributed-backend": ("gloo",)}, flags)
-    command = check_command(flags, ranks, os.environ)
-    return subprocess.run(command.words, env={**os.environ, **command.environment}, check=False).returncode
-
-
-def make_log_folder(options: Options) -> None:
-    """Make this node's log folder inside the run folder.
-
-    Raises:
-        UserError: the folder cannot be made.
-    """
-    folder = options.run_dir / "logs" / options.node_name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}; choose another --run-dir") from error
+    words = (sys.executable, "-m", "maskmoe.training.pretrain", "--check", str(ranks), *flag_words(flags))
+    variables = unset_variables(RUN_ENVIRONMENT, os.environ)
+    return subprocess.run(words, env={**os.environ, **variables}, check=False).returncode

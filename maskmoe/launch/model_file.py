@@ -1,10 +1,9 @@
 """Reads model files: YAML files whose keys are Megatron's flags, as in `launch/models/`."""
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -78,7 +77,7 @@ class ModelFile:
         return {**self.flags, **self.layouts[max(fitting)]}
 
 
-def split_flags(words: tuple[str, ...]) -> Flags:
+def split_flags(words: Sequence[str]) -> Flags:
     """Parse the words of a command line into flags; a repeated flag's last occurrence counts, as in Megatron.
 
     Raises:
@@ -105,27 +104,21 @@ def override(flags: Flags, overriding: Flags) -> Flags:
 
 def flag_words(flags: Flags) -> tuple[str, ...]:
     """Return flags as the words of a command line."""
-    return tuple(word for name, values in flags.items() for word in _words(name, values))
-
-
-def _words(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
-    # argparse would take a value such as `-0.5,1` for a flag, so join it to its flag by an equals sign.
-    if len(values) == 1 and values[0].startswith("-"):
-        return (f"--{name}={values[0]}",)
-    return (f"--{name}", *values)
+    words: list[str] = []
+    for name, values in flags.items():
+        # argparse would take a value such as `-0.5,1` for a flag, so join it to its flag by an equals sign.
+        is_joined = len(values) == 1 and values[0].startswith("-")
+        words += [f"--{name}={values[0]}"] if is_joined else [f"--{name}", *values]
+    return tuple(words)
 
 
 class _WordLoader(yaml.BaseLoader):
     """Loads all scalars as text, without octal numbers or `on` that becomes true, and refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = set()
-        for key_node, _ in node.value:
-            if key_node.value in keys:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value} is repeated", node.start_mark
-                )
-            keys.add(key_node.value)
+        keys = [key_node.value for key_node, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated[0]} is repeated", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -171,8 +164,13 @@ def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Fl
         if value == "true":
             flags[name] = ()
         elif value not in _OMITTED_VALUES:
-            flags[name] = tuple(_expand(word, name, place, variables) for word in words)
-    return MappingProxyType(flags)
+            try:
+                flags[name] = tuple(string.Template(word).substitute(variables) for word in words)
+            except KeyError as error:
+                raise UserError(f"{place}: {name} needs the environment variable {error.args[0]}") from error
+            except ValueError as error:
+                raise UserError(f"{place}: {name}: write $$ for a dollar sign, or ${{NAME}}") from error
+    return flags
 
 
 def parse_layouts(content: object, place: str, variables: Mapping[str, str]) -> Mapping[int, Flags]:
@@ -188,22 +186,11 @@ def parse_layouts(content: object, place: str, variables: Mapping[str, str]) -> 
     """
     if not isinstance(content, dict):
         raise UserError(f"{place}: `{LAYOUTS}` must map numbers of ranks to flags")
-    layouts = {
-        _number(ranks, place): parse_flags(flags, f"{place}: a layout", variables) for ranks, flags in content.items()
-    }
-    return MappingProxyType(layouts)
-
-
-def _expand(word: str, name: str, place: str, variables: Mapping[str, str]) -> str:
-    try:
-        return string.Template(word).substitute(variables)
-    except KeyError as error:
-        raise UserError(f"{place}: {name} needs the environment variable {error.args[0]}") from error
-    except ValueError as error:
-        raise UserError(f"{place}: {name}: write $$ for a dollar sign, or ${{NAME}}") from error
-
-
-def _number(ranks: str, place: str) -> int:
-    if not ranks.isdecimal() or int(ranks) < 1:
-        raise UserError(f"{place}: `{LAYOUTS}` maps numbers of ranks to flags, and {ranks!r} is not a number of ranks")
-    return int(ranks)
+    layouts: dict[int, Flags] = {}
+    for ranks, flags in content.items():
+        if not ranks.isdecimal() or int(ranks) < 1:
+            raise UserError(
+                f"{place}: `{LAYOUTS}` maps numbers of ranks to flags, and {ranks!r} is not a number of ranks"
+            )
+        layouts[int(ranks)] = parse_flags(flags, f"{place}: a layout", variables)
+    return layouts

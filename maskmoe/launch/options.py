@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,8 +12,7 @@ from maskmoe.paths import runs_folder
 DEFAULT_PORT = 29400
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(argparse.Namespace):
     """The launcher's options; `launch/pretrain.sh --help` describes them.
 
     Attributes:
@@ -21,7 +20,7 @@ class Options:
         flags: the words after the model file.
         nodes: the number of nodes.
         node_rank: the number of this node, from 0; None if not given.
-        processes_per_node: the number of ranks on each node; None for one per GPU, or one on a machine without GPUs.
+        gpus_per_node: the number of ranks on each node; None for one per GPU, or one on a machine without GPUs.
         rendezvous: host and port at which the nodes meet; None if not given.
         rendezvous_id: the name of the job, equal on all nodes.
         rendezvous_timeout: how long the nodes wait for each other, in seconds.
@@ -34,10 +33,10 @@ class Options:
     """
 
     model: Path
-    flags: tuple[str, ...]
+    flags: list[str]
     nodes: int
     node_rank: int | None
-    processes_per_node: int | None
+    gpus_per_node: int | None
     rendezvous: tuple[str, int] | None
     rendezvous_id: str
     rendezvous_timeout: int
@@ -49,9 +48,9 @@ class Options:
     dry_run: bool
 
     @property
-    def node_name(self) -> str:
-        """The name of this node's log folder."""
-        return f"node{self.node_rank or 0}"
+    def log_folder(self) -> Path:
+        """The folder of this node's logs."""
+        return self.run_dir / "logs" / f"node{self.node_rank or 0}"
 
 
 def parse_options(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
@@ -65,29 +64,9 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     Raises:
         UserError: a value is invalid, or several nodes lack a rendezvous or a node rank.
     """
-    values = _parser(program, environment).parse_args(arguments)
-    run_dir = values.run_dir or runs_folder() / values.model.stem
-    options = Options(
-        model=values.model,
-        flags=tuple(values.flags),
-        nodes=values.nodes,
-        node_rank=values.node_rank,
-        processes_per_node=values.gpus_per_node,
-        rendezvous=values.rendezvous,
-        rendezvous_id=values.rendezvous_id or run_dir.name,
-        rendezvous_timeout=values.rendezvous_timeout,
-        max_restarts=values.max_restarts,
-        shutdown_timeout=values.shutdown_timeout,
-        run_dir=run_dir.absolute(),
-        checks=values.checks,
-        check_only=values.check,
-        dry_run=values.dry_run,
-    )
-    _check_nodes(options)
-    return options
-
-
-def _check_nodes(options: Options) -> None:
+    options = _parser(program, environment).parse_args(arguments, namespace=Options())
+    options.run_dir = (options.run_dir or runs_folder() / options.model.stem).absolute()
+    options.rendezvous_id = options.rendezvous_id or options.run_dir.name
     if options.nodes > 1 and options.rendezvous is None:
         raise UserError(f"{options.nodes} nodes need a rendezvous: pass --rendezvous HOST:PORT or set MASTER_ADDR")
     if options.nodes > 1 and options.node_rank is None:
@@ -96,6 +75,7 @@ def _check_nodes(options: Options) -> None:
         raise UserError(
             f"--node-rank {options.node_rank}: the last of {options.nodes} nodes has rank {options.nodes - 1}"
         )
+    return options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,63 +97,45 @@ def _parser(program: str, environment: Mapping[str, str]) -> argparse.ArgumentPa
         "after all restarts.",
     )
 
-    def add(flag: str, type: Callable[[str], object], default: object, variable: str, help: str, metavar: str) -> None:
-        parser.add_argument(
-            flag, type=type, default=environment.get(variable) or default, metavar=metavar, help=f"{help} [{variable}]"
-        )
+    if (host := environment.get("MASTER_ADDR")) and not environment.get("RDZV_ENDPOINT"):
+        endpoint = f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}"
+        environment = {**environment, "RDZV_ENDPOINT": endpoint}
 
-    add("--nodes", _positive_number, 1, "NNODES", "number of nodes (default: 1)", "N")
-    add("--node-rank", _number, None, "NODE_RANK", "number of this node, from 0", "R")
+    def add(
+        flag: str, metavar: str, type: Callable[[str], object], variable: str, help: str, default: object = None
+    ) -> None:
+        text = help if default is None else f"{help} (default: {default})"
+        value = environment.get(variable) or default
+        parser.add_argument(flag, metavar=metavar, type=type, default=value, help=f"{text} [{variable}]")
+
+    count, number = partial(_whole_number, least=1), partial(_whole_number, least=0)
+    ranks = "number of ranks on each node (default: one per GPU; one on a machine without GPUs)"
+    address = f"an address of node 0 and a free port (default: MASTER_ADDR:MASTER_PORT, with port {DEFAULT_PORT})"
+    add("--nodes", "N", count, "NNODES", "number of nodes", 1)
+    add("--node-rank", "R", number, "NODE_RANK", "number of this node, from 0")
+    add("--gpus-per-node", "G", count, "NPROC_PER_NODE", ranks)
+    add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address}")
+    add("--rendezvous-id", "ID", str, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)")
+    add("--rendezvous-timeout", "SECONDS", count, "RDZV_TIMEOUT", "how long the nodes wait for each other", 600)
+    add("--max-restarts", "M", number, "MAX_RESTARTS", "how often failed ranks are restarted", 3)
     add(
-        *("--gpus-per-node", _positive_number, None, "NPROC_PER_NODE"),
-        "number of ranks on each node (default: one per GPU; one on a machine without GPUs)",
-        "G",
+        "--shutdown-timeout", "SECONDS", count, "SHUTDOWN_TIMEOUT", "how long ranks may take for a last checkpoint", 600
     )
     add(
-        *("--rendezvous", _address, _master(environment), "RDZV_ENDPOINT"),
-        "where the nodes meet: an address of node 0 and a free port "
-        f"(default: MASTER_ADDR:MASTER_PORT, with port {DEFAULT_PORT})",
-        "HOST:PORT",
-    )
-    add("--rendezvous-id", str, None, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)", "ID")
-    add(
-        *("--rendezvous-timeout", _positive_number, 600, "RDZV_TIMEOUT"),
-        "how long the nodes wait for each other (default: 600)",
-        "SECONDS",
-    )
-    add("--max-restarts", _number, 3, "MAX_RESTARTS", "how often failed ranks are restarted (default: 3)", "M")
-    add(
-        *("--shutdown-timeout", _positive_number, 600, "SHUTDOWN_TIMEOUT"),
-        "how long ranks may take for a last checkpoint (default: 600)",
-        "SECONDS",
-    )
-    add(
-        *("--run-dir", Path, None, "RUN_DIR"),
-        "folder for checkpoints, TensorBoard events and logs (default: runs/MODEL)",
-        "DIR",
+        "--run-dir", "DIR", Path, "RUN_DIR", "folder for checkpoints, TensorBoard events and logs (default: runs/MODEL)"
     )
     parser.add_argument("--no-check", dest="checks", action="store_false", help="start without checking the settings")
-    parser.add_argument("--check", action="store_true", help="only check the settings, and show what the run needs")
+    check_help = "only check the settings, and show what the run needs"
+    parser.add_argument("--check", dest="check_only", action="store_true", help=check_help)
     parser.add_argument("--dry-run", action="store_true", help="only print torchrun's command line")
     parser.add_argument("model", type=Path, metavar="MODEL.yaml", help="the model file; launch/models/ has examples")
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="flags", help="flags of Megatron and MaskMoE")
     return parser
 
 
-def _master(environment: Mapping[str, str]) -> str | None:
-    host = environment.get("MASTER_ADDR")
-    return f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}" if host else None
-
-
-def _positive_number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+def _whole_number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
     return int(text)
 
 

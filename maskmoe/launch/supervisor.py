@@ -2,20 +2,18 @@
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import psutil
 
-from maskmoe.child_process import adopt_orphans, end_with_parent
+from maskmoe.child_process import adopt_orphans, end_with_parent, is_alive, send_signal
 from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, SIGNALS_THAT_END, read_exit_code
-from maskmoe.launch.torchrun import Command
+from maskmoe.launch.command import Command
 
 _POLL_INTERVAL = 0.2  # seconds
 _INSPECTION_INTERVAL = 5.0  # seconds between inspections of torchrun's children
@@ -43,79 +41,65 @@ class Supervisor:
         self._last_inspection = self._last_sound_inspection = time.monotonic()
 
     def run(self, command: Command) -> int:
-        """Run the command until it and all of its ranks have exited.
+        """Run the command until it and all of its ranks have exited. Afterwards, this process must exit, too.
 
         Returns:
             0 if the command succeeded, 2 for bad input, 75 if a signal stopped the run, 76 if the run hung, and any
             other code if the run failed.
         """
         adopt_orphans()
-        with tempfile.TemporaryDirectory(prefix="maskmoe-launch-") as folder, self._receiving_signals():
+        for number in SIGNALS_THAT_END:
+            signal.signal(number, lambda number, _: self._signals.append(signal.Signals(number)))
+        with tempfile.TemporaryDirectory(prefix="maskmoe-launch-") as folder:
             exit_file = Path(folder) / "exit-code"
-            process = self._start(command, exit_file)
-            self._follow(process, exit_file)
-            self._end_orphans(killed=process.returncode < 0)
-            return self._exit_code(process.returncode, read_exit_code(exit_file))
+            process = psutil.Popen(
+                command.words,
+                env={**os.environ, **command.environment, EXIT_CODE_FILE: str(exit_file)},
+                start_new_session=True,
+                preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
+            )
+            code = self._follow(process, exit_file)
+            self._end_orphans(killed=code < 0)
+            return self._exit_code(code, read_exit_code(exit_file))
 
-    @contextmanager
-    def _receiving_signals(self) -> Iterator[None]:
-        previous_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS_THAT_END}
-        try:
-            yield
-        finally:
-            for number, handler in previous_handlers.items():
-                signal.signal(number, handler)
+    def _follow(self, process: psutil.Popen, exit_file: Path) -> int:
+        """Wait for torchrun, and stop it after a signal, after a rank's final exit code, or when it hangs.
 
-    def _receive(self, number: int, frame: object) -> None:
-        self._signals.append(signal.Signals(number))
-
-    def _start(self, command: Command, exit_file: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command.words,
-            env={**os.environ, **command.environment, EXIT_CODE_FILE: str(exit_file)},
-            start_new_session=True,
-            preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
-        )
-
-    def _follow(self, process: subprocess.Popen[bytes], exit_file: Path) -> None:
-        """Wait for torchrun, and stop it after a signal, after a rank's final exit code, or when it hangs."""
-        while process.poll() is None:
+        Returns:
+            Torchrun's exit code; negative if a signal ended torchrun.
+        """
+        while (code := process.poll()) is None:
             if self._stopping_since is None and (self._signals or exit_file.exists()):
                 if self._signals:
                     action = "saves a checkpoint and stops" if self._saves_checkpoints else "stops"
-                    print(f"launch: {self._signals[0].name}: the run {action}", file=sys.stderr)
+                    _print(f"launch: {self._signals[0].name}: the run {action}")
                 process.terminate()
                 self._stopping_since = time.monotonic()
             if self._signals.count(signal.SIGINT) > 1:
-                print("launch: second Ctrl-C: the run is killed", file=sys.stderr)
-                _kill(psutil.Process().children(recursive=True))
-            if self._hangs(process.pid):
-                print(
+                _print("launch: second Ctrl-C: the run is killed")
+                send_signal(psutil.Process().children(recursive=True), signal.SIGKILL)
+            if self._hangs(process):
+                _print(
                     "error: torchrun does not notice that a rank has exited, as when the network to node 0 is down: "
-                    "torchrun is killed",
-                    file=sys.stderr,
+                    "torchrun is killed"
                 )
                 process.kill()
-            try:
+            with suppress(psutil.TimeoutExpired):
                 process.wait(_POLL_INTERVAL)
-            except subprocess.TimeoutExpired:
-                continue
+        return code
 
-    def _hangs(self, torchrun: int) -> bool:
+    def _hangs(self, torchrun: psutil.Process) -> bool:
         """Return whether torchrun waits for an answer of its store that never comes.
 
         Torchrun has no time limit for its store. Torchrun hangs if an exited rank stays a zombie for too long. After a
         signal, zombies prove nothing, because some ranks exit long before other ranks have saved: only time counts.
-
-        Args:
-            torchrun: torchrun's process id.
         """
         now = time.monotonic()
         if self._signals and self._stopping_since is not None:
             return now - self._stopping_since > self._shutdown_timeout + _HANG_TIMEOUT
         if now - self._last_inspection >= _INSPECTION_INTERVAL:
             self._last_inspection = now
-            if not any(_is_zombie(child) for child in psutil.Process(torchrun).children()):
+            if all(is_alive(child.pid) for child in torchrun.children()):
                 self._last_sound_inspection = now
         return self._last_inspection - self._last_sound_inspection > _HANG_TIMEOUT
 
@@ -127,11 +111,9 @@ class Supervisor:
         """
         orphans = psutil.Process().children(recursive=True)
         if killed:
-            for orphan in orphans:
-                with suppress(psutil.NoSuchProcess):
-                    orphan.terminate()
+            send_signal(orphans, signal.SIGTERM)
         _, alive = psutil.wait_procs(orphans, timeout=self._shutdown_timeout)
-        _kill(alive)
+        send_signal(alive, signal.SIGKILL)
 
     def _exit_code(self, torchrun_code: int, rank_code: int | None) -> int:
         """Return the run's exit code from torchrun's exit code and the code that a rank wrote, if any."""
@@ -140,22 +122,12 @@ class Supervisor:
         if self._signals and not self._saves_checkpoints:
             return 128 + self._signals[0]
         if self._signals:
-            print(
-                "launch: the run stopped without saving a new checkpoint; the next start resumes from the previous one",
-                file=sys.stderr,
+            _print(
+                "launch: the run stopped without saving a new checkpoint; the next start resumes from the previous one"
             )
             return EXIT_REQUEUE
         return torchrun_code if torchrun_code > 0 else 128 - torchrun_code
 
 
-def _kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def _is_zombie(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _print(message: str) -> None:
+    print(message, file=sys.stderr)

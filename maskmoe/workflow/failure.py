@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from maskmoe.errors import RunFailure, UserError
 
 _RANK = r"(?:\[rank\d+\]:? ?)?"
 _USER_ERROR = re.compile(rf"^{_RANK}(?:(?:\S+\.py|maskmoe)(?: [\w-]+)?: )?error: (?P<message>.+)")
@@ -14,21 +15,8 @@ _CONSEQUENCE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Failure:
-    """The reason why a stage failed.
-
-    Attributes:
-        message: the reason, on one line.
-        is_bad_input: whether the user's input is at fault.
-    """
-
-    message: str
-    is_bad_input: bool
-
-
-def explain_failure(exit_code: int, lines: Sequence[str]) -> Failure:
-    """Return the reason of a failure.
+def explain_failure(exit_code: int, lines: Sequence[str]) -> UserError | RunFailure:
+    """Return the reason of a failure on one line: a UserError if the user's input is at fault, else a RunFailure.
 
     Args:
         exit_code: exit code of the stage; negative for a signal.
@@ -36,12 +24,12 @@ def explain_failure(exit_code: int, lines: Sequence[str]) -> Failure:
     """
     # A line `error: …` is a refusal of the input; such a line explains itself.
     if reasons := [match["message"] for match in map(_USER_ERROR.match, lines) if match]:
-        return Failure(reasons[0], is_bad_input=True)
+        return UserError(reasons[0])
     # Else the last exception counts that is not merely the consequence of another rank's failure.
     exceptions = [match["message"] for match in map(_EXCEPTION.match, lines) if match]
     if reasons := [message for message in exceptions if not _CONSEQUENCE.search(message)]:
-        return Failure(reasons[-1], is_bad_input=False)
+        return RunFailure(reasons[-1])
     if exit_code == -9 or any(map(_KILLED.search, lines)):
-        return Failure("a process was killed, as the system does when memory runs out", is_bad_input=False)
+        return RunFailure("a process was killed, as the system does when memory runs out")
     written = [line.strip() for line in lines if line.strip()]
-    return Failure(written[-1] if written else f"exit code {exit_code}, and no output", is_bad_input=False)
+    return RunFailure(written[-1] if written else f"exit code {exit_code}, and no output")

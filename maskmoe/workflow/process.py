@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from maskmoe.child_process import end_with_parent
+from maskmoe.child_process import end_with_parent, send_signal
 from maskmoe.workflow.lock import RunLock
 
 _SECONDS_TO_END = 45.0  # torchrun gives its workers 30 seconds
@@ -27,15 +27,14 @@ class StageProcess:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, lock: RunLock) -> None:
-        self._lock = lock
         with open(log, "ab") as output:
             self._log = LogTail(log, output.tell())
-            self._process = subprocess.Popen(
+            self._process = psutil.Popen(
                 command,
                 # `python -m` would import the user's files of the current folder before the standard library.
                 env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
                 # torchrun's workers inherit only the standard streams, so a standard stream carries the lock.
-                stdin=lock.descriptor,
+                stdin=lock,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 # Ctrl-C reaches only this process, which then stops the command in good order.
@@ -54,32 +53,20 @@ class StageProcess:
 
     def wait(self, seconds: float) -> None:
         """Wait until the command has ended, at most some seconds."""
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(psutil.TimeoutExpired):
             self._process.wait(seconds)
 
     def stop(self) -> None:
         """Ask the command to end, wait, and kill what remains. A second interruption kills at once."""
-        family = self._family()
-        self._process.terminate()
+        family: list[psutil.Process] = [self._process]
+        with suppress(psutil.NoSuchProcess):
+            family += self._process.children(recursive=True)
+            self._process.terminate()
         try:
             self.wait(_SECONDS_TO_END)
         finally:
-            for process in family:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            send_signal(family, signal.SIGKILL)
             self._process.wait()
-            self.clear_up()
-
-    def clear_up(self) -> None:
-        """Kill the processes that the ended command has left behind, as happens if the command was killed."""
-        self._lock.kill_other_holders()
-
-    def _family(self) -> set[psutil.Process]:
-        try:
-            process = psutil.Process(self._process.pid)
-            return {process, *process.children(recursive=True)}
-        except psutil.NoSuchProcess:
-            return set()
 
 
 class LogTail:

@@ -27,8 +27,8 @@ class StageProgress:
         self._seq_length = seq_length
         self._clock = clock
         self._start = clock()
-        self._first: tuple[IterationRecord, float] | None = None
-        self._newest: tuple[IterationRecord, float] | None = None
+        # The first and the newest record of training, each with the time at which it was read.
+        self._records: list[tuple[IterationRecord, float]] = []
         self._validation: ValidationRecord | None = None
 
     @property
@@ -42,30 +42,24 @@ class StageProgress:
         if isinstance(record, ValidationRecord):
             self._validation = record
         elif isinstance(record, IterationRecord):
-            self._newest = (record, self._clock())
-            self._first = self._first or self._newest
+            self._records = [*self._records[:1], (record, self._clock())]
 
     def __str__(self) -> str:
-        if self._newest is None:
+        if not self._records:
             return f"{self.title} {format_seconds(self.seconds)}"
-        record, _ = self._newest
+        record, _ = self._records[-1]
         # tqdm wants an elapsed time even for a format that does not show the time.
         bar = tqdm.format_meter(record.iteration, record.total, elapsed=0, prefix=self.title, bar_format=_BAR)
-        parts = [
-            bar,
-            f"loss {record.loss:.2f}" if record.loss is not None else "loss is not a number",
-            f"{record.batch * self._seq_length / record.seconds:,.0f} tokens/s",
-            f"ETA {self._remaining_time()}",
-        ]
-        if self._validation:
-            parts.append(f"valid {self._validation.loss:.2f}")
-        return _SEPARATOR.join(parts)
+        loss = f"loss {record.loss:.2f}" if record.loss is not None else "loss is not a number"
+        speed = f"{record.batch * self._seq_length / record.seconds:,.0f} tokens/s"
+        validation = [f"valid {self._validation.loss:.2f}"] if self._validation else []
+        return _SEPARATOR.join([bar, loss, speed, f"ETA {self._remaining_time()}", *validation])
 
     def _remaining_time(self) -> str:
         """Estimate the remaining time by the wall clock, so that evaluations and checkpoints count."""
-        if self._first is None or self._newest is None or self._first == self._newest:
+        if len(self._records) < 2:
             return "?"
-        (first, start), (newest, now) = self._first, self._newest
+        (first, start), (newest, now) = self._records
         pace = (now - start) / (newest.iteration - first.iteration)
         return format_seconds(max(0.0, pace * (newest.total - newest.iteration) - (self._clock() - now)))
 
@@ -92,13 +86,11 @@ class ProgressLine:
         self._clock = clock
         self._rewrite = tqdm.status_printer(stream) if stream.isatty() else None
         self._next = clock() + interval
-        self._is_shown = False
 
     def update(self, state: str) -> None:
         """Show a state that the next state or line replaces."""
         if self._rewrite is not None:
             self._rewrite(_shorten(state, get_terminal_size().columns - 1))
-            self._is_shown = True
         elif self._clock() >= self._next:
             self.print(state)
 
@@ -110,10 +102,9 @@ class ProgressLine:
 
     def clear(self) -> None:
         """Remove the state that is shown."""
-        if self._rewrite is not None and self._is_shown:
+        if self._rewrite is not None:
             self._rewrite("")
             self._stream.write("\r")
-            self._is_shown = False
 
 
 def _shorten(state: str, width: int) -> str:

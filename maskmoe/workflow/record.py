@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+from collections import UserDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from maskmoe.workflow.json_records import read_record, write_record
+from maskmoe.json_files import read_record, write_record
 from maskmoe.workflow.stage import Stage
 
 
@@ -41,8 +42,8 @@ class _RecordFile:
     stages: dict[str, StageRecord] = field(default_factory=dict)
 
 
-class RunRecord:
-    """The records of all stages of a folder, kept in a file.
+class RunRecord(UserDict[str, StageRecord]):
+    """The records of all started stages of a folder by name, kept in a file.
 
     Args:
         path: the file, which need not exist.
@@ -52,60 +53,48 @@ class RunRecord:
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
-        advice = "delete the file to start from the first stage"
-        content = read_record(_RecordFile, path, advice) if path.exists() else _RecordFile()
-        self._stages = content.stages
+        if path.exists():
+            self.data = read_record(_RecordFile, path, "delete the file to start from the first stage").stages
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._stages
-
-    def __getitem__(self, name: str) -> StageRecord:
-        return self._stages[name]
+    def __setitem__(self, key: str, item: StageRecord) -> None:
+        super().__setitem__(key, item)
+        write_record(_RecordFile(self.data), self.path, indent=2)
 
     def reason_to_repeat(self, stage: Stage) -> str | None:
         """Return why the files of the stage's earlier start cannot be used; None if they can, or if there are none.
 
         The outputs of a stage that was started but not finished are not judged.
         """
-        record = self._stages.get(stage.name)
+        record = self.get(stage.name)
         if record is None:
             return None
-        old, new = (_settings(command, stage.machine_flags) for command in (record.command, stage.command))
-        if old != new:
-            return f"its settings changed ({describe_change(old, new)})"
+        if change := describe_change(record.command, stage.command, stage.machine_flags):
+            return f"its settings changed ({change})"
         if record.inputs != files_digest(stage.inputs):
             return "its input changed"
         if record.is_finished and record.outputs != files_digest(stage.outputs):
             return "its output was changed or removed"
         return None
 
-    def is_started(self, stage: Stage) -> bool:
-        """Return whether the stage was started, with its present command or another."""
-        return stage.name in self
-
     def is_finished(self, stage: Stage) -> bool:
         """Return whether the stage was finished and neither its command nor its files have changed since."""
-        record = self._stages.get(stage.name)
-        return record is not None and record.is_finished and self.reason_to_repeat(stage) is None
+        return stage.name in self and self[stage.name].is_finished and self.reason_to_repeat(stage) is None
 
     def begin(self, stage: Stage) -> None:
         """Record that the stage starts from nothing. Call before the stage writes its first output."""
-        self._set(stage, StageRecord(stage.command, files_digest(stage.inputs), None, 0.0))
+        self[stage.name] = StageRecord(stage.command, files_digest(stage.inputs), None, 0.0)
 
     def pause(self, stage: Stage, seconds: float) -> None:
         """Record that the stage ran for some seconds and ended before it was finished."""
-        record = self._stages[stage.name]
-        self._set(stage, replace(record, seconds=record.seconds + seconds))
+        record = self[stage.name]
+        self[stage.name] = replace(record, seconds=record.seconds + seconds)
 
     def finish(self, stage: Stage, seconds: float) -> None:
         """Record that the stage has made all its outputs, after some more seconds."""
-        record = self._stages[stage.name]
-        self._set(stage, replace(record, outputs=files_digest(stage.outputs), seconds=record.seconds + seconds))
-
-    def _set(self, stage: Stage, record: StageRecord) -> None:
-        self._stages[stage.name] = record
-        write_record(_RecordFile(self._stages), self.path, indent=2)
+        record = self[stage.name]
+        self[stage.name] = replace(record, outputs=files_digest(stage.outputs), seconds=record.seconds + seconds)
 
 
 def files_digest(paths: Iterable[Path]) -> str:
@@ -124,41 +113,34 @@ def _signature(path: Path) -> list[Any]:
     return [os.fspath(path), status.st_size, status.st_mtime_ns]
 
 
-def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
-    """Describe which flags differ between two command lines, with their old and new values."""
-    old_flags, new_flags = _flags(old), _flags(new)
-    changes = [
-        f"{flag}: {old_flags.get(flag, 'not given')} → {new_flags.get(flag, 'not given')}"
-        for flag in {**old_flags, **new_flags}
-        if old_flags.get(flag) != new_flags.get(flag)
-    ]
-    return ", ".join(changes)
+def describe_change(old: Sequence[str], new: Sequence[str], machine_flags: Collection[str] = ()) -> str:
+    """Describe which flags differ between two command lines, with their old and new values; "" if none differs.
+
+    Args:
+        old: program and arguments.
+        new: program and arguments.
+        machine_flags: names of flags that adapt the command to the machine. A change of these flags does not count.
+    """
+    before, after = _settings(old), _settings(new)
+    return ", ".join(
+        f"{flag}: {before.get(flag, 'not given')} → {after.get(flag, 'not given')}"
+        for flag in {**before, **after}
+        if before.get(flag) != after.get(flag) and flag not in machine_flags
+    )
 
 
-def _settings(command: Sequence[str], machine_flags: Collection[str]) -> list[str]:
-    """Return a command line from its first flag on, without the folders of paths and the flags that fit the machine.
+def _settings(command: Sequence[str]) -> dict[str, str]:
+    """Return the values of each flag of a command line, without the folders of paths.
 
     The words before the first flag name the program, which the stage's name determines. The digests of the stage's
     files cover the folders.
     """
-    settings: list[str] = []
-    is_setting = False
-    for word in command:
-        if word.startswith("--") or (is_setting and word.startswith("-")):
-            is_setting = word.partition("=")[0] not in machine_flags
-        if is_setting:
-            settings.append(word if word.startswith("-") else word.rpartition("/")[2])
-    return settings
-
-
-def _flags(command: Sequence[str]) -> dict[str, str]:
-    """Return the values of each flag; the words before the first flag are the values of `command`."""
-    flags: dict[str, list[str]] = {"command": []}
-    values = flags["command"]
+    flags: dict[str, list[str]] = {}
+    values: list[str] = []
     for word in command:
         if word.startswith("--"):
             flag, _, value = word.partition("=")
             values = flags[flag] = [value] if value else []
         else:
-            values.append(word)
+            values.append(word.rpartition("/")[2])
     return {flag: " ".join(values) for flag, values in flags.items()}

@@ -36,19 +36,21 @@ def choose_split(dataset_prefix: Path, seq_length: int) -> Split:
     Raises:
         UserError: the dataset has too few documents or tokens for both parts.
     """
-    lengths = _document_lengths(dataset_prefix)
-    if len(lengths) < 2:
+    boundaries = read_index(dataset_prefix).document_boundaries
+    num_documents, num_tokens = len(boundaries) - 1, int(boundaries[-1])
+    if num_documents < 2:
         raise UserError(
             "the input is a single document, but training and evaluation need one document each: give several files, "
             "JSON lines with one document each, or a text file above 1 MB"
         )
     sample = seq_length + 1
-    for wanted in (max(sample, min(int(_HELD_OUT_SHARE * lengths.sum()), _MAX_HELD_OUT_TOKENS)), sample):
-        held_out = int(np.searchsorted(np.cumsum(lengths[::-1]), wanted)) + 1
-        if held_out < len(lengths) and lengths[:-held_out].sum() >= sample:
-            return Split(len(lengths) - held_out, held_out)
+    for wanted in (max(sample, min(int(_HELD_OUT_SHARE * num_tokens), _MAX_HELD_OUT_TOKENS)), sample):
+        # Hold out as few documents as have the wanted number of tokens.
+        train_documents = int(np.searchsorted(boundaries, num_tokens - wanted, side="right")) - 1
+        if train_documents > 0 and boundaries[train_documents] >= sample:
+            return Split(train_documents, num_documents - train_documents)
     raise UserError(
-        f"the input's {lengths.sum()} tokens in {len(lengths)} documents are too few to train and to evaluate on "
+        f"the input's {num_tokens} tokens in {num_documents} documents are too few to train and to evaluate on "
         f"samples of --seq-length {seq_length}: give more or smaller documents, or a smaller --seq-length"
     )
 
@@ -57,15 +59,8 @@ def opening_of_held_out_text(dataset_prefix: Path, tokenizer_model: Path, split:
     """Return the text of the first tokens of the first held-out document."""
     from sentencepiece import SentencePieceProcessor
 
-    start = int(_document_lengths(dataset_prefix)[: split.train_documents].sum())
+    start = read_index(dataset_prefix).document_boundaries[split.train_documents]
     ids = open_tokens(dataset_prefix)[start : start + num_tokens]
     text = SentencePieceProcessor(model_file=str(tokenizer_model)).decode(ids.tolist())
     # The last token may end inside a character.
     return text.rstrip("\ufffd")
-
-
-def _document_lengths(dataset_prefix: Path) -> np.ndarray:
-    """Return the number of tokens of each document, int64 [documents]."""
-    index = read_index(dataset_prefix)
-    ends = np.concatenate(([0], np.cumsum(index.sequence_lengths, dtype=np.int64)))
-    return np.diff(ends[index.document_indices])

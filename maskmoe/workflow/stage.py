@@ -26,6 +26,7 @@ class Stage:
         machine_flags: names of flags that adapt the command to the machine. A change of these flags alone does not
             repeat the stage.
         is_resumable: whether the command, started again, continues from its own outputs.
+        seq_length: tokens in a sample if the command trains, from which the speed of training is computed.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     machine_flags: frozenset[str] = frozenset()
     is_resumable: bool = False
+    seq_length: int = 0
 
 
 StageMaker = Callable[[], Stage]
@@ -54,11 +56,6 @@ class Plan(Protocol):
     @property
     def stages(self) -> tuple[StageMaker, ...]:
         """Makers of all stages, in order."""
-        ...
-
-    @property
-    def seq_length(self) -> int:
-        """Tokens in a sample, from which the speed of training is computed."""
         ...
 
 

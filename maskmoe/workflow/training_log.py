@@ -1,5 +1,6 @@
 """Read losses and speed from the log that Megatron's training prints."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -47,21 +48,17 @@ class ValidationRecord:
 def parse_line(line: str) -> IterationRecord | ValidationRecord | None:
     """Return what a line of Megatron's log says about losses; None for any other line."""
     if match := _ITERATION.match(line):
+        loss = float(match["loss"] or "nan")
         return IterationRecord(
             iteration=int(match["iteration"]),
             total=int(match["total"]),
             seconds=float(match["milliseconds"]) / 1000,
             batch=int(match["batch"]),
-            loss=_finite_number(match["loss"]),
+            loss=loss if math.isfinite(loss) else None,
         )
     if match := _VALIDATION.match(line):
         return ValidationRecord(int(match["iteration"]), float(match["loss"]))
     return None
-
-
-def _finite_number(text: str | None) -> float | None:
-    value = float(text) if text is not None else math.nan
-    return value if math.isfinite(value) else None
 
 
 class TrainingHistory:
@@ -87,8 +84,5 @@ class TrainingHistory:
     @property
     def training_seconds(self) -> float:
         """Duration of all iterations. A repeated iteration counts once."""
-        numbers = sorted(self.iterations)
-        return sum(
-            (number - before) * self.iterations[number].seconds
-            for before, number in zip([0, *numbers], numbers, strict=False)
-        )
+        pairs = itertools.pairwise([0, *sorted(self.iterations)])
+        return sum((number - before) * self.iterations[number].seconds for before, number in pairs)

@@ -11,7 +11,7 @@ from support.paths import ROOT
 from support.waiting import wait_until
 
 from maskmoe.comparison.results import Results
-from maskmoe.workflow.json_records import read_record
+from maskmoe.json_files import read_record
 from maskmoe.workflow.record import RunRecord
 
 TEXT_DOCUMENTS = 400

@@ -6,11 +6,10 @@ import pytest
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
-from maskmoe.launch.command import run_flags, torchrun_command
+from maskmoe.launch.command import Command, run_flags, standalone_command, torchrun_command
 from maskmoe.launch.model_file import split_flags
 from maskmoe.launch.network import Route, route_to, wait_for
 from maskmoe.launch.options import Options, parse_options
-from maskmoe.launch.torchrun import Command, standalone_command
 
 
 def parse(arguments: str, environment: dict[str, str] | None = None) -> Options:
@@ -69,7 +68,7 @@ def test_default_folders_lie_in_the_run_folder():
         build_command("--run-dir /run m.yaml")
     )
     moved = str(build_command("--run-dir /run m.yaml --save /elsewhere --tensorboard-dir false"))
-    assert moved.endswith(" --load /elsewhere --save /elsewhere")
+    assert moved.endswith(" --save /elsewhere --load /elsewhere")
     assert parse("launch/models/laptop.yaml").run_dir == ROOT / "runs" / "laptop"
 
 

@@ -16,7 +16,7 @@ from support.runs import free_port, read_losses
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.interruption import EXIT_REQUEUE
-from maskmoe.launch.torchrun import standalone_command
+from maskmoe.launch.command import standalone_command
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
 

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,13 @@ from support.waiting import wait_until
 from maskmoe.commands.quickstart import parse_settings
 from maskmoe.comparison import quickstart_report
 from maskmoe.comparison.quickstart import QuickstartPlan, quickstart_suite
-from maskmoe.comparison.quickstart_report import QuickstartResults, draw_loss_curve, entropy, render_report
+from maskmoe.comparison.quickstart_report import draw_loss_curve, write_report
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.errors import UserError
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import ModelFile
+from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.workflow.record import StageRecord
 from maskmoe.workflow.stage import Stage
 from maskmoe.workflow.training_log import TrainingHistory
 
@@ -64,6 +65,17 @@ def test_training_follows_settings_and_devices(plan):
     assert flags_of(on_cpu)["--nproc-per-node"] == flags_of(plan().evaluate())["--nproc-per-node"] == "2"
 
 
+@pytest.mark.parametrize(
+    ("num_gpus", "environment"), [(4, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}), (0, {"OMP_NUM_THREADS": "4"})]
+)
+def test_evaluation_suits_the_devices(plan, num_gpus, environment):
+    stage = plan(num_gpus=num_gpus).evaluate()
+    assert flags_of(stage)["--nproc-per-node"] == str(num_gpus or 2)
+    assert stage.environment == environment
+    assert ("--bf16" in stage.command) == bool(num_gpus)
+    assert {"--bf16", "--num-workers", "--nproc-per-node"} <= stage.machine_flags
+
+
 def test_settings_reach_their_stages(plan):
     made = plan("--lr", "0.01", "--seed", "7", "--train-iters", "600", "--frequent-mass", "0.25", "--vocab-size", "500")
     train, mask = flags_of(made.train()), flags_of(made.mask())
@@ -91,10 +103,10 @@ def test_model_file_of_the_laptop_describes_the_same_model():
 
 
 def test_stages_go_from_text_to_a_sample(plan):
-    made = plan("--prompt", "a b")
+    made = plan("--prompt", "-- import")
     names = [make_stage().name for make_stage in made.stages]
     assert names == ["corpus", "tokenizer", "dataset", "frequency", "mask", "train", "evaluate", "export", "sample"]
-    assert "--prompt=a b" in made.sample().command
+    assert "--prompt=-- import" in made.sample().command
 
 
 def run_quickstart(*arguments, **options):
@@ -159,43 +171,54 @@ def test_script_sets_up_and_passes_its_arguments_on(tmp_path):
 # ---- The report ------------------------------------------------------------------------------------------------------
 
 
+LOG = [*(iteration_line(iteration, f"{9 - iteration / 4:.2f}") for iteration in range(1, 21)), validation_line(10)]
+
+
 @pytest.fixture
-def results(tmp_path):
-    lines = [iteration_line(iteration, f"{9 - iteration / 4:.2f}") for iteration in range(1, 21)]
+def finished_plan(plan):
+    """A plan with the files that a finished quickstart leaves."""
     bands = [
         {"name": "top 40 %", "share": 0.4, "loss": 2.0, "perplexity": math.exp(2.0), "tokens": 4000},
         {"name": "last 10 %", "share": 0.6, "loss": math.nan, "perplexity": math.nan, "tokens": 0},
     ]
     load = {"layer": 2, "max_over_mean": 1.25, "tokens_per_expert": [5000, 3000, 1000, 1000]}
     evaluation = {"loss": 3.0, "perplexity": math.exp(3.0), "tokens": 10000, "tokens_per_second": 1234.5}
-    return QuickstartResults(
-        history=TrainingHistory([*lines, validation_line(10)]),
-        evaluation={**evaluation, "bands": bands, "expert_load": [load]},
-        unigram_loss=math.log(500),
-        training_speed=5678.9,
-        trained_tokens=1_000_000,
-        stage_seconds={"corpus": 1.0, "train": 66.0},
-        sample="def f():\n```\n    pass",
-        settings="4 layers",
-        paths={"checkpoint": tmp_path / "checkpoints"},
-    )
+    finished = plan("--train-iters", "250")
+    finished.files.logs.mkdir()
+    finished.files.log("train").write_text("".join(f"{line}\n" for line in LOG))
+    finished.files.evaluation.write_text(json.dumps({**evaluation, "bands": bands, "expert_load": [load]}))
+    finished.files.sample.write_text("def f():\n```\n    pass\n")
+    counts = np.zeros((1, 4096), np.int64)
+    counts[:, 1:501] = 7
+    dataset = {"name": "dataset", "num_tokens": 3500, "idx_sha256": "0" * 64, "bin_bytes": 7000}
+    TokenFrequency(counts, (None,), (dataset,), None).save(finished.text_files.token_frequency)
+    return finished
 
 
-def test_report_holds_the_numbers(results, tmp_path):
-    report = render_report(results)
+def test_report_holds_the_numbers(finished_plan, tmp_path):
+    seconds = {make_stage().name: 1.0 for make_stage in finished_plan.stages} | {"train": 66.0}
+    record = {name: StageRecord((), "", "", of_stage) for name, of_stage in seconds.items()}
+    report = write_report(finished_plan, record)
     for row in (
-        "\n4 layers.\n",
+        "\n4 layers, width 128, 8 experts in each, 4,096 token ids; the ids that make up 40% of the text see 4 "
+        "experts, all other ids see one (balanced); 2 processes, expert parallel 2.\n",
         "| top 40 %     |  40.0% |  4,000 | 2.000 |        7.4 |",
         "| last 10 %    |  60.0% |      0 |     – |          – |",
         "| all          | 100.0% | 10,000 | 3.000 |       20.1 |",
         "| 2     |     1.25 |                50 30 10 10 |",
-        "| training   | 1,000,000 |    5,679 |",
-        "Time: 1:07 (corpus 0:01, train 1:06).",
-        f"- checkpoint: {tmp_path / 'checkpoints'}",
+        # 16 samples of 256 tokens take 1.25 s.
+        "| training   | 1,024,000 |    3,277 |",
+        "| evaluation |    10,000 |    1,234 |",
+        "Time: 1:14 (corpus 0:01, ",
+        ", train 1:06, ",
+        f"- checkpoint: {tmp_path / 'checkpoints'}\n",
+        f"- loss curve: {tmp_path / 'loss.png'}\n",
         "````text\ndef f():\n```\n    pass\n````",
     ):
         assert row in report
     assert "token frequencies only: 500.0" in report
+    assert (tmp_path / "report.md").read_text() == report
+    assert (tmp_path / "loss.png").exists()
 
 
 @pytest.fixture
@@ -212,10 +235,9 @@ def drawn(monkeypatch):
 
 
 @pytest.mark.parametrize("has_validation", [True, False])
-def test_loss_curve_shows_training_held_out_and_unigram_loss(results, tmp_path, drawn, has_validation):
-    if not has_validation:
-        results = replace(results, history=TrainingHistory([iteration_line(1, "8.0"), iteration_line(2, "NAN")]))
-    draw_loss_curve(results, tmp_path / "loss.png")
+def test_loss_curve_shows_training_held_out_and_unigram_loss(tmp_path, drawn, has_validation):
+    lines = LOG if has_validation else [iteration_line(1, "8.0"), iteration_line(2, "NAN")]
+    draw_loss_curve(TrainingHistory(lines), math.log(500), tmp_path / "loss.png")
     (axes,) = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     trained = [[it, 9 - it / 4] for it in range(1, 21)] if has_validation else [[1, 8.0]]
@@ -229,10 +251,6 @@ def test_loss_curve_shows_training_held_out_and_unigram_loss(results, tmp_path, 
         colors = {color for _, color in image.convert("RGB").getcolors(image.width * image.height)}
     assert (0x9D, 0xB4, 0xD6) in colors or not has_validation
     assert ((0x1F, 0x4E, 0x9C) in colors) == has_validation
-
-
-def test_entropy_of_even_counts_is_the_log_of_their_number():
-    assert entropy(np.array([7.0, 0.0, 7.0, 7.0, 7.0])) == pytest.approx(math.log(4))
 
 
 # ---- The whole pipeline ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
 SUPERVISE = """
 import sys
 from maskmoe.launch import supervisor
-from maskmoe.launch.torchrun import Command
+from maskmoe.launch.command import Command
 program, shutdown_timeout, supervisor._HANG_TIMEOUT = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
 supervisor._INSPECTION_INTERVAL = supervisor._HANG_TIMEOUT / 4
 saves_checkpoints = sys.argv[4] == "True"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support.waiting import wait_until
 
-from maskmoe.workflow.entry import run_to_end
 from maskmoe.workflow.files import StageFiles
+from maskmoe.workflow.runner import run_to_end
 from maskmoe.workflow.stage import Stage
 
 HERE = Path(__file__).parent
@@ -32,8 +32,6 @@ class StubRun:
         self._plan_file = folder / "plan.json"
 
     # The attributes of a plan, see `maskmoe.workflow.stage.Plan`.
-    seq_length = 8
-
     @property
     def files(self):
         return StageFiles(self.folder)

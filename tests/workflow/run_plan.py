@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskmoe.cli import run_tool
-from maskmoe.workflow.entry import run_to_end
 from maskmoe.workflow.files import StageFiles
+from maskmoe.workflow.runner import run_to_end
 from maskmoe.workflow.stage import Stage
 
 
@@ -15,7 +15,6 @@ from maskmoe.workflow.stage import Stage
 class StubPlan:
     files: StageFiles
     stages: tuple
-    seq_length: int = 8
 
 
 def read_plan(folder, path):

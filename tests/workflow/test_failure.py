@@ -2,6 +2,7 @@
 
 import pytest
 
+from maskmoe.errors import RunFailure, UserError
 from maskmoe.workflow.failure import explain_failure
 
 
@@ -13,13 +14,13 @@ def test_bad_input_comes_before_its_consequences():
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
     ]
     failure = explain_failure(1, lines)
-    assert (failure.message, failure.is_bad_input) == ("dataset data does not exist", True)
+    assert (str(failure), type(failure)) == ("dataset data does not exist", UserError)
 
 
 @pytest.mark.parametrize("program", ["x.py", "maskmoe", "maskmoe preprocess", "__main__.py mask"])
 def test_bad_flag_is_bad_input(program):
     failure = explain_failure(2, [f"usage: {program}", f"{program}: error: bad flag"])
-    assert (failure.message, failure.is_bad_input) == ("bad flag", True)
+    assert (str(failure), type(failure)) == ("bad flag", UserError)
 
 
 def test_first_rank_to_fail_gives_the_reason():
@@ -31,7 +32,7 @@ def test_first_rank_to_fail_gives_the_reason():
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
     ]
     failure = explain_failure(1, lines)
-    assert (failure.message, failure.is_bad_input) == ("ValueError: the weights are wrong", False)
+    assert (str(failure), type(failure)) == ("ValueError: the weights are wrong", RunFailure)
 
 
 @pytest.mark.parametrize(
@@ -45,5 +46,5 @@ def test_first_rank_to_fail_gives_the_reason():
 )
 def test_failure_without_an_exception(exit_code, lines, message):
     failure = explain_failure(exit_code, lines)
-    assert failure.message.startswith(message)
-    assert not failure.is_bad_input
+    assert str(failure).startswith(message)
+    assert type(failure) is RunFailure

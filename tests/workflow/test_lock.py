@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from maskmoe.errors import UserError
-from maskmoe.workflow.lock import locked
+from maskmoe.workflow.lock import locked, other_holders
 
 
 def test_second_command_is_refused_and_names_the_first(tmp_path):
@@ -18,17 +18,18 @@ def test_second_command_is_refused_and_names_the_first(tmp_path):
 
 
 def test_lock_is_free_after_the_block(tmp_path):
+    path = tmp_path / ".lock"
     for _ in range(2):
-        with locked(tmp_path / ".lock") as lock:
-            assert lock.path.read_text() == f"{os.getpid()}\n"
+        with locked(path):
+            assert path.read_text() == f"{os.getpid()}\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux finds the processes that hold a lock")
 def test_processes_that_hold_the_lock_are_killed_after_their_command_has_ended(tmp_path):
     path = tmp_path / ".lock"
     with locked(path) as lock:
-        holder = subprocess.Popen(["sleep", "60"], stdin=lock.descriptor)
-        assert holder.pid in {process.pid for process in lock.other_holders()}
+        holder = subprocess.Popen(["sleep", "60"], stdin=lock)
+        assert holder.pid in {process.pid for process in other_holders(lock)}
         # The number of a process that has ended: the command that started the holder.
         ended = subprocess.Popen(["true"])
         ended.wait()

@@ -68,6 +68,13 @@ def test_stop_leaves_time_to_end_in_order(start):
     assert process.exit_code == 3
 
 
+def test_stop_ends_no_other_command_that_holds_the_same_lock(start):
+    first, second = start("import time; time.sleep(60)"), start("import time; time.sleep(60)")
+    first.stop()
+    assert second.exit_code is None
+    second.stop()
+
+
 def test_log_tail_returns_complete_lines_once(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"one\ntw")
