@@ -4,6 +4,7 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,12 @@ from maskmoe.checkpoint.series import RELEASE, choose_checkpoint, write_tracker
 from maskmoe.cli import atomic_output
 from maskmoe.conversion.blocks import CoverageError, RearrangedSource, TensorSource, TensorSpec
 from maskmoe.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
-from maskmoe.conversion.model_tensors import (
-    ROUTING_MASK_PREFIX,
-    Shapes,
-    check_tensors,
-    read_mask,
-    routing_mask_tensors,
-)
+from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, check_tensors, read_mask, routing_mask_tensors
 from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.conversion.sources import JoinedSource, RenamedSource, ZeroSource
-from maskmoe.conversion.tensor_mapping import (
-    EMBEDDING,
-    EXPERT_NORMS,
-    PADDING_PREFIX,
-    MegatronLayout,
-    map_tensors,
-)
+from maskmoe.conversion.tensor_mapping import EMBEDDING, EXPERT_NORMS, PADDING_PREFIX, MegatronLayout, map_tensors
 from maskmoe.conversion.torch_dist import COMMON_STATE, TorchDistSource
-from maskmoe.conversion.torch_dist_writer import MARKER, TorchDistPlan, plan_torch_dist
+from maskmoe.conversion.torch_dist_writer import MARKER, plan_torch_dist
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
@@ -93,23 +82,24 @@ def open_megatron(
     has_mask = f"{CHECKPOINT_PREFIX}row_of_id" in source.tensors
     if mask is not None:
         if has_mask or not args.num_experts:
-            raise UserError(
-                f"{checkpoint} {'holds a routing mask' if has_mask else 'has no experts'}; leave --routing-mask out"
-            )
-        source = JoinedSource(
-            source, RenamedSource(routing_mask_tensors(mask)[0], ROUTING_MASK_PREFIX, CHECKPOINT_PREFIX)
-        )
+            problem = "holds a routing mask" if has_mask else "has no experts"
+            raise UserError(f"{checkpoint} {problem}; leave --routing-mask out")
+        mask_source = RenamedSource(routing_mask_tensors(mask)[0], ROUTING_MASK_PREFIX, CHECKPOINT_PREFIX)
+        source = JoinedSource(source, mask_source)
     elif args.num_experts and not has_mask:
         raise UserError(
             f"{checkpoint} holds no routing mask; pass the one that its experts should route by, --routing-mask"
         )
     # Describe the model, and map its tensors.
-    config = dict(common.get(_CONFIG, {}))
-    config |= config_from_args(args, _vocab_size(source, args)) | {"routing_mask": _routing_mask_field(source)}
+    mask = read_mask(source, CHECKPOINT_PREFIX)
+    config = common.get(_CONFIG, {}) | config_from_args(args, mask.vocab_size if mask else _vocab_size(args))
+    config["routing_mask"] = routing_mask_tensors(mask)[1] if mask else None
     weights = {name: spec for name, spec in source.tensors.items() if not is_optimizer(name)}
     try:
         mapping = map_tensors(config, _layout(source, args))
-        aliases = set(_duplicate_norms(weights, mapping.megatron))
+        # A checkpoint may hold a norm a second time, under the name that Transformer Engine's modules load.
+        local_norm, transformer_engine_norm = EXPERT_NORMS
+        aliases = {name for name in weights if name.replace(transformer_engine_norm, local_norm) in mapping.megatron}
         check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
         view = RearrangedSource(source, mapping.huggingface, mapping.copies)
     except CoverageError as error:
@@ -129,12 +119,17 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
     Raises:
         UserError: the checkpoint cannot be written.
     """
-    # Map the tensors.
+    # Map the tensors. The padding of the vocabulary is the model's own if it fits, else zeros.
     layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS)
+    tensors = model.source.tensors
+    dtype = tensors["model.embed_tokens.weight"].dtype
     try:
         mapping = map_tensors(model.config, layout)
+        specs = {name: TensorSpec(shape, dtype) for name, shape in mapping.huggingface.items()}
+        padding = {name: spec for name, spec in specs.items() if name.startswith(PADDING_PREFIX)}
+        zeros = ZeroSource({name: spec for name, spec in padding.items() if tensors.get(name) != spec})
         copies = (copy.inverse for copy in mapping.copies)
-        view = RearrangedSource(_with_padding(model.source, mapping.huggingface), mapping.megatron, copies)
+        view = RearrangedSource(JoinedSource(zeros, model.source), mapping.megatron, copies)
     except CoverageError as error:
         raise UserError(f"the model's tensors do not fit into Megatron's: {error}") from error
     # Write them with the state that Megatron's loader requires.
@@ -146,28 +141,10 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
         "content_metadata": _CONTENT,
         _CONFIG: model.config,
     }
-    objects: dict[str, Any] = {COMMON_STATE: [common]}
-    objects |= {name: [None] for name in _extra_states(args, layout)}
+    objects: dict[str, Any] = {COMMON_STATE: [common]} | {name: [None] for name in _extra_states(args, layout)}
     plan = plan_torch_dist(view.tensors, objects, max_file_bytes, folder=RELEASE)
     write_files(view, plan.files, output)
-    _seal(output, plan)
-
-
-def _with_padding(source: TensorSource, shapes: Shapes) -> TensorSource:
-    """Add the padding of the vocabulary to a model's tensors: the model's own padding if it fits, else zeros.
-
-    Args:
-        source: provides the model's tensors.
-        shapes: shapes of all tensors by name, including the padding's.
-    """
-    dtype = source.tensors["model.embed_tokens.weight"].dtype
-    padding = {name: TensorSpec(shape, dtype) for name, shape in shapes.items() if name.startswith(PADDING_PREFIX)}
-    zeros = {name: spec for name, spec in padding.items() if source.tensors.get(name) != spec}
-    return JoinedSource(ZeroSource(zeros), source)
-
-
-def _seal(output: OutputFolder, plan: TorchDistPlan) -> None:
-    """Write the files that turn the files of tensors into a checkpoint, then the tracker that names the checkpoint."""
+    # Write the files that turn the files of tensors into a checkpoint, then the tracker that names the checkpoint.
     checkpoint = output.path / RELEASE
     with reporting_full_disk(checkpoint):
         with atomic_output(checkpoint / LAYOUT_FILE) as path:
@@ -180,20 +157,11 @@ def _seal(output: OutputFolder, plan: TorchDistPlan) -> None:
     output.complete()
 
 
-def _vocab_size(source: TensorSource, args: Namespace) -> int:
-    """Return the number of the tokenizer's ids: the routing mask's, else Megatron's argument, else the tokenizer's."""
-    row_of_id = source.tensors.get(f"{CHECKPOINT_PREFIX}row_of_id")
-    if row_of_id is not None:
-        return row_of_id.shape[-1]
+def _vocab_size(args: Namespace) -> int:
+    """Return the number of the tokenizer's ids: Megatron's argument, else the tokenizer's."""
     if getattr(args, "vocab_size", None) is not None:
         return args.vocab_size
     return load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
-
-
-def _routing_mask_field(source: TensorSource) -> dict[str, Any] | None:
-    """Verify the routing mask; return the field `routing_mask` of the configuration, None without a routing mask."""
-    mask = read_mask(source, CHECKPOINT_PREFIX)
-    return None if mask is None else routing_mask_tensors(mask)[1]
 
 
 def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:
@@ -208,31 +176,20 @@ def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:
     return MegatronLayout(stacked, embedding.shape[0], (norm,))
 
 
-def _duplicate_norms(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the norms that a checkpoint holds a second time, under the name that Transformer Engine's modules load."""
-    local_name, transformer_engine_name = EXPERT_NORMS
-    for name in tensors:
-        if name.endswith(transformer_engine_name):
-            prefix = name.removesuffix(transformer_engine_name)
-            if prefix + local_name in expected:
-                yield name
-
-
 def _extra_states(args: Namespace, layout: MegatronLayout) -> Iterator[str]:
     """Yield the names of the modules' entries `_extra_state`, each with the suffix of its shard."""
     yield "decoder.final_layernorm._extra_state/shard_0_1"
     sparse = sparse_layers(args)
     for layer, has_experts in enumerate(sparse):
         prefix = "decoder.layers." if layout.is_stacked else f"decoder.layers.{layer}."
+        shard = f"{layer}_{len(sparse)}" if layout.is_stacked else "0_1"
         index, count = (f"{layer}.", f"{len(sparse)}.") if layout.is_stacked else ("", "")
         modules = [f"self_attention.{module}" for module in _ATTENTION_MODULES]
-        modules += [f"mlp.{module}" for module in _MLP_MODULES] if not has_experts else ["pre_mlp_layernorm"]
+        modules += ["pre_mlp_layernorm"] if has_experts else [f"mlp.{module}" for module in _MLP_MODULES]
         if has_experts and args.moe_shared_expert_intermediate_size:
             modules += [f"mlp.shared_experts.{module}" for module in _MLP_MODULES]
-        for module in modules:
-            shard = f"{layer}_{len(sparse)}" if layout.is_stacked else "0_1"
-            yield f"{prefix}{module}._extra_state/shard_{shard}"
-        for module in _MLP_MODULES if has_experts else ():
-            for expert in range(args.num_experts):
+        yield from (f"{prefix}{module}._extra_state/shard_{shard}" for module in modules)
+        if has_experts:
+            for module, expert in product(_MLP_MODULES, range(args.num_experts)):
                 name = f"{prefix}mlp.experts.experts.{module}._extra_state"
                 yield f"{name}/shard_{index}{expert}_{count}{args.num_experts}"
