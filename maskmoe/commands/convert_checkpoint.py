@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,62 +19,52 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line; `run` in the result is the function of the subcommand."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    to_hf = commands.add_parser(
+
+    def add_command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(run=run)
+        return command
+
+    to_hf = add_command(
         "megatron-to-hf",
-        help="convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
+        _megatron_to_hf,
+        "convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
     )
-    to_hf.set_defaults(run=_megatron_to_hf)
-    to_megatron = commands.add_parser(
-        "hf-to-megatron",
-        help="convert a transformers model into a checkpoint that training starts from",
+    to_megatron = add_command(
+        "hf-to-megatron", _hf_to_megatron, "convert a transformers model into a checkpoint that training starts from"
     )
-    to_megatron.set_defaults(run=_hf_to_megatron)
-    upcycle = commands.add_parser("upcycle", help="make a MaskMoE model of a dense model, whose MLPs become experts")
-    upcycle.set_defaults(run=_upcycle)
+    upcycle = add_command("upcycle", _upcycle, "make a MaskMoE model of a dense model, whose MLPs become experts")
+    inspect = add_command("inspect", _inspect, "report what a checkpoint or model holds and whether it is intact")
     for command in (to_hf, to_megatron, upcycle):
         _add_conversion_arguments(command)
     for command in (to_hf, to_megatron):
         command.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask for a model that holds none")
-    upcycle.add_argument(
-        "--save-format",
-        choices=("megatron", "hf"),
-        default="megatron",
-        help="format of the result (default: %(default)s)",
-    )
+    formats = {"choices": ("megatron", "hf"), "default": "megatron"}
+    upcycle.add_argument("--save-format", **formats, help="format of the result (default: %(default)s)")
     add_upcycle_arguments(upcycle)
-    inspect = commands.add_parser("inspect", help="report what a checkpoint or model holds and whether it is intact")
-    inspect.set_defaults(run=_inspect)
     inspect.add_argument(
         "checkpoint", type=Path, metavar="DIR", help="folder of a model, of a checkpoint, or of a run's checkpoints"
     )
     inspect.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
-    _add_verification_argument(inspect)
+    for command in (to_hf, to_megatron, upcycle, inspect):
+        command.add_argument(
+            "--no-verify-checkpoint",
+            action="store_false",
+            dest="verify",
+            help="do not compare files with the digests that were saved with them",
+        )
     return parser.parse_args()
 
 
 def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
+    folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR"}
+    parser.add_argument("--load", **folder, help="folder to convert: a model, a checkpoint, or a run's checkpoints")
     parser.add_argument(
-        "--load",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder to convert: a model, a checkpoint, or a run's checkpoints",
-    )
-    parser.add_argument(
-        "--save",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="new folder for the result, or the folder of an interrupted conversion to resume",
+        "--save", **folder, help="new folder for the result, or the folder of an interrupted conversion to resume"
     )
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: as they are stored)")
-    parser.add_argument(
-        "--max-shard-size",
-        type=_size,
-        default=Settings.max_shard_size,
-        metavar="SIZE",
-        help="upper bound of a file's size, such as 5GB (default)",
-    )
+    size: dict[str, Any] = {"type": _size, "default": Settings.max_shard_size, "metavar": "SIZE"}
+    parser.add_argument("--max-shard-size", **size, help="upper bound of a file's size, such as 5GB (default)")
     parser.add_argument(
         "--tokenizer-type",
         metavar="T",
@@ -81,16 +72,6 @@ def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer-model", metavar="F", help="file of the tokenizer, as Megatron's flag")
     parser.add_argument("--allow-nan", action="store_true", help="convert weights that are NaN or infinite, too")
-    _add_verification_argument(parser)
-
-
-def _add_verification_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-verify-checkpoint",
-        action="store_false",
-        dest="verify",
-        help="do not compare files with the digests that were saved with them",
-    )
 
 
 def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,17 +86,6 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num-experts", type=int, required=True, metavar="N", help="experts in each MoE layer")
     group.add_argument(
-        "--topk", type=int, default=UpcycleSettings.topk, metavar="K", help="experts of a token (default: %(default)s)"
-    )
-    group.add_argument(
-        "--granularity",
-        type=int,
-        default=UpcycleSettings.granularity,
-        metavar="G",
-        help="make experts of 1/G of the MLP's size; N and K must be multiples of G (default: %(default)s, whole "
-        "copies)",
-    )
-    group.add_argument(
         "--moe-layer-freq",
         default=UpcycleSettings.moe_layer_freq,
         metavar="FREQ",
@@ -123,29 +93,17 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: all layers)",
     )
     group.add_argument("--shared-expert", action="store_true", help="give each MoE layer a shared expert, too")
-    group.add_argument(
-        "--noise",
-        type=float,
-        default=UpcycleSettings.noise,
-        metavar="S",
-        help="standard deviation of relative noise on the experts' weights (default: %(default)s)",
-    )
-    group.add_argument(
-        "--reinit-share",
-        type=float,
-        dest="reinitialised",
-        default=UpcycleSettings.reinitialised,
-        metavar="R",
-        help="share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5 (default: "
-        "%(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=UpcycleSettings.seed,
-        metavar="S",
-        help="seed of routers, noise and new features (default: %(default)s)",
-    )
+    flags = {
+        "topk": ("K", "experts of a token"),
+        "granularity": ("G", "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies"),
+        "noise": ("S", "standard deviation of relative noise on the experts' weights"),
+        "reinit_share": ("R", "share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5"),
+        "seed": ("S", "seed of routers, noise and new features"),
+    }
+    for name, (metavar, help) in flags.items():
+        default, text = getattr(UpcycleSettings, name), f"{help} (default: %(default)s)"
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=type(default), default=default, metavar=metavar, help=text)
 
 
 def _size(text: str) -> int:
@@ -161,14 +119,10 @@ def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:
     Raises:
         UserError: the settings contradict each other.
     """
-    values = _field_values(UpcycleSettings, arguments)
-    if isinstance(arguments.moe_layer_freq, str):
-        values["moe_layer_freq"] = _parse_layer_frequency(arguments.moe_layer_freq)
-    return UpcycleSettings(**values)
-
-
-def _settings(arguments: argparse.Namespace) -> Settings:
-    return Settings(**_field_values(Settings, arguments))
+    frequency = arguments.moe_layer_freq
+    if isinstance(frequency, str):
+        frequency = _parse_layer_frequency(frequency)
+    return UpcycleSettings(**_field_values(UpcycleSettings, arguments) | {"moe_layer_freq": frequency})
 
 
 def _field_values(settings: type, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -205,14 +159,16 @@ def _mask(arguments: argparse.Namespace) -> "RoutingMask | None":
 def _megatron_to_hf(arguments: argparse.Namespace) -> None:
     from maskmoe.conversion.convert import megatron_to_huggingface
 
-    megatron_to_huggingface(_settings(arguments), _mask(arguments))
-    print(f"written {arguments.save}")
+    megatron_to_huggingface(Settings(**_field_values(Settings, arguments)), _mask(arguments))
+    _report_written(arguments)
 
 
 def _hf_to_megatron(arguments: argparse.Namespace) -> None:
     from maskmoe.conversion.convert import huggingface_to_megatron
 
-    _print_load_flags(arguments, huggingface_to_megatron(_settings(arguments), _mask(arguments)))
+    _report_written(
+        arguments, huggingface_to_megatron(Settings(**_field_values(Settings, arguments)), _mask(arguments))
+    )
 
 
 def _upcycle(arguments: argparse.Namespace) -> None:
@@ -222,21 +178,21 @@ def _upcycle(arguments: argparse.Namespace) -> None:
 
     recipe, mask = upcycle_settings(arguments), read_routing_mask(arguments.routing_mask)
     to_megatron = arguments.save_format == "megatron"
-    flags = upcycle_model(_settings(arguments), recipe, mask, to_megatron)
+    flags = upcycle_model(Settings(**_field_values(Settings, arguments)), recipe, mask, to_megatron)
     if changes := changes_of_function(recipe, mask):
         print(f"the model does not compute what the dense model computes: {'; '.join(changes)}")
     else:
         print("the model computes what the dense model computes")
-    if to_megatron:
-        _print_load_flags(arguments, flags)
-    else:
+    _report_written(arguments, flags if to_megatron else None)
+
+
+def _report_written(arguments: argparse.Namespace, flags: list[str] | None = None) -> None:
+    """Print where the result is, and how to load a checkpoint in training if `flags` are given."""
+    if flags is None:
         print(f"written {arguments.save}")
-
-
-def _print_load_flags(arguments: argparse.Namespace, flags: list[str]) -> None:
-    """Print how to load a checkpoint in training."""
-    print(f"written {arguments.save}; load it with")
-    print(" ".join(["  --load", str(arguments.save), "--use-checkpoint-args", *flags]))
+    else:
+        print(f"written {arguments.save}; load it with")
+        print(" ".join(["  --load", str(arguments.save), "--use-checkpoint-args", *flags]))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
