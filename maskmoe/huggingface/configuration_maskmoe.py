@@ -145,10 +145,10 @@ class MaskMoEConfig(PreTrainedConfig):
             raise ValueError(f"num_experts_per_tok is {topk} of {num_experts} experts")
         if self.use_expert_bias and self.scoring_func == "softmax":
             raise ValueError("use_expert_bias needs scoring_func 'sigmoid' or 'sqrtsoftplus'")
+        if (self.n_group is None) != (self.topk_group is None):
+            raise ValueError("n_group and topk_group must both be given, or neither")
         if self.n_group is not None and self.topk_group is not None:
             self._check_groups(topk, num_experts, self.n_group, self.topk_group)
-        elif self.n_group != self.topk_group:
-            raise ValueError("n_group and topk_group must both be given, or neither")
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             raise ValueError("shared_expert_gate needs a shared_expert_intermediate_size")
         mask = self.routing_mask or {}

@@ -16,14 +16,7 @@ from transformers import initialization as init
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.models.glm4_moe.modeling_glm4_moe import (
-    Glm4MoeAttention,
-    Glm4MoeMLP,
-    Glm4MoeModel,
-    Glm4MoePreTrainedModel,
-    Glm4MoeRMSNorm,
-    Glm4MoeRotaryEmbedding,
-)
+from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import maybe_autocast
@@ -54,9 +47,8 @@ class MaskMoERoutingMask(nn.Module):
         tables, num_bytes = sizes["num_tables"], -(-config.num_experts // 8)
         row_dtype = getattr(torch, sizes["row_dtype"])
         self.register_buffer("row_of_id", torch.zeros(tables, config.vocab_size, dtype=row_dtype))
-        self.register_buffer(
-            "visible_bits", torch.full((tables, sizes["num_rows"], num_bytes), _ALL_EXPERTS, dtype=torch.uint8)
-        )
+        visible_bits = torch.full((tables, sizes["num_rows"], num_bytes), _ALL_EXPERTS, dtype=torch.uint8)
+        self.register_buffer("visible_bits", visible_bits)
         self.register_buffer("metadata", torch.zeros(sizes["metadata_bytes"], dtype=torch.uint8))
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -95,14 +87,11 @@ class MaskMoETopKRouter(nn.Module):
 
     def __init__(self, config: MaskMoEConfig) -> None:
         super().__init__()
+        self.config = config
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.num_experts
-        self.num_groups = config.n_group
-        self.topk_group = config.topk_group
         self.scoring_func = config.scoring_func
-        self.norm_topk_prob = config.norm_topk_prob
         self.softmax_follows_selection = config.scoring_func == "softmax" and config.norm_topk_prob
-        self.scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
         bias = torch.zeros(config.num_experts) if config.use_expert_bias else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -127,8 +116,8 @@ class MaskMoETopKRouter(nn.Module):
         # Select by score plus bias, among visible experts of the best groups.
         candidates = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         candidates = candidates.masked_fill(~visible, _INVISIBLE)
-        if self.num_groups is not None and self.topk_group is not None:
-            candidates = self._keep_best_groups(candidates, self.num_groups, self.topk_group)
+        if self.config.n_group is not None and self.config.topk_group is not None:
+            candidates = self._keep_best_groups(candidates, self.config.n_group, self.config.topk_group)
         best, indices = candidates.topk(self.top_k, dim=-1)  # [tokens, k]
         selected = best != _INVISIBLE
         # Weigh by score without bias.
@@ -141,9 +130,9 @@ class MaskMoETopKRouter(nn.Module):
             weights = scores.masked_fill(~selected, _INVISIBLE).softmax(dim=-1)
         else:
             weights = scores.masked_fill(~selected, 0.0)
-            if self.norm_topk_prob and self.top_k > 1:
+            if self.config.norm_topk_prob and self.top_k > 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights * self.scaling_factor
+        return weights * self.config.routed_scaling_factor
 
     def _keep_best_groups(self, candidates: Tensor, num_groups: int, topk_group: int) -> Tensor:
         """Set candidates [tokens, experts] outside the best groups to -inf (DeepSeek-V3, arXiv 2412.19437).
@@ -187,7 +176,7 @@ class MaskMoESparseMoeBlock(nn.Module):
         self.experts = MaskMoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None
         if config.shared_expert_intermediate_size:
-            self.shared_experts = Glm4MoeMLP(config, config.shared_expert_intermediate_size)
+            self.shared_experts = glm4_moe.Glm4MoeMLP(config, config.shared_expert_intermediate_size)
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -213,7 +202,7 @@ class MaskMoESparseMoeBlock(nn.Module):
         return output.view_as(hidden_states)
 
 
-class MaskMoEAllHeadsRMSNorm(Glm4MoeRMSNorm):
+class MaskMoEAllHeadsRMSNorm(glm4_moe.Glm4MoeRMSNorm):
     """Normalises queries or keys over the features of all heads together."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -221,7 +210,7 @@ class MaskMoEAllHeadsRMSNorm(Glm4MoeRMSNorm):
         return super().forward(hidden_states.flatten(-2)).view_as(hidden_states)
 
 
-class MaskMoEAttention(Glm4MoeAttention):
+class MaskMoEAttention(glm4_moe.Glm4MoeAttention):
     """Computes grouped-query attention with rotary positions, and with norms of queries and keys as configured."""
 
     def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
@@ -240,10 +229,10 @@ class MaskMoEDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         assert config.mlp_layer_types is not None  # set by the configuration
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
-        self.input_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = glm4_moe.Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = MaskMoEAttention(config, layer_idx)
-        self.post_attention_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MaskMoESparseMoeBlock(config, layer_idx) if self.is_sparse else Glm4MoeMLP(config)
+        self.post_attention_layernorm = glm4_moe.Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MaskMoESparseMoeBlock(config, layer_idx) if self.is_sparse else glm4_moe.Glm4MoeMLP(config)
 
     def forward(self, hidden_states: Tensor, visible_bits: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Process tokens.
@@ -260,7 +249,7 @@ class MaskMoEDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + (self.mlp(normed, visible_bits) if self.is_sparse else self.mlp(normed))
 
 
-class MaskMoEPreTrainedModel(Glm4MoePreTrainedModel):
+class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
     """Initialises, loads and resizes MaskMoE models."""
 
     config: MaskMoEConfig  # pyrefly: ignore[bad-override-mutable-attribute]  # as all models of transformers do
@@ -315,15 +304,16 @@ class MaskMoEPreTrainedModel(Glm4MoePreTrainedModel):
             init.constant_(module.visible_bits, _ALL_EXPERTS)
 
 
-class MaskMoEModel(MaskMoEPreTrainedModel, Glm4MoeModel):
+class MaskMoEModel(MaskMoEPreTrainedModel, glm4_moe.Glm4MoeModel):
     """Computes the decoder's hidden states, without the output layer."""
 
     def __init__(self, config: MaskMoEConfig) -> None:
-        super(Glm4MoeModel, self).__init__(config)  # skips Glm4MoeModel's constructor, which makes its own layers
+        # Skip the constructor of Glm4MoeModel, which makes its own layers.
+        super(glm4_moe.Glm4MoeModel, self).__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MaskMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Glm4MoeRotaryEmbedding(config=config)  # pyrefly: ignore[bad-argument-type]  # see attention
+        self.norm = glm4_moe.Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = glm4_moe.Glm4MoeRotaryEmbedding(config=config)  # pyrefly: ignore[bad-argument-type]  # see attention
         self.routing_mask = MaskMoERoutingMask(config) if config.has_experts else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -407,12 +397,7 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            output_router_logits=output_router_logits,
-            **kwargs,
+            input_ids, attention_mask, position_ids, inputs_embeds, output_router_logits=output_router_logits, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
