@@ -13,34 +13,34 @@ from maskmoe.errors import UserError
 
 # Arguments of Megatron that have only this value in a model that transformers can express.
 _FIXED_ARGS: dict[str, Any] = {
-    "multi_latent_attention": False,
-    "mtp_num_layers": None,
-    "normalization": "RMSNorm",
-    "layernorm_zero_centered_gamma": False,
-    "add_bias_linear": False,
-    "swiglu": True,
-    "quick_geglu": False,
-    "squared_relu": False,
-    "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
-    "position_embedding_type": "rope",
-    "rotary_interleaved": False,
-    "no_rope_freq": None,
-    "qk_l2_norm": False,
-    "attention_output_gate": False,
-    "window_size": None,
-    "softmax_type": "vanilla",
+    "add_bias_linear": False,
     "apply_residual_connection_post_layernorm": False,
-    "use_mup": False,
-    "moe_latent_size": None,
-    "moe_apply_probs_on_input": False,
+    "attention_output_gate": False,
     "experimental_attention_variant": None,
-    "linear_attention_freq": None,
-    "hybrid_layer_pattern": None,
+    "glu_linear_offset": 0.0,
     "heterogeneous_layers_config_path": None,
+    "hybrid_layer_pattern": None,
+    "layernorm_zero_centered_gamma": False,
+    "linear_attention_freq": None,
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+    "mtp_num_layers": None,
+    "multi_latent_attention": False,
+    "no_rope_freq": None,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "qk_l2_norm": False,
+    "quick_geglu": False,
+    "rotary_interleaved": False,
+    "softmax_type": "vanilla",
+    "squared_relu": False,
+    "swiglu": True,
+    "use_mup": False,
+    "window_size": None,
 }
 # What an error calls another value, if that is not the argument's flag.
-_NAMES_OF_OTHER_VALUES = {
+_NAMES_OF_SETTINGS = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "add_bias_linear": "linear biases (without --disable-bias-linear)",
     "swiglu": "MLPs without --swiglu",
@@ -120,7 +120,8 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
         config: the fields of `MaskMoEConfig`.
 
     Raises:
-        UserError: the model has a setting that Megatron-Core does not have; names the setting.
+        UserError: the model has a setting, or a combination of scores and normalisation, that Megatron-Core does not
+            have; names the setting.
     """
     qk_norm = config["qk_norm"]
     is_sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
@@ -138,10 +139,25 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
         "padded_vocab_size": -(-config["vocab_size"] // _VOCAB_DIVISOR) * _VOCAB_DIVISOR,
         "num_experts": config["num_experts"] if any(is_sparse) else None,
     }
-    if any(is_sparse):
+    if not any(is_sparse):
+        return Namespace(**args)
+    topk, scores, normalised = config["num_experts_per_tok"], config["scoring_func"], config["norm_topk_prob"]
+    if scores == "softmax" and normalised and topk == 1:
+        raise UserError("Megatron-Core has no norm_topk_prob with num_experts_per_tok 1: all weights would be 1")
+    if scores != "softmax" and not normalised and topk > 1:
+        raise UserError(f"Megatron-Core has scoring_func {scores} only with norm_topk_prob")
+    scaling_factor = config["routed_scaling_factor"]
+    args |= {name: config[field] for field, name in _EXPERT_FIELDS.items()} | {
         # Megatron stores each layer apart if it is given a pattern, so give none if all layers are alike.
-        args["moe_layer_freq"] = 1 if all(is_sparse) else [int(sparse) for sparse in is_sparse]
-        args |= _expert_args(config)
+        "moe_layer_freq": 1 if all(is_sparse) else [int(sparse) for sparse in is_sparse],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_router_pre_softmax": scores == "softmax" and not normalised,
+        "moe_router_topk_scaling_factor": None if scaling_factor == 1.0 else scaling_factor,
+        "moe_router_num_groups": config["n_group"],
+        "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"] or None,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": config["router_aux_loss_coef"],
+    }
     return Namespace(**args)
 
 
@@ -164,29 +180,6 @@ def further_flags(args: Namespace) -> list[str]:
     flags = [f"--{name}" for name in ("bf16", "fp16") if getattr(args, name, False)]
     flags += [f"--vocab-size {args.vocab_size}"] if args.tokenizer_type == WITHOUT_TEXT else []
     return flags + ([f"--moe-aux-loss-tokens {loss_tokens}"] if loss_tokens != "all" else [])
-
-
-def _expert_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Megatron's arguments about experts.
-
-    Raises:
-        UserError: Megatron-Core does not have the model's combination of scores and normalisation.
-    """
-    topk, scores, normalised = config["num_experts_per_tok"], config["scoring_func"], config["norm_topk_prob"]
-    if scores == "softmax" and normalised and topk == 1:
-        raise UserError("Megatron-Core has no norm_topk_prob with num_experts_per_tok 1: all weights would be 1")
-    if scores != "softmax" and not normalised and topk > 1:
-        raise UserError(f"Megatron-Core has scoring_func {scores} only with norm_topk_prob")
-    scaling_factor = config["routed_scaling_factor"]
-    return {name: config[field] for field, name in _EXPERT_FIELDS.items()} | {
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_router_pre_softmax": scores == "softmax" and not normalised,
-        "moe_router_topk_scaling_factor": None if scaling_factor == 1.0 else scaling_factor,
-        "moe_router_num_groups": config["n_group"],
-        "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"] or None,
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": config["router_aux_loss_coef"],
-    }
 
 
 def _aux_loss_coefficient(args: Namespace) -> float:
@@ -216,24 +209,21 @@ def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: Megatron-Core does not have the model's rotary embedding.
     """
-    base = rope["rope_theta"]
+    base, factor = rope["rope_theta"], rope.get("factor", 1.0)
+    is_llama3, is_linear = rope["rope_type"] == "llama3", rope["rope_type"] == "linear"
     args = {
         "rotary_base": int(base) if float(base).is_integer() else base,
         "rotary_percent": rope.get("partial_rotary_factor", 1.0),
-        "rotary_seq_len_interpolation_factor": None,
-        "use_rope_scaling": False,
+        "rotary_seq_len_interpolation_factor": int(factor) if is_linear else None,
+        "use_rope_scaling": is_llama3,
+        "rope_scaling_factor": factor if is_llama3 else _default_args()["rope_scaling_factor"],
     }
-    match rope["rope_type"]:
-        case "default":
-            return args
-        case "linear" if float(rope["factor"]).is_integer():
-            return args | {"rotary_seq_len_interpolation_factor": int(rope["factor"])}
-        case "llama3" if all(rope.get(name) == value for name, value in _LLAMA3_ROPE.items()):
-            return args | {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise UserError(
-        "Megatron-Core supports rotary embeddings without scaling, with rope_type linear and a whole factor, and with "
-        f"{_LLAMA3_ROPE} and any factor; rope_parameters are {dict(rope)}"
-    )
+    if not _rope_parameters(Namespace(**args)).items() <= rope.items():
+        raise UserError(
+            "Megatron-Core supports rotary embeddings without scaling, with rope_type linear and a whole factor, and "
+            f"with {_LLAMA3_ROPE} and any factor; rope_parameters are {dict(rope)}"
+        )
+    return args
 
 
 def _inexpressible(args: Namespace) -> list[str]:
@@ -242,7 +232,7 @@ def _inexpressible(args: Namespace) -> list[str]:
     for name, fixed in _FIXED_ARGS.items():
         value = getattr(args, name)
         if value != fixed and (value or fixed):  # 0, False and None all switch a feature off
-            flag = _NAMES_OF_OTHER_VALUES.get(name, f"--{name.replace('_', '-')}")
+            flag = _NAMES_OF_SETTINGS.get(name, f"--{name.replace('_', '-')}")
             refusals.append(flag if isinstance(value, bool) else f"{flag} {value}")
     if args.use_rope_scaling and args.rotary_seq_len_interpolation_factor is not None:
         refusals.append("--rotary-seq-len-interpolation-factor along with --use-rope-scaling")

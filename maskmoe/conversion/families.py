@@ -66,33 +66,15 @@ class Family:
             or under the names of the family's first files.
         special_fields: function from the family's configuration to the fields of `MaskMoEConfig` that have another
             name or no name in the family's configuration.
-        attributes: attributes that a configuration of this family must have, besides the sizes of all families. The
-            models are mixtures of experts if "num_experts" is among them.
     """
 
     namings: tuple[Naming, ...] = (Naming(),)
     special_fields: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
-    attributes: tuple[str, ...] = ()
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether the models are mixtures of experts."""
-        return "num_experts" in self.attributes
 
 
-# Fields that mean the same in `MaskMoEConfig` and in the configurations of all families that have them.
-DENSE_FIELDS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
-    *("rope_parameters", "tie_word_embeddings", "attention_bias", "attention_dropout", "qk_norm"),
-    *("pad_token_id", "bos_token_id", "eos_token_id"),
-)
-_EXPERT_FIELDS = (
-    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef"),
-    "shared_expert_intermediate_size",
-)
+# transformers fills in missing sizes with those of some published model, so configurations must have these.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_EXPERT_SIZES = ("num_experts", "num_experts_per_tok")
+_EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 FAMILIES = {
@@ -103,22 +85,15 @@ FAMILIES = {
     "mixtral": Family(
         namings=(Naming(("w1", "w3", "w2"), (".mlp.", ".block_sparse_moe.")), Naming()),
         special_fields=lambda config: {"norm_topk_prob": True, "moe_intermediate_size": config.intermediate_size},
-        attributes=_EXPERT_SIZES,
     ),
     "qwen2_moe": Family(
         namings=tuple(Naming(names, (".shared_experts.", ".shared_expert.")) for names in (_PROJECTIONS, None)),
         special_fields=lambda config: {"attention_bias": config.qkv_bias, "shared_expert_gate": True},
-        attributes=(*_EXPERT_SIZES, "moe_intermediate_size", "shared_expert_intermediate_size"),
     ),
-    "qwen3_moe": Family(
-        namings=(Naming(_PROJECTIONS), Naming()),
-        special_fields=lambda config: {"qk_norm": "head"},
-        attributes=(*_EXPERT_SIZES, "moe_intermediate_size"),
-    ),
+    "qwen3_moe": Family((Naming(_PROJECTIONS), Naming()), lambda config: {"qk_norm": "head"}),
     "olmoe": Family(
         namings=(Naming(_PROJECTIONS), Naming()),
         special_fields=lambda config: {"qk_norm": "all_heads", "moe_intermediate_size": config.intermediate_size},
-        attributes=_EXPERT_SIZES,
     ),
 }
 
@@ -152,16 +127,15 @@ def read_config(path: Path) -> PreTrainedConfig:
         UserError: the configuration is missing, damaged or incomplete, or the family is unknown.
     """
     values = read_json(path)
-    model_type = values.get("model_type")
+    model_type = str(values.get("model_type"))
     if model_type not in FAMILIES:
         raise UserError(f"{path}: model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")
-    # transformers fills in missing sizes with those of some published model, so require the sizes, under any name.
-    config_class = CONFIG_MAPPING[model_type]
-    synonyms = config_class.attribute_map | {new: old for old, new in config_class.attribute_map.items()}
-    for name in (*_SIZES, *FAMILIES[model_type].attributes):
-        if name not in values and synonyms.get(name) not in values:
+    config = make_config(CONFIG_MAPPING[model_type], values, path)
+    synonyms = config.attribute_map | {new: old for old, new in config.attribute_map.items()}
+    for name in _SIZES + _EXPERT_SIZES:
+        if hasattr(config, name) and name not in values and synonyms.get(name) not in values:
             raise UserError(f"{path} lacks {name}")
-    return make_config(config_class, values, path)
+    return config
 
 
 def translate_config(config: PreTrainedConfig, path: Path) -> dict[str, Any]:
@@ -176,18 +150,17 @@ def translate_config(config: PreTrainedConfig, path: Path) -> dict[str, Any]:
     """
     if refusals := _inexpressible(config):
         raise UserError(f"{path}: MaskMoE cannot express {', '.join(refusals)}")
-    family = FAMILIES[config.model_type]
-    names = DENSE_FIELDS + (_EXPERT_FIELDS if family.has_experts else ())
-    fields = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    # Fields of the same name mean the same in all families.
+    names = MaskMoEConfig.__annotations__
+    fields = {"num_experts": 0} | {name: value for name in names if (value := getattr(config, name, None)) is not None}
     fields["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name != "type"}
-    if family.has_experts:
-        step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or ()
-        is_sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers)]
-        fields["mlp_layer_types"] = ["sparse" if sparse else "dense" for sparse in is_sparse]
-    else:
-        fields["num_experts"] = 0
-    fields |= family.special_fields(config)
-    return make_config(MaskMoEConfig, fields, path).to_dict() | {"routing_mask": None}
+    step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or ()
+    fields["mlp_layer_types"] = [
+        "sparse" if fields["num_experts"] and layer not in dense and (layer + 1) % step == 0 else "dense"
+        for layer in range(config.num_hidden_layers)
+    ]
+    fields |= FAMILIES[config.model_type].special_fields(config)
+    return make_config(MaskMoEConfig, fields, path).to_dict() | {"routing_mask": None, "output_router_logits": False}
 
 
 def _inexpressible(config: PreTrainedConfig) -> list[str]:
@@ -195,6 +168,7 @@ def _inexpressible(config: PreTrainedConfig) -> list[str]:
     settings = config.to_dict()
     window, length = settings.get("sliding_window"), config.max_position_embeddings
     is_windowed = "sliding_attention" in (settings.get("layer_types") or ["sliding_attention"])
+    clip, quantization = settings.get("clip_qkv"), settings.get("quantization_config")
     rope_type = config.rope_parameters["rope_type"]
     refusals = {
         f"sliding_window {window}; with max_position_embeddings {window} instead of {length} it would have no effect": (
@@ -204,9 +178,8 @@ def _inexpressible(config: PreTrainedConfig) -> list[str]:
         f"rope_type {rope_type!r}, only default, linear and llama3": rope_type not in ("default", "linear", "llama3"),
         "attention_bias: it includes a bias of the output projection": settings.get("attention_bias"),
         "mlp_bias": settings.get("mlp_bias"),
-        f"clip_qkv {settings.get('clip_qkv')}": settings.get("clip_qkv") is not None,
-        "quantization_config; convert the model before it was quantized": settings.get("quantization_config")
-        is not None,
+        f"clip_qkv {clip}": clip is not None,
+        "quantization_config; convert the model before it was quantized": quantization is not None,
     }
     return [refusal for refusal, is_refused in refusals.items() if is_refused]
 
@@ -226,13 +199,10 @@ def rename_tensors(
         UserError: a tensor is missing, unexpected or of another shape; names the tensor.
     """
     shapes = tensor_shapes(config)
-    candidates = []
-    for naming in namings:
-        copies = list(naming.copies(shapes))
-        candidates.append((copies, {copy.source.tensor: copy.source.sizes for copy in copies}))
-    copies, expected = max(candidates, key=lambda candidate: len(candidate[1].keys() & source.tensors.keys()))
-    ignored = {name for name in source.tensors if _COMPUTED.search(name)}
-    if config["tie_word_embeddings"]:
-        ignored.add("lm_head.weight")
-    check_tensors(source.tensors, expected, str(folder), ignored)
-    return RearrangedSource(source, shapes, copies)
+    candidates = [{copy.source.tensor: copy for copy in naming.copies(shapes)} for naming in namings]
+    copies = max(candidates, key=lambda candidate: len(candidate.keys() & source.tensors.keys()))
+    expected = {name: copy.source.sizes for name, copy in copies.items()}
+    computed = {name for name in source.tensors if _COMPUTED.search(name)}
+    tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
+    check_tensors(source.tensors, expected, str(folder), ignored=computed | tied)
+    return RearrangedSource(source, shapes, copies.values())

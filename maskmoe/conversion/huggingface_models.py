@@ -24,11 +24,8 @@ from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, exp
 from maskmoe.json_files import read_json
 from maskmoe.routing_mask.mask import RoutingMask
 
-MEGATRON_FOLDER = "megatron"
-"""Folder beside an exported model with the data that only Megatron needs."""
-
-_ARGS_FILE = f"{MEGATRON_FOLDER}/args.json"
-_PADDING_FILE = f"{MEGATRON_FOLDER}/padding.safetensors"
+# Files beside an exported model with the data that only Megatron needs.
+_ARGS_FILE, _PADDING_FILE = "megatron/args.json", "megatron/padding.safetensors"
 _PROGRESS = ("iteration", "curr_iteration", "consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
 
 
@@ -96,7 +93,7 @@ def write_huggingface(
         if plan.index:
             _write_json(output.path / INDEX_FILE, plan.index)
         if model.args is not None:
-            (output.path / MEGATRON_FOLDER).mkdir(exist_ok=True)
+            (output.path / _ARGS_FILE).parent.mkdir(exist_ok=True)
             _write_json(output.path / _ARGS_FILE, _json_values(model.args))
         Manifest({file.name: output.finished[file.name] for file in files}).save(output.path)
         with atomic_output(output.path / CONFIG_FILE) as path:

@@ -28,8 +28,6 @@ from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 # Entry of a converted checkpoint's common state: the configuration of the transformers model.
 _CONFIG = "huggingface_config"
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
-_CHECKPOINT_VERSION = 3.0
-_CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 # Megatron's loader requires an entry `_extra_state` for each of these modules, local or of Transformer Engine. The
 # entries hold the state of FP8 training and are empty here.
 _ATTENTION_MODULES = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
@@ -92,7 +90,10 @@ def open_megatron(
         )
     # Describe the model, and map its tensors.
     mask = read_mask(source, CHECKPOINT_PREFIX)
-    config = common.get(_CONFIG, {}) | config_from_args(args, mask.vocab_size if mask else _vocab_size(args))
+    vocab_size = mask.vocab_size if mask else getattr(args, "vocab_size", None)
+    if vocab_size is None:
+        vocab_size = load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
+    config = common.get(_CONFIG, {}) | config_from_args(args, vocab_size)
     config["routing_mask"] = routing_mask_tensors(mask)[1] if mask else None
     weights = {name: spec for name, spec in source.tensors.items() if not is_optimizer(name)}
     try:
@@ -135,10 +136,10 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
     # Write them with the state that Megatron's loader requires.
     common = {
         "args": args,
-        "checkpoint_version": _CHECKPOINT_VERSION,
+        "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
-        "content_metadata": _CONTENT,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
         _CONFIG: model.config,
     }
     objects: dict[str, Any] = {COMMON_STATE: [common]} | {name: [None] for name in _extra_states(args, layout)}
@@ -155,13 +156,6 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
             path.write_text(json.dumps(MARKER))
         write_tracker(output.path, RELEASE)
     output.complete()
-
-
-def _vocab_size(args: Namespace) -> int:
-    """Return the number of the tokenizer's ids: Megatron's argument, else the tokenizer's."""
-    if getattr(args, "vocab_size", None) is not None:
-        return args.vocab_size
-    return load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
 
 
 def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:

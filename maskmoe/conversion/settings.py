@@ -4,6 +4,7 @@ Importing this module loads neither torch nor Megatron, so that a command line c
 """
 
 import re
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -114,9 +115,9 @@ def parse_size(text: str) -> int:
     """Return the number of bytes that a size such as 5GB, 300MiB or 1000 names, as in transformers' `max_shard_size`.
 
     Raises:
-        ValueError: the text is not a size, or the size is 0.
+        ArgumentTypeError: the text is not a size, or the size is 0.
     """
     match = re.fullmatch(r"(\d+)(?:([KMGT])(I?)B)?", text.strip().upper())
     if not match or not int(match[1]):
-        raise ValueError(f"{text!r} is not a size such as 5GB")
+        raise ArgumentTypeError(f"{text!r} is not a size such as 5GB")
     return int(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2]) if match[2] else 0)

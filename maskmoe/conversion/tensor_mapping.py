@@ -156,12 +156,10 @@ def _map_model_tensor(
     name: str, shape: tuple[int, ...], layout: MegatronLayout
 ) -> Iterator[tuple[tuple[int, ...], Copy]]:
     """Do the same as `_map_tensor` for a tensor outside the layers; pads tensors that have a row for each id."""
-    checkpoint_name = _MODEL_TENSORS[name]
-    if checkpoint_name not in (EMBEDDING, OUTPUT_LAYER):
-        yield shape, Copy(Block.whole(checkpoint_name, shape), Block.whole(name, shape))
-        return
-    vocab_size, padded_shape = shape[0], (layout.padded_vocab_size, *shape[1:])
+    checkpoint_name, num_rows = _MODEL_TENSORS[name], shape[0]
+    padded_rows = layout.padded_vocab_size if checkpoint_name in (EMBEDDING, OUTPUT_LAYER) else num_rows
+    padded_shape = (padded_rows, *shape[1:])
     yield padded_shape, Copy(Block.whole(checkpoint_name, shape), Block.whole(name, shape))
-    if layout.padded_vocab_size > vocab_size:
-        padding = Block.rows(checkpoint_name, padded_shape, vocab_size, layout.padded_vocab_size)
+    if padded_rows > num_rows:
+        padding = Block.rows(checkpoint_name, padded_shape, num_rows, padded_rows)
         yield padded_shape, Copy(padding, Block.whole(PADDING_PREFIX + checkpoint_name, padding.sizes))

@@ -8,7 +8,6 @@ anew, as in Drop-Upcycling (arXiv 2502.19261).
 from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import product
-from math import prod
 from typing import Any
 from zlib import crc32
 
@@ -17,17 +16,18 @@ import torch
 from torch import Tensor
 
 from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource, TensorSpec, row_major_blocks
-from maskmoe.conversion.families import DENSE_FIELDS
 from maskmoe.conversion.model_tensors import make_config, tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
 from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.writing import BLOCK_BYTES
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
-from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
+from maskmoe.routing_mask.mask import RoutingMask
 
 # A layer with a shared expert adds up two copies of the MLP, so each of them is scaled by one half.
 _SHARED_EXPERT_SCALE = 0.5
+
+_EXPERT_FEATURES = ("scoring_func", "use_expert_bias", "n_group", "topk_group", "shared_expert_gate")
 
 _ROUTER = ".mlp.gate.weight"
 _GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
@@ -75,32 +75,32 @@ def changes_of_function(settings: UpcycleSettings, mask: RoutingMask) -> list[st
 
 def _shows_whole_copies(mask: RoutingMask, granularity: int) -> bool:
     """Return whether every visible set consists of whole groups of `granularity` neighbouring experts."""
-    if granularity == 1:
-        return True
-    for row_of_id, visible_bits in zip(mask.row_of_id, mask.visible_bits, strict=True):
-        visible = unpack_bits(visible_bits[np.unique(row_of_id)], mask.num_experts)
-        groups = visible.reshape(len(visible), -1, granularity)
-        if (groups.any(axis=2) != groups.all(axis=2)).any():
-            return False
-    return True
+    sets = (mask.visible_sets(table).reshape(mask.vocab_size, -1, granularity) for table in range(len(mask.row_of_id)))
+    return granularity == 1 or all((groups.any(axis=2) == groups.all(axis=2)).all() for groups in sets)
 
 
-def _upcycled_config(dense: Mapping[str, Any], settings: UpcycleSettings) -> dict[str, Any]:
+def _upcycled_config(dense: dict[str, Any], settings: UpcycleSettings) -> dict[str, Any]:
     """Return the configuration of the upcycled model, without a routing mask, from that of the dense model."""
     features, remainder = divmod(dense["intermediate_size"], settings.granularity)
     if remainder:
         raise UserError(f"intermediate_size {dense['intermediate_size']} cannot be divided by {settings.granularity}")
     is_sparse = settings.is_sparse(dense["num_hidden_layers"])
-    fields = {name: dense[name] for name in DENSE_FIELDS if name in dense} | {
-        "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in is_sparse],
-        "num_experts": settings.num_experts,
-        "num_experts_per_tok": settings.topk,
-        "moe_intermediate_size": features,
-        # A softmax over a single chosen expert would be constant, and the router would get no gradient.
-        "norm_topk_prob": settings.topk > 1,
-        "routed_scaling_factor": settings.granularity * (_SHARED_EXPERT_SCALE if settings.shared_expert else 1.0),
-        "shared_expert_intermediate_size": dense["intermediate_size"] if settings.shared_expert else 0,
-    }
+    # The configuration of a dense model may hold anything about experts, so start from the defaults.
+    plain = {name: getattr(MaskMoEConfig, name) for name in _EXPERT_FEATURES}
+    fields = (
+        dense
+        | plain
+        | {
+            "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in is_sparse],
+            "num_experts": settings.num_experts,
+            "num_experts_per_tok": settings.topk,
+            "moe_intermediate_size": features,
+            # A softmax over a single chosen expert would be constant, and the router would get no gradient.
+            "norm_topk_prob": settings.topk > 1,
+            "routed_scaling_factor": settings.granularity * (_SHARED_EXPERT_SCALE if settings.shared_expert else 1.0),
+            "shared_expert_intermediate_size": dense["intermediate_size"] if settings.shared_expert else 0,
+        }
+    )
     return make_config(MaskMoEConfig, fields).to_dict() | {"routing_mask": None}
 
 
@@ -185,7 +185,7 @@ class _UpcycledSource:
         start = first * _ROWS_PER_DRAW
         return drawn.flatten(0, 1)[rows.start - start : rows.stop - start]
 
-    def _new_weights(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _new_weights(self, name: str, expert: int) -> tuple[Tensor, ...]:
         """Return which weights of an expert are drawn anew, and from which distribution.
 
         Args:
@@ -198,35 +198,26 @@ class _UpcycledSource:
             std: float32 [rows, columns], standard deviation of the distribution.
         """
         _, num_rows, num_columns = self.tensors[name].shape
-        mlp = name.partition(".experts.")[0]
-        if name.endswith(_DOWN):
-            mean, std = self._mean_and_std_of(f"{mlp}.down_proj.weight").unbind()
-            is_new = self._new_features(mlp, expert, num_columns)
-        else:  # the gate projection's rows, then the up projection's
-            features = num_rows // 2
-            of_projections = [self._mean_and_std_of(f"{mlp}.{part}_proj.weight") for part in ("gate", "up")]
-            mean, std = torch.stack(of_projections).repeat_interleave(features, dim=0).unsqueeze(-1).unbind(dim=1)
-            is_new = self._new_features(mlp, expert, features).repeat(2).unsqueeze(-1)
-        shape = (num_rows, num_columns)
-        return is_new.expand(shape), mean.expand(shape), std.expand(shape)
-
-    def _new_features(self, mlp: str, expert: int, num_features: int) -> Tensor:
-        """Draw which features of an expert are new, bool [features]; the same ones in all projections."""
-        number = round(self._settings.reinit_share * num_features)
-        is_new = torch.zeros(num_features, dtype=torch.bool)
+        mlp, is_down = name.partition(".experts.")[0], name.endswith(_DOWN)
+        projections = ("down",) if is_down else ("gate", "up")
+        rows_of_projection = num_rows // len(projections)
+        distributions = torch.stack([self._mean_and_std_of(f"{mlp}.{part}_proj.weight") for part in projections])
+        mean, std = distributions.repeat_interleave(rows_of_projection, dim=0).unsqueeze(-1).unbind(dim=1)
+        # All projections of an expert have the same new features, which are its rows or its columns.
+        num_features = num_columns if is_down else rows_of_projection
         order = torch.randperm(num_features, generator=_generator(self._settings.seed, mlp, expert))
-        is_new[order[:number]] = True
-        return is_new
+        is_new = order.argsort() < round(self._settings.reinit_share * num_features)
+        is_new = is_new if is_down else is_new.repeat(2).unsqueeze(-1)
+        return tuple(values.expand(num_rows, num_columns) for values in (is_new, mean, std))
 
     def _mean_and_std(self, name: str) -> Tensor:
         """Return mean and standard deviation of a tensor of the dense model, float32 [2]."""
-        spec = self._dense.tensors[name]
-        total, squares = 0.0, 0.0
-        for block in row_major_blocks(name, spec, BLOCK_BYTES):
+        count, total, squares = 0, 0.0, 0.0
+        for block in row_major_blocks(name, self._dense.tensors[name], BLOCK_BYTES):
             values = self._dense.read(block).double()
+            count += values.numel()
             total += values.sum().item()
             squares += values.square().sum().item()
-        count = prod(spec.shape)
         mean = total / count
         return torch.tensor([mean, max(squares / count - mean**2, 0.0) ** 0.5])
 
