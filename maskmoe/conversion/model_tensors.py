@@ -40,7 +40,7 @@ def make_config[C: PreTrainedConfig](
     # The configuration classes of transformers raise any of these on values of wrong types.
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         problem = " ".join(str(error).split())
-        raise UserError(f"{where} is not a configuration of {config_class.model_type}: {problem}") from error
+        raise UserError(f"{where}: not a configuration of {config_class.model_type}: {problem}") from error
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
