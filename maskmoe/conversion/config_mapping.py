@@ -39,7 +39,7 @@ _FIXED_ARGS: dict[str, Any] = {
     "use_mup": False,
     "window_size": None,
 }
-# What an error calls another value, if that is not the argument's flag.
+# Names of other values in errors, for arguments whose flag would mislead.
 _NAMES_OF_SETTINGS = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "add_bias_linear": "linear biases (without --disable-bias-linear)",

@@ -43,7 +43,7 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
         folder: the folder for `tokenizer.json` and `tokenizer_config.json`.
 
     Returns:
-        `bos_token_id` and `eos_token_id`, the ids with which texts begin and end; None if there is no such id.
+        `bos_token_id` and `eos_token_id`, the ids with which texts begin and end; None for a missing id.
 
     Raises:
         UserError: the tokenizer is of another type, cannot be read, or has no equal in transformers: sample texts get
