@@ -3,156 +3,83 @@
 import argparse
 import dataclasses
 import json
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from maskmoe.cli import atomic_output
 from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings, parse_size
 from maskmoe.errors import UserError
 
-if TYPE_CHECKING:
-    from maskmoe.routing_mask.mask import RoutingMask
-
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the command line; `run` in the result is the function of the subcommand."""
+    """Parse the command line; `command` in the result is the name of the subcommand."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    to_hf = commands.add_parser(
-        "megatron-to-hf",
-        help="convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
-    )
-    to_hf.set_defaults(run=_megatron_to_hf)
-    to_megatron = commands.add_parser(
-        "hf-to-megatron",
-        help="convert a transformers model into a checkpoint that training starts from",
-    )
-    to_megatron.set_defaults(run=_hf_to_megatron)
-    upcycle = commands.add_parser("upcycle", help="make a MaskMoE model of a dense model, whose MLPs become experts")
-    upcycle.set_defaults(run=_upcycle)
-    for command in (to_hf, to_megatron, upcycle):
-        _add_conversion_arguments(command)
-    for command in (to_hf, to_megatron):
-        command.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask for a model that holds none")
-    upcycle.add_argument(
-        "--save-format",
-        choices=("megatron", "hf"),
-        default="megatron",
-        help="format of the result (default: %(default)s)",
-    )
-    add_upcycle_arguments(upcycle)
-    inspect = commands.add_parser("inspect", help="report what a checkpoint or model holds and whether it is intact")
-    inspect.set_defaults(run=_inspect)
-    inspect.add_argument(
-        "checkpoint", type=Path, metavar="DIR", help="folder of a model, of a checkpoint, or of a run's checkpoints"
-    )
-    inspect.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
-    _add_verification_argument(inspect)
+    for name, help in {
+        "megatron-to-hf": "convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
+        "hf-to-megatron": "convert a transformers model into a checkpoint that training starts from",
+        "upcycle": "make a MaskMoE model of a dense model, whose MLPs become experts",
+        "inspect": "report what a checkpoint or model holds and whether it is intact",
+    }.items():
+        _add_arguments(commands.add_parser(name, help=help), name)
     return parser.parse_args()
 
 
+def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the arguments of the subcommand `name`."""
+    if name == "inspect":
+        folder = "folder of a model, of a checkpoint, or of a run's checkpoints"
+        parser.add_argument("checkpoint", type=Path, metavar="DIR", help=folder)
+        parser.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
+    else:
+        _add_conversion_arguments(parser)
+    if name == "upcycle":
+        formats = {"choices": ("megatron", "hf"), "default": "megatron"}
+        parser.add_argument("--save-format", **formats, help="format of the result (default: %(default)s)")
+        add_upcycle_arguments(parser)
+    elif name != "inspect":
+        parser.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask for a model that holds none")
+    verification = "do not compare files with the digests that were saved with them"
+    parser.add_argument("--no-verify-checkpoint", action="store_false", dest="verify", help=verification)
+
+
 def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--load",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder to convert: a model, a checkpoint, or a run's checkpoints",
-    )
-    parser.add_argument(
-        "--save",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="new folder for the result, or the folder of an interrupted conversion to resume",
-    )
+    folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR"}
+    size: dict[str, Any] = {"type": parse_size, "default": Settings.max_shard_size, "metavar": "SIZE"}
+    target = "new folder for the result, or the folder of an interrupted conversion to resume"
+    tokenizer = "tokenizer to use instead of the checkpoint's, as Megatron's flag; NullTokenizer for none"
+    parser.add_argument("--load", **folder, help="folder to convert: a model, a checkpoint, or a run's checkpoints")
+    parser.add_argument("--save", **folder, help=target)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: as they are stored)")
-    parser.add_argument(
-        "--max-shard-size",
-        type=_size,
-        default=Settings.max_shard_size,
-        metavar="SIZE",
-        help="upper bound of a file's size, such as 5GB (default)",
-    )
-    parser.add_argument(
-        "--tokenizer-type",
-        metavar="T",
-        help="tokenizer to use instead of the checkpoint's, as Megatron's flag; NullTokenizer for none",
-    )
+    parser.add_argument("--max-shard-size", **size, help="upper bound of a file's size, such as 5GB (default)")
+    parser.add_argument("--tokenizer-type", metavar="T", help=tokenizer)
     parser.add_argument("--tokenizer-model", metavar="F", help="file of the tokenizer, as Megatron's flag")
     parser.add_argument("--allow-nan", action="store_true", help="convert weights that are NaN or infinite, too")
-    _add_verification_argument(parser)
-
-
-def _add_verification_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-verify-checkpoint",
-        action="store_false",
-        dest="verify",
-        help="do not compare files with the digests that were saved with them",
-    )
 
 
 def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `upcycle_settings` reads, and `--routing-mask`."""
     group = parser.add_argument_group("experts")
-    group.add_argument(
-        "--routing-mask",
-        type=Path,
-        required=True,
-        metavar="F",
-        help="routing mask made by build_routing_mask.py for the model's vocabulary (vocab_size in config.json)",
-    )
+    mask = "routing mask made by build_routing_mask.py for the model's vocabulary (vocab_size in config.json)"
+    group.add_argument("--routing-mask", type=Path, required=True, metavar="F", help=mask)
     group.add_argument("--num-experts", type=int, required=True, metavar="N", help="experts in each MoE layer")
-    group.add_argument(
-        "--topk", type=int, default=UpcycleSettings.topk, metavar="K", help="experts of a token (default: %(default)s)"
-    )
-    group.add_argument(
-        "--granularity",
-        type=int,
-        default=UpcycleSettings.granularity,
-        metavar="G",
-        help="make experts of 1/G of the MLP's size; N and K must be multiples of G (default: %(default)s, whole "
-        "copies)",
-    )
-    group.add_argument(
-        "--moe-layer-freq",
-        default=UpcycleSettings.moe_layer_freq,
-        metavar="FREQ",
-        help="which layers get experts, as Megatron's flag: one in FREQ layers, or a list such as [0]+[1]*23 "
-        "(default: all layers)",
-    )
     group.add_argument("--shared-expert", action="store_true", help="give each MoE layer a shared expert, too")
-    group.add_argument(
-        "--noise",
-        type=float,
-        default=UpcycleSettings.noise,
-        metavar="S",
-        help="standard deviation of relative noise on the experts' weights (default: %(default)s)",
-    )
-    group.add_argument(
-        "--reinit-share",
-        type=float,
-        dest="reinitialised",
-        default=UpcycleSettings.reinitialised,
-        metavar="R",
-        help="share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5 (default: "
-        "%(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=UpcycleSettings.seed,
-        metavar="S",
-        help="seed of routers, noise and new features (default: %(default)s)",
-    )
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    layers = "which layers get experts, as Megatron's flag: one in FREQ layers, or a list such as [0]+[1]*23"
+    frequency: dict[str, Any] = {"default": UpcycleSettings.moe_layer_freq, "metavar": "FREQ"}
+    group.add_argument("--moe-layer-freq", **frequency, help=f"{layers} (default: all layers)")
+    flags = {
+        "topk": ("K", "experts of a token"),
+        "granularity": ("G", "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies"),
+        "noise": ("S", "standard deviation of relative noise on the experts' weights"),
+        "reinit_share": ("R", "share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5"),
+        "seed": ("S", "seed of routers, noise and new features"),
+    }
+    for name, (metavar, help) in flags.items():
+        default, text = getattr(UpcycleSettings, name), f"{help} (default: %(default)s)"
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=metavar, help=text
+        )
 
 
 def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:
@@ -161,14 +88,10 @@ def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:
     Raises:
         UserError: the settings contradict each other.
     """
-    values = _field_values(UpcycleSettings, arguments)
-    if isinstance(arguments.moe_layer_freq, str):
-        values["moe_layer_freq"] = _parse_layer_frequency(arguments.moe_layer_freq)
-    return UpcycleSettings(**values)
-
-
-def _settings(arguments: argparse.Namespace) -> Settings:
-    return Settings(**_field_values(Settings, arguments))
+    frequency = arguments.moe_layer_freq
+    if isinstance(frequency, str):
+        frequency = _parse_layer_frequency(frequency)
+    return UpcycleSettings(**_field_values(UpcycleSettings, arguments) | {"moe_layer_freq": frequency})
 
 
 def _field_values(settings: type, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -184,59 +107,40 @@ def _parse_layer_frequency(text: str) -> int | list[int]:
     """
     from megatron.training.arguments import moe_freq_type
 
-    try:
+    with suppress(SyntaxError, TypeError, ValueError):
         frequency = moe_freq_type(text)
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise UserError(f"--moe-layer-freq {text!r} is not a layer pattern such as 2 or [0]+[1]*23") from error
-    if isinstance(frequency, int) and frequency < 1:
-        raise UserError(f"--moe-layer-freq must be 1 or more, it is {frequency}")
-    if isinstance(frequency, list) and not all(is_sparse in (0, 1) for is_sparse in frequency):
-        raise UserError(f"--moe-layer-freq {text!r} must be a list of 1 for layers with experts and 0 for others")
-    return frequency
+        is_valid = set(frequency) <= {0, 1} if isinstance(frequency, list) else frequency >= 1
+        if is_valid:
+            return frequency
+    raise UserError(f"--moe-layer-freq {text!r} is neither 1 or more nor a list of 0 and 1, such as [0]+[1]*23")
 
 
-def _mask(arguments: argparse.Namespace) -> "RoutingMask | None":
-    """Read the routing mask that the user passed, if any; needs a prepared process."""
+def _convert(arguments: argparse.Namespace) -> None:
+    """Run a conversion, and print where the result is and how training loads it."""
     from maskmoe.checkpoint.routing_mask import read_routing_mask
-
-    return read_routing_mask(arguments.routing_mask) if arguments.routing_mask else None
-
-
-def _megatron_to_hf(arguments: argparse.Namespace) -> None:
-    from maskmoe.conversion.convert import megatron_to_huggingface
-
-    megatron_to_huggingface(_settings(arguments), _mask(arguments))
-    print(f"written {arguments.save}")
-
-
-def _hf_to_megatron(arguments: argparse.Namespace) -> None:
-    from maskmoe.conversion.convert import huggingface_to_megatron
-
-    _print_load_flags(arguments, huggingface_to_megatron(_settings(arguments), _mask(arguments)))
-
-
-def _upcycle(arguments: argparse.Namespace) -> None:
-    from maskmoe.checkpoint.routing_mask import read_routing_mask
-    from maskmoe.conversion.convert import upcycle_model
+    from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
     from maskmoe.conversion.upcycle import changes_of_function
 
-    recipe, mask = upcycle_settings(arguments), read_routing_mask(arguments.routing_mask)
-    to_megatron = arguments.save_format == "megatron"
-    flags = upcycle_model(_settings(arguments), recipe, mask, to_megatron)
-    if changes := changes_of_function(recipe, mask):
-        print(f"the model does not compute what the dense model computes: {'; '.join(changes)}")
+    settings, flags = Settings(**_field_values(Settings, arguments)), None
+    mask = read_routing_mask(arguments.routing_mask) if arguments.routing_mask else None
+    if arguments.command == "megatron-to-hf":
+        megatron_to_huggingface(settings, mask)
+    elif arguments.command == "hf-to-megatron":
+        flags = huggingface_to_megatron(settings, mask)
     else:
-        print("the model computes what the dense model computes")
-    if to_megatron:
-        _print_load_flags(arguments, flags)
-    else:
+        assert mask is not None  # upcycle requires --routing-mask
+        recipe, to_megatron = upcycle_settings(arguments), arguments.save_format == "megatron"
+        load_flags = upcycle_model(settings, recipe, mask, to_megatron)
+        flags = load_flags if to_megatron else None
+        if changes := changes_of_function(recipe, mask):
+            print(f"the model does not compute what the dense model computes: {'; '.join(changes)}")
+        else:
+            print("the model computes what the dense model computes")
+    if flags is None:
         print(f"written {arguments.save}")
-
-
-def _print_load_flags(arguments: argparse.Namespace, flags: list[str]) -> None:
-    """Print how to load a checkpoint in training."""
-    print(f"written {arguments.save}; load it with")
-    print(" ".join(["  --load", str(arguments.save), "--use-checkpoint-args", *flags]))
+    else:
+        print(f"written {arguments.save}; load it with")
+        print(" ".join(["  --load", str(arguments.save), "--use-checkpoint-args", *flags]))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -256,4 +160,7 @@ def main() -> None:
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
-    arguments.run(arguments)
+    if arguments.command == "inspect":
+        _inspect(arguments)
+    else:
+        _convert(arguments)

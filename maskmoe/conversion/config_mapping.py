@@ -1,55 +1,49 @@
 """Translates Megatron's arguments into the configuration of a transformers model, and back."""
 
-from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
+
+from megatron.training.arguments import add_megatron_arguments
 
 from maskmoe.conversion.settings import expand_layer_frequency
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.errors import UserError
 
-# Values of arguments that checkpoints of older versions, or of models without experts, may lack.
-_DEFAULTS: dict[str, Any] = {
+# Arguments of Megatron that have only this value in a model that transformers can express.
+_FIXED_ARGS: dict[str, Any] = {
     "activation_func_clamp_value": None,
-    "add_qkv_bias": False,
+    "add_bias_linear": False,
+    "apply_residual_connection_post_layernorm": False,
     "attention_output_gate": False,
     "experimental_attention_variant": None,
-    "fp32_residual_connection": False,
     "glu_linear_offset": 0.0,
     "heterogeneous_layers_config_path": None,
     "hybrid_layer_pattern": None,
-    "init_method_std": 0.02,
     "layernorm_zero_centered_gamma": False,
     "linear_attention_freq": None,
     "moe_apply_probs_on_input": False,
-    "moe_aux_loss_coeff": 0.0,
-    "moe_aux_loss_tokens": "all",
     "moe_latent_size": None,
-    "moe_layer_freq": 1,
-    "moe_router_enable_expert_bias": False,
-    "moe_router_group_topk": None,
-    "moe_router_load_balancing_type": "aux_loss",
-    "moe_router_num_groups": None,
-    "moe_router_pre_softmax": False,
-    "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,
-    "moe_shared_expert_gate": False,
-    "moe_shared_expert_intermediate_size": None,
     "mtp_num_layers": None,
     "multi_latent_attention": False,
     "no_rope_freq": None,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
     "qk_l2_norm": False,
-    "qk_layernorm": False,
-    "qk_layernorm_all_heads": False,
     "quick_geglu": False,
-    "rope_scaling_factor": 8.0,
     "rotary_interleaved": False,
-    "rotary_percent": 1.0,
-    "rotary_seq_len_interpolation_factor": None,
     "softmax_type": "vanilla",
+    "squared_relu": False,
+    "swiglu": True,
     "use_mup": False,
-    "use_rope_scaling": False,
     "window_size": None,
+}
+# Names of other values in errors, for arguments whose flag would mislead.
+_NAMES_OF_SETTINGS = {
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "add_bias_linear": "linear biases (without --disable-bias-linear)",
+    "swiglu": "MLPs without --swiglu",
 }
 # Megatron's `--use-rope-scaling` has these values of Llama 3.1 built in; only the factor is free.
 _LLAMA3_ROPE = {
@@ -93,22 +87,30 @@ def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
     Raises:
         UserError: the model has settings that the transformers model does not have; names all of them.
     """
-    args = Namespace(**_DEFAULTS | vars(args))
-    if refusals := list(_inexpressible(args)):
+    args = Namespace(**_default_args() | vars(args))
+    if refusals := _inexpressible(args):
         raise UserError(f"a model with {', '.join(refusals)} cannot be expressed in transformers' format")
-    num_experts = args.num_experts or 0
-    qk_norm = ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None
     fields = {field: getattr(args, name) for field, name in _FIELDS.items()} | {
         "vocab_size": vocab_size,
         "num_key_value_heads": args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         "rope_parameters": _rope_parameters(args),
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "hidden_act": "silu",
-        "qk_norm": qk_norm,
+        "qk_norm": ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None,
         "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in sparse_layers(args)],
-        "num_experts": num_experts,
+        "num_experts": args.num_experts or 0,
     }
-    return fields | (_expert_fields(args) if num_experts else {})
+    if not args.num_experts:
+        return fields
+    return fields | {
+        **{field: getattr(args, name) for field, name in _EXPERT_FIELDS.items()},
+        "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        "norm_topk_prob": args.moe_router_score_function != "softmax" or not args.moe_router_pre_softmax,
+        "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
+        "n_group": args.moe_router_num_groups if args.moe_router_group_topk else None,
+        "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
+        "router_aux_loss_coef": _aux_loss_coefficient(args),
+    }
 
 
 def args_from_config(config: Mapping[str, Any]) -> Namespace:
@@ -118,37 +120,45 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
         config: the fields of `MaskMoEConfig`.
 
     Raises:
-        UserError: the model has a setting that Megatron-Core does not have; names the setting.
+        UserError: the model has a setting, or a combination of scores and normalisation, that Megatron-Core does not
+            have; names the setting.
     """
     qk_norm = config["qk_norm"]
     is_sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
-    args = Namespace(
-        **{name: config[field] for field, name in _FIELDS.items()},
-        group_query_attention=config["num_key_value_heads"] != config["num_attention_heads"],
-        num_query_groups=config["num_key_value_heads"],
-        seq_length=config["max_position_embeddings"],
-        normalization="RMSNorm",
-        swiglu=True,
-        squared_relu=False,
-        add_bias_linear=False,
-        qk_layernorm=qk_norm is not None,
-        qk_layernorm_all_heads=qk_norm == "all_heads",
-        untie_embeddings_and_output_weights=not config["tie_word_embeddings"],
-        hidden_dropout=0.0,
-        position_embedding_type="rope",
-        add_position_embedding=True,
-        make_vocab_size_divisible_by=_VOCAB_DIVISOR,
-        padded_vocab_size=-(-config["vocab_size"] // _VOCAB_DIVISOR) * _VOCAB_DIVISOR,
-        num_experts=config["num_experts"] if any(is_sparse) else None,
-        multi_latent_attention=False,
-        mtp_num_layers=None,
-        **_rotary_args(config["rope_parameters"]),
-    )
-    if any(is_sparse):
+    args = _FIXED_ARGS | {name: config[field] for field, name in _FIELDS.items()}
+    args |= _rotary_args(config["rope_parameters"]) | {
+        "group_query_attention": config["num_key_value_heads"] != config["num_attention_heads"],
+        "num_query_groups": config["num_key_value_heads"],
+        "seq_length": config["max_position_embeddings"],
+        "qk_layernorm": qk_norm is not None,
+        "qk_layernorm_all_heads": qk_norm == "all_heads",
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+        "hidden_dropout": 0.0,
+        "add_position_embedding": True,
+        "make_vocab_size_divisible_by": _VOCAB_DIVISOR,
+        "padded_vocab_size": -(-config["vocab_size"] // _VOCAB_DIVISOR) * _VOCAB_DIVISOR,
+        "num_experts": config["num_experts"] if any(is_sparse) else None,
+    }
+    if not any(is_sparse):
+        return Namespace(**args)
+    topk, scores, normalised = config["num_experts_per_tok"], config["scoring_func"], config["norm_topk_prob"]
+    if scores == "softmax" and normalised and topk == 1:
+        raise UserError("Megatron-Core has no norm_topk_prob with num_experts_per_tok 1: all weights would be 1")
+    if scores != "softmax" and not normalised and topk > 1:
+        raise UserError(f"Megatron-Core has scoring_func {scores} only with norm_topk_prob")
+    scaling_factor = config["routed_scaling_factor"]
+    args |= {name: config[field] for field, name in _EXPERT_FIELDS.items()} | {
         # Megatron stores each layer apart if it is given a pattern, so give none if all layers are alike.
-        args.moe_layer_freq = 1 if all(is_sparse) else [int(sparse) for sparse in is_sparse]
-        args.__dict__ |= _expert_args(config)
-    return args
+        "moe_layer_freq": 1 if all(is_sparse) else [int(sparse) for sparse in is_sparse],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_router_pre_softmax": scores == "softmax" and not normalised,
+        "moe_router_topk_scaling_factor": None if scaling_factor == 1.0 else scaling_factor,
+        "moe_router_num_groups": config["n_group"],
+        "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"] or None,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": config["router_aux_loss_coef"],
+    }
+    return Namespace(**args)
 
 
 def sparse_layers(args: Namespace) -> list[bool]:
@@ -170,42 +180,6 @@ def further_flags(args: Namespace) -> list[str]:
     flags = [f"--{name}" for name in ("bf16", "fp16") if getattr(args, name, False)]
     flags += [f"--vocab-size {args.vocab_size}"] if args.tokenizer_type == WITHOUT_TEXT else []
     return flags + ([f"--moe-aux-loss-tokens {loss_tokens}"] if loss_tokens != "all" else [])
-
-
-def _expert_fields(args: Namespace) -> dict[str, Any]:
-    """Return the fields of `MaskMoEConfig` about experts."""
-    return {field: getattr(args, name) for field, name in _EXPERT_FIELDS.items()} | {
-        "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        "norm_topk_prob": args.moe_router_score_function != "softmax" or not args.moe_router_pre_softmax,
-        "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
-        "n_group": args.moe_router_num_groups if args.moe_router_group_topk else None,
-        "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
-        "router_aux_loss_coef": _aux_loss_coefficient(args),
-    }
-
-
-def _expert_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Megatron's arguments about experts.
-
-    Raises:
-        UserError: Megatron-Core does not have the model's combination of scores and normalisation.
-    """
-    topk, scores, normalised = config["num_experts_per_tok"], config["scoring_func"], config["norm_topk_prob"]
-    if scores == "softmax" and normalised and topk == 1:
-        raise UserError("Megatron-Core has no norm_topk_prob with num_experts_per_tok 1: all weights would be 1")
-    if scores != "softmax" and not normalised and topk > 1:
-        raise UserError(f"Megatron-Core has scoring_func {scores} only with norm_topk_prob")
-    scaling_factor = config["routed_scaling_factor"]
-    return {name: config[field] for field, name in _EXPERT_FIELDS.items()} | {
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_router_pre_softmax": scores == "softmax" and not normalised,
-        "moe_router_topk_scaling_factor": None if scaling_factor == 1.0 else scaling_factor,
-        "moe_router_num_groups": config["n_group"],
-        "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"] or None,
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": config["router_aux_loss_coef"],
-        "moe_latent_size": None,
-    }
 
 
 def _aux_loss_coefficient(args: Namespace) -> float:
@@ -235,56 +209,38 @@ def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: Megatron-Core does not have the model's rotary embedding.
     """
-    base = rope["rope_theta"]
+    base, factor = rope["rope_theta"], rope.get("factor", 1.0)
+    is_llama3, is_linear = rope["rope_type"] == "llama3", rope["rope_type"] == "linear"
     args = {
         "rotary_base": int(base) if float(base).is_integer() else base,
         "rotary_percent": rope.get("partial_rotary_factor", 1.0),
-        "rotary_interleaved": False,
-        "rotary_seq_len_interpolation_factor": None,
-        "use_rope_scaling": False,
+        "rotary_seq_len_interpolation_factor": int(factor) if is_linear else None,
+        "use_rope_scaling": is_llama3,
+        "rope_scaling_factor": factor if is_llama3 else _default_args()["rope_scaling_factor"],
     }
-    match rope["rope_type"]:
-        case "default":
-            return args
-        case "linear" if float(rope["factor"]).is_integer():
-            return args | {"rotary_seq_len_interpolation_factor": int(rope["factor"])}
-        case "llama3" if all(rope.get(name) == value for name, value in _LLAMA3_ROPE.items()):
-            return args | {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise UserError(
-        "Megatron-Core supports rotary embeddings without scaling, with rope_type linear and a whole factor, and with "
-        f"{_LLAMA3_ROPE} and any factor; rope_parameters are {dict(rope)}"
-    )
+    if not _rope_parameters(Namespace(**args)).items() <= rope.items():
+        raise UserError(
+            "Megatron-Core supports rotary embeddings without scaling, with rope_type linear and a whole factor, and "
+            f"with {_LLAMA3_ROPE} and any factor; rope_parameters are {dict(rope)}"
+        )
+    return args
 
 
-def _inexpressible(args: Namespace) -> Iterator[str]:
-    """Yield the flags of settings that the transformers model does not have."""
-    refusals = {
-        "--multi-latent-attention": args.multi_latent_attention,
-        "--mtp-num-layers": args.mtp_num_layers,
-        f"--normalization {args.normalization}": args.normalization != "RMSNorm",
-        "--apply-layernorm-1p": args.layernorm_zero_centered_gamma,
-        "linear biases (without --disable-bias-linear)": args.add_bias_linear,
-        "MLPs without --swiglu": not args.swiglu or args.quick_geglu,
-        "--glu-linear-offset or --activation-func-clamp-value": (
-            args.glu_linear_offset or args.activation_func_clamp_value is not None
-        ),
-        f"--position-embedding-type {args.position_embedding_type}": args.position_embedding_type != "rope",
-        "--rotary-interleaved": args.rotary_interleaved,
-        "--no-rope-freq": args.no_rope_freq,
-        "--rotary-seq-len-interpolation-factor along with --use-rope-scaling": (
-            args.use_rope_scaling and args.rotary_seq_len_interpolation_factor is not None
-        ),
-        "--qk-l2-norm": args.qk_l2_norm,
-        "--attention-output-gate": args.attention_output_gate,
-        "--window-size": args.window_size is not None,
-        f"--softmax-type {args.softmax_type}": args.softmax_type != "vanilla",
-        "--apply-residual-connection-post-layernorm": getattr(args, "apply_residual_connection_post_layernorm", False),
-        "--use-mup": args.use_mup,
-        "--moe-latent-size": args.moe_latent_size,
-        "--moe-apply-probs-on-input": args.moe_apply_probs_on_input,
-        "--experimental-attention-variant, --linear-attention-freq or --hybrid-layer-pattern": (
-            args.experimental_attention_variant or args.linear_attention_freq or args.hybrid_layer_pattern
-        ),
-        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
-    }
-    yield from (flag for flag, refused in refusals.items() if refused)
+def _inexpressible(args: Namespace) -> list[str]:
+    """Return the flags of settings that the transformers model does not have."""
+    refusals = []
+    for name, fixed in _FIXED_ARGS.items():
+        value = getattr(args, name)
+        if value != fixed and (value or fixed):  # 0, False and None all switch a feature off
+            flag = _NAMES_OF_SETTINGS.get(name, f"--{name.replace('_', '-')}")
+            refusals.append(flag if isinstance(value, bool) else f"{flag} {value}")
+    if args.use_rope_scaling and args.rotary_seq_len_interpolation_factor is not None:
+        refusals.append("--rotary-seq-len-interpolation-factor along with --use-rope-scaling")
+    return refusals
+
+
+@cache
+def _default_args() -> dict[str, Any]:
+    """Return the defaults of all arguments; checkpoints of older versions, or without experts, may lack some."""
+    defaults = vars(add_megatron_arguments(ArgumentParser(allow_abbrev=False)).parse_args([]))
+    return defaults | {"moe_aux_loss_tokens": "all", "qk_layernorm_all_heads": False}

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 
 from maskmoe.checkpoint.integrity import Manifest
 from maskmoe.cli import atomic_output
 from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.families import open_huggingface
-from maskmoe.conversion.model_tensors import check_tensors, tensor_shapes
+from maskmoe.conversion.model_tensors import check_tensors, make_config, tensor_shapes
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.safetensors_files import INDEX_FILE, SafetensorsSource, plan_safetensors
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
@@ -24,12 +23,8 @@ from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, exp
 from maskmoe.json_files import read_json
 from maskmoe.routing_mask.mask import RoutingMask
 
-MODEL_TYPE = "maskmoe"
-MEGATRON_FOLDER = "megatron"
-"""Folder beside an exported model with the data that only Megatron needs."""
-
-_ARGS_FILE = f"{MEGATRON_FOLDER}/args.json"
-_PADDING_FILE = f"{MEGATRON_FOLDER}/padding.safetensors"
+# Files beside an exported model with the data that only Megatron needs.
+_ARGS_FILE, _PADDING_FILE = "megatron/args.json", "megatron/padding.safetensors"
 _PROGRESS = ("iteration", "curr_iteration", "consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
 
 
@@ -44,11 +39,11 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         UserError: the model cannot be read, its family is unknown, or its tensors do not match its configuration.
     """
     config = read_json(folder / CONFIG_FILE)
-    if config.get("model_type") != MODEL_TYPE:
+    if config.get("model_type") != MaskMoEConfig.model_type:
         return open_huggingface(folder, mask)
     if mask is not None:
         raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
-    config = _make_config(config, folder / CONFIG_FILE).to_dict()
+    config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
     source: TensorSource = SafetensorsSource(folder)
     check_tensors(source.tensors, tensor_shapes(config), str(folder))
     if (folder / _PADDING_FILE).exists():
@@ -72,7 +67,7 @@ def write_huggingface(
     Raises:
         UserError: a file cannot be written, or the tokenizer cannot be read or has no equal in transformers.
     """
-    special = export_tokenizer(tokenizer_type, tokenizer_model, output.path)
+    special_ids = export_tokenizer(tokenizer_type, tokenizer_model, output.path)
     # Write the tensors.
     tensors = model.source.tensors
     weights = {name: tensors[name] for name in tensor_shapes(model.config)}
@@ -82,39 +77,28 @@ def write_huggingface(
         files += plan_safetensors(padding, max_file_bytes, _PADDING_FILE)[0]
     write_files(model.source, files, output)
     # Write all other files, config.json last.
-    fields = model.config | {
-        "architectures": [MaskMoEForCausalLM.__name__],
-        "auto_map": AUTO_MAP,
-        "bos_token_id": special.bos,
-        "eos_token_id": special.eos,
-        "dtype": str(weights[next(iter(weights))].dtype).removeprefix("torch."),
-    }
-    config = _make_config(fields, output.path / CONFIG_FILE)
+    fields = (
+        model.config
+        | special_ids
+        | {
+            "architectures": [MaskMoEForCausalLM.__name__],
+            "auto_map": AUTO_MAP,
+            "dtype": str(weights[next(iter(weights))].dtype).removeprefix("torch."),
+        }
+    )
+    config = make_config(MaskMoEConfig, fields)
     with reporting_full_disk(output.path):
         export_code(output.path)
-        GenerationConfig(bos_token_id=special.bos, eos_token_id=special.eos).save_pretrained(output.path)
+        GenerationConfig(**special_ids).save_pretrained(output.path)
         if index:
             _write_json(output.path / INDEX_FILE, index)
         if model.args is not None:
-            (output.path / MEGATRON_FOLDER).mkdir(exist_ok=True)
+            (output.path / _ARGS_FILE).parent.mkdir(exist_ok=True)
             _write_json(output.path / _ARGS_FILE, _json_values(model.args))
         Manifest.of({file.name: output.finished[file.name] for file in files}).save(output.path)
         with atomic_output(output.path / CONFIG_FILE) as path:
             path.write_text(config.to_json_string())
     output.complete()
-
-
-def _make_config(values: Mapping[str, Any], path: Path) -> MaskMoEConfig:
-    """Build the configuration from the fields of a `config.json`; `path` is its file, for error messages.
-
-    Raises:
-        UserError: the fields do not form a valid configuration.
-    """
-    try:
-        return MaskMoEConfig(**{name: value for name, value in values.items() if name != "model_type"})
-    # transformers raises any of these on values of wrong types.
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a configuration of MaskMoE: {' '.join(str(error).split())}") from error
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

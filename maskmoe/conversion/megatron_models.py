@@ -3,7 +3,8 @@
 import json
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,11 @@ from maskmoe.conversion.blocks import (
     TensorSpec,
 )
 from maskmoe.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
-from maskmoe.conversion.model_tensors import Shapes, check_tensors, read_mask, routing_mask_tensors
+from maskmoe.conversion.model_tensors import check_tensors, read_mask, routing_mask_tensors
 from maskmoe.conversion.opened_model import OpenedModel
-from maskmoe.conversion.tensor_mapping import (
-    EMBEDDING,
-    EXPERT_NORMS,
-    PADDING_PREFIX,
-    MegatronLayout,
-    map_tensors,
-)
+from maskmoe.conversion.tensor_mapping import EMBEDDING, EXPERT_NORMS, PADDING_PREFIX, MegatronLayout, map_tensors
 from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, plan_torch_dist
-from maskmoe.conversion.writing import OutputFolder, PlannedFile, reporting_full_disk, write_files
+from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
@@ -41,8 +36,6 @@ from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX, buffers_of_ro
 # Entry of a converted checkpoint's common state: the configuration of the transformers model.
 _CONFIG = "huggingface_config"
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
-_CHECKPOINT_VERSION = 3.0
-_CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 # Megatron's loader requires an entry `_extra_state` for each of these modules, local or of Transformer Engine. The
 # entries hold the state of FP8 training and are empty here.
 _ATTENTION_MODULES = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
@@ -79,24 +72,28 @@ def open_megatron(
     has_mask = f"{CHECKPOINT_PREFIX}row_of_id" in source.tensors
     if mask is not None:
         if has_mask or not args.num_experts:
-            raise UserError(
-                f"{checkpoint} {'holds a routing mask' if has_mask else 'has no experts'}; leave --routing-mask out"
-            )
+            problem = "holds a routing mask" if has_mask else "has no experts"
+            raise UserError(f"{checkpoint} {problem}; leave --routing-mask out")
         buffers = buffers_of_routing_mask(mask)
-        source = JoinedSource(
-            source, MemorySource({CHECKPOINT_PREFIX + name: buffer for name, buffer in buffers.items()})
-        )
+        mask_source = MemorySource({CHECKPOINT_PREFIX + name: buffer for name, buffer in buffers.items()})
+        source = JoinedSource(source, mask_source)
     elif args.num_experts and not has_mask:
         raise UserError(
             f"{checkpoint} holds no routing mask; pass the one that its experts should route by, --routing-mask"
         )
     # Describe the model, and map its tensors.
-    config = dict(common.get(_CONFIG, {}))
-    config |= config_from_args(args, _vocab_size(source, args)) | {"routing_mask": _routing_mask_field(source)}
+    mask = read_mask(source, CHECKPOINT_PREFIX)
+    vocab_size = mask.vocab_size if mask else getattr(args, "vocab_size", None)
+    if vocab_size is None:
+        vocab_size = load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
+    config = common.get(_CONFIG, {}) | config_from_args(args, vocab_size)
+    config["routing_mask"] = routing_mask_tensors(mask)[1] if mask else None
     weights = {name: spec for name, spec in source.tensors.items() if not is_optimizer(name)}
     try:
         mapping = map_tensors(config, _layout(source, args))
-        aliases = set(_duplicate_norms(weights, mapping.megatron))
+        # A checkpoint may hold a norm a second time, under the name that Transformer Engine's modules load.
+        local_norm, transformer_engine_norm = EXPERT_NORMS
+        aliases = {name for name in weights if name.replace(transformer_engine_norm, local_norm) in mapping.megatron}
         check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
         view = RearrangedSource(source, mapping.huggingface, mapping.copies)
     except CoverageError as error:
@@ -116,75 +113,45 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
     Raises:
         UserError: the checkpoint cannot be written.
     """
-    # Map the tensors.
+    # Map the tensors. The padding of the vocabulary is the model's own if it fits, else zeros.
     layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS)
+    tensors = model.source.tensors
+    dtype = tensors["model.embed_tokens.weight"].dtype
     try:
         mapping = map_tensors(model.config, layout)
+        zero = torch.zeros((), dtype=dtype)
+        zeros = {
+            name: zero.expand(shape)
+            for name, shape in mapping.huggingface.items()
+            if name.startswith(PADDING_PREFIX) and tensors.get(name) != TensorSpec(shape, dtype)
+        }
         copies = (Copy(copy.target, copy.source) for copy in mapping.copies)
-        view = RearrangedSource(_with_padding(model.source, mapping.huggingface), mapping.megatron, copies)
+        view = RearrangedSource(JoinedSource(MemorySource(zeros), model.source), mapping.megatron, copies)
     except CoverageError as error:
         raise UserError(f"the model's tensors do not fit into Megatron's: {error}") from error
     # Write them with the state that Megatron's loader requires.
     common = {
         "args": args,
-        "checkpoint_version": _CHECKPOINT_VERSION,
+        "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
-        "content_metadata": _CONTENT,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
         _CONFIG: model.config,
     }
-    objects: dict[str, Any] = {COMMON_STATE: [common]}
-    objects |= {name: [None] for name in _extra_states(args, layout)}
+    objects: dict[str, Any] = {COMMON_STATE: [common]} | {name: [None] for name in _extra_states(args, layout)}
     files, layout_file = plan_torch_dist(view.tensors, objects, max_file_bytes, folder=RELEASE)
     write_files(view, files, output)
-    _seal(output, files, layout_file)
-
-
-def _with_padding(source: TensorSource, shapes: Shapes) -> TensorSource:
-    """Add the padding of the vocabulary to a model's tensors: the model's own padding if it fits, else zeros.
-
-    Args:
-        source: provides the model's tensors.
-        shapes: shapes of all tensors by name, including the padding's.
-    """
-    dtype = source.tensors["model.embed_tokens.weight"].dtype
-    zero = torch.zeros((), dtype=dtype)
-    zeros = {
-        name: zero.expand(shape)
-        for name, shape in shapes.items()
-        if name.startswith(PADDING_PREFIX) and source.tensors.get(name) != TensorSpec(shape, dtype)
-    }
-    return JoinedSource(MemorySource(zeros), source)
-
-
-def _seal(output: OutputFolder, files: Sequence[PlannedFile], layout: bytes) -> None:
-    """Write the files that turn the files of tensors into a checkpoint, then the tracker that names the checkpoint."""
+    # Write the files that turn the files of tensors into a checkpoint, then the tracker that names the checkpoint.
     checkpoint = output.path / RELEASE
     with reporting_full_disk(checkpoint):
         with atomic_output(checkpoint / LAYOUT_FILE) as path:
-            path.write_bytes(layout)
+            path.write_bytes(layout_file)
         records = {Path(file.name).name: output.finished[file.name] for file in files}
         Manifest.of(records | {LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)}).save(checkpoint)
         with atomic_output(checkpoint / "metadata.json") as path:
             path.write_text(json.dumps(MARKER))
         write_tracker(output.path, RELEASE)
     output.complete()
-
-
-def _vocab_size(source: TensorSource, args: Namespace) -> int:
-    """Return the number of the tokenizer's ids: the routing mask's, else Megatron's argument, else the tokenizer's."""
-    row_of_id = source.tensors.get(f"{CHECKPOINT_PREFIX}row_of_id")
-    if row_of_id is not None:
-        return row_of_id.shape[-1]
-    if getattr(args, "vocab_size", None) is not None:
-        return args.vocab_size
-    return load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
-
-
-def _routing_mask_field(source: TensorSource) -> dict[str, Any] | None:
-    """Verify the routing mask; return the field `routing_mask` of the configuration, None without a routing mask."""
-    mask = read_mask(source, CHECKPOINT_PREFIX)
-    return None if mask is None else routing_mask_tensors(mask)[1]
 
 
 def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:
@@ -199,31 +166,20 @@ def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:
     return MegatronLayout(stacked, embedding.shape[0], (norm,))
 
 
-def _duplicate_norms(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the norms that a checkpoint holds a second time, under the name that Transformer Engine's modules load."""
-    local_name, transformer_engine_name = EXPERT_NORMS
-    for name in tensors:
-        if name.endswith(transformer_engine_name):
-            prefix = name.removesuffix(transformer_engine_name)
-            if prefix + local_name in expected:
-                yield name
-
-
 def _extra_states(args: Namespace, layout: MegatronLayout) -> Iterator[str]:
     """Yield the names of the modules' entries `_extra_state`, each with the suffix of its shard."""
     yield "decoder.final_layernorm._extra_state/shard_0_1"
     sparse = sparse_layers(args)
     for layer, has_experts in enumerate(sparse):
         prefix = "decoder.layers." if layout.is_stacked else f"decoder.layers.{layer}."
+        shard = f"{layer}_{len(sparse)}" if layout.is_stacked else "0_1"
         index, count = (f"{layer}.", f"{len(sparse)}.") if layout.is_stacked else ("", "")
         modules = [f"self_attention.{module}" for module in _ATTENTION_MODULES]
-        modules += [f"mlp.{module}" for module in _MLP_MODULES] if not has_experts else ["pre_mlp_layernorm"]
+        modules += ["pre_mlp_layernorm"] if has_experts else [f"mlp.{module}" for module in _MLP_MODULES]
         if has_experts and args.moe_shared_expert_intermediate_size:
             modules += [f"mlp.shared_experts.{module}" for module in _MLP_MODULES]
-        for module in modules:
-            shard = f"{layer}_{len(sparse)}" if layout.is_stacked else "0_1"
-            yield f"{prefix}{module}._extra_state/shard_{shard}"
-        for module in _MLP_MODULES if has_experts else ():
-            for expert in range(args.num_experts):
+        yield from (f"{prefix}{module}._extra_state/shard_{shard}" for module in modules)
+        if has_experts:
+            for module, expert in product(_MLP_MODULES, range(args.num_experts)):
                 name = f"{prefix}mlp.experts.experts.{module}._extra_state"
                 yield f"{name}/shard_{index}{expert}_{count}{args.num_experts}"

@@ -3,8 +3,13 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
 from maskmoe.conversion.blocks import Block, MemorySource, TensorSource, TensorSpec
 from maskmoe.errors import UserError
+from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import buffers_of_routing_mask, routing_mask_from_buffers
 
@@ -16,86 +21,46 @@ ROUTING_MASK_PREFIX = "model.routing_mask."
 _MAX_NAMES = 3
 
 
+def make_config[C: PreTrainedConfig](
+    config_class: type[C], fields: Mapping[str, Any], where: object = "the model"
+) -> C:
+    """Build a configuration of transformers.
+
+    Args:
+        config_class: the class of the configuration.
+        fields: the fields, as `config.json` holds them.
+        where: what has the fields, for error messages.
+
+    Raises:
+        UserError: the fields do not form a valid configuration.
+    """
+    try:
+        return config_class.from_dict(dict(fields))
+    # The configuration classes of transformers raise any of these on values of wrong types.
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{where}: not a configuration of {config_class.model_type}: {problem}") from error
+
+
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return the shapes of a model's tensors by name.
+    """Return the shapes of a model's tensors by name, as transformers makes them on a device without memory.
 
     Args:
         config: the fields of `MaskMoEConfig`.
 
     Returns:
         the shapes in the order of the layers; the routing mask's tensors come last.
+
+    Raises:
+        UserError: the fields do not form a valid configuration.
     """
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer, mlp_type in enumerate(config["mlp_layer_types"]):
-        prefix = f"model.layers.{layer}."
-        parts = {
-            "input_layernorm.weight": (hidden,),
-            **_attention_shapes(config),
-            "post_attention_layernorm.weight": (hidden,),
-            **(
-                _moe_shapes(config)
-                if mlp_type == "sparse"
-                else _mlp_shapes("mlp.", config["intermediate_size"], hidden)
-            ),
-        }
-        shapes |= {prefix + name: shape for name, shape in parts.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    if mask := config["routing_mask"]:
-        shapes |= _routing_mask_shapes(mask, config)
-    return shapes
-
-
-def _attention_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return the shapes of one layer's attention by name in the layer."""
-    hidden, head_dim = config["hidden_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    shapes: Shapes = {}
-    for name, features in (("q", queries), ("k", keys), ("v", keys)):
-        shapes[f"self_attn.{name}_proj.weight"] = (features, hidden)
-        if config["attention_bias"]:
-            shapes[f"self_attn.{name}_proj.bias"] = (features,)
-    shapes["self_attn.o_proj.weight"] = (hidden, queries)
-    if config["qk_norm"]:
-        is_per_head = config["qk_norm"] == "head"
-        shapes["self_attn.q_norm.weight"] = (head_dim if is_per_head else queries,)
-        shapes["self_attn.k_norm.weight"] = (head_dim if is_per_head else keys,)
-    return shapes
-
-
-def _mlp_shapes(prefix: str, features: int, hidden: int) -> Shapes:
-    """Return the shapes of one gated MLP with `features` intermediate features."""
-    return {
-        f"{prefix}gate_proj.weight": (features, hidden),
-        f"{prefix}up_proj.weight": (features, hidden),
-        f"{prefix}down_proj.weight": (hidden, features),
-    }
-
-
-def _moe_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return the shapes of one layer's router, experts and shared expert by name in the layer."""
-    hidden, experts, features = config["hidden_size"], config["num_experts"], config["moe_intermediate_size"]
-    shapes: Shapes = {"mlp.gate.weight": (experts, hidden)}
-    if config["use_expert_bias"]:
-        shapes["mlp.gate.e_score_correction_bias"] = (experts,)
-    shapes["mlp.experts.gate_up_proj"] = (experts, 2 * features, hidden)
-    shapes["mlp.experts.down_proj"] = (experts, hidden, features)
-    if config["shared_expert_intermediate_size"]:
-        shapes |= _mlp_shapes("mlp.shared_experts.", config["shared_expert_intermediate_size"], hidden)
-        if config["shared_expert_gate"]:
-            shapes["mlp.shared_expert_gate.weight"] = (1, hidden)
-    return shapes
-
-
-def _routing_mask_shapes(mask: Mapping[str, Any], config: Mapping[str, Any]) -> Shapes:
-    tables = mask["num_tables"]
-    return {
-        f"{ROUTING_MASK_PREFIX}row_of_id": (tables, config["vocab_size"]),
-        f"{ROUTING_MASK_PREFIX}visible_bits": (tables, mask["num_rows"], -(-config["num_experts"] // 8)),
-        f"{ROUTING_MASK_PREFIX}metadata": (mask["metadata_bytes"],),
-    }
+    with torch.device("meta"):
+        model = MaskMoEForCausalLM(make_config(MaskMoEConfig, config))
+    shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    mask_shapes = {name: shapes.pop(name) for name in list(shapes) if name.startswith(ROUTING_MASK_PREFIX)}
+    if config["tie_word_embeddings"]:
+        del shapes["lm_head.weight"]
+    return shapes | (mask_shapes if config["routing_mask"] else {})
 
 
 def routing_mask_tensors(mask: RoutingMask) -> tuple[MemorySource, dict[str, Any]]:

@@ -4,6 +4,7 @@ Importing this module loads neither torch nor Megatron, so that a command line c
 """
 
 import re
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -52,7 +53,7 @@ class UpcycleSettings:
         moe_layer_freq: Megatron's `--moe-layer-freq`: every how many layers have experts, or a 0 or 1 for each layer.
         shared_expert: give each MoE layer a shared expert, which starts as a copy of the whole MLP.
         noise: standard deviation of the relative noise on the experts' weights.
-        reinitialised: share, 0 to 1, of each expert's intermediate features that are drawn anew from a normal
+        reinit_share: share, 0 to 1, of each expert's intermediate features that are drawn anew from a normal
             distribution with the mean and the standard deviation of the MLP's weights. Each expert draws which ones.
         seed: seed of routers, noise and new features.
 
@@ -66,7 +67,7 @@ class UpcycleSettings:
     moe_layer_freq: int | list[int] = 1
     shared_expert: bool = False
     noise: float = 0.0
-    reinitialised: float = 0.0
+    reinit_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,8 +80,8 @@ class UpcycleSettings:
             )
         if not 0 <= self.noise < inf:
             raise UserError(f"--noise {self.noise} is not a standard deviation; give 0 or more")
-        if not 0 <= self.reinitialised <= 1:
-            raise UserError(f"--reinit-share {self.reinitialised} is not a share; give 0 to 1")
+        if not 0 <= self.reinit_share <= 1:
+            raise UserError(f"--reinit-share {self.reinit_share} is not a share; give 0 to 1")
         if self.seed < 0:
             raise UserError(f"--seed must not be negative, it is {self.seed}")
 
@@ -114,9 +115,9 @@ def parse_size(text: str) -> int:
     """Return the number of bytes that a size such as 5GB, 300MiB or 1000 names, as in transformers' `max_shard_size`.
 
     Raises:
-        ValueError: the text is not a size, or the size is 0.
+        ArgumentTypeError: the text is not a size, or the size is 0.
     """
     match = re.fullmatch(r"(\d+)(?:([KMGT])(I?)B)?", text.strip().upper())
     if not match or not int(match[1]):
-        raise ValueError(f"{text!r} is not a size such as 5GB")
+        raise ArgumentTypeError(f"{text!r} is not a size such as 5GB")
     return int(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2]) if match[2] else 0)

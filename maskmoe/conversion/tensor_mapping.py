@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from maskmoe.conversion.blocks import Block, Copy, check_cover
@@ -39,14 +40,15 @@ _LAYER_TENSORS = {
     "mlp.shared_experts.down_proj.weight": "mlp.shared_experts.linear_fc2.weight",
     "mlp.shared_expert_gate.weight": "mlp.shared_experts.gate_weight",
 }
-# Megatron keeps the query, key and value projections in one tensor, and the gate and up projections in another.
+# Megatron keeps the query, key and value projections in one tensor, and the gate and up projections in another. These
+# tables hold the tensor's name and which of its parts the projection is.
 _QKV = {
-    f"self_attn.{part}_proj.{kind}": (part, f"self_attention.linear_qkv.{kind}")
-    for part in "qkv"
+    f"self_attn.{part}_proj.{kind}": ((f"self_attention.linear_qkv.{kind}",), index)
+    for index, part in enumerate("qkv")
     for kind in ("weight", "bias")
 }
 _GATED = {
-    f"{mlp}.{part}_proj.weight": (index, f"{mlp}.linear_fc1.weight")
+    f"{mlp}.{part}_proj.weight": ((f"{mlp}.linear_fc1.weight",), index)
     for mlp in ("mlp", "mlp.shared_experts")
     for index, part in enumerate(("gate", "up"))
 }
@@ -113,94 +115,51 @@ def map_tensors(config: Mapping[str, Any], layout: MegatronLayout) -> TensorMapp
 def _map_tensor(
     name: str, shape: tuple[int, ...], config: Mapping[str, Any], layout: MegatronLayout
 ) -> Iterator[tuple[tuple[int, ...], Copy]]:
-    """Yield the shapes of the checkpoint's tensors that hold a transformers tensor, with the copies from them."""
+    """Yield the shapes of the checkpoint's tensors that hold a transformers tensor, with the copies from them.
+
+    The rows of a checkpoint's tensor form groups, and each group holds rows of all fused parts, one part after the
+    other. Most tensors are one part in one group.
+    """
     if not name.startswith(_HUGGINGFACE_LAYERS):
         yield from _map_model_tensor(name, shape, layout)
         return
     number, _, name_in_layer = name.removeprefix(_HUGGINGFACE_LAYERS).partition(".")
-    layer, num_layers = int(number), config["num_hidden_layers"]
-    is_sparse = config["mlp_layer_types"][layer] == "sparse"
+    layer, num_groups, rows_of_parts, index = int(number), 1, [shape[0]], 0
     if name_in_layer == _MLP_NORM:
-        parts = [_RowRange(norm, shape) for norm in (layout.expert_norms if is_sparse else EXPERT_NORMS[:1])]
+        is_sparse = config["mlp_layer_types"][layer] == "sparse"
+        checkpoint_names = layout.expert_norms if is_sparse else EXPERT_NORMS[:1]
     elif name_in_layer in _QKV:
-        parts = list(_qkv_rows(name_in_layer, shape, config))
+        # A group has some query heads, then their key head, then their value head.
+        checkpoint_names, index = _QKV[name_in_layer]
+        num_groups, head_dim = config["num_key_value_heads"], config["head_dim"]
+        rows_of_parts = [config["num_attention_heads"] // num_groups * head_dim, head_dim, head_dim]
     elif name_in_layer in _GATED:
-        index, checkpoint_name = _GATED[name_in_layer]
-        parts = [_RowRange(checkpoint_name, (2 * shape[0], *shape[1:]), index * shape[0], 0, shape[0])]
+        checkpoint_names, index = _GATED[name_in_layer]
+        rows_of_parts = [shape[0], shape[0]]
     else:
-        parts = [_RowRange(_LAYER_TENSORS[name_in_layer], shape)]
-    for part in parts:
-        source, target = part.blocks(name, shape)
+        checkpoint_names = (_LAYER_TENSORS[name_in_layer],)
+    num_rows, first, group_rows = rows_of_parts[index], sum(rows_of_parts[:index]), sum(rows_of_parts)
+    checkpoint_shape = (num_groups * group_rows, *shape[1:])
+    for checkpoint_name, group in product(checkpoint_names, range(num_groups)):
+        start = group * group_rows + first
+        source = Block.rows(checkpoint_name, checkpoint_shape, start, start + num_rows)
+        target = Block.rows(name, shape, group * num_rows, (group + 1) * num_rows)
         if layout.is_stacked:
-            stacked = Block(_MEGATRON_LAYERS + part.name, (layer, *source.offsets), (1, *source.sizes))
-            yield (num_layers, *part.shape), Copy(stacked, target)
+            stacked = Block(_MEGATRON_LAYERS + checkpoint_name, (layer, *source.offsets), (1, *source.sizes))
+            yield (config["num_hidden_layers"], *checkpoint_shape), Copy(stacked, target)
         else:
-            source = Block(f"{_MEGATRON_LAYERS}{layer}.{part.name}", source.offsets, source.sizes)
-            yield part.shape, Copy(source, target)
+            single = Block(f"{_MEGATRON_LAYERS}{layer}.{checkpoint_name}", source.offsets, source.sizes)
+            yield checkpoint_shape, Copy(single, target)
 
 
 def _map_model_tensor(
     name: str, shape: tuple[int, ...], layout: MegatronLayout
 ) -> Iterator[tuple[tuple[int, ...], Copy]]:
     """Do the same as `_map_tensor` for a tensor outside the layers; pads tensors that have a row for each id."""
-    checkpoint_name = _MODEL_TENSORS[name]
-    if checkpoint_name not in (EMBEDDING, OUTPUT_LAYER):
-        yield shape, Copy(Block.whole(checkpoint_name, shape), Block.whole(name, shape))
-        return
-    vocab_size, padded_shape = shape[0], (layout.padded_vocab_size, *shape[1:])
+    checkpoint_name, num_rows = _MODEL_TENSORS[name], shape[0]
+    padded_rows = layout.padded_vocab_size if checkpoint_name in (EMBEDDING, OUTPUT_LAYER) else num_rows
+    padded_shape = (padded_rows, *shape[1:])
     yield padded_shape, Copy(Block.whole(checkpoint_name, shape), Block.whole(name, shape))
-    if layout.padded_vocab_size > vocab_size:
-        padding = Block.rows(checkpoint_name, padded_shape, vocab_size, layout.padded_vocab_size)
+    if padded_rows > num_rows:
+        padding = Block.rows(checkpoint_name, padded_shape, num_rows, padded_rows)
         yield padded_shape, Copy(padding, Block.whole(PADDING_PREFIX + checkpoint_name, padding.sizes))
-
-
-@dataclass(frozen=True)
-class _RowRange:
-    """Rows of a layer's tensor in Megatron that hold rows of a tensor in transformers.
-
-    Attributes:
-        name: name of Megatron's tensor in the layer.
-        shape: shape of Megatron's tensor.
-        start: first row in Megatron's tensor.
-        huggingface_start: first row in the transformers tensor.
-        num_rows: number of rows; None: all rows of the transformers tensor.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int = 0
-    huggingface_start: int = 0
-    num_rows: int | None = None
-
-    def blocks(self, name: str, shape: tuple[int, ...]) -> tuple[Block, Block]:
-        """Return the rows as a block of Megatron's tensor and as a block of the transformers tensor.
-
-        Args:
-            name: name of the transformers tensor.
-            shape: shape of the transformers tensor.
-        """
-        num_rows = shape[0] if self.num_rows is None else self.num_rows
-        return (
-            Block.rows(self.name, self.shape, self.start, self.start + num_rows),
-            Block.rows(name, shape, self.huggingface_start, self.huggingface_start + num_rows),
-        )
-
-
-def _qkv_rows(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Iterator[_RowRange]:
-    """Yield the rows of Megatron's fused tensor that hold a query, key or value projection.
-
-    For each group of query heads, the fused tensor holds the query heads, then their key head, then their value head.
-    """
-    projection, checkpoint_name = _QKV[name]
-    head_dim, num_groups = config["head_dim"], config["num_key_value_heads"]
-    group_rows = {"q": config["num_attention_heads"] // num_groups * head_dim, "k": head_dim, "v": head_dim}
-    offset = {"q": 0, "k": group_rows["q"], "v": group_rows["q"] + head_dim}[projection]
-    num_rows, fused_rows = group_rows[projection], sum(group_rows.values())
-    for group in range(num_groups):
-        yield _RowRange(
-            checkpoint_name,
-            (num_groups * fused_rows, *shape[1:]),
-            start=group * fused_rows + offset,
-            huggingface_start=group * num_rows,
-            num_rows=num_rows,
-        )

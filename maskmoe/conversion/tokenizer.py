@@ -1,13 +1,14 @@
 """Exports a checkpoint's tokenizer in transformers' format."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
-from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from maskmoe.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from maskmoe.errors import UserError
 
 WITHOUT_TEXT = "NullTokenizer"
@@ -28,15 +29,7 @@ _PROBES = (
 )
 
 
-@dataclass(frozen=True)
-class SpecialIds:
-    """The ids with which texts begin and end; None if a tokenizer has no such id."""
-
-    bos: int | None
-    eos: int | None
-
-
-def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, folder: Path) -> SpecialIds:
+def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, folder: Path) -> dict[str, int | None]:
     """Write a tokenizer so that `AutoTokenizer.from_pretrained(folder)` reads it.
 
     The exported tokenizer gives the ids that the training data have: it puts no id before a text. In training data, a
@@ -49,12 +42,15 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
         tokenizer_model: Megatron's `--tokenizer-model`; None only for `NullTokenizer`.
         folder: the folder for `tokenizer.json` and `tokenizer_config.json`.
 
+    Returns:
+        `bos_token_id` and `eos_token_id`, the ids with which texts begin and end; None for a missing id.
+
     Raises:
         UserError: the tokenizer is of another type, cannot be read, or has no equal in transformers: sample texts get
             other ids.
     """
     if tokenizer_type == WITHOUT_TEXT:
-        return SpecialIds(None, None)
+        return {"bos_token_id": None, "eos_token_id": None}
     if tokenizer_model is None:
         raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
     tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
@@ -63,40 +59,29 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
         exported = _convert_sentencepiece(tokenizer)
         probes.extend(_probes_of_all_pieces(tokenizer))
     else:
-        assert isinstance(tokenizer, HuggingFaceTokenizer)
         exported = _load_transformers_tokenizer(tokenizer.model_path)
     _check_same_ids(tokenizer, exported, probes)
     exported.save_pretrained(folder)
-    return SpecialIds(exported.bos_token_id, exported.eos_token_id)
+    return {"bos_token_id": exported.bos_token_id, "eos_token_id": exported.eos_token_id}
 
 
 def _load_transformers_tokenizer(model: Path) -> Any:
     """Load a `tokenizer.json`, with the special tokens of `tokenizer_config.json` if that lies beside it."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     if (model.parent / "tokenizer_config.json").is_file():
         return AutoTokenizer.from_pretrained(model.parent, local_files_only=True)
     return PreTrainedTokenizerFast(tokenizer_file=str(model))
 
 
-def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
+def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> PreTrainedTokenizerFast:
     """Convert a SentencePiece tokenizer into a tokenizer of transformers."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
-
     extractor = SentencePieceExtractor(str(tokenizer.model_path))
     is_bpe = extractor.proto.trainer_spec.model_type == 2
     pieces = [(piece.piece, piece.score) for piece in extractor.proto.pieces]
     vocab = {piece: number for number, (piece, _) in enumerate(pieces)} if is_bpe else pieces
     converted = SpmConverter.build_tokenizer_from_spm_proto(extractor.proto, vocab)
-    special = {"unk_token": _piece(tokenizer, tokenizer.processor.unk_id())}
-    if tokenizer.eod_id is not None:
-        special |= dict.fromkeys(("bos_token", "eos_token"), _piece(tokenizer, tokenizer.eod_id))
-    return PreTrainedTokenizerFast(tokenizer_object=converted, clean_up_tokenization_spaces=False, **special)
-
-
-def _piece(tokenizer: SentencePieceTokenizer, number: int) -> str:
-    return tokenizer.processor.id_to_piece(number)
+    special = {"unk_token": tokenizer.processor.unk_id(), "bos_token": tokenizer.eod_id, "eos_token": tokenizer.eod_id}
+    spelled = {name: tokenizer.processor.id_to_piece(id_) for name, id_ in special.items() if id_ is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=converted, clean_up_tokenization_spaces=False, **spelled)
 
 
 def _probes_of_all_pieces(tokenizer: SentencePieceTokenizer) -> Iterator[str]:

@@ -6,27 +6,42 @@ anew, as in Drop-Upcycling (arXiv 2502.19261).
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import product
 from typing import Any
+from zlib import crc32
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from maskmoe.conversion.blocks import Block, Copy, JoinedSource, RearrangedSource, TensorSource
-from maskmoe.conversion.families import PLAIN_EXPERTS
-from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.blocks import (
+    Block,
+    Copy,
+    RearrangedSource,
+    TensorSource,
+    TensorSpec,
+    row_major_blocks,
+)
+from maskmoe.conversion.model_tensors import make_config, tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
 from maskmoe.conversion.settings import UpcycleSettings
-from maskmoe.conversion.upcycled_tensors import (
-    DOWN,
-    GATE_UP,
-    ROUTER,
-    SHARED_EXPERT_SCALE,
-    SHARED_EXPERTS,
-    ChangedExperts,
-    NewRouters,
-    ScaledSharedExperts,
-)
+from maskmoe.conversion.writing import BLOCK_BYTES
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
+from maskmoe.huggingface import MaskMoEConfig
+from maskmoe.routing_mask.mask import RoutingMask
+
+# A layer with a shared expert adds up two copies of the MLP, so each of them is scaled by one half.
+_SHARED_EXPERT_SCALE = 0.5
+
+_EXPERT_FEATURES = ("scoring_func", "use_expert_bias", "n_group", "topk_group", "shared_expert_gate")
+
+_ROUTER = ".mlp.gate.weight"
+_GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
+_SHARED_EXPERTS, _SHARED_DOWN = ".shared_experts.", ".shared_experts.down_proj.weight"
+
+# Random numbers are drawn for this number of rows together, so that they do not depend on where a block begins or ends.
+_ROWS_PER_DRAW = 64
 
 
 def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) -> OpenedModel:
@@ -47,20 +62,8 @@ def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) ->
     """
     if "sparse" in dense.config["mlp_layer_types"]:
         raise UserError("only a model without experts can be upcycled, this one has some")
-    config = dense.config | _expert_fields(dense.config, settings)
-    shapes = tensor_shapes(config)
-    router_shapes = {name: shape for name, shape in shapes.items() if name.endswith(ROUTER)}
-    copied_shapes = {name: shape for name, shape in shapes.items() if name not in router_shapes}
-    # Copy all tensors but the routers, then let sources of changed tensors take precedence over the copies.
-    copies = [copy for name, shape in copied_shapes.items() for copy in _copies(name, shape, settings.granularity)]
-    copied = RearrangedSource(dense.source, copied_shapes, copies)
-    dtype = dense.source.tensors["model.embed_tokens.weight"].dtype
-    sources: list[TensorSource] = [NewRouters(router_shapes, dtype, config["initializer_range"], settings), copied]
-    if settings.shared_expert:
-        sources.insert(0, ScaledSharedExperts(copied))
-    if settings.noise or settings.reinitialised:
-        sources.insert(0, ChangedExperts(copied, dense.source, settings))
-    return with_routing_mask(OpenedModel(JoinedSource(*sources), config), mask)
+    config = _upcycled_config(dense.config, settings)
+    return with_routing_mask(OpenedModel(_UpcycledSource(dense.source, config, settings), config), mask)
 
 
 def changes_of_function(settings: UpcycleSettings, mask: RoutingMask) -> list[str]:
@@ -68,7 +71,7 @@ def changes_of_function(settings: UpcycleSettings, mask: RoutingMask) -> list[st
     changes = []
     if settings.noise:
         changes.append("the experts have noise")
-    if settings.reinitialised:
+    if settings.reinit_share:
         changes.append("parts of the experts start anew")
     if settings.topk == 1 and mask.max_visible > 1:
         changes.append("with k = 1 an expert's output is multiplied by its probability, which is below 1 where V > 1")
@@ -79,51 +82,160 @@ def changes_of_function(settings: UpcycleSettings, mask: RoutingMask) -> list[st
 
 def _shows_whole_copies(mask: RoutingMask, granularity: int) -> bool:
     """Return whether every visible set consists of whole groups of `granularity` neighbouring experts."""
-    if granularity == 1:
-        return True
-    for row_of_id, visible_bits in zip(mask.row_of_id, mask.visible_bits, strict=True):
-        visible = unpack_bits(visible_bits[np.unique(row_of_id)], mask.num_experts)
-        groups = visible.reshape(len(visible), -1, granularity)
-        if (groups.any(axis=2) != groups.all(axis=2)).any():
-            return False
-    return True
+    sets = (mask.visible_sets(table).reshape(mask.vocab_size, -1, granularity) for table in range(len(mask.row_of_id)))
+    return granularity == 1 or all((groups.any(axis=2) == groups.all(axis=2)).all() for groups in sets)
 
 
-def _expert_fields(config: Mapping[str, Any], settings: UpcycleSettings) -> dict[str, Any]:
-    """Return the fields of the upcycled model's configuration that differ from the dense model's."""
-    features, remainder = divmod(config["intermediate_size"], settings.granularity)
+def _upcycled_config(dense: dict[str, Any], settings: UpcycleSettings) -> dict[str, Any]:
+    """Return the configuration of the upcycled model, without a routing mask, from that of the dense model."""
+    features, remainder = divmod(dense["intermediate_size"], settings.granularity)
     if remainder:
-        raise UserError(f"intermediate_size {config['intermediate_size']} cannot be divided by {settings.granularity}")
-    return PLAIN_EXPERTS | {
-        "mlp_layer_types": [
-            "sparse" if sparse else "dense" for sparse in settings.is_sparse(config["num_hidden_layers"])
-        ],
-        "num_experts": settings.num_experts,
-        "num_experts_per_tok": settings.topk,
-        "moe_intermediate_size": features,
-        # A softmax over a single chosen expert would be constant, and the router would get no gradient.
-        "norm_topk_prob": settings.topk > 1,
-        "routed_scaling_factor": settings.granularity * (SHARED_EXPERT_SCALE if settings.shared_expert else 1.0),
-        "shared_expert_intermediate_size": config["intermediate_size"] if settings.shared_expert else 0,
-    }
+        raise UserError(f"intermediate_size {dense['intermediate_size']} cannot be divided by {settings.granularity}")
+    is_sparse = settings.is_sparse(dense["num_hidden_layers"])
+    # The configuration of a dense model may hold anything about experts, so start from the defaults.
+    plain = {name: getattr(MaskMoEConfig, name) for name in _EXPERT_FEATURES}
+    fields = (
+        dense
+        | plain
+        | {
+            "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in is_sparse],
+            "num_experts": settings.num_experts,
+            "num_experts_per_tok": settings.topk,
+            "moe_intermediate_size": features,
+            # A softmax over a single chosen expert would be constant, and the router would get no gradient.
+            "norm_topk_prob": settings.topk > 1,
+            "routed_scaling_factor": settings.granularity * (_SHARED_EXPERT_SCALE if settings.shared_expert else 1.0),
+            "shared_expert_intermediate_size": dense["intermediate_size"] if settings.shared_expert else 0,
+        }
+    )
+    return make_config(MaskMoEConfig, fields).to_dict() | {"routing_mask": None}
 
 
 def _copies(name: str, shape: tuple[int, ...], granularity: int) -> Iterator[Copy]:
     """Yield the copies that fill a tensor of the upcycled model from the dense model's tensors."""
-    mlp = name.partition(".experts.")[0]
-    if name.endswith(GATE_UP):
-        num_experts, rows, hidden = shape
-        features = rows // 2
-        for expert in range(num_experts):
-            first = expert % granularity * features
-            for part, projection in enumerate(("gate_proj", "up_proj")):
-                source = Block(f"{mlp}.{projection}.weight", (first, 0), (features, hidden))
-                yield Copy(source, Block(name, (expert, part * features, 0), (1, features, hidden)))
-    elif name.endswith(DOWN):
-        num_experts, hidden, features = shape
-        for expert in range(num_experts):
-            first = expert % granularity * features
-            source = Block(f"{mlp}.down_proj.weight", (0, first), (hidden, features))
-            yield Copy(source, Block(name, (expert, 0, 0), (1, hidden, features)))
-    else:  # a shared expert is the whole MLP; all other tensors keep their names
-        yield Copy(Block.whole(name.replace(SHARED_EXPERTS, "."), shape), Block.whole(name, shape))
+    if not name.endswith((_GATE_UP, _DOWN)):  # a shared expert is the whole MLP; all other tensors keep their names
+        yield Copy(Block.whole(name.replace(_SHARED_EXPERTS, "."), shape), Block.whole(name, shape))
+        return
+    projections = ("down_proj",) if name.endswith(_DOWN) else ("gate_proj", "up_proj")
+    num_experts, rows, columns = shape[0], shape[1] // len(projections), shape[2]
+    for expert, (index, projection) in product(range(num_experts), enumerate(projections)):
+        part = expert % granularity
+        start = (0, part * columns) if name.endswith(_DOWN) else (part * rows, 0)
+        source = Block(f"{name.partition('.experts.')[0]}.{projection}.weight", start, (rows, columns))
+        yield Copy(source, Block(name, (expert, index * rows, 0), (1, rows, columns)))
+
+
+class _UpcycledSource:
+    """Provides the tensors of an upcycled model: copies of the dense model's tensors, changed copies, and new routers.
+
+    Tensors can be read in blocks of any size: random numbers depend on the seed, the tensor and the place in the
+    tensor, never on the order of reads.
+
+    Args:
+        dense: provides the tensors of the dense model.
+        config: the configuration of the upcycled model.
+        settings: how experts are made.
+    """
+
+    def __init__(self, dense: TensorSource, config: Mapping[str, Any], settings: UpcycleSettings) -> None:
+        shapes = tensor_shapes(config)
+        copied = {name: shape for name, shape in shapes.items() if not name.endswith(_ROUTER)}
+        copies = [copy for name, shape in copied.items() for copy in _copies(name, shape, settings.granularity)]
+        self._copied = RearrangedSource(dense, copied, copies)
+        dtype = dense.tensors["model.embed_tokens.weight"].dtype
+        self.tensors = {name: TensorSpec(shape, dtype) for name, shape in shapes.items()} | self._copied.tensors
+        self._dense = dense
+        self._router_std = config["initializer_range"]
+        self._settings = settings
+        self._mean_and_std_of = cache(self._mean_and_std)
+
+    def read(self, block: Block) -> Tensor:
+        """See `TensorSource.read`."""
+        if block.tensor.endswith(_ROUTER):
+            return self._read_router(block)
+        if block.tensor.endswith(_SHARED_DOWN):
+            return self._copied.read(block) * _SHARED_EXPERT_SCALE
+        if block.tensor.endswith((_GATE_UP, _DOWN)) and (self._settings.noise or self._settings.reinit_share):
+            return self._read_changed_experts(block)
+        return self._copied.read(block)
+
+    def _read_router(self, block: Block) -> Tensor:
+        """Draw a router from a normal distribution; the experts that make up one copy of the MLP have equal rows."""
+        num_experts, hidden = self.tensors[block.tensor].shape
+        copy_rows = torch.empty(num_experts // self._settings.granularity, hidden)
+        copy_rows.normal_(std=self._router_std, generator=_generator(self._settings.seed, block.tensor))
+        weight = copy_rows.repeat_interleave(self._settings.granularity, dim=0)
+        return weight[block.slices].to(self.tensors[block.tensor].dtype)
+
+    def _read_changed_experts(self, block: Block) -> Tensor:
+        """Add noise to experts, and draw some of their intermediate features anew."""
+        changed = self._copied.read(block).clone()
+        _, rows, columns = block.slices
+        for index, expert in enumerate(range(block.offsets[0], block.offsets[0] + block.sizes[0])):
+            normal = self._normal_numbers(block.tensor, expert, rows)[:, columns]
+            weights = changed[index].float()
+            if self._settings.noise:
+                weights = torch.addcmul(weights, weights, normal, value=self._settings.noise)
+            if self._settings.reinit_share:
+                is_new, mean, std = (values[rows, columns] for values in self._new_weights(block.tensor, expert))
+                weights = torch.where(is_new, normal.mul_(std).add_(mean), weights)
+            changed[index] = weights
+        return changed
+
+    def _normal_numbers(self, name: str, expert: int, rows: slice) -> Tensor:
+        """Return standard normal numbers, float32 [rows, columns of the tensor]; a row always has the same numbers."""
+        num_columns = self.tensors[name].shape[2]
+        first, last = rows.start // _ROWS_PER_DRAW, (rows.stop - 1) // _ROWS_PER_DRAW
+        drawn = torch.empty(last + 1 - first, _ROWS_PER_DRAW, num_columns)
+        for group, numbers in enumerate(drawn, start=first):
+            numbers.normal_(generator=_generator(self._settings.seed, name, expert, group))
+        start = first * _ROWS_PER_DRAW
+        return drawn.flatten(0, 1)[rows.start - start : rows.stop - start]
+
+    def _new_weights(self, name: str, expert: int) -> tuple[Tensor, ...]:
+        """Return which weights of an expert are drawn anew, and from which distribution.
+
+        Args:
+            name: name of the stacked tensor of all experts.
+            expert: number of the expert.
+
+        Returns:
+            is_new: bool [rows, columns].
+            mean: float32 [rows, columns], mean of the distribution.
+            std: float32 [rows, columns], standard deviation of the distribution.
+        """
+        _, num_rows, num_columns = self.tensors[name].shape
+        mlp, is_down = name.partition(".experts.")[0], name.endswith(_DOWN)
+        projections = ("down",) if is_down else ("gate", "up")
+        rows_of_projection = num_rows // len(projections)
+        distributions = torch.stack([self._mean_and_std_of(f"{mlp}.{part}_proj.weight") for part in projections])
+        mean, std = distributions.repeat_interleave(rows_of_projection, dim=0).unsqueeze(-1).unbind(dim=1)
+        # All projections of an expert have the same new features, which are its rows or its columns.
+        num_features = num_columns if is_down else rows_of_projection
+        order = torch.randperm(num_features, generator=_generator(self._settings.seed, mlp, expert))
+        is_new = order.argsort() < round(self._settings.reinit_share * num_features)
+        is_new = is_new if is_down else is_new.repeat(2).unsqueeze(-1)
+        return tuple(values.expand(num_rows, num_columns) for values in (is_new, mean, std))
+
+    def _mean_and_std(self, name: str) -> Tensor:
+        """Return mean and standard deviation of a tensor of the dense model, float32 [2]."""
+        count, total, squares = 0, 0.0, 0.0
+        for block in row_major_blocks(name, self._dense.tensors[name], BLOCK_BYTES):
+            values = self._dense.read(block).double()
+            count += values.numel()
+            total += values.sum().item()
+            squares += values.square().sum().item()
+        mean = total / count
+        return torch.tensor([mean, max(squares / count - mean**2, 0.0) ** 0.5])
+
+
+def _generator(seed: int, name: str, *numbers: int) -> torch.Generator:
+    """Return a random generator for one part of a tensor.
+
+    Args:
+        seed: the user's seed.
+        name: name of the tensor.
+        numbers: identify the part of the tensor.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(crc32(name.encode()), *numbers))
+    return torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))

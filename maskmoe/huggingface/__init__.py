@@ -21,23 +21,17 @@ AUTO_MAP = {
 }
 """The `auto_map` of config.json: names the classes that `trust_remote_code` loads from the files of `export_code`."""
 
-_EXPORTED_MODULES = (configuration_maskmoe, modeling_maskmoe)
-
 
 def export_code(folder: Path) -> None:
     """Copy the code of the models to a folder of exported weights, for users who do not have this package."""
-    for module in _EXPORTED_MODULES:
+    for module in (configuration_maskmoe, modeling_maskmoe):
         shutil.copy(module.__file__, folder)
 
 
-def _register() -> None:
-    AutoConfig.register(MaskMoEConfig.model_type, MaskMoEConfig, exist_ok=True)
-    for auto_class, model in ((AutoModel, MaskMoEModel), (AutoModelForCausalLM, MaskMoEForCausalLM)):
-        auto_class.register(MaskMoEConfig, model, exist_ok=True)
-        model.register_for_auto_class(auto_class.__name__)
-    MaskMoEConfig.register_for_auto_class()
-
-
-_register()
+AutoConfig.register(MaskMoEConfig.model_type, MaskMoEConfig, exist_ok=True)
+MaskMoEConfig.register_for_auto_class()
+for _auto_class, _model in ((AutoModel, MaskMoEModel), (AutoModelForCausalLM, MaskMoEForCausalLM)):
+    _auto_class.register(MaskMoEConfig, _model, exist_ok=True)
+    _model.register_for_auto_class(_auto_class.__name__)
 
 __all__ = ["AUTO_MAP", "MaskMoEConfig", "MaskMoEForCausalLM", "MaskMoEModel", "export_code"]

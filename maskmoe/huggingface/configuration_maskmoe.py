@@ -110,12 +110,8 @@ class MaskMoEConfig(PreTrainedConfig):
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
         if self.has_experts and self.routing_mask is None:
-            self.routing_mask = {
-                "num_tables": 1,
-                "num_rows": self.num_experts + 1,
-                "row_dtype": "int16",
-                "metadata_bytes": 0,
-            }
+            sizes = {"num_tables": 1, "num_rows": self.num_experts + 1, "metadata_bytes": 0}
+            self.routing_mask = sizes | {"row_dtype": "int16"}
         super().__post_init__(**kwargs)
         self._check()
 
@@ -129,11 +125,6 @@ class MaskMoEConfig(PreTrainedConfig):
         """Whether queries and keys are normalised; transformers' attention reads this attribute."""
         return self.qk_norm is not None
 
-    def is_sparse(self, layer_idx: int) -> bool:
-        """Return whether a layer has experts; layers are counted from 0."""
-        assert self.mlp_layer_types is not None  # set by __post_init__
-        return self.mlp_layer_types[layer_idx] == "sparse"
-
     def _check(self) -> None:
         assert self.mlp_layer_types is not None  # set by __post_init__, like num_key_value_heads
         assert self.num_key_value_heads is not None
@@ -143,23 +134,21 @@ class MaskMoEConfig(PreTrainedConfig):
         unknown = set(self.mlp_layer_types) - {"sparse", "dense"}
         if unknown or len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types must name {self.num_hidden_layers} layers, each 'sparse' or 'dense'")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
+        heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % key_value_heads:
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}")
         if self.has_experts:
-            self._check_experts()
+            self._check_experts(self.num_experts_per_tok, self.num_experts)
 
-    def _check_experts(self) -> None:
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts")
+    def _check_experts(self, topk: int, num_experts: int) -> None:
+        if not 1 <= topk <= num_experts:
+            raise ValueError(f"num_experts_per_tok is {topk} of {num_experts} experts")
         if self.use_expert_bias and self.scoring_func == "softmax":
             raise ValueError("use_expert_bias needs scoring_func 'sigmoid' or 'sqrtsoftplus'")
         if (self.n_group is None) != (self.topk_group is None):
             raise ValueError("n_group and topk_group must both be given, or neither")
         if self.n_group is not None and self.topk_group is not None:
-            self._check_groups(self.n_group, self.topk_group)
+            self._check_groups(topk, num_experts, self.n_group, self.topk_group)
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             raise ValueError("shared_expert_gate needs a shared_expert_intermediate_size")
         mask = self.routing_mask or {}
@@ -169,18 +158,13 @@ class MaskMoEConfig(PreTrainedConfig):
                 f"it is {mask}"
             )
 
-    def _check_groups(self, n_group: int, topk_group: int) -> None:
-        if self.num_experts % n_group or not 1 <= topk_group <= n_group:
+    def _check_groups(self, topk: int, num_experts: int, num_groups: int, topk_group: int) -> None:
+        if num_experts % num_groups or not 1 <= topk_group <= num_groups:
             raise ValueError(
-                f"topk_group {topk_group} of n_group {n_group} for {self.num_experts} experts: n_group must divide the "
+                f"topk_group {topk_group} of n_group {num_groups} for {num_experts} experts: n_group must divide the "
                 "number of experts, and topk_group must be 1 to n_group"
             )
-        if self.num_experts_per_tok % topk_group:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is not a multiple of topk_group {topk_group}"
-            )
-        if self.num_experts // n_group * topk_group < self.num_experts_per_tok:
-            raise ValueError(
-                f"{topk_group} of {n_group} groups hold fewer experts than num_experts_per_tok "
-                f"{self.num_experts_per_tok}"
-            )
+        if topk % topk_group:
+            raise ValueError(f"num_experts_per_tok {topk} is not a multiple of topk_group {topk_group}")
+        if num_experts // num_groups * topk_group < topk:
+            raise ValueError(f"{topk_group} of {num_groups} groups hold fewer experts than num_experts_per_tok {topk}")

@@ -11,18 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.models.glm4_moe.modeling_glm4_moe import (
-    Glm4MoeAttention,
-    Glm4MoeMLP,
-    Glm4MoeModel,
-    Glm4MoeRMSNorm,
-    Glm4MoeRotaryEmbedding,
-)
+from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import maybe_autocast
@@ -53,9 +47,8 @@ class MaskMoERoutingMask(nn.Module):
         tables, num_bytes = sizes["num_tables"], -(-config.num_experts // 8)
         row_dtype = getattr(torch, sizes["row_dtype"])
         self.register_buffer("row_of_id", torch.zeros(tables, config.vocab_size, dtype=row_dtype))
-        self.register_buffer(
-            "visible_bits", torch.full((tables, sizes["num_rows"], num_bytes), _ALL_EXPERTS, dtype=torch.uint8)
-        )
+        visible_bits = torch.full((tables, sizes["num_rows"], num_bytes), _ALL_EXPERTS, dtype=torch.uint8)
+        self.register_buffer("visible_bits", visible_bits)
         self.register_buffer("metadata", torch.zeros(sizes["metadata_bytes"], dtype=torch.uint8))
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -94,18 +87,14 @@ class MaskMoETopKRouter(nn.Module):
 
     def __init__(self, config: MaskMoEConfig) -> None:
         super().__init__()
+        self.config = config
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.num_experts
-        self.num_groups = config.n_group
-        self.topk_group = config.topk_group
         self.scoring_func = config.scoring_func
-        self.norm_topk_prob = config.norm_topk_prob
-        self.scaling_factor = config.routed_scaling_factor
+        self.softmax_follows_selection = config.scoring_func == "softmax" and config.norm_topk_prob
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        if config.use_expert_bias:
-            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
-        else:
-            self.e_score_correction_bias = None
+        bias = torch.zeros(config.num_experts) if config.use_expert_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, hidden_states: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route tokens.
@@ -123,33 +112,27 @@ class MaskMoETopKRouter(nn.Module):
         # Score the visible experts.
         with maybe_autocast(hidden_states.device.type, enabled=False):
             logits = functional.linear(hidden_states.float(), self.weight.float()).masked_fill(~visible, _INVISIBLE)
-        scores = self._scores(logits)
+        scores = logits if self.softmax_follows_selection else score(logits, self.scoring_func)
         # Select by score plus bias, among visible experts of the best groups.
         candidates = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         candidates = candidates.masked_fill(~visible, _INVISIBLE)
-        if self.num_groups is not None and self.topk_group is not None:
-            candidates = self._keep_best_groups(candidates, self.num_groups, self.topk_group)
+        if self.config.n_group is not None and self.config.topk_group is not None:
+            candidates = self._keep_best_groups(candidates, self.config.n_group, self.config.topk_group)
         best, indices = candidates.topk(self.top_k, dim=-1)  # [tokens, k]
         selected = best != _INVISIBLE
         # Weigh by score without bias.
         weights = self._weights(scores.gather(1, indices), selected)
         return logits, weights, torch.where(selected, indices, indices[:, :1])
 
-    def _scores(self, logits: Tensor) -> Tensor:
-        """Return the scores [tokens, experts] that experts are compared by and that weights are made from."""
-        if self.scoring_func == "softmax" and self.norm_topk_prob:  # the softmax follows the selection
-            return logits
-        return score(logits, self.scoring_func)
-
     def _weights(self, scores: Tensor, selected: Tensor) -> Tensor:
         """Return weights [tokens, k] for scores [tokens, k]; 0 for entries that are not selected."""
-        if self.scoring_func == "softmax" and self.norm_topk_prob:
+        if self.softmax_follows_selection:
             weights = scores.masked_fill(~selected, _INVISIBLE).softmax(dim=-1)
         else:
             weights = scores.masked_fill(~selected, 0.0)
-            if self.norm_topk_prob and self.top_k > 1:
+            if self.config.norm_topk_prob and self.top_k > 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights * self.scaling_factor
+        return weights * self.config.routed_scaling_factor
 
     def _keep_best_groups(self, candidates: Tensor, num_groups: int, topk_group: int) -> Tensor:
         """Set candidates [tokens, experts] outside the best groups to -inf (DeepSeek-V3, arXiv 2412.19437).
@@ -193,7 +176,7 @@ class MaskMoESparseMoeBlock(nn.Module):
         self.experts = MaskMoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None
         if config.shared_expert_intermediate_size:
-            self.shared_experts = Glm4MoeMLP(config, config.shared_expert_intermediate_size)
+            self.shared_experts = glm4_moe.Glm4MoeMLP(config, config.shared_expert_intermediate_size)
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -219,7 +202,7 @@ class MaskMoESparseMoeBlock(nn.Module):
         return output.view_as(hidden_states)
 
 
-class MaskMoEAllHeadsRMSNorm(Glm4MoeRMSNorm):
+class MaskMoEAllHeadsRMSNorm(glm4_moe.Glm4MoeRMSNorm):
     """Normalises queries or keys over the features of all heads together."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -227,7 +210,7 @@ class MaskMoEAllHeadsRMSNorm(Glm4MoeRMSNorm):
         return super().forward(hidden_states.flatten(-2)).view_as(hidden_states)
 
 
-class MaskMoEAttention(Glm4MoeAttention):
+class MaskMoEAttention(glm4_moe.Glm4MoeAttention):
     """Computes grouped-query attention with rotary positions, and with norms of queries and keys as configured."""
 
     def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
@@ -244,11 +227,12 @@ class MaskMoEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        self.is_sparse = config.is_sparse(layer_idx)
-        self.input_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        assert config.mlp_layer_types is not None  # set by the configuration
+        self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.input_layernorm = glm4_moe.Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = MaskMoEAttention(config, layer_idx)
-        self.post_attention_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MaskMoESparseMoeBlock(config, layer_idx) if self.is_sparse else Glm4MoeMLP(config)
+        self.post_attention_layernorm = glm4_moe.Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MaskMoESparseMoeBlock(config, layer_idx) if self.is_sparse else glm4_moe.Glm4MoeMLP(config)
 
     def forward(self, hidden_states: Tensor, visible_bits: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Process tokens.
@@ -265,19 +249,13 @@ class MaskMoEDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + (self.mlp(normed, visible_bits) if self.is_sparse else self.mlp(normed))
 
 
-class MaskMoEPreTrainedModel(PreTrainedModel):
+class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
     """Initialises, loads and resizes MaskMoE models."""
 
     config: MaskMoEConfig  # pyrefly: ignore[bad-override-mutable-attribute]  # as all models of transformers do
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["MaskMoEDecoderLayer"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = None  # Glm4Moe ignores layers that only its own checkpoints have
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(MaskMoETopKRouter, index=0),
         "hidden_states": MaskMoEDecoderLayer,
@@ -316,32 +294,26 @@ class MaskMoEPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, MaskMoEExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, MaskMoETopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, MaskMoERoutingMask):
-            init.zeros_(module.row_of_id)
+        if isinstance(module, (MaskMoEExperts, MaskMoETopKRouter)):
+            for weight in module.parameters(recurse=False):
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, (MaskMoETopKRouter, MaskMoERoutingMask)):
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
+        if isinstance(module, MaskMoERoutingMask):
             init.constant_(module.visible_bits, _ALL_EXPERTS)
-            init.zeros_(module.metadata)
 
 
-class MaskMoEModel(MaskMoEPreTrainedModel, Glm4MoeModel):
+class MaskMoEModel(MaskMoEPreTrainedModel, glm4_moe.Glm4MoeModel):
     """Computes the decoder's hidden states, without the output layer."""
 
-    # Glm4MoeModel ignores layers that only its own checkpoints have.
-    _keys_to_ignore_on_load_unexpected = None
-
     def __init__(self, config: MaskMoEConfig) -> None:
-        super(Glm4MoeModel, self).__init__(config)  # skips Glm4MoeModel's constructor, which makes its own layers
+        # Skip the constructor of Glm4MoeModel, which makes its own layers.
+        super(glm4_moe.Glm4MoeModel, self).__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MaskMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Glm4MoeRotaryEmbedding(config=config)  # pyrefly: ignore[bad-argument-type]  # see attention
+        self.norm = glm4_moe.Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = glm4_moe.Glm4MoeRotaryEmbedding(config=config)  # pyrefly: ignore[bad-argument-type]  # see attention
         self.routing_mask = MaskMoERoutingMask(config) if config.has_experts else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -425,35 +397,23 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            output_router_logits=output_router_logits,
-            **kwargs,
+            input_ids, attention_mask, position_ids, inputs_embeds, output_router_logits=output_router_logits, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states[:, kept])
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if output_router_logits and self.config.has_experts:
-            aux_loss = load_balancing_loss(
-                outputs.router_logits, self._real_tokens(attention_mask, hidden_states), self.config
-            )
+            real = None
+            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:  # other masks do not mark padding
+                real = attention_mask[:, -outputs.last_hidden_state.shape[1] :].flatten().bool()
+            aux_loss = load_balancing_loss(outputs.router_logits, real, self.config)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         # Pass the other outputs on under their names: the cache's name differs between versions of transformers.
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)
-
-    @staticmethod
-    def _real_tokens(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-        """Return which tokens are not padding, bool [tokens]; None if the mask is absent or does not say so."""
-        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-            return None
-        return attention_mask[:, -hidden_states.shape[1] :].flatten().bool()
 
 
 def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, config: MaskMoEConfig) -> Tensor:
@@ -471,25 +431,24 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, 
     Returns:
         float32 scalar, the sum over layers without coefficient, as in training with Megatron-Core.
     """
-    losses = [_load_balancing_loss_of_layer(logits, real, config) for logits in router_logits]
+    losses = []
+    for logits in router_logits:
+        # Select the tokens that count.
+        visible = logits != _INVISIBLE
+        counted = torch.ones_like(visible[:, 0]) if real is None else real.to(logits.device)
+        if config.aux_loss_tokens == "routable":
+            counted = counted & (visible.sum(dim=-1) > 1)
+        # Compute f, the shares of assignments, and P, the mean probabilities.
+        scores = score(logits, config.scoring_func)
+        if config.scoring_func != "softmax":
+            scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+        chosen = scores.masked_fill(~visible, _INVISIBLE).topk(config.num_experts_per_tok, dim=-1).indices
+        assigned = torch.zeros_like(visible).scatter(1, chosen, True) & visible & counted.unsqueeze(-1)
+        assignments = assigned.sum(dim=0).float()  # [experts]
+        shares = assignments / assignments.sum().clamp(min=1.0)
+        mean_scores = (scores * counted.unsqueeze(-1)).sum(dim=0) / counted.sum().clamp(min=1)
+        losses.append(config.num_experts * (shares * mean_scores).sum())
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
-
-
-def _load_balancing_loss_of_layer(logits: Tensor, real: Tensor | None, config: MaskMoEConfig) -> Tensor:
-    """Compute the load-balancing loss of one layer from its router logits, float32 [tokens, experts]."""
-    visible = logits != _INVISIBLE
-    counted = torch.ones_like(visible[:, 0]) if real is None else real.to(logits.device)
-    if config.aux_loss_tokens == "routable":
-        counted = counted & (visible.sum(dim=-1) > 1)
-    scores = score(logits, config.scoring_func)
-    if config.scoring_func != "softmax":
-        scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
-    chosen = scores.masked_fill(~visible, _INVISIBLE).topk(config.num_experts_per_tok, dim=-1).indices
-    assigned = torch.zeros_like(visible).scatter(1, chosen, True) & visible & counted.unsqueeze(-1)
-    assignments = assigned.sum(dim=0).float()  # [experts]
-    shares = assignments / assignments.sum().clamp(min=1.0)
-    mean_scores = (scores * counted.unsqueeze(-1)).sum(dim=0) / counted.sum().clamp(min=1)
-    return config.num_experts * (shares * mean_scores).sum()
 
 
 __all__ = ["MaskMoEForCausalLM", "MaskMoEModel", "MaskMoEPreTrainedModel"]

@@ -1,6 +1,7 @@
 """Safetensors files that we read and write, compared with the library's own code."""
 
 import json
+from argparse import ArgumentTypeError
 
 import pytest
 import torch
@@ -123,5 +124,5 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "1.5GB"])
 def test_texts_that_are_not_sizes(text):
-    with pytest.raises(ValueError, match="is not a size"):
+    with pytest.raises(ArgumentTypeError, match="is not a size"):
         parse_size(text)

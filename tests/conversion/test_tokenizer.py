@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from maskmoe.conversion.tokenizer import SpecialIds, export_tokenizer
+from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
@@ -48,7 +48,7 @@ def tokenizers(request, tmp_path_factory):
     model = folder / "tokenizer.model"
     model.write_bytes(MODELS[request.param]())
     special = export_tokenizer("SentencePieceTokenizer", model, folder)
-    assert special == SpecialIds(2, 2)
+    assert special == {"bos_token_id": 2, "eos_token_id": 2}
     return load_tokenizer("SentencePieceTokenizer", model), AutoTokenizer.from_pretrained(folder)
 
 
@@ -79,7 +79,7 @@ def test_hugging_face_tokenizer_is_copied(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(MODELS["like Llama's"]())
     export_tokenizer("SentencePieceTokenizer", tmp_path / "tokenizer.model", tmp_path / "first")
     special = export_tokenizer("HuggingFaceTokenizer", tmp_path / "first", tmp_path / "second")
-    assert special == SpecialIds(2, 2)
+    assert special == {"bos_token_id": 2, "eos_token_id": 2}
     first, second = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("first", "second"))
     assert first == second
 
@@ -93,7 +93,7 @@ def test_model_that_cannot_be_expressed_is_refused(tmp_path):
 
 
 def test_ids_without_a_tokenizer(tmp_path):
-    assert export_tokenizer("NullTokenizer", "", tmp_path) == SpecialIds(None, None)
+    assert export_tokenizer("NullTokenizer", "", tmp_path) == {"bos_token_id": None, "eos_token_id": None}
     assert not list(tmp_path.iterdir())
 
 

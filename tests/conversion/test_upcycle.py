@@ -70,7 +70,7 @@ def test_preserves_the_function(case, dense, dense_logits):
 
 CHANGING = {
     "the experts have noise": (UpcycleSettings(6, noise=0.1), mask_of(6)),
-    "start anew": (UpcycleSettings(6, reinitialised=0.5), mask_of(6)),
+    "start anew": (UpcycleSettings(6, reinit_share=0.5), mask_of(6)),
     "k = 1": (UpcycleSettings(6, topk=1), mask_of(6)),
     "a part of the 2 experts": (UpcycleSettings(6, granularity=2), mask_of(6, "hash")),
 }
@@ -127,7 +127,7 @@ def test_noise_is_relative(dense):
 
 
 def test_some_features_are_drawn_anew(dense):
-    changed = upcycle(dense, UpcycleSettings(64, reinitialised=0.25), mask_of(64)).source
+    changed = upcycle(dense, UpcycleSettings(64, reinit_share=0.25), mask_of(64)).source
     plain = upcycle(dense, UpcycleSettings(64), mask_of(64)).source
     experts, outputs = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
     rows = (read(changed, experts) != read(plain, experts)).all(dim=2)  # [experts, 2 * features]
@@ -149,7 +149,7 @@ def test_some_features_are_drawn_anew(dense):
 @settings(deadline=None)  # no failure for being slow on a busy machine
 @given(data=st.data(), max_bytes=st.integers(4, 20_000))
 def test_reads_the_same_in_any_blocks(dense, data, max_bytes):
-    settings = UpcycleSettings(4, granularity=2, shared_expert=True, noise=0.1, reinitialised=0.4, seed=5)
+    settings = UpcycleSettings(4, granularity=2, shared_expert=True, noise=0.1, reinit_share=0.4, seed=5)
     source = upcycle(dense, settings, mask_of(4)).source
     name = data.draw(st.sampled_from([name for name in source.tensors if ".1.mlp." in name or "embed" in name]))
     spec = source.tensors[name]
@@ -176,7 +176,7 @@ def test_seed_determines_the_weights(dense):
 
 def test_keeps_the_type_of_the_weights(dense):
     source = CastSource(dense.source, torch.bfloat16)
-    settings = UpcycleSettings(4, shared_expert=True, noise=0.1, reinitialised=0.1)
+    settings = UpcycleSettings(4, shared_expert=True, noise=0.1, reinit_share=0.1)
     upcycled = upcycle(OpenedModel(source, dense.config), settings, mask_of(4))
     for name, spec in upcycled.source.tensors.items():
         if "routing_mask" not in name:
@@ -200,7 +200,7 @@ def test_describes_the_model(dense):
         ({"num_experts": 8, "granularity": 4, "topk": 2}, "--topk 2"),
         ({"num_experts": 4, "noise": -1.0}, "--noise -1.0"),
         ({"num_experts": 4, "noise": float("nan")}, "--noise nan"),
-        ({"num_experts": 4, "reinitialised": 1.5}, "--reinit-share 1.5"),
+        ({"num_experts": 4, "reinit_share": 1.5}, "--reinit-share 1.5"),
         ({"num_experts": 4, "seed": -1}, "seed"),
         ({"num_experts": 35, "topk": 35, "granularity": 5}, "intermediate_size 48"),
         ({"num_experts": 4, "moe_layer_freq": [1, 0]}, "--moe-layer-freq is for 2 layers, the model has 3"),
