@@ -33,12 +33,6 @@ class RunFiles(TrainingFiles):
         """Folder with the logs of Slurm jobs that train or evaluate the run."""
         return self.folder / "slurm"
 
-    @property
-    def training_logs(self) -> tuple[Path, ...]:
-        """Existing logs of training, here and in Slurm jobs, the newest last."""
-        logs = [path for path in (*self.slurm.glob("*/attempt*.log"), self.log("train")) if path.exists()]
-        return tuple(sorted(logs, key=lambda path: path.stat().st_mtime_ns))
-
 
 class RunPlan:
     """The stages of one run.
@@ -101,8 +95,10 @@ class RunPlan:
                 path.write_text(self._model_text(), encoding="utf-8")
 
     def history(self) -> TrainingHistory:
-        """Return the losses that the run has logged so far."""
-        return TrainingHistory(line for log in self.files.training_logs for line in read_log(log))
+        """Return the losses that the run has logged so far, here and in Slurm jobs; the newest log counts last."""
+        logs = [path for path in (*self.files.slurm.glob("*/attempt*.log"), self.files.log("train")) if path.exists()]
+        logs.sort(key=lambda path: path.stat().st_mtime_ns)
+        return TrainingHistory(line for log in logs for line in read_log(log))
 
     def mask(self) -> Stage:
         """Build the run's routing mask."""
