@@ -8,7 +8,7 @@ Engine's parameters. So a machine without Transformer Engine can count for a mac
 import copy
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -178,7 +178,9 @@ def count_parameters(args: Namespace, config: MaskMoEGPTModelConfig, mask: Routi
     """
     (whole,) = _count_stage(_changed(config, _LOCAL | _ONE_RANK), _ALONE, stage=0)
     layout, local = Layout.from_args(args), _changed(config, _LOCAL)
-    buffers = VisibleExperts(config.transformer, mask, ProcessGroupCollection()).buffers() if mask else []
+    buffers: Iterable[torch.Tensor] = ()
+    if mask is not None and mask.num_experts == args.num_experts:  # a mask that does not fit is an error of its own
+        buffers = VisibleExperts(config.transformer, mask, ProcessGroupCollection()).buffers()
     return ModelParameters(
         whole,
         stages=tuple(_count_stage(local, layout, stage) for stage in range(layout.pipeline)),

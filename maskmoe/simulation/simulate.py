@@ -152,22 +152,22 @@ class Simulation:
             is sent once to every rank that holds selected experts.
         """
         table = VisibleTable.of_layer(mask, 0)
-        per_expert, per_rank = Traffic.empty(layout), Traffic.empty(layout)
+        traffics = Traffic.empty(layout), Traffic.empty(layout)
         for sources in _blocks(layout, self.micro_batches.tokens_per_rank):
             token_ids = self.micro_batches.of_ranks(sources, layout.num_gpus)  # [sources, tokens]
             choices = table.choose(token_ids.ravel(), topk, rng)
-            rows = rows_of_choices(choices, token_ids.shape, layout.ep_size, table.num_experts // layout.ep_size)
-            per_expert.add(sources, rows[0])
-            per_rank.add(sources, rows[1])
+            counts = rows_of_choices(choices, token_ids.shape, layout.ep_size, table.num_experts // layout.ep_size)
+            for traffic, rows in zip(traffics, counts, strict=True):
+                traffic.add(sources, rows)
             bar.update(token_ids.size)
-        return per_expert, per_rank
+        return traffics
 
     def _cost(self, dispatch: DispatchKind, per_expert: Traffic, per_rank: Traffic, expected_imbalance: float) -> Cost:
         """Return the cost of one way to dispatch in one layer."""
         traffic = per_expert if dispatch is DispatchKind.STOCK else per_rank
         sent_bytes, seconds = np.zeros(len(Reach)), 0.0
-        hidden, *_ = all_exchanges = exchanges(dispatch, traffic, self.workload)
-        for exchange in all_exchanges:
+        collectives = exchanges(dispatch, traffic, self.workload)
+        for exchange in collectives:
             # Calls of the opposite direction swap sent and received rows, which have the same mean over ranks.
             sent_bytes += exchange.calls * exchange.bytes_per_row * exchange.traffic.sent.mean(axis=0)
             seconds += exchange.calls * exchange.seconds(self.cluster)
@@ -179,7 +179,7 @@ class Simulation:
             load=float(load.mean()),
             max_load=float(load.max()),
             expected_imbalance=float(expected_imbalance),
-            all_to_all_seconds=hidden.seconds(self.cluster),
+            all_to_all_seconds=collectives[0].seconds(self.cluster),
             seconds=seconds,
         )
 
