@@ -14,6 +14,13 @@ def command_parser(documentation: str | None) -> argparse.ArgumentParser:
     )
 
 
+def positive_number(text: str) -> int:
+    """Convert the value of a flag to a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
 def add_text_arguments(parser: argparse.ArgumentParser, purpose: str, meaning_of_keys: str) -> None:
     """Add the flags that name text files and the keys of their JSON lines."""
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"text files{purpose}")
@@ -24,7 +31,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, purpose: str, meaning_of
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the number of processes."""
     meaning = "number of processes; does not change the result (default: number of available cores)"
-    parser.add_argument("--workers", type=int, metavar="W", help=meaning)
+    parser.add_argument("--workers", type=positive_number, metavar="W", help=meaning)
 
 
 def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:

@@ -38,7 +38,7 @@ def map_in_processes[Task, Result](
     """
     workers = available_cores() if workers is None else workers
     if workers < 1:
-        raise UserError(f"--workers: need at least 1 worker process, not {workers}")
+        raise UserError(f"need at least 1 worker process, not {workers}")
     remaining = iter(tasks)
     first_two = list(islice(remaining, 2))
     tasks = chain(first_two, remaining)
