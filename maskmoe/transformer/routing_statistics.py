@@ -37,7 +37,7 @@ class RoutingSums(NamedTuple):
     @classmethod
     def unpack(cls, packed: Tensor) -> "RoutingSums":
         """Split a tensor `[..., packed_size]` into its sums."""
-        return cls(*packed[..., :_NUM_SCALARS].unbind(-1), packed[..., _NUM_SCALARS:])
+        return cls._make((*packed[..., :_NUM_SCALARS].unbind(-1), packed[..., _NUM_SCALARS:]))
 
 
 class RoutingStatistics:
