@@ -222,7 +222,7 @@ def test_names_missing_and_unexpected_tensors(name, tmp_path):
 def test_refuses_folders_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: No such file"):
         open_huggingface(tmp_path)
-    for text in ("[1]", "{", '"llama"'):
+    for text, problem in (("[1]", "should be an object"), ("{", "Invalid JSON"), ('"llama"', "should be an object")):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=r"config\.json is damaged \(should be an object\)"):
+        with pytest.raises(UserError, match=rf"config\.json is damaged \({problem}"):
             open_huggingface(tmp_path)

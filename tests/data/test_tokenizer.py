@@ -74,8 +74,8 @@ def test_unknown_type(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ('{"eos_token": "<nowhere>"}', "names '<nowhere>' as the end of text"),
-        ("{", "does not contain a JSON object"),
-        ("[]", "does not contain a JSON object"),
+        ("{", "is damaged .Invalid JSON"),
+        ("[]", "is damaged .should be an object"),
     ],
 )
 def test_bad_huggingface_settings(huggingface_folder: Path, tmp_path: Path, settings: str, message: str) -> None:
