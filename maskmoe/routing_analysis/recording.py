@@ -42,7 +42,8 @@ def record_routing(model: MaskMoEModel, probe: Probe, name: str, iteration: int 
         name: the name of the model in the trace.
         iteration: the iteration of the model in the trace; None if it is unknown.
     """
-    layers = tuple(index + 1 for index in range(len(model.layers)) if model.config.is_sparse(index))
+    kinds = model.config.mlp_layer_types or ()  # the configuration always sets them
+    layers = tuple(number for number, kind in enumerate(kinds, start=1) if kind == "sparse")
     recorded = {module: [] for module in model.modules() if isinstance(module, MaskMoETopKRouter)}
 
     def record(
