@@ -4,7 +4,7 @@ import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import chain
@@ -23,7 +23,6 @@ from maskmoe.check.parameters import count_parameters
 from maskmoe.check.report import Report
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint
-from maskmoe.data.indexed_dataset import read_index
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
@@ -94,7 +93,11 @@ class Inspection:
         if validated is not None and checkpoint is not None:
             with self._collecting():
                 check_same_model(args, checkpoint)
-        self._check_data(args, mask, get_tokenizer().vocab_size if has_tokenizer else None)
+        # The run itself checks the token ids of large datasets.
+        vocab_size = get_tokenizer().vocab_size if has_tokenizer else None
+        unread = file_checks.check_data(args, mask, vocab_size, _MOST_BYTES_READ, self._collecting)
+        consequence = "was not counted for the mask: the run checks its token ids when it starts"
+        self._notes += [f"dataset {prefix} {consequence}" for prefix in unread]
         # The validated arguments have a layout that divides, so the model is known even if the given layout does not.
         model = memory = None
         if validated is not None and has_tokenizer:
@@ -167,17 +170,6 @@ class Inspection:
             args.moe_grouped_gemm = self._args.moe_grouped_gemm
             return args
         return None
-
-    def _check_data(self, args: Namespace, mask: RoutingMask | None, vocab_size: int | None) -> None:
-        """Check the datasets, except the token ids of large datasets, which the run checks."""
-        file_checks.check_data(args, mask, vocab_size, _MOST_BYTES_READ, self._collecting)
-        for prefix in file_checks.data_prefixes(args):
-            with suppress(UserError):  # `check_data` has reported it
-                index = read_index(prefix)
-                if index.bin_bytes > _MOST_BYTES_READ and not file_checks.was_counted(index, mask):
-                    self._notes.append(
-                        f"dataset {prefix} was not counted for the mask: the run checks its token ids when it starts"
-                    )
 
     def _make_tokenizer(self, args: Namespace) -> bool:
         """Build Megatron's tokenizer and record its digest in the arguments; return whether there was no error."""

@@ -8,8 +8,7 @@ Engine's parameters. So a machine without Transformer Engine can count for a mac
 import copy
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -38,21 +37,17 @@ PARTS = ("embedding", "output layer", "layers without routed experts", "routed e
 _PART_OF_MODULE = {"embedding": "embedding", "output_layer": "output layer", "mtp": "multi-token prediction"}
 
 # Settings that local modules refuse, or that cost time. None of them changes the shape of a parameter.
+_SWITCHED_OFF = (
+    *("perform_initialization", "use_cpu_initialization", "gradient_accumulation_fusion", "persist_layer_norm"),
+    *("memory_efficient_layer_norm", "layernorm_zero_centered_gamma", "moe_grouped_gemm", "moe_permute_fusion"),
+    *("moe_shared_expert_overlap", "tp_comm_overlap"),
+)
 _LOCAL = {
     "transformer_impl": "local",
-    "perform_initialization": False,
-    "use_cpu_initialization": False,
-    "gradient_accumulation_fusion": False,
-    "persist_layer_norm": False,
-    "memory_efficient_layer_norm": False,
-    "layernorm_zero_centered_gamma": False,
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_shared_expert_overlap": False,
-    "tp_comm_overlap": False,
     "context_parallel_size": 1,
     "fp8": None,
     "fp4": None,
+    **dict.fromkeys(_SWITCHED_OFF, False),
 }
 _ONE_RANK = {
     "tensor_model_parallel_size": 1,
@@ -220,8 +215,7 @@ class _CountingModelBuilder(MaskMoEGPTModelBuilder):
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the visible experts of a mask that fits every model."""
-        # Megatron declares the base class of all configurations.
-        config = self._model_config.transformer  # pyrefly: ignore[missing-attribute]
+        config = self._model_config.transformer
         recipe = MaskRecipe.from_preset("hash", config.num_moe_experts, num_layers=1)
         return VisibleExperts(config, build_routing_mask(recipe, vocab_size=1), pg_collection, vp_stage)
 
@@ -242,9 +236,10 @@ def _changed(config: MaskMoEGPTModelConfig, settings: Mapping[str, Any]) -> Mask
     return replace(config, transformer=transformer)
 
 
-@contextmanager
-def _fake_process_groups(layout: Layout, rank: int) -> Iterator[ProcessGroupCollection]:
-    """Create the process groups of one rank without the other ranks; the groups cannot communicate."""
+def _count_stage(config: MaskMoEGPTModelConfig, layout: Layout, stage: int) -> tuple[Chunk, ...]:
+    """Count the chunks of one rank of a pipeline stage, in process groups that cannot communicate."""
+    # Megatron numbers the ranks of a stage consecutively by default; the order does not change the parameters.
+    rank = stage * layout.ranks // layout.pipeline
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.ranks)
     try:
         parallel_state.initialize_model_parallel(
@@ -256,18 +251,12 @@ def _fake_process_groups(layout: Layout, rank: int) -> Iterator[ProcessGroupColl
             create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(1)
-        yield ProcessGroupCollection.use_mpu_process_groups()
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        interleaved = config.transformer.virtual_pipeline_model_parallel_size
+        return tuple(_count_chunk(config, groups, chunk) for chunk in (range(interleaved) if interleaved else [None]))
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
-
-
-def _count_stage(config: MaskMoEGPTModelConfig, layout: Layout, stage: int) -> tuple[Chunk, ...]:
-    """Count the chunks of one rank of a pipeline stage."""
-    # Megatron numbers the ranks of a stage consecutively by default; the order does not change the parameters.
-    with _fake_process_groups(layout, rank=stage * layout.ranks // layout.pipeline) as groups:
-        interleaved = config.transformer.virtual_pipeline_model_parallel_size
-        return tuple(_count_chunk(config, groups, chunk) for chunk in (range(interleaved) if interleaved else [None]))
 
 
 def _count_chunk(config: MaskMoEGPTModelConfig, groups: ProcessGroupCollection, vp_stage: int | None) -> Chunk:

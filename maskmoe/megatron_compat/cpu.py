@@ -51,18 +51,16 @@ def install() -> None:
 
 def argument_defaults() -> dict[str, Any]:
     """Return defaults for the arguments of Megatron whose own defaults need CUDA, in the form of `args_defaults`."""
+    fusions = (
+        *("masked_softmax_fusion", "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"),
+        *("apply_rope_fusion", "gradient_accumulation_fusion", "cross_entropy_loss_fusion"),
+    )
     return {
         "distributed_backend": "gloo",
         "transformer_impl": "local",
         "no_persist_layer_norm": True,
         "use_cpu_initialization": True,
-        "masked_softmax_fusion": False,
-        "bias_gelu_fusion": False,
-        "bias_swiglu_fusion": False,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "cross_entropy_loss_fusion": False,
+        **dict.fromkeys(fusions, False),
     }
 
 
@@ -106,25 +104,16 @@ def _on_cpu(device: Any) -> Any:
     return _CPU if is_cuda or isinstance(device, int) else device
 
 
-def _with_cpu_device(function: Callable) -> Callable:
-    """Let a function take the CPU for a CUDA device in its argument `device`."""
+def _with_cpu_device(function: Callable, position: int | None = None) -> Callable:
+    """Let a function take the CPU for a CUDA device in its argument `device`, or in the argument at a position."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])
+        if position is not None and len(args) > position:
+            args = (*args[:position], _on_cpu(args[position]), *args[position + 1 :])
         return function(*args, **kwargs)
-
-    return wrapper
-
-
-def _moving_to_cpu(method: Callable) -> Callable:
-    """Let a method take the CPU for a CUDA device in its first argument or its argument `device`."""
-    with_cpu_device = _with_cpu_device(method)
-
-    @functools.wraps(method)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return with_cpu_device(self, *map(_on_cpu, args[:1]), *args[1:], **kwargs)
 
     return wrapper
 
@@ -303,15 +292,15 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
         "compile": lambda model=None, **kwargs: (lambda function: function) if model is None else model,
     },
     torch.Tensor: {
-        "to": _moving_to_cpu(torch.Tensor.to),
+        "to": _with_cpu_device(torch.Tensor.to, position=1),
         "cuda": lambda self, device=None, non_blocking=False, memory_format=None: self,
         "pin_memory": lambda self, device=None: self,
         "record_stream": lambda self, stream: None,
         "type": _type_of_cuda,
     },
     torch.nn.Module: {
-        "to": _moving_to_cpu(torch.nn.Module.to),
-        "to_empty": _moving_to_cpu(torch.nn.Module.to_empty),
+        "to": _with_cpu_device(torch.nn.Module.to, position=1),
+        "to_empty": _with_cpu_device(torch.nn.Module.to_empty, position=1),
         "cuda": lambda self, device=None: self,
     },
     torch.cuda: {

@@ -1,31 +1,24 @@
-"""Megatron's global variables, with the types that its own functions do not declare.
+"""Megatron's functions that return global variables, with the types that Megatron does not declare.
 
 This module imports megatron, so import it only after `prepare_process()`.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any, cast
 
 from megatron.core.timers import Timers
 from megatron.training import global_vars
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
+get_args = cast(Callable[[], Namespace], global_vars.get_args)
+"""Returns the command line arguments."""
 
-def get_args() -> Namespace:
-    """Return the command line arguments."""
-    return cast(Namespace, global_vars.get_args())
+get_tokenizer = cast(Callable[[], Any], global_vars.get_tokenizer)
+"""Returns the tokenizer."""
 
+get_timers = cast(Callable[[], Timers], global_vars.get_timers)
+"""Returns the timers of the training loop."""
 
-def get_tokenizer() -> Any:
-    """Return the tokenizer."""
-    return global_vars.get_tokenizer()
-
-
-def get_timers() -> Timers:
-    """Return the timers of the training loop."""
-    return cast(Timers, global_vars.get_timers())
-
-
-def get_signal_handler() -> DistributedSignalHandler:
-    """Return the handler of `--exit-signal`."""
-    return cast(DistributedSignalHandler, global_vars.get_signal_handler())
+get_signal_handler = cast(Callable[[], DistributedSignalHandler], global_vars.get_signal_handler)
+"""Returns the handler of `--exit-signal`."""

@@ -7,9 +7,10 @@ patch here knows other rooms of this package. The patches that concern checkpoin
 
 import argparse
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -125,8 +126,7 @@ def escape_percent_signs_in_help(parser: argparse.ArgumentParser) -> None:
             action.help = action.help.replace("%", "%%")
 
 
-@contextmanager
-def latent_projections_without_transformer_engine(linear: Callable[..., torch.nn.Module]) -> Iterator[None]:
+def latent_projections_without_transformer_engine(linear: Callable[..., torch.nn.Module]) -> AbstractContextManager:
     """Let `MoELayer` make its latent projections without Transformer Engine, so that `--check` can count them.
 
     Replaces: `HAVE_TE` and `TELinear` in `megatron.core.transformer.moe.moe_layer`, inside the `with` block only.
@@ -138,9 +138,4 @@ def latent_projections_without_transformer_engine(linear: Callable[..., torch.nn
     """
     from megatron.core.transformer.moe import moe_layer
 
-    replacements = {} if moe_layer.HAVE_TE else {"HAVE_TE": True, "TELinear": linear}
-    with ExitStack() as restored:
-        for name, replacement in replacements.items():
-            restored.callback(replace, moe_layer, name, getattr(moe_layer, name))
-            replace(moe_layer, name, replacement)
-        yield
+    return nullcontext() if moe_layer.HAVE_TE else mock.patch.multiple(moe_layer, HAVE_TE=True, TELinear=linear)

@@ -6,6 +6,7 @@ import math
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -163,10 +164,7 @@ def _cell(value: Any) -> Any:
 def _tables(analysis: Analysis) -> dict[str, Iterable[Row]]:
     """Return the rows of each CSV file."""
     shape, bands, pieces, statistics = analysis.shape, analysis.bands, analysis.probe.pieces, analysis.statistics
-
-    def capacity(factor: float) -> int:
-        return expert_capacity(analysis.micro_batch_tokens, shape.topk, shape.num_experts, factor)
-
+    capacity = partial(expert_capacity, analysis.micro_batch_tokens, shape.topk, shape.num_experts)
     # The cells that identify the places on each axis of the statistics.
     models = [{"checkpoint": model.name, "iteration": model.iteration} for model in analysis.models]
     changes = [{"from": before.name, "to": after.name} for before, after in pairwise(analysis.models)]

@@ -66,11 +66,6 @@ class Traffic:
         """Return traffic without rows, to which `add` adds."""
         return cls(layout, *np.zeros((2, layout.num_gpus, len(Reach)), np.int64))
 
-    @classmethod
-    def to_every_peer(cls, layout: Layout) -> "Traffic":
-        """Return the traffic of one row from each rank to each other rank of its group."""
-        return cls(layout, sent=layout.num_peers, received=layout.num_peers)
-
     def add(self, sources: range, rows: np.ndarray) -> None:
         """Add the rows that some ranks of one group send, so that memory never holds a matrix of all rank pairs.
 
@@ -144,7 +139,8 @@ def exchanges(dispatch: DispatchKind, traffic: Traffic, workload: Workload) -> t
         workload: Sizes of the data.
     """
     hidden = Exchange("hidden states", 4, traffic, workload.hidden_size * workload.bytes_per_element)
-    to_every_peer = Traffic.to_every_peer(traffic.layout)
+    num_peers = traffic.layout.num_peers  # one row for each
+    to_every_peer = Traffic(traffic.layout, sent=num_peers, received=num_peers)
     if dispatch is DispatchKind.PLANNED:
         ids = workload.tokens_per_rank * _ID_BYTES
         return hidden, Exchange("token ids", 1 / workload.num_layers, to_every_peer, ids)

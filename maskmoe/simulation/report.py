@@ -60,20 +60,19 @@ def to_json(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, An
 
     Each result has its case and either the fields of its `Cost` or the reason why it is impossible.
     """
-    entries: list[dict[str, Any]] = []
-    for result in results:
-        case: dict[str, Any] = {
-            "num_gpus": result.layout.num_gpus,
-            "expert_model_parallel_size": result.layout.ep_size,
-            "topk": result.topk,
-            "variant": result.variant.name,
-            "dispatch": result.dispatch.value,
-        }
-        if cost := result.cost:
-            entries.append(case | asdict(cost) | {"imbalance": cost.imbalance})
-        else:
-            entries.append(case | {"impossible": result.impossible})
-    return {"settings": settings, "results": entries}
+    return {"settings": settings, "results": [_entry(result) for result in results]}
+
+
+def _entry(result: Result) -> dict[str, Any]:
+    cost = result.cost
+    return {
+        "num_gpus": result.layout.num_gpus,
+        "expert_model_parallel_size": result.layout.ep_size,
+        "topk": result.topk,
+        "variant": result.variant.name,
+        "dispatch": result.dispatch.value,
+        **(asdict(cost) | {"imbalance": cost.imbalance} if cost else {"impossible": result.impossible}),
+    }
 
 
 def draw_plot(results: Sequence[Result], path: Path) -> None:

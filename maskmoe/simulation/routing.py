@@ -7,15 +7,14 @@ rule is repeated here because the simulation runs without torch.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The selected experts of tokens that all select the same number of experts.
 
     Attributes:
@@ -51,16 +50,6 @@ class VisibleTable:
         experts = np.nonzero(visible)[1].astype(np.int16 if mask.num_experts <= 1 << 15 else np.int32)
         return cls(row_of_id, experts, visible.sum(axis=1), mask.num_experts)
 
-    @cached_property
-    def _first(self) -> np.ndarray:
-        """Position of the first expert of each set in `experts`, int64 [sets]."""
-        return np.cumsum(self.num_visible) - self.num_visible
-
-    @cached_property
-    def _sizes(self) -> list[int]:
-        """The different sizes of the visible sets of all ids."""
-        return np.unique(self.num_visible[self.row_of_id]).tolist()
-
     def choose(self, token_ids: np.ndarray, topk: int, rng: np.random.Generator) -> Iterator[Choice]:
         """Select `min(k, V)` visible experts for each token; all subsets of this size are equally likely.
 
@@ -77,13 +66,14 @@ class VisibleTable:
         """
         rows = self.row_of_id[token_ids]
         num_visible = self.num_visible[rows]
-        for size in self._sizes:
+        first_of_set = np.cumsum(self.num_visible) - self.num_visible  # positions in `experts`
+        for size in np.flatnonzero(np.bincount(num_visible)).tolist():
             tokens = np.flatnonzero(num_visible == size)
             if size <= topk:
                 positions = np.broadcast_to(np.arange(size)[:, None], (size, len(tokens)))
             else:
                 positions = draw_subsets(rng, len(tokens), topk, size)
-            yield Choice(tokens, self.experts[self._first[rows[tokens]] + positions])
+            yield Choice(tokens, self.experts[first_of_set[rows[tokens]] + positions])
 
 
 def draw_subsets(rng: np.random.Generator, count: int, size: int, num_items: int) -> np.ndarray:

@@ -105,19 +105,16 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     """Add the `evaluation` group, and defaults for the settings of training that Megatron requires."""
     group = parser.add_argument_group(title="evaluation")
     group.add_argument("--eval-split", choices=_SPLITS, default="valid", help="which split of --data-path to evaluate")
-    group.add_argument(
-        "--token-frequency",
-        metavar="FILE",
-        help="token counts made by tools/count_token_frequency.py, which define the frequency bands; "
+    files = {
+        "--token-frequency": "token counts made by tools/count_token_frequency.py, which define the frequency bands; "
         "if the flag is left out, the tokens of --data-path are counted",
-    )
-    group.add_argument(
-        "--eval-texts",
-        metavar="FILE",
-        help="score texts instead of a dataset: JSON lines with a text, or with a context and a continuation, of which "
-        "the continuation is scored; the log-likelihoods equal the ones that lm-evaluation-harness computes",
-    )
-    group.add_argument("--eval-output", metavar="FILE", help="also write the results as JSON")
+        "--eval-texts": "score texts instead of a dataset: JSON lines with a text, or with a context and a "
+        "continuation, of which the continuation is scored; the log-likelihoods equal the ones that "
+        "lm-evaluation-harness computes",
+        "--eval-output": "also write the results as JSON",
+    }
+    for flag, meaning in files.items():
+        group.add_argument(flag, metavar="FILE", help=meaning)
     parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
     return parser
 

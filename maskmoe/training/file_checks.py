@@ -12,7 +12,7 @@ from megatron.core.datasets import blended_megatron_dataset_config as dataset_co
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import DatasetIndex, open_tokens, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
@@ -101,7 +101,7 @@ def check_data(
     vocab_size: int | None,
     most_bytes_read: float,
     checking: Callable[[], AbstractContextManager] = nullcontext,
-) -> None:
+) -> list[str]:
     """Check every dataset of the run.
 
     A dataset must be complete, made with the tokenizer of the run, and hold no token id beyond the vocabulary. Before
@@ -115,9 +115,14 @@ def check_data(
         most_bytes_read: the size, in bytes, up to which the token ids of a dataset are read.
         checking: makes a context manager for each check. One that catches errors continues with the next check.
 
+    Returns:
+        The prefixes of the datasets whose token ids are unchecked because the datasets are too large.
+
     Raises:
         UserError: a dataset is unusable; the message names the file.
     """
+    counted = [(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in (mask.provenance.datasets if mask else ())]
+    unread = []
     with checking():
         _check_data_paths(args)
         prefixes = data_prefixes(args)
@@ -125,19 +130,17 @@ def check_data(
         for prefix in prefixes:
             with checking():
                 index = read_index(prefix)
+                is_counted = (index.idx_sha256, index.bin_bytes) in counted
+                if not is_counted and index.bin_bytes > most_bytes_read:
+                    unread.append(prefix)
                 if (record := read_tokenizer_record(prefix)) is not None:
                     _check_same_tokenizer(args, record, f"dataset {prefix} was")
-                if vocab_size is not None and not was_counted(index, mask) and index.bin_bytes <= most_bytes_read:
+                if vocab_size is not None and not is_counted and prefix not in unread:
                     _check_token_ids(prefix, vocab_size)
                 readable.append(prefix)
         if readable == prefixes and not args.skip_train:
             _check_parts(args)
-
-
-def was_counted(dataset: DatasetIndex, mask: RoutingMask | None) -> bool:
-    """Return whether the routing mask was made from counts of this dataset, which checked all its token ids."""
-    counted = mask.provenance.datasets if mask else ()
-    return (dataset.idx_sha256, dataset.bin_bytes) in [(entry["idx_sha256"], entry["bin_bytes"]) for entry in counted]
+    return unread
 
 
 def data_prefixes(args: Namespace) -> list[str]:

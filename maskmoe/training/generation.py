@@ -17,16 +17,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     """Add the `generation` group, and defaults for the settings of training that Megatron requires."""
     group = parser.add_argument_group(title="generation")
     group.add_argument("--prompt", required=True, help="the text to continue")
-    group.add_argument(
-        "--max-new-tokens", type=int, default=64, help="stop after this many tokens, or at the end of the text"
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="divides the logits before a token is drawn; 0 always takes the most probable token",
-    )
-    group.add_argument("--top-k", type=int, default=50, help="draw among this many of the most probable tokens; 0: all")
+    for flag, default, meaning in (
+        ("--max-new-tokens", 64, "stop after this many tokens, or at the end of the text"),
+        ("--temperature", 0.8, "divides the logits before a token is drawn; 0 always takes the most probable token"),
+        ("--top-k", 50, "draw among this many of the most probable tokens; 0: all"),
+    ):
+        group.add_argument(flag, type=type(default), default=default, help=meaning)
     group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
     parser.set_defaults(micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
     return parser

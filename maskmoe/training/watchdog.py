@@ -13,8 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -28,8 +27,7 @@ _MAX_NAMED_RANKS = 8
 _JOIN_TIMEOUT = 5.0  # seconds
 
 
-@dataclass(frozen=True)
-class Sighting:
+class Sighting(NamedTuple):
     """The state of a rank, as its watchdog reports it.
 
     Attributes:
@@ -133,7 +131,7 @@ class Watchdog:
         at = f"{call.filename}:{call.lineno} in {call.name}"
         rank = self._ranks.rank
         sighting = Sighting(rank, where, self._steps, at, waits_for_others(call), time.monotonic())
-        self._ranks.store.set(f"sighting/{rank}", json.dumps(asdict(sighting)))
+        self._ranks.store.set(f"sighting/{rank}", json.dumps(sighting))
 
     def _judge(self) -> str | None:
         """Return the verdict of this rank or of a faster rank; None if training continues after all."""
@@ -149,7 +147,7 @@ class Watchdog:
 
     def _read(self) -> list[Sighting]:
         messages = (self._ranks.peek(f"sighting/{rank}") for rank in range(self._ranks.world_size))
-        return [Sighting(**json.loads(message)) for message in messages if message is not None]
+        return [Sighting(*json.loads(message)) for message in messages if message is not None]
 
     def _print(self, culprits: list[int], message: str) -> None:
         if self._ranks.rank in culprits or os.environ.get("LOCAL_RANK", "0") == "0" or not culprits:

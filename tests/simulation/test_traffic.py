@@ -96,6 +96,5 @@ def test_one_row_to_every_peer(layout):
     expected = Traffic.empty(layout)
     for first in range(0, layout.num_gpus, layout.ep_size):
         expected.add(range(first, first + layout.ep_size), 1 - np.eye(layout.ep_size, dtype=np.int64))
-    traffic = Traffic.to_every_peer(layout)
-    assert np.array_equal(traffic.sent, expected.sent)
-    assert np.array_equal(traffic.received, expected.received)
+    assert np.array_equal(layout.num_peers, expected.sent)
+    assert np.array_equal(layout.num_peers, expected.received)

@@ -3,7 +3,6 @@
 import sys
 import threading
 import traceback
-from dataclasses import replace
 
 import pytest
 from torch.distributed import HashStore
@@ -21,14 +20,14 @@ WAITING = Sighting(
 
 def sightings(**of_rank_1) -> list[Sighting]:
     """Return sightings of three ranks that wait for each other; the arguments change the second rank."""
-    ranks = [replace(WAITING, rank=rank) for rank in range(3)]
-    ranks[1] = replace(ranks[1], **of_rank_1)
+    ranks = [WAITING._replace(rank=rank) for rank in range(3)]
+    ranks[1] = ranks[1]._replace(**of_rank_1)
     return ranks
 
 
 def later(ranks: list[Sighting], but=()) -> list[Sighting]:
     """Return the sightings of all ranks some periods later; the ranks in `but` have reported nothing new."""
-    return [seen if seen.rank in but else replace(seen, time=seen.time + 2) for seen in ranks]
+    return [seen if seen.rank in but else seen._replace(time=seen.time + 2) for seen in ranks]
 
 
 def test_silent_rank():
@@ -59,7 +58,7 @@ def test_nobody_can_be_blamed():
 
 
 def test_many_culprits_are_not_all_named():
-    before = [replace(WAITING, rank=rank, waits=False) for rank in range(100)]
+    before = [WAITING._replace(rank=rank, waits=False) for rank in range(100)]
     culprits, reason = find_culprits(before, later(before))
     assert len(culprits) == 100
     assert "and 92 more ranks" in reason
