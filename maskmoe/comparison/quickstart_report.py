@@ -26,7 +26,7 @@ def write_report(plan: QuickstartPlan, record: RunRecord) -> str:
     settings, devices, files = plan.settings, plan.devices, plan.files
     history, evaluation = plan.history(), read_json(files.evaluation)
     # The loss of a model that knows nothing but the token frequencies is their entropy.
-    unigram_loss = float(entropy(TokenFrequency.load(plan.text_files.token_frequency).occurrences))
+    unigram_loss = float(entropy(TokenFrequency.load(files.token_frequency).occurrences))
     draw_loss_curve(history, unigram_loss, files.folder / "loss.png")
 
     tokens = {number: iteration.batch * settings.seq_length for number, iteration in history.iterations.items()}
