@@ -1,33 +1,11 @@
-"""Measure how a checkpoint, or a series of checkpoints, routes a fixed probe text.
+r"""Measure how a checkpoint, or a series of checkpoints, routes a fixed probe text.
 
 The command runs every model over the same tokens. It measures the load of the experts and the assignments that a
 capacity would drop, the entropy of the routers, the ids of each expert, the number of experts of each id, the experts
 that are chosen together, and the changes from each checkpoint to the next.
-"""
 
-import argparse
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import Any
-
-from maskmoe.cli import atomic_output
-from maskmoe.errors import UserError
-from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line of this process.
-
-    Raises:
-        UserError: two flags contradict each other.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""examples:
-  %(prog)s --load runs/a/checkpoints --data-path data/web_text_document --split 95,5,0 \\
+Examples:
+  %(prog)s --load runs/a/checkpoints --data-path data/web_text_document --split 95,5,0 \
     --token-frequency counts.safetensors --output-dir runs/a/routing
   %(prog)s --load runs/a/model --input README.md --output-dir routing
 
@@ -41,8 +19,29 @@ files in --output-dir:
                          checkpoint
   fluctuation.csv        share of the experts that changed since the previous checkpoint
   distinct_experts.csv   number of experts of each id that occurs often enough
-  *.png                  plots of load, entropy, fluctuation, coactivation and distinct experts""",
-    )
+  *.png                  plots of load, entropy, fluctuation, coactivation and distinct experts
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from maskmoe.cli import atomic_output
+from maskmoe.commands.arguments import command_parser
+from maskmoe.errors import UserError
+from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line of this process.
+
+    Raises:
+        UserError: two flags contradict each other.
+    """
+    parser = command_parser(__doc__)
     models = parser.add_argument_group("models")
     models.add_argument(
         "--load",

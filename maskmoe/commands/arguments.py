@@ -6,11 +6,11 @@ import argparse
 def command_parser(documentation: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help is the docstring of a command's module.
 
-    The docstring's example is shown after the arguments; `%(prog)s` stands for the program.
+    The docstring's part from its examples on is shown after the arguments; `%(prog)s` stands for the program.
     """
-    description, _, example = (documentation or "").partition("Example:\n")
+    description, _, examples = (documentation or "").partition("\nExample")
     return argparse.ArgumentParser(
-        description=description, epilog=f"example:\n{example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, epilog=f"example{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 

@@ -1,4 +1,4 @@
-"""Continue a text with an exported model, on a GPU if there is one."""
+"""Continue a text with a model in transformers' format, such as convert_checkpoint.py writes."""
 
 import argparse
 from pathlib import Path
@@ -9,15 +9,12 @@ from maskmoe.errors import UserError
 
 
 def main() -> None:
-    """Print the prompt with its continuation.
+    """Print the prompt with its continuation, which is computed on a GPU if there is one.
 
     Raises:
         UserError: the model does not exist, or a number is out of range.
     """
-    parser = argparse.ArgumentParser(
-        description="Continue a text with a model in transformers' format, such as convert_checkpoint.py writes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
     add("--prompt", required=True, help="text to continue")

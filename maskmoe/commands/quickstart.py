@@ -1,4 +1,10 @@
-"""Train, evaluate and export a MaskMoE language model from raw text on this machine."""
+"""Train a MaskMoE language model from raw text on this machine.
+
+The stages are tokenizer, dataset, token counts, routing mask, training with expert parallelism (on all GPUs; without
+GPUs, 2 processes on the CPU), evaluation, export to transformers, and a sample of text that the exported model
+generates. Takes 6 to 8 minutes on 2 cores with the defaults. If the command is interrupted, start the same command
+again to resume. After a change of settings, only the affected stages are repeated.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -23,11 +29,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         UserError: a value is out of range, or an input file is missing.
     """
     parser = argparse.ArgumentParser(
-        description="Train a MaskMoE language model from raw text on this machine: tokenizer, dataset, token counts, "
-        "routing mask, training with expert parallelism (on all GPUs; without GPUs, 2 processes on the CPU), "
-        "evaluation, export to transformers, and a sample of text that the exported model generates. Takes 6 to 8 "
-        "minutes on 2 cores with the defaults. If the command is interrupted, start the same command again to resume. "
-        "After a change of settings, only the affected stages are repeated.",
+        description=__doc__,
         epilog="The run folder gets report.md, loss.png, the checkpoints, the exported model, the routing mask, "
         "commands.sh with the command line of every stage, and logs/ with the full output of each stage.",
     )

@@ -1,4 +1,4 @@
-"""Compare ways to dispatch tokens to experts on 8 to thousands of GPUs, without a GPU.
+r"""Compare ways to dispatch tokens to experts on 8 to thousands of GPUs, without a GPU.
 
 The simulation takes real token ids and a routing mask. A random choice among the visible experts of each id replaces
 the router. The hidden states that expert-parallel ranks would send each other are counted exactly: for the same choice
@@ -21,6 +21,10 @@ columns of the table:
                        of the drawn experts
   all-to-all           time of one all-to-all of hidden states; a layer has four of them in a step
   layer                time of everything that a layer sends in a step
+
+Example:
+  %(prog)s --data-path data/web_text_document --routing-mask mask.safetensors \
+    --topk 8 --hidden-size 4096 --expert-model-parallel-size 64 --output dispatch.json --plot dispatch.png
 """
 
 import argparse
@@ -31,25 +35,17 @@ from functools import partial
 from pathlib import Path
 
 from maskmoe.cli import atomic_output
+from maskmoe.commands.arguments import command_parser
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import RoutingMask, TokenFrequency, count_token_frequency
 from maskmoe.simulation import Cluster, Layout, Link, Masks, MicroBatches, Simulation, Workload
 from maskmoe.simulation.report import draw_plot, table, to_json
 
-_EPILOG = """\
-example:
-  %(prog)s --data-path data/web_text_document --routing-mask mask.safetensors \\
-    --topk 8 --hidden-size 4096 --expert-model-parallel-size 64 --output dispatch.json --plot dispatch.png
-"""
-
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
+    parser = command_parser(__doc__)
     source = partial(parser.add_argument_group("tokens and mask").add_argument, type=int)
     source("--data-path", type=str, required=True, metavar="P", help="prefix of a dataset (P.bin and P.idx exist)")
     source("--routing-mask", type=Path, required=True, metavar="F", help="routing mask of the dataset's tokenizer")

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
-from maskmoe.workflow.files import TextFiles
+from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.split import choose_split
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 
@@ -16,43 +16,50 @@ _SHUFFLE_SEED = 0  # belongs to the text: all runs, whatever their seeds, hold o
 
 
 @dataclass(frozen=True)
-class TextData:
-    """A dataset that is made from text, with its tokenizer and its token counts. Its last documents are held out.
+class Dataset:
+    """A dataset with its token counts, which exists already or is made from text.
 
     Attributes:
         files: where the stages keep their files.
-        text: text files; if empty, the text is the sources and documentation of the installed Python and its packages.
         vocab_size: number of ids of the tokenizer.
+        existing: flags of training and evaluation that name a dataset that exists already. None for a dataset that is
+            made from text together with its tokenizer, and whose last documents are held out.
+        text: text files; if empty, the text is the sources and documentation of the installed Python and its packages.
         seq_length: tokens in a sample.
         corpus_flags: flags of `maskmoe corpus`, used if `text` is empty.
     """
 
-    files: TextFiles
+    files: StageFiles
+    vocab_size: str
+    existing: Flags | None
     text: tuple[Path, ...]
-    vocab_size: int
     seq_length: int
     corpus_flags: tuple[str, ...] = ()
 
     @property
     def stages(self) -> tuple[StageMaker, ...]:
-        """Makers of all stages from text to token counts."""
+        """Makers of all stages from text to token counts, or only of the stage that counts tokens."""
+        if self.existing:
+            return (self.frequency,)
         corpus = () if self.text else (self.corpus,)
         return (*corpus, self.tokenizer, self.dataset, self.frequency)
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Files of the dataset and the tokenizer."""
-        return (*self.files.dataset, self.files.tokenizer_model)
+        """Files of the dataset, and of the tokenizer if the stages make the tokenizer."""
+        return self._dataset_files if self.existing else (*self._dataset_files, self.files.tokenizer_model)
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Folders of the dataset and of the text."""
-        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in self.text)]))
+        """Folders of the dataset, the tokenizer, the counts and the text."""
+        tokenizer = map(Path, self.existing["tokenizer-model"]) if self.existing else ()
+        paths = (*self.text, *self.inputs, *tokenizer)
+        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in paths)]))
 
     @property
     def flags(self) -> Flags:
         """Flags that name the dataset, the split and the tokenizer."""
-        return {
+        return self.existing or {
             "data-path": (str(self.files.dataset_prefix),),
             "split": (choose_split(self.files.dataset_prefix, self.seq_length).flag,),
             "tokenizer-type": ("SentencePieceTokenizer",),
@@ -92,19 +99,28 @@ class TextData:
 
     def frequency(self) -> Stage:
         """Count the tokens of the dataset."""
-        files = self.files
-        return _count_tokens([str(files.dataset_prefix)], self.vocab_size, files.dataset, files.token_frequency)
+        data_path = self.existing["data-path"] if self.existing else (self.files.dataset_prefix,)
+        output = self.files.token_frequency
+        flags = ("--data-path", *data_path, "--vocab-size", self.vocab_size, "--output", output)
+        return Stage("frequency", maskmoe_command("count", *flags), inputs=self._dataset_files, outputs=(output,))
 
     @property
     def _text(self) -> tuple[Path, ...]:
         return self.text or (self.files.corpus,)
+
+    @property
+    def _dataset_files(self) -> tuple[Path, ...]:
+        if self.existing is None:
+            return self.files.dataset
+        prefixes = dataset_prefixes(self.existing["data-path"])
+        return tuple(Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx"))
 
 
 @dataclass(frozen=True)
 class MissingData:
     """The data of a suite whose text the user must name but has not named. The runs can be listed, but not started."""
 
-    files: TextFiles
+    files: StageFiles
 
     @property
     def stages(self) -> NoReturn:
@@ -117,48 +133,7 @@ class MissingData:
     inputs = folders = flags = stages
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """A dataset that exists already. Only its tokens are counted.
-
-    Attributes:
-        files: where the stages keep their files.
-        flags: flags of training and evaluation that name the dataset.
-        vocab_size: number of ids of the tokenizer.
-    """
-
-    files: TextFiles
-    flags: Flags
-    vocab_size: str
-
-    @property
-    def stages(self) -> tuple[StageMaker, ...]:
-        """Maker of the one stage, which counts tokens."""
-        return (self.frequency,)
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """Files of the dataset."""
-        prefixes = dataset_prefixes(self.flags["data-path"])
-        return tuple(Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx"))
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """Folders of the dataset, the tokenizer and the counts."""
-        paths = (*self.inputs, *map(Path, self.flags["tokenizer-model"]))
-        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in paths)]))
-
-    def frequency(self) -> Stage:
-        """Count the tokens of the dataset."""
-        return _count_tokens(self.flags["data-path"], self.vocab_size, self.inputs, self.files.token_frequency)
-
-
-def _count_tokens(data_path: Sequence[str], vocab_size: int | str, inputs: tuple[Path, ...], output: Path) -> Stage:
-    flags = ("--data-path", *data_path, "--vocab-size", vocab_size, "--output", output)
-    return Stage("frequency", maskmoe_command("count", *flags), inputs=inputs, outputs=(output,))
-
-
-Data = TextData | PreparedData | MissingData
+Data = Dataset | MissingData
 """A dataset with its token counts. The stages that make both form a plan, see `Plan`. Each kind of data has:
 
 - `files`: where the stages keep their files;
@@ -187,20 +162,21 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
     Raises:
         UserError: a flag or a text file is missing.
     """
-    files = TextFiles(folder)
+    files = StageFiles(folder)
     if "vocab-size" not in flags:
         raise UserError("the suite's section `data` needs vocab-size")
-    vocab_size = flags["vocab-size"][0]
+    existing, text = None, ()
     if "data-path" in flags:
-        return PreparedData(files, _flags_of_dataset(flags), vocab_size)
-    if flags.get("input") == ("required",):
+        existing = _flags_of_dataset(flags)
+    elif flags.get("input") == ("required",):
         return MissingData(files)
-    text = tuple(Path(word).absolute() for word in flags.get("input", ()))
+    else:
+        text = tuple(Path(word).absolute() for word in flags.get("input", ()))
     for path in text:
         if not path.is_file():
             raise UserError(f"the text file {path} does not exist; name files by --input")
     corpus_flags = ("--max-bytes", *flags["max-bytes"]) if "max-bytes" in flags else ()
-    return TextData(files, text, int(vocab_size), seq_length, corpus_flags)
+    return Dataset(files, flags["vocab-size"][0], existing, text, seq_length, corpus_flags)
 
 
 def _flags_of_dataset(flags: Flags) -> Flags:

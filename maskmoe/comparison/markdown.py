@@ -12,8 +12,8 @@ def render(template: str, **values: object) -> str:
 
     Args:
         template: file name of the template.
-        values: the template's variables. The template can also call `table`, see `markdown_table`, and has the filters
-            `table` for the lines of a table, and `cell` for text in a cell of such a line.
+        values: the template's variables. The template also has the filters `table`, see `markdown_table`, and `cell`
+            for text in a cell of such a table.
     """
     environment = Environment(
         loader=PackageLoader("maskmoe.comparison"),
@@ -23,19 +23,18 @@ def render(template: str, **values: object) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown is not HTML
     )
-    environment.filters |= {"table": _align_table, "cell": methodcaller("replace", "|", "\\|")}
-    return environment.get_template(template).render(values, table=markdown_table)
+    environment.filters |= {"table": markdown_table, "cell": methodcaller("replace", "|", "\\|")}
+    return environment.get_template(template).render(values)
 
 
-def _align_table(text: str) -> str:
-    """Return a Markdown table from a header and rows on one line each, whose cells are separated by `|`."""
+def markdown_table(text: str) -> str:
+    """Return a Markdown table whose first column is aligned left and whose other columns are aligned right.
+
+    Args:
+        text: the header and the rows on one line each, with cells that are separated by `|`.
+    """
     lines = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.strip()]
     header, *rows = [[cell.strip() for cell in line] for line in lines]
-    return markdown_table(header, rows)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose first column is aligned left and whose other columns are aligned right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

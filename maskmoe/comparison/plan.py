@@ -13,25 +13,11 @@ from maskmoe.comparison.suite import Suite
 from maskmoe.launch.command import standalone_command
 from maskmoe.launch.devices import DEVICE_FLAGS, Devices
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
-from maskmoe.workflow.files import TrainingFiles
+from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.process import read_log
 from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 from maskmoe.workflow.training_log import TrainingHistory
-
-
-class RunFiles(TrainingFiles):
-    """The files of a run."""
-
-    @property
-    def model_file(self) -> Path:
-        """Model file of the run, which launch/pretrain.sh takes."""
-        return self.folder / "run.yaml"
-
-    @property
-    def slurm(self) -> Path:
-        """Folder with the logs of Slurm jobs that train or evaluate the run."""
-        return self.folder / "slurm"
 
 
 class RunPlan:
@@ -50,10 +36,10 @@ class RunPlan:
         self, suite: Suite, run: Run, data: Data, folder: Path, devices: Devices, processes: int | None = None
     ) -> None:
         self.run = run
-        self.files = RunFiles(folder)
+        self.files = StageFiles(folder)
         self._suite = suite
         self._data = data
-        self._devices = devices
+        self.devices = devices
         self._processes = processes or devices.num_gpus or 1
         self._flags = training_flags(suite, run)
         self._saved = checkpoint_iterations(suite, run)
@@ -115,7 +101,7 @@ class RunPlan:
 
     def check(self) -> Stage:
         """Check the run's settings."""
-        backend = () if self._devices.num_gpus else ("--distributed-backend", "gloo")
+        backend = () if self.devices.num_gpus else ("--distributed-backend", "gloo")
         command = (*self._launch("--check"), "--json", *backend)
         return Stage("check", command, self._inputs_of_launch, (), machine_flags=frozenset({"--distributed-backend"}))
 
@@ -146,7 +132,7 @@ class RunPlan:
             *("--load", str(self.files.checkpoints), "--use-checkpoint-args"),
             *flag_words(flags),
             *("--eval-output", str(self.files.evaluation)),
-            *self._devices.megatron_flags,
+            *self.devices.megatron_flags,
         )
         return Stage(
             "evaluate",
@@ -154,7 +140,7 @@ class RunPlan:
             self._inputs_of_evaluation,
             outputs=(self.files.evaluation,),
             scratch=(self.files.dataset_cache,),
-            environment=self._devices.environment,
+            environment=self.devices.environment,
             machine_flags=DEVICE_FLAGS | {"--nproc-per-node", "--expert-model-parallel-size"},
         )
 
@@ -169,7 +155,7 @@ class RunPlan:
         }
         checkpoints, output = ("--load", self.files.checkpoints, "--ckpt-step", *self._saved), self.files.routing
         command = maskmoe_command("analyze", *checkpoints, *flag_words(flags), "--output-dir", output)
-        environment = self._devices.environment
+        environment = self.devices.environment
         return Stage("routing", command, self._inputs_of_evaluation, outputs=(output,), environment=environment)
 
     def thin(self) -> Stage:

@@ -8,14 +8,14 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
-from maskmoe.comparison.data import TextData
+from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.suite import Suite
 from maskmoe.launch.command import standalone_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import Flags, flag_words, override
-from maskmoe.workflow.files import TextFiles
+from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.split import choose_split, opening_of_held_out_text
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 
@@ -118,9 +118,8 @@ class QuickstartPlan(RunPlan):
         suite = settings.suite(devices)
         (variant,) = suite.variants.values()
         self.settings = settings
-        self.devices = devices
-        self.text_files = TextFiles(settings.run_dir, settings.json_key)
-        data = TextData(self.text_files, settings.input, settings.vocab_size, settings.seq_length)
+        files = StageFiles(settings.run_dir, settings.json_key)
+        data = Dataset(files, str(settings.vocab_size), None, settings.input, settings.seq_length)
         run = Run(variant, settings.seed, suite.learning_rates.values[0], "whole")
         super().__init__(suite, run, data, settings.run_dir, devices, devices.num_processes)
 
@@ -143,7 +142,7 @@ class QuickstartPlan(RunPlan):
         """Export the trained model, with its tokenizer, to the format of transformers."""
         folders = ("--load", self.files.checkpoints, "--save", self.files.model)
         command = maskmoe_command("convert", "megatron-to-hf", *folders)
-        inputs = (self.last_checkpoint, self.text_files.tokenizer_model)
+        inputs = (self.last_checkpoint, self.files.tokenizer_model)
         return Stage("export", command, inputs, outputs=(self.files.model,))
 
     def sample(self) -> Stage:
@@ -164,6 +163,6 @@ class QuickstartPlan(RunPlan):
             return self.settings.prompt
         if not self.settings.input:
             return _PROMPT_FOR_PYTHON
-        files = self.text_files
+        files = self._data.files
         split = choose_split(files.dataset_prefix, self.settings.seq_length)
         return opening_of_held_out_text(files.dataset_prefix, files.tokenizer_model, split, _PROMPT_TOKENS)

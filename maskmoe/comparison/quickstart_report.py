@@ -2,9 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +24,7 @@ def write_report(plan: QuickstartPlan, record: RunRecord) -> str:
     settings, devices, files = plan.settings, plan.devices, plan.files
     history, evaluation = plan.history(), read_json(files.evaluation)
     # The loss of a model that knows nothing but the token frequencies is their entropy.
-    unigram_loss = float(entropy(TokenFrequency.load(plan.text_files.token_frequency).occurrences))
+    unigram_loss = float(entropy(TokenFrequency.load(files.token_frequency).occurrences))
     draw_loss_curve(history, unigram_loss, files.folder / "loss.png")
 
     tokens = {number: iteration.batch * settings.seq_length for number, iteration in history.iterations.items()}
@@ -44,13 +42,11 @@ def write_report(plan: QuickstartPlan, record: RunRecord) -> str:
         settings=settings,
         processes=devices.num_processes,
         expert_parallel=devices.expert_model_parallel_size(settings.num_experts),
-        bands=[_band_row(band) for band in (*evaluation["bands"], {**evaluation, "name": "all", "share": 1.0})],
-        unigram_perplexity=f"{math.exp(unigram_loss):,.1f}",
-        loads=[_load_row(load) for load in evaluation["expert_load"]],
-        speeds=[
-            ["training", f"{trained_tokens:,}", f"{speed:,.0f}"],
-            ["evaluation", f"{evaluation['tokens']:,}", f"{evaluation['tokens_per_second']:,.0f}"],
-        ],
+        evaluation=evaluation,
+        number=_number,
+        unigram_perplexity=math.exp(unigram_loss),
+        trained_tokens=trained_tokens,
+        speed=speed,
         total=format_seconds(sum(seconds.values())),
         stages=[f"{stage} {format_seconds(seconds[stage])}" for stage in seconds],
         fence=fence,
@@ -62,19 +58,8 @@ def write_report(plan: QuickstartPlan, record: RunRecord) -> str:
     return report
 
 
-def _band_row(band: Mapping[str, Any]) -> list[str]:
-    numbers = [_number(band["loss"], ".3f"), _number(band["perplexity"], ",.1f")]
-    return [band["name"], f"{band['share']:.1%}", f"{band['tokens']:,}", *numbers]
-
-
 def _number(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "–"
-
-
-def _load_row(load: Mapping[str, Any]) -> list[str]:
-    tokens = load["tokens_per_expert"]
-    shares = " ".join(f"{100 * count / max(1, sum(tokens)):.0f}" for count in tokens)
-    return [str(load["layer"]), f"{load['max_over_mean']:.2f}", shares]
 
 
 def draw_loss_curve(history: TrainingHistory, unigram_loss: float, path: Path) -> None:

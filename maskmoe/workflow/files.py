@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 class StageFiles:
-    """The files that every folder of stages has.
+    """The files of a folder of stages: a folder in which text becomes a dataset, or a model is trained, or both.
 
     Attributes:
         folder: the folder.
@@ -13,25 +13,6 @@ class StageFiles:
         lock: lock file, see `locked`.
         previous: folder that keeps the outputs of repeated stages.
         logs: folder of all logs.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.commands = folder / "commands.sh"
-        self.record = folder / "stages.json"
-        self.lock = folder / ".lock"
-        self.previous = folder / "previous"
-        self.logs = folder / "logs"
-
-    def log(self, stage: str) -> Path:
-        """Return the path of a stage's log."""
-        return self.logs / f"{stage}.log"
-
-
-class TextFiles(StageFiles):
-    """The files that are made from text.
-
-    Attributes:
         json_key: key of the text in JSON lines; the dataset's files contain the key in their names.
         corpus: JSON lines with the text of the installed Python, if the user gives no text.
         tokenizer_prefix: common start of the names of the tokenizer's files.
@@ -40,10 +21,26 @@ class TextFiles(StageFiles):
         dataset_prefix: value of Megatron's `--data-path`.
         dataset: all files of the dataset.
         token_frequency: token counts of the dataset.
+        model_file: model file of the run, which launch/pretrain.sh takes.
+        routing_mask: routing mask of the model.
+        checkpoints: folder of Megatron checkpoints.
+        tensorboard: folder of TensorBoard's event files.
+        slurm: folder with the logs of Slurm jobs that train or evaluate the run.
+        dataset_cache: folder of the sample indices that Megatron caches.
+        evaluation: result of the evaluation, as JSON.
+        routing: folder with the analysis of the routing.
+        model: folder of the model that is exported to transformers.
+        sample: text that the exported model has generated.
     """
 
     def __init__(self, folder: Path, json_key: str = "text") -> None:
-        super().__init__(folder)
+        self.folder = folder
+        self.commands = folder / "commands.sh"
+        self.record = folder / "stages.json"
+        self.lock = folder / ".lock"
+        self.previous = folder / "previous"
+        self.logs = folder / "logs"
+        # From text to token counts.
         self.json_key = json_key
         self.corpus = folder / "corpus.jsonl"
         self.tokenizer_prefix = folder / "tokenizer"
@@ -52,32 +49,21 @@ class TextFiles(StageFiles):
         self.dataset_prefix = folder / f"dataset_{json_key}_document"
         self.dataset = tuple(Path(f"{self.dataset_prefix}{end}") for end in (".bin", ".idx", ".tokenizer.json"))
         self.token_frequency = folder / "token_frequency.safetensors"
-
-
-class TrainingFiles(StageFiles):
-    """The files of a folder in which one model is trained and evaluated.
-
-    Attributes:
-        routing_mask: routing mask of the model.
-        checkpoints: folder of Megatron checkpoints.
-        tensorboard: folder of TensorBoard's event files.
-        dataset_cache: folder of the sample indices that Megatron caches.
-        evaluation: result of the evaluation, as JSON.
-        routing: folder with the analysis of the routing.
-        model: folder of the model that is exported to transformers.
-        sample: text that the exported model has generated.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+        # One model, its training and its evaluation.
+        self.model_file = folder / "run.yaml"
         self.routing_mask = folder / "routing_mask.safetensors"
         self.checkpoints = folder / "checkpoints"
         self.tensorboard = folder / "tensorboard"
+        self.slurm = folder / "slurm"
         self.dataset_cache = folder / "dataset_cache"
         self.evaluation = folder / "evaluation.json"
         self.routing = folder / "routing"
         self.model = folder / "model"
         self.sample = folder / "sample.txt"
+
+    def log(self, stage: str) -> Path:
+        """Return the path of a stage's log."""
+        return self.logs / f"{stage}.log"
 
     def checkpoint(self, iteration: int) -> Path:
         """Return the folder of one checkpoint, as Megatron names the folder."""

@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ class StageProcess:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, lock: RunLock) -> None:
         with open(log, "ab") as output:
-            self._log = LogTail(log, output.tell())
+            self._log, self._position = log, output.tell()
             self._process = psutil.Popen(
                 command,
                 # `python -m` would import the user's files of the current folder before the standard library.
@@ -47,9 +47,10 @@ class StageProcess:
         """Exit code; None while the command runs; negative if a signal ended the command."""
         return self._process.poll()
 
-    def new_lines(self) -> Iterator[str]:
-        """Yield the complete lines that the command has written since the last call."""
-        return self._log.new_lines()
+    def new_lines(self) -> list[str]:
+        """Return the complete lines that the command has written since the last call."""
+        lines, self._position = read_lines(self._log, self._position)
+        return lines
 
     def wait(self, seconds: float) -> None:
         """Wait until the command has ended, at most some seconds."""
@@ -69,28 +70,15 @@ class StageProcess:
             self._process.wait()
 
 
-class LogTail:
-    """Reads the lines that are appended to a file.
-
-    Args:
-        path: the file.
-        offset: position in bytes at which reading begins.
-    """
-
-    def __init__(self, path: Path, offset: int = 0) -> None:
-        self._path = path
-        self._offset = offset
-
-    def new_lines(self) -> Iterator[str]:
-        """Yield the complete lines that were appended since the last call, without line ends."""
-        with open(self._path, "rb") as stream:
-            stream.seek(self._offset)
-            data = stream.read()
-        complete = data[: data.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        yield from complete.decode("utf-8", errors="replace").splitlines()
+def read_lines(path: Path, position: int = 0) -> tuple[list[str], int]:
+    """Return the complete lines of a file from a position in bytes on, and the position after these lines."""
+    with open(path, "rb") as stream:
+        stream.seek(position)
+        data = stream.read()
+    complete = data[: data.rfind(b"\n") + 1]
+    return complete.decode("utf-8", errors="replace").splitlines(), position + len(complete)
 
 
 def read_log(path: Path) -> list[str]:
     """Return all complete lines of a log; an empty list if the log does not exist."""
-    return list(LogTail(path).new_lines()) if path.exists() else []
+    return read_lines(path)[0] if path.exists() else []

@@ -191,7 +191,7 @@ def finished_plan(plan):
     counts = np.zeros((1, 4096), np.int64)
     counts[:, 1:501] = 7
     dataset = {"name": "dataset", "num_tokens": 3500, "idx_sha256": "0" * 64, "bin_bytes": 7000}
-    TokenFrequency(counts, (None,), (dataset,), None).save(finished.text_files.token_frequency)
+    TokenFrequency(counts, (None,), (dataset,), None).save(finished.files.token_frequency)
     return finished
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from maskmoe.workflow.lock import locked
-from maskmoe.workflow.process import LogTail, StageProcess, read_log
+from maskmoe.workflow.process import StageProcess, read_lines, read_log
 
 
 @pytest.fixture
@@ -75,14 +75,14 @@ def test_stop_ends_no_other_command_that_holds_the_same_lock(start):
     second.stop()
 
 
-def test_log_tail_returns_complete_lines_once(tmp_path):
+def test_only_complete_lines_are_read(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"one\ntw")
-    tail = LogTail(log)
-    assert list(tail.new_lines()) == ["one"]
+    lines, position = read_lines(log)
+    assert lines == ["one"]
     with open(log, "ab") as stream:
         stream.write(b"o\nthree\n")
-    assert list(tail.new_lines()) == ["two", "three"]
+    assert read_lines(log, position) == (["two", "three"], log.stat().st_size)
 
 
 def test_missing_log_has_no_lines(tmp_path):
