@@ -193,7 +193,11 @@ def read_checkpoint_layout(checkpoint: Path) -> Metadata:
     """
     try:
         with open(checkpoint / LAYOUT_FILE, "rb") as stream:
-            return read_layout(stream)
+            layout = read_layout(stream)
+        for place in layout.storage_data.values():
+            if (type(place.relative_path), type(place.offset), type(place.length)) != (str, int, int):
+                raise pickle.UnpicklingError(f"{place} is not a place in a file")
+        return layout
     except FileNotFoundError as error:
         raise Damage(checkpoint, f"{LAYOUT_FILE} is missing") from error
     except pickle.UnpicklingError as error:
@@ -216,9 +220,6 @@ def _needed_sizes(checkpoint: Path) -> dict[str, int]:
     Raises:
         Damage: the layout is missing or damaged.
     """
-    layout = read_checkpoint_layout(checkpoint)
-    try:
-        ends = sorted((entry.offset + entry.length, entry.relative_path) for entry in layout.storage_data.values())
-    except (AttributeError, TypeError) as error:
-        raise Damage(checkpoint, f"{LAYOUT_FILE} is damaged") from error
+    places = read_checkpoint_layout(checkpoint).storage_data.values()
+    ends = sorted((place.offset + place.length, place.relative_path) for place in places)
     return {name: end for end, name in ends}  # the last tensor of a file comes last

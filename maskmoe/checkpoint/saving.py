@@ -1,12 +1,11 @@
 """Saves checkpoints with a manifest, never over existing files, and removes checkpoints that are no longer wanted."""
 
-import functools
 import queue
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def saving_whole_checkpoints(
         while_saving: makes a context manager that is entered around each save.
     """
 
-    @functools.wraps(save_checkpoint)
+    @wraps(save_checkpoint)
     def save(iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
         settings = get_args()
         assert settings is not None

@@ -12,6 +12,8 @@ Example:
     --tokenizer-model tokenizer.model --output-prefix data/corpus --append-eod --shuffle-seed 1
 """
 
+import time
+
 from maskmoe.commands.arguments import add_text_arguments, add_workers_argument, command_parser
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
@@ -45,6 +47,9 @@ def main() -> None:
     settings = vars(parser.parse_args())
     if (seed := settings["shuffle_seed"]) is not None and seed < 0:
         parser.error(f"--shuffle-seed must not be negative, it is {seed}")
-    for summary in preprocess(settings.pop("input"), **settings):
-        rate = summary.num_tokens / summary.seconds
-        print(f"{summary.prefix}: {summary.num_documents} documents, {summary.num_tokens} tokens, {rate:.0f} tokens/s")
+    started = time.perf_counter()
+    datasets = preprocess(settings.pop("input"), **settings)
+    seconds = time.perf_counter() - started
+    for data in datasets:
+        rate = data.num_tokens / seconds
+        print(f"{data.prefix}: {data.num_documents} documents, {data.num_tokens} tokens, {rate:.0f} tokens/s")

@@ -46,9 +46,7 @@ def megatron_to_huggingface(settings: Settings, mask: RoutingMask | None = None)
     Raises:
         UserError: the input is bad, or the disk is full.
     """
-    checkpoint = locate_checkpoint(settings.load)
-    check_structure(checkpoint)
-    model = open_megatron(checkpoint, mask, _tokenizer_args(settings))
+    checkpoint, model = _open_checkpoint(settings, mask)
     _save_huggingface(model, settings, _output_folder(settings, checkpoint, mask))
 
 
@@ -85,12 +83,9 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
         UserError: the input is bad, or the disk is full.
     """
     if (settings.load / CONFIG_FILE).exists():
-        folder = settings.load
-        dense = open_model(folder)
+        folder, dense = settings.load, open_model(settings.load)
     else:
-        folder = locate_checkpoint(settings.load)
-        check_structure(folder)
-        dense = open_megatron(folder, changed_args=_tokenizer_args(settings))
+        folder, dense = _open_checkpoint(settings)
     sparse = upcycle(dense, recipe, mask)
     args = args_from_config(sparse.config)
     dense_args = vars(dense.args) if dense.args else {}
@@ -99,6 +94,15 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
     sparse = replace(sparse, source=JoinedSource(sparse.source, dense.source), args=args)
     save = _save_megatron if to_megatron else _save_huggingface
     return save(sparse, settings, _output_folder(settings, folder, mask, recipe))
+
+
+def _open_checkpoint(settings: Settings, mask: RoutingMask | None = None) -> tuple[Path, OpenedModel]:
+    """Return the folder of the checkpoint to convert, and its model; the user may pass another tokenizer."""
+    checkpoint = locate_checkpoint(settings.load)
+    check_structure(checkpoint)
+    tokenizer = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
+    passed = {name: value for name, value in tokenizer.items() if value is not None}
+    return checkpoint, open_megatron(checkpoint, mask, passed)
 
 
 def _output_folder(
@@ -117,13 +121,11 @@ def _output_folder(
     """
     if settings.save.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{settings.save} lies inside the folder that is converted; name a folder elsewhere")
-    files = {path: path.stat() for path in source.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(source)): path.stat() for path in source.rglob("*") if path.is_file()}
     job = asdict(settings) | {
         "load": str(source.resolve()),
         "recipe": recipe and asdict(recipe),
-        "source": {
-            str(path.relative_to(source)): [status.st_size, status.st_mtime_ns] for path, status in files.items()
-        },
+        "source": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
         "routing_mask": mask and mask.digest,
     }
     del job["save"], job["verify"]
@@ -177,12 +179,6 @@ def _megatron_args(model: OpenedModel) -> Namespace:
         if all(model.config.get(name) == value for name, value in described.items()):
             return Namespace(**vars(model.args))
     return args_from_config(model.config)
-
-
-def _tokenizer_args(settings: Settings) -> dict[str, str]:
-    """Return Megatron's arguments about the tokenizer, as far as the user passed them."""
-    args = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
-    return {name: value for name, value in args.items() if value is not None}
 
 
 def _choose_tokenizer(model: OpenedModel, settings: Settings) -> tuple[str, str | None]:

@@ -13,8 +13,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource
-from maskmoe.conversion.model_tensors import Shapes, check_tensors, make_config, tensor_shapes
-from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel, all_visible, with_routing_mask
+from maskmoe.conversion.model_tensors import Shapes, check_tensors, expert_projections, make_config, tensor_shapes
+from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel, with_routing_mask
 from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -23,7 +23,7 @@ from maskmoe.routing_mask.mask import RoutingMask
 
 # Old files hold these tensors besides the parameters; models compute them from the configuration.
 _COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-_EXPERT_TENSOR = re.compile(r"\.experts\.(gate_up|down)_proj$")
+_EXPERT_TENSOR = re.compile(r"\.experts\.(?:gate_up|down)_proj$")
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,10 @@ class Naming:
         for name, shape in shapes.items():
             file_name = name.replace(*self.renamed)
             if self.projections and (match := _EXPERT_TENSOR.search(file_name)):
-                # The stacked tensor holds the rows of each expert's projections one after the other.
-                gate, up, down = self.projections
-                projections = [down] if match[1] == "down" else [gate, up]
-                num_experts, rows, columns = shape[0], shape[1] // len(projections), shape[2]
-                for expert in range(num_experts):
-                    for part, projection in enumerate(projections):
-                        source_name = f"{file_name[: match.start()]}.experts.{expert}.{projection}.weight"
-                        target = Block(name, (expert, part * rows, 0), (1, rows, columns))
-                        yield Copy(Block.whole(source_name, (rows, columns)), target)
+                names = dict(zip(("gate", "up", "down"), self.projections, strict=True))
+                for expert, projection, target in expert_projections(name, shape):
+                    source_name = f"{file_name[: match.start()]}.experts.{expert}.{names[projection]}.weight"
+                    yield Copy(Block.whole(source_name, target.sizes[1:]), target)
             else:
                 yield Copy(Block.whole(file_name, shape), Block.whole(name, shape))
 
@@ -117,7 +112,7 @@ def open_huggingface(folder: Path, mask: RoutingMask | None = None) -> OpenedMod
         if mask is not None:
             raise UserError(f"{folder} has no experts to route to; add experts with the subcommand upcycle")
         return OpenedModel(source, fields)
-    return with_routing_mask(OpenedModel(source, fields), mask or all_visible(fields))
+    return with_routing_mask(OpenedModel(source, fields), mask)
 
 
 def read_config(path: Path) -> PreTrainedConfig:

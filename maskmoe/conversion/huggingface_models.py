@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.errors import UserError
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
-from maskmoe.json_files import read_json
+from maskmoe.json_files import read_json, write_record
 from maskmoe.routing_mask.mask import RoutingMask
 
 # Files beside an exported model with the data that only Megatron needs.
@@ -77,33 +77,21 @@ def write_huggingface(
         files += plan_safetensors(padding, max_file_bytes, _PADDING_FILE)[0]
     write_files(model.source, files, output)
     # Write all other files, config.json last.
-    fields = (
-        model.config
-        | special_ids
-        | {
-            "architectures": [MaskMoEForCausalLM.__name__],
-            "auto_map": AUTO_MAP,
-            "dtype": str(weights[next(iter(weights))].dtype).removeprefix("torch."),
-        }
-    )
-    config = make_config(MaskMoEConfig, fields)
+    dtype = str(weights[next(iter(weights))].dtype).removeprefix("torch.")
+    names = {"architectures": [MaskMoEForCausalLM.__name__], "auto_map": AUTO_MAP, "dtype": dtype}
+    config = make_config(MaskMoEConfig, model.config | special_ids | names)
     with reporting_full_disk(output.path):
         export_code(output.path)
         GenerationConfig(**special_ids).save_pretrained(output.path)
         if index:
-            _write_json(output.path / INDEX_FILE, index)
+            write_record(index, output.path / INDEX_FILE, indent=2)
         if model.args is not None:
             (output.path / _ARGS_FILE).parent.mkdir(exist_ok=True)
-            _write_json(output.path / _ARGS_FILE, _json_values(model.args))
+            write_record(_json_values(model.args), output.path / _ARGS_FILE, indent=2)
         Manifest.of({file.name: output.finished[file.name] for file in files}).save(output.path)
         with atomic_output(output.path / CONFIG_FILE) as path:
             path.write_text(config.to_json_string())
     output.complete()
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    with atomic_output(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _json_values(args: Namespace) -> dict[str, Any]:
@@ -113,9 +101,7 @@ def _json_values(args: Namespace) -> dict[str, Any]:
     """
     values = {}
     for name, value in sorted(vars(args).items()):
-        try:
+        with suppress(TypeError, ValueError):
             if name not in _PROGRESS and json.loads(json.dumps(value)) == value:
                 values[name] = value
-        except (TypeError, ValueError):
-            continue
     return values

@@ -31,7 +31,7 @@ from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX, buffers_of_routing_mask
+from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
 # Entry of a converted checkpoint's common state: the configuration of the transformers model.
 _CONFIG = "huggingface_config"
@@ -74,9 +74,7 @@ def open_megatron(
         if has_mask or not args.num_experts:
             problem = "holds a routing mask" if has_mask else "has no experts"
             raise UserError(f"{checkpoint} {problem}; leave --routing-mask out")
-        buffers = buffers_of_routing_mask(mask)
-        mask_source = MemorySource({CHECKPOINT_PREFIX + name: buffer for name, buffer in buffers.items()})
-        source = JoinedSource(source, mask_source)
+        source = JoinedSource(source, routing_mask_tensors(mask, CHECKPOINT_PREFIX)[0])
     elif args.num_experts and not has_mask:
         raise UserError(
             f"{checkpoint} holds no routing mask; pass the one that its experts should route by, --routing-mask"

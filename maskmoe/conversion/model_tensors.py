@@ -1,6 +1,7 @@
 """Lists and checks the tensors of a MaskMoE model in transformers' format, and reads and makes its routing mask."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -63,8 +64,24 @@ def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
     return shapes | (mask_shapes if config["routing_mask"] else {})
 
 
-def routing_mask_tensors(mask: RoutingMask) -> tuple[MemorySource, dict[str, Any]]:
-    """Return a routing mask as the buffers of a model and as the field `routing_mask` of `MaskMoEConfig`."""
+def expert_projections(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, str, Block]]:
+    """Yield where a tensor that stacks all experts of a layer holds each projection of each expert.
+
+    Args:
+        name: name of the tensor, which ends with `gate_up_proj` or `down_proj`.
+        shape: shape of the tensor.
+
+    Yields:
+        number of the expert, its projection "gate", "up" or "down", and the block of the tensor.
+    """
+    projections = ("down",) if name.endswith("down_proj") else ("gate", "up")
+    num_experts, rows, columns = shape[0], shape[1] // len(projections), shape[2]
+    for expert, (part, projection) in product(range(num_experts), enumerate(projections)):
+        yield expert, projection, Block(name, (expert, part * rows, 0), (1, rows, columns))
+
+
+def routing_mask_tensors(mask: RoutingMask, prefix: str = ROUTING_MASK_PREFIX) -> tuple[MemorySource, dict[str, Any]]:
+    """Return a routing mask as tensors with prefixed names, and as the field `routing_mask` of `MaskMoEConfig`."""
     buffers = buffers_of_routing_mask(mask)
     field = {
         "num_tables": len(mask.row_of_id),
@@ -72,7 +89,7 @@ def routing_mask_tensors(mask: RoutingMask) -> tuple[MemorySource, dict[str, Any
         "row_dtype": str(mask.row_of_id.dtype),
         "metadata_bytes": buffers["metadata"].numel(),
     }
-    return MemorySource({ROUTING_MASK_PREFIX + name: buffer for name, buffer in buffers.items()}), field
+    return MemorySource({prefix + name: buffer for name, buffer in buffers.items()}), field
 
 
 def read_mask(source: TensorSource, prefix: str) -> RoutingMask | None:

@@ -1,7 +1,6 @@
 """A model whose tensors are read on demand, and the routing mask that it may get."""
 
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +27,8 @@ class OpenedModel:
     args: Namespace | None = None
 
 
-def all_visible(config: Mapping[str, Any]) -> RoutingMask:
-    """Return the routing mask with which every id sees every expert.
-
-    Args:
-        config: the fields of `MaskMoEConfig`.
-    """
-    recipe = MaskRecipe.from_preset("smoe", config["num_experts"], config["num_hidden_layers"], shared_table=True)
-    return build_routing_mask(recipe, vocab_size=config["vocab_size"])
-
-
-def with_routing_mask(model: OpenedModel, mask: RoutingMask) -> OpenedModel:
-    """Add a routing mask to a model with experts that has none.
+def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> OpenedModel:
+    """Add a routing mask to a model with experts that has none; by default every id sees every expert.
 
     A model may have more rows in the embedding than its tokenizer has ids; the mask is then extended to these rows.
 
@@ -47,6 +36,9 @@ def with_routing_mask(model: OpenedModel, mask: RoutingMask) -> OpenedModel:
         UserError: the mask does not fit the model.
     """
     config = model.config
+    if mask is None:
+        recipe = MaskRecipe.from_preset("smoe", config["num_experts"], config["num_hidden_layers"], shared_table=True)
+        mask = build_routing_mask(recipe, vocab_size=config["vocab_size"])
     if mask.vocab_size < config["vocab_size"]:
         mask = mask.with_vocab_size(config["vocab_size"])
     mask.check_fits(

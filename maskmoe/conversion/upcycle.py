@@ -7,7 +7,6 @@ anew, as in Drop-Upcycling (arXiv 2502.19261).
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import product
 from typing import Any
 from zlib import crc32
 
@@ -15,15 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskmoe.conversion.blocks import (
-    Block,
-    Copy,
-    RearrangedSource,
-    TensorSource,
-    TensorSpec,
-    row_major_blocks,
-)
-from maskmoe.conversion.model_tensors import make_config, tensor_shapes
+from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource, TensorSpec, row_major_blocks
+from maskmoe.conversion.model_tensors import expert_projections, make_config, tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
 from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.writing import BLOCK_BYTES
@@ -94,21 +86,17 @@ def _upcycled_config(dense: dict[str, Any], settings: UpcycleSettings) -> dict[s
     is_sparse = settings.is_sparse(dense["num_hidden_layers"])
     # The configuration of a dense model may hold anything about experts, so start from the defaults.
     plain = {name: getattr(MaskMoEConfig, name) for name in _EXPERT_FEATURES}
-    fields = (
-        dense
-        | plain
-        | {
-            "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in is_sparse],
-            "num_experts": settings.num_experts,
-            "num_experts_per_tok": settings.topk,
-            "moe_intermediate_size": features,
-            # A softmax over a single chosen expert would be constant, and the router would get no gradient.
-            "norm_topk_prob": settings.topk > 1,
-            "routed_scaling_factor": settings.granularity * (_SHARED_EXPERT_SCALE if settings.shared_expert else 1.0),
-            "shared_expert_intermediate_size": dense["intermediate_size"] if settings.shared_expert else 0,
-        }
-    )
-    return make_config(MaskMoEConfig, fields).to_dict() | {"routing_mask": None}
+    experts = {
+        "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in is_sparse],
+        "num_experts": settings.num_experts,
+        "num_experts_per_tok": settings.topk,
+        "moe_intermediate_size": features,
+        # A softmax over a single chosen expert would be constant, and the router would get no gradient.
+        "norm_topk_prob": settings.topk > 1,
+        "routed_scaling_factor": settings.granularity * (_SHARED_EXPERT_SCALE if settings.shared_expert else 1.0),
+        "shared_expert_intermediate_size": dense["intermediate_size"] if settings.shared_expert else 0,
+    }
+    return make_config(MaskMoEConfig, dense | plain | experts).to_dict() | {"routing_mask": None}
 
 
 def _copies(name: str, shape: tuple[int, ...], granularity: int) -> Iterator[Copy]:
@@ -116,13 +104,11 @@ def _copies(name: str, shape: tuple[int, ...], granularity: int) -> Iterator[Cop
     if not name.endswith((_GATE_UP, _DOWN)):  # a shared expert is the whole MLP; all other tensors keep their names
         yield Copy(Block.whole(name.replace(_SHARED_EXPERTS, "."), shape), Block.whole(name, shape))
         return
-    projections = ("down_proj",) if name.endswith(_DOWN) else ("gate_proj", "up_proj")
-    num_experts, rows, columns = shape[0], shape[1] // len(projections), shape[2]
-    for expert, (index, projection) in product(range(num_experts), enumerate(projections)):
+    for expert, projection, target in expert_projections(name, shape):
+        _, rows, columns = target.sizes
         part = expert % granularity
-        start = (0, part * columns) if name.endswith(_DOWN) else (part * rows, 0)
-        source = Block(f"{name.partition('.experts.')[0]}.{projection}.weight", start, (rows, columns))
-        yield Copy(source, Block(name, (expert, index * rows, 0), (1, rows, columns)))
+        start = (0, part * columns) if projection == "down" else (part * rows, 0)
+        yield Copy(Block(f"{name.partition('.experts.')[0]}.{projection}_proj.weight", start, (rows, columns)), target)
 
 
 class _UpcycledSource:

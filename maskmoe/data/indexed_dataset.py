@@ -197,11 +197,17 @@ class IndexedDatasetWriter:
         dtype: Dtype of the stored ids, see `optimal_dtype`.
         tokenizer: Tokenizer to record in `PREFIX.tokenizer.json`; None writes no record.
 
+    Attributes:
+        prefix: Path of the files without `.bin` and `.idx`.
+        dtype: Dtype of the stored ids.
+        num_tokens: Number of token ids that were added.
+
     Raises:
         UserError: On entering the context, if the folder does not exist or is not writable.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type, tokenizer: TokenizerRecord | None = None) -> None:
+        self.prefix = prefix
         self.dtype = np.dtype(dtype)
         self.num_tokens = 0
         self._sequence_lengths = array("i")

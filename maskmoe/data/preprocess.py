@@ -22,23 +22,6 @@ from maskmoe.errors import UserError
 
 
 @dataclass(frozen=True)
-class DatasetSummary:
-    """Size of a written dataset.
-
-    Attributes:
-        prefix: Path of the dataset's files without their suffixes.
-        num_documents: Number of documents, including empty ones.
-        num_tokens: Number of tokens.
-        seconds: Time from the start of `preprocess` to its end.
-    """
-
-    prefix: str
-    num_documents: int
-    num_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
 class BlockEncoder:
     """Encodes blocks of text; each worker process gets a copy, and loads the tokenizer itself.
 
@@ -98,7 +81,7 @@ def preprocess(
     append_eod: bool = False,
     workers: int | None = 1,
     shuffle_seed: int | None = None,
-) -> list[DatasetSummary]:
+) -> list[IndexedDatasetWriter]:
     """Encode text files into one indexed dataset for each key, named `OUTPUT_PREFIX_KEY_document` as by Megatron.
 
     Each document is one sequence. A progress bar is shown if stderr is a terminal.
@@ -114,35 +97,35 @@ def preprocess(
         shuffle_seed: Seed of a random order of the documents, the same for all keys. None keeps the order of the input.
             With a seed, the datasets take twice their space on disk while they are written.
 
+    Returns:
+        The writers, which tell the prefixes and the sizes of the datasets.
+
     Raises:
         UserError: The input is bad. Then nothing is written, and earlier datasets of these names stay as they were.
     """
-    started = time.perf_counter()
     paths = check_inputs(inputs)
     record = load_tokenizer(tokenizer_type, tokenizer_model).record()
     if append_eod and record.eod_id is None:
         raise UserError(f"tokenizer {tokenizer_model} has no end-of-text token, which --append-eod needs")
     encoder = BlockEncoder(record, str(tokenizer_model), tuple(json_keys), append_eod)
     dtype = optimal_dtype(record.vocab_size)
-    prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
+    writers = [IndexedDatasetWriter(f"{output_prefix}_{key}_document", dtype, record) for key in json_keys]
     with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedDatasetWriter(prefix, dtype, record)) for prefix in prefixes]
+        for writer in writers:
+            stack.enter_context(writer)
         if shuffle_seed is None:
             _encode_files(paths, encoder, writers, workers)
         else:
             # Write the documents in the order of the input to temporary datasets, then copy them in the random order.
             folder = stack.enter_context(TemporaryDirectory(dir=Path(output_prefix).parent, prefix=".unshuffled."))
-            unshuffled = [Path(folder, str(number)) for number in range(len(prefixes))]
+            unshuffled = [IndexedDatasetWriter(Path(folder, str(number)), dtype) for number in range(len(writers))]
             with ExitStack() as temporary:
-                in_order = [temporary.enter_context(IndexedDatasetWriter(prefix, dtype)) for prefix in unshuffled]
-                _encode_files(paths, encoder, in_order, workers)
-            for prefix, writer in zip(unshuffled, writers, strict=True):
-                copy_shuffled(prefix, writer, shuffle_seed)
-    seconds = time.perf_counter() - started
-    return [
-        DatasetSummary(prefix, writer.num_documents, writer.num_tokens, seconds)
-        for prefix, writer in zip(prefixes, writers, strict=True)
-    ]
+                for writer in unshuffled:
+                    temporary.enter_context(writer)
+                _encode_files(paths, encoder, unshuffled, workers)
+            for source, writer in zip(unshuffled, writers, strict=True):
+                copy_shuffled(source.prefix, writer, shuffle_seed)
+    return writers
 
 
 def _encode_files(

@@ -10,8 +10,16 @@ from maskmoe.errors import UserError
 # The trainer takes lines and refuses lines with tabs, which it uses itself. "\n" and "\t" become byte tokens instead.
 _SEPARATORS = re.compile(r"[\n\t]")
 _MAX_LINE_CHARACTERS = 1 << 12
-_TOO_SMALL_TEXT = re.compile(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)")
-_TOO_SMALL_VOCABULARY = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)")
+# Errors of the trainer that the user can cure, with the message that says how.
+_CURABLE = {
+    r"Vocabulary size too high \((\d+)\)\. Please set it to a value <= (\d+)": (
+        "the input is too small for a vocabulary of {}: choose --vocab-size {} or less, or give more text"
+    ),
+    r"Vocabulary size is smaller than required_chars\. (\d+) vs (\d+)": (
+        "a vocabulary of {} cannot hold the 259 special and byte ids and every frequent character: "
+        "choose --vocab-size {} or more, or a lower --character-coverage"
+    ),
+}
 
 
 def train_tokenizer(
@@ -87,7 +95,7 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise failures[0] if failures else _explain(error, vocab_size) from error
+        raise failures[0] if failures else _explain(error) from error
     return model.getvalue()
 
 
@@ -98,18 +106,11 @@ def _cut_into_lines(document: str) -> Iterator[str]:
             yield line[begin : begin + _MAX_LINE_CHARACTERS]
 
 
-def _explain(error: RuntimeError, vocab_size: int) -> Exception:
+def _explain(error: RuntimeError) -> Exception:
     """Return a `UserError` for the trainer's errors that the user can cure, else the error itself."""
-    if match := _TOO_SMALL_TEXT.search(str(error)):
-        return UserError(
-            f"the input is too small for a vocabulary of {vocab_size}: "
-            f"choose --vocab-size {match[1]} or less, or give more text"
-        )
-    if match := _TOO_SMALL_VOCABULARY.search(str(error)):
-        return UserError(
-            f"a vocabulary of {vocab_size} cannot hold the 259 special and byte ids and every frequent character: "
-            f"choose --vocab-size {match[1]} or more, or a lower --character-coverage"
-        )
+    for pattern, message in _CURABLE.items():
+        if match := re.search(pattern, str(error)):
+            return UserError(message.format(*match.groups()))
     return error
 
 

@@ -83,7 +83,7 @@ def analyze(
         token_ids = text.read(settings.tokens, seq_length, shape.vocab_size, folder, sha256)
         probe = Probe(token_ids, seq_length, settings.batch_size, text.source, read_pieces(folder, token_ids))
     occurrences = np.bincount(token_ids, minlength=shape.vocab_size).astype(np.float64)
-    bands = FrequencyBands.from_occurrences(occurrences if frequency is None else frequency.occurrences)
+    bands = FrequencyBands(occurrences if frequency is None else frequency.occurrences)
 
     # At most two traces are in memory at a time.
     measured = []

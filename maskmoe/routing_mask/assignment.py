@@ -161,9 +161,12 @@ def count_frequent(sorted_occurrences: np.ndarray, mass: float) -> int:
     return int(np.searchsorted(covered, target)) + 1 if target > 0 else 0
 
 
-@dataclass(frozen=True)
 class Vocabulary:
     """The ids sorted by frequency, which is the order in which they are assigned.
+
+    Args:
+        occurrences: Occurrences of each id, float64 `[vocab]`.
+        recipe: Says which ids are frequent.
 
     Attributes:
         ids: The ids by descending occurrences, int64 `[vocab]`.
@@ -171,16 +174,11 @@ class Vocabulary:
         num_frequent: Number of frequent ids; they are the first of `ids`.
     """
 
-    ids: np.ndarray
-    occurrences: np.ndarray
-    num_frequent: int
-
-    @classmethod
-    def from_occurrences(cls, occurrences: np.ndarray, recipe: MaskRecipe) -> "Vocabulary":
-        """Sort the ids by their `occurrences` `[vocab]` and count the frequent ids."""
-        ids = ids_by_frequency(occurrences)
-        num_frequent = len(ids) if recipe.all_frequent else count_frequent(occurrences[ids], recipe.frequent_mass)
-        return cls(ids, occurrences[ids], num_frequent)
+    def __init__(self, occurrences: np.ndarray, recipe: MaskRecipe) -> None:
+        self.ids = ids_by_frequency(occurrences)
+        self.occurrences = occurrences[self.ids]
+        covering = count_frequent(self.occurrences, recipe.frequent_mass)
+        self.num_frequent = len(self.ids) if recipe.all_frequent else covering
 
 
 def assign_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: int) -> tuple[np.ndarray, np.ndarray]:

@@ -243,35 +243,25 @@ def _common_tokenizer(prefixes: Sequence[str], vocab_size: int) -> TokenizerReco
     return first
 
 
-@dataclass(frozen=True)
 class FrequencyBands:
-    """Bands of token ids by their frequency in the training stream.
+    """Bands of token ids: the ids, sorted by descending frequency, are cut where they cover given shares of all tokens.
+
+    Args:
+        occurrences: Occurrences of each id, float64 `[vocab]`, see `TokenFrequency.occurrences`.
+        edges: Share of the occurrences that each band and all bands before it cover, ascending. The last share is 1;
+            its band also holds the ids that never occur.
 
     Attributes:
         names: Name of each band, from the band of the most frequent ids on.
         band_of_id: Band of each id, int64 `[vocab]`.
     """
 
-    names: tuple[str, ...]
-    band_of_id: np.ndarray
-
-    @classmethod
-    def from_occurrences(
-        cls, occurrences: np.ndarray, edges: tuple[float, ...] = DEFAULT_BAND_EDGES
-    ) -> "FrequencyBands":
-        """Cut the ids, sorted by descending frequency, where they cover given shares of all occurrences.
-
-        Args:
-            occurrences: Occurrences of each id, float64 `[vocab]`, see `TokenFrequency.occurrences`.
-            edges: Share of the occurrences that each band and all bands before it cover, ascending. The last share is
-                1; its band also holds the ids that never occur.
-        """
+    def __init__(self, occurrences: np.ndarray, edges: tuple[float, ...] = DEFAULT_BAND_EDGES) -> None:
         ids = ids_by_frequency(occurrences)
         ends = [count_frequent(occurrences[ids], edge) for edge in edges[:-1]]
         # One id can cover several shares, so a band can be empty: its end is not after its start.
-        band_of_id = np.empty(len(ids), np.int64)
-        band_of_id[ids] = np.searchsorted(ends, np.arange(len(ids)), side="right")
+        self.band_of_id = np.empty(len(ids), np.int64)
+        self.band_of_id[ids] = np.searchsorted(ends, np.arange(len(ids)), side="right")
         positions = ["top", *["next"] * (len(edges) - 2), "last"][: len(edges)]
         shares = np.diff(edges, prepend=0)
-        names = (f"{position} {100 * share:.0f} %" for position, share in zip(positions, shares, strict=True))
-        return cls(tuple(names), band_of_id)
+        self.names = tuple(f"{position} {100 * share:.0f} %" for position, share in zip(positions, shares, strict=True))

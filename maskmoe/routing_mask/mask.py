@@ -287,7 +287,7 @@ def build_routing_mask(
         raise UserError("the vocabulary size is missing; give --token-frequency, or --vocab-size of at least 1")
     else:
         occurrences = np.zeros(vocab_size)
-    vocabulary = Vocabulary.from_occurrences(occurrences, recipe)
+    vocabulary = Vocabulary(occurrences, recipe)
     if workers is None and recipe.num_tables * len(occurrences) < _FEW_ASSIGNMENTS:
         workers = 1
     assign = partial(assign_table, recipe, vocabulary)

@@ -139,7 +139,7 @@ def read_frequency_bands(args: argparse.Namespace, vocab_size: int) -> Frequency
         raise UserError(
             f"--token-frequency {args.token_frequency} counts {frequency.vocab_size} ids, the model has {vocab_size}"
         )
-    return FrequencyBands.from_occurrences(frequency.occurrences)
+    return FrequencyBands(frequency.occurrences)
 
 
 def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:

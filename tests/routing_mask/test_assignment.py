@@ -12,7 +12,7 @@ from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table
 
 def visible_sets(recipe: MaskRecipe, occurrences: np.ndarray, table: int = 0) -> np.ndarray:
     """Return the visible sets, bool [vocab, experts], unpacked independently of the package."""
-    row_of_id, visible_bits = assign_table(recipe, Vocabulary.from_occurrences(occurrences, recipe), table)
+    row_of_id, visible_bits = assign_table(recipe, Vocabulary(occurrences, recipe), table)
     bits = [[visible_bits[row, e // 8] >> (e % 8) & 1 for e in range(recipe.num_experts)] for row in row_of_id]
     return np.array(bits, dtype=bool)
 
@@ -34,7 +34,7 @@ def frequent_reference(counts: list[int], mass: float) -> set[int]:
 @example(counts=[7] + [1] * 93, mass=0.07)  # 0.07 * 100 > 7 in floating point
 def test_frequent_ids_are_the_shortest_prefix_that_covers_the_mass(counts, mass):
     recipe = MaskRecipe(8, 1, "uniform", mass, 2)
-    vocabulary = Vocabulary.from_occurrences(np.array(counts, dtype=np.float64), recipe)
+    vocabulary = Vocabulary(np.array(counts, dtype=np.float64), recipe)
     frequent = vocabulary.ids[: vocabulary.num_frequent].tolist()
     assert set(frequent) == frequent_reference(counts, mass)
     assert frequent == sorted(frequent, key=lambda token: (-counts[token], token))
@@ -42,7 +42,7 @@ def test_frequent_ids_are_the_shortest_prefix_that_covers_the_mass(counts, mass)
 
 def test_all_mass_makes_every_seen_id_frequent_even_one_that_vanishes_in_the_sum():
     recipe = MaskRecipe(8, 1, "uniform", 1.0, 2)
-    vocabulary = Vocabulary.from_occurrences(np.array([1e18, 0.25, 0.0]), recipe)
+    vocabulary = Vocabulary(np.array([1e18, 0.25, 0.0]), recipe)
     assert vocabulary.ids[: vocabulary.num_frequent].tolist() == [0, 1]
 
 
@@ -76,7 +76,7 @@ def test_every_id_sees_exactly_its_number_of_experts(recipe_and_counts):
 @given(recipes_and_counts())
 def test_same_seed_and_table_give_the_same_bits(recipe_and_counts):
     recipe, counts = recipe_and_counts
-    vocabulary = Vocabulary.from_occurrences(counts, recipe)
+    vocabulary = Vocabulary(counts, recipe)
     for first, second in zip(assign_table(recipe, vocabulary, 1), assign_table(recipe, vocabulary, 1), strict=True):
         assert first.dtype == second.dtype
         assert first.tobytes() == second.tobytes()
@@ -160,7 +160,7 @@ def test_presets(assignment):
     smoe = MaskRecipe.from_preset("smoe", 4, 6)
     assert visible_sets(smoe, counts).all()
     assert smoe.num_tables == 1
-    assert assign_table(smoe, Vocabulary.from_occurrences(counts, smoe), 0)[1].shape == (4 + 1, 1)
+    assert assign_table(smoe, Vocabulary(counts, smoe), 0)[1].shape == (4 + 1, 1)
     for preset in ("hash", "hash-balanced"):
         assert (visible_sets(MaskRecipe.from_preset(preset, 4, 6), counts).sum(axis=1) == 1).all()
     top_k = MaskRecipe.from_preset("top-k-hash", 4, 6, frequent_visible_experts=3, assignment=assignment)
@@ -170,11 +170,11 @@ def test_presets(assignment):
 def test_rows_widen_when_they_do_not_fit_16_bits():
     occurrences = np.ones(40000)
     recipe = MaskRecipe.from_preset("top-k-hash", 4, 1, frequent_visible_experts=2)
-    row_of_id, _ = assign_table(recipe, Vocabulary.from_occurrences(occurrences, recipe), 0)
+    row_of_id, _ = assign_table(recipe, Vocabulary(occurrences, recipe), 0)
     assert row_of_id.dtype == np.int32
     assert row_of_id.max() == 40000 + 4 - 1
     for vocab_size, dtype in ((2**15 - 4, np.int16), (2**15 - 3, np.int32)):
-        few = Vocabulary.from_occurrences(occurrences[:vocab_size], recipe)
+        few = Vocabulary(occurrences[:vocab_size], recipe)
         assert assign_table(recipe, few, 0)[0].dtype == dtype
 
 

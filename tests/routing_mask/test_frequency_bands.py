@@ -9,7 +9,7 @@ from maskmoe.routing_mask.frequency import FrequencyBands
 def test_bands_cover_the_given_shares():
     occurrences = np.array([5.0, 40.0, 0.0, 25.0, 15.0, 10.0, 5.0])
 
-    bands = FrequencyBands.from_occurrences(occurrences)
+    bands = FrequencyBands(occurrences)
 
     assert bands.names == ("top 40 %", "next 50 %", "last 10 %")
     # Id 1 covers 40 %, and ids 3, 4 and 5 extend this to 90 %. All other ids, id 2 without occurrences included, are
@@ -21,7 +21,7 @@ def test_bands_cover_the_given_shares():
 def test_bands_are_the_shortest_prefixes_by_frequency(counts):
     occurrences = np.array(counts, dtype=float)
 
-    band_of_id = FrequencyBands.from_occurrences(occurrences, (0.3, 0.8, 1.0)).band_of_id
+    band_of_id = FrequencyBands(occurrences, (0.3, 0.8, 1.0)).band_of_id
 
     by_frequency = sorted(range(len(counts)), key=lambda id: (-counts[id], id))
     assert (np.diff(band_of_id[by_frequency]) >= 0).all()
@@ -33,14 +33,14 @@ def test_bands_are_the_shortest_prefixes_by_frequency(counts):
 
 
 def test_one_id_can_fill_several_bands():
-    bands = FrequencyBands.from_occurrences(np.array([1.0, 99.0]))
+    bands = FrequencyBands(np.array([1.0, 99.0]))
 
     assert bands.band_of_id.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("edges", [(1.0,), (0.5, 1.0)])
 def test_every_id_is_in_a_band(edges):
-    bands = FrequencyBands.from_occurrences(np.array([3.0, 0.0, 1.0]), edges)
+    bands = FrequencyBands(np.array([3.0, 0.0, 1.0]), edges)
 
     assert set(bands.band_of_id) <= set(range(len(edges)))
     assert len(bands.names) == len(edges)

@@ -26,7 +26,7 @@ from maskmoe.conversion.blocks import Block, TensorSpec
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.huggingface_models import write_huggingface
 from maskmoe.conversion.model_tensors import tensor_shapes
-from maskmoe.conversion.opened_model import OpenedModel, all_visible, with_routing_mask
+from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.conversion.writing import BLOCK_BYTES, OutputFolder
@@ -70,7 +70,7 @@ def make_model(folder: Path, gib: float) -> None:
     config = MaskMoEConfig(**CONFIG, num_hidden_layers=num_layers).to_dict() | {"routing_mask": None}
     shapes = tensor_shapes(config)
     source = RepeatedBlock({name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()})
-    model = with_routing_mask(OpenedModel(source, config), all_visible(config))
+    model = with_routing_mask(OpenedModel(source, config))
     with OutputFolder(folder, {}) as output:
         write_huggingface(model, output, SHARD_BYTES, WITHOUT_TEXT, None)
 
