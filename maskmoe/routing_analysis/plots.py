@@ -131,7 +131,7 @@ def _draw_series(axes: Axes, analysis: Analysis, values: np.ndarray, limit: floa
     names = [model.name for model in analysis.models][start:]
     iterations = [model.iteration for model in analysis.models if model.iteration is not None]
     ascend = len(iterations) == len(analysis.models) and iterations == sorted(set(iterations))
-    positions = iterations[start:] if ascend else list(range(len(names)))
+    positions = iterations[start:] if ascend else list(range(start, len(analysis.models)))
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(analysis.shape.layers)))
     for layer, of_layer, color in zip(analysis.shape.layers, values.T, colors, strict=True):
         axes.plot(positions, of_layer, marker="o", markersize=4, color=color, label=f"layer {layer}")

@@ -1,6 +1,6 @@
 """Statistics of routing in training: summed on the device in every micro-batch, read when they are logged."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from maskmoe.transformer.selection import MaskedLogits
 _NUM_SCALARS = 5
 
 
-@dataclass(frozen=True)
-class RoutingSums:
+class RoutingSums(NamedTuple):
     """Sums over tokens, micro-batches and ranks, of one layer or of several layers in leading dimensions.
 
     Attributes:
@@ -38,8 +37,7 @@ class RoutingSums:
     @classmethod
     def unpack(cls, packed: Tensor) -> "RoutingSums":
         """Split a tensor `[..., packed_size]` into its sums."""
-        num_tokens, num_routable, entropy, num_rows, num_micro_batches = packed[..., :_NUM_SCALARS].unbind(-1)
-        return cls(num_tokens, num_routable, entropy, num_rows, num_micro_batches, packed[..., _NUM_SCALARS:])
+        return cls._make((*packed[..., :_NUM_SCALARS].unbind(-1), packed[..., _NUM_SCALARS:]))
 
 
 class RoutingStatistics:

@@ -96,7 +96,9 @@ class VisibleExperts(MegatronModule):
             table: the table to read, see `table_of_layer`.
         """
         rows = self.row_of_id[table].index_select(0, token_ids).long()  # [tokens]
-        experts = self._unpack_bits(self.visible_bits[table].index_select(0, rows))
+        visible_bytes = self.visible_bits[table].index_select(0, rows)  # uint8 [tokens, bytes]
+        bits = visible_bytes.unsqueeze(-1).bitwise_and(self.bit_values)  # 0 or the value of the bit
+        experts = bits.flatten(-2)[..., : self.num_experts].bool()
         # Rows below N are sets of one expert, so a larger row means two or more visible experts.
         routable = rows >= self.num_experts if self.min_visible == 1 else None
         return VisibleSets(experts=experts, routable=routable)
@@ -117,11 +119,6 @@ class VisibleExperts(MegatronModule):
             return values_of_row[tables].gather(1, rows.flatten(1)).view_as(rows).long()
 
         return look_up(self.rank_of_row), look_up(self.num_visible_of_row)
-
-    def _unpack_bits(self, visible_bytes: Tensor) -> Tensor:
-        """Unpack uint8 [..., bytes] to bool [..., experts]."""
-        bits = visible_bytes.unsqueeze(-1).bitwise_and(self.bit_values)
-        return bits.flatten(-2)[..., : self.num_experts].bool()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

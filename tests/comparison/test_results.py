@@ -16,7 +16,7 @@ from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
 from maskmoe.comparison.results import Band, Estimate, Results, paired_difference
 from maskmoe.errors import UserError
-from maskmoe.workflow.json_records import read_record, write_record
+from maskmoe.json_files import read_record, write_record
 
 
 def read_results(path):
