@@ -208,15 +208,15 @@ def losses_of_all(
             yield start + first_of_rank, batch, losses
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def sum_over_ranks(values: Tensor, *, by_tensor_rank: bool = False) -> Tensor:
     """Add up, in place, the values of each rank; a collective call of all ranks.
-
-    All ranks of a tensor-parallel group hold equal values, so only the first of them counts.
 
     Args:
         values: Zeros on ranks that have nothing to add, such as ranks that are not on the last pipeline stage.
+        by_tensor_rank: Whether the ranks of a tensor-parallel group hold values of different tokens, as under sequence
+            parallelism. By default they hold equal values, of which the first rank's count.
     """
-    if mpu.get_tensor_model_parallel_rank() != 0:
+    if mpu.get_tensor_model_parallel_rank() != 0 and not by_tensor_rank:
         values.zero_()
     torch.distributed.all_reduce(values)
     return values

@@ -181,7 +181,7 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
     *band_results, overall = (BandResult(*row) for row in rows)
     expert_load = [
         ExpertLoad(layer, float(load.max() / load.double().mean()), load.tolist())
-        for layer, load in enumerate(sum_over_ranks(counts).cpu(), start=1)
+        for layer, load in enumerate(sum_over_ranks(counts, by_tensor_rank=args.sequence_parallel).cpu(), start=1)
         if load.any()
     ]
     of_all = (overall.loss, overall.perplexity, overall.tokens)

@@ -4,7 +4,7 @@ On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 75; started
 are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a rank hung.
 """
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -60,7 +60,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=float,
         metavar="SECONDS",
         help="end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; "
-        "default: --distributed-timeout-minutes",
+        "default: half of --distributed-timeout-minutes",
     )
     parser.set_defaults(
         exit_signal_handler=True,
@@ -71,13 +71,21 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
     return add_check_argument(parser)
 
 
+def hang_timeout(args: Namespace) -> float:
+    """Return the seconds without a micro-batch after which a rank counts as hanging.
+
+    The default lets the verdict come before `--distributed-timeout-minutes`, when NCCL would abort without a verdict.
+    """
+    return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
+
+
 def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
     args = parse_and_check_args(add_pretraining_arguments)
     let_signals_save = save_on_signals(args)
     ranks = RankStore.from_environment()
-    watchdog = Watchdog(ranks, args.hang_timeout or 60 * args.distributed_timeout_minutes)
+    watchdog = Watchdog(ranks, hang_timeout(args))
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
     model_config = model_config_from_args(args)

@@ -67,10 +67,22 @@ _ALWAYS_REFUSED = {
     "--moe-router-padding-for-quantization or --moe-router-padding-for-fp8": "The padding is for fp8 and fp4, which "
     "have not been tried.",
     "--moe-enable-routing-replay": "Replay repeats recorded choices and ignores the routing mask.",
-    "--overlap-moe-expert-parallel-comm": "The schedule of the overlap drops the token ids.",
+    "--moe-routing-trace-path": "Megatron's trace leaves out every layer in which a token has fewer than k experts. "
+    "Use maskmoe analyze.",
+    "--moe-enable-deepep": "DeepEP has not been tried with tokens that have fewer than k experts.",
+    "--moe-expert-rank-capacity-factor, --moe-paged-stash or --moe-pad-experts-for-cuda-graph-inference": "The setting "
+    "is for CUDA graphs, which need fixed shapes, but the number of rows that a rank sends varies.",
+    "--moe-mlp-glu-interleave-size or --moe-shared-expert-glu-interleave-size": "Conversion and evaluation do not know "
+    "the interleaved order of the weights.",
+    "--moe-single-grouped-weight or --moe-single-grouped-bias": "Conversion and resumption do not know the parameters "
+    "of experts that are stored as one tensor.",
+    "--overlap-moe-expert-parallel-comm, --delay-wgrad-compute or --ep-overlap-early-attn-memory-release": "The "
+    "schedule of the overlap drops the token ids.",
+    "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards": "Weights that are sharded and "
+    "assembled for each product have not been tried with a routing mask.",
     "--mlp-chunks-for-training above 1": "Computing the MLP in chunks drops the token ids.",
-    "--cuda-graph-impl other than none": "A CUDA graph needs fixed shapes, but the number of rows that a rank sends "
-    "varies.",
+    "--cuda-graph-impl other than none, --enable-cuda-graph or --external-cuda-graph": "A CUDA graph needs fixed "
+    "shapes, but the number of rows that a rank sends varies.",
     "--moe-use-upcycling": "A dense checkpoint holds no routing mask. Convert the checkpoint with "
     "tools/convert_checkpoint.py upcycle.",
     "--sft or --dataloader-inter-document-masking": "Both pack sequences, and the bounds of packed sequences do not "
@@ -78,8 +90,16 @@ _ALWAYS_REFUSED = {
     "--hybrid-context-parallel": "Hybrid context parallelism divides sequences in another way than the token ids are "
     "divided.",
     "--spec": "MaskMoE builds the layer specification itself.",
-    "--experimental-attention-variant, --hybrid-layer-pattern or --heterogeneous-layers-config-path": "The layer "
-    "specifications of these models have no MaskMoE layers.",
+    "--yaml-cfg": "MaskMoE reads its settings from the command line. Use launch/pretrain.sh with a model file.",
+    "--perform-rl-step": "MaskMoE has no reinforcement learning.",
+    "--logits-save-dir or --logits-load-dir": "MaskMoE has no distillation from logits.",
+    "--fim-data": "MaskMoE's datasets do not rearrange documents to fill in the middle.",
+    "--dataloader-type external": "MaskMoE builds the data loader itself.",
+    "--inprocess-restart": "MaskMoE restarts whole processes, as torchrun and Slurm do.",
+    "--non-persistent-ckpt-type local or in_memory": "Only global checkpoints are verified and carry the routing mask.",
+    "--experimental-attention-variant, --linear-attention-freq, --hybrid-layer-pattern, --hybrid-override-pattern, "
+    "--mtp-hybrid-override-pattern, --is-hybrid-model, --heterogeneous-layers-config-path or "
+    "--heterogeneous-layers-config-encoded-json": "The layer specifications of these models have no MaskMoE layers.",
     "--use-megatron-fsdp or --use-torch-fsdp2": "Fully sharded data parallelism has not been tried with a routing "
     "mask.",
     "--transformer-impl inference_optimized": "This implementation is for inference. Use local or transformer_engine.",
@@ -100,9 +120,9 @@ REFUSALS = (
         lambda args: args.moe_pad_expert_input_to_capacity and args.moe_router_enable_expert_bias,
     ),
     Refusal(
-        "--recompute-modules moe with fp8 or fp4",
-        "Recomputing experts in fp8 or fp4 has not been tried.",
-        lambda args: bool(args.fp8 or args.fp4) and _is_given("--recompute-modules moe", args),
+        "--fp8-format or --fp4-format",
+        "fp8 and fp4 have not been tried with a routing mask. Use --bf16.",
+        lambda args: bool(args.fp8 or args.fp4),
     ),
     Refusal(
         "--qk-layernorm-all-heads without --qk-layernorm and --normalization RMSNorm",

@@ -24,6 +24,21 @@ def test_refuses_to_come_after_megatron() -> None:
     assert "RuntimeError: the CPU adapter must be installed before megatron is imported" in result.stderr
 
 
+def test_gpus_that_torch_cannot_use_are_refused() -> None:
+    """With a driver that is too old, the driver's library still counts the GPUs."""
+    result = run_python(
+        "import torch\n"
+        "torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 4\n"
+        "from maskmoe.cli import run_tool\n"
+        "from maskmoe.megatron_compat import prepare_process\n"
+        "run_tool(prepare_process)"
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: torch ")
+    assert "cannot use the 4 GPUs" in result.stderr
+    assert "CUDA_VISIBLE_DEVICES" in result.stderr
+
+
 def test_refuses_where_cuda_is_present() -> None:
     with pytest.raises(RuntimeError, match="where CUDA is present"):
         cpu.install()

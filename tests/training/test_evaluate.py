@@ -130,6 +130,14 @@ def test_uneven_batches_on_one_rank(evaluate, results, workplace):
     assert evaluation["expert_load"] == results["one rank"][0]["expert_load"]
 
 
+@pytest.mark.slow
+def test_each_rank_counts_its_part_of_the_sequence(evaluate, results):
+    """Under sequence parallelism, each tensor-parallel rank routes other tokens."""
+    evaluation, _ = evaluate("sequence parallel", "--tensor-model-parallel-size 2 --sequence-parallel", 2)
+    loads, expected = (of_run["expert_load"] for of_run in (evaluation, results["one rank"][0]))
+    assert [sum(load["tokens_per_expert"]) for load in loads] == [sum(load["tokens_per_expert"]) for load in expected]
+
+
 def test_loss_is_megatrons_validation_loss(results, workplace, start_by_name):
     """Compare with `pretrain --skip-train`, which evaluates exactly the samples of the split."""
     checkpoints = start_by_name("start").result().checkpoints

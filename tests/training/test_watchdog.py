@@ -1,5 +1,6 @@
 """The watchdog blames the right rank, and data files are watched."""
 
+import argparse
 import sys
 import threading
 import traceback
@@ -10,6 +11,7 @@ from torch.distributed import HashStore
 from maskmoe.errors import RunFailure
 from maskmoe.interruption import is_last_attempt
 from maskmoe.training.failures import DataFiles
+from maskmoe.training.pretraining import add_pretraining_arguments, hang_timeout
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.watchdog import Sighting, Watchdog, find_culprits, waits_for_others
 
@@ -118,3 +120,15 @@ def test_last_attempt_of_torchrun(monkeypatch, restarts, most, is_last):
         if value is not None:
             monkeypatch.setenv(name, str(value))
     assert is_last_attempt() == is_last
+
+
+@pytest.mark.parametrize("minutes", [1, 10, 60])
+def test_default_verdict_comes_before_the_distributed_timeout(minutes: int) -> None:
+    """NCCL aborts then. A verdict takes six periods: one to notice, three to judge, two to wait for other ranks."""
+    parser = add_pretraining_arguments(argparse.ArgumentParser())
+    parser.add_argument("--distributed-timeout-minutes", type=int, default=10)
+    args = parser.parse_args(["--distributed-timeout-minutes", str(minutes)])
+    timeout = hang_timeout(args)
+    period = Watchdog(RankStore(HashStore(), 0, 1), timeout)._period
+    assert timeout + 6 * period < 60 * minutes
+    assert hang_timeout(parser.parse_args(["--hang-timeout", "7"])) == 7
