@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.check.parameters import ModelParameters
+from maskmoe.templates import render_template
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,9 @@ class Report:
 
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
-        environment = Environment(
-            loader=PackageLoader("maskmoe.check"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        environment.filters |= {"gib": _gib, "run_lengths": _run_lengths}
-        template = environment.get_template("report.txt.j2")
-        return template.render(vars(self), exact=EXACT, purposes=EXACT | ESTIMATED).rstrip("\n")
+        values = vars(self) | {"exact": EXACT, "purposes": EXACT | ESTIMATED}
+        filters = {"gib": _gib, "run_lengths": _run_lengths}
+        return render_template("maskmoe.check", "report.txt.j2", values, filters).rstrip("\n")
 
 
 def _gib(number: int) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from operator import methodcaller
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from maskmoe.templates import render_template
 
 
 def render(template: str, **values: object) -> str:
@@ -15,16 +15,8 @@ def render(template: str, **values: object) -> str:
         values: the template's variables. The template also has the filters `table`, see `markdown_table`, and `cell`
             for text in a cell of such a table.
     """
-    environment = Environment(
-        loader=PackageLoader("maskmoe.comparison"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown is not HTML
-    )
-    environment.filters |= {"table": markdown_table, "cell": methodcaller("replace", "|", "\\|")}
-    return environment.get_template(template).render(values)
+    filters = {"table": markdown_table, "cell": methodcaller("replace", "|", "\\|")}
+    return render_template("maskmoe.comparison", template, values, filters)
 
 
 def markdown_table(text: str) -> str:

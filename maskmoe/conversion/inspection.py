@@ -8,8 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.blocks import TensorSource
@@ -22,6 +20,7 @@ from maskmoe.conversion.writing import JOURNAL
 from maskmoe.errors import UserError
 from maskmoe.json_files import read_json
 from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.templates import render_template
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
 # A tensor belongs to the first part whose pattern occurs in its name. The patterns cover Megatron's names and the names
@@ -75,11 +74,8 @@ class Inspection:
 
     def table(self) -> str:
         """Return the report as lines of text."""
-        environment = Environment(
-            loader=PackageLoader("maskmoe.conversion"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        environment.filters["in_units"] = _in_units
-        return environment.get_template("inspection.txt.j2").render(vars(self)).removesuffix("\n")
+        text = render_template("maskmoe.conversion", "inspection.txt.j2", vars(self), {"in_units": _in_units})
+        return text.rstrip("\n")
 
 
 def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:

@@ -1,0 +1,29 @@
+"""Renders the Jinja templates of the package's reports."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def render_template(
+    package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]]
+) -> str:
+    """Return the text of a template.
+
+    Args:
+        package: the package whose folder `templates` holds the template.
+        name: the file name of the template.
+        values: the template's variables; a missing one is an error.
+        filters: further filters of the template.
+    """
+    environment = Environment(
+        loader=PackageLoader(package),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # the reports are not HTML
+    )
+    environment.filters |= filters
+    return environment.get_template(name).render(values)
