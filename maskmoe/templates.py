@@ -6,9 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
-def render_template(
-    package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]]
-) -> str:
+def render_template(package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable]) -> str:
     """Return the text of a template.
 
     Args:

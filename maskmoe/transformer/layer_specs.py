@@ -30,6 +30,14 @@ from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.router_losses import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
+_REPLACEMENTS: dict[type, Any] = {
+    WrappedTorchNorm: build_torch_norm,
+    MoELayer: MaskMoELayer,
+    SequentialMLP: GroupedMLP,
+    MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
+}
+"""Modules of Megatron-Core and their replacements."""
+
 
 def get_maskmoe_decoder_block_spec(
     config: TransformerConfig,
@@ -48,8 +56,7 @@ def get_maskmoe_decoder_block_spec(
         qk_layernorm_all_heads: normalize queries and keys over all heads, see `AllHeadsRMSNorm`.
     """
     block = get_gpt_decoder_block_spec(config, vp_stage=vp_stage, **_backend(config))
-    block = _with_maskmoe_modules(block, visible_experts, aux_loss_tokens)
-    return _with_norms_over_all_heads(block, config) if qk_layernorm_all_heads else block
+    return _with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
 
 
 def get_maskmoe_mtp_block_spec(
@@ -71,8 +78,7 @@ def get_maskmoe_mtp_block_spec(
         use_transformer_engine=backend["use_transformer_engine"],
         vp_stage=vp_stage,
     )
-    block = _with_maskmoe_modules(block, visible_experts, aux_loss_tokens)
-    return _with_norms_over_all_heads(block, config) if qk_layernorm_all_heads else block
+    return _with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
 
 
 def _backend(config: TransformerConfig) -> dict[str, Any]:
@@ -84,39 +90,26 @@ def _backend(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _with_maskmoe_modules(spec: Any, visible_experts: VisibleExperts | None, aux_loss_tokens: AuxLossTokens) -> Any:
-    """Return the spec with MaskMoE's layers, routers, experts and norms."""
+def _with_maskmoe_modules(
+    spec: Any,
+    config: TransformerConfig,
+    visible_experts: VisibleExperts | None,
+    aux_loss_tokens: AuxLossTokens = "all",
+    qk_layernorm_all_heads: bool = False,
+) -> Any:
+    """Return the spec with MaskMoE's layers, routers, experts and norms; see `get_maskmoe_decoder_block_spec`."""
+    heads, query_groups = config.num_attention_heads, config.num_query_groups
 
     def substitute(node: Any) -> Any:
-        if node is WrappedTorchNorm:
-            return build_torch_norm
-        if node is MoELayer:
-            return MaskMoELayer
-        if node is SequentialMLP:
-            return GroupedMLP
-        if node is MultiTokenPredictionLayer:
-            return MaskMoEMultiTokenPredictionLayer
         if isinstance(node, MoESubmodules):
             assert visible_experts is not None
             router: Any = partial(MaskMoERouter, visible_experts=visible_experts, aux_loss_tokens=aux_loss_tokens)
             return replace(node, router=router)
-        return node
-
-    return map_spec(spec, substitute)
-
-
-def _with_norms_over_all_heads(spec: Any, config: TransformerConfig) -> Any:
-    """Return the spec with query and key norms over all heads."""
-    assert config.num_query_groups is not None  # `TransformerConfig` sets the default.
-    norms = {
-        "q_layernorm": partial(AllHeadsRMSNorm, num_heads=config.num_attention_heads),
-        "k_layernorm": partial(AllHeadsRMSNorm, num_heads=config.num_query_groups),
-    }
-
-    def substitute(node: Any) -> Any:
-        if isinstance(node, SelfAttentionSubmodules):
-            return replace(node, **norms)
-        return node
+        if isinstance(node, SelfAttentionSubmodules) and qk_layernorm_all_heads:
+            assert query_groups is not None  # `TransformerConfig` sets the default.
+            k_layernorm = partial(AllHeadsRMSNorm, num_heads=query_groups)
+            return replace(node, q_layernorm=partial(AllHeadsRMSNorm, num_heads=heads), k_layernorm=k_layernorm)
+        return _REPLACEMENTS.get(node, node) if isinstance(node, type) else node
 
     return map_spec(spec, substitute)
 

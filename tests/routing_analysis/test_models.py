@@ -111,7 +111,7 @@ def test_models_without_experts_and_of_other_types(tmp_path):
     for name, fields, words in (
         ("dense", make_config(num_experts=0).to_dict(), "has no routed experts"),
         ("foreign", {"model_type": "mixtral"}, "of type 'mixtral', not 'maskmoe'; convert it"),
-        ("odd", make_config().to_dict() | {"scoring_func": "odd"}, "odd/config.json is not a configuration .*odd"),
+        ("odd", make_config().to_dict() | {"scoring_func": "odd"}, "odd/config.json: not a configuration .*odd"),
     ):
         MaskMoEForCausalLM(make_config(num_experts=0)).save_pretrained(tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps(fields))

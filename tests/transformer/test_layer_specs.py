@@ -91,7 +91,7 @@ def test_stock_specs_stay_as_they_are() -> None:
     stock = stock_block(config)
     before = list(leaves(stock))
     visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 4, 9, 4)))
-    layer_specs._with_maskmoe_modules(stock, visible_experts, "all")
+    layer_specs._with_maskmoe_modules(stock, config, visible_experts)
     get_maskmoe_decoder_block_spec(config, visible_experts)
     after, fresh = list(leaves(stock)), list(leaves(stock_block(config)))
     assert len(before) == len(after) == len(fresh)
@@ -141,7 +141,7 @@ def test_specs_of_transformer_engine_keep_its_modules() -> None:
     spec = [_Submodules(linear=_TransformerEngineNorm, mlp=moe), _Submodules(linear=WrappedTorchNorm)]
     config = make_config()
     visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
-    first, second = layer_specs._with_maskmoe_modules(spec, visible_experts, "all")
+    first, second = layer_specs._with_maskmoe_modules(spec, config, visible_experts)
     assert first.linear is _TransformerEngineNorm
     assert first.mlp.func is MaskMoELayer
     submodules = first.mlp.keywords["submodules"]
