@@ -1,7 +1,8 @@
 """Real training runs of a tiny model, started once and shared by the tests of this folder.
 
 A test names the runs that it looks at with `@pytest.mark.runs(name, …)` and gets their outcomes, in that order, from
-the fixture `runs`. All runs that the selected tests name are queued with the first of them and run two at a time.
+the fixture `runs`. All runs that the selected tests name are queued with the first of them, which is the first test of
+the session, and run two at a time.
 """
 
 import os
@@ -18,6 +19,16 @@ from support.training_runs import RUNS
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "runs(*names): runs of tests/support/training_runs.py that a test looks at")
+
+
+@pytest.hookimpl(trylast=True)  # after the tests that are not selected have been left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with a test that queues the shared runs, which then run beside the tests of other folders."""
+    for item in items:
+        if item.get_closest_marker("runs"):
+            items.remove(item)
+            items.insert(0, item)
+            break
 
 
 @pytest.fixture(scope="session")
