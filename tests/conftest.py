@@ -4,9 +4,14 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from support.launchers import RunRanks, run_script_as_ranks
 
 from maskmoe.megatron_compat import prepare_process
+
+# Tests must not fail because a busy machine is slow.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # A shell that starts the tests in the background makes them ignore Ctrl-C. The processes under test would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
@@ -23,7 +23,6 @@ def read_results(path):
     return read_record(Results, path, "write the report again")
 
 
-@settings(deadline=None)  # the first example imports scipy
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=6, unique=True))
 def test_estimate_against_scipy(values):
     estimate = Estimate.of(values)

@@ -70,7 +70,7 @@ def rearrange_by_indexing(source, shapes, copies):
     return results
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rearrangements(), st.data())
 def test_any_block_of_a_rearranged_tensor(rearrangement, data):
     source, shapes, copies = rearrangement
@@ -82,7 +82,7 @@ def test_any_block_of_a_rearranged_tensor(rearrangement, data):
             assert torch.equal(view.read(block), expected[name][block.slices])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rearrangements())
 def test_inverse_copies_restore_the_source(rearrangement):
     source, shapes, copies = rearrangement
@@ -103,7 +103,7 @@ class CountingSource(MemorySource):
         return super().read(block)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_no_more_is_read_than_asked_for(data):
     """A block of one layer's tensor is read from the stacked tensor of all layers as one block of the same size."""
@@ -118,7 +118,7 @@ def test_no_more_is_read_than_asked_for(data):
     assert stacked.elements_read == block.num_elements
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), st.lists(blocks_of("t", shape), max_size=5))))
 def test_a_cover_is_exact_or_refused(case):
     shape, blocks = case
@@ -132,7 +132,7 @@ def test_a_cover_is_exact_or_refused(case):
             check_cover({"t": shape}, blocks)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), grids("t", shape))), st.data())
 def test_a_cover_with_a_missing_repeated_or_moved_block_is_refused(case, data):
     shape, blocks = case
@@ -172,7 +172,7 @@ def test_scalars_and_empty_tensors():
     assert list(row_major_blocks("empty", source.tensors["empty"], 1)) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SHAPES, st.integers(1, 200))
 def test_row_major_blocks_are_the_memory_in_order(shape, max_bytes):
     tensor = torch.arange(prod(shape), dtype=torch.int16).view(shape)

@@ -83,7 +83,7 @@ def configs(draw):
 MASK = {"num_tables": 1, "num_rows": 9, "row_dtype": "int16", "metadata_bytes": 7}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(configs())
 def test_arguments_and_configuration_describe_the_same_model(fields):
     MaskMoEConfig(**fields)  # raises if the drawn fields are invalid
@@ -93,7 +93,7 @@ def test_arguments_and_configuration_describe_the_same_model(fields):
     assert is_stacked(args) == (len(set(fields["mlp_layer_types"])) == 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     configs(), st.booleans(), st.integers(0, 20), st.sampled_from([EXPERT_NORMS, EXPERT_NORMS[:1], EXPERT_NORMS[1:]])
 )

@@ -15,7 +15,7 @@ NUM_FILES, LENGTH = 80, 2000
 START = 5  # a position that is not a multiple of an element's size
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=st.lists(st.integers(1, 5), max_size=4).map(tuple), data=st.data())
 def test_any_block(shape, data, tmp_path):
     elements = torch.arange(prod(shape), dtype=torch.int16)

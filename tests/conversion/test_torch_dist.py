@@ -104,7 +104,7 @@ def test_written_tensors_are_read_by_torch(tmp_path, max_file_bytes, monkeypatch
     assert len(sizes) == 1 if max_file_bytes == 10**9 else max(sizes) <= max(max_file_bytes, 7000)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_reported_or_harmless(data, checkpoints, tmp_path):
     """A flipped bit in the layout or in an archive raises a UserError of one line, or nothing."""

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.foreign_models import DENSE, VOCAB_SIZE, in_transformers, logits_of, random_ids, save_model
 
@@ -146,7 +146,6 @@ def test_some_features_are_drawn_anew(dense):
         assert drawn.mean().item() == pytest.approx(old.mean().item(), abs=0.02)
 
 
-@settings(deadline=None)  # no failure for being slow on a busy machine
 @given(data=st.data(), max_bytes=st.integers(4, 20_000))
 def test_reads_the_same_in_any_blocks(dense, data, max_bytes):
     settings = UpcycleSettings(4, granularity=2, shared_expert=True, noise=0.1, reinit_share=0.4, seed=5)

@@ -21,7 +21,7 @@ COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 TEXT = st.text(st.characters(codec="utf-8"))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=st.lists(TEXT, max_size=8), ascii_only=st.booleans(), suffix=st.sampled_from([*COMPRESS]))
 def test_json_lines(tmp_path: Path, documents: list[str], ascii_only: bool, suffix: str) -> None:
     lines = (json.dumps({"text": text, "other": 1}, ensure_ascii=ascii_only) for text in documents)

@@ -48,7 +48,7 @@ def shuffle(source: Path, target: Path, seed: int) -> list[list[int]]:
     return documents_of(target)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=30).filter(any),
     batch_tokens=st.integers(1, 20),

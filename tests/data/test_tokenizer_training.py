@@ -21,7 +21,7 @@ def processor(request: pytest.FixtureRequest, texts: list[str]) -> SentencePiece
     return SentencePieceProcessor(model_proto=model)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXT)
 @example(text="def f(x):\n\treturn  x  # 1234\n\n\n")
 @example(text="  a  b  \r\n <0x0A></s><unk>\0\ufeff")

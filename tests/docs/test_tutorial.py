@@ -30,6 +30,7 @@ def script() -> str:
     return text
 
 
+@pytest.mark.slow
 def test_tutorial_runs_in_an_empty_folder(script: str, tmp_path: Path) -> None:
     result = run_script(script, tmp_path, timeout=800)
 

@@ -149,7 +149,7 @@ def cases(draw, scales: tuple[float, ...] = (1.0,)) -> Case:
 @example(Case(seed=0, topk=2, normalised=False))
 @example(Case(seed=1, topk=6, scoring_func="sigmoid", has_bias=True))
 @example(Case(seed=2, topk=4, scoring_func="sqrtsoftplus", has_bias=True, groups=(3, 2)))
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_routes_as_the_megatron_router(case: Case) -> None:
     router = case.router()
     logits, weights, indices = router(case.hidden, case.visible)
@@ -168,7 +168,7 @@ def test_routes_as_the_megatron_router(case: Case) -> None:
 @given(cases())
 @example(Case(seed=3, topk=2, has_padding=True))
 @example(Case(seed=3, topk=2, aux_loss_tokens="routable", has_padding=True))
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_load_balancing_loss_equals_the_reference(case: Case) -> None:
     logits, _, _ = case.router()(case.hidden, case.visible)
     real = None if case.is_padding is None else ~case.is_padding

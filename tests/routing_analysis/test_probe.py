@@ -63,7 +63,7 @@ def megatron_splits(folder: Path, prefix: Path, split: str) -> list[np.ndarray |
     return [dataset and dataset.indices for dataset in builder.build()]
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(1, 97), min_size=1, max_size=3).map(lambda shares: ",".join(map(str, shares))),
     st.sampled_from([7, 41, 150]),

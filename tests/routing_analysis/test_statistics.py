@@ -41,8 +41,7 @@ def make_trace(
     )
 
 
-# No deadline: any example may take long on a busy machine.
-examples = settings(max_examples=50, deadline=None)
+examples = settings(max_examples=50)
 traces = st.builds(
     make_trace,
     seed=st.integers(0, 1000),

@@ -1,12 +1,7 @@
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from maskmoe.routing_mask import TokenFrequency
-
-# Tests must not fail because a busy machine is slow.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_damaged_checkpoint_is_passed_over(copy, damage):
 
 
 @pytest.mark.runs(SAVED)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_bit_is_found(copy, data):
     checkpoint = checkpoint_path(copy, 14)

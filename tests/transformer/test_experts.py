@@ -118,7 +118,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[
 @example([0, 0, 0], torch.float32, torch.float32, False)
 @example([0, 37, 0, 0], torch.bfloat16, torch.float32, False)
 @example([3, 0, 5], torch.float32, torch.bfloat16, True)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_is_bit_equal(tokens_per_expert, dtype, probs_dtype, on_input) -> None:
     ours, theirs = make_pair(
         num_experts=len(tokens_per_expert),

@@ -385,7 +385,7 @@ def cases(draw, dtypes=(torch.float32,)) -> Case:
     )
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(case=cases())
 def test_follows_the_method(case: Case) -> None:
     """Compare weights, map, losses and gradients with the reference; float32 against float64."""
@@ -440,7 +440,7 @@ def test_follows_the_method(case: Case) -> None:
         assert torch.equal(router.local_tokens_per_expert.long(), routing_map[real].sum(dim=0))
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(case=cases(dtypes=(torch.float32, torch.bfloat16)), scale=st.sampled_from([1, 30, 500]))
 # In these examples, scores of visible experts round to 0, which is the score of invisible experts.
 @example(case=Case(0, 20, 4, (5, 3), "softmax_before", "all"), scale=500)

@@ -15,7 +15,7 @@ from maskmoe.errors import UserError
 from maskmoe.transformer.visible_experts import VisibleExperts, check_same_mask, routing_mask_from_buffers
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     tables=st.integers(1, 3),
