@@ -127,7 +127,7 @@ def finish_run(comparison: Comparison, name: str) -> None:
 
     Raises:
         UserError: no run has the name, or another command works on the run.
-        SystemExit: a stage failed.
+        RunFailure: a stage failed.
     """
     plan = comparison.plan(comparison.find_run(name))
     plan.prepare()

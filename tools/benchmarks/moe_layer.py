@@ -26,6 +26,19 @@ from torch import Tensor
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.token_ids import pack_token_ids
 
+LAYER_SETTINGS = {
+    "moe_aux_loss_coeff": 1e-2,
+    "moe_router_dtype": "fp32",
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "bias_activation_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "normalization": "RMSNorm",
+    "transformer_impl": "local",
+    "use_cpu_initialization": not torch.cuda.is_available(),
+}
+"""Settings of an MoE layer of the local spec without fused kernels."""
+
 
 def build_layers(
     config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
@@ -61,20 +74,10 @@ def compute(layer: MoELayer, tokens: RoutedTokens, padding_mask: Callable[[], Te
 
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
     """Yield the cases for every k, N and mask."""
-    settings = {
-        "moe_ffn_hidden_size": arguments.ffn_hidden_size,
-        "moe_aux_loss_coeff": 1e-2,
-        "moe_router_dtype": "fp32",
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "bias_activation_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "normalization": "RMSNorm",
-        "transformer_impl": "local",
-        "use_cpu_initialization": not torch.cuda.is_available(),
-    }
     num_ranks = groups.ep.size()
-    for config in routed_tokens.configs(arguments, num_ranks, **settings):
+    for config in routed_tokens.configs(
+        arguments, num_ranks, moe_ffn_hidden_size=arguments.ffn_hidden_size, **LAYER_SETTINGS
+    ):
         for mask_name in routed_tokens.MASKS:
             tokens = draw_tokens(config, arguments.tokens, mask_name, groups)
             our_layer, stock_layer = build_layers(config, tokens, groups)

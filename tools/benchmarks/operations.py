@@ -26,7 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from meter import cost_of
-from moe_layer import build_layers
+from moe_layer import LAYER_SETTINGS, build_layers
 from routed_tokens import RoutedTokens, draw_tokens
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -36,19 +36,7 @@ from maskmoe.transformer.dispatch import rows
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_RANKS, NUM_TOKENS, HIDDEN_SIZE = 8, 512, 64
-SETTINGS = {
-    "moe_ffn_hidden_size": 32,
-    "moe_aux_loss_coeff": 1e-2,
-    "moe_router_dtype": "fp32",
-    "gated_linear_unit": True,
-    "activation_func": torch.nn.functional.silu,
-    "bias_activation_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "normalization": "RMSNorm",
-    "transformer_impl": "local",
-    "use_cpu_initialization": True,
-    "params_dtype": torch.bfloat16,
-}
+DTYPE = torch.bfloat16
 _VIEWS = {
     *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "split"),
     *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"),
@@ -116,7 +104,7 @@ def ranks_on_gpus() -> Iterator[ProcessGroupCollection]:
 def count(forward: Callable[[Tensor], Tensor], tokens: RoutedTokens) -> Operations:
     """Count a function of hidden states [tokens, 1, hidden] and its backward pass."""
     counts, waits = [], []
-    hidden = tokens.hidden.to(SETTINGS["params_dtype"]).detach().requires_grad_()
+    hidden = tokens.hidden.to(DTYPE).detach().requires_grad_()
     outputs: list[Tensor] = []
 
     def backward() -> None:
@@ -137,7 +125,8 @@ def count_all() -> dict[str, Operations]:
     found = {}
     with ranks_on_gpus() as groups:
         arguments = argparse.Namespace(hidden_size=HIDDEN_SIZE, experts=["8/64"])
-        (config,) = routed_tokens.configs(arguments, NUM_RANKS, **SETTINGS)
+        settings = LAYER_SETTINGS | {"moe_ffn_hidden_size": 32, "params_dtype": DTYPE}
+        (config,) = routed_tokens.configs(arguments, NUM_RANKS, **settings)
         for name, mask_name in (("planned", "rank-local"), ("one copy", "any")):
             tokens = draw_tokens(config, NUM_TOKENS, mask_name, groups)
             ours, stock = build_layers(config, tokens, groups)
