@@ -7,8 +7,6 @@ from torch import Tensor
 
 from maskmoe.transformer.selection import MaskedLogits
 
-_NUM_SCALARS = 5
-
 
 class RoutingSums(NamedTuple):
     """Sums over tokens, micro-batches and ranks, of one layer or of several layers in leading dimensions.
@@ -29,15 +27,16 @@ class RoutingSums(NamedTuple):
     num_micro_batches: Tensor
     tokens_per_expert: Tensor
 
-    @staticmethod
-    def packed_size(num_experts: int) -> int:
+    @classmethod
+    def packed_size(cls, num_experts: int) -> int:
         """Return the size of the tensor that `RoutingStatistics.take` returns."""
-        return _NUM_SCALARS + num_experts
+        return len(cls._fields) - 1 + num_experts
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "RoutingSums":
         """Split a tensor `[..., packed_size]` into its sums."""
-        return cls._make((*packed[..., :_NUM_SCALARS].unbind(-1), packed[..., _NUM_SCALARS:]))
+        num_scalars = len(cls._fields) - 1
+        return cls._make((*packed[..., :num_scalars].unbind(-1), packed[..., num_scalars:]))
 
 
 class RoutingStatistics:
