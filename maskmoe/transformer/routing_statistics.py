@@ -69,7 +69,7 @@ class RoutingStatistics:
             num_tokens = is_real.sum()
         entropy = torch.special.entr(logits.normalized_scores)  # [tokens, experts]
         if routable is not None:
-            entropy = entropy.masked_fill(~routable.unsqueeze(-1), 0.0)
+            entropy = entropy.sum(dim=-1) * routable  # [tokens]
         self._num_tokens += num_tokens
         self._num_routable += num_tokens if routable is None else routable.sum()
         self._entropy += entropy.sum(dtype=torch.float64)
