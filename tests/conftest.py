@@ -1,9 +1,11 @@
 """Prepares the process for Megatron before any test module imports it, and starts gloo ranks."""
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 from support.launchers import RunRanks, run_script_as_ranks
 
@@ -18,13 +20,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure() -> None:
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads the variable when a module with kernels is imported.
     prepare_process()
 
 
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:
     """Initialise Megatron's process groups, each with this process as the only rank."""
-    import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
