@@ -113,12 +113,9 @@ class VisibleExperts(MegatronModule):
         Returns:
             int64 [tables, ranks, tokens] each: the expert-parallel rank, and the number of visible experts.
         """
-        rows = self.row_of_id[tables][:, token_ids].long()
-
-        def look_up(values_of_row: Tensor) -> Tensor:
-            return values_of_row[tables].gather(1, rows.flatten(1)).view_as(rows).long()
-
-        return look_up(self.rank_of_row), look_up(self.num_visible_of_row)
+        tables = tables.view(-1, 1, 1)
+        rows = self.row_of_id[tables, token_ids].long()
+        return self.rank_of_row[tables, rows].long(), self.num_visible_of_row[tables, rows].long()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

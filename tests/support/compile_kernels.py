@@ -8,13 +8,28 @@ The process must not have TRITON_INTERPRET=1.
 import sys
 from collections.abc import Callable
 
+import torch
 from support.kernels import compiled_launches
 
-CASES: dict[str, Callable[[], object]] = {}
+from maskmoe.megatron_compat import prepare_process
+
+
+def copy_rows() -> None:
+    """Launch the kernels of `SlottedCopies`."""
+    from maskmoe.transformer.dispatch.rows import copies_of_map
+
+    chosen = torch.ones(100, 40, dtype=torch.bool)
+    for dtype in (torch.bfloat16, torch.float32):
+        copies = copies_of_map(chosen, 800, 8, slice(8, 16))
+        copies.sum_copies(copies.copy_rows(torch.ones(100, 64, dtype=dtype)))
+
+
+CASES: dict[str, Callable[[], object]] = {"row copies": copy_rows}
 """Functions that launch kernels, by name. A case imports what it needs itself."""
 
 
 if __name__ == "__main__":
+    prepare_process()
     with compiled_launches() as names:
         CASES[sys.argv[1]]()
     print(*names)

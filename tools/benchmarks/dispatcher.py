@@ -79,7 +79,7 @@ def dispatch_ours(
         )
         return dispatch_by_alltoall(alltoall, tokens, routing_map)
     build = PlannedDispatcher if kind is DispatchKind.PLANNED else OneCopyDispatcher
-    dispatcher = build(config.num_moe_experts, groups.ep)
+    dispatcher = build(config, groups.ep)
 
     def work() -> None:
         hidden, probs = _leaves(tokens.hidden, routing_map)

@@ -91,6 +91,8 @@ class _HostWaits(TorchFunctionMode):
         if not on_host and (func in _READS or func is Tensor.cpu):
             self.count += 1
             on_host = True
+        # The host waits for an event before it reads what such a copy brings.
+        on_host |= func is Tensor.to and args[1:] == ("cpu",) and bool(kwargs) and kwargs.get("non_blocking", False)
         return self._mark_on_host(result) if on_host else result
 
     @contextmanager

@@ -58,6 +58,5 @@ def build_dispatcher(kind: DispatchKind, layer: MoELayer) -> Dispatcher:
     """
     if kind is DispatchKind.STOCK:
         return StockDispatcher(layer)
-    assert layer.config.num_moe_experts is not None
     build = PlannedDispatcher if kind is DispatchKind.PLANNED else OneCopyDispatcher
-    return build(layer.config.num_moe_experts, layer.ep_group)
+    return build(layer.config, layer.ep_group)

@@ -7,9 +7,8 @@ import torch
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.functional import one_hot
 
-from maskmoe.transformer.dispatch.rows import RowCopies
+from maskmoe.transformer.dispatch.rows import SortedCopies
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -26,7 +25,7 @@ class LayerPlan:
         num_selected: the sum of `min(k, V)` over the received tokens.
     """
 
-    to_ranks: RowCopies
+    to_ranks: SortedCopies
     rows_to: tuple[int, ...]
     rows_from: tuple[int, ...]
     received_ids: TokenIds
@@ -72,31 +71,35 @@ class DispatchPlanner:
         # Look up the destination of every token of every rank.
         rank, num_ranks = get_pg_rank(self._group), get_pg_size(self._group)
         ids, is_padding = self._gather_ids(token_ids)  # [ranks, tokens] each
-        tables = torch.tensor(self._tables, device=ids.device)
+        tables = torch.tensor(self._tables).to(ids.device, non_blocking=True)
         destination, num_visible = self._visible_experts.rank_and_size(ids, tables)  # [tables, ranks, tokens] each
         is_received = destination == rank
 
         # Count rows and selected experts, and bring the counts of all tables to the host at once.
-        rows_to = one_hot(destination[:, rank], num_ranks).sum(dim=1)  # [tables, ranks]
+        own_destination = destination[:, rank]  # [tables, tokens]
+        is_sent = own_destination.unsqueeze(-1) == torch.arange(num_ranks, device=ids.device)
         rows_from = is_received.sum(dim=-1)  # [tables, ranks]
         num_selected = (num_visible.clamp(max=self._topk) * is_received).sum(dim=(1, 2))  # [tables]
-        counts = torch.cat([rows_to, rows_from, num_selected.unsqueeze(1)], dim=1).tolist()
+        counts = torch.cat([is_sent.sum(dim=1), rows_from, num_selected.unsqueeze(1)], dim=1).tolist()
 
-        order = destination[:, rank].argsort(dim=1, stable=True)  # [tables, tokens]
-        plans = {}
-        for index, (table, of_table) in enumerate(zip(self._tables, counts, strict=True)):
-            rows_from_ranks = tuple(of_table[num_ranks:-1])
-            received = torch.nonzero_static(is_received[index].flatten(), size=sum(rows_from_ranks))  # [rows, 1]
-            plans[table] = LayerPlan(
-                to_ranks=RowCopies.permutation(order[index]),
-                rows_to=tuple(of_table[:num_ranks]),
-                rows_from=rows_from_ranks,
-                received_ids=TokenIds(
-                    ids.flatten()[received], None if is_padding is None else is_padding.flatten()[received]
-                ),
-                num_selected=of_table[-1],
-            )
-        return DispatchPlan(plans)
+        # Order the tokens by destination, and list the received tokens of one table after the other.
+        to_ranks = SortedCopies.permutations(own_destination.argsort(dim=1, stable=True))
+        num_received = [sum(of_table[num_ranks:-1]) for of_table in counts]
+        received = torch.nonzero_static(is_received.flatten(1), size=sum(num_received))[:, 1:]  # [rows, 1]
+        received_ids = ids.flatten()[received].split(num_received)
+        padding = [None] * len(counts) if is_padding is None else is_padding.flatten()[received].split(num_received)
+        return DispatchPlan(
+            {
+                table: LayerPlan(
+                    to_ranks=to_ranks[index],
+                    rows_to=tuple(of_table[:num_ranks]),
+                    rows_from=tuple(of_table[num_ranks:-1]),
+                    received_ids=TokenIds(received_ids[index], padding[index]),
+                    num_selected=of_table[-1],
+                )
+                for index, (table, of_table) in enumerate(zip(self._tables, counts, strict=True))
+            }
+        )
 
     def _gather_ids(self, token_ids: TokenIds) -> tuple[Tensor, Tensor | None]:
         """Gather ids, int64, and padding, bool, of all ranks: [ranks, tokens], tokens ordered as in the layers."""

@@ -1,14 +1,13 @@
 """Planned dispatch: token ids tell every destination before the first layer runs, so layers exchange only rows."""
 
-from dataclasses import replace
-
-import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.transformer.dispatch.one_copy import weights_of_copies
+from maskmoe.transformer.dispatch.one_copy import local_experts
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
-from maskmoe.transformer.dispatch.rows import RowBuffers, RowCopies, RowExchange
+from maskmoe.transformer.dispatch.rows import RowBuffers, RowExchange
+from maskmoe.transformer.dispatch.to_experts import CopyToExperts, SavedByExperts, WayBack
 from maskmoe.transformer.token_ids import TokenIds
 
 
@@ -25,16 +24,17 @@ class PlannedDispatcher:
     5. Add the outputs of each received row, and all-to-all back.
 
     Args:
-        num_experts: N; every rank holds an equal, contiguous share of the experts.
+        config: the model's configuration; every rank holds an equal, contiguous share of the experts.
         ep_group: the expert-parallel ranks.
     """
 
-    def __init__(self, num_experts: int, ep_group: ProcessGroup) -> None:
+    def __init__(self, config: TransformerConfig, ep_group: ProcessGroup) -> None:
         self._group = ep_group
-        num_local_experts = num_experts // ep_group.size()
-        first = ep_group.rank() * num_local_experts
-        self._local_experts = slice(first, first + num_local_experts)
         self._buffers = RowBuffers()
+        self._experts = local_experts(config, ep_group)
+        self._copy_to_experts = CopyToExperts(
+            self._experts, config.moe_router_topk, self._buffers, config.moe_permute_fusion
+        )
 
     def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
         """Send one copy to the rank that the plan names, and choose experts there; see `Dispatcher`.
@@ -48,21 +48,22 @@ class PlannedDispatcher:
                 "passes `padding_mask` on to the layers must not replace the tensor"
             )
         plan = token_ids.plan.of_table[router.table]
-        exchange = RowExchange(self._group, self._buffers, plan.to_ranks, plan.rows_to, plan.rows_from)
+        exchange = RowExchange(self._group, self._buffers, plan.to_ranks, plan)
         rows = exchange.dispatch(router.attach_losses(hidden_states, token_ids))
 
         # The router takes [sequence, batch, hidden], so the rows form one sequence.
-        probs, routing_map = router(rows.unsqueeze(1), plan.received_ids, False)
-        selected = routing_map[:, self._local_experts]
-        to_local_experts = RowCopies.from_map(selected, plan.num_selected, has_every_row=True)
+        saved = SavedByExperts(rows)
+        with saved.while_routing():
+            probs, routing_map = router(rows.unsqueeze(1), plan.received_ids, False)
+        expert_rows = self._copy_to_experts(rows, probs, routing_map, plan.num_selected)
+        saved.keep(expert_rows)
         return Dispatched(
-            expert_input=to_local_experts.copy_rows_with_gradient(rows),
-            tokens_per_expert=selected.sum(dim=0),
-            weights=weights_of_copies(probs[:, self._local_experts], to_local_experts),
-            metadata=(replace(exchange, to_local_experts=to_local_experts), hidden_states.shape),
+            expert_input=expert_rows.values,
+            tokens_per_expert=routing_map[:, self._experts].sum(dim=0),
+            weights=expert_rows.weights,
+            metadata=WayBack(exchange, expert_rows.sum_outputs, hidden_states.shape),
         )
 
-    def combine(self, expert_output: Tensor, metadata: tuple[RowExchange, torch.Size]) -> Tensor:
+    def combine(self, expert_output: Tensor, metadata: WayBack) -> Tensor:
         """Send outputs back and add them up; see `Dispatcher`."""
-        exchange, shape = metadata
-        return exchange.combine(expert_output).view(shape)
+        return metadata.combine(expert_output)

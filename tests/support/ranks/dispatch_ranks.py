@@ -138,14 +138,14 @@ def main() -> None:
 
     stock = MoEAlltoAllTokenDispatcher(local_experts, indices, config, groups)
     of_any_number = MaskMoEAlltoAllTokenDispatcher(local_experts, indices, config, groups, min_visible=1)
-    one_copy = OneCopyDispatcher(num_experts, groups.ep)
+    one_copy = OneCopyDispatcher(config, groups.ep)
     works: dict[str, Callable[[], None]] = {
         "top-k, row per expert": lambda: dispatch_rows(stock, hidden, cases["top-k"]),
         "top-k, one copy": lambda: dispatch_copies(one_copy, hidden, cases["top-k"]),
         "mask, row per expert": lambda: dispatch_rows(of_any_number, hidden, cases["mask"]),
         "mask, one copy": lambda: dispatch_copies(one_copy, hidden, cases["mask"]),
         "rank-local mask, planned": lambda: dispatch_planned(
-            PlannedDispatcher(num_experts, groups.ep), visible_experts, topk, hidden, cases["token_ids"], groups
+            PlannedDispatcher(config, groups.ep), visible_experts, topk, hidden, cases["token_ids"], groups
         ),
     }
     record, calls = Record(num_ranks, hidden_size), {}

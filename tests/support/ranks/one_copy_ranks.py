@@ -1,4 +1,4 @@
-"""One rank of one-copy dispatch: `python one_copy_ranks.py FOLDER SEEDS`, with RANK and WORLD_SIZE set.
+"""One rank of one-copy dispatch: `python one_copy_ranks.py FOLDER SEEDS [kernels]`, with RANK and WORLD_SIZE set.
 
 Each expert multiplies its input by a vector, so that every rank can compute all expected results by itself. The script
 writes the largest deviations, and the calls and elements of all-to-alls, to `rankR.json`.
@@ -7,6 +7,7 @@ writes the largest deviations, and the calls and elements of all-to-alls, to `ra
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from maskmoe.megatron_compat import prepare_process
@@ -14,6 +15,8 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import torch
 from fixed_router import FixedRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from support.kernels import kernels_on_cpu
 from torch import Tensor
 
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
@@ -60,7 +63,14 @@ def draw_case(seed: int, rank: int, num_ranks: int) -> dict[str, Tensor]:
     weights = torch.rand(num_tokens, num_experts, generator=own).masked_fill(~chosen, 0)
     weights[chosen & (score > 0.9)] = 0  # weights that are rounded to 0 are selected nevertheless
     hidden, gradient = torch.randn(2, num_tokens, HIDDEN, generator=own)
-    return {"hidden": hidden, "gradient": gradient, "weights": weights, "chosen": chosen, "scales": scales}
+    return {
+        "hidden": hidden,
+        "gradient": gradient,
+        "weights": weights,
+        "chosen": chosen,
+        "scales": scales,
+        "topk": torch.tensor(topk),
+    }
 
 
 def deviations(case: dict[str, Tensor], rank: int, num_ranks: int) -> dict[str, float]:
@@ -70,7 +80,17 @@ def deviations(case: dict[str, Tensor], rank: int, num_ranks: int) -> dict[str, 
     per_expert.sum(dim=1).backward(case["gradient"])
 
     local_experts = len(scales) // num_ranks
-    dispatcher = OneCopyDispatcher(len(scales), torch.distributed.group.WORLD)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        num_moe_experts=len(scales),
+        moe_router_topk=int(case["topk"]),
+        moe_router_pre_softmax=True,
+        moe_token_dispatcher_type="alltoall",
+        add_bias_linear=False,
+    )
+    dispatcher = OneCopyDispatcher(config, torch.distributed.group.WORLD)
     own_hidden, own_weights = (case[name].clone().requires_grad_() for name in ("hidden", "weights"))
     own_scales = case["scales"][rank * local_experts :][:local_experts].clone().requires_grad_()
     router = FixedRouter(own_weights, case["chosen"])
@@ -96,6 +116,7 @@ def _difference(values: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     folder, seeds = Path(sys.argv[1]), range(int(sys.argv[2]))
+    runs_kernels = sys.argv[3:] == ["kernels"]
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks
@@ -104,7 +125,8 @@ def main() -> None:
     for seed in seeds:
         case = draw_case(seed, rank, num_ranks)
         counted = CountedAllToAll()
-        result = deviations(case, rank, num_ranks)
+        with kernels_on_cpu() if runs_kernels else nullcontext():
+            result = deviations(case, rank, num_ranks)
         torch.distributed.all_to_all_single = counted._stock
         of_rank = case["chosen"].unflatten(1, (num_ranks, -1))
         rows = torch.tensor([int(of_rank.any(dim=-1).sum())])
