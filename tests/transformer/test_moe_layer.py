@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from safetensors.torch import load_file
-from support.launchers import RANK_SCRIPTS
+from support.launchers import RANK_SCRIPTS, RunRanks
 from support.ranks.parallel_layer_ranks import CASES, LAYOUTS, is_possible, run_case
 from support.small_moe import (
     DEVICE,
@@ -214,11 +214,13 @@ def test_planned_layer_without_a_plan_fails() -> None:
         layer(hidden, padding_mask=token_ids)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """Return the results of each of two ranks for all layouts and cases."""
+@pytest.fixture(scope="module", params=["torch", "kernels"])
+def two_ranks(
+    request: pytest.FixtureRequest, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Tensor]]:
+    """Return the results of each of two ranks for all layouts and cases, with torch or with Triton kernels."""
     folder = tmp_path_factory.mktemp("parallel_layer")
-    run_ranks(RANK_SCRIPTS / "parallel_layer_ranks.py", folder)
+    run_ranks(RANK_SCRIPTS / "parallel_layer_ranks.py", folder, request.param)
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
 
 

@@ -1,10 +1,12 @@
-"""One rank of an MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""One rank of an MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER WAY`, with RANK and WORLD_SIZE.
 
-Parameters and inputs of a case do not depend on layout and rank, so that all layouts must give the same results.
+WAY is `torch`, or `kernels`, where Triton's interpreter runs the kernels. Parameters and inputs of a case do not depend
+on layout and rank, so that all layouts must give the same results.
 """
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from safetensors.torch import save_file
+from support.kernels import kernels_on_cpu
 from support.small_moe import (
     DEVICE,
     make_config,
@@ -225,7 +228,8 @@ def _part_of_weight(name: str, shape: torch.Size, rank: int, shards: int) -> Ten
 
 
 def main() -> None:
-    folder, rank, num_ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    folder, way = Path(sys.argv[1]), sys.argv[2]
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
     results = {}
     for layout_name, layout in LAYOUTS.items():
@@ -233,7 +237,9 @@ def main() -> None:
         model_parallel_cuda_manual_seed(1)
         for case_name in CASES:
             if is_possible(layout_name, case_name):
-                for key, value in run_case(layout_name, case_name, rank, num_ranks).items():
+                with kernels_on_cpu() if way == "kernels" else nullcontext():
+                    result = run_case(layout_name, case_name, rank, num_ranks)
+                for key, value in result.items():
                     results[f"{layout_name}/{case_name}/{key}"] = value.contiguous()
         parallel_state.destroy_model_parallel()
     save_file(results, folder / f"rank{rank}.safetensors")
