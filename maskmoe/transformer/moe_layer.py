@@ -52,6 +52,7 @@ class MaskMoELayer(MoELayer):
         elif isinstance(self.token_dispatcher, MoEFlexTokenDispatcher):
             self.token_dispatcher = MaskMoEFlexTokenDispatcher(*common)
         if self.use_shared_expert and self.shared_expert_overlap:
+            assert self.token_dispatcher is not None
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         kind = choose_dispatch(config, pg_collection, self.router.visible_experts.is_rank_local, is_mtp_layer)
         self.dispatcher = build_dispatcher(kind, self)

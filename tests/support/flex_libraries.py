@@ -1,8 +1,9 @@
 """Stand-ins on the CPU for the libraries of Megatron's flex dispatcher: DeepEP, HybridEP and NCCL-EP.
 
-They have the interface that Megatron-Core 0.19.2 calls (DeepEP 1.2.1, DeepEP's branch hybrid-ep, Transformer Engine 2.18),
-send rows over the process group's own all-to-all, and refuse what the libraries refuse or what their documentation rules
-out. `install` lets Megatron import them, so that Megatron's own code around the libraries runs unchanged.
+The stand-ins have the interface that Megatron-Core 0.19.2 calls: that of DeepEP 1.2.1, of DeepEP's branch hybrid-ep,
+and of Transformer Engine 2.18. They send rows over the process group's own all-to-all, and refuse what the libraries
+refuse or what their documentation rules out. `install` lets Megatron import the stand-ins, so that Megatron's own code
+around the libraries runs unchanged.
 """
 
 import importlib
@@ -80,18 +81,22 @@ class Plan:
         return total.index_add(0, self.token, back.float()).to(rows.dtype)
 
 
+def check(tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Check what kernels need of a tensor that they address by pointer."""
+    assert tensor.is_contiguous()
+    assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape)
+
+
 def check_tokens(tokens: Tensor, multiple: int) -> None:
     """Check the properties that all libraries need of hidden states."""
-    assert tokens.dim() == 2 and tokens.is_contiguous()
-    assert tokens.dtype is token_dtype
+    check(tokens, token_dtype, len(tokens), tokens.shape[-1])
     assert tokens.shape[1] % multiple == 0
 
 
 def check_slots(experts: Tensor, weights: Tensor, num_experts: int) -> None:
     """Check expert indices and weights, [tokens, k] each; no expert may be named twice."""
-    assert experts.dim() == weights.dim() == 2 and experts.shape == weights.shape
-    assert experts.is_contiguous() and weights.is_contiguous()
-    assert experts.dtype is torch.int64 and weights.dtype is torch.float32
+    check(experts, torch.int64, len(experts), experts.shape[-1])
+    check(weights, torch.float32, *experts.shape)
     assert ((experts >= -1) & (experts < num_experts)).all()
     assert (multihot(experts, num_experts).sum(dim=1) == (experts >= 0).sum(dim=1)).all()
 
@@ -163,10 +168,12 @@ class Buffer:
         self._check_events(**events)
         check_tokens(x, 16 // x.element_size())
         if handle is not None:
-            assert topk_idx is None and topk_weights is None
+            assert topk_idx is topk_weights is None
             return handle.send(x[handle.token]), None, None, None, None, EventOverlap()
-        assert is_token_in_rank is not None and is_token_in_rank.shape == (len(x), self.group.size())
-        assert num_tokens_per_rank is not None and num_tokens_per_expert is not None and len(topk_idx) == len(x)
+        check(is_token_in_rank, torch.bool, len(x), self.group.size())
+        check(num_tokens_per_rank, torch.int32, self.group.size())
+        check(num_tokens_per_expert, torch.int32, len(num_tokens_per_expert))
+        assert len(topk_idx) == len(x)
         check_slots(topk_idx, topk_weights, len(num_tokens_per_expert))
         plan = Plan.of(self.group, is_token_in_rank)
         num_local = len(num_tokens_per_expert) // self.group.size()
@@ -183,15 +190,12 @@ class Buffer:
         check_tokens(x, 16 // x.element_size())
         assert len(x) == sum(handle.received)
         if topk_weights is not None:
-            assert topk_weights.dtype is torch.float32 and topk_weights.is_contiguous()
-            assert topk_weights.dim() == 2 and len(topk_weights) == len(x)
+            check(topk_weights, torch.float32, len(x), topk_weights.shape[-1])
             topk_weights = handle.add_up(topk_weights)
         return handle.add_up(x), topk_weights, EventOverlap()
 
     @staticmethod
-    def _check_events(
-        previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
-    ) -> None:
+    def _check_events(previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> None:
         assert not allocate_on_comm_stream or (previous_event is not None and async_finish)
 
 
@@ -210,7 +214,8 @@ class HybridEPBuffer:
         use_fp8: bool,
         **kernel_settings: int,
     ) -> None:
-        assert hidden_dim % 16 == 0 and num_local_experts * group.size() % 4 == 0 and not use_fp8
+        assert hidden_dim % 16 == num_local_experts * group.size() % 4 == 0
+        assert not use_fp8
         self.group = group
 
     def dispatch_with_permute(
@@ -229,12 +234,11 @@ class HybridEPBuffer:
     ) -> tuple[Tensor, Tensor | None, None, Tensor, Plan]:
         check_tokens(hidden, 8)
         if handle is not None:
-            assert num_permuted_tokens is not None and num_permuted_tokens == len(handle.order)
+            assert num_permuted_tokens == len(handle.order)
             return handle.send(hidden[handle.token]), None, None, handle.counts, handle
         assert not non_blocking
-        assert routing_map.dtype is torch.bool and routing_map.is_contiguous() and len(routing_map) == len(hidden)
-        assert probs.dtype is torch.float32 and probs.is_contiguous() and probs.shape == routing_map.shape
-        assert routing_map.shape[1] == num_of_experts_per_rank * self.group.size()
+        check(routing_map, torch.bool, len(hidden), num_of_experts_per_rank * self.group.size())
+        check(probs, torch.float32, *routing_map.shape)
         # The library gathers the routing maps of all ranks, which must have the same shape.
         sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.group.size())]
         torch.distributed.all_gather(sizes, torch.tensor([len(hidden)]), group=self.group)
@@ -255,7 +259,7 @@ class HybridEPBuffer:
         check_tokens(hidden, 8)
         assert len(hidden) == len(handle.order)
         if probs is not None:
-            assert probs.dtype is torch.float32 and probs.is_contiguous() and probs.shape == hidden.shape[:1]
+            check(probs, torch.float32, len(hidden))
             rows = handle.send_back(probs)
             probs = torch.zeros(handle.num_tokens, self.group.size() * len(handle.counts))
             probs[handle.token, handle.destination] = rows
@@ -279,7 +283,8 @@ class EpBuffer:
         num_local_experts: int,
         alignment: int = 0,
     ) -> None:
-        assert te_ep._BOOTSTRAPPED and alignment == 0
+        assert te_ep._BOOTSTRAPPED
+        assert alignment == 0
         self.top_k, self.num_local_experts = top_k, num_local_experts
         self.max_tokens, self.capacity, self.hidden_dim = max_tokens_per_rank, recv_capacity_per_rank, hidden_dim
 
@@ -293,9 +298,10 @@ def ep_bootstrap(
     max_num_sms: int = 0,
     zero_copy: bool = False,
 ) -> None:
-    assert not te_ep._BOOTSTRAPPED and not zero_copy
-    assert ep_group.size() >= 2 and num_experts % ep_group.size() == 0 and hidden_dim * 2 >= 16
-    assert max_tokens_per_rank % 64 == 0 and recv_capacity_per_rank > 0
+    assert te_ep._BOOTSTRAPPED is zero_copy is False
+    assert ep_group.size() >= 2
+    assert num_experts % ep_group.size() == max_tokens_per_rank % 64 == 0
+    assert recv_capacity_per_rank >= max_tokens_per_rank
     te_ep._BOOTSTRAPPED, te_ep.group = True, ep_group
 
 
@@ -313,8 +319,9 @@ def ep_dispatch(
     recv_topk_weights: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_tokens(tokens, 8)
-    assert len(tokens) == len(topk_idx) <= buffer.max_tokens and tokens.shape[1] == buffer.hidden_dim
-    assert topk_idx.shape[1] == buffer.top_k
+    assert len(tokens) <= buffer.max_tokens
+    assert tokens.shape[1] == buffer.hidden_dim
+    assert topk_idx.shape == (len(tokens), buffer.top_k)
     num_experts = te_ep.group.size() * buffer.num_local_experts
     check_slots(topk_idx, topk_weights, num_experts)
     buffer.plan = plan = Plan.of(te_ep.group, multihot(topk_idx, num_experts))

@@ -1,8 +1,8 @@
 """Flex dispatch: Megatron-Core's flex dispatcher, for any number of selected experts per token.
 
-The flex dispatcher leaves communication to a library: DeepEP, HybridEP, or NCCL-EP of Transformer Engine. HybridEP takes
-the routing map, so Megatron's manager serves every routing mask. DeepEP and NCCL-EP take k expert indices for each
-token, and skip an index of -1. Megatron's managers for them fill all k slots.
+The flex dispatcher leaves communication to a library: DeepEP, HybridEP, or NCCL-EP of Transformer Engine. HybridEP
+takes the routing map, so Megatron's manager serves every routing mask. DeepEP and NCCL-EP take k expert indices for
+each token, and skip an index of -1. Megatron's managers for DeepEP and NCCL-EP fill all k slots, so they are replaced.
 """
 
 from inspect import signature
@@ -87,14 +87,16 @@ def missing_library(backend: str) -> str | None:
         return None if fused_a2a.HAVE_DEEP_EP else "DeepEP 1 (the Python package deep_ep)"
     if backend == "hybridep":
         return None if fused_a2a.HAVE_HYBRIDEP else "HybridEP (the Python package deep_ep of DeepEP's branch hybrid-ep)"
-    fits = fused_a2a.HAVE_TE_EP and _fits_megatron(fused_a2a.te_ep)
-    return None if fits else "NCCL-EP (the Python package transformer-engine 2.18, built with NVTE_BUILD_WITH_NCCL_EP=1)"
+    if fused_a2a.HAVE_TE_EP and _fits_megatron(fused_a2a.te_ep):
+        return None
+    return "NCCL-EP (the Python package transformer-engine 2.18, built with NVTE_BUILD_WITH_NCCL_EP=1)"
 
 
 def _fits_megatron(te_ep: Any) -> bool:
-    """Report whether Transformer Engine was built with NCCL-EP and has the interface that Megatron-Core 0.19.2 calls.
+    """Report whether Transformer Engine has NCCL-EP with the interface that Megatron-Core 0.19.2 calls.
 
-    Version 2.17 lacks arguments that Megatron passes; later versions than 2.18 need an argument that Megatron does not pass.
+    Version 2.17 lacks arguments that Megatron passes. Since version 2.19, one argument is required that Megatron leaves
+    out.
     """
     return (
         hasattr(te_ep.tex, "ep_initialize")

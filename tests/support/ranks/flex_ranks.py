@@ -14,12 +14,13 @@ from typing import Any
 from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe import fused_a2a
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from support import flex_libraries
-from support.small_moe import draw_parameters, make_config, make_layer, make_mask, random_visible_sets
+from support.small_moe import draw_parameters, make_config, make_layer, make_mask, process_groups, random_visible_sets
 from torch import Tensor
 
 from maskmoe.transformer.dispatch.choose import build_dispatcher
@@ -29,9 +30,12 @@ from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, TOPK, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 8, 3, 9, 12, 4, 16
+EXPERT = {"expert_model_parallel_size": 2}
+EXPERT_TENSOR = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+NO_OVERLAP = {"moe_shared_expert_overlap": False}
 BACKENDS: dict[str, dict[str, Any]] = {
     "deepep": {},
-    "hybridep": {"moe_hybridep_pad_uneven_dispatch_inputs": True},
+    "hybridep": {},
     # No rank receives more than all rows.
     "ncclep": {"moe_expert_rank_capacity_factor": 8.0},
 }
@@ -46,15 +50,18 @@ class Case:
         num_visible: The ids see only the first experts, this many.
         settings: Settings of the configuration.
         router_scale: Factor of the router's weights. Weights of selected experts are rounded to 0 if it is large.
+        uneven: The ranks have different numbers of tokens.
     """
 
     sizes: tuple[int, ...] = (1, 2, 3, 8)
     num_visible: int = NUM_EXPERTS
     settings: Mapping[str, Any] = field(default_factory=dict)
     router_scale: float = 1
+    uneven: bool = False
 
 
 SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+OVERLAPPED = "overlapped shared experts"
 CASES = {
     "softmax": Case(),
     "weights of 0": Case(router_scale=1000),
@@ -64,16 +71,15 @@ CASES = {
     "one expert per token": Case(sizes=(1,)),
     # Some tokens keep no expert.
     "capacity": Case(settings={"moe_expert_capacity_factor": 0.3}),
-    "overlapped shared experts": Case(
-        settings={"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_overlap": True}
-    ),
+    OVERLAPPED: Case(settings={"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_overlap": True}),
+    "uneven ranks": Case(settings={"moe_hybridep_pad_uneven_dispatch_inputs": True}, uneven=True),
     "recomputed": Case(settings={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of one forward and backward pass.
+    """The results of one forward and backward pass on one rank.
 
     Attributes:
         tensors: Output and gradients.
@@ -90,11 +96,15 @@ class Outcome:
 
 def build(case: Case, layout: Mapping[str, int], **settings: Any) -> MaskMoELayer:
     """Build a layer whose parameters depend on the rank and the case only."""
-    visible = random_visible_sets(5, 1, VOCAB_SIZE, case.num_visible, case.sizes)
-    visible = torch.nn.functional.pad(torch.from_numpy(visible), (0, NUM_EXPERTS - case.num_visible)).numpy()
-    sequence_parallel = layout.get("tensor_model_parallel_size", 1) > 1
+    visible = np.zeros((1, VOCAB_SIZE, NUM_EXPERTS), bool)
+    visible[..., : case.num_visible] = random_visible_sets(5, 1, VOCAB_SIZE, case.num_visible, case.sizes)
     config = make_config(
-        NUM_EXPERTS, TOPK, hidden_size=HIDDEN, sequence_parallel=sequence_parallel, **layout, **case.settings, **settings
+        NUM_EXPERTS,
+        TOPK,
+        hidden_size=HIDDEN,
+        sequence_parallel=layout is EXPERT_TENSOR,
+        **layout,
+        **{**case.settings, **settings},
     )
     layer = make_layer(config, make_mask(visible))
     draw_parameters(layer)
@@ -107,54 +117,84 @@ def build(case: Case, layout: Mapping[str, int], **settings: Any) -> MaskMoELaye
     return layer
 
 
-def run(layer: MaskMoELayer, dtype: torch.dtype = torch.float32, sequence: int = SEQUENCE) -> Outcome:
+def build_flex(case: Case, layout: Mapping[str, int], backend: str, **settings: Any) -> MaskMoELayer:
+    """Build the layer of `build` with the flex dispatcher."""
+    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
+    layer = build(case, layout, **flex, **BACKENDS[backend], **settings)
+    assert isinstance(layer.dispatcher, StockDispatcher)
+    return layer
+
+
+def run(layer: MaskMoELayer, case: Case) -> Outcome:
     """Run a layer forward and backward on random tokens of this rank."""
-    torch.manual_seed(torch.distributed.get_rank())
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    sequence = SEQUENCE + rank * case.uneven
     token_ids = pack_token_ids(TokenIds(torch.randint(0, VOCAB_SIZE, (BATCH, sequence))))
-    hidden_states, gradient = torch.randn(2, sequence, BATCH, HIDDEN).to(dtype)
+    input, gradient = torch.randn(2, sequence, BATCH, HIDDEN).to(layer.config.params_dtype)
     routed: list[tuple[Tensor, Tensor]] = []
     rows: list[Tensor] = []
     layer.router.register_forward_hook(lambda module, inputs, output: routed.append(output))
     layer.experts.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[1]))
-    input = hidden_states.requires_grad_()
-    output, _ = layer(input, padding_mask=token_ids)
+    output, _ = layer(input.requires_grad_(), padding_mask=token_ids)
     output.backward(gradient)
     tensors = [output.detach(), input.grad, *(parameter.grad for parameter in layer.parameters())]
     weights, routing_map = routed[0]
     return Outcome(tensors, weights.detach(), routing_map, rows[0])
 
 
-def check_rows(outcome: Outcome, group: torch.distributed.ProcessGroup, num_ranks: int) -> None:
-    """Check that every expert gets one row for each token that selects the expert."""
+def rows_of_all_experts(outcome: Outcome) -> list[int]:
+    """Return the number of tokens of all ranks that select each expert."""
     selected = outcome.routing_map.sum(dim=0)
-    torch.distributed.all_reduce(selected, group=group)
-    expected = selected.view(num_ranks, -1)[parallel_state.get_expert_model_parallel_rank()]
-    assert outcome.tokens_per_expert.tolist() == expected.tolist()
+    torch.distributed.all_reduce(selected)
+    return selected.tolist()
 
 
-def compare(name: str, backend: str) -> None:
-    """Compare a case with another way to dispatch, on expert-parallel ranks.
+def compare(name: str, backend: str, layout: Mapping[str, int] = EXPERT, tolerance: float = 0, **settings: Any) -> None:
+    """Compare the flex dispatcher with another way to dispatch.
 
-    DeepEP adds up each rank's experts first, as one-copy dispatch does. The other libraries are compared with
-    Megatron's all-to-all; the stand-ins add up in the order of the experts, as Megatron does. So all bits are equal.
+    With expert parallelism alone, sums have the same order on both sides, so all bits are equal: DeepEP adds up each
+    rank's experts first, as one-copy dispatch does. The stand-ins of the other libraries add up in the order of the
+    experts, as Megatron's all-to-all does.
+
+    Args:
+        name: The case.
+        backend: The library.
+        layout: How the ranks divide the layer.
+        tolerance: Allowed difference, relative to the largest value.
+        settings: Further settings of the configuration.
     """
-    case, layout = CASES[name], {"expert_model_parallel_size": 2}
-    reference = build(case, layout)
-    adds_up_by_rank = backend == "deepep" and "moe_shared_expert_overlap" not in case.settings
-    reference.dispatcher = build_dispatcher(DispatchKind.ONE_COPY if adds_up_by_rank else DispatchKind.STOCK, reference)
-    flex = build(
-        case, layout, moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend=backend, **BACKENDS[backend]
-    )
-    assert isinstance(flex.dispatcher, StockDispatcher)
-    expected, outcome = run(reference), run(flex)
+    case = CASES[name]
+    reference, flex = build(case, layout, **settings, **NO_OVERLAP), build_flex(case, layout, backend, **settings)
+    kind = DispatchKind.ONE_COPY if backend == "deepep" and layout is EXPERT else DispatchKind.STOCK
+    reference.dispatcher = build_dispatcher(kind, reference)
+    expected, outcome = run(reference, case), run(flex, case)
     for value, expected_value in zip(outcome.tensors, expected.tensors, strict=True):
-        torch.testing.assert_close(value, expected_value, rtol=0, atol=0, msg=lambda m: f"{name}, {backend}: {m}")
-    check_rows(outcome, torch.distributed.group.WORLD, 2)
+        atol = tolerance * expected_value.abs().max().item()
+        torch.testing.assert_close(value, expected_value, rtol=0, atol=atol, msg=lambda m: f"{name}, {backend}: {m}")
+    # Every expert gets one row for each token that selects the expert.
+    first, num_local = flex.local_expert_indices[0], flex.num_local_experts
+    assert outcome.tokens_per_expert.tolist() == rows_of_all_experts(outcome)[first : first + num_local]
+    # The case has what its name says.
     num_selected = outcome.routing_map.sum(dim=1)
     assert (num_selected == 1).any()
-    assert (num_selected == TOPK).any() == (max(case.sizes) >= TOPK)
     assert (num_selected == 0).any() == (name == "capacity")
     assert (outcome.weights[outcome.routing_map] == 0).any() == (case.router_scale > 1)
+
+
+def show_need(backend: str) -> None:
+    """Show that Megatron's own manager sends k rows for each token, though the results are the same."""
+    case = CASES["softmax"]
+    layer, stock = build_flex(case, EXPERT, backend), build_flex(case, EXPERT, backend)
+    managed = (stock.num_local_experts, stock.local_expert_indices, stock.config, process_groups())
+    stock.token_dispatcher = MoEFlexTokenDispatcher(*managed)
+    stock.dispatcher = StockDispatcher(stock)
+    expected, outcome = run(layer, case), run(stock, case)
+    for value, expected_value in zip(outcome.tensors, expected.tensors, strict=True):
+        torch.testing.assert_close(value, expected_value, rtol=0, atol=1e-6 * expected_value.abs().max().item())
+    num_rows = outcome.tokens_per_expert.sum().clone()
+    torch.distributed.all_reduce(num_rows)
+    assert num_rows == 2 * TOPK * SEQUENCE * BATCH > sum(rows_of_all_experts(outcome))
 
 
 def main() -> None:
@@ -162,13 +202,26 @@ def main() -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks
     )
-    flex_libraries.install(torch.float32)
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-    model_parallel_cuda_manual_seed(1)
-    for backend in BACKENDS:
-        for name in CASES:
-            compare(name, backend)
-    parallel_state.destroy_model_parallel()
+    for layout in (EXPERT, EXPERT_TENSOR):
+        flex_libraries.install(torch.float32)
+        parallel_state.initialize_model_parallel(**layout)
+        model_parallel_cuda_manual_seed(1)
+        if layout is EXPERT:
+            for backend in BACKENDS:
+                for name in CASES:
+                    # With overlap, autograd adds up the gradients of the input in another order.
+                    compare(name, backend, tolerance=1e-6 if name == OVERLAPPED else 0)
+            show_need("deepep")
+            show_need("ncclep")
+        else:
+            # The sums over tensor-parallel ranks and over experts are made in another order.
+            for backend in BACKENDS:
+                compare("softmax", backend, layout, tolerance=1e-6)
+        flex_libraries.install()
+        for backend in BACKENDS:
+            # Megatron's all-to-all also adds up in bf16, whose numbers are 2^-8 apart.
+            compare("softmax", backend, layout, tolerance=2**-6, bf16=True, params_dtype=torch.bfloat16)
+        parallel_state.destroy_model_parallel()  # also ends NCCL-EP
     torch.distributed.destroy_process_group()
 
 
