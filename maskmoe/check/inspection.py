@@ -30,7 +30,7 @@ from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
-from maskmoe.training.refusals import unsupported_settings
+from maskmoe.training.refusals import missing_libraries, unsupported_settings
 from maskmoe.training.resume import check_same_model
 from maskmoe.training.setup import ArgumentsProvider, find_routing_mask, megatrons_checks, model_config_from_args
 
@@ -80,6 +80,7 @@ class Inspection:
         layout = Layout.from_args(args)
         divides = not any(layout.errors())
         self._add(chain(unsupported_settings(args), layout.errors(), layer_errors(args)))
+        self._notes += missing_libraries(args)  # the machine of the check may lack what the machine of the run has
         with self._collecting():
             file_checks.check_save_folder(args)
         mask = self._find_mask(checkpoint)

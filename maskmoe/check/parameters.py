@@ -44,6 +44,7 @@ _SWITCHED_OFF = (
 )
 _LOCAL = {
     "transformer_impl": "local",
+    "moe_token_dispatcher_type": "alltoall",  # the machine of the check may lack the flex dispatcher's libraries
     "context_parallel_size": 1,
     "fp8": None,
     "fp4": None,

@@ -4,9 +4,11 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 from maskmoe.errors import UserError
+from maskmoe.transformer.dispatch.flex import missing_library
 
 
 class Refusal(NamedTuple):
@@ -56,9 +58,14 @@ def _needs_transformer_engine(setting: str) -> Refusal:
     )
 
 
+def _flex_backend(args: Namespace) -> str | None:
+    """Return the library that sends tokens for the flex dispatcher; None with another dispatcher."""
+    if args.moe_token_dispatcher_type != "flex":
+        return None
+    return "deepep" if args.moe_enable_deepep else args.moe_flex_dispatcher_backend
+
+
 _ALWAYS_REFUSED = {
-    "--moe-token-dispatcher-type flex": "The libraries that this dispatcher calls, such as DeepEP, have not been tried "
-    "with tokens that have fewer than k experts. Use alltoall or allgather.",
     "--moe-router-load-balancing-type sinkhorn": "Sinkhorn assigns an equal share of the tokens to every expert, which "
     "a routing mask rules out.",
     "--moe-router-load-balancing-type quantile_balancing": "Quantile balancing computes its bias from the logits of "
@@ -69,9 +76,8 @@ _ALWAYS_REFUSED = {
     "--moe-enable-routing-replay": "Replay repeats recorded choices and ignores the routing mask.",
     "--moe-routing-trace-path": "Megatron's trace leaves out every layer in which a token has fewer than k experts. "
     "Use maskmoe analyze.",
-    "--moe-enable-deepep": "DeepEP has not been tried with tokens that have fewer than k experts.",
-    "--moe-expert-rank-capacity-factor, --moe-paged-stash or --moe-pad-experts-for-cuda-graph-inference": "The setting "
-    "is for CUDA graphs, which need fixed shapes, but the number of rows that a rank sends varies.",
+    "--moe-paged-stash, --moe-pad-experts-for-cuda-graph-inference, --moe-ncclep-static-shape or "
+    "--moe-ncclep-zero-copy": "The setting is for fixed shapes, but the number of rows that a rank receives varies.",
     "--moe-mlp-glu-interleave-size or --moe-shared-expert-glu-interleave-size": "Conversion and evaluation do not know "
     "the interleaved order of the weights.",
     "--moe-single-grouped-weight or --moe-single-grouped-bias": "Conversion and resumption do not know the parameters "
@@ -120,6 +126,39 @@ REFUSALS = (
         lambda args: args.moe_pad_expert_input_to_capacity and args.moe_router_enable_expert_bias,
     ),
     Refusal(
+        "--moe-token-dispatcher-type flex without --bf16",
+        "DeepEP, HybridEP and NCCL-EP send bf16 only.",
+        lambda args: _flex_backend(args) is not None and not args.bf16,
+    ),
+    Refusal(
+        "--moe-token-dispatcher-type flex without --expert-model-parallel-size above 1",
+        "DeepEP, HybridEP and NCCL-EP send tokens between expert-parallel ranks. Use alltoall or allgather.",
+        lambda args: _flex_backend(args) is not None and args.expert_model_parallel_size == 1,
+    ),
+    Refusal(
+        "--moe-token-dispatcher-type flex with --moe-pad-expert-input-to-capacity",
+        "Padding selects more than k experts for some tokens, and DeepEP and NCCL-EP send k at most. Use alltoall or "
+        "allgather.",
+        lambda args: _flex_backend(args) is not None and args.moe_pad_expert_input_to_capacity,
+    ),
+    Refusal(
+        "--moe-token-dispatcher-type flex with --use-transformer-engine-op-fuser",
+        "The fuser pads the rows of each expert, which has not been tried with the libraries of this dispatcher.",
+        lambda args: _flex_backend(args) is not None and args.use_transformer_engine_op_fuser,
+    ),
+    Refusal(
+        "--moe-flex-dispatcher-backend ncclep without --moe-expert-rank-capacity-factor",
+        "The factor sizes the buffer for the rows that a rank receives. The run aborts where a rank receives more than "
+        "k times this factor for each of its own tokens.",
+        lambda args: _flex_backend(args) == "ncclep" and args.moe_expert_rank_capacity_factor is None,
+    ),
+    Refusal(
+        "--moe-expert-rank-capacity-factor without --moe-flex-dispatcher-backend ncclep",
+        "Other dispatchers use the factor for CUDA graphs, which need fixed shapes, but the number of rows that a rank "
+        "receives varies.",
+        lambda args: args.moe_expert_rank_capacity_factor is not None and _flex_backend(args) != "ncclep",
+    ),
+    Refusal(
         "--fp8-format or --fp4-format",
         "fp8 and fp4 have not been tried with a routing mask. Use --bf16.",
         lambda args: bool(args.fp8 or args.fp4),
@@ -144,13 +183,27 @@ REFUSALS = (
 
 
 def check_supported(args: Namespace) -> None:
-    """Refuse the first setting that does not work with masked routing.
+    """Refuse the first setting that does not work with masked routing or on this machine.
 
     Raises:
         UserError: a setting is not supported; the message names the setting and the reason.
     """
-    for error in unsupported_settings(args):
+    for error in chain(unsupported_settings(args), missing_libraries(args)):
         raise UserError(error)
+
+
+def missing_libraries(args: Namespace) -> Iterator[str]:
+    """Yield an error if the flex dispatcher needs a library that this machine lacks.
+
+    Args:
+        args: parsed arguments; Megatron need not have validated them.
+    """
+    backend = _flex_backend(args)
+    if backend is not None and (library := missing_library(backend)):
+        yield (
+            f"--moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend {backend} needs {library}, which "
+            "Megatron-Core cannot use on this machine. Install it, or use --moe-token-dispatcher-type alltoall."
+        )
 
 
 def unsupported_settings(args: Namespace) -> Iterator[str]:

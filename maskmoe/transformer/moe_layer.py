@@ -5,11 +5,12 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.transformer.dispatch.choose import build_dispatcher, choose_dispatch
+from maskmoe.transformer.dispatch.flex import MaskMoEFlexTokenDispatcher
 from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import unpack_token_ids
@@ -43,16 +44,16 @@ class MaskMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         # `MoELayer` hard-codes its dispatcher class, so replace the instance here. The all-gather dispatcher needs no
         # replacement: it reads only the routing map.
+        common = (self.num_local_experts, self.local_expert_indices, self.config, pg_collection)
         if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
             self.token_dispatcher = MaskMoEAlltoAllTokenDispatcher(
-                self.num_local_experts,
-                self.local_expert_indices,
-                config=self.config,
-                pg_collection=pg_collection,
-                min_visible=self.router.visible_experts.min_visible,
+                *common, min_visible=self.router.visible_experts.min_visible
             )
-            if self.use_shared_expert and self.shared_expert_overlap:
-                self.token_dispatcher.set_shared_experts(self.shared_experts)
+        elif isinstance(self.token_dispatcher, MoEFlexTokenDispatcher):
+            self.token_dispatcher = MaskMoEFlexTokenDispatcher(*common)
+        if self.use_shared_expert and self.shared_expert_overlap:
+            assert self.token_dispatcher is not None
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
         kind = choose_dispatch(config, pg_collection, self.router.visible_experts.is_rank_local, is_mtp_layer)
         self.dispatcher = build_dispatcher(kind, self)
         # Megatron-Core gives experts their own optimizer only under expert parallelism, and a checkpoint with one

@@ -64,6 +64,8 @@ ARCHITECTURES = {
 }
 # Latent experts need Transformer Engine, but counting them does not.
 LATENT_EXPERTS = f"{LLAMA} --moe-latent-size 16 --transformer-impl transformer_engine"
+# The machine of the check may lack DeepEP.
+FLEX = f"{LLAMA} {BF16} --expert-model-parallel-size 2 --moe-token-dispatcher-type flex"
 # Layouts whose bytes are compared rank by rank.
 LAYOUTS = {
     "expert parallel, bf16, distributed optimizer": f"{LLAMA} {BF16} {DISTRIBUTED} --expert-model-parallel-size 2"
@@ -189,8 +191,9 @@ def reports(bench) -> dict[str, Any]:
     """The reports of all cases, made by one process."""
     layouts = LAYOUTS | MORE_LAYOUTS
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
-    ranks = dict.fromkeys(layouts, 2) | dict.fromkeys(errors, 8)
-    cases = ARCHITECTURES | FORWARD | layouts | errors | {"latent experts": LATENT_EXPERTS}
+    ranks = dict.fromkeys([*layouts, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
+    further = {"latent experts": LATENT_EXPERTS, "flex dispatcher": FLEX}
+    cases = ARCHITECTURES | FORWARD | layouts | errors | further
     return bench.run("report", cases, ranks=ranks)[0]
 
 
@@ -212,6 +215,13 @@ def test_parameters_of_latent_experts(reports):
     projections = 4 * 2 * 64 * 16
     assert parts["routed experts"] * 64 == without["routed experts"] * 16
     assert parts["layers without routed experts"] == without["layers without routed experts"] + projections
+
+
+def test_missing_library_of_the_flex_dispatcher_is_a_note(reports):
+    flex, expert_parallel = reports["flex dispatcher"], reports["expert parallel, bf16, distributed optimizer"]
+    assert not flex["errors"]
+    assert any("deepep needs DeepEP" in note for note in flex["notes"])
+    assert flex["parameters"] == expert_parallel["parameters"]
 
 
 @pytest.mark.parametrize("name", FORWARD)

@@ -217,7 +217,11 @@ TABLE: dict[str, Works | Refused] = {
         ("--moe-token-dispatcher-type allgather",),
         ("all-gather, expert parallel 2", "all-gather, tensor 2, expert parallel 2"),
     ),
-    "flex dispatcher": Refused("--moe-token-dispatcher-type flex"),
+    "flex dispatcher with DeepEP, HybridEP or NCCL-EP": Works(
+        "2 ranks, with stand-ins for the libraries: the real libraries have not been run",
+        tests=("transformer/test_flex_dispatch.py::test_equals_other_ways_to_dispatch",),
+    ),
+    "flex dispatcher in fp32": Refused("--moe-token-dispatcher-type flex --expert-model-parallel-size 2"),
     "Sinkhorn balancing": Refused("--moe-router-load-balancing-type sinkhorn"),
     "quantile balancing": Refused("--moe-router-load-balancing-type quantile_balancing"),
     "fused router": Refused("--moe-router-fusion"),

@@ -22,6 +22,9 @@ FROM_7 = f"{UNTIL_12} --ckpt-step 7"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
 RECORDED_ROUTING = (str(TESTS / "training" / "pretrain_with_recorded_routing.py"),)
+FLEX_LIBRARIES = (str(TESTS / "training" / "pretrain_with_flex_libraries.py"),)
+BF16_EXPERT_2 = f"--bf16 {EXPERT_2} --moe-router-topk 3 {UNTIL_12}"
+FLEX = f"{BF16_EXPERT_2} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend"
 
 RUNS = {
     # Initial weights depend on the layout. So runs that are compared over layouts start from one checkpoint.
@@ -115,6 +118,12 @@ RUNS = {
     ),
     "bf16, distributed optimizer, resumed": Run(
         f"--bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
+    ),
+    "bf16, expert parallel 2": Run(BF16_EXPERT_2, ranks=2),
+    "bf16, expert parallel 2, DeepEP": Run(f"{FLEX} deepep", ranks=2, program=FLEX_LIBRARIES),
+    "bf16, expert parallel 2, HybridEP": Run(f"{FLEX} hybridep", ranks=2, program=FLEX_LIBRARIES),
+    "bf16, expert parallel 2, NCCL-EP": Run(
+        f"{FLEX} ncclep --moe-expert-rank-capacity-factor 2", ranks=2, program=FLEX_LIBRARIES
     ),
     "stage without experts, distributed optimizer": Run(
         f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True

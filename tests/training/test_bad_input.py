@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.core.transformer.moe import fused_a2a
 from megatron.training.arguments import parse_args
 from megatron.training.global_vars import destroy_global_vars
 from support.datasets import write_documents
@@ -22,7 +23,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
-from maskmoe.training.refusals import check_supported
+from maskmoe.training.refusals import check_supported, missing_libraries, unsupported_settings
 from maskmoe.training.setup import parse_and_check_args
 
 SENTENCE_PIECE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model"
@@ -228,6 +229,49 @@ def test_unsupported_setting(supported_args, flags):
     with pytest.raises(UserError) as refusal:
         check_supported(supported_args(*flags))
     assert flags[0] in str(refusal.value)
+
+
+FLEX = "--moe-token-dispatcher-type flex --bf16 --expert-model-parallel-size 2"
+NCCL_EP = f"{FLEX} --moe-flex-dispatcher-backend ncclep"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--moe-token-dispatcher-type flex --expert-model-parallel-size 2", "flex without --bf16"),
+        ("--moe-token-dispatcher-type flex --bf16", "flex without --expert-model-parallel-size above 1"),
+        (f"{FLEX} --moe-pad-expert-input-to-capacity", "flex with --moe-pad-expert-input-to-capacity"),
+        (f"{FLEX} --use-transformer-engine-op-fuser", "flex with --use-transformer-engine-op-fuser"),
+        (f"{FLEX} --moe-expert-rank-capacity-factor 2", "factor without --moe-flex-dispatcher-backend ncclep"),
+        (NCCL_EP, "ncclep without --moe-expert-rank-capacity-factor"),
+        (f"{NCCL_EP} --moe-expert-rank-capacity-factor 2 --moe-ncclep-zero-copy", "--moe-ncclep-zero-copy"),
+    ],
+)
+def test_unsupported_setting_of_the_flex_dispatcher(supported_args, flags, reason):
+    with pytest.raises(UserError) as refusal:
+        check_supported(supported_args(*flags.split()))
+    assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "backend", "library"),
+    [
+        (FLEX, "deepep", "DeepEP 1"),
+        (f"{FLEX} --moe-flex-dispatcher-backend hybridep", "hybridep", "HybridEP"),
+        (f"{FLEX} --moe-flex-dispatcher-backend hybridep --moe-enable-deepep", "deepep", "DeepEP 1"),
+        (f"{NCCL_EP} --moe-expert-rank-capacity-factor 2", "ncclep", "NCCL-EP"),
+    ],
+)
+def test_missing_library_of_the_flex_dispatcher(supported_args, monkeypatch, flags, backend, library):
+    """A run is refused; `--check`, whose machine need not be the machine of the run, only notes what is missing."""
+    args = supported_args(*flags.split())
+    for flag in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
+        monkeypatch.setattr(fused_a2a, flag, False)
+    with pytest.raises(UserError) as refusal:
+        check_supported(args)
+    assert f"--moe-flex-dispatcher-backend {backend} needs {library} (the Python package " in str(refusal.value)
+    assert not list(unsupported_settings(args))
+    assert list(missing_libraries(args)) == [str(refusal.value)]
 
 
 def test_mask_of_a_model_without_experts(monkeypatch):

@@ -14,7 +14,10 @@ from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.refusals import unsupported_settings
 
 REVIEWED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("megatron_flags.yaml").read_text(encoding="utf-8"))
-BASE = ["--num-experts", "8", "--routing-mask", "mask.safetensors", "--transformer-impl", "transformer_engine"]
+# The flex dispatcher needs bf16 and expert-parallel ranks.
+FOR_FLEX = ["--bf16", "--expert-model-parallel-size", "2"]
+MODEL = ["--num-experts", "8", "--routing-mask", "mask.safetensors"]
+BASE = [*MODEL, *FOR_FLEX, "--transformer-impl", "transformer_engine"]
 
 
 @cache

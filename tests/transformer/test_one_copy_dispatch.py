@@ -60,6 +60,7 @@ def test_settings_that_only_megatrons_dispatcher_supports() -> None:
         assert choose_dispatch(make_config(4), of_groups, is_rank_local=True) is DispatchKind.STOCK
     for settings in (
         {"moe_token_dispatcher_type": "allgather"},
+        {"moe_token_dispatcher_type": "flex"},
         {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
         {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True},
     ):

@@ -13,7 +13,7 @@ from maskmoe.transformer.token_ids import TokenIds
 
 
 class StockDispatcher:
-    """Dispatches by Megatron's own token dispatcher: all-to-all or all-gather.
+    """Dispatches by Megatron's own token dispatcher: all-to-all, all-gather or flex.
 
     The steps of `MoELayer` itself are used, so that its options work unchanged: shared experts that overlap with
     communication, latent projections, padding to capacity, expert tensor parallelism. Megatron's token dispatcher keeps

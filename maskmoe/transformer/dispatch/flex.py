@@ -1,0 +1,105 @@
+"""Flex dispatch: Megatron-Core's flex dispatcher, for any number of selected experts per token.
+
+The flex dispatcher leaves communication to a library: DeepEP, HybridEP, or NCCL-EP of Transformer Engine. HybridEP
+takes the routing map, so Megatron's manager serves every routing mask. DeepEP and NCCL-EP take k expert indices for
+each token, and skip an index of -1. Megatron's managers for DeepEP and NCCL-EP fill all k slots, so they are replaced.
+"""
+
+from inspect import signature
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import fused_a2a
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher, _DeepepManager, _NCCLEPManager
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+def select_slots(routing_map: Tensor, probs: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Turn a routing map into the form of DeepEP and NCCL-EP: slots for the selected experts of each token.
+
+    Args:
+        routing_map: bool [tokens, experts], with at most `num_slots` experts per token.
+        probs: [tokens, experts], the weights.
+        num_slots: slots of each token.
+
+    Returns:
+        [tokens, slots] each: weights, 0 in an unused slot; and expert indices (int64), -1 in an unused slot.
+    """
+    slot_probs, slot_experts = probs.masked_fill(~routing_map, -torch.inf).topk(num_slots, dim=-1)
+    # The weight of a selected expert can be 0, too, so the routing map decides which slots are unused.
+    unused = ~routing_map.gather(-1, slot_experts)
+    return slot_probs.masked_fill(unused, 0), slot_experts.masked_fill(unused, -1)
+
+
+class MaskMoEDeepepManager(_DeepepManager):
+    """Megatron's manager for DeepEP, for any number of selected experts per token."""
+
+    def setup_metadata(self, routing_map: Tensor, probs: Tensor) -> None:
+        """Store weights and indices of the selected experts; both arguments are [tokens, ranks, local experts]."""
+        self.token_probs, self.token_indices = select_slots(routing_map.flatten(1), probs.flatten(1), self.router_topk)
+
+
+class MaskMoENcclEpManager(_NCCLEPManager):
+    """Megatron's manager for NCCL-EP, for any number of selected experts per token."""
+
+    def setup_metadata(self, routing_map: Tensor, probs: Tensor) -> None:
+        """Store weights and indices of the selected experts; both arguments are [tokens, ranks, local experts]."""
+        self.token_probs, self.token_indices = select_slots(routing_map.flatten(1), probs.flatten(1), self.router_topk)
+        self.num_local_tokens = len(routing_map)
+
+
+class MaskMoEFlexTokenDispatcher(MoEFlexTokenDispatcher):
+    """`MoEFlexTokenDispatcher` for any number of selected experts per token.
+
+    Args:
+        num_local_experts: experts on this rank.
+        local_expert_indices: their indices among all experts, contiguous.
+        config: the model's configuration.
+        pg_collection: process groups of the MoE layer.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        # Megatron hard-codes the classes of the managers, so replace the instance here.
+        stock = self._comm_manager
+        if isinstance(stock, _DeepepManager | _NCCLEPManager):
+            manager = MaskMoEDeepepManager if isinstance(stock, _DeepepManager) else MaskMoENcclEpManager
+            self._comm_manager = manager(
+                stock.group, stock.num_local_experts, stock.router_topk, stock.num_experts, config
+            )
+
+
+def missing_library(backend: str) -> str | None:
+    """Return the library that a backend of the flex dispatcher lacks on this machine; None if it lacks nothing.
+
+    Args:
+        backend: deepep, hybridep or ncclep.
+    """
+    if backend == "deepep":
+        return None if fused_a2a.HAVE_DEEP_EP else "DeepEP 1 (the Python package deep_ep)"
+    if backend == "hybridep":
+        return None if fused_a2a.HAVE_HYBRIDEP else "HybridEP (the Python package deep_ep of DeepEP's branch hybrid-ep)"
+    if fused_a2a.HAVE_TE_EP and _fits_megatron(fused_a2a.te_ep):
+        return None
+    return "NCCL-EP (the Python package transformer-engine 2.18, built with NVTE_BUILD_WITH_NCCL_EP=1)"
+
+
+def _fits_megatron(te_ep: Any) -> bool:
+    """Report whether Transformer Engine has NCCL-EP with the interface that Megatron-Core 0.19.2 calls.
+
+    Version 2.17 lacks arguments that Megatron passes. Since version 2.19, one argument is required that Megatron leaves
+    out.
+    """
+    return (
+        hasattr(te_ep.tex, "ep_initialize")
+        and "recv_tokens" in signature(te_ep.ep_dispatch).parameters
+        and "num_topk" not in signature(te_ep.ep_bootstrap).parameters
+    )
