@@ -20,7 +20,7 @@ def test_equals_one_process(tmp_path: Path, num_ranks: int, run_ranks: RunRanks)
 
 
 def test_kernels_equal_one_process(tmp_path: Path, run_ranks: RunRanks) -> None:
-    run_ranks(RANK_SCRIPTS / "one_copy_ranks.py", tmp_path, 10, "kernels", world_size=2)
+    run_ranks(RANK_SCRIPTS / "one_copy_ranks.py", tmp_path, 5, "kernels", world_size=2)
     check_results(tmp_path, 2)
 
 
