@@ -60,8 +60,8 @@ class GroupedMLP(SequentialMLP):
         rows, probs = permuted_local_hidden_states, permuted_probs
         experts = [cast(MLP, expert) for expert in self.local_experts]
         runs_kernels = launching.runs_kernels(rows)
-        can_group = self._can_group and (runs_kernels or not rows.is_cuda)
-        if not can_group or not all(map(_is_as_built, experts)):
+        is_grouped = self._can_group and (runs_kernels or not rows.is_cuda)
+        if not is_grouped or not all(map(_is_as_built, experts)):
             return super().forward(rows, tokens_per_expert, probs)
         # Wait until data parallelism has gathered the weights, as a call of each linear layer would.
         for expert in experts:

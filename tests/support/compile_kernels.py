@@ -8,9 +8,22 @@ The process must not have TRITON_INTERPRET=1.
 import sys
 from collections.abc import Callable
 
+import torch
 from support.kernels import compiled_launches
 
-CASES: dict[str, Callable[[], object]] = {}
+
+def compile_grouped_products() -> None:
+    """Compile the products of experts for all tiles and dtypes."""
+    from maskmoe.transformer.kernels.grouped_linear import grouped_linear
+
+    ends = torch.zeros(3, dtype=torch.int32)
+    for dtype, num_rows in ((torch.bfloat16, 512), (torch.bfloat16, 8), (torch.float16, 512), (torch.float32, 8)):
+        rows = torch.zeros(num_rows, 72, dtype=dtype, requires_grad=True)
+        weights = [torch.zeros(264, 72, dtype=dtype, requires_grad=True) for _ in range(3)]
+        grouped_linear(rows, ends, weights).sum().backward()
+
+
+CASES: dict[str, Callable[[], object]] = {"grouped products": compile_grouped_products}
 """Functions that launch kernels, by name. A case imports what it needs itself."""
 
 

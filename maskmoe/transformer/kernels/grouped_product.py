@@ -6,14 +6,14 @@ They find each expert's rows through `ends`, int32 [experts] on the device, so t
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskmoe.transformer.kernels.launching import launch
+from maskmoe.transformer.kernels import launching
 
 _ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -66,7 +66,7 @@ def multiply_rows(rows: Tensor, ends: Tensor, weights: Sequence[Tensor], transpo
     num_row_tiles = num_rows // tile.tile_rows + len(
         weights
     )  # an upper bound: each expert's last tile may be incomplete
-    launch(
+    launching.launch(
         _multiply_rows,
         (num_row_tiles * triton.cdiv(columns, tile.tile_columns),),
         rows,
@@ -105,7 +105,7 @@ def multiply_transposed(
     num_tiles = triton.cdiv(out_size, tile.tile_rows) * triton.cdiv(in_size, tile.tile_columns)
     for dtype in {result.dtype for result in results if result is not None}:
         addresses = tuple(0 if result is None or result.dtype != dtype else result.data_ptr() for result in results)
-        launch(
+        launching.launch(
             _multiply_transposed,
             (num_tiles * len(results),),
             gradient,
@@ -143,7 +143,7 @@ def _address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _to_pointer(address: Any, element: tl.constexpr, aligned: tl.constexpr) -> Any:
+def _to_pointer(address: tl.tensor, element: tl.constexpr, aligned: tl.constexpr) -> tl.tensor:
     """Turn an address into a pointer."""
     pointer = address.to(tl.pointer_type(element))  # pyrefly: ignore[bad-argument-type]
     if aligned:
@@ -153,10 +153,10 @@ def _to_pointer(address: Any, element: tl.constexpr, aligned: tl.constexpr) -> A
 
 @triton.jit
 def _multiply_rows(
-    rows: Any,
-    weights: Any,
-    ends: Any,
-    product: Any,
+    rows: tl.tensor,
+    weights: tl.tensor,
+    ends: tl.tensor,
+    product: tl.tensor,
     depth: tl.constexpr,
     columns: tl.constexpr,
     transpose: tl.constexpr,
@@ -179,13 +179,14 @@ def _multiply_rows(
     all_ends = tl.load(ends + experts, experts < num_experts, other=0)
     all_starts = tl.load(ends + experts - 1, (experts > 0) & (experts < num_experts), other=0)
     tiles = tl.cdiv(all_ends - all_starts, tile_rows)
-    expert: Any = tl.sum((tl.cumsum(tiles) <= row_tile).to(tl.int32))
+    expert = tl.sum((tl.cumsum(tiles) <= row_tile).to(tl.int32))
     if expert >= num_experts:
         return
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0))
-    start = tl.load(ends + expert - 1, expert > 0, other=0) + (row_tile - first_tile) * tile_rows
-    num_rows = tl.load(ends + expert) - start
-    weight = _to_pointer(tl.load(weights + expert), rows.dtype.element_ty, aligned)
+    is_expert = experts == expert
+    start = tl.sum(tl.where(is_expert, all_starts, 0)) + (row_tile - first_tile) * tile_rows
+    num_rows = tl.sum(tl.where(is_expert, all_ends, 0)) - start
+    weight = _to_pointer(tl.load(weights + expert), rows.dtype.element_ty, aligned)  # pyrefly: ignore[missing-attribute]
     # Multiply tiles of [rows, depth] and [depth, columns].
     row, inner = tl.arange(0, tile_rows), tl.arange(0, tile_depth)
     column = column_tile * tile_columns + tl.arange(0, tile_columns)
@@ -203,15 +204,16 @@ def _multiply_rows(
         row_pointers += tile_depth
         weight_pointers += tile_depth * (1 if transpose else columns)
     products = product + start.to(tl.int64) * columns + row[:, None] * columns + column[None, :]
-    tl.store(products, sums.to(product.dtype.element_ty), (row < num_rows)[:, None] & (column < columns)[None, :])
+    is_valid = (row < num_rows)[:, None] & (column < columns)[None, :]
+    tl.store(products, sums.to(product.dtype.element_ty), is_valid)  # pyrefly: ignore[missing-attribute]
 
 
 @triton.jit
 def _multiply_transposed(
-    gradient: Any,
-    rows: Any,
-    ends: Any,
-    results: Any,
+    gradient: tl.tensor,
+    rows: tl.tensor,
+    ends: tl.tensor,
+    results: tl.tensor,
     out_size: tl.constexpr,
     in_size: tl.constexpr,
     result_type: tl.constexpr,
