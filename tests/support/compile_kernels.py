@@ -13,12 +13,12 @@ from support.kernels import compiled_launches
 
 
 def compile_grouped_products() -> None:
-    """Compile the products of experts for all tiles and dtypes."""
+    """Compile the products of experts with and without tensor cores."""
     from maskmoe.transformer.kernels.grouped_linear import grouped_linear
 
     ends = torch.zeros(3, dtype=torch.int32)
-    for dtype, num_rows in ((torch.bfloat16, 512), (torch.bfloat16, 8), (torch.float16, 512), (torch.float32, 8)):
-        rows = torch.zeros(num_rows, 72, dtype=dtype, requires_grad=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = torch.zeros(512, 72, dtype=dtype, requires_grad=True)
         weights = [torch.zeros(264, 72, dtype=dtype, requires_grad=True) for _ in range(3)]
         grouped_linear(rows, ends, weights).sum().backward()
 

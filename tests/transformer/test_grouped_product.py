@@ -30,7 +30,7 @@ def _interpreter() -> Iterator[None]:
 @pytest.fixture
 def _small_tiles(monkeypatch) -> None:
     """Divide small products into several tiles."""
-    monkeypatch.setattr(grouped_product, "_tile_of_rows", lambda rows, num_experts: Tile(16, 32, 16, 4, 2))
+    monkeypatch.setattr(grouped_product, "_tile_of_rows", lambda rows, columns, num_experts: Tile(16, 32, 16, 4, 2))
     monkeypatch.setattr(grouped_product, "_tile_of_weight", lambda dtype: Tile(32, 16, 16, 4, 2))
 
 

@@ -19,7 +19,7 @@ _ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 
 
 class Tile(NamedTuple):
-    """The part of a product that one program computes, and Triton's options for the program.
+    """The part of a product that a program computes, and Triton's options for the program.
 
     Sizes are fixed by dtype and shapes instead of measured, so that results do not differ from one run to the next.
     """
@@ -31,13 +31,14 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def _tile_of_rows(rows: Tensor, num_experts: int) -> Tile:
+def _tile_of_rows(rows: Tensor, columns: int, num_experts: int) -> Tile:
     """Return the tile for products of rows with weights."""
     if rows.dtype == torch.float32:
         return Tile(64, 64, 16, 4, 2)
     if len(rows) <= 64 * num_experts:
         return Tile(64, 128, 64, 4, 3)
-    return Tile(128, 256, 64, 8, 3) if _has_large_shared_memory(rows.device) else Tile(128, 128, 64, 8, 3)
+    is_wide = columns > 128 and _has_large_shared_memory(rows.device)
+    return Tile(128, 256 if is_wide else 128, 64, 8, 3)
 
 
 def _tile_of_weight(dtype: torch.dtype) -> Tile:
@@ -62,7 +63,7 @@ def multiply_rows(rows: Tensor, ends: Tensor, weights: Sequence[Tensor], transpo
     columns = weights[0].shape[0 if transpose else 1]
     product = rows.new_empty(num_rows, columns)
     addresses = tuple(weight.data_ptr() for weight in weights)
-    tile = _tile_of_rows(rows, len(weights))
+    tile = _tile_of_rows(rows, columns, len(weights))
     num_row_tiles = num_rows // tile.tile_rows + len(
         weights
     )  # an upper bound: each expert's last tile may be incomplete
