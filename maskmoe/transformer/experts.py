@@ -1,7 +1,7 @@
 """Experts for models without Transformer Engine, computed together instead of module by module."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -13,19 +13,22 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm, linear, silu
+from torch.nn.functional import linear, silu
+
+from maskmoe.transformer.kernels import launching
 
 
 class GroupedMLP(SequentialMLP):
     """`SequentialMLP` with the same parameters and checkpoints that computes its experts without calling their modules.
 
-    - bf16 on a GPU: one `grouped_mm` for each linear layer, and one activation over all rows. The host does not wait
-      for the device.
-    - Otherwise: the experts take turns on slices of the rows, bit-equal to `SequentialMLP`.
+    - On a GPU with Triton: one kernel for each linear layer, and one activation over all rows. The host does not wait
+      for the device. Gradients of weights are added to `main_grad` in fp32, with or without
+      `--gradient-accumulation-fusion`. Torch's `grouped_mm` would need a copy of all weights for each product, because
+      data parallelism lays parameters out in reverse order.
+    - On a CPU: the experts take turns on slices of the rows, bit-equal to `SequentialMLP`.
 
-    `SequentialMLP` computes the experts if `can_group` returns False, or if experts were changed after they were built,
-    for example by adapters or hooks.
+    `SequentialMLP` computes the experts on a GPU without Triton, if `can_group` returns False, or if experts were
+    changed after they were built, for example by adapters or hooks.
 
     Args: those of `SequentialMLP`.
     """
@@ -56,7 +59,9 @@ class GroupedMLP(SequentialMLP):
         """
         rows, probs = permuted_local_hidden_states, permuted_probs
         experts = [cast(MLP, expert) for expert in self.local_experts]
-        if not self._can_group or not all(map(_is_as_built, experts)):
+        runs_kernels = launching.runs_kernels(rows)
+        is_grouped = self._can_group and (runs_kernels or not rows.is_cuda)
+        if not is_grouped or not all(map(_is_as_built, experts)):
             return super().forward(rows, tokens_per_expert, probs)
         # Wait until data parallelism has gathered the weights, as a call of each linear layer would.
         for expert in experts:
@@ -65,7 +70,7 @@ class GroupedMLP(SequentialMLP):
                     hook(layer, ())
         if self.config.moe_apply_probs_on_input:
             rows, probs = (probs.unsqueeze(-1) * rows).to(rows.dtype), torch.ones_like(probs)
-        compute = _compute_grouped if _fits_grouped_mm(rows, experts) else _compute_in_turns
+        compute = _compute_grouped if runs_kernels else _compute_in_turns
         return compute(rows, tokens_per_expert, probs, experts), None
 
 
@@ -83,8 +88,7 @@ def can_group(config: TransformerConfig, num_local_experts: int, expert_tensor_s
         or config.expert_gtp_weight_remat_size > 1
         # Each expert adds its bias, times the weights of the rows.
         or config.add_bias_linear
-        # Kernels of Apex and Transformer Engine.
-        or config.gradient_accumulation_fusion
+        # Kernels of Transformer Engine.
         or config.use_te_activation_func
         or config.fp8
         or config.fp4
@@ -167,46 +171,11 @@ def _compute_in_turns(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, ex
     return torch.cat(outputs)
 
 
-def _fits_grouped_mm(rows: Tensor, experts: Sequence[MLP]) -> bool:
-    """Return whether the GPU's kernel for grouped products accepts the rows and weights."""
-    return (
-        rows.is_cuda
-        and rows.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-        # Rows of matrices must begin at multiples of 16 bytes.
-        and all(size % 8 == 0 for weight in _weights(experts[0]) for size in weight.shape)
-        and len(rows) > 0
-    )
-
-
 def _compute_grouped(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
-    """Compute all experts in one grouped product for each layer; arguments as for `GroupedMLP.forward`."""
+    """Compute all experts in one product for each linear layer; arguments as for `GroupedMLP.forward`."""
+    from maskmoe.transformer.kernels.grouped_linear import grouped_linear  # imports Triton
+
     ends = tokens_per_expert.to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     first, second = zip(*map(_weights, experts), strict=True)
-    activated = _activate(_GroupedProduct.apply(rows, ends, *first), probs, experts[0].config)
-    return _GroupedProduct.apply(activated, ends, *second)
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """Multiplies rows [rows, in], ordered by expert, by the weights [out, in] of the experts: [rows, out].
-
-    The kernel needs the weights in one tensor. The stacked tensor is as large as all weights, so it is built for each
-    product and not kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, ends, *weights)
-        return grouped_mm(rows, torch.stack(weights).transpose(1, 2), offs=ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        rows, ends, *weights = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        rows_gradient = grouped_mm(gradient, torch.stack(weights), offs=ends)
-        weights_gradient = grouped_mm(gradient.t(), rows.contiguous(), offs=ends)  # [experts, out, in]
-        # The kernel of some GPUs leaves memory of experts without rows as it was.
-        has_no_rows = ends.diff(prepend=ends.new_zeros(1)) == 0
-        weights_gradient.masked_fill_(has_no_rows.view(-1, 1, 1), 0.0)
-        return rows_gradient, None, *weights_gradient.unbind()
+    activated = _activate(grouped_linear(rows, ends, first), probs, experts[0].config)
+    return grouped_linear(activated, ends, second)

@@ -24,7 +24,18 @@ def copy_rows() -> None:
         copies.sum_copies(copies.copy_rows(torch.ones(100, 64, dtype=dtype)))
 
 
-CASES: dict[str, Callable[[], object]] = {"row copies": copy_rows}
+def multiply_groups() -> None:
+    """Launch the products of experts with and without tensor cores."""
+    from maskmoe.transformer.kernels.grouped_linear import grouped_linear
+
+    ends = torch.zeros(3, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = torch.zeros(512, 72, dtype=dtype, requires_grad=True)
+        weights = [torch.zeros(264, 72, dtype=dtype, requires_grad=True) for _ in range(3)]
+        grouped_linear(rows, ends, weights).sum().backward()
+
+
+CASES: dict[str, Callable[[], object]] = {"row copies": copy_rows, "grouped products": multiply_groups}
 """Functions that launch kernels, by name. A case imports what it needs itself."""
 
 

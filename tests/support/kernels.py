@@ -1,6 +1,6 @@
 """Runs Triton kernels on the CPU, in Triton's interpreter, or compiles them for GPUs that are not there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -17,8 +17,24 @@ ARCHITECTURES = (90, 100)
 @contextmanager
 def kernels_on_cpu() -> Iterator[None]:
     """Let kernels compute on CPU tensors; needs TRITON_INTERPRET=1, which tests/conftest.py sets."""
-    with patch.object(launching, "runs_kernels", lambda tensor: True):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot = patch.object(InterpreterBuilder, "create_dot", _dot_of_bfloat16(InterpreterBuilder.create_dot))
+    with patch.object(launching, "runs_kernels", lambda tensor: True), dot:
         yield
+
+
+def _dot_of_bfloat16(create_dot: Callable[..., Any]) -> Callable[..., Any]:
+    """Convert bf16 to fp32 before a product. The interpreter would multiply the bits of bf16 as integers."""
+    import triton.language as tl
+
+    def convert(builder: Any, operand: Any) -> Any:
+        return builder.create_fp_ext(operand, tl.float32) if operand.dtype.scalar == tl.bfloat16 else operand
+
+    def create_dot_of_fp32(builder: Any, left: Any, right: Any, *arguments: Any) -> Any:
+        return create_dot(builder, convert(builder, left), convert(builder, right), *arguments)
+
+    return create_dot_of_fp32
 
 
 @contextmanager

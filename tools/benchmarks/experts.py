@@ -1,6 +1,7 @@
 """Measure the experts of one layer, forward and backward, against Megatron-Core's `SequentialMLP`.
 
-Each weight's gradient is added to a buffer and freed as soon as it is computed, as Megatron's data parallelism does.
+Each weight's gradient is added to an fp32 buffer and freed as soon as it is computed, as Megatron's data parallelism
+does.
 
     python tools/benchmarks/experts.py
 """
@@ -32,11 +33,13 @@ def make_experts(kind: type[SequentialMLP], config: TransformerConfig, groups: P
     experts = kind(config.num_moe_experts, config, submodules, groups).cuda()
 
     def accumulate(parameter: torch.nn.Parameter) -> None:
-        parameter.main_grad.add_(parameter.grad)
+        if not parameter.grad_added_to_main_grad:
+            parameter.main_grad.add_(parameter.grad)
         parameter.grad = None
 
     for parameter in experts.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad_added_to_main_grad = False
         parameter.register_post_accumulate_grad_hook(accumulate)
     return experts
 

@@ -8,17 +8,20 @@ import os
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 def runs_kernels(tensor: Tensor) -> bool:
-    """Return whether kernels compute on a tensor: it is on a GPU, Triton is installed, and MASKMOE_TRITON is not 0."""
+    """Return whether kernels compute on a tensor: Triton can use the tensor's GPU, and MASKMOE_TRITON is not 0."""
     return tensor.is_cuda and _has_triton()
 
 
 @cache
 def _has_triton() -> bool:
-    return os.environ.get("MASKMOE_TRITON") != "0" and importlib.util.find_spec("triton") is not None
+    # Triton compiles for older GPUs too, but to code without tensor cores that spills registers.
+    is_supported = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+    return is_supported and os.environ.get("MASKMOE_TRITON") != "0" and importlib.util.find_spec("triton") is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
