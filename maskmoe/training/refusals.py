@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.gpu import GpuPackages
 
 
 class Refusal(NamedTuple):
@@ -142,15 +143,33 @@ REFUSALS = (
 )
 """Every refused setting, in the order in which training reports them."""
 
+_NEED_TRANSFORMER_ENGINE = (
+    *("--transformer-impl transformer_engine", "--moe-permute-fusion", "--use-precision-aware-optimizer"),
+    *("--tp-comm-overlap", "--te-rng-tracker", "--use-transformer-engine-op-fuser", "--qk-clip"),
+    "--log-max-attention-logit",
+)
+
 
 def check_supported(args: Namespace) -> None:
-    """Refuse the first setting that does not work with masked routing.
+    """Refuse the first setting that does not work with masked routing or with the packages of this machine.
 
     Raises:
         UserError: a setting is not supported; the message names the setting and the reason.
     """
-    for error in unsupported_settings(args):
+    for error in (*unavailable_settings(args, GpuPackages.installed()), *unsupported_settings(args)):
         raise UserError(error)
+
+
+def unavailable_settings(args: Namespace, packages: GpuPackages) -> Iterator[str]:
+    """Yield an error for every setting that needs a package that is missing.
+
+    Args:
+        args: parsed arguments; Megatron need not have validated them.
+        packages: the packages of the machines that train.
+    """
+    for setting in () if packages.transformer_engine else _NEED_TRANSFORMER_ENGINE:
+        if _is_given(setting, args):
+            yield f"{setting} needs Transformer Engine, which is not installed: install it, or leave the flag out"
 
 
 def unsupported_settings(args: Namespace) -> Iterator[str]:
