@@ -126,6 +126,11 @@ REFUSALS = (
         lambda args: bool(args.fp8 or args.fp4),
     ),
     Refusal(
+        "--cross-entropy-loss-fusion without --bf16",
+        "The fused loss rounds gradients to bf16.",
+        lambda args: args.cross_entropy_loss_fusion and not args.bf16,
+    ),
+    Refusal(
         "--qk-layernorm-all-heads without --qk-layernorm and --normalization RMSNorm",
         "The flag changes the RMSNorms of --qk-layernorm, so it needs both.",
         lambda args: args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm"),

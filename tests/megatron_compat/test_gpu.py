@@ -83,7 +83,7 @@ def test_transformer_engine_without_apex(on_a_gpu, parse) -> None:
     on_a_gpu(GpuPackages(gradient_accumulation=False, masked_softmax=False, permutation=False))
     args = parse()
     assert args.transformer_impl == "transformer_engine"
-    assert not (args.gradient_accumulation_fusion or args.masked_softmax_fusion or args.moe_permute_fusion)
+    assert not any((args.gradient_accumulation_fusion, args.masked_softmax_fusion, args.moe_permute_fusion))
 
 
 def test_flags_override_the_defaults(on_a_gpu, parse) -> None:

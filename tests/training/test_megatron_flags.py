@@ -14,7 +14,8 @@ from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.refusals import unsupported_settings
 
 REVIEWED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("megatron_flags.yaml").read_text(encoding="utf-8"))
-BASE = ["--num-experts", "8", "--routing-mask", "mask.safetensors", "--transformer-impl", "transformer_engine"]
+BASE = ["--num-experts", "8", "--routing-mask", "mask.safetensors", "--bf16"]
+BASE += ["--transformer-impl", "transformer_engine"]
 
 
 @cache

@@ -135,7 +135,7 @@ def test_norms_of_a_sequence_parallel_model_are_marked() -> None:
 
 @pytest.mark.parametrize(("normalization", "expected"), [("RMSNorm", build_torch_norm), ("LayerNorm", FusedLayerNorm)])
 def test_norms_of_apex_are_kept_where_they_fit(normalization, expected, monkeypatch) -> None:
-    """With Apex installed, Megatron takes Apex's norm after the last layer, also for an RMSNorm, which Apex's is not."""
+    """With Apex installed, Megatron takes Apex's LayerNorm after the last layer, also if the model has RMSNorms."""
     monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)
     monkeypatch.setattr(backends, "LNImpl", FusedLayerNorm)
     config = make_config(normalization=normalization)
