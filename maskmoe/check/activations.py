@@ -2,7 +2,8 @@
 
 The terms follow the forward pass of Megatron-Core's modules. Korthikanti et al., arXiv 2205.05198, section 4, derive
 them for layers without experts. Transformer Engine's modules keep no attention scores, and fuse norms and activation
-functions; the local modules keep more. The estimate assumes that all experts get the same number of rows.
+functions; the local modules keep more, and on CPUs also attention scores. The estimate assumes that all experts get the
+same number of rows.
 """
 
 from argparse import Namespace
@@ -62,6 +63,8 @@ class ActivationModel:
         self._rotates = args.position_embedding_type in ("rope", "mrope", "yarn")
         # Transformer Engine has fused kernels for norms, attention and activation functions.
         self._fused = args.transformer_impl == "transformer_engine"
+        # On a GPU, torch computes local attention by fused kernels, too.
+        self._fused_attention = self._fused or args.distributed_backend != "gloo"
         self._element = config.params_dtype.itemsize
         self._sequence = layout.seq_length // layout.context
         self._tokens = layout.micro_batch * self._sequence
@@ -165,8 +168,8 @@ class ActivationModel:
             before_norms = 2 * self._shard * compressed * self._element
         else:
             value_width = config.kv_channels or 0  # `TransformerConfig` derives a missing number
-            if not self._fused and groups < heads:
-                # Local attention repeats keys and values for every head that shares them.
+            if not self._fused_attention and groups < heads:
+                # Megatron's local attention repeats keys and values for every head that shares them.
                 num_heads = 3 * heads
             else:
                 # The values are a view of the projection's output, but rotated queries and keys are new tensors.
@@ -174,7 +177,7 @@ class ActivationModel:
             query_key_value = num_heads * value_width * channel
             before_norms = (heads + groups) * value_width * channel if config.qk_layernorm else 0
         output = heads * value_width * channel
-        statistics = self._tokens * heads / self._layout.tensor * _FP32_BYTES if self._fused else 0
+        statistics = self._tokens * heads / self._layout.tensor * _FP32_BYTES if self._fused_attention else 0
         gate = 2 * output if config.attention_output_gate else 0
         return [
             _Tensors(2 * (self._norm_input + self._dropout_mask)),
@@ -186,8 +189,8 @@ class ActivationModel:
 
     @property
     def _scores(self) -> float:
-        """Return the bytes of the scores of local attention: after the softmax, after the cast, and after dropout."""
-        if self._fused:
+        """Return the bytes of the scores of local attention on CPUs: after softmax, after the cast, after dropout."""
+        if self._fused_attention:
             return 0
         per_score = self._element
         if self._config.attention_softmax_in_fp32 and self._element < _FP32_BYTES:

@@ -26,11 +26,12 @@ from maskmoe.checkpoint.series import choose_checkpoint
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
-from maskmoe.training.refusals import missing_libraries, unsupported_settings
+from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
 from maskmoe.training.resume import check_same_model
 from maskmoe.training.setup import ArgumentsProvider, find_routing_mask, megatrons_checks, model_config_from_args
 
@@ -40,7 +41,6 @@ _MOST_BYTES_READ = 1 << 30
 # The machine of the check may lack Transformer Engine, and Megatron then refuses the settings that are replaced here.
 # None of them changes the shape of a parameter.
 _WITHOUT_TRANSFORMER_ENGINE = {
-    "apply_rope_fusion": False,
     "moe_permute_fusion": False,
     "use_precision_aware_optimizer": False,
     **dict.fromkeys(("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32),
@@ -66,6 +66,8 @@ class Inspection:
     def __init__(self, ranks: int, extra_args_provider: ArgumentsProvider) -> None:
         self._errors: list[str] = []
         self._notes: list[str] = []
+        # Without GPUs here, the run is on other machines.
+        self._packages = GpuPackages() if cpu.is_installed() else GpuPackages.installed()
         self._args = parse_args(partial(_add_arguments, extra_args_provider))
         self._args.world_size, self._args.rank = ranks, 0
 
@@ -79,7 +81,10 @@ class Inspection:
         # Settings, sizes and files, by our own rules.
         layout = Layout.from_args(args)
         divides = not any(layout.errors())
-        self._add(chain(unsupported_settings(args), layout.errors(), layer_errors(args)))
+        self._add(chain(unavailable_settings(args, self._packages), unsupported_settings(args)))
+        self._add(chain(layout.errors(), layer_errors(args)))
+        if missing := self._packages.describe_missing():
+            self._notes.append(missing)
         self._notes += missing_libraries(args)  # the machine of the check may lack what the machine of the run has
         with self._collecting():
             file_checks.check_save_folder(args)
@@ -121,7 +126,7 @@ class Inspection:
     def _add(self, errors: Iterable[str]) -> None:
         """Record errors; an error that only a missing Transformer Engine causes becomes a note."""
         for error in errors:
-            if not HAVE_TE and _MISSING_TRANSFORMER_ENGINE.match(error):
+            if self._packages.transformer_engine and not HAVE_TE and _MISSING_TRANSFORMER_ENGINE.match(error):
                 self._notes.append(f"cannot be judged on this machine, which lacks Transformer Engine: {error}")
             else:
                 self._errors.append(error)
@@ -190,6 +195,8 @@ def _model_config(args: Namespace) -> MaskMoEGPTModelConfig:
     buildable.spec = None  # `unsupported_settings` has reported it
     if not HAVE_TE:
         vars(buildable).update(_WITHOUT_TRANSFORMER_ENGINE)
+        # With multi-latent attention, Megatron judges the fusion without looking for Transformer Engine.
+        buildable.apply_rope_fusion = args.apply_rope_fusion and args.multi_latent_attention
     with _reporting_failure_of("the model's configuration"), megatrons_checks():
         config = model_config_from_args(buildable)
         pretrain_cfg_container_from_args(buildable, config)
@@ -214,12 +221,14 @@ def _reporting_failure_of(what: str) -> Iterator[None]:
 
 
 def _add_arguments(extra_args_provider: ArgumentsProvider, parser: ArgumentParser) -> ArgumentParser:
-    """Add all arguments, with their defaults on GPUs unless the command line is for CPUs.
+    """Add all arguments; on a machine without GPUs, with the defaults on GPUs unless the command line is for CPUs.
 
     The machine of the check may have no GPU although the run has GPUs.
     """
     defaults_on_cpu = cpu.argument_defaults() if cpu.is_installed() else {}
     defaults_on_gpu = {name: parser.get_default(name) for name in defaults_on_cpu}
+    if defaults_on_gpu:
+        defaults_on_gpu |= GpuPackages().argument_defaults()
     parser = extra_args_provider(add_maskmoe_arguments(parser))
     refuse_unknown_flags(parser, sys.argv[1:])
     parser.set_defaults(**defaults_on_gpu)

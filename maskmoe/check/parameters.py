@@ -17,7 +17,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,6 +28,7 @@ from maskmoe.megatron_compat.patches import latent_projections_without_transform
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
+from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -222,7 +222,7 @@ class _CountingModelBuilder(MaskMoEGPTModelBuilder):
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, ...]:
         """Return the layer specifications of the run, with experts and core attention replaced."""
-        replacements = {GroupedMLP: _RepresentativeExpert, DotProductAttention: _CoreAttention}
+        replacements = {GroupedMLP: _RepresentativeExpert, FusedDotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:
             return replacements.get(node, node) if isinstance(node, type) else node

@@ -1,6 +1,5 @@
 """Finds the GPUs and CPU cores of this machine, and the flags that suit them."""
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -13,10 +12,6 @@ _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _CPU_PROCESSES = 2
 _CPU_FLAGS = ("--num-workers", "0")
 _GPU_FLAGS = ("--bf16",)
-_WITHOUT_TRANSFORMER_ENGINE = (
-    *("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"),
-    *("--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion"),
-)
 # Device files of the drivers of NVIDIA, of NVIDIA's Tegra, of AMD, and of Windows Subsystem for Linux.
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 
@@ -24,9 +19,7 @@ _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 """The environment variables that a training process on a GPU needs."""
 
-DEVICE_FLAGS = frozenset(
-    word for word in (*_CPU_FLAGS, *_GPU_FLAGS, *_WITHOUT_TRANSFORMER_ENGINE) if word.startswith("--")
-)
+DEVICE_FLAGS = frozenset(word for word in (*_CPU_FLAGS, *_GPU_FLAGS) if word.startswith("--"))
 """The names of all flags that `Devices.megatron_flags` can contain."""
 
 
@@ -37,12 +30,10 @@ class Devices:
     Attributes:
         num_gpus: the number of CUDA devices that torch can use.
         num_cores: the number of CPU cores that this process may use.
-        has_transformer_engine: whether Transformer Engine is installed.
     """
 
     num_gpus: int
     num_cores: int
-    has_transformer_engine: bool
 
     @property
     def num_processes(self) -> int:
@@ -62,10 +53,8 @@ class Devices:
 
     @property
     def megatron_flags(self) -> list[str]:
-        """Megatron's flags that depend on the device and on installed packages, valid for every entry point."""
-        if not self.num_gpus:
-            return [*_CPU_FLAGS]
-        return [*_GPU_FLAGS] if self.has_transformer_engine else [*_GPU_FLAGS, *_WITHOUT_TRANSFORMER_ENGINE]
+        """Megatron's flags that depend on the device, valid for every entry point."""
+        return [*(_GPU_FLAGS if self.num_gpus else _CPU_FLAGS)]
 
 
 def find_devices() -> Devices:
@@ -73,7 +62,6 @@ def find_devices() -> Devices:
     return Devices(
         num_gpus=_count_gpus(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
     )
 
 

@@ -54,6 +54,7 @@ def argument_defaults() -> dict[str, Any]:
     fusions = (
         *("masked_softmax_fusion", "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"),
         *("apply_rope_fusion", "gradient_accumulation_fusion", "cross_entropy_loss_fusion"),
+        "moe_permute_fusion",
     )
     return {
         "distributed_backend": "gloo",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
+from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
 
 
@@ -16,7 +17,7 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     The router computes in fp32, tokens reach experts by all-to-all, and the coefficient of the load-balancing loss is
     1e-2. `--eval-interval` gets a default, without which Megatron-Core 0.19 fails. Checkpoints of the distributed
     optimizer are saved in the form that loads into any layout. On a machine without CUDA, fusions and the NCCL backend
-    are off.
+    are off. On a GPU, the defaults are the fastest ones that work with the installed packages.
     """
     escape_percent_signs_in_help(parser)
     group = parser.add_argument_group(title="MaskMoE")
@@ -45,6 +46,13 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="do not compare the files of the checkpoint to load with the digests that were saved with them. "
         "All ranks share this work. Missing and shortened files are found in any case",
     )
+    group.add_argument(
+        "--no-moe-permute-fusion",
+        action="store_false",
+        dest="moe_permute_fusion",
+        help="do not permute tokens by Transformer Engine's kernels, which are the default on a GPU with Transformer "
+        "Engine 2.1 or newer",
+    )
     parser.set_defaults(
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
@@ -52,8 +60,8 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         eval_interval=1000,
         dist_ckpt_optim_fully_reshardable=True,
     )
-    if cpu.is_installed():
-        parser.set_defaults(**cpu.argument_defaults())
+    defaults = cpu.argument_defaults() if cpu.is_installed() else GpuPackages.installed().argument_defaults()
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -86,7 +94,8 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         const=int(os.environ.get("WORLD_SIZE", "1")),
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
         "default WORLD_SIZE or 1; print the layout, parameters and memory of the run, and every error. Needs no GPU "
-        "and no torchrun, and assumes GPUs with Transformer Engine unless --distributed-backend gloo is given",
+        "and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex unless "
+        "--distributed-backend gloo is given",
     )
     parser.add_argument(
         "--json",

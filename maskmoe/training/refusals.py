@@ -8,6 +8,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.transformer.dispatch.flex import missing_library
 
 
@@ -164,6 +165,11 @@ REFUSALS = (
         lambda args: bool(args.fp8 or args.fp4),
     ),
     Refusal(
+        "--cross-entropy-loss-fusion without --bf16",
+        "The fused loss rounds gradients to bf16.",
+        lambda args: args.cross_entropy_loss_fusion and not args.bf16,
+    ),
+    Refusal(
         "--qk-layernorm-all-heads without --qk-layernorm and --normalization RMSNorm",
         "The flag changes the RMSNorms of --qk-layernorm, so it needs both.",
         lambda args: args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm"),
@@ -181,15 +187,34 @@ REFUSALS = (
 )
 """Every refused setting, in the order in which training reports them."""
 
+_NEED_TRANSFORMER_ENGINE = (
+    *("--transformer-impl transformer_engine", "--moe-permute-fusion", "--use-precision-aware-optimizer"),
+    *("--tp-comm-overlap", "--te-rng-tracker", "--use-transformer-engine-op-fuser", "--qk-clip"),
+    "--log-max-attention-logit",
+)
+
 
 def check_supported(args: Namespace) -> None:
-    """Refuse the first setting that does not work with masked routing or on this machine.
+    """Refuse the first setting that does not work with masked routing or with the packages of this machine.
 
     Raises:
         UserError: a setting is not supported; the message names the setting and the reason.
     """
-    for error in chain(unsupported_settings(args), missing_libraries(args)):
+    packages = GpuPackages.installed()
+    for error in chain(unsupported_settings(args), unavailable_settings(args, packages), missing_libraries(args)):
         raise UserError(error)
+
+
+def unavailable_settings(args: Namespace, packages: GpuPackages) -> Iterator[str]:
+    """Yield an error for every setting that needs a package that is missing.
+
+    Args:
+        args: parsed arguments; Megatron need not have validated them.
+        packages: the packages of the machines that train.
+    """
+    for setting in () if packages.transformer_engine else _NEED_TRANSFORMER_ENGINE:
+        if _is_given(setting, args):
+            yield f"{setting} needs Transformer Engine, which is not installed: install it, or leave the flag out"
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:

@@ -23,7 +23,9 @@ from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
@@ -70,6 +72,7 @@ def parse_and_check_args(
         args, _ = load_args_from_checkpoint(args)
     # Check settings and files, before and after Megatron validates and completes the arguments.
     check_supported(args)
+    _report_missing_packages()
     tokenizer_sha256 = file_checks.check_tokenizer(args)
     file_checks.check_save_folder(args)
     mask = find_routing_mask(args, checkpoint)
@@ -85,6 +88,13 @@ def parse_and_check_args(
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         file_checks.check_data(args, mask, get_tokenizer().vocab_size, math.inf if is_first_of_node else 0)
     return args
+
+
+def _report_missing_packages() -> None:
+    """Print one line on the first rank if the defaults were chosen for a GPU without Transformer Engine or Apex."""
+    missing = None if cpu.is_installed() else GpuPackages.installed().describe_missing()
+    if missing and os.environ.get("RANK", "0") == "0":
+        print(f"note: {missing}", flush=True)
 
 
 def find_routing_mask(args: Namespace, checkpoint: Path | None) -> RoutingMask | None:

@@ -5,12 +5,14 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.multi_token_prediction import (
@@ -22,6 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
+from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
 from maskmoe.transformer.backends.torch_norm import build_torch_norm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
@@ -32,6 +35,7 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 _REPLACEMENTS: dict[type, Any] = {
     WrappedTorchNorm: build_torch_norm,
+    DotProductAttention: FusedDotProductAttention,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
@@ -109,6 +113,8 @@ def _with_maskmoe_modules(
             assert query_groups is not None  # `TransformerConfig` sets the default.
             k_layernorm = partial(AllHeadsRMSNorm, num_heads=query_groups)
             return replace(node, q_layernorm=partial(AllHeadsRMSNorm, num_heads=heads), k_layernorm=k_layernorm)
+        if node is FusedLayerNorm and config.normalization != "LayerNorm":
+            return build_torch_norm  # Megatron takes Apex's norm if Apex is installed, also for an RMSNorm.
         return _REPLACEMENTS.get(node, node) if isinstance(node, type) else node
 
     return map_spec(spec, substitute)

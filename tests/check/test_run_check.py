@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+from megatron.core.transformer.moe.moe_layer import HAVE_TE
 from support.launchers import RANK_SCRIPTS, run_script_as_ranks
 from support.runs import free_port
 
@@ -381,6 +382,27 @@ def test_error(flags, reports):
     (error,) = reports[flags]["errors"]
     for part in ERRORS[flags]:
         assert part in error
+
+
+@pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed")
+def test_a_machine_with_gpus_is_judged_by_its_packages(bench):
+    needing = "--transformer-impl transformer_engine --use-precision-aware-optimizer"
+    (reports,) = bench.run("report_on_a_gpu", {"defaults": LLAMA, "given": f"{LLAMA} {BF16} {DISTRIBUTED} {needing}"})
+    assert reports["defaults"]["errors"] == []
+    (note,) = reports["defaults"]["notes"]
+    assert note.startswith("Transformer Engine is not installed, so the default is --transformer-impl local")
+    errors = reports["given"]["errors"]
+    for flag in ("--transformer-impl transformer_engine", "--use-precision-aware-optimizer"):
+        assert sum(error.startswith(f"{flag} needs Transformer Engine") for error in errors) == 1
+
+
+def test_fused_rotary_embedding_of_latent_attention_is_judged(bench):
+    """The machine of the check needs no Transformer Engine to refuse what Megatron refuses."""
+    on_gpus = f"{LLAMA} --multi-latent-attention --rope-type rope --distributed-backend nccl"
+    cases = {"fused": on_gpus, "not fused": f"{on_gpus} --no-rope-fusion"}
+    (reports,) = bench.run("report", cases)
+    assert reports["fused"]["errors"] == ["invalid settings: apply_rope_fusion for MLA only works with YARN RoPE."]
+    assert reports["not fused"]["errors"] == []
 
 
 def test_request(monkeypatch):

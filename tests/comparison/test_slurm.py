@@ -81,7 +81,7 @@ def comparison(tmp_path, suite_path):
     files = {"data-path": ("data",), "split": ("9,1,0",), "tokenizer-model": ("model",), "vocab-size": ("300",)}
     folder = tmp_path / "its folder"
     data = open_data(files, folder / "data", 16)
-    comparison = Comparison(Suite.read(suite_path, {}), folder, data, Devices(0, 2, False))
+    comparison = Comparison(Suite.read(suite_path, {}), folder, data, Devices(0, 2))
     for run in comparison.runs_of_next_phase():
         finish_stages(comparison, run)
     return comparison
@@ -279,7 +279,7 @@ def test_refusal_of_sbatch_is_reported(comparison, calls, tmp_path):
 def test_a_run_evaluated_on_gpus_is_finished_where_there_are_none(comparison):
     for run in comparison.runs_of_next_phase():
         finish_stages(comparison, run)
-    on_gpus = replace(comparison, devices=Devices(8, 64, True))
+    on_gpus = replace(comparison, devices=Devices(8, 64))
     for run in comparison.runs_of_next_phase():
         finish_stages(on_gpus, run)
     assert comparison.runs_of_next_phase() == on_gpus.runs_of_next_phase() == ()

@@ -222,6 +222,7 @@ def test_defaults_are_supported(supported_args):
         "--expert-model-parallel-size 3",
         "--heterogeneous-layers-config-path layers.json",
         "--dataloader-inter-document-masking",
+        "--cross-entropy-loss-fusion",
     ],
 )
 def test_unsupported_setting(supported_args, flags):

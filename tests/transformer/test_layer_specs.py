@@ -6,7 +6,11 @@ from functools import partial
 from typing import Any
 
 import pytest
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.models import backends
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
@@ -16,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from support.small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer import layer_specs
+from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
 from maskmoe.transformer.backends.torch_norm import build_torch_norm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
@@ -58,12 +63,14 @@ def replaced(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str | N
         return "layer"
     if theirs[path] is SequentialMLP and ours[path] is GroupedMLP:
         return "experts"
+    if theirs[path] is DotProductAttention and ours[path] is FusedDotProductAttention:
+        return "attention"
     raise AssertionError(f"{path} is {ours[path]}, was {theirs[path]}")
 
 
 @pytest.mark.parametrize("shared_experts", [None, 10])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_replaces_exactly_the_moe_layers_their_routers_experts_and_norms(pattern, shared_experts) -> None:
+def test_replaces_exactly_the_moe_layers_their_routers_experts_norms_and_attention(pattern, shared_experts) -> None:
     config = make_config(
         num_layers=4, moe_layer_freq=pattern, moe_shared_expert_intermediate_size=shared_experts, qk_layernorm=True
     )
@@ -77,6 +84,7 @@ def test_replaces_exactly_the_moe_layers_their_routers_experts_and_norms(pattern
     assert theirs.keys() - router_paths == ours.keys() - our_router_paths
     kinds = [replaced(path, ours, theirs) for path in theirs.keys() - router_paths]
     moe_layers = config.moe_layer_freq if isinstance(pattern, list) else [int(i % pattern == 0) for i in range(4)]
+    assert kinds.count("attention") == config.num_layers
     assert kinds.count("layer") == kinds.count("experts") == sum(moe_layers)
     assert MoELayer not in ours.values()
     assert WrappedTorchNorm not in ours.values()
@@ -123,6 +131,17 @@ def test_norms_of_a_sequence_parallel_model_are_marked() -> None:
     for builder in [*builders, spec.layer_specs[0].submodules.pre_mlp_layernorm]:
         norm = builder(config=config, hidden_size=8, eps=1e-5)
         assert norm.weight.sequence_parallel
+
+
+@pytest.mark.parametrize(("normalization", "expected"), [("RMSNorm", build_torch_norm), ("LayerNorm", FusedLayerNorm)])
+def test_norms_of_apex_are_kept_where_they_fit(normalization, expected, monkeypatch) -> None:
+    """With Apex installed, Megatron takes Apex's LayerNorm after the last layer, also if the model has RMSNorms."""
+    monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)
+    monkeypatch.setattr(backends, "LNImpl", FusedLayerNorm)
+    config = make_config(normalization=normalization)
+    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
+    spec = get_maskmoe_decoder_block_spec(config, visible_experts)
+    assert spec.layer_norm is spec.layer_specs[0].submodules.pre_mlp_layernorm is expected
 
 
 @dataclass

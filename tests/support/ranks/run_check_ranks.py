@@ -1,8 +1,8 @@
 """Reports of `--check` on command lines, and measurements of the models that these command lines build.
 
 `python run_check_ranks.py FOLDER COMMAND WORKING_FOLDER` reads named command lines from `FOLDER/cases.json`, and writes
-an answer for each of them to `FOLDER/answers{rank}.json`. The commands `report` and `build` run as one process and take
-any number of cases. The command `measure` runs as the ranks of a training run and takes one case.
+an answer for each of them to `FOLDER/answers{rank}.json`. The commands `report`, `report_on_a_gpu` and `build` run as
+one process and take any number of cases. The command `measure` runs as the ranks of a training run and takes one case.
 """
 
 import json
@@ -29,6 +29,7 @@ from megatron.training.training import setup_model_and_optimizer
 from torch.autograd.graph import saved_tensors_hooks
 
 from maskmoe.check.command import inspect_run
+from maskmoe.megatron_compat import cpu
 from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.training.pretraining import add_pretraining_arguments
@@ -38,6 +39,12 @@ from maskmoe.training.setup import leaving_process_groups, model_config_from_arg
 def report(ranks: int) -> dict[str, Any]:
     """Return the report of `--check` on the command line of this process."""
     return inspect_run(ranks, add_pretraining_arguments).to_json()
+
+
+def report_on_a_gpu(ranks: int) -> dict[str, Any]:
+    """Return the report of `--check` on a machine with GPUs and the packages of this machine."""
+    cpu.is_installed = lambda: False
+    return report(ranks)
 
 
 def build(ranks: int) -> dict[str, Any]:
@@ -142,7 +149,8 @@ def _is_first_replica(parameter: torch.nn.Parameter) -> bool:
 def main() -> None:
     folder, command, working_folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     os.chdir(working_folder)
-    answer = {"report": report, "build": build, "measure": measure}[command]
+    answers_of = {"report": report, "report_on_a_gpu": report_on_a_gpu, "build": build, "measure": measure}
+    answer = answers_of[command]
     if command == "build":
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()

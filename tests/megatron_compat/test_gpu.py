@@ -1,0 +1,134 @@
+"""Defaults on GPUs by the installed packages, and flags that need a missing package."""
+
+import sys
+from dataclasses import fields
+
+import pytest
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.moe import moe_utils
+from megatron.training.arguments import parse_args
+
+from maskmoe.errors import UserError
+from maskmoe.megatron_compat import cpu, gpu
+from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.training import setup
+from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.refusals import check_supported, unavailable_settings
+
+# Megatron's defaults that fail without Transformer Engine or Apex, and the values that work.
+WITHOUT_PACKAGES = {
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+    "moe_permute_fusion": False,
+}
+NOTHING = GpuPackages(*[False] * len(fields(GpuPackages)))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Return a function that makes Megatron believe in a GPU with the given packages."""
+
+    def pretend(packages: GpuPackages) -> None:
+        monkeypatch.setattr(cpu, "is_installed", lambda: False)
+        monkeypatch.setattr(moe_utils, "HAVE_TE", packages.transformer_engine)
+        for name in gpu._PERMUTATION_KERNELS:
+            monkeypatch.setattr(moe_utils, name, print if packages.permutation else None)
+        monkeypatch.setattr(layers, "_grad_accum_fusion_available", packages.gradient_accumulation)
+        found = object() if packages.masked_softmax else None
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
+
+    return pretend
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    def parse(*flags: str):
+        monkeypatch.setattr(sys, "argv", ["pretrain", "--num-experts", "8", *flags])
+        return parse_args(add_maskmoe_arguments)
+
+    return parse
+
+
+def values(args) -> dict[str, object]:
+    return {name: getattr(args, name) for name in WITHOUT_PACKAGES}
+
+
+def test_without_packages_the_defaults_need_none(on_a_gpu, parse) -> None:
+    on_a_gpu(NOTHING)
+    args = parse()
+    assert values(args) == WITHOUT_PACKAGES
+    assert args.distributed_backend == "nccl"
+    check_supported(args)
+
+
+def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
+    on_a_gpu(GpuPackages())
+    args = parse()
+    assert values(args) == {
+        "transformer_impl": "transformer_engine",
+        "gradient_accumulation_fusion": True,
+        "masked_softmax_fusion": True,
+        "apply_rope_fusion": True,
+        "no_persist_layer_norm": False,
+        "moe_permute_fusion": True,
+    }
+    check_supported(args)
+
+
+def test_transformer_engine_without_apex(on_a_gpu, parse) -> None:
+    """Megatron's output layer takes Apex's kernels, also beside layers of Transformer Engine."""
+    on_a_gpu(GpuPackages(gradient_accumulation=False, masked_softmax=False, permutation=False))
+    args = parse()
+    assert args.transformer_impl == "transformer_engine"
+    assert not any((args.gradient_accumulation_fusion, args.masked_softmax_fusion, args.moe_permute_fusion))
+
+
+def test_flags_override_the_defaults(on_a_gpu, parse) -> None:
+    on_a_gpu(GpuPackages())
+    args = parse("--transformer-impl", "local", "--no-moe-permute-fusion", "--no-rope-fusion")
+    assert (args.transformer_impl, args.moe_permute_fusion, args.apply_rope_fusion) == ("local", False, False)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--transformer-impl transformer_engine", "--moe-permute-fusion", "--use-precision-aware-optimizer"]
+)
+def test_a_flag_that_needs_transformer_engine_is_refused_without_it(on_a_gpu, parse, flags) -> None:
+    on_a_gpu(NOTHING)
+    with pytest.raises(UserError, match=f"^{flags} needs Transformer Engine, which is not installed: .*$"):
+        check_supported(parse(*flags.split()))
+    on_a_gpu(GpuPackages())
+    check_supported(parse(*flags.split()))
+
+
+def test_every_flag_that_needs_transformer_engine_is_known(parse) -> None:
+    assert list(unavailable_settings(parse("--tp-comm-overlap", "--qk-clip"), NOTHING)) == [
+        f"{flag} needs Transformer Engine, which is not installed: install it, or leave the flag out"
+        for flag in ("--tp-comm-overlap", "--qk-clip")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("packages", "rank", "named"),
+    [
+        (NOTHING, "0", "note: Transformer Engine is not installed, so the default is --transformer-impl local"),
+        (GpuPackages(gradient_accumulation=False), "0", "note: Apex is not installed, so the default is --no-grad"),
+        (NOTHING, "1", ""),
+        (GpuPackages(), "0", ""),
+    ],
+)
+def test_the_first_rank_reports_what_is_missing_in_one_line(on_a_gpu, monkeypatch, capsys, packages, rank, named):
+    on_a_gpu(packages)
+    monkeypatch.setenv("RANK", rank)
+    setup._report_missing_packages()
+    printed = capsys.readouterr().out
+    assert printed.startswith(named)
+    assert printed.count("\n") == bool(named)
+
+
+@pytest.mark.skipif(not cpu.is_installed(), reason="needs a CPU")
+def test_nothing_is_reported_on_a_cpu(capsys) -> None:
+    setup._report_missing_packages()
+    assert capsys.readouterr().out == ""
