@@ -186,8 +186,8 @@ class _GroupedProduct(torch.autograd.Function):
         return x_gradient, None, None, *of_weights
 
 
-class DotProductAttention(Module):
-    """Causal attention of [sequence, batch, heads, head size]."""
+class DotProductAttention(torch.nn.Module):
+    """Causal attention of [sequence, batch, heads, head size]; Megatron saves no state of the module."""
 
     def __init__(self, *, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
