@@ -60,7 +60,7 @@ add_cuda() {
     local toolkit
     toolkit=$(in_venv 'from importlib.metadata import version; print(version("cuda-toolkit"))' 2>/dev/null) ||
         stop "the torch of .venv does not come with CUDA 13: install Transformer Engine by hand"
-    cp --recursive --symbolic-link "$site/nvidia" "$own_site/nvidia"
+    cp --recursive --symbolic-link "$site/nvidia" "$own_site/nvidia" || return
     install "cuda-toolkit[crt,curand]==$toolkit"
 }
 
