@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: tests/run.sh [--all | --slurm | --docker] [pytest arguments]
+usage: tests/run.sh [--all | --slurm | --docker | --te] [pytest arguments]
 
 Sets up .venv and runs the checks, then the tests. The checks are ruff, pyrefly, shellcheck, hadolint and, if there is a
 mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a machine with a GPU.
@@ -14,6 +14,9 @@ mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a ma
   --docker          run only the tests that build and use the image for CPUs. Needs root; installs the Debian packages
                     podman, buildah, runc and mmdebstrap. Images are kept in build/containers.
                     BASE_IMAGE=NAME (environment): build on this image (default: a small Debian, made from packages)
+  --te              run only the tests of Transformer Engine's own modules, which need no GPU. The first run builds
+                    Transformer Engine in build/transformer_engine, in about 10 minutes on 2 cores (see
+                    tests/transformer_engine.sh --help); the tests take half a minute.
   pytest arguments  run only pytest, with these arguments; paths are relative to the repository. For example:
                     tests/run.sh tests/routing_mask -k digest
 END
@@ -27,10 +30,10 @@ fail() {
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # Select the tests and the Debian packages that they need.
-selected="not slow and not slurm and not docker" checks=true packages=()
+selected="not slow and not slurm and not docker and not te" checks=true packages=() python=.venv/bin/python
 case ${1:-} in
     --all)
-        selected="not slurm and not docker"
+        selected="not slurm and not docker and not te"
         shift
         ;;
     --slurm)
@@ -41,6 +44,10 @@ case ${1:-} in
     --docker)
         selected=docker checks=false
         packages=(podman=podman buildah=buildah runc=runc mmdebstrap=mmdebstrap)
+        shift
+        ;;
+    --te)
+        selected=te checks=false python=build/transformer_engine/bin/python
         shift
         ;;
     -h | --help)
@@ -56,6 +63,7 @@ has_gpu() {
 
 launch/setup.sh --extras dev,eval,hf
 has_gpu || selected+=" and not gpu"
+[[ $python == .venv/* ]] || tests/transformer_engine.sh
 if ((${#packages[@]})); then
     ((EUID == 0)) || fail "these tests need root, because they make networks, hosts and containers"
     tests/packages.sh "${packages[@]}"
@@ -85,4 +93,4 @@ fi
 
 # Many tests start several processes, so each process computes with one thread.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -m "$selected" "$@"
+exec "$python" -m pytest -m "$selected" "$@"

@@ -180,6 +180,15 @@ REFUSALS = (
         "--sequence-parallel. Evaluation and generation do without it.",
         lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel and not args.skip_train,
     ),
+    Refusal(
+        "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce or "
+        "--no-gradient-accumulation-fusion",
+        "Megatron-Core would reduce the experts' gradients before they are computed, or never read them.",
+        lambda args: (
+            args.overlap_dispatch_backward_with_experts_wgrad
+            and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
+        ),
+    ),
     _needs_transformer_engine("--multi-latent-attention"),
     _needs_transformer_engine("--context-parallel-size above 1"),
     _needs_transformer_engine("--moe-latent-size"),

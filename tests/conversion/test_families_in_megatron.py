@@ -3,17 +3,12 @@
 import os
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.arguments import parse_args, validate_args
-from megatron.training.checkpointing import load_args_from_checkpoint
 from support.foreign_models import CONFIGS, VOCAB_SIZE, logits_of, random_ids, save_model
+from support.megatron_models import TRAINING, load_converted_model, logits_of_megatron
 from support.paths import ROOT
 from transformers import AutoModelForCausalLM
 
@@ -21,48 +16,17 @@ from maskmoe.conversion.convert import huggingface_to_megatron, upcycle_model
 from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
-from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
-from maskmoe.training.resume import further_checkpoint_args
-from maskmoe.training.setup import model_config_from_args
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 # Megatron computes attention and rotary embedding in another way, in fp32. The largest difference seen is 8e-6, for
 # logits of about 5 in magnitude.
 ROUNDING = 1e-4
-TRAINING = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3"
 NUM_EXPERTS, LAYERS = 4, 3
 
 
 def megatron_logits(load: Path, flags: list[str], ids: torch.Tensor) -> torch.Tensor:
-    """Load a converted model into Megatron with the flags of a user, and return its logits.
-
-    Args:
-        load: folder of the checkpoint `release`.
-        flags: the flags that the conversion returned.
-        ids: token ids, int64 [batch, length].
-
-    Returns:
-        float32 [batch, length, vocabulary].
-    """
-    words = f"pretrain --load {load} --use-checkpoint-args {' '.join(flags)} {TRAINING} --data-path none".split()
-
-    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-        parser = add_maskmoe_arguments(parser)
-        parser.set_defaults(**further_checkpoint_args(load / "release"))
-        return parser
-
-    with mock.patch.object(sys, "argv", words):
-        args, _ = load_args_from_checkpoint(parse_args(add_arguments))
-        args = validate_args(args)
-    model = MaskMoEGPTModelBuilder(model_config_from_args(args)).build_model(
-        ProcessGroupCollection.use_mpu_process_groups()
-    )
-    state = {"model": model.sharded_state_dict()}
-    model.load_state_dict(dist_checkpointing.load(state, str(load / "release"))["model"])
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    with torch.no_grad():
-        return model.eval()(ids, positions, None)[..., :VOCAB_SIZE]
+    """Load a converted model into Megatron; return its logits, float32 [batch, length, vocabulary]."""
+    return logits_of_megatron(load_converted_model(load, flags)[0], ids)[..., :VOCAB_SIZE]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -61,7 +61,12 @@ def random_visible_sets(
     return order < num_visible[..., None]
 
 
-def make_config(num_experts: int = 4, topk: int = 2, **settings: Any) -> TransformerConfig:
+def make_config(
+    num_experts: int | None = 4,
+    topk: int = 2,
+    config_class: type[TransformerConfig] = TransformerConfig,
+    **settings: Any,
+) -> TransformerConfig:
     """Build a configuration of one layer without router losses; `settings` override its values."""
     defaults = {
         "num_layers": 1,
@@ -85,7 +90,7 @@ def make_config(num_experts: int = 4, topk: int = 2, **settings: Any) -> Transfo
         "use_cpu_initialization": True,
         "transformer_impl": "local",
     }
-    return TransformerConfig(**(defaults | settings))
+    return config_class(**(defaults | settings))
 
 
 def process_groups() -> ProcessGroupCollection:

@@ -22,7 +22,9 @@ BASE = [*MODEL, *FOR_FLEX, "--transformer-impl", "transformer_engine"]
 
 @cache
 def parser() -> argparse.ArgumentParser:
-    return add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    complete = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    complete.set_defaults(gradient_accumulation_fusion=True)  # as on a GPU
+    return complete
 
 
 def actions() -> dict[str, argparse.Action]:
@@ -80,3 +82,11 @@ def test_value_is_refused(flag: str, value: str) -> None:
 def test_other_switches_and_choices_are_accepted() -> None:
     refused = {" ".join(setting): errors for setting in accepted_settings() if (errors := refusals(setting))}
     assert not refused
+
+
+def test_deferred_weight_gradients_are_refused_where_data_parallelism_misses_them() -> None:
+    """`test_deferred_gradients` shows that these combinations compute wrong gradients."""
+    flag = "--overlap-dispatch-backward-with-experts-wgrad"
+    assert not refusals([flag])
+    for other in ("--overlap-grad-reduce", "--no-gradient-accumulation-fusion"):
+        assert any(flag in error for error in refusals([flag, other]))

@@ -1,0 +1,52 @@
+"""Megatron models that are built from a converted checkpoint as a user's run builds them."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+
+from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
+from maskmoe.training.resume import further_checkpoint_args
+from maskmoe.training.setup import model_config_from_args
+
+TRAINING = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3"
+"""Flags without which Megatron accepts no others."""
+
+
+def load_converted_model(load: Path, flags: list[str]) -> tuple[GPTModel, Namespace]:
+    """Load a converted model with the flags of a user; return the model and Megatron's arguments.
+
+    Args:
+        load: folder of the checkpoint `release`.
+        flags: the flags that the conversion returned, and further flags of Megatron.
+    """
+    words = f"pretrain --load {load} --use-checkpoint-args {' '.join(flags)} {TRAINING} --data-path none".split()
+
+    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+        parser = add_maskmoe_arguments(parser)
+        parser.set_defaults(**further_checkpoint_args(load / "release"))
+        return parser
+
+    with mock.patch.object(sys, "argv", words):
+        args, _ = load_args_from_checkpoint(parse_args(add_arguments))
+        args = validate_args(args)
+    model = MaskMoEGPTModelBuilder(model_config_from_args(args)).build_model(
+        ProcessGroupCollection.use_mpu_process_groups()
+    )
+    state = {"model": model.sharded_state_dict()}
+    model.load_state_dict(dist_checkpointing.load(state, str(load / "release"))["model"])
+    return model.eval(), args
+
+
+def logits_of_megatron(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:
+    """Compute logits, float32 [batch, length, padded vocabulary], of ids, int64 [batch, length]."""
+    with torch.no_grad():
+        return model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)

@@ -1,0 +1,144 @@
+"""Models on Transformer Engine's modules: the stub in every run, the real modules with `tests/run.sh --te`."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from support.foreign_models import random_ids, save_model
+from support.launchers import RANK_SCRIPTS, RunRanks
+from support.megatron_models import load_converted_model, logits_of_megatron
+from support.ranks.transformer_engine_ranks import LATENT_ATTENTION, LAYOUTS, Described, build_model, describe
+
+from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.convert import huggingface_to_megatron
+from maskmoe.conversion.megatron_models import open_megatron
+from maskmoe.conversion.settings import Settings
+
+# Together, the models have shared experts with a gate, dense layers, biases, and norms of each head or of all heads.
+MODELS = ("qwen2_moe", "qwen3_moe", "olmoe")
+ROUNDING = 1e-4  # as in `test_families_in_megatron`
+
+
+@dataclass(frozen=True)
+class Built:
+    """The results of a process with Transformer Engine.
+
+    Attributes:
+        layouts: descriptions of the models by the name of the layout.
+        folder: holds a folder for each of `MODELS`.
+        computes: whether the modules compute on the CPU.
+    """
+
+    layouts: dict[str, Described]
+    folder: Path
+    computes: bool
+
+
+@pytest.fixture(scope="module", params=["stub", pytest.param("installed", marks=pytest.mark.te)])
+def built(request, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.save(random_ids(), folder / "ids.pt")
+    for name in MODELS:
+        save_model(name, folder / name / "original")
+        flags = huggingface_to_megatron(Settings(load=folder / name / "original", save=folder / name / "megatron"))
+        (folder / name / "flags.json").write_text(json.dumps(flags))
+    run_ranks(RANK_SCRIPTS / "transformer_engine_ranks.py", folder, request.param, world_size=1)
+    layouts = json.loads((folder / "layouts.json").read_text())
+    return Built({name: Described(**values) for name, values in layouts.items()}, folder, request.param == "stub")
+
+
+def parameter_on_transformer_engine(name: str, local: Described) -> str:
+    """Return the name of a local model's parameter on Transformer Engine, which fuses norms and groups experts."""
+    name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    layer, _, rest = name.partition("pre_mlp_layernorm.")
+    if rest and f"{layer}mlp.router.weight" not in local.parameters:
+        name = f"{layer}mlp.linear_fc1.layer_norm_{rest}"
+    return name
+
+
+def tensor_on_transformer_engine(name: str, local: Described) -> str:
+    """Return the name of a local checkpoint's tensor in a checkpoint of Transformer Engine."""
+    layer, _, rest = name.partition("mlp.linear_fc1.layer_norm_")
+    return f"{layer}pre_mlp_layernorm.{rest}" if rest and f"{layer}mlp.router.weight" in local.tensors else name
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "latent_attention"])
+def test_names_and_shapes_equal_the_local_models(layout: str, built: Built, one_rank: None) -> None:
+    local, found = describe(build_model(layout, "local")), built.layouts[layout]
+    expected = {parameter_on_transformer_engine(name, local): shape for name, shape in local.parameters.items()}
+    if LAYOUTS[layout].get("moe_grouped_gemm"):
+        one_by_one = r"local_experts\.(\d+)\.(linear_fc.)\.weight"
+        expected = {re.sub(one_by_one, r"\2.weight\1", name): shape for name, shape in expected.items()}
+    assert found.parameters == expected
+    assert found.tensors == {tensor_on_transformer_engine(name, local): shape for name, shape in local.tensors.items()}
+    # Only Transformer Engine's norms have a state of FP8.
+    further = set(found.objects) - set(local.objects)
+    assert set(local.objects) <= set(found.objects)
+    assert all(re.search(r"(norm)\._extra_state/", name) for name in further), further
+
+
+def test_latent_attention_has_the_shapes_of_its_definition(built: Built) -> None:
+    """Megatron's local modules have no latent attention to compare with."""
+    size = {name: int(value) for name, value in LATENT_ATTENTION.items()}
+    hidden, heads, query, key = 16, 2, size["q_lora_rank"], size["kv_lora_rank"]
+    expected = {
+        "input_layernorm.weight": [hidden],
+        "self_attention.linear_q_down_proj.weight": [query, hidden],
+        "self_attention.linear_q_up_proj.layer_norm_weight": [query],
+        "self_attention.linear_q_up_proj.weight": [heads * (size["qk_head_dim"] + size["qk_pos_emb_head_dim"]), query],
+        "self_attention.linear_kv_down_proj.weight": [key + size["qk_pos_emb_head_dim"], hidden],
+        "self_attention.linear_kv_up_proj.layer_norm_weight": [key],
+        "self_attention.linear_kv_up_proj.weight": [heads * (size["qk_head_dim"] + size["v_head_dim"]), key],
+        "self_attention.linear_proj.weight": [hidden, heads * size["v_head_dim"]],
+    }
+    described = built.layouts["latent_attention"]
+    for entries in (described.parameters, described.tensors):
+        for layer in range(2):
+            in_layer = {
+                name.removeprefix(f"decoder.layers.{layer}."): shape
+                for name, shape in entries.items()
+                if name.startswith(f"decoder.layers.{layer}.")
+            }
+            assert {name: shape for name, shape in in_layer.items() if "mlp" not in name} == expected
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint in transformers' format, which is the same for all modules."""
+    source = open_megatron(checkpoint).source
+    return {name: source.read(Block.whole(name, spec.shape)) for name, spec in source.tensors.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_are_exchanged_with_local_models(name: str, built: Built, one_rank: None, tmp_path: Path) -> None:
+    """Both load the same converted checkpoint, and what they save converts to the same tensors."""
+    folder = built.folder / name
+    local, args = load_converted_model(folder / "megatron", json.loads((folder / "flags.json").read_text()))
+    dist_checkpointing.save({"args": args, **local.sharded_state_dict()}, str(tmp_path))
+    expected, found = tensors_of(tmp_path), tensors_of(folder / "saved")
+    assert found.keys() == expected.keys()
+    for tensor_name, tensor in expected.items():
+        assert torch.equal(found[tensor_name], tensor), tensor_name
+    if built.computes:
+        logits = torch.load(folder / "logits.pt")
+        torch.testing.assert_close(logits, logits_of_megatron(local, random_ids()), atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.te
+def test_fused_permutation_takes_0_to_3_experts_per_token(run_ranks: RunRanks, tmp_path: Path) -> None:
+    run_ranks(RANK_SCRIPTS / "triton_permutation_ranks.py", tmp_path, world_size=1)
+    results = torch.load(tmp_path / "results.pt")
+    hidden, routing_map, probs = results["hidden"], results["routing_map"], results["probs"]
+    # Rows are ordered by expert, then by token.
+    experts, tokens = routing_map.t().nonzero(as_tuple=True)
+    assert torch.equal(results["rows"], hidden[tokens])
+    assert torch.equal(results["row_probs"], probs[tokens, experts])
+    assert torch.equal(results["unpermuted_probs"], probs)
+    # The sum of up to three equal rows is rounded twice.
+    torch.testing.assert_close(results["sums"], hidden * routing_map.sum(dim=1, keepdim=True), rtol=1e-6, atol=0)
+    for unsorted, found in (("rows", "sorted_rows"), ("row_probs", "sorted_probs")):
+        chunks = results[unsorted].split(results["sizes"].tolist())
+        assert torch.equal(results[found], torch.cat([chunks[index] for index in results["order"].tolist()]))
