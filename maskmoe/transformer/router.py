@@ -197,7 +197,7 @@ class MaskMoERouter(TopKRouter):
         return MaskedLogitsSums(logits, self.topk, self.aux_loss_tokens)
 
     def _runs_kernel(self, logits: Tensor) -> bool:
-        """Return whether a kernel routes by these logits. The kernel supports neither float64 nor dropping of tokens."""
+        """Return whether a kernel routes by these logits. The kernel supports neither float64 nor capacity factors."""
         is_supported = logits.dtype != torch.float64 and self.config.moe_expert_capacity_factor is None
         return is_supported and launching.runs_kernels(logits)
 
@@ -210,12 +210,14 @@ class MaskMoERouter(TopKRouter):
             if attaches_losses:
                 probs = attach_losses(self, probs, sums, logits.shape[1])
             if counts_load:
+                assert self.local_tokens_per_expert is not None
                 self.local_tokens_per_expert += sums.tokens_per_expert
             if self.is_recording:
                 self.statistics.add_tokens(sums.statistics)
         return probs, routed.routing_map
 
     def _call_kernel(self, logits: Tensor, token_ids: TokenIds, has_sums: bool) -> "Routed":
+        """Call `kernels.routing.route` with the settings of this router."""
         from maskmoe.transformer.kernels.routing import RoutingRule, route
 
         config = self.config

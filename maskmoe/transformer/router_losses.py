@@ -24,7 +24,7 @@ class BalancingSums:
 
     Attributes:
         scores: float [sequences, experts], the sums of normalized scores.
-        assignments: [sequences, experts], how many tokens have each expert among their `min(k, V)` best visible experts.
+        assignments: [sequences, experts], the tokens that have an expert among their `min(k, V)` best visible experts.
         num_tokens: the tokens of a sequence that count; [sequences] if sequences may differ.
     """
 
@@ -129,9 +129,9 @@ def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums, num_se
 
     Args:
         router: provides coefficients, process groups and the accumulated load of the global loss.
-        activation: [tokens, features], the tensor to attach to. In plain torch, pass the masked logits, or a tensor that
-            is made before them: then gradients are added up in the same order as in `TopKRouter`, hence to the same
-            bits.
+        activation: [tokens, features], the tensor to attach to. In plain torch, pass the masked logits, or a tensor
+            that is made before them: then gradients are added up in the same order as in `TopKRouter`, hence to the
+            same bits.
         sums: sums over this rank's tokens.
         num_sequences: sequences in the micro-batch.
 
@@ -189,8 +189,8 @@ def measure_load(sums: BalancingSums, topk: int, group: ProcessGroup) -> ExpertL
         counts, tokens_of_sequence = counts[:, :-1], counts[:, -1:]
         num_tokens = tokens_of_sequence.double().mean()
     total = counts.sum(dim=1, keepdim=True).clamp(min=1).double()  # [sequences, 1]
-    scale = (topk * tokens_of_sequence / total).float()
-    return ExpertLoad(counts * scale, num_tokens)
+    assignments_per_token = total / (topk * tokens_of_sequence)  # as a share of k
+    return ExpertLoad(counts / assignments_per_token.to(sums.scores.dtype), num_tokens)
 
 
 def masked_load_balancing_loss(scores: Tensor, load: ExpertLoad, topk: int, coeff: float) -> Tensor:

@@ -52,7 +52,7 @@ def sum_tokens(logits: MaskedLogits, routing_map: Tensor) -> Tensor:
     if is_real is not None:
         routing_map = routing_map & is_real.unsqueeze(-1)
         routable = is_real if routable is None else routable & is_real
-    num_tokens = torch.tensor(len(routing_map)) if is_real is None else is_real.sum()
+    num_tokens = routing_map.new_full((), len(routing_map), dtype=torch.int64) if is_real is None else is_real.sum()
     num_routable = num_tokens
     if routable is not None:
         entropy, num_routable = entropy.sum(dim=-1) * routable, routable.sum()

@@ -19,8 +19,8 @@ from maskmoe.transformer.router_losses import BalancingSums
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
-_BLOCK_SIZE = 2048
-"""Logits of one program."""
+_BLOCK_SIZE = 1024
+"""Logits of one program. With 64 experts, twice as many do not fit into the registers of an H100."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,7 @@ class _Route(torch.autograd.Function):
             len(row_of_id),
             NUM_BYTES=visible_bits.shape[1],
             **_constants(rule),
+            HAS_Z_LOSS=rule.has_z_loss,
             NUM_GROUPS=rule.num_groups,
             GROUP_TOPK=rule.group_topk,
             **sizes,
@@ -211,7 +212,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Turn the gradients of probs and sums into the gradient of the logits."""
         logits, routing_map, rows, visible_bits = ctx.saved_tensors
         probs, _, _, scores, z_terms = (None if each is None else each.contiguous() for each in gradients)
@@ -244,7 +245,6 @@ def _constants(rule: RoutingRule) -> dict[str, Any]:
         "PRE_SOFTMAX": rule.pre_softmax,
         "SCALE": rule.scaling_factor,
         "COUNTS_ALL": rule.counts_all,
-        "HAS_Z_LOSS": rule.has_z_loss,
     }
 
 
@@ -253,7 +253,7 @@ def _sum_sequences(values: Tensor) -> Tensor:
     return values if len(values) == 1 else values.sum(dim=0, keepdim=True)
 
 
-@triton.jit(debug=True)  # The assertion is compiled only with `debug`.
+@triton.jit(debug=True, do_not_specialize=["num_tokens"])  # Assertions are compiled only with `debug`.
 def _route_kernel(
     logits,
     ids,
@@ -291,8 +291,8 @@ def _route_kernel(
     Columns of the sums: real tokens, routable tokens, entropy, N tokens per expert, z-loss, tokens that load-balancing
     losses count, N assignments, N scores.
     """
-    # Look up the visible sets.
-    positions = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    # Look up the visible sets. Values of tokens are columns [tokens, 1].
+    positions = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     tokens = positions * num_sequences + tl.program_id(1)
     exists = tokens < num_tokens
     position, place = tokens // batch_size, tokens % batch_size
@@ -305,12 +305,10 @@ def _route_kernel(
         is_real = exists & (padding == 0)
     tl.store(rows_and_real + tokens, rows * 2 + is_real.to(tl.int32), mask=exists)
     experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
-    visible, values = _masked_logits(
-        logits, visible_bits, tokens, exists, rows, experts, NUM_BYTES, N
-    )  # [tokens, experts]
+    visible, values = _masked_logits(logits, visible_bits, tokens, exists, rows, experts, NUM_BYTES, N)
 
     # Select experts.
-    raw, total, normalized = _scores(values, visible, SCORE_FUNCTION)
+    raw, normalized = _scores(values, visible, SCORE_FUNCTION)
     preference = raw
     if SCORE_FUNCTION == "softmax":
         preference = normalized if PRE_SOFTMAX else values
@@ -324,13 +322,13 @@ def _route_kernel(
         for group in range(NUM_GROUPS):
             in_group = group_of_expert == group
             best = _select(preference, experts, visible & in_group, K // GROUP_TOPK)
-            score = tl.sum(tl.where(best, preference, 0.0), axis=1)
-            group_scores = tl.where(in_group, score[:, None], group_scores)
+            score = tl.sum(tl.where(best, preference, 0.0), axis=1, keep_dims=True)
+            group_scores = tl.where(in_group, score, group_scores)
         candidates = _select(group_scores, group_of_expert, visible, GROUP_TOPK)
     selected = _select(preference, experts, candidates, K)
-    weights, _ = _weights(values, raw, normalized, selected, K, SCORE_FUNCTION, PRE_SOFTMAX)
-    places = tokens[:, None] * N + experts
-    is_inside = exists[:, None] & (experts < N)
+    weights = _weights(values, raw, normalized, selected, K, SCORE_FUNCTION, PRE_SOFTMAX)
+    places = tokens * N + experts
+    is_inside = exists & (experts < N)
     tl.store(probs + places, (weights * SCALE).to(probs.dtype.element_ty), mask=is_inside)
     tl.store(routing_map + places, selected, mask=is_inside)
 
@@ -340,11 +338,11 @@ def _route_kernel(
         routable = is_real & (rows >= N)  # Rows below N are sets of one expert.
         counted = is_real if COUNTS_ALL else routable
         entropy = -normalized * tl.log(tl.where(normalized > 0, normalized, 1.0))
-        entropy = tl.where(routable, tl.sum(tl.where(visible, entropy, 0.0), axis=1), 0.0)
+        entropy = tl.where(routable, tl.sum(tl.where(visible, entropy, 0.0), axis=1, keep_dims=True), 0.0)
         tl.store(sums, tl.sum(is_real.to(tl.float32)))
         tl.store(sums + 1, tl.sum(routable.to(tl.float32)))
         tl.store(sums + 2, tl.sum(entropy))
-        _store_sums(sums + 3, selected & is_real[:, None], experts, N)
+        _store_sums(sums + 3, selected & is_real, experts, N)
         if HAS_Z_LOSS:
             _, log_sum = _softmax(values, visible)
             tl.store(sums + 3 + N, tl.sum(tl.where(routable, log_sum * log_sum, 0.0)))
@@ -353,11 +351,11 @@ def _route_kernel(
         assigned = selected
         if expert_bias is not None or GROUP_TOPK > 0:
             assigned = _select(normalized, experts, visible, K)
-        _store_sums(sums + 5 + N, assigned & counted[:, None], experts, N)
-        _store_sums(sums + 5 + 2 * N, tl.where(visible & counted[:, None], normalized, 0.0), experts, N)
+        _store_sums(sums + 5 + N, assigned & counted, experts, N)
+        _store_sums(sums + 5 + 2 * N, tl.where(visible & counted, normalized, 0.0), experts, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route_backward_kernel(
     logits,
     routing_map,
@@ -375,50 +373,49 @@ def _route_backward_kernel(
     PRE_SOFTMAX: tl.constexpr,
     SCALE: tl.constexpr,
     COUNTS_ALL: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr,
     N: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
 ):
     """Compute the gradient of a block of logits from the gradients of probs, scores and z-loss, which may be None."""
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     exists = tokens < num_tokens
     stored = tl.load(rows_and_real + tokens, mask=exists, other=0)
     rows, is_real = stored // 2, stored % 2 == 1
     routable = is_real & (rows >= N)
     experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
     visible, values = _masked_logits(logits, visible_bits, tokens, exists, rows, experts, NUM_BYTES, N)
-    raw, total, normalized = _scores(values, visible, SCORE_FUNCTION)
-    places = tokens[:, None] * N + experts
-    is_inside = exists[:, None] & (experts < N)
+    raw, normalized = _scores(values, visible, SCORE_FUNCTION)
+    places = tokens * N + experts
+    is_inside = exists & (experts < N)
 
     gradient = tl.zeros_like(values)  # of the logits
     to_raw = tl.zeros_like(values)  # of sigmoid or sqrtsoftplus scores
     to_normalized = tl.zeros_like(values)  # of normalized scores
     if scores_gradient is not None:
         counted = is_real if COUNTS_ALL else routable
-        sequences = (tokens % num_sequences)[:, None]
-        is_counted = visible & counted[:, None]
+        sequences = tokens % num_sequences
+        is_counted = visible & counted
         to_normalized += tl.load(scores_gradient + sequences * N + experts, mask=is_counted, other=0.0).to(tl.float32)
     if probs_gradient is not None:
         selected = visible & (tl.load(routing_map + places, mask=is_inside, other=1) != 0)
         to_weights = tl.load(probs_gradient + places, mask=selected, other=0.0).to(tl.float32) * SCALE
-        weights, weights_total = _weights(values, raw, normalized, selected, K, SCORE_FUNCTION, PRE_SOFTMAX)
-        centred = to_weights - tl.sum(to_weights * weights, axis=1)[:, None]
+        weights = _weights(values, raw, normalized, selected, K, SCORE_FUNCTION, PRE_SOFTMAX)
+        centred = to_weights - tl.sum(to_weights * weights, axis=1, keep_dims=True)
         if SCORE_FUNCTION == "softmax":
             if PRE_SOFTMAX:
                 to_normalized += to_weights
             else:
                 gradient += weights * centred
         elif K > 1:
-            to_raw += tl.where(selected, tl.div_rn(centred, weights_total), 0.0)
+            to_raw += tl.where(selected, tl.div_rn(centred, _sum_of(raw, selected)), 0.0)
         else:
             to_raw += to_weights
-    centred = to_normalized - tl.sum(tl.where(visible, to_normalized * normalized, 0.0), axis=1)[:, None]
+    centred = to_normalized - tl.sum(tl.where(visible, to_normalized * normalized, 0.0), axis=1, keep_dims=True)
     if SCORE_FUNCTION == "softmax":
         gradient += normalized * centred
     else:
-        to_raw += tl.div_rn(centred, total)
+        to_raw += tl.div_rn(centred, _sum_of(raw, visible))
         if SCORE_FUNCTION == "sigmoid":
             slope = raw * (1.0 - raw)
         else:
@@ -427,7 +424,7 @@ def _route_backward_kernel(
     if z_gradient is not None:
         softmax, log_sum = _softmax(values, visible)
         factor = tl.load(z_gradient + tokens % num_sequences, mask=routable, other=0.0).to(tl.float32)
-        gradient += softmax * tl.where(routable, 2.0 * factor * log_sum, 0.0)[:, None]
+        gradient += softmax * tl.where(routable, 2.0 * factor * log_sum, 0.0)
     gradient = tl.where(visible, gradient, 0.0)
     tl.store(logits_gradient + places, gradient.to(logits_gradient.dtype.element_ty), mask=is_inside)
 
@@ -438,31 +435,31 @@ def _masked_logits(logits, visible_bits, tokens, exists, rows, experts, NUM_BYTE
 
     A token that does not exist sees the expert of row 0, so that its results are finite.
     """
-    places = visible_bits + rows.to(tl.int64)[:, None] * NUM_BYTES + experts // 8
+    places = visible_bits + rows.to(tl.int64) * NUM_BYTES + experts // 8
     bits = tl.load(places, mask=experts < N, other=0).to(tl.int32)
     visible = ((bits >> (experts % 8)) & 1) != 0
-    values = tl.load(logits + tokens[:, None] * N + experts, mask=visible & exists[:, None], other=0.0)
+    values = tl.load(logits + tokens * N + experts, mask=visible & exists, other=0.0)
     return visible, tl.where(visible, values.to(tl.float32), float("-inf"))
 
 
 @triton.jit
 def _softmax(values, visible):
     """Return softmax, and the logarithm of the sum of exponentials, of each row's visible values."""
-    largest = tl.max(values, axis=1)
-    exponentials = tl.where(visible, tl.exp(values - largest[:, None]), 0.0)
-    total = tl.sum(exponentials, axis=1)
-    return tl.div_rn(exponentials, total[:, None]), largest + tl.log(total)
+    largest = tl.max(values, axis=1, keep_dims=True)
+    exponentials = tl.where(visible, tl.exp(values - largest), 0.0)
+    total = tl.sum(exponentials, axis=1, keep_dims=True)
+    return tl.div_rn(exponentials, total), largest + tl.log(total)
 
 
 @triton.jit
 def _scores(values, visible, SCORE_FUNCTION: tl.constexpr):
-    """Return scores of single logits, their sums as a column, and normalized scores, 0 for invisible experts.
+    """Return scores of single logits, and normalized scores; both are 0 for invisible experts.
 
     Softmax has no scores of single logits; normalized scores take their place.
     """
     if SCORE_FUNCTION == "softmax":
         normalized, _ = _softmax(values, visible)
-        return normalized, tl.zeros_like(values), normalized
+        return normalized, normalized
     if SCORE_FUNCTION == "sigmoid":
         raw = tl.sigmoid(values)
     else:
@@ -472,25 +469,28 @@ def _scores(values, visible, SCORE_FUNCTION: tl.constexpr):
         quotient = tl.div_rn(small, tl.where(above_one == 1.0, 1.0, above_one - 1.0))
         raw = tl.sqrt_rn(tl.maximum(values, 0.0) + tl.where(above_one == 1.0, small, tl.log(above_one) * quotient))
     raw = tl.where(visible, raw, 0.0)
-    total = tl.sum(raw, axis=1)[:, None] + 1e-20  # Megatron-Core adds the same 1e-20.
-    return raw, total, tl.div_rn(raw, total)
+    return raw, tl.div_rn(raw, _sum_of(raw, visible))
+
+
+@triton.jit
+def _sum_of(raw, included):
+    """Return the sums of the included scores of each row as a column."""
+    return tl.sum(tl.where(included, raw, 0.0), axis=1, keep_dims=True) + 1e-20  # Megatron-Core adds the same 1e-20.
 
 
 @triton.jit
 def _weights(
     values, raw, normalized, selected, K: tl.constexpr, SCORE_FUNCTION: tl.constexpr, PRE_SOFTMAX: tl.constexpr
 ):
-    """Return the weights of the selected experts before scaling, and the column that selected scores are divided by."""
-    if SCORE_FUNCTION == "softmax":
-        if PRE_SOFTMAX:
-            return tl.where(selected, normalized, 0.0), tl.zeros_like(values)
+    """Return the weights of the selected experts before scaling, 0 for other experts."""
+    weights = normalized
+    if SCORE_FUNCTION != "softmax":
+        weights = raw
+        if K > 1:
+            weights = tl.div_rn(raw, _sum_of(raw, selected))
+    elif not PRE_SOFTMAX:
         weights, _ = _softmax(tl.where(selected, values, float("-inf")), selected)
-        return weights, tl.zeros_like(values)
-    chosen = tl.where(selected, raw, 0.0)
-    if K == 1:
-        return chosen, tl.zeros_like(values)
-    total = tl.sum(chosen, axis=1)[:, None] + 1e-20
-    return tl.div_rn(chosen, total), total
+    return tl.where(selected, weights, 0.0)
 
 
 @triton.jit
@@ -502,15 +502,15 @@ def _select(scores, order, candidates, NUMBER: tl.constexpr):
     # Make integers that sort like (score, -order). Adding 0 turns -0.0 into 0.0.
     bits = (scores + 0.0).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    lowest: tl.constexpr = -(2**63)
+    lowest = -(2**63)
     keys = tl.where(candidates, (bits.to(tl.int64) << 32) + (0xFFFF - order), lowest)
-    best = tl.max(keys, axis=1)
+    best = tl.max(keys, axis=1, keep_dims=True)
     for _ in range(NUMBER - 1):
-        best = tl.max(tl.where(keys < best[:, None], keys, lowest), axis=1)
-    return candidates & (keys >= best[:, None])
+        best = tl.max(tl.where(keys < best, keys, lowest), axis=1, keep_dims=True)
+    return candidates & (keys >= best)
 
 
 @triton.jit
 def _store_sums(sums, values, experts, N: tl.constexpr):
     """Store the sums over the tokens of values [tokens, experts]."""
-    tl.store(sums + experts, tl.sum(values.to(tl.float32), axis=0)[None, :], mask=experts < N)
+    tl.store(sums + experts, tl.sum(values.to(tl.float32), axis=0, keep_dims=True), mask=experts < N)
