@@ -217,8 +217,8 @@ class MaskMoERouter(TopKRouter):
         return probs, routed.routing_map
 
     def _call_kernel(self, logits: Tensor, token_ids: TokenIds, has_sums: bool) -> "Routed":
-        """Call `kernels.routing.route` with the settings of this router."""
-        from maskmoe.transformer.kernels.routing import RoutingRule, route
+        """Call `kernels.routing.route_tokens` with the settings of this router."""
+        from maskmoe.transformer.kernels.routing import RoutingRule, route_tokens
 
         config = self.config
         rule = RoutingRule(
@@ -232,8 +232,9 @@ class MaskMoERouter(TopKRouter):
             has_z_loss=config.moe_z_loss_coeff is not None,
         )
         num_sequences = logits.shape[1] if self.get_aux_loss_coeff("seq_aux_loss") > 0 else 1
-        mask, bias = self.visible_experts, self.expert_bias
-        return route(logits, token_ids, mask, self.table, rule, bias, num_sequences, has_sums)
+        mask = self.visible_experts
+        tables = mask.row_of_id[self.table], mask.visible_bits[self.table]
+        return route_tokens(logits, token_ids, *tables, rule, self.expert_bias, num_sequences, has_sums)
 
     def _has_losses(self) -> bool:
         """Return whether this forward pass computes any loss."""

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from maskmoe.transformer.kernels import launching
 from maskmoe.transformer.router_losses import BalancingSums
 from maskmoe.transformer.token_ids import TokenIds
-from maskmoe.transformer.visible_experts import VisibleExperts
 
 _BLOCK_SIZE = 1024
 """Logits of one program. With 64 experts, twice as many do not fit into the registers of an H100."""
@@ -102,7 +101,7 @@ class KernelSums:
 
 @dataclass(frozen=True)
 class Routed:
-    """The result of `route`.
+    """The result of `route_tokens`.
 
     Attributes:
         probs: [tokens, experts], the weights of the selected experts, 0 elsewhere.
@@ -115,11 +114,11 @@ class Routed:
     sums: KernelSums | None
 
 
-def route(
+def route_tokens(
     logits: Tensor,
     token_ids: TokenIds,
-    visible_experts: VisibleExperts,
-    table: int,
+    row_of_id: Tensor,
+    visible_bits: Tensor,
     rule: RoutingRule,
     expert_bias: Tensor | None,
     num_sequences: int,
@@ -130,17 +129,16 @@ def route(
     Args:
         logits: [sequence, batch, experts], float32, bfloat16 or float16.
         token_ids: the ids [sequence, batch].
-        visible_experts: the routing mask.
-        table: the table of the mask.
+        row_of_id: integers [vocab], a table of the routing mask, see `VisibleExperts`.
+        visible_bits: uint8 [rows, bytes], the same table.
         rule: the settings of the router.
         expert_bias: float32 [experts], added to sigmoid and sqrtsoftplus scores for the selection; None: no bias.
         num_sequences: parts into which sums are divided: 1, or the batch size.
         has_sums: compute sums.
     """
-    tables = visible_experts.row_of_id[table], visible_experts.visible_bits[table]
     logits = logits.flatten(0, 1)
     probs, routing_map, packed, scores, z_terms = _Route.apply(
-        logits, token_ids, *tables, rule, expert_bias, num_sequences, has_sums
+        logits, token_ids, row_of_id, visible_bits, rule, expert_bias, num_sequences, has_sums
     )
     if not has_sums:
         return Routed(probs, routing_map, None)
@@ -149,7 +147,7 @@ def route(
 
 
 class _Route(torch.autograd.Function):
-    """Launches the kernels; see `route`."""
+    """Launches the kernels; see `route_tokens`."""
 
     @staticmethod
     def forward(
