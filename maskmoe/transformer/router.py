@@ -35,9 +35,12 @@ class MaskMoERouter(TopKRouter):
        configured score function.
     5. [Optional] Drop the tokens that exceed the experts' capacity.
 
-    If every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. The exception is the
-    global load-balancing loss, which deviates on purpose, see `router_losses`. A token with one visible expert has
-    weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
+    On GPUs, one Triton kernel does steps 2 to 4, see `kernels.routing`. With float64 logits or a capacity factor, plain
+    torch does these steps, as on CPUs.
+
+    In plain torch, if every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. The
+    exception is the global load-balancing loss, which deviates on purpose, see `router_losses`. A token with one
+    visible expert has weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
 
     Args:
         config: the model's configuration.

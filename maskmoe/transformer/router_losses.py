@@ -1,6 +1,7 @@
 """Auxiliary losses of a masked router: `attach_losses` is the entry, one function computes each loss.
 
-If every token sees every expert, losses and gradients are bit-equal to those of Megatron-Core's `TopKRouter`.
+In plain torch, if every token sees every expert, losses and gradients are bit-equal to those of Megatron-Core's
+`TopKRouter`.
 """
 
 from dataclasses import dataclass
