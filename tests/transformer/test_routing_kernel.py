@@ -49,7 +49,7 @@ def _loss_scale() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a router computes for one micro-batch."""
+    """The results of a router for one micro-batch."""
 
     probs: Tensor
     routing_map: Tensor
