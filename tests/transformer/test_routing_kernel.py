@@ -147,7 +147,7 @@ def test_lowest_index_wins_a_tie(scores: str) -> None:
         if router.expert_bias is not None:
             router.expert_bias.zero_()
         logits = torch.zeros(*case.shape, 12, device=DEVICE)
-        logits[::2] *= -1  # -0 equals 0.
+        logits[..., ::2] *= -1  # -0 equals 0.
         _, routing_map = router.routing(logits, case.token_ids)
     assert torch.equal(routing_map, case.visible & (case.visible.cumsum(dim=1) <= 3))
 
