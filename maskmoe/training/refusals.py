@@ -71,7 +71,8 @@ _ALWAYS_REFUSED = {
     "a routing mask rules out.",
     "--moe-router-load-balancing-type quantile_balancing": "Quantile balancing computes its bias from the logits of "
     "all experts, invisible experts included.",
-    "--moe-router-fusion": "Transformer Engine's fused kernel ignores the routing mask.",
+    "--moe-router-fusion": "Transformer Engine's fused kernel ignores the routing mask. On GPUs, MaskMoE's own kernel "
+    "routes without a flag.",
     "--moe-router-padding-for-quantization or --moe-router-padding-for-fp8": "The padding is for fp8 and fp4, which "
     "have not been tried.",
     "--moe-enable-routing-replay": "Replay repeats recorded choices and ignores the routing mask.",

@@ -1,5 +1,7 @@
 """The top-k router that chooses only among the visible experts of each token id."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
@@ -12,11 +14,15 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from maskmoe.transformer.router_losses import AuxLossTokens, attach_losses
-from maskmoe.transformer.routing_statistics import RoutingStatistics
+from maskmoe.transformer.kernels import launching
+from maskmoe.transformer.router_losses import AuxLossTokens, LossSums, MaskedLogitsSums, attach_losses
+from maskmoe.transformer.routing_statistics import RoutingStatistics, sum_tokens
 from maskmoe.transformer.selection import MaskedLogits, preference_scores, select_experts
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts, VisibleExpertsReference
+
+if TYPE_CHECKING:
+    from maskmoe.transformer.kernels.routing import Routed
 
 
 class MaskMoERouter(TopKRouter):
@@ -29,9 +35,12 @@ class MaskMoERouter(TopKRouter):
        configured score function.
     5. [Optional] Drop the tokens that exceed the experts' capacity.
 
-    If every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. The exception is the
-    global load-balancing loss, which deviates on purpose, see `router_losses`. A token with one visible expert has
-    weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
+    On GPUs, one Triton kernel does steps 2 to 4, see `kernels.routing`. With float64 logits or a capacity factor, plain
+    torch does these steps, as on CPUs.
+
+    In plain torch, if every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. The
+    exception is the global load-balancing loss, which deviates on purpose, see `router_losses`. A token with one
+    visible expert has weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
 
     Args:
         config: the model's configuration.
@@ -107,10 +116,13 @@ class MaskMoERouter(TopKRouter):
         self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Choose among the visible experts by logits [sequence, batch, experts]; see `forward`."""
+        attaches_losses = attaches_losses and self._has_losses()
+        if self._runs_kernel(logits):
+            return self._route_by_kernel(logits, token_ids, attaches_losses)
         masked = self._mask_logits(logits, token_ids)
         values, visible = masked.values, masked.visible.experts
         if attaches_losses:
-            values = self._attach_losses(values, masked)
+            values = attach_losses(self, values, self._sums_of(masked), masked.num_sequences)
 
         # Select experts, then let Megatron-Core compute their weights.
         scores = preference_scores(values, self.score_function, self.config.moe_router_pre_softmax, self.expert_bias)
@@ -142,7 +154,7 @@ class MaskMoERouter(TopKRouter):
         is_real = masked.is_real
         self._apply_expert_bias(routing_map if is_real is None else routing_map & is_real.unsqueeze(-1))
         if self.is_recording:
-            self.statistics.count_tokens(masked, routing_map)
+            self.statistics.add_tokens(sum_tokens(masked, routing_map))
         return probs, routing_map
 
     def attach_losses(self, hidden_states: Tensor, token_ids: TokenIds) -> Tensor:
@@ -158,7 +170,13 @@ class MaskMoERouter(TopKRouter):
         tokens = hidden_states.flatten(0, 1)
         if not self._has_losses():
             return tokens
-        return self._attach_losses(tokens, self._mask_logits(self.gating(hidden_states), token_ids))
+        logits = self.gating(hidden_states)
+        if self._runs_kernel(logits):
+            sums: LossSums | None = self._call_kernel(logits, token_ids, has_sums=True).sums
+            assert sums is not None
+        else:
+            sums = self._sums_of(self._mask_logits(logits, token_ids))
+        return attach_losses(self, tokens, sums, hidden_states.shape[1])
 
     def gating(self, input: Tensor) -> Tensor:
         """Compute logits as `TopKRouter.gating` does, and also for no tokens: an expert-parallel rank may receive none.
@@ -177,9 +195,49 @@ class MaskMoERouter(TopKRouter):
         visible = self.visible_experts(token_ids.ids.flatten(), self.table)
         return MaskedLogits.mask(logits, visible, token_ids, self.score_function)
 
-    def _attach_losses(self, activation: Tensor, logits: MaskedLogits) -> Tensor:
-        """Attach the losses in training."""
-        return attach_losses(self, activation, logits, self.aux_loss_tokens) if self._has_losses() else activation
+    def _sums_of(self, logits: MaskedLogits) -> MaskedLogitsSums:
+        """Return the sums for the losses."""
+        return MaskedLogitsSums(logits, self.topk, self.aux_loss_tokens)
+
+    def _runs_kernel(self, logits: Tensor) -> bool:
+        """Return whether a kernel routes by these logits. The kernel supports neither float64 nor capacity factors."""
+        is_supported = logits.dtype != torch.float64 and self.config.moe_expert_capacity_factor is None
+        return is_supported and launching.runs_kernels(logits)
+
+    def _route_by_kernel(self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool) -> tuple[Tensor, Tensor]:
+        """Do what `routing` does in one kernel."""
+        counts_load = self.enable_expert_bias and torch.is_grad_enabled()
+        routed = self._call_kernel(logits, token_ids, attaches_losses or counts_load or self.is_recording)
+        probs, sums = routed.probs, routed.sums
+        if sums is not None:
+            if attaches_losses:
+                probs = attach_losses(self, probs, sums, logits.shape[1])
+            if counts_load:
+                assert self.local_tokens_per_expert is not None
+                self.local_tokens_per_expert += sums.tokens_per_expert
+            if self.is_recording:
+                self.statistics.add_tokens(sums.statistics)
+        return probs, routed.routing_map
+
+    def _call_kernel(self, logits: Tensor, token_ids: TokenIds, has_sums: bool) -> "Routed":
+        """Call `kernels.routing.route_tokens` with the settings of this router."""
+        from maskmoe.transformer.kernels.routing import RoutingRule, route_tokens
+
+        config = self.config
+        rule = RoutingRule(
+            topk=self.topk,
+            score_function=self.score_function,
+            pre_softmax=config.moe_router_pre_softmax,
+            scaling_factor=config.moe_router_topk_scaling_factor or 1.0,
+            num_groups=config.moe_router_num_groups or 1,
+            group_topk=config.moe_router_group_topk or 0,
+            counts_all=self.aux_loss_tokens == "all",
+            has_z_loss=config.moe_z_loss_coeff is not None,
+        )
+        num_sequences = logits.shape[1] if self.get_aux_loss_coeff("seq_aux_loss") > 0 else 1
+        mask = self.visible_experts
+        tables = mask.row_of_id[self.table], mask.visible_bits[self.table]
+        return route_tokens(logits, token_ids, *tables, rule, self.expert_bias, num_sequences, has_sums)
 
     def _has_losses(self) -> bool:
         """Return whether this forward pass computes any loss."""

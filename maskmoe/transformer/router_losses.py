@@ -1,10 +1,12 @@
 """Auxiliary losses of a masked router: `attach_losses` is the entry, one function computes each loss.
 
-If every token sees every expert, losses and gradients are bit-equal to those of Megatron-Core's `TopKRouter`.
+In plain torch, if every token sees every expert, losses and gradients are bit-equal to those of Megatron-Core's
+`TopKRouter`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, Protocol
 
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
@@ -18,18 +20,94 @@ AuxLossTokens = Literal["all", "routable"]
 
 
 @dataclass(frozen=True)
-class Assignments:
-    """Scores and choices of a router, the input of the load-balancing losses.
+class BalancingSums:
+    """Sums over this rank's tokens, the input of a load-balancing loss.
 
     Attributes:
-        scores: float32 [tokens, experts]. Each row adds up to 1; invisible experts and tokens that do not count have 0.
-        routing_map: bool [tokens, experts], the `min(k, V)` best visible experts of each token that counts.
-        counted: bool [tokens], the tokens that count; None if all tokens count.
+        scores: float [sequences, experts], the sums of normalized scores.
+        assignments: [sequences, experts], the tokens that have an expert among their `min(k, V)` best visible experts.
+        num_tokens: the tokens of a sequence that count; [sequences] if sequences may differ.
     """
 
     scores: Tensor
-    routing_map: Tensor
-    counted: Tensor | None
+    assignments: Tensor
+    num_tokens: int | Tensor
+
+
+class LossSums(Protocol):
+    """Sums over this rank's tokens, from which the losses are computed."""
+
+    @property
+    def num_real(self) -> int | Tensor:
+        """The number of tokens without padding."""
+        ...
+
+    def squared_logsumexp(self) -> Tensor:
+        """Sum the squared logarithms of the sums of exponentials of the visible logits, over routable tokens."""
+        ...
+
+    def for_balancing(self, num_sequences: int) -> BalancingSums:
+        """Sum scores and assignments: over all tokens for 1 sequence, else over each sequence of the micro-batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class MaskedLogitsSums:
+    """Computes `LossSums` from masked logits.
+
+    Attributes:
+        logits: the masked logits.
+        topk: k.
+        aux_loss_tokens: tokens that load-balancing losses count.
+    """
+
+    logits: MaskedLogits
+    topk: int
+    aux_loss_tokens: AuxLossTokens
+
+    @cached_property
+    def num_real(self) -> int | Tensor:
+        """The number of tokens without padding."""
+        return len(self.logits.values) if self.logits.is_real is None else self.logits.is_real.sum()
+
+    def squared_logsumexp(self) -> Tensor:
+        """Sum the terms of the z-loss."""
+        squared = torch.square(torch.logsumexp(self.logits.values, dim=-1))  # [tokens]
+        if self.logits.visible.routable is not None:
+            squared = squared.masked_fill(~self.logits.visible.routable, 0.0)
+        return squared.sum() if self.logits.is_real is None else (squared * self.logits.is_real).sum()
+
+    def for_balancing(self, num_sequences: int) -> BalancingSums:
+        """Sum scores and assignments, see `LossSums`."""
+        scores, assigned = self._assignments
+        num_tokens, num_experts = assigned.shape
+        shape = (num_sequences, num_experts)
+        return BalancingSums(
+            scores.reshape(-1, num_sequences * num_experts).sum(dim=0).view(shape),
+            assigned.view(-1, num_sequences * num_experts).sum(dim=0).view(shape),
+            num_tokens // num_sequences if self._counted is None else self._counted.view(-1, num_sequences).sum(dim=0),
+        )
+
+    @cached_property
+    def _counted(self) -> Tensor | None:
+        """The tokens that load-balancing losses count, bool [tokens]; None if all tokens count."""
+        counted, routable = self.logits.is_real, self.logits.visible.routable
+        if self.aux_loss_tokens == "all" or routable is None:
+            return counted
+        return routable if counted is None else routable & counted
+
+    @cached_property
+    def _assignments(self) -> tuple[Tensor, Tensor]:
+        """Normalized scores and selected experts of the tokens that count, [tokens, experts] each.
+
+        Experts are selected by normalized score, without expert bias and groups, as by Megatron-Core for its losses.
+        """
+        scores, visible = self.logits.normalized_scores, self.logits.visible.experts
+        assigned = routing_map_of(select_experts(scores, visible, self.topk), visible)
+        if self._counted is not None:
+            scores = scores * self._counted.unsqueeze(-1)
+            assigned = assigned & self._counted.unsqueeze(-1)
+        return scores, assigned
 
 
 @dataclass(frozen=True)
@@ -37,7 +115,7 @@ class ExpertLoad:
     """The load of each expert.
 
     Attributes:
-        tokens_per_expert: float32 [sequences * experts], assignments, scaled as if every token had k assignments.
+        tokens_per_expert: float [sequences, experts], assignments, scaled as if every token had k assignments.
         num_tokens: tokens in a sequence; float64 if a tensor. The mean over sequences if padding makes them differ.
     """
 
@@ -45,99 +123,75 @@ class ExpertLoad:
     num_tokens: int | Tensor
 
 
-def attach_losses(
-    router: TopKRouter, activation: Tensor, logits: MaskedLogits, aux_loss_tokens: AuxLossTokens
-) -> Tensor:
+def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums, num_sequences: int) -> Tensor:
     """Attach the z-loss and the load-balancing losses whose coefficients are not 0.
 
     Gradients of the losses flow when the gradient of the result flows. The losses are logged under Megatron's names.
 
     Args:
         router: provides coefficients, process groups and the accumulated load of the global loss.
-        activation: [tokens, features], the tensor to attach to. Pass `logits.values`, or a tensor that is made before
-            them: then gradients are added up in the same order as in `TopKRouter`, hence to the same bits.
-        logits: the masked logits of this rank's tokens.
-        aux_loss_tokens: tokens that load-balancing losses count: `all`, or only `routable` ones (two or more visible
-            experts).
+        activation: [tokens, features], the tensor to attach to. In plain torch, pass the masked logits, or a tensor
+            that is made before them: then gradients are added up in the same order as in `TopKRouter`, hence to the
+            same bits.
+        sums: sums over this rank's tokens.
+        num_sequences: sequences in the micro-batch.
 
     Returns:
         the activation, unchanged in value.
     """
     # Compute the z-loss first and attach it last: autograd then adds its gradient last, as in `TopKRouter`.
-    num_real = len(logits.values) if logits.is_real is None else logits.is_real.sum()
     z_loss_coeff = router.config.moe_z_loss_coeff
     z_loss = None
     if z_loss_coeff is not None:
-        z_loss = masked_z_loss(logits, z_loss_coeff / router.tp_cp_group.size())
+        z_loss = masked_z_loss(sums, z_loss_coeff / router.tp_cp_group.size())
 
-    if router.is_aux_loss_enabled():
-        assignments = assign_for_balancing(logits, router.topk, aux_loss_tokens)
-        activation = _attach_local_loss(router, "aux_loss", activation, assignments, num_real, 1)
-        activation = _attach_local_loss(router, "seq_aux_loss", activation, assignments, num_real, logits.num_sequences)
-        activation = _attach_global_loss(router, activation, assignments, num_real)
+    activation = _attach_local_loss(router, "aux_loss", activation, sums, 1)
+    activation = _attach_local_loss(router, "seq_aux_loss", activation, sums, num_sequences)
+    activation = _attach_global_loss(router, activation, sums)
 
     if z_loss is not None:
         assert z_loss_coeff is not None
         activation = router.attach_and_log_load_balancing_loss(
-            activation, z_loss_coeff, z_loss, "z_loss", router.tp_cp_group, valid_token_count=num_real
+            activation, z_loss_coeff, z_loss, "z_loss", router.tp_cp_group, valid_token_count=sums.num_real
         )
     return activation
 
 
-def masked_z_loss(logits: MaskedLogits, coeff: float) -> Tensor:
+def masked_z_loss(sums: LossSums, coeff: float) -> Tensor:
     """Return the z-loss of ST-MoE (arXiv 2202.08906, eq. 5) over the visible logits, a mean over all real tokens.
 
     A token with one visible expert contributes 0: its weight is 1 whatever its logit is, so the logit needs no control.
     """
-    squared = torch.square(torch.logsumexp(logits.values, dim=-1))  # [tokens]
-    if logits.visible.routable is not None:
-        squared = squared.masked_fill(~logits.visible.routable, 0.0)
-    if logits.is_real is None:
-        return torch.mean(squared) * coeff
-    return (squared * logits.is_real).sum() / logits.is_real.sum().clamp(min=1.0) * coeff
+    num_real = sums.num_real
+    return sums.squared_logsumexp() / (num_real if isinstance(num_real, int) else num_real.clamp(min=1.0)) * coeff
 
 
-def assign_for_balancing(logits: MaskedLogits, topk: int, aux_loss_tokens: AuxLossTokens) -> Assignments:
-    """Select experts by normalized score, without expert bias and groups, as Megatron-Core does for its losses."""
-    counted = logits.is_real
-    if aux_loss_tokens == "routable" and logits.visible.routable is not None:
-        counted = logits.visible.routable if counted is None else logits.visible.routable & counted
-    scores, visible = logits.normalized_scores, logits.visible.experts
-    routing_map = routing_map_of(select_experts(scores, visible, topk), visible)
-    if counted is not None:
-        scores = scores * counted.unsqueeze(-1)
-        routing_map = routing_map & counted.unsqueeze(-1)
-    return Assignments(scores, routing_map, counted)
-
-
-def measure_load(assignments: Assignments, topk: int, group: ProcessGroup, num_sequences: int = 1) -> ExpertLoad:
+def measure_load(sums: BalancingSums, topk: int, group: ProcessGroup) -> ExpertLoad:
     """Count the assignments of each expert over a process group.
 
     Tokens with fewer than k visible experts have fewer than k assignments. Dividing by the true number of assignments
     makes the shares of the experts add up to 1 in every sequence.
 
     Args:
-        assignments: the assignments of this rank's tokens, ordered by position, then by sequence.
+        sums: the sums over this rank's tokens.
         topk: k.
         group: the ranks that share the batch.
-        num_sequences: parts into which the batch is divided; 1 treats the batch as one sequence.
     """
-    num_local_tokens, num_experts = assignments.routing_map.shape
-    counts = assignments.routing_map.view(-1, num_sequences * num_experts).sum(dim=0)
-    num_tokens: int | Tensor
-    if assignments.counted is None:
+    num_tokens = tokens_of_sequence = sums.num_tokens
+    if isinstance(tokens_of_sequence, int):
+        # The reduction overwrites its input.
+        counts = sums.assignments if group.size() == 1 else sums.assignments.clone()
         counts = reduce_from_tensor_model_parallel_region(counts, group)
-        num_tokens = tokens_of_sequence = num_local_tokens // num_sequences * group.size()
+        num_tokens = tokens_of_sequence = tokens_of_sequence * group.size()
     else:
         # Counts and numbers of tokens share one reduction.
-        tokens_of_sequence = assignments.counted.view(-1, num_sequences).sum(dim=0)
-        counts = reduce_from_tensor_model_parallel_region(torch.cat([counts, tokens_of_sequence]), group)
-        counts, tokens_of_sequence = counts[:-num_sequences], counts[-num_sequences:]
+        counts = torch.cat([sums.assignments, tokens_of_sequence.unsqueeze(1)], dim=1)
+        counts = reduce_from_tensor_model_parallel_region(counts, group)
+        counts, tokens_of_sequence = counts[:, :-1], counts[:, -1:]
         num_tokens = tokens_of_sequence.double().mean()
-    counts = counts.view(num_sequences, num_experts)
-    total = counts.sum(dim=1).clamp(min=1).double()  # [sequences]
-    scale = (topk * tokens_of_sequence / total).float()
-    return ExpertLoad((counts * scale.unsqueeze(1)).flatten(), num_tokens)
+    total = counts.sum(dim=1, keepdim=True).clamp(min=1).double()  # [sequences, 1]
+    assignments_per_token = total / (topk * tokens_of_sequence)  # as a share of k
+    return ExpertLoad(counts / assignments_per_token.to(sums.scores.dtype), num_tokens)
 
 
 def masked_load_balancing_loss(scores: Tensor, load: ExpertLoad, topk: int, coeff: float) -> Tensor:
@@ -147,48 +201,47 @@ def masked_load_balancing_loss(scores: Tensor, load: ExpertLoad, topk: int, coef
     that expert i received and `P_i` the mean score of expert i.
 
     Args:
-        scores: float32 [tokens, experts] of this rank's tokens, 0 for invisible experts and tokens that do not count.
+        scores: [sequences, experts], the sums of the normalized scores of this rank's tokens.
         load: the load over all ranks.
         topk: k.
         coeff: α.
 
     Returns:
-        float32 scalar; the losses of the ranks add up to the loss of the whole batch.
+        scalar; the losses of the ranks add up to the loss of the whole batch.
     """
     num_experts = scores.shape[1]
-    scores = scores.reshape(-1, load.tokens_per_expert.numel())
     denominator = topk * load.num_tokens * load.num_tokens
     # `TopKRouter` computes the factor as a Python float, so a tensor is computed in float64, too.
     if isinstance(denominator, Tensor):
         factor = (num_experts * coeff / denominator.clamp(min=1e-12)).to(scores.dtype)
     else:
         factor = num_experts * coeff / denominator
-    return torch.sum(scores.sum(dim=0) * load.tokens_per_expert) * factor
+    return torch.sum(scores * load.tokens_per_expert) * factor
 
 
 def _attach_local_loss(
     router: TopKRouter,
     loss_type: str,
     activation: Tensor,
-    assignments: Assignments,
-    num_real: int | Tensor,
+    sums: LossSums,
     num_sequences: int,
 ) -> Tensor:
     """Attach the loss that balances each micro-batch (1 sequence), or each of its sequences."""
     coeff = router.get_aux_loss_coeff(loss_type)
     if coeff == 0:
         return activation
-    load = measure_load(assignments, router.topk, router.tp_cp_group, num_sequences)
-    loss = masked_load_balancing_loss(assignments.scores, load, router.topk, coeff) / num_sequences
+    balancing = sums.for_balancing(num_sequences)
+    load = measure_load(balancing, router.topk, router.tp_cp_group)
+    loss = masked_load_balancing_loss(balancing.scores, load, router.topk, coeff)
+    if num_sequences > 1:
+        loss = loss / num_sequences
     name = loss_type.replace("aux_loss", "load_balancing_loss")
     return router.attach_and_log_load_balancing_loss(
-        activation, coeff, loss, name, router.tp_cp_group, valid_token_count=num_real
+        activation, coeff, loss, name, router.tp_cp_group, valid_token_count=sums.num_real
     )
 
 
-def _attach_global_loss(
-    router: TopKRouter, activation: Tensor, assignments: Assignments, num_real: int | Tensor
-) -> Tensor:
+def _attach_global_loss(router: TopKRouter, activation: Tensor, sums: LossSums) -> Tensor:
     """Attach the loss that balances all data-parallel ranks and the micro-batches of the step so far.
 
     The loss is multiplied by the number of data-parallel ranks, because it is a sum over these ranks while gradients
@@ -199,8 +252,9 @@ def _attach_global_loss(
     coeff = router.get_aux_loss_coeff("global_aux_loss")
     if coeff == 0:
         return activation
-    load = _accumulate_load(router, measure_load(assignments, router.topk, router.tp_dp_cp_group))
-    loss = masked_load_balancing_loss(assignments.scores, load, router.topk, coeff)
+    balancing = sums.for_balancing(1)
+    load = _accumulate_load(router, measure_load(balancing, router.topk, router.tp_dp_cp_group))
+    loss = masked_load_balancing_loss(balancing.scores, load, router.topk, coeff)
     dp_size = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
     return router.attach_and_log_load_balancing_loss(
         activation,
@@ -209,7 +263,7 @@ def _attach_global_loss(
         "global_load_balancing_loss",
         router.tp_dp_cp_group,
         needs_dp_avg=False,
-        valid_token_count=num_real,
+        valid_token_count=sums.num_real,
     )
 
 
@@ -220,8 +274,9 @@ def _accumulate_load(router: TopKRouter, load: ExpertLoad) -> ExpertLoad:
     """
     assert router.global_tokens_per_expert is not None
     assert router.ga_steps is not None
-    router.global_tokens_per_expert += load.tokens_per_expert
+    router.global_tokens_per_expert += load.tokens_per_expert.flatten()
     router.ga_steps += 1
     total = router.global_tokens_per_expert.double().sum().clamp(min=1)
     scale = (router.topk * load.num_tokens * router.ga_steps.double() / total).float()
-    return ExpertLoad(router.global_tokens_per_expert / router.ga_steps * scale, load.num_tokens)
+    mean = router.global_tokens_per_expert / router.ga_steps * scale
+    return ExpertLoad(mean.unsqueeze(0), load.num_tokens)

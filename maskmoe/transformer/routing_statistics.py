@@ -12,19 +12,19 @@ class RoutingSums(NamedTuple):
     """Sums over tokens, micro-batches and ranks, of one layer or of several layers in leading dimensions.
 
     Attributes:
+        num_rows: scalar, rows that the experts of all ranks received.
+        num_micro_batches: scalar, micro-batches, counted once for each rank.
         num_tokens: scalar, tokens without padding.
         num_routable: scalar, tokens without padding that have two or more visible experts.
         entropy: scalar, summed entropies of the routable tokens' masked probabilities, in nats.
-        num_rows: scalar, rows that the experts of all ranks received.
-        num_micro_batches: scalar, micro-batches, counted once for each rank.
         tokens_per_expert: [experts], the tokens sent to each expert.
     """
 
+    num_rows: Tensor
+    num_micro_batches: Tensor
     num_tokens: Tensor
     num_routable: Tensor
     entropy: Tensor
-    num_rows: Tensor
-    num_micro_batches: Tensor
     tokens_per_expert: Tensor
 
     @classmethod
@@ -39,11 +39,32 @@ class RoutingSums(NamedTuple):
         return cls._make((*packed[..., :num_scalars].unbind(-1), packed[..., num_scalars:]))
 
 
+@torch.no_grad()
+def sum_tokens(logits: MaskedLogits, routing_map: Tensor) -> Tensor:
+    """Return the sums over the tokens of a micro-batch that `RoutingStatistics.add_tokens` takes.
+
+    Args:
+        logits: the masked logits of the tokens.
+        routing_map: bool [tokens, experts], the experts that the tokens are sent to.
+    """
+    is_real, routable = logits.is_real, logits.visible.routable
+    entropy = torch.special.entr(logits.normalized_scores)  # [tokens, experts]
+    if is_real is not None:
+        routing_map = routing_map & is_real.unsqueeze(-1)
+        routable = is_real if routable is None else routable & is_real
+    num_tokens = routing_map.new_full((), len(routing_map), dtype=torch.int64) if is_real is None else is_real.sum()
+    num_routable = num_tokens
+    if routable is not None:
+        entropy, num_routable = entropy.sum(dim=-1) * routable, routable.sum()
+    scalars = (num_tokens, num_routable, entropy.sum(dtype=torch.float64))
+    return torch.cat([*(scalar.view(1) for scalar in scalars), routing_map.sum(dim=0)])
+
+
 class RoutingStatistics:
     """Counts what one router does with the tokens of this rank, and the rows that the rank's experts receive.
 
     The class is not a module and has no buffers, so checkpoints do not hold the sums and `Float16Module` does not
-    convert them. Sums are int64, or float64 for entropies. Nothing waits for the device before `take`.
+    convert them. Sums are float64, which counts exactly up to 2^53. Nothing waits for the device before `take`.
 
     Args:
         num_experts: N.
@@ -53,27 +74,13 @@ class RoutingStatistics:
         self._num_experts = num_experts
         self._clear()
 
-    @torch.no_grad()
-    def count_tokens(self, logits: MaskedLogits, routing_map: Tensor) -> None:
-        """Count the tokens of a micro-batch.
+    def add_tokens(self, sums: Tensor) -> None:
+        """Add the sums over the tokens of a micro-batch.
 
         Args:
-            logits: the masked logits of the tokens.
-            routing_map: bool [tokens, experts], the experts that the tokens are sent to.
+            sums: float64 [3 + experts]: the fields of `RoutingSums` from `num_tokens` on.
         """
-        is_real, routable = logits.is_real, logits.visible.routable
-        num_tokens: int | Tensor = len(routing_map)
-        if is_real is not None:
-            routing_map = routing_map & is_real.unsqueeze(-1)
-            routable = is_real if routable is None else routable & is_real
-            num_tokens = is_real.sum()
-        entropy = torch.special.entr(logits.normalized_scores)  # [tokens, experts]
-        if routable is not None:
-            entropy = entropy.sum(dim=-1) * routable  # [tokens]
-        self._num_tokens += num_tokens
-        self._num_routable += num_tokens if routable is None else routable.sum()
-        self._entropy += entropy.sum(dtype=torch.float64)
-        self._tokens_per_expert += routing_map.sum(dim=0)
+        self._tokens += sums
 
     def count_rows(self, num_rows: int) -> None:
         """Count the rows that the experts of this rank receive in one micro-batch.
@@ -87,17 +94,14 @@ class RoutingStatistics:
     def take(self) -> tuple[Tensor, int]:
         """Return the sums since the last call, packed for `RoutingSums`, and the most rows of one micro-batch."""
         device = torch.cuda.current_device()
-        scalars = (self._num_tokens, self._num_routable, self._entropy, self._num_rows, self._num_micro_batches)
-        packed = [torch.as_tensor(scalar, dtype=torch.float64, device=device).view(1) for scalar in scalars]
-        experts = torch.zeros(self._num_experts, dtype=torch.float64, device=device) + self._tokens_per_expert
-        taken = torch.cat([*packed, experts]), self._largest_num_rows
+        packed = torch.zeros(RoutingSums.packed_size(self._num_experts), dtype=torch.float64, device=device)
+        packed[0], packed[1] = self._num_rows, self._num_micro_batches
+        packed[2:] += self._tokens
+        taken = packed, self._largest_num_rows
         self._clear()
         return taken
 
     def _clear(self) -> None:
-        """Set all sums to 0. The first addition makes them tensors on the device of the tokens."""
-        self._num_tokens: int | Tensor = 0
-        self._num_routable: int | Tensor = 0
-        self._entropy: float | Tensor = 0.0
-        self._tokens_per_expert: int | Tensor = 0  # [experts]
+        """Set all sums to 0. The first addition makes a tensor on the device of the tokens."""
+        self._tokens: int | Tensor = 0  # [3 + experts]
         self._num_rows = self._num_micro_batches = self._largest_num_rows = 0

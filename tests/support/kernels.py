@@ -50,6 +50,7 @@ def compiled_launches() -> Iterator[list[str]]:
         from triton.backends.compiler import GPUTarget
 
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+        options["debug"] = bool(kernel.debug)
         values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         signature = {name: _type_name(values[name], name in constants) for name in kernel.arg_names}
         constexprs = {name: value for name, value in values.items() if signature[name] == "constexpr"}

@@ -1,14 +1,18 @@
 """Count the operations that an MoE layer would launch on a GPU, and the waits of its host, without a GPU.
 
 One process stands for rank 0 of 8 expert-parallel ranks. Collectives exchange nothing: an all-to-all hands a rank its
-own rows back, and the number of operations does not depend on the rows. Views cost no launch and are not counted.
-Experts only multiply rows by their weights. The counts do not depend on the numbers of tokens and features.
+own rows back, and the number of operations does not depend on the rows. Views and allocations launch nothing and are
+not counted. A Triton kernel counts as one operation; Triton's interpreter runs it. Experts only multiply rows by their
+weights. The counts do not depend on the numbers of tokens and features.
 
     python tools/benchmarks/operations.py
 """
 
+import os
+
 from maskmoe.megatron_compat import prepare_process
 
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads the variable when it is imported.
 prepare_process()
 import argparse
 import json
@@ -33,11 +37,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskmoe.transformer.dispatch import rows
+from maskmoe.transformer.kernels import launching
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_RANKS, NUM_TOKENS, HIDDEN_SIZE = 8, 512, 64
 DTYPE = torch.bfloat16
-_VIEWS = {
+_LAUNCHES_NOTHING = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "split"),
     *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"),
 }
@@ -61,7 +67,7 @@ class Operations:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts operations that are not views."""
+    """Counts operations that launch something, and Triton kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,8 +77,19 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Count the operation, and do it."""
-        self.count += func.overloadpacket.__name__ not in _VIEWS
+        self.count += func.overloadpacket.__name__ not in _LAUNCHES_NOTHING
         return func(*args, **(kwargs or {}))
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Count the launch of a Triton kernel, and do it."""
+        self.count += 0 not in grid
+        _launch(kernel, grid, *arguments, **constants)
+
+
+def _launch(*arguments: Any, launch: Callable[..., None] = launching.launch, **constants: Any) -> None:
+    """Interpret a Triton kernel; the operations of the interpreter are invisible to counters."""
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        launch(*arguments, **constants)
 
 
 @contextmanager
@@ -95,6 +112,8 @@ def ranks_on_gpus() -> Iterator[ProcessGroupCollection]:
         patch.object(torch.distributed, "all_to_all_single", exchange),
         patch.object(torch.distributed, "all_gather_into_tensor", gather),
         patch.object(rows, "is_on_cpu", lambda tensor: False),
+        patch.object(launching, "runs_kernels", lambda tensor: True),
+        patch.object(launching, "launch", _launch),
     ):
         yield ProcessGroupCollection.use_mpu_process_groups()
     parallel_state.destroy_model_parallel()
@@ -114,7 +133,7 @@ def count(forward: Callable[[Tensor], Tensor], tokens: RoutedTokens) -> Operatio
     for work in (lambda: outputs.append(forward(hidden)), backward):
         waits.append(cost_of(work).host_waits)
     for work in (lambda: outputs.append(forward(hidden)), backward):
-        with _Counter() as counter:
+        with _Counter() as counter, patch.object(launching, "launch", counter.launch):
             work()
         counts.append(counter.count)
     return Operations(*counts, *waits)
@@ -154,7 +173,7 @@ def _layer(layer: MoELayer, padding_mask: Tensor | None) -> Callable[[Tensor], T
 def _count_plan(tokens: RoutedTokens) -> Operations:
     """Count what planning the dispatch of one micro-batch costs."""
     waits = cost_of(tokens.plan_ids).host_waits
-    with _Counter() as counter:
+    with _Counter() as counter, patch.object(launching, "launch", counter.launch):
         tokens.plan_ids()
     return Operations(counter.count, 0, waits, 0)
 
