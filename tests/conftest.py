@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 from support.launchers import RunRanks, run_script_as_ranks
+from support.places import num_gpus
 
 from maskmoe.megatron_compat import prepare_process
 
@@ -19,6 +20,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_configure() -> None:
     prepare_process()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not num_gpus():
+        pytest.skip("this machine has no GPU that torch finds")
 
 
 @pytest.fixture(scope="session")
@@ -38,5 +44,5 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> RunRanks:
-    """Return `run_script_as_ranks`, which runs a script as the ranks of one gloo group."""
+    """Return `run_script_as_ranks`, which runs a script as the ranks of one group."""
     return run_script_as_ranks

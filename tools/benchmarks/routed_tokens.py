@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from zipf import zipf_mask, zipf_probabilities
 
-from maskmoe.routing_mask import MaskRecipe
+from maskmoe.routing_mask import MaskRecipe, RoutingMask
 from maskmoe.transformer.dispatch.plan import DispatchPlanner
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -76,6 +76,15 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> I
             add_bias_linear=False,
             **settings,
         )
+
+
+def let_one_rank_plan(visible_experts: VisibleExperts, mask: RoutingMask) -> None:
+    """Add what `DispatchPlanner` reads, which `VisibleExperts` builds for several ranks only."""
+    rank_of_row = mask.rank_of_rows(1)
+    assert rank_of_row is not None
+    device = visible_experts.bit_values.device
+    visible_experts.rank_of_row = torch.from_numpy(rank_of_row).to(device)
+    visible_experts.num_visible_of_row = torch.from_numpy(mask.row_sizes.astype(np.int16)).to(device)
 
 
 def draw_tokens(
