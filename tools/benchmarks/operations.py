@@ -36,7 +36,6 @@ from maskmoe.transformer.dispatch import rows
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_RANKS, NUM_TOKENS, HIDDEN_SIZE = 8, 512, 64
-DTYPE = torch.bfloat16
 _VIEWS = {
     *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "split"),
     *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"),
@@ -104,7 +103,7 @@ def ranks_on_gpus() -> Iterator[ProcessGroupCollection]:
 def count(forward: Callable[[Tensor], Tensor], tokens: RoutedTokens) -> Operations:
     """Count a function of hidden states [tokens, 1, hidden] and its backward pass."""
     counts, waits = [], []
-    hidden = tokens.hidden.to(DTYPE).detach().requires_grad_()
+    hidden = tokens.hidden.detach().requires_grad_()
     outputs: list[Tensor] = []
 
     def backward() -> None:
@@ -124,8 +123,8 @@ def count_all() -> dict[str, Operations]:
     """Count the parts of layers with 64 experts and k = 8, by name."""
     found = {}
     with ranks_on_gpus() as groups:
-        arguments = argparse.Namespace(hidden_size=HIDDEN_SIZE, experts=["8/64"])
-        settings = LAYER_SETTINGS | {"moe_ffn_hidden_size": 32, "params_dtype": DTYPE}
+        arguments = argparse.Namespace(hidden_size=HIDDEN_SIZE, experts=["8/64"], dtype="bfloat16")
+        settings = LAYER_SETTINGS | {"moe_ffn_hidden_size": 32}
         (config,) = routed_tokens.configs(arguments, NUM_RANKS, **settings)
         for name, mask_name in (("planned", "rank-local"), ("one copy", "any")):
             tokens = draw_tokens(config, NUM_TOKENS, mask_name, groups)

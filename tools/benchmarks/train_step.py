@@ -23,6 +23,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import compare, join_ranks, run_and_report
 from routed_tokens import exchange_floor
@@ -44,8 +45,10 @@ class Trainer:
     """
 
     def __init__(self, model: GPTModel, config: TransformerConfig, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
-        self.optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4), [self.model])
+        module = Float16Module(config, model) if config.bf16 else model
+        self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), module)
+        settings = OptimizerConfig(optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=config.params_dtype)
+        self.optimizer = get_megatron_optimizer(settings, [self.model])
         config.finalize_model_grads_func = finalize_model_grads
         self.batches = batches
 
@@ -104,6 +107,8 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
         return TransformerConfig(
             num_layers=arguments.num_layers,
             hidden_size=arguments.hidden_size,
+            bf16=arguments.dtype == "bfloat16",
+            params_dtype=getattr(torch, arguments.dtype),
             num_attention_heads=arguments.hidden_size // 64,
             ffn_hidden_size=2 * arguments.hidden_size,
             num_moe_experts=arguments.num_experts,
@@ -156,7 +161,7 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
     """Yield the cases for every k."""
     num_tokens = arguments.batch_size * arguments.seq_length
-    hidden, gradient = torch.randn(2, num_tokens, arguments.hidden_size).cuda()
+    hidden, gradient = torch.randn(2, num_tokens, arguments.hidden_size).cuda().to(getattr(torch, arguments.dtype))
     floor_of_layer = exchange_floor(hidden, gradient, groups.ep)
 
     def floor() -> None:
@@ -196,6 +201,12 @@ def main() -> None:
         choices=("uniform", "balanced", "rank-local"),
         default="uniform",
         help="assignment of visible experts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="dtype of weights, whose main copies are float32 (default: %(default)s)",
     )
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
