@@ -13,14 +13,14 @@ from maskmoe.workflow.process import read_log
 from maskmoe.workflow.stage import maskmoe_command
 from maskmoe.workflow.training_log import TrainingHistory
 
-ITERATIONS = 40
-TOLERANCE = 0.05
+ITERATIONS = 30
+TOLERANCE = 0.03
 TOLERANCE_REASON = (
-    "bf16 keeps 8 significant bits where the CPU computes in float32, and a token whose two best experts are almost "
-    "level may choose the other one"
+    "bf16 keeps 8 significant bits where the CPU computes in float32, and tokens whose best experts are almost level "
+    "may choose another one: on a CPU, bf16 changes the loss by up to 0.01"
 )
 _CORPUS_BYTES, _VOCAB_SIZE = 3_000_000, 4096
-_SHOWN = (1, 5, 10, 20, 30, 40)
+_SHOWN = (1, 5, 10, 15, 20, 25, 30)
 
 
 def data_commands(context: Context) -> list[Command]:
@@ -60,7 +60,8 @@ def training_commands(context: Context) -> list[Command]:
     hidden.mkdir(parents=True, exist_ok=True)
     (hidden / "__init__.py").write_text('raise ModuleNotFoundError("Transformer Engine needs a GPU")\n')
     path = f"{hidden.parent}:{context.root / 'tools'}"
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "OMP_NUM_THREADS": str(context.devices.num_cores)}
+    threads = str(max(1, context.devices.num_cores // 2))
+    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
 
     start = _train(context, "start", ("--exit-interval", "1"), on_cpu)
     continues = (
