@@ -3,7 +3,7 @@ set -euo pipefail
 
 # Shows what works on the GPUs of this machine and how fast it is, in less than ten minutes:
 #
-#   tools/gpu_campaign.sh --output DIR [--only STEP…]
+#   tools/gpu_campaign.sh --output DIR [--only STEP…] [--minutes M]
 #
 # Without a GPU, all steps are tried on the CPU and nothing is measured. MaskMoE must be installed with the extra `dev`:
 # by launch/setup.sh, or for the python3 on PATH, as in the container images.

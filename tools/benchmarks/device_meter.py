@@ -16,7 +16,7 @@ _WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "CtxSync
 
 @dataclass(frozen=True)
 class DeviceCost:
-    """What a piece of work costs a GPU and its host. All counts are 0 without a GPU.
+    """The costs of a piece of work for a GPU and its host. All counts are 0 without a GPU.
 
     Attributes:
         kernels: kernels, NCCL's included.

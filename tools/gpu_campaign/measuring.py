@@ -12,7 +12,7 @@ from gpu_campaign.results import Cell, Findings, Plot, Table
 from gpu_campaign.step import Command, Context, Step
 from maskmoe.launch.command import standalone_command
 
-_NUM_EXPERTS = 64
+_NUM_EXPERTS = 8
 _DTYPE = ("--dtype", "bfloat16")
 _TOKENS = ("--tokens", "4096", "--hidden-size", "2048", "--experts", "2/8", "8/64")
 _FEW_TOKENS = ("--tokens", "64", "--hidden-size", "64", "--experts", "2/4", "--repeats", "1")
@@ -80,8 +80,7 @@ def kernel_counts() -> Step:
 
     def commands(context: Context) -> list[Command]:
         chosen = small if context.is_dry_run else arguments
-        ranks = 1 if context.is_dry_run else _num_ranks(context)
-        return [_benchmark(context, "kernels", ranks, (*chosen, *_DTYPE, "--json", str(file(context))))]
+        return [_benchmark(context, "kernels", _num_ranks(context), (*chosen, *_DTYPE, "--json", str(file(context))))]
 
     def read(context: Context) -> Findings:
         counted = json.loads(file(context).read_text())
@@ -124,8 +123,8 @@ def _row(result: dict[str, Any]) -> tuple[Cell, ...]:
 
 
 def _num_ranks(context: Context) -> int:
-    """Return the number of ranks on all GPUs, which must divide the experts."""
-    return math.gcd(context.devices.num_gpus, _NUM_EXPERTS) or 1
+    """Return the number of ranks on all GPUs, which must divide the experts; two in a dry run."""
+    return 2 if context.is_dry_run else math.gcd(context.devices.num_gpus, _NUM_EXPERTS)
 
 
 def _benchmark(context: Context, program: str, ranks: int, arguments: Sequence[str]) -> Command:

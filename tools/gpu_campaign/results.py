@@ -1,4 +1,4 @@
-"""What a campaign found: the content of its JSON file and of its page."""
+"""The results of a campaign: the content of its JSON file and of its page."""
 
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -33,7 +33,7 @@ class Plot(BaseModel, frozen=True):
 
 
 class Findings(BaseModel, frozen=True):
-    """What a step found.
+    """The findings of a step.
 
     Attributes:
         facts: single values by name.
