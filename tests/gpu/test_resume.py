@@ -11,7 +11,7 @@ from maskmoe.launch.devices import find_devices
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", PLACES[1:])  # One core would show no more than two cores.
 def test_resume_is_bit_equal(place: Place, tmp_path: Path) -> None:
     """Runs save at iteration 7. Gradients of experts and dense layers, dropout and the optimizer take part."""
     num_ranks = math.gcd(place.num_ranks(), 8)  # experts and samples of a batch

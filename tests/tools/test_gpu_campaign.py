@@ -114,6 +114,20 @@ def test_a_dry_run_keeps_no_measurement(finished, tmp_path: Path) -> None:
     assert (on_gpu.steps[0].status, on_gpu.steps[0].findings) == (Status.PASSED, FOUND)
 
 
+def test_other_commands_of_a_failed_step_run(tmp_path: Path) -> None:
+    codes = ("raise SystemExit(3)", "open('{}', 'w').write('found')")
+    file = tmp_path / "out" / "twice" / "file"
+
+    def commands(context: Context) -> list[Command]:
+        context.folder("twice")
+        return [Command((sys.executable, "-c", code.format(file))) for code in codes]
+
+    step = Step("twice", "Two commands", 20, commands, lambda _: Findings(facts={"file": file.read_text()}))
+    (result,) = run_campaign([step], make_context(tmp_path / "out"), 60, print).steps
+    assert result.problem.startswith("exit code 3")
+    assert result.findings.facts == {"file": "found"}
+
+
 def test_steps_without_time_left_fail(tmp_path: Path) -> None:
     start = time.monotonic()
     campaign = run_campaign([make_step("slow", HANG), make_step("late", "pass")], make_context(tmp_path), 2, print)
@@ -232,6 +246,9 @@ def test_bad_arguments_and_failed_steps_have_exit_codes(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     completed = run_script("--output", tmp_path / "file", "--only", "cuda")
     assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
+    completed = run_script("--output", tmp_path, "--only", "cuda")
+    assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
+    assert "has other files" in completed.stderr
     completed = run_script("--output", tmp_path / "out", "--only", "cuda", "--minutes", "0")
     assert completed.returncode == 1
     assert "1 of 1 steps failed: cuda" in completed.stderr

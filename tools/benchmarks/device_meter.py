@@ -59,13 +59,13 @@ def cost_in_trace(events: Iterable[Mapping[str, Any]]) -> DeviceCost:
         events: `cat` is the kind of an event, `ts` its start and `dur` its duration in microseconds.
     """
     complete = [event for event in events if event.get("ph") == "X"]
-    (work,) = (event for event in complete if event["cat"] == "user_annotation" and event["name"] == _WORK)
-    kernels = [event for event in complete if event["cat"] == "kernel"]
-    copies = [event for event in complete if event["cat"] in ("gpu_memcpy", "gpu_memset")]
+    (work,) = (event for event in complete if event.get("cat") == "user_annotation" and event["name"] == _WORK)
+    kernels = [event for event in complete if event.get("cat") == "kernel"]
+    copies = [event for event in complete if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
     calls = [
         event["name"]
         for event in complete
-        if event["cat"] in ("cuda_runtime", "cuda_driver") and 0 <= event["ts"] - work["ts"] <= work["dur"]
+        if event.get("cat") in ("cuda_runtime", "cuda_driver") and 0 <= event["ts"] - work["ts"] <= work["dur"]
     ]
     return DeviceCost(
         kernels=len(kernels),

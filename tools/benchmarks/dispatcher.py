@@ -117,6 +117,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             tokens = draw_tokens(config, arguments.tokens, mask_name, groups, arguments.dispatches_alone)
             ours, stock = dispatch_ours(config, tokens, groups), dispatch_stock(config, tokens, groups)
             name = f"dispatch {mask_name} top-{config.moe_router_topk} of {config.num_moe_experts} ranks {num_ranks}"
+            name += " with Transformer Engine" if arguments.transformer_engine else ""
             yield compare(name, ours, "stock", stock)
             yield compare(f"{name} to the floor", ours, "floor", floor)
 

@@ -45,9 +45,10 @@ def build_layers(
     config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
 ) -> tuple[MoELayer, MoELayer]:
     """Build a MaskMoE layer, which dispatches as the tokens say, and a stock layer."""
+    has_engine = config.transformer_impl == "transformer_engine"
     blocks = (
         get_maskmoe_decoder_block_spec(config, tokens.visible_experts),
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization),
+        get_gpt_decoder_block_spec(config, use_transformer_engine=has_engine, normalization=config.normalization),
     )
     layers = [block.layer_specs[0].submodules.mlp(config, pg_collection=groups).cuda() for block in blocks]
     for layer in layers:
@@ -87,6 +88,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             stock = compute(stock_layer, tokens, lambda: None)
             floor = exchange_floor(tokens.hidden.flatten(0, 1), tokens.gradient.flatten(0, 1), groups.ep)
             name = f"MoE layer {mask_name} top-{config.moe_router_topk} of {config.num_moe_experts} ranks {num_ranks}"
+            name += " with Transformer Engine" if arguments.transformer_engine else ""
             yield compare(name, ours, "stock", stock)
             yield compare(f"{name} to the floor", ours, "floor", floor)
 

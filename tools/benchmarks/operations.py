@@ -123,7 +123,9 @@ def count_all() -> dict[str, Operations]:
     """Count the parts of layers with 64 experts and k = 8, by name."""
     found = {}
     with ranks_on_gpus() as groups:
-        arguments = argparse.Namespace(hidden_size=HIDDEN_SIZE, experts=["8/64"], dtype="bfloat16")
+        arguments = argparse.Namespace(
+            hidden_size=HIDDEN_SIZE, experts=["8/64"], dtype="bfloat16", transformer_engine=False
+        )
         settings = LAYER_SETTINGS | {"moe_ffn_hidden_size": 32}
         (config,) = routed_tokens.configs(arguments, NUM_RANKS, **settings)
         for name, mask_name in (("planned", "rank-local"), ("one copy", "any")):

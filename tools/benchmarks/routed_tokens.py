@@ -21,6 +21,12 @@ from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 VOCAB_SIZE = 8192
+ENGINE_SETTINGS = {
+    "transformer_impl": "transformer_engine",
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
+}
+"""Settings of the fastest MoE layer that stock Megatron-Core builds with Transformer Engine."""
 MASKS = ("rank-local", "any")
 """`rank-local`: every id sees max(2, k) experts, all on one rank. `any`: every id sees all experts."""
 
@@ -73,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="on one rank, dispatch as several ranks would, instead of by Megatron-Core",
     )
+    add_engine_argument(parser)
+
+
+def add_engine_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that selects Transformer Engine for both sides."""
+    text = "both sides use modules of Transformer Engine, with grouped experts and fused permutation"
+    parser.add_argument("--transformer-engine", action="store_true", help=text)
 
 
 def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> Iterator[TransformerConfig]:
@@ -89,7 +102,8 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> I
             moe_token_dispatcher_type="alltoall",
             expert_model_parallel_size=num_ranks,
             add_bias_linear=False,
-            **({"params_dtype": getattr(torch, arguments.dtype)} | settings),
+            params_dtype=getattr(torch, arguments.dtype),
+            **(settings | (ENGINE_SETTINGS if arguments.transformer_engine else {})),
         )
 
 

@@ -26,7 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import compare, join_ranks, run_and_report
-from routed_tokens import exchange_floor
+from routed_tokens import ENGINE_SETTINGS, add_engine_argument, exchange_floor
 from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask
@@ -130,8 +130,8 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
             attention_dropout=0.0,
             normalization="RMSNorm",
             persist_layer_norm=False,
-            transformer_impl="local",
             use_cpu_initialization=not torch.cuda.is_available(),
+            **({"transformer_impl": "local"} | (ENGINE_SETTINGS if arguments.transformer_engine else {})),
         )
 
     sizes = {
@@ -153,7 +153,9 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
 
     torch.manual_seed(1)
     stock_config = config()
-    stock_spec = get_gpt_decoder_block_spec(stock_config, use_transformer_engine=False, normalization="RMSNorm")
+    stock_spec = get_gpt_decoder_block_spec(
+        stock_config, use_transformer_engine=arguments.transformer_engine, normalization="RMSNorm"
+    )
     stock = GPTModel(stock_config, stock_spec, **sizes).cuda()
     return Trainer(masked, masked_config, batches()), Trainer(stock, stock_config, batches())
 
@@ -171,6 +173,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
     for topk in arguments.topk:
         ours, stock = build_trainers(arguments, topk, groups)
         name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
+        name += " with Transformer Engine" if arguments.transformer_engine else ""
         yield compare(name, ours.step, "stock", stock.step)
         if groups.ep.size() > 1:
             yield compare(f"{name} to the floor", ours.step, "floor", floor)
@@ -208,6 +211,7 @@ def main() -> None:
         default="float32",
         help="dtype of weights, whose main copies are float32 (default: %(default)s)",
     )
+    add_engine_argument(parser)
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
     run_and_report(cases(arguments, join_ranks()), arguments)

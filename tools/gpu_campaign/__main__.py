@@ -36,6 +36,9 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"cannot make --output {output}: {error.strerror}; choose another folder") from error
 
+    # Steps remove the folders of their earlier results.
+    if any(output.iterdir()) and not (output / "campaign.json").exists():
+        raise UserError(f"--output {output} has other files than those of a campaign; choose another folder")
     context = Context(Path(__file__).resolve().parents[2], output, find_devices())
     steps = [step for step in STEPS if arguments.only is None or step.name in arguments.only]
     campaign = run_campaign(steps, context, 60 * arguments.minutes, partial(print, flush=True))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plot import draw, read_bars
+
 from gpu_campaign.results import Cell, Findings, Plot, Table
 from gpu_campaign.step import Command, Context, Step
 from maskmoe.launch.command import standalone_command
@@ -25,8 +27,9 @@ def comparison(
     arguments: Sequence[str],
     small: Sequence[str],
     *,
-    limit: float = 75,
+    limit: float = 90,
     on_all_gpus: bool = False,
+    has_engine: bool = True,
 ) -> Step:
     """Return a step that measures a benchmark against stock Megatron-Core, ours and stock in turns.
 
@@ -38,33 +41,37 @@ def comparison(
         small: the arguments of a dry run on the CPU.
         limit: seconds for the step.
         on_all_gpus: whether the benchmark also runs on all GPUs if there are several.
+        has_engine: whether the benchmark also measures modules of Transformer Engine, if it is installed.
     """
 
-    def files(context: Context) -> dict[int, Path]:
-        """Return the file of results for each number of ranks."""
-        ranks = [1, *([_num_ranks(context)] if on_all_gpus and _num_ranks(context) > 1 else [])]
-        return {number: context.folder(name) / f"{number}-ranks.json" for number in ranks}
-
-    def picture(context: Context) -> Path:
-        return context.folder(name) / f"{name}.png"
+    def variants(context: Context) -> dict[Path, tuple[int, tuple[str, ...]]]:
+        """Return number of ranks and further arguments of each variant, by its file of results."""
+        ranks = sorted({1, _num_ranks(context)} if on_all_gpus else {1})
+        engines = _engines(context) if has_engine else {"local": ()}
+        return {
+            context.folder(name) / f"{engine}-{number}-ranks.json": (number, flags)
+            for engine, flags in engines.items()
+            for number in ranks
+        }
 
     def commands(context: Context) -> list[Command]:
         chosen = small if context.is_dry_run else arguments
-        made = [
-            _benchmark(context, benchmark, ranks, (*chosen, *_DTYPE, "--json", str(path)))
-            for ranks, path in files(context).items()
+        return [
+            _benchmark(context, benchmark, ranks, (*chosen, *_DTYPE, *further, "--json", str(path)))
+            for path, (ranks, further) in variants(context).items()
         ]
-        plot = ("--output", str(picture(context)), *map(str, files(context).values()))
-        return [*made, _benchmark(context, "plot", 1, plot)]
 
     def read(context: Context) -> Findings:
-        results = [result for path in files(context).values() for result in json.loads(path.read_text())]
+        paths = [path for path in variants(context) if path.exists()]
+        results = [result for path in paths for result in json.loads(path.read_text())]
         rows = tuple(_row(result) for result in results if "stock" in result["costs"])
         columns = (
             *("case", "ratio of times", "smallest", "largest", "ours (ms)", "stock (ms)"),
             *("kernels, ours", "stock", "host waits, ours", "stock"),
         )
-        plot = Plot(file=str(picture(context).relative_to(context.output)), caption=f"{title}: times against stock")
+        picture = context.folder(name) / f"{name}.png"
+        draw([read_bars(path) for path in paths], f"{title}: times against stock Megatron-Core", picture)
+        plot = Plot(file=str(picture.relative_to(context.output)), caption=f"{title}: times against stock")
         return Findings(tables=(Table(title="Against stock Megatron-Core", columns=columns, rows=rows),), plots=(plot,))
 
     return Step(name, title, limit, commands, read, measures=True)
@@ -75,36 +82,56 @@ def kernel_counts() -> Step:
     arguments = ("--tokens", "4096", "--hidden-size", "2048", "--experts", "8/64", "--ffn-hidden-size", "1024")
     small = ("--tokens", "64", "--hidden-size", "64", "--experts", "2/4", "--ffn-hidden-size", "32")
 
-    def file(context: Context) -> Path:
-        return context.folder("kernels") / "kernels.json"
+    def file(context: Context, engine: str) -> Path:
+        return context.folder("kernels") / f"{engine}.json"
 
     def commands(context: Context) -> list[Command]:
-        chosen = small if context.is_dry_run else arguments
-        return [_benchmark(context, "kernels", _num_ranks(context), (*chosen, *_DTYPE, "--json", str(file(context))))]
+        chosen = (*(small if context.is_dry_run else arguments), *_DTYPE)
+        return [
+            _benchmark(context, "kernels", _num_ranks(context), (*chosen, *flags, "--json", str(file(context, engine))))
+            for engine, flags in _engines(context).items()
+        ]
 
     def read(context: Context) -> Findings:
-        counted = json.loads(file(context).read_text())
-        directions = ("forward", "backward")
-        rows = tuple(
-            (
-                part,
-                *(of[direction]["kernels"] for direction in directions),
-                *(of[direction]["copies"] for direction in directions),
-                *(of[direction]["host_waits"] for direction in directions),
-                *(1e3 * of[direction]["device_seconds"] for direction in directions),
-            )
+        counts = {engine: json.loads(file(context, engine).read_text()) for engine in _engines(context)}
+        missing = [
+            f"{part} ({engine} modules) launched no kernel"
+            for engine, counted in counts.items()
             for part, of in counted.items()
-        )
-        names = ("kernels", "copies", "host waits", "device time (ms)")
-        columns = ("part", *(f"{name}, {direction}" for name in names for direction in directions))
-        missing = [part for part, of in counted.items() if not context.is_dry_run and not of["forward"]["kernels"]]
+            if not context.is_dry_run and not of["forward"]["kernels"]
+        ]
         return Findings(
             facts={"layer": " ".join(arguments), "ranks": _num_ranks(context)},
-            tables=(Table(title="Counted by the profiler", columns=columns, rows=rows),),
-            problems=tuple(f"{part} launched no kernel" for part in missing),
+            tables=tuple(_table_of_counts(engine, counted) for engine, counted in counts.items()),
+            problems=tuple(missing),
         )
 
     return Step("kernels", "Kernels and host waits of an MoE layer", 75, commands, read, measures=True)
+
+
+def _table_of_counts(engine: str, counted: dict[str, Any]) -> Table:
+    """Return the table of one kind of modules."""
+    quantities = {
+        "kernels": lambda cost: cost["kernels"],
+        "copies": lambda cost: cost["copies"],
+        "host waits": lambda cost: cost["host_waits"],
+        "device time (ms)": lambda cost: 1e3 * cost["device_seconds"],
+    }
+    directions = ("forward", "backward")
+    return Table(
+        title=f"Counted by the profiler, {engine} modules",
+        columns=("part", *(f"{name}, {direction}" for name in quantities for direction in directions)),
+        rows=tuple(
+            (part, *(value(of[direction]) for value in quantities.values() for direction in directions))
+            for part, of in counted.items()
+        ),
+    )
+
+
+def _engines(context: Context) -> dict[str, tuple[str, ...]]:
+    """Return the flags of a benchmark for each kind of modules that this machine can run."""
+    has_engine = context.devices.has_transformer_engine and not context.is_dry_run
+    return {"local": ()} | ({"Transformer-Engine": ("--transformer-engine",)} if has_engine else {})
 
 
 def _row(result: dict[str, Any]) -> tuple[Cell, ...]:
@@ -136,7 +163,7 @@ def _benchmark(context: Context, program: str, ranks: int, arguments: Sequence[s
 
 
 MEASUREMENTS = (
-    comparison("router", "router", "Router", _TOKENS, _FEW_TOKENS),
+    comparison("router", "router", "Router", _TOKENS, _FEW_TOKENS, has_engine=False),
     comparison(
         *("dispatch", "dispatcher", "Dispatch and combine"),
         *((*_TOKENS, "--dispatches-alone"), (*_FEW_TOKENS, "--dispatches-alone")),
@@ -152,6 +179,7 @@ MEASUREMENTS = (
         *("experts", "experts", "Experts"),
         ("--sizes", "8192x2048x1024/8", "32768x2048x1024/64"),
         ("--sizes", "64x16x32/4", "--repeats", "1"),
+        has_engine=False,
     ),
     comparison(
         *("step", "train_step", "Training step"),

@@ -1,6 +1,7 @@
 """Runs steps one after the other, each with a time limit, and writes results and page after each step."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -25,7 +26,7 @@ Say = Callable[[str], None]
 
 
 class StepError(Exception):
-    """A step failed; the text says why."""
+    """A command of a step failed; the text says why."""
 
 
 def run_campaign(steps: Sequence[Step], context: Context, seconds: float, say: Say) -> Campaign:
@@ -65,19 +66,23 @@ def _run_step(step: Step, context: Context, limit: float) -> StepResult:
     """Run the commands of a step, and read what they found."""
     log = context.folder("logs") / f"{step.name}.log"
     log.write_bytes(b"")
-    start, problem, findings = time.monotonic(), None, Findings()
+    start, findings, problems = time.monotonic(), Findings(), list[str]()
     commands: Sequence[Command] = ()
     try:
+        shutil.rmtree(context.folder(step.name))  # of an earlier campaign
         commands = step.commands(context)
         for command in commands:
-            _run(command, context.root, log, start + limit - time.monotonic())
+            # A failed command does not stop the others, and what the others found is read.
+            try:
+                _run(command, context.root, log, start + limit - time.monotonic())
+            except StepError as error:
+                problems.append(str(error))
         findings = step.read(context)
-        problem = "; ".join(findings.problems) or None
-    except StepError as error:
-        problem = str(error)
-    # An error in the code of a step must not stop the other steps.
+        problems += findings.problems
+    # An error in the code of a step must not stop the other steps. After a failed command, it is a consequence.
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
+        problems = problems or [f"{type(error).__name__}: {error}"]
+    problem = "; ".join(problems) or None
     status = Status.FAILED if problem else Status.PASSED
     if step.measures and context.is_dry_run and not problem:
         status, findings = Status.TRIED, Findings()
@@ -102,7 +107,7 @@ def _run(command: Command, folder: Path, log: Path, limit: float) -> None:
         StepError: the command failed, or ran longer than the limit in seconds.
     """
     if limit <= 0:
-        raise StepError(f"no time was left for {command.words[-1]}")
+        raise StepError(f"no time was left for: {command}")
     with open(log, "ab") as output:
         output.write(f"$ {command}\n".encode())
         output.flush()

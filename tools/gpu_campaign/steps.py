@@ -44,7 +44,7 @@ def _read_tests(context: Context) -> Findings:
 
 STEPS = (
     Step("cuda", "CUDA is used", 60, _probe, _read_probe),
-    Step("tests", "Tests on one GPU and on all GPUs", 240, _tests, _read_tests),
+    Step("tests", "Tests on one GPU and on all GPUs", 300, _tests, _read_tests),
     Step("data", "Data, made on this machine", 90, data_commands, read_data),
     Step("training", "Training of the laptop model in bf16 against the CPU", 240, training_commands, read_training),
     kernel_counts(),

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from gpu_campaign.results import Findings, Plot, Table
+from gpu_campaign.results import Cell, Findings, Plot, Table
 from gpu_campaign.step import Command, Context
 from maskmoe.comparison.plots import new_figure, tidy
 from maskmoe.launch.devices import Devices
@@ -103,25 +103,21 @@ def _run_dir(context: Context, name: str) -> Path:
 
 def read_training(context: Context) -> Findings:
     """Compare the losses of all runs with those of the CPU, iteration by iteration."""
-    reference = _history(context, "cpu")
-    facts: dict[str, str | int | float | None] = {"tolerance (nats)": TOLERANCE, "reason": TOLERANCE_REASON}
-    problems, losses = [], {"CPU, float32": _losses(reference)}
+    histories = {name: _history(context, name) for name in ("cpu", *_runs_to_compare(context))}
+    losses = {name: _losses(history) for name, history in histories.items()}
+    facts: dict[str, Cell] = {"tolerance (nats)": TOLERANCE, "reason": TOLERANCE_REASON}
+    problems = []
+    backend = "gloo" if context.is_dry_run else "nccl"
     for name in _runs_to_compare(context):
-        lines, history = _lines(context, name), _history(context, name)
-        losses[name] = _losses(history)
-        difference = largest_difference(losses["CPU, float32"], losses[name])
+        difference = largest_difference(losses["cpu"], losses[name])
         facts[f"{name}: largest difference of the loss (nats)"] = difference
-        facts[f"{name}: seconds an iteration (median)"] = statistics.median(
-            record.seconds for record in history.iterations.values()
-        )
         if not difference <= TOLERANCE:
             problems.append(f"{name}: losses differ by {difference:.3g} nats from the CPU's, more than {TOLERANCE}")
-        backend = "gloo" if context.is_dry_run else "nccl"
-        if not any("distributed_backend" in line and line.endswith(f" {backend}") for line in lines):
+        if not any("distributed_backend" in line and line.endswith(f" {backend}") for line in _lines(context, name)):
             problems.append(f"{name}: the run did not use the backend {backend}")
-    facts["CPU, float32: seconds an iteration (median)"] = statistics.median(
-        record.seconds for record in reference.iterations.values()
-    )
+    for name, history in histories.items():
+        seconds = [record.seconds for record in history.iterations.values()]
+        facts[f"{name}: seconds an iteration (median)"] = statistics.median(seconds) if seconds else None
     picture = context.folder("training") / "losses.png"
     draw_losses(losses, picture)
     rows = tuple((number, *(values.get(number) for values in losses.values())) for number in _SHOWN)

@@ -281,8 +281,6 @@ def dirty_the_allocator() -> None:
 
 def check_waits(setting: Setting) -> dict[str, Any]:
     """Return how often the host waits in the forward and backward pass of a layer, and where it waits first."""
-    # Training sets the scale on the device.
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=DEVICE))
     found = {}
     for kind in (DispatchKind.PLANNED, DispatchKind.ONE_COPY):
         for has_experts in (False, True):
@@ -331,6 +329,8 @@ CHECKS = {"device": check_device, "dispatch": check_dispatch, "experts": check_e
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     setting = Setting.draw(join_ranks())
+    # Training sets the scale of router losses on the device.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=DEVICE))
     results = {name: CHECKS[name](setting) for name in names}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
