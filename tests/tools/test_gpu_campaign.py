@@ -149,6 +149,59 @@ def test_steps_have_different_names_and_existing_programs(num_gpus: int, tmp_pat
     assert set(re.findall(r"--nproc-per-node (\d+)", text)) == {0: {"2"}, 1: set(), 8: {"8"}}[num_gpus]
 
 
+def step_named(name: str) -> Step:
+    return next(step for step in STEPS if step.name == name)
+
+
+def test_measurements_show_ratios_kernels_and_waits(tmp_path: Path) -> None:
+    """A floor has no row, and a variant whose command failed has left no file."""
+    context = make_context(tmp_path, num_gpus=2)
+    costs = {side: {"device": {"kernels": number, "host_waits": 1}} for side, number in (("ours", 40), ("stock", 50))}
+    case = {"case": "layer", "ours": [0.001, 0.003], "baseline": [0.002, 0.002], "ratio": 1.0, "costs": costs}
+    to_floor = case | {"case": "layer to the floor", "costs": {"ours": costs["ours"], "floor": costs["stock"]}}
+    (context.folder("layer") / "local-1-ranks.json").write_text(json.dumps([case, to_floor]))
+    findings = step_named("layer").read(context)
+    assert findings.tables[0].rows == (("layer", 1.0, 0.5, 1.5, 2.0, 2.0, 40, 50, 1, 1),)
+    assert (tmp_path / findings.plots[0].file).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kernels", [12, 0])
+def test_a_part_without_kernels_is_a_problem(kernels: int, tmp_path: Path) -> None:
+    context = make_context(tmp_path, num_gpus=1)
+    forward = {"kernels": kernels, "copies": 1, "host_waits": 2, "device_seconds": 0.003}
+    counts = {"router": {"forward": forward, "backward": forward | {"host_waits": 0}}}
+    (context.folder("kernels") / "local.json").write_text(json.dumps(counts))
+    findings = step_named("kernels").read(context)
+    assert findings.tables[0].rows == (("router", kernels, kernels, 1, 1, 2, 0, 3.0, 3.0),)
+    assert findings.problems == (() if kernels else ("router (local modules) launched no kernel",))
+
+
+def test_tests_must_pass(tmp_path: Path) -> None:
+    """Tests that are all skipped show nothing."""
+    context = make_context(tmp_path, num_gpus=1)
+    report = context.folder("tests") / "junit.xml"
+    skipped = '<testcase classname="c" name="b" time="0"><skipped message="one GPU"/></testcase>'
+    passed = '<testcase classname="c" name="a" time="1.23"/>'
+    failed = '<testcase classname="c" name="d" time="2"><failure message="assert 1 == 2">text</failure></testcase>'
+    report.write_text(f"<testsuites><testsuite>{passed}{skipped}{failed}</testsuite></testsuites>")
+    findings = step_named("tests").read(context)
+    assert findings.facts == {"passed": 1, "skipped": 1, "failure": 1}
+    assert findings.tables[0].rows == (
+        ("c.a", "passed", 1.2),
+        ("c.b", "skipped: one GPU", 0.0),
+        ("c.d", "failure: assert 1 == 2", 2.0),
+    )
+    assert findings.problems == ()
+    report.write_text(f"<testsuites><testsuite>{skipped}</testsuite></testsuites>")
+    assert step_named("tests").read(context).problems == ("no test passed",)
+
+
+def test_gpus_that_torch_does_not_use_are_a_problem(tmp_path: Path) -> None:
+    context = make_context(tmp_path, num_gpus=2)
+    (context.folder("cuda") / "facts.json").write_text(json.dumps({"GPUs": 1}))
+    assert "torch computes on 1 GPUs, but 2 were found" in step_named("cuda").read(context).problems[0]
+
+
 def trace_event(category: str, name: str, start: float, duration: float = 1.0) -> dict:
     return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
 

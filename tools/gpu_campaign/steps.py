@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from xml.etree import ElementTree
 
 from gpu_campaign.measuring import MEASUREMENTS, kernel_counts
@@ -29,16 +30,19 @@ def _tests(context: Context) -> list[Command]:
 
 
 def _read_tests(context: Context) -> Findings:
-    rows: list[tuple[Cell, ...]] = []
+    outcomes, rows = Counter[str](), list[tuple[Cell, ...]]()
     for case in ElementTree.parse(context.folder("tests") / "junit.xml").iter("testcase"):
-        skipped = case.find("skipped")
-        outcome = "passed" if skipped is None else f"skipped: {skipped.get('message')}"
-        rows.append((f"{case.get('classname')}.{case.get('name')}", outcome, round(float(case.get("time", "0")), 1)))
-    passed = sum(outcome == "passed" for _, outcome, _ in rows)
+        notes = [(note.tag, note.get("message") or "") for note in case if note.tag in ("failure", "error", "skipped")]
+        outcome, message = notes[0] if notes else ("passed", "")
+        outcomes[outcome] += 1
+        name = f"{case.get('classname')}.{case.get('name')}"
+        rows.append(
+            (name, f"{outcome}: {message[:200]}" if message else outcome, round(float(case.get("time", "0")), 1))
+        )
     return Findings(
-        facts={"passed": passed, "skipped": len(rows) - passed},
+        facts=dict(outcomes),
         tables=(Table(title="Tests", columns=("test", "result", "seconds"), rows=tuple(rows)),),
-        problems=() if passed else ("no test passed",),
+        problems=() if outcomes["passed"] else ("no test passed",),
     )
 
 
