@@ -37,6 +37,7 @@ def make_step(
 
 
 FOUND = Findings(
+    notes=("A note.",),
     facts={"GPU 0": "a | b", "ratio": 0.123456, "nothing": None},
     tables=(Table(title="Times", columns=("case", "ms"), rows=(("first | case", 1.5), ("second", 2))),),
     plots=(Plot(file="good/picture.png", caption="A picture"),),
@@ -93,6 +94,7 @@ def test_page_and_json_have_what_the_steps_found(finished) -> None:
     page = (output / "campaign.md").read_text()
     assert "**Dry run on the CPU: nothing ran on a GPU, and nothing was measured.**" in page
     assert "a \\| b" in page
+    assert "A note.\n" in page
     assert "0.1235" in page
     assert "| first \\| case | 1.5 |" in page
     assert "![A picture](good/picture.png)" in page
@@ -230,11 +232,11 @@ def test_kernels_and_waits_of_a_trace() -> None:
 
 def write_losses(context: Context, shift: float, backend: str = "gloo") -> None:
     """Write the logs of the runs of a dry run; the last loss of the compared run is shifted."""
-    for name in ("cpu", "bf16-on-the-CPU"):
+    for name in ("float32-on-the-CPU", "bf16-on-the-CPU"):
         folder = context.folder("training") / name / "logs" / "node0" / "attempt_0" / "0"
         folder.mkdir(parents=True)
         losses = [8 - 0.1 * number for number in range(1, ITERATIONS + 1)]
-        losses[-1] += shift if name != "cpu" else 0
+        losses[-1] += shift if name == "bf16-on-the-CPU" else 0
         lines = [iteration_line(number, loss, ITERATIONS) for number, loss in enumerate(losses, start=1)]
         head = f"  distributed_backend ............................. {backend}"
         (folder / "stdout.log").write_text("\n".join([head, *lines, ""]))

@@ -36,12 +36,14 @@ class Findings(BaseModel, frozen=True):
     """The findings of a step.
 
     Attributes:
+        notes: sentences that explain the findings.
         facts: single values by name.
         tables: tables.
         plots: pictures.
         problems: why the step failed though its commands succeeded; empty if the step passed.
     """
 
+    notes: tuple[str, ...] = ()
     facts: dict[str, Cell] = {}
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
