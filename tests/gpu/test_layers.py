@@ -85,4 +85,3 @@ def test_host_waits(place: Place, check: Check) -> None:
         assert {name: of_layer["waits"] for name, of_layer in found.items()} == expected, found
         if place.is_gpu:
             assert found["planned, experts"]["first"] is None, found["planned, experts"]["first"]
-            assert "one_copy.py" in found["one_copy, experts"]["first"]
