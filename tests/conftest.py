@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 from support.launchers import RunRanks, run_script_as_ranks
+from support.places import num_gpus
 
 from maskmoe.megatron_compat import prepare_process
 
@@ -23,6 +24,11 @@ def pytest_configure() -> None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads the variable when a module with kernels is imported.
     prepare_process()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not num_gpus():
+        pytest.skip("this machine has no GPU that torch finds")
 
 
 @pytest.fixture(scope="session")
@@ -41,5 +47,5 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> RunRanks:
-    """Return `run_script_as_ranks`, which runs a script as the ranks of one gloo group."""
+    """Return `run_script_as_ranks`, which runs a script as the ranks of one group."""
     return run_script_as_ranks

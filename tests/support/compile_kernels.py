@@ -36,7 +36,6 @@ def multiply_groups() -> None:
         grouped_linear(rows, ends, weights).sum().backward()
 
 
-
 def route() -> None:
     """Launch the kernels of the router for each score function, with and without optional arguments."""
     from maskmoe.transformer.kernels import routing

@@ -17,13 +17,18 @@ from support.paths import BENCHMARKS, RANK_SCRIPTS, TESTS
 from support.waiting import wait_until
 from torch.distributed import TCPStore
 
+from maskmoe.launch import devices
+
 __all__ = ["BENCHMARKS", "RANK_SCRIPTS", "TESTS", "Outcome", "RankProcesses", "RunRanks", "run_script_as_ranks"]
 
 RunRanks = Callable[..., None]
 TIMEOUT = 180.0
 """Seconds after which processes are taken to hang."""
 
-CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+GPU_ENVIRONMENT = {**devices.GPU_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+"""Variables of a process that computes on a GPU and one core."""
+
+CPU_ENVIRONMENT = {**GPU_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
 """Variables that keep a process on one core and away from GPUs."""
 
 
@@ -92,6 +97,7 @@ class RankProcesses:
         working_folder: Working directory of the processes.
         environment: Further variables of all processes.
         rendezvous: Kept alive as long as the processes.
+        sees_gpus: Whether the processes see the GPUs of this machine.
 
     Attributes:
         folder: Holds the logs.
@@ -105,16 +111,18 @@ class RankProcesses:
         working_folder: Path,
         environment: Mapping[str, str] | None = None,
         rendezvous: Rendezvous | None = None,
+        sees_gpus: bool = False,
     ) -> None:
         self.folder = folder
         self._rendezvous = rendezvous
         self._processes = []
+        common = GPU_ENVIRONMENT if sees_gpus else CPU_ENVIRONMENT
         for rank, variables in enumerate(environments):
             with open(folder / f"out{rank}.log", "w") as out, open(folder / f"err{rank}.log", "w") as err:
                 process = subprocess.Popen(
                     [sys.executable, *program],
                     cwd=working_folder,
-                    env={**os.environ, **CPU_ENVIRONMENT, **(environment or {}), **variables},
+                    env={**os.environ, **common, **(environment or {}), **variables},
                     stdout=out,
                     stderr=err,
                     start_new_session=True,
@@ -191,6 +199,7 @@ def start_ranks(
     ranks: int = 1,
     working_folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    sees_gpus: bool = False,
 ) -> RankProcesses:
     """Start Python on `program` as the ranks of one group.
 
@@ -200,23 +209,30 @@ def start_ranks(
         ranks: Number of ranks.
         working_folder: Working directory of the processes, by default `folder`.
         environment: Further variables of all processes.
+        sees_gpus: Whether the processes see the GPUs of this machine.
     """
     rendezvous = Rendezvous() if ranks > 1 else None
     environments = rank_environments(ranks, rendezvous and rendezvous.environment)
-    return RankProcesses(program, environments, folder, working_folder or folder, environment, rendezvous)
+    return RankProcesses(program, environments, folder, working_folder or folder, environment, rendezvous, sees_gpus)
 
 
 def run_script_as_ranks(
-    script: Path, folder: Path, *arguments: object, world_size: int = 2, timeout: float = TIMEOUT
+    script: Path,
+    folder: Path,
+    *arguments: object,
+    world_size: int = 2,
+    timeout: float = TIMEOUT,
+    sees_gpus: bool = False,
 ) -> None:
-    """Run `python SCRIPT FOLDER ARGUMENTS…` as ranks of one gloo group on the CPU.
+    """Run `python SCRIPT FOLDER ARGUMENTS…` as ranks of one group, on the CPU unless they see GPUs.
 
     The script joins the group with `init_method=f"file://{FOLDER}/rendezvous"` and may import `support` and the modules
     of the benchmarks. A rank that fails or hangs fails the test.
     """
     path = os.pathsep.join(filter(None, [str(TESTS), str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
     program = [str(script), str(folder), *map(str, arguments)]
-    with start_ranks(program, folder, ranks=world_size, environment={"PYTHONPATH": path}) as processes:
+    environment = {"PYTHONPATH": path}
+    with start_ranks(program, folder, ranks=world_size, environment=environment, sees_gpus=sees_gpus) as processes:
         outcome = processes.wait(timeout=timeout)
     if any(outcome.exit_codes):
         pytest.fail(f"a rank failed or hung\n{outcome.report()}")

@@ -61,6 +61,7 @@ class Run:
         rank_0_hosts_store: The store of the ranks is in rank 0, as without torchrun.
         logs_scalars: Whether the run writes TensorBoard events.
         omits: A flag of `SETTINGS` that is left out.
+        sees_gpus: Whether the processes see the GPUs of this machine.
         description: Describes the run in words.
     """
 
@@ -75,6 +76,7 @@ class Run:
     rank_0_hosts_store: bool = False
     logs_scalars: bool = True
     omits: str | None = None
+    sees_gpus: bool = False
     description: str = ""
 
 
@@ -181,7 +183,8 @@ class Workplace:
         if run.torchrun:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)]
             launcher += ["--monitor-interval", "0.1", "--max-restarts", str(run.restarts)]
-            return TrainingProcesses([*launcher, *program], [{}], folder, self.folder, environment)
+            environments, program = [{}], [*launcher, *program]
+            return TrainingProcesses(program, environments, folder, self.folder, environment, sees_gpus=run.sees_gpus)
         rendezvous, meeting = None, None
         if run.rank_0_hosts_store:
             meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
@@ -189,7 +192,7 @@ class Workplace:
             rendezvous = Rendezvous()
             meeting = rendezvous.environment
         environments = rank_environments(run.ranks, meeting)
-        return TrainingProcesses(program, environments, folder, self.folder, environment, rendezvous)
+        return TrainingProcesses(program, environments, folder, self.folder, environment, rendezvous, run.sees_gpus)
 
     def execute(self, program: Sequence[str], folder: Path, ranks: int = 1) -> Outcome:
         """Run Python on `program` as one group of ranks to its end; the existing `folder` takes their output."""

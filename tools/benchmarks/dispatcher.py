@@ -25,7 +25,6 @@ from ranks import compare, join_ranks, run_and_report
 from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
 from torch import Tensor
 
-from maskmoe.transformer.dispatch.choose import choose_dispatch
 from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
 from maskmoe.transformer.dispatch.planned import PlannedDispatcher
@@ -70,15 +69,14 @@ def dispatch_ours(
 ) -> Callable[[], None]:
     """Return work that dispatches in the way that a MaskMoE layer chooses for these tokens."""
     token_ids = tokens.plan_ids()
-    kind = choose_dispatch(config, groups, tokens.visible_experts.is_rank_local)
     routed_ids = token_ids.plan.of_table[0].received_ids if token_ids.plan else token_ids
     routing_map = choose(tokens, routed_ids.ids.flatten(), config.moe_router_topk)
-    if kind is DispatchKind.STOCK:
+    if tokens.kind is DispatchKind.STOCK:
         alltoall = MaskMoEAlltoAllTokenDispatcher(
             *_local_experts(config, groups), config, groups, min_visible=tokens.visible_experts.min_visible
         )
         return dispatch_by_alltoall(alltoall, tokens, routing_map)
-    build = PlannedDispatcher if kind is DispatchKind.PLANNED else OneCopyDispatcher
+    build = PlannedDispatcher if tokens.kind is DispatchKind.PLANNED else OneCopyDispatcher
     dispatcher = build(config, groups.ep)
 
     def work() -> None:
@@ -110,13 +108,16 @@ def _backward(output: Tensor, weights: Tensor, tokens: RoutedTokens) -> None:
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
     """Yield the cases for every k, N and mask."""
     num_ranks = groups.ep.size()
-    hidden, gradient = torch.randn(2, arguments.tokens, arguments.hidden_size).cuda()
+    hidden, gradient = (
+        torch.randn(2, arguments.tokens, arguments.hidden_size).cuda().to(getattr(torch, arguments.dtype))
+    )
     floor = exchange_floor(hidden, gradient, groups.ep)
     for config in routed_tokens.configs(arguments, num_ranks):
         for mask_name in routed_tokens.MASKS:
-            tokens = draw_tokens(config, arguments.tokens, mask_name, groups)
+            tokens = draw_tokens(config, arguments.tokens, mask_name, groups, arguments.dispatches_alone)
             ours, stock = dispatch_ours(config, tokens, groups), dispatch_stock(config, tokens, groups)
             name = f"dispatch {mask_name} top-{config.moe_router_topk} of {config.num_moe_experts} ranks {num_ranks}"
+            name += " with Transformer Engine" if arguments.transformer_engine else ""
             yield compare(name, ours, "stock", stock)
             yield compare(f"{name} to the floor", ours, "floor", floor)
 

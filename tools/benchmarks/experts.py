@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from ranks import join_ranks, run_and_report
+from ranks import compare, join_ranks, run_and_report
 from torch import Tensor
 from zipf import zipf_probabilities
 
@@ -61,7 +61,6 @@ def step(experts: SequentialMLP, tokens_per_expert: Tensor) -> Callable[[], None
     def work() -> None:
         output, _ = experts(hidden.detach().requires_grad_(), tokens_per_expert, probs.detach().requires_grad_())
         output.backward(gradient)
-        torch.cuda.synchronize()
 
     return work
 
@@ -88,8 +87,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
         for load in ("even", "zipf"):
             tokens_per_expert = draw_load(load, num_rows, num_experts)
             name = f"experts {size} {load} {arguments.dtype}"
-            measures = (harness.seconds(step(experts, tokens_per_expert)) for experts in (ours, stock))
-            yield harness.Case(name, "s", *measures)
+            yield compare(name, step(ours, tokens_per_expert), "stock", step(stock, tokens_per_expert))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from ranks import compare, join_ranks, run_and_report
 from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
 from torch import Tensor
 
+from maskmoe.transformer.dispatch.choose import build_dispatcher
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.token_ids import pack_token_ids
 
@@ -43,15 +44,17 @@ LAYER_SETTINGS = {
 def build_layers(
     config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
 ) -> tuple[MoELayer, MoELayer]:
-    """Build a MaskMoE layer and a stock layer."""
+    """Build a MaskMoE layer, which dispatches as the tokens say, and a stock layer."""
+    has_engine = config.transformer_impl == "transformer_engine"
     blocks = (
         get_maskmoe_decoder_block_spec(config, tokens.visible_experts),
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization),
+        get_gpt_decoder_block_spec(config, use_transformer_engine=has_engine, normalization=config.normalization),
     )
     layers = [block.layer_specs[0].submodules.mlp(config, pg_collection=groups).cuda() for block in blocks]
     for layer in layers:
         layer.set_layer_number(1)
     ours, stock = layers
+    ours.dispatcher = build_dispatcher(tokens.kind, ours)
     return ours, stock
 
 
@@ -79,12 +82,13 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
         arguments, num_ranks, moe_ffn_hidden_size=arguments.ffn_hidden_size, **LAYER_SETTINGS
     ):
         for mask_name in routed_tokens.MASKS:
-            tokens = draw_tokens(config, arguments.tokens, mask_name, groups)
+            tokens = draw_tokens(config, arguments.tokens, mask_name, groups, arguments.dispatches_alone)
             our_layer, stock_layer = build_layers(config, tokens, groups)
             ours = compute(our_layer, tokens, lambda tokens=tokens: pack_token_ids(tokens.plan_ids()))
             stock = compute(stock_layer, tokens, lambda: None)
             floor = exchange_floor(tokens.hidden.flatten(0, 1), tokens.gradient.flatten(0, 1), groups.ep)
             name = f"MoE layer {mask_name} top-{config.moe_router_topk} of {config.num_moe_experts} ranks {num_ranks}"
+            name += " with Transformer Engine" if arguments.transformer_engine else ""
             yield compare(name, ours, "stock", stock)
             yield compare(f"{name} to the floor", ours, "floor", floor)
 

@@ -41,7 +41,6 @@ from maskmoe.transformer.kernels import launching
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_RANKS, NUM_TOKENS, HIDDEN_SIZE = 8, 512, 64
-DTYPE = torch.bfloat16
 _LAUNCHES_NOTHING = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "split"),
@@ -123,7 +122,7 @@ def ranks_on_gpus() -> Iterator[ProcessGroupCollection]:
 def count(forward: Callable[[Tensor], Tensor], tokens: RoutedTokens) -> Operations:
     """Count a function of hidden states [tokens, 1, hidden] and its backward pass."""
     counts, waits = [], []
-    hidden = tokens.hidden.to(DTYPE).detach().requires_grad_()
+    hidden = tokens.hidden.detach().requires_grad_()
     outputs: list[Tensor] = []
 
     def backward() -> None:
@@ -143,8 +142,10 @@ def count_all() -> dict[str, Operations]:
     """Count the parts of layers with 64 experts and k = 8, by name."""
     found = {}
     with ranks_on_gpus() as groups:
-        arguments = argparse.Namespace(hidden_size=HIDDEN_SIZE, experts=["8/64"])
-        settings = LAYER_SETTINGS | {"moe_ffn_hidden_size": 32, "params_dtype": DTYPE}
+        arguments = argparse.Namespace(
+            hidden_size=HIDDEN_SIZE, experts=["8/64"], dtype="bfloat16", transformer_engine=False
+        )
+        settings = LAYER_SETTINGS | {"moe_ffn_hidden_size": 32}
         (config,) = routed_tokens.configs(arguments, NUM_RANKS, **settings)
         for name, mask_name in (("planned", "rank-local"), ("one copy", "any")):
             tokens = draw_tokens(config, NUM_TOKENS, mask_name, groups)

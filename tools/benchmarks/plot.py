@@ -1,4 +1,4 @@
-"""Plot the results that the benchmarks of dispatcher, MoE layer and training step write with `--json`.
+"""Plot the results against stock Megatron-Core that benchmarks write with `--json`.
 
 Times are relative to the time of stock Megatron-Core; each bar also shows its milliseconds.
 
@@ -64,16 +64,17 @@ def draw(panels: Sequence[Sequence[Bars]], title: str, output: Path) -> None:
         sharex=True,
         layout="constrained",
     )
+    longest = max((max(bars.seconds.values()) / bars.seconds["stock"] for panel in panels for bars in panel), default=1)
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         for row, bars in enumerate(panel):
             for index, (side, seconds) in enumerate(bars.seconds.items()):
                 relative = seconds / bars.seconds["stock"]
                 y = row + 0.27 * (index - 1)
                 axis.barh(y, relative, 0.25, color=_COLORS[side], label=side if row == 0 else None)
-                axis.text(relative + 0.01, y, f"{1e3 * seconds:.0f} ms", va="center", fontsize=7)
+                axis.text(relative + 0.01, y, f"{1e3 * seconds:.3g} ms", va="center", fontsize=7)
         axis.set_yticks(range(len(panel)), [bars.case for bars in panel], fontsize=8)
         axis.set_ylim(len(panel) - 0.5, -0.5)
-        axis.set_xlim(0, 1.1)
+        axis.set_xlim(0, 1.1 * max(1, longest))
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

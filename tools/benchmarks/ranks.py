@@ -4,23 +4,47 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import harness
 import torch
+from device_meter import DeviceCost, device_cost_of
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from meter import cost_of
+from meter import Cost, cost_of
 
 from maskmoe.megatron_compat import cpu
 
 
+@dataclass(frozen=True)
+class SideCost:
+    """The costs of one side of a case.
+
+    Attributes:
+        cost: counted by intercepting calls of functions, on any device.
+        device: counted by the profiler; None without a GPU.
+    """
+
+    cost: Cost
+    device: DeviceCost | None
+
+    def __str__(self) -> str:
+        return str(self.cost) if self.device is None else f"{self.cost}; {self.device}"
+
+    @classmethod
+    def of(cls, work: Callable[[], object]) -> "SideCost":
+        """Do the work, and return its costs."""
+        return cls(cost_of(work), None if cpu.is_installed() else device_cost_of(work))
+
+
 def join_ranks() -> ProcessGroupCollection:
     """Join the ranks, all expert-parallel; set one thread, a fixed seed and quiet logs."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.WARNING)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group("gloo" if cpu.is_installed() else "nccl")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=torch.distributed.get_world_size())
     model_parallel_cuda_manual_seed(1)
@@ -36,7 +60,7 @@ def compare(name: str, ours: Callable[[], object], against: str, baseline: Calla
         against: the name of the baseline.
         baseline: the work of the baseline.
     """
-    costs = {"ours": cost_of(ours), against: cost_of(baseline)}
+    costs = {"ours": SideCost.of(ours), against: SideCost.of(baseline)}
     if torch.distributed.get_rank() == 0:
         for side, cost in costs.items():
             print(f"{name}: {side} {cost}", flush=True)

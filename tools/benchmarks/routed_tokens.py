@@ -13,12 +13,20 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from zipf import zipf_mask, zipf_probabilities
 
-from maskmoe.routing_mask import MaskRecipe
+from maskmoe.routing_mask import MaskRecipe, RoutingMask
+from maskmoe.transformer.dispatch.choose import choose_dispatch
+from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.plan import DispatchPlanner
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 VOCAB_SIZE = 8192
+ENGINE_SETTINGS = {
+    "transformer_impl": "transformer_engine",
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
+}
+"""Settings of the fastest MoE layer that stock Megatron-Core builds with Transformer Engine."""
 MASKS = ("rank-local", "any")
 """`rank-local`: every id sees max(2, k) experts, all on one rank. `any`: every id sees all experts."""
 
@@ -32,17 +40,19 @@ class RoutedTokens:
         gradient: the gradient of the output [tokens, 1, hidden].
         ids: int64 [1, tokens].
         visible_experts: the mask.
-        planner: plans the dispatch; None under a mask that is not rank-local.
+        kind: the way to dispatch.
+        planner: plans the dispatch; None for other ways to dispatch.
     """
 
     hidden: Tensor
     gradient: Tensor
     ids: Tensor
     visible_experts: VisibleExperts
+    kind: DispatchKind
     planner: DispatchPlanner | None
 
     def plan_ids(self) -> TokenIds:
-        """Return the ids [1, tokens], with a new plan if the mask is rank-local."""
+        """Return the ids [1, tokens], with a new plan if dispatch is planned."""
         token_ids = TokenIds(self.ids)
         return token_ids if self.planner is None else TokenIds(self.ids, plan=self.planner.plan(token_ids))
 
@@ -58,6 +68,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K/N",
         help="cases: top-K of N experts (default: %(default)s)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="dtype of hidden states and weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dispatches-alone",
+        action="store_true",
+        help="on one rank, dispatch as several ranks would, instead of by Megatron-Core",
+    )
+    add_engine_argument(parser)
+
+
+def add_engine_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that selects Transformer Engine for both sides."""
+    text = "both sides use modules of Transformer Engine, with grouped experts and fused permutation"
+    parser.add_argument("--transformer-engine", action="store_true", help=text)
 
 
 def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> Iterator[TransformerConfig]:
@@ -74,14 +102,36 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> I
             moe_token_dispatcher_type="alltoall",
             expert_model_parallel_size=num_ranks,
             add_bias_linear=False,
-            **settings,
+            params_dtype=getattr(torch, arguments.dtype),
+            **(settings | (ENGINE_SETTINGS if arguments.transformer_engine else {})),
         )
 
 
+def let_one_rank_plan(visible_experts: VisibleExperts, mask: RoutingMask) -> None:
+    """Add what `DispatchPlanner` reads, which `VisibleExperts` builds for several ranks only."""
+    rank_of_row = mask.rank_of_rows(1)
+    assert rank_of_row is not None
+    device = visible_experts.bit_values.device
+    visible_experts.rank_of_row = torch.from_numpy(rank_of_row).to(device)
+    visible_experts.num_visible_of_row = torch.from_numpy(mask.row_sizes.astype(np.int16)).to(device)
+
+
 def draw_tokens(
-    config: TransformerConfig, num_tokens: int, mask_name: str, groups: ProcessGroupCollection
+    config: TransformerConfig,
+    num_tokens: int,
+    mask_name: str,
+    groups: ProcessGroupCollection,
+    dispatches_alone: bool = False,
 ) -> RoutedTokens:
-    """Draw tokens that differ between ranks and are the same in every run."""
+    """Draw tokens that differ between ranks and are the same in every run.
+
+    Args:
+        config: the configuration of a layer.
+        num_tokens: tokens of each rank.
+        mask_name: one of `MASKS`.
+        groups: the process groups.
+        dispatches_alone: choose the way to dispatch for one rank as for several ranks.
+    """
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     if mask_name == "rank-local":
         recipe = MaskRecipe(
@@ -94,12 +144,18 @@ def draw_tokens(
         )
     else:
         recipe = MaskRecipe.from_preset("smoe", num_experts, 1)
-    visible_experts = VisibleExperts(config, zipf_mask(recipe, VOCAB_SIZE), groups).cuda()
+    mask = zipf_mask(recipe, VOCAB_SIZE)
+    visible_experts = VisibleExperts(config, mask, groups).cuda()
     rng = np.random.default_rng(torch.distributed.get_rank())
     ids = torch.from_numpy(rng.choice(VOCAB_SIZE, (1, num_tokens), p=zipf_probabilities(VOCAB_SIZE))).cuda()
-    hidden, gradient = torch.randn(2, num_tokens, 1, config.hidden_size, device=ids.device)
-    planner = DispatchPlanner(visible_experts, topk, [0], groups.ep) if visible_experts.is_rank_local else None
-    return RoutedTokens(hidden, gradient, ids, visible_experts, planner)
+    hidden, gradient = torch.randn(2, num_tokens, 1, config.hidden_size, device=ids.device).to(config.params_dtype)
+    kind = choose_dispatch(config, groups, visible_experts.is_rank_local)
+    if dispatches_alone and groups.ep.size() == 1:
+        if mask_name == "rank-local":
+            let_one_rank_plan(visible_experts, mask)
+        kind = DispatchKind.PLANNED if mask_name == "rank-local" else DispatchKind.ONE_COPY
+    planner = DispatchPlanner(visible_experts, topk, [0], groups.ep) if kind is DispatchKind.PLANNED else None
+    return RoutedTokens(hidden, gradient, ids, visible_experts, kind, planner)
 
 
 def exchange_floor(hidden: Tensor, gradient: Tensor, group: ProcessGroup) -> Callable[[], None]:

@@ -23,9 +23,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import compare, join_ranks, run_and_report
-from routed_tokens import exchange_floor
+from routed_tokens import ENGINE_SETTINGS, add_engine_argument, exchange_floor
 from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask
@@ -44,8 +45,10 @@ class Trainer:
     """
 
     def __init__(self, model: GPTModel, config: TransformerConfig, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
-        self.optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4), [self.model])
+        module = Float16Module(config, model) if config.bf16 else model
+        self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), module)
+        settings = OptimizerConfig(optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=config.params_dtype)
+        self.optimizer = get_megatron_optimizer(settings, [self.model])
         config.finalize_model_grads_func = finalize_model_grads
         self.batches = batches
 
@@ -104,6 +107,8 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
         return TransformerConfig(
             num_layers=arguments.num_layers,
             hidden_size=arguments.hidden_size,
+            bf16=arguments.dtype == "bfloat16",
+            params_dtype=getattr(torch, arguments.dtype),
             num_attention_heads=arguments.hidden_size // 64,
             ffn_hidden_size=2 * arguments.hidden_size,
             num_moe_experts=arguments.num_experts,
@@ -125,8 +130,8 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
             attention_dropout=0.0,
             normalization="RMSNorm",
             persist_layer_norm=False,
-            transformer_impl="local",
             use_cpu_initialization=not torch.cuda.is_available(),
+            **({"transformer_impl": "local"} | (ENGINE_SETTINGS if arguments.transformer_engine else {})),
         )
 
     sizes = {
@@ -148,7 +153,9 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
 
     torch.manual_seed(1)
     stock_config = config()
-    stock_spec = get_gpt_decoder_block_spec(stock_config, use_transformer_engine=False, normalization="RMSNorm")
+    stock_spec = get_gpt_decoder_block_spec(
+        stock_config, use_transformer_engine=arguments.transformer_engine, normalization="RMSNorm"
+    )
     stock = GPTModel(stock_config, stock_spec, **sizes).cuda()
     return Trainer(masked, masked_config, batches()), Trainer(stock, stock_config, batches())
 
@@ -156,7 +163,7 @@ def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGrou
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
     """Yield the cases for every k."""
     num_tokens = arguments.batch_size * arguments.seq_length
-    hidden, gradient = torch.randn(2, num_tokens, arguments.hidden_size).cuda()
+    hidden, gradient = torch.randn(2, num_tokens, arguments.hidden_size).cuda().to(getattr(torch, arguments.dtype))
     floor_of_layer = exchange_floor(hidden, gradient, groups.ep)
 
     def floor() -> None:
@@ -166,6 +173,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
     for topk in arguments.topk:
         ours, stock = build_trainers(arguments, topk, groups)
         name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
+        name += " with Transformer Engine" if arguments.transformer_engine else ""
         yield compare(name, ours.step, "stock", stock.step)
         if groups.ep.size() > 1:
             yield compare(f"{name} to the floor", ours.step, "floor", floor)
@@ -197,6 +205,13 @@ def main() -> None:
         default="uniform",
         help="assignment of visible experts (default: %(default)s)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="dtype of weights, whose main copies are float32 (default: %(default)s)",
+    )
+    add_engine_argument(parser)
     harness.add_arguments(parser, repeats=15)
     arguments = parser.parse_args()
     run_and_report(cases(arguments, join_ranks()), arguments)

@@ -1,0 +1,42 @@
+"""Places where the ranks of a test run: CPU cores over gloo, or GPUs over NCCL.
+
+A test with `@pytest.mark.parametrize("place", PLACES)` runs the same body everywhere, so that only the device differs.
+"""
+
+from enum import Enum
+from functools import cache
+
+import pytest
+
+from maskmoe.launch.devices import find_devices
+
+
+@cache
+def num_gpus() -> int:
+    """Return the number of GPUs that torch finds on this machine."""
+    return find_devices().num_gpus
+
+
+class Place(Enum):
+    """Where the ranks of a test run."""
+
+    ONE_CORE = "one core"
+    CORES = "two cores"
+    ONE_GPU = "one GPU"
+    ALL_GPUS = "all GPUs"
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the ranks compute on GPUs."""
+        return self in (Place.ONE_GPU, Place.ALL_GPUS)
+
+    def num_ranks(self) -> int:
+        """Return the number of ranks; skip the test if all GPUs are one GPU, which another place covers."""
+        if self is Place.ALL_GPUS and num_gpus() == 1:
+            pytest.skip("this machine has one GPU")
+        return {Place.ONE_CORE: 1, Place.CORES: 2, Place.ONE_GPU: 1, Place.ALL_GPUS: num_gpus()}[self]
+
+
+_MARKS = {Place.ONE_CORE: [pytest.mark.slow], Place.ONE_GPU: [pytest.mark.gpu], Place.ALL_GPUS: [pytest.mark.gpu]}
+PLACES = [pytest.param(place, id=place.value, marks=_MARKS.get(place, [])) for place in Place]
+"""All places with their marks."""

@@ -1,0 +1,323 @@
+"""The campaign on GPUs: its steps, time limits, results and page, and its dry run on the CPU."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from device_meter import DeviceCost, cost_in_trace
+from gpu_campaign.results import Campaign, Findings, Plot, Status, Table
+from gpu_campaign.runner import run_campaign
+from gpu_campaign.step import Command, Context, Step
+from gpu_campaign.steps import STEPS
+from gpu_campaign.training import ITERATIONS, TOLERANCE, largest_difference, read_training, training_commands
+from support.paths import ROOT
+from support.training_lines import iteration_line
+
+from maskmoe.launch.devices import Devices
+
+SCRIPT = ROOT / "tools" / "gpu_campaign.sh"
+
+
+def make_context(folder: Path, num_gpus: int = 0) -> Context:
+    return Context(ROOT, folder, Devices(num_gpus, num_cores=2, has_transformer_engine=num_gpus > 1))
+
+
+def make_step(
+    name: str, code: str, findings: Findings | None = None, limit: float = 30, measures: bool = False
+) -> Step:
+    """Return a step that runs Python code."""
+    commands = [Command((sys.executable, "-c", code), {"VARIABLE": "a value"})]
+    return Step(name, f"Step {name}", limit, lambda _: commands, lambda _: findings or Findings(), measures)
+
+
+FOUND = Findings(
+    notes=("A note.",),
+    facts={"GPU 0": "a | b", "ratio": 0.123456, "nothing": None},
+    tables=(Table(title="Times", columns=("case", "ms"), rows=(("first | case", 1.5), ("second", 2))),),
+    plots=(Plot(file="good/picture.png", caption="A picture"),),
+)
+HANG = """import subprocess, sys
+subprocess.run([sys.executable, "-c", "import time; print(7, flush=True); time.sleep(99)"])"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Campaign, Path, list[str]]:
+    """Run steps of every kind; return the results, the output folder and the lines of progress."""
+    output, lines = tmp_path_factory.mktemp("campaign"), []
+    steps = [
+        make_step("good", "import os; assert os.environ['VARIABLE'] == 'a value'", FOUND),
+        make_step("bad", "print('x' * 9000); raise SystemExit('the reason')"),
+        make_step("slow", HANG, limit=3),
+        make_step("wrong", "pass", Findings(problems=("losses differ",))),
+        make_step("measured", "print(1)", FOUND, measures=True),
+        Step("broken", "A step with an error", 9, lambda _: [], lambda _: json.loads("")),
+    ]
+    return run_campaign(steps, make_context(output), 60, lines.append), output, lines
+
+
+def test_a_failed_step_does_not_stop_the_others(finished) -> None:
+    campaign, _, _ = finished
+    failed = {"bad", "slow", "wrong", "broken"}
+    assert [step.name for step in campaign.steps] == ["good", "bad", "slow", "wrong", "measured", "broken"]
+    assert {step.name for step in campaign.failed} == failed
+    assert {step.name for step in campaign.steps if step.problem} == failed
+    bad, slow, wrong, _, broken = campaign.steps[1:]
+    assert bad.problem.startswith("exit code 1 of: VARIABLE='a value'")
+    assert bad.output_end.endswith("the reason")
+    assert len(bad.output_end) <= 6000
+    assert wrong.problem == "losses differ"
+    assert broken.problem.startswith("JSONDecodeError")
+    assert slow.problem.startswith("the time limit was reached after 3 s")
+    assert slow.output_end.endswith("7")
+    assert 3 <= slow.seconds < 8
+
+
+def test_progress_names_every_step_twice(finished) -> None:
+    _, _, lines = finished
+    assert len(lines) == 12
+    assert lines[:2] == ["[1/6] good: Step good", "[1/6] good: passed in 0 s"]
+    assert lines[3].startswith("[2/6] bad: failed in 0 s: exit code 1")
+
+
+def test_page_and_json_have_what_the_steps_found(finished) -> None:
+    campaign, output, _ = finished
+    written = Campaign.model_validate_json((output / "campaign.json").read_text())
+    assert written.steps == campaign.steps
+    assert written.is_complete
+    assert not written.ran_on_gpu
+    page = (output / "campaign.md").read_text()
+    assert "**Dry run on the CPU: nothing ran on a GPU, and nothing was measured.**" in page
+    assert "a \\| b" in page
+    assert "A note.\n" in page
+    assert "0.1235" in page
+    assert "| first \\| case | 1.5 |" in page
+    assert "![A picture](good/picture.png)" in page
+    assert "**Failed:** losses differ" in page
+    assert "    the reason" in page
+    for step in campaign.steps:
+        assert f"## {step.title}" in page
+        assert (output / step.log).exists()
+
+
+def test_a_dry_run_keeps_no_measurement(finished, tmp_path: Path) -> None:
+    campaign, _, _ = finished
+    tried = campaign.steps[4]
+    assert (tried.status, tried.findings) == (Status.TRIED, Findings())
+    step = make_step("measured", "pass", FOUND, measures=True)
+    on_gpu = run_campaign([step], make_context(tmp_path, num_gpus=1), 60, lambda _: None)
+    assert on_gpu.ran_on_gpu
+    assert "1 GPU" in on_gpu.statement
+    assert (on_gpu.steps[0].status, on_gpu.steps[0].findings) == (Status.PASSED, FOUND)
+
+
+def test_other_commands_of_a_failed_step_run(tmp_path: Path) -> None:
+    codes = ("raise SystemExit(3)", "open('{}', 'w').write('found')")
+    file = tmp_path / "out" / "twice" / "file"
+
+    def commands(context: Context) -> list[Command]:
+        context.folder("twice")
+        return [Command((sys.executable, "-c", code.format(file))) for code in codes]
+
+    step = Step("twice", "Two commands", 20, commands, lambda _: Findings(facts={"file": file.read_text()}))
+    (result,) = run_campaign([step], make_context(tmp_path / "out"), 60, print).steps
+    assert result.problem.startswith("exit code 3")
+    assert result.findings.facts == {"file": "found"}
+
+
+def test_steps_without_time_left_fail(tmp_path: Path) -> None:
+    start = time.monotonic()
+    campaign = run_campaign([make_step("slow", HANG), make_step("late", "pass")], make_context(tmp_path), 2, print)
+    assert time.monotonic() - start < 10
+    assert "time limit" in campaign.steps[0].problem
+    assert "no time was left" in campaign.steps[1].problem
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1, 8])
+def test_steps_have_different_names_and_existing_programs(num_gpus: int, tmp_path: Path) -> None:
+    assert len({step.name for step in STEPS}) == len(STEPS)
+    context = make_context(tmp_path, num_gpus)
+    for step in STEPS:
+        commands = step.commands(context)
+        assert commands
+        for command in commands:
+            assert all(Path(word).exists() for word in command.words if word.startswith(str(ROOT)))
+    text = " ".join(str(command) for step in STEPS for command in step.commands(context))
+    assert set(re.findall(r"--nproc-per-node (\d+)", text)) == {0: {"2"}, 1: set(), 8: {"8"}}[num_gpus]
+
+
+def step_named(name: str) -> Step:
+    return next(step for step in STEPS if step.name == name)
+
+
+def test_measurements_show_ratios_kernels_and_waits(tmp_path: Path) -> None:
+    """A floor has no row, and a variant whose command failed has left no file."""
+    context = make_context(tmp_path, num_gpus=2)
+    costs = {side: {"device": {"kernels": number, "host_waits": 1}} for side, number in (("ours", 40), ("stock", 50))}
+    case = {"case": "layer", "ours": [0.001, 0.003], "baseline": [0.002, 0.002], "ratio": 1.0, "costs": costs}
+    to_floor = case | {"case": "layer to the floor", "costs": {"ours": costs["ours"], "floor": costs["stock"]}}
+    (context.folder("layer") / "local-1-ranks.json").write_text(json.dumps([case, to_floor]))
+    findings = step_named("layer").read(context)
+    assert findings.tables[0].rows == (("layer", 1.0, 0.5, 1.5, 2.0, 2.0, 40, 50, 1, 1),)
+    assert (tmp_path / findings.plots[0].file).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kernels", [12, 0])
+def test_a_part_without_kernels_is_a_problem(kernels: int, tmp_path: Path) -> None:
+    context = make_context(tmp_path, num_gpus=1)
+    forward = {"kernels": kernels, "copies": 1, "host_waits": 2, "device_seconds": 0.003}
+    counts = {"router": {"forward": forward, "backward": forward | {"host_waits": 0}}}
+    (context.folder("kernels") / "local.json").write_text(json.dumps(counts))
+    findings = step_named("kernels").read(context)
+    assert findings.tables[0].rows == (("router", kernels, kernels, 1, 1, 2, 0, 3.0, 3.0),)
+    assert findings.problems == (() if kernels else ("router (local modules) launched no kernel",))
+
+
+def test_tests_must_pass(tmp_path: Path) -> None:
+    """Tests that are all skipped show nothing."""
+    context = make_context(tmp_path, num_gpus=1)
+    report = context.folder("tests") / "junit.xml"
+    skipped = '<testcase classname="c" name="b" time="0"><skipped message="one GPU"/></testcase>'
+    passed = '<testcase classname="c" name="a" time="1.23"/>'
+    failed = '<testcase classname="c" name="d" time="2"><failure message="assert 1 == 2">text</failure></testcase>'
+    report.write_text(f"<testsuites><testsuite>{passed}{skipped}{failed}</testsuite></testsuites>")
+    findings = step_named("tests").read(context)
+    assert findings.facts == {"passed": 1, "skipped": 1, "failure": 1}
+    assert findings.tables[0].rows == (
+        ("c.a", "passed", 1.2),
+        ("c.b", "skipped: one GPU", 0.0),
+        ("c.d", "failure: assert 1 == 2", 2.0),
+    )
+    assert findings.problems == ()
+    report.write_text(f"<testsuites><testsuite>{skipped}</testsuite></testsuites>")
+    assert step_named("tests").read(context).problems == ("no test passed",)
+
+
+def test_gpus_that_torch_does_not_use_are_a_problem(tmp_path: Path) -> None:
+    context = make_context(tmp_path, num_gpus=2)
+    (context.folder("cuda") / "facts.json").write_text(json.dumps({"GPUs": 1}))
+    assert "torch computes on 1 GPUs, but 2 were found" in step_named("cuda").read(context).problems[0]
+
+
+def trace_event(category: str, name: str, start: float, duration: float = 1.0) -> dict:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
+
+
+def test_kernels_and_waits_of_a_trace() -> None:
+    """Waits before and after the work do not count, but kernels do that run after the work was submitted."""
+    events = [
+        {"ph": "M", "name": "process_name"},
+        trace_event("user_annotation", "measured work", 100.0, 50.0),
+        trace_event("gpu_user_annotation", "measured work", 100.0, 90.0),
+        trace_event("cpu_op", "aten::mm", 101.0),
+        trace_event("cuda_runtime", "cudaLaunchKernel", 102.0),
+        trace_event("cuda_driver", "cuLaunchKernelEx", 103.0),
+        trace_event("kernel", "gemm", 105.0, 20.0),
+        trace_event("kernel", "triton_sum", 160.0, 10.0),
+        trace_event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 120.0, 2.0),
+        trace_event("gpu_memset", "Memset (Device)", 121.0, 1.0),
+        trace_event("cuda_runtime", "cudaMemcpyAsync", 122.0),
+        trace_event("cuda_runtime", "cudaStreamSynchronize", 123.0),
+        trace_event("cuda_runtime", "cudaEventSynchronize", 130.0),
+        trace_event("cuda_runtime", "cudaStreamSynchronize", 99.0),
+        trace_event("cuda_runtime", "cudaDeviceSynchronize", 151.0),
+    ]
+    assert cost_in_trace(events) == DeviceCost(kernels=2, copies=2, host_waits=2, device_seconds=33e-6)
+
+
+def write_losses(context: Context, shift: float, backend: str = "gloo") -> None:
+    """Write the logs of the runs of a dry run; the last loss of the compared run is shifted."""
+    for name in ("float32-on-the-CPU", "bf16-on-the-CPU"):
+        folder = context.folder("training") / name / "logs" / "node0" / "attempt_0" / "0"
+        folder.mkdir(parents=True)
+        losses = [8 - 0.1 * number for number in range(1, ITERATIONS + 1)]
+        losses[-1] += shift if name == "bf16-on-the-CPU" else 0
+        lines = [iteration_line(number, loss, ITERATIONS) for number, loss in enumerate(losses, start=1)]
+        head = f"  distributed_backend ............................. {backend}"
+        (folder / "stdout.log").write_text("\n".join([head, *lines, ""]))
+
+
+@pytest.mark.parametrize(
+    ("shift", "backend", "problem"),
+    [
+        (0.9 * TOLERANCE, "gloo", None),
+        (-1.1 * TOLERANCE, "gloo", "losses differ by 0.033 nats"),
+        (math.nan, "gloo", "losses differ by inf nats"),
+        (0.0, "nccl", "did not use the backend gloo"),
+    ],
+)
+def test_losses_are_compared(shift: float, backend: str, problem: str | None, tmp_path: Path) -> None:
+    context = make_context(tmp_path)
+    write_losses(context, shift, backend)
+    findings = read_training(context)
+    assert (tmp_path / findings.plots[0].file).read_bytes().startswith(b"\x89PNG")
+    assert findings.tables[0].rows[0] == (1, pytest.approx(7.9), pytest.approx(7.9))
+    assert len(findings.problems) == (problem is not None)
+    assert problem is None or problem in findings.problems[0]
+
+
+def test_a_missing_loss_differs() -> None:
+    losses = dict.fromkeys(range(1, ITERATIONS + 1), 1.0)
+    assert largest_difference(losses, losses) == 0
+    assert largest_difference(losses, losses | {3: 1.5}) == 0.5
+    assert largest_difference(losses, {}) == math.inf
+
+
+def test_runs_on_the_cpu_see_neither_gpus_nor_transformer_engine(tmp_path: Path) -> None:
+    start, on_cpu, on_gpu, with_engine = training_commands(make_context(tmp_path, num_gpus=2))
+    for command in (start, on_cpu):
+        assert command.environment["CUDA_VISIBLE_DEVICES"] == ""
+        assert "--bf16" not in command.words
+        environment = os.environ | command.environment
+        program = [sys.executable, "-c", "import transformer_engine"]
+        completed = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+        assert "ModuleNotFoundError: Transformer Engine needs a GPU" in completed.stderr
+    for command in (on_gpu, with_engine):
+        assert command.environment == {}
+        assert "--bf16" in command.words
+    assert "local" in on_gpu.words
+    assert "local" not in with_engine.words
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_first_step_runs(tmp_path: Path) -> None:
+    completed = run_script("--output", tmp_path / "a" / "b", "--only", "cuda")
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert completed.stdout.startswith("looking for GPUs\n[1/1] cuda: CUDA is used\n[1/1] cuda: passed in ")
+    campaign = Campaign.model_validate_json((tmp_path / "a" / "b" / "campaign.json").read_text())
+    (step,) = campaign.steps
+    assert (step.findings.facts["GPUs"] > 0) is campaign.ran_on_gpu
+
+
+def test_bad_arguments_and_failed_steps_have_exit_codes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    completed = run_script("--output", tmp_path / "file", "--only", "cuda")
+    assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
+    completed = run_script("--output", tmp_path, "--only", "cuda")
+    assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
+    assert "has other files" in completed.stderr
+    completed = run_script("--output", tmp_path / "out", "--only", "cuda", "--minutes", "0")
+    assert completed.returncode == 1
+    assert "1 of 1 steps failed: cuda" in completed.stderr
+
+
+@pytest.mark.slow
+def test_every_step_of_a_dry_run(tmp_path: Path) -> None:
+    """Without a GPU, all steps are tried; with a GPU, all steps measure."""
+    completed = run_script("--output", tmp_path)
+    campaign = Campaign.model_validate_json((tmp_path / "campaign.json").read_text())
+    assert completed.returncode == 0, [(step.name, step.problem, step.output_end) for step in campaign.failed]
+    assert [step.name for step in campaign.steps] == [step.name for step in STEPS]
+    assert campaign.seconds < 600
+    page = (tmp_path / "campaign.md").read_text()
+    assert ("nothing ran on a GPU" in page) is not campaign.ran_on_gpu
+    for step in campaign.steps:
+        assert all((tmp_path / plot.file).exists() for plot in step.findings.plots)

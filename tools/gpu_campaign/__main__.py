@@ -1,0 +1,51 @@
+"""Show what works on the GPUs of this machine and how fast it is, in less than ten minutes.
+
+The output folder gets a page, campaign.md, and all numbers, campaign.json. Without a GPU, all steps are tried on the
+CPU and nothing is measured. The exit code is 1 if a step failed.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from maskmoe.cli import run_tool
+from maskmoe.errors import RunFailure, UserError
+
+
+def main() -> None:
+    """Run the steps of the command line."""
+    print("looking for GPUs", flush=True)
+    from gpu_campaign.runner import run_campaign
+    from gpu_campaign.step import Context
+    from gpu_campaign.steps import STEPS
+    from maskmoe.launch.devices import find_devices
+
+    names = [step.name for step in STEPS]
+    parser = argparse.ArgumentParser(
+        prog="tools/gpu_campaign.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"run only these of {' '.join(names)}")
+    parser.add_argument(
+        "--minutes", type=float, default=10, metavar="M", help="time for all steps (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    output = arguments.output.absolute()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --output {output}: {error.strerror}; choose another folder") from error
+
+    # Steps remove the folders of their earlier results.
+    if any(output.iterdir()) and not (output / "campaign.json").exists():
+        raise UserError(f"--output {output} has other files than those of a campaign; choose another folder")
+    context = Context(Path(__file__).resolve().parents[2], output, find_devices())
+    steps = [step for step in STEPS if arguments.only is None or step.name in arguments.only]
+    campaign = run_campaign(steps, context, 60 * arguments.minutes, partial(print, flush=True))
+    print(f"{campaign.statement}\nThe page: {output / 'campaign.md'}", flush=True)
+    if failed := [step.name for step in campaign.failed]:
+        raise RunFailure(f"{len(failed)} of {len(steps)} steps failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,56 @@
+"""The steps of a campaign. A new step is one more entry in `STEPS`; page and JSON file show whatever the step finds."""
+
+import json
+import sys
+from collections import Counter
+from xml.etree import ElementTree
+
+from gpu_campaign.measuring import MEASUREMENTS, kernel_counts
+from gpu_campaign.results import Cell, Findings, Table
+from gpu_campaign.step import Command, Context, Step
+from gpu_campaign.training import data_commands, read_data, read_training, training_commands
+
+
+def _probe(context: Context) -> list[Command]:
+    return [Command((sys.executable, "-m", "gpu_campaign.probe", str(context.folder("cuda") / "facts.json")))]
+
+
+def _read_probe(context: Context) -> Findings:
+    facts = json.loads((context.folder("cuda") / "facts.json").read_text())
+    missed = facts["GPUs"] != context.devices.num_gpus
+    problem = f"torch computes on {facts['GPUs']} GPUs, but {context.devices.num_gpus} were found"
+    return Findings(facts=facts, problems=(problem,) if missed else ())
+
+
+def _tests(context: Context) -> list[Command]:
+    """Run the tests with the mark `gpu`; in a dry run, the tests that differ from them only in the device."""
+    selection = ("-m", "not gpu", "tests/gpu") if context.is_dry_run else ("-m", "gpu", "tests")
+    report = context.folder("tests") / "junit.xml"
+    return [Command((sys.executable, "-m", "pytest", "-q", "--no-header", f"--junitxml={report}", *selection))]
+
+
+def _read_tests(context: Context) -> Findings:
+    outcomes, rows = Counter[str](), list[tuple[Cell, ...]]()
+    for case in ElementTree.parse(context.folder("tests") / "junit.xml").iter("testcase"):
+        notes = [(note.tag, note.get("message") or "") for note in case if note.tag in ("failure", "error", "skipped")]
+        outcome, message = notes[0] if notes else ("passed", "")
+        outcomes[outcome] += 1
+        name = f"{case.get('classname')}.{case.get('name')}"
+        rows.append(
+            (name, f"{outcome}: {message[:200]}" if message else outcome, round(float(case.get("time", "0")), 1))
+        )
+    return Findings(
+        facts=dict(outcomes),
+        tables=(Table(title="Tests", columns=("test", "result", "seconds"), rows=tuple(rows)),),
+        problems=() if outcomes["passed"] else ("no test passed",),
+    )
+
+
+STEPS = (
+    Step("cuda", "CUDA is used", 60, _probe, _read_probe),
+    Step("tests", "Tests on one GPU and on all GPUs", 300, _tests, _read_tests),
+    Step("data", "Data, made on this machine", 90, data_commands, read_data),
+    Step("training", "Training of the laptop model in bf16 against the CPU", 240, training_commands, read_training),
+    kernel_counts(),
+    *MEASUREMENTS,
+)
