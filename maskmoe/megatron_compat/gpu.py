@@ -48,9 +48,8 @@ class GpuPackages:
         """Return the fastest defaults that work with these packages, in the form of `args_defaults`."""
         return {
             "transformer_impl": "transformer_engine" if self.transformer_engine else "local",
-            # Megatron's output layer uses Apex, also beside layers of Transformer Engine. Without Transformer Engine,
-            # the experts are one grouped product only if gradients are added separately.
-            "gradient_accumulation_fusion": self.transformer_engine and self.gradient_accumulation,
+            # Megatron's output layer uses Apex, also beside layers of Transformer Engine.
+            "gradient_accumulation_fusion": self.gradient_accumulation,
             "masked_softmax_fusion": self.masked_softmax,
             "apply_rope_fusion": self.transformer_engine,
             "no_persist_layer_norm": not self.transformer_engine,
@@ -62,8 +61,8 @@ class GpuPackages:
         if not self.transformer_engine:
             return (
                 "Transformer Engine is not installed, so the default is --transformer-impl local: layers are slower, "
-                "token permutation and rotary embedding are not fused, and multi-latent attention, context "
-                "parallelism, latent experts and precision-aware optimizers are unavailable"
+                "rotary embedding is not fused, and multi-latent attention, context parallelism, latent experts and "
+                "precision-aware optimizers are unavailable"
             )
         if not self.gradient_accumulation:
             return (
