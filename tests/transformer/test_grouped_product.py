@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.kernels import kernels_on_cpu
+from support.small_moe import DEVICE
 from torch import Tensor
 
 from maskmoe.transformer.kernels import grouped_product
@@ -46,11 +47,11 @@ class Inputs(NamedTuple):
 def draw(sizes: list[int], in_size: int, out_size: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
     """Draw inputs; the weights lie in one buffer in reverse order, as under Megatron's data parallelism, with gaps."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(sum(sizes), in_size, generator=generator).to(dtype)
-    gradient = torch.randn(sum(sizes), out_size, generator=generator).to(dtype)
-    buffer = torch.randn(len(sizes), out_size * in_size + 3, generator=generator).to(dtype)
+    rows = torch.randn(sum(sizes), in_size, generator=generator).to(DEVICE, dtype)
+    gradient = torch.randn(sum(sizes), out_size, generator=generator).to(DEVICE, dtype)
+    buffer = torch.randn(len(sizes), out_size * in_size + 3, generator=generator).to(DEVICE, dtype)
     weights = [part[3:].view(out_size, in_size) for part in reversed(buffer)]
-    return Inputs(rows, weights, gradient, torch.tensor(sizes).cumsum(0, dtype=torch.int32))
+    return Inputs(rows, weights, gradient, torch.tensor(sizes).cumsum(0, dtype=torch.int32).to(DEVICE))
 
 
 def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
