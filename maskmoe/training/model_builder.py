@@ -14,7 +14,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
-from maskmoe.transformer.router_losses import AuxLossTokens
+from maskmoe.transformer.router_sums import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 

@@ -30,7 +30,7 @@ from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.router_losses import AuxLossTokens
+from maskmoe.transformer.router_sums import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 _REPLACEMENTS: dict[type, Any] = {

@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.transformer.kernels import launching
-from maskmoe.transformer.router_losses import AuxLossTokens, LossSums, MaskedLogitsSums, attach_losses
+from maskmoe.transformer.router_losses import attach_losses
+from maskmoe.transformer.router_sums import AuxLossTokens, LossSums, MaskedLogitsSums
 from maskmoe.transformer.routing_statistics import RoutingStatistics, sum_tokens
 from maskmoe.transformer.selection import MaskedLogits, preference_scores, select_experts
 from maskmoe.transformer.token_ids import TokenIds

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from maskmoe.transformer.kernels import launching
-from maskmoe.transformer.router_losses import BalancingSums
+from maskmoe.transformer.router_sums import BalancingSums
 from maskmoe.transformer.token_ids import TokenIds
 
 _BLOCK_SIZE = 1024
@@ -49,7 +49,7 @@ class RoutingRule:
 
 @dataclass(frozen=True)
 class KernelSums:
-    """Sums over the tokens of this rank; implements `router_losses.LossSums`.
+    """Sums over the tokens of this rank; implements `router_sums.LossSums`.
 
     Attributes:
         packed: float64 [sequences, columns], in the order of `_route_kernel`. Counts are exact up to 2^53.
