@@ -78,6 +78,13 @@ def test_copy_and_sum(implementation: type[RowCopies], chosen: Tensor, dtype: to
         assert torch.equal(taken.index_select(0, copies.first_copies), values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_are_rounded(dtype: torch.dtype) -> None:
+    copies = copies_of(torch.ones(200, 2, dtype=torch.bool, device=DEVICE))
+    values = torch.randn(400, FEATURES, device=DEVICE).to(dtype)
+    assert torch.equal(copies.sum_copies(values), (values[:200].float() + values[200:].float()).to(dtype))
+
+
 def test_room_for_more_copies_than_there_are(implementation: type[RowCopies]) -> None:
     """Kernels may be given more room, since the host does not yet know the number of copies."""
     chosen = torch.tensor([[True, False], [True, True], [False, False]], device=DEVICE)

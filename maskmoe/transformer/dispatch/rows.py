@@ -175,7 +175,10 @@ class SortedCopies(RowCopies):
             return _gather_rows(copies, self.order, out)
         if len(self.order) == 0:
             return copies.new_zeros(len(self.offsets), *copies.shape[1:])
-        return embedding_bag(self.order, copies, self.offsets, mode="sum")
+        # On a CPU, `embedding_bag` cuts off the bits that a sum of bf16 numbers has too many, so add in fp32 and round.
+        truncates = is_on_cpu(copies) and copies.dtype == torch.bfloat16
+        terms = copies.float() if truncates else copies
+        return embedding_bag(self.order, terms, self.offsets, mode="sum").to(copies.dtype)
 
 
 class RowCounts(Protocol):
