@@ -22,9 +22,9 @@ class GroupedMLP(SequentialMLP):
     """`SequentialMLP` with the same parameters and checkpoints that computes its experts without calling their modules.
 
     - On a GPU with Triton: one kernel for each linear layer, and one activation over all rows. The host does not wait
-      for the device. Gradients of weights are added to `main_grad` in fp32, with or without
-      `--gradient-accumulation-fusion`. Torch's `grouped_mm` would need a copy of all weights for each product, because
-      data parallelism lays parameters out in reverse order.
+      for the device. Gradients of weights are added to `main_grad` in fp32, also with
+      `--no-gradient-accumulation-fusion`. Torch's `grouped_mm` would need a copy of all weights for each product,
+      because data parallelism lays parameters out in reverse order.
     - On a CPU: the experts take turns on slices of the rows, bit-equal to `SequentialMLP`.
 
     `SequentialMLP` computes the experts on a GPU without Triton, if `can_group` returns False, or if experts were

@@ -322,6 +322,7 @@ def test_mixtral(check, mask_file):
     assert process.stdout.endswith("no errors found\n")
 
 
+@pytest.mark.slow
 def test_deepseek_v3(check, mask_file):
     """The published numbers are 671 billion parameters without multi-token prediction, 37 billion of them active."""
     process = check(1024, f"{DEEPSEEK_V3} --routing-mask {mask_file(129280, 256, 62)} --json")
@@ -384,6 +385,7 @@ def test_error(flags, reports):
         assert part in error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed")
 def test_a_machine_with_gpus_is_judged_by_its_packages(bench):
     needing = "--transformer-impl transformer_engine --use-precision-aware-optimizer"
@@ -396,6 +398,7 @@ def test_a_machine_with_gpus_is_judged_by_its_packages(bench):
         assert sum(error.startswith(f"{flag} needs Transformer Engine") for error in errors) == 1
 
 
+@pytest.mark.slow
 def test_fused_rotary_embedding_of_latent_attention_is_judged(bench):
     """The machine of the check needs no Transformer Engine to refuse what Megatron refuses."""
     on_gpus = f"{LLAMA} --multi-latent-attention --rope-type rope --distributed-backend nccl"

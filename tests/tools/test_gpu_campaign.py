@@ -25,7 +25,7 @@ SCRIPT = ROOT / "tools" / "gpu_campaign.sh"
 
 
 def make_context(folder: Path, num_gpus: int = 0) -> Context:
-    return Context(ROOT, folder, Devices(num_gpus, num_cores=2, has_transformer_engine=num_gpus > 1))
+    return Context(ROOT, folder, Devices(num_gpus, num_cores=2), has_transformer_engine=num_gpus > 1)
 
 
 def make_step(

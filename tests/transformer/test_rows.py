@@ -98,10 +98,10 @@ def test_room_for_more_copies_than_there_are(implementation: type[RowCopies]) ->
 
 def test_many_rows_and_targets(implementation: type[RowCopies]) -> None:
     """Rows, targets and features that fill several blocks of the kernels, and not whole ones."""
-    chosen = torch.rand(700, 70, device=DEVICE) < 0.05
+    chosen = torch.rand(90, 70, device=DEVICE) < 0.05
     copies = copies_of(chosen)
     rows = chosen.t().nonzero()[:, 1]
-    values = whole_numbers(700, 300)
+    values = whole_numbers(90, 300)
     assert torch.equal(copies.copy_rows(values), values[rows])
     assert torch.equal(copies.sum_copies(values[rows]), values * chosen.sum(dim=1, keepdim=True))
 

@@ -5,6 +5,7 @@ CPU and nothing is measured. The exit code is 1 if a step failed.
 """
 
 import argparse
+import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def main() -> None:
     # Steps remove the folders of their earlier results.
     if any(output.iterdir()) and not (output / "campaign.json").exists():
         raise UserError(f"--output {output} has other files than those of a campaign; choose another folder")
-    context = Context(Path(__file__).resolve().parents[2], output, find_devices())
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    context = Context(Path(__file__).resolve().parents[2], output, find_devices(), has_engine)
     steps = [step for step in STEPS if arguments.only is None or step.name in arguments.only]
     campaign = run_campaign(steps, context, 60 * arguments.minutes, partial(print, flush=True))
     print(f"{campaign.statement}\nThe page: {output / 'campaign.md'}", flush=True)

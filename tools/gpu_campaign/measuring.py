@@ -135,7 +135,7 @@ def _table_of_counts(engine: str, counted: dict[str, Any]) -> Table:
 
 def _engines(context: Context) -> dict[str, tuple[str, ...]]:
     """Return the flags of a benchmark for each kind of modules that this machine can run."""
-    has_engine = context.devices.has_transformer_engine and not context.is_dry_run
+    has_engine = context.has_transformer_engine and not context.is_dry_run
     return {"local": ()} | ({"Transformer-Engine": ("--transformer-engine",)} if has_engine else {})
 
 

@@ -17,11 +17,13 @@ class Context:
         root: the checkout.
         output: the folder for results.
         devices: the GPUs and cores of this machine.
+        has_transformer_engine: whether Transformer Engine is installed.
     """
 
     root: Path
     output: Path
     devices: Devices
+    has_transformer_engine: bool
 
     @property
     def is_dry_run(self) -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 from gpu_campaign.results import Cell, Findings, Plot, Table
 from gpu_campaign.step import Command, Context
 from maskmoe.comparison.plots import new_figure, tidy
-from maskmoe.launch.devices import Devices
 from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.process import read_log
 from maskmoe.workflow.stage import maskmoe_command
@@ -21,6 +20,11 @@ _NOTE = (
     "may choose another one. On a CPU, bf16 changes the loss by up to 0.01 nats."
 )
 _REFERENCE = "float32 on the CPU"
+_WITHOUT_PACKAGES = (
+    *("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"),
+    *("--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion", "--no-moe-permute-fusion"),
+)
+"""Flags that need neither Transformer Engine nor Apex."""
 _CORPUS_BYTES, _VOCAB_SIZE = 3_000_000, 4096
 _SHOWN = (1, 5, 10, 15, 20, 25, 30)
 
@@ -80,9 +84,9 @@ def _runs_to_compare(context: Context) -> dict[str, list[str]]:
     """Return the flags of the runs in bf16, by name."""
     if context.is_dry_run:
         return {"bf16 on the CPU": ["--bf16"]}
-    runs = {"GPU": Devices(1, 1, has_transformer_engine=False).megatron_flags}
-    if context.devices.has_transformer_engine:
-        runs["GPU, Transformer Engine"] = Devices(1, 1, has_transformer_engine=True).megatron_flags
+    runs = {"GPU": ["--bf16", *_WITHOUT_PACKAGES]}
+    if context.has_transformer_engine:
+        runs["GPU, Transformer Engine"] = ["--bf16"]
     return runs
 
 

@@ -16,9 +16,9 @@ from maskmoe.transformer.dispatch.rows import RowCopies
 from maskmoe.transformer.kernels import launching
 
 _MAP_BLOCK = 4096
-"""Elements of the map that one program reads."""
+"""Elements of the map that a program reads."""
 _ROW_BLOCK, _FEATURE_BLOCK = 8, 256
-"""Rows and features that one program copies."""
+"""Rows and features that a program copies."""
 
 
 @dataclass(frozen=True)
