@@ -111,6 +111,7 @@ def test_the_layout_of_ranks_does_not_matter(checkpoints, exported, tmp_path):
     assert of_one["model.safetensors"] == of_four["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_command_line_and_the_loss_that_megatron_evaluates(checkpoints, run_cli, workplace, tmp_path):
     losses = []
     to_hf = run_cli(
