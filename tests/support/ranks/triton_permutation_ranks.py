@@ -35,6 +35,8 @@ def main() -> None:
     routing_map[:, 2] = False  # an expert without tokens
     probs = torch.rand(TOKENS, EXPERTS, generator=generator) * routing_map
     num_rows = int(routing_map.sum())
+    # `CopyToExperts` passes this rank's columns of all experts.
+    routing_map, probs = (torch.nn.functional.pad(each, (2, 3))[:, 2:-3] for each in (routing_map, probs))
 
     row_id_map = permutation.make_row_id_map(routing_map, TOKENS, EXPERTS)
     rows, _, row_probs = permutation.permute_with_mask_map(
@@ -49,6 +51,7 @@ def main() -> None:
     results = {
         **{"hidden": hidden, "routing_map": routing_map, "probs": probs},
         **{"rows": rows, "row_probs": row_probs, "sums": sums, "unpermuted_probs": unpermuted_probs},
+        "first_copies": row_id_map[:, 0],
         **{"sizes": sizes, "order": order, "sorted_rows": sorted_rows, "sorted_probs": sorted_probs},
     }
     torch.save(results, Path(sys.argv[1]) / "results.pt")
