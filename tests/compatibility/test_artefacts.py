@@ -58,6 +58,7 @@ def test_mask_and_counts_load() -> None:
     assert TokenFrequency.load(ARTEFACTS / "counts.safetensors").occurrences.sum() == 39_914
 
 
+@pytest.mark.slow
 def test_training_resumes_to_the_same_losses(run_folder: Path) -> None:
     run_entry_point("pretrain", TRAINING_FLAGS, run_folder)
     expected = {int(step): loss for step, loss in EXPECTED["train_losses"].items() if int(step) > 8}

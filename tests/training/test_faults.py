@@ -224,7 +224,8 @@ def test_shrinking_data_file(workplace, start_faulty, tmp_path, workers):
     assert re.search(rf"^error: {tmp_path}/data.bin has shrunk from \d+ to 1000 bytes", "".join(outcome.errors), re.M)
 
 
-@pytest.mark.parametrize("flags", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--async-save"])
 def test_full_disk(workplace, tmp_path, flags):
     """One checkpoint fits on the run's file system, two do not."""
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path], capture_output=True).returncode:
