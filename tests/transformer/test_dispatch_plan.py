@@ -1,6 +1,7 @@
 """Plans of several ranks, made in one process, against loops over tokens."""
 
 import itertools
+import traceback
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from support.small_moe import DEVICE, make_config, make_mask, make_visible_experts, random_visible_sets
 from torch import Tensor
 
+from maskmoe.training.watchdog import waits_for_others
 from maskmoe.transformer.dispatch.plan import DispatchPlan, DispatchPlanner
 from maskmoe.transformer.token_ids import TokenIds
 
@@ -101,3 +103,18 @@ def test_ranks_without_tokens_receive_none(monkeypatch: pytest.MonkeyPatch) -> N
     assert starved.rows_to == (BATCH * SEQUENCE, 0)
     assert starved.received_ids.ids.shape == (0, 1)
     assert starved.num_selected == 0
+
+
+def test_the_watchdog_sees_that_the_host_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that waits for the counts of a plan must not be blamed for a hang."""
+    stacks, tolist = [], Tensor.tolist
+
+    def recorded(tensor: Tensor) -> object:
+        stacks.append(traceback.extract_stack()[-2])
+        return tolist(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", recorded)
+    plan_of_every_rank(2, rank_local_sets(2), [draw_ids(0, False), draw_ids(1, False)], monkeypatch)
+    waits = [call for call in stacks if call.filename.endswith("dispatch/plan.py")]
+    assert waits
+    assert all(map(waits_for_others, waits))
