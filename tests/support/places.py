@@ -18,7 +18,7 @@ def num_gpus() -> int:
 
 
 class Place(Enum):
-    """Where the ranks of a test run."""
+    """The devices that the ranks of a test use, and their number."""
 
     ONE_CORE = "one core"
     CORES = "two cores"

@@ -11,7 +11,7 @@ from maskmoe.launch.devices import Devices
 
 @dataclass(frozen=True)
 class Context:
-    """Where a campaign runs.
+    """The checkout, the output folder and the machine of a campaign.
 
     Attributes:
         root: the checkout.

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
 from maskmoe.transformer.dispatch.rows import RowBuffers, RowExchange, copies_of_map
-from maskmoe.transformer.dispatch.to_experts import CopyToExperts, WayBack
+from maskmoe.transformer.dispatch.to_experts import CopyToExperts, WayBack, local_experts
 from maskmoe.transformer.kernels import launching
 from maskmoe.transformer.token_ids import TokenIds
 
@@ -72,9 +72,8 @@ class OneCopyDispatcher:
         # Send weights along with the rows; they also tell the receiving rank which of its experts are selected.
         weights = probs.masked_fill(~routing_map, _NOT_SELECTED).unflatten(1, (self._num_ranks, -1))
         weights = to_ranks.pick(weights, sum(counts.rows_to))
-        weights = all_to_all(
-            self._group, weights, list(counts.rows_from), list(counts.rows_to)
-        )  # [rows, local experts]
+        # [rows, local experts]
+        weights = all_to_all(self._group, weights, list(counts.rows_from), list(counts.rows_to))
         expert_rows = self._copy_to_experts(
             rows, weights, weights != _NOT_SELECTED, int(counts.tokens_per_expert.sum())
         )
@@ -91,7 +90,7 @@ class OneCopyDispatcher:
 
 
 class ExchangedCounts:
-    """Exchanges the numbers of rows of one layer, and brings them to the host while the device goes on.
+    """Exchanges the numbers of rows of one layer, and copies the numbers to the host in the background.
 
     The host waits when it first reads a number, for an event of a side stream.
 
@@ -132,11 +131,3 @@ class ExchangedCounts:
     def tokens_per_expert(self) -> Tensor:
         """The tokens of each local expert, int64 [local experts], on the host."""
         return self._counts[1, :, 1:].sum(dim=0)
-
-
-def local_experts(config: TransformerConfig, ep_group: ProcessGroup) -> slice:
-    """Return the experts of this rank."""
-    assert config.num_moe_experts is not None
-    num_local_experts = config.num_moe_experts // ep_group.size()
-    first = ep_group.rank() * num_local_experts
-    return slice(first, first + num_local_experts)

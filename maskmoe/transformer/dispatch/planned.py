@@ -4,10 +4,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.transformer.dispatch.one_copy import local_experts
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
 from maskmoe.transformer.dispatch.rows import RowBuffers, RowExchange
-from maskmoe.transformer.dispatch.to_experts import CopyToExperts, SavedByExperts, WayBack
+from maskmoe.transformer.dispatch.to_experts import CopyToExperts, SavedByExperts, WayBack, local_experts
 from maskmoe.transformer.token_ids import TokenIds
 
 

@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Size, Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed import ProcessGroup
 
 from maskmoe.transformer.dispatch.rows import RowBuffers, RowExchange, copies_of_map
 
@@ -135,3 +137,11 @@ class SavedByExperts:
         assert self._copies is not None
         assert self._first_copies is not None
         return self._copies.index_select(0, self._first_copies).view(packed)
+
+
+def local_experts(config: TransformerConfig, ep_group: ProcessGroup) -> slice:
+    """Return the experts of this rank."""
+    assert config.num_moe_experts is not None
+    num_local_experts = config.num_moe_experts // ep_group.size()
+    first = ep_group.rank() * num_local_experts
+    return slice(first, first + num_local_experts)

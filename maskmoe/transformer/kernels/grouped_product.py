@@ -64,9 +64,8 @@ def multiply_rows(rows: Tensor, ends: Tensor, weights: Sequence[Tensor], transpo
     product = rows.new_empty(num_rows, columns)
     addresses = tuple(weight.data_ptr() for weight in weights)
     tile = _tile_of_rows(rows, columns, len(weights))
-    num_row_tiles = num_rows // tile.tile_rows + len(
-        weights
-    )  # an upper bound: each expert's last tile may be incomplete
+    # This is an upper bound, because each expert's last tile may be incomplete.
+    num_row_tiles = num_rows // tile.tile_rows + len(weights)
     launching.launch(
         _multiply_rows,
         (num_row_tiles * triton.cdiv(columns, tile.tile_columns),),

@@ -147,6 +147,15 @@ def _place(
 
 
 @triton.jit
+def _locate_tile(num_rows, num_features, ROWS: tl.constexpr, FEATURES: tl.constexpr):
+    """Return this program's rows [ROWS, 1] and features [1, FEATURES], and which elements exist."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)[None, :]
+    inside = (rows < num_rows) & (features < num_features)
+    return rows, features, inside
+
+
+@triton.jit
 def _copy(
     values,  # [rows, features]
     slots,  # int32 [rows, width]
@@ -158,9 +167,7 @@ def _copy(
     FEATURES: tl.constexpr,
 ):
     """Copy each row to its slots."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)[None, :]
-    inside = (rows < num_rows) & (features < num_features)
+    rows, features, inside = _locate_tile(num_rows, num_features, ROWS, FEATURES)
     row = tl.load(values + rows * num_features + features, mask=inside)
     for slot in range(width):
         position = tl.load(slots + rows * width + slot, mask=rows < num_rows, other=-1).to(tl.int64)
@@ -180,9 +187,7 @@ def _sum(
     ACCUMULATOR: tl.constexpr,
 ):
     """Add the copies of each row, in the order of its slots."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)[None, :]
-    inside = (rows < num_rows) & (features < num_features)
+    rows, features, inside = _locate_tile(num_rows, num_features, ROWS, FEATURES)
     total = tl.zeros((ROWS, FEATURES), ACCUMULATOR)
     for slot in range(width):
         position = tl.load(slots + rows * width + slot, mask=rows < num_rows, other=-1).to(tl.int64)
