@@ -101,7 +101,35 @@ def _count_steps_without_parameters(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(count_step)
 
 
-EVERY_PROCESS = (use_compiled_helpers_of_wheel, make_optimizer_state_loadable)
+def count_predicted_tokens_of_all_context_ranks() -> None:
+    """Divide the loss of multi-token prediction by the tokens of whole sequences under context parallelism.
+
+    Replaces: The second result of `megatron.core.transformer.multi_token_prediction.roll_tensor`, for loss masks.
+    Why: `process_mtp_loss` divides each rank's losses by the rank's number of predicted tokens, and gradients and
+        logged losses are averaged over ranks. The first rank of a sequence predicts fewer tokens than the other ranks,
+        so its tokens weigh more. Dividing by the mean number of tokens of the ranks makes all tokens weigh the same.
+    Can go: When `process_mtp_loss` counts tokens over the context-parallel ranks.
+    """
+    from megatron.core.transformer import multi_token_prediction
+
+    stock: Any = multi_token_prediction.roll_tensor
+
+    def roll_tensor(tensor: Any, *args: Any, cp_group: Any = None, **kwargs: Any) -> Any:
+        rolled, total = stock(tensor, *args, cp_group=cp_group, **kwargs)
+        # Only loss masks are floating-point numbers; the sums of ids and positions are not used.
+        if cp_group is not None and cp_group.size() > 1 and tensor is not None and tensor.is_floating_point():
+            torch.distributed.all_reduce(total, group=cp_group)
+            total = total / cp_group.size()
+        return rolled, total
+
+    replace(multi_token_prediction, "roll_tensor", roll_tensor)
+
+
+EVERY_PROCESS = (
+    use_compiled_helpers_of_wheel,
+    make_optimizer_state_loadable,
+    count_predicted_tokens_of_all_context_ranks,
+)
 """The patches that `prepare_process` applies."""
 
 
