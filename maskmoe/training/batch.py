@@ -149,8 +149,8 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
 def weight_of_rank(num_tokens: Tensor, cp_group: torch.distributed.ProcessGroup) -> Tensor:
     """Return the factor of a rank's summed losses that makes all tokens of a micro-batch weigh the same.
 
-    Megatron's schedules divide the sum by the rank's number of tokens, and gradients are averaged over ranks. Where a
-    loss mask leaves fewer tokens on a rank, these tokens would weigh more.
+    Megatron's schedules divide the sum by the rank's number of tokens, and gradients are averaged over ranks. Tokens of
+    a rank on which a loss mask leaves fewer tokens would weigh more.
 
     Args:
         num_tokens: the tokens of this rank that count, int scalar.
