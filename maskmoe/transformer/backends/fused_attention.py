@@ -22,8 +22,10 @@ class FusedDotProductAttention(DotProductAttention):
     Args: those of `DotProductAttention`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
         # The stock softmax multiplies by the layer's number again if `softmax_scale` was divided by it.
         self._scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
         self._can_fuse = (
