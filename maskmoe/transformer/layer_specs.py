@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
-from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
+from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.backends.latent_attention import LocalMLASelfAttention, keys_of_checkpoint
 from maskmoe.transformer.backends.replicated_linear import ReplicatedLinear
 from maskmoe.transformer.backends.torch_norm import build_torch_norm
@@ -39,7 +39,7 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 _REPLACEMENTS: dict[type, Any] = {
     WrappedTorchNorm: build_torch_norm,
-    DotProductAttention: FusedDotProductAttention,
+    DotProductAttention: TorchDotProductAttention,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
