@@ -180,8 +180,9 @@ class ActivationModel:
         statistics = self._tokens * heads / self._layout.tensor * _FP32_BYTES if self._fused_attention else 0
         gate = 2 * output if config.attention_output_gate else 0
         return [
-            _Tensors(2 * (self._norm_input + self._dropout_mask)),
-            _Tensors(2 * self._hidden, ("layernorm",)),
+            # The inputs of the norms are the hidden states before attention and before the MLP.
+            _Tensors(2 * (self._hidden + self._dropout_mask)),
+            _Tensors(2 * self._norm_input, ("layernorm",)),
             _Tensors(query_key_value, ("mla_up_proj",)),
             _Tensors(before_norms + output + statistics + gate),
             _Tensors(self._scores, ("core_attn",)),
