@@ -145,8 +145,7 @@ class TorchDotProductAttention(DotProductAttention):
         if self.cp_group.size() > 1:
             key, value = (gather_zigzag(tensor, self.cp_group) for tensor in (key, value))
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        context = self._attend_in_blocks(query, key, value, attention_mask, dropout)
-        return context.permute(2, 0, 1, 3).flatten(2)
+        return self._attend_in_blocks(query, key, value, attention_mask, dropout).flatten(2)
 
     def _attend_in_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float
@@ -161,7 +160,7 @@ class TorchDotProductAttention(DotProductAttention):
             dropout: probability of dropping a weight.
 
         Returns:
-            [batch, heads, queries, value channels].
+            [queries, batch, heads, value channels].
         """
         value_channels = value.shape[-1]
         query, key, value = self._widen(query, key, value)
@@ -170,17 +169,16 @@ class TorchDotProductAttention(DotProductAttention):
             hidden = None
             if attention_mask is not None:
                 hidden = attention_mask.expand(-1, -1, query.shape[2], -1)[:, :, block.queries, block.keys]
-            contexts.append(
-                self._attend(
-                    query[:, :, block.queries],
-                    key[:, :, block.keys],
-                    value[:, :, block.keys],
-                    block.band,
-                    hidden,
-                    dropout,
-                )
+            context = self._attend(
+                query[:, :, block.queries],
+                key[:, :, block.keys],
+                value[:, :, block.keys],
+                block.band,
+                hidden,
+                dropout,
             )
-        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
+            contexts.append(context.permute(2, 0, 1, 3))
+        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
         return context[..., :value_channels]
 
     def _widen(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,11 +248,10 @@ class TorchDotProductAttention(DotProductAttention):
             [batch, heads, queries, channels].
         """
         # Fused kernels compute a causal mask, and read other masks from a bias.
-        bias = None
         is_causal = hidden is None and band.is_causal and (band.queries == band.keys or query.is_cuda)
-        if not is_causal and not (hidden is None and band.shows_all):
-            bias = _bias_of(band, query.dtype, query.device)
-            bias = bias if hidden is None else bias.masked_fill(hidden, float("-inf"))
+        bias = None if is_causal or band.shows_all else _bias_of(band, query.dtype, query.device)
+        if hidden is not None:
+            bias = (query.new_zeros(()) if bias is None else bias).masked_fill(hidden, float("-inf"))
         is_square = band.queries == band.keys
         if self.softmax_offset is not None:
             query, key, value, bias = _add_sink(query, key, value, bias, with_query=is_causal and is_square)
