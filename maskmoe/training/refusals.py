@@ -80,6 +80,7 @@ _ALWAYS_REFUSED = {
     "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards": "Weights that are sharded and "
     "assembled for each product have not been tried with a routing mask.",
     "--mlp-chunks-for-training above 1": "Computing the MLP in chunks drops the token ids.",
+    "--cache-mla-latents": "Megatron-Core's training forbids the cache, and evaluation and generation keep no cache.",
     "--cuda-graph-impl other than none, --enable-cuda-graph or --external-cuda-graph": "A CUDA graph needs fixed "
     "shapes, but the number of rows that a rank sends varies.",
     "--moe-use-upcycling": "A dense checkpoint holds no routing mask. Convert the checkpoint with "
@@ -180,6 +181,16 @@ REFUSALS = (
             args.overlap_dispatch_backward_with_experts_wgrad
             and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
         ),
+    ),
+    Refusal(
+        "--moe-latent-size with --moe-shared-expert-overlap",
+        "Megatron-Core's overlap gives shared experts the rows of the routed experts, which are narrower.",
+        lambda args: args.moe_latent_size is not None and args.moe_shared_expert_overlap,
+    ),
+    Refusal(
+        "--mla-down-proj-fusion with --transformer-impl local",
+        "The local modules compress queries and keys by separate projections: leave the flag out.",
+        lambda args: args.transformer_impl == "local" and args.mla_down_proj_fusion,
     ),
     Refusal(
         "--cp-comm-type other than p2p or all_gather with --transformer-impl local",

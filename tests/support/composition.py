@@ -194,6 +194,8 @@ TABLE: dict[str, Works | Refused] = {
         (*COMPARED["latent"], *COMPARED["whole queries"]),
         ("transformer/test_latent_attention.py::test_equals_attention_of_transformers",),
     ),
+    "cache of latents": Refused("--cache-mla-latents"),
+    "fused down projections of latent attention": Refused("--mla-down-proj-fusion"),
     "grouped-query attention": Works("2 and 4 ranks", ("--group-query-attention",), RICH),
     "norms of queries and keys over all heads": Works(
         "2 ranks", ("--qk-layernorm-all-heads",), tuple(COMPARED["norms over all heads"])
@@ -205,6 +207,7 @@ TABLE: dict[str, Works | Refused] = {
         "2 ranks", ("--moe-shared-expert-overlap",), ("rich, overlapped shared experts",)
     ),
     "latent experts": Works("2 and 4 ranks", ("--moe-latent-size 24",), tuple(COMPARED["latent"])),
+    "overlapped shared experts with latent experts": Refused("--moe-latent-size 16 --moe-shared-expert-overlap"),
     "load-balancing loss of micro-batches, of sequences, and lists of them": Works(
         "2, 4 and 8 ranks",
         ("--moe-router-load-balancing-type aux_loss seq_aux_loss",),
