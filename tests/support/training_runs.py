@@ -253,7 +253,7 @@ LATENT = f"""
     {LATENT_ATTENTION} --q-lora-rank 24 --v-head-dim 12 --rope-type yarn --rotary-scaling-factor 4 --mscale-all-dim 1
     --moe-latent-size 24 --moe-grouped-gemm --moe-layer-freq [0,1,1,1] --moe-shared-expert-intermediate-size 16
     --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1
-    --moe-router-load-balancing-type seq_aux_loss --mtp-num-layers 1
+    --moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1e-2 2e-2 --mtp-num-layers 1
 """
 RECOMPUTED_PARTS = "--recompute-granularity selective --recompute-modules layernorm moe_act mla_up_proj"
 CAPACITY = "--moe-router-topk 3 --moe-expert-capacity-factor 0.8"
