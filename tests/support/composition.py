@@ -59,6 +59,7 @@ COMPARED = {
         "latent, recomputed parts, tensor 2, expert parallel 2",
         "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2",
         "latent, tensor 2, expert parallel 2, pipeline 2",
+        "latent, context parallel 2, tensor 2, expert parallel 2, pipeline 2",
     ],
     "whole queries": ["whole queries, tensor 2"],
     "capacity": ["capacity, expert parallel 2", "capacity, pipeline 2"],
@@ -170,11 +171,12 @@ TABLE: dict[str, Works | Refused] = {
         ("selective recompute", "rich, selective recompute"),
     ),
     "selective recomputation of norms, activation functions, and up-projections of latent attention": Works(
-        "2 and 4 ranks; on one rank bit-equal to none, with LayerNorm",
+        "2, 4 and 8 ranks; on one rank bit-equal to none, with LayerNorm",
         ("--recompute-modules layernorm moe_act mla_up_proj",),
         (
             "latent, recomputed parts, tensor 2, expert parallel 2",
             "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2",
+            "latent, context parallel 2, tensor 2, expert parallel 2, pipeline 2",
         ),
         ("transformer/test_recomputation.py::test_recomputation_is_bit_equal_and_keeps_less",),
     ),
@@ -189,7 +191,7 @@ TABLE: dict[str, Works | Refused] = {
         "2 ranks", ("--mtp-use-repeated-layer",), tuple(COMPARED["repeated prediction"])
     ),
     "multi-latent attention": Works(
-        "2 and 4 ranks; one layer against transformers' DeepSeek-V3",
+        "2, 4 and 8 ranks, also with context parallel; one layer against transformers' DeepSeek-V3",
         ("--multi-latent-attention",),
         (*COMPARED["latent"], *COMPARED["whole queries"]),
         ("transformer/test_latent_attention.py::test_equals_attention_of_transformers",),
@@ -206,7 +208,7 @@ TABLE: dict[str, Works | Refused] = {
     "overlapped shared experts": Works(
         "2 ranks", ("--moe-shared-expert-overlap",), ("rich, overlapped shared experts",)
     ),
-    "latent experts": Works("2 and 4 ranks", ("--moe-latent-size 24",), tuple(COMPARED["latent"])),
+    "latent experts": Works("2, 4 and 8 ranks", ("--moe-latent-size 24",), tuple(COMPARED["latent"])),
     "overlapped shared experts with latent experts": Refused("--moe-latent-size 16 --moe-shared-expert-overlap"),
     "load-balancing loss of micro-batches, of sequences, and lists of them": Works(
         "2, 4 and 8 ranks",

@@ -371,6 +371,12 @@ RUNS |= model_in_layouts(
             "Tensor parallel, experts too, and pipeline parallel on 4 ranks; norms, activations and up-projections are "
             "recomputed.",
         ),
+        "latent, context parallel 2, tensor 2, expert parallel 2, pipeline 2": (
+            8,
+            f"{CONTEXT_2} {TENSOR_EXPERT_2} {PIPELINE_2} {RECOMPUTED_PARTS}",
+            "Context, tensor, expert and pipeline parallel on 8 ranks; norms, activations and up-projections are "
+            "recomputed.",
+        ),
         "latent, tensor 2, expert parallel 2, pipeline 2": (
             4,
             f"{TENSOR_EXPERT_2} {PIPELINE_2}",
