@@ -191,8 +191,9 @@ class ActivationModel:
         output = heads * sizes.value_width * channel
         gate = 2 * output if config.attention_output_gate else 0
         return [
-            _Tensors(2 * (self._norm_input + self._dropout_mask)),
-            _Tensors(2 * self._hidden, ("layernorm",)),
+            # The inputs of the norms are the hidden states before attention and before the MLP.
+            _Tensors(2 * (self._hidden + self._dropout_mask)),
+            _Tensors(2 * self._norm_input, ("layernorm",)),
             _Tensors(inputs * channel, ("mla_up_proj",)),
             _Tensors(before_norms + output + gate),
             _Tensors(made * channel + self._scores, ("core_attn",)),
@@ -261,7 +262,9 @@ class ActivationModel:
         router = self._shard * self._config.num_moe_experts * (2 * _FP32_BYTES + 2)
         router += 5 * self._shard * self.experts_per_token * _ID_BYTES
         latent = self._shard * self._row if self._config.moe_latent_size else 0
-        activated = self._expert_channels * self._element
+        # Recomputation of the activation function keeps its input.
+        activated = self._expert_bytes - self._num_rows * self._row
+        activated -= self._expert_channels * (2 if self._config.gated_linear_unit else 1) * self._element
         return [
             _Tensors(router + latent + self._expert_bytes - activated, ("moe",)),
             _Tensors(activated, ("moe", "moe_act")),

@@ -50,15 +50,6 @@ def _is_given(setting: str, args: Namespace) -> bool:
     return not set(words).isdisjoint(given if isinstance(given, list) else [given])
 
 
-def _needs_transformer_engine(setting: str) -> Refusal:
-    """Return the refusal of a setting that exists in Transformer Engine's modules only."""
-    return Refusal(
-        f"{setting} with --transformer-impl local",
-        "It needs Transformer Engine: pass --transformer-impl transformer_engine on a machine that has it.",
-        lambda args: args.transformer_impl == "local" and _is_given(setting, args),
-    )
-
-
 def _flex_backend(args: Namespace) -> str | None:
     """Return the library that sends tokens for the flex dispatcher; None with another dispatcher."""
     if args.moe_token_dispatcher_type != "flex":
@@ -89,6 +80,7 @@ _ALWAYS_REFUSED = {
     "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards": "Weights that are sharded and "
     "assembled for each product have not been tried with a routing mask.",
     "--mlp-chunks-for-training above 1": "Computing the MLP in chunks drops the token ids.",
+    "--cache-mla-latents": "Megatron-Core's training forbids the cache, and evaluation and generation keep no cache.",
     "--cuda-graph-impl other than none, --enable-cuda-graph or --external-cuda-graph": "A CUDA graph needs fixed "
     "shapes, but the number of rows that a rank sends varies.",
     "--moe-use-upcycling": "A dense checkpoint holds no routing mask. Convert the checkpoint with "
@@ -191,6 +183,16 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "--moe-latent-size with --moe-shared-expert-overlap",
+        "Megatron-Core's overlap gives shared experts the rows of the routed experts, which are narrower.",
+        lambda args: args.moe_latent_size is not None and args.moe_shared_expert_overlap,
+    ),
+    Refusal(
+        "--mla-down-proj-fusion with --transformer-impl local",
+        "The local modules compress queries and keys by separate projections: leave the flag out.",
+        lambda args: args.transformer_impl == "local" and args.mla_down_proj_fusion,
+    ),
+    Refusal(
         "--cp-comm-type other than p2p or all_gather with --transformer-impl local",
         "Local attention gathers keys and values: leave the flag out.",
         lambda args: (
@@ -199,9 +201,6 @@ REFUSALS = (
             and not {"p2p", "all_gather"}.issuperset(args.cp_comm_type)
         ),
     ),
-    _needs_transformer_engine("--multi-latent-attention"),
-    _needs_transformer_engine("--moe-latent-size"),
-    _needs_transformer_engine("--recompute-modules layernorm, moe_act or mla_up_proj"),
 )
 """Every refused setting, in the order in which training reports them."""
 

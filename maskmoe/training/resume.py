@@ -14,6 +14,8 @@ from maskmoe.checkpoint.series import RELEASE, checkpoint_path, choose_checkpoin
 from maskmoe.errors import UserError
 from maskmoe.training.rank_store import RankStore
 
+# Sizes of multi-latent attention.
+_LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 # Arguments that decide the shapes of a model's parameters, or their meaning.
 _MODEL_ARGUMENTS = (
     *("num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
@@ -22,12 +24,14 @@ _MODEL_ARGUMENTS = (
     *("num_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_router_enable_expert_bias", "moe_latent_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
     *("position_embedding_type", "untie_embeddings_and_output_weights"),
+    *_LATENT_SIZES,
 )
 # Settings of a model that Megatron 0.19 does not take from the checkpoint with `--use-checkpoint-args`.
 _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
     *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads"),
     *("moe_router_group_topk", "moe_router_num_groups", "moe_shared_expert_gate"),
     *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
+    *("multi_latent_attention", *_LATENT_SIZES, "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
 )
 
 

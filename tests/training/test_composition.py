@@ -28,6 +28,7 @@ FAST = {
     "rich, pipeline 2",
     "rich, context parallel 2, expert parallel 2",
     "groups, tensor 2, expert parallel 2",
+    "latent, recomputed parts, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",
 }
 
@@ -61,6 +62,11 @@ def test_layout_agrees_with_single_process(runs, name):
     [
         pytest.param(pair, marks=pytest.mark.runs(*pair), id=pair[0])
         for pair in (("rich", "rich, resumed"), ("groups", "groups, resumed"))
+    ]
+    + [
+        pytest.param(
+            ("latent", "latent, resumed"), marks=[pytest.mark.runs("latent", "latent, resumed"), pytest.mark.slow]
+        )
     ],
 )
 def test_resume_is_bit_equal(runs, pair):
