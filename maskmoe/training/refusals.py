@@ -226,10 +226,7 @@ REFUSALS = (
             and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
         ),
     ),
-    _needs_transformer_engine("--multi-latent-attention"),
     _needs_transformer_engine("--context-parallel-size above 1"),
-    _needs_transformer_engine("--moe-latent-size"),
-    _needs_transformer_engine("--recompute-modules layernorm, moe_act or mla_up_proj"),
 )
 """Every refused setting, in the order in which training reports them."""
 
