@@ -79,7 +79,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
         cu_seqlens = data["cu_seqlens"] if data else batch["cu_seqlens"].cpu()
         reads_on_host = args.transformer_impl == "local"
         documents = PackedDocuments.of_samples(cu_seqlens, batch["tokens"].device, reads_on_host=reads_on_host)
-    return Batch(*(batch[key] for key in _TENSORS), documents)
+    return Batch(**{key: batch[key] for key in _TENSORS}, documents=documents)
 
 
 def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:

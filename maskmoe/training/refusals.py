@@ -93,8 +93,8 @@ _ALWAYS_REFUSED = {
     "shapes, but the number of rows that a rank sends varies.",
     "--moe-use-upcycling": "A dense checkpoint holds no routing mask. Convert the checkpoint with "
     "tools/convert_checkpoint.py upcycle.",
-    "--sft": "It tokenizes conversations from JSON lines during training. MaskMoE checks the routing mask against token "
-    "ids in Megatron's dataset format: tokenize first, and mark documents by --dataloader-inter-document-masking.",
+    "--sft": "It tokenizes conversations while it trains, but a routing mask is checked against token ids in "
+    "Megatron's dataset format. Tokenize the conversations first, and use --dataloader-inter-document-masking.",
     "--hybrid-context-parallel": "Hybrid context parallelism divides sequences in another way than the token ids are "
     "divided.",
     "--spec": "MaskMoE builds the layer specification itself.",

@@ -66,7 +66,7 @@ class PackingGPTModel(GPTModel):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         *args: Any,
         packed_seq_params: PackedDocuments | None = None,
         **kwargs: Any,
@@ -102,21 +102,13 @@ class PackingGPTModel(GPTModel):
         # The schedules free the memory of a sent tensor, which must not be a view.
         return make_viewless_tensor(sent, requires_grad=True, keep_graph=True)
 
-    def _preprocess(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        *args: Any,
-        packed_seq_params: PackedDocuments | None = None,
-        **kwargs: Any,
-    ) -> tuple:
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
         """Compute the inputs of the decoder, with the rotary embedding of each token by its position.
 
         Megatron-Core would otherwise apply the rotary embedding to one document after the other, in every layer. Fused
         rotary embeddings take the bounds of the documents instead.
         """
-        outputs = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
-        decoder_input, rope, *rest = outputs
-        if packed_seq_params is not None and rope is not None and not self.config.apply_rope_fusion:
+        decoder_input, rope, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if kwargs.get("packed_seq_params") is not None and rope is not None and not self.config.apply_rope_fusion:
             rope = rope[position_ids.flatten()]  # [tokens, 1, 1, channels]
         return decoder_input, rope, *rest
