@@ -85,8 +85,8 @@ _ALWAYS_REFUSED = {
     "shapes, but the number of rows that a rank sends varies.",
     "--moe-use-upcycling": "A dense checkpoint holds no routing mask. Convert the checkpoint with "
     "tools/convert_checkpoint.py upcycle.",
-    "--sft or --dataloader-inter-document-masking": "Both pack sequences, and the bounds of packed sequences do not "
-    "reach the later pipeline stages.",
+    "--sft": "It tokenizes conversations while it trains, but a routing mask is checked against token ids in "
+    "Megatron's dataset format. Tokenize the conversations first, and use --dataloader-inter-document-masking.",
     "--hybrid-context-parallel": "Hybrid context parallelism divides sequences in another way than the token ids are "
     "divided.",
     "--spec": "MaskMoE builds the layer specification itself.",
@@ -151,6 +151,42 @@ REFUSALS = (
         "Other dispatchers use the factor for CUDA graphs, which need fixed shapes, but the number of rows that a rank "
         "receives varies.",
         lambda args: args.moe_expert_rank_capacity_factor is not None and _flex_backend(args) != "ncclep",
+    ),
+    Refusal(
+        "--dataloader-inter-document-masking with --context-parallel-size above 1",
+        "Context parallelism would cut each document into equal parts for the ranks, but documents have any length.",
+        lambda args: args.dataloader_inter_document_masking and args.context_parallel_size > 1,
+    ),
+    Refusal(
+        "--dataloader-inter-document-masking with --micro-batch-size above 1 and --moe-router-load-balancing-type "
+        "seq_aux_loss",
+        "Megatron-Core joins the samples of a micro-batch to one sequence, whose samples the loss could not balance "
+        "one by one. Use --micro-batch-size 1.",
+        lambda args: (
+            args.dataloader_inter_document_masking
+            and (args.micro_batch_size or 1) > 1
+            and _is_given("--moe-router-load-balancing-type seq_aux_loss", args)
+        ),
+    ),
+    Refusal(
+        "--reset-attention-mask with --no-create-attention-mask-in-dataloader",
+        "Without the data loader's mask, tokens attend to other documents. Leave the second flag out, or use "
+        "--dataloader-inter-document-masking, which needs no mask.",
+        lambda args: (
+            args.reset_attention_mask
+            and not args.create_attention_mask_in_dataloader
+            and not args.dataloader_inter_document_masking
+        ),
+    ),
+    Refusal(
+        "--reset-attention-mask with --transformer-impl transformer_engine",
+        "Transformer Engine ignores the data loader's mask (Megatron-LM issue 2357). Use "
+        "--dataloader-inter-document-masking.",
+        lambda args: (
+            args.reset_attention_mask
+            and args.transformer_impl == "transformer_engine"
+            and not args.dataloader_inter_document_masking
+        ),
     ),
     Refusal(
         "--fp8-format or --fp4-format",

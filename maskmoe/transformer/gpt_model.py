@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from maskmoe.transformer.model_mixin import RoutesByTokenId
+from maskmoe.transformer.packed_documents import PackingGPTModel
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
-class MaskMoEGPTModel(RoutesByTokenId, GPTModel):
+class MaskMoEGPTModel(RoutesByTokenId, PackingGPTModel):
     """`GPTModel` whose MoE layers route by token id.
 
     Every pipeline stage must be given `input_ids`, also stages without an embedding. A padding mask, bool [batch,

@@ -64,6 +64,16 @@ COMPARED = {
     "whole queries": ["whole queries, tensor 2"],
     "capacity": ["capacity, expert parallel 2", "capacity, pipeline 2"],
     "padded capacity": ["padded capacity, expert parallel 2", "padded capacity, pipeline 2"],
+    "packed documents": [
+        "packed documents, pipeline 2",
+        "packed documents, interleaved pipeline",
+        "packed documents, tensor 2, expert parallel 2",
+        "packed documents, selective recompute",
+        "packed documents, full recompute, tensor 2, pipeline 2",
+    ],
+    "packed documents, single samples": ["packed documents, single samples, tensor 2, pipeline 2"],
+    "packed documents, experts of one rank": ["packed documents, experts of one rank, expert parallel 2"],
+    "reset masks": ["reset masks, pipeline 2", "reset masks, tensor 2"],
     "global loss": ["global loss, expert parallel 2", "global loss, tensor 2, data parallel 2"],
 }
 BF16 = "bf16, distributed optimizer"
@@ -102,6 +112,7 @@ class Refused:
 RICH = tuple(COMPARED["rich"])
 ROUTER = "transformer/test_router.py::"
 EQUALS_STOCK = f"{ROUTER}test_all_visible_equals_stock_in_every_setting"
+PACKED = "transformer/test_packed_documents.py::"
 FOLLOWS = f"{ROUTER}test_follows_the_method"
 
 TABLE: dict[str, Works | Refused] = {
@@ -273,7 +284,42 @@ TABLE: dict[str, Works | Refused] = {
     "overlapped expert communication": Refused("--overlap-moe-expert-parallel-comm"),
     "MLP in chunks": Refused("--mlp-chunks-for-training 2"),
     "CUDA graphs": Refused("--cuda-graph-impl local"),
-    "packed sequences": Refused("--sft"),
+    "packed documents": Works(
+        "2 and 4 ranks, with and without pipeline; each document by itself",
+        ("--dataloader-inter-document-masking",),
+        (
+            *COMPARED["packed documents"],
+            *COMPARED["packed documents, single samples"],
+            *COMPARED["packed documents, experts of one rank"],
+        ),
+        (f"{PACKED}test_equals_documents_one_by_one", f"{PACKED}test_multi_token_prediction_keeps_to_documents"),
+    ),
+    "packed documents with multi-token prediction": Works(
+        "2 and 4 ranks",
+        ("--dataloader-inter-document-masking", "--mtp-num-layers 2"),
+        tuple(COMPARED["packed documents"]),
+    ),
+    "packed documents with the load-balancing loss of sequences": Works(
+        "4 ranks, one sample in a micro-batch",
+        ("--dataloader-inter-document-masking", "--moe-router-load-balancing-type aux_loss seq_aux_loss"),
+        tuple(COMPARED["packed documents, single samples"]),
+    ),
+    "attention masks and positions reset after a document, documents' ends without a loss": Works(
+        "2 ranks; equal to packed documents",
+        ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"),
+        tuple(COMPARED["reset masks"]),
+    ),
+    "packed documents with context parallelism": Refused(
+        "--dataloader-inter-document-masking --context-parallel-size 2 --transformer-impl transformer_engine"
+    ),
+    "packed documents with the load-balancing loss of sequences, several samples in a micro-batch": Refused(
+        "--dataloader-inter-document-masking --moe-router-load-balancing-type seq_aux_loss --micro-batch-size 2"
+    ),
+    "attention masks that the data loader does not make": Refused(
+        "--reset-attention-mask --no-create-attention-mask-in-dataloader"
+    ),
+    "attention masks with Transformer Engine": Refused("--reset-attention-mask --transformer-impl transformer_engine"),
+    "supervised fine-tuning": Refused("--sft"),
     "hybrid context parallel": Refused("--hybrid-context-parallel"),
     "Megatron's upcycling": Refused("--moe-use-upcycling"),
     "other layers' specs": Refused("--hybrid-layer-pattern M*ME"),

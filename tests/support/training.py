@@ -135,15 +135,18 @@ class Workplace:
     """A folder with a dataset, token counts and routing masks, where training processes run.
 
     Attributes:
-        folder: Holds `data.bin`, `data.idx`, `counts.safetensors`, and the routing masks `mask.safetensors`,
-            `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` (all
-            tokens go to the first 4 experts) and `rank_local.safetensors` (for two expert-parallel ranks).
+        folder: Holds the datasets `data` and `ended`, whose documents end with the tokenizer's end-of-document id,
+            `counts.safetensors`, and the routing masks `mask.safetensors`, `five_layers.safetensors`,
+            `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` (all tokens go to the first 4
+            experts) and `rank_local.safetensors` (for two expert-parallel ranks).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         documents = predictable_ids(np.random.default_rng(0), VOCAB_SIZE)
         write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE))
+        ended = [np.append(document, VOCAB_SIZE - 1) for document in documents]
+        write_documents(folder / "ended", ended, optimal_dtype(VOCAB_SIZE))
         frequency = count_ids(folder / "data", VOCAB_SIZE)
         frequency.save(folder / "counts.safetensors")
         for name, num_layers, seed in (

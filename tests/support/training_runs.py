@@ -257,6 +257,13 @@ LATENT = f"""
 """
 RECOMPUTED_PARTS = "--recompute-granularity selective --recompute-modules layernorm moe_act mla_up_proj"
 CAPACITY = "--moe-router-topk 3 --moe-expert-capacity-factor 0.8"
+# Most samples of 64 tokens hold the end of a document and the beginning of the next one.
+DOCUMENTS = "--data-path ended --seq-length 64 --max-position-embeddings 64"
+PACKED = f"{DOCUMENTS} --dataloader-inter-document-masking"
+# Rotary embeddings do not depend on `--reset-position-ids`, learned ones do.
+RESET = f"""
+    {DOCUMENTS} --reset-attention-mask --reset-position-ids --eod-mask-loss --position-embedding-type learned_absolute
+"""
 # One micro-batch a step, so that the global loss does not depend on the number of ranks that share the micro-batch.
 WHOLE_BATCH = "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 2e-2 3e-2"
 
@@ -459,3 +466,66 @@ RUNS |= model_in_layouts(
     description="A rank-local mask, whose dispatch is planned from the token ids.",
     mask="rank_local.safetensors",
 )
+RUNS |= model_in_layouts(
+    "packed documents",
+    f"{RICH} --moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 3e-2 "
+    f"--mtp-num-layers 2 {PACKED}",
+    {
+        "packed documents, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+        "packed documents, interleaved pipeline": (2, INTERLEAVED, "A pipeline of 2 ranks with 2 chunks each."),
+        "packed documents, tensor 2, expert parallel 2": (
+            2,
+            TENSOR_EXPERT_2,
+            "Tensor and expert parallel on 2 ranks.",
+        ),
+        "packed documents, selective recompute": (
+            2,
+            f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}",
+            "Experts, shared experts, MLPs and attention are recomputed.",
+        ),
+        "packed documents, full recompute, tensor 2, pipeline 2": (
+            4,
+            f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}",
+            "Every layer is recomputed; tensor and pipeline parallel on 4 ranks.",
+        ),
+    },
+    description="Samples of several documents, 2 samples in a micro-batch, with multi-token prediction.",
+    mask="six_layers.safetensors",
+    omits="--untie-embeddings-and-output-weights",
+)
+RUNS |= model_in_layouts(
+    "packed documents, single samples",
+    f"{RICH} {PACKED} --micro-batch-size 1",
+    {
+        "packed documents, single samples, tensor 2, pipeline 2": (
+            4,
+            f"{TENSOR_2} {PIPELINE_2}",
+            "Tensor and pipeline parallel on 4 ranks.",
+        ),
+    },
+    description="Samples of several documents, with the load-balancing loss of each sample.",
+)
+RUNS |= model_in_layouts(
+    "packed documents, experts of one rank",
+    f"--moe-z-loss-coeff 1e-3 {PACKED}",
+    {"packed documents, experts of one rank, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks.")},
+    description="Samples of several documents and a rank-local mask, whose dispatch is planned from the token ids.",
+    mask="rank_local.safetensors",
+)
+RUNS |= model_in_layouts(
+    "reset masks",
+    RESET,
+    {
+        "reset masks, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+        "reset masks, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks."),
+    },
+    description="The data loader makes attention masks that keep to documents.",
+)
+RUNS |= {
+    "packed documents as with reset masks": Run(
+        f"--exit-interval 8 {PACKED} --eod-mask-loss --position-embedding-type learned_absolute"
+    ),
+    "documents that see each other": Run(
+        f"--exit-interval 8 {DOCUMENTS} --eod-mask-loss --position-embedding-type learned_absolute"
+    ),
+}

@@ -30,6 +30,7 @@ FAST = {
     "groups, tensor 2, expert parallel 2",
     "latent, recomputed parts, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",
+    "packed documents, pipeline 2",
 }
 
 
@@ -121,6 +122,16 @@ def test_flex_dispatch_with_a_stand_in_agrees_roughly(runs):
     assert run.iterations == reference.iterations
     assert run.difference(reference, ["lm loss", "lm loss validation"]) < 5e-4
     assert run.difference(reference) < 1e-2  # bf16 numbers are 8e-3 apart
+
+
+@pytest.mark.slow
+@pytest.mark.runs("reset masks", "packed documents as with reset masks", "documents that see each other")
+def test_packed_documents_equal_reset_masks(runs):
+    """Two ways to keep attention to documents agree, and differ from attention to whole samples."""
+    masks, packed, whole = runs
+    assert packed.iterations == masks.iterations
+    assert packed.difference(masks) < FP32_ORDER_OF_SUMS
+    assert whole.difference(masks, ["lm loss"]) > 1e2 * FP32_ORDER_OF_SUMS
 
 
 def words_of(run: Run) -> list[str]:

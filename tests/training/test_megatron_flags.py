@@ -18,6 +18,8 @@ REVIEWED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("megatron_fla
 FOR_FLEX = ["--bf16", "--expert-model-parallel-size", "2"]
 MODEL = ["--num-experts", "8", "--routing-mask", "mask.safetensors"]
 BASE = [*MODEL, *FOR_FLEX, "--transformer-impl", "transformer_engine"]
+# Settings that a switch needs.
+NEEDED = {"--reset-attention-mask": ["--transformer-impl", "local"]}
 
 
 @cache
@@ -48,7 +50,7 @@ def accepted_settings() -> Iterator[list[str]]:
         if flag in REVIEWED["refused"]:
             continue
         if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-            yield [flag]
+            yield [flag, *NEEDED.get(flag, [])]
         for choice in action.choices or []:
             value = getattr(choice, "name", str(choice))
             if value not in REVIEWED["refused_values"].get(flag, []):
