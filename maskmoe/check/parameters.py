@@ -28,7 +28,7 @@ from maskmoe.megatron_compat.patches import latent_projections_without_transform
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
-from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
+from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -222,7 +222,7 @@ class _CountingModelBuilder(MaskMoEGPTModelBuilder):
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, ...]:
         """Return the layer specifications of the run, with experts and core attention replaced."""
-        replacements = {GroupedMLP: _RepresentativeExpert, FusedDotProductAttention: _CoreAttention}
+        replacements = {GroupedMLP: _RepresentativeExpert, TorchDotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:
             return replacements.get(node, node) if isinstance(node, type) else node

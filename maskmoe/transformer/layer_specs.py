@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
-from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
+from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.backends.torch_norm import build_torch_norm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
@@ -35,7 +35,7 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 _REPLACEMENTS: dict[type, Any] = {
     WrappedTorchNorm: build_torch_norm,
-    DotProductAttention: FusedDotProductAttention,
+    DotProductAttention: TorchDotProductAttention,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
