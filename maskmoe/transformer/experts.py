@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from maskmoe.transformer.backends.swiglu import is_plain_swiglu, swiglu
 from maskmoe.transformer.kernels import launching
 
 
@@ -146,6 +147,8 @@ def _activate(projected: Tensor, probs: Tensor, config: TransformerConfig) -> Te
             offset, clamp = config.glu_linear_offset, config.activation_func_clamp_value
             return weighted_bias_quick_geglu_impl(projected, None, weights, store_fp8, offset, clamp)
         raise ValueError("only SwiGLU and quick GeGLU can be fused with the weights of the rows")
+    if is_plain_swiglu(config):
+        return swiglu(projected, probs.unsqueeze(-1))
     function: Callable[[Tensor], Tensor] = config.activation_func
     if config.gated_linear_unit:
         gate, value = projected.chunk(2, dim=-1)

@@ -32,6 +32,7 @@ class CrossEntropyOfOneCopy(LanguageModule):
         """
         if self.config.cross_entropy_loss_fusion:
             return super().compute_language_model_loss(labels, logits)
+        assert self.tp_group is not None
         return vocab_parallel_cross_entropy(logits, labels.T, self.tp_group).T.contiguous()
 
 
@@ -74,9 +75,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         logits, column, is_here, share = ctx.saved_tensors
-        rows, gradient = logits.view(-1, logits.shape[-1]), grad_output.reshape(-1, 1)
+        rows, gradient = logits.view(-1, logits.shape[-1]), gradients[0].reshape(-1, 1)
         of_softmax = gradient if share is None else gradient * share.unsqueeze(-1)
         of_target = -gradient * is_here.unsqueeze(-1)
         for chunk in _chunks(rows):

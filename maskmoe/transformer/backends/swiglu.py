@@ -10,12 +10,13 @@ from torch.nn.functional import silu
 
 
 def is_plain_swiglu(config: TransformerConfig) -> bool:
-    """Return whether the MLPs of a model compute SwiGLU by Megatron-Core's unfused operations, without variations."""
+    """Return whether `swiglu` is what the MLPs of a model compute by Megatron-Core's unfused operations."""
     return (
         config.gated_linear_unit
         and config.activation_func is silu
         and config.activation_func_clamp_value is None
         and config.glu_linear_offset == 0
+        and not config.add_bias_linear
         and not config.bias_activation_fusion
         and not config.use_te_activation_func
     )
@@ -24,7 +25,7 @@ def is_plain_swiglu(config: TransformerConfig) -> bool:
 def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
     """Compute silu(gate) * value * weight of each row.
 
-    The result and all gradients are bit-equal to those of the unfused operations, which keep three to four further
+    The result and all gradients are bit-equal to those of the unfused operations, which keep two to four further
     tensors of the size of the result. The backward pass computes silu(gate) again.
 
     Args:
@@ -47,8 +48,9 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         projected, weights = ctx.saved_tensors
+        (grad_output,) = gradients
         gate, value = projected.chunk(2, dim=-1)
         activated_gate, grad_weights = silu(gate), None
         if weights is not None:
