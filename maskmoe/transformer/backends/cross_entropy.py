@@ -75,7 +75,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
         logits, column, is_here, share = ctx.saved_tensors
         rows, gradient = logits.view(-1, logits.shape[-1]), gradients[0].reshape(-1, 1)
         of_softmax = gradient if share is None else gradient * share.unsqueeze(-1)

@@ -48,7 +48,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:  # pyrefly: ignore[bad-override]
         projected, weights = ctx.saved_tensors
         (grad_output,) = gradients
         gate, value = projected.chunk(2, dim=-1)

@@ -32,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
         x, weight, inverse = ctx.saved_tensors
         features, fp32_weight = x.shape[-1], weight.float()
         fp32_input, gradient = x.float(), gradients[0].float()
