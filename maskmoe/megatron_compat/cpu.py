@@ -106,12 +106,17 @@ def _on_cpu(device: Any) -> Any:
 
 
 def _with_cpu_device(function: Callable, position: int | None = None) -> Callable:
-    """Let a function take the CPU for a CUDA device in its argument `device`, or in the argument at a position."""
+    """Let a function take the CPU for a CUDA device in its argument `device`, or in the argument at a position.
+
+    The function does not pin memory, which CUDA's driver would do.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if position is not None and len(args) > position:
             args = (*args[:position], _on_cpu(args[position]), *args[position + 1 :])
         return function(*args, **kwargs)

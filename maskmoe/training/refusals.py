@@ -190,8 +190,16 @@ REFUSALS = (
             and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
         ),
     ),
+    Refusal(
+        "--cp-comm-type other than p2p or all_gather with --transformer-impl local",
+        "Local attention gathers keys and values: leave the flag out.",
+        lambda args: (
+            args.transformer_impl == "local"
+            and args.context_parallel_size > 1
+            and not {"p2p", "all_gather"}.issuperset(args.cp_comm_type)
+        ),
+    ),
     _needs_transformer_engine("--multi-latent-attention"),
-    _needs_transformer_engine("--context-parallel-size above 1"),
     _needs_transformer_engine("--moe-latent-size"),
     _needs_transformer_engine("--recompute-modules layernorm, moe_act or mla_up_proj"),
 )

@@ -98,7 +98,9 @@ FORWARD = {
         f"{LLAMA} {BF16} --moe-layer-freq 2 --moe-shared-expert-intermediate-size 96 --group-query-attention "
         "--num-query-groups 2 --hidden-size 128"
     ),
-    "recomputed scores": f"{LLAMA} {BF16} --recompute-granularity selective",
+    "no mask from the data loader": f"{LLAMA} --no-create-attention-mask-in-dataloader",
+    "softmax offset, window": f"{LLAMA} {BF16} --softmax-type learnable --window-size 16,0",
+    "recomputed attention": f"{LLAMA} {BF16} --recompute-granularity selective",
     "recomputed MoE": f"{LLAMA} {BF16} --recompute-granularity selective --recompute-modules moe core_attn",
     "full recompute": (
         f"{LLAMA} {BF16} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"

@@ -12,6 +12,7 @@ EXPERT_2 = "--expert-model-parallel-size 2"
 PIPELINE_2 = "--pipeline-model-parallel-size 2"
 TENSOR_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 TENSOR_EXPERT_2 = f"{TENSOR_2} --expert-tensor-parallel-size 1 {EXPERT_2}"
+CONTEXT_2 = "--context-parallel-size 2"
 INTERLEAVED = f"{PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1"
 ALL_GATHER = "--moe-token-dispatcher-type allgather"
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -21,6 +22,7 @@ UNTIL_12 = "--exit-interval 12"
 FROM_7 = f"{UNTIL_12} --ckpt-step 7"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
+CONTIGUOUS_IDS = (str(TESTS / "training" / "pretrain_with_contiguous_ids.py"),)
 RECORDED_ROUTING = (str(TESTS / "training" / "pretrain_with_recorded_routing.py"),)
 FLEX_LIBRARIES = (str(TESTS / "training" / "pretrain_with_flex_libraries.py"),)
 BF16_EXPERT_2 = f"--bf16 {EXPERT_2} --moe-router-topk 3 {UNTIL_12}"
@@ -80,6 +82,15 @@ RUNS = {
         ranks=4,
         continues="start",
         description="Each expert is divided among 2 ranks, and experts among 2 pairs of ranks.",
+    ),
+    "context parallel 2": Run(
+        f"{CONTEXT_2} --no-create-attention-mask-in-dataloader",
+        ranks=2,
+        continues="start",
+        description="Each sequence is divided among 2 ranks.",
+    ),
+    "context parallel 2, contiguous ids": Run(
+        f"{CONTEXT_2} --exit-interval 5", ranks=2, continues="start", program=CONTIGUOUS_IDS
     ),
     "all-gather, expert parallel 2": Run(
         f"{ALL_GATHER} {EXPERT_2}", ranks=2, continues="start", description="Tokens reach experts by all-gather."
@@ -248,6 +259,21 @@ RUNS |= model_in_layouts(
         "rich, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
         "rich, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
         "rich, interleaved pipeline": (2, INTERLEAVED, "A pipeline of 2 ranks with 2 chunks each."),
+        "rich, context parallel 2, expert parallel 2": (
+            2,
+            f"{CONTEXT_2} {EXPERT_2}",
+            "Sequences and experts are divided among 2 ranks.",
+        ),
+        "rich, context parallel 2, tensor 2, expert parallel 2": (
+            4,
+            f"{CONTEXT_2} {TENSOR_EXPERT_2}",
+            "Context, tensor and expert parallel on 4 ranks.",
+        ),
+        "rich, context parallel 2, pipeline 2": (
+            4,
+            f"{CONTEXT_2} {PIPELINE_2}",
+            "Context and pipeline parallel on 4 ranks.",
+        ),
         "rich, overlapped shared experts": (
             2,
             f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap",
@@ -354,6 +380,11 @@ RUNS |= model_in_layouts(
             2,
             TENSOR_EXPERT_2,
             "Tensor and expert parallel on 2 ranks.",
+        ),
+        "experts of one rank, context parallel 2, expert parallel 2": (
+            2,
+            f"{CONTEXT_2} {EXPERT_2}",
+            "Sequences and experts are divided among 2 ranks.",
         ),
         "experts of one rank, selective recompute": (
             2,

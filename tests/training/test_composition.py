@@ -26,6 +26,7 @@ FAST = {
     "selective recompute",
     "rich, tensor 2, expert parallel 2",
     "rich, pipeline 2",
+    "rich, context parallel 2, expert parallel 2",
     "groups, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",
 }
@@ -78,6 +79,13 @@ def test_rank_without_tokens_agrees_with_single_process(runs):
 
 @pytest.mark.runs("reference", "mask of another seed")
 def test_another_mask_is_noticed(runs):
+    reference, run = runs
+    assert run.difference(reference) > 1e3 * FP32_ORDER_OF_SUMS
+    assert run.difference(reference, ["lm loss"]) > 50 * FP32_ORDER_OF_SUMS
+
+
+@pytest.mark.runs("reference", "context parallel 2, contiguous ids")
+def test_ids_that_do_not_follow_their_tokens_are_noticed(runs):
     reference, run = runs
     assert run.difference(reference) > 1e3 * FP32_ORDER_OF_SUMS
     assert run.difference(reference, ["lm loss"]) > 50 * FP32_ORDER_OF_SUMS

@@ -248,11 +248,10 @@ class TorchDotProductAttention(DotProductAttention):
             [batch, heads, queries, channels].
         """
         # Fused kernels compute a causal mask, and read other masks from a bias.
-        bias = None
         is_causal = hidden is None and band.is_causal and (band.queries == band.keys or query.is_cuda)
-        if not is_causal and not (hidden is None and band.shows_all):
-            bias = _bias_of(band, query.dtype, query.device)
-            bias = bias if hidden is None else bias.masked_fill(hidden, float("-inf"))
+        bias = None if is_causal or band.shows_all else _bias_of(band, query.dtype, query.device)
+        if hidden is not None:
+            bias = (query.new_zeros(()) if bias is None else bias).masked_fill(hidden, float("-inf"))
         is_square = band.queries == band.keys
         if self.softmax_offset is not None:
             query, key, value, bias = _add_sink(query, key, value, bias, with_query=is_causal and is_square)

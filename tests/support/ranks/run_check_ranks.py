@@ -112,7 +112,9 @@ def _kept_by_forward(args: Namespace, model: torch.nn.Module) -> int:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(args.vocab_size, (args.micro_batch_size, args.seq_length), generator=generator)
     positions = torch.arange(args.seq_length).expand_as(tokens)
-    mask = torch.ones(args.seq_length, args.seq_length, dtype=torch.bool).triu(1)[None, None]
+    mask = None
+    if args.create_attention_mask_in_dataloader:
+        mask = torch.ones(len(tokens), 1, args.seq_length, args.seq_length, dtype=torch.bool).triu(1)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = module(tokens, positions, mask, labels=tokens)
     loss.sum().backward()
