@@ -18,6 +18,7 @@ from megatron.core.typed_torch import apply_module
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from maskmoe.transformer.backends.swiglu import is_plain_swiglu, swiglu
 from maskmoe.transformer.kernels import launching
 
 
@@ -179,6 +180,8 @@ def _activate(projected: Tensor, probs: Tensor, bias: Tensor | None, config: Tra
             return weighted_bias_quick_geglu_impl(projected, bias, weights, store_fp8, offset, clamp)
         raise ValueError("only SwiGLU and quick GeGLU can be fused with the weights of the rows")
     projected = projected if bias is None else projected + bias
+    if is_plain_swiglu(config):
+        return swiglu(projected, probs.unsqueeze(-1))
     function: Callable[[Tensor], Tensor] = config.activation_func
     if config.gated_linear_unit:
         gate, value = projected.chunk(2, dim=-1)
