@@ -142,7 +142,7 @@ def _describe_change(old: RoutingMask, new: RoutingMask, num_ranks: int) -> str:
     """Describe how the mask of a run differs from the mask of the checkpoint, in one line.
 
     Args:
-        old: The mask of the checkpoint; the mask of the run if there is no checkpoint.
+        old: The mask of the checkpoint; the mask of the run if no checkpoint is loaded.
         new: The mask of the run.
         num_ranks: Expert-parallel ranks of the run.
 
