@@ -27,6 +27,9 @@ class MaskMoEGPTModelConfig(GPTModelConfig):
     routing_mask: Path | None = None
     """File of the routing mask, or a checkpoint that holds the mask. Ignored for a model without experts."""
 
+    replaced_routing_mask: Path | None = None
+    """The checkpoint to load if it may hold another routing mask, which `routing_mask` replaces."""
+
     aux_loss_tokens: AuxLossTokens = "all"
     """Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`."""
 
@@ -74,7 +77,11 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the routing mask of the run, which the routers of one pipeline stage share."""
         settings = self._model_config
-        return VisibleExperts(settings.transformer, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
+        mask, replaced = read_routing_mask(settings.routing_mask), None
+        if settings.replaced_routing_mask is not None:
+            of_checkpoint = read_routing_mask(settings.replaced_routing_mask)
+            replaced = of_checkpoint if of_checkpoint.digest != mask.digest else None
+        return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
         """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""

@@ -115,6 +115,11 @@ REFUSALS = (
         lambda args: args.routing_mask is not None and not args.num_experts,
     ),
     Refusal(
+        "--change-routing-mask without --routing-mask",
+        "Without a mask in --routing-mask, a run uses the mask of the checkpoint.",
+        lambda args: getattr(args, "change_routing_mask", False) and args.routing_mask is None,  # a flag of training
+    ),
+    Refusal(
         "--moe-pad-expert-input-to-capacity with --moe-router-enable-expert-bias",
         "The bias would never move: it is updated from the padded load, which is equal for all experts.",
         lambda args: args.moe_pad_expert_input_to_capacity and args.moe_router_enable_expert_bias,

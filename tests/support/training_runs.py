@@ -19,11 +19,13 @@ FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --reco
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 # Runs save at iteration 7, see `SETTINGS`, and at their end.
 UNTIL_12 = "--exit-interval 12"
+UNTIL_10 = "--exit-interval 10"
 FROM_7 = f"{UNTIL_12} --ckpt-step 7"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
 CONTIGUOUS_IDS = (str(TESTS / "training" / "pretrain_with_contiguous_ids.py"),)
 RECORDED_ROUTING = (str(TESTS / "training" / "pretrain_with_recorded_routing.py"),)
+OTHER_MASK = (str(TESTS / "training" / "pretrain_with_other_mask.py"),)
 FLEX_LIBRARIES = (str(TESTS / "training" / "pretrain_with_flex_libraries.py"),)
 BF16_EXPERT_2 = f"--bf16 {EXPERT_2} --moe-router-topk 3 {UNTIL_12}"
 FLEX = f"{BF16_EXPERT_2} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend"
@@ -184,6 +186,57 @@ RUNS = {
     "second rank without tokens, on 1": Run(UNTIL_12, mask="starving.safetensors", saves=True),
     "second rank without tokens": Run(
         f"{EXPERT_2} {FROM_7}", ranks=2, continues="second rank without tokens, on 1", mask="starving.safetensors"
+    ),
+    "hash layers": Run(
+        "--exit-interval 8 --save-interval 4", saves=True, mask="hash_layers.safetensors", description="One process."
+    ),
+    "hash layers, expert parallel 2": Run(
+        f"--exit-interval 8 --ckpt-step 4 {EXPERT_2}",
+        ranks=2,
+        saves=True,
+        continues="hash layers",
+        mask="hash_layers.safetensors",
+        description="Two hash layers with V = k = 2 below two layers with all experts, on 2 ranks.",
+    ),
+    # Another mask after a stop.
+    "wider mask": Run(
+        f"{DROPOUT} --change-routing-mask --ckpt-step 7 --save-interval 8 --exit-interval 10",
+        continues="fp32",
+        mask="wider.safetensors",
+        saves=True,
+    ),
+    "wider mask, reference": Run(f"{DROPOUT} {UNTIL_10} --ckpt-step 7", continues="fp32", program=OTHER_MASK),
+    "wider mask, resumed": Run(f"{DROPOUT} {UNTIL_10} --ckpt-step 8", continues="wider mask", mask="wider.safetensors"),
+    "wider mask, requeued": Run(
+        f"{DROPOUT} {UNTIL_10} --ckpt-step 8 --change-routing-mask", continues="wider mask", mask="wider.safetensors"
+    ),
+    "planned dispatch, distributed optimizer": Run(
+        f"{EXPERT_2} {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True, mask="rank_local.safetensors"
+    ),
+    "dispatch without plans, on 1": Run(
+        f"--change-routing-mask {DISTRIBUTED} {FROM_7}", continues="planned dispatch, distributed optimizer"
+    ),
+    "dispatch without plans": Run(
+        f"--change-routing-mask {EXPERT_2} {DISTRIBUTED} {FROM_7}",
+        ranks=2,
+        continues="planned dispatch, distributed optimizer",
+        saves=True,
+    ),
+    "dispatch without plans, interleaved pipeline": Run(
+        f"--change-routing-mask {INTERLEAVED} {DISTRIBUTED} {FROM_7}",
+        ranks=2,
+        continues="planned dispatch, distributed optimizer",
+    ),
+    "dispatch with plans again": Run(
+        f"--change-routing-mask {EXPERT_2} {DISTRIBUTED} --exit-interval 14 --ckpt-step 12",
+        ranks=2,
+        continues="dispatch without plans",
+        mask="rank_local.safetensors",
+    ),
+    "dispatch with plans again, on 1": Run(
+        f"--change-routing-mask {DISTRIBUTED} --exit-interval 14 --ckpt-step 12",
+        continues="dispatch without plans",
+        mask="rank_local.safetensors",
     ),
     "recorded routing, experts of one rank, expert parallel 2": Run(
         f"{EXPERT_2} --moe-router-topk 3 --moe-z-loss-coeff 1e-3 --moe-per-layer-logging --log-interval 2 "
