@@ -22,6 +22,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
 from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
@@ -31,6 +32,7 @@ from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 _REPLACEMENTS: dict[type, Any] = {
@@ -38,6 +40,7 @@ _REPLACEMENTS: dict[type, Any] = {
     DotProductAttention: FusedDotProductAttention,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
+    TransformerLayer: MaskMoETransformerLayer,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }
 """Modules of Megatron-Core and their replacements."""
