@@ -96,10 +96,10 @@ def test_other_switches_and_choices_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("modules", "captured"),
     [
-        ("", "captures whole layers, because no modules are named."),
-        ("full", "captures whole layers, because no modules are named."),
-        ("attn moe", "captures moe."),
-        ("attn moe_router moe_preprocess", "captures moe_router, moe_preprocess."),
+        ("", "capture whole layers, because no modules are named."),
+        ("full", "capture whole layers, because no modules are named."),
+        ("attn moe", "capture moe."),
+        ("attn moe_router moe_preprocess", "capture moe_router, moe_preprocess."),
         ("attn mlp", None),
         ("mlp", None),
     ],
