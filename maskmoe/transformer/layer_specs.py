@@ -26,7 +26,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
 from maskmoe.transformer.backends.attention import TorchDotProductAttention
@@ -39,6 +39,7 @@ from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 _REPLACEMENTS: dict[Any, Any] = {
@@ -47,6 +48,7 @@ _REPLACEMENTS: dict[Any, Any] = {
     MLP.as_mlp_submodule: TorchMLP.as_mlp_submodule,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
+    TransformerLayer: MaskMoETransformerLayer,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }
 """Modules of Megatron-Core and functions that build them, and their replacements."""

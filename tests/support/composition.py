@@ -75,8 +75,13 @@ COMPARED = {
     "packed documents, experts of one rank": ["packed documents, experts of one rank, expert parallel 2"],
     "reset masks": ["reset masks, pipeline 2", "reset masks, tensor 2"],
     "global loss": ["global loss, expert parallel 2", "global loss, tensor 2, data parallel 2"],
+    "muon": ["muon, expert parallel 2", "muon, tensor 2, expert parallel 2"],
 }
 BF16 = "bf16, distributed optimizer"
+# The same for runs in bf16, whose losses agree to the precision of bf16.
+COMPARED_IN_BF16 = {
+    "muon in shares": ["muon in shares, expert parallel 2", "muon in shares, data parallel 2"],
+}
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,19 @@ TABLE: dict[str, Works | Refused] = {
         ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
         ("data parallel 2, distributed optimizer",),
     ),
+    "Muon": Works(
+        "2 ranks; bit-equal to Megatron-Core's model if all experts are visible",
+        ("--optimizer muon",),
+        tuple(COMPARED["muon"]),
+        ("transformer/test_muon.py::test_all_visible_equals_stock",),
+    ),
+    "Muon, with matrices divided among data-parallel ranks": Works(
+        "2 ranks, losses to 5e-4 of one rank's",
+        ("--optimizer muon", "--use-distributed-optimizer"),
+        tuple(COMPARED_IN_BF16["muon in shares"]),
+    ),
+    "Muon, with matrices divided among ranks, in fp32": Refused("--optimizer muon --use-distributed-optimizer"),
+    "SOAP": Refused("--optimizer soap"),
     "tensor 2 × expert 2 × pipeline 2": Works(
         "4 ranks",
         ("--tensor-model-parallel-size 2", "--expert-model-parallel-size 2", "--pipeline-model-parallel-size 2"),
@@ -263,6 +281,13 @@ TABLE: dict[str, Works | Refused] = {
             "transformer/test_gpt_model.py::test_padding_reaches_every_router",
         ),
     ),
+    "replay of routing": Works(
+        "against Megatron-Core's router; a recorded choice that the mask does not allow is refused with its token",
+        tests=(
+            "transformer/test_routing_replay.py::test_all_visible_equals_stock",
+            "transformer/test_routing_replay.py::test_choice_that_the_mask_does_not_allow_is_refused",
+        ),
+    ),
     "dispatch planned from the token ids (rank-local masks)": Works(
         "2 and 4 ranks", ("--expert-model-parallel-size 2",), tuple(COMPARED["experts of one rank"])
     ),
@@ -280,10 +305,8 @@ TABLE: dict[str, Works | Refused] = {
     "quantile balancing": Refused("--moe-router-load-balancing-type quantile_balancing"),
     "fused router": Refused("--moe-router-fusion"),
     "router padding for fp8 and fp4": Refused("--moe-router-padding-for-quantization"),
-    "replay of routing": Refused("--moe-enable-routing-replay"),
     "overlapped expert communication": Refused("--overlap-moe-expert-parallel-comm"),
     "MLP in chunks": Refused("--mlp-chunks-for-training 2"),
-    "CUDA graphs": Refused("--cuda-graph-impl local"),
     "packed documents": Works(
         "2 and 4 ranks, with and without pipeline; each document by itself",
         ("--dataloader-inter-document-masking",),
@@ -320,6 +343,12 @@ TABLE: dict[str, Works | Refused] = {
     ),
     "attention masks with Transformer Engine": Refused("--reset-attention-mask --transformer-impl transformer_engine"),
     "supervised fine-tuning": Refused("--sft"),
+    "CUDA graphs of attention and of dense MLPs": Works(
+        "bit-equal to none, with eager calls in place of graphs: real graphs have not been captured",
+        tests=("transformer/test_cuda_graphs.py::test_routing_is_as_without_graphs",),
+    ),
+    "CUDA graphs of transformer layers": Refused("--cuda-graph-impl local"),
+    "CUDA graphs of MoE layers": Refused("--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router"),
     "hybrid context parallel": Refused("--hybrid-context-parallel"),
     "Megatron's upcycling": Refused("--moe-use-upcycling"),
     "other layers' specs": Refused("--hybrid-layer-pattern M*ME"),

@@ -484,6 +484,38 @@ RUNS |= model_in_layouts(
     },
     description="The load-balancing loss of the whole batch, with one micro-batch a step.",
 )
+# Muon rounds to bf16 by default, and orthogonalises each tensor-parallel part of a matrix for itself. Layouts can be
+# compared without both.
+MUON = "--optimizer muon --muon-tp-mode duplicated --muon-fp32-matmul-prec high"
+RUNS |= model_in_layouts(
+    "muon",
+    MUON,
+    {
+        "muon, resumed": (1, "", "Resumed on one process."),
+        "muon, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
+        "muon, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+    },
+    description="Matrices are updated by Muon.",
+)
+RUNS |= model_in_layouts(
+    "muon in shares",
+    f"{MUON} --bf16 {DISTRIBUTED}",
+    {
+        "muon in shares, expert parallel 2": (
+            2,
+            f"{EXPERT_2} --overlap-grad-reduce --overlap-param-gather",
+            "Experts on 2 ranks, which share the states of the other matrices.",
+        ),
+        "muon in shares, data parallel 2": (2, "", "Two ranks share the states of all matrices."),
+    },
+    description="Matrices are updated by Muon, each by one data-parallel rank, in bf16.",
+)
+RUNS["muon in shares, data parallel 2, saved"] = Run(
+    f"{MUON} --bf16 {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True, description="Two ranks share Muon's states."
+)
+RUNS["muon in shares, data parallel 2, resumed"] = Run(
+    f"{MUON} --bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="muon in shares, data parallel 2, saved"
+)
 # With two expert-parallel ranks, dispatch is planned from the token ids; one process uses Megatron's dispatcher.
 RUNS |= model_in_layouts(
     "experts of one rank",

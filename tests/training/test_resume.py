@@ -34,6 +34,7 @@ def test_resume_after_stop_is_bit_equal(runs):
             ("fp32, distributed optimizer", "fp32, distributed optimizer, resumed"),
             ("experts on 2", "experts on 2, resumed"),
             ("experts on 2, distributed optimizer", "experts on 2, distributed optimizer, resumed"),
+            ("muon in shares, data parallel 2, saved", "muon in shares, data parallel 2, resumed"),
         ),
     ),
 )

@@ -33,12 +33,14 @@ def choose_dispatch(
         or config.overlap_dispatch_backward_with_experts_wgrad
     ):
         return DispatchKind.STOCK
-    # A plan lets the receiving rank choose experts. Random logits and dropped tokens depend on the rank that chooses.
+    # A plan lets the receiving rank choose experts. Random logits, dropped tokens and recorded choices depend on the
+    # rank that chooses.
     any_rank_can_choose = (
         config.moe_expert_capacity_factor is None
         and config.moe_input_jitter_eps is None
         and not config.moe_router_force_load_balancing
         and config.moe_router_force_biased is None
+        and not config.moe_enable_routing_replay
     )
     # Multi-token prediction routes by shifted ids, which the plan of a micro-batch does not cover. The rows of latent
     # experts are narrower than the hidden states that a router needs.
