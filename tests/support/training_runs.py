@@ -15,9 +15,11 @@ TENSOR_EXPERT_2 = f"{TENSOR_2} --expert-tensor-parallel-size 1 {EXPERT_2}"
 CONTEXT_2 = "--context-parallel-size 2"
 INTERLEAVED = f"{PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1"
 ALL_GATHER = "--moe-token-dispatcher-type allgather"
+TRANSFORMER_ENGINE = "--transformer-impl transformer_engine"
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 # Runs save at iteration 7, see `SETTINGS`, and at their end.
+UNTIL_8 = "--exit-interval 8"
 UNTIL_12 = "--exit-interval 12"
 UNTIL_10 = "--exit-interval 10"
 FROM_7 = f"{UNTIL_12} --ckpt-step 7"
@@ -26,6 +28,7 @@ STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
 CONTIGUOUS_IDS = (str(TESTS / "training" / "pretrain_with_contiguous_ids.py"),)
 RECORDED_ROUTING = (str(TESTS / "training" / "pretrain_with_recorded_routing.py"),)
 OTHER_MASK = (str(TESTS / "training" / "pretrain_with_other_mask.py"),)
+STUB_TRANSFORMER_ENGINE = (str(TESTS / "training" / "pretrain_with_stub_transformer_engine.py"),)
 FLEX_LIBRARIES = (str(TESTS / "training" / "pretrain_with_flex_libraries.py"),)
 BF16_EXPERT_2 = f"--bf16 {EXPERT_2} --moe-router-topk 3 {UNTIL_12}"
 FLEX = f"{BF16_EXPERT_2} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend"
@@ -180,6 +183,20 @@ RUNS = {
     ),
     "joint, distributed optimizer, resumed as pipeline 2, expert parallel 2, data parallel 2": Run(
         f"{PIPELINE_2} {EXPERT_2} {DISTRIBUTED} {FROM_7}", ranks=4, continues="joint, distributed optimizer"
+    ),
+    # Modules of Transformer Engine after a stop, and local modules after another stop.
+    "on Transformer Engine": Run(
+        f"{DISTRIBUTED} {TRANSFORMER_ENGINE} --moe-grouped-gemm --exit-interval 4",
+        continues="start, distributed optimizer",
+        program=STUB_TRANSFORMER_ENGINE,
+        saves=True,
+    ),
+    "on Transformer Engine, then local": Run(f"{DISTRIBUTED} {UNTIL_8}", continues="on Transformer Engine"),
+    "on Transformer Engine, experts one by one": Run(
+        f"{TRANSFORMER_ENGINE} {UNTIL_8}", continues="start", program=STUB_TRANSFORMER_ENGINE, saves=True
+    ),
+    "on Transformer Engine, experts one by one, then local": Run(
+        UNTIL_12, continues="on Transformer Engine, experts one by one"
     ),
     # Other masks.
     "mask of another seed": Run("--exit-interval 5", mask="other_seed.safetensors"),
