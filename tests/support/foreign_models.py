@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -43,6 +44,29 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.8,
+    "mscale_all_dim": 1.2,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 16,
+    "n_group": 3,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
 
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3),
@@ -61,6 +85,10 @@ CONFIGS = {
         **_SIZES, **_EXPERTS, moe_intermediate_size=16, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2
     ),
     "olmoe": lambda: OlmoeConfig(**_SIZES, **_EXPERTS),
+    "deepseek_v3": lambda: DeepseekV3Config(**_SIZES | _LATENT),
+    "deepseek_v3, yarn": lambda: DeepseekV3Config(
+        **_SIZES | _LATENT | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}, rope_parameters=_YARN
+    ),
 }
 """Functions that make a configuration: one for each known family, and for variants of a family."""
 
@@ -77,6 +105,9 @@ def make_model(name: str) -> PreTrainedModel:
             parameter.normal_(std=0.2)
             if parameter_name.endswith("norm.weight"):
                 parameter.add_(1)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     return model
 
 
