@@ -169,11 +169,8 @@ class Inspection:
             return None
         args, repaired = deepcopy(self._args), layout.repaired()
         args.world_size, args.global_batch_size = repaired.ranks, args.global_batch_size and repaired.global_batch
-        # Megatron refuses grouped experts without a GPU, which the machine of the check need not have.
-        args.moe_grouped_gemm = self._args.moe_grouped_gemm and not cpu.is_installed()
         with self._collecting(), megatrons_checks():
             validate_args(args)
-            args.moe_grouped_gemm = self._args.moe_grouped_gemm
             return args
         return None
 

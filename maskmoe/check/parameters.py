@@ -24,11 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskmoe.check.layout import Layout
-from maskmoe.megatron_compat.patches import latent_projections_without_transformer_engine
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
-from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
+from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -206,11 +205,6 @@ class _CoreAttention(torch.nn.Module):
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads))
 
 
-def _latent_projection(input_size: int, output_size: int, *, bias: bool, **kwargs: Any) -> torch.nn.Module:
-    """Return a projection between hidden states and the rows that latent experts get."""
-    return torch.nn.Linear(input_size, output_size, bias)
-
-
 class _CountingModelBuilder(MaskMoEGPTModelBuilder):
     """The run's model builder, made fast: it needs no mask file, builds one expert a layer and no core attention."""
 
@@ -222,7 +216,7 @@ class _CountingModelBuilder(MaskMoEGPTModelBuilder):
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, ...]:
         """Return the layer specifications of the run, with experts and core attention replaced."""
-        replacements = {GroupedMLP: _RepresentativeExpert, FusedDotProductAttention: _CoreAttention}
+        replacements = {GroupedMLP: _RepresentativeExpert, TorchDotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:
             return replacements.get(node, node) if isinstance(node, type) else node
@@ -262,7 +256,7 @@ def _count_stage(config: MaskMoEGPTModelConfig, layout: Layout, stage: int) -> t
 
 def _count_chunk(config: MaskMoEGPTModelConfig, groups: ProcessGroupCollection, vp_stage: int | None) -> Chunk:
     """Build one model chunk on tensors without storage, and count its parameters."""
-    with FakeTensorMode(), latent_projections_without_transformer_engine(_latent_projection):
+    with FakeTensorMode():
         model = _CountingModelBuilder(config).build_model(groups, vp_stage=vp_stage)
     parameters = Counter(dict.fromkeys(PARTS, 0))
     experts_of_rank = (config.transformer.num_moe_experts or 0) // groups.ep.size()

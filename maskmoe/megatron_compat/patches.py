@@ -8,7 +8,8 @@ patch here knows other rooms of this package. The patches that concern checkpoin
 import argparse
 import importlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -101,7 +102,36 @@ def _count_steps_without_parameters(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(count_step)
 
 
-EVERY_PROCESS = (use_compiled_helpers_of_wheel, make_optimizer_state_loadable)
+def recompute_without_transformer_engine() -> None:
+    """Let Megatron recompute norms and activation functions without Transformer Engine.
+
+    Replaces: `CheckpointWithoutOutput.__init__` and `_get_share_storage` in `megatron.core.tensor_parallel.random`,
+        unless Transformer Engine is installed.
+    Why: The constructor takes its default, `fp8=False`, for a use of FP8, and then every forward pass calls Transformer
+        Engine. In the backward pass, `_get_share_storage` compiles an extension in C++, which needs a compiler and half
+        a minute on every machine. The replacement copies the recomputed bytes instead, which needs the memory of these
+        tensors of one layer twice.
+    Can go: When `CheckpointWithoutOutput()` works without Transformer Engine and without a compiler.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE:
+        return
+    stock_init = random.CheckpointWithoutOutput.__init__
+
+    def init(self: Any, fp8: Any = None) -> None:
+        stock_init(self, fp8 or None)
+
+    def copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+        restored, recomputed = target.untyped_storage(), source.untyped_storage()
+        restored.resize_(recomputed.nbytes())
+        restored.copy_(recomputed)
+
+    replace(random.CheckpointWithoutOutput, "__init__", init)
+    replace(random, "_get_share_storage", lambda: copy_storage)
+
+
+EVERY_PROCESS = (use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine)
 """The patches that `prepare_process` applies."""
 
 
@@ -126,16 +156,20 @@ def escape_percent_signs_in_help(parser: argparse.ArgumentParser) -> None:
             action.help = action.help.replace("%", "%%")
 
 
-def latent_projections_without_transformer_engine(linear: Callable[..., torch.nn.Module]) -> AbstractContextManager:
-    """Let `MoELayer` make its latent projections without Transformer Engine, so that `--check` can count them.
+def building_replicated_linears_of(
+    linear: Callable[..., torch.nn.Module], module: ModuleType
+) -> AbstractContextManager:
+    """Let a module of Megatron build its replicated linear layers without Transformer Engine.
 
-    Replaces: `HAVE_TE` and `TELinear` in `megatron.core.transformer.moe.moe_layer`, inside the `with` block only.
-    Why: `MoELayer` makes latent projections of `TELinear` alone, so without Transformer Engine they cannot be counted.
-    Can go: When `MoELayer` takes the class of its projections from the layer's spec.
+    Replaces: `HAVE_TE` and `TELinear` in `megatron.core.transformer.moe.moe_layer` or in
+        `megatron.core.transformer.multi_latent_attention`, inside a `with` block only.
+    Why: `MoELayer` builds the projections of latent experts of `TELinear` alone. `MLASelfAttention` refuses every other
+        class that does not divide its output over the tensor-parallel ranks; and if the output is divided, the gradient
+        of the keys' shared positional part covers the heads of one rank only.
+    Can go: When `MoELayer` and `MLASelfAttention` accept any class from the layer's spec.
 
     Args:
-        linear: Makes a projection; takes the arguments of `TELinear`.
+        linear: builds a linear layer; takes the arguments of `TELinear`.
+        module: the module of Megatron.
     """
-    from megatron.core.transformer.moe import moe_layer
-
-    return nullcontext() if moe_layer.HAVE_TE else mock.patch.multiple(moe_layer, HAVE_TE=True, TELinear=linear)
+    return mock.patch.multiple(module, HAVE_TE=True, TELinear=linear)

@@ -50,15 +50,6 @@ def _is_given(setting: str, args: Namespace) -> bool:
     return not set(words).isdisjoint(given if isinstance(given, list) else [given])
 
 
-def _needs_transformer_engine(setting: str) -> Refusal:
-    """Return the refusal of a setting that exists in Transformer Engine's modules only."""
-    return Refusal(
-        f"{setting} with --transformer-impl local",
-        "It needs Transformer Engine: pass --transformer-impl transformer_engine on a machine that has it.",
-        lambda args: args.transformer_impl == "local" and _is_given(setting, args),
-    )
-
-
 def _flex_backend(args: Namespace) -> str | None:
     """Return the library that sends tokens for the flex dispatcher; None with another dispatcher."""
     if args.moe_token_dispatcher_type != "flex":
@@ -190,10 +181,15 @@ REFUSALS = (
             and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
         ),
     ),
-    _needs_transformer_engine("--multi-latent-attention"),
-    _needs_transformer_engine("--context-parallel-size above 1"),
-    _needs_transformer_engine("--moe-latent-size"),
-    _needs_transformer_engine("--recompute-modules layernorm, moe_act or mla_up_proj"),
+    Refusal(
+        "--cp-comm-type other than p2p or all_gather with --transformer-impl local",
+        "Local attention gathers keys and values: leave the flag out.",
+        lambda args: (
+            args.transformer_impl == "local"
+            and args.context_parallel_size > 1
+            and not {"p2p", "all_gather"}.issuperset(args.cp_comm_type)
+        ),
+    ),
 )
 """Every refused setting, in the order in which training reports them."""
 

@@ -63,8 +63,10 @@ ARCHITECTURES = {
     "expert bias": f"{LLAMA} --moe-router-score-function sigmoid --moe-router-enable-expert-bias",
     "learned positions, untied": "--untie-embeddings-and-output-weights --position-embedding-type learned_absolute",
 }
-# Latent experts need Transformer Engine, but counting them does not.
-LATENT_EXPERTS = f"{LLAMA} --moe-latent-size 16 --transformer-impl transformer_engine"
+LATENT_ATTENTION = """
+    --multi-latent-attention --qk-layernorm --q-lora-rank 32 --kv-lora-rank 24 --qk-head-dim 16 --qk-pos-emb-head-dim 8
+    --v-head-dim 20
+"""
 # The machine of the check may lack DeepEP.
 FLEX = f"{LLAMA} {BF16} --expert-model-parallel-size 2 --moe-token-dispatcher-type flex"
 # Layouts whose bytes are compared rank by rank.
@@ -98,10 +100,18 @@ FORWARD = {
         f"{LLAMA} {BF16} --moe-layer-freq 2 --moe-shared-expert-intermediate-size 96 --group-query-attention "
         "--num-query-groups 2 --hidden-size 128"
     ),
-    "recomputed scores": f"{LLAMA} {BF16} --recompute-granularity selective",
+    "no mask from the data loader": f"{LLAMA} --no-create-attention-mask-in-dataloader",
+    "softmax offset, window": f"{LLAMA} {BF16} --softmax-type learnable --window-size 16,0",
+    "recomputed attention": f"{LLAMA} {BF16} --recompute-granularity selective",
     "recomputed MoE": f"{LLAMA} {BF16} --recompute-granularity selective --recompute-modules moe core_attn",
     "full recompute": (
         f"{LLAMA} {BF16} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ),
+    "latent experts": f"{LLAMA} {BF16} --moe-latent-size 16",
+    "latent attention": f"{LLAMA} {BF16} {LATENT_ATTENTION}",
+    "recomputed norms, activations and up-projections": (
+        f"{LLAMA} {BF16} {LATENT_ATTENTION} --moe-grouped-gemm --recompute-granularity selective "
+        "--recompute-modules layernorm moe_act mla_up_proj"
     ),
     "half recomputed": f"{LLAMA} {BF16} --recompute-granularity full --recompute-method block --recompute-num-layers 2",
 }
@@ -193,8 +203,7 @@ def reports(bench) -> dict[str, Any]:
     layouts = LAYOUTS | MORE_LAYOUTS
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
     ranks = dict.fromkeys([*layouts, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
-    further = {"latent experts": LATENT_EXPERTS, "flex dispatcher": FLEX}
-    cases = ARCHITECTURES | FORWARD | layouts | errors | further
+    cases = ARCHITECTURES | FORWARD | layouts | errors | {"flex dispatcher": FLEX}
     return bench.run("report", cases, ranks=ranks)[0]
 
 

@@ -19,6 +19,7 @@ COMPARED = {
         "pipeline 2",
         "interleaved pipeline",
         "tensor 2 with sequence parallel",
+        "context parallel 2",
         "data parallel 2, distributed optimizer",
         "tensor 2, expert parallel 2",
         "tensor 2, experts in 2 parts, data parallel 2",
@@ -31,6 +32,9 @@ COMPARED = {
         "rich, tensor 2, expert parallel 2",
         "rich, pipeline 2",
         "rich, interleaved pipeline",
+        "rich, context parallel 2, expert parallel 2",
+        "rich, context parallel 2, tensor 2, expert parallel 2",
+        "rich, context parallel 2, pipeline 2",
         "rich, overlapped shared experts",
         "rich, tensor 2, expert parallel 2, pipeline 2",
         "rich, full recompute, tensor 2, pipeline 2",
@@ -41,12 +45,22 @@ COMPARED = {
     "experts of one rank": [
         "experts of one rank, expert parallel 2",
         "experts of one rank, tensor 2, expert parallel 2",
+        "experts of one rank, context parallel 2, expert parallel 2",
         "experts of one rank, selective recompute",
         "experts of one rank, full recompute, expert parallel 2, pipeline 2",
         "experts of one rank, expert parallel 2, interleaved pipeline",
     ],
     "groups": ["groups, tensor 2, expert parallel 2", "groups, expert parallel 2"],
     "norms over all heads": ["norms over all heads, tensor 2"],
+    "latent": [
+        "latent, tensor 2, expert parallel 2",
+        "latent, pipeline 2",
+        "latent, all-gather, expert parallel 2",
+        "latent, recomputed parts, tensor 2, expert parallel 2",
+        "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2",
+        "latent, tensor 2, expert parallel 2, pipeline 2",
+    ],
+    "whole queries": ["whole queries, tensor 2"],
     "capacity": ["capacity, expert parallel 2", "capacity, pipeline 2"],
     "padded capacity": ["padded capacity, expert parallel 2", "padded capacity, pipeline 2"],
     "global loss": ["global loss, expert parallel 2", "global loss, tensor 2, data parallel 2"],
@@ -113,7 +127,18 @@ TABLE: dict[str, Works | Refused] = {
         ("--expert-tensor-parallel-size",),
         ("tensor 2, expert parallel 2", "tensor 2, experts in 2 parts, data parallel 2"),
     ),
-    "context parallel": Refused("--context-parallel-size 2"),
+    "context parallel": Works(
+        "2 and 4 ranks",
+        ("--context-parallel-size 2",),
+        (
+            "context parallel 2",
+            "rich, context parallel 2, expert parallel 2",
+            "rich, context parallel 2, tensor 2, expert parallel 2",
+            "rich, context parallel 2, pipeline 2",
+            "experts of one rank, context parallel 2, expert parallel 2",
+        ),
+    ),
+    "context parallel by all-to-all, local attention": Refused("--context-parallel-size 2 --cp-comm-type a2a"),
     "data parallel, gradient accumulation": Works(
         "2 ranks, 2 or 4 micro-batches a step",
         ("--micro-batch-size 2", "--global-batch-size 8"),
@@ -144,7 +169,15 @@ TABLE: dict[str, Works | Refused] = {
         ("--recompute-modules moe",),
         ("selective recompute", "rich, selective recompute"),
     ),
-    "selective recomputation of norms and activations": Refused("--recompute-modules layernorm"),
+    "selective recomputation of norms, activation functions, and up-projections of latent attention": Works(
+        "2 and 4 ranks; on one rank bit-equal to none, with LayerNorm",
+        ("--recompute-modules layernorm moe_act mla_up_proj",),
+        (
+            "latent, recomputed parts, tensor 2, expert parallel 2",
+            "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2",
+        ),
+        ("transformer/test_recomputation.py::test_recomputation_is_bit_equal_and_keeps_less",),
+    ),
     "bf16": Works("2 ranks, losses to 5e-4 of fp32's", ("--bf16",), (BF16,)),
     "tied and untied embeddings": Works(
         "2 ranks",
@@ -155,7 +188,12 @@ TABLE: dict[str, Works | Refused] = {
     "multi-token prediction by one repeated layer": Works(
         "2 ranks", ("--mtp-use-repeated-layer",), tuple(COMPARED["repeated prediction"])
     ),
-    "multi-latent attention": Refused("--multi-latent-attention"),
+    "multi-latent attention": Works(
+        "2 and 4 ranks; one layer against transformers' DeepSeek-V3",
+        ("--multi-latent-attention",),
+        (*COMPARED["latent"], *COMPARED["whole queries"]),
+        ("transformer/test_latent_attention.py::test_equals_attention_of_transformers",),
+    ),
     "grouped-query attention": Works("2 and 4 ranks", ("--group-query-attention",), RICH),
     "norms of queries and keys over all heads": Works(
         "2 ranks", ("--qk-layernorm-all-heads",), tuple(COMPARED["norms over all heads"])
@@ -166,7 +204,7 @@ TABLE: dict[str, Works | Refused] = {
     "overlapped shared experts": Works(
         "2 ranks", ("--moe-shared-expert-overlap",), ("rich, overlapped shared experts",)
     ),
-    "latent experts": Refused("--moe-latent-size 16"),
+    "latent experts": Works("2 and 4 ranks", ("--moe-latent-size 24",), tuple(COMPARED["latent"])),
     "load-balancing loss of micro-batches, of sequences, and lists of them": Works(
         "2, 4 and 8 ranks",
         ("--moe-router-load-balancing-type aux_loss seq_aux_loss",),

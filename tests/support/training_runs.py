@@ -12,6 +12,7 @@ EXPERT_2 = "--expert-model-parallel-size 2"
 PIPELINE_2 = "--pipeline-model-parallel-size 2"
 TENSOR_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 TENSOR_EXPERT_2 = f"{TENSOR_2} --expert-tensor-parallel-size 1 {EXPERT_2}"
+CONTEXT_2 = "--context-parallel-size 2"
 INTERLEAVED = f"{PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1"
 ALL_GATHER = "--moe-token-dispatcher-type allgather"
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -21,6 +22,7 @@ UNTIL_12 = "--exit-interval 12"
 FROM_7 = f"{UNTIL_12} --ckpt-step 7"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
+CONTIGUOUS_IDS = (str(TESTS / "training" / "pretrain_with_contiguous_ids.py"),)
 RECORDED_ROUTING = (str(TESTS / "training" / "pretrain_with_recorded_routing.py"),)
 FLEX_LIBRARIES = (str(TESTS / "training" / "pretrain_with_flex_libraries.py"),)
 BF16_EXPERT_2 = f"--bf16 {EXPERT_2} --moe-router-topk 3 {UNTIL_12}"
@@ -80,6 +82,15 @@ RUNS = {
         ranks=4,
         continues="start",
         description="Each expert is divided among 2 ranks, and experts among 2 pairs of ranks.",
+    ),
+    "context parallel 2": Run(
+        f"{CONTEXT_2} --no-create-attention-mask-in-dataloader",
+        ranks=2,
+        continues="start",
+        description="Each sequence is divided among 2 ranks.",
+    ),
+    "context parallel 2, contiguous ids": Run(
+        f"{CONTEXT_2} --exit-interval 5", ranks=2, continues="start", program=CONTIGUOUS_IDS
     ),
     "all-gather, expert parallel 2": Run(
         f"{ALL_GATHER} {EXPERT_2}", ranks=2, continues="start", description="Tokens reach experts by all-gather."
@@ -236,6 +247,15 @@ GROUPS = """
 ALL_HEADS_NORMS = """
     --qk-layernorm --qk-layernorm-all-heads --num-attention-heads 4 --group-query-attention --num-query-groups 2
 """
+# As in DeepSeek-V3, and experts of a smaller width.
+LATENT_ATTENTION = "--multi-latent-attention --qk-layernorm --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8"
+LATENT = f"""
+    {LATENT_ATTENTION} --q-lora-rank 24 --v-head-dim 12 --rope-type yarn --rotary-scaling-factor 4 --mscale-all-dim 1
+    --moe-latent-size 24 --moe-grouped-gemm --moe-layer-freq [0,1,1,1] --moe-shared-expert-intermediate-size 16
+    --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1
+    --moe-router-load-balancing-type seq_aux_loss --mtp-num-layers 1
+"""
+RECOMPUTED_PARTS = "--recompute-granularity selective --recompute-modules layernorm moe_act mla_up_proj"
 CAPACITY = "--moe-router-topk 3 --moe-expert-capacity-factor 0.8"
 # One micro-batch a step, so that the global loss does not depend on the number of ranks that share the micro-batch.
 WHOLE_BATCH = "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 2e-2 3e-2"
@@ -248,6 +268,21 @@ RUNS |= model_in_layouts(
         "rich, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
         "rich, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
         "rich, interleaved pipeline": (2, INTERLEAVED, "A pipeline of 2 ranks with 2 chunks each."),
+        "rich, context parallel 2, expert parallel 2": (
+            2,
+            f"{CONTEXT_2} {EXPERT_2}",
+            "Sequences and experts are divided among 2 ranks.",
+        ),
+        "rich, context parallel 2, tensor 2, expert parallel 2": (
+            4,
+            f"{CONTEXT_2} {TENSOR_EXPERT_2}",
+            "Context, tensor and expert parallel on 4 ranks.",
+        ),
+        "rich, context parallel 2, pipeline 2": (
+            4,
+            f"{CONTEXT_2} {PIPELINE_2}",
+            "Context and pipeline parallel on 4 ranks.",
+        ),
         "rich, overlapped shared experts": (
             2,
             f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap",
@@ -314,6 +349,45 @@ RUNS |= model_in_layouts(
     description="Queries and keys are normalised over all heads together.",
 )
 RUNS |= model_in_layouts(
+    "latent",
+    LATENT,
+    {
+        "latent, resumed": (1, "", "Resumed on one process."),
+        "latent, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+        "latent, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+        "latent, all-gather, expert parallel 2": (
+            2,
+            f"{ALL_GATHER} {EXPERT_2}",
+            "Experts on 2 ranks, tokens reach them by all-gather.",
+        ),
+        "latent, recomputed parts, tensor 2, expert parallel 2": (
+            2,
+            f"{TENSOR_EXPERT_2} {RECOMPUTED_PARTS}",
+            "Tensor and expert parallel on 2 ranks; norms, activations and up-projections are recomputed.",
+        ),
+        "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2": (
+            4,
+            f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2} {RECOMPUTED_PARTS}",
+            "Tensor parallel, experts too, and pipeline parallel on 4 ranks; norms, activations and up-projections are "
+            "recomputed.",
+        ),
+        "latent, tensor 2, expert parallel 2, pipeline 2": (
+            4,
+            f"{TENSOR_EXPERT_2} {PIPELINE_2}",
+            "Tensor, expert and pipeline parallel on 4 ranks.",
+        ),
+    },
+    description="Multi-latent attention with YaRN, latent experts, a dense layer, a shared expert, an expert bias and "
+    "multi-token prediction.",
+    mask="five_layers.safetensors",
+)
+RUNS |= model_in_layouts(
+    "whole queries",
+    f"{LATENT_ATTENTION} --v-head-dim 20 --rope-type rope",
+    {"whole queries, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks.")},
+    description="Multi-latent attention whose queries are not compressed, and whose values are wide.",
+)
+RUNS |= model_in_layouts(
     "capacity",
     CAPACITY,
     {
@@ -354,6 +428,11 @@ RUNS |= model_in_layouts(
             2,
             TENSOR_EXPERT_2,
             "Tensor and expert parallel on 2 ranks.",
+        ),
+        "experts of one rank, context parallel 2, expert parallel 2": (
+            2,
+            f"{CONTEXT_2} {EXPERT_2}",
+            "Sequences and experts are divided among 2 ranks.",
         ),
         "experts of one rank, selective recompute": (
             2,

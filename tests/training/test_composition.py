@@ -26,7 +26,9 @@ FAST = {
     "selective recompute",
     "rich, tensor 2, expert parallel 2",
     "rich, pipeline 2",
+    "rich, context parallel 2, expert parallel 2",
     "groups, tensor 2, expert parallel 2",
+    "latent, recomputed parts, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",
 }
 
@@ -60,6 +62,11 @@ def test_layout_agrees_with_single_process(runs, name):
     [
         pytest.param(pair, marks=pytest.mark.runs(*pair), id=pair[0])
         for pair in (("rich", "rich, resumed"), ("groups", "groups, resumed"))
+    ]
+    + [
+        pytest.param(
+            ("latent", "latent, resumed"), marks=[pytest.mark.runs("latent", "latent, resumed"), pytest.mark.slow]
+        )
     ],
 )
 def test_resume_is_bit_equal(runs, pair):
@@ -78,6 +85,13 @@ def test_rank_without_tokens_agrees_with_single_process(runs):
 
 @pytest.mark.runs("reference", "mask of another seed")
 def test_another_mask_is_noticed(runs):
+    reference, run = runs
+    assert run.difference(reference) > 1e3 * FP32_ORDER_OF_SUMS
+    assert run.difference(reference, ["lm loss"]) > 50 * FP32_ORDER_OF_SUMS
+
+
+@pytest.mark.runs("reference", "context parallel 2, contiguous ids")
+def test_ids_that_do_not_follow_their_tokens_are_noticed(runs):
     reference, run = runs
     assert run.difference(reference) > 1e3 * FP32_ORDER_OF_SUMS
     assert run.difference(reference, ["lm loss"]) > 50 * FP32_ORDER_OF_SUMS

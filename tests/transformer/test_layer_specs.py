@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from support.small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer import layer_specs
-from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
+from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.backends.torch_norm import build_torch_norm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
@@ -63,7 +63,7 @@ def replaced(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str | N
         return "layer"
     if theirs[path] is SequentialMLP and ours[path] is GroupedMLP:
         return "experts"
-    if theirs[path] is DotProductAttention and ours[path] is FusedDotProductAttention:
+    if theirs[path] is DotProductAttention and ours[path] is TorchDotProductAttention:
         return "attention"
     raise AssertionError(f"{path} is {ours[path]}, was {theirs[path]}")
 

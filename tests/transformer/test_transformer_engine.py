@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from support.foreign_models import random_ids, save_model
 from support.launchers import RANK_SCRIPTS, RunRanks
 from support.megatron_models import load_converted_model, logits_of_megatron
-from support.ranks.transformer_engine_ranks import LATENT_ATTENTION, LAYOUTS, Described, build_model, describe
+from support.ranks.transformer_engine_ranks import IDS, LAYOUTS, SAVED, Described, build_model, describe
 
 from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.convert import huggingface_to_megatron
@@ -53,7 +53,14 @@ def built(request, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
 
 def parameter_on_transformer_engine(name: str, local: Described) -> str:
     """Return the name of a local model's parameter on Transformer Engine, which fuses norms and groups experts."""
-    name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    if any("linear_kv_up_proj" in other for other in local.parameters):
+        has_up_projection = any("linear_q_up_proj" in other for other in local.parameters)
+        name = name.replace(
+            ".q_layernorm.", f".{'linear_q_up_proj' if has_up_projection else 'linear_q_proj'}.layer_norm_"
+        )
+        name = name.replace(".kv_layernorm.", ".linear_kv_up_proj.layer_norm_")
+    else:
+        name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     layer, _, rest = name.partition("pre_mlp_layernorm.")
     if rest and f"{layer}mlp.router.weight" not in local.parameters:
         name = f"{layer}mlp.linear_fc1.layer_norm_{rest}"
@@ -66,7 +73,7 @@ def tensor_on_transformer_engine(name: str, local: Described) -> str:
     return f"{layer}pre_mlp_layernorm.{rest}" if rest and f"{layer}mlp.router.weight" in local.tensors else name
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "latent_attention"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_names_and_shapes_equal_the_local_models(layout: str, built: Built, one_rank: None) -> None:
     local, found = describe(build_model(layout, "local")), built.layouts[layout]
     expected = {parameter_on_transformer_engine(name, local): shape for name, shape in local.parameters.items()}
@@ -81,29 +88,14 @@ def test_names_and_shapes_equal_the_local_models(layout: str, built: Built, one_
     assert all(re.search(r"(norm)\._extra_state/", name) for name in further), further
 
 
-def test_latent_attention_has_the_shapes_of_its_definition(built: Built) -> None:
-    """Megatron's local modules have no latent attention to compare with."""
-    size = {name: int(value) for name, value in LATENT_ATTENTION.items()}
-    hidden, heads, query, key = 16, 2, size["q_lora_rank"], size["kv_lora_rank"]
-    expected = {
-        "input_layernorm.weight": [hidden],
-        "self_attention.linear_q_down_proj.weight": [query, hidden],
-        "self_attention.linear_q_up_proj.layer_norm_weight": [query],
-        "self_attention.linear_q_up_proj.weight": [heads * (size["qk_head_dim"] + size["qk_pos_emb_head_dim"]), query],
-        "self_attention.linear_kv_down_proj.weight": [key + size["qk_pos_emb_head_dim"], hidden],
-        "self_attention.linear_kv_up_proj.layer_norm_weight": [key],
-        "self_attention.linear_kv_up_proj.weight": [heads * (size["qk_head_dim"] + size["v_head_dim"]), key],
-        "self_attention.linear_proj.weight": [hidden, heads * size["v_head_dim"]],
-    }
-    described = built.layouts["latent_attention"]
-    for entries in (described.parameters, described.tensors):
-        for layer in range(2):
-            in_layer = {
-                name.removeprefix(f"decoder.layers.{layer}."): shape
-                for name, shape in entries.items()
-                if name.startswith(f"decoder.layers.{layer}.")
-            }
-            assert {name: shape for name, shape in in_layer.items() if "mlp" not in name} == expected
+@pytest.mark.parametrize("layout", SAVED)
+def test_local_models_load_checkpoints_and_compute_the_same(layout: str, built: Built, one_rank: None) -> None:
+    local = build_model(layout, "local").eval()
+    # The state of FP8, which is empty, is in the local model's checkpoint, too, unless it belongs to a norm.
+    local.load_state_dict(dist_checkpointing.load(local.sharded_state_dict(), str(built.folder / layout / "saved")))
+    if built.computes:
+        logits = torch.load(built.folder / layout / "logits.pt")
+        torch.testing.assert_close(logits, logits_of_megatron(local, IDS), atol=ROUNDING, rtol=0)
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:

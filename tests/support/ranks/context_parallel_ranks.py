@@ -1,0 +1,105 @@
+"""One rank of context-parallel attention: `python context_parallel_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+
+Each rank also computes attention over the whole sequence by itself. The script writes the largest deviations from this
+attention to `rankR.json`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from maskmoe.megatron_compat import prepare_process
+
+prepare_process()
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.utils import get_batch_on_this_cp_rank
+from support.small_moe import make_config
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from maskmoe.transformer.backends import attention as attention_module
+from maskmoe.transformer.backends.attention import TorchDotProductAttention
+
+SEQUENCE, BATCH, HEADS, CHANNELS = 48, 2, 4, 8
+CASES: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "grouped queries": {"num_query_groups": 2},
+    "wide values": {"value_channels": 12},
+    "offset": {"softmax_type": "learnable", "value_channels": 4},
+    "window": {"window_size": (7, 0), "num_query_groups": 2},
+    "window with offset": {"window_size": (20, 0), "softmax_type": "learnable"},
+    "given mask": {"mask": True},
+    "given mask with window": {"mask": True, "window_size": (7, 0)},
+    "all keys": {"mask_type": AttnMaskType.no_mask},
+    "window on both sides": {"mask_type": AttnMaskType.no_mask, "window_size": (7, 9)},
+}
+
+
+def build(settings: dict[str, Any], mask_type: AttnMaskType, cp_group: ProcessGroup, alone: ProcessGroup):
+    """Build attention with offsets that differ between heads."""
+    sizes = {"num_attention_heads": HEADS, "hidden_size": HEADS * CHANNELS}
+    config = make_config(**sizes, **settings)
+    config.context_parallel_size = cp_group.size()
+    groups: Any = SimpleNamespace(tp=alone, cp=cp_group)
+    attention = TorchDotProductAttention(config, 1, mask_type, "self", pg_collection=groups)
+    for offset in attention.parameters():
+        offset.data.copy_(torch.arange(HEADS) - 1.0)
+    return attention
+
+
+def part_of_rank(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the tokens [tokens, ...] of a sequence [sequence, ...] that Megatron gives to this rank."""
+    batch = {"tokens": tensor.transpose(0, 1), "cu_seqlens": None}
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)["tokens"].transpose(0, 1)
+
+
+def deviation(
+    world: ProcessGroup,
+    alone: ProcessGroup,
+    mask_type: AttnMaskType = AttnMaskType.causal,
+    mask: bool = False,
+    value_channels: int = CHANNELS,
+    **settings: Any,
+) -> float:
+    """Return the largest difference of outputs and gradients from attention over the whole sequence."""
+    torch.manual_seed(0)
+    groups = settings.get("num_query_groups", HEADS)
+    shapes = [(HEADS, CHANNELS), (groups, CHANNELS), (groups, value_channels)]
+    whole = [torch.randn(SEQUENCE, BATCH, *shape, requires_grad=True) for shape in shapes]
+    parts = [part_of_rank(tensor.detach(), world).clone().requires_grad_() for tensor in whole]
+    hidden = hidden_part = None
+    if mask:
+        hidden = (torch.rand(BATCH, 1, SEQUENCE, SEQUENCE) < 0.3) & ~torch.eye(SEQUENCE, dtype=torch.bool)
+        batch = {"attention_mask": hidden, "cu_seqlens": None}
+        hidden_part = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=world)["attention_mask"]
+    gradient = torch.randn(SEQUENCE, BATCH, HEADS * value_channels)
+    whole_attention, attention = (build(settings, mask_type, group, alone) for group in (alone, world))
+    expected = whole_attention(*whole, hidden)
+    expected.backward(gradient)
+    output = attention(*parts, hidden_part)
+    output.backward(part_of_rank(gradient, world))
+    pairs = [(output, part_of_rank(expected, world))]
+    pairs += [(part.grad, part_of_rank(tensor.grad, world)) for part, tensor in zip(parts, whole, strict=True)]
+    for offset, expected_offset in zip(attention.parameters(), whole_attention.parameters(), strict=True):
+        torch.distributed.all_reduce(offset.grad)
+        pairs.append((offset.grad, expected_offset.grad))
+    return max((one - other).abs().max().item() for one, other in pairs)
+
+
+def main() -> None:
+    folder, rank, num_ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
+    alone = [torch.distributed.new_group([other]) for other in range(num_ranks)][rank]
+    attention_module._SHORTEST_BLOCK = 1
+    world: Any = torch.distributed.group.WORLD
+    deviations = {name: deviation(world, alone, **case) for name, case in CASES.items()}
+    (folder / f"rank{rank}.json").write_text(json.dumps(deviations))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
