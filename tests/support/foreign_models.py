@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     LlamaConfig,
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.model_tensors import mtp_tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 
@@ -85,6 +87,7 @@ CONFIGS = {
         **_SIZES, **_EXPERTS, moe_intermediate_size=16, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2
     ),
     "olmoe": lambda: OlmoeConfig(**_SIZES, **_EXPERTS),
+    "deepseek_v3, dense": lambda: DeepseekV3Config(**_SIZES | _LATENT | {"first_k_dense_replace": 3}),
     "deepseek_v3": lambda: DeepseekV3Config(**_SIZES | _LATENT),
     "deepseek_v3, yarn": lambda: DeepseekV3Config(
         **_SIZES | _LATENT | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}, rope_parameters=_YARN
@@ -92,7 +95,7 @@ CONFIGS = {
 }
 """Functions that make a configuration: one for each known family, and for variants of a family."""
 
-DENSE = ("llama", "llama, linear", "llama, tied", "mistral", "qwen2", "qwen3")
+DENSE = ("llama", "llama, linear", "llama, tied", "mistral", "qwen2", "qwen3", "deepseek_v3, dense")
 SPARSE = tuple(name for name in CONFIGS if name not in DENSE)
 
 
@@ -118,6 +121,23 @@ def save_model(name: str, folder: Path, **settings: Any) -> PreTrainedModel:
     return model
 
 
+def add_multi_token_prediction(folder: Path) -> dict[str, torch.Tensor]:
+    """Add a layer of multi-token prediction to a saved DeepSeek-V3, as it was published; return the layer's tensors.
+
+    The published files also hold copies of the embedding and of the output layer, which are not returned.
+    """
+    path, hidden, generator = folder / "model.safetensors", _SIZES["hidden_size"], torch.Generator().manual_seed(2)
+    tensors = load_file(path)
+    last, added = f"model.layers.{_SIZES['num_hidden_layers'] - 1}.", f"model.layers.{_SIZES['num_hidden_layers']}."
+    shapes = {name.removeprefix(last): tensors[name].shape for name in tensors if name.startswith(last)}
+    shapes |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), (hidden,))
+    shapes["eh_proj.weight"] = (hidden, 2 * hidden)
+    layer = {added + name: torch.randn(tuple(shape), generator=generator) for name, shape in shapes.items()}
+    copies = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    save_file(tensors | layer | {added + copy: tensors[name].clone() for copy, name in copies.items()}, path)
+    return layer
+
+
 def random_ids(length: int = 40) -> torch.Tensor:
     """Draw token ids, int64 [2, length]."""
     return torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(1))
@@ -130,9 +150,13 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def in_transformers(opened: OpenedModel) -> MaskMoEForCausalLM:
-    """Load a model that conversion has opened into transformers, and check that no tensor is missing or left over."""
+    """Load a model that conversion has opened into transformers, and check that no tensor is missing or left over.
+
+    The layers of multi-token prediction are left out.
+    """
     model = MaskMoEForCausalLM(MaskMoEConfig(**opened.config)).eval()
-    tensors = {name: opened.source.read(Block.whole(name, spec.shape)) for name, spec in opened.source.tensors.items()}
+    specs, further = opened.source.tensors, mtp_tensor_shapes(opened.config)
+    tensors = {name: opened.source.read(Block.whole(name, specs[name].shape)) for name in specs if name not in further}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected
     assert missing == (["lm_head.weight"] if opened.config["tie_word_embeddings"] else [])
