@@ -34,6 +34,8 @@ _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
     *("moe_router_group_topk", "moe_router_num_groups", "moe_shared_expert_gate"),
     *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
     *("multi_latent_attention", *_LATENT_SIZES, "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
+    # Megatron has no flags for these, but its configuration of multi-latent attention takes them from the arguments.
+    *("original_max_position_embeddings", "beta_fast", "beta_slow"),
 )
 
 

@@ -18,8 +18,9 @@ from maskmoe.conversion.convert import huggingface_to_megatron
 from maskmoe.conversion.megatron_models import open_megatron
 from maskmoe.conversion.settings import Settings
 
-# Together, the models have shared experts with a gate, dense layers, biases, and norms of each head or of all heads.
-MODELS = ("qwen2_moe", "qwen3_moe", "olmoe")
+# Together, the models have shared experts with a gate, dense layers, biases, norms of each head or of all heads, and
+# multi-latent attention.
+MODELS = ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3")
 ROUNDING = 1e-4  # as in `test_families_in_megatron`
 
 
