@@ -143,7 +143,7 @@ def count_predicted_tokens_of_all_context_ranks() -> None:
     """
     from megatron.core.transformer import multi_token_prediction
 
-    stock_roll = multi_token_prediction.roll_tensor
+    stock_roll: Any = multi_token_prediction.roll_tensor
 
     def roll(
         tensor: torch.Tensor,
