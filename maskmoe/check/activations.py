@@ -185,8 +185,12 @@ class ActivationModel:
             sizes = _HeadSizes(heads, heads, config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim)
             projected = heads * config.v_head_dim
             # The compressed queries and keys are kept before and after their norms.
-            compressed = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_pos_emb_head_dim
-            before_norms = 2 * self._shard * compressed * self._element
+            compressed = (config.q_lora_rank or 0) + config.kv_lora_rank
+            before_norm = self._norm_input / config.hidden_size * compressed if config.qk_layernorm else 0
+            after_norm = (compressed + config.qk_pos_emb_head_dim) * self._shard * self._element
+            before_norms = before_norm + after_norm
+            if config.qk_layernorm and config.q_lora_rank is None:
+                before_norms += self._norm_input + self._hidden  # queries are projected from normalized hidden states
         else:
             width = config.kv_channels or 0  # `TransformerConfig` derives a missing number
             sizes = _HeadSizes(heads, groups, width, width)

@@ -131,7 +131,41 @@ def recompute_without_transformer_engine() -> None:
     replace(random, "_get_share_storage", lambda: copy_storage)
 
 
-EVERY_PROCESS = (use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine)
+def count_predicted_tokens_of_all_context_ranks() -> None:
+    """Average the losses of multi-token prediction over all tokens under context parallelism.
+
+    Replaces: `roll_tensor` in `megatron.core.transformer.multi_token_prediction`, whose second result is the number of
+        tokens that the loss divides by.
+    Why: The stock function returns the number of tokens of one context-parallel rank. The last token of a sequence has
+        no label, so ranks have different numbers, and the mean of their means is not the mean over all tokens. The
+        replacement returns the mean number of the ranks.
+    Can go: When losses of multi-token prediction are the same for every context-parallel size.
+    """
+    from megatron.core.transformer import multi_token_prediction
+
+    stock_roll: Any = multi_token_prediction.roll_tensor
+
+    def roll(
+        tensor: torch.Tensor,
+        shifts: int = -1,
+        dims: int = -1,
+        cp_group: torch.distributed.ProcessGroup | None = None,
+        packed_seq_params: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rolled, total = stock_roll(tensor, shifts, dims, cp_group, packed_seq_params)
+        # Sums of token ids and positions, which are integers, are not used.
+        if cp_group is not None and cp_group.size() > 1 and tensor.is_floating_point():
+            torch.distributed.all_reduce(total, group=cp_group)
+            total = total / cp_group.size()
+        return rolled, total
+
+    replace(multi_token_prediction, "roll_tensor", roll)
+
+
+EVERY_PROCESS = (
+    *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine),
+    count_predicted_tokens_of_all_context_ranks,
+)
 """The patches that `prepare_process` applies."""
 
 

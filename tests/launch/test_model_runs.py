@@ -19,13 +19,14 @@ from maskmoe.routing_mask.mask import build_routing_mask
 
 VOCAB_SIZE = 510
 DATA = f"--data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}"
-# Every flag changes a size, except those that shorten and log the run.
+# Every flag changes a size, except those that shorten and log the run. A few steps need a large learning rate.
 SMALLER = f"""
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 2 --q-lora-rank 24 --kv-lora-rank 16
     --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 12 --num-experts 8 --moe-ffn-hidden-size 16
     --moe-shared-expert-intermediate-size 16 --moe-router-topk 2 --seq-length 32 --max-position-embeddings 32
     --make-vocab-size-divisible-by 64 --micro-batch-size 2 --global-batch-size 8 --lr-warmup-iters 2 --train-iters 8
-    --save-interval 4 --eval-iters 1 --tensorboard-log-interval 1 --routing-mask mask.safetensors {DATA}
+    --lr 2e-3 --min-lr 2e-4 --save-interval 4 --eval-iters 1 --tensorboard-log-interval 1
+    --routing-mask mask.safetensors {DATA}
 """
 RECOMPUTE = "--recompute-granularity selective --recompute-modules mla_up_proj moe_act layernorm mlp"
 TENSOR_EXPERT_2 = (
