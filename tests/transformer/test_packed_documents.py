@@ -225,7 +225,8 @@ def test_documents_of_samples_are_joined(lengths: list[list[int]], samples_repea
     assert documents.lengths == list(chain.from_iterable(lengths))
     assert documents.bounds.tolist() == np.cumsum([0, *documents.lengths]).tolist()
     assert documents.bounds.dtype == torch.int32
-    assert documents.max_seqlen_q == size
+    assert documents.cu_seqlens_q is documents.cu_seqlens_kv is documents.bounds
+    assert documents.max_seqlen_q == documents.max_seqlen_kv == size
 
 
 HEADS, CHANNELS = 4, 12
