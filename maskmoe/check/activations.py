@@ -1,9 +1,9 @@
 """Estimates the bytes of activations from the tensors that each part of a layer keeps for its backward pass.
 
 The terms follow the forward pass of Megatron-Core's modules. Korthikanti et al., arXiv 2205.05198, section 4, derive
-them for layers without experts. Transformer Engine's modules keep no attention scores, and fuse norms and activation
-functions; the local modules keep more, and on CPUs also attention scores. The estimate assumes that all experts get the
-same number of rows.
+them for layers without experts. Attention keeps no scores, except on CPUs with attention dropout. Transformer Engine's
+modules fuse norms and all activation functions; the local modules fuse some. The estimate assumes that all experts get
+the same number of rows.
 """
 
 from argparse import Namespace
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from maskmoe.check.layout import Layout
 from maskmoe.check.parameters import Chunk
+from maskmoe.transformer.backends.swiglu import is_plain_swiglu
 
 _FP32_BYTES = 4
 _ID_BYTES = 8
@@ -43,6 +44,22 @@ class _Layer(NamedTuple):
     recomputed: float
 
 
+class _HeadSizes(NamedTuple):
+    """Sizes of the inputs of core attention.
+
+    Attributes:
+        heads: number of heads of the queries.
+        groups: number of heads of keys and values.
+        key_width: channels of each head of queries and keys.
+        value_width: channels of each head of values.
+    """
+
+    heads: int
+    groups: int
+    key_width: int
+    value_width: int
+
+
 class ActivationModel:
     """Estimates the activations of one micro-batch on one rank, in bytes.
 
@@ -61,10 +78,10 @@ class ActivationModel:
         self._config, self._layout = config, layout
         self._padded_vocab = args.padded_vocab_size
         self._rotates = args.position_embedding_type in ("rope", "mrope", "yarn")
-        # Transformer Engine has fused kernels for norms, attention and activation functions.
+        # Transformer Engine has fused kernels for norms and activation functions, and ignores causal masks.
         self._fused = args.transformer_impl == "transformer_engine"
-        # On a GPU, torch computes local attention by fused kernels, too.
-        self._fused_attention = self._fused or args.distributed_backend != "gloo"
+        self._gives_mask = args.create_attention_mask_in_dataloader and not self._fused
+        self._is_on_cpu = args.distributed_backend == "gloo"
         self._element = config.params_dtype.itemsize
         self._sequence = layout.seq_length // layout.context
         self._tokens = layout.micro_batch * self._sequence
@@ -78,15 +95,13 @@ class ActivationModel:
         self._row = (config.moe_latent_size or config.hidden_size) * self._element
         self._num_rows = self._shard * experts_per_token * layout.expert_tensor
         self._expert_channels = self._num_rows * (config.moe_ffn_hidden_size or 0) / layout.expert_tensor
-        # Torch's RMSNorm keeps its input in fp32, before and after the division by the root mean square.
-        has_torch_norm = not self._fused and config.normalization != "LayerNorm"
-        self._norm_input = 2 * self._shard * config.hidden_size * _FP32_BYTES if has_torch_norm else self._hidden
         # An MLP keeps inputs and output of its activation function. Without fusion, the product of a gated MLP keeps
         # both halves once more: one activated, the other with an offset.
-        self._mlp_channel = (2 if not config.gated_linear_unit else 3 if self._fused else 5) * self._element
-        # A layer keeps these bytes in proportion to the number of rows on this rank's experts. The local experts
-        # multiply the output of the activation function by the weight of each token.
-        per_channel = self._mlp_channel + (0 if self._fused else self._element)
+        is_fused = self._fused or config.bias_activation_fusion or is_plain_swiglu(config)
+        self._mlp_channel = (2 if not config.gated_linear_unit else 3 if is_fused else 5) * self._element
+        # A layer keeps these bytes in proportion to the number of rows on this rank's experts. Without fusion, the
+        # output of the activation function is multiplied by the weight of each token.
+        per_channel = self._mlp_channel + (0 if is_fused else self._element)
         self._expert_bytes = self._num_rows * self._row + self._expert_channels * per_channel
         self._dropped = config.recompute_modules or () if config.recompute_granularity == "selective" else ()
         attention, dense_mlp = self._attention(), _Tensors(self._mlp(config.ffn_hidden_size), ("mlp",))
@@ -120,9 +135,15 @@ class ActivationModel:
         return max(self._dense.recomputed, self._moe.recomputed if chunk.moe_layers or chunk.mtp_layers else 0)
 
     def _logits(self, chunk: Chunk) -> float:
-        """Return the bytes of the logits of one output, and of the fp32 exponentials of the losses of all outputs."""
+        """Return the bytes of the logits of all outputs, which the gradients overwrite.
+
+        With `cross_entropy_loss_fusion`, return the bytes of the logits of one output, and of the fp32 exponentials of
+        the losses of all outputs.
+        """
         elements = self._tokens * self._padded_vocab / self._layout.tensor if chunk.has_output else 0
-        return (1 + chunk.mtp_layers) * elements * _FP32_BYTES + elements * self._element
+        if self._config.cross_entropy_loss_fusion:
+            return (1 + chunk.mtp_layers) * elements * _FP32_BYTES + elements * self._element
+        return (1 + chunk.mtp_layers) * elements * self._element
 
     def _kept(self, chunk: Chunk) -> float:
         """Return the bytes that a model chunk keeps of one micro-batch until its backward pass."""
@@ -139,7 +160,7 @@ class ActivationModel:
             kept += chunk.mtp_layers * (self._moe if chunk.moe_layers else self._dense).kept
         # Multi-token prediction concatenates the outputs of two norms. Before each output there is a norm.
         norms = 2 * chunk.mtp_layers + (1 + chunk.mtp_layers if chunk.has_output else 0)
-        kept += norms * (self._norm_input + self._hidden)
+        kept += norms * 2 * self._hidden
         return kept + (self._tokens * _ID_BYTES + self._dropout_mask if chunk.has_embedding else 0)
 
     def _mean_layer(self, chunk: Chunk) -> float:
@@ -161,44 +182,78 @@ class ActivationModel:
         # The bytes of one channel of queries, keys or values.
         channel = self._tokens / self._layout.tensor * self._element
         if isinstance(config, MLATransformerConfig):
-            value_width = config.v_head_dim
-            query_key_value = heads * (2 * (config.qk_head_dim + config.qk_pos_emb_head_dim) + value_width) * channel
+            sizes = _HeadSizes(heads, heads, config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim)
+            projected = heads * config.v_head_dim
             # The compressed queries and keys are kept before and after their norms.
             compressed = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_pos_emb_head_dim
             before_norms = 2 * self._shard * compressed * self._element
         else:
-            value_width = config.kv_channels or 0  # `TransformerConfig` derives a missing number
-            if not self._fused_attention and groups < heads:
-                # Megatron's local attention repeats keys and values for every head that shares them.
-                num_heads = 3 * heads
-            else:
-                # The values are a view of the projection's output, but rotated queries and keys are new tensors.
-                num_heads = heads + 2 * groups + (heads + groups if self._rotates else 0)
-            query_key_value = num_heads * value_width * channel
-            before_norms = (heads + groups) * value_width * channel if config.qk_layernorm else 0
-        output = heads * value_width * channel
-        statistics = self._tokens * heads / self._layout.tensor * _FP32_BYTES if self._fused_attention else 0
+            width = config.kv_channels or 0  # `TransformerConfig` derives a missing number
+            sizes = _HeadSizes(heads, groups, width, width)
+            projected = (heads + 2 * groups) * width
+            before_norms = (heads + groups) * width * channel if config.qk_layernorm else 0
+        inputs, made = self._core_attention(sizes, projected)
+        output = heads * sizes.value_width * channel
         gate = 2 * output if config.attention_output_gate else 0
         return [
-            _Tensors(2 * (self._norm_input + self._dropout_mask)),
+            # The inputs of the norms are the hidden states before attention and before the MLP.
+            _Tensors(2 * (self._hidden + self._dropout_mask)),
             _Tensors(2 * self._hidden, ("layernorm",)),
-            _Tensors(query_key_value, ("mla_up_proj",)),
-            _Tensors(before_norms + output + statistics + gate),
-            _Tensors(self._scores, ("core_attn",)),
+            _Tensors(inputs * channel, ("mla_up_proj",)),
+            _Tensors(before_norms + output + gate),
+            _Tensors(made * channel + self._scores, ("core_attn",)),
         ]
+
+    def _core_attention(self, sizes: _HeadSizes, projected: int) -> tuple[float, float]:
+        """Return the channels of a token that are kept of the inputs of core attention, and of the tensors it makes.
+
+        Args:
+            sizes: the sizes of queries, keys and values.
+            projected: channels of the projection's output of which the values are a view.
+        """
+        config, (heads, groups, key_width, value_width) = self._config, sizes
+        made = heads * _FP32_BYTES / self._element  # statistics of softmax
+        makes_queries = makes_keys = makes_values = False
+        if not self._fused:
+            # Torch's kernels want values as wide as keys, and a softmax offset takes one more channel, see
+            # `TorchDotProductAttention`. A kernel for GPUs that takes a bias, or fp32, repeats keys and values.
+            width = max(key_width, value_width)
+            if config.softmax_type != "vanilla":
+                width = -(-max(key_width + 1, value_width) // 8) * 8
+            has_bias = self._gives_mask or config.window_size or self._element == _FP32_BYTES
+            repeats = heads // groups if has_bias and not self._is_on_cpu else 1
+            gathered = self._layout.context
+            makes_queries = width > key_width
+            makes_keys = makes_queries or gathered * repeats > 1
+            makes_values = width > value_width or gathered * repeats > 1
+            made += heads * width * makes_queries + groups * repeats * width * gathered * (makes_keys + makes_values)
+            # Outputs of blocks of queries are concatenated, and the channels of wider outputs are cut off.
+            has_blocks = gathered > 1 or (config.window_size and self._sequence > max(config.window_size[0], 256))
+            made += heads * width if has_blocks or width > value_width else 0
+        # Recomputation keeps all inputs; otherwise an input that core attention replaces is not kept.
+        replaces = "core_attn" not in self._dropped
+        is_rotated = self._rotates or isinstance(config, MLATransformerConfig)  # rotated inputs are new tensors
+        inputs = 0
+        inputs += heads * key_width if is_rotated and not (replaces and makes_queries) else 0
+        inputs += groups * key_width if is_rotated and not (replaces and makes_keys) else 0
+        is_view_replaced = makes_values and (is_rotated or (makes_queries and makes_keys))
+        inputs += projected if not (replaces and is_view_replaced) else 0
+        return inputs, made
 
     @property
     def _scores(self) -> float:
-        """Return the bytes of the scores of local attention on CPUs: after softmax, after the cast, after dropout."""
-        if self._fused_attention:
+        """Return the bytes that local attention keeps for each pair of a query and a key.
+
+        A given mask is kept as a bias for all heads. Torch's kernel for CPUs has no dropout, so weights before and
+        after dropout and the factors of dropout are kept in fp32.
+        """
+        if self._fused:
             return 0
-        per_score = self._element
-        if self._config.attention_softmax_in_fp32 and self._element < _FP32_BYTES:
-            per_score += _FP32_BYTES
-        if self._config.attention_dropout:
-            per_score += 1 + self._element
-        heads = self._config.num_attention_heads / self._layout.tensor
-        return self._layout.micro_batch * heads * self._sequence**2 * per_score
+        pairs = self._layout.micro_batch * self._sequence * self._layout.seq_length
+        per_pair = self._element if self._gives_mask else 0
+        if self._config.attention_dropout and self._is_on_cpu:
+            per_pair = 3 * _FP32_BYTES * self._config.num_attention_heads / self._layout.tensor
+        return pairs * per_pair
 
     def _mlp(self, inner_size: int | None) -> float:
         """Return the bytes of an MLP that computes all tokens."""
@@ -212,7 +267,9 @@ class ActivationModel:
         router = self._shard * self._config.num_moe_experts * (2 * _FP32_BYTES + 2)
         router += 5 * self._shard * self.experts_per_token * _ID_BYTES
         latent = self._shard * self._row if self._config.moe_latent_size else 0
-        activated = self._expert_channels * self._element
+        # Recomputation of the activation function keeps its input.
+        activated = self._expert_bytes - self._num_rows * self._row
+        activated -= self._expert_channels * (2 if self._config.gated_linear_unit else 1) * self._element
         return [
             _Tensors(router + latent + self._expert_bytes - activated, ("moe",)),
             _Tensors(activated, ("moe", "moe_act")),

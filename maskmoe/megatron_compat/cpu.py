@@ -106,12 +106,17 @@ def _on_cpu(device: Any) -> Any:
 
 
 def _with_cpu_device(function: Callable, position: int | None = None) -> Callable:
-    """Let a function take the CPU for a CUDA device in its argument `device`, or in the argument at a position."""
+    """Let a function take the CPU for a CUDA device in its argument `device`, or in the argument at a position.
+
+    The function does not pin memory, which CUDA's driver would do.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if position is not None and len(args) > position:
             args = (*args[:position], _on_cpu(args[position]), *args[position + 1 :])
         return function(*args, **kwargs)
@@ -329,7 +334,8 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
         "current_device": _current_device,
         "get_device_properties": lambda device=None: _PROPERTIES,
         "get_device_name": lambda device=None: _PROPERTIES.name,
-        "get_device_capability": lambda device=None: (_PROPERTIES.major, _PROPERTIES.minor),
+        # Megatron takes grouped experts from this capability on. MaskMoE's experts are grouped on every device.
+        "get_device_capability": lambda device=None: (8, 0),
         "memory_stats": _memory_stats,
         **dict.fromkeys(("memory_allocated", "memory_reserved"), _resident_bytes),
         **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), _peak_resident_bytes),

@@ -102,7 +102,36 @@ def _count_steps_without_parameters(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(count_step)
 
 
-EVERY_PROCESS = (use_compiled_helpers_of_wheel, make_optimizer_state_loadable)
+def recompute_without_transformer_engine() -> None:
+    """Let Megatron recompute norms and activation functions without Transformer Engine.
+
+    Replaces: `CheckpointWithoutOutput.__init__` and `_get_share_storage` in `megatron.core.tensor_parallel.random`,
+        unless Transformer Engine is installed.
+    Why: The constructor takes its default, `fp8=False`, for a use of FP8, and then every forward pass calls Transformer
+        Engine. In the backward pass, `_get_share_storage` compiles an extension in C++, which needs a compiler and half
+        a minute on every machine. The replacement copies the recomputed bytes instead, which needs the memory of these
+        tensors of one layer twice.
+    Can go: When `CheckpointWithoutOutput()` works without Transformer Engine and without a compiler.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE:
+        return
+    stock_init = random.CheckpointWithoutOutput.__init__
+
+    def init(self: Any, fp8: Any = None) -> None:
+        stock_init(self, fp8 or None)
+
+    def copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+        restored, recomputed = target.untyped_storage(), source.untyped_storage()
+        restored.resize_(recomputed.nbytes())
+        restored.copy_(recomputed)
+
+    replace(random.CheckpointWithoutOutput, "__init__", init)
+    replace(random, "_get_share_storage", lambda: copy_storage)
+
+
+EVERY_PROCESS = (use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine)
 """The patches that `prepare_process` applies."""
 
 

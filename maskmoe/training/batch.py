@@ -207,10 +207,12 @@ def losses_of_all(
     def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         """Run one micro-batch forward; return the losses and a function that keeps them with the micro-batch."""
         batch = get_batch(data_iterator)
-        # In a step that is filled up, samples without a token that counts are padding for the routers. All ranks pass a
-        # mask in that step, since they dispatch together.
-        is_filled_up = args.num_experts and start + samples_a_step > num_samples
-        is_padding = ~batch.loss_mask.any(dim=1, keepdim=True).expand_as(batch.tokens) if is_filled_up else None
+        # In a step that is filled up, samples beyond the last one are padding for the routers. All ranks pass a mask in
+        # that step, since they dispatch together.
+        is_padding = None
+        if args.num_experts and start + samples_a_step > num_samples:
+            indices = start + first_of_rank + torch.arange(len(batch.tokens), device=batch.tokens.device)
+            is_padding = (indices >= num_samples).unsqueeze(1).expand_as(batch.tokens)
         return token_losses(model, batch, is_padding), lambda losses, non_loss_data: (batch, losses)
 
     # Megatron's schedules take None, too, on ranks that do not read data.

@@ -103,6 +103,7 @@ def run(program: str, folder: Path) -> str:
         ("olmoe", "hf-to-megatron", 1),
         ("olmoe", "hf-to-megatron", 2),
         ("qwen2_moe", "hf-to-megatron", 2),
+        ("deepseek_v3, yarn", "hf-to-megatron", 2),
         ("llama", "upcycle", 1),
     ],
 )

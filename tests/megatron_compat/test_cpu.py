@@ -64,6 +64,7 @@ def test_factories_make_cpu_tensors(device: object) -> None:
         torch.as_tensor([1], device=device),
         torch.linspace(0, 1, 3, device=device),
         torch.randperm(4, device=device),
+        torch.tensor([1.5], device=device, pin_memory=True),
     ]
     assert all(tensor.device.type == "cpu" for tensor in tensors)
     assert tensors[2].dtype == torch.int64

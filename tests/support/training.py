@@ -14,7 +14,9 @@ from support.masks import build_mask, count_ids
 from support.runs import free_port, read_scalars
 
 from maskmoe.data.indexed_dataset import optimal_dtype
-from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
+from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+from maskmoe.routing_mask.widening import widen_routing_mask
 
 VOCAB_SIZE = 510
 SETTINGS = f"""
@@ -138,7 +140,9 @@ class Workplace:
         folder: Holds the datasets `data` and `ended`, whose documents end with the tokenizer's end-of-document id,
             `counts.safetensors`, and the routing masks `mask.safetensors`, `five_layers.safetensors`,
             `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` (all tokens go to the first 4
-            experts) and `rank_local.safetensors` (for two expert-parallel ranks).
+            experts), `rank_local.safetensors` (for two expert-parallel ranks), `wider.safetensors`
+            (`mask.safetensors`, widened) and `hash_layers.safetensors` (two hash layers with V = 2 below layers with
+            all experts).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -160,6 +164,10 @@ class Workplace:
         starving = replace(mask, row_of_id=mask.row_of_id % 4)
         starving.save(folder / "starving.safetensors")
         rank_local = build_mask(frequency, 8, 4, "rank-local", expert_model_parallel_size=2)
+        wider = widen_routing_mask(mask, frequency=frequency, frequent_mass=0.6, frequent_visible_experts=6)
+        wider.save(folder / "wider.safetensors")
+        hash_layers = MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(2, 2, "balanced"))
+        build_routing_mask(hash_layers, frequency=frequency, workers=1).save(folder / "hash_layers.safetensors")
         # The provenance of a uniform mask: the check of the expert-parallel size does not apply, as for a mask that
         # happens to be rank-local.
         replace(rank_local, provenance=mask.provenance).save(folder / "rank_local.safetensors")

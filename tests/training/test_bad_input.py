@@ -74,7 +74,7 @@ MORE_CASES = {
         MASK,
         ["--tokenizer-model nowhere does not exist"],
     ),
-    "setting without support": ("--moe-enable-routing-replay", MASK, ["--moe-enable-routing-replay"]),
+    "setting without support": ("--moe-router-fusion", MASK, ["--moe-router-fusion"]),
     "setting that Megatron refuses": ("--pipeline-model-parallel-size 3", MASK, ["world size (1)"]),
     "lost checkpoint": ("--load bad/checkpoint", MASK, ["bad/checkpoint/iter_0000007"]),
     "save into a file": ("--save bad/ours.model/save", MASK, ["--save", "ours.model is not a folder"]),

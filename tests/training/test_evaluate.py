@@ -68,16 +68,25 @@ def test_every_token_counts_once(results, workplace, name):
     assert math.isclose(sum(band["share"] for band in evaluation["bands"]), 1)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one rank"])
-def test_layouts_agree(results, name):
-    """Losses are fp32 sums, whose order depends on the layout."""
-    evaluation, reference = results[name][0], results["one rank"][0]
-
+def assert_agree(evaluation: dict, reference: dict) -> None:
+    """Compare evaluations in two layouts. Losses are fp32 sums, whose order depends on the layout."""
     assert math.isclose(evaluation["loss"], reference["loss"], rel_tol=1e-6)
     for band, expected in zip(evaluation["bands"], reference["bands"], strict=True):
         assert band["tokens"] == expected["tokens"]
         assert math.isclose(band["loss"], expected["loss"], rel_tol=1e-6)
     assert evaluation["expert_load"] == reference["expert_load"]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one rank"])
+def test_layouts_agree(results, name):
+    assert_agree(results[name][0], results["one rank"][0])
+
+
+@pytest.mark.slow
+def test_context_parallel_ranks_agree_with_one_rank(evaluate, results):
+    """Each rank holds two chunks of every sequence, and the last micro-batch is filled up."""
+    evaluation, _ = evaluate("context parallel", "--context-parallel-size 2 --micro-batch-size 3", 2)
+    assert_agree(evaluation, results["one rank"][0])
 
 
 def test_bands_make_up_the_whole(results):
