@@ -220,6 +220,14 @@ REFUSALS = (
         lambda args: args.dataloader_inter_document_masking and args.context_parallel_size > 1,
     ),
     Refusal(
+        "--dataloader-inter-document-masking with --cuda-graph-impl other than none, or with --external-cuda-graph",
+        "A graph repeats the bounds of the documents with which it was captured.",
+        lambda args: (
+            args.dataloader_inter_document_masking
+            and _is_given("--cuda-graph-impl other than none or --external-cuda-graph", args)
+        ),
+    ),
+    Refusal(
         "--dataloader-inter-document-masking with --micro-batch-size above 1 and --moe-router-load-balancing-type "
         "seq_aux_loss",
         "Megatron-Core joins the samples of a micro-batch to one sequence, whose samples the loss could not balance "

@@ -333,7 +333,10 @@ TABLE: dict[str, Works | Refused] = {
         tuple(COMPARED["reset masks"]),
     ),
     "packed documents with context parallelism": Refused(
-        "--dataloader-inter-document-masking --context-parallel-size 2 --transformer-impl transformer_engine"
+        "--dataloader-inter-document-masking --context-parallel-size 2"
+    ),
+    "packed documents with CUDA graphs of the attention": Refused(
+        "--dataloader-inter-document-masking --cuda-graph-impl transformer_engine --cuda-graph-modules attn"
     ),
     "packed documents with the load-balancing loss of sequences, several samples in a micro-batch": Refused(
         "--dataloader-inter-document-masking --moe-router-load-balancing-type seq_aux_loss --micro-batch-size 2"

@@ -225,6 +225,7 @@ def test_defaults_are_supported(supported_args):
         "--reset-attention-mask --no-create-attention-mask-in-dataloader",
         "--reset-attention-mask --transformer-impl transformer_engine",
         "--dataloader-inter-document-masking --context-parallel-size 2",
+        "--dataloader-inter-document-masking --cuda-graph-impl transformer_engine --cuda-graph-modules attn",
         "--dataloader-inter-document-masking --micro-batch-size 2 --moe-router-load-balancing-type seq_aux_loss",
         "--cross-entropy-loss-fusion",
     ],

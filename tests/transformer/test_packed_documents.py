@@ -60,7 +60,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model(position_embedding_type: str = "rope", **settings: Any) -> MaskMoEGPTModel:
+def build_model(
+    position_embedding_type: str = "rope", pre_process: bool = True, post_process: bool = True, **settings: Any
+) -> MaskMoEGPTModel:
     torch.manual_seed(0)
     config = make_config(num_layers=NUM_LAYERS, hidden_size=16, **settings)
     visible_experts = make_visible_experts(config, MASK)
@@ -72,6 +74,8 @@ def build_model(position_embedding_type: str = "rope", **settings: Any) -> MaskM
         vocab_size=VOCAB_SIZE,
         max_sequence_length=SEQUENCE,
         position_embedding_type=position_embedding_type,
+        pre_process=pre_process,
+        post_process=post_process,
         pg_collection=process_groups(),
     ).to(DEVICE)
 
@@ -87,7 +91,7 @@ def token_ids() -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def packed_losses(model: MaskMoEGPTModel, samples: list[list[int]] = BOUNDS) -> Tensor:
+def packed_losses(model: torch.nn.Module, samples: list[list[int]] = BOUNDS) -> Tensor:
     """Return the losses [2, sequence] of the packed samples."""
     ids, labels = token_ids()
     positions = torch.stack([torch.cat([torch.arange(end - start) for start, end in pairwise(b)]) for b in samples])
@@ -95,7 +99,7 @@ def packed_losses(model: MaskMoEGPTModel, samples: list[list[int]] = BOUNDS) -> 
     return model(ids, positions.to(DEVICE), None, labels=labels, packed_seq_params=documents)
 
 
-def losses_one_by_one(model: MaskMoEGPTModel, samples: list[list[int]] = BOUNDS) -> Tensor:
+def losses_one_by_one(model: torch.nn.Module, samples: list[list[int]] = BOUNDS) -> Tensor:
     """Return the losses [2, sequence], computed for one document at a time."""
     ids, labels = token_ids()
     losses = []
@@ -107,7 +111,7 @@ def losses_one_by_one(model: MaskMoEGPTModel, samples: list[list[int]] = BOUNDS)
     return torch.cat(losses).view(2, SEQUENCE)
 
 
-def results(model: MaskMoEGPTModel, losses: Tensor) -> list[Tensor | None]:
+def results(model: torch.nn.Module, losses: Tensor) -> list[Tensor | None]:
     """Return the losses and the gradients of their sum."""
     model.zero_grad()
     losses.sum().backward()
@@ -149,6 +153,33 @@ def test_samples_of_one_document_equal_samples_that_are_not_packed() -> None:
     first_end = BOUNDS[0][1]
     torch.testing.assert_close(packed[0, :first_end], unpacked[0, :first_end], rtol=0, atol=FP32_ORDER_OF_SUMS)
     assert (packed[0, first_end:] - unpacked[0, first_end:]).abs().max() > 1e2 * FP32_ORDER_OF_SUMS
+
+
+class TwoStages(torch.nn.Module):
+    """Two pipeline stages, which exchange hidden states and gradients as Megatron-Core's schedules do.
+
+    Attributes:
+        shapes: shapes of the exchanged hidden states.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = build_model(post_process=False), build_model(pre_process=False)
+        self.shapes: list[torch.Size] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden = self.first(*args, **kwargs)
+        self.shapes.append(hidden.shape)
+        assert hidden._base is None  # The schedules free the memory of a sent tensor.
+        self.second.set_input_tensor(hidden)
+        return self.second(*args, **kwargs)
+
+
+def test_stages_exchange_hidden_states_of_samples() -> None:
+    model = TwoStages()
+    ours = results(model, packed_losses(model))
+    assert model.shapes == [(SEQUENCE, 2, 16)]
+    assert_close(ours, results(model, losses_one_by_one(model)), FP32_ORDER_OF_SUMS)
 
 
 def prediction_losses(compute: Callable[[], Tensor]) -> Tensor:
@@ -225,7 +256,8 @@ def test_documents_of_samples_are_joined(lengths: list[list[int]], samples_repea
     assert documents.lengths == list(chain.from_iterable(lengths))
     assert documents.bounds.tolist() == np.cumsum([0, *documents.lengths]).tolist()
     assert documents.bounds.dtype == torch.int32
-    assert documents.max_seqlen_q == size
+    assert documents.cu_seqlens_q is documents.cu_seqlens_kv is documents.bounds
+    assert documents.max_seqlen_q == documents.max_seqlen_kv == size
 
 
 HEADS, CHANNELS = 4, 12
