@@ -151,7 +151,7 @@ class Inspection:
     def _find_mask(self, checkpoint: Path | None) -> RoutingMask | None:
         """Return the routing mask of the run; None if there is none, or none that can be read."""
         with self._collecting():
-            return find_routing_mask(self._args, checkpoint)
+            return find_routing_mask(self._args, checkpoint, self._notes.append)
         if self._args.routing_mask and checkpoint is not None:
             # If the mask in the file is bad, the mask in the checkpoint has not been read yet.
             with self._collecting():

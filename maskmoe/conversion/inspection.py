@@ -220,7 +220,8 @@ def _describe_mask(mask: RoutingMask) -> dict[str, Any]:
         "vocab_size": mask.vocab_size,
         "num_experts": mask.num_experts,
         "num_tables": len(mask.row_of_id),  # 1 if all layers share a table, else the number of layers
-        "several_visible": float((mask.num_visible > 1).mean()),  # share of the ids that see several experts
+        # Share of the ids that see several experts, averaged over the tables.
+        "several_visible": float((mask.row_of_id >= mask.num_experts).mean()),
         "provenance": asdict(mask.provenance),
     }
 

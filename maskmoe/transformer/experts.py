@@ -14,9 +14,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.typed_torch import apply_module
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from maskmoe.transformer.backends.swiglu import is_plain_swiglu, swiglu
 from maskmoe.transformer.kernels import launching
 
 
@@ -32,9 +34,8 @@ class GroupedMLP(SequentialMLP):
     `SequentialMLP` computes the experts on a GPU without Triton, if `can_group` returns False, or if experts were
     changed after they were built, for example by adapters or hooks.
 
-    `SequentialMLP` cannot recompute activation functions, as `--recompute-modules moe_act` asks. This class can: the
-    backward pass computes the input of each second linear layer again. Where `SequentialMLP` would compute the experts,
-    this class calls their linear layers one by one.
+    With `--recompute-modules moe_act`, which `SequentialMLP` lacks, the backward pass computes the input of each second
+    linear layer again. This class then also replaces `SequentialMLP` and calls the linear layers one by one.
 
     Args: those of `SequentialMLP`.
     """
@@ -179,6 +180,8 @@ def _activate(projected: Tensor, probs: Tensor, bias: Tensor | None, config: Tra
             return weighted_bias_quick_geglu_impl(projected, bias, weights, store_fp8, offset, clamp)
         raise ValueError("only SwiGLU and quick GeGLU can be fused with the weights of the rows")
     projected = projected if bias is None else projected + bias
+    if is_plain_swiglu(config):
+        return swiglu(projected, probs.unsqueeze(-1))
     function: Callable[[Tensor], Tensor] = config.activation_func
     if config.gated_linear_unit:
         gate, value = projected.chunk(2, dim=-1)
@@ -215,10 +218,10 @@ def _compute_by_modules(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, 
     """Compute one expert after the other by calling its linear layers; arguments as for `GroupedMLP.forward`."""
     outputs = []
     for expert, own_rows, own_probs in _split(rows, tokens_per_expert, probs, experts):
-        projected, bias = expert.linear_fc1(own_rows)
+        projected, bias = apply_module(expert.linear_fc1)(own_rows)
 
         def project(activated: Tensor, expert: MLP = expert, own_probs: Tensor = own_probs) -> Tensor:
-            output, bias = expert.linear_fc2(activated)
+            output, bias = apply_module(expert.linear_fc2)(activated)
             return output if bias is None else output + bias * own_probs.unsqueeze(-1)
 
         outputs.append(_activate_and_project(projected, own_probs, bias, expert.config, project))

@@ -75,7 +75,7 @@ class MaskMoELayer(MoELayer):
 
         Args:
             hidden_states: [sequence, batch, hidden].
-            intermediate_tensors: must be None; the overridden method uses it for CUDA graphs, which are not supported.
+            intermediate_tensors: must be None; the overridden method uses it for CUDA graphs of parts of the layer.
             padding_mask: token ids [batch, sequence] as `pack_token_ids` packs them.
 
         Returns:

@@ -279,5 +279,23 @@ def test_checkpoint_of_another_tokenizer_is_refused(runs, parse, monkeypatch):
         check_same_model(args, checkpoint_path(run.checkpoints, 21))
 
 
+@pytest.mark.runs(SAVED)
+def test_optimizer_state_of_the_other_implementation_needs_names(runs, parse, monkeypatch):
+    (run,) = runs
+    args = parse(f"--load {run.checkpoints} --use-distributed-optimizer")
+    saved = replace_fields(args, transformer_impl="transformer_engine")
+    formats = iter(("fully_reshardable", "dp_reshardable", "dp_reshardable", "dp_reshardable"))
+
+    def load_state(checkpoint: Path) -> dict:
+        return {"args": saved, "content_metadata": {"distrib_optim_sharding_type": next(formats)}}
+
+    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", load_state)
+    checkpoint = checkpoint_path(run.checkpoints, 21)
+    for accepted in (args, saved, replace_fields(args, no_load_optim=True)):
+        check_same_model(accepted, checkpoint)
+    with pytest.raises(UserError, match=r"transformer_engine, .* order of its parameters.* --no-load-optim"):
+        check_same_model(args, checkpoint)
+
+
 def replace_fields(args: Namespace, **fields) -> Namespace:
     return Namespace(**{**vars(args), **fields})

@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from support.small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer import layer_specs
@@ -26,6 +27,7 @@ from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
 PATTERNS = [1, 2, [0, 1, 1, 0], [1, 0, 0, 0]]
 
@@ -63,6 +65,8 @@ def replaced(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str | N
         return "layer"
     if theirs[path] is SequentialMLP and ours[path] is GroupedMLP:
         return "experts"
+    if theirs[path] is TransformerLayer and ours[path] is MaskMoETransformerLayer:
+        return "transformer layer"
     if theirs[path] is DotProductAttention and ours[path] is TorchDotProductAttention:
         return "attention"
     raise AssertionError(f"{path} is {ours[path]}, was {theirs[path]}")
@@ -84,7 +88,7 @@ def test_replaces_exactly_the_moe_layers_their_routers_experts_norms_and_attenti
     assert theirs.keys() - router_paths == ours.keys() - our_router_paths
     kinds = [replaced(path, ours, theirs) for path in theirs.keys() - router_paths]
     moe_layers = config.moe_layer_freq if isinstance(pattern, list) else [int(i % pattern == 0) for i in range(4)]
-    assert kinds.count("attention") == config.num_layers
+    assert kinds.count("attention") == kinds.count("transformer layer") == config.num_layers
     assert kinds.count("layer") == kinds.count("experts") == sum(moe_layers)
     assert MoELayer not in ours.values()
     assert WrappedTorchNorm not in ours.values()

@@ -10,7 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 from support.foreign_models import random_ids, save_model
 from support.launchers import RANK_SCRIPTS, RunRanks
-from support.megatron_models import load_converted_model, logits_of_megatron
+from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
 from support.ranks.transformer_engine_ranks import IDS, LAYOUTS, SAVED, Described, build_model, describe
 
 from maskmoe.conversion.blocks import Block
@@ -40,13 +40,14 @@ class Built:
 
 
 @pytest.fixture(scope="module", params=["stub", pytest.param("installed", marks=pytest.mark.te)])
-def built(request, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(request, run_ranks: RunRanks, one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp(request.param)
     torch.save(random_ids(), folder / "ids.pt")
     for name in MODELS:
         save_model(name, folder / name / "original")
-        flags = huggingface_to_megatron(Settings(load=folder / name / "original", save=folder / name / "megatron"))
+        flags = huggingface_to_megatron(Settings(load=folder / name / "original", save=folder / name / "converted"))
         (folder / name / "flags.json").write_text(json.dumps(flags))
+        save_as_release(*load_converted_model(folder / name / "converted", flags), folder / name / "local")
     run_ranks(RANK_SCRIPTS / "transformer_engine_ranks.py", folder, request.param, world_size=1)
     layouts = json.loads((folder / "layouts.json").read_text())
     return Built({name: Described(**values) for name, values in layouts.items()}, folder, request.param == "stub")
@@ -106,15 +107,22 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_checkpoints_are_exchanged_with_local_models(name: str, built: Built, one_rank: None, tmp_path: Path) -> None:
-    """Both load the same converted checkpoint, and what they save converts to the same tensors."""
+def test_checkpoints_are_exchanged_with_local_models(name: str, built: Built, one_rank: None) -> None:
+    """A converted and a local checkpoint are loaded and saved with Transformer Engine, and the result by local modules.
+
+    All of these checkpoints hold the same tensors.
+    """
     folder = built.folder / name
-    local, args = load_converted_model(folder / "megatron", json.loads((folder / "flags.json").read_text()))
-    dist_checkpointing.save({"args": args, **local.sharded_state_dict()}, str(tmp_path))
-    expected, found = tensors_of(tmp_path), tensors_of(folder / "saved")
-    assert found.keys() == expected.keys()
-    for tensor_name, tensor in expected.items():
-        assert torch.equal(found[tensor_name], tensor), tensor_name
+    local, _ = load_converted_model(folder / "local_again", json.loads((folder / "flags.json").read_text()))
+    expected = tensors_of(folder / "local" / "release")
+    for again in ("converted_again", "local_again"):
+        found = tensors_of(folder / again / "release")
+        assert found.keys() == expected.keys()
+        for tensor_name, tensor in expected.items():
+            assert torch.equal(found[tensor_name], tensor), tensor_name
+    original, _ = load_converted_model(folder / "local", json.loads((folder / "flags.json").read_text()))
+    for (parameter_name, parameter), found in zip(original.named_parameters(), local.parameters(), strict=True):
+        assert torch.equal(found, parameter), parameter_name
     if built.computes:
         logits = torch.load(folder / "logits.pt")
         torch.testing.assert_close(logits, logits_of_megatron(local, random_ids()), atol=ROUNDING, rtol=0)

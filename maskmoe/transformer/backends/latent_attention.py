@@ -7,6 +7,7 @@ from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
 from maskmoe.megatron_compat.patches import building_replicated_linears_of
@@ -59,7 +60,7 @@ class LocalMLASelfAttention(MLASelfAttention):
         """
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
         if self.config.q_lora_rank is None:
-            q_compressed = self.q_layernorm(q_compressed)
+            q_compressed = apply_module(self.q_layernorm)(q_compressed)
         return q_compressed, kv_combined
 
 

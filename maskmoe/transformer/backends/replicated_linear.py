@@ -59,7 +59,8 @@ class ReplicatedLinear(torch.nn.Module):
                 self.weight, *whole, 0, init_method, rank=0, world_size=1, skip_set_tensor_parallel_attributes=True
             )
         else:
-            with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+            tracker: Any = get_cuda_rng_tracker()
+            with tracker.fork(get_data_parallel_rng_tracker_name()):
                 init_method(self.weight)
 
     def forward(self, features: Tensor) -> tuple[Tensor, None]:

@@ -1,9 +1,10 @@
 """Models on Transformer Engine: `python transformer_engine_ranks.py FOLDER PROVIDER`, with RANK and WORLD_SIZE set.
 
 PROVIDER is `stub` or `installed`. The script describes a model of each layout in `layouts.json`. It loads each
-checkpoint FOLDER/NAME/megatron and saves the model to FOLDER/NAME/saved. It saves the models of the layouts in `SAVED`
-to FOLDER/LAYOUT/saved. The stub, which computes on the CPU, also writes the logits of the ids in FOLDER/ids.pt to
-FOLDER/NAME/logits.pt, and the logits of `IDS` to FOLDER/LAYOUT/logits.pt.
+checkpoint FOLDER/NAME/converted and FOLDER/NAME/local and saves the model again, to FOLDER/NAME/converted_again and
+FOLDER/NAME/local_again. It saves the models of the layouts in `SAVED` to FOLDER/LAYOUT/saved. The stub, which computes
+on the CPU, also writes the logits of the ids in FOLDER/ids.pt to FOLDER/NAME/logits.pt, and the logits of `IDS` to
+FOLDER/LAYOUT/logits.pt.
 """
 
 import json
@@ -27,7 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from support.megatron_models import load_converted_model, logits_of_megatron
+from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
 from support.small_moe import draw_parameters, make_config, make_mask, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
@@ -130,14 +131,14 @@ def save(model: GPTModel, folder: Path, computes: bool) -> None:
 
 
 def load_and_save(folder: Path, computes: bool) -> None:
-    """Load a converted checkpoint with the flags in `flags.json`, and save it again."""
+    """Load checkpoints of a model with the flags in `flags.json`, and save them again."""
     flags = json.loads((folder / "flags.json").read_text())
     flags += ["--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
-    model, args = load_converted_model(folder / "megatron", flags)
+    for name in ("converted", "local"):
+        model, args = load_converted_model(folder / name, flags)
+        save_as_release(model, args, folder / f"{name}_again")
     if computes:
         torch.save(logits_of_megatron(model, torch.load(folder.parent / "ids.pt")), folder / "logits.pt")
-    (folder / "saved").mkdir()
-    dist_checkpointing.save({"args": args, **model.sharded_state_dict()}, str(folder / "saved"))
 
 
 def main() -> None:
