@@ -288,7 +288,7 @@ def _yarn_args(rope: Mapping[str, Any]) -> dict[str, Any]:
         "rotary_scaling_factor": factor,
         "mscale": mscale,
         "mscale_all_dim": mscale_all_dim,
-        **{name: rope.get(name) or value for name, value in _YARN_WITHOUT_FLAGS.items()},
+        **{name: rope[name] for name, value in _YARN_WITHOUT_FLAGS.items() if (rope.get(name) or value) != value},
     }
 
 

@@ -16,6 +16,9 @@ from maskmoe.training.rank_store import RankStore
 
 # Sizes of multi-latent attention.
 _LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+# Settings of YaRN for which Megatron has no flags; its configuration of multi-latent attention takes them from the
+# arguments. Converted checkpoints have them if they differ from Megatron's values.
+_YARN_WITHOUT_FLAGS = ("original_max_position_embeddings", "beta_fast", "beta_slow")
 # Arguments that decide the shapes of a model's parameters, or their meaning.
 _MODEL_ARGUMENTS = (
     *("num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
@@ -34,8 +37,7 @@ _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
     *("moe_router_group_topk", "moe_router_num_groups", "moe_shared_expert_gate"),
     *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
     *("multi_latent_attention", *_LATENT_SIZES, "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
-    # Megatron has no flags for these, but its configuration of multi-latent attention takes them from the arguments.
-    *("original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *_YARN_WITHOUT_FLAGS,
 )
 
 
@@ -152,6 +154,12 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
     ]
     if differences:
         raise UserError(f"checkpoint {checkpoint} holds another model: {'; '.join(differences)}")
+    for name in _YARN_WITHOUT_FLAGS:
+        if (value := getattr(saved, name, None)) != getattr(args, name, None):
+            raise UserError(
+                f"checkpoint {checkpoint} holds a model with {name} {value}, for which Megatron has no flag: pass "
+                "--use-checkpoint-args"
+            )
     theirs, ours = getattr(saved, "tokenizer_sha256", None), args.tokenizer_sha256
     if theirs is not None and ours is not None and theirs != ours:
         raise UserError(

@@ -29,7 +29,13 @@ def megatron_logits(load: Path, flags: list[str], ids: torch.Tensor) -> torch.Te
     return logits_of_megatron(load_converted_model(load, flags)[0], ids)[..., :VOCAB_SIZE]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+SELDOM = ("deepseek_v3, dense",)
+"""Models whose settings other models have, too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in CONFIGS]
+)
 def test_logits_equal_the_originals(name, tmp_path, one_rank):
     original = save_model(name, tmp_path / "original")
     flags = huggingface_to_megatron(Settings(load=tmp_path / "original", save=tmp_path / "megatron"))
