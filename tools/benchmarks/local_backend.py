@@ -53,7 +53,7 @@ def sizes_of(case: str, dtype: str) -> argparse.Namespace:
 
 
 def peak_mib(case: str, side: Any, dtype: str) -> float:
-    """Return the MiB by which memory grows during a training step of one side; needs a fresh process."""
+    """Return the growth of memory during a training step of one side, in MiB; needs a fresh process."""
     sizes = sizes_of(case, dtype)
     trainer = build_trainer(side, sizes, 1, join_ranks())
     full, trainer.batches = trainer.batches, zipf_batches(sizes.vocab_size, 1, 64, seed=0)
