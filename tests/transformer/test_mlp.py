@@ -34,23 +34,23 @@ def results(function: Callable, projected: Tensor, weights: Tensor | None) -> li
     return [output, *torch.autograd.grad(output, inputs, torch.randn_like(output))]
 
 
-def draw(dtype: torch.dtype, is_weighted: bool) -> tuple[Tensor, Tensor | None]:
+def draw(dtype: torch.dtype, weights_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     torch.manual_seed(0)
     projected = torch.randn(7, 20).to(DEVICE, dtype).requires_grad_()
-    return projected, torch.rand(7, 1, device=DEVICE).requires_grad_() if is_weighted else None
+    return projected, weights_dtype and torch.rand(7, 1).to(DEVICE, weights_dtype).requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("is_weighted", [False, True], ids=["plain", "weighted"])
-def test_swiglu_equals_the_unfused_operations(dtype, is_weighted) -> None:
-    inputs = draw(dtype, is_weighted)
+@pytest.mark.parametrize("weights_dtype", [None, *DTYPES], ids=str)
+def test_swiglu_equals_the_unfused_operations(dtype, weights_dtype) -> None:
+    inputs = draw(dtype, weights_dtype)
     for found, expected in zip(results(swiglu, *inputs), results(unfused, *inputs), strict=True):
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected)
 
 
 def test_swiglu_keeps_its_input_only() -> None:
-    projected, weights = draw(torch.float32, True)
+    projected, weights = draw(torch.float32, torch.float32)
     kept = saved_tensors(lambda: swiglu(projected, weights))
     assert {tensor.data_ptr() for tensor in kept} == {projected.data_ptr(), weights.data_ptr()}
 

@@ -1,15 +1,15 @@
 """Measure training steps without Transformer Engine against Megatron-Core's local layers.
 
 Both sides train models of the same sizes with `transformer_impl` "local". The models with experts of our side have a
-routing mask, and the stock models choose among all experts. The model without experts isolates attention, norms,
-activation functions and loss.
+routing mask, and the stock models choose among all experts. The dense models isolate attention, norms, activation
+functions and loss.
 
 Peak memory is the growth of the resident memory during one training step, in a fresh process for each side. Before the
 step, the process has taken a step on a short sequence, so that weights, gradients and the optimizer's state are not
 counted. On a GPU, peak memory is that of torch's allocator.
 
     python tools/benchmarks/local_backend.py
-    python tools/benchmarks/local_backend.py --cases laptop memory
+    python tools/benchmarks/local_backend.py --cases laptop memory-4096-tokens
 """
 
 from maskmoe.megatron_compat import prepare_process
@@ -35,10 +35,10 @@ from maskmoe.megatron_compat import cpu
 _LONG = {"hidden_size": 256, "num_attention_heads": 8, "num_experts": 8, "vocab_size": 4096, "batch_size": 1}
 CASES: dict[str, dict[str, Any]] = {
     "laptop": {"hidden_size": 128, "num_attention_heads": 4, "num_experts": 8, "vocab_size": 4096, "seq_length": 256},
-    "2048 tokens": _LONG | {"seq_length": 2048},
-    "2048 tokens without experts": _LONG | {"seq_length": 2048, "num_experts": 0},
-    "memory of 4096 tokens": _LONG | {"seq_length": 4096},
-    "memory of 4096 tokens without experts": _LONG | {"seq_length": 4096, "num_experts": 0},
+    "2048-tokens": _LONG | {"seq_length": 2048},
+    "2048-tokens-dense": _LONG | {"seq_length": 2048, "num_experts": 0},
+    "memory-4096-tokens": _LONG | {"seq_length": 4096},
+    "memory-4096-tokens-dense": _LONG | {"seq_length": 4096, "num_experts": 0},
 }
 """Sizes of models with 4 layers; `laptop` is the model of launch/models/laptop.yaml."""
 
@@ -53,7 +53,7 @@ def sizes_of(case: str, dtype: str) -> argparse.Namespace:
 
 
 def peak_mib(case: str, side: Any, dtype: str) -> float:
-    """Return the MiB by which memory grows during a training step of one side; needs a fresh process."""
+    """Return the growth of memory during a training step of one side, in MiB; needs a fresh process."""
     sizes = sizes_of(case, dtype)
     trainer = build_trainer(side, sizes, 1, join_ranks())
     full, trainer.batches = trainer.batches, zipf_batches(sizes.vocab_size, 1, 64, seed=0)
@@ -90,7 +90,7 @@ def compare_peaks(case: str, arguments: argparse.Namespace) -> harness.Result:
         command = [sys.executable, __file__, "--cases", case, "--peak-of", side, "--dtype", arguments.dtype]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
-    return harness.Result(f"{case} {arguments.dtype}", "MiB", [measure("ours")], [measure("stock")])
+    return harness.Result(f"peak {case} {arguments.dtype}", "MiB", [measure("ours")], [measure("stock")])
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for case in timed:
         ours, stock = (build_trainer(side, sizes_of(case, arguments.dtype), 1, groups) for side in ("ours", "stock"))
-        timing = compare(f"training step of {case} {arguments.dtype}", ours.step, "stock", stock.step)
+        timing = compare(f"training step {case} {arguments.dtype}", ours.step, "stock", stock.step)
         results += harness.run([timing], arguments.repeats)
     harness.report(results, arguments.json)
     torch.distributed.destroy_process_group()

@@ -65,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
         for chunk in _chunks(rows):
             log_probs = torch.log_softmax(rows[chunk], dim=-1, dtype=torch.float32)
             losses[chunk] = -log_probs.gather(-1, column[chunk]).squeeze(-1)
-        # The share of this rank in the sum of all exponentials, by which its softmax is multiplied.
+        # The softmax of all ranks is this rank's softmax times this rank's share in the sum of all exponentials.
         share = None
         if tp_group.size() > 1:
             logit = rows.gather(-1, column).squeeze(-1).float()

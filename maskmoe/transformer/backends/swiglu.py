@@ -54,9 +54,10 @@ class _SwiGLU(torch.autograd.Function):
         gate, value = projected.chunk(2, dim=-1)
         activated_gate, grad_weights = silu(gate), None
         if weights is not None:
-            # Products with weights are rounded to the dtype of the weights, as by the unfused operations.
-            grad_weights = (grad_output.to(weights.dtype) * (activated_gate * value)).sum(dim=-1, keepdim=True)
-            grad_output = (grad_output * weights).to(grad_output.dtype)
+            # The unfused product with the weights has the wider dtype of both factors, and so has its gradient.
+            wide = grad_output.to(torch.promote_types(grad_output.dtype, weights.dtype))
+            grad_weights = (wide * (activated_gate * value)).sum(dim=-1, keepdim=True).to(weights.dtype)
+            grad_output = (wide * weights).to(grad_output.dtype)
         grad_projected = torch.empty_like(projected)
         grad_gate, grad_value = grad_projected.chunk(2, dim=-1)
         torch.mul(grad_output, activated_gate, out=grad_value)
