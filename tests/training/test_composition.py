@@ -59,8 +59,12 @@ def test_layout_agrees_with_single_process(runs, name):
 @pytest.mark.parametrize(
     "pair",
     [
-        pytest.param(pair, marks=pytest.mark.runs(*pair), id=pair[0])
-        for pair in (("rich", "rich, resumed"), ("groups", "groups, resumed"), ("muon", "muon, resumed"))
+        pytest.param(pair, marks=[pytest.mark.runs(*pair), *marks], id=pair[0])
+        for pair, *marks in (
+            (("rich", "rich, resumed"),),
+            (("groups", "groups, resumed"),),
+            (("muon", "muon, resumed"), pytest.mark.slow),
+        )
     ],
 )
 def test_resume_is_bit_equal(runs, pair):
