@@ -123,13 +123,13 @@ _ALWAYS_REFUSED = {
     "Megatron's dataset format. Tokenize the conversations first, and use --dataloader-inter-document-masking.",
     "--hybrid-context-parallel": "Hybrid context parallelism divides sequences in another way than the token ids are "
     "divided.",
-    "--spec": "MaskMoE builds the layer specification itself.",
+    "--spec": "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
     "--yaml-cfg": "MaskMoE reads its settings from the command line. Use launch/pretrain.sh with a model file.",
     "--perform-rl-step": "MaskMoE has no reinforcement learning.",
     "--logits-save-dir or --logits-load-dir": "MaskMoE has no distillation from logits.",
     "--fim-data": "MaskMoE builds Megatron-Core's GPTDataset only, which does not rearrange documents to fill in the "
     "middle.",
-    "--dataloader-type external": "MaskMoE builds the data loader itself.",
+    "--dataloader-type external": "MaskMoE builds the data loader itself, because all pipeline stages need token ids.",
     "--inprocess-restart": "MaskMoE restarts whole processes, as torchrun and Slurm do.",
     "--non-persistent-ckpt-type local or in_memory": "A local checkpoint has the tensors of one rank in a format of "
     "nvidia-resiliency-ext, from which MaskMoE cannot read the routing mask. Megatron-Core does not implement "
@@ -137,13 +137,17 @@ _ALWAYS_REFUSED = {
     "--experimental-attention-variant, --linear-attention-freq, --hybrid-layer-pattern, --hybrid-override-pattern, "
     "--mtp-hybrid-override-pattern, --is-hybrid-model, --heterogeneous-layers-config-path or "
     "--heterogeneous-layers-config-encoded-json": "The layer specifications of these models have no MaskMoE layers.",
-    "--use-megatron-fsdp or --use-torch-fsdp2": "Fully sharded data parallelism has not been tried with a routing "
-    "mask.",
+    "--use-megatron-fsdp": "Its checkpoints, of the format fsdp_dtensor, lack metadata.json and the digests by which "
+    "MaskMoE finds whole checkpoints, and store the settings of a run in another form. Use "
+    "--use-distributed-optimizer.",
+    "--use-torch-fsdp2": "Megatron-Core excludes expert parallelism, pipelines and its distributed optimizer with it. "
+    "Use --use-distributed-optimizer.",
     "--optimizer soap": "SOAP keeps square matrices for each parameter, but Megatron-Core's checkpoints hold only "
     "states in the shape of their parameter. Use muon.",
     "--optimizer adaptive_muon": "Megatron-Core's class lacks the attribute scale_mode, which the step of "
     "emerging-optimizers 0.3 reads. Use muon.",
-    "--transformer-impl inference_optimized": "This implementation is for inference. Use local or transformer_engine.",
+    "--transformer-impl inference_optimized": "Its router ignores the routing mask and cannot train. Use local or "
+    "transformer_engine.",
     "--ckpt-format other than torch_dist": "MaskMoE verifies the files of torch_dist checkpoints only, and reads the "
     "routing mask of a run from them. torch stores pickles for each rank; torch_dcp and fsdp_dtensor are for fully "
     "sharded data parallelism.",

@@ -62,12 +62,12 @@ def test_layout_agrees_with_single_process(runs, name):
 @pytest.mark.parametrize(
     "pair",
     [
-        pytest.param(pair, marks=pytest.mark.runs(*pair), id=pair[0])
-        for pair in (("rich", "rich, resumed"), ("groups", "groups, resumed"), ("muon", "muon, resumed"))
-    ]
-    + [
-        pytest.param(
-            ("latent", "latent, resumed"), marks=[pytest.mark.runs("latent", "latent, resumed"), pytest.mark.slow]
+        pytest.param(pair, marks=[pytest.mark.runs(*pair), *marks], id=pair[0])
+        for pair, *marks in (
+            (("rich", "rich, resumed"),),
+            (("groups", "groups, resumed"),),
+            (("muon", "muon, resumed"), pytest.mark.slow),
+            (("latent", "latent, resumed"), pytest.mark.slow),
         )
     ],
 )
