@@ -239,11 +239,16 @@ class RoutingMask(SealedTensors):
         Returns:
             Rank of each row, int16 `[tables, rows]`; None if any id sees experts of two ranks in a layer.
         """
-        visible = unpack_bits(self.visible_bits, self.num_experts)  # [tables, rows, experts]
-        sees_rank = visible.reshape(*visible.shape[:2], num_ranks, -1).any(axis=-1)  # [tables, rows, ranks]
-        # Check the rows through the ids, because some tables have rows that no id uses.
-        num_ranks_of_id = np.take_along_axis(sees_rank.sum(axis=-1), self.row_of_id.astype(np.int64), axis=1)
-        return sees_rank.argmax(axis=-1).astype(np.int16) if (num_ranks_of_id == 1).all() else None
+        rank_of_row = np.empty(self.visible_bits.shape[:2], np.int16)
+        # One table after the other, because the unpacked bits of all tables can take gigabytes.
+        for table, (row_of_id, visible_bits) in enumerate(zip(self.row_of_id, self.visible_bits, strict=True)):
+            visible = unpack_bits(visible_bits, self.num_experts)  # [rows, experts]
+            sees_rank = visible.reshape(len(visible), num_ranks, -1).any(axis=-1)  # [rows, ranks]
+            # Check the rows through the ids, because some tables have rows that no id uses.
+            if (sees_rank.sum(axis=-1)[row_of_id] != 1).any():
+                return None
+            rank_of_row[table] = sees_rank.argmax(axis=-1)
+        return rank_of_row
 
     def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
         """Return the mask extended to a larger vocabulary, for models whose embedding has padding rows.
