@@ -173,7 +173,8 @@ RUNS = {
     ),
     # Modules of Transformer Engine after a stop, and local modules after another stop.
     "on Transformer Engine": Run(
-        f"{DISTRIBUTED} {TRANSFORMER_ENGINE} --moe-grouped-gemm --exit-interval 4",
+        f"{DISTRIBUTED} {TRANSFORMER_ENGINE} --moe-grouped-gemm --exit-interval 4 "
+        "--dist-ckpt-strictness raise_unexpected",
         continues="start, distributed optimizer",
         program=STUB_TRANSFORMER_ENGINE,
         saves=True,
