@@ -1,4 +1,4 @@
-"""What launch/slurm/pretrain.sbatch does after the exit codes of the nodes, with stubs of Slurm's commands."""
+"""The job script launch/slurm/pretrain.sbatch after the exit codes of the nodes, with stubs of Slurm's commands."""
 
 import os
 import subprocess
