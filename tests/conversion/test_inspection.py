@@ -83,6 +83,9 @@ def test_multi_token_prediction_is_a_part_of_its_own(tmp_path):
     assert sum(model.parameters.values()) == original.num_parameters() + biases
     assert model.active_parameters == sum(model.parameters.values()) - model.parameters["experts"] * 2 // 6
     assert any(name.startswith("megatron/mtp-00001-of-") for name in model.digests)
+    shutil.rmtree(tmp_path / "model" / "megatron")  # as in a folder that transformers saves again
+    with pytest.raises(UserError, match=r"megatron/mtp\.safetensors is missing$"):
+        huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "back"))
 
 
 def test_damage_is_reported(checkpoints, model, tmp_path):
