@@ -186,11 +186,10 @@ class ActivationModel:
             projected = heads * config.v_head_dim
             # The compressed queries and keys are kept before and after their norms.
             compressed = (config.q_lora_rank or 0) + config.kv_lora_rank
-            before_norm = self._norm_input / config.hidden_size * compressed if config.qk_layernorm else 0
-            after_norm = (compressed + config.qk_pos_emb_head_dim) * self._shard * self._element
-            before_norms = before_norm + after_norm
+            kept_twice = compressed if config.qk_layernorm else 0
+            before_norms = (compressed + kept_twice + config.qk_pos_emb_head_dim) * self._shard * self._element
             if config.qk_layernorm and config.q_lora_rank is None:
-                before_norms += self._norm_input + self._hidden  # queries are projected from normalized hidden states
+                before_norms += self._hidden  # queries are projected from hidden states that are normalized again
         else:
             width = config.kv_channels or 0  # `TransformerConfig` derives a missing number
             sizes = _HeadSizes(heads, groups, width, width)
