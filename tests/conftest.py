@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ def pytest_configure() -> None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads the variable when a module with kernels is imported.
     prepare_process()
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)  # pytest-xdist defines the hook and calls the first that answers
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide the tests among several processes by the fixtures that the tests share."""
+    from support.scheduling import FixtureScheduling
+
+    return FixtureScheduling(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -29,8 +29,10 @@ fail() {
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-# Select the tests and the Debian packages that they need.
-selected="not slow and not slurm and not docker and not te" checks=true packages=() python=.venv/bin/python
+# Select the tests and the Debian packages that they need. Most tests keep one core busy, so two processes share the
+# default tests. They start with the tests of training, which take longest.
+selected="not slow and not slurm and not docker and not te" checks=true packages=() python=.venv/bin/python workers=()
+(($#)) || workers=(--numprocesses 2 --no-loadscope-reorder)
 case ${1:-} in
     --all)
         selected="not slurm and not docker and not te"
@@ -62,7 +64,11 @@ has_gpu() {
 }
 
 launch/setup.sh --extras dev,eval,hf
-has_gpu || selected+=" and not gpu"
+if has_gpu; then
+    workers=() # the tests would share the GPU's memory
+else
+    selected+=" and not gpu"
+fi
 [[ $python == .venv/* ]] || tests/transformer_engine.sh
 if ((${#packages[@]})); then
     ((EUID == 0)) || fail "these tests need root, because they make networks, hosts and containers"
@@ -93,4 +99,4 @@ fi
 
 # Many tests start several processes, so each process computes with one thread.
 export OMP_NUM_THREADS=1
-exec "$python" -m pytest -m "$selected" "$@"
+exec "$python" -m pytest -m "$selected" "${workers[@]}" "$@"

@@ -2,8 +2,8 @@
 
 The terms follow the forward pass of Megatron-Core's modules. Korthikanti et al., arXiv 2205.05198, section 4, derive
 them for layers without experts. Attention keeps no scores, except on CPUs with attention dropout. Transformer Engine's
-modules fuse norms and activation functions; the local modules keep more. The estimate assumes that all experts get the
-same number of rows.
+modules fuse norms and all activation functions; the local modules fuse some. The estimate assumes that all experts get
+the same number of rows.
 """
 
 from argparse import Namespace
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from maskmoe.check.layout import Layout
 from maskmoe.check.parameters import Chunk
+from maskmoe.transformer.backends.swiglu import is_plain_swiglu
 
 _FP32_BYTES = 4
 _ID_BYTES = 8
@@ -94,15 +95,13 @@ class ActivationModel:
         self._row = (config.moe_latent_size or config.hidden_size) * self._element
         self._num_rows = self._shard * experts_per_token * layout.expert_tensor
         self._expert_channels = self._num_rows * (config.moe_ffn_hidden_size or 0) / layout.expert_tensor
-        # Torch's RMSNorm keeps its input in fp32, before and after the division by the root mean square.
-        has_torch_norm = not self._fused and config.normalization != "LayerNorm"
-        self._norm_input = 2 * self._shard * config.hidden_size * _FP32_BYTES if has_torch_norm else self._hidden
         # An MLP keeps inputs and output of its activation function. Without fusion, the product of a gated MLP keeps
         # both halves once more: one activated, the other with an offset.
-        self._mlp_channel = (2 if not config.gated_linear_unit else 3 if self._fused else 5) * self._element
-        # A layer keeps these bytes in proportion to the number of rows on this rank's experts. The local experts
-        # multiply the output of the activation function by the weight of each token.
-        per_channel = self._mlp_channel + (0 if self._fused else self._element)
+        is_fused = self._fused or config.bias_activation_fusion or is_plain_swiglu(config)
+        self._mlp_channel = (2 if not config.gated_linear_unit else 3 if is_fused else 5) * self._element
+        # A layer keeps these bytes in proportion to the number of rows on this rank's experts. Without fusion, the
+        # output of the activation function is multiplied by the weight of each token.
+        per_channel = self._mlp_channel + (0 if is_fused else self._element)
         self._expert_bytes = self._num_rows * self._row + self._expert_channels * per_channel
         self._dropped = config.recompute_modules or () if config.recompute_granularity == "selective" else ()
         attention, dense_mlp = self._attention(), _Tensors(self._mlp(config.ffn_hidden_size), ("mlp",))
@@ -136,9 +135,15 @@ class ActivationModel:
         return max(self._dense.recomputed, self._moe.recomputed if chunk.moe_layers or chunk.mtp_layers else 0)
 
     def _logits(self, chunk: Chunk) -> float:
-        """Return the bytes of the logits of one output, and of the fp32 exponentials of the losses of all outputs."""
+        """Return the bytes of the logits of all outputs, which the gradients overwrite.
+
+        With `cross_entropy_loss_fusion`, return the bytes of the logits of one output, and of the fp32 exponentials of
+        the losses of all outputs.
+        """
         elements = self._tokens * self._padded_vocab / self._layout.tensor if chunk.has_output else 0
-        return (1 + chunk.mtp_layers) * elements * _FP32_BYTES + elements * self._element
+        if self._config.cross_entropy_loss_fusion:
+            return (1 + chunk.mtp_layers) * elements * _FP32_BYTES + elements * self._element
+        return (1 + chunk.mtp_layers) * elements * self._element
 
     def _kept(self, chunk: Chunk) -> float:
         """Return the bytes that a model chunk keeps of one micro-batch until its backward pass."""
@@ -155,7 +160,7 @@ class ActivationModel:
             kept += chunk.mtp_layers * (self._moe if chunk.moe_layers else self._dense).kept
         # Multi-token prediction concatenates the outputs of two norms. Before each output there is a norm.
         norms = 2 * chunk.mtp_layers + (1 + chunk.mtp_layers if chunk.has_output else 0)
-        kept += norms * (self._norm_input + self._hidden)
+        kept += norms * 2 * self._hidden
         return kept + (self._tokens * _ID_BYTES + self._dropout_mask if chunk.has_embedding else 0)
 
     def _mean_layer(self, chunk: Chunk) -> float:
@@ -180,8 +185,11 @@ class ActivationModel:
             sizes = _HeadSizes(heads, heads, config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim)
             projected = heads * config.v_head_dim
             # The compressed queries and keys are kept before and after their norms.
-            compressed = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_pos_emb_head_dim
-            before_norms = 2 * self._shard * compressed * self._element
+            compressed = (config.q_lora_rank or 0) + config.kv_lora_rank
+            kept_twice = compressed if config.qk_layernorm else 0
+            before_norms = (compressed + kept_twice + config.qk_pos_emb_head_dim) * self._shard * self._element
+            if config.qk_layernorm and config.q_lora_rank is None:
+                before_norms += self._hidden  # queries are projected from hidden states that are normalized again
         else:
             width = config.kv_channels or 0  # `TransformerConfig` derives a missing number
             sizes = _HeadSizes(heads, groups, width, width)
@@ -191,7 +199,8 @@ class ActivationModel:
         output = heads * sizes.value_width * channel
         gate = 2 * output if config.attention_output_gate else 0
         return [
-            _Tensors(2 * (self._norm_input + self._dropout_mask)),
+            # The inputs of the norms are the hidden states before attention and before the MLP.
+            _Tensors(2 * (self._hidden + self._dropout_mask)),
             _Tensors(2 * self._hidden, ("layernorm",)),
             _Tensors(inputs * channel, ("mla_up_proj",)),
             _Tensors(before_norms + output + gate),
@@ -261,7 +270,9 @@ class ActivationModel:
         router = self._shard * self._config.num_moe_experts * (2 * _FP32_BYTES + 2)
         router += 5 * self._shard * self.experts_per_token * _ID_BYTES
         latent = self._shard * self._row if self._config.moe_latent_size else 0
-        activated = self._expert_channels * self._element
+        # Recomputation of the activation function keeps its input.
+        activated = self._expert_bytes - self._num_rows * self._row
+        activated -= self._expert_channels * (2 if self._config.gated_linear_unit else 1) * self._element
         return [
             _Tensors(router + latent + self._expert_bytes - activated, ("moe",)),
             _Tensors(activated, ("moe", "moe_act")),

@@ -151,7 +151,7 @@ class Inspection:
     def _find_mask(self, checkpoint: Path | None) -> RoutingMask | None:
         """Return the routing mask of the run; None if there is none, or none that can be read."""
         with self._collecting():
-            return find_routing_mask(self._args, checkpoint)
+            return find_routing_mask(self._args, checkpoint, self._notes.append)
         if self._args.routing_mask and checkpoint is not None:
             # If the mask in the file is bad, the mask in the checkpoint has not been read yet.
             with self._collecting():
@@ -169,11 +169,8 @@ class Inspection:
             return None
         args, repaired = deepcopy(self._args), layout.repaired()
         args.world_size, args.global_batch_size = repaired.ranks, args.global_batch_size and repaired.global_batch
-        # Megatron refuses grouped experts without a GPU, which the machine of the check need not have.
-        args.moe_grouped_gemm = self._args.moe_grouped_gemm and not cpu.is_installed()
         with self._collecting(), megatrons_checks():
             validate_args(args)
-            args.moe_grouped_gemm = self._args.moe_grouped_gemm
             return args
         return None
 

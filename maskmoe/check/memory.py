@@ -39,7 +39,7 @@ class StageMemory:
         weights, gradients, optimizer, routing_mask: bytes that are allocated once and kept.
         activations: bytes that the backward passes of all micro-batches in flight will read.
         recomputation: bytes of all activations of the layers that are recomputed at one time.
-        logits: bytes of the logits and their softmax, of one micro-batch.
+        logits: bytes of the logits of one micro-batch, and of their softmax if the loss keeps it.
         dispatch: bytes of the rows that a layer sends to experts and gets back.
         doubled_rows: additional bytes if the experts of the rank get twice their share of rows.
         micro_batches_in_flight: the largest number of micro-batches with kept activations.

@@ -8,7 +8,7 @@ Engine's parameters. So a machine without Transformer Engine can count for a mac
 import copy
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskmoe.check.layout import Layout
-from maskmoe.megatron_compat.patches import latent_projections_without_transformer_engine
+from maskmoe.conversion.settings import expand_layer_frequency
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
@@ -114,21 +114,36 @@ class ExpertUse:
     description: str = ""
 
     @classmethod
-    def from_mask(cls, mask: RoutingMask | None, topk: int) -> "ExpertUse":
+    def from_mask(cls, mask: RoutingMask | None, topk: int, layers: Sequence[int]) -> "ExpertUse":
         """Return the use of experts under a routing mask; without one, every token uses `topk` experts.
 
         The mean assumes that the frequent ids have exactly the share of occurrences that they were chosen to cover. The
         true share differs by less than the share of one id.
+
+        Args:
+            mask: the routing mask; None if there is none.
+            topk: k.
+            layers: the layers with experts, counted from 0; layers that the mask lacks are left out.
         """
-        if mask is None:
+        tables = [] if mask is None else [0] if mask.is_shared else [n for n in layers if n < mask.num_layers]
+        if mask is None or not tables:
             return cls(topk, topk)
-        used = np.minimum(mask.num_visible, topk)
-        is_frequent = mask.num_visible > 1
-        if is_frequent.all() or not is_frequent.any():
-            return cls(topk, float(used.mean()), f"every id uses {used.mean():.3g}")
-        share, of_frequent = mask.provenance.frequent_mass, float(used[is_frequent].mean())
-        mean = share * of_frequent + (1 - share) * float(used[~is_frequent].mean())
-        return cls(topk, mean, f"{share:.0%} of the tokens use {of_frequent:.3g}, the others 1")
+        means, descriptions = zip(*(_use_in_table(mask, topk, table) for table in tables), strict=True)
+        description = descriptions[0]
+        if len(set(descriptions)) > 1:
+            description = f"{min(means):.3g} to {max(means):.3g} in the layers"
+        return cls(topk, float(np.mean(means)), description)
+
+
+def _use_in_table(mask: RoutingMask, topk: int, table: int) -> tuple[float, str]:
+    """Return the mean of min(k, V) over the tokens in one table, and how it comes about."""
+    num_visible = mask.num_visible_of_layer(table)
+    used, is_frequent = np.minimum(num_visible, topk), num_visible > 1
+    if is_frequent.all() or not is_frequent.any():
+        return float(used.mean()), f"every id uses {used.mean():.3g}"
+    share, of_frequent = mask.provenance.frequent_mass, float(used[is_frequent].mean())
+    mean = share * of_frequent + (1 - share) * float(used[~is_frequent].mean())
+    return mean, f"{share:.0%} of the tokens use {of_frequent:.3g}, the others 1"
 
 
 @dataclass(frozen=True)
@@ -177,11 +192,14 @@ def count_parameters(args: Namespace, config: MaskMoEGPTModelConfig, mask: Routi
     buffers: Iterable[torch.Tensor] = ()
     if mask is not None and mask.num_experts == args.num_experts:  # a mask that does not fit is an error of its own
         buffers = VisibleExperts(config.transformer, mask, ProcessGroupCollection()).buffers()
+    layers = []
+    if args.num_experts:
+        layers = np.flatnonzero(expand_layer_frequency(args.moe_layer_freq, args.num_layers)).tolist()
     return ModelParameters(
         whole,
         stages=tuple(_count_stage(local, layout, stage) for stage in range(layout.pipeline)),
         num_experts=args.num_experts,
-        expert_use=ExpertUse.from_mask(mask, args.moe_router_topk if args.num_experts else 0),
+        expert_use=ExpertUse.from_mask(mask, args.moe_router_topk if args.num_experts else 0, layers),
         mask_bytes=sum(buffer.nbytes for buffer in buffers),
         padded_vocab_size=args.padded_vocab_size,
     )
@@ -204,11 +222,6 @@ class _CoreAttention(torch.nn.Module):
         if config.softmax_type == "learnable":
             heads = config.num_attention_heads // pg_collection.tp.size()
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads))
-
-
-def _latent_projection(input_size: int, output_size: int, *, bias: bool, **kwargs: Any) -> torch.nn.Module:
-    """Return a projection between hidden states and the rows that latent experts get."""
-    return torch.nn.Linear(input_size, output_size, bias)
 
 
 class _CountingModelBuilder(MaskMoEGPTModelBuilder):
@@ -262,7 +275,7 @@ def _count_stage(config: MaskMoEGPTModelConfig, layout: Layout, stage: int) -> t
 
 def _count_chunk(config: MaskMoEGPTModelConfig, groups: ProcessGroupCollection, vp_stage: int | None) -> Chunk:
     """Build one model chunk on tensors without storage, and count its parameters."""
-    with FakeTensorMode(), latent_projections_without_transformer_engine(_latent_projection):
+    with FakeTensorMode():
         model = _CountingModelBuilder(config).build_model(groups, vp_stage=vp_stage)
     parameters = Counter(dict.fromkeys(PARTS, 0))
     experts_of_rank = (config.transformer.num_moe_experts or 0) // groups.ep.size()

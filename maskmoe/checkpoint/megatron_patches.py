@@ -4,13 +4,17 @@ Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says 
 """
 
 import pickle
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.training import checkpointing
 from torch.distributed.checkpoint import default_planner, filesystem
 
 from maskmoe.checkpoint.unpickling import read_layout, read_object
@@ -53,7 +57,34 @@ def tie_writers_to_their_rank() -> None:
     replace(filesystem_async, "get_write_results_queue", get_write_results_queue)
 
 
-EVERY_PROCESS = (unpickle_data_only, tie_writers_to_their_rank)
+def load_either_implementation() -> None:
+    """Load checkpoints of local modules into Transformer Engine's modules, and the other way round.
+
+    Replaces: `_load_global_dist_base_checkpoint` in `megatron.training.checkpointing`.
+    Why: In layers with experts, Megatron's local modules and Transformer Engine's save the norm before the experts
+        under different names, and Transformer Engine's norms save a state of FP8, too. Megatron asks a checkpoint for
+        the names of the model that is loaded, and has no hook between the request and the checkpoint.
+    Can go: When Megatron's local modules save the same names as Transformer Engine's.
+    """
+    load_stock = checkpointing._load_global_dist_base_checkpoint
+
+    @wraps(load_stock)
+    def load(
+        load_dir: str, args: Namespace, rank0: bool, state: dict | None, iteration: int, release: bool, **options: Any
+    ) -> tuple:
+        if state is not None and not rank0:
+            # Processes that load no checkpoint need not spend the time to import these modules.
+            from maskmoe.checkpoint.implementations import request_saved_names
+            from maskmoe.checkpoint.integrity import read_checkpoint_layout
+
+            folder = checkpointing.get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)
+            request_saved_names(state, read_checkpoint_layout(Path(folder)).state_dict_metadata.keys())
+        return load_stock(load_dir, args, rank0, state, iteration, release, **options)
+
+    replace(checkpointing, "_load_global_dist_base_checkpoint", load)
+
+
+EVERY_PROCESS = (unpickle_data_only, tie_writers_to_their_rank, load_either_implementation)
 """The patches that `prepare_process` applies."""
 
 
@@ -70,7 +101,7 @@ def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager]) -
         while_saving: Returns a context manager that is entered around each save.
     """
     # Processes that do not train need not spend the time to import these modules.
-    from megatron.training import checkpointing, training
+    from megatron.training import training
 
     from maskmoe.checkpoint.saving import SealedSaveStrategy, saving_whole_checkpoints
 

@@ -11,17 +11,19 @@ Example:
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import add_seed_argument, add_workers_argument, command_parser
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe
+from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, MaskRecipe
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
 
+_HASH_LAYERS = ("hash_layers", "hash_visible_experts", "hash_assignment")
 _METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
 
 
@@ -72,6 +74,16 @@ def parse_arguments() -> argparse.Namespace:
         "hash-balanced (every id sees one expert, placed by count), top-k-hash (every id sees "
         "--frequent-visible-experts experts)",
     )
+    first = "the first L transformer layers are hash layers: every id sees equally many experts there, and the other "
+    method.add_argument("--hash-layers", type=int, metavar="L", help=f"{first}flags apply to the other layers only")
+    number = "experts that every id sees in a hash layer; with k of them, the table picks the k experts and the router "
+    method.add_argument("--hash-visible-experts", type=int, metavar="V", help=f"{number}only weights them (default: 1)")
+    method.add_argument(
+        "--hash-assignment",
+        choices=ASSIGNMENTS,
+        help="how the experts of hash layers are chosen (default: rank-local with --assignment rank-local, "
+        "else balanced)",
+    )
     method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
     add_seed_argument(method, "the random choices")
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
@@ -86,7 +98,16 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
         UserError: Flags are missing or contradict each other.
     """
     given = {name: value for name in _METHOD if (value := getattr(arguments, name)) is not None}
-    common = {"seed": arguments.seed, "shared_table": arguments.shared_table}
+    common: dict[str, Any] = {"seed": arguments.seed, "shared_table": arguments.shared_table}
+    if arguments.hash_layers is not None:
+        common["hash_layers"] = HashLayers(
+            num_layers=arguments.hash_layers,
+            visible_experts=1 if arguments.hash_visible_experts is None else arguments.hash_visible_experts,
+            assignment=arguments.hash_assignment
+            or ("rank-local" if arguments.assignment == "rank-local" else "balanced"),
+        )
+    elif hashed := [name for name in _HASH_LAYERS if getattr(arguments, name) is not None]:
+        raise UserError(f"{_flags(hashed)} without --hash-layers")
     if arguments.assignment == "rank-local":
         if arguments.expert_model_parallel_size is None:
             raise UserError("--assignment rank-local needs --expert-model-parallel-size")
@@ -105,7 +126,7 @@ def mask_from_table(arguments: argparse.Namespace) -> RoutingMask:
     Raises:
         UserError: The table cannot be used, or a flag is given that the table already decides.
     """
-    given = [name for name in (*_METHOD, "preset") if getattr(arguments, name) is not None]
+    given = [name for name in (*_METHOD, "preset", *_HASH_LAYERS) if getattr(arguments, name) is not None]
     if arguments.shared_table:
         given.append("shared_table")
     if given:
@@ -122,11 +143,14 @@ def _flags(names: list[str]) -> str:
 
 def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None) -> None:
     """Print size, frequent ids, expected load and digest of the mask, and a warning if it cannot be balanced."""
-    num_visible = mask.num_visible
+    # The frequent ids see several experts in all layers but the hash layers, so also in the last layer.
+    num_visible = mask.num_visible_of_layer(mask.num_layers - 1)
     is_frequent = num_visible > 1
     tables = "one table for all layers" if mask.is_shared else f"{mask.num_layers} tables"
     size = f"{mask.nbytes / 2**20:.2f} MiB"
     print(f"mask             {mask.vocab_size:,} ids · {mask.num_experts} experts · {tables} · {size}")
+    if hashed := mask.provenance.hash_layers:
+        print(f"hash layers      the first {hashed.num_layers}: every id sees {hashed.visible_experts}")
     sees = f", each sees {num_visible.max()} experts" if is_frequent.any() else ""
     print(f"frequent ids     {is_frequent.sum():,} of {mask.vocab_size:,}{sees}; every other id sees 1")
     if frequency is not None:
@@ -154,11 +178,13 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
         return
     worst = ids[0]
     others = f" ({len(ids) - 1:,} more ids are too frequent as well)" if len(ids) > 1 else ""
-    share, num_visible = occurrences[worst] / occurrences.sum(), mask.num_visible[worst]
+    share, num_visible = occurrences[worst] / occurrences.sum(), mask.fewest_visible_of_id[worst]
     needed = max(2, math.ceil(share * mask.num_experts))
-    num_ranks = mask.provenance.expert_model_parallel_size
+    num_ranks, hashed = mask.provenance.expert_model_parallel_size, mask.provenance.hash_layers
     if num_ranks and share > 1 / num_ranks:
         cure = f"use fewer than {num_ranks} expert-parallel ranks, or another assignment"
+    elif hashed and num_visible == hashed.visible_experts:
+        cure = f"use --hash-visible-experts of at least {needed}, or no hash layers"
     elif num_visible == 1:
         cure = f"make it frequent (a larger --frequent-mass) with --frequent-visible-experts of at least {needed}"
     else:

@@ -27,8 +27,10 @@ def dispatch(words: Sequence[str]) -> None:
     """
     if not words:
         raise UserError("which subcommand? (maskmoe --help lists the subcommands)")
-    name, *arguments = words
     modules = {subcommand.name: subcommand.module for subcommand in SUBCOMMANDS}
+    # A name of two words comes first: `mask widen` is another subcommand than `mask`.
+    num_words = 2 if " ".join(words[:2]) in modules else 1
+    name, arguments = " ".join(words[:num_words]), words[num_words:]
     if name in ("-h", "--help"):
         print(help_text())
     elif name == "--version":

@@ -8,7 +8,7 @@ class Subcommand:
     """One subcommand of `maskmoe`.
 
     Attributes:
-        name: the word after `maskmoe` on the command line.
+        name: the word, or the two words, after `maskmoe` on the command line.
         module: the module whose `main()` reads `sys.argv` and does the work. Only the chosen subcommand's module is
             imported, so that `maskmoe --help` does not wait for torch.
         help: one line for `maskmoe --help`.
@@ -25,6 +25,9 @@ SUBCOMMANDS = (
     Subcommand("preprocess", "maskmoe.commands.preprocess_data", "tokenize raw text into a Megatron dataset"),
     Subcommand("count", "maskmoe.commands.count_token_frequency", "count how often each token id occurs in a dataset"),
     Subcommand("mask", "maskmoe.commands.build_routing_mask", "build the routing mask from token frequencies"),
+    Subcommand(
+        "mask widen", "maskmoe.commands.widen_routing_mask", "let frequent ids of a routing mask see more experts"
+    ),
     Subcommand("pretrain", "maskmoe.commands.pretrain", "pretrain a model from Megatron's flags"),
     Subcommand("evaluate", "maskmoe.commands.evaluate", "compute a checkpoint's loss by token frequency"),
     Subcommand("generate", "maskmoe.commands.generate", "generate text from a Megatron checkpoint"),

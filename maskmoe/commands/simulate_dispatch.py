@@ -114,8 +114,10 @@ def print_settings(
     arguments: argparse.Namespace, mask: RoutingMask, batches: MicroBatches, layouts: Sequence[Layout]
 ) -> None:
     """Print the dataset, the mask, the micro-batches and the cluster."""
-    is_frequent = mask.num_visible > 1
-    sees = f"; {is_frequent.sum():,} of them see {mask.num_visible.max()}" if is_frequent.any() else ""
+    is_frequent = mask.most_visible_of_id > 1
+    sees = f"; {is_frequent.sum():,} of them see {mask.max_visible}" if is_frequent.any() else ""
+    if hashed := mask.provenance.hash_layers:
+        sees += f", and every id sees {hashed.visible_experts} in the first {hashed.num_layers} layers"
     print(f"dataset          {arguments.data_path}: {len(batches.tokens):,} tokens")
     if overlapping := [layout.num_gpus for layout in layouts if batches.overlap(layout.num_gpus)]:
         print(f"                 with {overlapping[0]:,} or more GPUs, some tokens are given to several ranks")

@@ -3,8 +3,10 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from functools import cache
+from math import isclose, log
 from typing import Any
 
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
 from maskmoe.conversion.settings import expand_layer_frequency
@@ -25,8 +27,6 @@ _FIXED_ARGS: dict[str, Any] = {
     "linear_attention_freq": None,
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
-    "mtp_num_layers": None,
-    "multi_latent_attention": False,
     "no_rope_freq": None,
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
@@ -52,18 +52,28 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Settings of YaRN in multi-latent attention for which Megatron has no flags, with Megatron's values.
+_YARN_WITHOUT_FLAGS = {
+    name: getattr(MLATransformerConfig, name) for name in ("original_max_position_embeddings", "beta_fast", "beta_slow")
+}
 # Fields of `MaskMoEConfig` with the argument of Megatron that has the same value.
 _FIELDS = {
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_attention_heads",
-    "head_dim": "kv_channels",
     "intermediate_size": "ffn_hidden_size",
     "max_position_embeddings": "max_position_embeddings",
     "rms_norm_eps": "layernorm_epsilon",
     "initializer_range": "init_method_std",
     "attention_dropout": "attention_dropout",
-    "attention_bias": "add_qkv_bias",
+    "mtp_use_repeated_layer": "mtp_use_repeated_layer",
+}
+_LATENT_FIELDS = {
+    "kv_lora_rank": "kv_lora_rank",
+    "q_lora_rank": "q_lora_rank",
+    "qk_nope_head_dim": "qk_head_dim",
+    "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "v_head_dim": "v_head_dim",
 }
 _EXPERT_FIELDS = {
     "num_experts_per_tok": "moe_router_topk",
@@ -91,12 +101,11 @@ def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
     if refusals := _inexpressible(args):
         raise UserError(f"a model with {', '.join(refusals)} cannot be expressed in transformers' format")
     fields = {field: getattr(args, name) for field, name in _FIELDS.items()} | {
+        **(_latent_attention_fields(args) if args.multi_latent_attention else _attention_fields(args)),
         "vocab_size": vocab_size,
-        "num_key_value_heads": args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        "rope_parameters": _rope_parameters(args),
+        "num_nextn_predict_layers": args.mtp_num_layers or 0,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "hidden_act": "silu",
-        "qk_norm": ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None,
         "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in sparse_layers(args)],
         "num_experts": args.num_experts or 0,
     }
@@ -123,15 +132,14 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
         UserError: the model has a setting, or a combination of scores and normalisation, that Megatron-Core does not
             have; names the setting.
     """
-    qk_norm = config["qk_norm"]
     is_sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
     args = _FIXED_ARGS | {name: config[field] for field, name in _FIELDS.items()}
-    args |= _rotary_args(config["rope_parameters"]) | {
-        "group_query_attention": config["num_key_value_heads"] != config["num_attention_heads"],
-        "num_query_groups": config["num_key_value_heads"],
+    args |= _latent_attention_args(config) if config["kv_lora_rank"] is not None else _attention_args(config)
+    args |= {
         "seq_length": config["max_position_embeddings"],
-        "qk_layernorm": qk_norm is not None,
-        "qk_layernorm_all_heads": qk_norm == "all_heads",
+        "mtp_num_layers": config["num_nextn_predict_layers"] or None,
+        "qk_layernorm": config["qk_norm"] is not None,
+        "qk_layernorm_all_heads": config["qk_norm"] == "all_heads",
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
         "hidden_dropout": 0.0,
         "add_position_embedding": True,
@@ -190,6 +198,114 @@ def _aux_loss_coefficient(args: Namespace) -> float:
     return dict(zip(kinds, coefficients, strict=True)).get("aux_loss", 0.0)
 
 
+def _attention_fields(args: Namespace) -> dict[str, Any]:
+    """Return the fields of `MaskMoEConfig` about grouped-query attention."""
+    return dict.fromkeys(_LATENT_FIELDS) | {
+        "num_key_value_heads": args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        "head_dim": args.kv_channels,
+        "attention_bias": args.add_qkv_bias,
+        "rope_parameters": _rope_parameters(args),
+        "qk_norm": ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None,
+    }
+
+
+def _attention_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments about grouped-query attention."""
+    return _rotary_args(config["rope_parameters"]) | {
+        "multi_latent_attention": False,
+        "group_query_attention": config["num_key_value_heads"] != config["num_attention_heads"],
+        "num_query_groups": config["num_key_value_heads"],
+        "kv_channels": config["head_dim"],
+        "add_qkv_bias": config["attention_bias"],
+    }
+
+
+def _latent_attention_fields(args: Namespace) -> dict[str, Any]:
+    """Return the fields of `MaskMoEConfig` about multi-latent attention, whose projections never have biases."""
+    return {field: getattr(args, name) for field, name in _LATENT_FIELDS.items()} | {
+        "num_key_value_heads": args.num_attention_heads,
+        "head_dim": args.qk_pos_emb_head_dim,
+        "attention_bias": False,
+        "rope_parameters": _latent_rope_parameters(args),
+        "qk_norm": "latent" if args.qk_layernorm else None,
+    }
+
+
+def _latent_attention_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments about multi-latent attention."""
+    rope = config["rope_parameters"]
+    args = _yarn_args(rope) if rope["rope_type"] == "yarn" else {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    args |= {name: config[field] for field, name in _LATENT_FIELDS.items()} | {
+        "multi_latent_attention": True,
+        "group_query_attention": False,
+        "kv_channels": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+        "add_qkv_bias": False,
+        "rotary_base": _whole_if_possible(rope["rope_theta"]),
+        "rotary_percent": 1.0,
+    }
+    if rope["rope_type"] not in ("default", "yarn"):
+        raise UserError(f"Megatron-Core's multi-latent attention has no rope_type {rope['rope_type']}")
+    return args
+
+
+def _latent_rope_parameters(args: Namespace) -> dict[str, Any]:
+    """Return the field `rope_parameters` of `MaskMoEConfig` for multi-latent attention, which uses YaRN by default."""
+    rope_theta = float(args.rotary_base)
+    if args.rope_type == "rope":
+        return {"rope_type": "default", "rope_theta": rope_theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": rope_theta,
+        "factor": args.rotary_scaling_factor,
+        **{name: getattr(args, name) for name in _YARN_WITHOUT_FLAGS},
+        "mscale": args.mscale,
+        "mscale_all_dim": args.mscale_all_dim,
+        # transformers derives another factor if `mscale_all_dim` is 0.
+        "attention_factor": _yarn_attention_factor(args.rotary_scaling_factor, args.mscale, args.mscale_all_dim),
+    }
+
+
+def _yarn_args(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments about YaRN in multi-latent attention.
+
+    Raises:
+        UserError: Megatron-Core does not have the model's rotary embedding.
+    """
+    factor, mscale_all_dim = rope["factor"], rope.get("mscale_all_dim") or 0.0
+    # Without `attention_factor`, transformers uses `mscale` only along with `mscale_all_dim`.
+    mscale = (rope.get("mscale") or 1.0) if mscale_all_dim or "attention_factor" in rope else 1.0
+    attention_factor = _yarn_attention_factor(factor, mscale, mscale_all_dim)
+    expected = rope.get("attention_factor")
+    if expected is None:
+        expected = attention_factor if rope.get("mscale") or not mscale_all_dim else _yarn_mscale(factor, 1.0)
+    if not isclose(attention_factor, expected) or not rope.get("truncate", True):
+        raise UserError(
+            "Megatron-Core supports YaRN only with truncate, and with the attention_factor that follows from factor, "
+            f"mscale and mscale_all_dim; rope_parameters are {dict(rope)}"
+        )
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": factor,
+        "mscale": mscale,
+        "mscale_all_dim": mscale_all_dim,
+        **{name: rope[name] for name, value in _YARN_WITHOUT_FLAGS.items() if (rope.get(name) or value) != value},
+    }
+
+
+def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
+    """Return the factor of rotary cosines and sines in YaRN."""
+    return _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _whole_if_possible(base: float) -> float:
+    """Return a rotary base as an integer if it is one, since Megatron's flag takes integers."""
+    return int(base) if float(base).is_integer() else base
+
+
 def _rope_parameters(args: Namespace) -> dict[str, Any]:
     """Return the field `rope_parameters` of `MaskMoEConfig`."""
     parameters: dict[str, Any] = {"rope_type": "default"}
@@ -212,7 +328,7 @@ def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
     base, factor = rope["rope_theta"], rope.get("factor", 1.0)
     is_llama3, is_linear = rope["rope_type"] == "llama3", rope["rope_type"] == "linear"
     args = {
-        "rotary_base": int(base) if float(base).is_integer() else base,
+        "rotary_base": _whole_if_possible(base),
         "rotary_percent": rope.get("partial_rotary_factor", 1.0),
         "rotary_seq_len_interpolation_factor": int(factor) if is_linear else None,
         "use_rope_scaling": is_llama3,
@@ -236,6 +352,11 @@ def _inexpressible(args: Namespace) -> list[str]:
             refusals.append(flag if isinstance(value, bool) else f"{flag} {value}")
     if args.use_rope_scaling and args.rotary_seq_len_interpolation_factor is not None:
         refusals.append("--rotary-seq-len-interpolation-factor along with --use-rope-scaling")
+    if args.multi_latent_attention and args.rotary_percent != 1.0:
+        refusals.append(f"--rotary-percent {args.rotary_percent} along with --multi-latent-attention")
+    is_scaled = args.rotary_scaling_factor > 1.0 and args.mscale_all_dim
+    if args.multi_latent_attention and args.rope_type == "rope" and is_scaled:
+        refusals.append("--rotary-scaling-factor and --mscale-all-dim along with --rope-type rope")
     return refusals
 
 
@@ -243,4 +364,4 @@ def _inexpressible(args: Namespace) -> list[str]:
 def _default_args() -> dict[str, Any]:
     """Return the defaults of all arguments; checkpoints of older versions, or without experts, may lack some."""
     defaults = vars(add_megatron_arguments(ArgumentParser(allow_abbrev=False)).parse_args([]))
-    return defaults | {"moe_aux_loss_tokens": "all", "qk_layernorm_all_heads": False}
+    return defaults | _YARN_WITHOUT_FLAGS | {"moe_aux_loss_tokens": "all", "qk_layernorm_all_heads": False}

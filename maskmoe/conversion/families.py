@@ -6,16 +6,25 @@ Tensors that the settings do not account for, and settings that MaskMoE cannot e
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource
-from maskmoe.conversion.model_tensors import Shapes, check_tensors, expert_projections, make_config, tensor_shapes
+from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource, row_major_blocks
+from maskmoe.conversion.model_tensors import (
+    Shapes,
+    check_tensors,
+    expert_projections,
+    make_config,
+    mtp_tensor_shapes,
+    tensor_shapes,
+)
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel, with_routing_mask
 from maskmoe.conversion.safetensors_files import SafetensorsSource
+from maskmoe.conversion.writing import BLOCK_BYTES
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.json_files import read_json
@@ -61,15 +70,56 @@ class Family:
             or under the names of the family's first files.
         special_fields: function from the family's configuration to the fields of `MaskMoEConfig` that have another
             name or no name in the family's configuration.
+        refusals: function from the family's configuration to settings that MaskMoE does not have, each with whether the
+            model has it.
     """
 
     namings: tuple[Naming, ...] = (Naming(),)
     special_fields: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
+    refusals: Callable[[PreTrainedConfig], dict[str, bool]] = lambda config: {}
+
+
+def _deepseek_v3_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the special fields of DeepSeek-V3; see `Family`."""
+    is_grouped = config.topk_group < config.n_group  # all groups together do not restrict the choice
+    return {
+        "qk_norm": "latent",
+        "num_experts": config.n_routed_experts,
+        "scoring_func": "sigmoid",
+        "use_expert_bias": True,
+        "n_group": config.n_group if is_grouped else None,
+        "topk_group": config.topk_group if is_grouped else None,
+        "shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
+    }
+
+
+def _deepseek_v3_refusals(config: PreTrainedConfig) -> dict[str, bool]:
+    """Return the refusals of DeepSeek-V3; see `Family`."""
+    topk, topk_group, scale = config.num_experts_per_tok, config.topk_group, config.routed_scaling_factor
+    return {
+        "q_lora_rank null, since Megatron-Core then also normalises the input of the query projection": (
+            config.q_lora_rank is None
+        ),
+        f"rms_norm_eps {config.rms_norm_eps}, since DeepSeek-V3 has 1e-6 in the norms of latent vectors": (
+            config.rms_norm_eps != _LATENT_NORM_EPS
+        ),
+        "rope_interleave false": not config.rope_interleave,
+        f"num_experts_per_tok {topk} with topk_group {topk_group}; two experts of a group must be chosen": (
+            topk_group < config.n_group and topk != 2 * topk_group
+        ),
+        f"norm_topk_prob with num_experts_per_tok 1; the weight would be {scale}": config.norm_topk_prob and topk == 1,
+    }
 
 
 # transformers fills in missing sizes with those of some published model, so configurations must have these.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+_EXPERT_SIZES = (
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"),
+)
+_LATENT_SIZES = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+# transformers adds this to the mean square in the norms of latent vectors whatever is configured.
+_LATENT_NORM_EPS = 1e-6
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 FAMILIES = {
@@ -90,6 +140,7 @@ FAMILIES = {
         namings=(Naming(_PROJECTIONS), Naming()),
         special_fields=lambda config: {"qk_norm": "all_heads", "moe_intermediate_size": config.intermediate_size},
     ),
+    "deepseek_v3": Family((Naming(_PROJECTIONS), Naming()), _deepseek_v3_fields, _deepseek_v3_refusals),
 }
 
 
@@ -105,9 +156,12 @@ def open_huggingface(folder: Path, mask: RoutingMask | None = None) -> OpenedMod
         UserError: the files are missing or damaged, the family is unknown, MaskMoE cannot express a setting, the
             tensors do not match the configuration, or the mask does not fit.
     """
-    config = read_config(folder / CONFIG_FILE)
+    config, files = read_config(folder / CONFIG_FILE), SafetensorsSource(folder)
     fields = translate_config(config, folder / CONFIG_FILE)
-    source = rename_tensors(SafetensorsSource(folder), fields, FAMILIES[config.model_type].namings, folder)
+    # Files that transformers has saved lack the layers of multi-token prediction that the configuration mentions.
+    if any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in files.tensors):
+        fields["num_nextn_predict_layers"] = getattr(config, "num_nextn_predict_layers", 0)
+    source = rename_tensors(files, fields, FAMILIES[config.model_type].namings, folder)
     if "sparse" not in fields["mlp_layer_types"]:
         if mask is not None:
             raise UserError(f"{folder} has no experts to route to; add experts with the subcommand upcycle")
@@ -127,7 +181,7 @@ def read_config(path: Path) -> PreTrainedConfig:
         raise UserError(f"{path}: model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")
     config = make_config(CONFIG_MAPPING[model_type], values, path)
     synonyms = config.attribute_map | {new: old for old, new in config.attribute_map.items()}
-    for name in _SIZES + _EXPERT_SIZES:
+    for name in _SIZES + _EXPERT_SIZES + _LATENT_SIZES:
         if hasattr(config, name) and name not in values and synonyms.get(name) not in values:
             raise UserError(f"{path} lacks {name}")
     return config
@@ -149,12 +203,15 @@ def translate_config(config: PreTrainedConfig, path: Path) -> dict[str, Any]:
     names = MaskMoEConfig.__annotations__
     fields = {"num_experts": 0} | {name: value for name in names if (value := getattr(config, name, None)) is not None}
     fields["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name != "type"}
+    fields |= {"num_nextn_predict_layers": 0} | FAMILIES[config.model_type].special_fields(config)
     step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or ()
+    first_sparse = getattr(config, "first_k_dense_replace", 0)
     fields["mlp_layer_types"] = [
-        "sparse" if fields["num_experts"] and layer not in dense and (layer + 1) % step == 0 else "dense"
+        "sparse"
+        if fields["num_experts"] and (layer + 1) % step == 0 and layer >= first_sparse and layer not in dense
+        else "dense"
         for layer in range(config.num_hidden_layers)
     ]
-    fields |= FAMILIES[config.model_type].special_fields(config)
     return make_config(MaskMoEConfig, fields, path).to_dict() | {"routing_mask": None, "output_router_logits": False}
 
 
@@ -164,13 +221,14 @@ def _inexpressible(config: PreTrainedConfig) -> list[str]:
     window, length = settings.get("sliding_window"), config.max_position_embeddings
     is_windowed = "sliding_attention" in (settings.get("layer_types") or ["sliding_attention"])
     clip, quantization = settings.get("clip_qkv"), settings.get("quantization_config")
-    rope_type = config.rope_parameters["rope_type"]
-    refusals = {
+    rope_type, is_latent = config.rope_parameters["rope_type"], hasattr(config, "kv_lora_rank")
+    rope_types = ("default", "yarn") if is_latent else ("default", "linear", "llama3")
+    refusals = FAMILIES[config.model_type].refusals(config) | {
         f"sliding_window {window}; with max_position_embeddings {window} instead of {length} it would have no effect": (
             window and is_windowed and window < length
         ),
         f"hidden_act {config.hidden_act!r}, only 'silu'": config.hidden_act != "silu",
-        f"rope_type {rope_type!r}, only default, linear and llama3": rope_type not in ("default", "linear", "llama3"),
+        f"rope_type {rope_type!r}, only {', '.join(rope_types)}": rope_type not in rope_types,
         "attention_bias: it includes a bias of the output projection": settings.get("attention_bias"),
         "mlp_bias": settings.get("mlp_bias"),
         f"clip_qkv {clip}": clip is not None,
@@ -193,11 +251,33 @@ def rename_tensors(
     Raises:
         UserError: a tensor is missing, unexpected or of another shape; names the tensor.
     """
-    shapes = tensor_shapes(config)
+    shapes = tensor_shapes(config) | mtp_tensor_shapes(config)
     candidates = [{copy.source.tensor: copy for copy in naming.copies(shapes)} for naming in namings]
     copies = max(candidates, key=lambda candidate: len(candidate.keys() & source.tensors.keys()))
     expected = {name: copy.source.sizes for name, copy in copies.items()}
     computed = {name for name in source.tensors if _COMPUTED.search(name)}
     tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
-    check_tensors(source.tensors, expected, str(folder), ignored=computed | tied)
+    shared = _copies_of_shared_tensors(source, config, folder)
+    check_tensors(source.tensors, expected, str(folder), ignored=computed | tied | shared)
     return RearrangedSource(source, shapes, copies.values())
+
+
+def _copies_of_shared_tensors(source: TensorSource, config: Mapping[str, Any], folder: Path) -> set[str]:
+    """Return the names of the copies of the embedding and output layer that layers of multi-token prediction hold.
+
+    Raises:
+        UserError: a copy differs from the model's own tensor.
+    """
+    copies, output = {}, "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    for layer in range(config["num_hidden_layers"], config["num_hidden_layers"] + config["num_nextn_predict_layers"]):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = output
+    found = {name: original for name, original in copies.items() if {name, original} <= source.tensors.keys()}
+    for name, original in found.items():
+        spec = source.tensors[original]
+        if source.tensors[name] != spec or not all(
+            torch.equal(source.read(replace(block, tensor=name)), source.read(block))
+            for block in row_major_blocks(original, spec, BLOCK_BYTES)
+        ):
+            raise UserError(f"{folder}: MaskMoE cannot express that {name} differs from {original}")
+    return set(found)

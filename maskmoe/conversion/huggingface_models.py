@@ -12,9 +12,9 @@ from maskmoe.checkpoint.integrity import Manifest
 from maskmoe.cli import atomic_output
 from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.families import open_huggingface
-from maskmoe.conversion.model_tensors import check_tensors, make_config, tensor_shapes
+from maskmoe.conversion.model_tensors import check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
-from maskmoe.conversion.safetensors_files import INDEX_FILE, SafetensorsSource, plan_safetensors
+from maskmoe.conversion.safetensors_files import INDEX_SUFFIX, SINGLE_FILE, SafetensorsSource, plan_safetensors
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
@@ -25,6 +25,8 @@ from maskmoe.routing_mask.mask import RoutingMask
 
 # Files beside an exported model with the data that only Megatron needs.
 _ARGS_FILE, _PADDING_FILE = "megatron/args.json", "megatron/padding.safetensors"
+MTP_FILE = "megatron/mtp.safetensors"
+"""Name of the file with the weights of multi-token prediction beside an exported model."""
 _PROGRESS = ("iteration", "curr_iteration", "consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
 
 
@@ -46,7 +48,11 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
     source: TensorSource = SafetensorsSource(folder)
     check_tensors(source.tensors, tensor_shapes(config), str(folder))
-    if (folder / _PADDING_FILE).exists():
+    if mtp_shapes := mtp_tensor_shapes(config):
+        mtp = SafetensorsSource(folder, MTP_FILE)
+        check_tensors(mtp.tensors, mtp_shapes, str(folder / MTP_FILE))
+        source = JoinedSource(source, mtp)
+    if any((folder / name).exists() for name in (_PADDING_FILE, f"{_PADDING_FILE}{INDEX_SUFFIX}")):
         source = JoinedSource(source, SafetensorsSource(folder, _PADDING_FILE))
     args = Namespace(**read_json(folder / _ARGS_FILE)) if (folder / _ARGS_FILE).exists() else None
     return OpenedModel(source, config, args)
@@ -58,7 +64,7 @@ def write_huggingface(
     """Write a model with its configuration, code and tokenizer, and the data that only Megatron needs.
 
     Args:
-        model: the model; its source may also provide the padding of the vocabulary.
+        model: the model; its source also provides multi-token prediction and may provide the padding of the vocabulary.
         output: the folder for the files. `config.json` is written last, since transformers loads nothing without it.
         max_file_bytes: upper bound of the bytes of tensors in a file.
         tokenizer_type: Megatron's `--tokenizer-type`.
@@ -71,10 +77,13 @@ def write_huggingface(
     # Write the tensors.
     tensors = model.source.tensors
     weights = {name: tensors[name] for name in tensor_shapes(model.config)}
-    padding = {name: spec for name, spec in tensors.items() if name.startswith(PADDING_PREFIX)}
-    files, index = plan_safetensors(weights, max_file_bytes)
-    if padding:
-        files += plan_safetensors(padding, max_file_bytes, _PADDING_FILE)[0]
+    contents = {
+        SINGLE_FILE: weights,
+        MTP_FILE: {name: tensors[name] for name in mtp_tensor_shapes(model.config)},
+        _PADDING_FILE: {name: spec for name, spec in tensors.items() if name.startswith(PADDING_PREFIX)},
+    }
+    plans = {name: plan_safetensors(part, max_file_bytes, name) for name, part in contents.items() if part}
+    files = [file for part_files, _ in plans.values() for file in part_files]
     write_files(model.source, files, output)
     # Write all other files, config.json last.
     dtype = str(weights[next(iter(weights))].dtype).removeprefix("torch.")
@@ -83,8 +92,9 @@ def write_huggingface(
     with reporting_full_disk(output.path):
         export_code(output.path)
         GenerationConfig(**special_ids).save_pretrained(output.path)
-        if index:
-            write_record(index, output.path / INDEX_FILE, indent=2)
+        for name, (_, index) in plans.items():
+            if index:
+                write_record(index, output.path / f"{name}{INDEX_SUFFIX}", indent=2)
         if model.args is not None:
             (output.path / _ARGS_FILE).parent.mkdir(exist_ok=True)
             write_record(_json_values(model.args), output.path / _ARGS_FILE, indent=2)

@@ -10,11 +10,12 @@ from typing import Any
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import locate_checkpoint
-from maskmoe.conversion.blocks import TensorSource
+from maskmoe.conversion.blocks import JoinedSource, TensorSource
+from maskmoe.conversion.huggingface_models import MTP_FILE
 from maskmoe.conversion.megatron_models import is_optimizer
 from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
-from maskmoe.conversion.safetensors_files import SafetensorsSource
+from maskmoe.conversion.safetensors_files import INDEX_SUFFIX, SafetensorsSource
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.conversion.writing import JOURNAL
 from maskmoe.errors import UserError
@@ -23,6 +24,9 @@ from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.templates import render_template
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
+# Layers of multi-token prediction form a part of their own, since transformers does not compute them.
+_MTP = "multi-token prediction"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # A tensor belongs to the first part whose pattern occurs in its name. The patterns cover Megatron's names and the names
 # of all families of transformers.
 _PARTS = {
@@ -35,6 +39,7 @@ _PARTS = {
     "embedding": r"embed",
     "output layer": r"output_layer|lm_head",
     "other": r"",
+    _MTP: r"",
 }
 # Megatron's arguments have the suffix `_parallel_size`.
 _LAYOUT = {"TP": "tensor_model", "PP": "pipeline_model", "EP": "expert_model", "CP": "context", "DP": "data"}
@@ -51,7 +56,8 @@ class Inspection:
         iteration: the iteration at which the checkpoint was saved; None for a transformers model.
         layout: sizes of the layout of ranks that saved the checkpoint ("ranks", "TP", "PP", ...); empty if unknown.
         parameters: number of parameters by part of the model.
-        active_parameters: number of parameters that a token with k experts uses; None if k is unknown.
+        active_parameters: number of parameters that a token with k experts uses, without multi-token prediction; None
+            if k is unknown.
         bytes_by_dtype: bytes of the weights by dtype.
         optimizer_bytes: bytes of the optimizer's state.
         routing_mask: digest, sizes and provenance of the routing mask, see `_describe_mask`; None if there is none.
@@ -94,10 +100,14 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
         )
     if (path / CONFIG_FILE).exists():
         config = read_json(path / CONFIG_FILE)
+        model: TensorSource = SafetensorsSource(path)
+        if any((path / name).exists() for name in (MTP_FILE, f"{MTP_FILE}{INDEX_SUFFIX}")):
+            model = JoinedSource(model, SafetensorsSource(path, MTP_FILE))
         return _inspect(
             path,
-            SafetensorsSource(path),
+            model,
             verify,
+            num_layers=config.get("num_hidden_layers"),
             experts=(config.get("num_experts_per_tok"), config.get("num_experts") or config.get("num_local_experts")),
             format=f"transformers ({config.get('model_type')})",
             iteration=None,
@@ -114,6 +124,7 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
         checkpoint,
         source,
         verify,
+        num_layers=None,
         experts=(args.get("moe_router_topk"), args.get("num_experts")),
         format="torch_dist",
         iteration=common.get("iteration"),
@@ -122,7 +133,12 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
 
 
 def _inspect(
-    folder: Path, source: TensorSource, verify: bool, experts: tuple[int | None, int | None], **known: Any
+    folder: Path,
+    source: TensorSource,
+    verify: bool,
+    num_layers: int | None,
+    experts: tuple[int | None, int | None],
+    **known: Any,
 ) -> Inspection:
     """Verify files, count parameters and read the routing mask.
 
@@ -130,6 +146,7 @@ def _inspect(
         folder: the folder of the checkpoint or model.
         source: the tensors of the checkpoint or model.
         verify: compare the files with their digests.
+        num_layers: number of layers of a transformers model; None if it is unknown or the folder is a checkpoint.
         experts: k and N; None if they are unknown.
         known: the attributes of `Inspection` that differ between the formats.
     """
@@ -144,7 +161,7 @@ def _inspect(
         if is_optimizer(name):
             optimizer_bytes += spec.num_bytes
         elif not name.startswith(mask_prefix):
-            part = next(part for part, pattern in _PARTS.items() if re.search(pattern, name))
+            part = _part_of(name, num_layers)
             parameters[part] += prod(spec.shape)
             bytes_by_dtype[str(spec.dtype).removeprefix("torch.")] += spec.num_bytes
     topk, num_experts = experts
@@ -153,7 +170,7 @@ def _inspect(
         path=str(folder),
         integrity=integrity,
         parameters={part: parameters[part] for part in _PARTS if parameters[part]},
-        active_parameters=parameters.total() - idle if topk or not parameters["experts"] else None,
+        active_parameters=parameters.total() - parameters[_MTP] - idle if topk or not parameters["experts"] else None,
         bytes_by_dtype=dict(bytes_by_dtype),
         optimizer_bytes=optimizer_bytes,
         routing_mask=_describe_mask(mask) if mask else None,
@@ -163,6 +180,14 @@ def _inspect(
         digests=digests,
         **known,
     )
+
+
+def _part_of(name: str, num_layers: int | None) -> str:
+    """Return the part of the model, out of `_PARTS`, to which a tensor belongs; see `_inspect` for `num_layers`."""
+    layer = _LAYER.match(name)
+    if name.startswith("mtp.") or (layer and num_layers is not None and int(layer[1]) >= num_layers):
+        return _MTP
+    return next(part for part, pattern in _PARTS.items() if re.search(pattern, name))
 
 
 def _check_integrity(folder: Path, verify: bool, is_megatron: bool) -> tuple[str, dict[str, str]]:
@@ -195,7 +220,8 @@ def _describe_mask(mask: RoutingMask) -> dict[str, Any]:
         "vocab_size": mask.vocab_size,
         "num_experts": mask.num_experts,
         "num_tables": len(mask.row_of_id),  # 1 if all layers share a table, else the number of layers
-        "several_visible": float((mask.num_visible > 1).mean()),  # share of the ids that see several experts
+        # Share of the ids that see several experts, averaged over the tables.
+        "several_visible": float((mask.row_of_id >= mask.num_experts).mean()),
         "provenance": asdict(mask.provenance),
     }
 

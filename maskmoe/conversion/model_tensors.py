@@ -64,6 +64,28 @@ def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
     return shapes | (mask_shapes if config["routing_mask"] else {})
 
 
+def mtp_tensor_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of the tensors of multi-token prediction by name, which transformers does not load.
+
+    The names are DeepSeek-V3's: the layers are numbered after the decoder's. Each of them is like the last of these.
+
+    Args:
+        config: the fields of `MaskMoEConfig`.
+
+    Raises:
+        UserError: the fields do not form a valid configuration.
+    """
+    num_layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    modules = range(num_layers, num_layers + make_config(MaskMoEConfig, config).num_mtp_modules)
+    if not modules:
+        return {}
+    last = f"model.layers.{num_layers - 1}."
+    layer = {name.removeprefix(last): shape for name, shape in tensor_shapes(config).items() if name.startswith(last)}
+    layer |= {"enorm.weight": (hidden,), "hnorm.weight": (hidden,), "eh_proj.weight": (hidden, 2 * hidden)}
+    layer |= {"shared_head.norm.weight": (hidden,)}
+    return {f"model.layers.{number}.{name}": shape for number in modules for name, shape in layer.items()}
+
+
 def expert_projections(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, str, Block]]:
     """Yield where a tensor that stacks all experts of a layer holds each projection of each expert.
 

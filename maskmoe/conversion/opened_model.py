@@ -17,7 +17,7 @@ class OpenedModel:
     """A MaskMoE model in transformers' format whose tensors are read on demand.
 
     Attributes:
-        source: provides the tensors, by their names in `MaskMoEForCausalLM`.
+        source: provides the tensors, by their names in `MaskMoEForCausalLM`, and those of multi-token prediction.
         config: the fields of the model's `MaskMoEConfig`.
         args: Megatron's arguments that the model was trained with; None if they are unknown.
     """
@@ -36,13 +36,12 @@ def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> Op
         UserError: the mask does not fit the model.
     """
     config = model.config
+    num_layers = config["num_hidden_layers"] + config["num_nextn_predict_layers"]
     if mask is None:
-        recipe = MaskRecipe.from_preset("smoe", config["num_experts"], config["num_hidden_layers"], shared_table=True)
+        recipe = MaskRecipe.from_preset("smoe", config["num_experts"], num_layers, shared_table=True)
         mask = build_routing_mask(recipe, vocab_size=config["vocab_size"])
     if mask.vocab_size < config["vocab_size"]:
         mask = mask.with_vocab_size(config["vocab_size"])
-    mask.check_fits(
-        vocab_size=config["vocab_size"], num_experts=config["num_experts"], num_layers=config["num_hidden_layers"]
-    )
+    mask.check_fits(vocab_size=config["vocab_size"], num_experts=config["num_experts"], num_layers=num_layers)
     mask_source, mask_field = routing_mask_tensors(mask)
     return OpenedModel(JoinedSource(model.source, mask_source), config | {"routing_mask": mask_field})

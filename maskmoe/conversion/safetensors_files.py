@@ -17,7 +17,7 @@ from maskmoe.conversion.writing import BLOCK_BYTES, PlannedFile
 from maskmoe.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = f"{SINGLE_FILE}.index.json"
+INDEX_SUFFIX = ".index.json"
 
 # A tensor of an 8-bit float type means nothing without its scales, which every format stores in another way.
 _DTYPES = {name: dtype for name, dtype in _TYPES.items() if dtype and not name.startswith("F8_")}
@@ -37,7 +37,7 @@ class SafetensorsSource:
     Args:
         folder: the folder of the model.
         single_file: the name of the file if there is only one. The index of several files has this name and the
-            suffix `.index.json`.
+            suffix `.index.json`. The name may begin with a folder inside `folder`.
 
     Attributes:
         tensors: shapes and dtypes of the tensors by name.
@@ -48,18 +48,18 @@ class SafetensorsSource:
     """
 
     def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
-        index_file = folder / f"{single_file}.index.json"
+        index_file = folder / f"{single_file}{INDEX_SUFFIX}"
         index = _read_index(index_file) if index_file.is_file() else None
-        names = [single_file] if index is None else sorted(set(index.values()))
-        self.files = [folder / name for name in names]
+        names = [index_file.name.removesuffix(INDEX_SUFFIX)] if index is None else sorted(set(index.values()))
+        self.files = [index_file.parent / name for name in names]
         self._stored: dict[str, StoredTensor] = {}
         for file in self.files:
             found = _read_header(file)
             expected = found.keys() if index is None else {name for name in index if index[name] == file.name}
             for name in sorted(expected - found.keys()):
-                raise UserError(f"{file} lacks {name}, which {INDEX_FILE} places in it")
+                raise UserError(f"{file} lacks {name}, which {index_file.name} places in it")
             for name in sorted(found.keys() - expected):
-                raise UserError(f"{file} holds {name}, which {INDEX_FILE} does not place in it")
+                raise UserError(f"{file} holds {name}, which {index_file.name} does not place in it")
             self._stored |= found
         self.tensors = {
             name: TensorSpec(tuple(stored.layout.shape), stored.layout.dtype) for name, stored in self._stored.items()
@@ -78,7 +78,8 @@ def plan_safetensors(
     Args:
         tensors: shapes and dtypes by name.
         max_file_bytes: upper bound of the bytes of tensors in a file, unless one tensor alone is larger.
-        single_file: the name of the file if one is enough; several files get numbers in their names.
+        single_file: the name of the file if one is enough, which may begin with a folder; several files get numbers in
+            their names.
 
     Returns:
         the files, and the content of the index file; no index if there is only one file.
@@ -92,7 +93,8 @@ def plan_safetensors(
     files = [
         _plan_file(file, {name: tensors[name] for name in names}) for file, names in split.filename_to_tensors.items()
     ]
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    file_of = {name: file.rpartition("/")[2] for name, file in split.tensor_to_filename.items()}
+    index = {"metadata": split.metadata, "weight_map": file_of}
     return files, index if split.is_sharded else None
 
 

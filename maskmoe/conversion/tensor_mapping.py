@@ -1,12 +1,12 @@
 """Maps the tensors of a `torch_dist` checkpoint to the tensors of a transformers model, declared once for both ways."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from maskmoe.conversion.blocks import Block, Copy, check_cover
-from maskmoe.conversion.model_tensors import Shapes, tensor_shapes
+from maskmoe.conversion.model_tensors import Shapes, mtp_tensor_shapes, tensor_shapes
 
 PADDING_PREFIX = "padding."
 """Prefix of tensors kept beside a transformers model: the rows of padding that only Megatron has."""
@@ -19,6 +19,7 @@ EXPERT_NORMS = ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 
 _MEGATRON_LAYERS = "decoder.layers."
 _HUGGINGFACE_LAYERS = "model.layers."
+_MTP_LAYERS = "mtp.layers."
 _MODEL_TENSORS = {
     "model.embed_tokens.weight": EMBEDDING,
     "lm_head.weight": OUTPUT_LAYER,
@@ -39,6 +40,24 @@ _LAYER_TENSORS = {
     "mlp.experts.down_proj": "mlp.experts.experts.linear_fc2.weight",
     "mlp.shared_experts.down_proj.weight": "mlp.shared_experts.linear_fc2.weight",
     "mlp.shared_expert_gate.weight": "mlp.shared_experts.gate_weight",
+}
+# These names replace others in layers with multi-latent attention, which keeps each projection in a tensor of its own.
+_LATENT_ATTENTION_TENSORS = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attn.q_proj.norm.weight": "self_attention.linear_q_proj.layer_norm_weight",
+    "self_attn.q_proj.weight": "self_attention.linear_q_proj.weight",
+    "self_attn.q_a_proj.weight": "self_attention.linear_q_down_proj.weight",
+    "self_attn.q_a_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
+    "self_attn.q_b_proj.weight": "self_attention.linear_q_up_proj.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "self_attention.linear_kv_down_proj.weight",
+    "self_attn.kv_a_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
+    "self_attn.kv_b_proj.weight": "self_attention.linear_kv_up_proj.weight",
+}
+_MTP_TENSORS = {
+    "enorm.weight": "enorm.weight",
+    "hnorm.weight": "hnorm.weight",
+    "eh_proj.weight": "eh_proj.weight",
+    "shared_head.norm.weight": "final_layernorm.weight",
 }
 # Megatron keeps the query, key and value projections in one tensor, and the gate and up projections in another. These
 # tables hold the tensor's name and which of its parts the projection is.
@@ -63,7 +82,8 @@ class MegatronLayout:
         is_stacked: one tensor holds a parameter of all layers, as Megatron saves it if all layers are alike; otherwise
             each layer has its own tensor.
         padded_vocab_size: number of rows of the embedding and of the output layer.
-        expert_norms: the names, out of `EXPERT_NORMS`, under which the checkpoint holds the norm before experts.
+        expert_norms: the names, out of `EXPERT_NORMS`, under which the checkpoint holds the norm before experts in
+            layers with grouped-query attention.
     """
 
     is_stacked: bool
@@ -76,7 +96,8 @@ class TensorMapping:
     """All tensors of a model in both formats.
 
     Attributes:
-        huggingface: shapes by name in transformers' format, including the padding of the vocabulary.
+        huggingface: shapes by name in transformers' format, including multi-token prediction and the padding of the
+            vocabulary.
         megatron: shapes by name in the checkpoint.
         copies: copies from the checkpoint's tensors to the transformers tensors.
 
@@ -101,7 +122,7 @@ def map_tensors(config: Mapping[str, Any], layout: MegatronLayout) -> TensorMapp
         config: the fields of `MaskMoEConfig`.
         layout: the layout of the checkpoint.
     """
-    shapes = tensor_shapes(config)
+    shapes = tensor_shapes(config) | mtp_tensor_shapes(config)
     megatron: Shapes = {}
     copies: list[Copy] = []
     for name, shape in list(shapes.items()):
@@ -124,32 +145,80 @@ def _map_tensor(
         yield from _map_model_tensor(name, shape, layout)
         return
     number, _, name_in_layer = name.removeprefix(_HUGGINGFACE_LAYERS).partition(".")
-    layer, num_groups, rows_of_parts, index = int(number), 1, [shape[0]], 0
-    if name_in_layer == _MLP_NORM:
-        is_sparse = config["mlp_layer_types"][layer] == "sparse"
-        checkpoint_names = layout.expert_norms if is_sparse else EXPERT_NORMS[:1]
-    elif name_in_layer in _QKV:
-        # A group has some query heads, then their key head, then their value head.
-        checkpoint_names, index = _QKV[name_in_layer]
-        num_groups, head_dim = config["num_key_value_heads"], config["head_dim"]
-        rows_of_parts = [config["num_attention_heads"] // num_groups * head_dim, head_dim, head_dim]
-    elif name_in_layer in _GATED:
-        checkpoint_names, index = _GATED[name_in_layer]
-        rows_of_parts = [shape[0], shape[0]]
-    else:
-        checkpoint_names = (_LAYER_TENSORS[name_in_layer],)
-    num_rows, first, group_rows = rows_of_parts[index], sum(rows_of_parts[:index]), sum(rows_of_parts)
-    checkpoint_shape = (num_groups * group_rows, *shape[1:])
-    for checkpoint_name, group in product(checkpoint_names, range(num_groups)):
-        start = group * group_rows + first
-        source = Block.rows(checkpoint_name, checkpoint_shape, start, start + num_rows)
-        target = Block.rows(name, shape, group * num_rows, (group + 1) * num_rows)
-        if layout.is_stacked:
-            stacked = Block(_MEGATRON_LAYERS + checkpoint_name, (layer, *source.offsets), (1, *source.sizes))
-            yield (config["num_hidden_layers"], *checkpoint_shape), Copy(stacked, target)
+    layer, num_layers = int(number), config["num_hidden_layers"]
+    names, rows = _names_and_rows(name_in_layer, shape, layer, config, layout.expert_norms)
+    is_stacked, prefix = layout.is_stacked and layer < num_layers, f"{_MEGATRON_LAYERS}{layer}."
+    if is_stacked:
+        prefix = _MEGATRON_LAYERS
+    elif layer >= num_layers:
+        # The decoder layer of multi-token prediction is a module inside the layer.
+        prefix = f"{_MTP_LAYERS}{layer - num_layers}."
+        prefix += "" if name_in_layer in _MTP_TENSORS else "transformer_layer."
+    checkpoint_names = [prefix + checkpoint_name for checkpoint_name in names]
+    checkpoint_shape = (rows.num_groups * rows.in_group, *shape[1:])
+    for checkpoint_name, group in product(checkpoint_names, range(rows.num_groups)):
+        start = group * rows.in_group + rows.first
+        source = Block.rows(checkpoint_name, checkpoint_shape, start, start + rows.count)
+        target = Block.rows(name, shape, group * rows.count, (group + 1) * rows.count)
+        if is_stacked:
+            stacked = Block(checkpoint_name, (layer, *source.offsets), (1, *source.sizes))
+            yield (num_layers, *checkpoint_shape), Copy(stacked, target)
         else:
-            single = Block(f"{_MEGATRON_LAYERS}{layer}.{checkpoint_name}", source.offsets, source.sizes)
-            yield checkpoint_shape, Copy(single, target)
+            yield checkpoint_shape, Copy(source, target)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a checkpoint's tensor that hold a transformers tensor.
+
+    Attributes:
+        num_groups: number of groups of rows.
+        in_group: number of rows in a group.
+        first: the first row of the tensor in each group.
+        count: number of rows of the tensor in each group.
+    """
+
+    num_groups: int
+    in_group: int
+    first: int
+    count: int
+
+    @classmethod
+    def of_part(cls, sizes: Sequence[int], index: int, num_groups: int = 1) -> "_Rows":
+        """Return the rows of the part `index` in groups whose parts have `sizes` rows."""
+        return cls(num_groups, sum(sizes), sum(sizes[:index]), sizes[index])
+
+
+def _names_and_rows(
+    name: str, shape: tuple[int, ...], layer: int, config: Mapping[str, Any], expert_norms: tuple[str, ...]
+) -> tuple[tuple[str, ...], _Rows]:
+    """Return the names under which a checkpoint holds a layer's tensor, and the tensor's rows under each name.
+
+    Args:
+        name: name of the tensor inside the layer, in transformers' format.
+        shape: shape of the tensor.
+        layer: number of the layer; layers of multi-token prediction follow the decoder's.
+        config: the fields of `MaskMoEConfig`.
+        expert_norms: see `MegatronLayout`.
+    """
+    is_latent, whole = config["kv_lora_rank"] is not None, _Rows.of_part([shape[0]], 0)
+    if name == _MLP_NORM:
+        layer_types = config["mlp_layer_types"]
+        if layer_types[min(layer, len(layer_types) - 1)] == "dense":
+            return EXPERT_NORMS[:1], whole
+        return EXPERT_NORMS[1:] if is_latent else expert_norms, whole
+    if is_latent and name in _LATENT_ATTENTION_TENSORS:
+        return (_LATENT_ATTENTION_TENSORS[name],), whole
+    if name in _QKV:
+        # A group has some query heads, then their key head, then their value head.
+        names, index = _QKV[name]
+        num_groups, head_dim = config["num_key_value_heads"], config["head_dim"]
+        query_rows = config["num_attention_heads"] // num_groups * head_dim
+        return names, _Rows.of_part([query_rows, head_dim, head_dim], index, num_groups)
+    if name in _GATED:
+        names, index = _GATED[name]
+        return names, _Rows.of_part([shape[0], shape[0]], index)
+    return (_LAYER_TENSORS.get(name) or _MTP_TENSORS[name],), whole
 
 
 def _map_model_tensor(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource, TensorSpec, row_major_blocks
-from maskmoe.conversion.model_tensors import expert_projections, make_config, tensor_shapes
+from maskmoe.conversion.model_tensors import expert_projections, make_config, mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
 from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.writing import BLOCK_BYTES
@@ -124,7 +124,7 @@ class _UpcycledSource:
     """
 
     def __init__(self, dense: TensorSource, config: Mapping[str, Any], settings: UpcycleSettings) -> None:
-        shapes = tensor_shapes(config)
+        shapes = tensor_shapes(config) | mtp_tensor_shapes(config)
         copied = {name: shape for name, shape in shapes.items() if not name.endswith(_ROUTER)}
         copies = [copy for name, shape in copied.items() for copy in _copies(name, shape, settings.granularity)]
         self._copied = RearrangedSource(dense, copied, copies)

@@ -5,11 +5,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 _CHOICES = {
-    "qk_norm": (None, "head", "all_heads"),
+    "qk_norm": (None, "head", "all_heads", "latent"),
     "scoring_func": ("softmax", "sigmoid", "sqrtsoftplus"),
     "aux_loss_tokens": ("all", "routable"),
 }
 _ROW_DTYPES = ("int16", "int32")
+_LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 class MaskMoEConfig(PreTrainedConfig):
@@ -22,7 +23,16 @@ class MaskMoEConfig(PreTrainedConfig):
         num_hidden_layers: number of layers, dense and sparse.
         num_attention_heads: number of query heads.
         num_key_value_heads: number of key heads and of value heads; `num_attention_heads` if None.
-        head_dim: number of features of a head; `hidden_size / num_attention_heads` if None.
+        head_dim: number of features of a head; `hidden_size / num_attention_heads` if None. With multi-latent
+            attention `qk_rope_head_dim`, the features of a head that rotary embedding turns.
+        kv_lora_rank: number of features of the latent vector from which keys and values are projected, in multi-latent
+            attention (DeepSeek-V2, arXiv 2405.04434); None for grouped-query attention.
+        q_lora_rank: number of features of the latent vector from which queries are projected, in multi-latent
+            attention; None to project queries from hidden states.
+        qk_nope_head_dim: number of features of a query and key head without positions, in multi-latent attention.
+        qk_rope_head_dim: number of features of a query and key head with rotary positions, in multi-latent attention.
+            Neighbouring features are turned together.
+        v_head_dim: number of features of a value head, in multi-latent attention.
         hidden_act: activation function of the gated MLPs.
         max_position_embeddings: number of tokens of the longest sequence that the model was made for.
         initializer_range: standard deviation of new weights.
@@ -32,7 +42,9 @@ class MaskMoEConfig(PreTrainedConfig):
         attention_bias: the query, key and value projections have biases; the output projection never has one.
         attention_dropout: dropout probability of attention in training.
         qk_norm: RMSNorm of queries and keys: None for no norm, "head" for a norm over each head (Qwen3), "all_heads"
-            for a norm over the features of all heads together (OLMoE).
+            for a norm over the features of all heads together (OLMoE), "latent" for norms of the inputs of the
+            last projections in multi-latent attention: of the latent vectors, and of the hidden states from which
+            queries are projected if `q_lora_rank` is None, as in Megatron-Core.
         mlp_layer_types: "sparse" (with experts) or "dense" for each layer. If None, all layers are sparse, or dense if
             `num_experts` is 0.
         num_experts: N, the number of experts in each sparse layer.
@@ -54,10 +66,13 @@ class MaskMoEConfig(PreTrainedConfig):
         output_router_logits: return router logits and the load-balancing loss, and add this loss to the training loss.
         aux_loss_tokens: "all" to average the load-balancing loss over all tokens, "routable" to average over tokens
             with two or more visible experts.
-        routing_mask: sizes of the routing mask's tensors: "num_tables" (number of layers, or 1 for a table that all
-            layers share), "num_rows", "row_dtype" ("int16" or "int32") and "metadata_bytes". None in a model without
-            sparse layers; in a model with sparse layers, None becomes the sizes of the smallest mask under which every
-            id sees all experts.
+        num_nextn_predict_layers: number of further tokens that layers of multi-token prediction predict in training.
+            transformers does not compute these layers. Their weights lie beside the model.
+        mtp_use_repeated_layer: one layer of multi-token prediction predicts all further tokens.
+        routing_mask: sizes of the routing mask's tensors: "num_tables" (number of layers including those of multi-token
+            prediction, or 1 for a table that all layers share), "num_rows", "row_dtype" ("int16" or "int32") and
+            "metadata_bytes". None in a model without sparse layers; in a model with sparse layers, None becomes the
+            sizes of the smallest mask under which every id sees all experts.
 
     Raises:
         ValueError: a field has an invalid value; names the field.
@@ -72,6 +87,11 @@ class MaskMoEConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
@@ -97,6 +117,8 @@ class MaskMoEConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.01
     output_router_logits: bool = False
     aux_loss_tokens: str = "all"
+    num_nextn_predict_layers: int = 0
+    mtp_use_repeated_layer: bool = False
     routing_mask: dict | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -105,6 +127,8 @@ class MaskMoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.has_latent_attention and self.head_dim is None:
+            self.head_dim = self.qk_rope_head_dim
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.mlp_layer_types is None:
@@ -119,6 +143,21 @@ class MaskMoEConfig(PreTrainedConfig):
     def has_experts(self) -> bool:
         """Whether any layer is sparse."""
         return "sparse" in (self.mlp_layer_types or ())
+
+    @property
+    def has_latent_attention(self) -> bool:
+        """Whether all layers have multi-latent attention."""
+        return self.kv_lora_rank is not None
+
+    @property
+    def rope_interleave(self) -> bool:
+        """Whether rotary embedding turns neighbouring features; transformers' latent attention reads this attribute."""
+        return True
+
+    @property
+    def num_mtp_modules(self) -> int:
+        """Number of layers of multi-token prediction that have weights of their own."""
+        return min(self.num_nextn_predict_layers, 1) if self.mtp_use_repeated_layer else self.num_nextn_predict_layers
 
     @property
     def use_qk_norm(self) -> bool:
@@ -137,8 +176,26 @@ class MaskMoEConfig(PreTrainedConfig):
         heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % key_value_heads:
             raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}")
+        self._check_latent_attention()
         if self.has_experts:
             self._check_experts(self.num_experts_per_tok, self.num_experts)
+
+    def _check_latent_attention(self) -> None:
+        if not self.has_latent_attention:
+            if self.qk_norm == "latent":
+                raise ValueError("qk_norm 'latent' needs kv_lora_rank")
+            return
+        if missing := [name for name in _LATENT_SIZES if getattr(self, name) is None]:
+            raise ValueError(f"kv_lora_rank needs {', '.join(missing)}")
+        expected = {"num_key_value_heads": self.num_attention_heads, "head_dim": self.qk_rope_head_dim}
+        for name, value in (expected | {"attention_bias": False}).items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} is {getattr(self, name)}; with kv_lora_rank it must be {value}")
+        if self.qk_norm not in (None, "latent"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; with kv_lora_rank it must be None or 'latent'")
+        assert self.rope_parameters is not None  # set by transformers
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("kv_lora_rank allows no partial_rotary_factor; qk_rope_head_dim says what is turned")
 
     def _check_experts(self, topk: int, num_experts: int) -> None:
         if not 1 <= topk <= num_experts:
@@ -151,11 +208,10 @@ class MaskMoEConfig(PreTrainedConfig):
             self._check_groups(topk, num_experts, self.n_group, self.topk_group)
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             raise ValueError("shared_expert_gate needs a shared_expert_intermediate_size")
-        mask = self.routing_mask or {}
-        if mask.get("num_tables") not in (1, self.num_hidden_layers) or mask.get("row_dtype") not in _ROW_DTYPES:
+        mask, num_layers = self.routing_mask or {}, self.num_hidden_layers + self.num_nextn_predict_layers
+        if mask.get("num_tables") not in (1, num_layers) or mask.get("row_dtype") not in _ROW_DTYPES:
             raise ValueError(
-                f"routing_mask must have 1 or {self.num_hidden_layers} num_tables and a row_dtype of {_ROW_DTYPES}; "
-                f"it is {mask}"
+                f"routing_mask must have 1 or {num_layers} num_tables and a row_dtype of {_ROW_DTYPES}; it is {mask}"
             )
 
     def _check_groups(self, topk: int, num_experts: int, num_groups: int, topk_group: int) -> None:

@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.utils import can_return_tuple
@@ -222,6 +223,37 @@ class MaskMoEAttention(glm4_moe.Glm4MoeAttention):
             self.k_norm = MaskMoEAllHeadsRMSNorm(config.num_key_value_heads * self.head_dim, eps=config.rms_norm_eps)
 
 
+class MaskMoENormedLinear(nn.Linear):
+    """Projects features after an RMSNorm of these features."""
+
+    def __init__(self, in_features: int, out_features: int, eps: float) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.norm = glm4_moe.Glm4MoeRMSNorm(in_features, eps=eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise and project features [..., in_features]."""
+        return super().forward(self.norm(input))
+
+
+class MaskMoELatentAttention(DeepseekV3Attention):
+    """Computes multi-latent attention, with norms as configured."""
+
+    def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # pyrefly: ignore[bad-argument-type]  # see MaskMoEAttention
+        assert config.kv_lora_rank is not None  # the configuration of a model with latent attention has one
+
+        def norm(size: int) -> Any:
+            # transformers adds 1e-6 to the mean square in these norms whatever is configured.
+            return glm4_moe.Glm4MoeRMSNorm(size, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+
+        self.kv_a_layernorm = norm(config.kv_lora_rank)
+        if config.q_lora_rank is not None:
+            self.q_a_layernorm = norm(config.q_lora_rank)
+        elif config.use_qk_norm:
+            query_features = self.num_heads * self.qk_head_dim
+            self.q_proj = MaskMoENormedLinear(config.hidden_size, query_features, config.rms_norm_eps)
+
+
 class MaskMoEDecoderLayer(GradientCheckpointingLayer):
     """Adds attention to the residual stream, then a dense MLP or experts; both get normed input."""
 
@@ -230,7 +262,8 @@ class MaskMoEDecoderLayer(GradientCheckpointingLayer):
         assert config.mlp_layer_types is not None  # set by the configuration
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.input_layernorm = glm4_moe.Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MaskMoEAttention(config, layer_idx)
+        attention = MaskMoELatentAttention if config.has_latent_attention else MaskMoEAttention
+        self.self_attn = attention(config, layer_idx)
         self.post_attention_layernorm = glm4_moe.Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MaskMoESparseMoeBlock(config, layer_idx) if self.is_sparse else glm4_moe.Glm4MoeMLP(config)
 
@@ -259,7 +292,7 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(MaskMoETopKRouter, index=0),
         "hidden_states": MaskMoEDecoderLayer,
-        "attentions": MaskMoEAttention,
+        "attentions": [MaskMoEAttention, MaskMoELatentAttention],
     }
 
     @classmethod

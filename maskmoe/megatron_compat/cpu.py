@@ -334,7 +334,8 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
         "current_device": _current_device,
         "get_device_properties": lambda device=None: _PROPERTIES,
         "get_device_name": lambda device=None: _PROPERTIES.name,
-        "get_device_capability": lambda device=None: (_PROPERTIES.major, _PROPERTIES.minor),
+        # Megatron takes grouped experts from this capability on. MaskMoE's experts are grouped on every device.
+        "get_device_capability": lambda device=None: (8, 0),
         "memory_stats": _memory_stats,
         **dict.fromkeys(("memory_allocated", "memory_reserved"), _resident_bytes),
         **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), _peak_resident_bytes),

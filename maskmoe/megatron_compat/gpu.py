@@ -61,8 +61,7 @@ class GpuPackages:
         if not self.transformer_engine:
             return (
                 "Transformer Engine is not installed, so the default is --transformer-impl local: layers are slower, "
-                "rotary embedding is not fused, and multi-latent attention, latent experts and precision-aware "
-                "optimizers are unavailable"
+                "rotary embedding is not fused, and precision-aware optimizers are unavailable"
             )
         if not self.gradient_accumulation:
             return (

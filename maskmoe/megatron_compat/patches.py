@@ -8,7 +8,8 @@ patch here knows other rooms of this package. The patches that concern checkpoin
 import argparse
 import importlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -101,33 +102,68 @@ def _count_steps_without_parameters(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(count_step)
 
 
-def count_predicted_tokens_of_all_context_ranks() -> None:
-    """Divide the loss of multi-token prediction by the tokens of whole sequences under context parallelism.
+def recompute_without_transformer_engine() -> None:
+    """Let Megatron recompute norms and activation functions without Transformer Engine.
 
-    Replaces: The second result of `megatron.core.transformer.multi_token_prediction.roll_tensor`, for loss masks.
-    Why: `process_mtp_loss` divides each rank's losses by the rank's number of predicted tokens, and gradients and
-        logged losses are averaged over ranks. The first rank of a sequence predicts fewer tokens than the other ranks,
-        so its tokens weigh more. Dividing by the mean number of tokens of the ranks makes all tokens weigh the same.
-    Can go: When `process_mtp_loss` counts tokens over the context-parallel ranks.
+    Replaces: `CheckpointWithoutOutput.__init__` and `_get_share_storage` in `megatron.core.tensor_parallel.random`,
+        unless Transformer Engine is installed.
+    Why: The constructor takes its default, `fp8=False`, for a use of FP8, and then every forward pass calls Transformer
+        Engine. In the backward pass, `_get_share_storage` compiles an extension in C++, which needs a compiler and half
+        a minute on every machine. The replacement copies the recomputed bytes instead, which needs the memory of these
+        tensors of one layer twice.
+    Can go: When `CheckpointWithoutOutput()` works without Transformer Engine and without a compiler.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE:
+        return
+    stock_init = random.CheckpointWithoutOutput.__init__
+
+    def init(self: Any, fp8: Any = None) -> None:
+        stock_init(self, fp8 or None)
+
+    def copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+        restored, recomputed = target.untyped_storage(), source.untyped_storage()
+        restored.resize_(recomputed.nbytes())
+        restored.copy_(recomputed)
+
+    replace(random.CheckpointWithoutOutput, "__init__", init)
+    replace(random, "_get_share_storage", lambda: copy_storage)
+
+
+def count_predicted_tokens_of_all_context_ranks() -> None:
+    """Average the losses of multi-token prediction over all tokens under context parallelism.
+
+    Replaces: `roll_tensor` in `megatron.core.transformer.multi_token_prediction`, whose second result is the number of
+        tokens that the loss divides by.
+    Why: The stock function returns the number of tokens of one context-parallel rank. The last token of a sequence has
+        no label, so ranks have different numbers, and the mean of their means is not the mean over all tokens. The
+        replacement returns the mean number of the ranks.
+    Can go: When losses of multi-token prediction are the same for every context-parallel size.
     """
     from megatron.core.transformer import multi_token_prediction
 
-    stock: Any = multi_token_prediction.roll_tensor
+    stock_roll: Any = multi_token_prediction.roll_tensor
 
-    def roll_tensor(tensor: Any, *args: Any, cp_group: Any = None, **kwargs: Any) -> Any:
-        rolled, total = stock(tensor, *args, cp_group=cp_group, **kwargs)
-        # Only loss masks are floating-point numbers; the sums of ids and positions are not used.
-        if cp_group is not None and cp_group.size() > 1 and tensor is not None and tensor.is_floating_point():
+    def roll(
+        tensor: torch.Tensor,
+        shifts: int = -1,
+        dims: int = -1,
+        cp_group: torch.distributed.ProcessGroup | None = None,
+        packed_seq_params: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rolled, total = stock_roll(tensor, shifts, dims, cp_group, packed_seq_params)
+        # Sums of token ids and positions, which are integers, are not used.
+        if cp_group is not None and cp_group.size() > 1 and tensor.is_floating_point():
             torch.distributed.all_reduce(total, group=cp_group)
             total = total / cp_group.size()
         return rolled, total
 
-    replace(multi_token_prediction, "roll_tensor", roll_tensor)
+    replace(multi_token_prediction, "roll_tensor", roll)
 
 
 EVERY_PROCESS = (
-    use_compiled_helpers_of_wheel,
-    make_optimizer_state_loadable,
+    *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine),
     count_predicted_tokens_of_all_context_ranks,
 )
 """The patches that `prepare_process` applies."""
@@ -154,16 +190,20 @@ def escape_percent_signs_in_help(parser: argparse.ArgumentParser) -> None:
             action.help = action.help.replace("%", "%%")
 
 
-def latent_projections_without_transformer_engine(linear: Callable[..., torch.nn.Module]) -> AbstractContextManager:
-    """Let `MoELayer` make its latent projections without Transformer Engine, so that `--check` can count them.
+def building_replicated_linears_of(
+    linear: Callable[..., torch.nn.Module], module: ModuleType
+) -> AbstractContextManager:
+    """Let a module of Megatron build its replicated linear layers without Transformer Engine.
 
-    Replaces: `HAVE_TE` and `TELinear` in `megatron.core.transformer.moe.moe_layer`, inside the `with` block only.
-    Why: `MoELayer` makes latent projections of `TELinear` alone, so without Transformer Engine they cannot be counted.
-    Can go: When `MoELayer` takes the class of its projections from the layer's spec.
+    Replaces: `HAVE_TE` and `TELinear` in `megatron.core.transformer.moe.moe_layer` or in
+        `megatron.core.transformer.multi_latent_attention`, inside a `with` block only.
+    Why: `MoELayer` builds the projections of latent experts of `TELinear` alone. `MLASelfAttention` refuses every other
+        class that does not divide its output over the tensor-parallel ranks; and if the output is divided, the gradient
+        of the keys' shared positional part covers the heads of one rank only.
+    Can go: When `MoELayer` and `MLASelfAttention` accept any class from the layer's spec.
 
     Args:
-        linear: Makes a projection; takes the arguments of `TELinear`.
+        linear: builds a linear layer; takes the arguments of `TELinear`.
+        module: the module of Megatron.
     """
-    from megatron.core.transformer.moe import moe_layer
-
-    return nullcontext() if moe_layer.HAVE_TE else mock.patch.multiple(moe_layer, HAVE_TE=True, TELinear=linear)
+    return mock.patch.multiple(module, HAVE_TE=True, TELinear=linear)

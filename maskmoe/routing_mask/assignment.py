@@ -1,10 +1,12 @@
 """Choose the experts that each token id sees, table by table."""
 
 import heapq
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from maskmoe.errors import UserError
 
@@ -20,7 +22,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Randomness of the least-loaded choice, see `_spread`. Measured on Zipf counts: with 0, ids that share an expert in one
 # table share an expert in the next table in 30 to 100 % of the cases. With 0.25 this happens about as rarely as by
 # chance. With 0.5 and more, an expert can stay overloaded.
-_LOAD_JITTER = 0.25
+LOAD_JITTER = 0.25
+
+
+@dataclass(frozen=True)
+class HashLayers:
+    """The first layers of a model, in which a table alone chooses the candidates: every id sees the same number.
+
+    Attributes:
+        num_layers: Number of these layers, counted from the first transformer layer, with and without experts.
+        visible_experts: Number of visible experts of every id.
+        assignment: How visible experts are chosen, see `MaskRecipe.assignment`.
+    """
+
+    num_layers: Annotated[int, Field(ge=1)]
+    visible_experts: Annotated[int, Field(ge=1)]
+    assignment: str
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,8 @@ class MaskRecipe:
             order, as in Megatron. Set for `rank-local` only, because no other assignment depends on it.
         shared_table: Whether all layers use one table.
         preset: Name of the baseline that this recipe describes, or None; see `from_preset`.
+        hash_layers: The first layers, to which `assignment`, `frequent_mass`, `frequent_visible_experts` and `preset`
+            do not apply; None if they apply to all layers.
 
     Raises:
         UserError: The settings contradict each other.
@@ -57,9 +76,10 @@ class MaskRecipe:
     expert_model_parallel_size: int | None = None
     shared_table: bool = False
     preset: str | None = None
+    hash_layers: HashLayers | None = None
 
     def __post_init__(self) -> None:
-        if problem := self._find_problem():
+        if problem := self._find_problem() or self._find_problem_of_hash_layers():
             raise UserError(problem)
 
     def _find_problem(self) -> str | None:
@@ -86,6 +106,25 @@ class MaskRecipe:
             return f"frequent ids can see 2 to {num_experts} of {num_experts} experts, not {visible}"
         if visible > experts_of_rank:
             return f"frequent ids cannot see {visible} experts of one rank, which has {experts_of_rank}"
+        return None
+
+    def _find_problem_of_hash_layers(self) -> str | None:
+        """Return a description of the first contradiction between `hash_layers` and the other settings, or None."""
+        hashed = self.hash_layers
+        if hashed is None:
+            return None
+        if not 1 <= hashed.num_layers < self.num_layers:
+            return f"1 to {self.num_layers - 1} of {self.num_layers} layers can be hash layers, not {hashed.num_layers}"
+        if self.shared_table:
+            return "hash layers need tables of their own; do not share one table among all layers"
+        if "rank-local" in (self.assignment, hashed.assignment) and self.assignment != hashed.assignment:
+            return f"hash layers cannot be {hashed.assignment} if the other layers are {self.assignment}"
+        if hashed.visible_experts < 1:
+            return f"every id must see at least 1 expert in hash layers, not {hashed.visible_experts}"
+        try:
+            self.of_table(0)
+        except UserError as error:
+            return f"hash layers: {error}"
         return None
 
     @classmethod
@@ -134,13 +173,29 @@ class MaskRecipe:
     @property
     def needs_counts(self) -> bool:
         """Whether the mask depends on token counts."""
-        return self.assignment != "uniform" or (self.frequent_mass > 0 and not self.all_frequent)
+        hashed_by_load = self.hash_layers is not None and self.hash_layers.assignment != "uniform"
+        return hashed_by_load or self.assignment != "uniform" or (self.frequent_mass > 0 and not self.all_frequent)
 
     @property
     def num_tables(self) -> int:
         """Number of tables to make: one for each layer, or one if the tables of all layers are equal."""
-        identical = self.all_frequent and self.frequent_see_all
+        identical = self.all_frequent and self.frequent_see_all and self.hash_layers is None
         return 1 if self.shared_table or identical else self.num_layers
+
+    def of_table(self, table: int) -> "MaskRecipe":
+        """Return the recipe of one table, without hash layers; tables count from 0."""
+        hashed = self.hash_layers
+        if hashed is None or table >= hashed.num_layers:
+            return replace(self, hash_layers=None)
+        several = hashed.visible_experts > 1
+        return replace(
+            self,
+            assignment=hashed.assignment,
+            frequent_mass=float(several),
+            frequent_visible_experts=hashed.visible_experts if several else None,
+            preset="top-k-hash" if several else None,
+            hash_layers=None,
+        )
 
 
 def ids_by_frequency(occurrences: np.ndarray) -> np.ndarray:
@@ -187,7 +242,7 @@ def assign_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: int) -> tupl
     The random stream depends on `recipe.seed` and `table` only: the same arguments give the same bits.
 
     Args:
-        recipe: The settings.
+        recipe: The settings, without hash layers; see `MaskRecipe.of_table`.
         vocabulary: The ids by frequency.
         table: Index of the table, which selects the random stream.
 
@@ -223,6 +278,40 @@ def assign_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: int) -> tupl
 def pack_sets(sets: np.ndarray) -> np.ndarray:
     """Pack sets of experts, bool `[…, N]`, into bits, uint8 `[…, bytes]`; expert e is bit e % 8 of byte e // 8."""
     return np.packbits(sets, axis=-1, bitorder="little")
+
+
+def stack_tables(
+    rows_of_ids: Sequence[np.ndarray], bits_of_tables: Sequence[np.ndarray], num_experts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Stack tables with different numbers of rows; tables with fewer rows get rows of all experts, which no id uses.
+
+    Args:
+        rows_of_ids: Each id's row in each table, integer `[vocab]` each.
+        bits_of_tables: The visible sets of each table, uint8 `[rows, bytes]` each.
+        num_experts: N, the number of experts in a layer.
+
+    Returns:
+        `row_of_id` `[tables, vocab]` and `visible_bits` `[tables, rows, bytes]`, see `RoutingMask`.
+    """
+    num_rows = max(map(len, bits_of_tables))
+    visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(bits_of_tables), num_rows, 1))
+    for stacked, bits in zip(visible_bits, bits_of_tables, strict=True):
+        stacked[: len(bits)] = bits
+    return np.stack(rows_of_ids).astype(row_dtype(num_rows), copy=False), visible_bits
+
+
+def table_of_sets(visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of visible sets, bool `[vocab, N]`.
+
+    Rows 0 to N - 1 are the single experts; each different set of several experts gets one row after them.
+    """
+    num_experts = visible.shape[1]
+    is_single = visible.sum(axis=1) == 1
+    sets, index = np.unique(pack_sets(visible[~is_single]), axis=0, return_inverse=True)
+    row_of_id = np.empty(len(visible), np.int64)
+    row_of_id[is_single] = visible[is_single].argmax(axis=1)
+    row_of_id[~is_single] = num_experts + index.ravel()
+    return row_of_id, np.concatenate([pack_sets(np.eye(num_experts, dtype=bool)), sets])
 
 
 def row_dtype(num_rows: int) -> type[np.int16] | type[np.int32]:
@@ -272,7 +361,7 @@ def _spread(
 
     Exact least-loaded placement is random only in its ties. It would give every table nearly the same partition of the
     ids with the experts renamed, so ids that collide in one layer would collide in all layers. Therefore each bin's
-    priority is its load plus a random part, at most `_LOAD_JITTER`, of the item that the bin received last. The chosen
+    priority is its load plus a random part, at most `LOAD_JITTER`, of the item that the bin received last. The chosen
     bin exceeds the least load by no more than this part, and the many small items that follow level the difference.
 
     Items that never occur weigh nothing and are dealt out evenly in a random order.
@@ -297,7 +386,7 @@ def _spread(
     # Items of several bins: each bin gets an equal share of the item.
     sets = np.zeros((num_sets, num_bins), dtype=bool)
     shares = occurrences[:num_seen_sets] / max(set_size, 1)
-    jitters = _LOAD_JITTER * shares * rng.random(num_seen_sets)
+    jitters = LOAD_JITTER * shares * rng.random(num_seen_sets)
     for item, (share, jitter) in enumerate(zip(shares, jitters, strict=True)):
         bins = np.argpartition(priorities, set_size - 1)[:set_size]
         sets[item, bins] = True
@@ -309,7 +398,7 @@ def _spread(
     singles = occurrences[num_sets:num_seen]
     heap = list(zip(priorities.tolist(), loads.tolist(), range(num_bins), strict=True))
     heapq.heapify(heap)
-    jitters = _LOAD_JITTER * singles * rng.random(len(singles))
+    jitters = LOAD_JITTER * singles * rng.random(len(singles))
     bin_of_single = []
     for share, jitter in zip(singles.tolist(), jitters.tolist(), strict=True):
         _, load, least_loaded = heap[0]

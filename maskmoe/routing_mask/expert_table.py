@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import pack_sets, row_dtype
+from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 
 ASSIGNMENT = "expert-table"
@@ -101,12 +101,9 @@ class ExpertTable:
                     f"experts are 0 to {num_experts - 1}"
                 )
         vocab_size = len(self._tables()[0])
-        row_of_id, sets = zip(*(_rows_of_ids(table, vocab_size, num_experts) for table in self.experts), strict=True)
-        # All layers need the same number of rows; add rows that no id uses.
-        num_rows = max(map(len, sets))
-        visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(sets), num_rows, 1))
-        for bits, sets_of_layer in zip(visible_bits, sets, strict=True):
-            bits[: len(sets_of_layer)] = sets_of_layer
+        tables = [_table_of_experts(table, vocab_size, num_experts) for table in self.experts]
+        rows_of_ids, bits_of_tables = zip(*tables, strict=True)
+        row_of_id, visible_bits = stack_tables(rows_of_ids, bits_of_tables, num_experts)
         most = max(table.shape[1] for table in self._tables())
         digest = hashlib.sha256()
         for table in self.experts:
@@ -119,24 +116,17 @@ class ExpertTable:
             shared_table=len(self.experts) == 1,
             expert_table={"name": self.name, "sha256": digest.hexdigest()},
         )
-        rows = np.stack(row_of_id).astype(row_dtype(num_rows))
-        return RoutingMask(rows, visible_bits, vocab_size, num_experts, num_layers, provenance)
+        return RoutingMask(row_of_id, visible_bits, vocab_size, num_experts, num_layers, provenance)
 
     def _tables(self) -> list[np.ndarray]:
         return [table for table in self.experts if table is not None]
 
 
-def _rows_of_ids(table: np.ndarray | None, vocab_size: int, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+def _table_of_experts(table: np.ndarray | None, vocab_size: int, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
     """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of one layer, see `RoutingMask`."""
     visible = np.zeros((vocab_size, num_experts), bool)
     visible[np.arange(vocab_size)[:, None], slice(None) if table is None else table] = True
-    # Rows 0 to N - 1 are the single experts; each different set of several experts gets one row after them.
-    is_single = visible.sum(axis=1) == 1
-    sets, index = np.unique(pack_sets(visible[~is_single]), axis=0, return_inverse=True)
-    row_of_id = np.empty(vocab_size, np.int64)
-    row_of_id[is_single] = visible[is_single].argmax(axis=1)
-    row_of_id[~is_single] = num_experts + index.ravel()
-    return row_of_id, np.concatenate([pack_sets(np.eye(num_experts, dtype=bool)), sets])
+    return table_of_sets(visible)
 
 
 def _read_tensors(path: Path, names: Sequence[str] | None) -> dict[str, np.ndarray]:

@@ -1,8 +1,9 @@
 """The routing mask: the experts that each token id may use in each layer, fixed before training."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Annotated, Any
+from itertools import chain
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from pydantic import Field
@@ -11,12 +12,25 @@ from tqdm import tqdm
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table, pack_sets
+from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe, Vocabulary, assign_table, pack_sets, stack_tables
 from maskmoe.routing_mask.frequency import CountedDataset, TokenFrequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
 # Fewer assignments than this take less time than starting worker processes.
-_FEW_ASSIGNMENTS = 1 << 20
+FEW_ASSIGNMENTS = 1 << 20
+
+# A record lacks these fields of the provenance if they have no value, as in the files of older versions.
+_OPTIONAL_FIELDS = ("expert_table", "hash_layers", "widened_from")
+
+
+class Ancestor(TypedDict):
+    """Identity and settings of a mask that was widened; see `widen_routing_mask`."""
+
+    digest: str
+    frequent_mass: Annotated[int | float, Field(ge=0, le=1)]
+    frequent_visible_experts: Annotated[int, Field(ge=2)] | None
+    seed: int
+    counts_digest: str | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,7 @@ class MaskProvenance:
         assignment: `MaskRecipe.assignment`, or `expert-table` if the visible sets were copied from a table.
         frequent_mass: P, the share of all occurrences that the frequent ids cover.
         frequent_visible_experts: V_f, the number of visible experts of a frequent id; None if no id is frequent.
-        seed: Seed of the random streams.
+        seed: Seed of the random streams; if the mask was widened, the seed of the last widening.
         expert_model_parallel_size: Number of expert-parallel ranks of a rank-local mask, else None.
         shared_table: Whether all layers use one table.
         preset: Name of the baseline, or None.
@@ -36,6 +50,9 @@ class MaskProvenance:
         tokenizer: The tokenizer that made the datasets, or None if it is unknown.
         expert_table: `name` and `sha256` of the table that the visible sets were copied from, see `ExpertTable`; None
             if the settings chose the visible sets.
+        hash_layers: The first layers, to which P, V_f and the assignment do not apply, see `HashLayers`; None if they
+            apply to all layers.
+        widened_from: The masks that were widened to this mask, the first mask first; empty if the mask was not widened.
     """
 
     assignment: str
@@ -49,6 +66,8 @@ class MaskProvenance:
     datasets: tuple[CountedDataset, ...] = ()
     tokenizer: TokenizerRecord | None = None
     expert_table: dict[str, str] | None = None
+    hash_layers: HashLayers | None = None
+    widened_from: tuple[Ancestor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,20 +149,22 @@ class RoutingMask(SealedTensors):
     @cached_property
     def min_visible(self) -> int:
         """The smallest number of experts that any id sees in any layer."""
-        return min(int(self.num_visible_of_layer(table).min()) for table in range(len(self.row_of_id)))
+        return int(self.fewest_visible_of_id.min())
 
     @cached_property
     def max_visible(self) -> int:
         """The largest number of experts that any id sees in any layer."""
-        return max(int(self.num_visible_of_layer(table).max()) for table in range(len(self.row_of_id)))
+        return int(self.most_visible_of_id.max())
 
-    @property
-    def num_visible(self) -> np.ndarray:
-        """Number of experts that each id sees in the first layer, int64 `[vocab]`.
+    @cached_property
+    def fewest_visible_of_id(self) -> np.ndarray:
+        """The smallest number of experts that each id sees in any layer, int64 `[vocab]`."""
+        return np.minimum.reduce([self.num_visible_of_layer(table) for table in range(len(self.row_of_id))])
 
-        A mask made by `build_routing_mask` has the same numbers in every layer.
-        """
-        return self.num_visible_of_layer(0)
+    @cached_property
+    def most_visible_of_id(self) -> np.ndarray:
+        """The largest number of experts that each id sees in any layer, int64 `[vocab]`."""
+        return np.maximum.reduce([self.num_visible_of_layer(table) for table in range(len(self.row_of_id))])
 
     def num_visible_of_layer(self, layer: int) -> np.ndarray:
         """Return the number of experts that each id sees in a layer, int64 `[vocab]`; layers count from 0."""
@@ -218,11 +239,16 @@ class RoutingMask(SealedTensors):
         Returns:
             Rank of each row, int16 `[tables, rows]`; None if any id sees experts of two ranks in a layer.
         """
-        visible = unpack_bits(self.visible_bits, self.num_experts)  # [tables, rows, experts]
-        sees_rank = visible.reshape(*visible.shape[:2], num_ranks, -1).any(axis=-1)  # [tables, rows, ranks]
-        # Check the rows through the ids, because some tables have rows that no id uses.
-        num_ranks_of_id = np.take_along_axis(sees_rank.sum(axis=-1), self.row_of_id.astype(np.int64), axis=1)
-        return sees_rank.argmax(axis=-1).astype(np.int16) if (num_ranks_of_id == 1).all() else None
+        rank_of_row = np.empty(self.visible_bits.shape[:2], np.int16)
+        # One table after the other, because the unpacked bits of all tables can take gigabytes.
+        for table, (row_of_id, visible_bits) in enumerate(zip(self.row_of_id, self.visible_bits, strict=True)):
+            visible = unpack_bits(visible_bits, self.num_experts)  # [rows, experts]
+            sees_rank = visible.reshape(len(visible), num_ranks, -1).any(axis=-1)  # [rows, ranks]
+            # Check the rows through the ids, because some tables have rows that no id uses.
+            if (sees_rank.sum(axis=-1)[row_of_id] != 1).any():
+                return None
+            rank_of_row[table] = sees_rank.argmax(axis=-1)
+        return rank_of_row
 
     def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
         """Return the mask extended to a larger vocabulary, for models whose embedding has padding rows.
@@ -239,13 +265,14 @@ class RoutingMask(SealedTensors):
         return replace(self, row_of_id=row_of_id, vocab_size=vocab_size)
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the tables, and the record without the key `expert_table` if there is no table.
+        """Return the tables, and the record without the optional fields of the provenance that have no value.
 
-        The digests of such masks therefore do not depend on the key.
+        The digests of masks without these fields therefore do not depend on the fields.
         """
         tables, record = super().parts()
-        if self.provenance.expert_table is None:
-            del record["provenance"]["expert_table"]
+        for name in _OPTIONAL_FIELDS:
+            if not record["provenance"][name]:
+                del record["provenance"][name]
         return tables, record
 
 
@@ -287,19 +314,25 @@ def build_routing_mask(
         raise UserError("the vocabulary size is missing; give --token-frequency, or --vocab-size of at least 1")
     else:
         occurrences = np.zeros(vocab_size)
-    vocabulary = Vocabulary(occurrences, recipe)
-    if workers is None and recipe.num_tables * len(occurrences) < _FEW_ASSIGNMENTS:
+    if workers is None and recipe.num_tables * len(occurrences) < FEW_ASSIGNMENTS:
         workers = 1
-    assign = partial(assign_table, recipe, vocabulary)
-    tables = map_in_processes(assign, range(recipe.num_tables), workers)
+    # Make the tables of the hash layers, then the other tables: each of the two recipes divides the ids in its own way.
+    num_hashed = recipe.hash_layers.num_layers if recipe.hash_layers else 0
+    parts = (range(num_hashed), range(num_hashed, recipe.num_tables))
+    of_parts = ((recipe.of_table(part.start), part) for part in parts if part)
+    tables = chain.from_iterable(
+        map_in_processes(partial(assign_table, of_part, Vocabulary(occurrences, of_part)), part, workers)
+        for of_part, part in of_parts
+    )
     with tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", delay=0.5, disable=not progress) as bar:
-        row_of_id, visible_bits = zip(*bar, strict=True)
-    settings: dict[str, Any] = asdict(recipe)
+        rows_of_ids, bits = zip(*bar, strict=True)
+    row_of_id, visible_bits = stack_tables(rows_of_ids, bits, recipe.num_experts)
+    settings: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
     if frequency is not None:
         settings["counts_digest"] = frequency.digest
         settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}
-    return RoutingMask(np.stack(row_of_id), np.stack(visible_bits), **sizes, provenance=MaskProvenance(**settings))
+    return RoutingMask(row_of_id, visible_bits, **sizes, provenance=MaskProvenance(**settings))
 
 
 def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int = 1) -> np.ndarray:
@@ -321,8 +354,8 @@ def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int =
 def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
     """Return the ids that alone overload an expert or rank, so that no mask with these set sizes is balanced.
 
-    Such an id gives each of its visible experts more than 1/N of all occurrences. In a rank-local mask, an id with more
-    occurrences than one rank's share also counts.
+    Such an id gives each of its visible experts in a layer more than 1/N of all occurrences. In a rank-local mask, an
+    id with more occurrences than one rank's share also counts.
 
     Args:
         mask: The routing mask.
@@ -333,6 +366,6 @@ def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
     """
     num_ranks = mask.provenance.expert_model_parallel_size or 1
     total = occurrences.sum()
-    per_expert = occurrences / mask.num_visible
+    per_expert = occurrences / mask.fewest_visible_of_id
     ids = np.flatnonzero((per_expert > total / mask.num_experts) | (occurrences > total / num_ranks))
     return ids[np.argsort(-per_expert[ids], kind="stable")]

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
+from typing import NamedTuple
+
+import numpy as np
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
 from maskmoe.simulation.cluster import Layout
@@ -44,12 +47,25 @@ VARIANTS = (
 )
 
 
+class _LayerProperties(NamedTuple):
+    """The largest number of experts that an id sees in a layer, and the share of the tokens that see several."""
+
+    max_visible: int
+    frequent_mass: float
+
+    @classmethod
+    def of(cls, mask: RoutingMask, layer: int, occurrences: np.ndarray) -> "_LayerProperties":
+        """Return the properties of a layer of a mask; layers count from 0, `occurrences` is `[vocab]`."""
+        num_visible = mask.num_visible_of_layer(layer)
+        return cls(int(num_visible.max()), float(occurrences[num_visible > 1].sum() / occurrences.sum()))
+
+
 class Masks:
     """The routing masks of each kind of routing, one mask of a single layer for each simulated layer.
 
-    Rank-local and node-local masks are built for each number of ranks or nodes, from the frequencies of the ids. They
-    copy two properties of the first simulated layer of the given mask: the share of the tokens that see several experts
-    and the number of these experts, which is lower if one rank or node holds fewer experts.
+    Rank-local and node-local masks are built for each number of ranks or nodes, from the frequencies of the ids. Each
+    layer copies two properties of the given mask's layer: the share of the tokens that see several experts and the
+    number of these experts, which is lower if one rank or node holds fewer experts.
 
     Args:
         mask: The given mask.
@@ -63,10 +79,7 @@ class Masks:
     def __init__(self, mask: RoutingMask, layers: Sequence[int], frequency: TokenFrequency) -> None:
         self._mask, self.frequency = mask, frequency
         self._layers = [0] if mask.is_shared else sorted(set(layers))
-        num_visible = mask.num_visible_of_layer(self._layers[0])
-        occurrences = frequency.occurrences
-        self._max_visible = int(num_visible.max())
-        self._frequent_mass = float(occurrences[num_visible > 1].sum() / occurrences.sum())
+        self._properties = [_LayerProperties.of(mask, layer, frequency.occurrences) for layer in self._layers]
         # One build for all layouts with the same number of places, and for all k.
         self._build = cache(self._build_masks)
 
@@ -93,7 +106,8 @@ class Masks:
         num_places = _num_places(routing, layout)
         if num_places == 0:
             return f"{ep_size:,} expert-parallel ranks do not fill whole nodes of {layout.gpus_per_node:,}"
-        available, needed = num_experts // num_places, min(self._max_visible, max(2, topk))
+        most_visible = max(properties.max_visible for properties in self._properties)
+        available, needed = num_experts // num_places, min(most_visible, max(2, topk))
         if available < needed:
             place = "rank" if routing is Routing.RANK_LOCAL else "node"
             return f"a {place} has {available:,} of the experts, fewer than the {needed:,} that a frequent id needs"
@@ -106,14 +120,18 @@ class Masks:
             return [_one_layer(self._mask, layer) for layer in self._layers]
         if routing is Routing.TOPK:
             recipe = MaskRecipe.from_preset("smoe", num_experts, num_layers)
-        else:
-            num_visible = min(self._max_visible, num_experts // num_places)
+            return [_one_layer(build_routing_mask(recipe, frequency=self.frequency, workers=1), 0)]
+        # Layers with the same properties are layers of one mask.
+        masks = {}
+        for properties in self._properties:
+            num_visible = min(properties.max_visible, num_experts // num_places)
             frequent_visible, seed = num_visible if num_visible > 1 else None, self._mask.provenance.seed
             recipe = MaskRecipe(
-                num_experts, num_layers, "rank-local", self._frequent_mass, frequent_visible, seed, num_places
+                num_experts, num_layers, "rank-local", properties.frequent_mass, frequent_visible, seed, num_places
             )
-        mask = build_routing_mask(recipe, frequency=self.frequency, workers=1)
-        return [_one_layer(mask, layer) for layer in range(num_layers)]
+            if properties not in masks:
+                masks[properties] = build_routing_mask(recipe, frequency=self.frequency, workers=1)
+        return [_one_layer(masks[properties], layer) for layer, properties in enumerate(self._properties)]
 
 
 def _num_places(routing: Routing, layout: Layout) -> int:

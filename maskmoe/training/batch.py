@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
+from maskmoe.transformer.packed_documents import PackedDocuments
 
 
 class Batch(NamedTuple):
@@ -34,6 +35,12 @@ class Batch(NamedTuple):
     """int64, the token that follows each token"""
     loss_mask: Tensor
     """float32"""
+    documents: PackedDocuments | None
+    """the documents within which tokens attend; None if tokens attend to the whole sample"""
+
+
+_TENSORS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
+"""The tensors of a micro-batch, which have the names of `GPTDataset`."""
 
 
 def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
@@ -46,12 +53,13 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
         data_iterator: Samples; None on ranks that are not the first of their tensor-parallel group.
     """
     args = get_args()
+    has_documents = args.dataloader_inter_document_masking
     data = next(data_iterator) if data_iterator is not None else {}
-    batch: dict[str, Any] = dict.fromkeys(Batch._fields)
-    batch |= {key: data[key].cuda(non_blocking=True) for key in Batch._fields if data.get(key) is not None}
+    batch: dict[str, Any] = dict.fromkeys((*_TENSORS, "cu_seqlens", "max_seqlen"))
+    batch |= {key: data[key].cuda(non_blocking=True) for key in batch if data.get(key) is not None}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=has_documents,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -65,7 +73,13 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
         pipeline_model_parallel_size=1,
     )
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return Batch(**{key: batch[key] for key in Batch._fields})
+    documents = None
+    if has_documents:
+        # The rank that read the data need not wait for the device.
+        cu_seqlens = data["cu_seqlens"] if data else batch["cu_seqlens"].cpu()
+        reads_on_host = args.transformer_impl == "local"
+        documents = PackedDocuments.of_samples(cu_seqlens, batch["tokens"].device, reads_on_host=reads_on_host)
+    return Batch(**{key: batch[key] for key in _TENSORS}, documents=documents)
 
 
 def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
@@ -76,8 +90,15 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
         batch: The micro-batch.
         padding_mask: bool [batch, sequence], True for tokens that routers must not count; None if there are none.
     """
-    tokens, position_ids, attention_mask, labels, loss_mask = batch
-    return model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, padding_mask=padding_mask)
+    return model(
+        batch.tokens,
+        batch.position_ids,
+        batch.attention_mask,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        packed_seq_params=batch.documents,
+        padding_mask=padding_mask,
+    )
 
 
 def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = None) -> list[GPTDataset | None]:
@@ -103,6 +124,7 @@ def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = N
         "path_to_cache": args.data_cache_path,
         "tokenizer": get_tokenizer(),
         "create_attention_mask": args.create_attention_mask_in_dataloader,
+        "inter_document_masking": args.dataloader_inter_document_masking,
     }
     builder = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,

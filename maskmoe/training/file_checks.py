@@ -80,9 +80,10 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         UserError: a size or the tokenizer differs; the message names both values.
     """
     vocab_size = get_tokenizer().vocab_size
-    if args.routing_mask is None and vocab_size < mask.vocab_size <= args.padded_vocab_size:
-        # The mask comes from a checkpoint of an imported model, whose embedding may have more rows than its tokenizer
-        # has ids.
+    has_sizes_of_checkpoint = args.routing_mask is None or getattr(args, "change_routing_mask", False)
+    if has_sizes_of_checkpoint and vocab_size < mask.vocab_size <= args.padded_vocab_size:
+        # The mask comes from a checkpoint of an imported model, or replaces the mask of one. The model's embedding may
+        # have more rows than its tokenizer has ids.
         vocab_size = mask.vocab_size
     mask.check_fits(
         vocab_size=vocab_size,

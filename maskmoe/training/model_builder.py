@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.gpt_model import DenseGPTModel, MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.router_sums import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -27,6 +27,9 @@ class MaskMoEGPTModelConfig(GPTModelConfig):
     routing_mask: Path | None = None
     """File of the routing mask, or a checkpoint that holds the mask. Ignored for a model without experts."""
 
+    replaced_routing_mask: Path | None = None
+    """The checkpoint to load if it may hold another routing mask, which `routing_mask` replaces."""
+
     aux_loss_tokens: AuxLossTokens = "all"
     """Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`."""
 
@@ -35,7 +38,7 @@ class MaskMoEGPTModelConfig(GPTModelConfig):
 
 
 class MaskMoEGPTModelBuilder(GPTModelBuilder):
-    """Builds a `MaskMoEGPTModel`, or a `GPTModel` if the model has no experts."""
+    """Builds a `MaskMoEGPTModel`, or a `DenseGPTModel` if the model has no experts."""
 
     _model_config: Any  # a `MaskMoEGPTModelConfig`; Megatron declares the base class of all configurations
 
@@ -56,7 +59,7 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
         is_last = pipeline.is_vp_last_stage(*virtual) and pipeline.is_pp_last_stage(pg_collection.pp)
         visible_experts = self.visible_experts(pg_collection, vp_stage) if config.num_moe_experts else None
         block_spec, mtp_block_spec = self.layer_specs(visible_experts, vp_stage)
-        model = partial(MaskMoEGPTModel, visible_experts=visible_experts) if visible_experts else GPTModel
+        model = partial(MaskMoEGPTModel, visible_experts=visible_experts) if visible_experts else DenseGPTModel
         # Megatron's configuration names most settings like the arguments of the model.
         shared = {field.name for field in fields(GPTModelConfig)} & signature(GPTModel).parameters.keys()
         return model(
@@ -74,7 +77,11 @@ class MaskMoEGPTModelBuilder(GPTModelBuilder):
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the routing mask of the run, which the routers of one pipeline stage share."""
         settings = self._model_config
-        return VisibleExperts(settings.transformer, read_routing_mask(settings.routing_mask), pg_collection, vp_stage)
+        mask, replaced = read_routing_mask(settings.routing_mask), None
+        if settings.replaced_routing_mask is not None:
+            of_checkpoint = read_routing_mask(settings.replaced_routing_mask)
+            replaced = of_checkpoint if of_checkpoint.digest != mask.digest else None
+        return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, Any]:
         """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""

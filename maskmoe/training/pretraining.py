@@ -49,6 +49,13 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the arguments that only training has, and let signals save a checkpoint by default."""
     group = parser.add_argument_group(title="long runs")
     group.add_argument(
+        "--change-routing-mask",
+        action="store_true",
+        help="let the mask in --routing-mask replace another mask of the checkpoint in --load. Both must have the same "
+        "vocabulary, number of experts and number of tables. Later checkpoints hold the new mask, so the flag then "
+        "changes nothing",
+    )
+    group.add_argument(
         "--keep-last-checkpoints",
         type=int,
         metavar="N",

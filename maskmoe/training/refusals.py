@@ -1,11 +1,14 @@
 """Settings that training refuses because they do not work, or have no meaning, with masked routing."""
 
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
+
+from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -19,11 +22,13 @@ class Refusal(NamedTuple):
         flag: the flags of the setting, with the refused values if other values are supported.
         reason: a sentence that says why the setting is not supported, and what to use instead if there is something.
         applies: returns whether parsed arguments have the setting.
+        remedy: returns what to do instead, with the values of parsed arguments, if the reason does not say it.
     """
 
     flag: str
     reason: str
     applies: Callable[[Namespace], bool]
+    remedy: Callable[[Namespace], str] | None = None
 
 
 def _is_given(setting: str, args: Namespace) -> bool:
@@ -50,13 +55,32 @@ def _is_given(setting: str, args: Namespace) -> bool:
     return not set(words).isdisjoint(given if isinstance(given, list) else [given])
 
 
-def _needs_transformer_engine(setting: str) -> Refusal:
-    """Return the refusal of a setting that exists in Transformer Engine's modules only."""
-    return Refusal(
-        f"{setting} with --transformer-impl local",
-        "It needs Transformer Engine: pass --transformer-impl transformer_engine on a machine that has it.",
-        lambda args: args.transformer_impl == "local" and _is_given(setting, args),
-    )
+def _captured_moe_parts(args: Namespace) -> str:
+    """Name what Transformer Engine's CUDA graphs would capture of MoE layers; empty if they capture nothing of them."""
+    if args.cuda_graph_impl != "transformer_engine" and not getattr(args, "external_cuda_graph", False):
+        return ""
+    modules = args.cuda_graph_modules or getattr(args, "cuda_graph_scope_deprecated", None) or []
+    names = [getattr(module, "name", str(module)) for module in modules]
+    if not names or "full" in names:
+        return "whole layers, because no modules are named"
+    return ", ".join(name for name in names if name not in ("attn", "mlp"))
+
+
+def _upcycling_command(args: Namespace) -> str:
+    """Return the command that does what Megatron's upcycling would do with these arguments."""
+    words = ["tools/convert_checkpoint.py", "upcycle", "--load", args.load or "DENSE_CHECKPOINT"]
+    words += ["--save", args.save or "MOE_CHECKPOINT", "--routing-mask", args.routing_mask or "MASK"]
+    words += ["--num-experts", args.num_experts or "N", "--topk", args.moe_router_topk]
+    words += ["--moe-layer-freq", str(args.moe_layer_freq).replace(" ", "")] if args.moe_layer_freq != 1 else []
+    words += ["--granularity", args.moe_upcycling_granularity] if args.moe_upcycling_granularity != 1 else []
+    words += ["--shared-expert"] if args.moe_shared_expert_intermediate_size else []
+    return f"The command is: {shlex.join(map(str, words))}"
+
+
+def _divides_matrices(args: Namespace) -> bool:
+    """Return whether an optimizer like Muon updates each matrix on one data-parallel rank only."""
+    is_divided = args.use_distributed_optimizer or getattr(args, "use_layer_wise_distributed_optimizer", False)
+    return args.optimizer == "dist_muon" or (args.optimizer not in ("adam", "sgd") and is_divided)
 
 
 def _flex_backend(args: Namespace) -> str | None:
@@ -67,51 +91,66 @@ def _flex_backend(args: Namespace) -> str | None:
 
 
 _ALWAYS_REFUSED = {
-    "--moe-router-load-balancing-type sinkhorn": "Sinkhorn assigns an equal share of the tokens to every expert, which "
-    "a routing mask rules out.",
+    "--moe-router-load-balancing-type sinkhorn": "Sinkhorn assigns an equal share of the tokens to every expert, "
+    "which a routing mask rules out.",
     "--moe-router-load-balancing-type quantile_balancing": "Quantile balancing computes its bias from the logits of "
     "all experts, invisible experts included.",
     "--moe-router-fusion": "Transformer Engine's fused kernel ignores the routing mask. On GPUs, MaskMoE's own kernel "
     "routes without a flag.",
-    "--moe-router-padding-for-quantization or --moe-router-padding-for-fp8": "The padding is for fp8 and fp4, which "
-    "have not been tried.",
-    "--moe-enable-routing-replay": "Replay repeats recorded choices and ignores the routing mask.",
+    "--moe-router-padding-for-quantization or --moe-router-padding-for-fp8": "The padding sends tokens to experts "
+    "that the routing mask hides, with weight 0. It is for fp8 and fp4.",
     "--moe-routing-trace-path": "Megatron's trace leaves out every layer in which a token has fewer than k experts. "
     "Use maskmoe analyze.",
     "--moe-paged-stash, --moe-pad-experts-for-cuda-graph-inference, --moe-ncclep-static-shape or "
     "--moe-ncclep-zero-copy": "The setting is for fixed shapes, but the number of rows that a rank receives varies.",
-    "--moe-mlp-glu-interleave-size or --moe-shared-expert-glu-interleave-size": "Conversion and evaluation do not know "
-    "the interleaved order of the weights.",
-    "--moe-single-grouped-weight or --moe-single-grouped-bias": "Conversion and resumption do not know the parameters "
-    "of experts that are stored as one tensor.",
+    "--moe-mlp-glu-interleave-size or --moe-shared-expert-glu-interleave-size": "The order of the weights is for "
+    "kernels of Transformer Engine. MaskMoE's conversion and its transformers model read the order of Megatron-Core's "
+    "defaults.",
+    "--moe-single-grouped-weight or --moe-single-grouped-bias": "All experts of a rank become one parameter, which "
+    "only Transformer Engine's operation fuser can train, and only on GPUs. MaskMoE's conversion reads one parameter "
+    "for each expert.",
     "--overlap-moe-expert-parallel-comm, --delay-wgrad-compute or --ep-overlap-early-attn-memory-release": "The "
-    "schedule of the overlap drops the token ids.",
-    "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards": "Weights that are sharded and "
-    "assembled for each product have not been tried with a routing mask.",
-    "--mlp-chunks-for-training above 1": "Computing the MLP in chunks drops the token ids.",
-    "--cuda-graph-impl other than none, --enable-cuda-graph or --external-cuda-graph": "A CUDA graph needs fixed "
-    "shapes, but the number of rows that a rank sends varies.",
-    "--moe-use-upcycling": "A dense checkpoint holds no routing mask. Convert the checkpoint with "
-    "tools/convert_checkpoint.py upcycle.",
-    "--sft or --dataloader-inter-document-masking": "Both pack sequences, and the bounds of packed sequences do not "
-    "reach the later pipeline stages.",
+    "schedule of the overlap calls the router of a layer without padding_mask, on which the token ids travel.",
+    "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards": "Only Transformer Engine's "
+    "linear layers assemble weights from shards, on GPUs, where no test compares the losses with whole weights.",
+    "--mlp-chunks-for-training above 1": "Megatron-Core calls the MLP of each chunk without padding_mask, on which "
+    "the token ids travel.",
+    "--cuda-graph-impl local or full_iteration, or --enable-cuda-graph": "These graphs capture transformer layers "
+    "with their MoE layers, also with --cuda-graph-modules attn. A CUDA graph needs fixed shapes, but the number of "
+    "rows that a rank sends to experts varies. Use --cuda-graph-impl transformer_engine --cuda-graph-modules attn.",
+    "--cache-mla-latents": "Megatron-Core's training forbids the cache, and evaluation and generation keep no cache.",
+    "--sft": "It tokenizes conversations while it trains, but a routing mask is checked against token ids in "
+    "Megatron's dataset format. Tokenize the conversations first, and use --dataloader-inter-document-masking.",
     "--hybrid-context-parallel": "Hybrid context parallelism divides sequences in another way than the token ids are "
     "divided.",
-    "--spec": "MaskMoE builds the layer specification itself.",
+    "--spec": "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
     "--yaml-cfg": "MaskMoE reads its settings from the command line. Use launch/pretrain.sh with a model file.",
     "--perform-rl-step": "MaskMoE has no reinforcement learning.",
     "--logits-save-dir or --logits-load-dir": "MaskMoE has no distillation from logits.",
-    "--fim-data": "MaskMoE's datasets do not rearrange documents to fill in the middle.",
-    "--dataloader-type external": "MaskMoE builds the data loader itself.",
+    "--fim-data": "MaskMoE builds Megatron-Core's GPTDataset only, which does not rearrange documents to fill in the "
+    "middle.",
+    "--dataloader-type external": "MaskMoE builds the data loader itself, because all pipeline stages need token ids.",
     "--inprocess-restart": "MaskMoE restarts whole processes, as torchrun and Slurm do.",
-    "--non-persistent-ckpt-type local or in_memory": "Only global checkpoints are verified and carry the routing mask.",
+    "--non-persistent-ckpt-type local or in_memory": "A local checkpoint has the tensors of one rank in a format of "
+    "nvidia-resiliency-ext, from which MaskMoE cannot read the routing mask. Megatron-Core does not implement "
+    "in_memory.",
     "--experimental-attention-variant, --linear-attention-freq, --hybrid-layer-pattern, --hybrid-override-pattern, "
     "--mtp-hybrid-override-pattern, --is-hybrid-model, --heterogeneous-layers-config-path or "
     "--heterogeneous-layers-config-encoded-json": "The layer specifications of these models have no MaskMoE layers.",
-    "--use-megatron-fsdp or --use-torch-fsdp2": "Fully sharded data parallelism has not been tried with a routing "
-    "mask.",
-    "--transformer-impl inference_optimized": "This implementation is for inference. Use local or transformer_engine.",
-    "--ckpt-format other than torch_dist": "Other checkpoint formats do not carry the routing mask.",
+    "--use-megatron-fsdp": "Its checkpoints, of the format fsdp_dtensor, lack metadata.json and the digests by which "
+    "MaskMoE finds whole checkpoints, and store the settings of a run in another form. Use "
+    "--use-distributed-optimizer.",
+    "--use-torch-fsdp2": "Megatron-Core excludes expert parallelism, pipelines and its distributed optimizer with it. "
+    "Use --use-distributed-optimizer.",
+    "--optimizer soap": "SOAP keeps square matrices for each parameter, but Megatron-Core's checkpoints hold only "
+    "states in the shape of their parameter. Use muon.",
+    "--optimizer adaptive_muon": "Megatron-Core's class lacks the attribute scale_mode, which the step of "
+    "emerging-optimizers 0.3 reads. Use muon.",
+    "--transformer-impl inference_optimized": "Its router ignores the routing mask and cannot train. Use local or "
+    "transformer_engine.",
+    "--ckpt-format other than torch_dist": "MaskMoE verifies the files of torch_dist checkpoints only, and reads the "
+    "routing mask of a run from them. torch stores pickles for each rank; torch_dcp and fsdp_dtensor are for fully "
+    "sharded data parallelism.",
 }
 """The reasons against settings that are refused in every combination, in the form that `_is_given` reads."""
 
@@ -121,6 +160,24 @@ REFUSALS = (
         "--routing-mask without --num-experts",
         "A model without experts has nothing to route.",
         lambda args: args.routing_mask is not None and not args.num_experts,
+    ),
+    Refusal(
+        "--change-routing-mask without --routing-mask",
+        "Without a mask in --routing-mask, a run uses the mask of the checkpoint.",
+        lambda args: getattr(args, "change_routing_mask", False) and args.routing_mask is None,  # a flag of training
+    ),
+    Refusal(
+        "--cuda-graph-impl transformer_engine without --cuda-graph-modules attn or mlp",
+        "Graphs of attention and of dense MLPs are supported. A graph of an MoE layer, or of its router, needs fixed "
+        "shapes, but the number of rows that a rank sends to experts varies.",
+        lambda args: bool(_captured_moe_parts(args)),
+        lambda args: f"The given flags capture {_captured_moe_parts(args)}. Pass --cuda-graph-modules attn.",
+    ),
+    Refusal(
+        "--moe-use-upcycling",
+        "A dense checkpoint holds no routing mask. MaskMoE makes experts of its MLPs before training.",
+        partial(_is_given, "--moe-use-upcycling"),
+        _upcycling_command,
     ),
     Refusal(
         "--moe-pad-expert-input-to-capacity with --moe-router-enable-expert-bias",
@@ -145,7 +202,8 @@ REFUSALS = (
     ),
     Refusal(
         "--moe-token-dispatcher-type flex with --use-transformer-engine-op-fuser",
-        "The fuser pads the rows of each expert, which has not been tried with the libraries of this dispatcher.",
+        "With the fuser, the library of this dispatcher pads the rows of each expert to multiples of 256. Only the "
+        "libraries themselves could show that masked routing is right then, and they need GPUs.",
         lambda args: _flex_backend(args) is not None and args.use_transformer_engine_op_fuser,
     ),
     Refusal(
@@ -161,9 +219,66 @@ REFUSALS = (
         lambda args: args.moe_expert_rank_capacity_factor is not None and _flex_backend(args) != "ncclep",
     ),
     Refusal(
+        "--dataloader-inter-document-masking with --context-parallel-size above 1",
+        "Context parallelism would cut each document into equal parts for the ranks, but documents have any length.",
+        lambda args: args.dataloader_inter_document_masking and args.context_parallel_size > 1,
+    ),
+    Refusal(
+        "--dataloader-inter-document-masking with --cuda-graph-impl other than none, or with --external-cuda-graph",
+        "A graph repeats the bounds of the documents with which it was captured.",
+        lambda args: (
+            args.dataloader_inter_document_masking
+            and _is_given("--cuda-graph-impl other than none or --external-cuda-graph", args)
+        ),
+    ),
+    Refusal(
+        "--dataloader-inter-document-masking with --micro-batch-size above 1 and --moe-router-load-balancing-type "
+        "seq_aux_loss",
+        "Megatron-Core joins the samples of a micro-batch to one sequence, whose samples the loss could not balance "
+        "one by one. Use --micro-batch-size 1.",
+        lambda args: (
+            args.dataloader_inter_document_masking
+            and (args.micro_batch_size or 1) > 1
+            and _is_given("--moe-router-load-balancing-type seq_aux_loss", args)
+        ),
+    ),
+    Refusal(
+        "--reset-attention-mask with --no-create-attention-mask-in-dataloader",
+        "Without the data loader's mask, tokens attend to other documents. Leave the second flag out, or use "
+        "--dataloader-inter-document-masking, which needs no mask.",
+        lambda args: (
+            args.reset_attention_mask
+            and not args.create_attention_mask_in_dataloader
+            and not args.dataloader_inter_document_masking
+        ),
+    ),
+    Refusal(
+        "--reset-attention-mask with --transformer-impl transformer_engine",
+        "Transformer Engine ignores the data loader's mask (Megatron-LM issue 2357). Use "
+        "--dataloader-inter-document-masking.",
+        lambda args: (
+            args.reset_attention_mask
+            and args.transformer_impl == "transformer_engine"
+            and not args.dataloader_inter_document_masking
+        ),
+    ),
+    Refusal(
         "--fp8-format or --fp4-format",
-        "fp8 and fp4 have not been tried with a routing mask. Use --bf16.",
+        "fp8 and fp4 need Transformer Engine and GPUs that compute in these types, so no test could compare masked "
+        "routing with plain torch. Use --bf16.",
         lambda args: bool(args.fp8 or args.fp4),
+    ),
+    Refusal(
+        "--use-distributed-optimizer with --optimizer muon or lion, without --bf16",
+        "Megatron-Core divides the matrices among data-parallel ranks in bf16 training only: in fp32, its "
+        "LayerWiseDistributedOptimizer leaves the optimizers without a loss scale.",
+        lambda args: _divides_matrices(args) and not args.bf16,
+    ),
+    Refusal(
+        "--use-distributed-optimizer with --optimizer muon or lion, without --disable-bias-linear",
+        "Megatron-Core has no distributed optimizer for the biases of experts beside one that divides matrices. "
+        "--no-use-layer-wise-param-layout does without it.",
+        lambda args: _divides_matrices(args) and args.add_bias_linear and args.use_layer_wise_param_layout,
     ),
     Refusal(
         "--cross-entropy-loss-fusion without --bf16",
@@ -191,6 +306,16 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "--moe-latent-size with --moe-shared-expert-overlap",
+        "Megatron-Core's overlap gives shared experts the rows of the routed experts, which are narrower.",
+        lambda args: args.moe_latent_size is not None and args.moe_shared_expert_overlap,
+    ),
+    Refusal(
+        "--mla-down-proj-fusion with --transformer-impl local",
+        "The local modules compress queries and keys by separate projections: leave the flag out.",
+        lambda args: args.transformer_impl == "local" and args.mla_down_proj_fusion,
+    ),
+    Refusal(
         "--cp-comm-type other than p2p or all_gather with --transformer-impl local",
         "Local attention gathers keys and values: leave the flag out.",
         lambda args: (
@@ -199,14 +324,12 @@ REFUSALS = (
             and not {"p2p", "all_gather"}.issuperset(args.cp_comm_type)
         ),
     ),
-    _needs_transformer_engine("--multi-latent-attention"),
-    _needs_transformer_engine("--moe-latent-size"),
-    _needs_transformer_engine("--recompute-modules layernorm, moe_act or mla_up_proj"),
 )
 """Every refused setting, in the order in which training reports them."""
 
 _NEED_TRANSFORMER_ENGINE = (
     *("--transformer-impl transformer_engine", "--moe-permute-fusion", "--use-precision-aware-optimizer"),
+    *("--cuda-graph-impl transformer_engine", "--external-cuda-graph"),
     *("--tp-comm-overlap", "--te-rng-tracker", "--use-transformer-engine-op-fuser", "--qk-clip"),
     "--log-max-attention-logit",
 )
@@ -236,11 +359,16 @@ def unavailable_settings(args: Namespace, packages: GpuPackages) -> Iterator[str
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
-    """Yield an error if the flex dispatcher needs a library that this machine lacks.
+    """Yield an error if the optimizer or the flex dispatcher needs a library that this machine lacks.
 
     Args:
         args: parsed arguments; Megatron need not have validated them.
     """
+    if args.optimizer not in ("adam", "sgd") and not HAVE_EMERGING_OPTIMIZERS:
+        yield (
+            f"--optimizer {args.optimizer} needs the Python package emerging-optimizers, which is not installed: "
+            "pip install 'maskmoe[muon]', or launch/setup.sh --extras muon"
+        )
     backend = _flex_backend(args)
     if backend is not None and (library := missing_library(backend)):
         yield (
@@ -257,7 +385,8 @@ def unsupported_settings(args: Namespace) -> Iterator[str]:
     """
     for refusal in REFUSALS:
         if refusal.applies(args):
-            yield f"{refusal.flag} is not supported. {refusal.reason}"
+            remedy = f" {refusal.remedy(args)}" if refusal.remedy else ""
+            yield f"{refusal.flag} is not supported. {refusal.reason}{remedy}"
     # The remaining errors are sizes that contradict the number of experts.
     if not args.num_experts:
         return

@@ -14,6 +14,11 @@ from maskmoe.checkpoint.series import RELEASE, checkpoint_path, choose_checkpoin
 from maskmoe.errors import UserError
 from maskmoe.training.rank_store import RankStore
 
+# Sizes of multi-latent attention.
+_LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+# Settings of YaRN for which Megatron has no flags; its configuration of multi-latent attention takes them from the
+# arguments. Converted checkpoints have them if they differ from Megatron's values.
+_YARN_WITHOUT_FLAGS = ("original_max_position_embeddings", "beta_fast", "beta_slow")
 # Arguments that decide the shapes of a model's parameters, or their meaning.
 _MODEL_ARGUMENTS = (
     *("num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
@@ -22,12 +27,17 @@ _MODEL_ARGUMENTS = (
     *("num_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_router_enable_expert_bias", "moe_latent_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
     *("position_embedding_type", "untie_embeddings_and_output_weights"),
+    *_LATENT_SIZES,
 )
+# Formats in which the distributed optimizer saves its state in the order of a model's parameters, without their names.
+_NAMELESS_OPTIMIZER_FORMATS = ("dp_reshardable", "dp_zero_gather_scatter")
 # Settings of a model that Megatron 0.19 does not take from the checkpoint with `--use-checkpoint-args`.
 _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
     *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads"),
     *("moe_router_group_topk", "moe_router_num_groups", "moe_shared_expert_gate"),
     *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
+    *("multi_latent_attention", *_LATENT_SIZES, "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
+    *_YARN_WITHOUT_FLAGS,
 )
 
 
@@ -124,10 +134,15 @@ def further_checkpoint_args(checkpoint: Path) -> dict[str, Any]:
 def check_same_model(args: Namespace, checkpoint: Path) -> None:
     """Check that a checkpoint's model and tokenizer are the model and the tokenizer of this run.
 
+    The implementation may differ: a checkpoint of local modules also loads into Transformer Engine's modules, and the
+    other way round.
+
     Raises:
-        UserError: Names all differences, with both values of each.
+        UserError: Names all differences, with both values of each. Or the implementations differ, and the state of the
+            optimizer has a format that depends on the implementation.
     """
-    saved = load_common_state_dict(checkpoint).get("args")
+    state = load_common_state_dict(checkpoint)
+    saved = state.get("args")
     if saved is None:
         return
     differences = [
@@ -139,9 +154,24 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
     ]
     if differences:
         raise UserError(f"checkpoint {checkpoint} holds another model: {'; '.join(differences)}")
+    for name in _YARN_WITHOUT_FLAGS:
+        if (value := getattr(saved, name, None)) != getattr(args, name, None):
+            raise UserError(
+                f"checkpoint {checkpoint} holds a model with {name} {value}, for which Megatron has no flag: pass "
+                "--use-checkpoint-args"
+            )
     theirs, ours = getattr(saved, "tokenizer_sha256", None), args.tokenizer_sha256
     if theirs is not None and ours is not None and theirs != ours:
         raise UserError(
             f"checkpoint {checkpoint} was trained with another tokenizer ({saved.tokenizer_model}, sha256 "
             f"{theirs[:12]}…) than --tokenizer-model {args.tokenizer_model} ({ours[:12]}…)"
+        )
+    implementation = getattr(saved, "transformer_impl", args.transformer_impl)
+    optimizer_format = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    loads_optimizer = args.use_distributed_optimizer and not (args.finetune or args.no_load_optim)
+    if implementation != args.transformer_impl and optimizer_format in _NAMELESS_OPTIMIZER_FORMATS and loads_optimizer:
+        raise UserError(
+            f"checkpoint {checkpoint} was saved with --transformer-impl {implementation}, and its optimizer state "
+            f"is in the order of its parameters, which differs from {args.transformer_impl}'s: save a checkpoint with "
+            "--dist-ckpt-optim-fully-reshardable, or pass --no-load-optim"
         )

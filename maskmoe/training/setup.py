@@ -26,6 +26,7 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
@@ -75,7 +76,7 @@ def parse_and_check_args(
     _report_missing_packages()
     tokenizer_sha256 = file_checks.check_tokenizer(args)
     file_checks.check_save_folder(args)
-    mask = find_routing_mask(args, checkpoint)
+    mask = find_routing_mask(args, checkpoint, _print_on_first_rank)
     with megatrons_checks():
         args = cast(Namespace, parse_and_validate_args(add_arguments))
     args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint
@@ -93,19 +94,27 @@ def parse_and_check_args(
 def _report_missing_packages() -> None:
     """Print one line on the first rank if the defaults were chosen for a GPU without Transformer Engine or Apex."""
     missing = None if cpu.is_installed() else GpuPackages.installed().describe_missing()
-    if missing and os.environ.get("RANK", "0") == "0":
-        print(f"note: {missing}", flush=True)
+    if missing:
+        _print_on_first_rank(f"note: {missing}")
 
 
-def find_routing_mask(args: Namespace, checkpoint: Path | None) -> RoutingMask | None:
+def _print_on_first_rank(line: str) -> None:
+    """Print a line on the first rank, before there are process groups."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable[[str], None]) -> RoutingMask | None:
     """Return the routing mask in `--routing-mask` or, without the flag, of the checkpoint; None without experts.
 
     Args:
         args: Megatron's arguments.
         checkpoint: The checkpoint to load, if there is one.
+        report: Takes one line about the change of masks if the arguments have `--change-routing-mask`.
 
     Raises:
-        UserError: No mask is given, or the mask of the flag and the mask of the checkpoint differ.
+        UserError: No mask is given, or the mask of the flag and the mask of the checkpoint differ although the
+            arguments lack `--change-routing-mask`, or in their sizes.
     """
     if not args.num_experts:
         return None
@@ -114,8 +123,42 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None) -> RoutingMask |
         raise UserError(
             "no routing mask: pass --routing-mask FILE, made by tools/build_routing_mask.py, or --load a checkpoint"
         )
-    check_same_mask(masks[0].digest, masks[-1].digest)
-    return masks[0]
+    own, of_checkpoint = masks[0], masks[-1]
+    if _may_change_mask(args):
+        report(f"routing mask: {_describe_change(of_checkpoint, own, args.expert_model_parallel_size)}")
+    else:
+        is_training = hasattr(args, "change_routing_mask")
+        cure = "; pass --change-routing-mask to change visible experts on purpose" if is_training else ""
+        check_same_mask(own.digest, of_checkpoint.digest, cure)
+    return own
+
+
+def _may_change_mask(args: Namespace) -> bool:
+    """Return whether the run's mask may differ from the checkpoint's; only training has the flag for it."""
+    return getattr(args, "change_routing_mask", False)
+
+
+def _describe_change(old: RoutingMask, new: RoutingMask, num_ranks: int) -> str:
+    """Describe how the mask of a run differs from the mask of the checkpoint, in one line.
+
+    Args:
+        old: The mask of the checkpoint; the mask of the run if no checkpoint is loaded.
+        new: The mask of the run.
+        num_ranks: Expert-parallel ranks of the run.
+
+    Raises:
+        UserError: The masks have different sizes.
+    """
+    if old.digest == new.digest:
+        return (
+            f"--change-routing-mask changes nothing, no checkpoint with another mask than {new.digest[:16]}… is loaded"
+        )
+    described = f"{old.digest[:16]}… of the checkpoint → {new.digest[:16]}…: {MaskChange.between(old, new)}"
+    if num_ranks > 1 and new.num_experts % num_ranks == 0:
+        was_local, is_local = (mask.rank_of_rows(num_ranks) is not None for mask in (old, new))
+        if was_local != is_local:
+            described += f"; the visible experts of each id are {'now' if is_local else 'no longer'} on one rank"
+    return described
 
 
 def load_model(args: Namespace) -> torch.nn.Module:
@@ -149,7 +192,9 @@ def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
         config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
     if args.num_experts:
         # `find_routing_mask` refuses a run without a mask.
-        config.routing_mask = Path(cast(Path, args.routing_mask or resume.checkpoint_to_load(args)))
+        checkpoint = resume.checkpoint_to_load(args)
+        config.routing_mask = Path(cast(Path, args.routing_mask or checkpoint))
+        config.replaced_routing_mask = checkpoint if _may_change_mask(args) else None
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default

@@ -168,7 +168,8 @@ def score_texts(args: argparse.Namespace, model: torch.nn.Module, texts: Sequenc
     Raises:
         UserError: A text has no context, and the tokenizer has no id that ends a document.
     """
-    args.create_attention_mask_in_dataloader = False
+    # Samples are single texts.
+    args.create_attention_mask_in_dataloader = args.dataloader_inter_document_masking = False
     tokenizer = get_tokenizer()
     _exclude_padding_ids(model, tokenizer.vocab_size)
     found = list(token_windows(texts, tokenizer, args.seq_length))

@@ -1,6 +1,7 @@
 """Experts for models without Transformer Engine, computed together instead of module by module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -8,13 +9,16 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_geglu import quick_gelu, weighted_bias_quick_geglu_impl
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.typed_torch import apply_module
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from maskmoe.transformer.backends.swiglu import is_plain_swiglu, swiglu
 from maskmoe.transformer.kernels import launching
 
 
@@ -29,6 +33,9 @@ class GroupedMLP(SequentialMLP):
 
     `SequentialMLP` computes the experts on a GPU without Triton, if `can_group` returns False, or if experts were
     changed after they were built, for example by adapters or hooks.
+
+    With `--recompute-modules moe_act`, which `SequentialMLP` lacks, the backward pass computes the input of each second
+    linear layer again. This class then also replaces `SequentialMLP` and calls the linear layers one by one.
 
     Args: those of `SequentialMLP`.
     """
@@ -60,16 +67,18 @@ class GroupedMLP(SequentialMLP):
         rows, probs = permuted_local_hidden_states, permuted_probs
         experts = [cast(MLP, expert) for expert in self.local_experts]
         runs_kernels = launching.runs_kernels(rows)
-        is_grouped = self._can_group and (runs_kernels or not rows.is_cuda)
-        if not is_grouped or not all(map(_is_as_built, experts)):
+        is_grouped = self._can_group and (runs_kernels or not rows.is_cuda) and all(map(_is_as_built, experts))
+        if not is_grouped and not _recomputes_activation(self.config):
             return super().forward(rows, tokens_per_expert, probs)
+        if self.config.moe_apply_probs_on_input:
+            rows, probs = (probs.unsqueeze(-1) * rows).to(rows.dtype), torch.ones_like(probs)
+        if not is_grouped:
+            return _compute_by_modules(rows, tokens_per_expert, probs, experts), None
         # Wait until data parallelism has gathered the weights, as a call of each linear layer would.
         for expert in experts:
             for layer in _linear_layers(expert):
                 for hook in layer._forward_pre_hooks.values():
                     hook(layer, ())
-        if self.config.moe_apply_probs_on_input:
-            rows, probs = (probs.unsqueeze(-1) * rows).to(rows.dtype), torch.ones_like(probs)
         compute = _compute_grouped if runs_kernels else _compute_in_turns
         return compute(rows, tokens_per_expert, probs, experts), None
 
@@ -130,22 +139,49 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
-def _activate(projected: Tensor, probs: Tensor, config: TransformerConfig) -> Tensor:
-    """Apply activation function and row weights as `MLP.forward` does between its linear layers.
+def _recomputes_activation(config: TransformerConfig) -> bool:
+    """Return whether the backward pass computes activation functions of experts again."""
+    return config.recompute_granularity == "selective" and "moe_act" in (config.recompute_modules or ())
+
+
+def _activate_and_project(
+    projected: Tensor,
+    probs: Tensor,
+    bias: Tensor | None,
+    config: TransformerConfig,
+    project: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Compute an expert from the output of its first linear layer; recompute the activation function if asked to.
 
     Args:
         projected: [rows, fc1 output].
         probs: [rows], the weight of each row.
+        bias: [fc1 output], the bias of the first linear layer, or None.
         config: the configuration of the experts.
+        project: the second linear layer.
     """
+    activate = partial(_activate, config=config)
+    if not _recomputes_activation(config) or not (projected.requires_grad or probs.requires_grad):
+        return project(activate(projected, probs, bias))
+    checkpoint = CheckpointWithoutOutput()
+    output = project(checkpoint.checkpoint(activate, projected, probs, bias))
+    checkpoint.discard_output_and_register_recompute(output)
+    return output
+
+
+def _activate(projected: Tensor, probs: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
+    """Apply activation function and row weights as `MLP.forward` does; arguments as for `_activate_and_project`."""
     if config.bias_activation_fusion:
         weights, store_fp8 = probs.unsqueeze(-1), config.activation_func_fp8_input_store
         if config.gated_linear_unit and config.activation_func is silu:
-            return weighted_bias_swiglu_impl(projected, None, weights, store_fp8)
+            return weighted_bias_swiglu_impl(projected, bias, weights, store_fp8)
         if config.gated_linear_unit and config.activation_func is quick_gelu:
             offset, clamp = config.glu_linear_offset, config.activation_func_clamp_value
-            return weighted_bias_quick_geglu_impl(projected, None, weights, store_fp8, offset, clamp)
+            return weighted_bias_quick_geglu_impl(projected, bias, weights, store_fp8, offset, clamp)
         raise ValueError("only SwiGLU and quick GeGLU can be fused with the weights of the rows")
+    projected = projected if bias is None else projected + bias
+    if is_plain_swiglu(config):
+        return swiglu(projected, probs.unsqueeze(-1))
     function: Callable[[Tensor], Tensor] = config.activation_func
     if config.gated_linear_unit:
         gate, value = projected.chunk(2, dim=-1)
@@ -160,14 +196,35 @@ def _activate(projected: Tensor, probs: Tensor, config: TransformerConfig) -> Te
     return (activated * probs.unsqueeze(-1)).to(activated.dtype)
 
 
+def _split(
+    rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]
+) -> Iterator[tuple[MLP, Tensor, Tensor]]:
+    """Yield each expert with its rows and their weights; arguments as for `GroupedMLP.forward`."""
+    sizes = [len(rows)] if len(experts) == 1 else tokens_per_expert.tolist()
+    return zip(experts, rows.split(sizes), probs.split(sizes), strict=True)
+
+
 def _compute_in_turns(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
     """Compute one expert after the other; arguments as for `GroupedMLP.forward`."""
-    sizes = tokens_per_expert.tolist()
     outputs = []
-    for expert, own_rows, own_probs in zip(experts, rows.split(sizes), probs.split(sizes), strict=True):
+    for expert, own_rows, own_probs in _split(rows, tokens_per_expert, probs, experts):
         first, second = _weights(expert)
-        activated = _activate(linear(own_rows, first), own_probs, expert.config)
-        outputs.append(linear(activated, second))
+        project = partial(linear, weight=second)
+        outputs.append(_activate_and_project(linear(own_rows, first), own_probs, None, expert.config, project))
+    return torch.cat(outputs)
+
+
+def _compute_by_modules(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
+    """Compute one expert after the other by calling its linear layers; arguments as for `GroupedMLP.forward`."""
+    outputs = []
+    for expert, own_rows, own_probs in _split(rows, tokens_per_expert, probs, experts):
+        projected, bias = apply_module(expert.linear_fc1)(own_rows)
+
+        def project(activated: Tensor, expert: MLP = expert, own_probs: Tensor = own_probs) -> Tensor:
+            output, bias = apply_module(expert.linear_fc2)(activated)
+            return output if bias is None else output + bias * own_probs.unsqueeze(-1)
+
+        outputs.append(_activate_and_project(projected, own_probs, bias, expert.config, project))
     return torch.cat(outputs)
 
 
@@ -177,5 +234,5 @@ def _compute_grouped(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, exp
 
     ends = tokens_per_expert.to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     first, second = zip(*map(_weights, experts), strict=True)
-    activated = _activate(grouped_linear(rows, ends, first), probs, experts[0].config)
-    return grouped_linear(activated, ends, second)
+    project = partial(grouped_linear, ends=ends, weights=second)
+    return _activate_and_project(grouped_linear(rows, ends, first), probs, None, experts[0].config, project)

@@ -1,15 +1,20 @@
-"""The GPT model that hands token ids to its routers."""
+"""GPT models: with MoE layers that route by token id, and without experts."""
 
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from maskmoe.transformer.backends.cross_entropy import CrossEntropyOfOneCopy
 from maskmoe.transformer.model_mixin import RoutesByTokenId
+from maskmoe.transformer.packed_documents import PackingGPTModel
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
-class MaskMoEGPTModel(RoutesByTokenId, GPTModel):
+class DenseGPTModel(CrossEntropyOfOneCopy, PackingGPTModel):
+    """`GPTModel` without experts, with packed documents and the loss of `MaskMoEGPTModel`."""
+
+
+class MaskMoEGPTModel(RoutesByTokenId, CrossEntropyOfOneCopy, PackingGPTModel):
     """`GPTModel` whose MoE layers route by token id.
 
     Every pipeline stage must be given `input_ids`, also stages without an embedding. A padding mask, bool [batch,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
@@ -11,36 +12,46 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
 )
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
 from maskmoe.transformer.backends.attention import TorchDotProductAttention
+from maskmoe.transformer.backends.latent_attention import LocalMLASelfAttention, keys_of_checkpoint
+from maskmoe.transformer.backends.mlp import TorchMLP, TorchSharedExpertMLP
+from maskmoe.transformer.backends.replicated_linear import ReplicatedLinear
 from maskmoe.transformer.backends.torch_norm import build_torch_norm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 from maskmoe.transformer.visible_experts import VisibleExperts
 
-_REPLACEMENTS: dict[type, Any] = {
+_REPLACEMENTS: dict[Any, Any] = {
     WrappedTorchNorm: build_torch_norm,
     DotProductAttention: TorchDotProductAttention,
+    MLP.as_mlp_submodule: TorchMLP.as_mlp_submodule,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
+    TransformerLayer: MaskMoETransformerLayer,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }
-"""Modules of Megatron-Core and their replacements."""
+"""Modules of Megatron-Core and functions that build them, and their replacements."""
 
 
 def get_maskmoe_decoder_block_spec(
@@ -103,6 +114,7 @@ def _with_maskmoe_modules(
 ) -> Any:
     """Return the spec with MaskMoE's layers, routers, experts and norms; see `get_maskmoe_decoder_block_spec`."""
     heads, query_groups = config.num_attention_heads, config.num_query_groups
+    is_local = config.transformer_impl == "local"
 
     def substitute(node: Any) -> Any:
         if isinstance(node, MoESubmodules):
@@ -113,11 +125,25 @@ def _with_maskmoe_modules(
             assert query_groups is not None  # `TransformerConfig` sets the default.
             k_layernorm = partial(AllHeadsRMSNorm, num_heads=query_groups)
             return replace(node, q_layernorm=partial(AllHeadsRMSNorm, num_heads=heads), k_layernorm=k_layernorm)
+        if isinstance(node, MLASelfAttentionSubmodules) and is_local:
+            return replace(node, linear_q_down_proj=ReplicatedLinear, linear_kv_down_proj=ReplicatedLinear)
+        if node is MLASelfAttention and is_local:
+            return LocalMLASelfAttention
+        if isinstance(node, TransformerLayerSubmodules) and is_local and isinstance(config, MLATransformerConfig):
+            return replace(node, sharded_state_dict_keys_map=_keys_of_latent_attention(node, config))
         if node is FusedLayerNorm and config.normalization != "LayerNorm":
             return build_torch_norm  # Megatron takes Apex's norm if Apex is installed, also for an RMSNorm.
-        return _REPLACEMENTS.get(node, node) if isinstance(node, type) else node
+        if node is _build_shared_experts and not config.use_grouped_gemm_for_shared_expert:
+            return TorchSharedExpertMLP
+        return _REPLACEMENTS.get(node, node) if isinstance(node, type | MethodType) else node
 
     return map_spec(spec, substitute)
+
+
+def _keys_of_latent_attention(layer: TransformerLayerSubmodules, config: MLATransformerConfig) -> dict[str, str]:
+    """Return the `sharded_state_dict_keys_map` of a layer with multi-latent attention, see `keys_of_checkpoint`."""
+    is_moe = isinstance(layer.mlp, partial) and layer.mlp.func is MaskMoELayer
+    return {**keys_of_checkpoint(config), **({} if is_moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"})}
 
 
 def map_spec(node: Any, substitute: Callable[[Any], Any]) -> Any:

@@ -1,14 +1,19 @@
 """The mixture-of-experts layer whose router knows the ids of its tokens."""
 
+from contextlib import nullcontext
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from maskmoe.megatron_compat.patches import building_replicated_linears_of
+from maskmoe.transformer.backends.replicated_linear import ReplicatedLinear
 from maskmoe.transformer.dispatch.choose import build_dispatcher, choose_dispatch
 from maskmoe.transformer.dispatch.flex import MaskMoEFlexTokenDispatcher
 from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
@@ -41,7 +46,9 @@ class MaskMoELayer(MoELayer):
     ) -> None:
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
-        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        is_local = config.transformer_impl == "local"
+        with building_replicated_linears_of(ReplicatedLinear, moe_layer) if is_local else nullcontext():
+            super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         # `MoELayer` hard-codes its dispatcher class, so replace the instance here. The all-gather dispatcher needs no
         # replacement: it reads only the routing map.
         common = (self.num_local_experts, self.local_expert_indices, self.config, pg_collection)
@@ -68,7 +75,7 @@ class MaskMoELayer(MoELayer):
 
         Args:
             hidden_states: [sequence, batch, hidden].
-            intermediate_tensors: must be None; the overridden method uses it for CUDA graphs, which are not supported.
+            intermediate_tensors: must be None; the overridden method uses it for CUDA graphs of parts of the layer.
             padding_mask: token ids [batch, sequence] as `pack_token_ids` packs them.
 
         Returns:

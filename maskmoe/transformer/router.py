@@ -17,6 +17,7 @@ from torch import Tensor
 from maskmoe.transformer.kernels import launching
 from maskmoe.transformer.router_losses import attach_losses
 from maskmoe.transformer.router_sums import AuxLossTokens, LossSums, MaskedLogitsSums
+from maskmoe.transformer.routing_replay import REPLAYS, next_choice, record_choice, select_replayed
 from maskmoe.transformer.routing_statistics import RoutingStatistics, sum_tokens
 from maskmoe.transformer.selection import MaskedLogits, preference_scores, select_experts
 from maskmoe.transformer.token_ids import TokenIds
@@ -32,12 +33,12 @@ class MaskMoERouter(TopKRouter):
     1. Compute the logits as `TopKRouter` does.
     2. Set the logits of invisible experts to -inf.
     3. Attach the z-loss and the load-balancing losses, all over the masked logits.
-    4. Select the top `min(k, V)` of the V visible experts (or of those in the chosen groups), and weigh them with the
-       configured score function.
+    4. Select the top `min(k, V)` of the V visible experts (or of those in the chosen groups), or repeat a recorded
+       choice, see `routing_replay`. Weigh the selected experts with the configured score function.
     5. [Optional] Drop the tokens that exceed the experts' capacity.
 
-    On GPUs, one Triton kernel does steps 2 to 4, see `kernels.routing`. With float64 logits or a capacity factor, plain
-    torch does these steps, as on CPUs.
+    On GPUs, one Triton kernel does steps 2 to 4, see `kernels.routing`. With float64 logits, a capacity factor or
+    routing replay, plain torch does these steps, as on CPUs.
 
     In plain torch, if every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. The
     exception is the global load-balancing loss, which deviates on purpose, see `router_losses`. A token with one
@@ -127,9 +128,7 @@ class MaskMoERouter(TopKRouter):
 
         # Select experts, then let Megatron-Core compute their weights.
         scores = preference_scores(values, self.score_function, self.config.moe_router_pre_softmax, self.expert_bias)
-        selected = select_experts(
-            scores, visible, self.topk, self.config.moe_router_num_groups, self.config.moe_router_group_topk
-        )
+        selected = self._select(scores, visible, token_ids)
         probs, routing_map = topk_routing_with_score_function(
             values,
             self.topk,
@@ -191,6 +190,18 @@ class MaskMoERouter(TopKRouter):
         bias = None if self.bias is None else self.bias.to(dtype)
         return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
 
+    def _select(self, scores: Tensor, visible: Tensor, token_ids: TokenIds) -> Tensor:
+        """Select experts by scores, or repeat a recorded choice; arguments and result are those of `select_experts`."""
+        num_groups, group_topk = self.config.moe_router_num_groups, self.config.moe_router_group_topk
+        replay = self.router_replay
+        if replay is not None and replay.router_replay_action in REPLAYS:
+            choice = next_choice(replay)
+            return select_replayed(choice, visible, self.topk, bool(group_topk), token_ids, self.number_in_model)
+        selected = select_experts(scores, visible, self.topk, num_groups, group_topk)
+        if replay is not None:
+            record_choice(replay, selected, visible)
+        return selected
+
     def _mask_logits(self, logits: Tensor, token_ids: TokenIds) -> MaskedLogits:
         """Look up the visible sets of the tokens and mask the logits [sequence, batch, experts]."""
         visible = self.visible_experts(token_ids.ids.flatten(), self.table)
@@ -201,8 +212,15 @@ class MaskMoERouter(TopKRouter):
         return MaskedLogitsSums(logits, self.topk, self.aux_loss_tokens)
 
     def _runs_kernel(self, logits: Tensor) -> bool:
-        """Return whether a kernel routes by these logits. The kernel supports neither float64 nor capacity factors."""
-        is_supported = logits.dtype != torch.float64 and self.config.moe_expert_capacity_factor is None
+        """Return whether a kernel routes by these logits.
+
+        The kernel supports neither float64 nor capacity factors, and neither records nor replays choices.
+        """
+        is_supported = (
+            logits.dtype != torch.float64
+            and self.config.moe_expert_capacity_factor is None
+            and self.router_replay is None
+        )
         return is_supported and launching.runs_kernels(logits)
 
     def _route_by_kernel(self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool) -> tuple[Tensor, Tensor]:

@@ -37,13 +37,15 @@ class VisibleExperts(MegatronModule):
     """Looks up the visible set of every token, and carries the routing mask in the model's checkpoints.
 
     All routers of a model share one instance. Its buffers are integers, which `Float16Module` does not convert. A
-    checkpoint holds the buffers under `routing_mask.*`; loading a checkpoint that was made with another mask fails.
+    checkpoint holds the buffers under `routing_mask.*`. Loading a checkpoint never changes the mask: it fails if the
+    checkpoint was made with another mask, except with the mask in `replaces`.
 
     Args:
         config: the model's configuration.
         mask: the routing mask; must fit the model's number of experts and layers.
         pg_collection: process groups of the model; saving uses `tp`, `pp` and `dp_cp`.
         vp_stage: the model chunk of this rank that holds the instance, if the pipeline is interleaved.
+        replaces: the other mask that the checkpoint to load was made with; None if it was made with `mask`.
 
     Attributes:
         is_rank_local: whether the visible experts of every id are on one expert-parallel rank.
@@ -63,6 +65,7 @@ class VisibleExperts(MegatronModule):
         mask: RoutingMask,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
+        replaces: RoutingMask | None = None,
     ) -> None:
         super().__init__(config)
         self.pg_collection = pg_collection
@@ -72,6 +75,7 @@ class VisibleExperts(MegatronModule):
         self.min_visible = mask.min_visible
         self.digest = mask.digest
         self.is_shared = mask.is_shared
+        self._replaces = replaces
         for name, buffer in buffers_of_routing_mask(mask).items():
             self.register_buffer(name, buffer)
         ep_size = config.expert_model_parallel_size
@@ -123,30 +127,37 @@ class VisibleExperts(MegatronModule):
         """Return the mask's tensors for a checkpoint; one rank and model chunk writes them, since all hold the same.
 
         The checkpoint reader overwrites the tensors that it is given. It is given copies, so that the run's own mask is
-        still available to compare with.
+        still available to compare with. Until a checkpoint with the mask in `replaces` is loaded, the tensors are those
+        of that mask, because the reader needs tensors of the shapes in the checkpoint.
         """
+        buffers = self.state_dict() if self._replaces is None else buffers_of_routing_mask(self._replaces)
         chunk = self.vp_stage * get_pg_size(self.pg_collection.pp) + get_pg_rank(self.pg_collection.pp)
         replica_id = (chunk, get_pg_rank(self.pg_collection.tp), get_pg_rank(self.pg_collection.dp_cp))
         return {
             f"{prefix}{name}": make_sharded_tensor_for_checkpoint(
-                buffer.clone(),
+                buffer.to(self.row_of_id.device, copy=True),
                 f"{prefix}{name}",
                 replica_id=replica_id,
                 tp_group=self.pg_collection.tp,
                 dp_cp_group=self.pg_collection.dp_cp,
             )
-            for name, buffer in self.state_dict().items()
+            for name, buffer in buffers.items()
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Load the mask's tensors.
+        """Compare the checkpoint's mask with this mask, or with the mask that this mask replaces.
 
         Raises:
             UserError: the checkpoint was made with another routing mask.
         """
         loaded = {name: state_dict[prefix + name] for name in _BUFFERS if prefix + name in state_dict}
         if len(loaded) == len(_BUFFERS):
-            check_same_mask(self.digest, routing_mask_from_buffers(loaded).digest)
+            expected = self.digest if self._replaces is None else self._replaces.digest
+            check_same_mask(expected, routing_mask_from_buffers(loaded).digest)
+        if self._replaces is not None:
+            # Keep this mask: its tensors may have other shapes than the checkpoint's.
+            self._replaces = None
+            return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -186,10 +197,16 @@ def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
     return RoutingMask.from_tensors(arrays, metadata, source="the checkpoint's routing mask")
 
 
-def check_same_mask(run_digest: str, checkpoint_digest: str) -> None:
-    """Raise a UserError that names both masks if their digests differ."""
+def check_same_mask(run_digest: str, checkpoint_digest: str, further_cure: str = "") -> None:
+    """Raise a UserError that names both masks if their digests differ.
+
+    Args:
+        run_digest: the digest of the run's mask.
+        checkpoint_digest: the digest of the checkpoint's mask.
+        further_cure: text after the cures in the message.
+    """
     if run_digest != checkpoint_digest:
         raise UserError(
             f"the checkpoint was made with routing mask {checkpoint_digest[:16]}…, this run was given "
-            f"{run_digest[:16]}…; pass the checkpoint's mask, or leave --routing-mask out to use it"
+            f"{run_digest[:16]}…; pass the checkpoint's mask, or leave --routing-mask out to use it{further_cure}"
         )

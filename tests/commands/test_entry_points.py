@@ -53,7 +53,10 @@ def test_ranks_are_started_by_torchrun(run_stub):
     assert lines == [f"rank {rank} of 2 ['0', '--lr', '1']" for rank in range(2)]
 
 
-@pytest.mark.parametrize("code", [1, 2, EXIT_REQUEUE, EXIT_HANG])
+# tests/launch/test_supervisor.py passes the remaining codes through the supervisor, without torchrun.
+@pytest.mark.parametrize(
+    "code", [1, EXIT_HANG, *(pytest.param(code, marks=pytest.mark.slow) for code in (2, EXIT_REQUEUE))]
+)
 def test_exit_code_is_passed_through(run_stub, code):
     launch = run_stub(str(code))
     assert launch.wait() == code, launch.output

@@ -26,7 +26,7 @@ def test_help_names_each_subcommand_without_importing_torch(tmp_path):
     )
     output = subprocess.check_output([sys.executable, "-P", "-c", check], cwd=tmp_path, text=True)
     assert output == run("--help", cwd=tmp_path).stdout
-    listed = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
+    listed = [line.strip().partition("  ")[0] for line in output.splitlines() if line.startswith("  ")]
     assert listed == [subcommand.name for subcommand in SUBCOMMANDS]
 
 
@@ -55,16 +55,22 @@ def test_subcommand_shows_its_name_in_its_help():
     assert completed.stdout.startswith("usage: maskmoe corpus ")
 
 
-def test_subcommand_gets_its_arguments(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["record", "record again"])
+def test_subcommand_gets_its_arguments(name, tmp_path, monkeypatch):
     """The module of a subcommand runs with the subcommand's name as the program's name."""
-    (tmp_path / "recorder.py").write_text("import sys\ndef main():\n    print(sys.argv)\n")
+    for module in ("record", "record_again"):
+        (tmp_path / f"{module}er.py").write_text(f"import sys\ndef main():\n    print({module!r}, sys.argv)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(program, "SUBCOMMANDS", (Subcommand("record", "recorder", "print sys.argv"),))
-    monkeypatch.setattr(sys, "argv", ["maskmoe", "record", "--a", "b"])
+    subcommands = (
+        Subcommand("record", "recorder", "print sys.argv"),
+        Subcommand("record again", "record_againer", "print sys.argv"),
+    )
+    monkeypatch.setattr(program, "SUBCOMMANDS", subcommands)
+    monkeypatch.setattr(sys, "argv", ["maskmoe", *name.split(), "--a", "b"])
     printed = []
-    monkeypatch.setattr("builtins.print", printed.append)
+    monkeypatch.setattr("builtins.print", lambda *values: printed.append(values))
     program.main()
-    assert printed == [["maskmoe record", "--a", "b"]]
+    assert printed == [(name.replace(" ", "_"), [f"maskmoe {name}", "--a", "b"])]
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS, ids=lambda subcommand: subcommand.name)

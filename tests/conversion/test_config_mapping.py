@@ -1,5 +1,6 @@
 """Megatron's arguments and the configuration of the transformers model describe the same model."""
 
+import math
 from argparse import Namespace
 
 import pytest
@@ -13,7 +14,7 @@ from maskmoe.conversion.config_mapping import (
     is_stacked,
     sparse_layers,
 )
-from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.model_tensors import mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -29,34 +30,78 @@ ROPE = (
         "original_max_position_embeddings": 8192,
     },
 )
+LATENT_ROPE = (
+    {"rope_type": "default"},
+    {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "mscale": 0.5,
+        "mscale_all_dim": 0.0,
+        "attention_factor": 0.05 * math.log(4.0) + 1.0,
+    },
+    {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "attention_factor": 1.0,
+    },
+)
+LATENT_SIZES = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@st.composite
+def attentions(draw):
+    """Draw the fields about attention."""
+    rope_theta = {"rope_theta": draw(st.sampled_from([10000.0, 12345.5]))}
+    if draw(st.booleans()):
+        return dict.fromkeys(LATENT_SIZES, 4) | {
+            "q_lora_rank": draw(st.sampled_from([None, 6])),
+            "num_key_value_heads": 4,
+            "head_dim": 4,
+            "rope_parameters": draw(st.sampled_from(LATENT_ROPE)) | rope_theta,
+            "attention_bias": False,
+            "qk_norm": draw(st.sampled_from([None, "latent"])),
+        }
+    fields = dict.fromkeys(LATENT_SIZES) | {
+        "num_key_value_heads": draw(st.sampled_from([1, 2, 4])),
+        "head_dim": draw(st.sampled_from([2, 4])),
+        "rope_parameters": draw(st.sampled_from(ROPE)) | rope_theta,
+        "attention_bias": draw(st.booleans()),
+        "qk_norm": draw(st.sampled_from([None, "head", "all_heads"])),
+    }
+    if draw(st.booleans()):
+        fields["rope_parameters"]["partial_rotary_factor"] = 0.5
+    return fields
 
 
 @st.composite
 def configs(draw):
     """Draw the fields of a model that both Megatron and transformers can express."""
-    layers, groups = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4]))
-    fields = {
+    layers = draw(st.integers(1, 4))
+    fields = draw(attentions()) | {
         "vocab_size": draw(st.integers(1, 300)),
         "hidden_size": draw(st.sampled_from([8, 24])),
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": groups,
-        "head_dim": draw(st.sampled_from([2, 4])),
         "intermediate_size": 6,
         "max_position_embeddings": 128,
         "rms_norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
-        "rope_parameters": draw(st.sampled_from(ROPE)) | {"rope_theta": draw(st.sampled_from([10000.0, 12345.5]))},
         "tie_word_embeddings": draw(st.booleans()),
         "hidden_act": "silu",
         "initializer_range": 0.01,
         "attention_dropout": 0.0,
-        "attention_bias": draw(st.booleans()),
-        "qk_norm": draw(st.sampled_from([None, "head", "all_heads"])),
+        "num_nextn_predict_layers": draw(st.integers(0, 2)),
+        "mtp_use_repeated_layer": draw(st.booleans()),
         "mlp_layer_types": draw(st.lists(st.sampled_from(["sparse", "dense"]), min_size=layers, max_size=layers)),
         "num_experts": 0,
     }
-    if draw(st.booleans()):
-        fields["rope_parameters"]["partial_rotary_factor"] = 0.5
     if "sparse" not in fields["mlp_layer_types"]:
         return fields
     scores = draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
@@ -103,11 +148,15 @@ def test_every_element_has_one_place(fields, is_stacked, padding, norms):
     config = fields | {"routing_mask": MASK if fields["num_experts"] else None}
     mapping = map_tensors(config, MegatronLayout(is_stacked, fields["vocab_size"] + padding, norms))
     shapes = tensor_shapes(config)
+    mtp_shapes = mtp_tensor_shapes(config)
+    num_mtp_layers = len({name.split(".")[2] for name in mtp_shapes})
+    depth = fields["num_nextn_predict_layers"]
+    assert num_mtp_layers == (min(depth, 1) if fields["mtp_use_repeated_layer"] else depth)
+    assert len({name.split(".")[2] for name in mapping.megatron if name.startswith("mtp.layers.")}) == num_mtp_layers
+    shapes |= mtp_shapes
     assert {name: shape for name, shape in mapping.huggingface.items() if name in shapes} == shapes
     assert len(mapping.huggingface) - len(shapes) == bool(padding) * (1 if fields["tie_word_embeddings"] else 2)
-    assert {name for name in mapping.megatron if name.startswith("decoder.layers.0.")} == (
-        set() if is_stacked else {name for name in mapping.megatron if ".layers.0." in name}
-    )
+    assert any(name.startswith("decoder.layers.0.") for name in mapping.megatron) == (not is_stacked)
 
 
 def test_flags_that_a_run_needs_besides_the_checkpoint():
@@ -124,8 +173,11 @@ def plain_args(**changes):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"multi_latent_attention": True}, "--multi-latent-attention"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"multi_latent_attention": True, "rotary_percent": 0.5}, "--rotary-percent 0.5 along with"),
+        (
+            {"multi_latent_attention": True, "rope_type": "rope", "rotary_scaling_factor": 2.0, "mscale_all_dim": 1.0},
+            "--mscale-all-dim along with --rope-type rope",
+        ),
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
         ({"add_bias_linear": True}, "--disable-bias-linear"),
         ({"swiglu": False}, "--swiglu"),
@@ -152,6 +204,26 @@ def test_settings_that_transformers_cannot_express(changes, named):
 def test_settings_that_megatron_cannot_express(changes, named):
     with pytest.raises(UserError, match=named):
         args_from_config(MaskMoEConfig(num_hidden_layers=2).to_dict() | changes)
+
+
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        ({"rope_type": "linear"}, "rope_type linear"),
+        ({"rope_type": "yarn", "attention_factor": 1.5}, "attention_factor"),
+        (
+            {"rope_type": "yarn", "mscale_all_dim": 1.0},
+            "attention_factor",
+        ),  # transformers' default for `mscale` is none
+        ({"rope_type": "yarn", "truncate": False}, "truncate"),
+    ],
+)
+def test_rotary_embeddings_that_megatrons_latent_attention_lacks(rope, named):
+    rope = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32} | rope
+    latent = dict.fromkeys(LATENT_SIZES, 4) | {"num_key_value_heads": None, "head_dim": None}
+    config = MaskMoEConfig(num_hidden_layers=2, **latent, rope_parameters=rope).to_dict()
+    with pytest.raises(UserError, match=named):
+        args_from_config(config)
 
 
 def test_aux_losses_of_several_kinds():

@@ -1,6 +1,7 @@
 """Models of other families compute the same as MaskMoE models, and settings that MaskMoE cannot express are refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from support.foreign_models import (
     DENSE,
     SPARSE,
     VOCAB_SIZE,
+    add_multi_token_prediction,
     in_transformers,
     logits_of,
     random_ids,
@@ -20,7 +22,7 @@ from support.foreign_models import (
 
 from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.families import open_huggingface
-from maskmoe.conversion.model_tensors import tensor_shapes
+from maskmoe.conversion.model_tensors import mtp_tensor_shapes, tensor_shapes
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
@@ -178,6 +180,13 @@ def test_refuses_a_mask_that_does_not_fit(tmp_path):
         ("mixtral", {"hidden_act": "gelu"}, ["'gelu'"]),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config"]),
         ("llama", {"num_hidden_layers": 2}, ["model.layers.2.", "and 6 more"]),
+        ("deepseek_v3", {"q_lora_rank": None}, ["q_lora_rank null"]),
+        ("deepseek_v3", {"kv_lora_rank": ...}, ["config.json lacks kv_lora_rank"]),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps 1e-05"]),
+        ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave"]),
+        ("deepseek_v3", {"num_experts_per_tok": 2}, ["num_experts_per_tok 2 with topk_group 2"]),
+        ("deepseek_v3", {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}, ["num_experts_per_tok 1", "2.5"]),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, ["'linear'"]),
         ("mixtral", {"num_hidden_layers": 4}, ["lacks model.layers.3.", "more"]),
         ("mixtral", {"num_local_experts": 8}, ["lacks", "experts.6.w1.weight"]),
         ("mixtral", {"intermediate_size": 40}, ["[48, 32]", "[40, 32]", "experts.0.w1.weight"]),
@@ -204,6 +213,35 @@ def test_window_as_long_as_the_sequence_changes_nothing(tmp_path):
     torch.testing.assert_close(logits_of(in_transformers(opened), ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
     edit_config(tmp_path, sliding_window=63)
     with pytest.raises(UserError, match="sliding_window 63"):
+        open_huggingface(tmp_path)
+
+
+def test_reads_multi_token_prediction(tmp_path):
+    original = save_model("deepseek_v3", tmp_path)
+    assert open_huggingface(tmp_path).config["num_nextn_predict_layers"] == 0
+    added = add_multi_token_prediction(tmp_path)
+    opened = open_huggingface(tmp_path)
+    assert opened.config["num_nextn_predict_layers"] == 1
+    layer = {
+        name: opened.source.read(Block.whole(name, shape)) for name, shape in mtp_tensor_shapes(opened.config).items()
+    }
+    prefix = "model.layers.3."
+    assert {name for name in layer if ".experts." not in name} == {name for name in added if ".experts." not in name}
+    for name, tensor in added.items():
+        if match := re.search(r"experts\.(\d)\.(gate|up|down)_proj", name):
+            stack = layer[f"{prefix}mlp.experts.{'down' if match[2] == 'down' else 'gate_up'}_proj"][int(match[1])]
+            found = {"gate": stack[:16], "up": stack[16:], "down": stack}[match[2]]
+            assert torch.equal(found, tensor)
+        else:
+            assert torch.equal(layer[name], tensor)
+    ids = random_ids()
+    torch.testing.assert_close(logits_of(in_transformers(opened), ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
+    edit_tensors(tmp_path, lambda tensors: tensors[f"{prefix}shared_head.head.weight"].add_(1))
+    with pytest.raises(UserError, match=r"layers\.3\.shared_head\.head\.weight differs from lm_head\.weight$"):
+        open_huggingface(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop(f"{prefix}shared_head.head.weight"))
+    edit_tensors(tmp_path, lambda tensors: tensors.pop(f"{prefix}enorm.weight"))
+    with pytest.raises(UserError, match=r"lacks model\.layers\.3\.enorm\.weight$"):
         open_huggingface(tmp_path)
 
 

@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
-from support.foreign_models import save_model
+from support.foreign_models import add_multi_token_prediction, save_model
 from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
-from maskmoe.conversion.convert import megatron_to_huggingface
+from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.inspection import inspect_checkpoint
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.writing import JOURNAL
@@ -68,6 +68,24 @@ def test_models_of_other_families(name, tmp_path):
     assert ("experts" in found.parameters) == (name != "llama")
     assert found.integrity == "complete; not verified, since it was saved without digests"
     assert found.routing_mask is None
+
+
+def test_multi_token_prediction_is_a_part_of_its_own(tmp_path):
+    original = save_model("deepseek_v3", tmp_path / "original")
+    layer = add_multi_token_prediction(tmp_path / "original")
+    huggingface_to_megatron(Settings(load=tmp_path / "original", save=tmp_path / "megatron"))
+    megatron_to_huggingface(Settings(load=tmp_path / "megatron", save=tmp_path / "model", max_shard_size=20_000))
+    checkpoint, model = (inspect_checkpoint(tmp_path / name) for name in ("megatron", "model"))
+    num_parameters = sum(tensor.numel() for tensor in layer.values())
+    assert model.parameters.pop("multi-token prediction") == num_parameters
+    assert checkpoint.parameters["multi-token prediction"] >= num_parameters  # which holds a norm twice
+    biases = 2 * 6  # parameters in Megatron, buffers in transformers
+    assert sum(model.parameters.values()) == original.num_parameters() + biases
+    assert model.active_parameters == sum(model.parameters.values()) - model.parameters["experts"] * 2 // 6
+    assert any(name.startswith("megatron/mtp-00001-of-") for name in model.digests)
+    shutil.rmtree(tmp_path / "model" / "megatron")  # as in a folder that transformers saves again
+    with pytest.raises(UserError, match=r"megatron/mtp\.safetensors is missing$"):
+        huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "back"))
 
 
 def test_damage_is_reported(checkpoints, model, tmp_path):

@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.foreign_models import DENSE, VOCAB_SIZE, in_transformers, logits_of, random_ids, save_model
+from support.foreign_models import (
+    DENSE,
+    VOCAB_SIZE,
+    add_multi_token_prediction,
+    in_transformers,
+    logits_of,
+    random_ids,
+    save_model,
+)
 
 from maskmoe.commands.convert_checkpoint import add_upcycle_arguments, upcycle_settings
 from maskmoe.conversion.blocks import Block, CastSource, TensorSource, row_major_blocks
@@ -91,6 +99,21 @@ def test_every_dense_family(name, tmp_path):
     model = in_transformers(upcycle(open_huggingface(tmp_path), UpcycleSettings(4), mask_of(4)))
     ids = random_ids()
     torch.testing.assert_close(logits_of(model, ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
+
+
+def test_multi_token_prediction_gets_experts_of_its_own_mlp(tmp_path):
+    save_model("deepseek_v3, dense", tmp_path)
+    layer = add_multi_token_prediction(tmp_path)
+    dense = open_huggingface(tmp_path)
+    recipe = MaskRecipe.from_preset("hash", 4, LAYERS + 1)
+    upcycled = upcycle(dense, UpcycleSettings(4), build_routing_mask(recipe, vocab_size=VOCAB_SIZE))
+    model = in_transformers(upcycled)
+    ids = random_ids()
+    torch.testing.assert_close(logits_of(model, ids), logits_of(in_transformers(dense), ids), atol=ROUNDING, rtol=0)
+    experts = read(upcycled.source, f"model.layers.{LAYERS}.mlp.experts.down_proj")
+    assert torch.equal(experts, layer[f"model.layers.{LAYERS}.mlp.down_proj.weight"].expand(4, -1, -1))
+    with pytest.raises(UserError, match="number of layers is 3, the model's is 4"):
+        upcycle(dense, UpcycleSettings(4), mask_of(4, "hash"))
 
 
 def test_experts_start_as_parts_of_the_mlp(dense):

@@ -1,5 +1,6 @@
 """Megatron's model and the transformers model converted from it compute the same logits."""
 
+import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from support.small_moe import DEVICE, make_mask, random_visible_sets
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from maskmoe.conversion.convert import megatron_to_huggingface
+from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.settings import Settings
+from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.routing_mask import RoutingMask
 from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
@@ -39,6 +42,9 @@ SETTINGS = f"""
 GQA = "--group-query-attention --num-query-groups 2"
 UNTIED = "--untie-embeddings-and-output-weights"
 SHARED = "--moe-shared-expert-intermediate-size 20"
+LATENT = "--multi-latent-attention --kv-lora-rank 12 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 10"
+YARN = "--rope-type yarn --rotary-scaling-factor 4 --mscale 0.7 --mscale-all-dim 1.1"
+DENSE_FIRST = "--moe-layer-freq [0,1,1] --ffn-hidden-size 40"
 SIGMOID = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 2.5"
 
 
@@ -77,6 +83,13 @@ CASES = [
     Case((1, 4), 2, f"{UNTIED} --qk-layernorm --add-qkv-bias --rotary-percent 0.5 --rotary-base 500", trained=True),
     Case((1, 4), 2, f"{GQA} --qk-layernorm --qk-layernorm-all-heads --kv-channels 12"),
 ]
+# Models with multi-latent attention or multi-token prediction.
+FURTHER_CASES = [
+    Case((1, 4), 2, f"{LATENT} {YARN} --q-lora-rank 16 --qk-layernorm {SHARED} {DENSE_FIRST} {SIGMOID}", trained=True),
+    Case((1, 4), 2, f"{LATENT} --rope-type rope --qk-layernorm {UNTIED} {SHARED} --mtp-num-layers 1"),
+    Case((1, 4), 2, f"{LATENT} --q-lora-rank 16 {DENSE_FIRST} --mtp-num-layers 2 --mtp-use-repeated-layer"),
+    Case((1, 4), 2, f"{GQA} {UNTIED} {DENSE_FIRST} --mtp-num-layers 2 --moe-router-pre-softmax"),
+]
 
 
 def parse(flags: str) -> Namespace:
@@ -106,7 +119,9 @@ def build(case: Case, folder: Path) -> tuple[Namespace, torch.nn.Module]:
 
 
 def make_routing_mask(case: Case) -> RoutingMask:
-    return make_mask(random_visible_sets(0, NUM_LAYERS, VOCAB_SIZE, NUM_EXPERTS, case.num_visible))
+    depth = re.search(r"--mtp-num-layers (\d)", case.flags)
+    num_layers = NUM_LAYERS + (int(depth[1]) if depth else 0)
+    return make_mask(random_visible_sets(0, num_layers, VOCAB_SIZE, NUM_EXPERTS, case.num_visible), num_layers)
 
 
 def random_tokens(seed: int) -> Tensor:
@@ -133,20 +148,61 @@ def train(model: torch.nn.Module) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_logits(case: Case, tmp_path) -> None:
-    args, megatron = build(case, tmp_path)
+def export(case: Case, folder: Path) -> tuple[torch.nn.Module, Path, Path]:
+    """Save Megatron's model of a case and export it; return the model, its checkpoint and the transformers model."""
+    args, megatron = build(case, folder)
     if case.trained:
         train(megatron)
-    checkpoint = tmp_path / "checkpoint"
+    checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     dist_checkpointing.save(megatron.sharded_state_dict() | {"args": args, "iteration": 1}, str(checkpoint))
-    megatron_to_huggingface(Settings(load=checkpoint, save=tmp_path / "exported"))
-    transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").to(DEVICE)
+    megatron_to_huggingface(Settings(load=checkpoint, save=folder / "exported"))
+    return megatron, checkpoint, folder / "exported"
+
+
+def check_logits(megatron: torch.nn.Module, exported: Path) -> None:
+    """Compare the logits of Megatron's model and of the transformers model."""
+    transformers, info = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values())
     tokens = random_tokens(seed=1)
     with torch.no_grad():
         expected = megatron.eval()(tokens, position_ids(tokens), None)[..., :VOCAB_SIZE]
-        logits = transformers(tokens).logits
+        logits = transformers.to(DEVICE)(tokens).logits
     assert expected.std() > 0.1
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert torch.equal(logits.argmax(dim=-1), expected.argmax(dim=-1))
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    source = TorchDistSource(checkpoint)
+    return {name: source.read(Block.whole(name, spec.shape)) for name, spec in source.tensors.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_logits(case: Case, tmp_path) -> None:
+    megatron, _, exported = export(case, tmp_path)
+    check_logits(megatron, exported)
+
+
+@pytest.mark.parametrize("case", FURTHER_CASES, ids=str)
+def test_same_logits_and_the_same_checkpoint_again(case: Case, tmp_path) -> None:
+    """Converting back restores all tensors bit for bit, including multi-token prediction, which is kept beside."""
+    megatron, checkpoint, exported = export(case, tmp_path)
+    check_logits(megatron, exported)
+    huggingface_to_megatron(Settings(load=exported, save=tmp_path / "back", max_shard_size=20_000))
+    original, back = tensors_of(checkpoint), tensors_of(tmp_path / "back" / "release")
+    assert any(name.startswith("mtp.layers.0.") for name in original) == ("--mtp-num-layers" in case.flags)
+    # Converted checkpoints hold a norm a second time, for Transformer Engine.
+    second_norms = back.keys() - original.keys()
+    assert all(name.endswith("pre_mlp_layernorm.weight") for name in second_norms)
+    assert back.keys() >= original.keys()
+    for name, tensor in original.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor), name
+    # The repeated export has the same content if it is divided among several files.
+    megatron_to_huggingface(Settings(load=tmp_path / "back", save=tmp_path / "again", max_shard_size=5_000))
+    assert (tmp_path / "again/megatron/mtp.safetensors.index.json").exists() == ("--mtp-num-layers" in case.flags)
+    huggingface_to_megatron(Settings(load=tmp_path / "again", save=tmp_path / "back_again"))
+    again = tensors_of(tmp_path / "back_again" / "release")
+    assert again.keys() == back.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in back.items())

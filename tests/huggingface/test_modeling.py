@@ -294,6 +294,21 @@ def test_base_model_and_hidden_states() -> None:
     assert torch.equal(model.lm_head(outputs.last_hidden_state), model(token_ids).logits)
 
 
+def latent_attention_shapes(c: MaskMoEConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of one layer's multi-latent attention by name."""
+    heads, query_features = c.num_attention_heads, c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    shapes = {
+        "kv_a_proj_with_mqa": (c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size),
+        "kv_a_layernorm": (c.kv_lora_rank,),
+        "kv_b_proj": (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
+        "o_proj": (c.hidden_size, heads * c.v_head_dim),
+    }
+    if c.q_lora_rank is None:
+        return shapes | {"q_proj": (query_features, c.hidden_size), "q_proj.norm": (c.hidden_size,)}
+    query = {"q_a_proj": (c.q_lora_rank, c.hidden_size), "q_a_layernorm": (c.q_lora_rank,)}
+    return shapes | query | {"q_b_proj": (query_features, c.q_lora_rank)}
+
+
 def expected_shapes(config: MaskMoEConfig, mask) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an exported model's tensors by name."""
     c, heads = config, config.num_attention_heads * config.head_dim
@@ -305,12 +320,15 @@ def expected_shapes(config: MaskMoEConfig, mask) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{prefix}{norm}.weight"] = (c.hidden_size,)
-        for name, size in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (size, c.hidden_size)
-            if c.attention_bias:
-                shapes[f"{prefix}self_attn.{name}_proj.bias"] = (size,)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (c.hidden_size, heads)
-        if c.qk_norm:
+        if c.kv_lora_rank:
+            shapes |= {f"{prefix}self_attn.{name}.weight": shape for name, shape in latent_attention_shapes(c).items()}
+        else:
+            for name, size in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+                shapes[f"{prefix}self_attn.{name}_proj.weight"] = (size, c.hidden_size)
+                if c.attention_bias:
+                    shapes[f"{prefix}self_attn.{name}_proj.bias"] = (size,)
+            shapes[f"{prefix}self_attn.o_proj.weight"] = (c.hidden_size, heads)
+        if c.qk_norm in ("head", "all_heads"):
             shapes[f"{prefix}self_attn.q_norm.weight"] = (c.head_dim if c.qk_norm == "head" else heads,)
             shapes[f"{prefix}self_attn.k_norm.weight"] = (c.head_dim if c.qk_norm == "head" else kv_heads,)
         mlps = {"mlp": c.intermediate_size} if kind == "dense" else {}
@@ -460,6 +478,13 @@ def test_vocabulary_cannot_grow() -> None:
         ({"n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}, "not a multiple of topk_group"),
         ({"shared_expert_gate": True}, "shared_expert_gate needs"),
         ({"routing_mask": {"num_tables": 2, "row_dtype": "int16"}}, "must have 1 or 3 num_tables"),
+        ({"qk_norm": "latent"}, "qk_norm 'latent' needs kv_lora_rank"),
+        ({"kv_lora_rank": 4, "qk_rope_head_dim": 4}, "kv_lora_rank needs qk_nope_head_dim, v_head_dim"),
+        (VARIANTS["latent_attention"] | {"num_key_value_heads": 2}, "num_key_value_heads is 2; .* must be 4"),
+        (VARIANTS["latent_attention"] | {"head_dim": 8}, "head_dim is 8; .* must be 4"),
+        (VARIANTS["latent_attention"] | {"attention_bias": True}, "attention_bias is True"),
+        (VARIANTS["latent_attention"] | {"qk_norm": "head"}, "qk_norm is 'head'"),
+        (VARIANTS["latent_attention"] | VARIANTS["partial_rotary"], "no partial_rotary_factor"),
     ],
     ids=str,
 )

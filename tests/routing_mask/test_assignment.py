@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -7,7 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table, uniform_subsets
+from maskmoe.routing_mask import RoutingMask, build_routing_mask
+from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe, Vocabulary, assign_table, uniform_subsets
 
 
 def visible_sets(recipe: MaskRecipe, occurrences: np.ndarray, table: int = 0) -> np.ndarray:
@@ -167,6 +169,39 @@ def test_presets(assignment):
     assert (visible_sets(top_k, counts).sum(axis=1) == 3).all()
 
 
+@pytest.mark.parametrize("assignment", ["uniform", "balanced", "rank-local"])
+@pytest.mark.parametrize("visible_experts", [1, 3])
+def test_hash_layers_and_the_other_layers(zipf_frequency, assignment, visible_experts):
+    """The other layers have the tables that they have without hash layers."""
+    frequency = zipf_frequency(300, 10000)
+    recipe = MaskRecipe(8, 5, assignment, 0.4, 4, expert_model_parallel_size=2 if assignment == "rank-local" else None)
+    hashed = replace(recipe, hash_layers=HashLayers(2, visible_experts, assignment))
+    mask, without = (build_routing_mask(each, frequency=frequency) for each in (hashed, recipe))
+    for layer in range(5):
+        sets = mask.visible_sets(layer)
+        if layer < 2:
+            assert (sets.sum(axis=1) == visible_experts).all()
+            load = (frequency.occurrences / visible_experts) @ sets
+            # One id has a sixth of the occurrences, so only sets of several experts can be balanced.
+            assert assignment == "uniform" or visible_experts == 1 or load.max() < 1.05 * load.mean()
+        else:
+            assert np.array_equal(sets, without.visible_sets(layer))
+    assert (mask.rank_of_rows(2) is not None) == (assignment == "rank-local")
+    assert mask.provenance.hash_layers == HashLayers(2, visible_experts, assignment)
+    loaded = RoutingMask.from_tensors(*mask.to_tensors())
+    assert (loaded.digest, loaded.provenance) == (mask.digest, mask.provenance)
+    assert "hash_layers" not in without.parts()[1]["provenance"]
+
+
+def test_hash_layers_below_learned_layers():
+    recipe = MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(1, 2, "uniform"))
+    assert not recipe.needs_counts
+    mask = build_routing_mask(recipe, vocab_size=50)
+    assert [set(mask.num_visible_of_layer(layer).tolist()) for layer in range(4)] == [{2}, {8}, {8}, {8}]
+    assert (mask.min_visible, mask.max_visible) == (2, 8)
+    assert MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(1, 2, "balanced")).needs_counts
+
+
 def test_rows_widen_when_they_do_not_fit_16_bits():
     occurrences = np.ones(40000)
     recipe = MaskRecipe.from_preset("top-k-hash", 4, 1, frequent_visible_experts=2)
@@ -195,6 +230,13 @@ def test_rows_widen_when_they_do_not_fit_16_bits():
         ({"assignment": "rank-local", "expert_model_parallel_size": 0}, "at least 1"),
         ({"assignment": "rank-local", "expert_model_parallel_size": 3}, "divided evenly"),
         ({"assignment": "rank-local", "expert_model_parallel_size": 4}, "of one rank"),
+        ({"hash_layers": HashLayers(0, 1, "uniform")}, "1 to 1 of 2 layers"),
+        ({"hash_layers": HashLayers(2, 1, "uniform")}, "1 to 1 of 2 layers"),
+        ({"hash_layers": HashLayers(1, 0, "uniform")}, "at least 1 expert"),
+        ({"hash_layers": HashLayers(1, 9, "uniform")}, "hash layers: frequent ids can see 2 to 8"),
+        ({"hash_layers": HashLayers(1, 1, "random")}, "hash layers: unknown assignment"),
+        ({"hash_layers": HashLayers(1, 1, "rank-local")}, "hash layers cannot be rank-local"),
+        ({"hash_layers": HashLayers(1, 1, "uniform"), "shared_table": True}, "tables of their own"),
     ],
 )
 def test_contradictory_settings_are_refused(settings, message):

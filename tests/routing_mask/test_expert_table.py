@@ -63,7 +63,7 @@ def test_one_table_serves_all_layers(k, tmp_path):
     mask = RoutingMask.load(tmp_path / "mask.safetensors")
     assert mask.is_shared
     assert mask.num_layers == NUM_LAYERS
-    assert (mask.num_visible == k).all()
+    assert (mask.num_visible_of_layer(0) == k).all()
     assert_shows(mask, NUM_LAYERS - 1, random_table(0, k))
     assert mask.provenance.expert_table["name"] == "t.npy"
 

@@ -49,7 +49,8 @@ def test_look_up():
         row_of_id, visible_bits = mask.table_of_layer(layer)
         assert row_of_id.shape == (4,)
         assert visible_bits.shape == (5, 1)
-    assert mask.min_visible == 1
+    assert (mask.min_visible, mask.max_visible) == (1, 3)
+    assert (mask.fewest_visible_of_id.tolist(), mask.most_visible_of_id.tolist()) == ([1, 2, 1, 1], [1, 2, 3, 2])
     assert not mask.is_shared
     for layer in (-1, 2):
         with pytest.raises(IndexError):
@@ -92,7 +93,10 @@ def test_baselines_that_ignore_counts_need_only_the_vocabulary_size():
     smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 9, 4), vocab_size=50)
     assert smoe.min_visible == 9
     assert smoe.is_shared
-    assert build_routing_mask(MaskRecipe.from_preset("hash", 9, 4), vocab_size=50).num_visible.tolist() == [1] * 50
+    assert (
+        build_routing_mask(MaskRecipe.from_preset("hash", 9, 4), vocab_size=50).num_visible_of_layer(0).tolist()
+        == [1] * 50
+    )
     for recipe in (MaskRecipe.from_preset("hash-balanced", 9, 4), MaskRecipe(9, 4, "uniform", 0.4, 2)):
         with pytest.raises(UserError, match="--token-frequency"):
             build_routing_mask(recipe, vocab_size=50)

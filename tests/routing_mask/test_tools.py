@@ -121,8 +121,28 @@ def test_build_presets(folder, flags, num_visible):
     process = build(*flags, *MODEL, cwd=folder, output="preset.safetensors")
     assert process.returncode == 0, process.stderr
     mask = RoutingMask.load(folder / "preset.safetensors")
-    assert set(mask.num_visible) == {num_visible}
+    assert set(mask.num_visible_of_layer(0)) == {num_visible}
     assert mask.provenance.preset == flags[flags.index("--preset") + 1]
+
+
+def test_build_hash_layers(folder):
+    """The first layers are hash layers, balanced by default; a rank-local mask makes them rank-local."""
+    deepseek = ["--preset", "smoe", "--hash-layers", 2, "--hash-visible-experts", 3]
+    rank_local = ["--assignment", "rank-local", "--expert-model-parallel-size", 2, "--hash-layers", 1]
+    for flags, num_visible, assignment in (
+        ([*COUNTS, *deepseek], [{3}, {3}, {8}], "balanced"),
+        (["--vocab-size", 50, *deepseek, "--hash-assignment", "uniform"], [{3}, {3}, {8}], "uniform"),
+        ([*COUNTS, *METHOD, *rank_local], [{1}, {1, 2}, {1, 2}], "rank-local"),
+    ):
+        process = build(*flags, *MODEL, cwd=folder, output="hash_layers.safetensors")
+        assert process.returncode == 0, process.stderr
+        mask = RoutingMask.load(folder / "hash_layers.safetensors")
+        assert [set(mask.num_visible_of_layer(layer)) for layer in range(3)] == num_visible
+        assert mask.provenance.hash_layers.assignment == assignment
+        first = mask.provenance.hash_layers.num_layers
+        assert f"hash layers      the first {first}: every id sees {max(num_visible[0])}\n" in process.stdout
+        # One id has 16 % of the occurrences, too many for the one expert that it sees in a hash layer.
+        assert ("use --hash-visible-experts of at least 2" in process.stdout) == (assignment == "rank-local")
 
 
 def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
@@ -152,6 +172,10 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
         ([*COUNTS, *MODEL, *METHOD, "--assignment", "best"], ["best"]),
         ([*COUNTS, *MODEL, *METHOD, "--preset", "smoe"], ["preset smoe", "frequent mass"]),
         ([*MODEL, "--preset", "smoe"], ["--token-frequency"]),
+        (["--vocab-size", 50, *MODEL, "--preset", "smoe", "--hash-layers", 1], ["--token-frequency"]),
+        ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-visible-experts", 1], ["without --hash-layers"]),
+        ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-layers", 3], ["1 to 2 of 3 layers"]),
+        (["--expert-table", "t.npy", *MODEL, "--hash-layers", 1], ["--expert-table", "--hash-layers"]),
         (["--vocab-size", 0, *MODEL, "--preset", "smoe"], ["vocabulary size"]),
         (["--vocab-size", 50, *MODEL, "--preset", "hash-balanced"], ["--token-frequency"]),
         (["--token-frequency", "missing", *MODEL, "--preset", "hash"], ["missing"]),
@@ -169,7 +193,7 @@ def test_build_refuses_bad_input_and_touches_nothing(folder, arguments, words):
     assert (folder / "kept").read_text() == "kept"
 
 
-@pytest.mark.parametrize("name", ["count_token_frequency", "build_routing_mask"])
+@pytest.mark.parametrize("name", ["count_token_frequency", "build_routing_mask", "widen_routing_mask"])
 def test_help_has_an_example(name, folder):
     process = run_tool(name, "--help", cwd=folder)
     assert process.returncode == 0

@@ -8,6 +8,8 @@ from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
 
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.errors import UserError
+from maskmoe.routing_mask import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.assignment import HashLayers
 from maskmoe.simulation import Cluster, Cost, Layout, Link, MicroBatches, Simulation, Workload, simulate
 from maskmoe.simulation.variants import VARIANTS, Masks, Routing
 from maskmoe.transformer.dispatch.kind import DispatchKind
@@ -97,7 +99,16 @@ def test_local_masks(frequency):
         assert local.rank_of_rows(num_places) is not None
         assert local.max_visible == num_visible
         # The same ids see several experts.
-        assert np.array_equal(local.num_visible > 1, mask.num_visible > 1)
+        assert np.array_equal(local.num_visible_of_layer(0) > 1, mask.num_visible_of_layer(0) > 1)
+
+
+def test_local_masks_copy_the_properties_of_each_layer(frequency):
+    recipe = MaskRecipe(32, 3, "balanced", 0.4, 8, hash_layers=HashLayers(1, 2, "balanced"))
+    mask = build_routing_mask(recipe, frequency=frequency)
+    local = Masks(mask, [0, 1, 2], frequency).layers_of(Routing.NODE_LOCAL, Layout(16, 16, 4))
+    assert [layer.max_visible for layer in local] == [2, 8, 8]
+    assert [layer.min_visible for layer in local] == [2 if (frequency.occurrences > 0).all() else 1, 1, 1]
+    assert not np.array_equal(local[1].visible_sets(0), local[2].visible_sets(0))
 
 
 def test_tokens_of_a_node_local_mask_go_to_one_node(frequency, tokens):

@@ -52,11 +52,36 @@ COMPARED = {
     ],
     "groups": ["groups, tensor 2, expert parallel 2", "groups, expert parallel 2"],
     "norms over all heads": ["norms over all heads, tensor 2"],
+    "latent": [
+        "latent, tensor 2, expert parallel 2",
+        "latent, pipeline 2",
+        "latent, all-gather, expert parallel 2",
+        "latent, recomputed parts, tensor 2, expert parallel 2",
+        "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2",
+        "latent, tensor 2, expert parallel 2, pipeline 2",
+        "latent, context parallel 2, tensor 2, expert parallel 2, pipeline 2",
+    ],
+    "whole queries": ["whole queries, tensor 2"],
     "capacity": ["capacity, expert parallel 2", "capacity, pipeline 2"],
     "padded capacity": ["padded capacity, expert parallel 2", "padded capacity, pipeline 2"],
+    "packed documents": [
+        "packed documents, pipeline 2",
+        "packed documents, interleaved pipeline",
+        "packed documents, tensor 2, expert parallel 2",
+        "packed documents, selective recompute",
+        "packed documents, full recompute, tensor 2, pipeline 2",
+    ],
+    "packed documents, single samples": ["packed documents, single samples, tensor 2, pipeline 2"],
+    "packed documents, experts of one rank": ["packed documents, experts of one rank, expert parallel 2"],
+    "reset masks": ["reset masks, pipeline 2", "reset masks, tensor 2"],
     "global loss": ["global loss, expert parallel 2", "global loss, tensor 2, data parallel 2"],
+    "muon": ["muon, expert parallel 2", "muon, tensor 2, expert parallel 2"],
 }
 BF16 = "bf16, distributed optimizer"
+# The same for runs in bf16, whose losses agree to the precision of bf16.
+COMPARED_IN_BF16 = {
+    "muon in shares": ["muon in shares, expert parallel 2", "muon in shares, data parallel 2"],
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +117,7 @@ class Refused:
 RICH = tuple(COMPARED["rich"])
 ROUTER = "transformer/test_router.py::"
 EQUALS_STOCK = f"{ROUTER}test_all_visible_equals_stock_in_every_setting"
+PACKED = "transformer/test_packed_documents.py::"
 FOLLOWS = f"{ROUTER}test_follows_the_method"
 
 TABLE: dict[str, Works | Refused] = {
@@ -140,6 +166,19 @@ TABLE: dict[str, Works | Refused] = {
         ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
         ("data parallel 2, distributed optimizer",),
     ),
+    "Muon": Works(
+        "2 ranks; bit-equal to Megatron-Core's model if all experts are visible",
+        ("--optimizer muon",),
+        tuple(COMPARED["muon"]),
+        ("transformer/test_muon.py::test_all_visible_equals_stock",),
+    ),
+    "Muon, with matrices divided among data-parallel ranks": Works(
+        "2 ranks, losses to 5e-4 of one rank's",
+        ("--optimizer muon", "--use-distributed-optimizer"),
+        tuple(COMPARED_IN_BF16["muon in shares"]),
+    ),
+    "Muon, with matrices divided among ranks, in fp32": Refused("--optimizer muon --use-distributed-optimizer"),
+    "SOAP": Refused("--optimizer soap"),
     "tensor 2 × expert 2 × pipeline 2": Works(
         "4 ranks",
         ("--tensor-model-parallel-size 2", "--expert-model-parallel-size 2", "--pipeline-model-parallel-size 2"),
@@ -160,7 +199,16 @@ TABLE: dict[str, Works | Refused] = {
         ("--recompute-modules moe",),
         ("selective recompute", "rich, selective recompute"),
     ),
-    "selective recomputation of norms and activations": Refused("--recompute-modules layernorm"),
+    "selective recomputation of norms, activation functions, and up-projections of latent attention": Works(
+        "2, 4 and 8 ranks; on one rank bit-equal to none, with LayerNorm",
+        ("--recompute-modules layernorm moe_act mla_up_proj",),
+        (
+            "latent, recomputed parts, tensor 2, expert parallel 2",
+            "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2",
+            "latent, context parallel 2, tensor 2, expert parallel 2, pipeline 2",
+        ),
+        ("transformer/test_recomputation.py::test_recomputation_is_bit_equal_and_keeps_less",),
+    ),
     "bf16": Works("2 ranks, losses to 5e-4 of fp32's", ("--bf16",), (BF16,)),
     "tied and untied embeddings": Works(
         "2 ranks",
@@ -171,7 +219,14 @@ TABLE: dict[str, Works | Refused] = {
     "multi-token prediction by one repeated layer": Works(
         "2 ranks", ("--mtp-use-repeated-layer",), tuple(COMPARED["repeated prediction"])
     ),
-    "multi-latent attention": Refused("--multi-latent-attention"),
+    "multi-latent attention": Works(
+        "2, 4 and 8 ranks, also with context parallel; one layer against transformers' DeepSeek-V3",
+        ("--multi-latent-attention",),
+        (*COMPARED["latent"], *COMPARED["whole queries"]),
+        ("transformer/test_latent_attention.py::test_equals_attention_of_transformers",),
+    ),
+    "cache of latents": Refused("--cache-mla-latents"),
+    "fused down projections of latent attention": Refused("--mla-down-proj-fusion"),
     "grouped-query attention": Works("2 and 4 ranks", ("--group-query-attention",), RICH),
     "norms of queries and keys over all heads": Works(
         "2 ranks", ("--qk-layernorm-all-heads",), tuple(COMPARED["norms over all heads"])
@@ -182,7 +237,8 @@ TABLE: dict[str, Works | Refused] = {
     "overlapped shared experts": Works(
         "2 ranks", ("--moe-shared-expert-overlap",), ("rich, overlapped shared experts",)
     ),
-    "latent experts": Refused("--moe-latent-size 16"),
+    "latent experts": Works("2, 4 and 8 ranks", ("--moe-latent-size 24",), tuple(COMPARED["latent"])),
+    "overlapped shared experts with latent experts": Refused("--moe-latent-size 16 --moe-shared-expert-overlap"),
     "load-balancing loss of micro-batches, of sequences, and lists of them": Works(
         "2, 4 and 8 ranks",
         ("--moe-router-load-balancing-type aux_loss seq_aux_loss",),
@@ -225,6 +281,13 @@ TABLE: dict[str, Works | Refused] = {
             "transformer/test_gpt_model.py::test_padding_reaches_every_router",
         ),
     ),
+    "replay of routing": Works(
+        "against Megatron-Core's router; a recorded choice that the mask does not allow is refused with its token",
+        tests=(
+            "transformer/test_routing_replay.py::test_all_visible_equals_stock",
+            "transformer/test_routing_replay.py::test_choice_that_the_mask_does_not_allow_is_refused",
+        ),
+    ),
     "dispatch planned from the token ids (rank-local masks)": Works(
         "2 and 4 ranks", ("--expert-model-parallel-size 2",), tuple(COMPARED["experts of one rank"])
     ),
@@ -242,11 +305,53 @@ TABLE: dict[str, Works | Refused] = {
     "quantile balancing": Refused("--moe-router-load-balancing-type quantile_balancing"),
     "fused router": Refused("--moe-router-fusion"),
     "router padding for fp8 and fp4": Refused("--moe-router-padding-for-quantization"),
-    "replay of routing": Refused("--moe-enable-routing-replay"),
     "overlapped expert communication": Refused("--overlap-moe-expert-parallel-comm"),
     "MLP in chunks": Refused("--mlp-chunks-for-training 2"),
-    "CUDA graphs": Refused("--cuda-graph-impl local"),
-    "packed sequences": Refused("--sft"),
+    "packed documents": Works(
+        "2 and 4 ranks, with and without pipeline; each document by itself",
+        ("--dataloader-inter-document-masking",),
+        (
+            *COMPARED["packed documents"],
+            *COMPARED["packed documents, single samples"],
+            *COMPARED["packed documents, experts of one rank"],
+        ),
+        (f"{PACKED}test_equals_documents_one_by_one", f"{PACKED}test_multi_token_prediction_keeps_to_documents"),
+    ),
+    "packed documents with multi-token prediction": Works(
+        "2 and 4 ranks",
+        ("--dataloader-inter-document-masking", "--mtp-num-layers 2"),
+        tuple(COMPARED["packed documents"]),
+    ),
+    "packed documents with the load-balancing loss of sequences": Works(
+        "4 ranks, one sample in a micro-batch",
+        ("--dataloader-inter-document-masking", "--moe-router-load-balancing-type aux_loss seq_aux_loss"),
+        tuple(COMPARED["packed documents, single samples"]),
+    ),
+    "attention masks and positions reset after a document, documents' ends without a loss": Works(
+        "2 ranks; equal to packed documents",
+        ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"),
+        tuple(COMPARED["reset masks"]),
+    ),
+    "packed documents with context parallelism": Refused(
+        "--dataloader-inter-document-masking --context-parallel-size 2"
+    ),
+    "packed documents with CUDA graphs of the attention": Refused(
+        "--dataloader-inter-document-masking --cuda-graph-impl transformer_engine --cuda-graph-modules attn"
+    ),
+    "packed documents with the load-balancing loss of sequences, several samples in a micro-batch": Refused(
+        "--dataloader-inter-document-masking --moe-router-load-balancing-type seq_aux_loss --micro-batch-size 2"
+    ),
+    "attention masks that the data loader does not make": Refused(
+        "--reset-attention-mask --no-create-attention-mask-in-dataloader"
+    ),
+    "attention masks with Transformer Engine": Refused("--reset-attention-mask --transformer-impl transformer_engine"),
+    "supervised fine-tuning": Refused("--sft"),
+    "CUDA graphs of attention and of dense MLPs": Works(
+        "bit-equal to none, with eager calls in place of graphs: real graphs have not been captured",
+        tests=("transformer/test_cuda_graphs.py::test_routing_is_as_without_graphs",),
+    ),
+    "CUDA graphs of transformer layers": Refused("--cuda-graph-impl local"),
+    "CUDA graphs of MoE layers": Refused("--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router"),
     "hybrid context parallel": Refused("--hybrid-context-parallel"),
     "Megatron's upcycling": Refused("--moe-use-upcycling"),
     "other layers' specs": Refused("--hybrid-layer-pattern M*ME"),

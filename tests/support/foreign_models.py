@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    DeepseekV3Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -18,6 +20,7 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.model_tensors import mtp_tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 
@@ -43,6 +46,29 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.8,
+    "mscale_all_dim": 1.2,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 16,
+    "n_group": 3,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
 
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3),
@@ -61,10 +87,15 @@ CONFIGS = {
         **_SIZES, **_EXPERTS, moe_intermediate_size=16, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2
     ),
     "olmoe": lambda: OlmoeConfig(**_SIZES, **_EXPERTS),
+    "deepseek_v3, dense": lambda: DeepseekV3Config(**_SIZES | _LATENT | {"first_k_dense_replace": 3}),
+    "deepseek_v3": lambda: DeepseekV3Config(**_SIZES | _LATENT),
+    "deepseek_v3, yarn": lambda: DeepseekV3Config(
+        **_SIZES | _LATENT | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}, rope_parameters=_YARN
+    ),
 }
 """Functions that make a configuration: one for each known family, and for variants of a family."""
 
-DENSE = ("llama", "llama, linear", "llama, tied", "mistral", "qwen2", "qwen3")
+DENSE = ("llama", "llama, linear", "llama, tied", "mistral", "qwen2", "qwen3", "deepseek_v3, dense")
 SPARSE = tuple(name for name in CONFIGS if name not in DENSE)
 
 
@@ -77,6 +108,9 @@ def make_model(name: str) -> PreTrainedModel:
             parameter.normal_(std=0.2)
             if parameter_name.endswith("norm.weight"):
                 parameter.add_(1)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     return model
 
 
@@ -85,6 +119,23 @@ def save_model(name: str, folder: Path, **settings: Any) -> PreTrainedModel:
     model = make_model(name)
     model.save_pretrained(folder, **settings)
     return model
+
+
+def add_multi_token_prediction(folder: Path) -> dict[str, torch.Tensor]:
+    """Add a layer of multi-token prediction to a saved DeepSeek-V3, as it was published; return the layer's tensors.
+
+    The published files also hold copies of the embedding and of the output layer, which are not returned.
+    """
+    path, hidden, generator = folder / "model.safetensors", _SIZES["hidden_size"], torch.Generator().manual_seed(2)
+    tensors = load_file(path)
+    last, added = f"model.layers.{_SIZES['num_hidden_layers'] - 1}.", f"model.layers.{_SIZES['num_hidden_layers']}."
+    shapes = {name.removeprefix(last): tensors[name].shape for name in tensors if name.startswith(last)}
+    shapes |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), (hidden,))
+    shapes["eh_proj.weight"] = (hidden, 2 * hidden)
+    layer = {added + name: torch.randn(tuple(shape), generator=generator) for name, shape in shapes.items()}
+    copies = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    save_file(tensors | layer | {added + copy: tensors[name].clone() for copy, name in copies.items()}, path)
+    return layer
 
 
 def random_ids(length: int = 40) -> torch.Tensor:
@@ -99,9 +150,13 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def in_transformers(opened: OpenedModel) -> MaskMoEForCausalLM:
-    """Load a model that conversion has opened into transformers, and check that no tensor is missing or left over."""
+    """Load a model that conversion has opened into transformers, and check that no tensor is missing or left over.
+
+    The layers of multi-token prediction are left out.
+    """
     model = MaskMoEForCausalLM(MaskMoEConfig(**opened.config)).eval()
-    tensors = {name: opened.source.read(Block.whole(name, spec.shape)) for name, spec in opened.source.tensors.items()}
+    specs, further = opened.source.tensors, mtp_tensor_shapes(opened.config)
+    tensors = {name: opened.source.read(Block.whole(name, specs[name].shape)) for name in specs if name not in further}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected
     assert missing == (["lm_head.weight"] if opened.config["tie_word_embeddings"] else [])

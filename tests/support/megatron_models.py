@@ -9,9 +9,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import checkpointing
 from megatron.training.arguments import parse_args, validate_args
-from megatron.training.checkpointing import load_args_from_checkpoint
 
+from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.training.resume import further_checkpoint_args
@@ -22,7 +23,7 @@ TRAINING = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3
 
 
 def load_converted_model(load: Path, flags: list[str]) -> tuple[GPTModel, Namespace]:
-    """Load a converted model with the flags of a user; return the model and Megatron's arguments.
+    """Load a model with the flags of a user; return the model and Megatron's arguments.
 
     Args:
         load: folder of the checkpoint `release`.
@@ -36,14 +37,24 @@ def load_converted_model(load: Path, flags: list[str]) -> tuple[GPTModel, Namesp
         return parser
 
     with mock.patch.object(sys, "argv", words):
-        args, _ = load_args_from_checkpoint(parse_args(add_arguments))
+        args, _ = checkpointing.load_args_from_checkpoint(parse_args(add_arguments))
         args = validate_args(args)
     model = MaskMoEGPTModelBuilder(model_config_from_args(args)).build_model(
         ProcessGroupCollection.use_mpu_process_groups()
     )
-    state = {"model": model.sharded_state_dict()}
-    model.load_state_dict(dist_checkpointing.load(state, str(load / "release"))["model"])
+    state, *_ = checkpointing._load_base_checkpoint(
+        str(load), args, sharded_state_dict={"model": model.sharded_state_dict()}
+    )
+    model.load_state_dict(state["model"])
     return model.eval(), args
+
+
+def save_as_release(model: GPTModel, args: Namespace, folder: Path) -> None:
+    """Save a model as the checkpoint `release` in a folder, which `load_converted_model` loads."""
+    (folder / RELEASE).mkdir(parents=True)
+    state = {"args": args, "iteration": 0, "model": model.sharded_state_dict()}
+    dist_checkpointing.save(state, str(folder / RELEASE))
+    write_tracker(folder, RELEASE)
 
 
 def logits_of_megatron(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:

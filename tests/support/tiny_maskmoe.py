@@ -15,6 +15,14 @@ VOCAB_SIZE = 60
 NUM_EXPERTS = 6
 NUM_LAYERS = 3
 
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "qk_norm": "latent",
+}
 # Settings by name; together they use every optional feature of a model.
 VARIANTS = {
     "plain": {},
@@ -28,6 +36,8 @@ VARIANTS = {
     "attention_bias": {"attention_bias": True},
     "tied": {"tie_word_embeddings": True},
     "partial_rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    "latent_attention": _LATENT | {"q_lora_rank": 14},
+    "latent_keys_and_values": _LATENT,
 }
 
 

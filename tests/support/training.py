@@ -14,7 +14,9 @@ from support.masks import build_mask, count_ids
 from support.runs import free_port, read_scalars
 
 from maskmoe.data.indexed_dataset import optimal_dtype
-from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
+from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+from maskmoe.routing_mask.widening import widen_routing_mask
 
 VOCAB_SIZE = 510
 SETTINGS = f"""
@@ -135,15 +137,20 @@ class Workplace:
     """A folder with a dataset, token counts and routing masks, where training processes run.
 
     Attributes:
-        folder: Holds `data.bin`, `data.idx`, `counts.safetensors`, and the routing masks `mask.safetensors`,
-            `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` (all
-            tokens go to the first 4 experts) and `rank_local.safetensors` (for two expert-parallel ranks).
+        folder: Holds the datasets `data` and `ended`, whose documents end with the tokenizer's end-of-document id,
+            `counts.safetensors`, and the routing masks `mask.safetensors`, `five_layers.safetensors`,
+            `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` (all tokens go to the first 4
+            experts), `rank_local.safetensors` (for two expert-parallel ranks), `wider.safetensors`
+            (`mask.safetensors`, widened) and `hash_layers.safetensors` (two hash layers with V = 2 below layers with
+            all experts).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         documents = predictable_ids(np.random.default_rng(0), VOCAB_SIZE)
         write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE))
+        ended = [np.append(document, VOCAB_SIZE - 1) for document in documents]
+        write_documents(folder / "ended", ended, optimal_dtype(VOCAB_SIZE))
         frequency = count_ids(folder / "data", VOCAB_SIZE)
         frequency.save(folder / "counts.safetensors")
         for name, num_layers, seed in (
@@ -157,6 +164,10 @@ class Workplace:
         starving = replace(mask, row_of_id=mask.row_of_id % 4)
         starving.save(folder / "starving.safetensors")
         rank_local = build_mask(frequency, 8, 4, "rank-local", expert_model_parallel_size=2)
+        wider = widen_routing_mask(mask, frequency=frequency, frequent_mass=0.6, frequent_visible_experts=6)
+        wider.save(folder / "wider.safetensors")
+        hash_layers = MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(2, 2, "balanced"))
+        build_routing_mask(hash_layers, frequency=frequency, workers=1).save(folder / "hash_layers.safetensors")
         # The provenance of a uniform mask: the check of the expert-parallel size does not apply, as for a mask that
         # happens to be rank-local.
         replace(rank_local, provenance=mask.provenance).save(folder / "rank_local.safetensors")

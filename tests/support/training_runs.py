@@ -15,15 +15,20 @@ TENSOR_EXPERT_2 = f"{TENSOR_2} --expert-tensor-parallel-size 1 {EXPERT_2}"
 CONTEXT_2 = "--context-parallel-size 2"
 INTERLEAVED = f"{PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1"
 ALL_GATHER = "--moe-token-dispatcher-type allgather"
+TRANSFORMER_ENGINE = "--transformer-impl transformer_engine"
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 # Runs save at iteration 7, see `SETTINGS`, and at their end.
+UNTIL_8 = "--exit-interval 8"
 UNTIL_12 = "--exit-interval 12"
+UNTIL_10 = "--exit-interval 10"
 FROM_7 = f"{UNTIL_12} --ckpt-step 7"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
 CONTIGUOUS_IDS = (str(TESTS / "training" / "pretrain_with_contiguous_ids.py"),)
 RECORDED_ROUTING = (str(TESTS / "training" / "pretrain_with_recorded_routing.py"),)
+OTHER_MASK = (str(TESTS / "training" / "pretrain_with_other_mask.py"),)
+STUB_TRANSFORMER_ENGINE = (str(TESTS / "training" / "pretrain_with_stub_transformer_engine.py"),)
 FLEX_LIBRARIES = (str(TESTS / "training" / "pretrain_with_flex_libraries.py"),)
 BF16_EXPERT_2 = f"--bf16 {EXPERT_2} --moe-router-topk 3 {UNTIL_12}"
 FLEX = f"{BF16_EXPERT_2} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend"
@@ -179,11 +184,76 @@ RUNS = {
     "joint, distributed optimizer, resumed as pipeline 2, expert parallel 2, data parallel 2": Run(
         f"{PIPELINE_2} {EXPERT_2} {DISTRIBUTED} {FROM_7}", ranks=4, continues="joint, distributed optimizer"
     ),
+    # Modules of Transformer Engine after a stop, and local modules after another stop.
+    "on Transformer Engine": Run(
+        f"{DISTRIBUTED} {TRANSFORMER_ENGINE} --moe-grouped-gemm --exit-interval 4",
+        continues="start, distributed optimizer",
+        program=STUB_TRANSFORMER_ENGINE,
+        saves=True,
+    ),
+    "on Transformer Engine, then local": Run(f"{DISTRIBUTED} {UNTIL_8}", continues="on Transformer Engine"),
+    "on Transformer Engine, experts one by one": Run(
+        f"{TRANSFORMER_ENGINE} {UNTIL_8}", continues="start", program=STUB_TRANSFORMER_ENGINE, saves=True
+    ),
+    "on Transformer Engine, experts one by one, then local": Run(
+        UNTIL_12, continues="on Transformer Engine, experts one by one"
+    ),
     # Other masks.
     "mask of another seed": Run("--exit-interval 5", mask="other_seed.safetensors"),
     "second rank without tokens, on 1": Run(UNTIL_12, mask="starving.safetensors", saves=True),
     "second rank without tokens": Run(
         f"{EXPERT_2} {FROM_7}", ranks=2, continues="second rank without tokens, on 1", mask="starving.safetensors"
+    ),
+    "hash layers": Run(
+        "--exit-interval 8 --save-interval 4", saves=True, mask="hash_layers.safetensors", description="One process."
+    ),
+    "hash layers, expert parallel 2": Run(
+        f"--exit-interval 8 --ckpt-step 4 {EXPERT_2}",
+        ranks=2,
+        saves=True,
+        continues="hash layers",
+        mask="hash_layers.safetensors",
+        description="Two hash layers with V = k = 2 below two layers with all experts, on 2 ranks.",
+    ),
+    # Another mask after a stop.
+    "wider mask": Run(
+        f"{DROPOUT} --change-routing-mask --ckpt-step 7 --save-interval 8 --exit-interval 10",
+        continues="fp32",
+        mask="wider.safetensors",
+        saves=True,
+    ),
+    "wider mask, reference": Run(f"{DROPOUT} {UNTIL_10} --ckpt-step 7", continues="fp32", program=OTHER_MASK),
+    "wider mask, resumed": Run(f"{DROPOUT} {UNTIL_10} --ckpt-step 8", continues="wider mask", mask="wider.safetensors"),
+    "wider mask, requeued": Run(
+        f"{DROPOUT} {UNTIL_10} --ckpt-step 8 --change-routing-mask", continues="wider mask", mask="wider.safetensors"
+    ),
+    "planned dispatch, distributed optimizer": Run(
+        f"{EXPERT_2} {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True, mask="rank_local.safetensors"
+    ),
+    "dispatch without plans, on 1": Run(
+        f"--change-routing-mask {DISTRIBUTED} {FROM_7}", continues="planned dispatch, distributed optimizer"
+    ),
+    "dispatch without plans": Run(
+        f"--change-routing-mask {EXPERT_2} {DISTRIBUTED} {FROM_7}",
+        ranks=2,
+        continues="planned dispatch, distributed optimizer",
+        saves=True,
+    ),
+    "dispatch without plans, interleaved pipeline": Run(
+        f"--change-routing-mask {INTERLEAVED} {DISTRIBUTED} {FROM_7}",
+        ranks=2,
+        continues="planned dispatch, distributed optimizer",
+    ),
+    "dispatch with plans again": Run(
+        f"--change-routing-mask {EXPERT_2} {DISTRIBUTED} --exit-interval 14 --ckpt-step 12",
+        ranks=2,
+        continues="dispatch without plans",
+        mask="rank_local.safetensors",
+    ),
+    "dispatch with plans again, on 1": Run(
+        f"--change-routing-mask {DISTRIBUTED} --exit-interval 14 --ckpt-step 12",
+        continues="dispatch without plans",
+        mask="rank_local.safetensors",
     ),
     "recorded routing, experts of one rank, expert parallel 2": Run(
         f"{EXPERT_2} --moe-router-topk 3 --moe-z-loss-coeff 1e-3 --moe-per-layer-logging --log-interval 2 "
@@ -247,7 +317,23 @@ GROUPS = """
 ALL_HEADS_NORMS = """
     --qk-layernorm --qk-layernorm-all-heads --num-attention-heads 4 --group-query-attention --num-query-groups 2
 """
+# As in DeepSeek-V3, and experts of a smaller width.
+LATENT_ATTENTION = "--multi-latent-attention --qk-layernorm --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8"
+LATENT = f"""
+    {LATENT_ATTENTION} --q-lora-rank 24 --v-head-dim 12 --rope-type yarn --rotary-scaling-factor 4 --mscale-all-dim 1
+    --moe-latent-size 24 --moe-grouped-gemm --moe-layer-freq [0,1,1,1] --moe-shared-expert-intermediate-size 16
+    --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1
+    --moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1e-2 2e-2 --mtp-num-layers 1
+"""
+RECOMPUTED_PARTS = "--recompute-granularity selective --recompute-modules layernorm moe_act mla_up_proj"
 CAPACITY = "--moe-router-topk 3 --moe-expert-capacity-factor 0.8"
+# Most samples of 64 tokens hold the end of a document and the beginning of the next one.
+DOCUMENTS = "--data-path ended --seq-length 64 --max-position-embeddings 64"
+PACKED = f"{DOCUMENTS} --dataloader-inter-document-masking"
+# Rotary embeddings do not depend on `--reset-position-ids`, learned ones do.
+RESET = f"""
+    {DOCUMENTS} --reset-attention-mask --reset-position-ids --eod-mask-loss --position-embedding-type learned_absolute
+"""
 # One micro-batch a step, so that the global loss does not depend on the number of ranks that share the micro-batch.
 WHOLE_BATCH = "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 2e-2 3e-2"
 
@@ -340,6 +426,51 @@ RUNS |= model_in_layouts(
     description="Queries and keys are normalised over all heads together.",
 )
 RUNS |= model_in_layouts(
+    "latent",
+    LATENT,
+    {
+        "latent, resumed": (1, "", "Resumed on one process."),
+        "latent, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+        "latent, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+        "latent, all-gather, expert parallel 2": (
+            2,
+            f"{ALL_GATHER} {EXPERT_2}",
+            "Experts on 2 ranks, tokens reach them by all-gather.",
+        ),
+        "latent, recomputed parts, tensor 2, expert parallel 2": (
+            2,
+            f"{TENSOR_EXPERT_2} {RECOMPUTED_PARTS}",
+            "Tensor and expert parallel on 2 ranks; norms, activations and up-projections are recomputed.",
+        ),
+        "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2": (
+            4,
+            f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2} {RECOMPUTED_PARTS}",
+            "Tensor parallel, experts too, and pipeline parallel on 4 ranks; norms, activations and up-projections are "
+            "recomputed.",
+        ),
+        "latent, context parallel 2, tensor 2, expert parallel 2, pipeline 2": (
+            8,
+            f"{CONTEXT_2} {TENSOR_EXPERT_2} {PIPELINE_2} {RECOMPUTED_PARTS}",
+            "Context, tensor, expert and pipeline parallel on 8 ranks; norms, activations and up-projections are "
+            "recomputed.",
+        ),
+        "latent, tensor 2, expert parallel 2, pipeline 2": (
+            4,
+            f"{TENSOR_EXPERT_2} {PIPELINE_2}",
+            "Tensor, expert and pipeline parallel on 4 ranks.",
+        ),
+    },
+    description="Multi-latent attention with YaRN, latent experts, a dense layer, a shared expert, an expert bias and "
+    "multi-token prediction.",
+    mask="five_layers.safetensors",
+)
+RUNS |= model_in_layouts(
+    "whole queries",
+    f"{LATENT_ATTENTION} --v-head-dim 20 --rope-type rope",
+    {"whole queries, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks.")},
+    description="Multi-latent attention whose queries are not compressed, and whose values are wide.",
+)
+RUNS |= model_in_layouts(
     "capacity",
     CAPACITY,
     {
@@ -369,6 +500,38 @@ RUNS |= model_in_layouts(
         ),
     },
     description="The load-balancing loss of the whole batch, with one micro-batch a step.",
+)
+# Muon rounds to bf16 by default, and orthogonalises each tensor-parallel part of a matrix for itself. Layouts can be
+# compared without both.
+MUON = "--optimizer muon --muon-tp-mode duplicated --muon-fp32-matmul-prec high"
+RUNS |= model_in_layouts(
+    "muon",
+    MUON,
+    {
+        "muon, resumed": (1, "", "Resumed on one process."),
+        "muon, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
+        "muon, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+    },
+    description="Matrices are updated by Muon.",
+)
+RUNS |= model_in_layouts(
+    "muon in shares",
+    f"{MUON} --bf16 {DISTRIBUTED}",
+    {
+        "muon in shares, expert parallel 2": (
+            2,
+            f"{EXPERT_2} --overlap-grad-reduce --overlap-param-gather",
+            "Experts on 2 ranks, which share the states of the other matrices.",
+        ),
+        "muon in shares, data parallel 2": (2, "", "Two ranks share the states of all matrices."),
+    },
+    description="Matrices are updated by Muon, each by one data-parallel rank, in bf16.",
+)
+RUNS["muon in shares, data parallel 2, saved"] = Run(
+    f"{MUON} --bf16 {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True, description="Two ranks share Muon's states."
+)
+RUNS["muon in shares, data parallel 2, resumed"] = Run(
+    f"{MUON} --bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="muon in shares, data parallel 2, saved"
 )
 # With two expert-parallel ranks, dispatch is planned from the token ids; one process uses Megatron's dispatcher.
 RUNS |= model_in_layouts(
@@ -405,3 +568,66 @@ RUNS |= model_in_layouts(
     description="A rank-local mask, whose dispatch is planned from the token ids.",
     mask="rank_local.safetensors",
 )
+RUNS |= model_in_layouts(
+    "packed documents",
+    f"{RICH} --moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 3e-2 "
+    f"--mtp-num-layers 2 {PACKED}",
+    {
+        "packed documents, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+        "packed documents, interleaved pipeline": (2, INTERLEAVED, "A pipeline of 2 ranks with 2 chunks each."),
+        "packed documents, tensor 2, expert parallel 2": (
+            2,
+            TENSOR_EXPERT_2,
+            "Tensor and expert parallel on 2 ranks.",
+        ),
+        "packed documents, selective recompute": (
+            2,
+            f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}",
+            "Experts, shared experts, MLPs and attention are recomputed.",
+        ),
+        "packed documents, full recompute, tensor 2, pipeline 2": (
+            4,
+            f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}",
+            "Every layer is recomputed; tensor and pipeline parallel on 4 ranks.",
+        ),
+    },
+    description="Samples of several documents, 2 samples in a micro-batch, with multi-token prediction.",
+    mask="six_layers.safetensors",
+    omits="--untie-embeddings-and-output-weights",
+)
+RUNS |= model_in_layouts(
+    "packed documents, single samples",
+    f"{RICH} {PACKED} --micro-batch-size 1",
+    {
+        "packed documents, single samples, tensor 2, pipeline 2": (
+            4,
+            f"{TENSOR_2} {PIPELINE_2}",
+            "Tensor and pipeline parallel on 4 ranks.",
+        ),
+    },
+    description="Samples of several documents, with the load-balancing loss of each sample.",
+)
+RUNS |= model_in_layouts(
+    "packed documents, experts of one rank",
+    f"--moe-z-loss-coeff 1e-3 {PACKED}",
+    {"packed documents, experts of one rank, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks.")},
+    description="Samples of several documents and a rank-local mask, whose dispatch is planned from the token ids.",
+    mask="rank_local.safetensors",
+)
+RUNS |= model_in_layouts(
+    "reset masks",
+    RESET,
+    {
+        "reset masks, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
+        "reset masks, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks."),
+    },
+    description="The data loader makes attention masks that keep to documents.",
+)
+RUNS |= {
+    "packed documents as with reset masks": Run(
+        f"--exit-interval 8 {PACKED} --eod-mask-loss --position-embedding-type learned_absolute"
+    ),
+    "documents that see each other": Run(
+        f"--exit-interval 8 {DOCUMENTS} --eod-mask-loss --position-embedding-type learned_absolute"
+    ),
+}

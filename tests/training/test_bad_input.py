@@ -74,7 +74,7 @@ MORE_CASES = {
         MASK,
         ["--tokenizer-model nowhere does not exist"],
     ),
-    "setting without support": ("--moe-enable-routing-replay", MASK, ["--moe-enable-routing-replay"]),
+    "setting without support": ("--moe-router-fusion", MASK, ["--moe-router-fusion"]),
     "setting that Megatron refuses": ("--pipeline-model-parallel-size 3", MASK, ["world size (1)"]),
     "lost checkpoint": ("--load bad/checkpoint", MASK, ["bad/checkpoint/iter_0000007"]),
     "save into a file": ("--save bad/ours.model/save", MASK, ["--save", "ours.model is not a folder"]),
@@ -221,7 +221,12 @@ def test_defaults_are_supported(supported_args):
         "--moe-router-group-topk 3 --moe-router-num-groups 4 --moe-router-topk 2",
         "--expert-model-parallel-size 3",
         "--heterogeneous-layers-config-path layers.json",
-        "--dataloader-inter-document-masking",
+        "--sft",
+        "--reset-attention-mask --no-create-attention-mask-in-dataloader",
+        "--reset-attention-mask --transformer-impl transformer_engine",
+        "--dataloader-inter-document-masking --context-parallel-size 2",
+        "--dataloader-inter-document-masking --cuda-graph-impl transformer_engine --cuda-graph-modules attn",
+        "--dataloader-inter-document-masking --micro-batch-size 2 --moe-router-load-balancing-type seq_aux_loss",
         "--cross-entropy-loss-fusion",
     ],
 )
@@ -230,6 +235,19 @@ def test_unsupported_setting(supported_args, flags):
     with pytest.raises(UserError) as refusal:
         check_supported(supported_args(*flags))
     assert flags[0] in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--reset-attention-mask --reset-position-ids --eod-mask-loss",
+        "--dataloader-inter-document-masking --micro-batch-size 2",
+        "--dataloader-inter-document-masking --micro-batch-size 1 --moe-router-load-balancing-type seq_aux_loss",
+        "--dataloader-inter-document-masking --reset-attention-mask --no-create-attention-mask-in-dataloader",
+    ],
+)
+def test_settings_that_keep_attention_to_documents(supported_args, flags):
+    check_supported(supported_args(*flags.split()))
 
 
 FLEX = "--moe-token-dispatcher-type flex --bf16 --expert-model-parallel-size 2"

@@ -20,7 +20,7 @@ from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_
 from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, saved_iterations
 from maskmoe.errors import UserError
 from maskmoe.training.rank_store import RankStore
-from maskmoe.training.resume import check_same_model, find_checkpoint
+from maskmoe.training.resume import check_same_model, find_checkpoint, further_checkpoint_args
 from maskmoe.training.setup import parse_and_check_args
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
@@ -277,6 +277,36 @@ def test_checkpoint_of_another_tokenizer_is_refused(runs, parse, monkeypatch):
     args = replace_fields(args, tokenizer_sha256="b" * 64, tokenizer_model="ours.model")
     with pytest.raises(UserError, match=r"theirs\.model, sha256 aaaaaaaaaaaa…\) than .* ours\.model \(bbbbbbbbbbbb…"):
         check_same_model(args, checkpoint_path(run.checkpoints, 21))
+
+
+@pytest.mark.runs(SAVED)
+def test_settings_without_flags_are_taken_from_the_checkpoint(runs, parse, monkeypatch):
+    (run,) = runs
+    args = parse(f"--load {run.checkpoints}")
+    saved = replace_fields(args, beta_fast=16)
+    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    checkpoint = checkpoint_path(run.checkpoints, 21)
+    with pytest.raises(UserError, match="beta_fast 16, for which Megatron has no flag: pass --use-checkpoint-args"):
+        check_same_model(args, checkpoint)
+    check_same_model(replace_fields(args, **further_checkpoint_args(checkpoint)), checkpoint)
+
+
+@pytest.mark.runs(SAVED)
+def test_optimizer_state_of_the_other_implementation_needs_names(runs, parse, monkeypatch):
+    (run,) = runs
+    args = parse(f"--load {run.checkpoints} --use-distributed-optimizer")
+    saved = replace_fields(args, transformer_impl="transformer_engine")
+    formats = iter(("fully_reshardable", "dp_reshardable", "dp_reshardable", "dp_reshardable"))
+
+    def load_state(checkpoint: Path) -> dict:
+        return {"args": saved, "content_metadata": {"distrib_optim_sharding_type": next(formats)}}
+
+    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", load_state)
+    checkpoint = checkpoint_path(run.checkpoints, 21)
+    for accepted in (args, saved, replace_fields(args, no_load_optim=True)):
+        check_same_model(accepted, checkpoint)
+    with pytest.raises(UserError, match=r"transformer_engine, .* order of its parameters.* --no-load-optim"):
+        check_same_model(args, checkpoint)
 
 
 def replace_fields(args: Namespace, **fields) -> Namespace:

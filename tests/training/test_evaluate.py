@@ -147,6 +147,18 @@ def test_each_rank_counts_its_part_of_the_sequence(evaluate, results):
     assert [sum(load["tokens_per_expert"]) for load in loads] == [sum(load["tokens_per_expert"]) for load in expected]
 
 
+@pytest.mark.slow
+def test_documents_are_kept_apart_if_the_flag_is_given(evaluate):
+    """The data loader's masks say the same; the documents end with the id that the masks look for."""
+    packed, masked, whole = (
+        evaluate(f"documents {flag}", f"--data-path ended {flag}", 1, run="rich")[0]
+        for flag in ("--dataloader-inter-document-masking", "--reset-attention-mask", "")
+    )
+    assert packed["tokens"] == masked["tokens"] == whole["tokens"]
+    assert math.isclose(packed["loss"], masked["loss"], rel_tol=1e-6)
+    assert not math.isclose(packed["loss"], whole["loss"], rel_tol=1e-5)
+
+
 def test_loss_is_megatrons_validation_loss(results, workplace, start_by_name):
     """Compare with `pretrain --skip-train`, which evaluates exactly the samples of the split."""
     checkpoints = start_by_name("start").result().checkpoints

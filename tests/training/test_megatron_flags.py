@@ -1,6 +1,8 @@
 """Every flag of Megatron-Core's parser against the reviewed lists in `megatron_flags.yaml`."""
 
 import argparse
+import shlex
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,14 +12,19 @@ import pytest
 import yaml
 from megatron.training.arguments import add_megatron_arguments
 
+from maskmoe.commands.convert_checkpoint import parse_arguments, upcycle_settings
+from maskmoe.training import refusals as refusals_module
 from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.refusals import unsupported_settings
+from maskmoe.training.refusals import missing_libraries, unsupported_settings
 
 REVIEWED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("megatron_flags.yaml").read_text(encoding="utf-8"))
 # The flex dispatcher needs bf16 and expert-parallel ranks.
 FOR_FLEX = ["--bf16", "--expert-model-parallel-size", "2"]
-MODEL = ["--num-experts", "8", "--routing-mask", "mask.safetensors"]
-BASE = [*MODEL, *FOR_FLEX, "--transformer-impl", "transformer_engine"]
+# Muon, divided among ranks, needs bf16 and experts without biases.
+MODEL = ["--num-experts", "8", "--routing-mask", "mask.safetensors", "--disable-bias-linear"]
+BASE = [*MODEL, *FOR_FLEX, "--transformer-impl", "transformer_engine", "--cuda-graph-modules", "attn"]
+# Settings that a switch needs.
+NEEDED = {"--reset-attention-mask": ["--transformer-impl", "local"]}
 
 
 @cache
@@ -48,7 +55,7 @@ def accepted_settings() -> Iterator[list[str]]:
         if flag in REVIEWED["refused"]:
             continue
         if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-            yield [flag]
+            yield [flag, *NEEDED.get(flag, [])]
         for choice in action.choices or []:
             value = getattr(choice, "name", str(choice))
             if value not in REVIEWED["refused_values"].get(flag, []):
@@ -82,6 +89,65 @@ def test_value_is_refused(flag: str, value: str) -> None:
 def test_other_switches_and_choices_are_accepted() -> None:
     refused = {" ".join(setting): errors for setting in accepted_settings() if (errors := refusals(setting))}
     assert not refused
+
+
+@pytest.mark.parametrize(
+    "flags", [["--cuda-graph-impl", "transformer_engine"], ["--external-cuda-graph"]], ids=" ".join
+)
+@pytest.mark.parametrize("option", ["--cuda-graph-modules", "--cuda-graph-scope"])
+@pytest.mark.parametrize(
+    ("modules", "captured"),
+    [
+        ("", "capture whole layers, because no modules are named."),
+        ("full", "capture whole layers, because no modules are named."),
+        ("attn moe", "capture moe."),
+        ("attn moe_router moe_preprocess", "capture moe_router, moe_preprocess."),
+        ("attn mlp", None),
+        ("mlp", None),
+    ],
+)
+def test_graphs_of_moe_layers_are_refused_and_named(
+    flags: list[str], option: str, modules: str, captured: str | None
+) -> None:
+    arguments = [*MODEL, *flags, *([option, *modules.split()] if modules else [])]
+    errors = list(unsupported_settings(parser().parse_args([*arguments, "--transformer-impl", "transformer_engine"])))
+    if captured is None:
+        assert not errors
+    else:
+        assert len(errors) == 1
+        assert captured in errors[0]
+        assert "--cuda-graph-modules attn" in errors[0]
+
+
+def test_upcycling_is_answered_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*MODEL, "--moe-use-upcycling"]
+    (error,) = unsupported_settings(parser().parse_args(flags))
+    command = "tools/convert_checkpoint.py upcycle --load DENSE_CHECKPOINT --save MOE_CHECKPOINT"
+    assert error.endswith(f": {command} --routing-mask mask.safetensors --num-experts 8 --topk 2")
+    flags += ["--load", "dense", "--save", "new runs/moe", "--moe-router-topk", "4", "--moe-layer-freq", "[0]+[1]*3"]
+    (error,) = unsupported_settings(parser().parse_args([*flags, "--moe-upcycling-granularity", "2"]))
+    words = shlex.split(error.split("The command is: ")[1])
+    monkeypatch.setattr(sys, "argv", words)
+    parsed = parse_arguments()
+    assert (parsed.command, parsed.load, parsed.save) == ("upcycle", Path("dense"), Path("new runs/moe"))
+    assert (parsed.num_experts, parsed.topk, parsed.granularity) == (8, 4, 2)
+    assert upcycle_settings(parsed).moe_layer_freq == [0, 1, 1, 1]
+
+
+def test_missing_optimizers_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parser().parse_args([*BASE, "--optimizer", "muon"])
+    assert not list(missing_libraries(args))
+    monkeypatch.setattr(refusals_module, "HAVE_EMERGING_OPTIMIZERS", False)
+    (error,) = missing_libraries(args)
+    assert "--optimizer muon needs the Python package emerging-optimizers" in error
+
+
+@pytest.mark.parametrize("missing", ["--bf16", "--disable-bias-linear"])
+def test_muon_is_divided_only_with(missing: str) -> None:
+    kept = [word for word in BASE if word != missing]
+    for flags in (["--optimizer", "muon", "--use-distributed-optimizer"], ["--optimizer", "dist_muon"]):
+        assert not refusals(flags)
+        assert any(missing in error for error in unsupported_settings(parser().parse_args([*kept, *flags])))
 
 
 def test_deferred_weight_gradients_are_refused_where_data_parallelism_misses_them() -> None:

@@ -34,6 +34,7 @@ def test_resume_after_stop_is_bit_equal(runs):
             ("fp32, distributed optimizer", "fp32, distributed optimizer, resumed"),
             ("experts on 2", "experts on 2, resumed"),
             ("experts on 2, distributed optimizer", "experts on 2, distributed optimizer, resumed"),
+            ("muon in shares, data parallel 2, saved", "muon in shares, data parallel 2, resumed"),
         ),
     ),
 )
@@ -79,3 +80,25 @@ def test_resume_in_another_layout(runs, pair):
     uninterrupted, resumed = runs
     assert resumed.iterations == list(range(8, 13))
     assert resumed.difference(uninterrupted) < FP32_ORDER_OF_SUMS
+
+
+@pytest.mark.parametrize(
+    ("names", "first", "last"),
+    [
+        pytest.param(names, first, last, marks=[pytest.mark.runs(*names), *marks], id=names[-1])
+        for names, first, last, marks in (
+            (("data parallel 2, distributed optimizer", "on Transformer Engine"), 2, 4, ()),
+            (("data parallel 2, distributed optimizer", "on Transformer Engine, then local"), 5, 8, ()),
+            (("reference", "on Transformer Engine, experts one by one"), 2, 8, [pytest.mark.slow]),
+            (("reference", "on Transformer Engine, experts one by one, then local"), 9, 12, [pytest.mark.slow]),
+        )
+    ],
+)
+def test_resume_on_the_other_implementation(runs, names, first, last):
+    """The checkpoint of local modules is loaded into Transformer Engine's, whose checkpoint is loaded into local ones.
+
+    The slow runs save the state of Megatron's plain optimizer.
+    """
+    reference, resumed = runs
+    assert resumed.iterations == list(range(first, last + 1))
+    assert resumed.difference(reference) < FP32_ORDER_OF_SUMS

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -323,12 +322,10 @@ def test_dropout_draws_from_the_generator_of_the_stock_module(sequence_parallel)
     assert moves_generator_of_rank(TorchDotProductAttention) == (not sequence_parallel)
 
 
-def test_refuses_a_bias_and_packed_sequences() -> None:
+def test_refuses_a_bias() -> None:
     attention, inputs = build(TorchDotProductAttention), draw_inputs()
     with pytest.raises(NotImplementedError, match="no bias"):
         attention(*inputs, None, attention_bias=torch.zeros(1))
-    with pytest.raises(NotImplementedError, match="no packed sequences"):
-        attention(*inputs, None, packed_seq_params=PackedSeqParams())
 
 
 @pytest.mark.parametrize("softmax_type", ["vanilla", "off-by-one", "learnable"])

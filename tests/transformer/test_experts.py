@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from safetensors.torch import load_file
 from support.kernels import kernels_on_cpu
 from support.launchers import RANK_SCRIPTS
+from support.saved_tensors import KeptBytes
 from support.small_experts import make_experts, make_rows
 from support.small_moe import (
     DEVICE,
@@ -148,30 +150,66 @@ def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
     assert_equal(compute_frozen(ours), compute_frozen(theirs))
 
 
+def kept_bytes(experts: SequentialMLP, tokens_per_expert: list[int]) -> int:
+    """Return the bytes that autograd keeps for the backward pass, besides the weights."""
+    rows, probs, _ = make_rows(experts, tokens_per_expert)
+    with KeptBytes(experts.parameters()) as kept:
+        experts(rows, torch.tensor(tokens_per_expert), probs)
+    return kept.total()
+
+
 def test_keeps_less_than_sequential_experts() -> None:
-    """Compare the bytes that autograd keeps for the backward pass, besides the weights."""
-
-    def kept_bytes(experts: SequentialMLP) -> int:
-        kept = {}
-        weights = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
-
-        def record(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in weights:
-                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        rows, probs, _ = make_rows(experts, [20] * 4)
-        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-            experts(rows, torch.tensor([20] * 4), probs)
-        return sum(kept.values())
-
     ours, theirs = make_pair()
     hidden, ffn, num_rows = 8, 12, 80
     inputs = hidden + 1  # features and the weight of a row
-    assert kept_bytes(ours) == 4 * num_rows * (inputs + 5 * ffn)
-    assert kept_bytes(theirs) == 4 * num_rows * (inputs + 6 * ffn)
+    assert kept_bytes(ours, [20] * 4) == 4 * num_rows * (inputs + 3 * ffn)
+    assert kept_bytes(theirs, [20] * 4) == 4 * num_rows * (inputs + 6 * ffn)
     with kernels_on_cpu():
-        assert kept_bytes(ours) == 4 * num_rows * (inputs + 5 * ffn) + 4 * len(ours.local_experts)
+        assert kept_bytes(ours, [20] * 4) == 4 * num_rows * (inputs + 3 * ffn) + 4 * len(ours.local_experts)
+
+
+RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True}
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype", "num_experts", "activation"),
+    [
+        *((nullcontext, torch.float32, 4, activation) for activation in ({}, *OTHER_ACTIVATIONS.values())),
+        (nullcontext, torch.bfloat16, 4, {}),
+        (nullcontext, torch.bfloat16, 1, {"bias_activation_fusion": True}),
+        (nullcontext, torch.float32, 1, {}),
+        (kernels_on_cpu, torch.float32, 4, {}),
+        (kernels_on_cpu, torch.bfloat16, 4, {"bias_activation_fusion": True}),
+    ],
+)
+def test_recomputed_activations_are_bit_equal_and_need_less_memory(place, dtype, num_experts, activation) -> None:
+    """Only the inputs of the linear layers and of the activation function are kept."""
+    settings = {"num_experts": num_experts, "topk": 1, "params_dtype": dtype, **activation}
+    recomputing, keeping = (make_pair(**settings, **more)[0] for more in (RECOMPUTATION, {}))
+    tokens_per_expert = [20, 0, 3, 4][:num_experts]
+    with place():
+        assert_equal(compute(recomputing, tokens_per_expert), compute(keeping, tokens_per_expert))
+        kept, without = (kept_bytes(experts, tokens_per_expert) for experts in (recomputing, keeping))
+    hidden, fc1_output = 8, 12 * (1 + recomputing.config.gated_linear_unit)
+    counts = 4 * len(tokens_per_expert) if place is kernels_on_cpu and num_experts > 1 else 0
+    assert kept == sum(tokens_per_expert) * (dtype.itemsize * (hidden + fc1_output) + 4) + counts
+    assert kept < without
+
+
+@pytest.mark.parametrize("frozen", ["linear_fc1", "linear_fc2", "local_experts.0", "inputs"])
+def test_recomputed_activations_of_frozen_parameters_are_bit_equal(frozen: str) -> None:
+    results = []
+    for more in (RECOMPUTATION, {}):
+        experts, _ = make_pair(**more)
+        for name, parameter in experts.named_parameters():
+            parameter.requires_grad_(frozen not in name)
+        rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
+        rows.requires_grad_(frozen != "inputs"), probs.requires_grad_(frozen != "inputs")
+        output, _ = experts(rows, torch.tensor([2, 0, 3, 4]), probs)
+        output.backward(gradient)
+        gradients = {"rows": rows.grad, "probs": probs.grad} | {n: p.grad for n, p in experts.named_parameters()}
+        results.append({name: value for name, value in gradients.items() if value is not None})
+    assert_equal(*results)
 
 
 def test_gradients_of_an_expert_are_accumulated_before_the_next_are_made() -> None:

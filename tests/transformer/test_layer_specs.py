@@ -10,22 +10,27 @@ from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models import backends
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from support.small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer import layer_specs
 from maskmoe.transformer.backends.attention import TorchDotProductAttention
+from maskmoe.transformer.backends.mlp import TorchMLP, TorchSharedExpertMLP
 from maskmoe.transformer.backends.torch_norm import build_torch_norm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
 PATTERNS = [1, 2, [0, 1, 1, 0], [1, 0, 0, 0]]
 
@@ -63,14 +68,20 @@ def replaced(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str | N
         return "layer"
     if theirs[path] is SequentialMLP and ours[path] is GroupedMLP:
         return "experts"
+    if theirs[path] is TransformerLayer and ours[path] is MaskMoETransformerLayer:
+        return "transformer layer"
     if theirs[path] is DotProductAttention and ours[path] is TorchDotProductAttention:
         return "attention"
+    if theirs[path] == MLP.as_mlp_submodule and ours[path] == TorchMLP.as_mlp_submodule:
+        return "dense MLP"
+    if theirs[path] is _build_shared_experts and ours[path] is TorchSharedExpertMLP:
+        return "shared experts"
     raise AssertionError(f"{path} is {ours[path]}, was {theirs[path]}")
 
 
 @pytest.mark.parametrize("shared_experts", [None, 10])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_replaces_exactly_the_moe_layers_their_routers_experts_norms_and_attention(pattern, shared_experts) -> None:
+def test_replaces_exactly_the_moe_layers_their_routers_mlps_norms_and_attention(pattern, shared_experts) -> None:
     config = make_config(
         num_layers=4, moe_layer_freq=pattern, moe_shared_expert_intermediate_size=shared_experts, qk_layernorm=True
     )
@@ -84,8 +95,9 @@ def test_replaces_exactly_the_moe_layers_their_routers_experts_norms_and_attenti
     assert theirs.keys() - router_paths == ours.keys() - our_router_paths
     kinds = [replaced(path, ours, theirs) for path in theirs.keys() - router_paths]
     moe_layers = config.moe_layer_freq if isinstance(pattern, list) else [int(i % pattern == 0) for i in range(4)]
-    assert kinds.count("attention") == config.num_layers
-    assert kinds.count("layer") == kinds.count("experts") == sum(moe_layers)
+    assert kinds.count("attention") == kinds.count("transformer layer") == config.num_layers
+    assert kinds.count("layer") == kinds.count("experts") == kinds.count("shared experts") == sum(moe_layers)
+    assert kinds.count("dense MLP") == config.num_layers - sum(moe_layers)
     assert MoELayer not in ours.values()
     assert WrappedTorchNorm not in ours.values()
     assert TopKRouter not in ours.values()

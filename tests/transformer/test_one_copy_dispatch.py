@@ -44,7 +44,12 @@ def groups(expert_parallel: int = 2, expert_tensor_parallel: int = 1) -> SimpleN
 def test_kind_of_dispatch() -> None:
     assert choose_dispatch(make_config(4), groups(), is_rank_local=False) is DispatchKind.ONE_COPY
     assert choose_dispatch(make_config(4), groups(), is_rank_local=True) is DispatchKind.PLANNED
-    for settings in ({"moe_expert_capacity_factor": 1.0}, {"moe_input_jitter_eps": 0.1}):
+    for settings in (
+        {"moe_expert_capacity_factor": 1.0},
+        {"moe_input_jitter_eps": 0.1},
+        {"moe_latent_size": 6},
+        {"moe_enable_routing_replay": True},
+    ):
         assert choose_dispatch(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.ONE_COPY
     one_expert = make_config(4, topk=1)
     assert choose_dispatch(one_expert, groups(), is_rank_local=False) is DispatchKind.STOCK

@@ -271,7 +271,7 @@ def test_single_expert_tokens_send_no_gradient_among_others(topk, pre_softmax, a
     router = make_router(config, mask, aux_loss_tokens=aux_loss_tokens)
     token_ids = torch.arange(40, device=DEVICE).view(20, 2)
     routed = route(router, torch.randn(20, 2, 8, device=DEVICE), TokenIds(token_ids))
-    is_single = torch.from_numpy(mask.num_visible == 1).to(DEVICE)
+    is_single = torch.from_numpy(mask.num_visible_of_layer(0) == 1).to(DEVICE)
     moved = routed.input_grad.flatten(0, 1).abs().amax(dim=1) > 0
     assert torch.equal(moved, ~is_single)
     assert torch.equal(routed.probs[is_single].amax(dim=1), torch.ones(int(is_single.sum()), device=DEVICE))

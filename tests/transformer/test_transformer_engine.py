@@ -10,16 +10,17 @@ import torch
 from megatron.core import dist_checkpointing
 from support.foreign_models import random_ids, save_model
 from support.launchers import RANK_SCRIPTS, RunRanks
-from support.megatron_models import load_converted_model, logits_of_megatron
-from support.ranks.transformer_engine_ranks import LATENT_ATTENTION, LAYOUTS, Described, build_model, describe
+from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
+from support.ranks.transformer_engine_ranks import IDS, LAYOUTS, SAVED, Described, build_model, describe
 
 from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.convert import huggingface_to_megatron
 from maskmoe.conversion.megatron_models import open_megatron
 from maskmoe.conversion.settings import Settings
 
-# Together, the models have shared experts with a gate, dense layers, biases, and norms of each head or of all heads.
-MODELS = ("qwen2_moe", "qwen3_moe", "olmoe")
+# Together, the models have shared experts with a gate, dense layers, biases, norms of each head or of all heads, and
+# multi-latent attention.
+MODELS = ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3")
 ROUNDING = 1e-4  # as in `test_families_in_megatron`
 
 
@@ -39,13 +40,14 @@ class Built:
 
 
 @pytest.fixture(scope="module", params=["stub", pytest.param("installed", marks=pytest.mark.te)])
-def built(request, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(request, run_ranks: RunRanks, one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp(request.param)
     torch.save(random_ids(), folder / "ids.pt")
     for name in MODELS:
         save_model(name, folder / name / "original")
-        flags = huggingface_to_megatron(Settings(load=folder / name / "original", save=folder / name / "megatron"))
+        flags = huggingface_to_megatron(Settings(load=folder / name / "original", save=folder / name / "converted"))
         (folder / name / "flags.json").write_text(json.dumps(flags))
+        save_as_release(*load_converted_model(folder / name / "converted", flags), folder / name / "local")
     run_ranks(RANK_SCRIPTS / "transformer_engine_ranks.py", folder, request.param, world_size=1)
     layouts = json.loads((folder / "layouts.json").read_text())
     return Built({name: Described(**values) for name, values in layouts.items()}, folder, request.param == "stub")
@@ -53,7 +55,14 @@ def built(request, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
 
 def parameter_on_transformer_engine(name: str, local: Described) -> str:
     """Return the name of a local model's parameter on Transformer Engine, which fuses norms and groups experts."""
-    name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    if any("linear_kv_up_proj" in other for other in local.parameters):
+        has_up_projection = any("linear_q_up_proj" in other for other in local.parameters)
+        name = name.replace(
+            ".q_layernorm.", f".{'linear_q_up_proj' if has_up_projection else 'linear_q_proj'}.layer_norm_"
+        )
+        name = name.replace(".kv_layernorm.", ".linear_kv_up_proj.layer_norm_")
+    else:
+        name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     layer, _, rest = name.partition("pre_mlp_layernorm.")
     if rest and f"{layer}mlp.router.weight" not in local.parameters:
         name = f"{layer}mlp.linear_fc1.layer_norm_{rest}"
@@ -66,7 +75,7 @@ def tensor_on_transformer_engine(name: str, local: Described) -> str:
     return f"{layer}pre_mlp_layernorm.{rest}" if rest and f"{layer}mlp.router.weight" in local.tensors else name
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "latent_attention"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_names_and_shapes_equal_the_local_models(layout: str, built: Built, one_rank: None) -> None:
     local, found = describe(build_model(layout, "local")), built.layouts[layout]
     expected = {parameter_on_transformer_engine(name, local): shape for name, shape in local.parameters.items()}
@@ -81,29 +90,14 @@ def test_names_and_shapes_equal_the_local_models(layout: str, built: Built, one_
     assert all(re.search(r"(norm)\._extra_state/", name) for name in further), further
 
 
-def test_latent_attention_has_the_shapes_of_its_definition(built: Built) -> None:
-    """Megatron's local modules have no latent attention to compare with."""
-    size = {name: int(value) for name, value in LATENT_ATTENTION.items()}
-    hidden, heads, query, key = 16, 2, size["q_lora_rank"], size["kv_lora_rank"]
-    expected = {
-        "input_layernorm.weight": [hidden],
-        "self_attention.linear_q_down_proj.weight": [query, hidden],
-        "self_attention.linear_q_up_proj.layer_norm_weight": [query],
-        "self_attention.linear_q_up_proj.weight": [heads * (size["qk_head_dim"] + size["qk_pos_emb_head_dim"]), query],
-        "self_attention.linear_kv_down_proj.weight": [key + size["qk_pos_emb_head_dim"], hidden],
-        "self_attention.linear_kv_up_proj.layer_norm_weight": [key],
-        "self_attention.linear_kv_up_proj.weight": [heads * (size["qk_head_dim"] + size["v_head_dim"]), key],
-        "self_attention.linear_proj.weight": [hidden, heads * size["v_head_dim"]],
-    }
-    described = built.layouts["latent_attention"]
-    for entries in (described.parameters, described.tensors):
-        for layer in range(2):
-            in_layer = {
-                name.removeprefix(f"decoder.layers.{layer}."): shape
-                for name, shape in entries.items()
-                if name.startswith(f"decoder.layers.{layer}.")
-            }
-            assert {name: shape for name, shape in in_layer.items() if "mlp" not in name} == expected
+@pytest.mark.parametrize("layout", SAVED)
+def test_local_models_load_checkpoints_and_compute_the_same(layout: str, built: Built, one_rank: None) -> None:
+    local = build_model(layout, "local").eval()
+    # The state of FP8, which is empty, is in the local model's checkpoint, too, unless it belongs to a norm.
+    local.load_state_dict(dist_checkpointing.load(local.sharded_state_dict(), str(built.folder / layout / "saved")))
+    if built.computes:
+        logits = torch.load(built.folder / layout / "logits.pt")
+        torch.testing.assert_close(logits, logits_of_megatron(local, IDS), atol=ROUNDING, rtol=0)
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -113,15 +107,22 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_checkpoints_are_exchanged_with_local_models(name: str, built: Built, one_rank: None, tmp_path: Path) -> None:
-    """Both load the same converted checkpoint, and what they save converts to the same tensors."""
+def test_checkpoints_are_exchanged_with_local_models(name: str, built: Built, one_rank: None) -> None:
+    """A converted and a local checkpoint are loaded and saved with Transformer Engine, and the result by local modules.
+
+    All of these checkpoints hold the same tensors.
+    """
     folder = built.folder / name
-    local, args = load_converted_model(folder / "megatron", json.loads((folder / "flags.json").read_text()))
-    dist_checkpointing.save({"args": args, **local.sharded_state_dict()}, str(tmp_path))
-    expected, found = tensors_of(tmp_path), tensors_of(folder / "saved")
-    assert found.keys() == expected.keys()
-    for tensor_name, tensor in expected.items():
-        assert torch.equal(found[tensor_name], tensor), tensor_name
+    local, _ = load_converted_model(folder / "local_again", json.loads((folder / "flags.json").read_text()))
+    expected = tensors_of(folder / "local" / "release")
+    for again in ("converted_again", "local_again"):
+        found = tensors_of(folder / again / "release")
+        assert found.keys() == expected.keys()
+        for tensor_name, tensor in expected.items():
+            assert torch.equal(found[tensor_name], tensor), tensor_name
+    original, _ = load_converted_model(folder / "local", json.loads((folder / "flags.json").read_text()))
+    for (parameter_name, parameter), found in zip(original.named_parameters(), local.parameters(), strict=True):
+        assert torch.equal(found, parameter), parameter_name
     if built.computes:
         logits = torch.load(folder / "logits.pt")
         torch.testing.assert_close(logits, logits_of_megatron(local, random_ids()), atol=ROUNDING, rtol=0)

@@ -13,6 +13,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import argparse
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import harness
 import numpy as np
@@ -30,7 +31,7 @@ from routed_tokens import ENGINE_SETTINGS, add_engine_argument, exchange_floor
 from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.gpt_model import DenseGPTModel, MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -100,64 +101,68 @@ def make_mask(arguments: argparse.Namespace, num_ranks: int) -> RoutingMask:
     return zipf_mask(recipe, arguments.vocab_size)
 
 
-def build_trainers(arguments: argparse.Namespace, topk: int, groups: ProcessGroupCollection) -> tuple[Trainer, Trainer]:
-    """Build trainers of our model and of the stock model, with the same seed and batches."""
+def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int) -> TransformerConfig:
+    """Return the configuration of both models; 0 experts stand for a model without experts."""
+    experts: dict[str, Any] = {
+        "num_moe_experts": arguments.num_experts,
+        "moe_router_topk": topk,
+        "moe_router_pre_softmax": topk == 1,
+        "moe_router_dtype": "fp32",
+        "moe_aux_loss_coeff": 1e-2,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": num_ranks,
+    }
+    return TransformerConfig(
+        num_layers=arguments.num_layers,
+        hidden_size=arguments.hidden_size,
+        bf16=arguments.dtype == "bfloat16",
+        params_dtype=getattr(torch, arguments.dtype),
+        num_attention_heads=arguments.num_attention_heads or arguments.hidden_size // 64,
+        ffn_hidden_size=2 * arguments.hidden_size,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        normalization="RMSNorm",
+        persist_layer_norm=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        **(experts if arguments.num_experts else {}),
+        **({"transformer_impl": "local"} | (ENGINE_SETTINGS if arguments.transformer_engine else {})),
+    )
 
-    def config() -> TransformerConfig:
-        return TransformerConfig(
-            num_layers=arguments.num_layers,
-            hidden_size=arguments.hidden_size,
-            bf16=arguments.dtype == "bfloat16",
-            params_dtype=getattr(torch, arguments.dtype),
-            num_attention_heads=arguments.hidden_size // 64,
-            ffn_hidden_size=2 * arguments.hidden_size,
-            num_moe_experts=arguments.num_experts,
-            moe_router_topk=topk,
-            moe_router_pre_softmax=topk == 1,
-            moe_router_dtype="fp32",
-            moe_aux_loss_coeff=1e-2,
-            moe_token_dispatcher_type="alltoall",
-            expert_model_parallel_size=groups.ep.size(),
-            gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
-            add_bias_linear=False,
-            bias_activation_fusion=False,
-            bias_dropout_fusion=False,
-            gradient_accumulation_fusion=False,
-            masked_softmax_fusion=False,
-            apply_rope_fusion=False,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            normalization="RMSNorm",
-            persist_layer_norm=False,
-            use_cpu_initialization=not torch.cuda.is_available(),
-            **({"transformer_impl": "local"} | (ENGINE_SETTINGS if arguments.transformer_engine else {})),
-        )
 
+def build_trainer(
+    side: Literal["ours", "stock"], arguments: argparse.Namespace, topk: int, groups: ProcessGroupCollection
+) -> Trainer:
+    """Build a trainer of our model or of the stock model; both have the same seed and batches."""
+    torch.manual_seed(1)
+    config = make_config(arguments, topk, groups.ep.size())
     sizes = {
         "vocab_size": arguments.vocab_size,
         "max_sequence_length": arguments.seq_length,
         "position_embedding_type": "rope",
         "pg_collection": groups,
     }
-    rank = torch.distributed.get_rank()
-
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        return zipf_batches(arguments.vocab_size, arguments.batch_size, arguments.seq_length, seed=rank)
-
-    torch.manual_seed(1)
-    masked_config = config()
-    visible_experts = VisibleExperts(masked_config, make_mask(arguments, groups.ep.size()), groups)
-    masked_spec = get_maskmoe_decoder_block_spec(masked_config, visible_experts)
-    masked = MaskMoEGPTModel(masked_config, masked_spec, visible_experts=visible_experts, **sizes).cuda()
-
-    torch.manual_seed(1)
-    stock_config = config()
-    stock_spec = get_gpt_decoder_block_spec(
-        stock_config, use_transformer_engine=arguments.transformer_engine, normalization="RMSNorm"
-    )
-    stock = GPTModel(stock_config, stock_spec, **sizes).cuda()
-    return Trainer(masked, masked_config, batches()), Trainer(stock, stock_config, batches())
+    if side == "stock":
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=arguments.transformer_engine, normalization="RMSNorm"
+        )
+        model = GPTModel(config, spec, **sizes)
+    elif arguments.num_experts:
+        visible_experts = VisibleExperts(config, make_mask(arguments, groups.ep.size()), groups)
+        spec = get_maskmoe_decoder_block_spec(config, visible_experts)
+        model = MaskMoEGPTModel(config, spec, visible_experts=visible_experts, **sizes)
+    else:
+        model = DenseGPTModel(config, get_maskmoe_decoder_block_spec(config, None), **sizes)
+    seed = torch.distributed.get_rank()
+    batches = zipf_batches(arguments.vocab_size, arguments.batch_size, arguments.seq_length, seed)
+    return Trainer(model.cuda(), config, batches)
 
 
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
@@ -171,7 +176,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             floor_of_layer()
 
     for topk in arguments.topk:
-        ours, stock = build_trainers(arguments, topk, groups)
+        ours, stock = (build_trainer(side, arguments, topk, groups) for side in ("ours", "stock"))
         name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
         name += " with Transformer Engine" if arguments.transformer_engine else ""
         yield compare(name, ours.step, "stock", stock.step)
@@ -179,11 +184,13 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             yield compare(f"{name} to the floor", ours.step, "floor", floor)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-layers", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=256, help="(default: %(default)s)")
-    parser.add_argument("--num-experts", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--num-attention-heads", type=int, help="(default: one for 64 channels)")
+    parser.add_argument("--num-experts", type=int, default=16, help="0: a model without experts (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=8192, help="(default: %(default)s)")
     parser.add_argument("--seq-length", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
     parser.add_argument(
@@ -213,7 +220,11 @@ def main() -> None:
     )
     add_engine_argument(parser)
     harness.add_arguments(parser, repeats=15)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
     run_and_report(cases(arguments, join_ranks()), arguments)
 
 

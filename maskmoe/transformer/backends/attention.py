@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from maskmoe.transformer.packed_documents import PackedDocuments
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
 # The smallest number of queries in a block of a layer with a window.
 _SHORTEST_BLOCK = 256
+# The widest heads of torch's kernel for packed documents, and whether this version of torch has what is needed of it.
+_WIDEST_PACKED_HEAD = 256
+_HAS_PACKED_KERNEL = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
 
 
 class TorchDotProductAttention(DotProductAttention):
@@ -41,6 +48,10 @@ class TorchDotProductAttention(DotProductAttention):
       none. In a causal layer, `right` is 0. A mask can hide further keys.
 
     The output is zero for a query that sees no key.
+
+    Packed documents are one sequence without a batch dimension, in which a query sees keys of its own document only.
+    `varlen_attn` computes them on GPUs, in half precision without dropout and without a softmax offset. In all other
+    cases, one document is computed after the other.
 
     Under context parallelism, each rank gathers the keys and values of the whole sequence. Megatron cuts the sequence
     into twice as many chunks as ranks, and gives rank r the chunks r and 2 * ranks - 1 - r.
@@ -109,17 +120,18 @@ class TorchDotProductAttention(DotProductAttention):
         """Compute attention.
 
         Args:
-            query: [queries, batch, heads, channels].
-            key: [keys, batch, groups, channels].
-            value: [keys, batch, groups, value channels].
+            query: [queries, batch, heads, channels]; [tokens, heads, channels] with packed documents.
+            key: [keys, batch, groups, channels]; [tokens, groups, channels] with packed documents.
+            value: [keys, batch, groups, value channels]; [tokens, groups, value channels] with packed documents.
             attention_mask: bool [batch or 1, 1, queries or 1, keys], True for keys that a query must not see. Under
-                context parallelism, the mask has this rank's queries and the keys of the whole sequence.
+                context parallelism, the mask has this rank's queries and the keys of the whole sequence. Must be None
+                with packed documents.
             attn_mask_type: ignored, as by the stock method.
             attention_bias: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: `PackedDocuments`, or None for sequences of a batch.
 
         Returns:
-            [queries, batch, heads * value channels].
+            [queries, batch, heads * value channels]; [tokens, heads * value channels] with packed documents.
         """
         if attention_bias is not None:
             raise NotImplementedError("attention of --transformer-impl local takes no bias")
@@ -141,7 +153,8 @@ class TorchDotProductAttention(DotProductAttention):
     ) -> Tensor:
         """Choose the computation by the layout of the sequences; see `forward`."""
         if packed_seq_params is not None:
-            raise NotImplementedError("attention of --transformer-impl local takes no packed sequences")
+            assert isinstance(packed_seq_params, PackedDocuments)
+            return self._attend_within_documents(query, key, value, packed_seq_params, dropout).flatten(1)
         if self.cp_group.size() > 1:
             key, value = (gather_zigzag(tensor, self.cp_group) for tensor in (key, value))
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -179,6 +192,62 @@ class TorchDotProductAttention(DotProductAttention):
             )
             contexts.append(context.permute(2, 0, 1, 3))
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+        return context[..., :value_channels]
+
+    def _attend_within_documents(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments, dropout: float
+    ) -> Tensor:
+        """Attend within each document.
+
+        Args:
+            query: [tokens, heads, channels].
+            key: [tokens, groups, channels].
+            value: [tokens, groups, value channels].
+            documents: the bounds of the documents.
+            dropout: probability of dropping a weight.
+
+        Returns:
+            [tokens, heads, value channels].
+        """
+        if dropout == 0 and self._fits_packed_kernel(query, value):
+            return self._run_packed_kernel(query, key, value, documents)
+        contexts = []
+        for document in zip(*(tensor.split(documents.lengths) for tensor in (query, key, value)), strict=True):
+            # [1, heads, tokens, channels]
+            query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in document)
+            contexts.append(self._attend_in_blocks(query, key, value, None, dropout).squeeze(1))
+        return torch.cat(contexts)
+
+    def _fits_packed_kernel(self, query: Tensor, value: Tensor) -> bool:
+        """Return whether `varlen_attn` can compute attention without dropout to these queries and values."""
+        return (
+            _HAS_PACKED_KERNEL
+            and query.is_cuda
+            and query.dtype in (torch.bfloat16, torch.float16)
+            and max(query.shape[-1], value.shape[-1]) <= _WIDEST_PACKED_HEAD
+            and self.softmax_offset is None
+        )
+
+    def _run_packed_kernel(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
+        """Attend within each document by `varlen_attn`; see `_attend_within_documents`."""
+        # The kernel wants equal widths, in multiples of 8 channels.
+        width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
+        value_channels = value.shape[-1]
+        width = -(-max(query.shape[-1], value_channels) // 8) * 8
+        query, key, value = (pad(tensor, (0, width - tensor.shape[-1])) for tensor in (query, key, value))
+        left, right = self._reach(has_mask=False)
+        context: Any = varlen_attn(
+            query,
+            key,
+            value,
+            documents.bounds,
+            documents.bounds,
+            documents.max_seqlen_q,
+            documents.max_seqlen_kv,
+            scale=self._scale,
+            window_size=(-1 if left is None else left, -1 if right is None else right),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
         return context[..., :value_channels]
 
     def _widen(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,20 +29,22 @@ def choose_dispatch(
         or get_pg_size(pg_collection.expt_tp) > 1
         or config.moe_pad_expert_input_to_capacity
         or config.moe_shared_expert_overlap
-        or config.moe_latent_size
         # `MoELayer` computes the deferred gradients of the experts' weights in its own dispatch.
         or config.overlap_dispatch_backward_with_experts_wgrad
     ):
         return DispatchKind.STOCK
-    # A plan lets the receiving rank choose experts. Random logits and dropped tokens depend on the rank that chooses.
+    # A plan lets the receiving rank choose experts. Random logits, dropped tokens and recorded choices depend on the
+    # rank that chooses.
     any_rank_can_choose = (
         config.moe_expert_capacity_factor is None
         and config.moe_input_jitter_eps is None
         and not config.moe_router_force_load_balancing
         and config.moe_router_force_biased is None
+        and not config.moe_enable_routing_replay
     )
-    # Multi-token prediction routes by shifted ids, which the plan of a micro-batch does not cover.
-    if is_rank_local and any_rank_can_choose and not is_mtp_layer:
+    # Multi-token prediction routes by shifted ids, which the plan of a micro-batch does not cover. The rows of latent
+    # experts are narrower than the hidden states that a router needs.
+    if is_rank_local and any_rank_can_choose and not is_mtp_layer and not config.moe_latent_size:
         return DispatchKind.PLANNED
     # With one expert for each token, or on each rank, Megatron's all-to-all also sends one copy.
     one_expert_per_rank = config.num_moe_experts == get_pg_size(pg_collection.ep)
@@ -58,5 +60,13 @@ def build_dispatcher(kind: DispatchKind, layer: MoELayer) -> Dispatcher:
     """
     if kind is DispatchKind.STOCK:
         return StockDispatcher(layer)
-    build = PlannedDispatcher if kind is DispatchKind.PLANNED else OneCopyDispatcher
-    return build(layer.config, layer.ep_group)
+    if kind is DispatchKind.PLANNED:
+        return PlannedDispatcher(layer.config, layer.ep_group)
+    if not layer.config.moe_latent_size:
+        return OneCopyDispatcher(layer.config, layer.ep_group)
+    return OneCopyDispatcher(
+        layer.config,
+        layer.ep_group,
+        compress=lambda hidden_states: layer.fc1_latent_proj(hidden_states)[0],
+        expand=lambda latent: layer.fc2_latent_proj(latent)[0],
+    )

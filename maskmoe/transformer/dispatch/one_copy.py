@@ -1,5 +1,6 @@
 """One-copy dispatch: an all-to-all that sends a token to each rank once, however many of the rank's experts it uses."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -18,6 +19,11 @@ _NOT_SELECTED = -1.0
 """Replaces the weight of an expert that is not selected. Weights of selected experts are never negative."""
 
 
+def _unchanged(hidden_states: Tensor) -> Tensor:
+    """Return the hidden states, whose width is also the width of experts that are not latent."""
+    return hidden_states
+
+
 class OneCopyDispatcher:
     """Sends one row for each token and destination rank, and receives one sum of expert outputs for each.
 
@@ -33,16 +39,27 @@ class OneCopyDispatcher:
     5. [experts]
     6. Add the outputs of each received row, all-to-all back, and add the sums that the ranks returned for each token.
 
+    Rows of latent experts are compressed between the first two steps, and the sums expanded after the last step.
+
     Outputs are added by expert within a rank, then by rank. With at most two experts for each token, the result is
     bit-equal to the stock dispatcher's; with more experts, the order of additions differs.
 
     Args:
         config: the model's configuration; every rank holds an equal, contiguous share of the experts.
         ep_group: the expert-parallel ranks.
+        compress: maps hidden states [sequence, batch, hidden] to the width of the experts.
+        expand: maps the width of the experts to the width of hidden states.
     """
 
-    def __init__(self, config: TransformerConfig, ep_group: ProcessGroup) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ep_group: ProcessGroup,
+        compress: Callable[[Tensor], Tensor] = _unchanged,
+        expand: Callable[[Tensor], Tensor] = _unchanged,
+    ) -> None:
         self._group = ep_group
+        self._compress, self._expand = compress, expand
         self._num_ranks = ep_group.size()
         self._topk = config.moe_router_topk
         experts = local_experts(config, ep_group)
@@ -67,7 +84,8 @@ class OneCopyDispatcher:
         num_copies = len(to_rank) * max_copies if launching.runs_kernels(to_rank) else sum(counts.rows_to)
         to_ranks = copies_of_map(to_rank, num_copies, max_copies)
         exchange = RowExchange(self._group, self._buffers, to_ranks, counts)
-        rows = exchange.dispatch(hidden_states.flatten(0, 1))
+        compressed = self._compress(hidden_states)
+        rows = exchange.dispatch(compressed.flatten(0, 1))
 
         # Send weights along with the rows; they also tell the receiving rank which of its experts are selected.
         weights = probs.masked_fill(~routing_map, _NOT_SELECTED).unflatten(1, (self._num_ranks, -1))
@@ -81,12 +99,12 @@ class OneCopyDispatcher:
             expert_input=expert_rows.values,
             tokens_per_expert=counts.tokens_per_expert,
             weights=expert_rows.weights,
-            metadata=WayBack(exchange, expert_rows.sum_outputs, hidden_states.shape),
+            metadata=WayBack(exchange, expert_rows.sum_outputs, compressed.shape),
         )
 
     def combine(self, expert_output: Tensor, metadata: WayBack) -> Tensor:
         """Send outputs back and add them up; see `Dispatcher`."""
-        return metadata.combine(expert_output)
+        return self._expand(metadata.combine(expert_output))
 
 
 class ExchangedCounts:

@@ -26,7 +26,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
-from torch.autograd.graph import saved_tensors_hooks
+from support.saved_tensors import KeptBytes
 
 from maskmoe.check.command import inspect_run
 from maskmoe.megatron_compat import cpu
@@ -100,25 +100,17 @@ def measure(ranks: int) -> dict[str, Any]:
 def _kept_by_forward(args: Namespace, model: torch.nn.Module) -> int:
     """Return the bytes that the forward pass of a micro-batch keeps for the backward pass, without parameters."""
     module = Float16Module(model.config, model) if args.bf16 else model
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(args.vocab_size, (args.micro_batch_size, args.seq_length), generator=generator)
     positions = torch.arange(args.seq_length).expand_as(tokens)
     mask = None
     if args.create_attention_mask_in_dataloader:
         mask = torch.ones(len(tokens), 1, args.seq_length, args.seq_length, dtype=torch.bool).triu(1)
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with KeptBytes([*module.parameters(), *module.buffers()]) as kept:
         loss = module(tokens, positions, mask, labels=tokens)
+    kept_bytes = kept.total()
     loss.sum().backward()
-    return sum(kept.values())
+    return kept_bytes
 
 
 def _optimizer_bytes(optimizer: Any, model_storages: set[int]) -> int:

@@ -1,8 +1,10 @@
 """Models on Transformer Engine: `python transformer_engine_ranks.py FOLDER PROVIDER`, with RANK and WORLD_SIZE set.
 
 PROVIDER is `stub` or `installed`. The script describes a model of each layout in `layouts.json`. It loads each
-checkpoint FOLDER/NAME/megatron and saves the model to FOLDER/NAME/saved. The stub, which computes on the CPU, also
-writes the logits of the ids in FOLDER/ids.pt to FOLDER/NAME/logits.pt.
+checkpoint FOLDER/NAME/converted and FOLDER/NAME/local and saves the model again, to FOLDER/NAME/converted_again and
+FOLDER/NAME/local_again. It saves the models of the layouts in `SAVED` to FOLDER/LAYOUT/saved. The stub, which computes
+on the CPU, also writes the logits of the ids in FOLDER/ids.pt to FOLDER/NAME/logits.pt, and the logits of `IDS` to
+FOLDER/LAYOUT/logits.pt.
 """
 
 import json
@@ -11,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 if __name__ == "__main__" and sys.argv[2] == "stub":
     from support import stub_transformer_engine
@@ -27,8 +28,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from support.megatron_models import load_converted_model, logits_of_megatron
-from support.small_moe import make_config, make_mask, make_visible_experts, random_visible_sets
+from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
+from support.small_moe import draw_parameters, make_config, make_mask, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
@@ -37,6 +38,7 @@ NUM_LAYERS, VOCAB_SIZE = 2, 9
 GROUPED = {"moe_grouped_gemm": True}
 LATENT_ATTENTION = {
     "multi_latent_attention": True,
+    "num_query_groups": None,
     "qk_layernorm": True,
     "q_lora_rank": 6,
     "kv_lora_rank": 4,
@@ -60,8 +62,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "expert_bias": {**GROUPED, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
     "multi_token_prediction": {**GROUPED, "mtp_num_layers": 1},
     "latent_attention": {**GROUPED, "moe_layer_freq": [0, 1], **LATENT_ATTENTION},
+    "latent_attention_of_whole_queries": {**GROUPED, **LATENT_ATTENTION, "q_lora_rank": None, "rope_type": "rope"},
+    "latent_experts": {**GROUPED, **LATENT_ATTENTION, "moe_latent_size": 6, "moe_shared_expert_intermediate_size": 10},
 }
 """Settings of models by name."""
+SAVED = ("latent_attention", "latent_attention_of_whole_queries", "latent_experts")
+IDS = torch.arange(2 * VOCAB_SIZE).view(2, VOCAB_SIZE) % VOCAB_SIZE
 
 
 @dataclass
@@ -115,17 +121,24 @@ def describe(model: GPTModel) -> Described:
     return described
 
 
+def save(model: GPTModel, folder: Path, computes: bool) -> None:
+    """Save a model with random parameters and, if it computes here, its logits."""
+    draw_parameters(model)
+    if computes:
+        torch.save(logits_of_megatron(model.eval(), IDS), folder / "logits.pt")
+    (folder / "saved").mkdir()
+    dist_checkpointing.save(model.sharded_state_dict(), str(folder / "saved"))
+
+
 def load_and_save(folder: Path, computes: bool) -> None:
-    """Load a converted checkpoint with the flags in `flags.json`, and save it again."""
+    """Load checkpoints of a model with the flags in `flags.json`, and save them again."""
     flags = json.loads((folder / "flags.json").read_text())
     flags += ["--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
-    # Megatron refuses grouped experts on devices that have no such kernels.
-    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)):
-        model, args = load_converted_model(folder / "megatron", flags)
+    for name in ("converted", "local"):
+        model, args = load_converted_model(folder / name, flags)
+        save_as_release(model, args, folder / f"{name}_again")
     if computes:
         torch.save(logits_of_megatron(model, torch.load(folder.parent / "ids.pt")), folder / "logits.pt")
-    (folder / "saved").mkdir()
-    dist_checkpointing.save({"args": args, **model.sharded_state_dict()}, str(folder / "saved"))
 
 
 def main() -> None:
@@ -135,6 +148,9 @@ def main() -> None:
     model_parallel_cuda_manual_seed(1)
     described = {layout: asdict(describe(build_model(layout, "transformer_engine"))) for layout in LAYOUTS}
     (folder / "layouts.json").write_text(json.dumps(described))
+    for layout in SAVED:
+        (folder / layout).mkdir()
+        save(build_model(layout, "transformer_engine"), folder / layout, computes=provider == "stub")
     for flags in sorted(folder.glob("*/flags.json")):
         load_and_save(flags.parent, computes=provider == "stub")
     torch.distributed.destroy_process_group()

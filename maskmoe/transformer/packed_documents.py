@@ -1,0 +1,114 @@
+"""Samples that hold several documents, each of which attends only to itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class PackedDocuments(PackedSeqParams):
+    """Megatron-Core's description of packed sequences, with the bounds in host memory and on the device.
+
+    Megatron-Core's plain torch code reads `cu_seqlens_q` on the host, in every layer. Bounds in host memory spare it a
+    wait for the device. Transformer Engine wants `cu_seqlens_q` on the device.
+
+    Attributes:
+        lengths: number of tokens of each document.
+        bounds: int32 [documents + 1] on the device, the first token of each document, then the number of tokens.
+    """
+
+    lengths: list[int]
+    bounds: Tensor
+
+    @classmethod
+    def of_samples(cls, cu_seqlens: Tensor, device: torch.device, *, reads_on_host: bool) -> PackedDocuments:
+        """Join the documents of the samples of a micro-batch.
+
+        Args:
+            cu_seqlens: int32 [samples, any] in host memory, for each sample the bounds of its documents; the number of
+                tokens of a sample may be repeated at the end.
+            device: the device of the model.
+            reads_on_host: whether the model reads the bounds on the host.
+        """
+        sample_length = int(cu_seqlens[0, -1])
+        first_tokens = torch.arange(len(cu_seqlens), dtype=torch.int32).unsqueeze(1) * sample_length
+        on_host = (cu_seqlens + first_tokens).unique()
+        bounds = on_host.to(device, non_blocking=True)
+        used = on_host if reads_on_host else bounds
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=used,
+            cu_seqlens_kv=used,
+            # An upper bound that is the same for all micro-batches: rotary embeddings and attention plans are cached
+            # for each value.
+            max_seqlen_q=sample_length,
+            max_seqlen_kv=sample_length,
+            lengths=on_host.diff().tolist(),
+            bounds=bounds,
+        )
+
+
+class PackingGPTModel(GPTModel):
+    """`GPTModel` that takes packed documents in samples, [batch, sequence], on every pipeline stage.
+
+    Megatron-Core computes packed documents as one sequence, [1, batch * sequence]. Its pipeline schedules still expect
+    hidden states [sequence, batch, hidden] between stages, so this class changes the shape at both ends of a stage.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        packed_seq_params: PackedDocuments | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run one pipeline stage.
+
+        Args:
+            input_ids: int64 [batch, sequence].
+            position_ids: int64 [batch, sequence]; with packed documents, positions within the documents.
+            attention_mask: as for `GPTModel.forward`; None with packed documents.
+            args: further positional arguments of `GPTModel.forward`.
+            packed_seq_params: the documents of the micro-batch; None if tokens attend to the whole sample.
+            kwargs: further keyword arguments of `GPTModel.forward`; tensors for each token are [batch, sequence].
+
+        Returns:
+            losses [batch, sequence] or logits [batch, sequence, vocabulary] on the last stage, else hidden states.
+        """
+        if packed_seq_params is None:
+            return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+        # Join the samples, and the hidden states that were received from the previous stage.
+        for name in ("labels", "loss_mask", "padding_mask"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name].reshape(1, -1)
+        ids, positions = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        received = self.decoder.input_tensor
+        if received is not None:
+            self.decoder.input_tensor = received.view(-1, 1, received.shape[-1])
+        output = super().forward(ids, positions, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
+        # Separate the samples, or give the hidden states the shape in which the schedules send them.
+        if self.post_process:
+            return output.view(*input_ids.shape, *output.shape[2:])
+        sent = output.view(-1, len(input_ids), output.shape[-1])
+        # The schedules free the memory of a sent tensor, which must not be a view.
+        return make_viewless_tensor(sent, requires_grad=True, keep_graph=True)
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        """Compute the inputs of the decoder, with the rotary embedding of each token by its position.
+
+        Megatron-Core would otherwise apply the rotary embedding to one document after the other, in every layer. Fused
+        rotary embeddings take the bounds of the documents instead.
+        """
+        decoder_input, rope, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if kwargs.get("packed_seq_params") is not None and rope is not None and not self.config.apply_rope_fusion:
+            rope = rope[position_ids.flatten()]  # [tokens, 1, 1, channels]
+        return decoder_input, rope, *rest

@@ -1,0 +1,293 @@
+"""A widened mask contains the mask that it was made from, and says so."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tools import assert_bad_input, run_tool
+
+from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.errors import UserError
+from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
+from maskmoe.routing_mask.assignment import HashLayers
+from maskmoe.routing_mask.change import MaskChange
+from maskmoe.routing_mask.expert_table import ExpertTable
+from maskmoe.routing_mask.mask import expected_expert_load
+from maskmoe.routing_mask.widening import widen_routing_mask
+
+
+def frequency_of(counts: list[int], tokenizer: TokenizerRecord | None = None) -> TokenFrequency:
+    dataset = {"name": "text", "num_tokens": sum(counts), "idx_sha256": "0" * 64, "bin_bytes": 0}
+    return TokenFrequency(np.array([counts], np.int64), (None,), (dataset,), tokenizer)
+
+
+def covering(counts: np.ndarray, mass: float) -> set[int]:
+    """Return the shortest prefix of the ids by descending count, then by id, that covers a share of all counts."""
+    order = sorted(range(len(counts)), key=lambda token: (-counts[token], token))
+    length = 0
+    while sum(counts[order[:length]]) < mass * counts.sum() * (1 - 1e-12):
+        length += 1
+    return set(order[:length])
+
+
+@st.composite
+def masks(draw) -> tuple[RoutingMask, TokenFrequency]:
+    """Draw masks of all assignments, with and without hash layers and frequent ids, and the counts of their ids."""
+    num_ranks = draw(st.sampled_from([1, 2, 4]))
+    num_experts = num_ranks * draw(st.integers(2, 5))
+    assignment = draw(st.sampled_from(["uniform", "balanced", "rank-local"]))
+    most_visible = num_experts // num_ranks if assignment == "rank-local" else num_experts
+    hashed = st.builds(HashLayers, st.just(1), st.integers(1, most_visible), st.just(assignment))
+    mass = draw(st.sampled_from([0.0, 0.3, 0.8]))
+    recipe = MaskRecipe(
+        num_experts,
+        num_layers=3,
+        assignment=assignment,
+        frequent_mass=mass,
+        frequent_visible_experts=draw(st.integers(2, most_visible)) if mass else None,
+        seed=draw(st.integers(0, 9)),
+        expert_model_parallel_size=num_ranks if assignment == "rank-local" else None,
+        hash_layers=draw(st.none() | hashed),
+    )
+    frequency = frequency_of(draw(st.lists(st.integers(0, 1000), min_size=1, max_size=40).filter(any)))
+    return build_routing_mask(recipe, frequency=frequency), frequency
+
+
+@st.composite
+def widenings(draw) -> tuple[RoutingMask, RoutingMask, TokenFrequency, dict]:
+    """Draw a mask, the wider mask, and the counts and settings that it was widened with."""
+    mask, frequency = draw(masks())
+    made_from = mask.provenance
+    most_visible = mask.num_experts // (made_from.expert_model_parallel_size or 1)
+    chosen = {
+        "frequent_mass": draw(st.sampled_from([mass for mass in (0.3, 0.8, 1.0) if mass >= made_from.frequent_mass])),
+        "frequent_visible_experts": draw(st.integers(made_from.frequent_visible_experts or 2, most_visible)),
+        "seed": draw(st.integers(0, 9)),
+    }
+    counts = draw(st.just(frequency) | st.permutations(frequency.counts[0].tolist()).map(frequency_of))
+    return mask, widen_routing_mask(mask, frequency=counts, **chosen), counts, chosen
+
+
+@settings(max_examples=40)
+@given(widenings())
+def test_sets_only_grow_to_the_number_of_a_frequent_id(widening):
+    mask, wider, frequency, chosen = widening
+    frequent = covering(frequency.occurrences, chosen["frequent_mass"])
+    num_hashed = mask.provenance.hash_layers.num_layers if mask.provenance.hash_layers else 0
+    for layer in range(mask.num_layers):
+        old, new = mask.visible_sets(layer), wider.visible_sets(layer)
+        assert not (old & ~new).any()
+        for token, (before, after) in enumerate(zip(old.sum(axis=1), new.sum(axis=1), strict=True)):
+            is_frequent = layer >= num_hashed and (before > 1 or token in frequent)
+            assert after == (chosen["frequent_visible_experts"] if is_frequent else before)
+
+
+@settings(max_examples=40)
+@given(widenings())
+def test_rank_local_masks_stay_rank_local(widening):
+    mask, wider, _, _ = widening
+    num_ranks = mask.provenance.expert_model_parallel_size
+    if num_ranks is not None:
+        assert wider.rank_of_rows(num_ranks) is not None
+        assert wider.provenance.expert_model_parallel_size == num_ranks
+
+
+@settings(max_examples=40)
+@given(widenings())
+def test_widening_again_changes_nothing(widening):
+    mask, wider, frequency, chosen = widening
+    assert widen_routing_mask(wider, frequency=frequency, **chosen) is wider
+    assert widen_routing_mask(mask, frequency=frequency, **chosen, workers=1).digest == wider.digest
+    assert RoutingMask.from_tensors(*wider.to_tensors()).digest == wider.digest
+
+
+@settings(max_examples=40)
+@given(widenings())
+def test_change_counts_the_pairs_whose_sets_differ(widening):
+    mask, wider, _, _ = widening
+    layers = range(mask.num_layers)
+    changed = sum((mask.visible_sets(n) != wider.visible_sets(n)).any(axis=1).sum() for n in layers)
+    num_pairs = mask.vocab_size * mask.num_layers
+    assert MaskChange.between(mask, wider) == MaskChange(num_pairs, changed, changed)
+    assert MaskChange.between(wider, mask) == MaskChange(num_pairs, changed, 0)
+    assert (wider is mask) == (changed == 0)
+
+
+@settings(max_examples=40)
+@given(widenings())
+def test_provenance_records_the_mask_before(widening):
+    mask, wider, frequency, chosen = widening
+    if wider is mask:
+        return
+    made_from, provenance = mask.provenance, wider.provenance
+    (ancestor,) = provenance.widened_from
+    assert ancestor["digest"] == mask.digest
+    assert ancestor["frequent_visible_experts"] == made_from.frequent_visible_experts
+    assert {name: getattr(provenance, name) for name in chosen} == chosen
+    assert provenance.counts_digest == frequency.digest
+    assert (provenance.assignment, provenance.hash_layers) == (made_from.assignment, made_from.hash_layers)
+
+
+def test_every_widening_is_recorded(zipf_frequency):
+    frequency = zipf_frequency(200, 5000)
+    first = build_routing_mask(MaskRecipe(8, 2, "balanced", 0.3, 2), frequency=frequency)
+    second = widen_routing_mask(first, frequency=frequency, frequent_visible_experts=3)
+    third = widen_routing_mask(second, frequency=frequency, frequent_mass=0.5, seed=4)
+    assert [ancestor["digest"] for ancestor in third.provenance.widened_from] == [first.digest, second.digest]
+    assert third.provenance.frequent_visible_experts == 3
+
+
+@pytest.mark.parametrize("num_ranks", [None, 2])
+def test_balanced_widening_puts_experts_where_the_load_is_least(zipf_frequency, num_ranks):
+    frequency = zipf_frequency(4000, 10**6)
+    assignment = "rank-local" if num_ranks else "balanced"
+    recipe = MaskRecipe(16, 3, assignment, 0.3, 2, expert_model_parallel_size=num_ranks)
+    mask = build_routing_mask(recipe, frequency=frequency)
+    wider = widen_routing_mask(mask, frequency=frequency, frequent_mass=0.5, frequent_visible_experts=4)
+    loads = expected_expert_load(wider, frequency.occurrences)
+    # The same sizes by uniform draws, as a mask of the assignment `uniform` is widened.
+    provenance = replace(mask.provenance, assignment="uniform", expert_model_parallel_size=None)
+    uniform = replace(mask, provenance=provenance)
+    drawn = widen_routing_mask(uniform, frequency=frequency, frequent_mass=0.5, frequent_visible_experts=4)
+    # The most frequent ids have few experts to choose from, and their ranks are fixed: 21 % above the mean was seen.
+    assert loads.max() < 1.25 * loads.mean()
+    assert (loads.std(axis=1) < 0.5 * expected_expert_load(drawn, frequency.occurrences).std(axis=1)).all()
+
+
+def test_uniform_widening_adds_every_expert_equally_often():
+    mask = build_routing_mask(MaskRecipe.from_preset("top-k-hash", 6, 1, frequent_visible_experts=2), vocab_size=20000)
+    wider = widen_routing_mask(mask, frequent_visible_experts=4, seed=3)
+    assert wider.provenance.preset == "top-k-hash"
+    added = (wider.visible_sets(0) & ~mask.visible_sets(0)).sum(axis=0)
+    expected = 2 * 20000 / 6
+    assert ((added - expected) ** 2 / expected).sum() < 20.5  # chi-square with 5 degrees of freedom: p = 0.001
+
+
+def test_table_of_experts_is_widened_by_load_or_by_draws():
+    table = np.random.default_rng(0).random((50, 8)).argsort(axis=1)[:, :2]
+    mask = ExpertTable("t", [table, None]).to_mask(8, 2)
+    for frequency in (None, frequency_of([*range(50)])):
+        wider = widen_routing_mask(mask, frequency=frequency, frequent_visible_experts=3)
+        assert (wider.num_visible_of_layer(0) == 3).all()
+        assert (wider.num_visible_of_layer(1) == 8).all()
+        assert wider.provenance.expert_table == mask.provenance.expert_table
+        assert not (mask.visible_sets(0) & ~wider.visible_sets(0)).any()
+
+
+def test_hash_preset_gets_frequent_ids(zipf_frequency):
+    frequency = zipf_frequency(100, 5000)
+    mask = build_routing_mask(MaskRecipe.from_preset("hash", 4, 1), frequency=frequency)
+    wider = widen_routing_mask(mask, frequency=frequency, frequent_mass=0.4, frequent_visible_experts=2)
+    assert wider.provenance.preset is None
+    assert set(np.flatnonzero(wider.num_visible_of_layer(0) == 2)) == covering(frequency.occurrences, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({}, "larger --frequent-mass or larger --frequent-visible-experts"),
+        ({"frequent_mass": 0.3}, "frequent mass 0.3 would narrow the mask, which has 0.4"),
+        ({"frequent_visible_experts": 2}, "frequent visible experts 2 would narrow the mask, which has 3"),
+        ({"frequent_visible_experts": 9}, "2 to 8 of 8 experts, not 9"),
+        ({"frequent_visible_experts": 5, "num_ranks": 2}, "5 experts of one rank, which has 4"),
+        ({"frequent_mass": 1.1}, "between 0 and 1"),
+        ({"frequent_visible_experts": 4, "frequency": None}, "give --token-frequency"),
+        ({"frequent_mass": 0.5, "frequency": None, "assignment": "uniform"}, "give --token-frequency"),
+        ({"frequent_mass": 0.5, "frequency": frequency_of([1, 2])}, "counts are for 2 ids, the mask is for 100"),
+    ],
+)
+def test_settings_that_narrow_or_do_not_fit_are_refused(zipf_frequency, chosen, message):
+    frequency, num_ranks = zipf_frequency(100, 5000), chosen.pop("num_ranks", None)
+    assignment = chosen.pop("assignment", "rank-local" if num_ranks else "balanced")
+    recipe = MaskRecipe(8, 2, assignment, 0.4, 3, expert_model_parallel_size=num_ranks)
+    mask = build_routing_mask(recipe, frequency=frequency)
+    with pytest.raises(UserError, match=message):
+        widen_routing_mask(mask, **{"frequency": frequency} | chosen)
+
+
+def test_counts_of_another_tokenizer_are_refused():
+    first, second = (TokenizerRecord("HuggingFaceTokenizer", "t.json", name * 64, 3, eod_id=0) for name in "ab")
+    mask = build_routing_mask(MaskRecipe(4, 1, "balanced", 0.4, 2), frequency=frequency_of([5, 4, 3], first))
+    with pytest.raises(UserError, match="counts were made with"):
+        widen_routing_mask(mask, frequency=frequency_of([5, 4, 3], second), frequent_visible_experts=3)
+
+
+def test_change_between_masks_of_other_sizes_is_refused():
+    masks = [
+        build_routing_mask(MaskRecipe.from_preset("hash", 4, 2, shared_table=shared), vocab_size=vocab_size)
+        for shared, vocab_size in ((False, 9), (False, 10), (True, 9))
+    ]
+    with pytest.raises(UserError, match="its vocabulary size is 10, not 9"):
+        MaskChange.between(masks[0], masks[1])
+    with pytest.raises(UserError, match="its number of tables is 1, not 2"):
+        MaskChange.between(masks[0], masks[2])
+
+
+def test_change_of_a_shared_table_counts_for_each_layer():
+    first, second = (
+        build_routing_mask(MaskRecipe.from_preset("hash", 4, 3, shared_table=True, seed=seed), vocab_size=50)
+        for seed in (1, 2)
+    )
+    changed = (first.visible_sets(0) != second.visible_sets(0)).any(axis=1).sum()
+    assert MaskChange.between(first, second) == MaskChange(150, 3 * changed, 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with token counts, a rank-local mask and a uniform mask without counts."""
+    folder = tmp_path_factory.mktemp("widening")
+    frequency = frequency_of([1000 // (token + 1) for token in range(300)])
+    frequency.save(folder / "counts.safetensors")
+    recipe = MaskRecipe(8, 3, "rank-local", 0.4, 2, expert_model_parallel_size=2)
+    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
+    return folder
+
+
+def widen(*arguments: object, folder: Path, output: str) -> subprocess.CompletedProcess:
+    return run_tool("widen_routing_mask", *arguments, "--output", output, cwd=folder)
+
+
+MASK = ["--routing-mask", "mask.safetensors"]
+COUNTS = ["--token-frequency", "counts.safetensors"]
+
+
+def test_command_line(folder):
+    process = widen(*MASK, *COUNTS, "--frequent-visible-experts", 4, folder=folder, output="wider.safetensors")
+    assert process.returncode == 0, process.stderr
+    mask, wider = (RoutingMask.load(folder / f"{name}.safetensors") for name in ("mask", "wider"))
+    change = MaskChange.between(mask, wider)
+    assert change.num_changed == change.num_grown == 3 * np.count_nonzero(mask.num_visible_of_layer(0) == 2)
+    for line in (
+        f"changed sets     {change.num_changed} of 900 (id, layer) pairs",
+        "2 → 4 (largest)",
+        "load before      expected max/mean 1.0",
+        "load after       expected max/mean 1.",
+        f"digest before    {mask.digest}",
+        f"digest           {wider.digest}",
+    ):
+        assert line in process.stdout
+    again = widen(
+        "--routing-mask", "wider.safetensors", *COUNTS, "--frequent-visible-experts", 4, folder=folder, output="again"
+    )
+    assert "changed sets     0 of 900" in again.stdout
+    assert (folder / "again").read_bytes() == (folder / "wider.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*MASK, "--frequent-visible-experts", 3], ["--token-frequency"]),
+        ([*MASK, *COUNTS, "--frequent-visible-experts", 5], ["5 experts of one rank, which has 4"]),
+        ([*MASK, *COUNTS], ["--frequent-mass"]),
+        (["--routing-mask", "missing", "--frequent-visible-experts", 3], ["missing"]),
+        (["--routing-mask", "counts.safetensors", "--frequent-visible-experts", 3], ["is a token frequency file"]),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(folder, arguments, words):
+    before = sorted(folder.iterdir())
+    assert_bad_input(widen(*arguments, folder=folder, output="never"), *words)
+    assert sorted(folder.iterdir()) == before

@@ -1,0 +1,123 @@
+"""The job script launch/slurm/pretrain.sbatch after the exit codes of the nodes, with stubs of Slurm's commands."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
+
+SCRIPT = ROOT / "launch" / "slurm" / "pretrain.sbatch"
+BAD_INPUT = 2
+
+# `$CODES` holds the exit code of each node. A node without a code is killed before it can write one. With `$STOPS`,
+# srun forwards a signal that stops the job.
+STUBS = {
+    "srun": """
+        while [[ $1 == --* ]]; do [[ $1 != --output=* ]] || log=${1#--output=}; shift; done
+        [[ $1 != true ]] || exit 0
+        trap : USR1
+        [[ -z $STOPS ]] || kill -USR1 $PPID
+        worst=0 node=0
+        for code in $CODES; do
+            if [[ $code == none ]]; then result=137; else
+                result=0
+                CODE=$code SLURM_NODEID=$node "$@" >"${log/\\%N/n$node}" || result=$?
+            fi
+            ((result <= worst)) || worst=$result
+            ((node += 1))
+        done
+        exit $worst
+    """,
+    "scontrol": """
+        case "$*" in
+            "show hostnames"*) printf '%s\\n' n0 n1 ;;
+            *"show node"*) echo "NodeName=n0 NodeAddr=10.0.0.1 x" ;;
+            *"show job"*) echo "JobId=1 JobState=RUNNING x" ;;
+            *) echo "$*" ;;
+        esac
+    """,
+    "launch/pretrain.sh": 'echo "error: code $CODE on node $NODE_RANK"; exit $CODE',
+}
+
+
+@pytest.fixture
+def train(tmp_path: Path):
+    """Run the script on two nodes that exit with the given codes; return its exit code and its output."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "model.yaml").touch()
+    for name, program in STUBS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{program}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def train(codes: str, stops: bool = False) -> tuple[int, str]:
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "CODES": codes,
+            "STOPS": "yes" if stops else "",
+            "SLURM_JOB_ID": "1",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "n[0-1]",
+        }
+        command = [
+            SCRIPT,
+            "--root",
+            tmp_path,
+            "--run-dir",
+            tmp_path / "run",
+            "--no-node-check",
+            tmp_path / "model.yaml",
+        ]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert result.stderr == ""
+        return result.returncode, result.stdout
+
+    return train
+
+
+@pytest.mark.parametrize("codes", [f"{EXIT_HANG} {EXIT_REQUEUE}", f"{EXIT_REQUEUE} {EXIT_HANG}", f"{EXIT_HANG} none"])
+def test_hang_is_reported_although_slurm_stops_the_other_node(train, codes):
+    code, output = train(codes)
+    assert code == EXIT_REQUEUE
+    assert "the run hung; the job is requeued" in output
+    assert f"error: code {EXIT_HANG} on node" in output
+
+
+@pytest.mark.parametrize("codes", [f"1 {EXIT_REQUEUE}", f"{EXIT_REQUEUE} 1", "1 none", "0 1"])
+def test_failure_is_not_requeued_although_slurm_stops_the_other_node(train, codes):
+    code, output = train(codes)
+    assert code == 1
+    assert "the run failed with exit code 1" in output
+    assert "error: code 1 on node" in output
+
+
+@pytest.mark.parametrize("codes", [f"{BAD_INPUT} {EXIT_REQUEUE}", f"{EXIT_HANG} {BAD_INPUT}"])
+def test_bad_input_is_not_requeued(train, codes):
+    assert train(codes)[0] == BAD_INPUT
+
+
+@pytest.mark.parametrize(
+    ("codes", "stops"),
+    [
+        (f"{EXIT_REQUEUE} {EXIT_REQUEUE}", False),
+        (f"0 {EXIT_REQUEUE}", False),
+        (f"1 {EXIT_REQUEUE}", True),
+        (f"{EXIT_REQUEUE} none", True),
+        ("none none", True),
+    ],
+)
+def test_stopped_run_is_requeued(train, codes, stops):
+    code, output = train(codes, stops)
+    assert code == EXIT_REQUEUE
+    assert "a signal stopped the run; the job is requeued" in output
+    assert "requeue 1" in output
+
+
+def test_complete_run(train, tmp_path):
+    code, output = train("0 0")
+    assert code == 0
+    assert "the training is complete" in output
+    assert (tmp_path / "run" / "slurm" / "1.finished").exists()

@@ -1,0 +1,33 @@
+"""Counts the bytes that a forward pass keeps for the backward pass."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class KeptBytes(saved_tensors_hooks):
+    """A context in which autograd's saved tensors are noted, without the storages of some tensors.
+
+    Args:
+        excluded: Tensors that do not count, such as parameters.
+    """
+
+    def __init__(self, excluded: Iterable[Tensor]) -> None:
+        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._storages: dict[int, UntypedStorage] = {}
+        super().__init__(self._note, lambda tensor: tensor)
+
+    def __enter__(self) -> "KeptBytes":
+        super().__enter__()
+        return self
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._excluded:
+            self._storages[storage._cdata] = storage
+        return tensor
+
+    def total(self) -> int:
+        """Return the bytes that are kept now: recomputation empties storages after the forward pass has saved them."""
+        return sum(storage.nbytes() for storage in self._storages.values())

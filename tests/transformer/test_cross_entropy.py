@@ -1,0 +1,120 @@
+"""Cross-entropy that keeps the logits once, against Megatron-Core's, also over two tensor-parallel ranks."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as stock_cross_entropy
+from safetensors.torch import load_file
+from support.launchers import RANK_SCRIPTS
+from support.ranks.cross_entropy_ranks import VOCAB_SIZE, results, values_of
+from support.saved import saved_tensors
+from support.small_moe import DEVICE, make_config, make_mask, make_model, process_groups, random_visible_sets
+from torch import Tensor
+
+from maskmoe.transformer.backends import cross_entropy
+from maskmoe.transformer.backends.cross_entropy import vocab_parallel_cross_entropy
+
+SCRIPT = RANK_SCRIPTS / "cross_entropy_ranks.py"
+DTYPES = [torch.float32, torch.bfloat16]
+# The functions add exponentials in another order. Gradients of bf16 logits are rounded to bf16, up or down.
+LOSS_TOLERANCE = {"rtol": 1e-6, "atol": 2e-6}
+GRADIENT_TOLERANCE = {
+    torch.float32: {"rtol": 2e-6, "atol": 1e-7},
+    torch.bfloat16: {"rtol": 2**-8, "atol": 1e-7},
+}
+
+
+@pytest.fixture(params=[1, 5 * VOCAB_SIZE, 2**30], ids=["one token", "five tokens", "all tokens"])
+def chunk(request, monkeypatch) -> None:
+    """Compute on chunks of another size."""
+    monkeypatch.setattr(cross_entropy, "_CPU_CHUNK", request.param)
+    monkeypatch.setattr(cross_entropy, "_GPU_CHUNK", request.param)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(found["losses"], expected["losses"], **LOSS_TOLERANCE)
+    tolerance = GRADIENT_TOLERANCE[expected["gradient"].dtype]
+    torch.testing.assert_close(found["gradient"], expected["gradient"], **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_stock_function(dtype, chunk) -> None:
+    group, values = process_groups().tp, values_of(dtype, DEVICE)
+    assert_close(results(vocab_parallel_cross_entropy, *values, group), results(stock_cross_entropy, *values, group))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_plain_torch(dtype) -> None:
+    """Chunks of the usual size; large logits do not overflow."""
+
+    def plain(logits: Tensor, target: Tensor, tp_group: object) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view(
+            target.shape
+        )
+
+    logits, *rest = values_of(dtype, DEVICE)
+    values = (100 * logits, *rest)
+    group = process_groups().tp
+    assert_close(results(vocab_parallel_cross_entropy, *values, group), results(plain, *values, group))
+
+
+@pytest.fixture(scope="module")
+def ranks(run_ranks, tmp_path_factory) -> list[dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("cross_entropy")
+    run_ranks(SCRIPT, folder, world_size=2)
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_divided_vocabulary(dtype, ranks) -> None:
+    """Two ranks with half of the vocabulary each compute what one rank with all of it computes."""
+    expected = results(stock_cross_entropy, *values_of(dtype, torch.device("cpu")), process_groups().tp)
+    gradient = torch.cat([result[f"{dtype}/gradient"] for result in ranks], dim=-1)
+    for result in ranks:
+        assert_close({"losses": result[f"{dtype}/losses"], "gradient": gradient}, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keeps_the_logits_once_in_their_dtype(dtype) -> None:
+    def kept(function: Callable) -> set[tuple[int, int]]:
+        logits, target, _ = values_of(dtype, DEVICE)
+        product = logits.requires_grad_() * 1
+        saved = saved_tensors(lambda: function(product, target, tp_group=process_groups().tp))
+        return {(tensor.data_ptr() == product.data_ptr(), tensor.nbytes) for tensor in saved if tensor.dim() == 3}
+
+    size = values_of(dtype, DEVICE)[0].nbytes
+    assert kept(vocab_parallel_cross_entropy) == {(True, size)}
+    # The stock function overwrites fp32 logits in the forward pass, and copies others.
+    assert kept(stock_cross_entropy) == {(dtype == torch.float32, size * 4 // dtype.itemsize)}
+
+
+def test_gradient_is_written_over_the_logits() -> None:
+    logits, target, weights = values_of(torch.float32, DEVICE)
+    product = logits.requires_grad_() * 1
+    losses = vocab_parallel_cross_entropy(product, target, process_groups().tp)
+    assert torch.equal(product, logits)
+    (gradient,) = torch.autograd.grad((losses * weights).sum(), product, retain_graph=True)
+    assert gradient.data_ptr() == product.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
+@pytest.mark.parametrize("fusion", [False, True], ids=["default", "--cross-entropy-loss-fusion"])
+def test_model_computes_this_loss(fusion, monkeypatch) -> None:
+    config = make_config(cross_entropy_loss_fusion=fusion)
+    model = make_model(config, make_mask(random_visible_sets(0, 1, VOCAB_SIZE, 4)))
+    calls = []
+    monkeypatch.setattr(
+        cross_entropy,
+        "vocab_parallel_cross_entropy",
+        lambda *arguments: calls.append(arguments) or vocab_parallel_cross_entropy(*arguments),
+    )
+    ids = torch.randint(VOCAB_SIZE, (2, 16), device=DEVICE)
+    positions = torch.arange(16, device=DEVICE).expand_as(ids)
+    losses = model(ids, positions, None, labels=ids)
+    assert len(calls) == (not fusion)
+    logits = model(ids, positions, None)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+    torch.testing.assert_close(losses, expected, **LOSS_TOLERANCE)
+    assert losses.is_contiguous()

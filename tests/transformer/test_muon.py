@@ -1,0 +1,108 @@
+"""Muon updates the matrices of experts and routers as it does in Megatron-Core's own model."""
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from support.small_moe import DEVICE, make_config, make_mask, make_model, take_metrics
+
+from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
+from maskmoe.transformer.backends.torch_norm import build_torch_norm
+from maskmoe.transformer.layer_specs import map_spec
+
+SEQUENCE, VOCAB_SIZE, NUM_EXPERTS = 16, 20, 4
+# Modules besides MoE layers that MaskMoE replaces; their results differ from those of Megatron's modules by rounding.
+OTHER_MODULES = {DotProductAttention: FusedDotProductAttention, WrappedTorchNorm: build_torch_norm}
+
+
+def model_config():
+    return make_config(NUM_EXPERTS, num_layers=2, hidden_size=16, moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3)
+
+
+def make_ours():
+    return make_model(model_config(), make_mask(np.ones((2, VOCAB_SIZE, NUM_EXPERTS), bool)), SEQUENCE)
+
+
+def make_stock() -> GPTModel:
+    config = model_config()
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    spec = map_spec(spec, lambda node: OTHER_MODULES.get(node, node) if isinstance(node, type) else node)
+    return GPTModel(
+        config, spec, vocab_size=VOCAB_SIZE, max_sequence_length=SEQUENCE, position_embedding_type="rope"
+    ).to(DEVICE)
+
+
+class Trained:
+    """A model that trains with Muon.
+
+    Attributes:
+        model: The model.
+        optimizer: Megatron's optimizer. It clips no gradients: a norm is summed optimizer by optimizer, and MaskMoE
+            always gives experts their own optimizer.
+    """
+
+    def __init__(self, model: GPTModel) -> None:
+        self.model = model
+        self._wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(optimizer="muon", lr=0.02, clip_grad=0), [self._wrapped]
+        )
+
+    def step(self, seed: int) -> None:
+        take_metrics()
+        self._wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        ids = torch.randint(0, VOCAB_SIZE, (2, SEQUENCE), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        positions = torch.arange(SEQUENCE, device=DEVICE).expand(2, -1)
+        self._wrapped(ids, positions, None, labels=ids.roll(-1, dims=1)).mean().backward()
+        self._wrapped.finish_grad_sync()
+        self.optimizer.step()
+
+    def names_by_muon(self) -> set[str]:
+        """Return the names of the parameters that Muon updates."""
+        assert isinstance(self.optimizer, ChainedOptimizer)
+        inner = [chained.optimizer for chained in self.optimizer.chained_optimizers]
+        by_muon = {
+            id(parameter)
+            for optimizer in inner
+            if isinstance(optimizer, TensorParallelMuon)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        return {name for name, parameter in self.model.named_parameters() if id(parameter) in by_muon}
+
+
+@pytest.fixture
+def pair() -> tuple[Trained, Trained]:
+    """Return our model and the stock model with the same weights; every id sees every expert."""
+    ours, stock = make_ours(), make_stock()
+    stock.load_state_dict({name: ours.state_dict()[name] for name in stock.state_dict()})
+    return Trained(ours), Trained(stock)
+
+
+def test_all_visible_equals_stock(pair) -> None:
+    ours, stock = pair
+    first = {name: parameter.detach().clone() for name, parameter in ours.model.named_parameters()}
+    for seed in range(3):
+        for trained in pair:
+            trained.step(seed)
+    theirs = dict(stock.model.named_parameters())
+    assert first.keys() == theirs.keys()
+    for name, parameter in ours.model.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+        assert not torch.equal(parameter, first[name]), name
+
+
+def test_muon_gets_experts_and_router_one_by_one(pair) -> None:
+    ours, stock = pair
+    experts = [f"mlp.experts.local_experts.{expert}.linear_fc{i}" for expert in range(NUM_EXPERTS) for i in (1, 2)]
+    modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.router", *experts]
+    assert ours.names_by_muon() == {f"decoder.layers.{layer}.{module}.weight" for layer in (0, 1) for module in modules}
+    assert ours.names_by_muon() == stock.names_by_muon()

@@ -1,0 +1,388 @@
+"""Packed documents against the same documents one at a time."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from support.datasets import write_documents
+from support.latent_attention import SIZES, YARN
+from support.small_moe import (
+    DEVICE,
+    make_config,
+    make_mask,
+    make_visible_experts,
+    process_groups,
+    random_visible_sets,
+)
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.data import default_collate
+
+from maskmoe.transformer.backends import attention as attention_module
+from maskmoe.transformer.backends.attention import TorchDotProductAttention
+from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
+from maskmoe.transformer.packed_documents import PackedDocuments
+
+NUM_LAYERS, VOCAB_SIZE, SEQUENCE = 2, 40, 16
+MASK = make_mask(random_visible_sets(6, NUM_LAYERS + 2, VOCAB_SIZE, 4))
+# The bounds of the documents of two samples; the second sample is one document.
+BOUNDS = [[0, 1, 6, 13, 16], [0, 16]]
+FP32_ORDER_OF_SUMS = 2e-5
+MODELS: dict[str, dict[str, Any]] = {
+    "rope": {},
+    "learned positions": {"position_embedding_type": "learned_absolute"},
+    "grouped queries": {"num_attention_heads": 4, "num_query_groups": 2},
+    "bias of attention": {"add_qkv_bias": True, "softmax_type": "learnable"},
+    "sliding window": {"window_size": (3, 0)},
+    "full recompute": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+    "multi-token prediction": {"mtp_num_layers": 2},
+    "multi-latent attention": {"config_class": MLATransformerConfig, "rope_type": "rope", **SIZES},
+    "multi-latent attention with YaRN": {"config_class": MLATransformerConfig, "rope_type": "yarn", **SIZES, **YARN},
+}
+
+
+def build_model(
+    position_embedding_type: str = "rope", pre_process: bool = True, post_process: bool = True, **settings: Any
+) -> MaskMoEGPTModel:
+    torch.manual_seed(0)
+    config = make_config(num_layers=NUM_LAYERS, hidden_size=16, **settings)
+    visible_experts = make_visible_experts(config, MASK)
+    return MaskMoEGPTModel(
+        config,
+        get_maskmoe_decoder_block_spec(config, visible_experts),
+        mtp_block_spec=get_maskmoe_mtp_block_spec(config, visible_experts) if config.mtp_num_layers else None,
+        visible_experts=visible_experts,
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type=position_embedding_type,
+        pre_process=pre_process,
+        post_process=post_process,
+        pg_collection=process_groups(),
+    ).to(DEVICE)
+
+
+def padded_bounds(samples: list[list[int]]) -> Tensor:
+    """Return the bounds as `GPTDataset` does: int32 [samples, sequence + 1], the last bound repeated."""
+    return torch.tensor([bounds + [SEQUENCE] * (SEQUENCE + 1 - len(bounds)) for bounds in samples], dtype=torch.int32)
+
+
+def token_ids() -> tuple[Tensor, Tensor]:
+    """Return ids and labels of two samples, int64 [2, sequence] each."""
+    ids = torch.randint(0, VOCAB_SIZE, (2, SEQUENCE + 1), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def packed_losses(model: torch.nn.Module, samples: list[list[int]] = BOUNDS) -> Tensor:
+    """Return the losses [2, sequence] of the packed samples."""
+    ids, labels = token_ids()
+    positions = torch.stack([torch.cat([torch.arange(end - start) for start, end in pairwise(b)]) for b in samples])
+    documents = PackedDocuments.of_samples(padded_bounds(samples), ids.device, reads_on_host=True)
+    return model(ids, positions.to(DEVICE), None, labels=labels, packed_seq_params=documents)
+
+
+def losses_one_by_one(model: torch.nn.Module, samples: list[list[int]] = BOUNDS) -> Tensor:
+    """Return the losses [2, sequence], computed for one document at a time."""
+    ids, labels = token_ids()
+    losses = []
+    for sample, bounds in enumerate(samples):
+        for start, end in pairwise(bounds):
+            document = slice(sample, sample + 1), slice(start, end)
+            positions = torch.arange(end - start, device=DEVICE).unsqueeze(0)
+            losses.append(model(ids[document], positions, None, labels=labels[document]).flatten())
+    return torch.cat(losses).view(2, SEQUENCE)
+
+
+def results(model: torch.nn.Module, losses: Tensor) -> list[Tensor | None]:
+    """Return the losses and the gradients of their sum."""
+    model.zero_grad()
+    losses.sum().backward()
+    return [losses, *(parameter.grad for parameter in model.parameters())]
+
+
+def assert_close(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], tolerance: float) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        if one is None or other is None:
+            assert one is other
+        else:
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_documents_one_by_one(name: str) -> None:
+    """Losses and gradients."""
+    model = build_model(**MODELS[name])
+    ours, theirs = results(model, packed_losses(model)), results(model, losses_one_by_one(model))
+    if name == "multi-token prediction":
+        # The mean of each document's loss is another loss than the mean over all documents.
+        ours, theirs = ours[:1], theirs[:1]
+    assert_close(ours, theirs, FP32_ORDER_OF_SUMS)
+
+
+def test_equals_documents_one_by_one_in_bf16() -> None:
+    model = build_model(bf16=True, params_dtype=torch.bfloat16).bfloat16()
+    torch.testing.assert_close(packed_losses(model), losses_one_by_one(model), rtol=0, atol=2e-2)
+
+
+def test_samples_of_one_document_equal_samples_that_are_not_packed() -> None:
+    model, whole = build_model(), [[0, SEQUENCE]] * 2
+    ids, labels = token_ids()
+    positions = torch.arange(SEQUENCE, device=DEVICE).expand(2, -1)
+    unpacked = model(ids, positions, None, labels=labels)
+    torch.testing.assert_close(packed_losses(model, whole), unpacked, rtol=0, atol=FP32_ORDER_OF_SUMS)
+    # The comparison can fail: documents make a difference, except for their first one.
+    packed = packed_losses(model)
+    first_end = BOUNDS[0][1]
+    torch.testing.assert_close(packed[0, :first_end], unpacked[0, :first_end], rtol=0, atol=FP32_ORDER_OF_SUMS)
+    assert (packed[0, first_end:] - unpacked[0, first_end:]).abs().max() > 1e2 * FP32_ORDER_OF_SUMS
+
+
+class TwoStages(torch.nn.Module):
+    """Two pipeline stages, which exchange hidden states and gradients as Megatron-Core's schedules do.
+
+    Attributes:
+        shapes: shapes of the exchanged hidden states.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = build_model(post_process=False), build_model(pre_process=False)
+        self.shapes: list[torch.Size] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden = self.first(*args, **kwargs)
+        self.shapes.append(hidden.shape)
+        assert hidden._base is None  # The schedules free the memory of a sent tensor.
+        self.second.set_input_tensor(hidden)
+        return self.second(*args, **kwargs)
+
+
+def test_stages_exchange_hidden_states_of_samples() -> None:
+    model = TwoStages()
+    ours = results(model, packed_losses(model))
+    assert model.shapes == [(SEQUENCE, 2, 16)]
+    assert_close(ours, results(model, losses_one_by_one(model)), FP32_ORDER_OF_SUMS)
+
+
+def prediction_losses(compute: Callable[[], Tensor]) -> Tensor:
+    """Return the losses [layers] of multi-token prediction that a computation logs."""
+    MTPLossLoggingHelper.tracker.clear()
+    compute()
+    return MTPLossLoggingHelper.tracker["loss_values"]
+
+
+def test_multi_token_prediction_keeps_to_documents() -> None:
+    """The loss is the mean over the tokens whose label is in the same document; a document has too few at its end."""
+    model = build_model(mtp_num_layers=2)
+    ids, labels = token_ids()
+    total, count = torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE)
+    for sample, bounds in enumerate(BOUNDS):
+        for start, end in pairwise(bounds):
+            document = slice(sample, sample + 1), slice(start, end)
+            positions = torch.arange(end - start, device=DEVICE).unsqueeze(0)
+            counted = torch.tensor([max(0, end - start - ahead) for ahead in (1, 2)], device=DEVICE)
+            total += counted * prediction_losses(
+                lambda document=document, positions=positions: model(
+                    ids[document], positions, None, labels=labels[document]
+                )
+            )
+            count += counted
+    packed = prediction_losses(lambda: packed_losses(model))
+    torch.testing.assert_close(packed, total / count, rtol=FP32_ORDER_OF_SUMS, atol=0)
+    across = prediction_losses(lambda: packed_losses(model, [[0, SEQUENCE]] * 2))
+    assert ((packed - across).abs() > 1e2 * FP32_ORDER_OF_SUMS).all()
+
+
+def test_bounds_of_a_dataset_are_the_bounds_of_its_documents(tmp_path: Path) -> None:
+    """The samples of `GPTDataset`, which begin and end within documents."""
+    rng = np.random.default_rng(0)
+    documents = [np.append(rng.integers(0, VOCAB_SIZE - 1, size=size), VOCAB_SIZE - 1) for size in (3, 40, 1, 9, 20)]
+    prefix = write_documents(tmp_path / "data", documents)
+    tokenizer = SimpleNamespace(eod=VOCAB_SIZE - 1, pad=-1, vocab_size=VOCAB_SIZE, unique_identifiers={})
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=SEQUENCE,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        inter_document_masking=True,
+    )
+    (dataset, *_) = BlendedMegatronDatasetBuilder(GPTDataset, [8, 0, 0], lambda: True, config).build()
+    batch = default_collate([dataset[index] for index in range(8)])
+    found = PackedDocuments.of_samples(batch["cu_seqlens"], torch.device("cpu"), reads_on_host=True)
+    # A document begins at the beginning of a sample and after each end of a document.
+    begins = torch.ones_like(batch["tokens"], dtype=torch.bool)
+    begins[:, 1:] = batch["tokens"][:, :-1] == VOCAB_SIZE - 1
+    expected = [*begins.flatten().nonzero().flatten().tolist(), begins.numel()]
+    assert found.bounds.tolist() == found.cu_seqlens_q.tolist() == expected
+    assert found.lengths == [end - start for start, end in pairwise(expected)]
+    assert torch.equal(batch["position_ids"] == 0, begins)
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=6), min_size=1, max_size=4),
+    samples_repeat_bounds=st.booleans(),
+)
+def test_documents_of_samples_are_joined(lengths: list[list[int]], samples_repeat_bounds: bool) -> None:
+    size = max(sum(sample) for sample in lengths)
+    # Give all samples the same number of tokens.
+    lengths = [[*sample, *([size - sum(sample)] if sum(sample) < size else [])] for sample in lengths]
+    columns = size + 1 if samples_repeat_bounds else max(map(len, lengths)) + 1
+    rows = [np.cumsum([0, *sample]).tolist() for sample in lengths]
+    cu_seqlens = torch.tensor([row + [size] * (columns - len(row)) for row in rows], dtype=torch.int32)
+    documents = PackedDocuments.of_samples(cu_seqlens, torch.device("cpu"), reads_on_host=False)
+    assert documents.lengths == list(chain.from_iterable(lengths))
+    assert documents.bounds.tolist() == np.cumsum([0, *documents.lengths]).tolist()
+    assert documents.bounds.dtype == torch.int32
+    assert documents.cu_seqlens_q is documents.cu_seqlens_kv is documents.bounds
+    assert documents.max_seqlen_q == documents.max_seqlen_kv == size
+
+
+HEADS, CHANNELS = 4, 12
+LENGTHS = [5, 1, 11, 23]
+
+
+def draw_packed(
+    groups: int = HEADS, value_channels: int = CHANNELS, lengths: list[int] = LENGTHS, **kwargs: Any
+) -> list[Tensor]:
+    """Draw queries, keys and values [tokens, heads, channels] of packed documents."""
+    torch.manual_seed(0)
+    shapes = ((HEADS, CHANNELS), (groups, CHANNELS), (groups, value_channels))
+    return [torch.randn(sum(lengths), *shape, device=DEVICE, requires_grad=True, **kwargs) for shape in shapes]
+
+
+def documents_of(lengths: list[int]) -> PackedDocuments:
+    bounds = torch.tensor([[0, *np.cumsum(lengths)]], dtype=torch.int32)
+    return PackedDocuments.of_samples(bounds, DEVICE, reads_on_host=True)
+
+
+def build_attention(dtype: torch.dtype = torch.float32, **settings: Any) -> TorchDotProductAttention:
+    settings = {"bf16": dtype == torch.bfloat16, "params_dtype": dtype} | settings
+    config = make_config(num_attention_heads=HEADS, hidden_size=HEADS * CHANNELS, **settings)
+    return TorchDotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=process_groups())
+
+
+def attention_results(attention: TorchDotProductAttention, inputs: list[Tensor], *, by_mask: bool) -> list[Tensor]:
+    """Return the output [tokens, heads * channels] and the gradients of queries, keys and values.
+
+    Args:
+        attention: the module.
+        inputs: queries, keys and values of packed documents.
+        by_mask: keep attention to documents by a mask of all pairs instead of their bounds.
+    """
+    if by_mask:
+        document = torch.arange(len(LENGTHS), device=DEVICE).repeat_interleave(torch.tensor(LENGTHS, device=DEVICE))
+        hidden = (document[:, None] != document) | torch.ones(len(document), len(document), device=DEVICE).triu(
+            1
+        ).bool()
+        output = attention(*(tensor.unsqueeze(1) for tensor in inputs), hidden[None, None]).squeeze(1)
+    else:
+        output = attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
+    torch.manual_seed(1)
+    return [output, *torch.autograd.grad(output, inputs, torch.randn_like(output))]
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped queries": {"num_query_groups": 2},
+    "window": {"window_size": (3, 0)},
+    "scale": {"softmax_scale": 0.7},
+    "values of another width": {},
+}
+
+
+def inputs_of(name: str, **kwargs: Any) -> list[Tensor]:
+    value_channels = 20 if name == "values of another width" else CHANNELS
+    return draw_packed(ATTENTIONS[name].get("num_query_groups", HEADS), value_channels, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_equals_a_mask_of_all_pairs(name: str, dtype: torch.dtype) -> None:
+    attention, inputs = build_attention(dtype, **ATTENTIONS[name]), inputs_of(name, dtype=dtype)
+    ours, theirs = (attention_results(attention, inputs, by_mask=by_mask) for by_mask in (False, True))
+    assert_close(ours, theirs, 5e-6 if dtype == torch.float32 else 2e-2)
+
+
+def by_documents_in_plain_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """Compute `varlen_attn` as its documentation says."""
+    assert cu_seq_q is cu_seq_k  # cuDNN wants it.
+    assert cu_seq_q.dtype == torch.int32
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+    assert query.shape[-1] % 8 == 0
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
+    contexts = []
+    for start, end in pairwise(cu_seq_q.tolist()):
+        assert end - start <= max_q == max_k
+        scores = torch.einsum("qhc,khc->hqk", query[start:end], key[start:end]) * scale
+        distance = torch.arange(end - start) - torch.arange(end - start)[:, None]
+        left, right = window_size
+        hidden = ((distance < -left) & (left >= 0)) | ((distance > right) & (right >= 0))
+        probs = scores.masked_fill(hidden.to(DEVICE), float("-inf")).softmax(dim=-1)
+        contexts.append(torch.einsum("hqk,khc->qhc", probs, value[start:end]))
+    return torch.cat(contexts)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_kernel_is_called_as_documented(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, inputs = build_attention(**ATTENTIONS[name]), inputs_of(name)
+    expected = attention_results(attention, inputs, by_mask=False)
+    calls = []
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        inspect.signature(varlen_attn).bind(*args, **kwargs)
+        calls.append(args)
+        return by_documents_in_plain_torch(*args, **kwargs)
+
+    monkeypatch.setattr(attention_module, "varlen_attn", kernel)
+    monkeypatch.setattr(TorchDotProductAttention, "_fits_packed_kernel", lambda *_: True)
+    assert_close(attention_results(attention, inputs, by_mask=False), expected, 5e-6)
+    assert len(calls) == 1
+    attention.attention_dropout.p = 0.5  # The kernel has no dropout.
+    attention_results(attention, inputs, by_mask=False)
+    assert len(calls) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_kernel_equals_one_document_after_the_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, inputs = build_attention(torch.bfloat16, **ATTENTIONS[name]), inputs_of(name, dtype=torch.bfloat16)
+    assert attention._fits_packed_kernel(inputs[0], inputs[2])
+    by_kernel = attention_results(attention, inputs, by_mask=False)
+    monkeypatch.setattr(TorchDotProductAttention, "_fits_packed_kernel", lambda *_: False)
+    assert_close(by_kernel, attention_results(attention, inputs, by_mask=False), 2e-2)

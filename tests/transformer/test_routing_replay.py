@@ -1,0 +1,224 @@
+"""Recorded choices are replayed as Megatron-Core's router replays them, if the routing mask allows them."""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from support.kernels import kernels_on_cpu
+from support.router_cases import Case, cases
+from support.small_moe import DEVICE, make_config, make_mask, make_model, make_router, process_groups, take_metrics
+from torch import Tensor
+
+from maskmoe.transformer.token_ids import TokenIds
+
+NUM_EXPERTS = 6
+TOPK = 3
+SHAPE = (5, 2)
+SELECTIONS = {
+    "softmax": {},
+    "softmax first": {"moe_router_pre_softmax": True},
+    "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    "groups": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_num_groups": 3,
+        "moe_router_group_topk": 3,
+    },
+}
+# Visible sets of the ids 0, 1 and 2. The last id sees fewer experts than k.
+VISIBLE = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 0]], bool)[None]
+
+
+@pytest.fixture(autouse=True)
+def _no_other_routers() -> Iterator[None]:
+    """Forget the routers and losses of other tests, because Megatron-Core keeps them for the whole process."""
+    RouterReplay.clear_global_router_replay_instances()
+    take_metrics()
+    yield
+    RouterReplay.clear_global_router_replay_instances()
+    take_metrics()
+
+
+def replay_config(num_experts=NUM_EXPERTS, topk=TOPK, **settings):
+    return make_config(num_experts, topk, moe_enable_routing_replay=True, **settings)
+
+
+def masked_router(visible=VISIBLE, **settings):
+    router = make_router(replay_config(**settings), make_mask(visible), layer_number=1)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(router.weight)
+    return router
+
+
+def route(router, hidden: Tensor, *token_ids: TokenIds) -> dict[str, Tensor]:
+    """Return the outputs and gradients of a router."""
+    hidden = hidden.clone().requires_grad_()
+    router.weight.grad = None
+    probs, routing_map = router(hidden, *token_ids)
+    probs.backward(torch.linspace(-1, 1, probs.numel()).view_as(probs).to(probs))
+    return {"probs": probs.detach(), "map": routing_map, "input": hidden.grad, "weight": router.weight.grad}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_all_visible_equals_stock(selection: str) -> None:
+    config = replay_config(moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3, **SELECTIONS[selection])
+    ours = make_router(config, make_mask(np.ones((1, 4, NUM_EXPERTS), bool)))
+    stock = TopKRouter(config, process_groups()).to(DEVICE)
+    stock.set_layer_number(1)
+    stock.load_state_dict({name: ours.state_dict()[name] for name in stock.state_dict()})
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, *SHAPE, config.hidden_size, generator=generator).to(DEVICE)
+    token_ids = TokenIds(torch.randint(0, 4, SHAPE, generator=generator).to(DEVICE))
+
+    def check(micro_batch: int) -> None:
+        assert_equal(route(ours, hidden[micro_batch], token_ids), route(stock, hidden[micro_batch]))
+
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+    check(0)
+    recorded, stock_recorded = RouterReplay.get_recorded_data()
+    assert torch.equal(recorded, stock_recorded)
+
+    # Other choices than the routers would make, of two micro-batches.
+    choices = [torch.rand(10, NUM_EXPERTS, generator=generator).argsort(dim=1)[:, :TOPK] for _ in range(2)]
+    for micro_batch, choice in enumerate(choices):
+        RouterReplay.set_replay_data([choice, choice])
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        check(micro_batch)
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+    for micro_batch in range(2):
+        check(micro_batch)
+    RouterReplay.clear_global_router_replay_action()
+    check(0)
+
+
+@given(case=cases())
+@settings(max_examples=60, deadline=None)
+def test_replay_of_a_record_changes_nothing(case: Case) -> None:
+    config = replay_config(
+        case.num_experts,
+        case.topk,
+        num_layers=2,
+        moe_router_score_function=case.score_function,
+        moe_router_pre_softmax=case.pre_softmax,
+        moe_router_num_groups=case.groups and case.groups[0],
+        moe_router_group_topk=case.groups and case.groups[1],
+    )
+    router = make_router(config, case.mask, layer_number=2)
+
+    def routed() -> tuple[Tensor, Tensor, Tensor]:
+        logits = case.logits(scale=2)
+        probs, routing_map = router.routing(logits, case.token_ids)
+        probs.square().sum().backward()
+        return probs.detach(), routing_map, logits.grad
+
+    plain = routed()
+    router.router_replay.set_router_replay_action(RouterReplayAction.RECORD)
+    recording = routed()
+    recorded = router.router_replay.get_recorded_indices()
+    assert case.visible.gather(1, recorded).all()
+    # Sets, because repetitions fill up to k.
+    assert [set(row) for row in recorded.tolist()] == [set(row.nonzero().flatten().tolist()) for row in plain[1]]
+    router.router_replay.set_target_indices(recorded.to(torch.int32))
+    router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    for ours, again, replayed in zip(plain, recording, routed(), strict=True):
+        assert torch.equal(ours, again)
+        assert torch.equal(ours, replayed)
+
+
+def test_replayed_experts_are_weighed_by_their_logits() -> None:
+    router = masked_router()
+    hidden = torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    router.router_replay.set_target_indices(torch.tensor([[5, 0, 3], [1, 5, 4], [4, 2, 4]]))
+    probs, routing_map = router(hidden, TokenIds(torch.tensor([[0], [1], [2]], device=DEVICE)))
+    logits = (hidden.flatten(0, 1) @ router.weight.T).detach()
+    for token, experts in enumerate(([5, 0, 3], [1, 5, 4], [4, 2])):
+        assert routing_map[token].nonzero().flatten().tolist() == sorted(experts)
+        torch.testing.assert_close(probs[token, experts].detach(), logits[token, experts].softmax(0))
+
+
+@pytest.mark.parametrize(
+    ("choice", "error"),
+    [
+        (
+            [1, 0, 2],
+            "expert 0 for the token with id 1 at position 3 of sequence 1 of this rank: the routing mask hides",
+        ),
+        ([1, 2, 6], "expert 6 for the token with id 1 at position 3 of sequence 1"),
+        ([1, 2, -1], "expert -1 for the token with id 1 at position 3 of sequence 1"),
+        (
+            [4, 1, 4],
+            "expert 4 for the token with id 1 at position 3 of sequence 1 of this rank: the expert is repeated",
+        ),
+    ],
+)
+def test_choice_that_the_mask_does_not_allow_is_refused(choice: list[int], error: str) -> None:
+    router = masked_router()
+    token_ids = torch.zeros(SHAPE, dtype=torch.int64, device=DEVICE)
+    token_ids[3, 1] = 1
+    choices = torch.arange(TOPK).repeat(10, 1)
+    choices[3 * SHAPE[1] + 1] = torch.tensor(choice)
+    router.router_replay.set_target_indices(choices)
+    router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    with pytest.raises(ValueError, match=re.escape(error)) as refused:
+        router(torch.randn(*SHAPE, 8, device=DEVICE), TokenIds(token_ids))
+    assert str(refused.value).startswith("layer 1 cannot replay")
+    assert str(refused.value).endswith("The token sees experts [1, 2, 4, 5]")
+
+
+@pytest.mark.parametrize("choice", [None, torch.zeros(10, 2, dtype=torch.int64), torch.zeros(9, 3, dtype=torch.int64)])
+def test_choice_of_other_tokens_is_refused(choice: Tensor | None) -> None:
+    router = masked_router()
+    router.router_replay.target_topk_idx = choice
+    for action in (RouterReplayAction.REPLAY_FORWARD, RouterReplayAction.REPLAY_BACKWARD):
+        router.router_replay.set_router_replay_action(action)
+        with pytest.raises(
+            ValueError, match=r"layer 1 cannot replay a choice of shape .*: it routes 10 tokens, and k is 3"
+        ):
+            router(
+                torch.randn(*SHAPE, 8, device=DEVICE), TokenIds(torch.zeros(SHAPE, dtype=torch.int64, device=DEVICE))
+            )
+
+
+def test_recomputation_replays_the_choices() -> None:
+    sequence, num_layers = 8, 2
+    visible = np.repeat(VISIBLE, num_layers, axis=0)
+    token_ids = torch.arange(2 * sequence, device=DEVICE).view(2, sequence) % 3
+
+    def gradients(recompute: dict) -> list[Tensor]:
+        RouterReplay.clear_global_router_replay_instances()
+        torch.manual_seed(0)
+        model = make_model(
+            replay_config(num_layers=num_layers, hidden_size=16, **recompute), make_mask(visible), sequence
+        )
+        choice = torch.tensor([[5, 3, 0], [1, 2, 5], [2, 4, 2]])[token_ids.T.flatten().cpu()]
+        RouterReplay.set_replay_data([choice] * num_layers)
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        positions = torch.arange(sequence, device=DEVICE).expand(2, -1)
+        loss = model(token_ids, positions, None, labels=token_ids.roll(-1, dims=1)).mean()
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    plain = gradients({})
+    full = gradients({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1})
+    selective = gradients({"recompute_granularity": "selective", "recompute_modules": ["moe"]})
+    for ours, fully, selectively in zip(plain, full, selective, strict=True):
+        assert torch.equal(ours, fully)
+        assert torch.equal(ours, selectively)
+
+
+def test_no_kernel_routes() -> None:
+    logits = torch.randn(4, 1, NUM_EXPERTS)
+    with kernels_on_cpu():
+        assert not masked_router()._runs_kernel(logits)
+        assert make_router(make_config(NUM_EXPERTS, TOPK), make_mask(VISIBLE))._runs_kernel(logits)
