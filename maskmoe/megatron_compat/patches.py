@@ -132,38 +132,33 @@ def recompute_without_transformer_engine() -> None:
 
 
 def count_predicted_tokens_of_all_context_ranks() -> None:
-    """Average the losses of multi-token prediction over all tokens under context parallelism.
+    """Divide the loss of multi-token prediction by the tokens of whole sequences under context parallelism.
 
-    Replaces: `roll_tensor` in `megatron.core.transformer.multi_token_prediction`, whose second result is the number of
-        tokens that the loss divides by.
-    Why: The stock function returns the number of tokens of one context-parallel rank. The last token of a sequence has
-        no label, so ranks have different numbers, and the mean of their means is not the mean over all tokens. The
-        replacement returns the mean number of the ranks.
-    Can go: When losses of multi-token prediction are the same for every context-parallel size.
+    Replaces: The second result of `megatron.core.transformer.multi_token_prediction.roll_tensor`, for loss masks.
+    Why: `process_mtp_loss` divides each rank's losses by the rank's number of predicted tokens, and gradients and
+        logged losses are averaged over ranks. The first rank of a sequence predicts fewer tokens than the other ranks,
+        so its tokens weigh more. Dividing by the mean number of tokens of the ranks makes all tokens weigh the same.
+    Can go: When `process_mtp_loss` counts tokens over the context-parallel ranks.
     """
     from megatron.core.transformer import multi_token_prediction
 
-    stock_roll: Any = multi_token_prediction.roll_tensor
+    stock: Any = multi_token_prediction.roll_tensor
 
-    def roll(
-        tensor: torch.Tensor,
-        shifts: int = -1,
-        dims: int = -1,
-        cp_group: torch.distributed.ProcessGroup | None = None,
-        packed_seq_params: Any = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rolled, total = stock_roll(tensor, shifts, dims, cp_group, packed_seq_params)
-        # Sums of token ids and positions, which are integers, are not used.
-        if cp_group is not None and cp_group.size() > 1 and tensor.is_floating_point():
+    def roll_tensor(tensor: Any, *args: Any, cp_group: Any = None, **kwargs: Any) -> Any:
+        rolled, total = stock(tensor, *args, cp_group=cp_group, **kwargs)
+        # Only loss masks are floating-point numbers; the sums of ids and positions are not used.
+        if cp_group is not None and cp_group.size() > 1 and tensor is not None and tensor.is_floating_point():
             torch.distributed.all_reduce(total, group=cp_group)
             total = total / cp_group.size()
         return rolled, total
 
-    replace(multi_token_prediction, "roll_tensor", roll)
+    replace(multi_token_prediction, "roll_tensor", roll_tensor)
 
 
 EVERY_PROCESS = (
-    *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine),
+    use_compiled_helpers_of_wheel,
+    make_optimizer_state_loadable,
+    recompute_without_transformer_engine,
     count_predicted_tokens_of_all_context_ranks,
 )
 """The patches that `prepare_process` applies."""

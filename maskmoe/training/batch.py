@@ -127,7 +127,8 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
         output_tensor: Loss of every token, [batch, sequence].
 
     Returns:
-        The sum of the losses, the number of tokens in the sum (int32), and both as `lm loss` for the log.
+        The sum of the losses, the number of tokens in the sum (int32), and both as `lm loss` for the log. Under context
+        parallelism, the first sum is weighted, see `weight_of_rank`.
 
     Raises:
         RuntimeError: The loss is NaN or infinite, and `--check-for-nan-in-loss-and-grad` is on.
@@ -138,7 +139,26 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
         get_rerun_state_machine().validate_result(
             loss, lambda value: not torch.isfinite(value), "found NaN or Inf in local forward loss calculation"
         )
-    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+    logged = {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+    if get_args().context_parallel_size > 1 and not get_args().calculate_per_token_loss:
+        cp_group = cast(torch.distributed.ProcessGroup, mpu.get_context_parallel_group())
+        loss = loss * weight_of_rank(num_tokens, cp_group)
+    return loss, num_tokens, logged
+
+
+def weight_of_rank(num_tokens: Tensor, cp_group: torch.distributed.ProcessGroup) -> Tensor:
+    """Return the factor of a rank's summed losses that makes all tokens of a micro-batch weigh the same.
+
+    Megatron's schedules divide the sum by the rank's number of tokens, and gradients are averaged over ranks. Where a
+    loss mask leaves fewer tokens on a rank, these tokens would weigh more.
+
+    Args:
+        num_tokens: the tokens of this rank that count, int scalar.
+        cp_group: the ranks that share the sequences.
+    """
+    total = num_tokens.float()
+    torch.distributed.all_reduce(total, group=cp_group)
+    return num_tokens * cp_group.size() / total.clamp(min=1)
 
 
 @torch.no_grad()

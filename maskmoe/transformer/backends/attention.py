@@ -257,8 +257,9 @@ class TorchDotProductAttention(DotProductAttention):
             query, key, value, bias = _add_sink(query, key, value, bias, with_query=is_causal and is_square)
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1 and query.is_cuda and (bias is not None or query.dtype == torch.float32):
-            # The kernel for GPUs that takes a bias, or fp32, wants as many heads of keys as of queries.
-            key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+            # The kernel for GPUs that takes a bias, or fp32, wants as many heads of keys as of queries. `expand` has a
+            # deterministic gradient.
+            key, value = (t.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2) for t in (key, value))
         lower_right: Any = causal_lower_right(query.shape[2], key.shape[2]) if is_causal and not is_square else None
         context = scaled_dot_product_attention(
             query,

@@ -16,11 +16,13 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.utils import get_batch_on_this_cp_rank
 from support.small_moe import make_config
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from maskmoe.training.batch import weight_of_rank
 from maskmoe.transformer.backends import attention as attention_module
 from maskmoe.transformer.backends.attention import TorchDotProductAttention
 
@@ -90,6 +92,23 @@ def deviation(
     return max((one - other).abs().max().item() for one, other in pairs)
 
 
+def normalization_deviations(world: ProcessGroup) -> tuple[float, float]:
+    """Return differences from one rank: of the tokens that multi-token prediction counts, and of the mean loss."""
+    torch.manual_seed(0)
+    mask, losses = (torch.rand(SEQUENCE, BATCH) < 0.5).float(), torch.rand(SEQUENCE, BATCH)
+    mask_part, losses_part = part_of_rank(mask, world), part_of_rank(losses, world)
+    _, expected = roll_tensor(mask.t().contiguous())
+    _, mean_of_ranks = roll_tensor(mask_part.t().contiguous(), cp_group=world)
+    num_tokens = mask_part.sum().int()
+    # As Megatron does, divide by the rank's tokens and average over the ranks.
+    loss = (losses_part * mask_part).sum() * weight_of_rank(num_tokens, world) / num_tokens / world.size()
+    torch.distributed.all_reduce(loss)
+    return (
+        abs(mean_of_ranks * world.size() - expected).item(),
+        abs(loss - (losses * mask).sum() / mask.sum()).item(),
+    )
+
+
 def main() -> None:
     folder, rank, num_ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
@@ -97,6 +116,7 @@ def main() -> None:
     attention_module._SHORTEST_BLOCK = 1
     world: Any = torch.distributed.group.WORLD
     deviations = {name: deviation(world, alone, **case) for name, case in CASES.items()}
+    deviations["tokens of multi-token prediction"], deviations["loss"] = normalization_deviations(world)
     (folder / f"rank{rank}.json").write_text(json.dumps(deviations))
     torch.distributed.destroy_process_group()
 
