@@ -328,9 +328,10 @@ TABLE: dict[str, Works | Refused] = {
         tuple(COMPARED["packed documents, single samples"]),
     ),
     "attention masks and positions reset after a document, documents' ends without a loss": Works(
-        "2 ranks; equal to packed documents",
+        "2 ranks; each document by itself",
         ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"),
         tuple(COMPARED["reset masks"]),
+        (f"{PACKED}test_masks_of_a_dataset_equal_documents_one_by_one",),
     ),
     "packed documents with context parallelism": Refused(
         "--dataloader-inter-document-masking --context-parallel-size 2"
