@@ -154,10 +154,10 @@ class VisibleExperts(MegatronModule):
         if len(loaded) == len(_BUFFERS):
             expected = self.digest if self._replaces is None else self._replaces.digest
             check_same_mask(expected, routing_mask_from_buffers(loaded).digest)
-        if self._replaces is not None:
-            # Keep this mask: its tensors may have other shapes than the checkpoint's.
-            self._replaces = None
-            return
+            if self._replaces is not None:
+                # Keep this mask: its tensors may have other shapes than the checkpoint's.
+                self._replaces = None
+                return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

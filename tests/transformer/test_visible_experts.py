@@ -100,6 +100,25 @@ def test_another_mask_is_refused(other: np.ndarray, mask, module: VisibleExperts
     assert torch.equal(module.row_of_id, before)
 
 
+def test_mask_that_replaces_the_checkpoints_is_kept(mask) -> None:
+    """The checkpoint's mask is read with its own shapes and compared; afterwards the module saves its own mask."""
+    config, groups = make_config(10, num_layers=2), process_groups()
+    replaced, third = (make_mask(random_visible_sets(seed, 2, 30, 10)) for seed in (1, 2))
+    module = VisibleExperts(config, mask, groups, replaces=replaced).to(DEVICE)
+    own = {name: buffer.clone() for name, buffer in module.state_dict().items()}
+    for read, expected in ((True, replaced), (False, mask)):
+        tensors = {name: tensor.data for name, tensor in module.sharded_state_dict("").items()}
+        assert routing_mask_from_buffers(tensors).digest == expected.digest
+        if read:
+            with pytest.raises(UserError, match=third.digest[:16]):
+                module.load_state_dict(make_visible_experts(config, third).state_dict())
+            module.load_state_dict(tensors)
+            assert all(torch.equal(buffer, own[name]) for name, buffer in module.state_dict().items())
+    # Only one checkpoint is replaced.
+    with pytest.raises(UserError, match=replaced.digest[:16]):
+        module.load_state_dict(make_visible_experts(config, replaced).state_dict())
+
+
 def test_same_mask_check_names_both() -> None:
     check_same_mask("a" * 64, "a" * 64)
     with pytest.raises(UserError, match=r"bbbbbbbbbbbbbbbb…, this run was given aaaaaaaaaaaaaaaa…"):
