@@ -33,7 +33,7 @@ from torch.utils.data import default_collate
 
 from maskmoe.transformer.backends import attention as attention_module
 from maskmoe.transformer.backends.attention import TorchDotProductAttention
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.gpt_model import DenseGPTModel, MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.packed_documents import PackedDocuments
 
@@ -143,6 +143,20 @@ def test_equals_documents_one_by_one(name: str) -> None:
         # The mean of each document's loss is another loss than the mean over all documents.
         ours, theirs = ours[:1], theirs[:1]
     assert_close(ours, theirs, FP32_ORDER_OF_SUMS)
+
+
+def test_model_without_experts_equals_documents_one_by_one() -> None:
+    torch.manual_seed(0)
+    config = make_config(None, num_layers=NUM_LAYERS, hidden_size=16)
+    model = DenseGPTModel(
+        config,
+        get_maskmoe_decoder_block_spec(config, None),
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+        pg_collection=process_groups(),
+    ).to(DEVICE)
+    assert_close(results(model, packed_losses(model)), results(model, losses_one_by_one(model)), FP32_ORDER_OF_SUMS)
 
 
 def test_equals_documents_one_by_one_in_bf16() -> None:
