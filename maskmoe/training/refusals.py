@@ -138,8 +138,8 @@ _ALWAYS_REFUSED = {
     "--mtp-hybrid-override-pattern, --is-hybrid-model, --heterogeneous-layers-config-path or "
     "--heterogeneous-layers-config-encoded-json": "The layer specifications of these models have no MaskMoE layers.",
     "--use-megatron-fsdp": "Its checkpoints, of the format fsdp_dtensor, lack metadata.json and the digests by which "
-    "MaskMoE finds whole checkpoints, and store the settings of a run in another form. Use "
-    "--use-distributed-optimizer.",
+    "MaskMoE finds whole checkpoints, and store the settings of a run in another form. MaskMoE's routing log reads "
+    "gradients from the buffers of DistributedDataParallel. Use --use-distributed-optimizer.",
     "--use-torch-fsdp2": "Megatron-Core excludes expert parallelism, pipelines and its distributed optimizer with it. "
     "Use --use-distributed-optimizer.",
     "--optimizer soap": "SOAP keeps square matrices for each parameter, but Megatron-Core's checkpoints hold only "
