@@ -6,8 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from maskmoe.transformer.dispatch.rows import is_on_cpu
+from torch.nn.functional import layer_norm, rms_norm
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):
@@ -19,7 +18,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension of `x`; computed in fp32."""
-        return _RMSNorm.apply(x, self.weight, self.eps) if is_on_cpu(x) else super().forward(x)
+        return _RMSNorm.apply(x, self.weight, self.eps) if x.is_cpu else super().forward(x)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -44,7 +43,40 @@ class _RMSNorm(torch.autograd.Function):
         return grad_input.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-_NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": TorchRMSNorm}
+class ZeroCentredRMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` with the weight minus one as its parameter, as `layernorm_zero_centered_gamma` asks."""
+
+    def reset_parameters(self) -> None:
+        """Set the parameter to 0, which is a weight of 1."""
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of `x`."""
+        normalized = rms_norm(x, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(normalized, normalized, self.weight)
+
+
+class ZeroCentredLayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` with the weight minus one as its parameter, as `layernorm_zero_centered_gamma` asks."""
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to 0, which is a weight of 1."""
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize the last dimension of `input`."""
+        normalized = layer_norm(input, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(normalized, normalized, self.weight) + self.bias
+
+
+_NORMS = {
+    # By `layernorm_zero_centered_gamma` and `normalization`.
+    (False, "LayerNorm"): torch.nn.LayerNorm,
+    (False, "RMSNorm"): TorchRMSNorm,
+    (True, "LayerNorm"): ZeroCentredLayerNorm,
+    (True, "RMSNorm"): ZeroCentredRMSNorm,
+}
 
 
 def build_torch_norm(
@@ -62,13 +94,12 @@ def build_torch_norm(
         unused: arguments for other norms, which the specs may pass; ignored.
 
     Raises:
-        ValueError: torch has no norm for these settings.
+        ValueError: torch has no such norm.
     """
-    if config.layernorm_zero_centered_gamma:
-        raise ValueError("--apply-layernorm-1p needs Transformer Engine: torch's norms have no zero-centred weight")
-    if config.normalization not in _NORMS:
-        raise ValueError(f"normalization {config.normalization} needs Transformer Engine; use one of {list(_NORMS)}")
-    norm = _NORMS[config.normalization](hidden_size, eps=eps)
+    norm_class = _NORMS.get((config.layernorm_zero_centered_gamma, config.normalization))
+    if norm_class is None:
+        raise ValueError(f"torch has no normalization {config.normalization}; use LayerNorm or RMSNorm")
+    norm = norm_class(hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # pyrefly: ignore[missing-attribute]
     return norm
