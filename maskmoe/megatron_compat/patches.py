@@ -7,6 +7,7 @@ patch here knows other rooms of this package. The patches that concern checkpoin
 
 import argparse
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -30,6 +31,20 @@ def use_compiled_helpers_of_wheel() -> None:
 
     importlib.import_module("megatron.core.datasets.helpers_cpp")  # fails here rather than in the first dataset
     replace(utils, "compile_helpers", lambda: None)
+
+
+def let_megatron_log() -> None:
+    """Keep the log lines of `megatron.training` if emerging-optimizers is installed.
+
+    Replaces: The handler of the root logger, unless it is the handler that importing `megatron.training` installs.
+    Why: emerging-optimizers logs by absl while Megatron imports it, and absl then gives the root logger a handler.
+        `megatron.training` leaves a root logger with handlers alone, so its lines of level INFO would vanish.
+    Can go: When importing emerging-optimizers adds no handler (tests/megatron_compat/test_patches.py).
+    """
+    from megatron.training import training
+
+    if not any(isinstance(handler, training.CustomHandler) for handler in logging.root.handlers):
+        logging.basicConfig(handlers=[training.CustomHandler()], level=logging.INFO, force=True)
 
 
 def make_optimizer_state_loadable() -> None:
@@ -163,7 +178,8 @@ def count_predicted_tokens_of_all_context_ranks() -> None:
 
 
 EVERY_PROCESS = (
-    *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine),
+    *(let_megatron_log, use_compiled_helpers_of_wheel, make_optimizer_state_loadable),
+    recompute_without_transformer_engine,
     count_predicted_tokens_of_all_context_ranks,
 )
 """The patches that `prepare_process` applies."""

@@ -351,7 +351,7 @@ FAULTY = (
     "--save data.idx --tensorboard-dir events --load no_checkpoint"
 ).replace("--mock-data", "")
 FAULTS = (
-    "--spec is not supported. MaskMoE builds the layer specification itself.",
+    "--spec is not supported. MaskMoE builds the layer specification itself, because",
     "--num-experts 12 is not divisible by --expert-model-parallel-size 5",
     "24 ranks cannot be divided",
     "vocabulary size is 510, the model's is 500; its number of experts is 8, the model's is 12",

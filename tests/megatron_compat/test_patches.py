@@ -1,5 +1,7 @@
 """Patches: optimizer state without Apex and Transformer Engine, the helper of the wheel, and outdated patches."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,16 @@ def test_patch_of_a_missing_attribute_fails() -> None:
 def test_helpers_of_the_wheel_are_used_as_they_are() -> None:
     assert utils.compile_helpers() is None
     assert callable(helpers_cpp.build_sample_idx_int32)
+
+
+def test_emerging_optimizers_leaves_the_log_to_megatron() -> None:
+    pytest.importorskip("emerging_optimizers")
+    code = """
+import logging
+from maskmoe.megatron_compat import prepare_process
+prepare_process()
+assert [type(handler).__name__ for handler in logging.root.handlers] == ["CustomHandler"]
+assert logging.root.level == logging.INFO
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr

@@ -31,7 +31,6 @@ FAST = {
     "latent, recomputed parts, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",
     "packed documents, pipeline 2",
-    "muon, expert parallel 2",
 }
 
 

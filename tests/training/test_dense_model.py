@@ -12,6 +12,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
 from maskmoe.training.setup import model_config_from_args
+from maskmoe.transformer.gpt_model import DenseGPTModel
 
 VOCAB_SIZE = 128
 SEQUENCE = 16
@@ -35,7 +36,7 @@ def build(builder: type[GPTModelBuilder], config: type[GPTModelConfig]) -> GPTMo
 def test_model_without_experts_is_megatrons(one_rank):
     ours = build(MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig)
     theirs = build(GPTModelBuilder, GPTModelConfig)
-    assert type(ours) is GPTModel
+    assert type(ours) is DenseGPTModel
     states = ours.state_dict(), theirs.state_dict()
     assert list(states[0]) == list(states[1])
     tensors = [[value for value in state.values() if isinstance(value, torch.Tensor)] for state in states]
@@ -43,7 +44,8 @@ def test_model_without_experts_is_megatrons(one_rank):
     ids = torch.randint(VOCAB_SIZE, (2, SEQUENCE))
     positions = torch.arange(SEQUENCE).expand(2, -1)
     losses = [model(ids, positions, None, labels=ids.roll(-1, 1)) for model in (ours, theirs)]
-    assert torch.equal(*losses)
+    # Attention and loss add up in another order.
+    torch.testing.assert_close(*losses, rtol=2e-6, atol=0)
 
 
 def test_factor_of_rope_scaling_is_that_of_the_command_line(monkeypatch):

@@ -25,4 +25,4 @@ def test_equals_attention_of_transformers(rope: dict, rank: int | None) -> None:
     reference |= {name: p.grad for name, p in theirs.parameters_by_our_names().items()}
     assert found.keys() == reference.keys()
     for name, value in reference.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5 * value.abs().max().item(), msg=name)
+        torch.testing.assert_close(found[name], value, rtol=0, atol=3e-5 * value.abs().max().item(), msg=name)

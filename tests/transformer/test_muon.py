@@ -13,13 +13,15 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from support.small_moe import DEVICE, make_config, make_mask, make_model, take_metrics
 
-from maskmoe.transformer.backends.fused_attention import FusedDotProductAttention
+from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.backends.torch_norm import build_torch_norm
+from maskmoe.transformer.gpt_model import DenseGPTModel
 from maskmoe.transformer.layer_specs import map_spec
 
 SEQUENCE, VOCAB_SIZE, NUM_EXPERTS = 16, 20, 4
-# Modules besides MoE layers that MaskMoE replaces; their results differ from those of Megatron's modules by rounding.
-OTHER_MODULES = {DotProductAttention: FusedDotProductAttention, WrappedTorchNorm: build_torch_norm}
+# Modules besides MoE layers that MaskMoE replaces. They, and the loss of `DenseGPTModel`, agree with Megatron's up to
+# rounding.
+OTHER_MODULES = {DotProductAttention: TorchDotProductAttention, WrappedTorchNorm: build_torch_norm}
 
 
 def model_config():
@@ -34,7 +36,7 @@ def make_stock() -> GPTModel:
     config = model_config()
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
     spec = map_spec(spec, lambda node: OTHER_MODULES.get(node, node) if isinstance(node, type) else node)
-    return GPTModel(
+    return DenseGPTModel(
         config, spec, vocab_size=VOCAB_SIZE, max_sequence_length=SEQUENCE, position_embedding_type="rope"
     ).to(DEVICE)
 
