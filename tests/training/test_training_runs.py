@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from support.composition import BF16, COMPARED
+from support.composition import BF16, COMPARED, COMPARED_IN_BF16
 from support.paths import TESTS
 from support.training_runs import RUNS
 
