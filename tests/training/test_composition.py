@@ -142,6 +142,25 @@ def test_flex_dispatch_with_a_stand_in_agrees_roughly(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    (),
+    [
+        pytest.param(marks=pytest.mark.runs("reference", "Megatron-FSDP, data parallel 2")),
+        pytest.param(
+            marks=pytest.mark.runs(
+                "expert parallel 2, undisturbed", "Megatron-FSDP, expert parallel 2, data parallel 4"
+            )
+        ),
+    ],
+)
+def test_shards_of_megatron_fsdp_agree(runs):
+    """All runs start from equal weights: initial weights depend only on the expert-parallel size."""
+    reference, run = runs
+    assert run.iterations == list(range(1, 9))
+    assert run.difference(reference) < FP32_ORDER_OF_SUMS
+
+
+@pytest.mark.slow
 @pytest.mark.runs("reset masks", "packed documents as with reset masks", "documents that see each other")
 def test_packed_documents_equal_reset_masks(runs):
     """Two ways to keep attention to documents agree, and differ from attention to whole samples."""
