@@ -137,9 +137,10 @@ _ALWAYS_REFUSED = {
     "--experimental-attention-variant, --linear-attention-freq, --hybrid-layer-pattern, --hybrid-override-pattern, "
     "--mtp-hybrid-override-pattern, --is-hybrid-model, --heterogeneous-layers-config-path or "
     "--heterogeneous-layers-config-encoded-json": "The layer specifications of these models have no MaskMoE layers.",
-    "--use-megatron-fsdp": "Its checkpoints, of the format fsdp_dtensor, lack metadata.json and the digests by which "
-    "MaskMoE finds whole checkpoints, and store the settings of a run in another form. MaskMoE's routing log reads "
-    "gradients from the buffers of DistributedDataParallel. Use --use-distributed-optimizer.",
+    "--use-megatron-fsdp": "If each expert is on one rank only, Megatron-Core 0.19 divides its accumulated gradient by "
+    "the number of ranks after every micro-batch. Saving hangs, because all ranks must describe each optimizer state "
+    "together, but a rank has none for a parameter of which it holds no part. MaskMoE does not verify checkpoints of "
+    "the format fsdp_dtensor. Use --use-distributed-optimizer.",
     "--use-torch-fsdp2": "Megatron-Core excludes expert parallelism, pipelines and its distributed optimizer with it. "
     "Use --use-distributed-optimizer.",
     "--optimizer soap": "SOAP keeps square matrices for each parameter, but Megatron-Core's checkpoints hold only "

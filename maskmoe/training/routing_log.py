@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.utils import get_model_config
 from megatron.training import get_tensorboard_writer, get_wandb_writer, is_last_rank
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from maskmoe.megatron_compat.globals import get_args
 from maskmoe.transformer.router import MaskMoERouter
@@ -169,11 +170,16 @@ def _part_of_squared_gradient(chunk: DistributedDataParallel, weight: torch.nn.P
     """
     if not weight.requires_grad:
         return 0.0
-    bucket = chunk.param_to_bucket_group[weight].param_to_bucket[weight]
-    group, tp_group = cast(Any, (chunk.intra_dp_cp_group, chunk.tp_group))  # Megatron-Core annotates None, too
-    share = -(-bucket.grad_data.numel() // group.size())
-    start, end = bucket.param_to_index[weight]
-    own = bucket.grad_data[max(start, group.rank() * share) : min(end, (group.rank() + 1) * share)]
+    tp_group = cast(Any, chunk.tp_group)  # Megatron-Core annotates None, too
+    if isinstance(weight, DTensor):
+        # With Megatron-FSDP, finalized parameters and gradients are shards. An empty shard has no gradient.
+        own = torch.empty(0) if weight.grad is None else cast(DTensor, weight.grad).to_local()
+    else:
+        bucket = chunk.param_to_bucket_group[weight].param_to_bucket[weight]
+        group = cast(Any, chunk.intra_dp_cp_group)
+        share = -(-bucket.grad_data.numel() // group.size())
+        start, end = bucket.param_to_index[weight]
+        own = bucket.grad_data[max(start, group.rank() * share) : min(end, (group.rank() + 1) * share)]
     # All ranks of a tensor-parallel group, and all instances of the distributed optimizer, hold equal gradients.
     num_copies = tp_group.size() * chunk.ddp_config.num_distributed_optimizer_instances
     return torch.linalg.vector_norm(own, dtype=torch.float64).square() / num_copies

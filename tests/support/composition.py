@@ -357,6 +357,7 @@ TABLE: dict[str, Works | Refused] = {
     "Megatron's upcycling": Refused("--moe-use-upcycling"),
     "other layers' specs": Refused("--hybrid-layer-pattern M*ME"),
     "fully sharded data parallel": Refused("--use-torch-fsdp2"),
+    "fully sharded data parallel of Megatron": Refused("--use-megatron-fsdp"),
     "other checkpoint formats": Refused("--ckpt-format torch"),
 }
 

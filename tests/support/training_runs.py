@@ -29,6 +29,7 @@ CONTIGUOUS_IDS = (str(TESTS / "training" / "pretrain_with_contiguous_ids.py"),)
 RECORDED_ROUTING = (str(TESTS / "training" / "pretrain_with_recorded_routing.py"),)
 OTHER_MASK = (str(TESTS / "training" / "pretrain_with_other_mask.py"),)
 STUB_TRANSFORMER_ENGINE = (str(TESTS / "training" / "pretrain_with_stub_transformer_engine.py"),)
+MEGATRON_FSDP = (str(TESTS / "training" / "pretrain_with_megatron_fsdp.py"),)
 FLEX_LIBRARIES = (str(TESTS / "training" / "pretrain_with_flex_libraries.py"),)
 BF16_EXPERT_2 = f"--bf16 {EXPERT_2} --moe-router-topk 3 {UNTIL_12}"
 FLEX = f"{BF16_EXPERT_2} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend"
@@ -105,6 +106,13 @@ RUNS = {
         ranks=2,
         continues="start",
         description="Tokens of divided sequences reach experts by all-gather.",
+    ),
+    "Megatron-FSDP, data parallel 2": Run(
+        # gloo has no sum of scaled gradients, so the last flag switches it off.
+        f"{UNTIL_8} --use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy "
+        "optim_grads_params --no-gradient-reduce-div-fusion",
+        ranks=2,
+        program=MEGATRON_FSDP,
     ),
     # Recomputation.
     "full recompute": Run(FULL_RECOMPUTE, description="Every layer is computed again in the backward pass."),

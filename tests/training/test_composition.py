@@ -141,6 +141,15 @@ def test_flex_dispatch_with_a_stand_in_agrees_roughly(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.runs("reference", "Megatron-FSDP, data parallel 2")
+def test_shards_of_megatron_fsdp_agree(runs):
+    """The program of the run allows Megatron-FSDP, which training refuses. Both runs have equal initial weights."""
+    reference, run = runs
+    assert run.iterations == list(range(1, 9))
+    assert run.difference(reference) < FP32_ORDER_OF_SUMS
+
+
+@pytest.mark.slow
 @pytest.mark.runs("reset masks", "packed documents as with reset masks", "documents that see each other")
 def test_packed_documents_equal_reset_masks(runs):
     """Two ways to keep attention to documents agree, and differ from attention to whole samples."""

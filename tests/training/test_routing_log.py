@@ -106,6 +106,7 @@ def test_losses_of_layers_are_megatrons(runs):
             pytest.param(pair, marks=[pytest.mark.runs(*pair), pytest.mark.slow])
             for pair in [
                 ("reference", "tensor 2 with sequence parallel"),
+                ("reference", "Megatron-FSDP, data parallel 2"),
                 ("experts of one rank", "experts of one rank, full recompute, expert parallel 2, pipeline 2"),
             ]
         ),
