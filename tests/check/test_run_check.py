@@ -241,7 +241,8 @@ def test_activations_are_near_those_of_a_forward_pass(name, reports, built):
     assert built[name]["kept"] / FORWARD_FACTOR < estimate < built[name]["kept"] * FORWARD_FACTOR
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_LAYOUTS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LAYOUTS, *MORE_LAYOUTS])
 def test_bytes_are_those_of_a_run(name, bench, reports):
     report = reports[name]
     case = {name: (LAYOUTS | MORE_LAYOUTS)[name]}

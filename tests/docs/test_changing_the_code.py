@@ -58,6 +58,7 @@ def test_entropy_loss_and_its_gradient(is_real: torch.Tensor | None) -> None:
     assert gradient[1].abs().max() == 0
 
 
+@pytest.mark.slow
 def test_gather_dispatcher_equals_one_copy_dispatch(run_ranks: RunRanks, tmp_path: Path) -> None:
     module = tmp_path / "gather.py"
     module.write_text(example("GatherDispatcher"), encoding="utf-8")

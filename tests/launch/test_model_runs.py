@@ -75,6 +75,7 @@ def train(folder) -> Callable[..., dict[int, float]]:
     return train
 
 
+@pytest.mark.slow
 def test_deepseek_v3_trains(train) -> None:
     losses = train("deepseek-v3", "short", "--exit-interval 3 --save-interval 100", 1)
     assert list(losses) == [1, 2, 3]

@@ -376,6 +376,7 @@ def test_python_that_has_torch_is_preferred(machine, image):
     assert choose_python(machine)[:2] == (0, "image/bin/python3")
 
 
+@pytest.mark.slow
 def test_torch_of_an_image_is_kept(project, image, tmp_path):
     python, packages = image
     (tmp_path / "image-constraints.txt").write_text("other==1.0\n")

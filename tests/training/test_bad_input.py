@@ -170,12 +170,13 @@ def test_bad_input_is_found_by_the_checks(case, workplace, bad_files, refusal, t
         assert part in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "culprit"),
     [
         ("--data-path nowhere", "nowhere"),  # every rank finds the error
         # Only the first rank reads the ids. The other rank waits for it until torchrun kills the rank.
-        pytest.param("--data-path bad/large_ids", "large_ids", marks=pytest.mark.slow),
+        ("--data-path bad/large_ids", "large_ids"),
     ],
 )
 def test_one_line_from_many_ranks(flags, culprit, start, refusal, bad_files):

@@ -30,7 +30,6 @@ FAST = {
     "groups, tensor 2, expert parallel 2",
     "latent, recomputed parts, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",
-    "packed documents, pipeline 2",
 }
 
 

@@ -66,6 +66,7 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @UNDISTURBED
 def test_killed_rank_is_started_again(runs, start_faulty, tmp_path):
     (undisturbed,) = runs
@@ -212,7 +213,8 @@ def test_hanging_rank_is_named(start_faulty, rank, stops, culprit):
     assert re.search(culprit, "".join(outcome.errors)), outcome.report()
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_shrinking_data_file(workplace, start_faulty, tmp_path, workers):
     for suffix in (".bin", ".idx"):
         shutil.copy((workplace.folder / "data").with_suffix(suffix), tmp_path / f"data{suffix}")
