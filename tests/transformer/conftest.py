@@ -1,5 +1,4 @@
 import pytest
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -10,4 +9,6 @@ def _process_groups(one_rank) -> None:
 @pytest.fixture(autouse=True)
 def _no_metrics_of_other_models() -> None:
     """Megatron-Core sizes its record of router losses by the first model of a process."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # after `prepare_process`
+
     get_moe_metrics_tracker().metrics.clear()
