@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from maskmoe.check.layout import Layout
 from maskmoe.check.parameters import Chunk
+from maskmoe.transformer.backends.attention import SHORTEST_BLOCK, padded_width
 from maskmoe.transformer.backends.swiglu import is_plain_swiglu
 
 _FP32_BYTES = 4
@@ -220,9 +221,7 @@ class ActivationModel:
         if not self._fused:
             # Torch's kernels want values as wide as keys, and a softmax offset takes one more channel, see
             # `TorchDotProductAttention`. A kernel for GPUs that takes a bias, or fp32, repeats keys and values.
-            width = max(key_width, value_width)
-            if config.softmax_type != "vanilla":
-                width = -(-max(key_width + 1, value_width) // 8) * 8
+            width = padded_width(key_width, value_width, has_offset=config.softmax_type != "vanilla")
             has_bias = self._gives_mask or config.window_size or self._element == _FP32_BYTES
             repeats = heads // groups if has_bias and not self._is_on_cpu else 1
             gathered = self._layout.context
@@ -231,7 +230,9 @@ class ActivationModel:
             makes_values = width > value_width or gathered * repeats > 1
             made += heads * width * makes_queries + groups * repeats * width * gathered * (makes_keys + makes_values)
             # Outputs of blocks of queries are concatenated, and the channels of wider outputs are cut off.
-            has_blocks = gathered > 1 or (config.window_size and self._sequence > max(config.window_size[0], 256))
+            has_blocks = gathered > 1 or (
+                config.window_size and self._sequence > max(config.window_size[0], SHORTEST_BLOCK)
+            )
             made += heads * width if has_blocks or width > value_width else 0
         # Recomputation keeps all inputs; otherwise an input that core attention replaces is not kept.
         replaces = "core_attn" not in self._dropped

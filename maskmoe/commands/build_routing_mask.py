@@ -143,8 +143,7 @@ def _flags(names: list[str]) -> str:
 
 def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None) -> None:
     """Print size, frequent ids, expected load and digest of the mask, and a warning if it cannot be balanced."""
-    # The frequent ids see several experts in all layers but the hash layers, so also in the last layer.
-    num_visible = mask.num_visible_of_layer(mask.num_layers - 1)
+    num_visible = mask.num_visible_beyond_hash_layers
     is_frequent = num_visible > 1
     tables = "one table for all layers" if mask.is_shared else f"{mask.num_layers} tables"
     size = f"{mask.nbytes / 2**20:.2f} MiB"
@@ -159,13 +158,21 @@ def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks
         print(f"frequent share   {occurrences[is_frequent].sum() / occurrences.sum():.2%} of all occurrences")
         print(f"expert load      {describe_imbalance(load)}")
         if num_ranks:
-            print(f"rank load        {describe_imbalance(load.reshape(len(load), num_ranks, -1).sum(axis=2))}")
+            print(f"rank load        {describe_imbalance(load, num_ranks)}")
         warn_of_overload(mask, occurrences)
     print(f"digest           {mask.digest}")
 
 
-def describe_imbalance(load: np.ndarray) -> str:
-    """Return a text with maximum over mean of `load` `[tables, bins]`, over all tables."""
+def describe_imbalance(load: np.ndarray, num_ranks: int | None = None) -> str:
+    """Return a text with maximum over mean of the load, over all tables.
+
+    Args:
+        load: The load of each expert, `[tables, N]`.
+        num_ranks: Number of ranks, of which each has an equal share of consecutive experts. The text is then about the
+            load of the ranks.
+    """
+    if num_ranks is not None:
+        load = load.reshape(len(load), num_ranks, -1).sum(axis=2)
     imbalance = load.max(axis=1) / load.mean(axis=1)
     spread = f"{imbalance.min():.3f} / {np.median(imbalance):.3f} / {imbalance.max():.3f}"
     return f"expected max/mean {spread} (min / median / max over tables)"

@@ -70,16 +70,14 @@ def print_summary(old: RoutingMask, new: RoutingMask, frequency: TokenFrequency 
             load = expected_expert_load(mask, frequency.occurrences)
             print(f"{'load ' + name:16} {describe_imbalance(load)}")
             if num_ranks := mask.provenance.expert_model_parallel_size:
-                rank_load = load.reshape(len(load), num_ranks, -1).sum(axis=2)
-                print(f"{'  of ranks':16} {describe_imbalance(rank_load)}")
+                print(f"{'  of ranks':16} {describe_imbalance(load, num_ranks)}")
         warn_of_overload(new, frequency.occurrences)
     print(f"digest before    {old.digest}")
     print(f"digest           {new.digest}")
 
 
 def _count_frequent(mask: RoutingMask) -> int:
-    # All layers but the hash layers have the same frequent ids, so count in the last layer.
-    return int(np.count_nonzero(mask.num_visible_of_layer(mask.num_layers - 1) > 1))
+    return int(np.count_nonzero(mask.num_visible_beyond_hash_layers > 1))
 
 
 def _mean_visible(mask: RoutingMask) -> float:

@@ -14,7 +14,13 @@ from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
-from maskmoe.conversion.safetensors_files import INDEX_SUFFIX, SINGLE_FILE, SafetensorsSource, plan_safetensors
+from maskmoe.conversion.safetensors_files import (
+    INDEX_SUFFIX,
+    SINGLE_FILE,
+    SafetensorsSource,
+    has_safetensors,
+    plan_safetensors,
+)
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
@@ -52,7 +58,7 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         mtp = SafetensorsSource(folder, MTP_FILE)
         check_tensors(mtp.tensors, mtp_shapes, str(folder / MTP_FILE))
         source = JoinedSource(source, mtp)
-    if any((folder / name).exists() for name in (_PADDING_FILE, f"{_PADDING_FILE}{INDEX_SUFFIX}")):
+    if has_safetensors(folder, _PADDING_FILE):
         source = JoinedSource(source, SafetensorsSource(folder, _PADDING_FILE))
     args = Namespace(**read_json(folder / _ARGS_FILE)) if (folder / _ARGS_FILE).exists() else None
     return OpenedModel(source, config, args)

@@ -15,7 +15,7 @@ from maskmoe.conversion.huggingface_models import MTP_FILE
 from maskmoe.conversion.megatron_models import is_optimizer
 from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
-from maskmoe.conversion.safetensors_files import INDEX_SUFFIX, SafetensorsSource
+from maskmoe.conversion.safetensors_files import SafetensorsSource, has_safetensors
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.conversion.writing import JOURNAL
 from maskmoe.errors import UserError
@@ -101,7 +101,7 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
     if (path / CONFIG_FILE).exists():
         config = read_json(path / CONFIG_FILE)
         model: TensorSource = SafetensorsSource(path)
-        if any((path / name).exists() for name in (MTP_FILE, f"{MTP_FILE}{INDEX_SUFFIX}")):
+        if has_safetensors(path, MTP_FILE):
             model = JoinedSource(model, SafetensorsSource(path, MTP_FILE))
         return _inspect(
             path,

@@ -166,6 +166,14 @@ class RoutingMask(SealedTensors):
         """The largest number of experts that each id sees in any layer, int64 `[vocab]`."""
         return np.maximum.reduce([self.num_visible_of_layer(table) for table in range(len(self.row_of_id))])
 
+    @property
+    def num_visible_beyond_hash_layers(self) -> np.ndarray:
+        """Number of experts that each id sees in the last layer, int64 `[vocab]`.
+
+        A mask made by `build_routing_mask` has the same numbers in all layers but the hash layers.
+        """
+        return self.num_visible_of_layer(self.num_layers - 1)
+
     def num_visible_of_layer(self, layer: int) -> np.ndarray:
         """Return the number of experts that each id sees in a layer, int64 `[vocab]`; layers count from 0."""
         row_of_id, visible_bits = self.table_of_layer(layer)

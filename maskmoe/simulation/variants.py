@@ -123,14 +123,13 @@ class Masks:
             return [_one_layer(build_routing_mask(recipe, frequency=self.frequency, workers=1), 0)]
         # Layers with the same properties are layers of one mask.
         masks = {}
-        for properties in self._properties:
+        for properties in set(self._properties):
             num_visible = min(properties.max_visible, num_experts // num_places)
             frequent_visible, seed = num_visible if num_visible > 1 else None, self._mask.provenance.seed
             recipe = MaskRecipe(
                 num_experts, num_layers, "rank-local", properties.frequent_mass, frequent_visible, seed, num_places
             )
-            if properties not in masks:
-                masks[properties] = build_routing_mask(recipe, frequency=self.frequency, workers=1)
+            masks[properties] = build_routing_mask(recipe, frequency=self.frequency, workers=1)
         return [_one_layer(masks[properties], layer) for layer, properties in enumerate(self._properties)]
 
 

@@ -65,6 +65,11 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     return parser
 
 
+def may_change_mask(args: argparse.Namespace) -> bool:
+    """Return whether the run's mask may differ from the checkpoint's; only training has the flag for it."""
+    return getattr(args, "change_routing_mask", False)
+
+
 def refuse_unknown_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Refuse flags that the complete parser does not know, before argparse prints a usage of hundreds of lines.
 

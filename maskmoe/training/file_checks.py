@@ -18,6 +18,7 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.frequency import parse_data_path
 from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.training.arguments import may_change_mask
 
 _CHUNK_TOKENS = 1 << 24
 
@@ -80,7 +81,7 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         UserError: a size or the tokenizer differs; the message names both values.
     """
     vocab_size = get_tokenizer().vocab_size
-    has_sizes_of_checkpoint = args.routing_mask is None or getattr(args, "change_routing_mask", False)
+    has_sizes_of_checkpoint = args.routing_mask is None or may_change_mask(args)
     if has_sizes_of_checkpoint and vocab_size < mask.vocab_size <= args.padded_vocab_size:
         # The mask comes from a checkpoint of an imported model, or replaces the mask of one. The model's embedding may
         # have more rows than its tokenizer has ids.

@@ -12,6 +12,7 @@ from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.training.arguments import may_change_mask
 from maskmoe.transformer.dispatch.flex import missing_library
 
 
@@ -165,7 +166,7 @@ REFUSALS = (
     Refusal(
         "--change-routing-mask without --routing-mask",
         "Without a mask in --routing-mask, a run uses the mask of the checkpoint.",
-        lambda args: getattr(args, "change_routing_mask", False) and args.routing_mask is None,  # a flag of training
+        lambda args: may_change_mask(args) and args.routing_mask is None,
     ),
     Refusal(
         "--cuda-graph-impl transformer_engine without --cuda-graph-modules attn or mlp",

@@ -29,7 +29,7 @@ from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, resume
-from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
+from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask, refuse_unknown_flags
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.refusals import check_supported
@@ -124,18 +124,13 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
             "no routing mask: pass --routing-mask FILE, made by tools/build_routing_mask.py, or --load a checkpoint"
         )
     own, of_checkpoint = masks[0], masks[-1]
-    if _may_change_mask(args):
+    if may_change_mask(args):
         report(f"routing mask: {_describe_change(of_checkpoint, own, args.expert_model_parallel_size)}")
     else:
         is_training = hasattr(args, "change_routing_mask")
         cure = "; pass --change-routing-mask to change visible experts on purpose" if is_training else ""
         check_same_mask(own.digest, of_checkpoint.digest, cure)
     return own
-
-
-def _may_change_mask(args: Namespace) -> bool:
-    """Return whether the run's mask may differ from the checkpoint's; only training has the flag for it."""
-    return getattr(args, "change_routing_mask", False)
 
 
 def _describe_change(old: RoutingMask, new: RoutingMask, num_ranks: int) -> str:
@@ -194,7 +189,7 @@ def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
         # `find_routing_mask` refuses a run without a mask.
         checkpoint = resume.checkpoint_to_load(args)
         config.routing_mask = Path(cast(Path, args.routing_mask or checkpoint))
-        config.replaced_routing_mask = checkpoint if _may_change_mask(args) else None
+        config.replaced_routing_mask = checkpoint if may_change_mask(args) else None
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.datasets import write_documents, zipf_ids
 from support.launch import Launch
 from support.paths import ROOT
 from support.runs import read_losses
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.launch.command import standalone_command
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
@@ -48,11 +49,8 @@ LAYOUTS = {"fine-grained-22b": f"{TENSOR_EXPERT_2} {RECOMPUTE}", "deepseek-v3": 
 def folder(tmp_path_factory) -> Path:
     """Return a folder with a dataset, a routing mask, and the model files without their layouts for many GPUs."""
     folder = tmp_path_factory.mktemp("model_runs")
-    random = np.random.default_rng(0)
-    shares = 1 / np.arange(1, VOCAB_SIZE + 1)
-    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE)) as writer:
-        for _ in range(30):
-            writer.add_document(random.choice(VOCAB_SIZE, size=2 * random.integers(25, 100), p=shares / shares.sum()))
+    documents = zipf_ids(np.random.default_rng(0), VOCAB_SIZE)
+    write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE))
     recipe = MaskRecipe.from_preset("smoe", 8, 5, shared_table=True)
     build_routing_mask(recipe, vocab_size=VOCAB_SIZE).save(folder / "mask.safetensors")
     for name in MODELS:

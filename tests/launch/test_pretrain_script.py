@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.datasets import write_documents, zipf_ids
 from support.launch import Launch
 from support.paths import ROOT
 from support.runs import free_port, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.interruption import EXIT_REQUEUE
 from maskmoe.launch.command import standalone_command
 from maskmoe.routing_mask.assignment import MaskRecipe
@@ -38,11 +39,8 @@ EXPERT_2 = "--expert-model-parallel-size 2"
 def folder(tmp_path_factory) -> Path:
     """Return a folder with a dataset and a routing mask."""
     folder = tmp_path_factory.mktemp("pretrain")
-    random = np.random.default_rng(0)
-    shares = 1 / np.arange(1, VOCAB_SIZE + 1)
-    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE)) as writer:
-        for _ in range(30):
-            writer.add_document(random.choice(VOCAB_SIZE, size=2 * random.integers(25, 100), p=shares / shares.sum()))
+    documents = zipf_ids(np.random.default_rng(0), VOCAB_SIZE)
+    write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE))
     recipe = MaskRecipe.from_preset("hash", 8, 4, seed=1)
     build_routing_mask(recipe, vocab_size=VOCAB_SIZE).save(folder / "mask.safetensors")
     return folder

@@ -42,10 +42,15 @@ def predictable_ids(rng: np.random.Generator, vocab_size: int, num_documents: in
         vocab_size: Number of ids.
         num_documents: 30 documents make about 100 samples of 32 tokens.
     """
-    shares = 1 / np.arange(1, vocab_size + 1)
-    documents = []
-    for _ in range(num_documents):
-        ids = rng.choice(vocab_size, size=2 * rng.integers(25, 100), p=shares / shares.sum())
+    documents = zipf_ids(rng, vocab_size, num_documents)
+    for ids in documents:
         ids[1::2] = (ids[0::2] * 7 + 3) % vocab_size
-        documents.append(ids)
     return documents
+
+
+def zipf_ids(rng: np.random.Generator, vocab_size: int, num_documents: int = 30) -> list[np.ndarray]:
+    """Return documents of 50 to 198 ids, drawn with `rng` from Zipf's law with exponent 1."""
+    shares = 1 / np.arange(1, vocab_size + 1)
+    return [
+        rng.choice(vocab_size, size=2 * rng.integers(25, 100), p=shares / shares.sum()) for _ in range(num_documents)
+    ]

@@ -1,6 +1,6 @@
-"""Counts the bytes that a forward pass keeps for the backward pass."""
+"""Tensors that autograd keeps for the backward pass, and their bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
@@ -31,3 +31,17 @@ class KeptBytes(saved_tensors_hooks):
     def total(self) -> int:
         """Return the bytes that are kept now: recomputation empties storages after the forward pass has saved them."""
         return sum(storage.nbytes() for storage in self._storages.values())
+
+
+def saved_tensors(forward: Callable[[], object]) -> list[Tensor]:
+    """Run a forward pass and return the tensors that it saves; views share memory with other tensors."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return saved

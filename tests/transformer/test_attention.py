@@ -136,7 +136,7 @@ def test_other_mask_types_equal_the_stock_module(mask_type, mask) -> None:
 @pytest.mark.parametrize("window", [(0, 0), (4, 0), (9, 0), (SEQUENCE, 0)], ids=str)
 def test_windows_equal_the_stock_module(window, softmax_type, block, monkeypatch) -> None:
     """Also if the queries are more than one block."""
-    monkeypatch.setattr(attention_module, "_SHORTEST_BLOCK", block)
+    monkeypatch.setattr(attention_module, "SHORTEST_BLOCK", block)
     settings = {"window_size": window, "softmax_type": softmax_type}
     ours, theirs = (
         results(build(kind, **settings), None, draw_inputs())
@@ -164,10 +164,10 @@ def window(left: int, right: int) -> Tensor:
         (AttnMaskType.no_mask, (4, -1), None, window(4, SEQUENCE)),
         (AttnMaskType.padding, (4, 3), padding_mask(), padding_mask() | window(4, 3)),
     ],
-    ids=str,
+    ids=lambda value: "mask" if isinstance(value, Tensor) else str(value),
 )
 def test_masks_that_the_stock_module_lacks_equal_plain_torch(mask_type, size, mask, hidden, monkeypatch) -> None:
-    monkeypatch.setattr(attention_module, "_SHORTEST_BLOCK", 1)
+    monkeypatch.setattr(attention_module, "SHORTEST_BLOCK", 1)
     # Queries at padding that see no key are left out: plain torch has no number for them.
     sees_a_key = ~hidden.expand(BATCH, 1, SEQUENCE, SEQUENCE).all(dim=-1).squeeze(1).t()  # [queries, batch]
     ours, theirs = (

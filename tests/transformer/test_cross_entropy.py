@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as stock_
 from safetensors.torch import load_file
 from support.launchers import RANK_SCRIPTS
 from support.ranks.cross_entropy_ranks import VOCAB_SIZE, results, values_of
-from support.saved import saved_tensors
+from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, make_config, make_mask, make_model, process_groups, random_visible_sets
 from torch import Tensor
 

@@ -134,20 +134,22 @@ def test_is_bit_equal_for_rows_and_gradients_with_strides() -> None:
     assert_equal(compute_strided(ours), compute_strided(theirs))
 
 
+def compute_frozen(experts: SequentialMLP, frozen: str) -> dict[str, Tensor]:
+    """Return the gradients that remain if the inputs, or the parameters with `frozen` in their names, need none."""
+    for name, parameter in experts.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
+    rows.requires_grad_(frozen != "inputs"), probs.requires_grad_(frozen != "inputs")
+    output, _ = experts(rows, torch.tensor([2, 0, 3, 4]), probs)
+    output.backward(gradient)
+    gradients = {"rows": rows.grad, "probs": probs.grad} | {n: p.grad for n, p in experts.named_parameters()}
+    return {name: value for name, value in gradients.items() if value is not None}
+
+
 @pytest.mark.parametrize("frozen", ["linear_fc1", "linear_fc2", "local_experts", "local_experts.0", "inputs"])
 def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
-    def compute_frozen(experts: SequentialMLP) -> dict[str, Tensor]:
-        for name, parameter in experts.named_parameters():
-            parameter.requires_grad_(frozen not in name)
-        rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
-        rows.requires_grad_(frozen != "inputs"), probs.requires_grad_(frozen != "inputs")
-        output, _ = experts(rows, torch.tensor([2, 0, 3, 4]), probs)
-        output.backward(gradient)
-        gradients = {"rows": rows.grad, "probs": probs.grad} | {n: p.grad for n, p in experts.named_parameters()}
-        return {name: value for name, value in gradients.items() if value is not None}
-
     ours, theirs = make_pair()
-    assert_equal(compute_frozen(ours), compute_frozen(theirs))
+    assert_equal(compute_frozen(ours, frozen), compute_frozen(theirs, frozen))
 
 
 def kept_bytes(experts: SequentialMLP, tokens_per_expert: list[int]) -> int:
@@ -198,18 +200,8 @@ def test_recomputed_activations_are_bit_equal_and_need_less_memory(place, dtype,
 
 @pytest.mark.parametrize("frozen", ["linear_fc1", "linear_fc2", "local_experts.0", "inputs"])
 def test_recomputed_activations_of_frozen_parameters_are_bit_equal(frozen: str) -> None:
-    results = []
-    for more in (RECOMPUTATION, {}):
-        experts, _ = make_pair(**more)
-        for name, parameter in experts.named_parameters():
-            parameter.requires_grad_(frozen not in name)
-        rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
-        rows.requires_grad_(frozen != "inputs"), probs.requires_grad_(frozen != "inputs")
-        output, _ = experts(rows, torch.tensor([2, 0, 3, 4]), probs)
-        output.backward(gradient)
-        gradients = {"rows": rows.grad, "probs": probs.grad} | {n: p.grad for n, p in experts.named_parameters()}
-        results.append({name: value for name, value in gradients.items() if value is not None})
-    assert_equal(*results)
+    recomputing, keeping = (make_pair(**more)[0] for more in (RECOMPUTATION, {}))
+    assert_equal(compute_frozen(recomputing, frozen), compute_frozen(keeping, frozen))
 
 
 def test_gradients_of_an_expert_are_accumulated_before_the_next_are_made() -> None:

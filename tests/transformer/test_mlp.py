@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.mlp import MLP
-from support.saved import saved_tensors
+from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, draw_parameters, make_config, make_mask, make_visible_experts, process_groups
 from support.small_moe import random_visible_sets as visible_sets
 from torch import Tensor

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.saved import saved_tensors
+from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, make_config
 from torch import Tensor
 

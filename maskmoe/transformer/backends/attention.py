@@ -24,8 +24,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from maskmoe.transformer.packed_documents import PackedDocuments
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
-# The smallest number of queries in a block of a layer with a window.
-_SHORTEST_BLOCK = 256
+SHORTEST_BLOCK = 256
+"""The smallest number of queries in a block of a layer with a window."""
+
 # The widest heads of torch's kernel for packed documents, and whether this version of torch has what is needed of it.
 _WIDEST_PACKED_HEAD = 256
 _HAS_PACKED_KERNEL = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
@@ -230,10 +231,9 @@ class TorchDotProductAttention(DotProductAttention):
 
     def _run_packed_kernel(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
         """Attend within each document by `varlen_attn`; see `_attend_within_documents`."""
-        # The kernel wants equal widths, in multiples of 8 channels.
-        width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
+        # The kernel wants equal widths.
         value_channels = value.shape[-1]
-        width = -(-max(query.shape[-1], value_channels) // 8) * 8
+        width = _round_up(max(query.shape[-1], value_channels))
         query, key, value = (pad(tensor, (0, width - tensor.shape[-1])) for tensor in (query, key, value))
         left, right = self._reach(has_mask=False)
         context: Any = varlen_attn(
@@ -255,10 +255,8 @@ class TorchDotProductAttention(DotProductAttention):
 
         With a softmax offset, the last channel of the queries is new and holds the offset of the head, see `_add_sink`.
         """
-        width = max(query.shape[-1], value.shape[-1])
+        width = padded_width(query.shape[-1], value.shape[-1], has_offset=self.softmax_offset is not None)
         if self.softmax_offset is not None:
-            # Kernels for GPUs want a multiple of 8 channels.
-            width = -(-max(query.shape[-1] + 1, value.shape[-1]) // 8) * 8
             offset = (self.softmax_offset.to(query) / self._scale).view(1, -1, 1, 1).expand(*query.shape[:3], 1)
             query = torch.cat([pad(query, (0, width - 1 - query.shape[-1])), offset], dim=-1)
         query, key, value = (
@@ -281,7 +279,7 @@ class TorchDotProductAttention(DotProductAttention):
             # All queries see the same keys.
             chunks, length = [(0, 0)], num_queries
         # In a window, short blocks compute few pairs that the window hides.
-        step = length if left is None else max(left, _SHORTEST_BLOCK)
+        step = length if left is None else max(left, SHORTEST_BLOCK)
         for first_query, position in chunks:
             for start in range(0, length, step):
                 end = min(start + step, length)
@@ -341,6 +339,22 @@ class TorchDotProductAttention(DotProductAttention):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context[:, :, -band.queries :]
+
+
+def padded_width(key_width: int, value_width: int, *, has_offset: bool) -> int:
+    """Return the number of channels to which queries, keys and values are padded.
+
+    Args:
+        key_width: channels of each head of queries and keys.
+        value_width: channels of each head of values.
+        has_offset: whether the softmax has an offset, which takes one more channel of queries and keys.
+    """
+    return _round_up(max(key_width + 1, value_width)) if has_offset else max(key_width, value_width)
+
+
+def _round_up(width: int) -> int:
+    """Return the next multiple of 8 channels, which kernels for GPUs want."""
+    return -(-width // 8) * 8
 
 
 class _Band(NamedTuple):

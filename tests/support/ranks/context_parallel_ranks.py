@@ -113,7 +113,7 @@ def main() -> None:
     folder, rank, num_ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
     alone = [torch.distributed.new_group([other]) for other in range(num_ranks)][rank]
-    attention_module._SHORTEST_BLOCK = 1
+    attention_module.SHORTEST_BLOCK = 1
     world: Any = torch.distributed.group.WORLD
     deviations = {name: deviation(world, alone, **case) for name, case in CASES.items()}
     deviations["tokens of multi-token prediction"], deviations["loss"] = normalization_deviations(world)
