@@ -30,7 +30,7 @@ from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
-from maskmoe.training.model_builder import MaskMoEGPTModelConfig
+from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
 from maskmoe.training.resume import check_same_model
 from maskmoe.training.setup import ArgumentsProvider, find_routing_mask, megatrons_checks, model_config_from_args
@@ -185,7 +185,7 @@ class Inspection:
         return False
 
 
-def _model_config(args: Namespace) -> MaskMoEGPTModelConfig:
+def _model_config(args: Namespace) -> MaskMoEModelConfig:
     """Return the configuration of the model. Raises UserError if Megatron refuses it."""
     buildable = Namespace(**vars(args))
     buildable.routing_mask = args.routing_mask or args.load or "missing"

@@ -8,7 +8,7 @@ Engine's parameters. So a machine without Transformer Engine can count for a mac
 import copy
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,10 +24,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskmoe.check.layout import Layout
-from maskmoe.conversion.settings import expand_layer_frequency
 from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
-from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
+from maskmoe.training.model_builder import (
+    MaskMoEGPTModelBuilder,
+    MaskMoEHybridModelBuilder,
+    MaskMoEHybridModelConfig,
+    MaskMoEModelConfig,
+    StageBuilder,
+)
 from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
@@ -114,7 +120,7 @@ class ExpertUse:
     description: str = ""
 
     @classmethod
-    def from_mask(cls, mask: RoutingMask | None, topk: int, layers: Sequence[int]) -> "ExpertUse":
+    def from_mask(cls, mask: RoutingMask | None, topk: int, layers: FeedForwardLayers) -> "ExpertUse":
         """Return the use of experts under a routing mask; without one, every token uses `topk` experts.
 
         The mean assumes that the frequent ids have exactly the share of occurrences that they were chosen to cover. The
@@ -123,10 +129,14 @@ class ExpertUse:
         Args:
             mask: the routing mask; None if there is none.
             topk: k.
-            layers: the layers with experts, counted from 0; layers that the mask lacks are left out.
+            layers: the feed-forward layers of the model; layers of the decoder that the mask lacks are left out.
         """
-        tables = [] if mask is None else [0] if mask.is_shared else [n for n in layers if n < mask.num_layers]
-        if mask is None or not tables:
+        if mask is None:
+            return cls(topk, topk)
+        num_tables = len(mask.row_of_id)
+        numbers = [number for number, has_experts in enumerate(layers.decoder, start=1) if has_experts]
+        tables = sorted({table for number in numbers if (table := layers.table(number, num_tables)) < num_tables})
+        if not tables:
             return cls(topk, topk)
         means, descriptions = zip(*(_use_in_table(mask, topk, table) for table in tables), strict=True)
         description = descriptions[0]
@@ -177,7 +187,7 @@ class ModelParameters:
         return round(self.whole.num_parameters - parts["multi-token prediction"] - unused)
 
 
-def count_parameters(args: Namespace, config: MaskMoEGPTModelConfig, mask: RoutingMask | None) -> ModelParameters:
+def count_parameters(args: Namespace, config: MaskMoEModelConfig, mask: RoutingMask | None) -> ModelParameters:
     """Count the parameters of a model that is divided over ranks.
 
     The time does not depend on the number of ranks.
@@ -192,9 +202,7 @@ def count_parameters(args: Namespace, config: MaskMoEGPTModelConfig, mask: Routi
     buffers: Iterable[torch.Tensor] = ()
     if mask is not None and mask.num_experts == args.num_experts:  # a mask that does not fit is an error of its own
         buffers = VisibleExperts(config.transformer, mask, ProcessGroupCollection()).buffers()
-    layers = []
-    if args.num_experts:
-        layers = np.flatnonzero(expand_layer_frequency(args.moe_layer_freq, args.num_layers)).tolist()
+    layers = FeedForwardLayers.of_args(args)
     return ModelParameters(
         whole,
         stages=tuple(_count_stage(local, layout, stage) for stage in range(layout.pipeline)),
@@ -224,8 +232,8 @@ class _CoreAttention(torch.nn.Module):
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads))
 
 
-class _CountingModelBuilder(MaskMoEGPTModelBuilder):
-    """The run's model builder, made fast: it needs no mask file, builds one expert a layer and no core attention."""
+class _Counting(StageBuilder):
+    """Mixin that makes the model builder of a run fast: no mask file, one expert a layer and no core attention."""
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the visible experts of a mask that fits every model."""
@@ -233,24 +241,32 @@ class _CountingModelBuilder(MaskMoEGPTModelBuilder):
         recipe = MaskRecipe.from_preset("hash", config.num_moe_experts, num_layers=1)
         return VisibleExperts(config, build_routing_mask(recipe, vocab_size=1), pg_collection, vp_stage)
 
-    def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> tuple[Any, ...]:
+    def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the layer specifications of the run, with experts and core attention replaced."""
         replacements = {GroupedMLP: _RepresentativeExpert, TorchDotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:
             return replacements.get(node, node) if isinstance(node, type) else node
 
-        return tuple(map_spec(spec, substitute) for spec in super().layer_specs(visible_experts, vp_stage))
+        return map_spec(super().layer_specs(visible_experts, vp_stage), substitute)
 
 
-def _changed(config: MaskMoEGPTModelConfig, settings: Mapping[str, Any]) -> MaskMoEGPTModelConfig:
+class _CountingGPTModelBuilder(_Counting, MaskMoEGPTModelBuilder):
+    pass
+
+
+class _CountingHybridModelBuilder(_Counting, MaskMoEHybridModelBuilder):
+    pass
+
+
+def _changed(config: MaskMoEModelConfig, settings: Mapping[str, Any]) -> MaskMoEModelConfig:
     """Return a copy of a configuration in which some settings of the transformer are replaced."""
     transformer = copy.copy(config.transformer)
     vars(transformer).update(settings)
     return replace(config, transformer=transformer)
 
 
-def _count_stage(config: MaskMoEGPTModelConfig, layout: Layout, stage: int) -> tuple[Chunk, ...]:
+def _count_stage(config: MaskMoEModelConfig, layout: Layout, stage: int) -> tuple[Chunk, ...]:
     """Count the chunks of one rank of a pipeline stage, in process groups that cannot communicate."""
     # Megatron numbers the ranks of a stage consecutively by default; the order does not change the parameters.
     rank = stage * layout.ranks // layout.pipeline
@@ -273,10 +289,12 @@ def _count_stage(config: MaskMoEGPTModelConfig, layout: Layout, stage: int) -> t
         torch.distributed.destroy_process_group()
 
 
-def _count_chunk(config: MaskMoEGPTModelConfig, groups: ProcessGroupCollection, vp_stage: int | None) -> Chunk:
+def _count_chunk(config: MaskMoEModelConfig, groups: ProcessGroupCollection, vp_stage: int | None) -> Chunk:
     """Build one model chunk on tensors without storage, and count its parameters."""
     with FakeTensorMode():
-        model = _CountingModelBuilder(config).build_model(groups, vp_stage=vp_stage)
+        is_hybrid = isinstance(config, MaskMoEHybridModelConfig)
+        builder: Any = _CountingHybridModelBuilder if is_hybrid else _CountingGPTModelBuilder
+        model = builder(config).build_model(groups, vp_stage=vp_stage)
     parameters = Counter(dict.fromkeys(PARTS, 0))
     experts_of_rank = (config.transformer.num_moe_experts or 0) // groups.ep.size()
     expert_parameters = 0
@@ -299,7 +317,7 @@ def _count_chunk(config: MaskMoEGPTModelConfig, groups: ProcessGroupCollection, 
     )
 
 
-def _buffer_bytes(name: str, buffer: torch.Tensor, config: MaskMoEGPTModelConfig) -> int:
+def _buffer_bytes(name: str, buffer: torch.Tensor, config: MaskMoEModelConfig) -> int:
     """Return the bytes of a buffer in training; 0 for the routing mask, which is counted separately.
 
     `Float16Module` casts floating-point buffers to the type of the parameters. Routers keep their buffers in fp32.

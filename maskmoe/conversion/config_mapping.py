@@ -9,9 +9,9 @@ from typing import Any
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
-from maskmoe.conversion.settings import expand_layer_frequency
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.feed_forward_layers import expand_layer_frequency
 
 # Arguments of Megatron that have only this value in a model that transformers can express.
 _FIXED_ARGS: dict[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Any
 from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.model_tensors import routing_mask_tensors
 from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 
 CONFIG_FILE = "config.json"
@@ -36,12 +37,13 @@ def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> Op
         UserError: the mask does not fit the model.
     """
     config = model.config
-    num_layers = config["num_hidden_layers"] + config["num_nextn_predict_layers"]
+    decoder = tuple(kind == "sparse" for kind in config["mlp_layer_types"])
+    layers = FeedForwardLayers(decoder, decoder[-1:] * config["num_nextn_predict_layers"])
     if mask is None:
-        recipe = MaskRecipe.from_preset("smoe", config["num_experts"], num_layers, shared_table=True)
+        recipe = MaskRecipe.from_preset("smoe", config["num_experts"], len(layers.has_experts), shared_table=True)
         mask = build_routing_mask(recipe, vocab_size=config["vocab_size"])
     if mask.vocab_size < config["vocab_size"]:
         mask = mask.with_vocab_size(config["vocab_size"])
-    mask.check_fits(vocab_size=config["vocab_size"], num_experts=config["num_experts"], num_layers=num_layers)
+    mask.check_fits(vocab_size=config["vocab_size"], num_experts=config["num_experts"], layers=layers)
     mask_source, mask_field = routing_mask_tensors(mask)
     return OpenedModel(JoinedSource(model.source, mask_source), config | {"routing_mask": mask_field})

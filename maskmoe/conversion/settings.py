@@ -10,6 +10,7 @@ from math import inf
 from pathlib import Path
 
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.feed_forward_layers import expand_layer_frequency
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 
@@ -97,18 +98,6 @@ class UpcycleSettings:
         if not any(is_sparse):
             raise UserError("--moe-layer-freq gives experts to no layer")
         return is_sparse
-
-
-def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:
-    """Return for each layer whether Megatron's `--moe-layer-freq` gives it experts.
-
-    Args:
-        frequency: every how many layers have experts, counting from layer 0, or a 0 or 1 for each layer.
-        num_layers: number of layers of the model.
-    """
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(num_layers)]
-    return [bool(sparse) for sparse in frequency]
 
 
 def parse_size(text: str) -> int:

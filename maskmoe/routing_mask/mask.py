@@ -13,6 +13,7 @@ from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe, Vocabulary, assign_table, pack_sets, stack_tables
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import CountedDataset, TokenFrequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
@@ -83,8 +84,8 @@ class RoutingMask(SealedTensors):
             i < N is the set {i}. Rows from N on are sets of two or more experts.
         vocab_size: Number of ids of the tokenizer, without padding.
         num_experts: N, the number of experts in a layer.
-        num_layers: Number of transformer layers of the model, with or without experts. There is one table for each
-            layer, or one table for all layers.
+        num_layers: Number of layers that the mask is for: the feed-forward layers of the model, or its MoE layers.
+            There is one table for each layer, or one table for all layers.
         provenance: The settings and data that the mask was made from.
 
     Raises:
@@ -195,14 +196,20 @@ class RoutingMask(SealedTensors):
         return unpack_bits(visible_bits, self.num_experts)[row_of_id]
 
     def check_fits(
-        self, *, vocab_size: int, num_experts: int, num_layers: int, expert_model_parallel_size: int | None = None
+        self,
+        *,
+        vocab_size: int,
+        num_experts: int,
+        layers: FeedForwardLayers,
+        expert_model_parallel_size: int | None = None,
     ) -> None:
         """Check that a model can use this mask.
 
         Args:
             vocab_size: Number of ids of the model's tokenizer, without padding.
             num_experts: Number of experts in each MoE layer.
-            num_layers: Number of transformer layers, with or without experts. A shared table fits any number.
+            layers: The feed-forward layers of the model. A mask has a table for each of them, or for each MoE layer
+                only. A shared table fits any model.
             expert_model_parallel_size: Expert-parallel ranks of the run; None skips the check, for example if a single
                 process evaluates.
 
@@ -212,11 +219,12 @@ class RoutingMask(SealedTensors):
         sizes = {
             "vocabulary size": (self.vocab_size, vocab_size),
             "number of experts": (self.num_experts, num_experts),
-            "number of layers": (num_layers if self.is_shared else self.num_layers, num_layers),
         }
         differences = [
             f"its {name} is {own}, the model's is {needed}; " for name, (own, needed) in sizes.items() if own != needed
         ]
+        if not (self.is_shared or self.num_layers in (layers.num_moe_layers, len(layers.has_experts))):
+            differences.append(f"it is for {self.num_layers} MoE layers, the model has {layers}; ")
         if differences:
             cure = "build a routing mask for this model or change the model"
             raise UserError(f"routing mask does not fit: {''.join(differences)}{cure}")

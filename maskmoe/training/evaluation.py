@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
 from maskmoe.training.batch import build_datasets, losses_of_all, sum_over_ranks
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args, write_on_first_rank
@@ -82,7 +83,7 @@ def count_tokens_of_experts(model: torch.nn.Module, num_layers: int, num_experts
 
     Args:
         model: This rank's part of the model, whose routers get a forward hook.
-        num_layers: Number of layers of the whole model, layers of multi-token prediction included.
+        num_layers: Number of feed-forward layers of the whole model, multi-token prediction included.
         num_experts: Number of experts of a layer; 0 for a model without experts.
     """
     counts = torch.zeros(num_layers, num_experts, dtype=torch.long, device=torch.cuda.current_device())
@@ -92,7 +93,6 @@ def count_tokens_of_experts(model: torch.nn.Module, num_layers: int, num_experts
         _, routing_map = outputs  # [tokens, experts]
         if is_padding is not None:
             routing_map = routing_map & ~is_padding.reshape(-1, 1)
-        # Not `layer_number`: layers of multi-token prediction count theirs from 1 again.
         counts[router.number_in_model - 1] += routing_map.sum(dim=0)
 
     for module in model.modules():
@@ -161,7 +161,8 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
         raise UserError(f"the {args.eval_split} split of {args.data_path} (--split {args.split}) has no sample")
 
     # Add up the losses and the tokens of each band.
-    counts = count_tokens_of_experts(model, args.num_layers + (args.mtp_num_layers or 0), args.num_experts or 0)
+    num_layers = len(FeedForwardLayers.of_args(args).has_experts)
+    counts = count_tokens_of_experts(model, num_layers, args.num_experts or 0)
     sums = torch.zeros(len(bands.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
     sample = None if dataset is None else dataset.__getitem__
     start = time.perf_counter()

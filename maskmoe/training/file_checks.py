@@ -16,6 +16,7 @@ from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import parse_data_path
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import may_change_mask
@@ -89,7 +90,7 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
     mask.check_fits(
         vocab_size=vocab_size,
         num_experts=args.num_experts,
-        num_layers=args.num_layers + (args.mtp_num_layers or 0),
+        layers=FeedForwardLayers.of_args(args),
         # A rank-local mask works with any layout; its expert-parallel size matters only for the speed of training.
         expert_model_parallel_size=None if args.skip_train else args.expert_model_parallel_size,
     )

@@ -9,26 +9,29 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 
+import torch
 from megatron.core.enums import ModelType
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
 from maskmoe.megatron_compat.globals import get_timers
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.failures import DataFiles, handling_early_ends, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.rank_store import RankStore
+from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
 from maskmoe.training.watchdog import Watchdog
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 
 _DATA_FILES_A_STEP = 8
 
 
-def forward_step(data_iterator: Iterator, model: MaskMoEGPTModel, before: Iterable[Callable[[], object]]) -> tuple:
+def forward_step(data_iterator: Iterator, model: torch.nn.Module, before: Iterable[Callable[[], object]]) -> tuple:
     """Run one micro-batch forward; return the model's output and the function that computes the loss from it.
 
     Args:
@@ -96,6 +99,8 @@ def main() -> None:
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
     model_config = model_config_from_args(args)
+    if args.num_experts and args.hybrid_layer_pattern is not None:
+        set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
     if args.num_experts:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
     before_each = (let_signals_save, watchdog.step, partial(data_files.check, _DATA_FILES_A_STEP))

@@ -135,8 +135,9 @@ _ALWAYS_REFUSED = {
     "--non-persistent-ckpt-type local or in_memory": "A local checkpoint has the tensors of one rank in a format of "
     "nvidia-resiliency-ext, from which MaskMoE cannot read the routing mask. Megatron-Core does not implement "
     "in_memory.",
-    "--experimental-attention-variant, --linear-attention-freq, --hybrid-layer-pattern, --hybrid-override-pattern, "
-    "--mtp-hybrid-override-pattern, --is-hybrid-model, --heterogeneous-layers-config-path or "
+    "--hybrid-override-pattern, --mtp-hybrid-override-pattern or --is-hybrid-model": "Megatron-Core keeps these flags "
+    "for old checkpoints. Use --hybrid-layer-pattern.",
+    "--experimental-attention-variant, --linear-attention-freq, --heterogeneous-layers-config-path or "
     "--heterogeneous-layers-config-encoded-json": "The layer specifications of these models have no MaskMoE layers.",
     "--use-megatron-fsdp": "If each expert is on one rank only, Megatron-Core 0.19 divides its accumulated gradient by "
     "the number of ranks after every micro-batch. Saving hangs, because all ranks must describe each optimizer state "

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from maskmoe.megatron_compat.globals import get_args
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import RoutingSums
 
@@ -112,7 +113,7 @@ def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
     """
     # Collect the sums and the maximum of this rank's layers; layers of other pipeline stages stay 0.
     config = get_model_config(model[0])
-    num_layers = config.num_layers + (config.mtp_num_layers or 0)
+    num_layers = len(FeedForwardLayers.of_args(get_args()).has_experts)
     num_ep_ranks = config.expert_model_parallel_size
     device = torch.cuda.current_device()
     row_size = 1 + RoutingSums.packed_size(config.num_moe_experts)

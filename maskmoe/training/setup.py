@@ -13,7 +13,11 @@ from typing import Any, cast
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.initialize import initialize_megatron
@@ -30,7 +34,7 @@ from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask, refuse_unknown_flags
-from maskmoe.training.model_builder import MaskMoEGPTModelConfig
+from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.refusals import check_supported
 from maskmoe.transformer.visible_experts import check_same_mask
@@ -177,14 +181,18 @@ def load_model(args: Namespace) -> torch.nn.Module:
     return model[0]
 
 
-def model_config_from_args(args: Namespace) -> MaskMoEGPTModelConfig:
+def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
     """Return the configuration of the model that the command line describes.
 
     Raises:
         UserError: Settings that cannot work together.
     """
     with megatrons_checks():
-        config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
+        if args.hybrid_layer_pattern is None:
+            config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
+        else:
+            config = hybrid_config_from_args(args, model_config_cls=MaskMoEHybridModelConfig)
+            config.rope_scaling = args.use_rope_scaling
     if args.num_experts:
         # `find_routing_mask` refuses a run without a mask.
         checkpoint = resume.checkpoint_to_load(args)

@@ -2,19 +2,20 @@
 
 from typing import Any
 
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from maskmoe.transformer.backends.cross_entropy import CrossEntropyOfOneCopy
 from maskmoe.transformer.model_mixin import RoutesByTokenId
-from maskmoe.transformer.packed_documents import PackingGPTModel
+from maskmoe.transformer.packed_documents import PackingModel
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
-class DenseGPTModel(CrossEntropyOfOneCopy, PackingGPTModel):
+class DenseGPTModel(PackingModel, CrossEntropyOfOneCopy, GPTModel):
     """`GPTModel` without experts, with packed documents and the loss of `MaskMoEGPTModel`."""
 
 
-class MaskMoEGPTModel(RoutesByTokenId, CrossEntropyOfOneCopy, PackingGPTModel):
+class MaskMoEGPTModel(PackingModel, RoutesByTokenId, CrossEntropyOfOneCopy, GPTModel):
     """`GPTModel` whose MoE layers route by token id.
 
     Every pipeline stage must be given `input_ids`, also stages without an embedding. A padding mask, bool [batch,
@@ -29,7 +30,6 @@ class MaskMoEGPTModel(RoutesByTokenId, CrossEntropyOfOneCopy, PackingGPTModel):
 
     def __init__(self, *args: Any, visible_experts: VisibleExperts, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._drop_unused_output_weight()
         self.set_routing_mask(visible_experts)
 
     def _preprocess(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
@@ -42,13 +42,3 @@ class MaskMoEGPTModel(RoutesByTokenId, CrossEntropyOfOneCopy, PackingGPTModel):
         outputs = super()._preprocess(input_ids, *args, **kwargs)
         decoder_input, rope, rope_cos, rope_sin, sequence_offset, _padding_mask, *rest = outputs
         return decoder_input, rope, rope_cos, rope_sin, sequence_offset, packed, *rest
-
-    def _drop_unused_output_weight(self) -> None:
-        """Drop the output layer's own weight where embeddings are tied and multi-token prediction holds an embedding.
-
-        The output layer then uses the weight of that embedding. On a later pipeline stage, `GPTModel` also allocates a
-        weight in the output layer, which is never used and makes saving a checkpoint fail. `GPTModel` has no argument
-        to prevent the allocation.
-        """
-        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process:
-            self.output_layer.weight = None

@@ -33,7 +33,7 @@ from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.backends.latent_attention import LocalMLASelfAttention, keys_of_checkpoint
 from maskmoe.transformer.backends.mlp import TorchMLP, TorchSharedExpertMLP
 from maskmoe.transformer.backends.replicated_linear import ReplicatedLinear
-from maskmoe.transformer.backends.torch_norm import build_torch_norm
+from maskmoe.transformer.backends.torch_norm import TorchNorm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
@@ -43,7 +43,7 @@ from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 _REPLACEMENTS: dict[Any, Any] = {
-    WrappedTorchNorm: build_torch_norm,
+    WrappedTorchNorm: TorchNorm,
     DotProductAttention: TorchDotProductAttention,
     MLP.as_mlp_submodule: TorchMLP.as_mlp_submodule,
     MoELayer: MaskMoELayer,
@@ -70,8 +70,8 @@ def get_maskmoe_decoder_block_spec(
         vp_stage: virtual pipeline stage.
         qk_layernorm_all_heads: normalize queries and keys over all heads, see `AllHeadsRMSNorm`.
     """
-    block = get_gpt_decoder_block_spec(config, vp_stage=vp_stage, **_backend(config))
-    return _with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
+    block = get_gpt_decoder_block_spec(config, vp_stage=vp_stage, **backend_arguments(config))
+    return with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
 
 
 def get_maskmoe_mtp_block_spec(
@@ -86,17 +86,17 @@ def get_maskmoe_mtp_block_spec(
     The arguments are those of `get_maskmoe_decoder_block_spec`. Returns None if the pipeline stage has no
     multi-token prediction.
     """
-    backend = _backend(config)
+    backend = backend_arguments(config)
     block = get_gpt_mtp_block_spec(
         config,
         get_gpt_decoder_layer_specs(config, **backend)[-1],  # pyrefly: ignore[bad-index]  # Megatron annotates a block
         use_transformer_engine=backend["use_transformer_engine"],
         vp_stage=vp_stage,
     )
-    return _with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
+    return with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
 
 
-def _backend(config: TransformerConfig) -> dict[str, Any]:
+def backend_arguments(config: TransformerConfig) -> dict[str, Any]:
     """Return the arguments that make Megatron-Core's functions select modules."""
     return {
         "use_transformer_engine": config.transformer_impl == "transformer_engine",
@@ -105,7 +105,7 @@ def _backend(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _with_maskmoe_modules(
+def with_maskmoe_modules(
     spec: Any,
     config: TransformerConfig,
     visible_experts: VisibleExperts | None,
@@ -132,7 +132,7 @@ def _with_maskmoe_modules(
         if isinstance(node, TransformerLayerSubmodules) and is_local and isinstance(config, MLATransformerConfig):
             return replace(node, sharded_state_dict_keys_map=_keys_of_latent_attention(node, config))
         if node is FusedLayerNorm and config.normalization != "LayerNorm":
-            return build_torch_norm  # Megatron takes Apex's norm if Apex is installed, also for an RMSNorm.
+            return TorchNorm  # Megatron takes Apex's norm if Apex is installed, also for an RMSNorm.
         if node is _build_shared_experts and not config.use_grouped_gemm_for_shared_expert:
             return TorchSharedExpertMLP
         return _REPLACEMENTS.get(node, node) if isinstance(node, type | MethodType) else node
@@ -147,12 +147,14 @@ def _keys_of_latent_attention(layer: TransformerLayerSubmodules, config: MLATran
 
 
 def map_spec(node: Any, substitute: Callable[[Any], Any]) -> Any:
-    """Rebuild a spec, a tree of dataclasses, lists and partials, with `substitute` applied to its nodes."""
+    """Rebuild a spec, a tree of dataclasses, lists, dicts and partials, with `substitute` applied to its nodes."""
     if isinstance(node, partial):
         keywords = {name: map_spec(value, substitute) for name, value in node.keywords.items()}
         return partial(map_spec(node.func, substitute), *node.args, **keywords)
     if isinstance(node, list):
         return [map_spec(child, substitute) for child in node]
+    if isinstance(node, dict):
+        return {name: map_spec(child, substitute) for name, child in node.items()}
     if is_dataclass(node) and not isinstance(node, type):
         children = {field.name: map_spec(getattr(node, field.name), substitute) for field in fields(node)}
         return substitute(replace(node, **children))

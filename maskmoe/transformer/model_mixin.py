@@ -1,6 +1,7 @@
 """The part of a model that hands token ids and dispatch plans to its MoE layers, for any Megatron-Core model class."""
 
 import logging
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,6 +28,10 @@ class RoutesByTokenId(torch.nn.Module):
 
     config: TransformerConfig
     pg_collection: ProcessGroupCollection
+    share_embeddings_and_output_weights: bool
+    mtp_process: bool
+    post_process: bool
+    output_layer: Any
 
     def set_routing_mask(self, visible_experts: VisibleExperts) -> None:
         """Register the routing mask, and prepare to plan dispatch if mask and settings allow plans.
@@ -34,6 +39,7 @@ class RoutesByTokenId(torch.nn.Module):
         Args:
             visible_experts: the routing mask that the model's routers share.
         """
+        self._drop_unused_output_weight()
         self.routing_mask = visible_experts
         self._dispatch_planner: DispatchPlanner | None = None
         kind = choose_dispatch(self.config, self.pg_collection, visible_experts.is_rank_local)
@@ -66,3 +72,13 @@ class RoutesByTokenId(torch.nn.Module):
             return packed
         token_ids = unpack_token_ids(packed)
         return pack_token_ids(TokenIds(token_ids.ids, token_ids.is_padding, self._dispatch_planner.plan(token_ids)))
+
+    def _drop_unused_output_weight(self) -> None:
+        """Drop the output layer's own weight where embeddings are tied and multi-token prediction holds an embedding.
+
+        The output layer then uses the weight of that embedding. On a later pipeline stage, Megatron-Core also allocates
+        a weight in the output layer, which is never used and makes saving a checkpoint fail. The model classes have no
+        argument to prevent the allocation.
+        """
+        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process:
+            self.output_layer.weight = None

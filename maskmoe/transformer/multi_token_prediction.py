@@ -1,7 +1,9 @@
 """Multi-token prediction whose layers route by the ids of the tokens that they embed."""
 
+from dataclasses import replace
 from typing import Any
 
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch import Tensor
 
@@ -14,7 +16,17 @@ class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
     Each layer embeds the tokens one position further on, and shifts `padding_mask`, which holds the token ids, along.
     The stock layer shifts only the part of the sequence that a rank holds. The last token of the part then gets id 0
     instead of the id of the next rank's first token.
+
+    Args: those of `MultiTokenPredictionLayer`.
     """
+
+    def __init__(self, *args: Any, hybrid_submodules: HybridStackSubmodules | None = None, **kwargs: Any) -> None:
+        if hybrid_submodules is not None:
+            # `HybridStack` does not pass `is_mtp_layer` to MoE layers.
+            moe_layer: Any = hybrid_submodules.moe_layer
+            moe_layer = replace(moe_layer, params={**moe_layer.params, "is_mtp_layer": True})
+            hybrid_submodules = replace(hybrid_submodules, moe_layer=moe_layer)
+        super().__init__(*args, hybrid_submodules=hybrid_submodules, **kwargs)
 
     def _get_embeddings(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
         """Shift ids and embed them, as the overridden method does.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
@@ -55,12 +57,16 @@ class PackedDocuments(PackedSeqParams):
         )
 
 
-class PackingGPTModel(GPTModel):
-    """`GPTModel` that takes packed documents in samples, [batch, sequence], on every pipeline stage.
+class PackingModel(torch.nn.Module):
+    """Mixin for a Megatron-Core model that takes packed documents in samples, [batch, sequence], on every stage.
 
     Megatron-Core computes packed documents as one sequence, [1, batch * sequence]. Its pipeline schedules still expect
     hidden states [sequence, batch, hidden] between stages, so this class changes the shape at both ends of a stage.
     """
+
+    config: TransformerConfig
+    decoder: Any
+    post_process: bool
 
     def forward(
         self,
@@ -76,10 +82,10 @@ class PackingGPTModel(GPTModel):
         Args:
             input_ids: int64 [batch, sequence].
             position_ids: int64 [batch, sequence]; with packed documents, positions within the documents.
-            attention_mask: as for `GPTModel.forward`; None with packed documents.
-            args: further positional arguments of `GPTModel.forward`.
+            attention_mask: as for the model's class; None with packed documents.
+            args: further positional arguments of the model's class.
             packed_seq_params: the documents of the micro-batch; None if tokens attend to the whole sample.
-            kwargs: further keyword arguments of `GPTModel.forward`; tensors for each token are [batch, sequence].
+            kwargs: further keyword arguments of the model's class; tensors for each token are [batch, sequence].
 
         Returns:
             losses [batch, sequence] or logits [batch, sequence, vocabulary] on the last stage, else hidden states.
@@ -94,7 +100,10 @@ class PackingGPTModel(GPTModel):
         received = self.decoder.input_tensor
         if received is not None:
             self.decoder.input_tensor = received.view(-1, 1, received.shape[-1])
-        output = super().forward(ids, positions, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
+        with self._rotating_by_position(positions):
+            output = super().forward(
+                ids, positions, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
         # Separate the samples, or give the hidden states the shape in which the schedules send them.
         if self.post_process:
             return output.view(*input_ids.shape, *output.shape[2:])
@@ -102,13 +111,20 @@ class PackingGPTModel(GPTModel):
         # The schedules free the memory of a sent tensor, which must not be a view.
         return make_viewless_tensor(sent, requires_grad=True, keep_graph=True)
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
-        """Compute the inputs of the decoder, with the rotary embedding of each token by its position.
+    @contextmanager
+    def _rotating_by_position(self, position_ids: Tensor) -> Iterator[None]:
+        """Let the model compute the rotary embedding of each token by its position, during one forward pass.
 
         Megatron-Core would otherwise apply the rotary embedding to one document after the other, in every layer. Fused
-        rotary embeddings take the bounds of the documents instead.
+        rotary embeddings take the bounds of the documents instead, and latent attention has its own embedding.
         """
-        decoder_input, rope, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        if kwargs.get("packed_seq_params") is not None and rope is not None and not self.config.apply_rope_fusion:
-            rope = rope[position_ids.flatten()]  # [tokens, 1, 1, channels]
-        return decoder_input, rope, *rest
+        embedding = getattr(self, "rotary_pos_emb", None)
+        if embedding is None or self.config.apply_rope_fusion:
+            yield
+            return
+        # The rotary embedding is [positions, 1, 1, channels].
+        hook = embedding.register_forward_hook(lambda module, args, rope: rope[position_ids.flatten()])
+        try:
+            yield
+        finally:
+            hook.remove()

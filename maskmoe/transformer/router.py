@@ -77,9 +77,12 @@ class MaskMoERouter(TopKRouter):
 
     @property
     def number_in_model(self) -> int:
-        """The layer's number, counting from 1; layers of multi-token prediction follow the decoder's layers."""
+        """The layer's number among the feed-forward layers of the model, counting from 1.
+
+        `layer_number` starts again from 1 in multi-token prediction.
+        """
         assert self.layer_number is not None
-        return self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
+        return self.layer_number + (len(self.visible_experts.layers.decoder) if self.is_mtp_layer else 0)
 
     @property
     def table(self) -> int:

@@ -13,6 +13,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size, make_sharded_tensor_fo
 from torch import Tensor
 
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 
 # The name of the mask's module inside the model, hence the prefix of the mask's tensors in every checkpoint.
@@ -42,12 +43,14 @@ class VisibleExperts(MegatronModule):
 
     Args:
         config: the model's configuration.
-        mask: the routing mask; must fit the model's number of experts and layers.
+        mask: the routing mask; must fit the model's experts and layers.
         pg_collection: process groups of the model; saving uses `tp`, `pp` and `dp_cp`.
         vp_stage: the model chunk of this rank that holds the instance, if the pipeline is interleaved.
         replaces: the other mask that the checkpoint to load was made with; None if it was made with `mask`.
+        layers: the feed-forward layers of the model; by default those of a `GPTModel` with this configuration.
 
     Attributes:
+        layers: the feed-forward layers of the model.
         is_rank_local: whether the visible experts of every id are on one expert-parallel rank.
         min_visible: the smallest number of visible experts of any id.
     """
@@ -66,15 +69,18 @@ class VisibleExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
         replaces: RoutingMask | None = None,
+        layers: FeedForwardLayers | None = None,
     ) -> None:
         super().__init__(config)
+        self.layers = layers or FeedForwardLayers.of_frequency(
+            config.moe_layer_freq, config.num_layers, config.mtp_num_layers or 0
+        )
         self.pg_collection = pg_collection
         self.vp_stage = vp_stage or 0
         self.num_experts = mask.num_experts
         self.vocab_size = mask.vocab_size
         self.min_visible = mask.min_visible
         self.digest = mask.digest
-        self.is_shared = mask.is_shared
         self._replaces = replaces
         for name, buffer in buffers_of_routing_mask(mask).items():
             self.register_buffer(name, buffer)
@@ -88,9 +94,9 @@ class VisibleExperts(MegatronModule):
         # `from_numpy` also fills the buffer where `--init-model-with-meta-device` makes other new tensors empty.
         self.register_buffer("bit_values", torch.from_numpy(1 << np.arange(8, dtype=np.uint8)), persistent=False)
 
-    def table_of_layer(self, layer_number: int) -> int:
-        """Return the table of the layer that Megatron numbers `layer_number`, counting from 1."""
-        return 0 if self.is_shared else layer_number - 1
+    def table_of_layer(self, number: int) -> int:
+        """Return the table of a MoE layer by its number among the feed-forward layers, counting from 1."""
+        return self.layers.table(number, num_tables=len(self.row_of_id))
 
     def forward(self, token_ids: Tensor, table: int) -> VisibleSets:
         """Look up visible sets.

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import MaskProvenance, MaskRecipe, RoutingMask, build_routing_mask
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import expected_expert_load, overloading_ids
 
 PROVENANCE = MaskProvenance("uniform", 0.5, 2, seed=0)
@@ -175,13 +176,23 @@ def test_parts_that_do_not_fit_together_are_refused(changes, message, tmp_path):
 
 
 def test_check_fits(mask):
-    model = {"vocab_size": 200, "num_experts": 10, "num_layers": 3}
+    model = {"vocab_size": 200, "num_experts": 10, "layers": FeedForwardLayers((True,) * 3)}
     mask.check_fits(**model)
     mask.check_fits(**model, expert_model_parallel_size=2)
     mask.check_fits(**model, expert_model_parallel_size=5)
-    for name, what in (("vocab_size", "vocabulary"), ("num_experts", "experts"), ("num_layers", "layers")):
+    for name, what in (("vocab_size", "vocabulary"), ("num_experts", "experts")):
         with pytest.raises(UserError, match=f"{what}.* is {model[name]}, the model's is 12"):
             mask.check_fits(**model | {name: 12})
+    # A table for each MoE layer, or for each MLP, too; layers of multi-token prediction count.
+    for layers in (
+        FeedForwardLayers((False, True, False, True), (True,)),
+        FeedForwardLayers((True, False), (True,)),
+        FeedForwardLayers.of_pattern("*-*E|*E/*E"),
+    ):
+        mask.check_fits(**model | {"layers": layers})
+    message = "it is for 3 MoE layers, the model has 4, and 1 feed-forward layers without experts"
+    with pytest.raises(UserError, match=message):
+        mask.check_fits(**model | {"layers": FeedForwardLayers.of_pattern("*-*E*E*E/*E")})
     with pytest.raises(UserError, match="10 experts cannot be divided"):
         mask.check_fits(**model, expert_model_parallel_size=4)
 
@@ -189,7 +200,7 @@ def test_check_fits(mask):
 def test_check_fits_of_shared_and_rank_local_masks(zipf_frequency):
     recipe = MaskRecipe(8, 3, "rank-local", 0.5, 2, expert_model_parallel_size=4, shared_table=True)
     mask = build_routing_mask(recipe, frequency=zipf_frequency(200, 5000))
-    model = {"vocab_size": 200, "num_experts": 8, "num_layers": 99}
+    model = {"vocab_size": 200, "num_experts": 8, "layers": FeedForwardLayers((True,) * 99)}
     mask.check_fits(**model)
     for divisor in (1, 2, 4):
         mask.check_fits(**model, expert_model_parallel_size=divisor)

@@ -8,6 +8,7 @@ from support.tools import assert_bad_input, run_tool
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.routing_mask import RoutingMask, TokenFrequency
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 VOCAB_SIZE = 300
 
@@ -87,7 +88,9 @@ def test_build(folder):
     process = build(*COUNTS, *MODEL, *METHOD, *rank_local, cwd=folder)
     assert process.returncode == 0, process.stderr
     mask = RoutingMask.load(folder / "mask.safetensors")
-    mask.check_fits(vocab_size=VOCAB_SIZE, num_experts=8, num_layers=3, expert_model_parallel_size=2)
+    mask.check_fits(
+        vocab_size=VOCAB_SIZE, num_experts=8, layers=FeedForwardLayers((True,) * 3), expert_model_parallel_size=2
+    )
     provenance = mask.provenance
     assert (provenance.assignment, provenance.frequent_mass, provenance.seed) == ("rank-local", 0.5, 3)
     assert provenance.counts_digest == TokenFrequency.load(folder / "counts.safetensors").digest

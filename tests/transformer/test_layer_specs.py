@@ -25,7 +25,7 @@ from support.small_moe import make_config, make_mask, make_model, make_visible_e
 from maskmoe.transformer import layer_specs
 from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.backends.mlp import TorchMLP, TorchSharedExpertMLP
-from maskmoe.transformer.backends.torch_norm import build_torch_norm
+from maskmoe.transformer.backends.torch_norm import TorchNorm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.moe_layer import MaskMoELayer
@@ -62,7 +62,7 @@ def replaced(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str | N
     """Name the replacement at `path`; None if the leaf is the same in both specs."""
     if ours[path] is theirs[path] or ours[path] == theirs[path]:
         return None
-    if theirs[path] is WrappedTorchNorm and ours[path] is build_torch_norm:
+    if theirs[path] is WrappedTorchNorm and ours[path] is TorchNorm:
         return "norm"
     if theirs[path] is MoELayer and ours[path] is MaskMoELayer:
         return "layer"
@@ -111,7 +111,7 @@ def test_stock_specs_stay_as_they_are() -> None:
     stock = stock_block(config)
     before = list(leaves(stock))
     visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 4, 9, 4)))
-    layer_specs._with_maskmoe_modules(stock, config, visible_experts)
+    layer_specs.with_maskmoe_modules(stock, config, visible_experts)
     get_maskmoe_decoder_block_spec(config, visible_experts)
     after, fresh = list(leaves(stock)), list(leaves(stock_block(config)))
     assert len(before) == len(after) == len(fresh)
@@ -145,7 +145,7 @@ def test_norms_of_a_sequence_parallel_model_are_marked() -> None:
         assert norm.weight.sequence_parallel
 
 
-@pytest.mark.parametrize(("normalization", "expected"), [("RMSNorm", build_torch_norm), ("LayerNorm", FusedLayerNorm)])
+@pytest.mark.parametrize(("normalization", "expected"), [("RMSNorm", TorchNorm), ("LayerNorm", FusedLayerNorm)])
 def test_norms_of_apex_are_kept_where_they_fit(normalization, expected, monkeypatch) -> None:
     """With Apex installed, Megatron takes Apex's LayerNorm after the last layer, also if the model has RMSNorms."""
     monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)
@@ -172,14 +172,14 @@ def test_specs_of_transformer_engine_keep_its_modules() -> None:
     spec = [_Submodules(linear=_TransformerEngineNorm, mlp=moe), _Submodules(linear=WrappedTorchNorm)]
     config = make_config()
     visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
-    first, second = layer_specs._with_maskmoe_modules(spec, config, visible_experts)
+    first, second = layer_specs.with_maskmoe_modules(spec, config, visible_experts)
     assert first.linear is _TransformerEngineNorm
     assert first.mlp.func is MaskMoELayer
     submodules = first.mlp.keywords["submodules"]
     assert submodules.router.func is MaskMoERouter
     assert submodules.router.keywords == {"visible_experts": visible_experts, "aux_loss_tokens": "all"}
     assert submodules.experts.keywords["submodules"].linear is _TransformerEngineNorm
-    assert second.linear is build_torch_norm
+    assert second.linear is TorchNorm
     assert spec[0].mlp is moe
     assert spec[1].linear is WrappedTorchNorm
 

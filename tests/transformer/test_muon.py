@@ -14,14 +14,14 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from support.small_moe import DEVICE, make_config, make_mask, make_model, take_metrics
 
 from maskmoe.transformer.backends.attention import TorchDotProductAttention
-from maskmoe.transformer.backends.torch_norm import build_torch_norm
+from maskmoe.transformer.backends.torch_norm import TorchNorm
 from maskmoe.transformer.gpt_model import DenseGPTModel
 from maskmoe.transformer.layer_specs import map_spec
 
 SEQUENCE, VOCAB_SIZE, NUM_EXPERTS = 16, 20, 4
 # Modules besides MoE layers that MaskMoE replaces. They, and the loss of `DenseGPTModel`, agree with Megatron's up to
 # rounding.
-OTHER_MODULES = {DotProductAttention: TorchDotProductAttention, WrappedTorchNorm: build_torch_norm}
+OTHER_MODULES = {DotProductAttention: TorchDotProductAttention, WrappedTorchNorm: TorchNorm}
 
 
 def model_config():

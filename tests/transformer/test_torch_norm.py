@@ -7,7 +7,7 @@ from support.small_moe import DEVICE, make_config
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
-from maskmoe.transformer.backends.torch_norm import build_torch_norm
+from maskmoe.transformer.backends.torch_norm import TorchNorm
 
 NORMS = [torch.nn.LayerNorm, torch.nn.RMSNorm]
 # Sums over features and tokens are added in another order.
@@ -22,7 +22,7 @@ def test_is_the_norm_of_torch(norm_class: type, sequence_parallel: bool) -> None
         sequence_parallel=sequence_parallel,
         tensor_model_parallel_size=1 + sequence_parallel,
     )
-    norm = build_torch_norm(config=config, hidden_size=8, eps=1e-3, persist_layer_norm=True)
+    norm = TorchNorm(config=config, hidden_size=8, eps=1e-3, persist_layer_norm=True)
     assert isinstance(norm, norm_class)
     assert norm.eps == 1e-3
     assert norm.state_dict().keys() == norm_class(8).state_dict().keys()
@@ -39,7 +39,7 @@ def results(norm: torch.nn.Module, hidden: Tensor) -> list[Tensor]:
 
 def draw_pair(norm_class: type, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return our norm and torch's norm with the same weights."""
-    ours = build_torch_norm(make_config(normalization=norm_class.__name__), 64, eps=1e-3).to(DEVICE, dtype)
+    ours = TorchNorm(make_config(normalization=norm_class.__name__), 64, eps=1e-3).to(DEVICE, dtype)
     theirs = norm_class(64, eps=1e-3).to(DEVICE, dtype)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         one.data.copy_(torch.randn(64))
@@ -86,7 +86,7 @@ def test_rms_norm_keeps_its_input_only(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_zero_centred_weights_are_added_to_one(norm_class: type, dtype: torch.dtype) -> None:
     config = make_config(normalization=norm_class.__name__, layernorm_zero_centered_gamma=True)
-    ours, theirs = build_torch_norm(config, 64, eps=1e-3).to(DEVICE, dtype), norm_class(64, eps=1e-3).to(DEVICE)
+    ours, theirs = TorchNorm(config, 64, eps=1e-3).to(DEVICE, dtype), norm_class(64, eps=1e-3).to(DEVICE)
     assert not any(parameter.any() for parameter in ours.parameters())
     ours.weight.data.normal_(std=0.1)
     theirs.weight.data.copy_(1 + ours.weight.float())
@@ -102,4 +102,4 @@ def test_refuses_a_norm_that_torch_lacks() -> None:
     config = make_config()
     config.normalization = "L2Norm"
     with pytest.raises(ValueError, match="L2Norm"):
-        build_torch_norm(config, 8)
+        TorchNorm(config, 8)

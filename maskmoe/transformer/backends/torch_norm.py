@@ -79,13 +79,13 @@ _NORMS = {
 }
 
 
-def build_torch_norm(
-    config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
-) -> torch.nn.LayerNorm | torch.nn.RMSNorm:
-    """Build the norm that `WrappedTorchNorm` builds, also under sequence parallelism, which `WrappedTorchNorm` refuses.
+class TorchNorm:
+    """Builds the norm that `WrappedTorchNorm` builds, also for sequence parallelism, which `WrappedTorchNorm` refuses.
 
     Under sequence parallelism, the gradient of the norm's weight covers only this rank's part of the sequence. Marking
     the parameters `sequence_parallel` makes Megatron-Core's `finalize_model_grads` add the gradients of all ranks.
+
+    This is a class because Megatron-Core's `build_module` does not call functions.
 
     Args:
         config: the model's configuration; `normalization` is LayerNorm or RMSNorm.
@@ -96,10 +96,15 @@ def build_torch_norm(
     Raises:
         ValueError: torch has no such norm.
     """
-    norm_class = _NORMS.get((config.layernorm_zero_centered_gamma, config.normalization))
-    if norm_class is None:
-        raise ValueError(f"torch has no normalization {config.normalization}; use LayerNorm or RMSNorm")
-    norm = norm_class(hidden_size, eps=eps)
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # pyrefly: ignore[missing-attribute]
-    return norm
+
+    def __new__(  # pyrefly: ignore[bad-return]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> torch.nn.LayerNorm | torch.nn.RMSNorm:
+        """Build a norm of torch."""
+        norm_class = _NORMS.get((config.layernorm_zero_centered_gamma, config.normalization))
+        if norm_class is None:
+            raise ValueError(f"torch has no normalization {config.normalization}; use LayerNorm or RMSNorm")
+        norm = norm_class(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # pyrefly: ignore[missing-attribute]
+        return norm

@@ -1,0 +1,90 @@
+"""The layers of a model that a routing mask has tables for."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Self
+
+_MLP, _MOE, _STAGE, _PREDICTION = "-", "E", "|", "/"
+
+
+@dataclass(frozen=True)
+class FeedForwardLayers:
+    """The feed-forward layers of a model: its MLPs and MoE layers, numbered from 1 through the whole model.
+
+    In Megatron-Core's `GPTModel`, each transformer layer has one. In `HybridModel`, each symbol `-` or `E` of the
+    pattern is one. A GPT model and its hybrid twin have equal instances, so a routing mask for one fits the other.
+
+    Attributes:
+        decoder: whether each feed-forward layer of the decoder has experts.
+        prediction: whether each feed-forward layer of multi-token prediction has experts. Their numbers follow the
+            decoder's.
+    """
+
+    decoder: tuple[bool, ...]
+    prediction: tuple[bool, ...] = ()
+
+    @classmethod
+    def of_frequency(cls, frequency: int | list[int], num_layers: int, num_predictions: int = 0) -> Self:
+        """Return the feed-forward layers of a `GPTModel` with experts.
+
+        Args:
+            frequency: Megatron's `--moe-layer-freq`: every how many layers have experts, or a 0 or 1 for each layer.
+            num_layers: Number of transformer layers.
+            num_predictions: Number of layers of multi-token prediction, which repeat the decoder's last layer.
+        """
+        decoder = tuple(expand_layer_frequency(frequency, num_layers))
+        return cls(decoder, decoder[-1:] * num_predictions)
+
+    @classmethod
+    def of_pattern(cls, pattern: str) -> Self:
+        """Return the feed-forward layers of a `HybridModel` with a valid `--hybrid-layer-pattern`."""
+        decoder, *predictions = pattern.split(_PREDICTION)
+        return cls(*(tuple(s == _MOE for s in part if s in (_MLP, _MOE)) for part in (decoder, "".join(predictions))))
+
+    @classmethod
+    def of_args(cls, args: Namespace) -> Self:
+        """Return the feed-forward layers of the model that Megatron's validated arguments describe."""
+        if args.hybrid_layer_pattern is not None:
+            return cls.of_pattern(args.hybrid_layer_pattern)
+        num_predictions = args.mtp_num_layers or 0
+        if not args.num_experts:
+            return cls((False,) * args.num_layers, (False,) * num_predictions)
+        return cls.of_frequency(args.moe_layer_freq, args.num_layers, num_predictions)
+
+    @property
+    def has_experts(self) -> tuple[bool, ...]:
+        """Whether each feed-forward layer of the model has experts."""
+        return self.decoder + self.prediction
+
+    def __str__(self) -> str:
+        num_dense = len(self.has_experts) - self.num_moe_layers
+        dense = f", and {num_dense} feed-forward layers without experts" if num_dense else ""
+        return f"{self.num_moe_layers}{dense}"
+
+    @property
+    def num_moe_layers(self) -> int:
+        """The number of MoE layers."""
+        return sum(self.has_experts)
+
+    def table(self, number: int, num_tables: int) -> int:
+        """Return the table, from 0, that a routing mask has for a MoE layer.
+
+        Args:
+            number: The number of the MoE layer among the feed-forward layers.
+            num_tables: The tables of the mask: one for all layers, for each feed-forward layer, or for each MoE layer.
+        """
+        if num_tables == 1:
+            return 0
+        return number - 1 if num_tables == len(self.has_experts) else sum(self.has_experts[: number - 1])
+
+
+def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:
+    """Return for each layer whether Megatron's `--moe-layer-freq` gives it experts.
+
+    Args:
+        frequency: Every how many layers have experts, counting from layer 0, or a 0 or 1 for each layer.
+        num_layers: Number of layers of the model.
+    """
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(num_layers)]
+    return [bool(sparse) for sparse in frequency]

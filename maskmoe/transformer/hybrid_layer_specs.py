@@ -1,0 +1,86 @@
+"""The spec of Megatron-Core's `HybridStack`, made of the halves of our GPT layers."""
+
+from copy import copy
+from dataclasses import replace
+from typing import Any, cast
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from maskmoe.transformer.hybrid_stack import MaskMoEHybridStack
+from maskmoe.transformer.layer_specs import backend_arguments, with_maskmoe_modules
+from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.visible_experts import VisibleExperts
+
+
+def get_maskmoe_hybrid_stack_spec(
+    config: TransformerConfig,
+    visible_experts: VisibleExperts | None,
+    aux_loss_tokens: AuxLossTokens = "all",
+    vp_stage: int | None = None,
+    qk_layernorm_all_heads: bool = False,
+) -> ModuleSpec:
+    """Return a spec like Megatron-Core's `hybrid_stack_spec`, with MaskMoE layers in place of MoE layers.
+
+    The stock spec needs Transformer Engine. This spec divides the transformer layers of a GPT model between attention
+    and MLP, so local modules, norms of queries and keys, and every other setting of these layers come along.
+
+    Args:
+        config: the model's configuration; `transformer_impl` selects Transformer Engine or local modules.
+        visible_experts: the routing mask shared by the model's routers; None for a model without experts.
+        aux_loss_tokens: tokens that load-balancing losses count, see `MaskMoERouter`.
+        vp_stage: virtual pipeline stage.
+        qk_layernorm_all_heads: normalize queries and keys over all heads, see `AllHeadsRMSNorm`.
+    """
+    # Get the specs of a dense and of a MoE layer from a GPT model of two layers.
+    two_layers = copy(config)
+    two_layers.num_layers, two_layers.pipeline_model_parallel_size = 2, 1
+    two_layers.virtual_pipeline_model_parallel_size = None
+    two_layers.num_layers_in_first_pipeline_stage = two_layers.num_layers_in_last_pipeline_stage = None
+    two_layers.moe_layer_freq = [0, int(visible_experts is not None)]
+    backend = backend_arguments(config)
+    block = get_gpt_decoder_block_spec(two_layers, **backend, pp_rank=0)
+    assert block.layer_specs is not None
+    dense, last = block.layer_specs
+    attention = _attention_half(dense)
+    submodules = HybridStackSubmodules(mlp_layer=_mlp_half(dense))
+    if config.multi_latent_attention:
+        submodules.mla_layer = attention
+    else:
+        submodules.attention_layer = attention
+    if visible_experts is not None:
+        submodules.moe_layer = _mlp_half(last)
+    # The layers of multi-token prediction are built from the pattern, but its norms and its projection from this spec.
+    if config.mtp_num_layers:
+        submodules.mtp_block_spec = cast(
+            Any, get_gpt_mtp_block_spec(config, last, backend["use_transformer_engine"], vp_stage=vp_stage)
+        )
+    stack = ModuleSpec(MaskMoEHybridStack, params={"final_norm": block.layer_norm}, submodules=submodules)
+    return with_maskmoe_modules(stack, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
+
+
+def _attention_half(layer: ModuleSpec) -> ModuleSpec:
+    """Return the spec of the attention of a transformer layer."""
+    whole = cast(TransformerLayerSubmodules, layer.submodules)
+    half = TransformerLayerSubmodules(
+        input_layernorm=whole.input_layernorm,
+        self_attention=whole.self_attention,
+        self_attn_bda=whole.self_attn_bda,
+        sharded_state_dict_keys_map=whole.sharded_state_dict_keys_map,
+    )
+    return replace(layer, submodules=half)
+
+
+def _mlp_half(layer: ModuleSpec) -> ModuleSpec:
+    """Return the spec of the MLP or MoE layer of a transformer layer."""
+    whole = cast(TransformerLayerSubmodules, layer.submodules)
+    half = TransformerLayerSubmodules(
+        pre_mlp_layernorm=whole.pre_mlp_layernorm,
+        mlp=whole.mlp,
+        mlp_bda=whole.mlp_bda,
+        sharded_state_dict_keys_map=whole.sharded_state_dict_keys_map,
+    )
+    return replace(layer, submodules=half)
