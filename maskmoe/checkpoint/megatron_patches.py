@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from megatron.core.dist_checkpointing import gpt_checkpoint_interop
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.training import checkpointing
@@ -84,7 +85,35 @@ def load_either_implementation() -> None:
     replace(checkpointing, "_load_global_dist_base_checkpoint", load)
 
 
-EVERY_PROCESS = (unpickle_data_only, tie_writers_to_their_rank, load_either_implementation)
+def load_gpt_checkpoints_into_hybrid_models() -> None:
+    """Load every checkpoint of a GPT model into its hybrid twin.
+
+    Replaces: `_maybe_setup_gpt_to_hybrid_load` in `megatron.training.checkpointing`, and
+        `retarget_sharded_state_dict_to_gpt_checkpoint` in `megatron.core.dist_checkpointing.gpt_checkpoint_interop`.
+    Why: Megatron loads such a checkpoint only if the layers are all dense or all have experts, without latent
+        attention, without GDN and without multi-token prediction.
+    Can go: When `gpt_compatible_layer_maps` accepts these patterns.
+    """
+
+    def find_twin(args: Namespace, saved_args: Namespace, model: object) -> tuple:
+        # Processes that load no checkpoint need not spend the time to import this module.
+        from maskmoe.checkpoint.gpt_twins import find_gpt_twin
+
+        return find_gpt_twin(args, saved_args, model)
+
+    retarget_stock = gpt_checkpoint_interop.retarget_sharded_state_dict_to_gpt_checkpoint
+
+    def retarget(state: dict[str, Any], twin: Any) -> None:
+        twin.request_names_of_gpt_model(state, retarget_stock)
+
+    replace(checkpointing, "_maybe_setup_gpt_to_hybrid_load", find_twin)
+    replace(gpt_checkpoint_interop, "retarget_sharded_state_dict_to_gpt_checkpoint", retarget)
+
+
+EVERY_PROCESS = (
+    *(unpickle_data_only, tie_writers_to_their_rank, load_either_implementation),
+    load_gpt_checkpoints_into_hybrid_models,
+)
 """The patches that `prepare_process` applies."""
 
 

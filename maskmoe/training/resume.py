@@ -9,9 +9,11 @@ from typing import Any
 
 from megatron.core.dist_checkpointing import load_common_state_dict
 
+from maskmoe.checkpoint.gpt_twins import without_new_layers
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
 from maskmoe.checkpoint.series import RELEASE, checkpoint_path, choose_checkpoint, read_tracker, write_tracker
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.rank_store import RankStore
 
 # Sizes of multi-latent attention.
@@ -19,12 +21,14 @@ _LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_
 # Settings of YaRN for which Megatron has no flags; its configuration of multi-latent attention takes them from the
 # arguments. Converted checkpoints have them if they differ from Megatron's values.
 _YARN_WITHOUT_FLAGS = ("original_max_position_embeddings", "beta_fast", "beta_slow")
-# Arguments that decide the shapes of a model's parameters, or their meaning.
+# Arguments that decide the kinds and the number of layers, if there is no pattern.
+_LAYER_ARGUMENTS = ("num_layers", "mtp_num_layers", "moe_layer_freq")
+# Other arguments that decide the shapes of a model's parameters, or their meaning.
 _MODEL_ARGUMENTS = (
-    *("num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
+    *("hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
     *("num_attention_heads", "group_query_attention", "num_query_groups", "kv_channels", "multi_latent_attention"),
     *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
-    *("num_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_router_enable_expert_bias", "moe_latent_size"),
+    *("num_experts", "moe_ffn_hidden_size", "moe_router_enable_expert_bias", "moe_latent_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
     *("position_embedding_type", "untie_embeddings_and_output_weights"),
     *_LATENT_SIZES,
@@ -145,9 +149,17 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
     saved = state.get("args")
     if saved is None:
         return
+    pattern = args.hybrid_layer_pattern
+    if pattern is not None:
+        _check_same_pattern(pattern, saved, checkpoint)
+    elif saved_pattern := getattr(saved, "hybrid_layer_pattern", None):
+        raise UserError(
+            f"checkpoint {checkpoint} holds a hybrid model, which cannot be loaded into a GPT model: pass "
+            f"--hybrid-layer-pattern '{saved_pattern}'"
+        )
     differences = [
         f"--{name.replace('_', '-')} {getattr(saved, name)} in the checkpoint, {getattr(args, name)} in this run"
-        for name in _MODEL_ARGUMENTS
+        for name in ((*_LAYER_ARGUMENTS, *_MODEL_ARGUMENTS) if pattern is None else _MODEL_ARGUMENTS)
         if hasattr(saved, name)
         and getattr(saved, name) != getattr(args, name, None)
         and (name != "num_query_groups" or args.group_query_attention)  # its value is arbitrary otherwise
@@ -169,9 +181,51 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
     implementation = getattr(saved, "transformer_impl", args.transformer_impl)
     optimizer_format = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
     loads_optimizer = args.use_distributed_optimizer and not (args.finetune or args.no_load_optim)
-    if implementation != args.transformer_impl and optimizer_format in _NAMELESS_OPTIMIZER_FORMATS and loads_optimizer:
+    if not loads_optimizer or optimizer_format not in _NAMELESS_OPTIMIZER_FORMATS:
+        return
+    if pattern is not None and getattr(saved, "hybrid_layer_pattern", None) is None:
+        raise UserError(
+            f"checkpoint {checkpoint} holds a GPT model, and its optimizer state is in the order of its parameters, "
+            "which a hybrid model does not have: save a checkpoint with --dist-ckpt-optim-fully-reshardable, or pass "
+            "--no-load-optim"
+        )
+    if implementation != args.transformer_impl:
         raise UserError(
             f"checkpoint {checkpoint} was saved with --transformer-impl {implementation}, and its optimizer state "
             f"is in the order of its parameters, which differs from {args.transformer_impl}'s: save a checkpoint with "
             "--dist-ckpt-optim-fully-reshardable, or pass --no-load-optim"
         )
+
+
+def _check_same_pattern(pattern: str, saved: Namespace, checkpoint: Path) -> None:
+    """Check that a checkpoint holds a hybrid model with the same layers, or the GPT model whose layers the pattern has.
+
+    Args:
+        pattern: The pattern of this run.
+        saved: The arguments in the checkpoint.
+        checkpoint: The checkpoint, for the message.
+
+    Raises:
+        UserError: The checkpoint has other layers.
+    """
+    saved_pattern = getattr(saved, "hybrid_layer_pattern", None)
+    if saved_pattern is not None:
+        is_same = saved_pattern.replace("|", "") == pattern.replace("|", "")
+        description = f"a hybrid model with --hybrid-layer-pattern '{saved_pattern}'"
+    else:
+        of_gpt = pattern_of_gpt_model(saved)
+        is_same = of_gpt == without_new_layers(pattern)
+        description = f"a GPT model, which continues with --hybrid-layer-pattern '{of_gpt}'"
+    if not is_same:
+        raise UserError(f"checkpoint {checkpoint} holds {description}, not with '{pattern}'")
+
+
+def pattern_of_gpt_model(args: Namespace) -> str:
+    """Return the pattern of the hybrid twin of a GPT model with these arguments."""
+    attention = "+" if getattr(args, "multi_latent_attention", False) else "*"
+    layers = FeedForwardLayers.of_args(Namespace(**{"hybrid_layer_pattern": None, **vars(args)}))
+    decoder, *predictions = (
+        "".join(f"{attention}{'E' if has_experts else '-'}" for has_experts in part)
+        for part in (layers.decoder, *((has_experts,) for has_experts in layers.prediction))
+    )
+    return "/".join([decoder, *predictions])

@@ -1,0 +1,106 @@
+"""Loads checkpoints of GPT models into hybrid models, with the state of the optimizer."""
+
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.gpt_checkpoint_interop import GPTCompatLayerMaps
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
+
+# Layers that no GPT model has.
+_NEW_LAYERS = (Symbols.MAMBA, Symbols.GDN)
+_FINAL_NORM = ("decoder.final_norm.", "decoder.final_layernorm.")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LAYER_OF_PREDICTION = re.compile(r"\.mtp_model_layer\.layers\.\d+\.")
+
+
+@dataclass(frozen=True)
+class GPTTwin:
+    """The GPT model that has the attention, MLPs and MoE layers of a hybrid model.
+
+    A transformer layer of the GPT model is an attention symbol and the `-` or `E` after it. Mamba and GDN layers have
+    no counterpart.
+
+    Attributes:
+        layer_of_symbol: for each layer of the hybrid decoder, the transformer layer, from 0; None for a layer without
+            counterpart.
+        has_alike_layers: whether checkpoints of the GPT model have one tensor for all layers, as opposed to one for
+            each.
+    """
+
+    layer_of_symbol: tuple[int | None, ...]
+    has_alike_layers: bool
+
+    @classmethod
+    def of_pattern(cls, pattern: str, has_alike_layers: bool) -> Self:
+        """Return the twin of a hybrid model; see `without_new_layers` for the patterns that have one."""
+        symbols = (parse_hybrid_pattern(pattern).main_pattern or "").replace(Symbols.PIPE, "")
+        layers, num_found = [], 0
+        for symbol in symbols:
+            layers.append(None if symbol in _NEW_LAYERS else num_found // 2)
+            num_found += symbol not in _NEW_LAYERS
+        return cls(tuple(layers), has_alike_layers)
+
+    def request_names_of_gpt_model(
+        self, state: dict[str, Any], retarget_alike_layers: Callable[[dict[str, Any], GPTCompatLayerMaps], None]
+    ) -> None:
+        """Change a request to load a checkpoint, in place, so that it asks for the names that the GPT model saves.
+
+        Layers without counterpart, and their optimizer states, keep their initial values.
+
+        Args:
+            state: the sharded state of the hybrid model, or of its optimizer, as Megatron generates it for loading.
+            retarget_alike_layers: Megatron-Core's function for a GPT model with one tensor for all layers.
+        """
+        if self.has_alike_layers:
+            retarget_alike_layers(state, self._maps())
+
+        def request(entry: Any) -> Any:
+            if not isinstance(entry, ShardedBase):
+                return entry
+            match = _LAYER.search(entry.key)
+            if match is not None:
+                layer = self.layer_of_symbol[int(match[1])]
+                if layer is None:
+                    return LocalNonpersistentObject(entry.data)
+                entry.key = f"{entry.key[: match.start()]}decoder.layers.{layer}.{entry.key[match.end() :]}"
+            entry.key = _LAYER_OF_PREDICTION.sub(".transformer_layer.", entry.key.replace(*_FINAL_NORM))
+            return entry
+
+        dict_list_map_inplace(request, state)
+
+    def _maps(self) -> GPTCompatLayerMaps:
+        """Return the twin in Megatron-Core's form."""
+        pairs = [(symbol, layer) for symbol, layer in enumerate(self.layer_of_symbol) if layer is not None]
+        new = frozenset(symbol for symbol, layer in enumerate(self.layer_of_symbol) if layer is None)
+        return GPTCompatLayerMaps(dict(pairs[::2]), dict(pairs[1::2]), new, num_gpt_layers=len(pairs) // 2)
+
+
+def find_gpt_twin(args: Namespace, saved_args: Namespace, model: object) -> tuple[GPTTwin | None, bool]:
+    """Do what Megatron's `_maybe_setup_gpt_to_hybrid_load` does, for every pattern that has a twin.
+
+    Args:
+        args: the arguments of the run.
+        saved_args: the arguments in the checkpoint.
+        model: unused.
+
+    Returns:
+        the twin, or None if no checkpoint of a GPT model is loaded into a hybrid model; and whether to load the state
+        of the optimizer, too.
+    """
+    if args.hybrid_layer_pattern is None or getattr(saved_args, "hybrid_layer_pattern", None) is not None:
+        return None, False
+    frequency = getattr(saved_args, "moe_layer_freq", 1)
+    twin = GPTTwin.of_pattern(args.hybrid_layer_pattern, isinstance(frequency, int) and frequency <= 1)
+    has_optimizer = not getattr(saved_args, "no_save_optim", False)
+    return twin, has_optimizer and not (args.no_load_optim or args.finetune)
+
+
+def without_new_layers(pattern: str) -> str:
+    """Return a pattern without bounds of stages, and without the layers that no GPT model has."""
+    decoder, *predictions = pattern.replace(Symbols.PIPE, "").split(Symbols.MTP_SEPARATOR)
+    return Symbols.MTP_SEPARATOR.join(["".join(s for s in decoder if s not in _NEW_LAYERS), *predictions])
