@@ -5,6 +5,7 @@ import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from typing import NamedTuple
 
@@ -82,6 +83,11 @@ def _divides_matrices(args: Namespace) -> bool:
     """Return whether an optimizer like Muon updates each matrix on one data-parallel rank only."""
     is_divided = args.use_distributed_optimizer or getattr(args, "use_layer_wise_distributed_optimizer", False)
     return args.optimizer == "dist_muon" or (args.optimizer not in ("adam", "sgd") and is_divided)
+
+
+def _pattern_has(symbol: str, args: Namespace) -> bool:
+    """Return whether the pattern of a hybrid model has a symbol."""
+    return symbol in (args.hybrid_layer_pattern or "")
 
 
 def _flex_backend(args: Namespace) -> str | None:
@@ -163,6 +169,32 @@ REFUSALS = (
         "--routing-mask without --num-experts",
         "A model without experts has nothing to route.",
         lambda args: args.routing_mask is not None and not args.num_experts,
+    ),
+    Refusal(
+        "--hybrid-layer-pattern with D",
+        "The symbol is for DeepSeek's sparse attention, which Megatron-Core builds of Transformer Engine's modules only "
+        "and computes without keeping to a mask or to documents. Use +.",
+        partial(_pattern_has, "D"),
+    ),
+    Refusal(
+        "--hybrid-layer-pattern with E without --num-experts",
+        "The symbol E is for a MoE layer.",
+        lambda args: _pattern_has("E", args) and not args.num_experts,
+    ),
+    Refusal(
+        "--hybrid-layer-pattern without E with --num-experts",
+        "The symbol E is for a MoE layer, and experts are in MoE layers only.",
+        lambda args: args.hybrid_layer_pattern is not None and not _pattern_has("E", args) and bool(args.num_experts),
+    ),
+    Refusal(
+        "--hybrid-layer-pattern with * with --multi-latent-attention",
+        "Latent attention is the symbol +.",
+        lambda args: _pattern_has("*", args) and args.multi_latent_attention,
+    ),
+    Refusal(
+        "--hybrid-layer-pattern without / with --mtp-num-layers",
+        "Multi-token prediction is a part of the pattern: append /*E for each predicted token.",
+        lambda args: args.hybrid_layer_pattern is not None and not _pattern_has("/", args) and args.mtp_num_layers,
     ),
     Refusal(
         "--change-routing-mask without --routing-mask",
@@ -362,7 +394,7 @@ def unavailable_settings(args: Namespace, packages: GpuPackages) -> Iterator[str
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
-    """Yield an error if the optimizer or the flex dispatcher needs a library that this machine lacks.
+    """Yield an error if the optimizer, a layer or the flex dispatcher needs a library that this machine lacks.
 
     Args:
         args: parsed arguments; Megatron need not have validated them.
@@ -371,6 +403,11 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
         yield (
             f"--optimizer {args.optimizer} needs the Python package emerging-optimizers, which is not installed: "
             "pip install 'maskmoe[muon]', or launch/setup.sh --extras muon"
+        )
+    if _pattern_has("M", args) and find_spec("mamba_ssm") is None:
+        yield (
+            "--hybrid-layer-pattern with M needs the Python package mamba-ssm, which is not installed and needs a GPU: "
+            "install it, or use G, which plain torch can compute"
         )
     backend = _flex_backend(args)
     if backend is not None and (library := missing_library(backend)):

@@ -138,11 +138,11 @@ class Workplace:
 
     Attributes:
         folder: Holds the datasets `data` and `ended`, whose documents end with the tokenizer's end-of-document id,
-            `counts.safetensors`, and the routing masks `mask.safetensors`, `five_layers.safetensors`,
-            `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` (all tokens go to the first 4
-            experts), `rank_local.safetensors` (for two expert-parallel ranks), `wider.safetensors`
-            (`mask.safetensors`, widened) and `hash_layers.safetensors` (two hash layers with V = 2 below layers with
-            all experts).
+            `counts.safetensors`, and the routing masks `mask.safetensors`, `three_layers.safetensors`,
+            `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` (all
+            tokens go to the first 4 experts), `rank_local.safetensors` (for two expert-parallel ranks),
+            `wider.safetensors` (`mask.safetensors`, widened) and `hash_layers.safetensors` (two hash layers with V = 2
+            below layers with all experts).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -155,6 +155,7 @@ class Workplace:
         frequency.save(folder / "counts.safetensors")
         for name, num_layers, seed in (
             ("mask.safetensors", 4, 1),
+            ("three_layers.safetensors", 3, 1),
             ("five_layers.safetensors", 5, 1),
             ("six_layers.safetensors", 6, 1),
             ("other_seed.safetensors", 4, 2),

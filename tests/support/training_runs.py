@@ -4,6 +4,8 @@ A test names the runs that it looks at with `@pytest.mark.runs(name, …)`. Ever
 test, so that a search for the name finds both.
 """
 
+from dataclasses import replace
+
 from support.launchers import TESTS
 from support.training import Run
 
@@ -621,6 +623,107 @@ RUNS |= model_in_layouts(
     {"packed documents, experts of one rank, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks.")},
     description="Samples of several documents and a rank-local mask, whose dispatch is planned from the token ids.",
     mask="rank_local.safetensors",
+)
+
+
+def hybrid_twins(gpt: str, layouts: dict[str, tuple[int, str, str]], *, pattern: str) -> dict[str, Run]:
+    """Return runs of the hybrid twin of a model, which continue from the checkpoint of the GPT model.
+
+    Args:
+        gpt: Name of the run of the GPT model, see `model_in_layouts`.
+        layouts: As for `model_in_layouts`. The flags may set a pattern with the bounds of pipeline stages.
+        pattern: The pattern of the twin.
+    """
+    return {
+        name: replace(
+            RUNS[gpt],
+            flags=f"{RUNS[gpt].flags} --hybrid-layer-pattern {pattern} {more_flags} --ckpt-step 4",
+            ranks=ranks,
+            continues=gpt,
+            saves=False,
+            description=f"The hybrid twin of the model `{gpt}`. {layout}",
+        )
+        for name, (ranks, more_flags, layout) in layouts.items()
+    }
+
+
+RUNS |= hybrid_twins(
+    "rich",
+    {
+        "rich hybrid": (1, "", "On one process."),
+        "rich hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+        "rich hybrid, context parallel 2, expert parallel 2": (
+            2,
+            f"{CONTEXT_2} {EXPERT_2}",
+            "Sequences and experts are divided among 2 ranks.",
+        ),
+        "rich hybrid, interleaved pipeline": (
+            2,
+            f"{PIPELINE_2} --hybrid-layer-pattern *E|*-*|E|*E/*E",
+            "A pipeline of 2 ranks with 2 chunks each, of which one has no experts.",
+        ),
+        "rich hybrid, full recompute, tensor 2, pipeline 2": (
+            4,
+            f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE} --hybrid-layer-pattern *E*-|*E*E/*E",
+            "Every layer is recomputed; tensor and pipeline parallel on 4 ranks.",
+        ),
+    },
+    pattern="*E*-*E*E/*E",
+)
+RUNS |= hybrid_twins(
+    "experts of one rank",
+    {
+        "experts of one rank, hybrid, full recompute, expert parallel 2, pipeline 2": (
+            4,
+            f"{EXPERT_2} {PIPELINE_2} {FULL_RECOMPUTE} --hybrid-layer-pattern *E*|E*E*E",
+            "Expert and pipeline parallel on 4 ranks; every layer is recomputed.",
+        ),
+    },
+    pattern="*E*E*E*E",
+)
+RUNS |= hybrid_twins(
+    "latent",
+    {"latent hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks.")},
+    pattern="+-+E+E+E/+E",
+)
+RUNS |= hybrid_twins(
+    "packed documents",
+    {
+        "packed documents, hybrid, pipeline 2": (
+            2,
+            f"{PIPELINE_2} --hybrid-layer-pattern *E*-|*E*E/*E/*E",
+            "A pipeline of 2 stages.",
+        )
+    },
+    pattern="*E*-*E*E/*E/*E",
+)
+RUNS |= hybrid_twins(
+    "repeated prediction",
+    {"repeated prediction, hybrid, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks.")},
+    pattern="*E*-*E*E/*E/*E",
+)
+RUNS |= hybrid_twins(
+    "muon", {"muon, hybrid, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks.")}, pattern="*E*E*E*E"
+)
+RUNS["start, then hybrid"] = Run(
+    "--hybrid-layer-pattern *E*E*E*E",
+    continues="start",
+    description="The first iteration is of the GPT model, 20 iterations are of its hybrid twin.",
+)
+RUNS |= model_in_layouts(
+    "hybrid",
+    f"--hybrid-layer-pattern *-*-*E*E/*E {DISTRIBUTED}",
+    {
+        "hybrid, resumed": (1, "", "Resumed on one process."),
+        "hybrid, pipeline 2": (
+            2,
+            f"{PIPELINE_2} --hybrid-layer-pattern *-*-|*E*E/*E",
+            "A pipeline of 2 stages, of which one has no experts.",
+        ),
+        "hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+    },
+    description="A hybrid model with a mask for its MoE layers only.",
+    mask="three_layers.safetensors",
 )
 RUNS |= model_in_layouts(
     "reset masks",

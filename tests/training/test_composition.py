@@ -30,6 +30,9 @@ FAST = {
     "groups, tensor 2, expert parallel 2",
     "latent, recomputed parts, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",
+    "rich hybrid, tensor 2, expert parallel 2",
+    "rich hybrid, interleaved pipeline",
+    "hybrid, pipeline 2",
 }
 
 
@@ -60,19 +63,28 @@ def test_layout_agrees_with_single_process(runs, name):
 @pytest.mark.parametrize(
     "pair",
     [
-        pytest.param(pair, marks=[pytest.mark.runs(*pair), *marks], id=pair[0])
+        pytest.param(pair, marks=[pytest.mark.runs(*pair), *marks], id=pair[1])
         for pair, *marks in (
             (("rich", "rich, resumed"),),
             (("groups", "groups, resumed"),),
+            (("rich", "rich hybrid"),),
+            (("hybrid", "hybrid, resumed"),),
             (("muon", "muon, resumed"), pytest.mark.slow),
             (("latent", "latent, resumed"), pytest.mark.slow),
         )
     ],
 )
 def test_resume_is_bit_equal(runs, pair):
-    """The model `rich` has all load-balancing losses, the model `groups` has an expert bias."""
+    """The model `rich` has all load-balancing losses and a hybrid twin, the model `groups` has an expert bias."""
     reference, run = runs
     assert run.iterations == list(range(5, 9))
+    assert run.difference(reference) == 0
+
+
+@pytest.mark.runs("reference", "start, then hybrid")
+def test_hybrid_twin_continues_with_the_optimizer_of_a_gpt_model(runs):
+    reference, run = runs
+    assert run.iterations == list(range(2, 22))
     assert run.difference(reference) == 0
 
 

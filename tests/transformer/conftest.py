@@ -8,7 +8,10 @@ def _process_groups(one_rank) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_metrics_of_other_models() -> None:
-    """Megatron-Core sizes its record of router losses by the first model of a process."""
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # after `prepare_process`
+    """Megatron-Core sizes its records of router losses and of predictions by the first model of a process."""
+    # Import after `prepare_process`.
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     get_moe_metrics_tracker().metrics.clear()
+    MTPLossLoggingHelper.tracker.clear()

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from support.small_moe import (
     DEVICE,
@@ -112,7 +111,6 @@ def copy_parameters(gpt: torch.nn.Module, hybrid: torch.nn.Module) -> dict[str, 
 def run(model: torch.nn.Module, padding: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Run two micro-batches forward, then both backward; return the losses and the recorded router losses."""
     take_metrics()
-    MTPLossLoggingHelper.tracker.clear()
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(0, VOCAB_SIZE, (2, BATCH, SEQUENCE), generator=generator).to(DEVICE)
     positions = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, -1)
