@@ -172,8 +172,8 @@ REFUSALS = (
     ),
     Refusal(
         "--hybrid-layer-pattern with D",
-        "The symbol is for DeepSeek's sparse attention, which Megatron-Core builds of Transformer Engine's modules only "
-        "and computes without keeping to a mask or to documents. Use +.",
+        "The symbol is for sparse attention, which Megatron-Core calls experimental and builds of Transformer Engine's "
+        "modules only; MaskMoE's layer specification has no such layer. Use +.",
         partial(_pattern_has, "D"),
     ),
     Refusal(

@@ -290,7 +290,7 @@ TABLE: dict[str, Works | Refused] = {
         "against Megatron-Core's router",
         tests=(
             f"{ROUTER}test_all_visible_equals_stock_with_padding",
-            "transformer/test_gpt_model.py::test_padding_reaches_every_router",
+            "transformer/test_ids_of_routers.py::test_padding_reaches_every_router",
         ),
     ),
     "replay of routing": Works(

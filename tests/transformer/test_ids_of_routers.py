@@ -5,26 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.small_moe import (
-    DEVICE,
-    make_config,
-    make_mask,
-    make_model,
-    make_visible_experts,
-    process_groups,
-    random_visible_sets,
-    take_metrics,
-)
+from support.hybrid_twins import SEQUENCE, VOCAB_SIZE, Twins
+from support.small_moe import DEVICE, make_mask, random_visible_sets, take_metrics
 from torch import Tensor
 
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
-from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
+from maskmoe.transformer.model_mixin import RoutesByTokenId
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds, split_sequence
 
-NUM_LAYERS, VOCAB_SIZE, BATCH, SEQUENCE = 3, 40, 2, 16
+NUM_LAYERS, BATCH = 3, 2
 MASK = make_mask(random_visible_sets(6, NUM_LAYERS + 1, VOCAB_SIZE, 4))
-LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
+MODELS = {"GPT": Twins.gpt, "hybrid": Twins.hybrid}
+every_model = pytest.mark.parametrize("kind", MODELS)
 RECOMPUTE = {
     "none": {},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -66,13 +58,9 @@ def router_calls(monkeypatch: pytest.MonkeyPatch) -> list[RouterCall]:
     return calls
 
 
-def model_config(**overrides):
-    return make_config(num_layers=NUM_LAYERS, hidden_size=16, **(LOSSES | overrides))
-
-
-def build_model(recompute: str = "none") -> MaskMoEGPTModel:
+def build_model(kind: str, recompute: str = "none", predictions: str = "", **stage: bool) -> torch.nn.Module:
     torch.manual_seed(0)
-    return make_model(model_config(**RECOMPUTE[recompute]), MASK, SEQUENCE)
+    return MODELS[kind](Twins(f"*E*E*E{predictions}", RECOMPUTE[recompute], mask=MASK), **stage)
 
 
 def micro_batches(number: int) -> list[Tensor]:
@@ -80,13 +68,13 @@ def micro_batches(number: int) -> list[Tensor]:
     return list(torch.randint(0, VOCAB_SIZE, (number, BATCH, SEQUENCE), generator=generator).to(DEVICE))
 
 
-def forward(model: MaskMoEGPTModel, token_ids: Tensor, **side_tensors: Tensor) -> Tensor:
+def forward(model: torch.nn.Module, token_ids: Tensor, **side_tensors: Tensor) -> Tensor:
     take_metrics()
     positions = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, -1)
     return model(token_ids, positions, None, labels=token_ids.roll(-1, dims=1), **side_tensors)
 
 
-def check_two_micro_batches_in_flight(model: MaskMoEGPTModel, calls: list[RouterCall]) -> None:
+def check_two_micro_batches_in_flight(model: torch.nn.Module, calls: list[RouterCall]) -> None:
     """Run both forward passes before the first backward pass, as the first stage of a pipeline does."""
     batches = micro_batches(2)
     losses, calls_of_batch = [], []
@@ -108,56 +96,49 @@ def check_two_micro_batches_in_flight(model: MaskMoEGPTModel, calls: list[Router
             assert all(torch.equal(first, other) for other in again)
 
 
+@every_model
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_two_micro_batches_in_flight(recompute: str, router_calls: list[RouterCall]) -> None:
-    model = build_model(recompute)
+def test_two_micro_batches_in_flight(recompute: str, kind: str, router_calls: list[RouterCall]) -> None:
+    model = build_model(kind, recompute)
     check_two_micro_batches_in_flight(model, router_calls)
-    plain = build_model()
+    plain = build_model(kind)
     check_two_micro_batches_in_flight(plain, router_calls)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad), name
 
 
+@every_model
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_ids_kept_on_a_module_are_caught(
-    recompute: str, router_calls: list[RouterCall], monkeypatch: pytest.MonkeyPatch
+    recompute: str, kind: str, router_calls: list[RouterCall], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check fails for routers that read the ids of the latest forward pass (negative control)."""
-    model = build_model(recompute)
-    preprocess, route = MaskMoEGPTModel._preprocess, MaskMoERouter.forward
+    model = build_model(kind, recompute)
+    pack, route = RoutesByTokenId.pack_for_layers, MaskMoERouter.forward
 
     def keep_ids(self, input_ids, *args, **kwargs):
         MaskMoERouter.current_ids = TokenIds(input_ids.T)
-        return preprocess(self, input_ids, *args, **kwargs)
+        return pack(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(MaskMoERouter, "current_ids", None, raising=False)
-    monkeypatch.setattr(MaskMoEGPTModel, "_preprocess", keep_ids)
+    monkeypatch.setattr(RoutesByTokenId, "pack_for_layers", keep_ids)
     monkeypatch.setattr(MaskMoERouter, "forward", lambda self, input, token_ids: route(self, input, self.current_ids))
     with pytest.raises(AssertionError, match=WRONG_IDS):
         check_two_micro_batches_in_flight(model, router_calls)
 
 
-def test_each_layer_routes_by_its_own_table(router_calls: list[RouterCall]) -> None:
+@every_model
+def test_each_layer_routes_by_its_own_table(kind: str, router_calls: list[RouterCall]) -> None:
     (token_ids,) = micro_batches(1)
-    forward(build_model(), token_ids)
+    forward(build_model(kind), token_ids)
     for call in router_calls:
         num_visible = torch.from_numpy(MASK.num_visible_of_layer(call.layer_number - 1)).to(DEVICE)
         assert torch.equal(call.routing_map.sum(dim=1), num_visible[token_ids.T.flatten()].clamp(max=2))
 
 
-def test_later_pipeline_stage_routes_by_ids(router_calls: list[RouterCall]) -> None:
-    config = model_config()
-    visible_experts = make_visible_experts(config, MASK)
-    stage = MaskMoEGPTModel(
-        config,
-        get_maskmoe_decoder_block_spec(config, visible_experts),
-        visible_experts=visible_experts,
-        vocab_size=VOCAB_SIZE,
-        max_sequence_length=SEQUENCE,
-        position_embedding_type="rope",
-        pre_process=False,
-        post_process=False,
-    ).to(DEVICE)
+@every_model
+def test_later_pipeline_stage_routes_by_ids(kind: str, router_calls: list[RouterCall]) -> None:
+    stage = build_model(kind, pre_process=False, post_process=False)
     (token_ids,) = micro_batches(1)
     take_metrics()
     stage.set_input_tensor(torch.randn(SEQUENCE, BATCH, 16, device=DEVICE))
@@ -166,27 +147,20 @@ def test_later_pipeline_stage_routes_by_ids(router_calls: list[RouterCall]) -> N
     assert all(torch.equal(call.token_ids.ids, token_ids.T) for call in router_calls)
 
 
+@every_model
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_multi_token_prediction_routes_by_the_ids_it_embeds(recompute: str, router_calls: list[RouterCall]) -> None:
-    config = model_config(mtp_num_layers=1, mtp_loss_scaling_factor=0.1, **RECOMPUTE[recompute])
-    visible_experts = make_visible_experts(config, MASK)
-    model = MaskMoEGPTModel(
-        config,
-        get_maskmoe_decoder_block_spec(config, visible_experts),
-        mtp_block_spec=get_maskmoe_mtp_block_spec(config, visible_experts),
-        visible_experts=visible_experts,
-        vocab_size=VOCAB_SIZE,
-        max_sequence_length=SEQUENCE,
-        position_embedding_type="rope",
-        pg_collection=process_groups(),
-    ).to(DEVICE)
+def test_multi_token_prediction_routes_by_the_ids_it_embeds(
+    recompute: str, kind: str, router_calls: list[RouterCall]
+) -> None:
+    model = build_model(kind, recompute, "/*E")
     (token_ids,) = micro_batches(1)
     forward(model, token_ids).mean().backward()
     mtp_router = next(m for name, m in model.named_modules() if isinstance(m, MaskMoERouter) and "mtp" in name)
     next_ids = torch.cat([token_ids[:, 1:], token_ids.new_zeros(BATCH, 1)], dim=1)
     visible = torch.from_numpy(MASK.visible_sets(NUM_LAYERS)).to(DEVICE)[next_ids.T.flatten()]
     calls = [call for call in router_calls if not torch.equal(call.token_ids.ids, token_ids.T)]
-    assert len(calls) == (1 if recompute == "none" else 2)
+    # Megatron-Core recomputes a hybrid layer of multi-token prediction as a whole, then the layers inside of it.
+    assert len(calls) == {"none": 1, "full": 2 if kind == "GPT" else 3}[recompute]
     for call in calls:
         assert call.layer_number == mtp_router.layer_number
         assert torch.equal(call.token_ids.ids, next_ids.T)
@@ -203,8 +177,9 @@ def test_sequence_parallel_ranks_take_their_part_of_the_ids() -> None:
         assert torch.equal(part.T, expected)
 
 
-def test_refuses_missing_ids_and_padding_of_another_shape() -> None:
-    model = build_model()
+@every_model
+def test_refuses_missing_ids_and_padding_of_another_shape(kind: str) -> None:
+    model = build_model(kind)
     (token_ids,) = micro_batches(1)
     positions = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, -1)
     with pytest.raises(ValueError, match="needs input_ids on every pipeline stage"):
@@ -213,10 +188,11 @@ def test_refuses_missing_ids_and_padding_of_another_shape() -> None:
         model(token_ids, positions, None, padding_mask=torch.zeros_like(token_ids[:, 1:], dtype=torch.bool))
 
 
+@every_model
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_padding_reaches_every_router(recompute: str, router_calls: list[RouterCall]) -> None:
+def test_padding_reaches_every_router(recompute: str, kind: str, router_calls: list[RouterCall]) -> None:
     """Padding changes the losses of the routers, but not the routing."""
-    model = build_model(recompute)
+    model = build_model(kind, recompute)
     (token_ids,) = micro_batches(1)
     forward(model, token_ids).mean().backward()
     plain_calls, plain_losses = router_calls.copy(), take_metrics()
@@ -232,13 +208,15 @@ def test_padding_reaches_every_router(recompute: str, router_calls: list[RouterC
         assert (losses[name][:NUM_LAYERS] != plain_losses[name][:NUM_LAYERS]).all()
 
 
-def test_a_block_that_drops_the_ids_is_reported() -> None:
-    model = build_model()
+@every_model
+def test_a_block_that_drops_the_ids_is_reported(kind: str) -> None:
+    model = build_model(kind)
     hidden = torch.randn(SEQUENCE, BATCH, 16, device=DEVICE)
     with pytest.raises(ValueError, match="got no token ids"):
         model.decoder(hidden, attention_mask=None)
 
 
-def test_checkpoint_holds_the_mask_once() -> None:
-    names = [name for name in build_model().state_dict() if "row_of_id" in name or "visible_bits" in name]
+@every_model
+def test_checkpoint_holds_the_mask_once(kind: str) -> None:
+    names = [name for name in build_model(kind).state_dict() if "row_of_id" in name or "visible_bits" in name]
     assert names == ["routing_mask.row_of_id", "routing_mask.visible_bits"]
