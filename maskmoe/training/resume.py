@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
 
 from maskmoe.checkpoint.gpt_twins import without_new_layers
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
@@ -129,10 +130,25 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     return checkpoint if checkpoint.exists() else None
 
 
-def further_checkpoint_args(checkpoint: Path) -> dict[str, Any]:
-    """Return the settings of a checkpoint's model that `--use-checkpoint-args` of Megatron does not take from it."""
+def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]:
+    """Return the settings of a checkpoint's model that `--use-checkpoint-args` of Megatron does not take from it.
+
+    Megatron takes the pattern of a hybrid model as it is, with the bounds of the pipeline stages of the run that saved
+    the checkpoint. They are left out if they do not fit the layout of this run.
+
+    Args:
+        args: Megatron's arguments, not yet validated.
+        checkpoint: The checkpoint.
+    """
     saved = load_common_state_dict(checkpoint).get("args", Namespace())
-    return {name: getattr(saved, name) for name in _ARGUMENTS_LEFT_OUT_BY_MEGATRON if hasattr(saved, name)}
+    chosen = {name: getattr(saved, name) for name in _ARGUMENTS_LEFT_OUT_BY_MEGATRON if hasattr(saved, name)}
+    pattern = getattr(saved, "hybrid_layer_pattern", None)
+    if pattern is not None:
+        stages, num_chunks = args.pipeline_model_parallel_size, get_hybrid_total_pipeline_segment_count(pattern)
+        # Interleaved pipelines are for training only.
+        fits = num_chunks == stages or (stages > 1 and num_chunks % stages == 0 and not args.skip_train)
+        chosen["hybrid_layer_pattern"] = pattern if fits else pattern.replace(Symbols.PIPE, "")
+    return chosen
 
 
 def check_same_model(args: Namespace, checkpoint: Path) -> None:

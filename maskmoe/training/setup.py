@@ -72,7 +72,7 @@ def parse_and_check_args(
         if checkpoint is None:
             raise UserError("--use-checkpoint-args needs --load with the folder of the checkpoints")
         # Set them as defaults, so that the command line overrides them.
-        chosen |= resume.further_checkpoint_args(checkpoint)
+        chosen |= resume.further_checkpoint_args(args, checkpoint)
         args = parse_args(add_arguments)
         args, _ = load_args_from_checkpoint(args)
     # Check settings and files, before and after Megatron validates and completes the arguments.
@@ -170,7 +170,8 @@ def load_model(args: Namespace) -> torch.nn.Module:
         raise UserError("pass --load with the folder of the checkpoints")
     if args.virtual_pipeline_model_parallel_size is not None:
         raise UserError(
-            "interleaved pipelines are for training only; leave --num-layers-per-virtual-pipeline-stage out"
+            "interleaved pipelines are for training only; leave --num-layers-per-virtual-pipeline-stage out, or give "
+            "--hybrid-layer-pattern as many stages as --pipeline-model-parallel-size"
         )
     initialize_megatron(store=RankStore.from_environment().for_process_groups)
     model, _, _ = setup_model_and_optimizer(

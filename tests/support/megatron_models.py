@@ -21,6 +21,9 @@ from maskmoe.training.setup import model_config_from_args
 TRAINING = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3"
 """Flags without which Megatron accepts no others."""
 
+ON_ONE_RANK = Namespace(pipeline_model_parallel_size=1, skip_train=False)
+"""Megatron's arguments that decide where a checkpoint's pattern is divided."""
+
 
 def load_converted_model(load: Path, flags: list[str]) -> tuple[GPTModel, Namespace]:
     """Load a model with the flags of a user; return the model and Megatron's arguments.
@@ -33,7 +36,7 @@ def load_converted_model(load: Path, flags: list[str]) -> tuple[GPTModel, Namesp
 
     def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = add_maskmoe_arguments(parser)
-        parser.set_defaults(**further_checkpoint_args(load / "release"))
+        parser.set_defaults(**further_checkpoint_args(ON_ONE_RANK, load / "release"))
         return parser
 
     with mock.patch.object(sys, "argv", words):

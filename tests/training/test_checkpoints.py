@@ -288,7 +288,7 @@ def test_settings_without_flags_are_taken_from_the_checkpoint(runs, parse, monke
     checkpoint = checkpoint_path(run.checkpoints, 21)
     with pytest.raises(UserError, match="beta_fast 16, for which Megatron has no flag: pass --use-checkpoint-args"):
         check_same_model(args, checkpoint)
-    check_same_model(replace_fields(args, **further_checkpoint_args(checkpoint)), checkpoint)
+    check_same_model(replace_fields(args, **further_checkpoint_args(args, checkpoint)), checkpoint)
 
 
 @pytest.mark.runs(SAVED)
