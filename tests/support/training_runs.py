@@ -637,7 +637,8 @@ def hybrid_twins(gpt: str, layouts: dict[str, tuple[int, str, str]], *, pattern:
     return {
         name: replace(
             RUNS[gpt],
-            flags=f"{RUNS[gpt].flags} --hybrid-layer-pattern {pattern} {more_flags} --ckpt-step 4",
+            # The pattern replaces the frequency of MoE layers.
+            flags=f"{RUNS[gpt].flags} --moe-layer-freq 1 --hybrid-layer-pattern {pattern} {more_flags} --ckpt-step 4",
             ranks=ranks,
             continues=gpt,
             saves=False,
