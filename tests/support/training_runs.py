@@ -711,6 +711,17 @@ RUNS["start, then hybrid"] = Run(
     continues="start",
     description="The first iteration is of the GPT model, 20 iterations are of its hybrid twin.",
 )
+RUNS |= {
+    "hybrid on Transformer Engine": Run(
+        f"{TRANSFORMER_ENGINE} {UNTIL_8} --hybrid-layer-pattern *E*E*E*E",
+        continues="start",
+        program=STUB_TRANSFORMER_ENGINE,
+        saves=True,
+    ),
+    "hybrid on Transformer Engine, then local": Run(
+        f"{UNTIL_12} --hybrid-layer-pattern *E*E*E*E", continues="hybrid on Transformer Engine"
+    ),
+}
 RUNS |= model_in_layouts(
     "hybrid",
     f"--hybrid-layer-pattern *-*-*E*E/*E {DISTRIBUTED}",

@@ -91,13 +91,15 @@ def test_resume_in_another_layout(runs, pair):
             (("data parallel 2, distributed optimizer", "on Transformer Engine, then local"), 5, 8, ()),
             (("reference", "on Transformer Engine, experts one by one"), 2, 8, [pytest.mark.slow]),
             (("reference", "on Transformer Engine, experts one by one, then local"), 9, 12, [pytest.mark.slow]),
+            (("reference", "hybrid on Transformer Engine"), 2, 8, [pytest.mark.slow]),
+            (("reference", "hybrid on Transformer Engine, then local"), 9, 12, [pytest.mark.slow]),
         )
     ],
 )
 def test_resume_on_the_other_implementation(runs, names, first, last):
     """The checkpoint of local modules is loaded into Transformer Engine's, whose checkpoint is loaded into local ones.
 
-    The slow runs save the state of Megatron's plain optimizer.
+    The slow runs save the state of Megatron's plain optimizer. The hybrid model takes the checkpoint of its GPT twin.
     """
     reference, resumed = runs
     assert resumed.iterations == list(range(first, last + 1))
