@@ -57,7 +57,7 @@ class MaskMoEHybridModelConfig(HybridModelConfig, RoutingSettings):
     """Scale rotary embeddings as Llama 3 does."""
 
     rope_scaling_factor: float = 8.0
-    """The factor by which Llama 3 scales low frequencies."""
+    """Divides low frequencies of rotary embeddings, as in Llama 3."""
 
 
 MaskMoEModelConfig = MaskMoEGPTModelConfig | MaskMoEHybridModelConfig

@@ -22,7 +22,7 @@ class ScaledRopeHybridModel(HybridModel):
     Args:
         args: positional arguments of `HybridModel`.
         rope_scaling: whether to scale rotary embeddings.
-        rope_scaling_factor: the factor by which low frequencies are scaled.
+        rope_scaling_factor: divides low frequencies of rotary embeddings.
         kwargs: keyword arguments of `HybridModel`.
     """
 
