@@ -127,6 +127,14 @@ RUNS = {
     "pipeline 2, 8 micro-batches, full recompute, stale ids": Run(
         f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2, program=STALE_IDS
     ),
+    "hybrid, pipeline 2, 8 micro-batches, full recompute": Run(
+        f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE} --hybrid-layer-pattern *E*E|*E*E", ranks=2
+    ),
+    "hybrid, pipeline 2, 8 micro-batches, full recompute, stale ids": Run(
+        f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE} --hybrid-layer-pattern *E*E|*E*E",
+        ranks=2,
+        program=STALE_IDS,
+    ),
     # Stop and resume.
     "fp32": Run(f"{DROPOUT} {UNTIL_12}", saves=True),
     "fp32, resumed": Run(f"{DROPOUT} {FROM_7}", continues="fp32"),

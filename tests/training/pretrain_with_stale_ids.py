@@ -9,11 +9,11 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 from maskmoe.cli import run_tool
 from maskmoe.training.pretraining import main
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.model_mixin import RoutesByTokenId
 from maskmoe.transformer.moe_layer import MaskMoELayer
 
 newest_ids = None
-pack_for_layers = MaskMoEGPTModel.pack_for_layers
+pack_for_layers = RoutesByTokenId.pack_for_layers
 layer_forward = MaskMoELayer.forward
 
 
@@ -28,6 +28,6 @@ def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
 
 
 if __name__ == "__main__":
-    MaskMoEGPTModel.pack_for_layers = remember
+    RoutesByTokenId.pack_for_layers = remember
     MaskMoELayer.forward = forward
     run_tool(main)
