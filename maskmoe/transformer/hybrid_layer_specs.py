@@ -15,6 +15,9 @@ from maskmoe.transformer.layer_specs import backend_arguments, with_maskmoe_modu
 from maskmoe.transformer.router_sums import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
+_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
+_MLP = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+
 
 def get_maskmoe_hybrid_stack_spec(
     config: TransformerConfig,
@@ -45,14 +48,14 @@ def get_maskmoe_hybrid_stack_spec(
     block = get_gpt_decoder_block_spec(two_layers, **backend, pp_rank=0)
     assert block.layer_specs is not None
     dense, last = block.layer_specs
-    attention = _attention_half(dense)
-    submodules = HybridStackSubmodules(mlp_layer=_mlp_half(dense))
+    attention = _part(dense, _ATTENTION)
+    submodules = HybridStackSubmodules(mlp_layer=_part(dense, _MLP))
     if config.multi_latent_attention:
         submodules.mla_layer = attention
     else:
         submodules.attention_layer = attention
     if visible_experts is not None:
-        submodules.moe_layer = _mlp_half(last)
+        submodules.moe_layer = _part(last, _MLP)
     # The layers of multi-token prediction are built from the pattern, but its norms and its projection from this spec.
     if config.mtp_num_layers:
         submodules.mtp_block_spec = cast(
@@ -62,25 +65,8 @@ def get_maskmoe_hybrid_stack_spec(
     return with_maskmoe_modules(stack, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
 
 
-def _attention_half(layer: ModuleSpec) -> ModuleSpec:
-    """Return the spec of the attention of a transformer layer."""
+def _part(layer: ModuleSpec, names: tuple[str, ...]) -> ModuleSpec:
+    """Return the spec of a part of a transformer layer: the submodules with the given names."""
     whole = cast(TransformerLayerSubmodules, layer.submodules)
-    half = TransformerLayerSubmodules(
-        input_layernorm=whole.input_layernorm,
-        self_attention=whole.self_attention,
-        self_attn_bda=whole.self_attn_bda,
-        sharded_state_dict_keys_map=whole.sharded_state_dict_keys_map,
-    )
-    return replace(layer, submodules=half)
-
-
-def _mlp_half(layer: ModuleSpec) -> ModuleSpec:
-    """Return the spec of the MLP or MoE layer of a transformer layer."""
-    whole = cast(TransformerLayerSubmodules, layer.submodules)
-    half = TransformerLayerSubmodules(
-        pre_mlp_layernorm=whole.pre_mlp_layernorm,
-        mlp=whole.mlp,
-        mlp_bda=whole.mlp_bda,
-        sharded_state_dict_keys_map=whole.sharded_state_dict_keys_map,
-    )
-    return replace(layer, submodules=half)
+    submodules: dict[str, Any] = {name: getattr(whole, name) for name in (*names, "sharded_state_dict_keys_map")}
+    return replace(layer, submodules=TransformerLayerSubmodules(**submodules))
