@@ -223,3 +223,16 @@ def building_replicated_linears_of(
         module: the module of Megatron.
     """
     return mock.patch.multiple(module, HAVE_TE=True, TELinear=linear)
+
+
+def building_gated_delta_net_without_fla() -> AbstractContextManager:
+    """Let a subclass of Megatron's gated delta net be built without fla.
+
+    Replaces: `HAVE_FLA` in `megatron.core.ssm.gated_delta_net.common`, inside a `with` block only.
+    Why: The constructor raises an ImportError without fla, also in deterministic mode, whose convolution and delta rule
+        are plain torch. The subclass replaces the remaining call of fla, which normalizes queries and keys.
+    Can go: When `GatedDeltaNet` can be built and computes without fla.
+    """
+    from megatron.core.ssm.gated_delta_net import common
+
+    return mock.patch.object(common, "HAVE_FLA", True)

@@ -1,0 +1,191 @@
+"""Gated delta net in plain torch: against transformers, in parallel layouts, with recomputation and in checkpoints."""
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from safetensors.torch import load_file
+from support.gated_delta_net import HIDDEN, RECOMPUTE, SIZES, LayerOfTransformers, make_gated_delta_net, run_layer
+from support.launchers import RANK_SCRIPTS, RunRanks
+from support.ranks.gated_delta_net_ranks import cases, part_of_rank, whole_batch
+from support.saved_tensors import KeptBytes
+from support.small_moe import DEVICE, make_config
+from torch import Tensor
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
+
+from maskmoe.megatron_compat import cpu
+from maskmoe.transformer.backends import gated_delta_net
+from maskmoe.transformer.backends.gated_delta_rule import CHUNK, chunked_gated_delta_rule
+from maskmoe.transformer.packed_documents import PackedDocuments
+from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
+
+# fp32 sums are added in another order. The bound is relative to the largest value of each tensor.
+ROUNDING = 3e-5
+
+
+def assert_equal_up_to_rounding(found: dict[str, Tensor], expected: dict[str, Tensor], rounding: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error, largest = (found[name] - value).abs().max().item(), value.abs().max().item()
+        assert error < rounding * largest, (name, error, largest)
+
+
+@pytest.mark.parametrize("key_heads", [2, 4, 8], ids="{} key heads".format)
+@pytest.mark.parametrize("sequence", [2, CHUNK, 2 * CHUNK + 21], ids="{} tokens".format)
+def test_equals_the_layer_of_transformers(sequence: int, key_heads: int) -> None:
+    layer = make_gated_delta_net(linear_num_key_heads=key_heads)
+    hidden, gradient = torch.randn(2, sequence, 2, HIDDEN, device=DEVICE)
+    expected = LayerOfTransformers(layer).run(hidden, gradient)
+    assert_equal_up_to_rounding(run_layer(layer, hidden, gradient), expected, ROUNDING)
+
+
+@pytest.mark.parametrize("decay", [0, 0.05, 20], ids="decay {}".format)
+def test_chunks_equal_one_token_after_the_other(decay: float) -> None:
+    """A decay of 20 overflows fp32 within a chunk, if it is computed from a later to an earlier token."""
+    batch, sequence, heads = 2, 2 * CHUNK + 21, 3
+    key, query = torch.nn.functional.normalize(torch.randn(2, batch, sequence, heads, 12, device=DEVICE), dim=-1)
+    value, gradient = torch.randn(2, batch, sequence, heads, 7, device=DEVICE)
+    decays, strengths = torch.rand(2, batch, sequence, heads, device=DEVICE)
+    drawn = {"query": query, "key": key, "value": value, "g": -decay * decays, "beta": strengths}
+    results = []
+    for rule in (chunked_gated_delta_rule, torch_recurrent_gated_delta_rule):
+        inputs = {name: tensor.clone().requires_grad_() for name, tensor in drawn.items()}
+        output, _ = rule(**inputs)
+        output.backward(gradient)
+        results.append({"output": output.detach()} | {name: tensor.grad for name, tensor in inputs.items()})
+    assert_equal_up_to_rounding(*results, ROUNDING)
+
+
+def test_bf16_rounds_no_more_than_transformers() -> None:
+    reference = make_gated_delta_net()
+    reference.load_state_dict({name: p.bfloat16() for name, p in reference.state_dict().items() if p is not None})
+    hidden, gradient = torch.randn(2, 2 * CHUNK, 2, HIDDEN, device=DEVICE).bfloat16()
+    expected = run_layer(reference, hidden.float(), gradient.float())
+    layer = make_gated_delta_net(bf16=True, params_dtype=torch.bfloat16).bfloat16()
+    layer.load_state_dict(reference.state_dict())
+    ours = run_layer(layer, hidden, gradient)
+    theirs = LayerOfTransformers(reference, torch.bfloat16).run(hidden, gradient)
+    for name, value in expected.items():
+        assert ours[name].dtype == theirs[name].dtype == torch.bfloat16
+        error, usual_error = ((results[name] - value).norm() / value.norm() for results in (ours, theirs))
+        # The lengths of the first tokens' queries and keys are close to 0, so rounding changes their gradients much.
+        assert error < 1.5 * usual_error < 0.3, (name, error, usual_error)
+
+
+def test_recomputation_keeps_all_bits_and_less_memory() -> None:
+    hidden, gradient = torch.randn(2, 2 * CHUNK, 2, HIDDEN, device=DEVICE)
+    plain, recomputing = make_gated_delta_net(), make_gated_delta_net(**RECOMPUTE)
+    kept = []
+    for layer in (plain, recomputing):
+        with KeptBytes(excluded=layer.parameters()) as noted:
+            output, _ = layer(hidden_states=hidden, attention_mask=None)
+        kept.append(noted.total())
+        del output
+    assert kept[1] < kept[0]
+    expected = run_layer(plain, hidden, gradient)
+    for name, value in run_layer(recomputing, hidden, gradient).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def save(layer: torch.nn.Module, folder: Path) -> None:
+    folder.mkdir()
+    dist_checkpointing.save(layer.sharded_state_dict(), str(folder))
+
+
+def load(folder: Path) -> TransformerLayer:
+    layer = make_gated_delta_net()
+    layer.load_state_dict(dist_checkpointing.load(layer.sharded_state_dict(), str(folder)))
+    return layer
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_parallel_layouts_equal_one_rank(num_ranks: int, run_ranks: RunRanks, tmp_path: Path) -> None:
+    layer = make_gated_delta_net()
+    save(layer, tmp_path / "parameters")
+    run_ranks(RANK_SCRIPTS / "gated_delta_net_ranks.py", tmp_path, world_size=num_ranks)
+    expected = run_layer(layer, *whole_batch())
+    for name, sizes, _ in cases(num_ranks):
+        tp_size, cp_size = (sizes.get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "context"))
+        for rank in range(num_ranks):
+            place = (tp_size, rank % tp_size, cp_size, rank // tp_size)
+            found = load_file(tmp_path / f"{name}-rank{rank}.safetensors")
+            assert_equal_up_to_rounding(found, {key: part_of_rank(expected[key], *place) for key in found}, ROUNDING)
+        gradients = {key: parameter.detach() for key, parameter in load(tmp_path / name).named_parameters()}
+        assert_equal_up_to_rounding(gradients, {key: expected[key] for key in gradients}, ROUNDING)
+
+
+@pytest.mark.parametrize("provider", ["stub", pytest.param("installed", marks=pytest.mark.te)])
+def test_checkpoints_are_exchanged_with_transformer_engine(provider: str, run_ranks: RunRanks, tmp_path: Path) -> None:
+    layer = make_gated_delta_net()
+    save(layer, tmp_path / "local")
+    run_ranks(RANK_SCRIPTS / "gated_delta_net_transformer_engine_ranks.py", tmp_path, provider, world_size=1)
+    again = load(tmp_path / "transformer_engine")
+    for (name, parameter), found in zip(layer.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(found, parameter), name
+    if provider == "stub":
+        expected = run_layer(layer, *whole_batch())
+        expected["self_attention.in_proj.layer_norm_weight"] = expected.pop("input_layernorm.weight")
+        assert_equal_up_to_rounding(load_file(tmp_path / "results.safetensors"), expected, ROUNDING)
+
+
+def test_transformer_engine_with_fla_has_the_stock_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_delta_net, "uses_fla", lambda: True)
+    spec = gated_delta_net.get_gated_delta_net_layer_spec(make_config(transformer_impl="transformer_engine"))
+    assert spec.module is MaskMoETransformerLayer
+    assert replace(spec, module=TransformerLayer) == hybrid_stack_spec.submodules.gdn_layer
+
+
+def test_fla_computes_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_delta_net, "HAVE_FLA", True)
+    assert gated_delta_net.uses_fla() is not cpu.is_installed()
+
+
+def test_packed_documents_are_refused_in_the_layer() -> None:
+    documents = PackedDocuments.of_samples(torch.tensor([[0, 3, 8]]), DEVICE, reads_on_host=True)
+    hidden = torch.randn(8, 1, HIDDEN, device=DEVICE)
+    with pytest.raises(AssertionError, match="Packed sequence"):
+        make_gated_delta_net()(hidden_states=hidden, attention_mask=None, packed_seq_params=documents)
+
+
+GIVEN = {
+    **{"hybrid_layer_pattern": "*EGE/GE", "swiglu": True, "deterministic_mode": False, "reset_attention_mask": False},
+    **{"dataloader_inter_document_masking": False, "transformer_impl": "local", "cuda_graph_impl": "none"},
+    **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, **SIZES},
+    **{"recompute_granularity": None, "recompute_modules": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({"swiglu": False}, "--swiglu"),
+        ({"linear_num_value_heads": 6}, "--linear-num-value-heads"),
+        ({"context_parallel_size": 4}, "--linear-num-key-heads"),
+        ({"linear_key_head_dim": None}, "--linear-key-head-dim"),
+        ({"reset_attention_mask": True}, "--reset-attention-mask"),
+        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+        ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl"),
+    ],
+    ids=str,
+)
+def test_settings_are_refused(settings: dict[str, Any], flags: str) -> None:
+    refused = gated_delta_net.check_gated_delta_net(Namespace(**GIVEN | settings), has_fla=False)
+    assert refused is not None
+    assert flags in refused
+    attention_only = GIVEN | settings | {"hybrid_layer_pattern": "*E*E"}
+    for allowed in (GIVEN, attention_only, attention_only | {"hybrid_layer_pattern": None}):
+        assert gated_delta_net.check_gated_delta_net(Namespace(**allowed), has_fla=False) is None
+
+
+def test_packed_documents_are_allowed_where_fla_gets_their_bounds_on_the_gpu() -> None:
+    packed = GIVEN | {"dataloader_inter_document_masking": True, "transformer_impl": "transformer_engine"}
+    assert gated_delta_net.check_gated_delta_net(Namespace(**packed), has_fla=True) is None
+    for other in ({"transformer_impl": "local"}, {"deterministic_mode": True}):
+        refused = gated_delta_net.check_gated_delta_net(Namespace(**packed | other), has_fla=True)
+        assert refused is not None
