@@ -14,6 +14,7 @@ from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.arguments import may_change_mask
+from maskmoe.transformer.backends.gated_delta_net import check_gated_delta_net, uses_fla
 from maskmoe.transformer.dispatch.flex import missing_library
 
 
@@ -427,6 +428,8 @@ def unsupported_settings(args: Namespace) -> Iterator[str]:
         if refusal.applies(args):
             remedy = f" {refusal.remedy(args)}" if refusal.remedy else ""
             yield f"{refusal.flag} is not supported. {refusal.reason}{remedy}"
+    if refusal := check_gated_delta_net(args, uses_fla()):
+        yield refusal
     # The remaining errors are sizes that contradict the number of experts.
     if not args.num_experts:
         return

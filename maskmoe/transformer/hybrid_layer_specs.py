@@ -4,12 +4,19 @@ from copy import copy
 from dataclasses import replace
 from typing import Any, cast
 
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from maskmoe.transformer.backends.gated_delta_net import get_gated_delta_net_layer_spec
+from maskmoe.transformer.backends.torch_norm import TorchNorm
 from maskmoe.transformer.hybrid_stack import MaskMoEHybridStack
 from maskmoe.transformer.layer_specs import backend_arguments, with_maskmoe_modules
 from maskmoe.transformer.router_sums import AuxLossTokens
@@ -62,7 +69,27 @@ def get_maskmoe_hybrid_stack_spec(
             Any, get_gpt_mtp_block_spec(config, last, backend["use_transformer_engine"], vp_stage=vp_stage)
         )
     stack = ModuleSpec(MaskMoEHybridStack, params={"final_norm": block.layer_norm}, submodules=submodules)
-    return with_maskmoe_modules(stack, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
+    stack = with_maskmoe_modules(stack, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
+    # These layers have no counterpart in a GPT model.
+    stack.submodules.gdn_layer = get_gated_delta_net_layer_spec(config)
+    stack.submodules.mamba_layer = _mamba_layer(config)
+    return stack
+
+
+def _mamba_layer(config: TransformerConfig) -> ModuleSpec:
+    """Return the spec of a Mamba layer: the stock one, or the same layer of local modules."""
+    if config.transformer_impl != "local":
+        return cast(Any, hybrid_stack_spec.submodules).mamba_layer
+    projections = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    return ModuleSpec(
+        MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=cast(Any, TorchNorm),
+            mixer=ModuleSpec(MambaMixer, submodules=projections),
+            mamba_bda=cast(Any, get_bias_dropout_add),
+            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+        ),
+    )
 
 
 def _part(layer: ModuleSpec, names: tuple[str, ...]) -> ModuleSpec:

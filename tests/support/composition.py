@@ -88,6 +88,11 @@ COMPARED = {
     "global loss": ["global loss, expert parallel 2", "global loss, tensor 2, data parallel 2"],
     "muon": ["muon, expert parallel 2", "muon, tensor 2, expert parallel 2", "muon, hybrid, expert parallel 2"],
     "hybrid": ["hybrid, pipeline 2", "hybrid, tensor 2, expert parallel 2"],
+    "gated delta net": [
+        "gated delta net, pipeline 2",
+        "gated delta net, tensor 2, expert parallel 2",
+        "gated delta net, context parallel 2, expert parallel 2",
+    ],
 }
 BF16 = "bf16, distributed optimizer"
 # The same for runs in bf16, whose losses agree to the precision of bf16.
@@ -383,6 +388,15 @@ TABLE: dict[str, Works | Refused] = {
             *COMPARED["hybrid"],
         ),
         ("transformer/test_hybrid_model.py::test_twins_compute_the_same_bits",),
+    ),
+    "gated delta net in hybrid models": Works(
+        "2 ranks; one layer against transformers' Qwen3-Next",
+        ("--hybrid-layer-pattern", "--linear-num-key-heads 2"),
+        tuple(COMPARED["gated delta net"]),
+        ("transformer/test_gated_delta_net.py::test_equals_the_layer_of_transformers",),
+    ),
+    "packed documents with gated delta net in plain torch": Refused(
+        "--hybrid-layer-pattern GE --dataloader-inter-document-masking --swiglu --linear-num-key-heads 2"
     ),
     "Mamba layers without their package": Refused("--hybrid-layer-pattern M*ME"),
     "sparse attention of DeepSeek-V3.2": Refused("--hybrid-layer-pattern DEDE"),

@@ -719,7 +719,35 @@ RUNS["start, then hybrid"] = Run(
     continues="start",
     description="The first iteration is of the GPT model, 20 iterations are of its hybrid twin.",
 )
+GATED_DELTA_NET = """
+    --hybrid-layer-pattern GEGEGE*E --linear-num-key-heads 2 --linear-num-value-heads 4 --linear-key-head-dim 8
+    --linear-value-head-dim 8 --linear-conv-kernel-dim 4
+"""
+RUNS |= model_in_layouts(
+    "gated delta net",
+    f"{GATED_DELTA_NET} {DISTRIBUTED}",
+    {
+        "gated delta net, resumed": (1, "", "Resumed on one process."),
+        "gated delta net, pipeline 2": (
+            2,
+            f"{PIPELINE_2} --hybrid-layer-pattern GEGE|GE*E",
+            "A pipeline of 2 stages.",
+        ),
+        "gated delta net, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+        "gated delta net, context parallel 2, expert parallel 2": (
+            2,
+            f"{CONTEXT_2} {EXPERT_2}",
+            "Sequences and experts are divided among 2 ranks.",
+        ),
+    },
+    description="Three layers of gated delta net, one of attention, each with experts.",
+)
 RUNS |= {
+    "GPT, then with gated delta nets": Run(
+        f"{GATED_DELTA_NET} --hybrid-layer-pattern G*EG*EG*EG*E {UNTIL_8}",
+        continues="start",
+        description="A gated delta net is added to each layer of a GPT model.",
+    ),
     "hybrid on Transformer Engine": Run(
         f"{TRANSFORMER_ENGINE} {UNTIL_8} --hybrid-layer-pattern *E*E*E*E",
         continues="start",

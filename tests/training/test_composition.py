@@ -71,6 +71,7 @@ def test_layout_agrees_with_single_process(runs, name):
             (("hybrid", "hybrid, resumed"),),
             (("muon", "muon, resumed"), pytest.mark.slow),
             (("latent", "latent, resumed"), pytest.mark.slow),
+            (("gated delta net", "gated delta net, resumed"), pytest.mark.slow),
         )
     ],
 )
@@ -86,6 +87,15 @@ def test_hybrid_twin_continues_with_the_optimizer_of_a_gpt_model(runs):
     reference, run = runs
     assert run.iterations == list(range(2, 22))
     assert run.difference(reference) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.runs("reference", "GPT, then with gated delta nets")
+def test_new_layers_of_a_hybrid_model_start_beside_the_layers_of_a_gpt_model(runs):
+    """The new layers change the losses. The layers of the GPT model keep what they have learned."""
+    reference, run = runs
+    assert run.iterations == list(range(2, 9))
+    assert 1e-4 < run.difference(reference, ["lm loss"]) < 1e-2
 
 
 @pytest.mark.runs("second rank without tokens, on 1", "second rank without tokens")

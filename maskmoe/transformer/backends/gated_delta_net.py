@@ -144,7 +144,7 @@ def check_gated_delta_net(args: Namespace, has_fla: bool) -> str | None:
     if args.cuda_graph_impl != "none":
         return (
             "--cuda-graph-impl is not supported with layers G of --hybrid-layer-pattern. Graphs of attention would "
-            "capture these layers, too, which no test on a GPU has compared with layers outside of graphs."
+            "capture these layers, too, whose delta rule in plain torch runs a loop that depends on the sequence."
         )
     if args.dataloader_inter_document_masking:
         if has_fla and args.transformer_impl == "transformer_engine" and not args.deterministic_mode:
