@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: tests/run.sh [--all | --slurm | --docker | --te] [pytest arguments]
+usage: tests/run.sh [--all | --slurm | --docker | --te | --megatron VERSION|PATH] [pytest arguments]
 
 Sets up .venv and runs the checks, then the tests. The checks are ruff, pyrefly, shellcheck, hadolint and, if there is a
 mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a machine with a GPU.
@@ -17,6 +17,11 @@ mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a ma
   --te              run only the tests of Transformer Engine's own modules, which need no GPU. The first run builds
                     Transformer Engine in build/transformer_engine, in about 10 minutes on 2 cores (see
                     tests/transformer_engine.sh --help); the tests take half a minute.
+  --megatron VERSION|PATH
+                    run only the default tests, with another megatron-core: a released version, a checkout of
+                    Megatron-LM, or a wheel. megatron-core is installed in build/megatron (see tests/megatron.sh
+                    --help); .venv is not changed. Without pytest arguments, first lists the changed internals of
+                    Megatron-Core (docs/megatron-internals.md) and runs pyrefly.
   pytest arguments  run only pytest, with these arguments; paths are relative to the repository. For example:
                     tests/run.sh tests/routing_mask -k digest
 END
@@ -31,8 +36,9 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # Select the tests and the Debian packages that they need. Most tests keep one core busy, so two processes share the
 # default tests. They start with the tests of training, which take longest.
-selected="not slow and not slurm and not docker and not te" checks=true packages=() python=.venv/bin/python workers=()
-(($#)) || workers=(--numprocesses 2 --no-loadscope-reorder)
+selected="not slow and not slurm and not docker and not te" checks=true packages=() python=.venv/bin/python megatron=
+two_workers=(--numprocesses 2 --no-loadscope-reorder) workers=()
+(($#)) || workers=("${two_workers[@]}")
 case ${1:-} in
     --all)
         selected="not slurm and not docker and not te"
@@ -51,6 +57,13 @@ case ${1:-} in
     --te)
         selected=te checks=false python=build/transformer_engine/bin/python
         shift
+        ;;
+    --megatron)
+        (($# > 1)) || fail "--megatron needs a version of megatron-core, a checkout of Megatron-LM or a wheel"
+        tests/megatron.sh --check "$2"
+        megatron=$2 checks=false
+        shift 2
+        (($#)) || workers=("${two_workers[@]}")
         ;;
     -h | --help)
         usage
@@ -99,4 +112,20 @@ fi
 
 # Many tests start several processes, so each process computes with one thread.
 export OMP_NUM_THREADS=1
-exec "$python" -m pytest -m "$selected" "${workers[@]}" "$@"
+tests=("$python" -m pytest -m "$selected" "${workers[@]}" "$@")
+[[ -n $megatron ]] || exec "${tests[@]}"
+
+# Every Python that a test starts finds this megatron-core before the one of .venv, also the Pythons of launch/*.sh.
+site=$(tests/megatron.sh "$megatron")
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+code=0
+if (($# == 0)); then
+    echo "tests: changes of the internals"
+    "$python" docs/generators/internals.py --check || code=1
+    echo "tests: pyrefly"
+    .venv/bin/pyrefly check --search-path "$site" --search-path . || code=1
+fi
+"${tests[@]}" || code=$?
+version=$("$python" -c 'from importlib.metadata import version; print(version("megatron-core"))')
+echo "tests: ran with megatron-core $version ($site)"
+exit "$code"

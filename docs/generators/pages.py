@@ -1,6 +1,7 @@
 """Write a generated page of the documentation, or check that the committed page is up to date."""
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ DOCS = Path(__file__).resolve().parents[1]
 
 
 def run(page: str, render: Callable[[], str], description: str) -> None:
-    """Write `docs/PAGE`, or with `--check` exit with code 1 if the committed page differs.
+    """Write `docs/PAGE`; or with `--check`, if the committed page differs, print the difference and exit with code 1.
 
     Args:
         page: the page's file name.
@@ -20,13 +21,16 @@ def run(page: str, render: Callable[[], str], description: str) -> None:
         description: what the script's `--help` says.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if the page is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; if the page is stale, exit with code 1")
     arguments = parser.parse_args()
     path, text = DOCS / page, render()
     if not arguments.check:
         path.write_text(text, encoding="utf-8")
-    elif not path.exists() or path.read_text(encoding="utf-8") != text:
-        sys.exit(f"docs/{page} is stale; run: python {Path(sys.argv[0]).relative_to(DOCS.parent)}")
+        return
+    committed = path.read_text(encoding="utf-8") if path.exists() else ""
+    if committed != text:
+        print(*difflib.unified_diff(committed.splitlines(), text.splitlines(), n=0, lineterm=""), sep="\n")
+        sys.exit(f"docs/{page} is stale; run: python {Path(sys.argv[0]).resolve().relative_to(DOCS.parent)}")
 
 
 def fill(template: str, **values: str) -> str:

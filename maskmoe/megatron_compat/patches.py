@@ -134,8 +134,8 @@ def recompute_without_transformer_engine() -> None:
         return
     stock_init = random.CheckpointWithoutOutput.__init__
 
-    def init(self: Any, fp8: Any = None) -> None:
-        stock_init(self, fp8 or None)
+    def init(self: Any, fp8: Any = None, **options: Any) -> None:
+        stock_init(self, fp8 or None, **options)
 
     def copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
         restored, recomputed = target.untyped_storage(), source.untyped_storage()

@@ -46,7 +46,10 @@ def _is_given(setting: str, args: Namespace) -> bool:
     if others:
         return any(_is_given(alternative, args) for alternative in (first, *others))
     flag, *words = re.findall(r"[\w-]+", first)
-    given = getattr(args, flag.removeprefix("--").replace("-", "_"))
+    name = flag.removeprefix("--").replace("-", "_")
+    if not hasattr(args, name):  # the installed Megatron-Core does not have the flag
+        return False
+    given = getattr(args, name)
     match words:
         case []:
             return given not in (None, False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.foreign_models import CONFIGS, VOCAB_SIZE, logits_of, random_ids, save_model
 from support.megatron_models import TRAINING, load_converted_model, logits_of_megatron
-from support.paths import ROOT
+from support.paths import ROOT, python_path
 from transformers import AutoModelForCausalLM
 
 from maskmoe.conversion.convert import huggingface_to_megatron, upcycle_model
@@ -88,7 +88,7 @@ def execute(program: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *program.split()],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": python_path(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,

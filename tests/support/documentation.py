@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.paths import ROOT
+from support.paths import ROOT, python_path
 
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
@@ -62,7 +62,7 @@ def run_script(script: str, folder: Path, timeout: float) -> subprocess.Complete
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=folder,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PATH": path, "PYTHONPATH": python_path(ROOT)},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.paths import BENCHMARKS, RANK_SCRIPTS, TESTS
+from support.paths import BENCHMARKS, RANK_SCRIPTS, TESTS, python_path
 from support.waiting import wait_until
 from torch.distributed import TCPStore
 
@@ -229,9 +229,8 @@ def run_script_as_ranks(
     The script joins the group with `init_method=f"file://{FOLDER}/rendezvous"` and may import `support` and the modules
     of the benchmarks. A rank that fails or hangs fails the test.
     """
-    path = os.pathsep.join(filter(None, [str(TESTS), str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
     program = [str(script), str(folder), *map(str, arguments)]
-    environment = {"PYTHONPATH": path}
+    environment = {"PYTHONPATH": python_path(TESTS, BENCHMARKS)}
     with start_ranks(program, folder, ranks=world_size, environment=environment, sees_gpus=sees_gpus) as processes:
         outcome = processes.wait(timeout=timeout)
     if any(outcome.exit_codes):

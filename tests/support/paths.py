@@ -1,8 +1,14 @@
 """Paths in the repository."""
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 BENCHMARKS = ROOT / "tools" / "benchmarks"
 RANK_SCRIPTS = TESTS / "support" / "ranks"
+
+
+def python_path(*folders: Path) -> str:
+    """Return a value of `PYTHONPATH`: some folders, then the value of this process, which may name another Megatron."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
