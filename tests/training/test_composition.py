@@ -66,6 +66,7 @@ def test_layout_agrees_with_single_process(runs, name):
             (("groups", "groups, resumed"),),
             (("muon", "muon, resumed"), pytest.mark.slow),
             (("latent", "latent, resumed"), pytest.mark.slow),
+            (("filled-in middle", "filled-in middle, resumed"), pytest.mark.slow),
         )
     ],
 )
