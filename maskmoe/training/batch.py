@@ -13,12 +13,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import print_rank_0
+from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
+from maskmoe.training.fill_in_middle import FillInMiddleDataset, token_settings
 from maskmoe.transformer.packed_documents import PackedDocuments
 
 
@@ -114,8 +116,12 @@ def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = N
     print_rank_0("> building train, validation, and test datasets for MaskMoE ...")
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    dataset, config = MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig
+    if args.fim_data:
+        dataset, config = FillInMiddleDataset, GPTFIMDatasetConfig
     # Megatron's configuration names most settings like its arguments.
-    settings = {field.name: getattr(args, field.name) for field in fields(GPTDatasetConfig) if field.name in args}
+    settings = {field.name: getattr(args, field.name) for field in fields(config) if field.name in args}
+    settings |= token_settings(args) if args.fim_data else {}
     settings |= {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
@@ -127,10 +133,10 @@ def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = N
         "inter_document_masking": args.dataloader_inter_document_masking,
     }
     builder = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        dataset,
         cast(list[int], num_samples),  # Megatron annotates int but takes None, too.
         lambda: mpu.get_tensor_model_parallel_rank() == 0,
-        GPTDatasetConfig(**settings),
+        config(**settings),
     )
     datasets = cast(list[GPTDataset | None], builder.build())
     print_rank_0("> finished creating MaskMoE datasets ...")

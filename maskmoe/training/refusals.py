@@ -122,26 +122,32 @@ _ALWAYS_REFUSED = {
     "for each expert.",
     "--overlap-moe-expert-parallel-comm, --delay-wgrad-compute or --ep-overlap-early-attn-memory-release": "The "
     "schedule of the overlap calls the router of a layer without padding_mask, on which the token ids travel.",
-    "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards": "Only Transformer Engine's "
-    "linear layers assemble weights from shards, on GPUs, where no test compares the losses with whole weights.",
-    "--mlp-chunks-for-training above 1": "Megatron-Core calls the MLP of each chunk without padding_mask, on which "
-    "the token ids travel.",
+    "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards": "Transformer Engine's linear "
+    "layers pad a weight before they divide it into shards. Checkpoints then hold padded weights, which MaskMoE's "
+    "conversion cannot tell from the weights of a larger model. Use --use-distributed-optimizer to save memory.",
+    "--mlp-chunks-for-training above 1": "Megatron-Core routes each chunk of a sequence by itself and adds up the "
+    "losses of the chunks, so the load-balancing losses and the z-loss weigh as many times as there are chunks. To "
+    "save memory, use --recompute-granularity selective --recompute-modules moe.",
     "--cuda-graph-impl local or full_iteration, or --enable-cuda-graph": "These graphs capture transformer layers "
     "with their MoE layers, also with --cuda-graph-modules attn. A CUDA graph needs fixed shapes, but the number of "
     "rows that a rank sends to experts varies. Use --cuda-graph-impl transformer_engine --cuda-graph-modules attn.",
     "--cache-mla-latents": "Megatron-Core's training forbids the cache, and evaluation and generation keep no cache.",
-    "--sft": "It tokenizes conversations while it trains, but a routing mask is checked against token ids in "
-    "Megatron's dataset format. Tokenize the conversations first, and use --dataloader-inter-document-masking.",
-    "--hybrid-context-parallel": "Hybrid context parallelism divides sequences in another way than the token ids are "
-    "divided.",
+    "--sft": "Megatron-Core's dataset fills up each sample with one id, and does not report these tokens as padding. "
+    "The routing mask sends all of them to the few experts that the id sees. Tokenize the conversations first, and "
+    "use --dataloader-inter-document-masking, which packs them without padding.",
+    "--hybrid-context-parallel": "Ranks run different numbers of micro-batches, as the lengths of their samples "
+    "require. Expert-parallel ranks would wait for each other forever, because they exchange tokens in every "
+    "micro-batch. Use --context-parallel-size.",
     "--spec": "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
-    "--yaml-cfg": "MaskMoE reads its settings from the command line. Use launch/pretrain.sh with a model file.",
-    "--perform-rl-step": "MaskMoE has no reinforcement learning.",
+    "--yaml-cfg": "Megatron-Core replaces all arguments by the content of the file, those of MaskMoE included, and "
+    "leaves out its checks. Use launch/pretrain.sh with a model file.",
+    "--perform-rl-step": "The Python package megatron-core 0.19 lacks megatron.rl, on which the flag depends.",
     "--logits-save-dir or --logits-load-dir": "MaskMoE has no distillation from logits.",
-    "--fim-data": "MaskMoE builds Megatron-Core's GPTDataset only, which does not rearrange documents to fill in the "
-    "middle.",
-    "--dataloader-type external": "MaskMoE builds the data loader itself, because all pipeline stages need token ids.",
-    "--inprocess-restart": "MaskMoE restarts whole processes, as torchrun and Slurm do.",
+    "--dataloader-type external": "Megatron-Core takes an external data loader from the program that calls it. This "
+    "program is MaskMoE, which has no data loader of its own.",
+    "--inprocess-restart": "Megatron-Core restarts training within the processes of the failed run. MaskMoE ends the "
+    "processes of a run that hangs, because the stack of a hanging rank cannot be unwound. Use --max-restarts of "
+    "torchrun, or Slurm.",
     "--non-persistent-ckpt-type local or in_memory": "A local checkpoint has the tensors of one rank in a format of "
     "nvidia-resiliency-ext, from which MaskMoE cannot read the routing mask. Megatron-Core does not implement "
     "in_memory.",
@@ -240,10 +246,11 @@ REFUSALS = (
         lambda args: _flex_backend(args) is not None and args.moe_pad_expert_input_to_capacity,
     ),
     Refusal(
-        "--moe-token-dispatcher-type flex with --use-transformer-engine-op-fuser",
-        "With the fuser, the library of this dispatcher pads the rows of each expert to multiples of 256. Only the "
-        "libraries themselves could show that masked routing is right then, and they need GPUs.",
-        lambda args: _flex_backend(args) is not None and args.use_transformer_engine_op_fuser,
+        "--moe-flex-dispatcher-backend ncclep with --use-transformer-engine-op-fuser",
+        "With the fuser, NCCL-EP pads the rows of each expert to multiples of 256. It sets these rows to 0, but "
+        "promises nothing about their weights: a weight that is NaN would make the expert's gradients NaN. Use deepep "
+        "or hybridep, which do not pad in bf16.",
+        lambda args: _flex_backend(args) == "ncclep" and args.use_transformer_engine_op_fuser,
     ),
     Refusal(
         "--moe-flex-dispatcher-backend ncclep without --moe-expert-rank-capacity-factor",
@@ -253,8 +260,7 @@ REFUSALS = (
     ),
     Refusal(
         "--moe-expert-rank-capacity-factor without --moe-flex-dispatcher-backend ncclep",
-        "Other dispatchers use the factor for CUDA graphs, which need fixed shapes, but the number of rows that a rank "
-        "receives varies.",
+        "HybridEP would drop the tokens beyond the factor, and needs no factor. Other dispatchers do not read it.",
         lambda args: args.moe_expert_rank_capacity_factor is not None and _flex_backend(args) != "ncclep",
     ),
     Refusal(
@@ -282,6 +288,17 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "--fim-data without --tokenizer-type HuggingFaceTokenizer",
+        "Megatron-Core's dataset turns ids into text without special tokens, which the other tokenizers of MaskMoE's "
+        "tools cannot do.",
+        lambda args: args.fim_data and args.tokenizer_type != "HuggingFaceTokenizer",
+    ),
+    Refusal(
+        "--fim-data with --dataloader-inter-document-masking",
+        "Megatron-Core's dataset moves the bounds of documents and does not report them.",
+        lambda args: args.fim_data and args.dataloader_inter_document_masking,
+    ),
+    Refusal(
         "--reset-attention-mask with --no-create-attention-mask-in-dataloader",
         "Without the data loader's mask, tokens attend to other documents. Leave the second flag out, or use "
         "--dataloader-inter-document-masking, which needs no mask.",
@@ -303,8 +320,8 @@ REFUSALS = (
     ),
     Refusal(
         "--fp8-format or --fp4-format",
-        "fp8 and fp4 need Transformer Engine and GPUs that compute in these types, so no test could compare masked "
-        "routing with plain torch. Use --bf16.",
+        "Megatron-Core recomputes layers in fp8 and fp4 by Transformer Engine's checkpointing, which knows the scales "
+        "of the forward pass. MaskMoE recomputes its MoE layers by torch's checkpointing, which does not. Use --bf16.",
         lambda args: bool(args.fp8 or args.fp4),
     ),
     Refusal(

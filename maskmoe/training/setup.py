@@ -32,7 +32,7 @@ from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training import file_checks, resume
+from maskmoe.training import file_checks, fill_in_middle, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask, refuse_unknown_flags
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore
@@ -88,6 +88,8 @@ def parse_and_check_args(
         resume.check_same_model(args, checkpoint)
     if mask is not None:
         file_checks.check_mask(args, mask)
+    if args.fim_data:
+        fill_in_middle.check_tokens(args)
     if reads_data(args):
         # The first rank of each node reads the token ids of each dataset once.
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"

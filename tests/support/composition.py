@@ -85,6 +85,7 @@ COMPARED = {
     "packed documents, single samples": ["packed documents, single samples, tensor 2, pipeline 2"],
     "packed documents, experts of one rank": ["packed documents, experts of one rank, expert parallel 2"],
     "reset masks": ["reset masks, pipeline 2", "reset masks, tensor 2"],
+    "filled-in middle": ["filled-in middle, pipeline 2"],
     "global loss": ["global loss, expert parallel 2", "global loss, tensor 2, data parallel 2"],
     "muon": ["muon, expert parallel 2", "muon, tensor 2, expert parallel 2", "muon, hybrid, expert parallel 2"],
     "hybrid": ["hybrid, pipeline 2", "hybrid, tensor 2, expert parallel 2"],
@@ -317,6 +318,10 @@ TABLE: dict[str, Works | Refused] = {
         "2 ranks, with stand-ins for the libraries: the real libraries have not been run",
         tests=("transformer/test_flex_dispatch.py::test_equals_other_ways_to_dispatch",),
     ),
+    "flex dispatcher by NCCL-EP with fused operations": Refused(
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep --expert-model-parallel-size 2 --bf16 "
+        "--moe-expert-rank-capacity-factor 2 --use-transformer-engine-op-fuser"
+    ),
     "flex dispatcher in fp32": Refused("--moe-token-dispatcher-type flex --expert-model-parallel-size 2"),
     "Sinkhorn balancing": Refused("--moe-router-load-balancing-type sinkhorn"),
     "quantile balancing": Refused("--moe-router-load-balancing-type quantile_balancing"),
@@ -350,6 +355,16 @@ TABLE: dict[str, Works | Refused] = {
         tuple(COMPARED["reset masks"]),
         (f"{PACKED}test_masks_of_a_dataset_equal_documents_one_by_one",),
     ),
+    "documents rearranged to fill in the middle": Works(
+        "2 ranks; samples depend on their index only",
+        ("--fim-data",),
+        tuple(COMPARED["filled-in middle"]),
+        ("training/test_fill_in_middle.py::test_samples_depend_on_their_index_only",),
+    ),
+    "packed documents rearranged to fill in the middle": Refused(
+        "--fim-data --tokenizer-type HuggingFaceTokenizer --dataloader-inter-document-masking"
+    ),
+    "documents rearranged to fill in the middle, of a tokenizer without text": Refused("--fim-data"),
     "packed documents with context parallelism": Refused(
         "--dataloader-inter-document-masking --context-parallel-size 2"
     ),

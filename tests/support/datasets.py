@@ -1,9 +1,11 @@
 """Small datasets in Megatron's format."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from numpy.typing import ArrayLike, DTypeLike
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
@@ -54,3 +56,29 @@ def zipf_ids(rng: np.random.Generator, vocab_size: int, num_documents: int = 30)
     return [
         rng.choice(vocab_size, size=2 * rng.integers(25, 100), p=shares / shares.sum()) for _ in range(num_documents)
     ]
+
+
+FILL_IN_MIDDLE_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<|endoftext|>")
+
+
+def write_character_tokenizer(folder: Path, vocab_size: int, special: Sequence[str] = FILL_IN_MIDDLE_TOKENS) -> Path:
+    """Write a tokenizer for Megatron's HuggingFaceTokenizer and return its folder.
+
+    Each id is one character, so a text can be cut anywhere and keeps its ids. The last ids are special tokens.
+
+    Args:
+        folder: Is made.
+        vocab_size: Number of ids.
+        special: The special tokens; the last one ends a document.
+    """
+    characters = [chr(0x4E00 + number) for number in range(vocab_size - len(special))]
+    vocabulary = {token: number for number, token in enumerate([*characters, *special])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=characters[0]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens(list(special))
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[-1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from support.datasets import predictable_ids, write_documents
+from support.datasets import predictable_ids, write_character_tokenizer, write_documents
 from support.launchers import TIMEOUT, Outcome, RankProcesses, Rendezvous, rank_environments, start_ranks
 from support.masks import build_mask, count_ids
 from support.runs import free_port, read_scalars
@@ -137,12 +137,12 @@ class Workplace:
     """A folder with a dataset, token counts and routing masks, where training processes run.
 
     Attributes:
-        folder: Holds the datasets `data` and `ended`, whose documents end with the tokenizer's end-of-document id,
-            `counts.safetensors`, and the routing masks `mask.safetensors`, `three_layers.safetensors`,
-            `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors`, `starving.safetensors` (all
-            tokens go to the first 4 experts), `rank_local.safetensors` (for two expert-parallel ranks),
-            `wider.safetensors` (`mask.safetensors`, widened) and `hash_layers.safetensors` (two hash layers with V = 2
-            below layers with all experts).
+        folder: Holds the datasets `data` and `ended`, whose documents end with the tokenizer's end-of-document id, a
+            tokenizer of characters in `tokenizer`, `counts.safetensors`, and the routing masks `mask.safetensors`,
+            `three_layers.safetensors`, `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors`,
+            `starving.safetensors` (all tokens go to the first 4 experts), `rank_local.safetensors` (for two expert-
+            parallel ranks), `wider.safetensors` (`mask.safetensors`, widened) and `hash_layers.safetensors` (two hash
+            layers with V = 2 below layers with all experts).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -151,6 +151,7 @@ class Workplace:
         write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE))
         ended = [np.append(document, VOCAB_SIZE - 1) for document in documents]
         write_documents(folder / "ended", ended, optimal_dtype(VOCAB_SIZE))
+        write_character_tokenizer(folder / "tokenizer", VOCAB_SIZE)
         frequency = count_ids(folder / "data", VOCAB_SIZE)
         frequency.save(folder / "counts.safetensors")
         for name, num_layers, seed in (

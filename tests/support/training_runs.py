@@ -352,6 +352,7 @@ PACKED = f"{DOCUMENTS} --dataloader-inter-document-masking"
 RESET = f"""
     {DOCUMENTS} --reset-attention-mask --reset-position-ids --eod-mask-loss --position-embedding-type learned_absolute
 """
+FILL_IN_MIDDLE = "--data-path ended --fim-data --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer"
 # One micro-batch a step, so that the global loss does not depend on the number of ranks that share the micro-batch.
 WHOLE_BATCH = "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 2e-2 3e-2"
 
@@ -781,6 +782,15 @@ RUNS |= model_in_layouts(
         "reset masks, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks."),
     },
     description="The data loader makes attention masks that keep to documents.",
+)
+RUNS |= model_in_layouts(
+    "filled-in middle",
+    FILL_IN_MIDDLE,
+    {
+        "filled-in middle, resumed": (1, "--num-workers 2", "Resumed on one process, other processes read the data."),
+        "filled-in middle, pipeline 2": (2, f"{PIPELINE_2} --num-workers 2", "A pipeline of 2 stages."),
+    },
+    description="Documents are rearranged to fill in the middle.",
 )
 RUNS |= {
     "packed documents as with reset masks": Run(

@@ -170,13 +170,12 @@ def test_bad_input_is_found_by_the_checks(case, workplace, bad_files, refusal, t
         assert part in message
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "culprit"),
     [
         ("--data-path nowhere", "nowhere"),  # every rank finds the error
         # Only the first rank reads the ids. The other rank waits for it until torchrun kills the rank.
-        ("--data-path bad/large_ids", "large_ids"),
+        pytest.param("--data-path bad/large_ids", "large_ids", marks=pytest.mark.slow),
     ],
 )
 def test_one_line_from_many_ranks(flags, culprit, start, refusal, bad_files):
@@ -261,7 +260,10 @@ NCCL_EP = f"{FLEX} --moe-flex-dispatcher-backend ncclep"
         ("--moe-token-dispatcher-type flex --expert-model-parallel-size 2", "flex without --bf16"),
         ("--moe-token-dispatcher-type flex --bf16", "flex without --expert-model-parallel-size above 1"),
         (f"{FLEX} --moe-pad-expert-input-to-capacity", "flex with --moe-pad-expert-input-to-capacity"),
-        (f"{FLEX} --use-transformer-engine-op-fuser", "flex with --use-transformer-engine-op-fuser"),
+        (
+            f"{NCCL_EP} --moe-expert-rank-capacity-factor 2 --use-transformer-engine-op-fuser",
+            "ncclep with --use-transformer-engine-op-fuser",
+        ),
         (f"{FLEX} --moe-expert-rank-capacity-factor 2", "factor without --moe-flex-dispatcher-backend ncclep"),
         (NCCL_EP, "ncclep without --moe-expert-rank-capacity-factor"),
         (f"{NCCL_EP} --moe-expert-rank-capacity-factor 2 --moe-ncclep-zero-copy", "--moe-ncclep-zero-copy"),

@@ -72,6 +72,7 @@ def test_layout_agrees_with_single_process(runs, name):
             (("muon", "muon, resumed"), pytest.mark.slow),
             (("latent", "latent, resumed"), pytest.mark.slow),
             (("gated delta net", "gated delta net, resumed"), pytest.mark.slow),
+            (("filled-in middle", "filled-in middle, resumed"), pytest.mark.slow),
         )
     ],
 )

@@ -24,7 +24,10 @@ FOR_FLEX = ["--bf16", "--expert-model-parallel-size", "2"]
 MODEL = ["--num-experts", "8", "--routing-mask", "mask.safetensors", "--disable-bias-linear"]
 BASE = [*MODEL, *FOR_FLEX, "--transformer-impl", "transformer_engine", "--cuda-graph-modules", "attn"]
 # Settings that a switch needs.
-NEEDED = {"--reset-attention-mask": ["--transformer-impl", "local"]}
+NEEDED = {
+    "--reset-attention-mask": ["--transformer-impl", "local"],
+    "--fim-data": ["--tokenizer-type", "HuggingFaceTokenizer"],
+}
 
 
 @cache

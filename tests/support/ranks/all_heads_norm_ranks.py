@@ -9,6 +9,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import torch
 from safetensors.torch import save_file
+from support.rank_program import run_as_rank
 from support.small_moe import make_config
 from torch import Tensor
 
@@ -68,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

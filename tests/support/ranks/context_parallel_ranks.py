@@ -18,6 +18,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.utils import get_batch_on_this_cp_rank
+from support.rank_program import run_as_rank
 from support.small_moe import make_config
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

@@ -10,6 +10,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import torch
 from safetensors.torch import save_file
+from support.rank_program import run_as_rank
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from support import stub_transformer_engine
+from support.rank_program import run_as_rank
 
 if __name__ == "__main__":
     stub_transformer_engine.install()
@@ -117,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

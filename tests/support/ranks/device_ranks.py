@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from meter import cost_of
 from ranks import join_ranks
 from routed_tokens import let_one_rank_plan
+from support.rank_program import run_as_rank
 from support.small_moe import DEVICE, draw_parameters, make_config, make_layer, make_mask
 from torch import Tensor
 from torch.nn.functional import linear, silu
@@ -341,4 +342,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

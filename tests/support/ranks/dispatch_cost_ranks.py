@@ -19,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from meter import Cost, cost_of
+from support.rank_program import run_as_rank
 from support.small_moe import DEVICE, make_config, make_mask, make_model, random_visible_sets
 
 NUM_LAYERS, NUM_EXPERTS, VOCAB_SIZE, TOKENS, HIDDEN = 3, 8, 11, 16, 8
@@ -64,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

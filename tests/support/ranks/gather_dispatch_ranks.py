@@ -15,6 +15,7 @@ prepare_process()
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from support.rank_program import run_as_rank
 from support.small_moe import draw_parameters, make_config, make_layer, make_mask, random_visible_sets
 from torch import Tensor
 
@@ -56,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.experts import SequentialMLP
 from safetensors.torch import save_file
 from support.kernels import kernels_on_cpu
+from support.rank_program import run_as_rank
 from support.small_experts import make_experts, make_rows
 from support.small_moe import make_config
 from torch import Tensor
@@ -63,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

@@ -17,6 +17,7 @@ import torch
 from fixed_router import FixedRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from support.kernels import kernels_on_cpu
+from support.rank_program import run_as_rank
 from torch import Tensor
 
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
@@ -141,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from safetensors.torch import save_file
 from support.kernels import kernels_on_cpu
+from support.rank_program import run_as_rank
 from support.small_moe import (
     DEVICE,
     make_config,
@@ -247,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

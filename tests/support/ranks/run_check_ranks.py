@@ -26,6 +26,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
+from support.rank_program import run_as_rank
 from support.saved_tensors import KeptBytes
 
 from maskmoe.check.command import inspect_run
@@ -157,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

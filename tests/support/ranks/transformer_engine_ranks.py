@@ -29,6 +29,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
+from support.rank_program import run_as_rank
 from support.small_moe import draw_parameters, make_config, make_mask, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
@@ -157,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

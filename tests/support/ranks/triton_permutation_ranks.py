@@ -12,6 +12,7 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 import torch
+from support.rank_program import run_as_rank
 from transformer_engine.common.triton import permutation as kernels
 from transformer_engine.pytorch.triton import permutation
 
@@ -58,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

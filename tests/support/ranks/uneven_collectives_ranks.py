@@ -4,6 +4,7 @@ import os
 import sys
 
 import torch
+from support.rank_program import run_as_rank
 from torch import distributed
 
 from maskmoe.megatron_compat import cpu
@@ -45,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)

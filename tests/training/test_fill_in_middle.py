@@ -1,0 +1,111 @@
+"""Samples whose documents are rearranged to fill in the middle."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training.arguments import add_megatron_arguments
+from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
+from support.datasets import predictable_ids, write_character_tokenizer, write_documents
+
+from maskmoe.errors import UserError
+from maskmoe.training import fill_in_middle
+from maskmoe.training.fill_in_middle import FillInMiddleDataset, check_tokens, token_settings
+
+VOCAB_SIZE, SAMPLE = 300, 400
+PREFIX, MIDDLE, SUFFIX, PAD, END = range(VOCAB_SIZE - 5, VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tokenizer, and with a dataset whose documents end with END and hold no other tokens."""
+    folder = tmp_path_factory.mktemp("fim")
+    write_character_tokenizer(folder / "tokenizer", VOCAB_SIZE)
+    documents = predictable_ids(np.random.default_rng(0), PREFIX)
+    write_documents(folder / "data", [np.append(document, END) for document in documents])
+    return folder
+
+
+def arguments(folder: Path, *flags: str) -> argparse.Namespace:
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder / "tokenizer")]
+    return parser.parse_args([*tokenizer, *flags], argparse.Namespace(rank=0))
+
+
+def build(kind: type[GPTFIMDataset], folder: Path, rate: float, spm_rate: float) -> GPTFIMDataset:
+    """Build a dataset of one epoch of the documents in `folder`."""
+    config = GPTFIMDatasetConfig(
+        random_seed=3,
+        sequence_length=SAMPLE,
+        blend=([str(folder / "data")], None),
+        split="1,0,0",
+        path_to_cache=str(folder / "cache"),
+        tokenizer=build_tokenizer(arguments(folder)),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        fim_rate=rate,
+        fim_spm_rate=spm_rate,
+        **token_settings(arguments(folder)),
+    )
+    data = IndexedDataset(str(folder / "data"))
+    return kind(data, str(folder / "data"), np.arange(len(data)), None, Split.train, config)
+
+
+def tokens_of(dataset: GPTFIMDataset, index: int) -> list[int]:
+    return dataset[index]["tokens"].tolist()
+
+
+def put_in_order(document: list[int], spm: bool) -> list[int]:
+    """Return a document with the middle between prefix and suffix again."""
+    if spm:
+        assert document[:2] == [PREFIX, SUFFIX]
+        suffix, before = document[2 : document.index(MIDDLE)], document[document.index(MIDDLE) + 1 :]
+        return before + suffix
+    assert document[0] == PREFIX
+    suffix, middle = document.index(SUFFIX), document.index(MIDDLE)
+    return document[1:suffix] + document[middle + 1 :] + document[suffix + 1 : middle]
+
+
+@pytest.mark.parametrize("spm", [False, True])
+def test_documents_are_rearranged(folder: Path, spm: bool) -> None:
+    """The first sample begins with a whole document; its last document is cut off."""
+    plain, filled = (build(FillInMiddleDataset, folder, rate, float(spm)) for rate in (0, 1))
+    first = int(np.argmin(filled.shuffle_index))
+    expected, found = tokens_of(plain, first), tokens_of(filled, first)
+    assert not {PREFIX, MIDDLE, SUFFIX, PAD} & set(expected)
+    assert len(found) == SAMPLE
+    assert found.count(END) >= 2
+    rearranged = []
+    while END in found:
+        end = found.index(END)
+        rearranged += [*put_in_order(found[:end], spm), END]
+        found = found[end + 1 :]
+    assert rearranged == expected[: len(rearranged)]
+
+
+def test_samples_depend_on_their_index_only(folder: Path) -> None:
+    def differing(kind: type[GPTFIMDataset]) -> int:
+        """Count the samples that differ if they are read in another order."""
+        forwards, backwards = (build(kind, folder, 0.5, 0.5) for _ in range(2))
+        samples = [tokens_of(forwards, index) for index in range(len(forwards))]
+        again = [tokens_of(backwards, index) for index in reversed(range(len(backwards)))]
+        return sum(sample != other for sample, other in zip(samples, reversed(again), strict=True))
+
+    assert differing(FillInMiddleDataset) == 0
+    assert differing(GPTFIMDataset) > 3
+    dataset = build(FillInMiddleDataset, folder, 1, 0)
+    starts = {tuple(tokens_of(dataset, index)[:9]) for index in range(len(dataset))}
+    assert len(starts) == len(dataset)
+
+
+def test_token_that_the_tokenizer_lacks_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build_tokenizer(arguments(folder))
+    monkeypatch.setattr(fill_in_middle, "get_tokenizer", lambda: built)
+    check_tokens(arguments(folder))
+    with pytest.raises(UserError, match=r"has no token <SUF>, which --fim-data needs.*--fim-suffix-token"):
+        check_tokens(arguments(folder, "--fim-suffix-token", "<SUF>"))
