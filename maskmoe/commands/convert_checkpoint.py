@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.cli import atomic_output
-from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings, parse_size
+from maskmoe.conversion.settings import (
+    DERIVED_PATTERN,
+    DTYPE_NAMES,
+    NO_PATTERN,
+    Settings,
+    UpcycleSettings,
+    parse_size,
+)
 from maskmoe.errors import UserError
 
 
@@ -34,6 +41,15 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
     else:
         _add_conversion_arguments(parser)
+    if name == "megatron-to-hf":
+        parser.set_defaults(hybrid_layer_pattern=None)
+    elif name != "inspect":
+        pattern = (
+            "write a checkpoint of a HybridModel with this pattern, in which | may divide pipeline stages; "
+            f"{DERIVED_PATTERN}: with the pattern of the model's layers; {NO_PATTERN}: of a GPTModel (default: of the "
+            "class that the model was exported from, else of a GPTModel)"
+        )
+        parser.add_argument("--hybrid-layer-pattern", metavar="P", help=pattern)
     if name == "upcycle":
         formats = {"choices": ("megatron", "hf"), "default": "megatron"}
         parser.add_argument("--save-format", **formats, help="format of the result (default: %(default)s)")

@@ -9,9 +9,10 @@ from typing import Any
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
+from maskmoe.conversion.hybrid_models import gpt_args, is_hybrid
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.feed_forward_layers import expand_layer_frequency
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 # Arguments of Megatron that have only this value in a model that transformers can express.
 _FIXED_ARGS: dict[str, Any] = {
@@ -95,9 +96,10 @@ def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
         vocab_size: number of the tokenizer's ids, without padding.
 
     Raises:
-        UserError: the model has settings that the transformers model does not have; names all of them.
+        UserError: the model has settings that the transformers model does not have; names all of them. Or it is a
+            hybrid model with layers that the transformers model does not have; names the first of them.
     """
-    args = Namespace(**_default_args() | vars(args))
+    args = gpt_args(Namespace(**_default_args() | vars(args)))
     if refusals := _inexpressible(args):
         raise UserError(f"a model with {', '.join(refusals)} cannot be expressed in transformers' format")
     fields = {field: getattr(args, name) for field, name in _FIELDS.items()} | {
@@ -106,7 +108,7 @@ def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
         "num_nextn_predict_layers": args.mtp_num_layers or 0,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "hidden_act": "silu",
-        "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in sparse_layers(args)],
+        "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in FeedForwardLayers.of_args(args).decoder],
         "num_experts": args.num_experts or 0,
     }
     if not args.num_experts:
@@ -123,7 +125,7 @@ def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
 
 
 def args_from_config(config: Mapping[str, Any]) -> Namespace:
-    """Return Megatron's arguments that describe a model; arguments of training are left to the run.
+    """Return Megatron's arguments that describe a model as a `GPTModel`; arguments of training are left to the run.
 
     Args:
         config: the fields of `MaskMoEConfig`.
@@ -169,17 +171,10 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
     return Namespace(**args)
 
 
-def sparse_layers(args: Namespace) -> list[bool]:
-    """Return for each layer whether Megatron's `--num-experts` and `--moe-layer-freq` give it experts."""
-    if not args.num_experts:
-        return [False] * args.num_layers
-    return expand_layer_frequency(args.moe_layer_freq, args.num_layers)
-
-
 def is_stacked(args: Namespace) -> bool:
     """Return whether Megatron saves one tensor for all layers of this model, as opposed to one for each layer."""
     frequency = getattr(args, "moe_layer_freq", 1)
-    return isinstance(frequency, int) and frequency <= 1
+    return isinstance(frequency, int) and frequency <= 1 and not is_hybrid(args)
 
 
 def further_flags(args: Namespace) -> list[str]:

@@ -13,9 +13,10 @@ from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.blocks import CastSource, FiniteSource, JoinedSource, TensorSource
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags
 from maskmoe.conversion.huggingface_models import open_model, write_huggingface
+from maskmoe.conversion.hybrid_models import is_hybrid, with_pattern
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
-from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings
+from maskmoe.conversion.settings import DERIVED_PATTERN, DTYPE_NAMES, Settings, UpcycleSettings
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.conversion.upcycle import upcycle
 from maskmoe.conversion.writing import OutputFolder
@@ -87,9 +88,10 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
     else:
         folder, dense = _open_checkpoint(settings)
     sparse = upcycle(dense, recipe, mask)
-    args = args_from_config(sparse.config)
-    dense_args = vars(dense.args) if dense.args else {}
-    args.__dict__ |= {name: dense_args[name] for name in _VOCABULARY_ARGS if name in dense_args}
+    args, dense_args = args_from_config(sparse.config), dense.args or Namespace()
+    args.__dict__ |= {name: value for name, value in vars(dense_args).items() if name in _VOCABULARY_ARGS}
+    pattern = settings.hybrid_layer_pattern or (DERIVED_PATTERN if is_hybrid(dense_args) else None)
+    args = with_pattern(args, sparse.config, pattern)
     # The dense model's source provides the padding of the vocabulary.
     sparse = replace(sparse, source=JoinedSource(sparse.source, dense.source), args=args)
     save = _save_megatron if to_megatron else _save_huggingface
@@ -145,7 +147,7 @@ def _save_huggingface(model: OpenedModel, settings: Settings, output_folder: Out
 def _save_megatron(model: OpenedModel, settings: Settings, output_folder: OutputFolder) -> list[str]:
     """Write a model as a checkpoint; return the flags that loading needs."""
     # Complete Megatron's arguments.
-    args = _megatron_args(model)
+    args = _megatron_args(model, settings.hybrid_layer_pattern)
     args.tokenizer_type, args.tokenizer_model = _choose_tokenizer(model, settings)
     if args.tokenizer_type == WITHOUT_TEXT:
         args.vocab_size = model.config["vocab_size"]
@@ -172,13 +174,23 @@ def _cast_and_check(model: OpenedModel, settings: Settings) -> OpenedModel:
     return replace(model, source=source if settings.allow_nan else FiniteSource(source))
 
 
-def _megatron_args(model: OpenedModel) -> Namespace:
-    """Return the arguments that a model came with; arguments made from its configuration if that has changed since."""
+def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
+    """Return the arguments that a model came with; arguments made from its configuration if that has changed since.
+
+    Args:
+        model: the model.
+        pattern: see `Settings.hybrid_layer_pattern`.
+
+    Raises:
+        UserError: the model cannot be expressed in Megatron, or the pattern does not fit it.
+    """
     if model.args is not None:
         described = config_from_args(model.args, model.config["vocab_size"])
         if all(model.config.get(name) == value for name, value in described.items()):
-            return Namespace(**vars(model.args))
-    return args_from_config(model.config)
+            return with_pattern(Namespace(**vars(model.args)), model.config, pattern)
+        if pattern is None and is_hybrid(model.args):
+            pattern = DERIVED_PATTERN
+    return with_pattern(args_from_config(model.config), model.config, pattern)
 
 
 def _choose_tokenizer(model: OpenedModel, settings: Settings) -> tuple[str, str | None]:

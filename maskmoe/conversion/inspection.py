@@ -219,7 +219,7 @@ def _describe_mask(mask: RoutingMask) -> dict[str, Any]:
         "digest": mask.digest,
         "vocab_size": mask.vocab_size,
         "num_experts": mask.num_experts,
-        "num_tables": len(mask.row_of_id),  # 1 if all layers share a table, else the number of layers
+        "num_tables": len(mask.row_of_id),  # 1 if all layers share a table
         # Share of the ids that see several experts, averaged over the tables.
         "several_visible": float((mask.row_of_id >= mask.num_experts).mean()),
         "provenance": asdict(mask.provenance),

@@ -4,6 +4,7 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from maskmoe.conversion.blocks import (
     TensorSource,
     TensorSpec,
 )
-from maskmoe.conversion.config_mapping import config_from_args, is_stacked, sparse_layers
+from maskmoe.conversion.config_mapping import config_from_args, is_stacked
+from maskmoe.conversion.hybrid_models import is_hybrid
 from maskmoe.conversion.model_tensors import check_tensors, make_config, read_mask, routing_mask_tensors
 from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.conversion.tensor_mapping import EMBEDDING, EXPERT_NORMS, PADDING_PREFIX, MegatronLayout, map_tensors
@@ -94,7 +96,7 @@ def open_megatron(
     config["routing_mask"] = routing_mask_tensors(mask)[1] if mask else None
     weights = {name: spec for name, spec in source.tensors.items() if not is_optimizer(name)}
     try:
-        mapping = map_tensors(config, _layout(source, args))
+        mapping = map_tensors(config, _layout(source, config, is_hybrid(args)))
         # A checkpoint may hold a norm a second time, under the name that Transformer Engine's modules load.
         local_norm, transformer_engine_norm = EXPERT_NORMS
         aliases = {name for name in weights if name.replace(transformer_engine_norm, local_norm) in mapping.megatron}
@@ -118,7 +120,7 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
         UserError: the checkpoint cannot be written.
     """
     # Map the tensors. The padding of the vocabulary is the model's own if it fits, else zeros.
-    layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS)
+    layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS, is_hybrid(args))
     tensors = model.source.tensors
     dtype = tensors["model.embed_tokens.weight"].dtype
     try:
@@ -142,7 +144,8 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
         _CONFIG: model.config,
     }
-    objects: dict[str, Any] = {COMMON_STATE: [common]} | {name: [None] for name in _extra_states(model.config, layout)}
+    objects: dict[str, Any] = {COMMON_STATE: [common]}
+    objects |= {layout.name(name): [None] for name in _extra_states(model.config, layout)}
     files, layout_file = plan_torch_dist(view.tensors, objects, max_file_bytes, folder=RELEASE)
     write_files(view, files, output)
     # Write the files that turn the files of tensors into a checkpoint, then the tracker that names the checkpoint.
@@ -158,20 +161,28 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
     output.complete()
 
 
-def _layout(source: TensorSource, args: Namespace) -> MegatronLayout:
-    """Find out how a checkpoint names and shapes its tensors."""
+def _layout(source: TensorSource, config: Mapping[str, Any], is_hybrid: bool) -> MegatronLayout:
+    """Find out how a checkpoint names and shapes its tensors.
+
+    Args:
+        source: the tensors of the checkpoint.
+        config: the fields of `MaskMoEConfig`.
+        is_hybrid: whether the checkpoint is a hybrid model's.
+    """
     embedding = source.tensors.get(EMBEDDING)
     if embedding is None:
         raise UserError(f"the checkpoint lacks {EMBEDDING}")
     stacked = not any(name.startswith("decoder.layers.0.") for name in source.tensors)
-    layer = sparse_layers(args).index(True) if any(sparse_layers(args)) else 0
+    layout = MegatronLayout(stacked, embedding.shape[0], EXPERT_NORMS[:1], is_hybrid)
+    kinds = config["mlp_layer_types"]
+    layer = kinds.index("sparse") if "sparse" in kinds else 0
     prefix = "decoder.layers." if stacked else f"decoder.layers.{layer}."
-    norm = next((name for name in EXPERT_NORMS if prefix + name in source.tensors), EXPERT_NORMS[0])
-    return MegatronLayout(stacked, embedding.shape[0], (norm,))
+    norms = tuple(name for name in EXPERT_NORMS if layout.name(prefix + name) in source.tensors)
+    return replace(layout, expert_norms=norms[:1] or layout.expert_norms)
 
 
 def _extra_states(config: Mapping[str, Any], layout: MegatronLayout) -> Iterator[str]:
-    """Yield the names of the modules' entries `_extra_state`, each with the suffix of its shard."""
+    """Yield the names of the modules' entries `_extra_state` in a GPT model, each with the suffix of its shard."""
     yield "decoder.final_layernorm._extra_state/shard_0_1"
     has_experts = [kind == "sparse" for kind in config["mlp_layer_types"]]
     for layer, is_sparse in enumerate(has_experts):

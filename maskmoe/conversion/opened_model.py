@@ -1,6 +1,7 @@
 """A model whose tensors are read on demand, and the routing mask that it may get."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,12 @@ class OpenedModel:
     args: Namespace | None = None
 
 
+def feed_forward_layers(config: Mapping[str, Any]) -> FeedForwardLayers:
+    """Return the feed-forward layers of a model with the fields of a `MaskMoEConfig`."""
+    decoder = tuple(kind == "sparse" for kind in config["mlp_layer_types"])
+    return FeedForwardLayers(decoder, decoder[-1:] * config["num_nextn_predict_layers"])
+
+
 def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> OpenedModel:
     """Add a routing mask to a model with experts that has none; by default every id sees every expert.
 
@@ -36,9 +43,7 @@ def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> Op
     Raises:
         UserError: the mask does not fit the model.
     """
-    config = model.config
-    decoder = tuple(kind == "sparse" for kind in config["mlp_layer_types"])
-    layers = FeedForwardLayers(decoder, decoder[-1:] * config["num_nextn_predict_layers"])
+    config, layers = model.config, feed_forward_layers(model.config)
     if mask is None:
         recipe = MaskRecipe.from_preset("smoe", config["num_experts"], len(layers.has_experts), shared_table=True)
         mask = build_routing_mask(recipe, vocab_size=config["vocab_size"])

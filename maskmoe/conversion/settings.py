@@ -14,6 +14,9 @@ from maskmoe.routing_mask.feed_forward_layers import expand_layer_frequency
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 
+DERIVED_PATTERN, NO_PATTERN = "auto", "none"
+"""Values of `--hybrid-layer-pattern`: the pattern that follows from the model's layers, and none for a GPT model."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -29,6 +32,9 @@ class Settings:
         verify: compare the input's files with the digests that were saved with them.
         tokenizer_type: Megatron's `--tokenizer-type`; None selects the tokenizer that the model was trained with.
         tokenizer_model: Megatron's `--tokenizer-model`; None selects the tokenizer that the model was trained with.
+        hybrid_layer_pattern: the pattern of a `HybridModel` whose checkpoint is written, `DERIVED_PATTERN`, or
+            `NO_PATTERN` for the checkpoint of a `GPTModel`; None selects the class of the model that `load` came from,
+            and `GPTModel` if it did not come from Megatron. Ignored if no checkpoint is written.
     """
 
     load: Path
@@ -39,6 +45,7 @@ class Settings:
     verify: bool = True
     tokenizer_type: str | None = None
     tokenizer_model: str | None = None
+    hybrid_layer_pattern: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Maps the tensors of a `torch_dist` checkpoint to the tensors of a transformers model, declared once for both ways."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from maskmoe.conversion.blocks import Block, Copy, check_cover
+from maskmoe.conversion.hybrid_models import name_in_hybrid_model
 from maskmoe.conversion.model_tensors import Shapes, mtp_tensor_shapes, tensor_shapes
 
 PADDING_PREFIX = "padding."
@@ -84,11 +85,17 @@ class MegatronLayout:
         padded_vocab_size: number of rows of the embedding and of the output layer.
         expert_norms: the names, out of `EXPERT_NORMS`, under which the checkpoint holds the norm before experts in
             layers with grouped-query attention.
+        is_hybrid: the names are a hybrid model's; such a checkpoint is never stacked.
     """
 
     is_stacked: bool
     padded_vocab_size: int
     expert_norms: tuple[str, ...]
+    is_hybrid: bool = False
+
+    def name(self, name_in_gpt_model: str) -> str:
+        """Return the checkpoint's name of a tensor or an object, by its name in a GPT model's checkpoint."""
+        return name_in_hybrid_model(name_in_gpt_model) if self.is_hybrid else name_in_gpt_model
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,9 @@ def map_tensors(config: Mapping[str, Any], layout: MegatronLayout) -> TensorMapp
     copies: list[Copy] = []
     for name, shape in list(shapes.items()):
         for checkpoint_shape, copy in _map_tensor(name, shape, config, layout):
-            megatron[copy.source.tensor] = checkpoint_shape
-            copies.append(copy)
+            source = replace(copy.source, tensor=layout.name(copy.source.tensor))
+            megatron[source.tensor] = checkpoint_shape
+            copies.append(replace(copy, source=source))
             shapes.setdefault(copy.target.tensor, copy.target.sizes)  # adds the padding's tensors
     return TensorMapping(shapes, megatron, tuple(copies))
 
@@ -137,6 +145,8 @@ def _map_tensor(
     name: str, shape: tuple[int, ...], config: Mapping[str, Any], layout: MegatronLayout
 ) -> Iterator[tuple[tuple[int, ...], Copy]]:
     """Yield the shapes of the checkpoint's tensors that hold a transformers tensor, with the copies from them.
+
+    The names are those in the checkpoint of a GPT model.
 
     The rows of a checkpoint's tensor form groups, and each group holds rows of all fused parts, one part after the
     other. Most tensors are one part in one group.

@@ -47,7 +47,7 @@ def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) ->
     Args:
         dense: a model whose layers are all dense.
         settings: how experts are made.
-        mask: the routing mask, for the model's vocabulary and number of layers.
+        mask: the routing mask, for the model's vocabulary and for all its layers or those with experts.
 
     Raises:
         UserError: the model has experts already, the settings do not suit the model, or the mask does not fit.

@@ -70,9 +70,9 @@ class MaskMoEConfig(PreTrainedConfig):
             transformers does not compute these layers. Their weights lie beside the model.
         mtp_use_repeated_layer: one layer of multi-token prediction predicts all further tokens.
         routing_mask: sizes of the routing mask's tensors: "num_tables" (number of layers including those of multi-token
-            prediction, or 1 for a table that all layers share), "num_rows", "row_dtype" ("int16" or "int32") and
-            "metadata_bytes". None in a model without sparse layers; in a model with sparse layers, None becomes the
-            sizes of the smallest mask under which every id sees all experts.
+            prediction, number of sparse layers among them, or 1 for a table that all layers share), "num_rows",
+            "row_dtype" ("int16" or "int32") and "metadata_bytes". None in a model without sparse layers; in a model
+            with sparse layers, None becomes the sizes of the smallest mask under which every id sees all experts.
 
     Raises:
         ValueError: a field has an invalid value; names the field.
@@ -160,6 +160,23 @@ class MaskMoEConfig(PreTrainedConfig):
         return min(self.num_nextn_predict_layers, 1) if self.mtp_use_repeated_layer else self.num_nextn_predict_layers
 
     @property
+    def is_sparse(self) -> list[bool]:
+        """Whether each layer is sparse; layers of multi-token prediction, which are like the last, are included."""
+        kinds = self.mlp_layer_types or []
+        return [kind == "sparse" for kind in [*kinds, *kinds[-1:] * self.num_nextn_predict_layers]]
+
+    def routing_table(self, layer_idx: int) -> int:
+        """Return the table of the routing mask, from 0, that a sparse layer reads.
+
+        Args:
+            layer_idx: number of the layer, from 0.
+        """
+        num_tables = self.routing_mask["num_tables"] if self.routing_mask else 1
+        if num_tables == 1:
+            return 0
+        return layer_idx if num_tables == len(self.is_sparse) else sum(self.is_sparse[:layer_idx])
+
+    @property
     def use_qk_norm(self) -> bool:
         """Whether queries and keys are normalised; transformers' attention reads this attribute."""
         return self.qk_norm is not None
@@ -208,10 +225,11 @@ class MaskMoEConfig(PreTrainedConfig):
             self._check_groups(topk, num_experts, self.n_group, self.topk_group)
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             raise ValueError("shared_expert_gate needs a shared_expert_intermediate_size")
-        mask, num_layers = self.routing_mask or {}, self.num_hidden_layers + self.num_nextn_predict_layers
-        if mask.get("num_tables") not in (1, num_layers) or mask.get("row_dtype") not in _ROW_DTYPES:
+        mask, num_tables = self.routing_mask or {}, sorted({1, sum(self.is_sparse), len(self.is_sparse)})
+        if mask.get("num_tables") not in num_tables or mask.get("row_dtype") not in _ROW_DTYPES:
             raise ValueError(
-                f"routing_mask must have 1 or {num_layers} num_tables and a row_dtype of {_ROW_DTYPES}; it is {mask}"
+                f"routing_mask must have {' or '.join(map(str, num_tables))} num_tables and a row_dtype of "
+                f"{_ROW_DTYPES}; it is {mask}"
             )
 
     def _check_groups(self, topk: int, num_experts: int, num_groups: int, topk_group: int) -> None:

@@ -171,8 +171,7 @@ class MaskMoESparseMoeBlock(nn.Module):
 
     def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        assert config.routing_mask is not None  # the configuration of a model with experts has one
-        self.table = layer_idx if config.routing_mask["num_tables"] > 1 else 0
+        self.table = config.routing_table(layer_idx)
         self.gate = MaskMoETopKRouter(config)
         self.experts = MaskMoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None

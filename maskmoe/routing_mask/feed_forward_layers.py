@@ -1,6 +1,7 @@
 """The layers of a model that a routing mask has tables for."""
 
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -50,6 +51,18 @@ class FeedForwardLayers:
         if not args.num_experts:
             return cls((False,) * args.num_layers, (False,) * num_predictions)
         return cls.of_frequency(args.moe_layer_freq, args.num_layers, num_predictions)
+
+    def pattern(self, attention: str) -> str:
+        """Return the `--hybrid-layer-pattern`, without stages, of the hybrid twin of a GPT model with these layers.
+
+        Args:
+            attention: The symbol of attention, `*` or `+`.
+        """
+
+        def symbols(layers: Iterable[bool]) -> str:
+            return "".join(attention + (_MOE if has_experts else _MLP) for has_experts in layers)
+
+        return _PREDICTION.join([symbols(self.decoder), *(symbols([has_experts]) for has_experts in self.prediction)])
 
     @property
     def has_experts(self) -> tuple[bool, ...]:

@@ -12,9 +12,10 @@ from maskmoe.conversion.config_mapping import (
     config_from_args,
     further_flags,
     is_stacked,
-    sparse_layers,
 )
+from maskmoe.conversion.hybrid_models import gpt_args, with_pattern
 from maskmoe.conversion.model_tensors import mtp_tensor_shapes, tensor_shapes
+from maskmoe.conversion.settings import DERIVED_PATTERN, NO_PATTERN
 from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -134,8 +135,20 @@ def test_arguments_and_configuration_describe_the_same_model(fields):
     MaskMoEConfig(**fields)  # raises if the drawn fields are invalid
     args = args_from_config(fields)
     assert config_from_args(args, fields["vocab_size"]) == fields
-    assert sparse_layers(args) == [kind == "sparse" for kind in fields["mlp_layer_types"]]
     assert is_stacked(args) == (len(set(fields["mlp_layer_types"])) == 1)
+    # The hybrid model of the same layers.
+    hybrid = with_pattern(args, fields, DERIVED_PATTERN)
+    assert config_from_args(hybrid, fields["vocab_size"]) == fields
+    assert not is_stacked(hybrid)
+    attention = "*" if fields["kv_lora_rank"] is None else "+"
+    symbols = [attention + {"sparse": "E", "dense": "-"}[kind] for kind in fields["mlp_layer_types"]]
+    prediction = f"/{symbols[-1]}" * fields["num_nextn_predict_layers"]
+    assert (hybrid.hybrid_layer_pattern, hybrid.moe_layer_freq) == ("".join(symbols) + prediction, 1)
+    assert hybrid.num_layers == 2 * fields["num_hidden_layers"]
+    assert hybrid.mtp_num_layers == args.mtp_num_layers
+    twin = with_pattern(hybrid, fields, NO_PATTERN)
+    assert vars(twin).items() >= vars(args).items()
+    assert vars(gpt_args(hybrid)) == vars(twin)
 
 
 @settings(max_examples=100)

@@ -12,6 +12,7 @@ from support.megatron_models import TRAINING, load_converted_model, logits_of_me
 from support.paths import ROOT, python_path
 from transformers import AutoModelForCausalLM
 
+from maskmoe.checkpoint.integrity import read_checkpoint_layout
 from maskmoe.conversion.convert import huggingface_to_megatron, upcycle_model
 from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.routing_mask.assignment import MaskRecipe
@@ -110,6 +111,7 @@ def run(program: str, folder: Path) -> str:
         ("olmoe", "hf-to-megatron", 2),
         ("qwen2_moe", "hf-to-megatron", 2),
         ("deepseek_v3, yarn", "hf-to-megatron", 2),
+        ("deepseek_v3, yarn", "hf-to-megatron --hybrid-layer-pattern auto", 2),
         ("llama", "upcycle", 1),
     ],
 )
@@ -127,7 +129,8 @@ def test_training_starts_from_them(name, command, ranks, mask, tmp_path):
     log = run(f"{launcher} {flags} --tokenizer-type NullTokenizer {TRAINING} {data}", tmp_path)
     assert "successfully loaded checkpoint" in log
     assert log.count("lm loss:") == 2
-    assert (tmp_path / "run" / "iter_0000002").is_dir()
+    saved = read_checkpoint_layout(tmp_path / "run" / "iter_0000002").state_dict_metadata
+    assert ("decoder.final_norm.weight" in saved) == ("--hybrid-layer-pattern" in command)
 
 
 def test_refusal_is_one_line_and_leaves_nothing(tmp_path):

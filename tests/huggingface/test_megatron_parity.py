@@ -1,6 +1,5 @@
 """Megatron's model and the transformers model converted from it compute the same logits."""
 
-import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.training.arguments import parse_args, validate_args
+from support.megatron_models import build_model
 from support.small_moe import DEVICE, make_mask, random_visible_sets
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -21,10 +20,8 @@ from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.torch_dist import TorchDistSource
-from maskmoe.routing_mask import RoutingMask
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
-from maskmoe.training.setup import model_config_from_args
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -57,16 +54,19 @@ class Case:
         topk: k.
         flags: further flags of Megatron.
         trained: train the model for some steps before the comparison.
+        masks_moe_layers: the routing mask has a table for each MoE layer only.
     """
 
     num_visible: tuple[int, ...]
     topk: int
     flags: str = ""
     trained: bool = False
+    masks_moe_layers: bool = False
 
     def __str__(self) -> str:
         visible = "or".join(map(str, self.num_visible))
-        return f"V={visible} k={self.topk} {self.flags}{' trained' if self.trained else ''}"
+        further = f"{' trained' if self.trained else ''}{' mask of MoE layers' if self.masks_moe_layers else ''}"
+        return f"V={visible} k={self.topk} {self.flags}{further}"
 
 
 CASES = [
@@ -89,6 +89,25 @@ FURTHER_CASES = [
     Case((1, 4), 2, f"{LATENT} --rope-type rope --qk-layernorm {UNTIED} {SHARED} --mtp-num-layers 1"),
     Case((1, 4), 2, f"{LATENT} --q-lora-rank 16 {DENSE_FIRST} --mtp-num-layers 2 --mtp-use-repeated-layer"),
     Case((1, 4), 2, f"{GQA} {UNTIED} {DENSE_FIRST} --mtp-num-layers 2 --moe-router-pre-softmax"),
+    Case((1, 4), 2, f"{GQA} {DENSE_FIRST}", masks_moe_layers=True),
+]
+# Hybrid models.
+HYBRID_CASES = [
+    Case((1, 4), 2, f"--hybrid-layer-pattern *E*E {GQA} {UNTIED} {SHARED} --rotary-percent 0.5 --rotary-base 500"),
+    Case(
+        (1, 4),
+        2,
+        f"--hybrid-layer-pattern *-*E/*E --ffn-hidden-size 40 {SIGMOID} --qk-layernorm --add-qkv-bias",
+        trained=True,
+        masks_moe_layers=True,
+    ),
+    Case((1, 4), 2, "--hybrid-layer-pattern *E*-*E/*E/*E --ffn-hidden-size 40 --mtp-use-repeated-layer"),
+    Case(
+        (1, 4),
+        2,
+        f"--hybrid-layer-pattern +-+E/+E {LATENT} --q-lora-rank 16 --rope-type rope --qk-layernorm",
+        masks_moe_layers=True,
+    ),
 ]
 
 
@@ -103,12 +122,12 @@ def parse(flags: str) -> Namespace:
 def build(case: Case, folder: Path) -> tuple[Namespace, torch.nn.Module]:
     """Build Megatron's model with random weights; return its arguments and the model."""
     mask_file = folder / "mask.safetensors"
-    make_routing_mask(case).save(mask_file)
-    flags = f"--routing-mask {mask_file} --moe-router-topk {case.topk} {case.flags}"
-    args = parse(flags)
+    args = parse(f"--routing-mask {mask_file} --moe-router-topk {case.topk} {case.flags}")
+    layers = FeedForwardLayers.of_args(args)
+    num_tables = layers.num_moe_layers if case.masks_moe_layers else len(layers.has_experts)
+    make_mask(random_visible_sets(0, num_tables, VOCAB_SIZE, NUM_EXPERTS, case.num_visible)).save(mask_file)
     torch.manual_seed(0)
-    builder = MaskMoEGPTModelBuilder(model_config_from_args(args))
-    model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).to(DEVICE)
+    model = build_model(args).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases start out as ones and zeros
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -116,12 +135,6 @@ def build(case: Case, folder: Path) -> tuple[Namespace, torch.nn.Module]:
             if name.endswith("expert_bias"):
                 buffer.copy_(torch.randn_like(buffer) / 4)
     return args, model
-
-
-def make_routing_mask(case: Case) -> RoutingMask:
-    depth = re.search(r"--mtp-num-layers (\d)", case.flags)
-    num_layers = NUM_LAYERS + (int(depth[1]) if depth else 0)
-    return make_mask(random_visible_sets(0, num_layers, VOCAB_SIZE, NUM_EXPERTS, case.num_visible), num_layers)
 
 
 def random_tokens(seed: int) -> Tensor:
@@ -184,14 +197,15 @@ def test_same_logits(case: Case, tmp_path) -> None:
     check_logits(megatron, exported)
 
 
-@pytest.mark.parametrize("case", FURTHER_CASES, ids=str)
+@pytest.mark.parametrize("case", [*FURTHER_CASES, *HYBRID_CASES], ids=str)
 def test_same_logits_and_the_same_checkpoint_again(case: Case, tmp_path) -> None:
     """Converting back restores all tensors bit for bit, including multi-token prediction, which is kept beside."""
     megatron, checkpoint, exported = export(case, tmp_path)
     check_logits(megatron, exported)
     huggingface_to_megatron(Settings(load=exported, save=tmp_path / "back", max_shard_size=20_000))
     original, back = tensors_of(checkpoint), tensors_of(tmp_path / "back" / "release")
-    assert any(name.startswith("mtp.layers.0.") for name in original) == ("--mtp-num-layers" in case.flags)
+    has_prediction = "--mtp-num-layers" in case.flags or "/" in case.flags
+    assert any(name.startswith("mtp.layers.0.") for name in original) == has_prediction
     # Converted checkpoints hold a norm a second time, for Transformer Engine.
     second_norms = back.keys() - original.keys()
     assert all(name.endswith("pre_mlp_layernorm.weight") for name in second_norms)
@@ -201,7 +215,7 @@ def test_same_logits_and_the_same_checkpoint_again(case: Case, tmp_path) -> None
         assert torch.equal(back[name], tensor), name
     # The repeated export has the same content if it is divided among several files.
     megatron_to_huggingface(Settings(load=tmp_path / "back", save=tmp_path / "again", max_shard_size=5_000))
-    assert (tmp_path / "again/megatron/mtp.safetensors.index.json").exists() == ("--mtp-num-layers" in case.flags)
+    assert (tmp_path / "again/megatron/mtp.safetensors.index.json").exists() == has_prediction
     huggingface_to_megatron(Settings(load=tmp_path / "again", save=tmp_path / "back_again"))
     again = tensors_of(tmp_path / "back_again" / "release")
     assert again.keys() == back.keys()

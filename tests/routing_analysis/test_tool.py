@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import runpy
+import shlex
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.paths import ROOT
-from support.small_series import ITERATIONS, NUM_EXPERTS, SPLIT, VOCAB_SIZE
+from support.small_series import ITERATIONS, NUM_EXPERTS, SPLIT, TRAINING, VOCAB_SIZE
 from support.tiny_maskmoe import make_model, random_mask
 
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
@@ -105,6 +106,25 @@ def test_summary_follows_from_the_traces(analysed_series, workplace):
             routable = before.num_visible[index] > 1
             assert change["routable_by_layer"][index] == pytest.approx(np.mean(np.array(changed)[routable]), abs=1e-6)
             assert change["routable_by_layer"][index] > change["by_layer"][index] > 0
+
+
+@pytest.mark.slow
+def test_checkpoints_of_a_hybrid_run(workplace):
+    """The numbers of layers are those of a GPT model with the same layers."""
+    flags = TRAINING.replace("--num-layers 3 --moe-layer-freq [1,0,1]", "--hybrid-layer-pattern *E*-*E")
+    process = workplace.run_python("-m", "maskmoe.training.pretrain", *shlex.split(flags), "--save", "hybrid")
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    load = ("--load", "hybrid", *SERIES[2:], "--ckpt-step", ITERATIONS[-1])
+    process = workplace.analyze(*load, "--tokens", 500, "--save-traces", "--output-dir", "analysis_of_hybrid")
+    assert process.returncode == 0, process.stderr
+    folder = workplace.folder / "analysis_of_hybrid"
+    assert read_summary(folder)["layers"] == list(LAYERS)
+    assert {int(row["layer"]) for row in read_table(folder, "load.csv")} == set(LAYERS)
+    trace = RoutingTrace.load(folder / "trace_1.safetensors")
+    mask = RoutingMask.load(workplace.folder / "mask.safetensors")
+    for index, layer in enumerate(LAYERS):
+        visible = mask.visible_sets(layer - 1)[trace.token_ids]
+        assert np.array_equal(trace.num_visible[index], visible.sum(axis=1))
 
 
 def test_tables_hold_the_same_numbers(analysed_series):

@@ -7,14 +7,12 @@ from unittest import mock
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing
 from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.training.resume import further_checkpoint_args
 from maskmoe.training.setup import model_config_from_args
 
@@ -25,7 +23,7 @@ ON_ONE_RANK = Namespace(pipeline_model_parallel_size=1, skip_train=False)
 """Megatron's arguments that decide where a checkpoint's pattern is divided."""
 
 
-def load_converted_model(load: Path, flags: list[str]) -> tuple[GPTModel, Namespace]:
+def load_converted_model(load: Path, flags: list[str]) -> tuple[torch.nn.Module, Namespace]:
     """Load a model with the flags of a user; return the model and Megatron's arguments.
 
     Args:
@@ -42,9 +40,7 @@ def load_converted_model(load: Path, flags: list[str]) -> tuple[GPTModel, Namesp
     with mock.patch.object(sys, "argv", words):
         args, _ = checkpointing.load_args_from_checkpoint(parse_args(add_arguments))
         args = validate_args(args)
-    model = MaskMoEGPTModelBuilder(model_config_from_args(args)).build_model(
-        ProcessGroupCollection.use_mpu_process_groups()
-    )
+    model = build_model(args)
     state, *_ = checkpointing._load_base_checkpoint(
         str(load), args, sharded_state_dict={"model": model.sharded_state_dict()}
     )
@@ -52,7 +48,13 @@ def load_converted_model(load: Path, flags: list[str]) -> tuple[GPTModel, Namesp
     return model.eval(), args
 
 
-def save_as_release(model: GPTModel, args: Namespace, folder: Path) -> None:
+def build_model(args: Namespace) -> torch.nn.Module:
+    """Build the model of a run with these arguments of Megatron."""
+    config = model_config_from_args(args)
+    return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def save_as_release(model: torch.nn.Module, args: Namespace, folder: Path) -> None:
     """Save a model as the checkpoint `release` in a folder, which `load_converted_model` loads."""
     (folder / RELEASE).mkdir(parents=True)
     state = {"args": args, "iteration": 0, "model": model.sharded_state_dict()}
@@ -60,7 +62,7 @@ def save_as_release(model: GPTModel, args: Namespace, folder: Path) -> None:
     write_tracker(folder, RELEASE)
 
 
-def logits_of_megatron(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:
+def logits_of_megatron(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Compute logits, float32 [batch, length, padded vocabulary], of ids, int64 [batch, length]."""
     with torch.no_grad():
         return model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)

@@ -1,0 +1,371 @@
+"""Checkpoints of hybrid models convert like those of their GPT twins, in both directions."""
+
+import json
+import re
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
+from support.foreign_models import VOCAB_SIZE, add_multi_token_prediction, logits_of, random_ids, save_model
+from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
+from support.small_moe import make_mask, random_visible_sets
+
+from maskmoe.conversion.blocks import Block
+from maskmoe.conversion.config_mapping import args_from_config, config_from_args
+from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
+from maskmoe.conversion.hybrid_models import gpt_args, name_in_hybrid_model, with_pattern
+from maskmoe.conversion.inspection import inspect_checkpoint
+from maskmoe.conversion.settings import Settings, UpcycleSettings
+from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors
+from maskmoe.conversion.torch_dist import TorchDistSource
+from maskmoe.errors import UserError
+from maskmoe.huggingface import MaskMoEConfig
+from maskmoe.routing_analysis.models import common_shape, find_models, model_folder
+from maskmoe.routing_analysis.probe import Probe
+from maskmoe.routing_analysis.recording import load_decoder, record_routing
+from maskmoe.routing_analysis.settings import AnalysisSettings
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.hybrid_model import DenseHybridModel, MaskMoEHybridModel
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+# Megatron computes attention and rotary embedding in another way, in fp32.
+ROUNDING = 1e-4
+# The patterns of models of other families.
+PATTERNS = {
+    "llama": "*-*-*-",
+    "qwen2_moe": "*E*-*E",
+    "qwen3_moe": "*-*E*-",
+    "deepseek_v3": "+-+E+E/+E",
+}
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 8,
+    "intermediate_size": 6,
+    "num_attention_heads": 2,
+    "num_experts": 4,
+    "moe_intermediate_size": 5,
+}
+LATENT = {
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 4,
+    "q_lora_rank": 6,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+    "qk_norm": "latent",
+}
+
+
+def name_in_gpt_model(name: str) -> str:
+    """Return the name in the checkpoint of a GPT model by the name in the checkpoint of its hybrid twin."""
+    if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name):
+        number, module = int(match[1]), match[2]
+        assert module.startswith(("mlp.", "pre_mlp_layernorm.") if number % 2 else ("input_layernorm.", "self_att"))
+        return f"decoder.layers.{number // 2}.{module}"
+    if match := re.fullmatch(r"mtp\.layers\.(\d+)\.mtp_model_layer\.layers\.([01])\.(.*)", name):
+        assert match[3].startswith(("mlp.", "pre_mlp_layernorm.") if match[2] == "1" else ("input_layer", "self_att"))
+        return f"mtp.layers.{match[1]}.transformer_layer.{match[3]}"
+    assert "mtp_model_layer" not in name
+    return name.replace("decoder.final_norm.", "decoder.final_layernorm.")
+
+
+def original_model(name: str, folder: Path):
+    """Save a model of another family; DeepSeek-V3 gets a layer of multi-token prediction."""
+    model = save_model(name, folder)
+    if name == "deepseek_v3":
+        add_multi_token_prediction(folder)
+    return model
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a transformers model and of the files beside it, or of the checkpoint `release`."""
+    if (folder / "release").exists():
+        source = TorchDistSource(folder / "release")
+        return {name: source.read(Block.whole(name, spec.shape)) for name, spec in source.tensors.items()}
+    return {name: tensor for file in folder.rglob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_tensors(first: Path, second: Path) -> None:
+    ours, theirs = tensors_of(first), tensors_of(second)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def args_of(folder: Path) -> Namespace:
+    return TorchDistSource(folder / "release").common_state()["args"]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_imported_models_compute_the_same_and_come_back(name, tmp_path):
+    """A GPT checkpoint and a hybrid checkpoint of the same model lead to the same tensors in transformers' format."""
+    original = original_model(name, tmp_path / "original")
+    settings = Settings(load=tmp_path / "original", save=tmp_path / "hybrid", hybrid_layer_pattern="auto")
+    flags = huggingface_to_megatron(settings)
+    model, args = load_converted_model(tmp_path / "hybrid", flags)
+    assert args.hybrid_layer_pattern == PATTERNS[name]
+    assert args.num_layers == 6
+    assert isinstance(model, DenseHybridModel if name == "llama" else MaskMoEHybridModel)
+    ids = random_ids()
+    expected = logits_of(original, ids)
+    logits = logits_of_megatron(model, ids)[..., :VOCAB_SIZE]
+    torch.testing.assert_close(logits, expected, atol=ROUNDING, rtol=0)
+    assert torch.equal(logits.argmax(dim=-1), expected.argmax(dim=-1))
+    # Convert both checkpoints back, and the hybrid one once more.
+    huggingface_to_megatron(Settings(load=tmp_path / "original", save=tmp_path / "gpt"))
+    for checkpoint in ("gpt", "hybrid"):
+        megatron_to_huggingface(Settings(load=tmp_path / checkpoint, save=tmp_path / f"from {checkpoint}"))
+    assert_same_tensors(tmp_path / "from gpt", tmp_path / "from hybrid")
+    configs = [json.loads((tmp_path / f"from {kind}/config.json").read_text()) for kind in ("gpt", "hybrid")]
+    assert configs[0] == configs[1]
+    huggingface_to_megatron(Settings(load=tmp_path / "from hybrid", save=tmp_path / "again"))
+    assert_same_tensors(tmp_path / "hybrid", tmp_path / "again")
+    parameters = [inspect_checkpoint(tmp_path / kind).parameters for kind in ("gpt", "hybrid")]
+    assert parameters[0] == parameters[1]
+
+
+def test_export_of_a_hybrid_model_equals_that_of_its_gpt_twin(tmp_path):
+    """Both models are Megatron's, built for a run; the test copies the weights from one to the other."""
+    original_model("deepseek_v3", tmp_path / "original")
+    models = {}
+    for kind, pattern in (("gpt", "none"), ("hybrid", "auto")):
+        imported = tmp_path / f"imported_{kind}"
+        settings = Settings(load=tmp_path / "original", save=imported, hybrid_layer_pattern=pattern)
+        models[kind] = load_converted_model(imported, huggingface_to_megatron(settings))
+    (gpt, gpt_run), (hybrid, hybrid_run) = models["gpt"], models["hybrid"]
+    assert isinstance(gpt, MaskMoEGPTModel)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        theirs = dict(gpt.named_parameters())
+        for parameter in theirs.values():
+            parameter.normal_()
+        for name, parameter in hybrid.named_parameters():
+            # Inside the models, the layers of multi-token prediction have another name than in checkpoints.
+            twin = name_in_gpt_model(name).replace(".transformer_layer.", ".mtp_model_layer.")
+            parameter.copy_(theirs.pop(twin))
+    assert not theirs
+    for kind, model, args in (("gpt", gpt, gpt_run), ("hybrid", hybrid, hybrid_run)):
+        save_as_release(model, args, tmp_path / kind)
+        megatron_to_huggingface(Settings(load=tmp_path / kind, save=tmp_path / f"from {kind}"))
+    assert_same_tensors(tmp_path / "from gpt", tmp_path / "from hybrid")
+    before = load_file(tmp_path / "original/model.safetensors")["model.norm.weight"]
+    assert not torch.equal(before, tensors_of(tmp_path / "from hybrid")["model.norm.weight"])
+
+
+@pytest.fixture(scope="module")
+def moe_model(tmp_path_factory) -> Path:
+    """A model with a dense layer between two layers with experts, in transformers' format of another family."""
+    folder = tmp_path_factory.mktemp("hybrid") / "qwen2_moe"
+    save_model("qwen2_moe", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(moe_model) -> Path:
+    """A checkpoint of the hybrid model, for two pipeline stages."""
+    folder = moe_model.with_name("hybrid")
+    huggingface_to_megatron(Settings(load=moe_model, save=folder, hybrid_layer_pattern="*E*|-*E"))
+    return folder
+
+
+def test_the_class_of_the_model_is_kept(hybrid, moe_model, tmp_path):
+    assert args_of(hybrid).hybrid_layer_pattern == "*E*|-*E"
+    assert args_of(hybrid).moe_layer_freq == 1
+    megatron_to_huggingface(Settings(load=hybrid, save=tmp_path / "hf"))
+    huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "same"))
+    assert vars(args_of(tmp_path / "same")) == vars(args_of(hybrid))
+    assert_same_tensors(tmp_path / "same", hybrid)
+    # A GPT model on request, whose checkpoint is that of an import without hybrid layers.
+    huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "gpt", hybrid_layer_pattern="none"))
+    huggingface_to_megatron(Settings(load=moe_model, save=tmp_path / "direct"))
+    assert_same_tensors(tmp_path / "gpt", tmp_path / "direct")
+    assert vars(args_of(tmp_path / "gpt")).items() >= vars(args_of(tmp_path / "direct")).items()
+    # A hybrid model also if the configuration has changed since.
+    config = tmp_path / "hf/config.json"
+    config.write_text(config.read_text().replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 1'))
+    huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "changed"))
+    changed = args_of(tmp_path / "changed")
+    assert (changed.hybrid_layer_pattern, changed.moe_router_topk) == ("*E*-*E", 1)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*E*E*E", "*E*-", "*E*-*E/*E", "+E+-+E", "*E-**E", "M*E*-*E", "*E*-*E/", "*E*-*E/*|E", "x", ""]
+)
+def test_import_refuses_patterns_of_other_models(pattern, moe_model, tmp_path):
+    settings = Settings(load=moe_model, save=tmp_path / "out", hybrid_layer_pattern=pattern)
+    with pytest.raises(UserError) as refusal:
+        huggingface_to_megatron(settings)
+    assert f"'{pattern}' does not fit the model, whose pattern is '*E*-*E'" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+INEXPRESSIBLE = {
+    "*EGE": "layer 3 is G (gated delta net)",
+    "M*|E": "layer 1 is M (Mamba)",
+    "+E|D-": "layer 3 is D (sparse attention)",
+    "**EE": "layer 2 is *, but attention",
+    "E*": "layer 1 is E, but attention",
+    "*E*-*": "layer 5 is *, but attention",
+    "*E--": "layer 3 is -, but attention",
+    "*-*E/*-": "multi-token prediction has the layers *-, but they must repeat the decoder's last two, *E",
+    "*E*E/*E*E": "multi-token prediction has the layers *E*E, but they must repeat",
+    "*E/*G/*G": "layer 2 of multi-token prediction is G (gated delta net)",
+    "/*E": "there are no layers",
+}
+
+
+@pytest.mark.parametrize("pattern", INEXPRESSIBLE)
+def test_layers_that_transformers_does_not_have(pattern):
+    with pytest.raises(UserError) as refusal:
+        gpt_args(Namespace(hybrid_layer_pattern=pattern, num_experts=4))
+    assert f"--hybrid-layer-pattern '{pattern}' cannot be expressed in transformers' format: " in str(refusal.value)
+    assert INEXPRESSIBLE[pattern] in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_export_refuses_them_before_anything_is_written(hybrid, run_cli, tmp_path):
+    model, args = load_converted_model(hybrid, ["--hybrid-layer-pattern", "*E*-*E", "--vocab-size", str(VOCAB_SIZE)])
+    args.hybrid_layer_pattern = "*EG-*E"
+    save_as_release(model, args, tmp_path / "gdn")
+    result = run_cli("megatron-to-hf", "--load", tmp_path / "gdn", "--save", tmp_path / "out")
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].endswith("layer 3 is G (gated delta net)")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_are_missing_have_the_names_of_the_checkpoint(hybrid, tmp_path):
+    state = load_converted_model(hybrid, ["--hybrid-layer-pattern", "*E*-*E", "--vocab-size", str(VOCAB_SIZE)])
+    model, args = state
+    (tmp_path / "release").mkdir()
+    tensors = {name: entry for name, entry in model.sharded_state_dict().items() if "layers.5.mlp.router" not in name}
+    dist_checkpointing.save({"args": args, "iteration": 0, "model": tensors}, str(tmp_path / "release"))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises(UserError, match=r"lacks decoder\.layers\.5\.mlp\.router\.weight$"):
+        megatron_to_huggingface(Settings(load=tmp_path, save=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("dense_is_hybrid", [False, True])
+def test_upcycling_to_a_hybrid_model(dense_is_hybrid, tmp_path):
+    """A hybrid model without experts becomes a hybrid model with experts, without a flag."""
+    original = save_model("llama", tmp_path / "dense")
+    dense = tmp_path / "dense"
+    if dense_is_hybrid:
+        huggingface_to_megatron(Settings(load=dense, save=tmp_path / "hybrid", hybrid_layer_pattern="*-*-|*-"))
+        dense = tmp_path / "hybrid"
+    mask = make_mask(random_visible_sets(0, 2, VOCAB_SIZE, 4))
+    recipe = UpcycleSettings(4, topk=3, moe_layer_freq=[0, 1, 1])
+    pattern = None if dense_is_hybrid else "*-|*E*E"
+    settings = Settings(load=dense, save=tmp_path / "out", hybrid_layer_pattern=pattern)
+    flags = upcycle_model(settings, recipe, mask, to_megatron=True)
+    assert args_of(tmp_path / "out").hybrid_layer_pattern == (pattern or "*-*E*E")
+    model, _ = load_converted_model(tmp_path / "out", [*flags, "--hybrid-layer-pattern", "*-*E*E"])
+    ids = random_ids()
+    logits = logits_of_megatron(model, ids)[..., :VOCAB_SIZE]
+    torch.testing.assert_close(logits, logits_of(original, ids), atol=ROUNDING, rtol=0)
+    # The class is kept on the way through transformers' format, too.
+    upcycle_model(replace(settings, save=tmp_path / "hf"), recipe, mask, to_megatron=False)
+    huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "again"))
+    assert_same_tensors(tmp_path / "out", tmp_path / "again")
+    wrong = replace(settings, save=tmp_path / "wrong", hybrid_layer_pattern="*E*E*E")
+    with pytest.raises(UserError, match=r"does not fit the model, whose pattern is '\*-\*E\*E'"):
+        upcycle_model(wrong, recipe, mask, to_megatron=True)
+    assert not (tmp_path / "wrong").exists()
+
+
+def symbols(has_experts: list[bool]) -> str:
+    return "".join("*E" if experts else "*-" for experts in has_experts)
+
+
+@given(
+    has_experts=st.lists(st.booleans(), min_size=1, max_size=5),
+    depth=st.integers(0, 2),
+    latent=st.booleans(),
+    shared=st.booleans(),
+    data=st.data(),
+)
+def test_names_are_one_to_one(has_experts, depth, latent, shared, data):
+    """Each name in the checkpoint of a GPT model has one name in that of its twin, in the layer of its symbol."""
+    pattern = symbols(has_experts) + f"/{symbols(has_experts[-1:])}" * depth
+    stages = data.draw(st.lists(st.integers(0, 2 * len(has_experts)), max_size=2))
+    for position in sorted(stages, reverse=True):
+        pattern = f"{pattern[:position]}|{pattern[position:]}"
+    config = MaskMoEConfig(
+        **SIZES | {"num_experts": 4 if any(has_experts) else 0} | (LATENT if latent else {}),
+        num_hidden_layers=len(has_experts),
+        mlp_layer_types=["sparse" if experts else "dense" for experts in has_experts],
+        num_nextn_predict_layers=depth,
+        shared_expert_intermediate_size=4 if shared else 0,
+    ).to_dict()
+    pattern = pattern.replace("*", "+" if latent else "*")
+    args = with_pattern(args_from_config(config), config, pattern)
+    assert args.hybrid_layer_pattern == pattern
+    described = config_from_args(args, config["vocab_size"])
+    assert described == {name: config[name] for name in described}
+    gpt, hybrid = (
+        map_tensors(config, MegatronLayout(False, 128, EXPERT_NORMS, is_hybrid)) for is_hybrid in (False, True)
+    )
+    assert len(hybrid.megatron) == len(gpt.megatron)
+    assert {name_in_gpt_model(name): shape for name, shape in hybrid.megatron.items()} == gpt.megatron
+    assert {name_in_hybrid_model(name) for name in gpt.megatron} == hybrid.megatron.keys()
+    assert all(name_in_gpt_model(name_in_hybrid_model(name)) == name for name in gpt.megatron)
+    # The tensors that say what a layer is are in the layers of the right symbols.
+    kinds = {"self_attention.linear_proj.weight": "*+", "mlp.router.weight": "E", "mlp.linear_fc2.weight": "-"}
+    decoder, *predictions = pattern.replace("|", "").split("/")
+    for prefix, part in (
+        ("decoder.layers.", decoder),
+        *((f"mtp.layers.{d}.mtp_model_layer.layers.", part) for d, part in enumerate(predictions)),
+    ):
+        for module, its_symbols in kinds.items():
+            numbers = {number for number in range(len(part)) if f"{prefix}{number}.{module}" in hybrid.megatron}
+            assert numbers == {number for number, symbol in enumerate(part) if symbol in its_symbols}
+
+
+@given(layers=st.lists(st.booleans(), min_size=1, max_size=6), depth=st.integers(0, 3))
+def test_transformers_reads_the_table_that_training_reads(layers, depth):
+    """A mask can have a table for each layer, or for each layer with experts only."""
+    of_training = FeedForwardLayers(tuple(layers), (layers[-1],) * depth)
+    if not any(layers):
+        return
+    kinds = ["sparse" if experts else "dense" for experts in layers]
+    for num_tables in (1, of_training.num_moe_layers, len(of_training.has_experts)):
+        config = MaskMoEConfig(
+            **SIZES,
+            num_hidden_layers=len(layers),
+            mlp_layer_types=kinds,
+            num_nextn_predict_layers=depth,
+            routing_mask={"num_tables": num_tables, "num_rows": 5, "row_dtype": "int16", "metadata_bytes": 0},
+        )
+        for layer in (layer for layer, experts in enumerate(of_training.has_experts) if experts):
+            assert config.routing_table(layer) == of_training.table(layer + 1, num_tables)
+
+
+def test_analysis_counts_feed_forward_layers(moe_model, tmp_path):
+    """Layers have the numbers of the GPT twin, and each reads its own table of a mask for layers with experts only."""
+    mask = make_mask(random_visible_sets(0, 2, VOCAB_SIZE, 6))
+    settings = Settings(load=moe_model, save=tmp_path / "hybrid", hybrid_layer_pattern="auto")
+    huggingface_to_megatron(settings, mask)
+    (model,) = find_models([tmp_path / "hybrid"])
+    shape, _ = common_shape([model])
+    assert shape.layers == (1, 3)
+    probe = Probe(random_ids(64).flatten().numpy(), 16, 2, "random", {})
+    with model_folder(model, AnalysisSettings(scratch_dir=tmp_path)) as folder:
+        trace = record_routing(load_decoder(folder), probe, "hybrid")
+    assert trace.layers == (1, 3)
+    for table in range(2):
+        visible = mask.visible_sets(table)[probe.token_ids]
+        assert np.array_equal(trace.num_visible[table], visible.sum(axis=1))
+        assert np.take_along_axis(visible, trace.experts[table, :, :1].astype(int), axis=1).all()
