@@ -239,9 +239,4 @@ def _check_same_pattern(pattern: str, saved: Namespace, checkpoint: Path) -> Non
 def pattern_of_gpt_model(args: Namespace) -> str:
     """Return the pattern of the hybrid twin of a GPT model with these arguments."""
     attention = "+" if getattr(args, "multi_latent_attention", False) else "*"
-    layers = FeedForwardLayers.of_args(Namespace(**{"hybrid_layer_pattern": None, **vars(args)}))
-    decoder, *predictions = (
-        "".join(f"{attention}{'E' if has_experts else '-'}" for has_experts in part)
-        for part in (layers.decoder, *((has_experts,) for has_experts in layers.prediction))
-    )
-    return "/".join([decoder, *predictions])
+    return FeedForwardLayers.of_args(Namespace(**{"hybrid_layer_pattern": None, **vars(args)})).pattern(attention)
