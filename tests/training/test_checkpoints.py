@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,68 @@ def test_optimizer_state_of_the_other_implementation_needs_names(runs, parse, mo
     for accepted in (args, saved, replace_fields(args, no_load_optim=True)):
         check_same_model(accepted, checkpoint)
     with pytest.raises(UserError, match=r"transformer_engine, .* order of its parameters.* --no-load-optim"):
+        check_same_model(args, checkpoint)
+
+
+@pytest.mark.runs(SAVED)
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*E*E|*E*E", None),
+        ("G*EM*EG*E*E", None),  # layers that no GPT model has are new
+        ("*-*E*E*E", r"holds a GPT model, which continues with --hybrid-layer-pattern '\*E\*E\*E\*E', not with"),
+        ("*E*E*E*E/*E", "not with '\\*E\\*E\\*E\\*E/\\*E'"),
+        ("**EEEE**", "holds a GPT model"),
+    ],
+)
+def test_hybrid_run_continues_the_gpt_model_of_its_pattern(runs, parse, pattern, message):
+    (run,) = runs
+    args = replace_fields(parse(f"--load {run.checkpoints}"), hybrid_layer_pattern=pattern, num_layers=8)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_same_model(args, checkpoint_path(run.checkpoints, 21))
+
+
+@pytest.mark.runs(SAVED)
+def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(runs, parse, monkeypatch):
+    (run,) = runs
+    args = parse(f"--load {run.checkpoints}")
+    saved = replace_fields(args, hybrid_layer_pattern="*E*E|*E*E/*E", mtp_num_layers=1, num_layers=8)
+    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    checkpoint = checkpoint_path(run.checkpoints, 21)
+    with pytest.raises(UserError, match=r"cannot be loaded into a GPT model: pass --hybrid-layer-pattern '\*E\*E\|"):
+        check_same_model(args, checkpoint)
+    check_same_model(replace_fields(saved, hybrid_layer_pattern="*E|*E|*E|*E/*E"), checkpoint)
+    with pytest.raises(UserError, match=r"hybrid model with .* not with '\*E\*E\*E\*-/\*E'"):
+        check_same_model(replace_fields(saved, hybrid_layer_pattern="*E*E*E*-/*E"), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("stages", "evaluates", "expected"),
+    [
+        (1, False, "*E*E*E*E/*E"),
+        (2, False, "*E|*E|*E|*E/*E"),
+        (2, True, "*E*E*E*E/*E"),
+        (3, False, "*E*E*E*E/*E"),
+        (4, True, "*E|*E|*E|*E/*E"),
+    ],
+)
+def test_bounds_of_stages_are_taken_from_a_checkpoint_if_they_fit(stages, evaluates, expected, monkeypatch):
+    saved = Namespace(hybrid_layer_pattern="*E|*E|*E|*E/*E")
+    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    args = Namespace(pipeline_model_parallel_size=stages, skip_train=evaluates)
+    assert further_checkpoint_args(args, Path("checkpoint")) == {"hybrid_layer_pattern": expected}
+
+
+@pytest.mark.runs(SAVED)
+def test_optimizer_state_of_a_gpt_model_needs_names(runs, parse, monkeypatch):
+    (run,) = runs
+    saved = parse(f"--load {run.checkpoints} --use-distributed-optimizer")
+    args = replace_fields(saved, hybrid_layer_pattern="*E*E*E*E", num_layers=8)
+    state = {"args": saved, "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}}
+    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: state)
+    checkpoint = checkpoint_path(run.checkpoints, 21)
+    check_same_model(replace_fields(args, no_load_optim=True), checkpoint)
+    with pytest.raises(UserError, match=r"holds a GPT model, and its optimizer .* --dist-ckpt-optim-fully-reshardable"):
         check_same_model(args, checkpoint)
 
 
