@@ -30,6 +30,7 @@ from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
+from maskmoe.training.layer_pattern import pattern_errors
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
 from maskmoe.training.resume import check_same_model
@@ -82,7 +83,7 @@ class Inspection:
         layout = Layout.from_args(args)
         divides = not any(layout.errors())
         self._add(chain(unavailable_settings(args, self._packages), unsupported_settings(args)))
-        self._add(chain(layout.errors(), layer_errors(args)))
+        self._add(chain(pattern_errors(args), layout.errors(), layer_errors(args)))
         if missing := self._packages.describe_missing():
             self._notes.append(missing)
         self._notes += missing_libraries(args)  # the machine of the check may lack what the machine of the run has
@@ -164,7 +165,7 @@ class Inspection:
         Returns:
             The validated arguments; None if Megatron refuses them.
         """
-        if any(layer_errors(self._args)):
+        if any(chain(pattern_errors(self._args), layer_errors(self._args))):
             # Megatron would only report the same errors in other words.
             return None
         args, repaired = deepcopy(self._args), layout.repaired()
