@@ -7,11 +7,11 @@ from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
+from maskmoe.check.layer_pattern import KINDS
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.check.parameters import Chunk, ModelParameters
 from maskmoe.templates import render_template
-from maskmoe.training.layer_pattern import KINDS
 
 
 @dataclass(frozen=True)

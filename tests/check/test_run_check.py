@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,17 +188,19 @@ ERRORS = {
     "--routing-mask data.bin": ["data.bin is not a readable safetensors file"],
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model data.bin": ["data.bin) cannot be made"],
     "--hybrid-layer-pattern *XEE": ["has 'X': the symbols are * (attention), + (multi-latent attention)"],
-    "--hybrid-layer-pattern *-DE": ["has 'D': the symbols are"],
+    "--hybrid-layer-pattern DE-E": ["--hybrid-layer-pattern with D is not supported"],
     "--hybrid-layer-pattern *E*E/E|": ["has '|' after /: the symbols are"],
     "--hybrid-layer-pattern /*E": ["'/*E' has no layers"],
     "--hybrid-layer-pattern *E*E/*E/E": ["different layers (*E, E): write the same symbols after each /"],
-    "--hybrid-layer-pattern *E*E --mtp-num-layers 2": ["--mtp-num-layers 2", "0 groups of layers after /"],
-    "--hybrid-layer-pattern *-*-": ["--num-experts 8 needs a MoE layer (E)"],
+    "--hybrid-layer-pattern *E*E --mtp-num-layers 2": ["without / with --mtp-num-layers is not supported"],
+    "--hybrid-layer-pattern *E*E/*E --mtp-num-layers 2": ["contradicts", "number of parts after / is 1"],
+    "--hybrid-layer-pattern *-*-": ["--hybrid-layer-pattern without E with --num-experts is not supported"],
     "--hybrid-layer-pattern *E+E": ["attention (*) and multi-latent attention (+)"],
-    "--hybrid-layer-pattern *E*E --multi-latent-attention": ["write + instead of *"],
+    "--hybrid-layer-pattern *E*E/+E": ["attention (*) and multi-latent attention (+)"],
+    "--hybrid-layer-pattern *E*E --multi-latent-attention": ["with * with --multi-latent-attention is not supported"],
     "--hybrid-layer-pattern *E*": ["--num-layers 4 contradicts --hybrid-layer-pattern, which has 3 layers"],
-    "--hybrid-layer-pattern *E*E --moe-layer-freq 2": ["--moe-layer-freq has no effect"],
-    "--hybrid-layer-pattern *E*E --position-embedding-type mrope --mrope-section 4 2 2": ["mrope has no effect"],
+    "--hybrid-layer-pattern *E*E --moe-layer-freq 2": ["--moe-layer-freq contradicts"],
+    "--hybrid-layer-pattern *E*E --position-embedding-type mrope": ["mrope has no effect"],
     "--hybrid-layer-pattern *|E|*E --pipeline-model-parallel-size 2": ["3 model chunks", "size 2", "1, 3 would fit"],
     "--hybrid-layer-pattern *|E|*|E": ["4 model chunks", "--pipeline-model-parallel-size is 1: leave | out"],
     "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 8": [
@@ -281,7 +284,8 @@ def reports(bench) -> dict[str, Any]:
     ranks = dict.fromkeys([*layouts, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
     twins = {f"{kind}, {name}": flags for name, pair in TWINS.items() for kind, flags in zip(KINDS, pair, strict=True)}
     ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
-    cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | {"flex dispatcher": FLEX}
+    libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
+    cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | libraries
     return bench.run("report", cases, ranks=ranks)[0]
 
 
@@ -339,6 +343,14 @@ def test_missing_library_of_the_flex_dispatcher_is_a_note(reports):
     assert not flex["errors"]
     assert any("deepep needs DeepEP" in note for note in flex["notes"])
     assert flex["parameters"] == expert_parallel["parameters"]
+
+
+@pytest.mark.skipif(find_spec("mamba_ssm") is not None, reason="mamba_ssm is installed")
+def test_missing_library_of_mamba_layers_is_a_note(reports):
+    mamba = reports["Mamba"]
+    assert not mamba["errors"]
+    assert any(note.startswith("--hybrid-layer-pattern with M needs the Python package") for note in mamba["notes"])
+    assert mamba["parameters"] is None
 
 
 @pytest.mark.parametrize("name", FORWARD)

@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
@@ -60,7 +61,9 @@ def build(ranks: int) -> dict[str, Any]:
     config = model_config_from_args(args)
     config.finalize()
     model_parallel_cuda_manual_seed(1)
-    get_moe_metrics_tracker().metrics.clear()  # the previous model may have had another number of layers
+    # The previous model may have had other numbers of layers and of predicted tokens.
+    get_moe_metrics_tracker().metrics.clear()
+    MTPLossLoggingHelper.tracker.clear()
     builder = MaskMoEHybridModelBuilder if args.hybrid_layer_pattern else MaskMoEGPTModelBuilder
     model = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     experts = [p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name]
