@@ -282,7 +282,9 @@ def reports(bench) -> dict[str, Any]:
     layouts = LAYOUTS | MORE_LAYOUTS
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
     ranks = dict.fromkeys([*layouts, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
-    twins = {f"{kind}, {name}": flags for name, pair in TWINS.items() for kind, flags in zip(KINDS, pair, strict=True)}
+    twins = {
+        f"{kind} twin, {name}": flags for name, pair in TWINS.items() for kind, flags in zip(KINDS, pair, strict=True)
+    }
     ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
     libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
     cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | libraries
@@ -324,7 +326,7 @@ def test_model_chunks_of_a_hybrid_model(reports):
 
 @pytest.mark.parametrize("name", TWINS)
 def test_hybrid_twin_needs_what_its_gpt_model_needs(name, reports):
-    gpt, twin = (reports[f"{kind}, {name}"] for kind in KINDS)
+    gpt, twin = (reports[f"{kind} twin, {name}"] for kind in KINDS)
     assert (gpt["errors"], twin["errors"]) == ([], [])
     assert twin["parameters"] == gpt["parameters"]
     assert twin["memory"] == gpt["memory"]
