@@ -8,8 +8,10 @@ the same number of rows.
 
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import batched
 from typing import NamedTuple
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from maskmoe.check.layout import Layout
@@ -19,6 +21,7 @@ from maskmoe.transformer.backends.swiglu import is_plain_swiglu
 
 _FP32_BYTES = 4
 _ID_BYTES = 8
+_CHUNK = 64  # the tokens that a gated delta net computes together
 
 
 class _Tensors(NamedTuple):
@@ -105,13 +108,12 @@ class ActivationModel:
         per_channel = self._mlp_channel + (0 if is_fused else self._element)
         self._expert_bytes = self._num_rows * self._row + self._expert_channels * per_channel
         self._dropped = config.recompute_modules or () if config.recompute_granularity == "selective" else ()
-        attention, dense_mlp = self._attention(), _Tensors(self._mlp(config.ffn_hidden_size), ("mlp",))
-        self._dense, self._moe = self._layer([*attention, dense_mlp]), self._layer([*attention, *self._experts()])
+        self._layer_of_symbol = {symbol: self._layer(tensors) for symbol, tensors in self._tensors_of_symbols().items()}
 
     def of_stage(self, stage: int, chunks: Sequence[Chunk]) -> dict[str, int]:
         """Return the estimated bytes of a rank of a pipeline stage, by the names of `StageMemory`."""
         in_flight = self._layout.micro_batches_in_flight(stage)
-        moe_layers = sum(chunk.moe_layers + chunk.mtp_layers for chunk in chunks) if self._config.num_moe_experts else 0
+        moe_layers = sum(chunk.num_moe_layers for chunk in chunks)
         # The rows before and after the two exchanges of a layer are freed afterwards. The backward pass needs as many
         # bytes as the forward pass.
         received = self._num_rows * self._row
@@ -129,11 +131,24 @@ class ActivationModel:
 
     def _recomputed_at_once(self, chunk: Chunk) -> float:
         """Return the bytes that the backward pass of a model chunk recomputes at one time."""
-        config = self._config
-        if config.recompute_granularity == "full":
-            layers = 1 if config.recompute_method == "block" else min(config.recompute_num_layers or 1, chunk.layers)
-            return layers * self._mean_layer(chunk)
-        return max(self._dense.recomputed, self._moe.recomputed if chunk.moe_layers or chunk.mtp_layers else 0)
+        if self._config.recompute_granularity == "full":
+            recomputed, _ = self._recomputed_groups(chunk)
+            return max((self._read_by_backward("".join(group)) for group in recomputed), default=0)
+        symbols = "".join(chunk.layers + chunk.predictions)
+        return max((self._layer_of_symbol[symbol].recomputed for symbol in symbols), default=0)
+
+    def _recomputed_groups(self, chunk: Chunk) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+        """Divide the layers of a model chunk for full recomputation.
+
+        Returns:
+            The groups of layers that are recomputed from the input of the group, and the remaining layers.
+        """
+        number, layers = self._config.recompute_num_layers or 1, chunk.layers
+        if self._config.recompute_method == "block":
+            groups, remaining = [(layer,) for layer in layers[:number]], layers[number:]
+        else:
+            groups, remaining = list(batched(layers, number)), ()
+        return groups + [(depth,) for depth in chunk.predictions], remaining
 
     def _logits(self, chunk: Chunk) -> float:
         """Return the bytes of the logits of all outputs, which the gradients overwrite.
@@ -143,33 +158,39 @@ class ActivationModel:
         """
         elements = self._tokens * self._padded_vocab / self._layout.tensor if chunk.has_output else 0
         if self._config.cross_entropy_loss_fusion:
-            return (1 + chunk.mtp_layers) * elements * _FP32_BYTES + elements * self._element
-        return (1 + chunk.mtp_layers) * elements * self._element
+            return (1 + len(chunk.predictions)) * elements * _FP32_BYTES + elements * self._element
+        return (1 + len(chunk.predictions)) * elements * self._element
 
     def _kept(self, chunk: Chunk) -> float:
         """Return the bytes that a model chunk keeps of one micro-batch until its backward pass."""
         if self._config.recompute_granularity == "full":
-            group = self._config.recompute_num_layers or 1
-            if self._config.recompute_method == "block":
-                recomputed = min(group, chunk.layers)
-                kept = recomputed * self._layer_input + (chunk.layers - recomputed) * self._mean_layer(chunk)
-            else:
-                kept = -(-chunk.layers // group) * self._layer_input
-            kept += chunk.mtp_layers * self._layer_input
+            recomputed, remaining = self._recomputed_groups(chunk)
+            kept = len(recomputed) * self._layer_input + self._read_by_backward("".join(remaining))
         else:
-            kept = chunk.dense_layers * self._dense.kept + chunk.moe_layers * self._moe.kept
-            kept += chunk.mtp_layers * (self._moe if chunk.moe_layers else self._dense).kept
+            kept = sum(self._layer_of_symbol[symbol].kept for symbol in "".join(chunk.layers + chunk.predictions))
         # Multi-token prediction concatenates the outputs of two norms. Before each output there is a norm.
-        norms = 2 * chunk.mtp_layers + (1 + chunk.mtp_layers if chunk.has_output else 0)
+        norms = 2 * len(chunk.predictions) + (1 + len(chunk.predictions) if chunk.has_output else 0)
         kept += norms * 2 * self._hidden
         return kept + (self._tokens * _ID_BYTES + self._dropout_mask if chunk.has_embedding else 0)
 
-    def _mean_layer(self, chunk: Chunk) -> float:
-        """Return the bytes that the backward pass of a layer reads, averaged over the layers of a chunk."""
-        dense, moe = sum(self._dense), sum(self._moe)
-        if not chunk.layers:
-            return moe if chunk.mtp_layers else 0
-        return (chunk.dense_layers * dense + chunk.moe_layers * moe) / chunk.layers
+    def _read_by_backward(self, symbols: str) -> float:
+        """Return the bytes that the backward pass of some layers reads."""
+        return sum(sum(self._layer_of_symbol[symbol]) for symbol in symbols)
+
+    def _tensors_of_symbols(self) -> dict[str, list[_Tensors]]:
+        """Return the tensors of the layer of each symbol, with the layer's norm and residual addition."""
+        attention, mlp = self._attention(), _Tensors(self._mlp(self._config.ffn_hidden_size), ("mlp",))
+        parts = {
+            Symbols.ATTENTION: attention,
+            Symbols.MLA: attention,
+            Symbols.GDN: self._gated_delta_net(),
+            Symbols.MLP: [mlp],
+            Symbols.MOE: self._experts(),
+            Symbols.MAMBA: [],  # `compute_memory` says that these activations are missing
+        }
+        # The input of the norm is the hidden states before the layer.
+        around = [_Tensors(self._hidden + self._dropout_mask), _Tensors(self._hidden, ("layernorm",))]
+        return {symbol: [*around, *tensors] for symbol, tensors in parts.items()}
 
     def _layer(self, tensors: Sequence[_Tensors]) -> _Layer:
         """Add up the tensors of a layer."""
@@ -177,7 +198,7 @@ class ActivationModel:
         return _Layer(sum(size for size, _ in tensors) - recomputed, recomputed)
 
     def _attention(self) -> list[_Tensors]:
-        """Return the tensors of attention, of the two norms of a layer, and of its two residual additions."""
+        """Return the tensors of attention."""
         config = self._config
         heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         # The bytes of one channel of queries, keys or values.
@@ -200,13 +221,35 @@ class ActivationModel:
         output = heads * sizes.value_width * channel
         gate = 2 * output if config.attention_output_gate else 0
         return [
-            # The inputs of the norms are the hidden states before attention and before the MLP.
-            _Tensors(2 * (self._hidden + self._dropout_mask)),
-            _Tensors(2 * self._hidden, ("layernorm",)),
             _Tensors(inputs * channel, ("mla_up_proj",)),
             _Tensors(before_norms + output + gate),
             _Tensors(made * channel + self._scores, ("core_attn",)),
         ]
+
+    def _gated_delta_net(self) -> list[_Tensors]:
+        """Return the tensors of a gated delta net, computed by fla on GPUs and by plain torch on CPUs."""
+        config = self._config
+        key_heads, value_heads = config.linear_num_key_heads or 0, config.linear_num_value_heads or 0
+        key_width, value_width = config.linear_key_head_dim or 0, config.linear_value_head_dim or 0
+        keys, values = key_heads * key_width, value_heads * value_width
+        tokens = self._tokens / self._layout.tensor
+        # The projection's output holds queries, keys, values, gates, and two numbers for each value head.
+        projected = 2 * keys + 2 * values + 2 * value_heads
+        # The norm's input, its gates and its output are kept.
+        channels = projected + 3 * values
+        if self._is_on_cpu:
+            # The convolution and its activation function copy queries, keys and values.
+            channels += 2 * (2 * keys + values)
+            # fp32: queries and keys before and after normalization; five matrices of a chunk's tokens; corrections and
+            # readers of the state for each value head; and the state before each chunk.
+            numbers = 4 * keys + 3 * values + 3 * value_heads * key_width
+            numbers += _CHUNK * (2 * key_heads + 4 * value_heads) + value_heads * key_width * value_width / _CHUNK
+        else:
+            # Queries and keys are normalized, and repeated for the value heads that share them.
+            repeated = 2 * value_heads * key_width if value_heads > key_heads else 0
+            channels += 2 * keys + repeated + values + _CHUNK * value_heads
+            numbers = 3 * value_heads
+        return [_Tensors(tokens * (channels * self._element + numbers * _FP32_BYTES))]
 
     def _core_attention(self, sizes: _HeadSizes, projected: int) -> tuple[float, float]:
         """Return the channels of a token that are kept of the inputs of core attention, and of the tensors it makes.

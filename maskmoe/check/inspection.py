@@ -3,12 +3,13 @@
 import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
@@ -17,6 +18,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer
 
+from maskmoe.check.layer_pattern import pattern_errors
 from maskmoe.check.layout import Layout, layer_errors
 from maskmoe.check.memory import compute_memory
 from maskmoe.check.parameters import count_parameters
@@ -32,7 +34,7 @@ from maskmoe.training import file_checks
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
-from maskmoe.training.resume import check_same_model
+from maskmoe.training.resume import check_same_model, further_checkpoint_args
 from maskmoe.training.setup import ArgumentsProvider, find_routing_mask, megatrons_checks, model_config_from_args
 
 # Reading the token ids of a larger dataset would take more than a few seconds.
@@ -68,8 +70,8 @@ class Inspection:
         self._notes: list[str] = []
         # Without GPUs here, the run is on other machines.
         self._packages = GpuPackages() if cpu.is_installed() else GpuPackages.installed()
-        self._args = parse_args(partial(_add_arguments, extra_args_provider))
-        self._args.world_size, self._args.rank = ranks, 0
+        self._ranks, self._extra_args_provider = ranks, extra_args_provider
+        self._args = self._parse()
 
     def report(self) -> Report:
         """Make all checks, and compute the layout, parameters and memory as far as they are known."""
@@ -77,12 +79,13 @@ class Inspection:
         # The arguments: given, or read from a checkpoint.
         checkpoint = self._find_checkpoint()
         if args.use_checkpoint_args and checkpoint is not None:
+            args = self._args = self._parse(ckpt_step=args.ckpt_step, **further_checkpoint_args(args, checkpoint))
             load_args_from_checkpoint(args)
         # Settings, sizes and files, by our own rules.
         layout = Layout.from_args(args)
         divides = not any(layout.errors())
         self._add(chain(unavailable_settings(args, self._packages), unsupported_settings(args)))
-        self._add(chain(layout.errors(), layer_errors(args)))
+        self._add(chain(pattern_errors(args), layout.errors(), layer_errors(args)))
         if missing := self._packages.describe_missing():
             self._notes.append(missing)
         self._notes += missing_libraries(args)  # the machine of the check may lack what the machine of the run has
@@ -106,7 +109,7 @@ class Inspection:
         self._notes += [f"dataset {prefix} {consequence}" for prefix in unread]
         # The validated arguments have a layout that divides, so the model is known even if the given layout does not.
         model = memory = None
-        if validated is not None and has_tokenizer:
+        if validated is not None and has_tokenizer and not self._has_unbuildable_layers():
             with self._collecting():
                 config = _model_config(validated)
                 with _reporting_failure_of("the model"), megatrons_checks():
@@ -114,6 +117,16 @@ class Inspection:
                 memory = compute_memory(validated, config.transformer, model) if divides else None
         errors, notes = (tuple(dict.fromkeys(lines)) for lines in (self._errors, self._notes))
         return Report(errors, notes, layout if divides else None, model, memory)
+
+    def _parse(self, **defaults: Any) -> Namespace:
+        """Parse the command line of this process.
+
+        Args:
+            defaults: settings that replace the defaults of their flags.
+        """
+        args = parse_args(partial(_add_arguments, self._extra_args_provider, defaults))
+        args.world_size, args.rank = self._ranks, 0
+        return args
 
     @contextmanager
     def _collecting(self) -> Iterator[None]:
@@ -130,6 +143,10 @@ class Inspection:
                 self._notes.append(f"cannot be judged on this machine, which lacks Transformer Engine: {error}")
             else:
                 self._errors.append(error)
+
+    def _has_unbuildable_layers(self) -> bool:
+        """Return whether an error or a note already says that a pattern cannot be built."""
+        return any(line.startswith("--hybrid-layer-pattern") for line in (*self._errors, *self._notes))
 
     def _find_checkpoint(self) -> Path | None:
         """Return the checkpoint that the run would load, if any, and record its iteration in the arguments."""
@@ -164,7 +181,7 @@ class Inspection:
         Returns:
             The validated arguments; None if Megatron refuses them.
         """
-        if any(layer_errors(self._args)):
+        if any(chain(pattern_errors(self._args), layer_errors(self._args))):
             # Megatron would only report the same errors in other words.
             return None
         args, repaired = deepcopy(self._args), layout.repaired()
@@ -217,10 +234,17 @@ def _reporting_failure_of(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be made: {reason or type(error).__name__}") from error
 
 
-def _add_arguments(extra_args_provider: ArgumentsProvider, parser: ArgumentParser) -> ArgumentParser:
+def _add_arguments(
+    extra_args_provider: ArgumentsProvider, defaults: Mapping[str, Any], parser: ArgumentParser
+) -> ArgumentParser:
     """Add all arguments; on a machine without GPUs, with the defaults on GPUs unless the command line is for CPUs.
 
     The machine of the check may have no GPU although the run has GPUs.
+
+    Args:
+        extra_args_provider: adds the arguments of the entry point to the common arguments.
+        defaults: settings that replace all other defaults.
+        parser: gets the arguments, and is returned.
     """
     defaults_on_cpu = cpu.argument_defaults() if cpu.is_installed() else {}
     defaults_on_gpu = {name: parser.get_default(name) for name in defaults_on_cpu}
@@ -231,4 +255,5 @@ def _add_arguments(extra_args_provider: ArgumentsProvider, parser: ArgumentParse
     parser.set_defaults(**defaults_on_gpu)
     if parser.parse_known_args()[0].distributed_backend == "gloo":  # a run on CPUs asks for gloo explicitly
         parser.set_defaults(**defaults_on_cpu)
+    parser.set_defaults(**defaults)
     return parser

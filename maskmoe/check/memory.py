@@ -4,6 +4,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from maskmoe.check.activations import ActivationModel
@@ -112,6 +113,7 @@ def compute_memory(args: Namespace, config: TransformerConfig, model: ModelParam
         )
         stages.append(memory)
     ignored = {
+        "activations of Mamba layers": Symbols.MAMBA in (args.hybrid_layer_pattern or ""),
         "--fp8-format and --fp4-format": args.fp8 or args.fp4,
         f"--optimizer {args.optimizer} (counted as adam)": args.optimizer not in _STATES,
         "--optimizer-cpu-offload": args.optimizer_cpu_offload,

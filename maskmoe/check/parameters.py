@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -80,17 +82,17 @@ class Chunk:
         parameters: number of parameters of each of `PARTS`.
         expert_parameters: number of parameters of routed experts, experts of multi-token prediction included.
         buffer_bytes: bytes of all buffers, without those of the routing mask.
-        dense_layers, moe_layers: numbers of decoder layers without and with experts.
-        mtp_layers: number of layers of multi-token prediction.
+        layers: the symbols of each decoder layer, as in `--hybrid-layer-pattern`. A layer of a `GPTModel` is two
+            symbols, such as `*E` for attention and experts. A layer of a `HybridModel` is one symbol.
+        predictions: the symbols of each depth of multi-token prediction.
         has_embedding, has_output: whether the chunk reads token ids, and whether it computes logits.
     """
 
     parameters: Mapping[str, int]
     expert_parameters: int
     buffer_bytes: int
-    dense_layers: int
-    moe_layers: int
-    mtp_layers: int
+    layers: tuple[str, ...]
+    predictions: tuple[str, ...]
     has_embedding: bool
     has_output: bool
 
@@ -100,9 +102,19 @@ class Chunk:
         return sum(self.parameters.values())
 
     @property
-    def layers(self) -> int:
+    def num_layers(self) -> int:
         """Return the number of decoder layers."""
-        return self.dense_layers + self.moe_layers
+        return len(self.layers)
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Return whether each layer is one symbol of a pattern."""
+        return all(len(layer) == 1 for layer in self.layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Return the number of MoE layers, those of multi-token prediction included."""
+        return "".join(self.layers + self.predictions).count(Symbols.MOE)
 
 
 @dataclass(frozen=True)
@@ -197,7 +209,7 @@ def count_parameters(args: Namespace, config: MaskMoEModelConfig, mask: RoutingM
         config: the model's configuration; the file in its `routing_mask` is not read.
         mask: the routing mask; None if there is none, or none that can be read.
     """
-    (whole,) = _count_stage(_changed(config, _LOCAL | _ONE_RANK), _ALONE, stage=0)
+    (whole,) = _count_stage(_on_one_rank(_changed(config, _LOCAL | _ONE_RANK)), _ALONE, stage=0)
     layout, local = Layout.from_args(args), _changed(config, _LOCAL)
     buffers: Iterable[torch.Tensor] = ()
     if mask is not None and mask.num_experts == args.num_experts:  # a mask that does not fit is an error of its own
@@ -266,6 +278,13 @@ def _changed(config: MaskMoEModelConfig, settings: Mapping[str, Any]) -> MaskMoE
     return replace(config, transformer=transformer)
 
 
+def _on_one_rank(config: MaskMoEModelConfig) -> MaskMoEModelConfig:
+    """Return a configuration whose pattern, if it has one, is not divided into pipeline stages."""
+    if not isinstance(config, MaskMoEHybridModelConfig):
+        return config
+    return replace(config, hybrid_layer_pattern=(config.hybrid_layer_pattern or "").replace(Symbols.PIPE, ""))
+
+
 def _count_stage(config: MaskMoEModelConfig, layout: Layout, stage: int) -> tuple[Chunk, ...]:
     """Count the chunks of one rank of a pipeline stage, in process groups that cannot communicate."""
     # Megatron numbers the ranks of a stage consecutively by default; the order does not change the parameters.
@@ -304,17 +323,31 @@ def _count_chunk(config: MaskMoEModelConfig, groups: ProcessGroupCollection, vp_
             number, part = number * experts_of_rank, "routed experts"
             expert_parameters += number
         parameters[_PART_OF_MODULE.get(name.partition(".")[0], part)] += number
-    moe_layers = sum(isinstance(layer.mlp, MoELayer) for layer in model.decoder.layers)
+    layers, predictions = _symbols(model)
     return Chunk(
         parameters=dict(parameters),
         expert_parameters=expert_parameters,
         buffer_bytes=sum(_buffer_bytes(name, buffer, config) for name, buffer in model.named_buffers()),
-        dense_layers=len(model.decoder.layers) - moe_layers,
-        moe_layers=moe_layers,
-        mtp_layers=(model.config.mtp_num_layers or 0) if getattr(model, "mtp_process", False) else 0,
+        layers=layers,
+        predictions=predictions,
         has_embedding=model.pre_process,
         has_output=model.post_process,
     )
+
+
+def _symbols(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the symbols of each layer of a model chunk, and of each depth of its multi-token prediction."""
+    if isinstance(model, HybridModel):
+        depths = model.mtp_num_depths if model.mtp_process else 0
+        return tuple(model.decoder.layer_type_list), (model.mtp_pattern or "",) * depths
+    attention = Symbols.MLA if model.config.multi_latent_attention else Symbols.ATTENTION
+
+    def symbols_of(layer: Any) -> str:
+        return attention + (Symbols.MOE if isinstance(layer.mlp, MoELayer) else Symbols.MLP)
+
+    # All depths can share one layer.
+    predictions = [symbols_of(depth.mtp_model_layer) for depth in model.mtp.layers] if model.mtp_process else []
+    return tuple(map(symbols_of, model.decoder.layers)), tuple(predictions[:1]) * (model.config.mtp_num_layers or 0)
 
 
 def _buffer_bytes(name: str, buffer: torch.Tensor, config: MaskMoEModelConfig) -> int:

@@ -5,9 +5,12 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+from maskmoe.check.layer_pattern import KINDS
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
-from maskmoe.check.parameters import ModelParameters
+from maskmoe.check.parameters import Chunk, ModelParameters
 from maskmoe.templates import render_template
 
 
@@ -37,8 +40,10 @@ class Report:
           `context`, `data`, `expert`, `expert_tensor`, `expert_data` and `virtual_pipeline`; `micro_batch_group`;
           `micro_batch` and `global_batch` in samples; `micro_batches` of a rank in a step; `seq_length` and
           `tokens_per_step` in tokens.
-        - `layers`: null if the model cannot be built. Else the numbers of layers `with_experts`, `without_experts` and
-          of `multi_token_prediction`, and `stages`: for each pipeline stage, the number of layers of each model chunk.
+        - `layers`: null if the model cannot be built. Else the numbers of the decoder's feed-forward layers
+          `with_experts` and `without_experts`; the number of predicted tokens in `multi_token_prediction`; in `kinds`,
+          the numbers of all kinds of the decoder's layers; and `stages`: for each pipeline stage, the number of layers
+          of each model chunk. A layer of a hybrid model is one symbol of its pattern.
         - `parameters`: null if the model cannot be built. Else `total`; `parts`, the number of each part of the model;
           `routed_experts`, experts of multi-token prediction included; `active` of a token with `experts_per_token`
           experts, and the means `mean_active` and `mean_experts_per_token` over the counted tokens;
@@ -54,11 +59,13 @@ class Report:
             layout = asdict(self.layout) | {name: getattr(self.layout, name) for name in derived}
         if self.model:
             whole, use = self.model.whole, self.model.expert_use
+            decoder = _count_kinds(whole.layers)
             layers = {
-                "with_experts": whole.moe_layers,
-                "without_experts": whole.dense_layers,
-                "multi_token_prediction": whole.mtp_layers,
-                "stages": [[chunk.layers for chunk in chunks] for chunks in self.model.stages],
+                "with_experts": decoder[KINDS[Symbols.MOE]],
+                "without_experts": decoder[KINDS[Symbols.MLP]],
+                "multi_token_prediction": len(whole.predictions),
+                "kinds": decoder,
+                "stages": [[len(chunk.layers) for chunk in chunks] for chunks in self.model.stages],
             }
             parameters = {
                 "total": whole.num_parameters,
@@ -83,8 +90,28 @@ class Report:
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
         values = vars(self) | {"exact": EXACT, "purposes": EXACT | ESTIMATED}
-        filters = {"gib": _gib, "run_lengths": _run_lengths}
+        filters = {"gib": _gib, "run_lengths": _run_lengths, "kinds": _describe_layers}
         return render_template("maskmoe.check", "report.txt.j2", values, filters).rstrip("\n")
+
+
+def _count_kinds(layers: Iterable[str]) -> dict[str, int]:
+    """Return the number of layers of each kind; `layers` are the symbols of each layer."""
+    symbols = "".join(layers)
+    return {kind: symbols.count(symbol) for symbol, kind in KINDS.items()}
+
+
+def _describe_layers(chunk: Chunk) -> str:
+    """Describe the layers of a model; those of a hybrid model by their kinds."""
+    if chunk.is_hybrid:
+        decoder, prediction = (
+            ", ".join(f"{number} {kind}" for kind, number in _count_kinds(layers).items() if number)
+            for layers in (chunk.layers, chunk.predictions)
+        )
+        further = f"; multi-token prediction: {prediction}" if prediction else ""
+        return f"{len(chunk.layers)} of a hybrid model: {decoder}{further}"
+    numbers = _count_kinds(chunk.layers)
+    further = f", {len(chunk.predictions)} of multi-token prediction" if chunk.predictions else ""
+    return f"{len(chunk.layers)}: {numbers['MoE']} with experts, {numbers['MLP']} without{further}"
 
 
 def _gib(number: int) -> str:

@@ -138,7 +138,9 @@ def read_words(path: Path, kind: str) -> object:
     except OSError as error:
         raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{kind} {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        hint = "; write quotes around a value that begins with *" if "alias" in reason else ""
+        raise UserError(f"{kind} {path} is not valid YAML: {reason}{hint}") from error
 
 
 def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Flags:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -17,6 +18,9 @@ class MaskMoEHybridStack(HybridStack):
         post_layer_norm: whether there is a norm after the last layer.
         post_process: whether this is the last pipeline stage.
         kwargs: further arguments of `HybridStack`.
+
+    Raises:
+        ValueError: `submodules` has no spec for the symbol of a layer, which `HybridStack` would silently leave out.
     """
 
     def __init__(
@@ -30,6 +34,13 @@ class MaskMoEHybridStack(HybridStack):
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, post_layer_norm=False, post_process=post_process, **kwargs)
+        missing = {
+            symbol
+            for symbol, layer in zip(self.layer_type_list, self.layers, strict=True)
+            if isinstance(layer, IdentityOp)
+        }
+        if missing:
+            raise ValueError(f"there is no layer for the symbols {', '.join(sorted(missing))} with these settings")
         self.post_layer_norm = post_layer_norm
         if post_process and post_layer_norm:
             norm: Any = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from maskmoe.check.report import Report
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
 
@@ -63,10 +65,31 @@ ARCHITECTURES = {
     "expert bias": f"{LLAMA} --moe-router-score-function sigmoid --moe-router-enable-expert-bias",
     "learned positions, untied": "--untie-embeddings-and-output-weights --position-embedding-type learned_absolute",
 }
+
+
+def hybrid(pattern: str, flags: str = LLAMA) -> str:
+    """Return the flags of a hybrid model, whose number of layers replaces the number in `BASE`."""
+    num_layers = len(pattern.partition("/")[0].replace("|", ""))
+    return f"{flags} --num-layers {num_layers} --hybrid-layer-pattern={shlex.quote(pattern)}"
+
+
 LATENT_ATTENTION = """
     --multi-latent-attention --qk-layernorm --q-lora-rank 32 --kv-lora-rank 24 --qk-head-dim 16 --qk-pos-emb-head-dim 8
     --v-head-dim 20
 """
+# Patterns of hybrid models, and the number of layers of each kind.
+HYBRIDS = {
+    "hybrid": (hybrid("*-*E*E"), {"attention": 3, "MLP": 1, "MoE": 2}),
+    "hybrid with free order, biases": (hybrid("**E-E", "--swiglu"), {"attention": 2, "MLP": 1, "MoE": 2}),
+    "hybrid with prediction, shared expert": (
+        hybrid("*E*-/*E/*E", f"{LLAMA} --moe-shared-expert-intermediate-size 32"),
+        {"attention": 2, "MLP": 1, "MoE": 1},
+    ),
+    "hybrid with latent attention": (
+        hybrid("+-+E", f"{LLAMA} {LATENT_ATTENTION}"),
+        {"multi-latent attention": 2, "MLP": 1, "MoE": 1},
+    ),
+}
 # The machine of the check may lack DeepEP.
 FLEX = f"{LLAMA} {BF16} --expert-model-parallel-size 2 --moe-token-dispatcher-type flex"
 # Layouts whose bytes are compared rank by rank.
@@ -87,6 +110,10 @@ MORE_LAYOUTS = {
         f"{LLAMA} {DISTRIBUTED} --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
         "--expert-model-parallel-size 2"
     ),
+    "hybrid, interleaved pipeline, prediction": hybrid(
+        "*-|*E|*|E*E/*E", f"{LLAMA} {BF16} {DISTRIBUTED} --pipeline-model-parallel-size 2"
+    ),
+    "hybrid without |, expert parallel": hybrid("*E*E", f"{LLAMA} {BF16} {DISTRIBUTED} --expert-model-parallel-size 2"),
     "gradients in bf16": f"{LLAMA} {BF16} --grad-reduce-in-bf16",
     "fp16": f"{LLAMA} --fp16",
     "sgd": f"{LLAMA} {BF16} --optimizer sgd",
@@ -115,6 +142,36 @@ FORWARD = {
     ),
     "half recomputed": f"{LLAMA} {BF16} --recompute-granularity full --recompute-method block --recompute-num-layers 2",
 }
+FORWARD |= {
+    "hybrid, bf16": hybrid("*-*E*E", f"{LLAMA} {BF16}"),
+    "hybrid, prediction": hybrid("*E*-/*E"),
+    "hybrid, layers recomputed in pairs": hybrid(
+        "*-*E*E*", f"{LLAMA} --recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
+    ),
+    "hybrid, first layers recomputed": hybrid(
+        "*-*E*E*", f"{LLAMA} --recompute-granularity full --recompute-method block --recompute-num-layers 3"
+    ),
+    "hybrid, recomputed MoE": hybrid(
+        "*-*E*E", f"{LLAMA} --recompute-granularity selective --recompute-modules moe core_attn"
+    ),
+}
+# Flags of a GPT model and its hybrid twin.
+TWINS = {
+    "plain": (LLAMA, hybrid("*E*E*E*E")),
+    "pipeline": (
+        f"{LLAMA} --moe-layer-freq 2 --pipeline-model-parallel-size 2 --global-batch-size 4",
+        hybrid("*E*-|*E*-", f"{LLAMA} --pipeline-model-parallel-size 2 --global-batch-size 4"),
+    ),
+    "recomputed MoE": (
+        f"{LLAMA} --recompute-granularity selective --recompute-modules moe core_attn",
+        hybrid("*E*E*E*E", f"{LLAMA} --recompute-granularity selective --recompute-modules moe core_attn"),
+    ),
+    "latent attention, prediction": (
+        f"{LLAMA} {LATENT_ATTENTION} {MTP} --moe-layer-freq ([0]+[1]*3)",
+        hybrid("+-+E+E+E/+E", f"{LLAMA} {LATENT_ATTENTION}"),
+    ),
+}
+KINDS = ("GPT", "hybrid")
 # The largest allowed ratio between estimated and measured activations, in either direction. The estimate leaves out
 # masks, indices and statistics of norms, 2 to 3 %. With dropout the estimate is 11 % too low, because a CPU keeps two
 # bytes for an element of a dropout mask, and a GPU keeps one byte.
@@ -130,6 +187,28 @@ ERRORS = {
     "--routing-mask for_2_ranks.safetensors --expert-model-parallel-size 4": ["rank-local", "size 2", "4"],
     "--routing-mask data.bin": ["data.bin is not a readable safetensors file"],
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model data.bin": ["data.bin) cannot be made"],
+    "--hybrid-layer-pattern *XEE": ["has 'X': the symbols are * (attention), + (multi-latent attention)"],
+    "--hybrid-layer-pattern DE-E": ["--hybrid-layer-pattern with D is not supported"],
+    "--hybrid-layer-pattern *E*E/E|": ["has '|' after /: the symbols are"],
+    "--hybrid-layer-pattern /*E": ["'/*E' has no layers"],
+    "--hybrid-layer-pattern *E*E/*E/E": ["different layers (*E, E): write the same symbols after each /"],
+    "--hybrid-layer-pattern *E*E --mtp-num-layers 2": ["without / with --mtp-num-layers is not supported"],
+    "--hybrid-layer-pattern *E*E/*E --mtp-num-layers 2": ["contradicts", "number of parts after / is 1"],
+    "--hybrid-layer-pattern *-*-": ["--hybrid-layer-pattern without E with --num-experts is not supported"],
+    "--hybrid-layer-pattern *E+E": ["attention (*) and multi-latent attention (+)"],
+    "--hybrid-layer-pattern *E*E/+E": ["attention (*) and multi-latent attention (+)"],
+    "--hybrid-layer-pattern *E*E --multi-latent-attention": ["with * with --multi-latent-attention is not supported"],
+    "--hybrid-layer-pattern *E*": ["--num-layers 4 contradicts --hybrid-layer-pattern, which has 3 layers"],
+    "--hybrid-layer-pattern *E*E --moe-layer-freq 2": ["--moe-layer-freq contradicts"],
+    "--hybrid-layer-pattern *E*E --position-embedding-type mrope": ["mrope has no effect"],
+    "--hybrid-layer-pattern *|E|*E --pipeline-model-parallel-size 2": ["3 model chunks", "size 2", "1, 3 would fit"],
+    "--hybrid-layer-pattern *|E|*|E": ["4 model chunks", "--pipeline-model-parallel-size is 1: leave | out"],
+    "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 8": [
+        "the 4 layers of --hybrid-layer-pattern cannot be divided evenly among 8 pipeline stages: write |"
+    ],
+    "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 2": [
+        "the remaining 2 layers of --hybrid-layer-pattern cannot be divided evenly among 3 pipeline stages"
+    ],
     "--load save/nowhere --ckpt-step 3": ["holds no sound checkpoint: save/nowhere/iter_0000003 does not exist"],
 }
 
@@ -203,21 +282,55 @@ def reports(bench) -> dict[str, Any]:
     layouts = LAYOUTS | MORE_LAYOUTS
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
     ranks = dict.fromkeys([*layouts, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
-    cases = ARCHITECTURES | FORWARD | layouts | errors | {"flex dispatcher": FLEX}
+    twins = {
+        f"{kind} twin, {name}": flags for name, pair in TWINS.items() for kind, flags in zip(KINDS, pair, strict=True)
+    }
+    ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
+    libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
+    cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | libraries
     return bench.run("report", cases, ranks=ranks)[0]
 
 
 @pytest.fixture(scope="module")
 def built(bench) -> dict[str, Any]:
-    return bench.run("build", ARCHITECTURES | FORWARD)[0]
+    return bench.run("build", ARCHITECTURES | hybrids() | FORWARD)[0]
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *FORWARD])
+def hybrids() -> dict[str, str]:
+    """Return the flags of the models in `HYBRIDS`."""
+    return {name: flags for name, (flags, _) in HYBRIDS.items()}
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *HYBRIDS, *FORWARD])
 def test_parameters_are_those_of_the_built_model(name, reports, built):
     parameters = reports[name]["parameters"]
     assert parameters["total"] == built[name]["parameters"]
     assert parameters["routed_experts"] == built[name]["expert_parameters"]
     assert sum(parameters["parts"].values()) == parameters["total"]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_layers_of_a_hybrid_model_are_counted_by_kind(name, reports):
+    layers, expected = reports[name]["layers"], HYBRIDS[name][1]
+    assert {kind: number for kind, number in layers["kinds"].items() if number} == expected
+    assert (layers["with_experts"], layers["without_experts"]) == (expected["MoE"], expected["MLP"])
+    assert layers["stages"] == [[sum(expected.values())]]
+    assert layers["multi_token_prediction"] == HYBRIDS[name][0].count("/")
+
+
+def test_model_chunks_of_a_hybrid_model(reports):
+    report = reports["hybrid, interleaved pipeline, prediction"]
+    assert report["layers"]["stages"] == [[2, 1], [2, 3]]
+    assert report["layout"]["virtual_pipeline"] == 2
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_hybrid_twin_needs_what_its_gpt_model_needs(name, reports):
+    gpt, twin = (reports[f"{kind} twin, {name}"] for kind in KINDS)
+    assert (gpt["errors"], twin["errors"]) == ([], [])
+    assert twin["parameters"] == gpt["parameters"]
+    assert twin["memory"] == gpt["memory"]
+    assert twin["layout"] == gpt["layout"]
 
 
 def test_parameters_of_latent_experts(reports):
@@ -232,6 +345,14 @@ def test_missing_library_of_the_flex_dispatcher_is_a_note(reports):
     assert not flex["errors"]
     assert any("deepep needs DeepEP" in note for note in flex["notes"])
     assert flex["parameters"] == expert_parallel["parameters"]
+
+
+@pytest.mark.skipif(find_spec("mamba_ssm") is not None, reason="mamba_ssm is installed")
+def test_missing_library_of_mamba_layers_is_a_note(reports):
+    mamba = reports["Mamba"]
+    assert not mamba["errors"]
+    assert any(note.startswith("--hybrid-layer-pattern with M needs the Python package") for note in mamba["notes"])
+    assert mamba["parameters"] is None
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -435,18 +556,37 @@ def test_request(monkeypatch):
 def test_mean_number_of_experts_is_that_of_the_layers_with_experts():
     recipe = MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(2, 2, "uniform"))
     mask = build_routing_mask(recipe, vocab_size=50)
-    assert ExpertUse.from_mask(mask, 4, range(4)) == ExpertUse(4, 3.0, "2 to 4 in the layers")
-    assert ExpertUse.from_mask(mask, 4, [1, 2, 3]).mean == pytest.approx(10 / 3)
-    assert ExpertUse.from_mask(mask, 4, [2, 3]) == ExpertUse(4, 4.0, "every id uses 4")
-    assert ExpertUse.from_mask(mask, 2, range(4)) == ExpertUse(2, 2.0, "every id uses 2")
+    layers = {
+        freq: FeedForwardLayers.of_frequency(list(map(int, freq)), len(freq)) for freq in ("1111", "0111", "0011")
+    }
+    assert ExpertUse.from_mask(mask, 4, layers["1111"]) == ExpertUse(4, 3.0, "2 to 4 in the layers")
+    assert ExpertUse.from_mask(mask, 4, layers["0111"]).mean == pytest.approx(10 / 3)
+    assert ExpertUse.from_mask(mask, 4, layers["0011"]) == ExpertUse(4, 4.0, "every id uses 4")
+    assert ExpertUse.from_mask(mask, 2, layers["1111"]) == ExpertUse(2, 2.0, "every id uses 2")
+    # A mask with a table for each MoE layer is for the MoE layers in order.
+    assert ExpertUse.from_mask(mask, 4, FeedForwardLayers.of_pattern("-E-EE*E")) == ExpertUse(
+        4, 3.0, "2 to 4 in the layers"
+    )
     shared = build_routing_mask(MaskRecipe.from_preset("hash", 8, 1, shared_table=True), vocab_size=50)
-    assert ExpertUse.from_mask(shared, 4, range(9)) == ExpertUse(4, 1.0, "every id uses 1")
-    assert ExpertUse.from_mask(None, 4, range(9)) == ExpertUse(4, 4)
+    assert ExpertUse.from_mask(shared, 4, layers["1111"]) == ExpertUse(4, 1.0, "every id uses 1")
+    assert ExpertUse.from_mask(None, 4, layers["1111"]) == ExpertUse(4, 4)
+
+
+def test_text_of_the_layers_of_a_hybrid_model():
+    parts = dict.fromkeys(PARTS, 10**8)
+    chunk = Chunk(parts, 8 * 10**7, 0, tuple("GE*E+-M-E"), ("*E", "*E"), True, True)
+    model = ModelParameters(chunk, ((chunk, chunk), (chunk,)), 8, ExpertUse(2, 2), mask_bytes=0, padded_vocab_size=512)
+    lines = Report((), model=model).to_text().splitlines()
+    assert lines[0] == (
+        "layers        9 of a hybrid model: 1 attention, 1 multi-latent attention, 1 gated delta net, 1 Mamba, 2 MLP, "
+        "3 MoE; multi-token prediction: 2 attention, 2 MoE"
+    )
+    assert lines[1] == "  of stages   9+9, 9"
 
 
 def test_text_of_a_report():
     layout = Layout(16, 2, 2, 1, 4, 1, 1, 2, 1, 64, 4096)
-    chunk = Chunk(dict.fromkeys(PARTS, 10**8), 8 * 10**7, 0, 1, 3, 0, True, True)
+    chunk = Chunk(dict.fromkeys(PARTS, 10**8), 8 * 10**7, 0, ("*-", "*E", "*E", "*E"), (), True, True)
     use = ExpertUse(2, 1.4, "40% of the tokens use 2, the others 1")
     model = ModelParameters(chunk, ((chunk, chunk), (chunk,)), 8, use, mask_bytes=0, padded_vocab_size=512)
     stages = tuple(

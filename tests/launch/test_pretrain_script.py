@@ -23,6 +23,7 @@ from maskmoe.routing_mask.mask import build_routing_mask
 
 SCRIPT = ROOT / "launch" / "pretrain.sh"
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
+HYBRID_LAPTOP = ROOT / "launch" / "models" / "laptop-hybrid.yaml"
 VOCAB_SIZE = 510
 ITERATIONS = 21
 SMALLER = f"""
@@ -50,9 +51,16 @@ def folder(tmp_path_factory) -> Path:
 def start(folder) -> Callable[..., Launch]:
     """Start `launch/pretrain.sh` on the smaller laptop model; use the result as a context manager."""
 
-    def start(name: str, options: str = "", flags: str = MASK, processes: int = 2, **environment: str) -> Launch:
+    def start(
+        name: str,
+        options: str = "",
+        flags: str = MASK,
+        processes: int = 2,
+        model: Path = LAPTOP,
+        **environment: str,
+    ) -> Launch:
         options = [*("--gpus-per-node", str(processes), "--run-dir", f"runs/{name}"), *shlex.split(options)]
-        command = [str(SCRIPT), *options, str(LAPTOP), *shlex.split(SMALLER), *shlex.split(flags)]
+        command = [str(SCRIPT), *options, str(model), *shlex.split(SMALLER), *shlex.split(flags)]
         if processes > 1:
             command += shlex.split(EXPERT_2)
         return Launch(command, folder, folder / "runs" / name, environment)
@@ -155,6 +163,15 @@ def test_one_process_after_a_check(start, undisturbed):
     curve = read_losses(launch.run_dir)
     assert list(curve) == list(undisturbed)
     assert curve[ITERATIONS] == pytest.approx(undisturbed[ITERATIONS], rel=0.05)
+
+
+@pytest.mark.slow
+def test_hybrid_twin_has_the_losses_of_the_laptop_model(start, undisturbed):
+    """Both models start from equal weights, and take the same mask of four MoE layers."""
+    with start("hybrid", model=HYBRID_LAPTOP) as launch:
+        assert launch.wait() == 0, launch.output[-4000:]
+    assert "8 of a hybrid model: 4 attention, 4 MoE" in launch.output
+    assert read_losses(launch.run_dir) == undisturbed
 
 
 @pytest.mark.slow

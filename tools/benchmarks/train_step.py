@@ -1,8 +1,9 @@
-"""Measure a whole training step against stock Megatron-Core MoE of the same sizes.
+"""Measure a whole training step against stock Megatron-Core MoE of the same sizes, and a hybrid twin against our step.
 
-The step includes forward, backward, gradient reduction and optimizer, on Zipf-distributed ids. The benchmark runs as
-one process, or with expert parallelism under torchrun. Under torchrun it also compares with a floor: the floor of
-`dispatcher.py`, once for each layer.
+The step includes forward, backward, gradient reduction and optimizer, on Zipf-distributed ids. The hybrid twin is the
+same model, built as a pattern of layers in Megatron-Core's `HybridModel`; in its cases the baseline is our `GPTModel`.
+The benchmark runs as one process, or with expert parallelism under torchrun. Under torchrun it also compares with a
+floor: the floor of `dispatcher.py`, once for each layer.
 
     python tools/benchmarks/train_step.py
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/train_step.py
@@ -21,6 +22,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,7 +33,10 @@ from routed_tokens import ENGINE_SETTINGS, add_engine_argument, exchange_floor
 from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.gpt_model import DenseGPTModel, MaskMoEGPTModel
+from maskmoe.transformer.hybrid_layer_specs import get_maskmoe_hybrid_stack_spec
+from maskmoe.transformer.hybrid_model import DenseHybridModel, MaskMoEHybridModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -45,7 +50,12 @@ class Trainer:
         batches: dictionaries with `tokens` and `labels`, int64 [batch, sequence].
     """
 
-    def __init__(self, model: GPTModel, config: TransformerConfig, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        model: GPTModel | HybridModel,
+        config: TransformerConfig,
+        batches: Iterator[dict[str, torch.Tensor]],
+    ) -> None:
         module = Float16Module(config, model) if config.bf16 else model
         self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), module)
         settings = OptimizerConfig(optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=config.params_dtype)
@@ -101,8 +111,8 @@ def make_mask(arguments: argparse.Namespace, num_ranks: int) -> RoutingMask:
     return zipf_mask(recipe, arguments.vocab_size)
 
 
-def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int) -> TransformerConfig:
-    """Return the configuration of both models; 0 experts stand for a model without experts."""
+def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int, pattern: str | None) -> TransformerConfig:
+    """Return the configuration of a model; 0 experts stand for a model without experts, None for a GPT model."""
     experts: dict[str, Any] = {
         "num_moe_experts": arguments.num_experts,
         "moe_router_topk": topk,
@@ -113,7 +123,8 @@ def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int) -> Tra
         "expert_model_parallel_size": num_ranks,
     }
     return TransformerConfig(
-        num_layers=arguments.num_layers,
+        num_layers=len(pattern) if pattern else arguments.num_layers,
+        is_hybrid_model=pattern is not None,
         hidden_size=arguments.hidden_size,
         bf16=arguments.dtype == "bfloat16",
         params_dtype=getattr(torch, arguments.dtype),
@@ -138,12 +149,13 @@ def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int) -> Tra
 
 
 def build_trainer(
-    side: Literal["ours", "stock"], arguments: argparse.Namespace, topk: int, groups: ProcessGroupCollection
+    side: Literal["ours", "hybrid", "stock"], arguments: argparse.Namespace, topk: int, groups: ProcessGroupCollection
 ) -> Trainer:
-    """Build a trainer of our model or of the stock model; both have the same seed and batches."""
+    """Build a trainer of our model, of its hybrid twin or of the stock model; all have the same seed and batches."""
     torch.manual_seed(1)
-    config = make_config(arguments, topk, groups.ep.size())
-    sizes = {
+    pattern = ("*E" if arguments.num_experts else "*-") * arguments.num_layers if side == "hybrid" else None
+    config = make_config(arguments, topk, groups.ep.size(), pattern)
+    sizes: dict[str, Any] = {
         "vocab_size": arguments.vocab_size,
         "max_sequence_length": arguments.seq_length,
         "position_embedding_type": "rope",
@@ -154,15 +166,29 @@ def build_trainer(
             config, use_transformer_engine=arguments.transformer_engine, normalization="RMSNorm"
         )
         model = GPTModel(config, spec, **sizes)
-    elif arguments.num_experts:
-        visible_experts = VisibleExperts(config, make_mask(arguments, groups.ep.size()), groups)
-        spec = get_maskmoe_decoder_block_spec(config, visible_experts)
-        model = MaskMoEGPTModel(config, spec, visible_experts=visible_experts, **sizes)
     else:
-        model = DenseGPTModel(config, get_maskmoe_decoder_block_spec(config, None), **sizes)
+        model = build_model(config, pattern, arguments, sizes)
     seed = torch.distributed.get_rank()
     batches = zipf_batches(arguments.vocab_size, arguments.batch_size, arguments.seq_length, seed)
     return Trainer(model.cuda(), config, batches)
+
+
+def build_model(
+    config: TransformerConfig, pattern: str | None, arguments: argparse.Namespace, sizes: dict[str, Any]
+) -> GPTModel | HybridModel:
+    """Build our GPT model, or our hybrid model of a pattern."""
+    visible_experts = None
+    if arguments.num_experts:
+        groups = sizes["pg_collection"]
+        layers = FeedForwardLayers.of_pattern(pattern) if pattern else None
+        visible_experts = VisibleExperts(config, make_mask(arguments, groups.ep.size()), groups, layers=layers)
+        sizes = sizes | {"visible_experts": visible_experts}
+    if pattern is None:
+        spec = get_maskmoe_decoder_block_spec(config, visible_experts)
+        return (MaskMoEGPTModel if visible_experts else DenseGPTModel)(config, spec, **sizes)
+    spec = get_maskmoe_hybrid_stack_spec(config, visible_experts)
+    hybrid = MaskMoEHybridModel if visible_experts else DenseHybridModel
+    return hybrid(config, spec, hybrid_layer_pattern=pattern, **sizes)
 
 
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
@@ -176,10 +202,11 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             floor_of_layer()
 
     for topk in arguments.topk:
-        ours, stock = (build_trainer(side, arguments, topk, groups) for side in ("ours", "stock"))
+        ours, hybrid, stock = (build_trainer(side, arguments, topk, groups) for side in ("ours", "hybrid", "stock"))
         name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
         name += " with Transformer Engine" if arguments.transformer_engine else ""
         yield compare(name, ours.step, "stock", stock.step)
+        yield compare(f"{name}, hybrid twin to GPT model", hybrid.step, "GPT model", ours.step)
         if groups.ep.size() > 1:
             yield compare(f"{name} to the floor", ours.step, "floor", floor)
 

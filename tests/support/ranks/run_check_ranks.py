@@ -21,6 +21,8 @@ from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
@@ -32,7 +34,7 @@ from support.saved_tensors import KeptBytes
 from maskmoe.check.command import inspect_run
 from maskmoe.megatron_compat import cpu
 from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
+from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEHybridModelBuilder
 from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
 
@@ -60,7 +62,11 @@ def build(ranks: int) -> dict[str, Any]:
     config = model_config_from_args(args)
     config.finalize()
     model_parallel_cuda_manual_seed(1)
-    model = MaskMoEGPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    # The previous model may have had other numbers of layers and of predicted tokens.
+    get_moe_metrics_tracker().metrics.clear()
+    MTPLossLoggingHelper.tracker.clear()
+    builder = MaskMoEHybridModelBuilder if args.hybrid_layer_pattern else MaskMoEGPTModelBuilder
+    model = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     experts = [p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name]
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -1,0 +1,134 @@
+"""The pattern of a hybrid model, which holds `*` and `|`, passes through every launcher unchanged."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+from maskmoe.errors import UserError
+from maskmoe.launch.command import standalone_command
+from maskmoe.launch.model_file import ModelFile, flag_words
+from maskmoe.workflow.runner import format_command
+from maskmoe.workflow.stage import Stage
+
+# argparse takes a value that begins with `-` for a flag, unless an equals sign joins flag and value.
+PATTERNS = ["*E*E", "*E*E|*-*E/*E/*E", "-*E|+-GE", "--*E"]
+# A shell would replace the unquoted first pattern by the names of these files.
+FILES = ["xExE", "yEzE"]
+
+
+def word(pattern: str) -> list[str]:
+    """Return the words in which a pattern must arrive."""
+    flag = "--hybrid-layer-pattern"
+    return [f"{flag}={pattern}"] if pattern.startswith("-") else [flag, pattern]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with files that patterns match."""
+    for name in FILES:
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.fixture
+def model(folder: Path):
+    """Write a model file with a pattern, and return its path."""
+
+    def write(pattern: str) -> Path:
+        path = folder / "model.yaml"
+        path.write_text(f'hybrid-layer-pattern: "{pattern}"\nlr: 1e-3\n')
+        return path
+
+    return write
+
+
+def run(command: list[object], folder: Path, **environment: str) -> str:
+    """Run a command in a folder, and return what it prints."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    result = subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def words_in_shell(line: str, folder: Path) -> list[str]:
+    """Return the words that bash makes of a command line."""
+    printed = run(["bash", "-c", rf"printf '%s\n' {line}"], folder)
+    return printed.splitlines()
+
+
+def assert_contains(words: list[str], expected: list[str]) -> None:
+    starts = [index for index, word in enumerate(words) if word == expected[0]]
+    assert [words[start : start + len(expected)] for start in starts] == [expected], words
+
+
+def stub(path: Path, program: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{program}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_model_file(pattern, model):
+    assert flag_words(ModelFile.read(model(pattern), {}).flags) == (*word(pattern), "--lr", "1e-3")
+
+
+def test_model_file_without_quotes_is_refused(folder):
+    (folder / "model.yaml").write_text("hybrid-layer-pattern: *E*E\n")
+    with pytest.raises(UserError, match=r"is not valid YAML: .* write quotes around a value that begins with \*"):
+        ModelFile.read(folder / "model.yaml", {})
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("given_by", ["file", "flag"])
+def test_pretrain_script(pattern, given_by, model, folder):
+    path = model(pattern if given_by == "file" else "MMM")
+    flags = [f"--hybrid-layer-pattern={pattern}"] if given_by == "flag" else []
+    line = run([ROOT / "launch" / "pretrain.sh", "--dry-run", "--no-check", path, *flags], folder)
+    assert_contains(words_in_shell(line, folder), word(pattern))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_torchrun(pattern, folder):
+    """Torchrun passes the words of its command line to the ranks."""
+    (folder / "rank.py").write_text("import sys\nprint(*sys.argv[1:], sep='\\n')\n")
+    words = standalone_command(1, "rank", word(pattern))
+    assert run(list(words), folder, PYTHONPATH=str(folder)).splitlines() == word(pattern)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_docker_script(pattern, folder):
+    command = ["launch/pretrain.sh", "launch/models/laptop-hybrid.yaml", *word(pattern)]
+    line = run([ROOT / "launch" / "docker.sh", "--dry-run", "--engine", "docker", *command], folder)
+    assert words_in_shell(line.splitlines()[-1], folder)[-len(command) :] == command
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_slurm_job(pattern, model, folder):
+    """The command line of sbatch, and the job script with stand-ins for Slurm's programs."""
+    submit = [ROOT / "launch" / "slurm" / "submit.sh", "--dry-run", "--run-dir", folder / "run", "--no-node-check"]
+    line = run([*submit, "--address", "n0", "--nodes=1", "--", model("MMM"), *word(pattern)], folder)
+    submitted = words_in_shell(line, folder)
+    assert_contains(submitted, word(pattern))
+    script = submitted.index(str(ROOT / "launch" / "slurm" / "pretrain.sbatch"))
+    arguments = submitted[script + 1 :]
+    arguments[arguments.index("--root") + 1] = str(folder)
+    stub(folder / "launch" / "pretrain.sh", r"""printf '%s\n' "$@" """)
+    stub(folder / "bin" / "srun", 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 "$@"')
+    stub(folder / "bin" / "scontrol", "echo n0")
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n0"}
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    printed = run([ROOT / "launch" / "slurm" / "pretrain.sbatch", *arguments], folder, PATH=path, **job)
+    assert_contains(printed.splitlines(), word(pattern))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_script_of_a_comparison(pattern, folder):
+    """The script that records the commands of a comparison's run."""
+    stage = Stage("train", (sys.executable, "-m", "maskmoe.training.pretrain", *word(pattern)), inputs=(), outputs=())
+    assert_contains(words_in_shell(format_command(stage), folder), word(pattern))
