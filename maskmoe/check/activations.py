@@ -144,6 +144,7 @@ class ActivationModel:
             The groups of layers that are recomputed from the input of the group, and the remaining layers.
         """
         number, layers = self._config.recompute_num_layers or 1, chunk.layers
+        groups: list[tuple[str, ...]]
         if self._config.recompute_method == "block":
             groups, remaining = [(layer,) for layer in layers[:number]], layers[number:]
         else:

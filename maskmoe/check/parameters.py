@@ -339,7 +339,8 @@ def _symbols(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the symbols of each layer of a model chunk, and of each depth of its multi-token prediction."""
     if isinstance(model, HybridModel):
         depths = model.mtp_num_depths if model.mtp_process else 0
-        return tuple(model.decoder.layer_type_list), (model.mtp_pattern or "",) * depths
+        decoder: Any = model.decoder
+        return tuple(decoder.layer_type_list), (model.mtp_pattern or "",) * depths
     attention = Symbols.MLA if model.config.multi_latent_attention else Symbols.ATTENTION
 
     def symbols_of(layer: Any) -> str:
