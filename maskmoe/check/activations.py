@@ -144,12 +144,10 @@ class ActivationModel:
             The groups of layers that are recomputed from the input of the group, and the remaining layers.
         """
         number, layers = self._config.recompute_num_layers or 1, chunk.layers
-        groups: list[tuple[str, ...]]
+        groups, remaining = batched(layers, number), ()
         if self._config.recompute_method == "block":
-            groups, remaining = [(layer,) for layer in layers[:number]], layers[number:]
-        else:
-            groups, remaining = list(batched(layers, number)), ()
-        return groups + [(depth,) for depth in chunk.predictions], remaining
+            groups, remaining = batched(layers[:number], 1), layers[number:]
+        return [*groups, *batched(chunk.predictions, 1)], remaining
 
     def _logits(self, chunk: Chunk) -> float:
         """Return the bytes of the logits of all outputs, which the gradients overwrite.
