@@ -46,6 +46,7 @@ QUICK = {
     "flags.md": "--frequent-visible-experts",
     "check.md": "no errors found",
     "launching.md": "-m maskmoe.training.pretrain",
+    "hybrid.md": "iteration       20/      20",
     "slurm.md": "sbatch --output=",
     "containers.md": "podman run --rm",
     "comparing.md": "hash-balanced",
