@@ -250,7 +250,6 @@ with OutputFolder(Path(sys.argv[1]), {"dtype": None, "source": "digest"}) as out
 """
 
 
-@pytest.mark.slow
 def test_killed_conversion_resumes(tmp_path):
     folder = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", SLOW_CONVERSION, str(folder)], stderr=subprocess.DEVNULL)

@@ -29,15 +29,21 @@ StartFaulty = Callable[..., TrainingProcesses]
 
 @pytest.fixture
 def start_faulty(workplace, tmp_path) -> StartFaulty:
-    """Start a run of two ranks that saves, resumes and meets a fault; use the result as a context manager."""
+    """Start a run that saves, resumes and meets a fault; use the result as a context manager."""
 
     def start_faulty(
-        kind: str = "none", flags: str = "", rank: int = 1, iteration: int = 10, name: str = "run", **settings
+        kind: str = "none",
+        flags: str = "",
+        rank: int = 1,
+        iteration: int = 10,
+        name: str = "run",
+        ranks: int = 2,
+        **settings,
     ) -> TrainingProcesses:
         # All starts of one test save to, and load from, one folder.
         run = Run(
-            f"{EXPERT_2} {flags} --save {tmp_path}/save --load {tmp_path}/save",
-            ranks=2,
+            f"{EXPERT_2 if ranks == 2 else ''} {flags} --save {tmp_path}/save --load {tmp_path}/save",
+            ranks=ranks,
             program=(PROGRAM,),
             **settings,
         )
@@ -213,13 +219,14 @@ def test_hanging_rank_is_named(start_faulty, rank, stops, culprit):
     assert re.search(culprit, "".join(outcome.errors)), outcome.report()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
-def test_shrinking_data_file(workplace, start_faulty, tmp_path, workers):
+@pytest.mark.parametrize(
+    ("workers", "ranks"), [(0, 1), *(pytest.param(workers, 2, marks=pytest.mark.slow) for workers in (0, 1))]
+)
+def test_shrinking_data_file(workplace, start_faulty, tmp_path, workers, ranks):
     for suffix in (".bin", ".idx"):
         shutil.copy((workplace.folder / "data").with_suffix(suffix), tmp_path / f"data{suffix}")
-    with start_faulty(flags=f"--data-path {tmp_path}/data --num-workers {workers}") as processes:
-        processes.wait_for_iteration(8)
+    with start_faulty(flags=f"--data-path {tmp_path}/data --num-workers {workers}", ranks=ranks) as processes:
+        processes.wait_for_iteration(2)
         os.truncate(tmp_path / "data.bin", 1000)
         outcome = processes.wait()
     assert 1 in outcome.exit_codes, outcome.report()
