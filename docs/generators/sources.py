@@ -156,7 +156,7 @@ class Sources:
                     yield module
 
     def _read_module(self, name: str) -> Module | None:
-        """Return the module of a dotted name; None if there is no file for it."""
+        """Return the module of a dotted name; None if the name has no file."""
         package, *parts = name.split(".")
         for folder in self._folders.get(package, ()):
             # Several folders of a namespace package may hold the same part, which the first folder then owns.

@@ -38,7 +38,7 @@ def pad(x): ...
 """,
 }
 
-# What MaskMoE refers to, the table that must have the row, and the row.
+# A reference to Megatron, the table that must have the row, and the row.
 CASES = {
     "imported private name": (
         "from megatron.core.utils import _round as r\ndef f(): return r(1)",
