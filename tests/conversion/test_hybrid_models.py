@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 from support.foreign_models import VOCAB_SIZE, add_multi_token_prediction, logits_of, random_ids, save_model
+from support.hybrid_twins import copy_parameters
 from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
 from support.small_moe import make_mask, random_visible_sets
 
@@ -146,14 +147,9 @@ def test_export_of_a_hybrid_model_equals_that_of_its_gpt_twin(tmp_path):
     assert isinstance(gpt, MaskMoEGPTModel)
     torch.manual_seed(3)
     with torch.no_grad():
-        theirs = dict(gpt.named_parameters())
-        for parameter in theirs.values():
+        for parameter in gpt.parameters():
             parameter.normal_()
-        for name, parameter in hybrid.named_parameters():
-            # Inside the models, the layers of multi-token prediction have another name than in checkpoints.
-            twin = name_in_gpt_model(name).replace(".transformer_layer.", ".mtp_model_layer.")
-            parameter.copy_(theirs.pop(twin))
-    assert not theirs
+    copy_parameters(gpt, hybrid)
     for kind, model, args in (("gpt", gpt, gpt_run), ("hybrid", hybrid, hybrid_run)):
         save_as_release(model, args, tmp_path / kind)
         megatron_to_huggingface(Settings(load=tmp_path / kind, save=tmp_path / f"from {kind}"))

@@ -112,7 +112,7 @@ def test_multi_token_prediction_gets_experts_of_its_own_mlp(tmp_path):
     torch.testing.assert_close(logits_of(model, ids), logits_of(in_transformers(dense), ids), atol=ROUNDING, rtol=0)
     experts = read(upcycled.source, f"model.layers.{LAYERS}.mlp.experts.down_proj")
     assert torch.equal(experts, layer[f"model.layers.{LAYERS}.mlp.down_proj.weight"].expand(4, -1, -1))
-    with pytest.raises(UserError, match="number of layers is 3, the model's is 4"):
+    with pytest.raises(UserError, match="it is for 3 MoE layers, the model has 4"):
         upcycle(dense, UpcycleSettings(4), mask_of(4, "hash"))
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training.arguments import parse_args, validate_args
 from support.megatron_models import build_model
-from support.small_moe import DEVICE, make_mask, random_visible_sets
+from support.small_moe import DEVICE, make_mask, random_visible_sets, take_metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -148,6 +149,8 @@ def position_ids(tokens: Tensor) -> Tensor:
 
 def train(model: torch.nn.Module) -> None:
     """Train a model for 20 steps on two batches, so that it begins to remember them."""
+    take_metrics()  # Megatron-Core sizes its records of router losses by the first model of a process.
+    MTPLossLoggingHelper.tracker.clear()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=DEVICE))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
