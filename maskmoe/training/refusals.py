@@ -121,7 +121,8 @@ _ALWAYS_REFUSED = {
     "only Transformer Engine's operation fuser can train, and only on GPUs. MaskMoE's conversion reads one parameter "
     "for each expert.",
     "--overlap-moe-expert-parallel-comm, --delay-wgrad-compute or --ep-overlap-early-attn-memory-release": "The "
-    "schedule of the overlap calls the router of a layer without padding_mask, on which the token ids travel.",
+    "schedule of the overlap runs the steps of an MoE layer one by one, and calls the router without padding_mask, on "
+    "which the token ids travel. MaskMoE's dispatchers choose experts and send tokens in one step.",
     "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards": "Transformer Engine's linear "
     "layers pad a weight before they divide it into shards. Checkpoints then hold padded weights, which MaskMoE's "
     "conversion cannot tell from the weights of a larger model. Use --use-distributed-optimizer to save memory.",
@@ -142,7 +143,8 @@ _ALWAYS_REFUSED = {
     "--yaml-cfg": "Megatron-Core replaces all arguments by the content of the file, those of MaskMoE included, and "
     "leaves out its checks. Use launch/pretrain.sh with a model file.",
     "--perform-rl-step": "The Python package megatron-core 0.19 lacks megatron.rl, on which the flag depends.",
-    "--logits-save-dir or --logits-load-dir": "MaskMoE has no distillation from logits.",
+    "--logits-save-dir or --logits-load-dir": "Megatron-Core leaves the loss of a student to the training script, "
+    "and MaskMoE's loss has no teacher. Saving fails on all pipeline stages but the last, which lack an output layer.",
     "--dataloader-type external": "Megatron-Core takes an external data loader from the program that calls it. This "
     "program is MaskMoE, which has no data loader of its own.",
     "--inprocess-restart": "Megatron-Core restarts training within the processes of the failed run. MaskMoE ends the "

@@ -60,7 +60,7 @@ MORE_CASES = {
     "truncated mask": ("", "bad/truncated.safetensors", ["bad/truncated.safetensors"]),
     "counts as mask": ("", "counts.safetensors", ["counts.safetensors"]),
     "mask for another N": ("--num-experts 4", MASK, ["number of experts is 8", "4"]),
-    "mask for another layer count": ("--num-layers 3", MASK, ["number of layers is 4", "3"]),
+    "mask for another layer count": ("--num-layers 3", MASK, ["it is for 4 MoE layers, the model has 3"]),
     "counts of another tokenizer": (
         f"{SENTENCE_PIECE} bad/ours.model --data-path bad/unknown",
         "bad/of_their_counts.safetensors",
