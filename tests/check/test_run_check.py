@@ -90,6 +90,13 @@ HYBRIDS = {
         {"multi-latent attention": 2, "MLP": 1, "MoE": 1},
     ),
 }
+GATED_DELTA_NET = """
+    --linear-num-key-heads 2 --linear-num-value-heads 4 --linear-key-head-dim 16 --linear-value-head-dim 24
+"""
+HYBRIDS["hybrid with gated delta nets"] = (
+    hybrid("GEG-*E", f"{LLAMA} {GATED_DELTA_NET}"),
+    {"gated delta net": 2, "attention": 1, "MLP": 1, "MoE": 2},
+)
 # The machine of the check may lack DeepEP.
 FLEX = f"{LLAMA} {BF16} --expert-model-parallel-size 2 --moe-token-dispatcher-type flex"
 # Layouts whose bytes are compared rank by rank.
@@ -150,6 +157,10 @@ FORWARD |= {
     ),
     "hybrid, first layers recomputed": hybrid(
         "*-*E*E*", f"{LLAMA} --recompute-granularity full --recompute-method block --recompute-num-layers 3"
+    ),
+    "gated delta nets": hybrid("GEG-*E", f"{LLAMA} {GATED_DELTA_NET}"),
+    "gated delta nets, bf16": hybrid(
+        "GEG-*E", f"{LLAMA} {BF16} {GATED_DELTA_NET} --seq-length 128 --max-position-embeddings 128"
     ),
     "hybrid, recomputed MoE": hybrid(
         "*-*E*E", f"{LLAMA} --recompute-granularity selective --recompute-modules moe core_attn"
