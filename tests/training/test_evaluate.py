@@ -159,6 +159,20 @@ def test_documents_are_kept_apart_if_the_flag_is_given(evaluate):
     assert not math.isclose(packed["loss"], whole["loss"], rel_tol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "flags", "ranks"),
+    [
+        ("hybrid", "--hybrid-layer-pattern *E*E*E*E", 1),
+        ("hybrid pipeline", "--hybrid-layer-pattern *E*E|*E*E --pipeline-model-parallel-size 2", 2),
+    ],
+)
+def test_hybrid_twin_has_the_losses_and_loads_of_its_gpt_model(evaluate, results, name, flags, ranks):
+    twin, gpt = evaluate(name, f" {flags}", ranks)[0], results["one rank"][0]
+    assert math.isclose(twin["loss"], gpt["loss"], rel_tol=1e-6)
+    assert twin["expert_load"] == gpt["expert_load"]
+
+
 def test_loss_is_megatrons_validation_loss(results, workplace, start_by_name):
     """Compare with `pretrain --skip-train`, which evaluates exactly the samples of the split."""
     checkpoints = start_by_name("start").result().checkpoints

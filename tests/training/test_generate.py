@@ -41,6 +41,16 @@ def test_continues_the_prompt_alike_on_one_rank_and_two(generate):
 
 
 @pytest.mark.slow
+def test_hybrid_twin_continues_the_prompt_alike(generate):
+    texts = [
+        generate(name, f"--temperature 0 {flags}")[1]
+        for name, flags in (("GPT", ""), ("hybrid", "--hybrid-layer-pattern *E*E*E*E"))
+    ]
+
+    assert texts[0] == texts[1] is not None
+
+
+@pytest.mark.slow
 def test_seed_decides_the_sample(generate):
     texts = [generate(name, f"--seed {seed}")[1] for name, seed in (("a", 1), ("b", 1), ("c", 2))]
 
