@@ -204,6 +204,11 @@ REFUSALS = (
         lambda args: _pattern_has("*", args) and args.multi_latent_attention,
     ),
     Refusal(
+        "--hybrid-layer-pattern with --position-embedding-type mrope",
+        "Megatron-Core's HybridModel has no such embedding and would train without positions. Use rope.",
+        lambda args: args.hybrid_layer_pattern is not None and args.position_embedding_type == "mrope",
+    ),
+    Refusal(
         "--hybrid-layer-pattern without / with --mtp-num-layers",
         "Multi-token prediction is a part of the pattern: append /*E for each predicted token.",
         lambda args: args.hybrid_layer_pattern is not None and not _pattern_has("/", args) and args.mtp_num_layers,
