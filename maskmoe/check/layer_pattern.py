@@ -64,11 +64,6 @@ def _contradictions(args: Namespace) -> Iterator[str]:
             f"--mtp-num-layers {args.mtp_num_layers} contradicts {_FLAG}, whose number of parts after / is {depths}: "
             "leave the flag out"
         )
-    if args.position_embedding_type == "mrope":
-        yield (
-            f"--position-embedding-type mrope has no effect with {_FLAG}: Megatron-Core's HybridModel has no such "
-            "embedding. Use rope."
-        )
     if args.use_checkpoint_args:
         return  # The remaining flags can describe the layers of a GPT model, which the hybrid run continues.
     num_layers = len(decoder.replace(Symbols.PIPE, ""))

@@ -211,7 +211,6 @@ ERRORS = {
     "--hybrid-layer-pattern *E*E --multi-latent-attention": ["with * with --multi-latent-attention is not supported"],
     "--hybrid-layer-pattern *E*": ["--num-layers 4 contradicts --hybrid-layer-pattern, which has 3 layers"],
     "--hybrid-layer-pattern *E*E --moe-layer-freq 2": ["--moe-layer-freq contradicts"],
-    "--hybrid-layer-pattern *E*E --position-embedding-type mrope": ["mrope has no effect"],
     "--hybrid-layer-pattern *|E|*E --pipeline-model-parallel-size 2": ["3 model chunks", "size 2", "1, 3 would fit"],
     "--hybrid-layer-pattern *|E|*|E": ["4 model chunks", "--pipeline-model-parallel-size is 1: leave | out"],
     "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 8": [
