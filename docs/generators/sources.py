@@ -52,7 +52,7 @@ class Module:
 
     @cached_property
     def variables(self) -> dict[str, ast.expr]:
-        """What is assigned to each variable of the module and its functions, such as an imported class."""
+        """The value assigned to each variable of the module and its functions, such as an imported class."""
         return {
             node.targets[0].id: node.value
             for node in ast.walk(self.tree)

@@ -17,11 +17,11 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from maskmoe.check.layout import Layout
 from maskmoe.check.parameters import Chunk
 from maskmoe.transformer.backends.attention import SHORTEST_BLOCK, padded_width
+from maskmoe.transformer.backends.gated_delta_rule import CHUNK
 from maskmoe.transformer.backends.swiglu import is_plain_swiglu
 
 _FP32_BYTES = 4
 _ID_BYTES = 8
-_CHUNK = 64  # the tokens that a gated delta net computes together
 
 
 class _Tensors(NamedTuple):
@@ -242,11 +242,11 @@ class ActivationModel:
             # fp32: queries and keys before and after normalization; five matrices of a chunk's tokens; corrections and
             # readers of the state for each value head; and the state before each chunk.
             numbers = 4 * keys + 3 * values + 3 * value_heads * key_width
-            numbers += _CHUNK * (2 * key_heads + 4 * value_heads) + value_heads * key_width * value_width / _CHUNK
+            numbers += CHUNK * (2 * key_heads + 4 * value_heads) + value_heads * key_width * value_width / CHUNK
         else:
             # Queries and keys are normalized, and repeated for the value heads that share them.
             repeated = 2 * value_heads * key_width if value_heads > key_heads else 0
-            channels += 2 * keys + repeated + values + _CHUNK * value_heads
+            channels += 2 * keys + repeated + values + CHUNK * value_heads
             numbers = 3 * value_heads
         return [_Tensors(tokens * (channels * self._element + numbers * _FP32_BYTES))]
 

@@ -1,4 +1,4 @@
-"""What is wrong with a `--hybrid-layer-pattern`, and which flags contradict the pattern."""
+"""Finds errors in a `--hybrid-layer-pattern`, and flags that contradict the pattern."""
 
 from argparse import Namespace
 from collections.abc import Iterator

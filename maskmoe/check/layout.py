@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def _errors_of_segments(args: Namespace) -> Iterator[str]:
     and the last stage, which can have numbers of their own.
     """
     stages, segments = args.pipeline_model_parallel_size, _num_segments(args)
-    layers = len(_decoder_pattern(args)) - (segments - 1)
+    decoder = args.hybrid_layer_pattern.partition(Symbols.MTP_SEPARATOR)[0]
+    layers = len(decoder.replace(Symbols.PIPE, ""))
     if segments > 1:
         if stages == 1:
             yield (
@@ -196,14 +197,9 @@ def _errors_of_segments(args: Namespace) -> Iterator[str]:
         )
 
 
-def _decoder_pattern(args: Namespace) -> str:
-    """Return the part of `--hybrid-layer-pattern` that describes the decoder."""
-    return (args.hybrid_layer_pattern or "").partition(Symbols.MTP_SEPARATOR)[0]
-
-
 def _num_segments(args: Namespace) -> int:
-    """Return the number of model chunks into which `--hybrid-layer-pattern` is divided."""
-    return _decoder_pattern(args).count(Symbols.PIPE) + 1
+    """Return the number of model chunks into which `--hybrid-layer-pattern` is divided; 1 without a pattern."""
+    return get_hybrid_total_pipeline_segment_count(args.hybrid_layer_pattern or "")
 
 
 def _divisors(number: int) -> str:

@@ -94,10 +94,15 @@ def find_gpt_twin(args: Namespace, saved_args: Namespace, model: object) -> tupl
     """
     if args.hybrid_layer_pattern is None or getattr(saved_args, "hybrid_layer_pattern", None) is not None:
         return None, False
-    frequency = getattr(saved_args, "moe_layer_freq", 1)
-    twin = GPTTwin.of_pattern(args.hybrid_layer_pattern, isinstance(frequency, int) and frequency <= 1)
+    twin = GPTTwin.of_pattern(args.hybrid_layer_pattern, has_alike_layers(saved_args))
     has_optimizer = not getattr(saved_args, "no_save_optim", False)
     return twin, has_optimizer and not (args.no_load_optim or args.finetune)
+
+
+def has_alike_layers(args: Namespace) -> bool:
+    """Return whether Megatron saves one tensor for all layers of a GPT model, as opposed to one for each layer."""
+    frequency = getattr(args, "moe_layer_freq", 1)
+    return isinstance(frequency, int) and frequency <= 1
 
 
 def without_new_layers(pattern: str) -> str:

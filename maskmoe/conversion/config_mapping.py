@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
+from maskmoe.checkpoint.gpt_twins import has_alike_layers
 from maskmoe.conversion.hybrid_models import gpt_args, is_hybrid
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.errors import UserError
@@ -173,8 +174,7 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
 
 def is_stacked(args: Namespace) -> bool:
     """Return whether Megatron saves one tensor for all layers of this model, as opposed to one for each layer."""
-    frequency = getattr(args, "moe_layer_freq", 1)
-    return isinstance(frequency, int) and frequency <= 1 and not is_hybrid(args)
+    return has_alike_layers(args) and not is_hybrid(args)
 
 
 def further_flags(args: Namespace) -> list[str]:

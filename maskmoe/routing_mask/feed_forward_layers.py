@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-_MLP, _MOE, _STAGE, _PREDICTION = "-", "E", "|", "/"
+_MLP, _MOE, _PREDICTION = "-", "E", "/"
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class FeedForwardLayers:
 
     @classmethod
     def of_args(cls, args: Namespace) -> Self:
-        """Return the feed-forward layers of the model that Megatron's validated arguments describe."""
-        if args.hybrid_layer_pattern is not None:
+        """Return the feed-forward layers of the model that Megatron's arguments, validated or saved, describe."""
+        if getattr(args, "hybrid_layer_pattern", None) is not None:
             return cls.of_pattern(args.hybrid_layer_pattern)
         num_predictions = args.mtp_num_layers or 0
         if not args.num_experts:

@@ -115,9 +115,9 @@ class StageBuilder:
             replaced = of_checkpoint if of_checkpoint.digest != mask.digest else None
         return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced, self.feed_forward_layers())
 
-    def feed_forward_layers(self) -> FeedForwardLayers:
-        """Return the feed-forward layers of the whole model."""
-        raise NotImplementedError
+    def feed_forward_layers(self) -> FeedForwardLayers | None:
+        """Return the feed-forward layers of the whole model; None for those of a `GPTModel`."""
+        return None
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's layers by the names of the model's arguments."""
@@ -129,11 +129,6 @@ class MaskMoEGPTModelBuilder(StageBuilder, GPTModelBuilder):
 
     _stock_class = GPTModel
     _classes = (DenseGPTModel, MaskMoEGPTModel)
-
-    def feed_forward_layers(self) -> FeedForwardLayers:
-        """Return the feed-forward layers of the whole model."""
-        config = self._model_config.transformer
-        return FeedForwardLayers.of_frequency(config.moe_layer_freq, config.num_layers, config.mtp_num_layers or 0)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""

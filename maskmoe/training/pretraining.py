@@ -99,10 +99,10 @@ def main() -> None:
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
     model_config = model_config_from_args(args)
-    if args.num_experts and args.hybrid_layer_pattern is not None:
-        set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
     if args.num_experts:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
+        if args.hybrid_layer_pattern is not None:
+            set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
     before_each = (let_signals_save, watchdog.step, partial(data_files.check, _DATA_FILES_A_STEP))
     keep_checkpoints_whole(while_saving=watchdog.paused)
     # Train. Each context manager handles one way in which the run may end early.

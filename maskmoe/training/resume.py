@@ -165,10 +165,10 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
     saved = state.get("args")
     if saved is None:
         return
-    pattern = args.hybrid_layer_pattern
+    pattern, saved_pattern = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
     if pattern is not None:
         _check_same_pattern(pattern, saved, checkpoint)
-    elif saved_pattern := getattr(saved, "hybrid_layer_pattern", None):
+    elif saved_pattern:
         raise UserError(
             f"checkpoint {checkpoint} holds a hybrid model, which cannot be loaded into a GPT model: pass "
             f"--hybrid-layer-pattern '{saved_pattern}'"
@@ -199,7 +199,7 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
     loads_optimizer = args.use_distributed_optimizer and not (args.finetune or args.no_load_optim)
     if not loads_optimizer or optimizer_format not in _NAMELESS_OPTIMIZER_FORMATS:
         return
-    if pattern is not None and getattr(saved, "hybrid_layer_pattern", None) is None:
+    if pattern is not None and saved_pattern is None:
         raise UserError(
             f"checkpoint {checkpoint} holds a GPT model, and its optimizer state is in the order of its parameters, "
             "which a hybrid model does not have: save a checkpoint with --dist-ckpt-optim-fully-reshardable, or pass "
@@ -239,4 +239,4 @@ def _check_same_pattern(pattern: str, saved: Namespace, checkpoint: Path) -> Non
 def pattern_of_gpt_model(args: Namespace) -> str:
     """Return the pattern of the hybrid twin of a GPT model with these arguments."""
     attention = "+" if getattr(args, "multi_latent_attention", False) else "*"
-    return FeedForwardLayers.of_args(Namespace(**{"hybrid_layer_pattern": None, **vars(args)})).pattern(attention)
+    return FeedForwardLayers.of_args(args).pattern(attention)

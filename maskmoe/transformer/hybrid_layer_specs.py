@@ -38,12 +38,7 @@ def get_maskmoe_hybrid_stack_spec(
     The stock spec needs Transformer Engine. This spec divides the transformer layers of a GPT model between attention
     and MLP, so local modules, norms of queries and keys, and every other setting of these layers come along.
 
-    Args:
-        config: the model's configuration; `transformer_impl` selects Transformer Engine or local modules.
-        visible_experts: the routing mask shared by the model's routers; None for a model without experts.
-        aux_loss_tokens: tokens that load-balancing losses count, see `MaskMoERouter`.
-        vp_stage: virtual pipeline stage.
-        qk_layernorm_all_heads: normalize queries and keys over all heads, see `AllHeadsRMSNorm`.
+    The arguments are those of `get_maskmoe_decoder_block_spec`.
     """
     # Get the specs of a dense and of a MoE layer from a GPT model of two layers.
     two_layers = copy(config)

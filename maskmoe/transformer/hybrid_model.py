@@ -10,6 +10,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.backends.cross_entropy import CrossEntropyOfOneCopy
 from maskmoe.transformer.model_mixin import RoutesByTokenId
 from maskmoe.transformer.packed_documents import PackingModel
@@ -114,4 +115,4 @@ def _number(layers: Iterable[Any], pattern: str, before: int) -> None:
 
 def _num_feed_forward(pattern: str) -> int:
     """Return the number of MLPs and MoE layers in a pattern."""
-    return pattern.count(Symbols.MLP) + pattern.count(Symbols.MOE)
+    return len(FeedForwardLayers.of_pattern(pattern).decoder)
