@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from torch.distributed.checkpoint.metadata import Metadata
 
 from maskmoe.checkpoint.unpickling import read_layout
-from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 
 LAYOUT_FILE = ".metadata"
 _FORMAT = "torch_dist"

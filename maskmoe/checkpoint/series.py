@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, Unfinished, check_structure
-from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

@@ -29,9 +29,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import command_parser
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings
 
 

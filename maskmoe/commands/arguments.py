@@ -37,3 +37,9 @@ def add_workers_argument(parser: argparse.ArgumentParser) -> None:
 def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:
     """Add the flag for the seed of something random."""
     parser.add_argument("--seed", type=int, default=0, metavar="S", help=f"seed of {purpose} (default: %(default)s)")
+
+
+def add_force_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that lets a command replace its earlier outputs, see `maskmoe.outputs.check_outputs`."""
+    meaning = "replace output files that exist; inputs are never replaced"
+    parser.add_argument("--force", action="store_true", help=meaning)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import add_seed_argument, add_workers_argument, command_parser
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, MaskRecipe
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency

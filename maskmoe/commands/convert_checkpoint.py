@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maskmoe.cli import atomic_output
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
     DTYPE_NAMES,
@@ -17,6 +16,7 @@ from maskmoe.conversion.settings import (
     parse_size,
 )
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 
 
 def parse_arguments() -> argparse.Namespace:

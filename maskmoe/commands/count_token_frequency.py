@@ -9,8 +9,8 @@ Example:
 
 from pathlib import Path
 
-from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import add_workers_argument, command_parser
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.assignment import ids_by_frequency
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 

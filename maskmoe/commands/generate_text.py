@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ Example:
 import json
 import random
 
-from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import add_seed_argument, command_parser
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 
 
 def main() -> None:

@@ -34,10 +34,10 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import command_parser
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask import RoutingMask, TokenFrequency, count_token_frequency
 from maskmoe.simulation import Cluster, Layout, Link, Masks, MicroBatches, Simulation, Workload
 from maskmoe.simulation.report import draw_plot, table, to_json

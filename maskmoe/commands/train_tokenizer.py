@@ -13,10 +13,10 @@ Example:
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import add_seed_argument, add_text_arguments, command_parser
 from maskmoe.data.corpus import check_inputs, parse_block, progress_bar, read_blocks
 from maskmoe.data.tokenizer_training import train_tokenizer, vocabulary_lines
+from maskmoe.outputs import atomic_output
 
 
 def read_with_progress(paths: Sequence[Path], json_keys: Sequence[str]) -> Iterator[str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import add_seed_argument, add_workers_argument, command_parser
 from maskmoe.commands.build_routing_mask import describe_imbalance, warn_of_overload
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, expected_expert_load

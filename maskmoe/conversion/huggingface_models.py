@@ -9,7 +9,6 @@ from typing import Any
 from transformers import GenerationConfig
 
 from maskmoe.checkpoint.integrity import Manifest
-from maskmoe.cli import atomic_output
 from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
@@ -27,6 +26,7 @@ from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_
 from maskmoe.errors import UserError
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
 from maskmoe.json_files import read_json, write_record
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.mask import RoutingMask
 
 # Files beside an exported model with the data that only Megatron needs.

@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from maskmoe.checkpoint.integrity import FileRecord
-from maskmoe.cli import atomic_output
 from maskmoe.conversion.blocks import Block, TensorSource
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 
 BLOCK_BYTES = 16 << 20
 """Upper bound of a block's size when tensors are read or written block by block."""

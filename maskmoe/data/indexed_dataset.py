@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from maskmoe.cli import atomic_output
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1

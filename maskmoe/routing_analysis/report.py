@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from maskmoe.cli import atomic_output
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_analysis.analysis import Analysis
 from maskmoe.routing_analysis.plots import write_plots
 from maskmoe.routing_analysis.statistics import coefficient_of_variation, expert_capacity, max_over_mean, mean_where

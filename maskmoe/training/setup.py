@@ -25,11 +25,11 @@ from megatron.training.training import setup_model_and_optimizer
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import iteration_of
-from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, fill_in_middle, resume
