@@ -2,6 +2,8 @@
 
 import argparse
 
+from maskmoe.outputs import MEANING_OF_FORCE
+
 
 def command_parser(documentation: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help is the docstring of a command's module.
@@ -41,5 +43,4 @@ def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:
 
 def add_force_argument(parser: argparse.ArgumentParser) -> None:
     """Add the flag that lets a command replace its earlier outputs, see `maskmoe.outputs.check_outputs`."""
-    meaning = "replace output files that exist; inputs are never replaced"
-    parser.add_argument("--force", action="store_true", help=meaning)
+    parser.add_argument("--force", action="store_true", help=MEANING_OF_FORCE)

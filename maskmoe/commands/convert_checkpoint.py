@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from maskmoe.commands.arguments import add_force_argument
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
     DTYPE_NAMES,
@@ -16,7 +17,7 @@ from maskmoe.conversion.settings import (
     parse_size,
 )
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output
+from maskmoe.outputs import atomic_output, check_outputs
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,6 +40,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         folder = "folder of a model, of a checkpoint, or of a run's checkpoints"
         parser.add_argument("checkpoint", type=Path, metavar="DIR", help=folder)
         parser.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
+        add_force_argument(parser)
     else:
         _add_conversion_arguments(parser)
     if name == "megatron-to-hf":
@@ -162,6 +164,8 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from maskmoe.conversion.inspection import inspect_checkpoint
 
+    if arguments.json:
+        check_outputs([arguments.json], [arguments.checkpoint], arguments.force)
     inspection = inspect_checkpoint(arguments.checkpoint, arguments.verify)
     print(inspection.table())
     if arguments.json:

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from maskmoe.commands.arguments import add_force_argument
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output
+from maskmoe.outputs import atomic_output, check_outputs
 
 
 def main() -> None:
@@ -23,11 +24,14 @@ def main() -> None:
     add("--top-k", type=int, default=50, help="sample among the K most probable tokens; 0 for all")
     add("--seed", type=int, default=1234, help="seed of the sampling")
     add("--output", type=Path, metavar="FILE", help="also write the text to a file")
+    add_force_argument(parser)
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
     if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
+    if arguments.output is not None:
+        check_outputs([arguments.output], [arguments.model], arguments.force)
 
     # Only now, since these imports take seconds and `--help` does not need them.
     import torch

@@ -38,6 +38,11 @@ _SHUFFLED_TOKENS = 1 << 20
 _DTYPE_OF_CODE = {code: np.dtype(name) for name, code in _CODE_OF_DTYPE.items()}
 
 
+def dataset_files(prefix: str | Path) -> list[Path]:
+    """Return the paths of all files of a dataset; the last one, the tokenizer's record, need not exist."""
+    return [bin_path(prefix), idx_path(prefix), tokenizer_record_path(prefix)]
+
+
 def optimal_dtype(vocab_size: int) -> np.dtype:
     """Return the dtype that stores ids of a vocabulary, as Megatron-Core's `DType.optimal_dtype` does."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)

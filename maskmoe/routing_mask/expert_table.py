@@ -74,6 +74,11 @@ class ExpertTable:
             raise UserError(f"expert table {location} is for {len(table)} layers, but the model has {num_layers}")
         return cls(name, list(table) if table.ndim == 3 else [table])
 
+    @staticmethod
+    def path_of(location: str) -> str:
+        """Return the file or folder of a location, see `read`."""
+        return location.partition(":")[0]
+
     @property
     def num_ids_with_repeats(self) -> int:
         """Number of ids that name an expert more than once in at least one layer."""

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
 
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, dataset_files, read_index, read_tokenizer_record
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
@@ -119,6 +120,15 @@ def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float | N
         if not 0 < weights[position] < math.inf:
             raise UserError(f"--data-path: blend weight {item} is not a positive number")
     return items[1::2], list(weights.values())
+
+
+def files_of_data_path(data_path: Sequence[str]) -> list[Path]:
+    """Return the paths of all files of the datasets of Megatron's `--data-path`.
+
+    Raises:
+        UserError: see `parse_data_path`.
+    """
+    return [path for prefix in parse_data_path(data_path)[0] for path in dataset_files(prefix)]
 
 
 def count_token_frequency(

@@ -49,7 +49,7 @@ def test_two_outputs_need_two_names(tmp_path: Path):
 
 
 def test_an_existing_output_is_replaced_only_by_force(source: Path):
-    with pytest.raises(UserError, match="it exists; .*--force"):
+    with pytest.raises(UserError, match=r"it exists; .*--force"):
         check_outputs([source])
     check_outputs([source], force=True)
     dangling = source.with_name("dangling")
@@ -91,10 +91,14 @@ def test_a_name_as_long_as_the_file_system_allows(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_remove_temporary_files(source: Path, number: signal.Signals):
-    with pytest.raises(SystemExit) as exit_request, atomic_output(source) as temporary:
-        temporary.write_text("incomplete")
-        os.kill(os.getpid(), number)
-        time.sleep(10)
+    def write() -> None:
+        with atomic_output(source) as temporary:
+            temporary.write_text("incomplete")
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    with pytest.raises(SystemExit) as exit_request:
+        write()
     assert exit_request.value.code == 128 + number
     assert os.listdir(source.parent) == [source.name]
     assert source.read_text() == "precious"
@@ -103,14 +107,19 @@ def test_signals_remove_temporary_files(source: Path, number: signal.Signals):
 
 def test_a_second_signal_does_not_interrupt_the_cleaning_up():
     cleaned = []
-    with pytest.raises(SystemExit), unwinding_on_signals():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(10)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGHUP)
-            cleaned.append(True)
+
+    def work() -> None:
+        with unwinding_on_signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGHUP)
+                cleaned.append(True)
+
+    with pytest.raises(SystemExit):
+        work()
     assert cleaned
 
 
