@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -169,7 +168,9 @@ def _reporting_damage(source: Input) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, EOFError, MemoryError, OverflowError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
-        raise UserError(f"input {source.name} is damaged or truncated, or no {source.format} file: {message}") from error
+        raise UserError(
+            f"input {source.name} is damaged or truncated, or no {source.format} file: {message}"
+        ) from error
     except OSError as error:
         message = error.strerror or " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
         raise UserError(f"input {source.name} cannot be read: {message}") from error
@@ -182,7 +183,7 @@ def _open_parquet(source: Input) -> Iterator[Any]:
 
         # Without `pre_buffer`, and with a small buffer, a column is read page by page.
         options = {"buffer_size": ROW_BLOCK_BYTES, "pre_buffer": False, "page_checksum_verification": True}
-        with open(source.path, "rb") as stream, ParquetFile(stream, **options) as file:
+        with source.open() as stream, ParquetFile(stream, **options) as file:
             yield file
 
 
@@ -197,8 +198,7 @@ def _open_bytes(source: Input) -> Iterator[Any]:
         with pyarrow.memory_map(source.path) as file:
             yield file
         return
-    stream = open(0, "rb", closefd=False) if source.path == STANDARD_INPUT else open(source.path, "rb")
-    with stream, pyarrow.PythonFile(stream, mode="r") as file:
+    with source.open() as stream, pyarrow.PythonFile(stream, mode="r") as file:
         yield file
 
 
@@ -315,9 +315,9 @@ def _lengths(array: "pyarrow.Array") -> np.ndarray:
     from pyarrow import types
 
     if types.is_dictionary(array.type):
-        lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
+        lengths = pc.take(pc.call_function("binary_length", [array.dictionary]), array.indices)
     else:
-        lengths = pc.binary_length(array)
+        lengths = pc.call_function("binary_length", [array])
     return lengths.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 

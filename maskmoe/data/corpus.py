@@ -21,7 +21,7 @@ import zstandard
 from tqdm import tqdm
 
 from maskmoe.data.arrow_files import RowBlock, parse_rows, read_arrow, read_parquet
-from maskmoe.data.inputs import COMPRESSED_SUFFIXES, STANDARD_INPUT, Input, find_inputs
+from maskmoe.data.inputs import COMPRESSED_SUFFIXES, Input, find_inputs
 from maskmoe.errors import UserError
 
 DOCUMENT_BYTES = 1 << 20
@@ -109,7 +109,7 @@ def progress_bar(inputs: Sequence[Input], description: str) -> tqdm:
 def _read_text(source: Input) -> Iterator[TextBlock]:
     is_json = source.format == "jsonl"
     try:
-        with _open(source) as stream:
+        with source.open() as stream:
             start, end = (0, None) if source.part is None else document_range(stream, source)
             file = _Chunks(stream, start, end)
             chunks = _decompress(file, decompressor) if (decompressor := _decompressor(source, file)) else iter(file)
@@ -127,10 +127,6 @@ def _read_text(source: Input) -> Iterator[TextBlock]:
         raise UserError(f"input {source.name} is damaged or truncated: {error}") from error
     except OSError as error:
         raise UserError(f"input {source.name} cannot be read: {error.strerror or error}") from error
-
-
-def _open(source: Input) -> BufferedReader:
-    return open(0, "rb", closefd=False) if source.path == STANDARD_INPUT else open(source.path, "rb")
 
 
 class _Chunks:

@@ -9,6 +9,7 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 from maskmoe.data.saved_datasets import find_cached_dataset, find_saved_dataset
@@ -46,6 +47,9 @@ class ReadingOptions:
     split: str | None = None
 
 
+DEFAULT_OPTIONS = ReadingOptions()
+
+
 @dataclass(frozen=True)
 class Input:
     """One input, which may be a part of a file.
@@ -71,8 +75,18 @@ class Input:
         """The input's name for people."""
         return "standard input" if self.path == STANDARD_INPUT else self.path
 
+    def open(self) -> BufferedReader:
+        """Open the file for reading. Standard input stays open when the result is closed.
 
-def find_inputs(names: Sequence[str | Path], options: ReadingOptions = ReadingOptions()) -> list[Input]:  # noqa: B008
+        Raises:
+            OSError: The file cannot be opened.
+        """
+        if self.path == STANDARD_INPUT:
+            return open(0, "rb", closefd=False)
+        return open(self.path, "rb")
+
+
+def find_inputs(names: Sequence[str | Path], options: ReadingOptions = DEFAULT_OPTIONS) -> list[Input]:
     """Return the inputs that the names stand for, in order.
 
     Raises:

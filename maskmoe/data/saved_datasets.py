@@ -61,10 +61,12 @@ def find_cached_dataset(name: str, split: str | None) -> list[Path]:
         UserError: No dataset of that name is cached, or several versions are, or the split cannot be chosen.
     """
     cache = cache_folder()
-    wanted = [_without_case(part) for part in name.split("/")]
+    wanted = list(map(_without_case, name.split("/")))
     folders = []
     if _NAME.fullmatch(name) and cache.is_dir():
-        names = [entry for entry in cache.iterdir() if [_without_case(part) for part in entry.name.split("___")] == wanted]
+        names = [
+            entry for entry in cache.iterdir() if [_without_case(part) for part in entry.name.split("___")] == wanted
+        ]
         # Folders below are CONFIGURATION/VERSION/HASH; the name of an unfinished one ends in ".incomplete".
         found = (info.parent for entry in names for info in entry.glob("*/*/*/dataset_info.json"))
         folders = sorted(folder for folder in found if folder.suffix != ".incomplete")

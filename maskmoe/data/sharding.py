@@ -5,6 +5,8 @@ with a separator are divided between any two documents, and Parquet and Arrow fi
 batches. Other files are not divided: compressed files, Arrow streams, and plain text without a separator.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ from pathlib import Path
 from maskmoe.data.arrow_files import sizes_of_pieces
 from maskmoe.data.corpus import is_compressed
 from maskmoe.data.inputs import Input
+from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 
 
@@ -44,6 +47,38 @@ class Shard:
     def prefix(self, output_prefix: str | Path) -> str:
         """Return the output prefix of this shard, such as `data/web-00003-of-00016`."""
         return f"{output_prefix}-{self.index:05d}-of-{self.count:05d}"
+
+
+def shard_record_path(prefix: str | Path) -> Path:
+    """Return the path of the file that records which shard a dataset is."""
+    return Path(f"{prefix}.shard.json")
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """Says which part of which text a dataset is.
+
+    Attributes:
+        index: Number of the shard, counted from 0.
+        count: Number of all shards.
+        text_sha256: Hex digest of all that decides the documents and their ids: names and sizes of all inputs, how they
+            are read, and the tokenizer. Shards of one text have the same digest.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads this attribute of the class
+
+    index: int
+    count: int
+    text_sha256: str
+
+    @classmethod
+    def of(
+        cls, shard: Shard, inputs: Sequence[Input], json_keys: Sequence[str], append_eod: bool, record: TokenizerRecord
+    ) -> "ShardRecord":
+        """Return the record of a shard of the inputs. Folders are left out: machines may mount them elsewhere."""
+        files = [[Path(source.path).name, source.num_bytes, source.format, str(source.separator)] for source in inputs]
+        text = json.dumps([files, list(json_keys), append_eod, record.type, record.sha256])
+        return cls(shard.index, shard.count, hashlib.sha256(text.encode()).hexdigest())
 
 
 def take_shard(inputs: Sequence[Input], shard: Shard) -> list[Input]:
