@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 ROW_BLOCK_BYTES = 1 << 18
 """Size in bytes at which a block of rows ends, after the row that exceeds it."""
-_MOST_ROWS = 1024  # of a batch that is read from a Parquet file
+_SAMPLED_ROWS = 64
+_MOST_ROWS = 4096  # that are read from a Parquet file at a time
 _FILE_MAGIC = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _MESSAGE_CHARACTERS = 200
@@ -90,25 +91,32 @@ def read_parquet(source: Input, keys: Sequence[str]) -> Iterator[RowBlock]:
     Raises:
         UserError: pyarrow is missing; the file is damaged; or a column is missing, is not text, or has a null.
     """
+    columns = list(dict.fromkeys(keys))
     with _open_parquet(source) as file:
-        metadata = file.metadata
         _check_columns(source, file.schema_arrow, keys)
-        columns = [number for number in range(metadata.num_columns) if file.schema.column(number).path in keys]
-        groups = range(metadata.num_row_groups) if source.part is None else source.part
-        rows_in_groups = [metadata.row_group(group).num_rows for group in range(groups.stop)]
-        row, num_rows = sum(rows_in_groups[: groups.start]), max(1, sum(rows_in_groups[groups.start :]))
-        progress = _Progress(source.num_bytes or 0, num_rows)
+        groups = range(file.metadata.num_row_groups) if source.part is None else source.part
+        rows_in_groups = [file.metadata.row_group(group).num_rows for group in range(groups.stop)]
+        row, num_rows = sum(rows_in_groups[: groups.start]), sum(rows_in_groups[groups.start :])
+        progress = _Progress(source.num_bytes or 0, max(1, num_rows))
+        batch_size = _rows_of_block(file.iter_batches(_SAMPLED_ROWS, groups, columns=columns))
         for group in groups:
-            # Read as many rows at a time as make about one block.
-            group_bytes = sum(metadata.row_group(group).column(number).total_uncompressed_size for number in columns)
-            rows_of_block = ROW_BLOCK_BYTES * rows_in_groups[group] // max(1, group_bytes)
-            batch_size = min(max(1, rows_of_block), _MOST_ROWS)
             first = row
-            for batch in file.iter_batches(batch_size, [group], columns=list(dict.fromkeys(keys))):
+            for batch in file.iter_batches(batch_size, [group], columns=columns):
                 yield from _cut(source, batch, keys, row, progress)
                 row += batch.num_rows
             if row - first != rows_in_groups[group]:
                 raise UserError(f"input {source.name} is damaged: row group {group} lacks rows")
+
+
+def _rows_of_block(batches: Iterator["pyarrow.RecordBatch"]) -> int:
+    """Return the number of rows to read at a time, so that they make about one block like the rows of the first batch.
+
+    The sizes that a file's metadata states are not used: pyarrow aborts the process if they are damaged.
+    """
+    sample = next(batches, None)
+    if sample is None or sample.num_rows == 0:
+        return _SAMPLED_ROWS
+    return min(max(1, ROW_BLOCK_BYTES * sample.num_rows // max(1, sample.nbytes)), _MOST_ROWS)
 
 
 def read_arrow(source: Input, keys: Sequence[str]) -> Iterator[RowBlock]:
