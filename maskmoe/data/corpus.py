@@ -139,7 +139,7 @@ class _Chunks:
     """
 
     def __init__(self, file: BufferedReader, start: int, end: int | None) -> None:
-        if start:
+        if end is not None:
             file.seek(start)
         self._file, self._num_left = file, None if end is None else end - start
         self._count, self._head = 0, b""

@@ -62,6 +62,7 @@ class Input:
         part: The part of the file that is read, or None for the whole file. For JSON lines and for plain text with a
             separator, the documents that start in this range of bytes; for Parquet and Arrow files, the range of row
             groups or record batches.
+        is_guessed: Whether the format is a guess, because a pipe's name does not tell it.
     """
 
     path: str
@@ -69,11 +70,13 @@ class Input:
     num_bytes: int | None
     separator: bytes | None = None
     part: range | None = None
+    is_guessed: bool = False
 
     @property
     def name(self) -> str:
         """The input's name for people."""
-        return "standard input" if self.path == STANDARD_INPUT else self.path
+        name = "standard input" if self.path == STANDARD_INPUT else self.path
+        return f"{name} (read as {self.format}, see --input-format)" if self.is_guessed else name
 
     def open(self) -> BufferedReader:
         """Open the file for reading. Standard input stays open when the result is closed.
@@ -141,11 +144,14 @@ def _find(name: str, options: ReadingOptions) -> list[Input]:
     if options.split is not None:
         raise UserError(f"--dataset-split is for saved datasets, but input {name} is not one")
     is_file = stat.S_ISREG(status.st_mode)
-    format_ = options.format or _format_of(name, is_file)
+    known = options.format or _format_of(name)
+    is_pipe = name == STANDARD_INPUT or name.startswith(("/dev/", "/proc/")) or not is_file
+    format_ = known or ("jsonl" if is_pipe else "text")
     if format_ == "parquet" and (name == STANDARD_INPUT or not is_file):
         raise UserError("a Parquet file cannot be read from a pipe or from standard input; name the file")
     separator = options.separator.encode() if options.separator is not None and format_ == "text" else None
-    return [Input(name, format_, status.st_size if is_file else None, separator)]
+    size = status.st_size if is_file else None
+    return [Input(name, format_, size, separator, is_guessed=known is None and is_pipe)]
 
 
 def _inputs_of_dataset(name: str, files: Sequence[Path], options: ReadingOptions) -> list[Input]:
@@ -154,12 +160,11 @@ def _inputs_of_dataset(name: str, files: Sequence[Path], options: ReadingOptions
     return [Input(str(path), "arrow", path.stat().st_size) for path in files]
 
 
-def _format_of(name: str, is_file: bool) -> str:
-    """Return the format that a name's suffix tells; JSON lines for a pipe without suffix, plain text for a file."""
+def _format_of(name: str) -> str | None:
+    """Return the format that the suffix of a name tells; None for a name without suffix."""
     path = Path(name)
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
-    is_pipe = name == STANDARD_INPUT or name.startswith(("/dev/", "/proc/")) or not is_file
-    return _FORMAT_OF_SUFFIX.get(suffix.lower(), "jsonl" if is_pipe and not suffix else "text")
+    return _FORMAT_OF_SUFFIX.get(suffix.lower(), "text" if suffix else None)
 
 
 def _has_an_end(name: str, mode: int) -> bool:

@@ -101,6 +101,7 @@ def merge_datasets(
             written.
     """
     merges = _find_datasets(names, output_prefix, json_keys)
+    _allow_open_files()
     outputs = [path for output in merges for path in (*dataset_files(output), merge_record_path(output))]
     inputs = [path for prefixes in merges.values() for prefix in prefixes for path in dataset_files(prefix)]
     check_outputs(outputs, inputs, force)
@@ -112,7 +113,6 @@ def merge_datasets(
             if shuffle_seed is None:
                 copy_in_order(prefixes, writer)
             else:
-                _allow_open_files()
                 copy_shuffled(prefixes, writer, shuffle_seed)
             if writer.num_tokens == 0:
                 raise UserError(f"the {len(prefixes)} datasets hold no tokens: there is nothing to train on")
@@ -132,7 +132,7 @@ def _part(prefix: str) -> DatasetPart:
 
 def _find_datasets(names: Sequence[str], output_prefix: str, json_keys: Sequence[str]) -> dict[str, list[str]]:
     """Return the prefixes of the datasets to join, for the prefix of each joined dataset."""
-    if all(idx_path(name).is_file() for name in names):
+    if any(idx_path(name).is_file() for name in names):
         return {output_prefix: list(names)}
     return {
         f"{output_prefix}_{key}_document": [prefix for name in names for prefix in _datasets_of_key(name, key)]
@@ -158,7 +158,7 @@ def _datasets_of_key(name: str, key: str) -> list[str]:
     (count,) = counts
     missing = [index for index in range(count) if (count, index) not in shards]
     if missing:
-        raise UserError(f"{name} lacks {len(missing)} of {count} shards, first shard {missing[0]}/{count}: make it")
+        raise UserError(f"{name} lacks {len(missing)} of {count} shards, the first is {missing[0]}/{count}: make it with --shard")
     return [shards[count, index] for index in range(count)]
 
 
@@ -214,6 +214,6 @@ def _check_shards(prefixes: Sequence[str]) -> None:
 
 
 def _allow_open_files() -> None:
-    """Allow as many open files as the system permits: shuffling keeps a file of each dataset open."""
+    """Allow this process as many open files as the system permits: shuffling keeps a file of each dataset open."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
