@@ -149,7 +149,7 @@ def sizes_of_pieces(source: Input) -> list[int] | None:
             groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
             return [max(1, group.total_byte_size) for group in groups]
     with _reporting_damage(source), _open_bytes(source) as file:
-        return [1] * _import_ipc().open_file(file).num_record_batches if _is_file_format(file) else None
+        return [1] * _import_ipc().open_file(file).num_record_batches if _is_file_format(source, file) else None
 
 
 def _import_pyarrow(source: Input) -> Any:
@@ -174,14 +174,14 @@ def _reporting_damage(source: Input) -> Iterator[None]:
     pyarrow = _import_pyarrow(source)
     try:
         yield
-    except (pyarrow.ArrowException, EOFError, MemoryError, OverflowError, TypeError, ValueError) as error:
+    except (pyarrow.ArrowException, EOFError, MemoryError, OSError, OverflowError, TypeError, ValueError) as error:
+        # pyarrow raises an OSError without a number for damaged content, too.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"input {source.name} cannot be read: {error.strerror}") from error
         message = " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
         raise UserError(
             f"input {source.name} is damaged or truncated, or no {source.format} file: {message}"
         ) from error
-    except OSError as error:
-        message = error.strerror or " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
-        raise UserError(f"input {source.name} cannot be read: {message}") from error
 
 
 @contextmanager
@@ -200,7 +200,7 @@ def _open_bytes(source: Input) -> Iterator[Any]:
     """Open a file for pyarrow: regular files by a memory map, pipes as a stream."""
     import pyarrow
 
-    if source.num_bytes is not None and source.path != STANDARD_INPUT:
+    if _is_mapped(source):
         if source.num_bytes == 0:
             raise EOFError("it is empty")
         with pyarrow.memory_map(source.path) as file:
@@ -210,9 +210,13 @@ def _open_bytes(source: Input) -> Iterator[Any]:
         yield file
 
 
-def _is_file_format(file: "pyarrow.NativeFile") -> bool:
-    """Return whether a file that can be sought has Arrow's file format, not its stream format."""
-    if not file.seekable():
+def _is_mapped(source: Input) -> bool:
+    return source.num_bytes is not None and source.path != STANDARD_INPUT
+
+
+def _is_file_format(source: Input, file: "pyarrow.NativeFile") -> bool:
+    """Return whether an open file has Arrow's file format, not its stream format."""
+    if not _is_mapped(source):
         return False
     magic = file.read(len(_FILE_MAGIC))
     file.seek(0)
@@ -224,7 +228,7 @@ def _record_batches(
 ) -> Iterator[tuple["pyarrow.RecordBatch", int]]:
     """Yield each record batch, and the bytes that it takes in the file."""
     ipc = _import_ipc()
-    if _is_file_format(file):
+    if _is_file_format(source, file):
         reader = ipc.open_file(file)
         _check_columns(source, reader.schema, keys)
         numbers = range(reader.num_record_batches) if source.part is None else source.part
@@ -232,8 +236,8 @@ def _record_batches(
         for number in numbers:
             yield reader.get_batch(number), progress.advance(1)
         return
-    if file.seekable() and source.num_bytes is not None:
-        file.seek(max(0, source.num_bytes - len(_END_OF_STREAM)))
+    if _is_mapped(source):
+        file.seek(max(0, file.size() - len(_END_OF_STREAM)))
         if file.read() != _END_OF_STREAM:
             raise EOFError("the stream has no end")
         file.seek(0)
@@ -241,7 +245,8 @@ def _record_batches(
     _check_columns(source, reader.schema, keys)
     position = 0
     for batch in reader:
-        previous, position = position, file.tell()
+        # A pipe has no position.
+        previous, position = position, file.tell() if _is_mapped(source) else position + batch.nbytes
         yield batch, position - previous
 
 

@@ -158,7 +158,8 @@ def _datasets_of_key(name: str, key: str) -> list[str]:
     (count,) = counts
     missing = [index for index in range(count) if (count, index) not in shards]
     if missing:
-        raise UserError(f"{name} lacks {len(missing)} of {count} shards, the first is {missing[0]}/{count}: make it with --shard")
+        first = f"{missing[0]}/{count}"
+        raise UserError(f"{name} lacks {len(missing)} of {count} shards, the first is {first}: make it with --shard")
     return [shards[count, index] for index in range(count)]
 
 
