@@ -1,7 +1,9 @@
 """Parsers of the command line, and arguments that several subcommands share."""
 
 import argparse
+from typing import Any
 
+from maskmoe.data.inputs import FORMATS, ReadingOptions, unescape
 from maskmoe.outputs import MEANING_OF_FORCE
 
 
@@ -23,11 +25,56 @@ def positive_number(text: str) -> int:
     return int(text)
 
 
-def add_text_arguments(parser: argparse.ArgumentParser, purpose: str, meaning_of_keys: str) -> None:
-    """Add the flags that name text files and the keys of their JSON lines."""
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"text files{purpose}")
-    keys = f"keys of the JSON objects that hold {meaning_of_keys} (default: text)"
+def add_text_arguments(
+    parser: argparse.ArgumentParser,
+    purpose: str,
+    meaning_of_keys: str,
+    sources: argparse._ActionsContainer | None = None,
+) -> None:
+    """Add the flags that name texts, say how they are read, and name the keys that hold the text.
+
+    Args:
+        parser: The parser.
+        purpose: What the texts are for.
+        meaning_of_keys: What the keys hold.
+        sources: Group that `--input` belongs to if another flag of the group can replace it.
+    """
+    (sources or parser).add_argument(
+        "--input",
+        nargs="+",
+        required=sources is None,
+        metavar="FILE",
+        help=f"texts{purpose}: files; folders or names of datasets that Hugging Face's datasets has saved on this "
+        "machine; or - for standard input",
+    )
+    parser.add_argument(
+        "--input-format",
+        choices=FORMATS,
+        help="format of all inputs (default: as the file's name ends; jsonl for standard input and pipes)",
+    )
+    keys = f"keys of the JSON objects, or names of the columns, that hold {meaning_of_keys} (default: text)"
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help=keys)
+    parser.add_argument(
+        "--document-separator",
+        metavar="TEXT",
+        help=r"text between two documents of a plain text file, such as '\n\n' or '<|endoftext|>'; the separator is "
+        "left out (default: a file is a document)",
+    )
+    parser.add_argument("--dataset-split", metavar="NAME", help="split of a saved dataset that has several")
+
+
+def pop_reading_options(settings: dict[str, Any]) -> ReadingOptions:
+    """Remove the flags that say how texts are read from the parsed flags, and return their values.
+
+    Raises:
+        UserError: The separator has an unknown escape.
+    """
+    separator = settings.pop("document_separator")
+    return ReadingOptions(
+        settings.pop("input_format"),
+        None if separator is None else unescape(separator),
+        settings.pop("dataset_split"),
+    )
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:

@@ -1,18 +1,26 @@
 r"""Count the occurrences of each token id in the training data.
 
-A routing mask is built from these counts.
+A routing mask is built from these counts. Counts of several datasets, for instance of the shards of one text, can be
+joined.
 
 Example:
   %(prog)s --data-path 0.7 data/web_text_document 0.3 data/books_text_document \
     --vocab-size 32000 --output counts.safetensors
+  %(prog)s --merge counts-0.safetensors counts-1.safetensors --output counts.safetensors
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 from maskmoe.commands.arguments import add_force_argument, add_workers_argument, command_parser
 from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ids_by_frequency
-from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency, files_of_data_path
+from maskmoe.routing_mask.frequency import (
+    TokenFrequency,
+    count_token_frequency,
+    files_of_data_path,
+    merge_token_frequencies,
+)
 
 
 def print_summary(frequency: TokenFrequency) -> None:
@@ -30,26 +38,46 @@ def print_summary(frequency: TokenFrequency) -> None:
     print(f"digest           {frequency.digest}")
 
 
+def _count(arguments: Namespace) -> TokenFrequency:
+    if arguments.merge is None:
+        return count_token_frequency(arguments.data_path, arguments.vocab_size, arguments.workers, progress=True)
+    joined = None if arguments.data_path is None else arguments.data_path[0]
+    return merge_token_frequencies(arguments.merge, joined)
+
+
 def main() -> None:
     """Count, write the counts and print a summary."""
     parser = command_parser(__doc__)
     parser.add_argument(
         "--data-path",
         nargs="+",
-        required=True,
         metavar="P",
         help="the value of Megatron's --data-path in training, so that the counts follow the same blend: dataset "
         "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
     )
     size = "number of ids of the tokenizer, without padding"
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help=size)
+    parser.add_argument("--vocab-size", type=int, metavar="V", help=size)
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        metavar="COUNTS",
+        help="add up counts that this command has written, instead of counting; with --data-path P, the result is the "
+        "counts of P, which maskmoe preprocess --merge has joined from the counted datasets",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
     add_force_argument(parser)
     add_workers_argument(parser)
     arguments = parser.parse_args()
-    check_outputs([arguments.output], files_of_data_path(arguments.data_path), arguments.force)
+    if arguments.merge is None and (arguments.data_path is None or arguments.vocab_size is None):
+        parser.error("give --data-path and --vocab-size, or --merge")
+    if arguments.merge is not None and (arguments.vocab_size is not None or arguments.workers is not None):
+        parser.error("--vocab-size and --workers do not apply to --merge")
+    if arguments.merge is not None and len(arguments.data_path or ()) > 1:
+        parser.error("--merge takes the prefix of one joined dataset as --data-path")
+    inputs = files_of_data_path(arguments.data_path) if arguments.data_path is not None else []
+    check_outputs([arguments.output], [*inputs, *(arguments.merge or ())], arguments.force)
     with atomic_output(arguments.output) as temporary:
-        frequency = count_token_frequency(arguments.data_path, arguments.vocab_size, arguments.workers, progress=True)
+        frequency = _count(arguments)
         frequency.save(temporary)
     print_summary(frequency)
     print(f"written          {arguments.output}")

@@ -1,28 +1,34 @@
-"""Train a SentencePiece tokenizer on text files.
+"""Train a SentencePiece tokenizer on text.
 
 The output is PREFIX.model, the tokenizer, and PREFIX.vocab, a readable list of its tokens. The tokenizer keeps every
 character and all white space. Characters that are too rare for a token of their own are encoded as bytes.
 
-Input files that end in .jsonl, .json or .ndjson hold one JSON object on each line; all other files are plain text. Both
-may be compressed with gzip (.gz) or zstd (.zst).
+The inputs are those of `maskmoe preprocess`: JSON lines (.jsonl, .json, .ndjson), Parquet (.parquet), Arrow (.arrow,
+.feather) and plain text, saved datasets of Hugging Face, pipes and standard input.
 
 Example:
   %(prog)s --input corpus.jsonl --vocab-size 32000 --output-prefix tokenizer
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from maskmoe.commands.arguments import add_force_argument, add_seed_argument, add_text_arguments, command_parser
-from maskmoe.data.corpus import check_inputs, parse_block, progress_bar, read_blocks
+from maskmoe.commands.arguments import (
+    add_force_argument,
+    add_seed_argument,
+    add_text_arguments,
+    command_parser,
+    pop_reading_options,
+)
+from maskmoe.data.corpus import parse_block, progress_bar, read_blocks
+from maskmoe.data.inputs import Input, find_inputs
 from maskmoe.data.tokenizer_training import train_tokenizer, vocabulary_lines
 from maskmoe.outputs import atomic_output, check_outputs
 
 
-def read_with_progress(paths: Sequence[Path], json_keys: Sequence[str]) -> Iterator[str]:
+def read_with_progress(inputs: Sequence[Input], json_keys: Sequence[str]) -> Iterator[str]:
     """Yield all documents under all keys while a progress bar shows the bytes that were read."""
-    with progress_bar(paths, "reading") as bar:
-        for block in read_blocks(paths, bar):
+    with progress_bar(inputs, "reading") as bar:
+        for block in read_blocks(inputs, json_keys, bar):
             for texts in parse_block(block, json_keys):
                 yield from texts
         bar.set_description("training")
@@ -52,11 +58,12 @@ def main() -> None:
     add_seed_argument(parser, "the drawn lines")
     add_force_argument(parser)
     settings = vars(parser.parse_args())
-    prefix, paths = settings.pop("output_prefix"), check_inputs(settings.pop("input"))
+    prefix, names = settings.pop("output_prefix"), settings.pop("input")
+    inputs = find_inputs(names, pop_reading_options(settings))
     outputs = [f"{prefix}.model", f"{prefix}.vocab"]
-    check_outputs(outputs, paths, settings.pop("force"))
+    check_outputs(outputs, [*names, *(source.path for source in inputs)], settings.pop("force"))
     # No output is open during the training, which a signal ends at once.
-    model = train_tokenizer(read_with_progress(paths, settings.pop("json_keys")), **settings)
+    model = train_tokenizer(read_with_progress(inputs, settings.pop("json_keys")), **settings)
     with atomic_output(outputs[0]) as model_path, atomic_output(outputs[1]) as vocab_path:
         model_path.write_bytes(model)
         vocab_path.write_text("".join(vocabulary_lines(model)), encoding="utf-8")

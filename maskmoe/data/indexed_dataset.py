@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,7 +37,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _CODE_OF_DTYPE = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
-_SHUFFLED_TOKENS = 1 << 20
+_BATCH_TOKENS = 1 << 20  # copied at a time
 _DTYPE_OF_CODE = {code: np.dtype(name) for name, code in _CODE_OF_DTYPE.items()}
 
 
@@ -91,6 +92,17 @@ class DatasetIndex:
     def bin_bytes(self) -> int:
         """Size of the `.bin` file in bytes."""
         return self.num_tokens * self.dtype.itemsize
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether the sequences have modes, as in multimodal datasets."""
+        num_integers = 12 * len(self.sequence_lengths) + 8 * len(self.document_indices)
+        return idx_path(self.prefix).stat().st_size != _HEADER.size + num_integers
+
+    @property
+    def has_documents_of_many_sequences(self) -> bool:
+        """Whether a document has more than one sequence."""
+        return bool((np.diff(self.document_indices) > 1).any())
 
     @property
     def idx_sha256(self) -> str:
@@ -269,7 +281,7 @@ class IndexedDatasetWriter:
         if sequence_lengths is None:
             self.add_documents(tokens, np.array([len(tokens)]))
         else:
-            self._append(tokens, np.array(sequence_lengths, np.int64), [len(sequence_lengths)])
+            self.append(tokens, np.array(sequence_lengths, np.int64), [len(sequence_lengths)])
 
     def add_documents(self, tokens: np.ndarray, document_lengths: np.ndarray) -> None:
         """Append many documents at once; each is one sequence, or none if it is empty.
@@ -282,11 +294,21 @@ class IndexedDatasetWriter:
             ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
         """
         has_tokens = document_lengths > 0
-        self._append(tokens, document_lengths[has_tokens], has_tokens)
+        self.append(tokens, document_lengths[has_tokens], has_tokens)
 
-    def _append(
+    def append(
         self, tokens: np.ndarray, sequence_lengths: np.ndarray, sequences_of_documents: np.ndarray | list[int]
     ) -> None:
+        """Append many documents of any number of sequences.
+
+        Args:
+            tokens: Ids of all sequences, one sequence after the other, integer [tokens].
+            sequence_lengths: Tokens in each sequence, integer [sequences].
+            sequences_of_documents: Number of sequences of each document, integer [documents].
+
+        Raises:
+            ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
+        """
         if sequence_lengths.sum() != len(tokens):
             raise ValueError(f"lengths sum up to {sequence_lengths.sum()}, but there are {len(tokens)} tokens")
         if tokens.dtype != self.dtype and tokens.size:
@@ -300,32 +322,87 @@ class IndexedDatasetWriter:
         self.num_tokens += len(tokens)
 
 
-def copy_shuffled(source: str | Path, writer: IndexedDatasetWriter, seed: int) -> None:
-    """Append all documents of a dataset to `writer` in an order that depends only on `seed` and their number.
+def copy_in_order(sources: Sequence[str | Path], writer: IndexedDatasetWriter) -> None:
+    """Append all documents of some datasets to `writer`, one dataset after the other.
 
-    Datasets with the same number of documents are therefore shuffled alike. The tokens are read through a memory map,
-    so memory holds about a million tokens, or the largest document, and a few integers for each document.
+    The tokens are read through a memory map, so memory holds about a million tokens, or the largest document, and a few
+    integers for each document of one dataset.
 
     Args:
-        source: Prefix of the dataset to copy. Each document is at most one sequence.
+        sources: Prefixes of the datasets to copy.
+        writer: An open writer of the copy.
+
+    Raises:
+        UserError: A dataset is damaged.
+    """
+    with tqdm(total=len(sources), unit="dataset", desc="merging", disable=None) as bar:
+        for source in sources:
+            index = read_index(source)
+            tokens, lengths = _map_tokens(index), np.asarray(index.sequence_lengths)
+            sequences, boundaries = index.document_indices, index.document_boundaries
+            for documents in _batches(np.diff(boundaries)):
+                first, last = documents.start, documents.stop
+                writer.append(
+                    tokens[boundaries[first] : boundaries[last]],
+                    lengths[sequences[first] : sequences[last]],
+                    np.diff(sequences[first : last + 1]),
+                )
+            bar.update(1)
+
+
+def copy_shuffled(sources: Sequence[str | Path], writer: IndexedDatasetWriter, seed: int) -> None:
+    """Append all documents of some datasets to `writer` in an order that depends only on `seed` and their number.
+
+    Datasets with the same number of documents are therefore shuffled alike, and many datasets like their concatenation.
+    The tokens are read through memory maps, so memory holds about a million tokens, or the largest document, and a few
+    integers for each document.
+
+    Args:
+        sources: Prefixes of the datasets to copy. Each document is at most one sequence.
         writer: An open writer of the copy.
         seed: Seed of the order, not negative.
 
     Raises:
         ValueError: A document has several sequences.
-        UserError: The dataset is damaged or has no tokens.
+        UserError: A dataset is damaged, or no dataset has tokens.
     """
-    index, tokens = read_index(source), np.asarray(open_tokens(source))
-    if (np.diff(index.document_indices) > 1).any():
-        raise ValueError(f"dataset {source} has documents of several sequences, which cannot be shuffled")
-    boundaries = index.document_boundaries
-    order = np.random.default_rng(seed).permutation(len(boundaries) - 1)
-    lengths = np.diff(boundaries)[order]
-    # A batch ends after the document that fills up another million tokens.
-    batch_ends = np.flatnonzero(np.diff(np.cumsum(lengths) // _SHUFFLED_TOKENS)) + 1
+    tokens, starts, lengths = [], [], []
+    for source in sources:
+        index = read_index(source)
+        if index.has_documents_of_many_sequences:
+            raise ValueError(f"dataset {source} has documents of several sequences, which cannot be shuffled")
+        boundaries = index.document_boundaries
+        tokens.append(_map_tokens(index))
+        starts.append(boundaries[:-1])
+        lengths.append(np.diff(boundaries))
+    source_of_document = np.repeat(np.arange(len(sources), dtype=np.int32), [len(array) for array in starts])
+    start_of_document, length_of_document = np.concatenate(starts), np.concatenate(lengths)
+    order = np.random.default_rng(seed).permutation(len(source_of_document))
     with tqdm(total=len(order), unit="document", unit_scale=True, desc="shuffling", disable=None) as bar:
-        for documents in np.split(order, batch_ends):
-            starts, ends = boundaries[documents].tolist(), boundaries[documents + 1].tolist()
-            parts = [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+        for batch in _batches(length_of_document[order]):
+            documents = order[batch.start : batch.stop]
+            places = zip(
+                source_of_document[documents].tolist(),
+                start_of_document[documents].tolist(),
+                length_of_document[documents].tolist(),
+                strict=True,
+            )
+            parts = [tokens[source][start : start + length] for source, start, length in places]
             writer.add_documents(np.concatenate(parts), np.array([len(part) for part in parts]))
             bar.update(len(documents))
+
+
+def _map_tokens(index: DatasetIndex) -> np.ndarray:
+    """Map the token ids of a dataset into memory, read-only; [tokens], which may be none."""
+    path = bin_path(index.prefix)
+    return np.asarray(np.memmap(path, index.dtype, mode="r")) if index.num_tokens else np.empty(0, index.dtype)
+
+
+def _batches(lengths: np.ndarray) -> Iterator[range]:
+    """Divide documents into ranges; a range ends after the document that fills up another million tokens.
+
+    Args:
+        lengths: Tokens in each document, integer [documents].
+    """
+    ends = np.flatnonzero(np.diff(np.cumsum(lengths) // _BATCH_TOKENS)) + 1
+    yield from (range(*bounds) for bounds in pairwise([0, *ends.tolist(), len(lengths)]) if bounds[0] < bounds[1])

@@ -1,4 +1,4 @@
-"""Encode text files into an indexed dataset with many processes; the result does not depend on their number.
+"""Encode text into an indexed dataset with many processes; the result does not depend on their number.
 
 The calling process reads raw blocks and writes token ids. Worker processes parse and encode. Only a bounded number of
 blocks is in memory at a time, so memory does not grow with the input.
@@ -14,11 +14,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from maskmoe.data.corpus import BLOCK_BYTES, Block, check_inputs, parse_block, progress_bar, read_blocks
+from maskmoe.data.corpus import BLOCK_BYTES, Block, parse_block, progress_bar, read_blocks
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, copy_shuffled, dataset_files, optimal_dtype
+from maskmoe.data.inputs import DEFAULT_OPTIONS, Input, ReadingOptions, find_inputs
 from maskmoe.data.parallel import map_in_processes
+from maskmoe.data.sharding import Shard, ShardRecord, shard_record_path, take_shard
 from maskmoe.data.tokenizer import Tokenizer, TokenizerRecord, load_tokenizer
 from maskmoe.errors import UserError
+from maskmoe.json_files import write_record
 from maskmoe.outputs import check_outputs
 
 
@@ -29,7 +32,8 @@ class BlockEncoder:
     Attributes:
         tokenizer: Record of the tokenizer.
         tokenizer_model: Path of the tokenizer's model.
-        json_keys: Keys of JSON lines whose texts are encoded. The texts of each key go to a dataset of their own.
+        json_keys: Keys of JSON lines, or names of columns, whose texts are encoded. The texts of each key go to a
+            dataset of their own.
         append_eod: Whether to end each document that has tokens with the end-of-document id.
     """
 
@@ -83,22 +87,27 @@ def preprocess(
     workers: int | None = 1,
     shuffle_seed: int | None = None,
     force: bool = False,
+    options: ReadingOptions = DEFAULT_OPTIONS,
+    shard: Shard | None = None,
 ) -> list[IndexedDatasetWriter]:
-    """Encode text files into one indexed dataset for each key, named `OUTPUT_PREFIX_KEY_document` as by Megatron.
+    """Encode text into one indexed dataset for each key, named `OUTPUT_PREFIX_KEY_document` as by Megatron.
 
     Each document is one sequence. A progress bar is shown if stderr is a terminal.
 
     Args:
-        inputs: Text files, see `maskmoe.data.corpus`.
+        inputs: Names of files, pipes and saved datasets, see `maskmoe.data.inputs`.
         tokenizer_type: Type of the tokenizer, as in Megatron's `--tokenizer-type`.
         tokenizer_model: Path of the tokenizer, as in Megatron's `--tokenizer-model`.
         output_prefix: Start of the datasets' prefixes.
-        json_keys: Keys of JSON lines whose values are text.
+        json_keys: Keys of JSON lines, or names of columns, whose values are text.
         append_eod: Whether to end each document with the end-of-document id.
         workers: Number of processes that encode, or None for one process on each available core.
         shuffle_seed: Seed of a random order of the documents, the same for all keys. None keeps the order of the input.
             With a seed, the datasets take twice their space on disk while they are written.
         force: Whether to replace datasets of these names.
+        options: How the inputs are read.
+        shard: The part of the inputs to encode. `Shard.prefix(output_prefix)` then replaces `output_prefix`, each
+            dataset also gets a record `PREFIX.shard.json`, and a dataset may be empty.
 
     Returns:
         The writers, which tell the prefixes and the sizes of the datasets.
@@ -107,20 +116,28 @@ def preprocess(
         UserError: The input is bad, keys cannot name files, or a dataset exists and `force` is false. Then nothing is
             written, and earlier datasets of these names stay as they were.
     """
-    paths, prefixes = check_inputs(inputs), _prefixes(output_prefix, json_keys)
+    sources = find_inputs(inputs, options)
+    if shard is not None and shuffle_seed is not None:
+        raise UserError("--shuffle-seed shuffles whole datasets, not shards: give it to --merge instead")
+    prefixes = _prefixes(output_prefix if shard is None else shard.prefix(output_prefix), json_keys)
     outputs = [path for prefix in prefixes for path in dataset_files(prefix)]
-    check_outputs(outputs, [*paths, tokenizer_model], force)
+    outputs += [shard_record_path(prefix) for prefix in prefixes if shard is not None]
+    check_outputs(outputs, [*inputs, *(source.path for source in sources), tokenizer_model], force)
     record = load_tokenizer(tokenizer_type, tokenizer_model).record()
     if append_eod and record.eod_id is None:
         raise UserError(f"tokenizer {tokenizer_model} has no end-of-text token, which --append-eod needs")
     encoder = BlockEncoder(record, str(tokenizer_model), tuple(json_keys), append_eod)
     dtype = optimal_dtype(record.vocab_size)
     writers = [IndexedDatasetWriter(prefix, dtype, record) for prefix in prefixes]
+    shard_record = None
+    if shard is not None:
+        shard_record = ShardRecord.of(shard, sources, json_keys, append_eod, record)
+        sources = take_shard(sources, shard)
     with ExitStack() as stack:
         for writer in writers:
             stack.enter_context(writer)
         if shuffle_seed is None:
-            _encode_files(paths, encoder, writers, workers)
+            _encode_inputs(sources, encoder, writers, workers)
         else:
             # Write the documents in the order of the input to temporary datasets, then copy them in the random order.
             folder = stack.enter_context(TemporaryDirectory(dir=Path(output_prefix).parent, prefix=".unshuffled."))
@@ -128,9 +145,14 @@ def preprocess(
             with ExitStack() as temporary:
                 for writer in unshuffled:
                     temporary.enter_context(writer)
-                _encode_files(paths, encoder, unshuffled, workers)
+                _encode_inputs(sources, encoder, unshuffled, workers)
             for source, writer in zip(unshuffled, writers, strict=True):
-                copy_shuffled(source.prefix, writer, shuffle_seed)
+                copy_shuffled([source.prefix], writer, shuffle_seed)
+        if shard_record is None:
+            _check_tokens(inputs, json_keys, writers)
+        else:
+            for prefix in prefixes:
+                write_record(shard_record, shard_record_path(prefix), indent=2)
     return writers
 
 
@@ -148,24 +170,35 @@ def _prefixes(output_prefix: str | Path, json_keys: Sequence[str]) -> list[str]:
     return [f"{output_prefix}_{key}_document" for key in json_keys]
 
 
-def _encode_files(
-    paths: Sequence[Path], encoder: BlockEncoder, writers: Sequence[IndexedDatasetWriter], workers: int | None
+def _encode_inputs(
+    sources: Sequence[Input], encoder: BlockEncoder, writers: Sequence[IndexedDatasetWriter], workers: int | None
 ) -> None:
-    """Encode all documents of the files and append them to the writers, one for each key.
+    """Encode all documents of the inputs and append them to the writers, one for each key.
 
     Raises:
-        UserError: A file is bad, or there are no tokens under a key.
+        UserError: An input is bad.
     """
     started = time.perf_counter()
-    with progress_bar(paths, "encoding") as bar:
-        for encoded in map_in_processes(encoder.encode, _batch_blocks(read_blocks(paths, bar)), workers):
+    with progress_bar(sources, "encoding") as bar:
+        blocks = read_blocks(sources, encoder.json_keys, bar)
+        for encoded in map_in_processes(encoder.encode, _batch_blocks(blocks), workers):
             for writer, documents in zip(writers, encoded, strict=True):
                 writer.add_documents(*documents)
             rate = sum(writer.num_tokens for writer in writers) / (time.perf_counter() - started)
             bar.set_postfix_str(f"{writers[0].num_documents} documents, {rate / 1e6:.2f}M tokens/s", refresh=False)
-    for key, writer in zip(encoder.json_keys, writers, strict=True):
+
+
+def _check_tokens(
+    inputs: Sequence[str | Path], json_keys: Sequence[str], writers: Sequence[IndexedDatasetWriter]
+) -> None:
+    """Check that there are tokens under each key.
+
+    Raises:
+        UserError: There are none.
+    """
+    for key, writer in zip(json_keys, writers, strict=True):
         if writer.num_tokens == 0:
-            raise UserError(f"no text under {key!r} in {', '.join(map(str, paths))}: there is nothing to train on")
+            raise UserError(f"no text under {key!r} in {', '.join(map(str, inputs))}: there is nothing to train on")
 
 
 def _batch_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
@@ -174,7 +207,7 @@ def _batch_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     size = 0
     for block in blocks:
         batch.append(block)
-        size += len(block.data)
+        size += block.num_bytes
         if size >= BLOCK_BYTES:
             yield batch
             batch, size = [], 0

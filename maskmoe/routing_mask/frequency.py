@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,6 +14,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, dataset_files, read_index, read_tokenizer_record
+from maskmoe.data.merging import read_merge_record
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
@@ -241,20 +242,99 @@ def _common_tokenizer(prefixes: Sequence[str], vocab_size: int) -> TokenizerReco
     records = {prefix: record for prefix in prefixes if (record := read_tokenizer_record(prefix)) is not None}
     if not records:
         return None
-    first_prefix, first = next(iter(records.items()))
-    for prefix, record in records.items():
-        # Tokenizers are equal if they differ in the names of their files only.
-        if replace(record, model=first.model) != first:
-            raise UserError(
-                f"datasets were made with different tokenizers: {first_prefix} with {first}, {prefix} with {record}; "
-                "blend only datasets of one tokenizer"
-            )
+    first = _only_tokenizer(records, "datasets were made")
     if first.vocab_size != vocab_size:
         raise UserError(
-            f"--vocab-size is {vocab_size}, but dataset {first_prefix} was made with {first}; "
+            f"--vocab-size is {vocab_size}, but dataset {next(iter(records))} was made with {first}; "
             f"give --vocab-size {first.vocab_size}"
         )
     return first
+
+
+def _only_tokenizer(records: Mapping[str, TokenizerRecord], subject: str) -> TokenizerRecord:
+    """Return the first of the records, which are equal except for the names of the tokenizers' files.
+
+    Args:
+        records: The record of each dataset or file; at least one.
+        subject: Subject and verb of an error.
+
+    Raises:
+        UserError: The tokenizers differ.
+    """
+    first_name, first = next(iter(records.items()))
+    for name, record in records.items():
+        if replace(record, model=first.model) != first:
+            raise UserError(
+                f"{subject} with different tokenizers: {first_name} with {first}, {name} with {record}; "
+                "blend only datasets of one tokenizer"
+            )
+    return first
+
+
+def merge_token_frequencies(paths: Sequence[str | Path], joined_prefix: str | None = None) -> TokenFrequency:
+    """Add up the counts of several files.
+
+    The result equals what `count_token_frequency` returns: for all datasets of the files together, in the order of the
+    files; or for the one dataset that these datasets were joined to.
+
+    Args:
+        paths: The files.
+        joined_prefix: Prefix of the dataset that `merge_datasets` has made of the counted datasets, or None.
+
+    Raises:
+        UserError: A file cannot be read; the files differ in tokenizer or number of ids; a dataset is in two files; a
+            file has blend weights, which are relative to its own datasets only; or the joined dataset has other parts.
+    """
+    parts = _load_parts(paths)
+    frequency = TokenFrequency(
+        np.concatenate([part.counts for part in parts.values()]),
+        tuple(weight for part in parts.values() for weight in part.weights),
+        tuple(dataset for part in parts.values() for dataset in part.datasets),
+        _tokenizer_of_parts(parts),
+    )
+    return frequency if joined_prefix is None else _as_counts_of(joined_prefix, frequency)
+
+
+def _as_counts_of(prefix: str, parts: TokenFrequency) -> TokenFrequency:
+    """Return the counts of a joined dataset, given the counts of all its parts. Raises UserError if parts differ."""
+    counted = [(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in parts.datasets]
+    # Datasets without tokens are not counted.
+    joined = [(part.idx_sha256, part.bin_bytes) for part in read_merge_record(prefix).parts if part.bin_bytes]
+    if sorted(counted) != sorted(joined):
+        raise UserError(
+            f"dataset {prefix} was joined from {len(joined)} datasets with tokens, and the counts are not those of "
+            f"these datasets (they are of {len(counted)} datasets): give the counts of all its parts"
+        )
+    dataset = _identify(read_index(prefix))
+    tokenizer = _common_tokenizer([prefix], parts.vocab_size)
+    return TokenFrequency(parts.counts.sum(axis=0, keepdims=True), (None,), (dataset,), tokenizer)
+
+
+def _load_parts(paths: Sequence[str | Path]) -> dict[str, TokenFrequency]:
+    """Return the counts of several files after checking that they can be added up. Raises UserError."""
+    parts = {str(path): TokenFrequency.load(path) for path in paths}
+    if len(parts) < len(paths):
+        raise UserError("--merge names a file of counts twice")
+    (first_path, first), *_ = parts.items()
+    seen: dict[tuple, str] = {}
+    for path, part in parts.items():
+        if part.vocab_size != first.vocab_size:
+            raise UserError(f"counts differ: {first_path} has {first.vocab_size} ids, {path} has {part.vocab_size} ids")
+        if None not in part.weights:
+            raise UserError(
+                f"{path} has blend weights, which hold among its own datasets only: count the whole blend at once, "
+                "with --data-path WEIGHT PREFIX …"
+            )
+        for dataset, counts in zip(part.datasets, part.counts, strict=True):
+            other = seen.setdefault((*dataset.values(), counts.tobytes()), path)
+            if other != path:
+                raise UserError(f"dataset {dataset['name']} is counted in {other} and in {path}; leave one of them out")
+    return parts
+
+
+def _tokenizer_of_parts(parts: Mapping[str, TokenFrequency]) -> TokenizerRecord | None:
+    records = {path: part.tokenizer for path, part in parts.items() if part.tokenizer is not None}
+    return _only_tokenizer(records, "the datasets were made") if records else None
 
 
 class FrequencyBands:

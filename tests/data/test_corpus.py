@@ -15,6 +15,7 @@ from support.tools import run_tool
 from maskmoe.data import corpus
 from maskmoe.data.corpus import parse_block, read_blocks, read_documents
 from maskmoe.data.default_corpus import default_corpus, is_written_by_people
+from maskmoe.data.inputs import find_inputs
 from maskmoe.errors import UserError
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -47,7 +48,7 @@ def test_blocks_know_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": "x" * i}).encode() + b"\n" for i in range(50)]
     path.write_bytes(b"".join(lines))
-    blocks = list(read_blocks([path]))
+    blocks = list(read_blocks(find_inputs([path])))
     assert len(blocks) > 5
     for block in blocks:
         assert block.data == path.read_bytes()[block.offset :][: len(block.data)]
@@ -78,7 +79,7 @@ def test_a_block_ends_after_the_line_that_exceeds_its_size(tmp_path: Path, monke
 
 def test_json_keys(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"q": "1", "a": "2"}\n\n  \n{"q": "3", "a": "4"}\n')
-    (block,) = read_blocks([tmp_path / "a.jsonl"])
+    (block,) = read_blocks(find_inputs([tmp_path / "a.jsonl"]))
     assert parse_block(block, ["q", "a"]) == [["1", "3"], ["2", "4"]]
 
 
@@ -124,9 +125,9 @@ def test_damaged_compression(tmp_path: Path, suffix: str, damage: Callable[[byte
 
 def test_missing_inputs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.txt does not exist"):
-        list(read_blocks([tmp_path / "a.txt"]))
+        find_inputs([tmp_path / "a.txt"])
     with pytest.raises(UserError, match="is a folder"):
-        list(read_blocks([tmp_path]))
+        find_inputs([tmp_path])
 
 
 def test_default_corpus() -> None:

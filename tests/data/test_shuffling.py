@@ -44,7 +44,7 @@ def write(prefix: Path, documents: list[list[int]]) -> Path:
 
 def shuffle(source: Path, target: Path, seed: int) -> list[list[int]]:
     with IndexedDatasetWriter(target, np.uint16) as writer:
-        copy_shuffled(source, writer, seed)
+        copy_shuffled([source], writer, seed)
     return documents_of(target)
 
 
@@ -59,7 +59,7 @@ def test_same_documents_whatever_the_batches(
 ) -> None:
     source = write(tmp_path / "source", documents)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexed_dataset, "_SHUFFLED_TOKENS", batch_tokens)
+        patch.setattr(indexed_dataset, "_BATCH_TOKENS", batch_tokens)
         shuffled = shuffle(source, tmp_path / "shuffled", seed)
     assert sorted(shuffled) == sorted(documents)
     assert shuffled == shuffle(source, tmp_path / "again", seed)
@@ -88,7 +88,7 @@ def test_documents_of_several_sequences_are_rejected(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="documents of several sequences"),
         IndexedDatasetWriter(tmp_path / "shuffled", np.uint16) as writer,
     ):
-        copy_shuffled(tmp_path / "source", writer, 0)
+        copy_shuffled([tmp_path / "source"], writer, 0)
 
 
 def test_tool(jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path) -> None:

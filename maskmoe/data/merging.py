@@ -1,0 +1,220 @@
+"""Join datasets, such as the shards that many machines have made of one text, into one dataset."""
+
+import glob
+import re
+import resource
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from maskmoe.data.indexed_dataset import (
+    IndexedDatasetWriter,
+    copy_in_order,
+    copy_shuffled,
+    dataset_files,
+    idx_path,
+    read_index,
+    read_tokenizer_record,
+)
+from maskmoe.data.sharding import ShardRecord, shard_record_path
+from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.errors import UserError
+from maskmoe.json_files import read_record, write_record
+from maskmoe.outputs import check_outputs
+
+_SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class DatasetPart:
+    """Identity of a dataset that became part of a joined one."""
+
+    idx_sha256: str
+    bin_bytes: int
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """Says which datasets were joined, so that counts of the parts are known to be counts of the whole.
+
+    Attributes:
+        idx_sha256: Hex digest of the joined dataset's `.idx` file.
+        parts: The parts in the order in which they were joined, before any shuffling.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads this attribute of the class
+
+    idx_sha256: str
+    parts: tuple[DatasetPart, ...]
+
+
+def merge_record_path(prefix: str | Path) -> Path:
+    """Return the path of the file that records the parts of a joined dataset."""
+    return Path(f"{prefix}.parts.json")
+
+
+def read_merge_record(prefix: str | Path) -> MergeRecord:
+    """Return the record of the parts of a joined dataset.
+
+    Raises:
+        UserError: The dataset has no record or was changed after joining, or the record is damaged.
+    """
+    path = merge_record_path(prefix)
+    if not path.exists():
+        raise UserError(f"dataset {prefix} was not joined by maskmoe preprocess --merge: {path} does not exist")
+    record = read_record(MergeRecord, path, "join the datasets again")
+    if record.idx_sha256 != read_index(prefix).idx_sha256:
+        raise UserError(f"{path} describes an earlier dataset: join the datasets again")
+    return record
+
+
+def merge_datasets(
+    names: Sequence[str],
+    output_prefix: str,
+    json_keys: Sequence[str] = ("text",),
+    shuffle_seed: int | None = None,
+    force: bool = False,
+) -> list[IndexedDatasetWriter]:
+    """Join datasets in the given order.
+
+    The result has the bytes of the dataset that `preprocess` makes of the whole text, if the datasets are its shards in
+    order. Its parts are recorded in `PREFIX.parts.json`. A progress bar is shown if stderr is a terminal.
+
+    Args:
+        names: Either prefixes of datasets. Or output prefixes of `preprocess`, each of which stands for a dataset of
+            each key `PREFIX_KEY_document`, or for all its shards `PREFIX-I-of-N_KEY_document` in order.
+        output_prefix: Prefix of the joined dataset; or its start, to which `_KEY_document` is added, if `names` are
+            output prefixes, too.
+        json_keys: Keys of the datasets, if `names` are output prefixes.
+        shuffle_seed: Seed of a random order of all documents, the same for all keys. None keeps the order.
+        force: Whether to replace earlier datasets of these names.
+
+    Returns:
+        The writers, which tell the prefixes and the sizes of the joined datasets.
+
+    Raises:
+        UserError: A dataset is missing, damaged, or given twice; the datasets differ in tokenizer or dtype; shards are
+            missing, or are not of one text; or an output is an input, or exists and `force` is false. Then nothing is
+            written.
+    """
+    merges = _find_datasets(names, output_prefix, json_keys)
+    _allow_open_files()
+    outputs = [path for output in merges for path in (*dataset_files(output), merge_record_path(output))]
+    inputs = [path for prefixes in merges.values() for prefix in prefixes for path in dataset_files(prefix)]
+    check_outputs(outputs, inputs, force)
+    writers, parts = [], []
+    with ExitStack() as stack:
+        for output, prefixes in merges.items():
+            dtype, tokenizer = _check_datasets(prefixes, shuffle_seed is not None)
+            writer = stack.enter_context(IndexedDatasetWriter(output, dtype, tokenizer))
+            if shuffle_seed is None:
+                copy_in_order(prefixes, writer)
+            else:
+                copy_shuffled(prefixes, writer, shuffle_seed)
+            if writer.num_tokens == 0:
+                raise UserError(f"the {len(prefixes)} datasets hold no tokens: there is nothing to train on")
+            writers.append(writer)
+            parts.append(tuple(map(_part, prefixes)))
+            merge_record_path(output).unlink(missing_ok=True)
+    for writer, parts_of_writer in zip(writers, parts, strict=True):
+        record = MergeRecord(read_index(writer.prefix).idx_sha256, parts_of_writer)
+        write_record(record, merge_record_path(writer.prefix), indent=2)
+    return writers
+
+
+def _part(prefix: str) -> DatasetPart:
+    index = read_index(prefix)
+    return DatasetPart(index.idx_sha256, index.bin_bytes)
+
+
+def _find_datasets(names: Sequence[str], output_prefix: str, json_keys: Sequence[str]) -> dict[str, list[str]]:
+    """Return the prefixes of the datasets to join, for the prefix of each joined dataset."""
+    if any(idx_path(name).is_file() for name in names):
+        return {output_prefix: list(names)}
+    return {
+        f"{output_prefix}_{key}_document": [prefix for name in names for prefix in _datasets_of_key(name, key)]
+        for key in json_keys
+    }
+
+
+def _datasets_of_key(name: str, key: str) -> list[str]:
+    """Return the prefixes of the datasets of one key that an output prefix stands for."""
+    prefix = f"{name}_{key}_document"
+    if idx_path(prefix).is_file():
+        return [prefix]
+    pattern = f"{glob.escape(name)}-*-of-*{glob.escape(f'_{key}_document.idx')}"
+    matches = [match for path in glob.glob(pattern) if (match := _SHARD.fullmatch(path.removesuffix(".idx")))]
+    shards = {(int(match[3]), int(match[2])): match[0] for match in matches if match[1] == name}
+    counts = {count for count, _ in shards}
+    if not shards:
+        hint = "; give prefixes without .idx and .bin" if Path(name).suffix in (".idx", ".bin") else ""
+        raise UserError(f"there is no dataset {name}, and none {prefix}, and no shards of it{hint}")
+    if len(counts) > 1:
+        listed = " and ".join(map(str, sorted(counts)))
+        raise UserError(f"{name} has shards of {listed}; name the shards, or delete those of an earlier division")
+    (count,) = counts
+    missing = [index for index in range(count) if (count, index) not in shards]
+    if missing:
+        first = f"{missing[0]}/{count}"
+        raise UserError(f"{name} lacks {len(missing)} of {count} shards, the first is {first}: make it with --shard")
+    return [shards[count, index] for index in range(count)]
+
+
+def _check_datasets(prefixes: Sequence[str], shuffled: bool) -> tuple[np.dtype, TokenizerRecord | None]:
+    """Check that the datasets can be joined; return their dtype, and the record of their tokenizer or None."""
+    seen: set[Path] = set()
+    for prefix in prefixes:
+        path = idx_path(prefix).resolve()
+        if path in seen:
+            raise UserError(f"dataset {prefix} is given twice")
+        seen.add(path)
+    first = read_index(prefixes[0])
+    tokenizer = read_tokenizer_record(prefixes[0])
+    for prefix in prefixes:
+        index, record = read_index(prefix), read_tokenizer_record(prefix)
+        if index.has_modes:
+            raise UserError(f"dataset {prefix} is multimodal, and cannot be joined")
+        if shuffled and index.has_documents_of_many_sequences:
+            raise UserError(f"dataset {prefix} has documents of several sequences, which cannot be shuffled")
+        if index.dtype != first.dtype:
+            raise UserError(f"datasets differ: {prefixes[0]} has {first.dtype} ids, {prefix} has {index.dtype} ids")
+        if not _is_same_tokenizer(tokenizer, record):
+            raise UserError(
+                f"datasets differ in their tokenizers: {prefixes[0]} was made with {tokenizer or 'an unknown one'}, "
+                f"{prefix} with {record or 'an unknown one'}"
+            )
+    _check_shards(prefixes)
+    return first.dtype, tokenizer
+
+
+def _is_same_tokenizer(first: TokenizerRecord | None, second: TokenizerRecord | None) -> bool:
+    """Return whether two records differ in the name of the model's file at most."""
+    if first is None or second is None:
+        return first is second
+    return replace(first, model=second.model) == second
+
+
+def _check_shards(prefixes: Sequence[str]) -> None:
+    """Check that shards of one name were made of the same text. Raises UserError."""
+    texts: dict[tuple[str, ...], tuple[str, str]] = {}
+    for prefix in prefixes:
+        path, match = shard_record_path(prefix), _SHARD.fullmatch(str(prefix))
+        if match is None or not path.exists():
+            continue
+        record = read_record(ShardRecord, path, "make the shard again")
+        name = (match[1], match[3], match[4])
+        other, text = texts.setdefault(name, (prefix, record.text_sha256))
+        if record.text_sha256 != text:
+            raise UserError(
+                f"shards {other} and {prefix} were made of different input files, or with different settings or "
+                "tokenizers: make all shards again"
+            )
+
+
+def _allow_open_files() -> None:
+    """Allow this process as many open files as the system permits: shuffling keeps a file of each dataset open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
