@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 # Models are loaded one after another. Processes that fork need not import vLLM again for each model. Ranks of tensor
-# parallelism may share cores.
+# parallelism may share cores. Multi-latent attention expands keys and values, since vLLM's own layer supports other
+# models only.
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_MLA_DISABLE": "1",
 }
 
 from vllm import LLM, SamplingParams
@@ -21,16 +23,8 @@ from vllm import LLM, SamplingParams
 
 def answer(folder: str, prompts: list[list[int]], max_tokens: int, **options) -> list[dict]:
     """Return the greedy continuation of each prompt and the log-probabilities of all ids but the first."""
-    llm = LLM(
-        folder,
-        dtype="float32",
-        trust_remote_code=True,
-        skip_tokenizer_init=True,
-        kv_cache_memory_bytes=64 << 20,
-        max_model_len=64,
-        enforce_eager=True,
-        **options,
-    )
+    defaults = {"dtype": "float32", "trust_remote_code": True, "skip_tokenizer_init": True, "enforce_eager": True}
+    llm = LLM(folder, **(defaults | {"max_model_len": 64, "kv_cache_memory_bytes": 64 << 20} | options))
     sampling = SamplingParams(
         temperature=0, max_tokens=max_tokens, logprobs=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
     )
