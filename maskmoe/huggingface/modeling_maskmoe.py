@@ -350,6 +350,15 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Choose how experts are computed; by default a quantized model computes them one after another.
+
+        torchao's tensors have no grouped product.
+        """
+        if requested_experts is None and getattr(self.config, "quantization_config", None) is not None:
+            requested_experts = "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
     @property
     def supports_pp_plan(self) -> bool:
         """Refuse pipeline stages, for which servers ask here; a model without experts can be divided.
