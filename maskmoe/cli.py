@@ -1,13 +1,10 @@
-"""Functions that all command-line tools share: they report errors and write output files."""
+"""Runs the main function of a command-line tool and reports its errors."""
 
 import os
 import signal
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.interruption import EXIT_REQUEUE, leave_exit_code
@@ -43,27 +40,3 @@ def run_tool(main: Callable[[], None]) -> None:
     if code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
         leave_exit_code(code)
     sys.exit(code)
-
-
-@contextmanager
-def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
-
-    Readers see the old file or the complete new file, never a partial file.
-
-    Raises:
-        UserError: `path` is a folder, or the folder of `path` does not exist or is not writable.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; name a file")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose an existing, writable folder") from error
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

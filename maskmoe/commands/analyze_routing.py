@@ -29,9 +29,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskmoe.cli import atomic_output
-from maskmoe.commands.arguments import command_parser
+from maskmoe.commands.arguments import add_force_argument, command_parser
+from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output, check_outputs, unwinding_on_signals
 from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings
 
 
@@ -86,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--save-traces", action="store_true", help="also write the routing of every token, trace_1.safetensors, …"
     )
+    add_force_argument(parser)
     arguments = parser.parse_args()
     if arguments.input is not None and arguments.split is not None:
         raise UserError("--split is for --data-path; --input is used from its beginning")
@@ -128,6 +130,13 @@ def output_folder(path: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
+def _inputs(arguments: argparse.Namespace) -> list[Path]:
+    """Return the files and folders that the command reads."""
+    dataset = dataset_files(arguments.data_path) if arguments.data_path else ()
+    files = [path for path in (arguments.token_frequency, arguments.tokenizer_model) if path]
+    return [*arguments.load, *(arguments.input or ()), *dataset, *map(Path, files)]
+
+
 def main() -> None:
     """Run the analysis that the command line describes, write its files and print its table."""
     arguments = parse_arguments()
@@ -140,7 +149,7 @@ def main() -> None:
     from maskmoe.routing_analysis.analysis import analyze
     from maskmoe.routing_analysis.models import find_models
     from maskmoe.routing_analysis.probe import DatasetText, FileText
-    from maskmoe.routing_analysis.report import terminal_table, write_results
+    from maskmoe.routing_analysis.report import result_files, terminal_table, write_results
     from maskmoe.routing_mask import TokenFrequency
 
     if arguments.input is None:
@@ -149,9 +158,10 @@ def main() -> None:
         text = FileText(tuple(arguments.input), arguments.json_key)
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     models = find_models(arguments.load, arguments.ckpt_step)
-    with output_folder(arguments.output_dir) as folder, ExitStack() as outputs:
+    with unwinding_on_signals(), output_folder(arguments.output_dir) as folder, ExitStack() as outputs:
         numbers = range(1, len(models) + 1) if arguments.save_traces else ()
         trace_files = [folder / f"trace_{number}.safetensors" for number in numbers]
+        check_outputs([*result_files(folder), *trace_files], _inputs(arguments), arguments.force)
         # Temporary files become the traces when the analysis has succeeded.
         temporary = [outputs.enter_context(atomic_output(path)) for path in trace_files]
         analysis = analyze(models, text, settings, frequency, temporary, progress=True)

@@ -2,6 +2,8 @@
 
 import argparse
 
+from maskmoe.outputs import MEANING_OF_FORCE
+
 
 def command_parser(documentation: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help is the docstring of a command's module.
@@ -37,3 +39,8 @@ def add_workers_argument(parser: argparse.ArgumentParser) -> None:
 def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:
     """Add the flag for the seed of something random."""
     parser.add_argument("--seed", type=int, default=0, metavar="S", help=f"seed of {purpose} (default: %(default)s)")
+
+
+def add_force_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that lets a command replace its earlier outputs, see `maskmoe.outputs.check_outputs`."""
+    parser.add_argument("--force", action="store_true", help=MEANING_OF_FORCE)

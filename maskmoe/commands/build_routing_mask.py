@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from maskmoe.cli import atomic_output
-from maskmoe.commands.arguments import add_seed_argument, add_workers_argument, command_parser
+from maskmoe.commands.arguments import add_force_argument, add_seed_argument, add_workers_argument, command_parser
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, MaskRecipe
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
@@ -87,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
     add_seed_argument(method, "the random choices")
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_force_argument(parser)
     add_workers_argument(parser)
     return parser.parse_args()
 
@@ -135,6 +136,12 @@ def mask_from_table(arguments: argparse.Namespace) -> RoutingMask:
     if repeats := table.num_ids_with_repeats:
         print(f"WARNING: {repeats:,} ids name an expert more than once; they see each named expert once")
     return table.to_mask(arguments.num_experts, arguments.num_layers)
+
+
+def _inputs(arguments: argparse.Namespace) -> list[Path]:
+    """Return the files and folders that the command reads."""
+    table = arguments.expert_table and Path(ExpertTable.path_of(arguments.expert_table))
+    return [path for path in (arguments.token_frequency, table) if path]
 
 
 def _flags(names: list[str]) -> str:
@@ -208,6 +215,7 @@ def main() -> None:
     num_ranks = arguments.expert_model_parallel_size
     if num_ranks is not None and (num_ranks < 1 or arguments.num_experts % num_ranks):
         raise UserError(f"{arguments.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
+    check_outputs([arguments.output], _inputs(arguments), arguments.force)
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     with atomic_output(arguments.output) as temporary:
         if arguments.expert_table:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maskmoe.cli import atomic_output
+from maskmoe.commands.arguments import add_force_argument
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
     DTYPE_NAMES,
@@ -17,6 +17,7 @@ from maskmoe.conversion.settings import (
     parse_size,
 )
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output, check_outputs, unwinding_on_signals
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,6 +41,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         folder = "folder of a model, of a checkpoint, or of a run's checkpoints"
         parser.add_argument("checkpoint", type=Path, metavar="DIR", help=folder)
         parser.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
+        add_force_argument(parser)
     elif name == "quantize":
         folder, text = "folder of an exported model", "text to compute the losses on (default: the model samples text)"
         parser.add_argument("--load", type=Path, required=True, metavar="DIR", help=folder)
@@ -168,6 +170,8 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from maskmoe.conversion.inspection import inspect_checkpoint
 
+    if arguments.json:
+        check_outputs([arguments.json], [arguments.checkpoint], arguments.force)
     inspection = inspect_checkpoint(arguments.checkpoint, arguments.verify)
     print(inspection.table())
     if arguments.json:
@@ -206,7 +210,6 @@ def main() -> None:
     prepare_process()
     if arguments.command == "inspect":
         _inspect(arguments)
-    elif arguments.command == "quantize":
-        _quantize(arguments)
     else:
-        _convert(arguments)
+        with unwinding_on_signals():
+            _quantize(arguments) if arguments.command == "quantize" else _convert(arguments)

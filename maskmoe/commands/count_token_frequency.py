@@ -9,10 +9,10 @@ Example:
 
 from pathlib import Path
 
-from maskmoe.cli import atomic_output
-from maskmoe.commands.arguments import add_workers_argument, command_parser
+from maskmoe.commands.arguments import add_force_argument, add_workers_argument, command_parser
+from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ids_by_frequency
-from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
+from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency, files_of_data_path
 
 
 def print_summary(frequency: TokenFrequency) -> None:
@@ -44,8 +44,10 @@ def main() -> None:
     size = "number of ids of the tokenizer, without padding"
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help=size)
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_force_argument(parser)
     add_workers_argument(parser)
     arguments = parser.parse_args()
+    check_outputs([arguments.output], files_of_data_path(arguments.data_path), arguments.force)
     with atomic_output(arguments.output) as temporary:
         frequency = count_token_frequency(arguments.data_path, arguments.vocab_size, arguments.workers, progress=True)
         frequency.save(temporary)

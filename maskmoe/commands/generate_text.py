@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from maskmoe.cli import atomic_output
+from maskmoe.commands.arguments import add_force_argument
 from maskmoe.errors import UserError
+from maskmoe.model_config import read_model_config
+from maskmoe.outputs import atomic_output, check_outputs
 
 
 def main() -> None:
@@ -23,11 +25,15 @@ def main() -> None:
     add("--top-k", type=int, default=50, help="sample among the K most probable tokens; 0 for all")
     add("--seed", type=int, default=1234, help="seed of the sampling")
     add("--output", type=Path, metavar="FILE", help="also write the text to a file")
+    add_force_argument(parser)
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
     if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
+    read_model_config(arguments.model / "config.json")
+    if arguments.output is not None:
+        check_outputs([arguments.output], [arguments.model], arguments.force)
 
     # Only now, since these imports take seconds and `--help` does not need them.
     import torch
@@ -35,8 +41,13 @@ def main() -> None:
 
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", local_files_only=True)
+    # Without `trust_remote_code`, transformers would offer to run code of the folder.
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, **options)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", **options)
+    except ValueError as error:
+        raise UserError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if prompt["input_ids"].shape[1] == 0:

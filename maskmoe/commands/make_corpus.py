@@ -11,10 +11,10 @@ Example:
 import json
 import random
 
-from maskmoe.cli import atomic_output
-from maskmoe.commands.arguments import add_seed_argument, command_parser
+from maskmoe.commands.arguments import add_force_argument, add_seed_argument, command_parser
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output, check_outputs
 
 
 def main() -> None:
@@ -24,12 +24,14 @@ def main() -> None:
     limit = "largest size of the text in bytes; the standard library comes first (default: %(default)s, 32 MiB)"
     parser.add_argument("--max-bytes", type=int, default=32 << 20, metavar="N", help=limit)
     add_seed_argument(parser, "the order of the documents")
+    add_force_argument(parser)
     arguments = parser.parse_args()
+    check_outputs([arguments.output], force=arguments.force)
+    documents = list(default_corpus(arguments.max_bytes))
+    if not documents:
+        raise UserError(f"no text of at most {arguments.max_bytes} bytes found in this Python; raise --max-bytes")
+    random.Random(arguments.seed).shuffle(documents)
     with atomic_output(arguments.output) as path, open(path, "w", encoding="utf-8") as stream:
-        documents = list(default_corpus(arguments.max_bytes))
-        if not documents:
-            raise UserError(f"no text of at most {arguments.max_bytes} bytes found in this Python; raise --max-bytes")
-        random.Random(arguments.seed).shuffle(documents)
         for document in documents:
             stream.write(json.dumps({"text": document.text, "path": document.path}, ensure_ascii=False) + "\n")
     size = sum(len(document.text.encode()) for document in documents)

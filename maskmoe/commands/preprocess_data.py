@@ -14,7 +14,7 @@ Example:
 
 import time
 
-from maskmoe.commands.arguments import add_text_arguments, add_workers_argument, command_parser
+from maskmoe.commands.arguments import add_force_argument, add_text_arguments, add_workers_argument, command_parser
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 
@@ -43,6 +43,7 @@ def main() -> None:
         "documents, which Megatron's --split holds out, resemble the documents before them; needs twice the disk space "
         "while it runs (default: keep the order of the input)",
     )
+    add_force_argument(parser)
     add_workers_argument(parser)
     settings = vars(parser.parse_args())
     if (seed := settings["shuffle_seed"]) is not None and seed < 0:

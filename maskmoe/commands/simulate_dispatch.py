@@ -34,10 +34,10 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from maskmoe.cli import atomic_output
-from maskmoe.commands.arguments import command_parser
-from maskmoe.data.indexed_dataset import open_tokens
+from maskmoe.commands.arguments import add_force_argument, command_parser
+from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask import RoutingMask, TokenFrequency, count_token_frequency
 from maskmoe.simulation import Cluster, Layout, Link, Masks, MicroBatches, Simulation, Workload
 from maskmoe.simulation.report import draw_plot, table, to_json
@@ -93,6 +93,7 @@ def parse_arguments() -> argparse.Namespace:
 
     parser.add_argument("--output", type=Path, metavar="F", help="file for the results in bytes and seconds, .json")
     parser.add_argument("--plot", type=Path, metavar="F", help="file for a plot of the results, .png")
+    add_force_argument(parser)
     return parser.parse_args()
 
 
@@ -146,6 +147,8 @@ def main() -> None:
         within=Link(arguments.intra_node_bandwidth * 1e9, arguments.intra_node_latency * 1e-6),
         across=Link(arguments.inter_node_bandwidth * 1e9, arguments.inter_node_latency * 1e-6),
     )
+    outputs = [path for path in (arguments.output, arguments.plot) if path]
+    check_outputs(outputs, [arguments.routing_mask, *dataset_files(arguments.data_path)], arguments.force)
     mask = RoutingMask.load(arguments.routing_mask)
     if arguments.layer is not None and not 1 <= arguments.layer <= mask.num_layers:
         raise UserError(f"--layer is {arguments.layer}, but the routing mask has layers 1 to {mask.num_layers}")
@@ -159,15 +162,17 @@ def main() -> None:
         num_layers=mask.num_layers,
     )
     batches = MicroBatches(open_tokens(arguments.data_path), arguments.tokens_per_rank)
-    with ExitStack() as outputs:
-        output = arguments.output and outputs.enter_context(atomic_output(arguments.output))
-        plot = arguments.plot and outputs.enter_context(atomic_output(arguments.plot))
+    with ExitStack() as stack:
+        output = arguments.output and stack.enter_context(atomic_output(arguments.output))
+        plot = arguments.plot and stack.enter_context(atomic_output(arguments.plot))
         frequency = count_frequency(arguments.data_path, mask, arguments.routing_mask)
         simulation = Simulation(Masks(mask, layers, frequency), batches, cluster, workload, arguments.seed)
         results = simulation.run(layouts, progress=True)
         if output:
             # All settings that determine the results.
-            settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "plot")}
+            settings = {
+                name: value for name, value in vars(arguments).items() if name not in ("output", "plot", "force")
+            }
             settings |= {"routing_mask": str(arguments.routing_mask), "routing_mask_digest": mask.digest}
             settings |= {"num_experts": mask.num_experts, "dataset_tokens": len(batches.tokens)}
             output.write_text(json.dumps(to_json(settings, results), indent=2) + "\n", encoding="utf-8")
@@ -175,5 +180,5 @@ def main() -> None:
             draw_plot(results, plot)
     print_settings(arguments, mask, batches, layouts)
     print(*table(results), sep="\n")
-    for written in filter(None, (arguments.output, arguments.plot)):
+    for written in outputs:
         print(f"written          {written}")

@@ -13,10 +13,10 @@ Example:
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from maskmoe.cli import atomic_output
-from maskmoe.commands.arguments import add_seed_argument, add_text_arguments, command_parser
+from maskmoe.commands.arguments import add_force_argument, add_seed_argument, add_text_arguments, command_parser
 from maskmoe.data.corpus import check_inputs, parse_block, progress_bar, read_blocks
 from maskmoe.data.tokenizer_training import train_tokenizer, vocabulary_lines
+from maskmoe.outputs import atomic_output, check_outputs
 
 
 def read_with_progress(paths: Sequence[Path], json_keys: Sequence[str]) -> Iterator[str]:
@@ -50,11 +50,14 @@ def main() -> None:
     parser.add_argument("--max-lines", type=int, default=10_000_000, metavar="N", help=lines)
     parser.add_argument("--num-threads", type=int, default=16, metavar="T", help="threads (default: %(default)s)")
     add_seed_argument(parser, "the drawn lines")
+    add_force_argument(parser)
     settings = vars(parser.parse_args())
-    prefix = settings.pop("output_prefix")
-    documents = read_with_progress(check_inputs(settings.pop("input")), settings.pop("json_keys"))
-    with atomic_output(f"{prefix}.model") as model_path, atomic_output(f"{prefix}.vocab") as vocab_path:
-        model = train_tokenizer(documents, **settings)
+    prefix, paths = settings.pop("output_prefix"), check_inputs(settings.pop("input"))
+    outputs = [f"{prefix}.model", f"{prefix}.vocab"]
+    check_outputs(outputs, paths, settings.pop("force"))
+    # No output is open during the training, which a signal ends at once.
+    model = train_tokenizer(read_with_progress(paths, settings.pop("json_keys")), **settings)
+    with atomic_output(outputs[0]) as model_path, atomic_output(outputs[1]) as vocab_path:
         model_path.write_bytes(model)
         vocab_path.write_text("".join(vocabulary_lines(model)), encoding="utf-8")
     print(f"{prefix}.model: {settings['model_type']}, {settings['vocab_size']} ids")

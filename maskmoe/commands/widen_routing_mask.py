@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from maskmoe.cli import atomic_output
-from maskmoe.commands.arguments import add_seed_argument, add_workers_argument, command_parser
+from maskmoe.commands.arguments import add_force_argument, add_seed_argument, add_workers_argument, command_parser
 from maskmoe.commands.build_routing_mask import describe_imbalance, warn_of_overload
+from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, expected_expert_load
@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--frequent-visible-experts", type=int, metavar="V_f", help=visible)
     add_seed_argument(parser, "the random choices")
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_force_argument(parser)
     add_workers_argument(parser)
     return parser.parse_args()
 
@@ -87,6 +88,8 @@ def _mean_visible(mask: RoutingMask) -> float:
 def main() -> None:
     """Widen the mask, write the wider mask and print what changed."""
     arguments = parse_arguments()
+    inputs = [path for path in (arguments.routing_mask, arguments.token_frequency) if path]
+    check_outputs([arguments.output], inputs, arguments.force)
     mask = read_mask(arguments.routing_mask)
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     with atomic_output(arguments.output) as temporary:

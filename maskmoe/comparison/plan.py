@@ -6,13 +6,13 @@ from pathlib import Path
 
 import yaml
 
-from maskmoe.cli import atomic_output
 from maskmoe.comparison.data import Data, dataset_prefixes
 from maskmoe.comparison.runs import Run, checkpoint_iterations, training_flags
 from maskmoe.comparison.suite import Suite
 from maskmoe.launch.command import standalone_command
 from maskmoe.launch.devices import DEVICE_FLAGS, Devices
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
+from maskmoe.outputs import atomic_output
 from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.process import read_log
 from maskmoe.workflow.record import RunRecord

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskmoe.cli import atomic_output
 from maskmoe.comparison.results import (
     Results,
     RoutingHistory,
@@ -17,6 +16,7 @@ from maskmoe.comparison.results import (
     differences_to,
     paired_difference,
 )
+from maskmoe.outputs import atomic_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

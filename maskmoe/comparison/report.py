@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskmoe.cli import atomic_output
 from maskmoe.comparison.markdown import render
 from maskmoe.comparison.plots import draw_plots
 from maskmoe.comparison.results import Estimate, Results, RunResult, differences_to
 from maskmoe.json_files import write_record
+from maskmoe.outputs import atomic_output
 
 
 def write_report(results: Results, folder: Path) -> Path:

@@ -22,6 +22,7 @@ from maskmoe.conversion.upcycle import upcycle
 from maskmoe.conversion.writing import OutputFolder
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, HuggingFaceTokenizer, load_tokenizer
 from maskmoe.errors import UserError
+from maskmoe.outputs import lies_inside
 from maskmoe.routing_mask.mask import RoutingMask
 
 _DTYPES = dict(zip(DTYPE_NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
@@ -120,7 +121,8 @@ def _output_folder(
     Raises:
         UserError: the folder lies inside the source.
     """
-    if settings.save.resolve().is_relative_to(source.resolve()):
+    # The source may be one of several checkpoints in the folder `--load`.
+    if lies_inside(settings.save, settings.load) or lies_inside(settings.save, source):
         raise UserError(f"{settings.save} lies inside the folder that is converted; name a folder elsewhere")
     files = {str(path.relative_to(source)): path.stat() for path in source.rglob("*") if path.is_file()}
     job = asdict(settings) | {

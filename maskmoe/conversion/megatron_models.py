@@ -13,7 +13,6 @@ import torch
 
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
 from maskmoe.checkpoint.series import RELEASE, write_tracker
-from maskmoe.cli import atomic_output
 from maskmoe.conversion.blocks import (
     Copy,
     CoverageError,
@@ -33,6 +32,7 @@ from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 

@@ -1,6 +1,5 @@
 """Quantizes exported models: torchao stores the weights of attention, MLPs and experts in int8."""
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,20 +12,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from maskmoe.checkpoint.integrity import FileRecord, Manifest, check_content
 from maskmoe.conversion.huggingface_models import open_model
+from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
-from maskmoe.conversion.safetensors_files import SafetensorsSource, row_major_blocks
+from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.conversion.tokenizer import TOKENIZER_FILES
-from maskmoe.conversion.writing import BLOCK_BYTES, OutputFolder
+from maskmoe.conversion.writing import OutputFolder
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
-from maskmoe.json_files import read_json, write_record
+from maskmoe.json_files import write_record
+from maskmoe.model_config import read_model_config
+from maskmoe.outputs import lies_inside
 
 REPORT_FILE = "quantization.json"
 """Name of the file beside a quantized model with what `QuantizationReport` holds."""
 # All projections of all layers, as modules or as parameters of experts. Embeddings, the output layer, routers, gates,
 # norms and the routing mask keep their types.
 _QUANTIZED = r"re:model\.layers\.\d+\..*_proj"
-_MASK_PREFIX = "model.routing_mask."
 _MAX_TOKENS = 16384
 _SAMPLES, _SAMPLED_TOKENS = 16, 128
 
@@ -78,10 +79,10 @@ def quantize_model(load: Path, save: Path, text: Path | None = None, verify: boo
         UserError: `load` holds no exported model, or a quantized model; `save` is not new; the text cannot be read or
             is too short.
     """
-    if read_json(load / CONFIG_FILE).get("model_type") != MaskMoEConfig.model_type:
+    if read_model_config(load / CONFIG_FILE).get("model_type") != MaskMoEConfig.model_type:
         raise UserError(f"{load} holds no exported MaskMoE model; convert it first")
     open_model(load)  # refuses a model that is quantized or incomplete
-    if save.resolve().is_relative_to(load.resolve()):
+    if lies_inside(save, load):
         raise UserError(f"{save} lies inside the folder that is converted; name a folder elsewhere")
     check = partial(check_content, load) if verify else lambda: None
     with OutputFolder(save, {"quantize": str(load.resolve()), "text": text and str(text)}, check) as output:
@@ -107,7 +108,7 @@ def quantize_model(load: Path, save: Path, text: Path | None = None, verify: boo
             quantized_loss=quantized_loss,
             num_bytes=_num_bytes(original),
             quantized_bytes=_num_bytes(quantized),
-            mask_digest=_compare_masks(original, quantized),
+            mask_digest=_mask_digest(original, quantized),
         )
         write_record(asdict(report), output.path / REPORT_FILE, indent=2)
         Manifest.of({file.name: FileRecord.of(file) for file in quantized.files}).save(output.path)
@@ -161,18 +162,9 @@ def _num_bytes(source: SafetensorsSource) -> int:
     return sum(spec.num_bytes for spec in source.tensors.values())
 
 
-def _compare_masks(original: SafetensorsSource, quantized: SafetensorsSource) -> str | None:
-    """Assert that the tensors of the routing mask are equal, and return the mask's digest."""
-    metadata = None
-    for name in (name for name in original.tensors if name.startswith(_MASK_PREFIX)):
-        value, copy = (_read_tensor(source, name) for source in (original, quantized))
-        assert torch.equal(value, copy), f"{name} changed"
-        if name == f"{_MASK_PREFIX}metadata":
-            metadata = json.loads(value.numpy().tobytes())
-    return metadata and metadata["digest"]
-
-
-def _read_tensor(source: SafetensorsSource, name: str) -> Tensor:
-    """Return all elements of a tensor, in one dimension."""
-    blocks = row_major_blocks(name, source.tensors[name], BLOCK_BYTES)
-    return torch.cat([source.read(block).flatten() for block in blocks])
+def _mask_digest(original: SafetensorsSource, quantized: SafetensorsSource) -> str | None:
+    """Return the digest of the routing mask of both models; both masks are verified."""
+    masks = [read_mask(source, ROUTING_MASK_PREFIX) for source in (original, quantized)]
+    before, after = (mask and mask.digest for mask in masks)
+    assert before == after, f"quantization changed the routing mask from {before} to {after}"
+    return before

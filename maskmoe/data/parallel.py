@@ -6,10 +6,12 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import chain, islice
 
-from maskmoe.errors import UserError
+from maskmoe.child_process import end_with_parent
+from maskmoe.errors import RunFailure, UserError
 
 _TASKS_PER_WORKER = 16
 
@@ -35,6 +37,7 @@ def map_in_processes[Task, Result](
 
     Raises:
         UserError: `workers` is less than 1.
+        RunFailure: A worker process was killed.
     """
     workers = available_cores() if workers is None else workers
     if workers < 1:
@@ -49,8 +52,7 @@ def map_in_processes[Task, Result](
     # that has imported the function's module, which saves each worker the time of the import.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([(function.func if isinstance(function, partial) else function).__module__])
-    # Only the calling process reacts to Ctrl-C; it then ends the workers.
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, context, _start_worker)
     pending: deque[Future[Result]] = deque()
     try:
         for task in tasks:
@@ -58,5 +60,18 @@ def map_in_processes[Task, Result](
             if len(pending) >= workers * _TASKS_PER_WORKER:
                 yield pending.popleft().result()
         yield from (future.result() for future in pending)
+    except BrokenProcessPool as error:
+        raise RunFailure("a worker process was killed, perhaps for lack of memory; give fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Let a new worker react to the end of the calling process only, which ends its workers after a signal."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # The server, which is the worker's parent, ends with the calling process, however that process ends.
+    end_with_parent(os.getppid())
+    caller = multiprocessing.parent_process()
+    if caller is None or not caller.is_alive():
+        os._exit(1)

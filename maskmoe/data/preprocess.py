@@ -15,10 +15,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from maskmoe.data.corpus import BLOCK_BYTES, Block, check_inputs, parse_block, progress_bar, read_blocks
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, copy_shuffled, optimal_dtype
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, copy_shuffled, dataset_files, optimal_dtype
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import Tokenizer, TokenizerRecord, load_tokenizer
 from maskmoe.errors import UserError
+from maskmoe.outputs import check_outputs
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def preprocess(
     append_eod: bool = False,
     workers: int | None = 1,
     shuffle_seed: int | None = None,
+    force: bool = False,
 ) -> list[IndexedDatasetWriter]:
     """Encode text files into one indexed dataset for each key, named `OUTPUT_PREFIX_KEY_document` as by Megatron.
 
@@ -96,20 +98,24 @@ def preprocess(
         workers: Number of processes that encode, or None for one process on each available core.
         shuffle_seed: Seed of a random order of the documents, the same for all keys. None keeps the order of the input.
             With a seed, the datasets take twice their space on disk while they are written.
+        force: Whether to replace datasets of these names.
 
     Returns:
         The writers, which tell the prefixes and the sizes of the datasets.
 
     Raises:
-        UserError: The input is bad. Then nothing is written, and earlier datasets of these names stay as they were.
+        UserError: The input is bad, keys cannot name files, or a dataset exists and `force` is false. Then nothing is
+            written, and earlier datasets of these names stay as they were.
     """
-    paths = check_inputs(inputs)
+    paths, prefixes = check_inputs(inputs), _prefixes(output_prefix, json_keys)
+    outputs = [path for prefix in prefixes for path in dataset_files(prefix)]
+    check_outputs(outputs, [*paths, tokenizer_model], force)
     record = load_tokenizer(tokenizer_type, tokenizer_model).record()
     if append_eod and record.eod_id is None:
         raise UserError(f"tokenizer {tokenizer_model} has no end-of-text token, which --append-eod needs")
     encoder = BlockEncoder(record, str(tokenizer_model), tuple(json_keys), append_eod)
     dtype = optimal_dtype(record.vocab_size)
-    writers = [IndexedDatasetWriter(f"{output_prefix}_{key}_document", dtype, record) for key in json_keys]
+    writers = [IndexedDatasetWriter(prefix, dtype, record) for prefix in prefixes]
     with ExitStack() as stack:
         for writer in writers:
             stack.enter_context(writer)
@@ -126,6 +132,20 @@ def preprocess(
             for source, writer in zip(unshuffled, writers, strict=True):
                 copy_shuffled(source.prefix, writer, shuffle_seed)
     return writers
+
+
+def _prefixes(output_prefix: str | Path, json_keys: Sequence[str]) -> list[str]:
+    """Return the prefix of the dataset of each key.
+
+    Raises:
+        UserError: A key is given twice, or contains a slash, so that its dataset would lie in another folder.
+    """
+    for number, key in enumerate(json_keys):
+        if key in json_keys[:number]:
+            raise UserError(f"--json-keys names {key!r} twice; name each key once")
+        if "/" in key or "\0" in key:
+            raise UserError(f"--json-keys {key!r}: a key becomes part of a file's name, and must not contain '/'")
+    return [f"{output_prefix}_{key}_document" for key in json_keys]
 
 
 def _encode_files(

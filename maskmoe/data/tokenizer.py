@@ -14,6 +14,9 @@ import numpy as np
 
 from maskmoe.errors import UserError
 from maskmoe.json_files import read_json
+from maskmoe.untrusted import UnusableFile, read_bounded
+
+_MAX_MODEL_BYTES = 256 << 20  # of a tokenizer's file; the largest known has 35 MB
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,10 @@ class Tokenizer(ABC):
 
     def __init__(self, model: str | Path) -> None:
         self.model_path = Path(model)
-        if not self.model_path.is_file():
-            raise UserError(f"model {model} of {type(self).__name__} does not exist")
+        try:
+            self._content = read_bounded(model, _MAX_MODEL_BYTES)
+        except UnusableFile as error:
+            raise UserError(f"model {error} ({type(self).__name__})") from error
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -69,7 +74,7 @@ class Tokenizer(ABC):
 
     def record(self) -> TokenizerRecord:
         """Return the record that identifies this tokenizer; reads the model file to compute its digest."""
-        sha256 = hashlib.sha256(self.model_path.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(self._content).hexdigest()
         return TokenizerRecord(type(self).__name__, self.model_path.name, sha256, self.vocab_size, self.eod_id)
 
 
@@ -91,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(model)
         self.processor = SentencePieceProcessor()
         try:
-            self.processor.LoadFromSerializedProto(self.model_path.read_bytes())
+            self.processor.LoadFromSerializedProto(self._content)
         except RuntimeError as error:
             raise UserError(f"tokenizer {model} is not a SentencePiece model") from error
         self.vocab_size = self.processor.get_piece_size()

@@ -2,7 +2,10 @@
 
 import io
 import re
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 from maskmoe.errors import UserError
@@ -10,6 +13,7 @@ from maskmoe.errors import UserError
 # The trainer takes lines and refuses lines with tabs, which it uses itself. "\n" and "\t" become byte tokens instead.
 _SEPARATORS = re.compile(r"[\n\t]")
 _MAX_LINE_CHARACTERS = 1 << 12
+_SIGNALS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Errors of the trainer that the user can cure, with the message that says how.
 _CURABLE = {
     r"Vocabulary size too high \((\d+)\)\. Please set it to a value <= (\d+)": (
@@ -38,6 +42,7 @@ def train_tokenizer(
     as bytes. Decoding therefore returns the encoded text, with one exception: "▁" (U+2581), which SentencePiece uses
     for a space, becomes a space. Ids are: 0 unknown (never used), 1 begin of text, 2 end of text, 3 to 258 bytes. Each
     digit is a token of its own. The result depends on the documents and the settings only.
+    A signal such as Ctrl-C ends the process at once.
 
     Args:
         documents: The text.
@@ -72,31 +77,50 @@ def train_tokenizer(
     sentencepiece.set_random_generator_seed(seed)
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chain([first_line], lines),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            character_coverage=character_coverage,
-            input_sentence_size=max_lines,
-            shuffle_input_sentence=True,
-            max_sentence_length=4 * _MAX_LINE_CHARACTERS,
-            num_threads=num_threads,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            byte_fallback=True,
-            split_digits=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
+        with _ended_by_signals():
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=chain([first_line], lines),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                character_coverage=character_coverage,
+                input_sentence_size=max_lines,
+                shuffle_input_sentence=True,
+                max_sentence_length=4 * _MAX_LINE_CHARACTERS,
+                num_threads=num_threads,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                byte_fallback=True,
+                split_digits=True,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
+                minloglevel=2,
+            )
     except RuntimeError as error:
         raise failures[0] if failures else _explain(error) from error
     return model.getvalue()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP end the process at once during the block.
+
+    The trainer computes for minutes without a return to Python, which therefore could not handle the signals.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _SIGNALS_TO_END if is_main}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _cut_into_lines(document: str) -> Iterator[str]:

@@ -6,8 +6,12 @@ the routing rule of `maskmoe.transformer.selection` and the load-balancing loss 
 Change both places together; tests/huggingface/test_routing.py compares them.
 """
 
+import hashlib
+import json
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -56,6 +60,8 @@ class MaskMoERoutingMask(nn.Module):
         self.register_buffer("metadata", torch.empty(sizes["metadata_bytes"], dtype=torch.uint8))
         self.must_be_loaded = sizes["metadata_bytes"] > 0
         self._was_loaded = False
+        self._sha256 = sizes.get("sha256")
+        self._names_of_loaded: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -63,6 +69,33 @@ class MaskMoERoutingMask(nn.Module):
         init.constant_(self.row_of_id, -1 if self.must_be_loaded else 0)
         init.constant_(self.visible_bits, 0 if self.must_be_loaded else _ALL_EXPERTS)
         init.zeros_(self.metadata)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load buffers, and verify the mask when all buffers are loaded; vLLM calls this instead of `from_pretrained`.
+
+        Args:
+            weights: names of buffers and their values; several calls may load one buffer each.
+
+        Returns:
+            the names.
+
+        Raises:
+            ValueError: a buffer has another shape or dtype, or the mask was damaged or altered.
+        """
+        buffers, names = dict(self.named_buffers()), set()
+        for name, value in weights:
+            buffer = buffers[name]
+            if (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
+                raise ValueError(
+                    f"the routing mask does not fit config.json: {name} is {value.dtype} {list(value.shape)}, expected "
+                    f"{buffer.dtype} {list(buffer.shape)}; export the model again"
+                )
+            buffer.copy_(value)
+            names.add(name)
+        self._names_of_loaded |= names
+        if self._names_of_loaded == buffers.keys():
+            check_digest(self, self._sha256)
+        return names
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Look up the visible sets of tokens in all tables.
@@ -236,8 +269,18 @@ class MaskMoEAllHeadsRMSNorm(glm4_moe.Glm4MoeRMSNorm):
     """Normalises queries or keys over the features of all heads together."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise queries or keys [..., heads, head_dim]."""
-        return super().forward(hidden_states.flatten(-2)).view_as(hidden_states)
+        """Normalise queries or keys [..., heads, head_dim].
+
+        Raises:
+            ValueError: some heads are missing.
+        """
+        features = hidden_states.flatten(-2)
+        if features.shape[-1] != self.weight.shape[-1]:
+            raise ValueError(
+                f"qk_norm 'all_heads' needs all {self.weight.shape[-1]} features of the heads, not "
+                f"{features.shape[-1]}: serve the model without tensor parallelism"
+            )
+        return super().forward(features).view_as(hidden_states)
 
 
 class MaskMoEAttention(glm4_moe.Glm4MoeAttention):
@@ -330,12 +373,12 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a model as transformers does, but refuse a checkpoint without a routing mask.
+        """Load a model as transformers does, but refuse a checkpoint without its intact routing mask.
 
         transformers only warns of missing weights, and a model would compute something else without its mask.
 
         Raises:
-            ValueError: the checkpoint has no routing mask.
+            ValueError: the checkpoint has no routing mask, or its mask was altered.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -343,6 +386,9 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
             raise ValueError(
                 f"the checkpoint has no routing mask: {', '.join(missing)} missing; export the model again"
             )
+        for module in model.modules():
+            if isinstance(module, MaskMoERoutingMask):
+                check_digest(module, (model.config.routing_mask or {}).get("sha256"))
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -543,6 +589,40 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, 
         mean_scores = (scores * counted.unsqueeze(-1)).sum(dim=0) / counted.sum().clamp(min=1)
         losses.append(config.num_experts * (shares * mean_scores).sum())
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+def check_digest(mask: MaskMoERoutingMask, expected: str | None = None) -> None:
+    """Compare a routing mask with the digest in its metadata, as `maskmoe.routing_mask.sealed_tensors` computes it.
+
+    A mask without metadata passes: every id sees every expert. A mask on the meta device has no content to compare.
+
+    Args:
+        mask: the mask.
+        expected: the digest of the mask that the model was exported with, if it is known.
+
+    Raises:
+        ValueError: the mask was damaged or altered, or is another mask.
+    """
+    if mask.metadata.is_meta:
+        return
+    if not mask.metadata.numel():
+        is_intact = expected is None and bool((mask.visible_bits == _ALL_EXPERTS).all())
+    else:
+        try:
+            envelope = json.loads(json.loads(bytes(mask.metadata.tolist()))["maskmoe"])
+            record = json.dumps(envelope["record"], sort_keys=True, separators=(",", ":"), allow_nan=False)
+            digest = hashlib.sha256(record.encode())
+            for name, tensor in (("row_of_id", mask.row_of_id), ("visible_bits", mask.visible_bits)):
+                array = np.ascontiguousarray(tensor.cpu().numpy())
+                digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+                digest.update(array)
+            is_intact = digest.hexdigest() == envelope["sha256"] and expected in (None, digest.hexdigest())
+        except (KeyError, TypeError, ValueError, RecursionError):
+            is_intact = False
+    if not is_intact:
+        raise ValueError(
+            "the routing mask was damaged or altered: it does not match its digest; export the model again"
+        )
 
 
 __all__ = ["MaskMoEForCausalLM", "MaskMoEModel", "MaskMoEPreTrainedModel"]

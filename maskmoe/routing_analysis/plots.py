@@ -11,7 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from maskmoe.cli import atomic_output
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_analysis.analysis import Analysis
 from maskmoe.routing_analysis.statistics import mean_where
 

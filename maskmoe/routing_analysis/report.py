@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from maskmoe.cli import atomic_output
+from maskmoe.outputs import atomic_output
 from maskmoe.routing_analysis.analysis import Analysis
-from maskmoe.routing_analysis.plots import write_plots
+from maskmoe.routing_analysis.plots import PLOT_NAMES, write_plots
 from maskmoe.routing_analysis.statistics import coefficient_of_variation, expert_capacity, max_over_mean, mean_where
 
 Row = dict[str, Any]
@@ -32,11 +32,17 @@ _COLUMNS = {
     "distinct_experts.csv": "checkpoint iteration layer id piece band occurrences distinct effective",
 }
 TABLE_NAMES = tuple(_COLUMNS)
+SUMMARY_NAME = "routing.json"
 # Statistics with a number for each layer, which routing.json holds under the same names.
 _BY_LAYER = (
     *("entropy", "entropy_bound", "single_expert_token_share", "first_weight"),
     *("id_expert_information", "next_layer_information"),
 )
+
+
+def result_files(folder: Path) -> list[Path]:
+    """Return the paths of all files that `write_results` may write."""
+    return [folder / name for name in (SUMMARY_NAME, *TABLE_NAMES, *PLOT_NAMES)]
 
 
 def write_results(analysis: Analysis, folder: Path) -> list[Path]:
@@ -49,7 +55,7 @@ def write_results(analysis: Analysis, folder: Path) -> list[Path]:
     Raises:
         UserError: a file cannot be written.
     """
-    summary = folder / "routing.json"
+    summary = folder / SUMMARY_NAME
     with atomic_output(summary) as path:
         content = json.dumps(summarise(analysis), indent=2, ensure_ascii=False, allow_nan=False)
         path.write_text(content + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
+from maskmoe.untrusted import check_regular
 
 ASSIGNMENT = "expert-table"
 _LAYER = "{layer}"
@@ -74,6 +75,11 @@ class ExpertTable:
             raise UserError(f"expert table {location} is for {len(table)} layers, but the model has {num_layers}")
         return cls(name, list(table) if table.ndim == 3 else [table])
 
+    @staticmethod
+    def path_of(location: str) -> str:
+        """Return the file or folder of a location, see `read`."""
+        return location.partition(":")[0]
+
     @property
     def num_ids_with_repeats(self) -> int:
         """Number of ids that name an expert more than once in at least one layer."""
@@ -133,9 +139,10 @@ def _read_tensors(path: Path, names: Sequence[str] | None) -> dict[str, np.ndarr
     """Return the array of a .npy file, or the named tensors, all if None, of a safetensors file or a folder of them."""
     found: dict[str, np.ndarray] = {}
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        check_regular(file)
         try:
             if file.suffix == ".npy":
-                return {"": np.load(file, allow_pickle=False)}
+                return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
             with safe_open(file, framework="numpy") as tensors:
                 wanted = set(tensors.keys()).intersection(names or tensors.keys())
                 found |= {name: tensors.get_tensor(name) for name in wanted}

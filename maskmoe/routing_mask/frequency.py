@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
 
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, dataset_files, read_index, read_tokenizer_record
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
@@ -93,6 +94,10 @@ class TokenFrequency(SealedTensors):
         return (tokens_drawn / tokens) @ self.counts
 
 
+MAX_VOCAB_SIZE = 1 << 24
+"""Upper bound of the number of ids, far above all tokenizers; keeps a wrong number from using all memory."""
+
+
 def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float | None]]:
     """Split Megatron's `--data-path` into dataset prefixes and blend weights; all weights are None if none is given.
 
@@ -121,6 +126,15 @@ def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float | N
     return items[1::2], list(weights.values())
 
 
+def files_of_data_path(data_path: Sequence[str]) -> list[Path]:
+    """Return the paths of all files of the datasets of Megatron's `--data-path`.
+
+    Raises:
+        UserError: see `parse_data_path`.
+    """
+    return [path for prefix in parse_data_path(data_path)[0] for path in dataset_files(prefix)]
+
+
 def count_token_frequency(
     data_path: Sequence[str], vocab_size: int, workers: int | None = None, progress: bool = False
 ) -> TokenFrequency:
@@ -137,8 +151,8 @@ def count_token_frequency(
         UserError: A dataset is missing, truncated or empty, or holds an id outside `[0, vocab_size)`; or the recorded
             tokenizers of the datasets differ from each other or have another number of ids than `vocab_size`.
     """
-    if vocab_size < 1:
-        raise UserError(f"--vocab-size must be at least 1, not {vocab_size}")
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"--vocab-size must be 1 to {MAX_VOCAB_SIZE}, not {vocab_size}")
     prefixes, weights = parse_data_path(data_path)
     indices = [read_index(prefix) for prefix in prefixes]
     datasets = tuple(_identify(index) for index in indices)

@@ -18,7 +18,14 @@ from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
 from maskmoe.training.batch import build_datasets, losses_of_all, sum_over_ranks
-from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args, write_on_first_rank
+from maskmoe.training.setup import (
+    add_force_argument,
+    check_output,
+    leaving_process_groups,
+    load_model,
+    parse_and_check_args,
+    write_on_first_rank,
+)
 from maskmoe.training.text_scoring import TextScores, read_texts, score_texts
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
@@ -115,6 +122,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     }
     for flag, meaning in files.items():
         group.add_argument(flag, metavar="FILE", help=meaning)
+    add_force_argument(group)
     parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
     return parser
 
@@ -192,6 +200,7 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
 def main() -> None:
     """Evaluate as the command line says."""
     args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None)
+    check_output(args.eval_output, args)
     texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
     with leaving_process_groups():
         model = load_model(args)

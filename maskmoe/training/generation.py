@@ -10,7 +10,14 @@ from tqdm import tqdm
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args, write_on_first_rank
+from maskmoe.training.setup import (
+    add_force_argument,
+    check_output,
+    leaving_process_groups,
+    load_model,
+    parse_and_check_args,
+    write_on_first_rank,
+)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -24,6 +31,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     ):
         group.add_argument(flag, type=type(default), default=default, help=meaning)
     group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
+    add_force_argument(group)
     parser.set_defaults(micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
     return parser
 
@@ -101,6 +109,7 @@ def main() -> None:
     """Generate as the command line says."""
     args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False)
     check_generation(args)
+    check_output(args.sample_output, args)
     prompt_ids = get_tokenizer().tokenize(args.prompt)
     if not prompt_ids:
         raise UserError("--prompt is empty")

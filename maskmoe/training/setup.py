@@ -1,5 +1,6 @@
 """Turns the command line into a checked configuration, before any process group exists."""
 
+import argparse
 import math
 import os
 import sys
@@ -25,12 +26,13 @@ from megatron.training.training import setup_model_and_optimizer
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import iteration_of
-from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.outputs import MEANING_OF_FORCE, atomic_output, check_outputs
 from maskmoe.routing_mask.change import MaskChange
+from maskmoe.routing_mask.frequency import files_of_data_path
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, fill_in_middle, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask, refuse_unknown_flags
@@ -236,6 +238,27 @@ def leaving_process_groups() -> Iterator[None]:
         if isinstance(sys.exception(), SystemExit | None) and torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+
+
+def add_force_argument(group: argparse._ActionsContainer) -> None:
+    """Add the flag that lets a command replace its earlier outputs, see `check_output`."""
+    group.add_argument("--force", action="store_true", help=MEANING_OF_FORCE)
+
+
+def check_output(path: str | None, args: Namespace) -> None:
+    """Check that an output of a command that reads a model may be written, see `check_outputs`.
+
+    Args:
+        path: the output, or None if there is none.
+        args: Megatron's arguments, with `--force`.
+
+    Raises:
+        UserError: the output is an input, exists without `--force`, or cannot be written.
+    """
+    if path is not None:
+        names = ("load", "routing_mask", "tokenizer_model", "token_frequency", "eval_texts")
+        inputs = [Path(value) for name in names if (value := getattr(args, name, None)) is not None]
+        check_outputs([path], [*inputs, *(files_of_data_path(args.data_path) if args.data_path else ())], args.force)
 
 
 def write_on_first_rank(path: str | None, text: str) -> None:

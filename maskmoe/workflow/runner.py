@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskmoe.child_process import send_signal
-from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 from maskmoe.paths import short_path
 from maskmoe.workflow.failure import explain_failure
 from maskmoe.workflow.lock import RunLock, locked, other_holders

@@ -44,7 +44,7 @@ def data_commands(context: Context) -> list[Command]:
             *(*masking, "--seed", 1, "--output", files.routing_mask),
         ),
     )
-    return [Command(maskmoe_command(*line)) for line in lines]
+    return [Command(maskmoe_command(*line, "--force")) for line in lines]  # a step may be repeated
 
 
 def read_data(context: Context) -> Findings:

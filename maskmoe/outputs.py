@@ -1,0 +1,162 @@
+"""Opens the files that a command writes: no input is overwritten, and no incomplete file is left behind."""
+
+import os
+import signal
+import stat
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from maskmoe.errors import UserError
+
+MEANING_OF_FORCE = "replace output files that exist; inputs are never replaced"
+"""The help of `--force`, which passes `force` to `check_outputs`."""
+
+_NAME_CHARACTERS = 40  # of an output's name in the name of its temporary file, since file systems limit names
+
+
+def check_outputs(
+    outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]] = (), force: bool = False
+) -> None:
+    """Check that the files may be written; call this function before the work starts.
+
+    Paths that lead to one file by links, or by other spellings, count as the same file.
+
+    Args:
+        outputs: the files that a command will write.
+        inputs: the files and folders that the command reads. A file in an input folder is an input, too.
+        force: whether outputs that exist may be replaced. Inputs are never replaced.
+
+    Raises:
+        UserError: an output is an input, two outputs are the same file, an output exists and `force` is false, or an
+            output is not a regular file, or its folder does not exist or is not writable.
+    """
+    outputs, inputs = [Path(path) for path in outputs], [Path(path) for path in inputs]
+    for number, path in enumerate(outputs):
+        for other in outputs[:number]:
+            if _is_same_file(path, other):
+                raise UserError(f"two outputs have the same name {path}; name two files")
+        for source in inputs:
+            if _is_same_file(path, source):
+                raise UserError(f"cannot write {path}: it is an input of this command; name another file")
+            if os.path.lexists(path) and os.path.isdir(source) and lies_inside(path, source):
+                raise UserError(f"cannot write {path}: it belongs to the input {source}; name a file elsewhere")
+        check_output_kind(path)
+        if os.path.lexists(path) and not force:
+            raise UserError(f"cannot write {path}: it exists; name another file, or give --force to replace it")
+        check_output_folder(path.parent, path)
+
+
+def check_output_kind(path: Path) -> None:
+    """Check that a path is free, or that a regular file or a link can be replaced there.
+
+    Raises:
+        UserError: the path is a folder, a device, a pipe or a socket, also by a link, or no file can have that name.
+    """
+    with _reporting_failure(path):
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            return
+    if stat.S_ISDIR(mode):
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"cannot write {path}: it is not a regular file; name a file")
+
+
+def check_output_folder(folder: Path, path: Path) -> None:
+    """Check that files can be made in a folder.
+
+    Args:
+        folder: the folder.
+        path: the output that an error names.
+
+    Raises:
+        UserError: the folder does not exist or is not writable.
+    """
+    with _reporting_failure(path), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
+
+    Readers see the old file or the complete new file, never a partial file. SIGTERM and SIGHUP count as failures, see
+    `unwinding_on_signals`.
+
+    Raises:
+        UserError: `path` is a folder or a device, or the folder of `path` does not exist or is not writable.
+    """
+    path = Path(path)
+    check_output_kind(path)
+    temporary = path.with_name(f".{path.name[:_NAME_CHARACTERS]}.{uuid.uuid4().hex[:8]}.tmp")
+    with unwinding_on_signals():
+        with _reporting_failure(path):
+            temporary.touch(exist_ok=False)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def unwinding_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `SystemExit(128 + number)` in the block, so that its context managers clean up.
+
+    Signals that are ignored or have a handler keep their handling. Outside the main thread nothing changes, because
+    Python handles signals on the main thread only.
+
+    Raises:
+        SystemExit: a signal arrived.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, _exit_once)
+    try:
+        yield
+    finally:
+        for number in changed:
+            if signal.getsignal(number) in (_exit_once, _ignore):
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _exit_once(number: int, _frame: FrameType | None) -> None:
+    """Raise `SystemExit`, and ignore further signals, which would interrupt the context managers that clean up."""
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(other) is _exit_once:
+            signal.signal(other, _ignore)
+    raise SystemExit(128 + number)
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing. Unlike `signal.SIG_IGN`, this handler is not inherited by processes that the cleaning up starts."""
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    """Return whether two paths lead to one file, which need not exist."""
+    if os.path.realpath(path) == os.path.realpath(other):
+        return True
+    with suppress(OSError):
+        return os.path.samefile(path, other)
+    return False
+
+
+def lies_inside(path: Path, folder: Path) -> bool:
+    """Return whether a path, which need not exist, is a folder or lies inside the folder, also by links."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+@contextmanager
+def _reporting_failure(path: Path) -> Iterator[None]:
+    """Report an `OSError` in the block as a `UserError` that names the output `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose an existing, writable folder") from error
