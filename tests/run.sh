@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: tests/run.sh [--all | --slurm | --docker | --te | --megatron VERSION|PATH] [pytest arguments]
+usage: tests/run.sh [--all | --slurm | --docker | --te | --serving | --megatron VERSION|PATH] [pytest arguments]
 
 Sets up .venv and runs the checks, then the tests. The checks are ruff, pyrefly, shellcheck, hadolint and, if there is a
 mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a machine with a GPU.
@@ -17,6 +17,8 @@ mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a ma
   --te              run only the tests of Transformer Engine's own modules, which need no GPU. The first run builds
                     Transformer Engine in build/transformer_engine, in about 10 minutes on 2 cores (see
                     tests/transformer_engine.sh --help); the tests take half a minute.
+  --serving         run only the tests that serve exported models with vLLM on CPUs. The first run installs vLLM in
+                    build/serving, in a few minutes (see tests/serving.sh --help); the tests take about 15 minutes.
   --megatron VERSION|PATH
                     run only the default tests, with another megatron-core: a released version, a checkout of
                     Megatron-LM, or a wheel. megatron-core is installed in build/megatron (see tests/megatron.sh
@@ -36,12 +38,12 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # Select the tests and the Debian packages that they need. Most tests keep one core busy, so two processes share the
 # default tests. They start with the tests of training, which take longest.
-selected="not slow and not slurm and not docker and not te" checks=true packages=() python=.venv/bin/python megatron=
+selected="not slow and not slurm and not docker and not te and not serving" checks=true packages=() python=.venv/bin/python megatron=
 two_workers=(--numprocesses 2 --no-loadscope-reorder) workers=()
 (($#)) || workers=("${two_workers[@]}")
 case ${1:-} in
     --all)
-        selected="not slurm and not docker and not te"
+        selected="not slurm and not docker and not te and not serving"
         shift
         ;;
     --slurm)
@@ -56,6 +58,10 @@ case ${1:-} in
         ;;
     --te)
         selected=te checks=false python=build/transformer_engine/bin/python
+        shift
+        ;;
+    --serving)
+        selected=serving checks=false
         shift
         ;;
     --megatron)
@@ -83,6 +89,7 @@ else
     selected+=" and not gpu"
 fi
 [[ $python == .venv/* ]] || tests/transformer_engine.sh
+[[ $selected != serving* ]] || tests/serving.sh
 if ((${#packages[@]})); then
     ((EUID == 0)) || fail "these tests need root, because they make networks, hosts and containers"
     tests/packages.sh "${packages[@]}"

@@ -28,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
         "megatron-to-hf": "convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
         "hf-to-megatron": "convert a transformers model into a checkpoint that training starts from",
         "upcycle": "make a MaskMoE model of a dense model, whose MLPs become experts",
+        "quantize": "store the weights of an exported model's layers in int8 (needs torchao)",
         "inspect": "report what a checkpoint or model holds and whether it is intact",
     }.items():
         _add_arguments(commands.add_parser(name, help=help), name)
@@ -41,11 +42,16 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("checkpoint", type=Path, metavar="DIR", help=folder)
         parser.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
         add_force_argument(parser)
+    elif name == "quantize":
+        folder, text = "folder of an exported model", "text to compute the losses on (default: the model samples text)"
+        parser.add_argument("--load", type=Path, required=True, metavar="DIR", help=folder)
+        parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="new folder for the result")
+        parser.add_argument("--text", type=Path, metavar="F", help=text)
     else:
         _add_conversion_arguments(parser)
     if name == "megatron-to-hf":
         parser.set_defaults(hybrid_layer_pattern=None)
-    elif name != "inspect":
+    elif name not in ("inspect", "quantize"):
         pattern = (
             "write a checkpoint of a HybridModel with this pattern, in which | may divide pipeline stages; "
             f"{DERIVED_PATTERN}: with the pattern of the model's layers; {NO_PATTERN}: of a GPTModel (default: of the "
@@ -56,7 +62,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         formats = {"choices": ("megatron", "hf"), "default": "megatron"}
         parser.add_argument("--save-format", **formats, help="format of the result (default: %(default)s)")
         add_upcycle_arguments(parser)
-    elif name != "inspect":
+    elif name not in ("inspect", "quantize"):
         parser.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask for a model that holds none")
     verification = "do not compare files with the digests that were saved with them"
     parser.add_argument("--no-verify-checkpoint", action="store_false", dest="verify", help=verification)
@@ -173,9 +179,31 @@ def _inspect(arguments: argparse.Namespace) -> None:
             path.write_text(json.dumps(dataclasses.asdict(inspection), indent=2) + "\n")
 
 
+def _import_torchao() -> None:
+    """Import torchao, which must come before the CPU adapter: torchao asks CUDA for its version.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    try:
+        from torchao.prototype.safetensors import safetensors_support  # noqa: F401 (transformers imports it, too)
+    except ImportError as error:
+        raise UserError(f"quantize needs torchao ({error}): pip install torchao") from error
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from maskmoe.conversion.quantize import quantize_model
+
+    report = quantize_model(arguments.load, arguments.save, arguments.text, arguments.verify)
+    print(report.summary())
+    print(f"written {arguments.save}")
+
+
 def main() -> None:
     """Run the subcommand that the command line names."""
     arguments = parse_arguments()
+    if arguments.command == "quantize":
+        _import_torchao()
     # Only now, since torch and Megatron take seconds to import and `--help` needs neither.
     from maskmoe.megatron_compat import prepare_process
 
@@ -184,4 +212,4 @@ def main() -> None:
         _inspect(arguments)
     else:
         with unwinding_on_signals():
-            _convert(arguments)
+            _quantize(arguments) if arguments.command == "quantize" else _convert(arguments)

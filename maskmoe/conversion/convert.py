@@ -17,7 +17,7 @@ from maskmoe.conversion.hybrid_models import is_hybrid, with_pattern
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.settings import DERIVED_PATTERN, DTYPE_NAMES, Settings, UpcycleSettings
-from maskmoe.conversion.tokenizer import WITHOUT_TEXT
+from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT
 from maskmoe.conversion.upcycle import upcycle
 from maskmoe.conversion.writing import OutputFolder
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, HuggingFaceTokenizer, load_tokenizer
@@ -26,7 +26,6 @@ from maskmoe.outputs import lies_inside
 from maskmoe.routing_mask.mask import RoutingMask
 
 _DTYPES = dict(zip(DTYPE_NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _VOCABULARY_ARGS = (
     "tokenizer_type",
     "tokenizer_model",
@@ -207,7 +206,7 @@ def _choose_tokenizer(model: OpenedModel, settings: Settings) -> tuple[str, str 
         return kind, None
     if kind is not None and path is not None and Path(path).exists():
         return kind, path
-    if (settings.load / _TOKENIZER_FILES[0]).is_file() and settings.tokenizer_model is None:
+    if (settings.load / TOKENIZER_FILES[0]).is_file() and settings.tokenizer_model is None:
         return HuggingFaceTokenizer.__name__, str(settings.load)
     if kind is None:
         return WITHOUT_TEXT, None
@@ -219,7 +218,7 @@ def _choose_tokenizer(model: OpenedModel, settings: Settings) -> tuple[str, str 
 def _copy_tokenizer(load: Path, folder: Path) -> str:
     """Copy the files of a tokenizer; return the path of the copy."""
     folder.mkdir(exist_ok=True)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (load / name).is_file():
             shutil.copy(load / name, folder)
     return str(folder.resolve())

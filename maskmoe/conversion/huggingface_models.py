@@ -50,6 +50,8 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     config = read_model_config(folder / CONFIG_FILE)
     if config.get("model_type") != MaskMoEConfig.model_type:
         return open_huggingface(folder, mask)
+    if config.get("quantization_config") is not None:
+        raise UserError(f"{folder} holds a quantized model; name the model that it was made from")
     if mask is not None:
         raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
     config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()

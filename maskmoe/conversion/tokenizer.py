@@ -11,6 +11,8 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConve
 from maskmoe.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from maskmoe.errors import UserError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Names of the files of a tokenizer in transformers' format; only the first file is always there."""
 WITHOUT_TEXT = "NullTokenizer"
 """Megatron's `--tokenizer-type` for data that consist of token ids; such data have no tokenizer to export."""
 

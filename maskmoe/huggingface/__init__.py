@@ -11,15 +11,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from maskmoe.huggingface import configuration_maskmoe, modeling_maskmoe
-from maskmoe.huggingface.configuration_maskmoe import MaskMoEConfig
+from maskmoe.huggingface.configuration_maskmoe import AUTO_MAP, MaskMoEConfig
 from maskmoe.huggingface.modeling_maskmoe import MaskMoEForCausalLM, MaskMoEModel
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_maskmoe.MaskMoEConfig",
-    "AutoModel": "modeling_maskmoe.MaskMoEModel",
-    "AutoModelForCausalLM": "modeling_maskmoe.MaskMoEForCausalLM",
-}
-"""The `auto_map` of config.json: names the classes that `trust_remote_code` loads from the files of `export_code`."""
 
 
 def export_code(folder: Path) -> None:

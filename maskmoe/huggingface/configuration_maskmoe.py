@@ -12,6 +12,32 @@ _CHOICES = {
 _ROW_DTYPES = ("int16", "int32")
 _LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
+# How tensor parallelism divides the layers; names as in transformers.
+_COLUMNS_OF_ATTENTION = ("q_proj", "k_proj", "v_proj")
+_TP_PLAN_OF_ATTENTION = {f"layers.*.self_attn.{name}": "colwise" for name in _COLUMNS_OF_ATTENTION} | {
+    "layers.*.self_attn.o_proj": "rowwise"
+}
+# A norm over the features of all heads needs the features of all ranks.
+_TP_PLAN_OF_ALL_HEADS_NORM = {
+    f"layers.*.self_attn.{name}": "colwise_gather_output" for name in _COLUMNS_OF_ATTENTION
+} | {"layers.*.self_attn.o_proj": "rowwise_split_input"}
+_TP_PLAN_OF_MLPS = {
+    f"layers.*.{mlp}.{name}": style
+    for mlp in ("mlp", "mlp.shared_experts")
+    for name, style in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise"))
+} | {
+    "layers.*.mlp.experts": "moe_tp_experts",
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+}
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_maskmoe.MaskMoEConfig",
+    "AutoModel": "modeling_maskmoe.MaskMoEModel",
+    "AutoModelForCausalLM": "modeling_maskmoe.MaskMoEForCausalLM",
+}
+"""The `auto_map` of config.json: names the classes that `trust_remote_code` loads from the files beside the weights."""
+
 
 class MaskMoEConfig(PreTrainedConfig):
     """The settings of a decoder whose mixture-of-experts layers use a routing mask (MaskMoE, arXiv 2407.09816).
@@ -81,6 +107,10 @@ class MaskMoEConfig(PreTrainedConfig):
 
     model_type = "maskmoe"
 
+    base_model_tp_plan = _TP_PLAN_OF_ATTENTION | _TP_PLAN_OF_MLPS
+    # Every pipeline stage needs the token ids, which pipeline plans of transformers pass only to the first stage.
+    base_model_pp_plan = None
+
     vocab_size: int = 32000
     hidden_size: int = 1024
     intermediate_size: int = 2816
@@ -137,6 +167,10 @@ class MaskMoEConfig(PreTrainedConfig):
         if self.has_experts and self.routing_mask is None:
             sizes = {"num_tables": 1, "num_rows": self.num_experts + 1, "metadata_bytes": 0}
             self.routing_mask = sizes | {"row_dtype": "int16"}
+        if self.has_latent_attention:  # replicated, as in transformers' DeepSeek-V3
+            self.base_model_tp_plan = dict(_TP_PLAN_OF_MLPS)
+        elif self.qk_norm == "all_heads":
+            self.base_model_tp_plan = _TP_PLAN_OF_ALL_HEADS_NORM | _TP_PLAN_OF_MLPS
         super().__post_init__(**kwargs)
         self._check()
 

@@ -8,6 +8,7 @@ Change both places together; tests/huggingface/test_routing.py compares them.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -26,17 +27,21 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder
 
-from .configuration_maskmoe import MaskMoEConfig
+from .configuration_maskmoe import AUTO_MAP, MaskMoEConfig
 
 _INVISIBLE = float("-inf")
 _ALL_EXPERTS = 0xFF
+_NOT_LOADED = (
+    "the routing mask was never loaded: the weights lack the tensors of model.routing_mask; export the model again"
+)
 
 
 class MaskMoERoutingMask(nn.Module):
     """Looks up the visible experts of every token id in every layer.
 
-    The buffers are integers, so they keep their types when the model's dtype changes. Until a mask is loaded, every id
-    sees every expert.
+    The buffers are integers, so they keep their types when the model's dtype changes. A mask that must be loaded has
+    metadata; until it is loaded, no id sees any expert, and looking up raises an error. A mask without metadata is
+    complete from the start: every id sees every expert.
 
     Attributes:
         row_of_id: int16 or int32 [tables, vocab], the row of `visible_bits` for each id.
@@ -50,10 +55,47 @@ class MaskMoERoutingMask(nn.Module):
         assert sizes is not None  # the configuration of a model with experts has one
         tables, num_bytes = sizes["num_tables"], -(-config.num_experts // 8)
         row_dtype = getattr(torch, sizes["row_dtype"])
-        self.register_buffer("row_of_id", torch.zeros(tables, config.vocab_size, dtype=row_dtype))
-        visible_bits = torch.full((tables, sizes["num_rows"], num_bytes), _ALL_EXPERTS, dtype=torch.uint8)
-        self.register_buffer("visible_bits", visible_bits)
-        self.register_buffer("metadata", torch.zeros(sizes["metadata_bytes"], dtype=torch.uint8))
+        self.register_buffer("row_of_id", torch.empty(tables, config.vocab_size, dtype=row_dtype))
+        self.register_buffer("visible_bits", torch.empty(tables, sizes["num_rows"], num_bytes, dtype=torch.uint8))
+        self.register_buffer("metadata", torch.empty(sizes["metadata_bytes"], dtype=torch.uint8))
+        self.must_be_loaded = sizes["metadata_bytes"] > 0
+        self._was_loaded = False
+        self._sha256 = sizes.get("sha256")
+        self._names_of_loaded: set[str] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Set all buffers to the values that they have until a mask is loaded."""
+        init.constant_(self.row_of_id, -1 if self.must_be_loaded else 0)
+        init.constant_(self.visible_bits, 0 if self.must_be_loaded else _ALL_EXPERTS)
+        init.zeros_(self.metadata)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load buffers, and verify the mask when all buffers are loaded; vLLM calls this instead of `from_pretrained`.
+
+        Args:
+            weights: names of buffers and their values; several calls may load one buffer each.
+
+        Returns:
+            the names.
+
+        Raises:
+            ValueError: a buffer has another shape or dtype, or the mask was damaged or altered.
+        """
+        buffers, names = dict(self.named_buffers()), set()
+        for name, value in weights:
+            buffer = buffers[name]
+            if (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
+                raise ValueError(
+                    f"the routing mask does not fit config.json: {name} is {value.dtype} {list(value.shape)}, expected "
+                    f"{buffer.dtype} {list(buffer.shape)}; export the model again"
+                )
+            buffer.copy_(value)
+            names.add(name)
+        self._names_of_loaded |= names
+        if self._names_of_loaded == buffers.keys():
+            check_digest(self, self._sha256)
+        return names
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Look up the visible sets of tokens in all tables.
@@ -63,10 +105,25 @@ class MaskMoERoutingMask(nn.Module):
 
         Returns:
             uint8 [tables, tokens, bytes], the visible sets in the form of `visible_bits`.
+
+        Raises:
+            ValueError: the mask was never loaded; RuntimeError in a compiled model.
         """
+        if self.must_be_loaded and not self.metadata.is_meta:
+            self._check_loaded()
         rows = self.row_of_id[:, token_ids].long()  # [tables, tokens]
         tables = torch.arange(len(rows), device=rows.device).unsqueeze(-1)
         return self.visible_bits[tables, rows]
+
+    def _check_loaded(self) -> None:
+        # The first elements suffice. A JSON text has no byte 0, and every visible set of a mask has an expert.
+        is_loaded = (self.metadata[0] != 0) & (self.row_of_id[0, 0] >= 0) & (self.visible_bits[0, 0] != 0).any()
+        if torch.compiler.is_compiling():
+            torch._assert_async(is_loaded, _NOT_LOADED)  # becomes a part of the compiled graph
+        elif not self._was_loaded:  # read the buffers once, since reading waits for the device
+            if not is_loaded:
+                raise ValueError(_NOT_LOADED)
+            self._was_loaded = True
 
 
 def unpack_bits(bits: Tensor, num_experts: int) -> Tensor:
@@ -196,11 +253,14 @@ class MaskMoESparseMoeBlock(nn.Module):
         tokens = hidden_states.flatten(0, 1)
         visible = unpack_bits(visible_bits[self.table], self.gate.num_experts)
         _, weights, indices = self.gate(tokens, visible)
-        output = self.experts(tokens, indices, weights)
+        # Shared experts come first, since the experts of a server may overwrite their input.
+        shared = None
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             if self.shared_expert_gate is not None:
                 shared = self.shared_expert_gate(tokens).sigmoid() * shared
+        output = self.experts(tokens, indices, weights)
+        if shared is not None:
             output = output + shared
         return output.view_as(hidden_states)
 
@@ -209,8 +269,18 @@ class MaskMoEAllHeadsRMSNorm(glm4_moe.Glm4MoeRMSNorm):
     """Normalises queries or keys over the features of all heads together."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise queries or keys [..., heads, head_dim]."""
-        return super().forward(hidden_states.flatten(-2)).view_as(hidden_states)
+        """Normalise queries or keys [..., heads, head_dim].
+
+        Raises:
+            ValueError: some heads are missing.
+        """
+        features = hidden_states.flatten(-2)
+        if features.shape[-1] != self.weight.shape[-1]:
+            raise ValueError(
+                f"qk_norm 'all_heads' needs all {self.weight.shape[-1]} features of the heads, not "
+                f"{features.shape[-1]}: serve the model without tensor parallelism"
+            )
+        return super().forward(features).view_as(hidden_states)
 
 
 class MaskMoEAttention(glm4_moe.Glm4MoeAttention):
@@ -225,16 +295,20 @@ class MaskMoEAttention(glm4_moe.Glm4MoeAttention):
             self.k_norm = MaskMoEAllHeadsRMSNorm(config.num_key_value_heads * self.head_dim, eps=config.rms_norm_eps)
 
 
-class MaskMoENormedLinear(nn.Linear):
-    """Projects features after an RMSNorm of these features."""
+class MaskMoENormedLinear(nn.Module):
+    """Projects features after an RMSNorm of these features.
+
+    The class does not inherit from `nn.Linear`: servers replace every `nn.Linear` by their own, without the norm.
+    """
 
     def __init__(self, in_features: int, out_features: int, eps: float) -> None:
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.norm = glm4_moe.Glm4MoeRMSNorm(in_features, eps=eps)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise and project features [..., in_features]."""
-        return super().forward(self.norm(input))
+        return functional.linear(self.norm(input), self.weight)
 
 
 class MaskMoELatentAttention(DeepseekV3Attention):
@@ -317,6 +391,34 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
                 check_digest(module, (model.config.routing_mask or {}).get("sha256"))
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as transformers does, for all Auto classes; servers load the class of `AutoModel`."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Choose how experts are computed; by default a quantized model computes them one after another.
+
+        torchao's tensors have no grouped product.
+        """
+        if requested_experts is None and getattr(self.config, "quantization_config", None) is not None:
+            requested_experts = "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
+    @property
+    def supports_pp_plan(self) -> bool:
+        """Refuse pipeline stages, for which servers ask here; a model without experts can be divided.
+
+        Raises:
+            ValueError: the model has experts.
+        """
+        if self.config.has_experts:
+            raise ValueError(
+                "MaskMoE models cannot be divided into pipeline stages, because later stages get no token ids: "
+                "use tensor parallelism"
+            )
+        return super().supports_pp_plan
+
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the embedding as transformers does, but refuse to change the vocabulary of a model with experts.
 
@@ -332,14 +434,14 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (MaskMoEExperts, MaskMoETopKRouter)):
+        if isinstance(module, (MaskMoEExperts, MaskMoETopKRouter, MaskMoENormedLinear)):
             for weight in module.parameters(recurse=False):
                 init.normal_(weight, mean=0.0, std=self.config.initializer_range)
-        if isinstance(module, (MaskMoETopKRouter, MaskMoERoutingMask)):
+        if isinstance(module, MaskMoETopKRouter):
             for buffer in module.buffers(recurse=False):
                 init.zeros_(buffer)
         if isinstance(module, MaskMoERoutingMask):
-            init.constant_(module.visible_bits, _ALL_EXPERTS)
+            module.reset()
 
 
 class MaskMoEModel(MaskMoEPreTrainedModel, glm4_moe.Glm4MoeModel):
@@ -489,9 +591,6 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, 
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
-__all__ = ["MaskMoEForCausalLM", "MaskMoEModel", "MaskMoEPreTrainedModel"]
-
-
 def check_digest(mask: MaskMoERoutingMask, expected: str | None = None) -> None:
     """Compare a routing mask with the digest in its metadata, as `maskmoe.routing_mask.sealed_tensors` computes it.
 
@@ -524,3 +623,6 @@ def check_digest(mask: MaskMoERoutingMask, expected: str | None = None) -> None:
         raise ValueError(
             "the routing mask was damaged or altered: it does not match its digest; export the model again"
         )
+
+
+__all__ = ["MaskMoEForCausalLM", "MaskMoEModel", "MaskMoEPreTrainedModel"]

@@ -1,0 +1,132 @@
+"""vLLM computes exported models as transformers does: log-probabilities to 1e-4 and equal greedy continuations."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support.served_models import SETTINGS, Answer, make_served_model, random_prompts, save_model, transformers_answer
+
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]
+
+PROMPTS = random_prompts(8, longest=40)
+MAX_TOKENS = 16
+WITHOUT_TENSOR_PARALLEL = {"all_heads_norm", "latent_attention", "latent_keys_and_values"}
+"""Settings that vLLM cannot divide among ranks of tensor parallelism."""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Folders of models by setting."""
+    root = tmp_path_factory.mktemp("models")
+    return {setting: save_model(make_served_model(setting), root / setting) for setting in SETTINGS}
+
+
+@pytest.fixture(scope="session")
+def expected() -> Callable[[str], list[Answer]]:
+    """Return a function from a setting to transformers' answers to `PROMPTS`."""
+
+    def answers(setting: str) -> list[Answer]:
+        model = make_served_model(setting)
+        return [transformers_answer(model, prompt, MAX_TOKENS) for prompt in PROMPTS]
+
+    return answers
+
+
+@pytest.fixture(scope="session")
+def answers(answer_with_vllm, models) -> Callable[[int], dict[str, Any]]:
+    """Return a function from a size of tensor parallelism to vLLM's answers to `PROMPTS`, in one batch, by setting."""
+    known: dict[int, dict[str, Any]] = {}
+
+    def answer(ranks: int) -> dict[str, Any]:
+        if ranks not in known:
+            known[ranks] = answer_with_vllm(models, PROMPTS, MAX_TOKENS, tensor_parallel_size=ranks)
+        return known[ranks]
+
+    return answer
+
+
+def difference(actual: list[dict], expected: list[Answer]) -> float:
+    """The largest difference of log-probabilities; infinite if a continuation differs."""
+    largest = 0.0
+    for one, other in zip(actual, expected, strict=True):
+        if one["tokens"] != other.tokens:
+            return float("inf")
+        pairs = zip(one["logprobs"], other.logprobs, strict=True)
+        largest = max(largest, *(abs(ours - theirs) for ours, theirs in pairs))
+    return largest
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_vllm_answers_as_transformers(setting, answers, expected) -> None:
+    found = answers(1)[setting]
+    assert not isinstance(found, str), found
+    assert difference(found, expected(setting)) < 1e-4
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tensor_parallel_vllm_answers_as_transformers(setting, answers, expected) -> None:
+    found = answers(2)[setting]
+    if setting in WITHOUT_TENSOR_PARALLEL:
+        assert isinstance(found, str)  # refused, not computed wrongly
+        return
+    assert not isinstance(found, str), found
+    assert difference(found, expected(setting)) < 1e-4
+
+
+# ---- Faults ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def altered(models, tmp_path) -> Path:
+    """A copy of the model "mixed" to alter."""
+    return shutil.copytree(models["mixed"], tmp_path / "altered")
+
+
+def remove_mask(folder: Path, names: tuple[str, ...] = ("row_of_id", "visible_bits", "metadata")) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in names:
+        del tensors[f"model.routing_mask.{name}"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_comparison_notices_an_ignored_mask(answer_with_vllm, altered, expected) -> None:
+    code = altered / "modeling_maskmoe.py"
+    obeying = "visible = unpack_bits(visible_bits[self.table], self.gate.num_experts)"
+    assert obeying in code.read_text()
+    ignoring = "visible = tokens.new_ones(len(tokens), self.gate.num_experts, dtype=torch.bool)"
+    code.write_text(code.read_text().replace(obeying, ignoring))
+    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS)["altered"]
+    assert not isinstance(found, str), found
+    assert difference(found, expected("mixed")) > 0.01
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("names", [("row_of_id", "visible_bits", "metadata"), ("visible_bits",)], ids=len)
+def test_a_model_without_its_mask_is_refused(answer_with_vllm, altered, names, eager) -> None:
+    remove_mask(altered, names)
+    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS, enforce_eager=eager)["altered"]
+    assert isinstance(found, str)
+    assert "the routing mask was never loaded" in found
+
+
+def test_weights_that_were_never_loaded_are_refused(answer_with_vllm, altered) -> None:
+    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS, load_format="dummy")["altered"]
+    assert isinstance(found, str)
+    assert "the routing mask was never loaded" in found
+
+
+def test_pipeline_stages_are_refused(run_script, altered, tmp_path) -> None:
+    request = {"models": {"altered": str(altered)}, "prompts": PROMPTS, "max_tokens": 1, "pipeline_parallel_size": 2}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    output = run_script("answer_with_vllm.py", tmp_path / "request.json", tmp_path / "answers.json").stdout
+    assert "ValueError: MaskMoE models cannot be divided into pipeline stages" in output
+
+
+def test_vllm_does_not_replace_the_router(run_script, models) -> None:
+    """No router matches what vLLM replaces; if vLLM replaced one all the same, the model would not run without ids."""
+    process = run_script("match_routers.py", *models.values())
+    assert process.returncode == 0, process.stdout[-3000:]
