@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from maskmoe import ranges
 from maskmoe.cli import atomic_output
+from maskmoe.command_line import Parser
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
     DTYPE_NAMES,
@@ -21,7 +23,7 @@ from maskmoe.errors import UserError
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; `command` in the result is the name of the subcommand."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in {
         "megatron-to-hf": "convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
@@ -79,23 +81,30 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("experts")
     mask = "routing mask made by build_routing_mask.py for the model's vocabulary (vocab_size in config.json)"
     group.add_argument("--routing-mask", type=Path, required=True, metavar="F", help=mask)
-    group.add_argument("--num-experts", type=int, required=True, metavar="N", help="experts in each MoE layer")
+    experts = "experts in each MoE layer"
+    group.add_argument("--num-experts", type=ranges.EXPERTS, required=True, metavar="N", help=experts)
     group.add_argument("--shared-expert", action="store_true", help="give each MoE layer a shared expert, too")
     layers = "which layers get experts, as Megatron's flag: one in FREQ layers, or a list such as [0]+[1]*23"
     frequency: dict[str, Any] = {"default": UpcycleSettings.moe_layer_freq, "metavar": "FREQ"}
     group.add_argument("--moe-layer-freq", **frequency, help=f"{layers} (default: all layers)")
     flags = {
-        "topk": ("K", "experts of a token"),
-        "granularity": ("G", "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies"),
-        "noise": ("S", "standard deviation of relative noise on the experts' weights"),
-        "reinit_share": ("R", "share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5"),
-        "seed": ("S", "seed of routers, noise and new features"),
+        "topk": ("K", ranges.EXPERTS, "experts of a token"),
+        "granularity": (
+            "G",
+            ranges.GRANULARITY,
+            "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies",
+        ),
+        "noise": ("S", ranges.NOISE, "standard deviation of relative noise on the experts' weights"),
+        "reinit_share": (
+            "R",
+            ranges.SHARE,
+            "share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5",
+        ),
+        "seed": ("S", ranges.SEED, "seed of routers, noise and new features"),
     }
-    for name, (metavar, help) in flags.items():
+    for name, (metavar, kind, help) in flags.items():
         default, text = getattr(UpcycleSettings, name), f"{help} (default: %(default)s)"
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=metavar, help=text
-        )
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=text)
 
 
 def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:

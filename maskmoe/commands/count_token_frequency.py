@@ -9,6 +9,7 @@ Example:
 
 from pathlib import Path
 
+from maskmoe import ranges
 from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import add_workers_argument, command_parser
 from maskmoe.routing_mask.assignment import ids_by_frequency
@@ -42,7 +43,7 @@ def main() -> None:
         "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
     )
     size = "number of ids of the tokenizer, without padding"
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help=size)
+    parser.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, required=True, metavar="V", help=size)
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
     add_workers_argument(parser)
     arguments = parser.parse_args()

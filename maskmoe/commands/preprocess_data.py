@@ -14,6 +14,7 @@ Example:
 
 import time
 
+from maskmoe import ranges
 from maskmoe.commands.arguments import add_text_arguments, add_workers_argument, command_parser
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
     parser.add_argument(
         "--shuffle-seed",
-        type=int,
+        type=ranges.SEED,
         metavar="S",
         help="write the documents in a random order that depends only on this seed and their number, so that the last "
         "documents, which Megatron's --split holds out, resemble the documents before them; needs twice the disk space "
@@ -45,8 +46,6 @@ def main() -> None:
     )
     add_workers_argument(parser)
     settings = vars(parser.parse_args())
-    if (seed := settings["shuffle_seed"]) is not None and seed < 0:
-        parser.error(f"--shuffle-seed must not be negative, it is {seed}")
     started = time.perf_counter()
     datasets = preprocess(settings.pop("input"), **settings)
     seconds = time.perf_counter() - started
