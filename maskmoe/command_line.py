@@ -13,6 +13,8 @@ from maskmoe.errors import UserError
 
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,300}")
 _LONGEST_WORD = 240
+_SHARE = r"([0-9]+\.?[0-9]*|\.[0-9]+)"
+_SPLIT = re.compile(rf"[\[(\s]*{_SHARE}(\s*[,/\s]\s*{_SHARE}){{0,2}}[\])\s]*")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,17 @@ class Number:
         if value > self.most:
             return f"must be at most {self.most:g}, not {value:g}"
         return None
+
+
+def split(text: str) -> str:
+    """Return a value of Megatron's `--split` as it is. Raises ArgumentTypeError if it does not name three shares.
+
+    Megatron itself reads the numbers of any text: 5 of "-5" and of "5e-1".
+    """
+    numbers = _SPLIT.fullmatch(text) and [float(number) for number in re.findall(r"[\d.]+", text)]
+    if not numbers or not 0 < sum(numbers) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be three shares such as 99,1,0, not {text!r}")
+    return text
 
 
 class OneLineParser(argparse.ArgumentParser):

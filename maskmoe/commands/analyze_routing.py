@@ -31,6 +31,7 @@ from typing import Any
 
 from maskmoe import ranges
 from maskmoe.cli import atomic_output
+from maskmoe.command_line import split
 from maskmoe.commands.arguments import command_parser
 from maskmoe.errors import UserError
 from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings
@@ -63,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     text = probe.add_mutually_exclusive_group(required=True)
     _add(text, "--data-path P", "prefix of a dataset; P.bin and P.idx exist")
     _add(text, "--input F", "text files (.jsonl, .txt, also .gz and .zst) to tokenize", type=Path, nargs="+")
-    _add(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)")
+    _add(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", type=split)
     probe.add_argument(
         "--eval-split", choices=SPLITS, default="valid", help="the part of --split to use (default: %(default)s)"
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskmoe import ranges
-from maskmoe.command_line import Parser
+from maskmoe.command_line import Parser, split
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.execution import compare, finish_run, report
@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     data = parser.add_argument_group("data, which replace the suite's data")
     data.add_argument("--input", nargs="+", metavar="FILE", help="text files: JSON lines or plain text")
     data.add_argument("--data-path", nargs="+", metavar="P", help="an existing dataset, as Megatron's --data-path")
-    data.add_argument("--split", metavar="A,B,C", help="Megatron's --split of --data-path")
+    data.add_argument("--split", type=split, metavar="A,B,C", help="Megatron's --split of --data-path")
     data.add_argument("--tokenizer-type", metavar="T", help="tokenizer of --data-path [SentencePieceTokenizer]")
     data.add_argument("--tokenizer-model", metavar="F", help="tokenizer file of --data-path")
     data.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help="number of ids of the tokenizer")

@@ -132,8 +132,10 @@ def _parse_layer_frequency(text: str) -> int | list[int]:
     """
     from megatron.training.arguments import moe_freq_type
 
-    with suppress(SyntaxError, TypeError, ValueError):
-        frequency = moe_freq_type(text)
+    from maskmoe.training.flag_ranges import check_pattern
+
+    with suppress(argparse.ArgumentTypeError, SyntaxError, TypeError, ValueError, MemoryError):
+        frequency = moe_freq_type(check_pattern(text))
         is_valid = set(frequency) <= {0, 1} if isinstance(frequency, list) else frequency >= 1
         if is_valid:
             return frequency

@@ -21,12 +21,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     temperature = "divides the logits before a token is drawn; 0 always takes the most probable token"
     for flag, kind, default, meaning in (
         ("--max-new-tokens", ranges.NEW_TOKENS, 64, "stop after this many tokens, or at the end of the text"),
-        (
-            "--temperature",
-            ranges.TEMPERATURE,
-            0.8,
-            "divides the logits before a token is drawn; 0 always takes the most probable token",
-        ),
+        ("--temperature", ranges.TEMPERATURE, 0.8, temperature),
         ("--top-k", ranges.TOP_K, 50, "draw among this many of the most probable tokens; 0: all"),
     ):
         group.add_argument(flag, type=kind, default=default, help=meaning)
