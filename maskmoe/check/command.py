@@ -5,12 +5,13 @@ import json
 import logging
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from contextlib import redirect_stdout
 
 from maskmoe.check.inspection import Inspection
 from maskmoe.check.report import Report
 from maskmoe.cli import EXIT_BAD_INPUT
+from maskmoe.command_line import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.setup import ArgumentsProvider
@@ -20,14 +21,12 @@ def requested_check() -> Namespace:
     """Return `check` and `check_json` of the command line of this process; without `--check`, `check` is None.
 
     Raises:
-        UserError: the number of ranks is below 1, or `--json` is given without `--check`.
+        UserError: the number of ranks is not a number of at least 1, or `--json` is given without `--check`.
     """
-    parser = add_check_argument(ArgumentParser(add_help=False, allow_abbrev=False))
+    parser = add_check_argument(OneLineParser(add_help=False))
     request, _ = parser.parse_known_args()
     if request.check is None and request.check_json:
         raise UserError("--json is the form of the report of --check: pass --check, too")
-    if request.check is not None and request.check < 1:
-        raise UserError(f"--check {request.check}: a run has at least one rank")
     return request
 
 

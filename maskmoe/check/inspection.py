@@ -25,13 +25,15 @@ from maskmoe.check.parameters import count_parameters
 from maskmoe.check.report import Report
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint
+from maskmoe.command_line import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks
-from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
+from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.flag_ranges import range_errors
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
 from maskmoe.training.resume import check_same_model, further_checkpoint_args
@@ -76,6 +78,9 @@ class Inspection:
     def report(self) -> Report:
         """Make all checks, and compute the layout, parameters and memory as far as they are known."""
         args = self._args
+        self._add(range_errors(args))
+        if self._errors:
+            return Report(tuple(self._errors))  # the other checks compute with these numbers
         # The arguments: given, or read from a checkpoint.
         checkpoint = self._find_checkpoint()
         if args.use_checkpoint_args and checkpoint is not None:

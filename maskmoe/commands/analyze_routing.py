@@ -29,6 +29,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from maskmoe import ranges
+from maskmoe.command_line import split
 from maskmoe.commands.arguments import add_force_argument, command_parser
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
@@ -53,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         help="the models of the series, in order: Megatron checkpoints, models in transformers' format, or folders of "
         "Megatron checkpoints, which stand for all their checkpoints",
     )
-    _add(models, "--ckpt-step I", "use only these iterations of a folder", type=int, nargs="+", default=())
+    _add(models, "--ckpt-step I", "use only these iterations of a folder", type=ranges.ITERATION, nargs="+", default=())
     _add(models, "--tokenizer-type T", "type of the tokenizer (default: the checkpoint's; NullTokenizer: no tokenizer)")
     _add(models, "--tokenizer-model F", "file of the tokenizer (default: the checkpoint's)")
     folder = "folder in which Megatron checkpoints are converted (default: the system's)"
@@ -63,25 +65,26 @@ def parse_arguments() -> argparse.Namespace:
     text = probe.add_mutually_exclusive_group(required=True)
     _add(text, "--data-path P", "prefix of a dataset; P.bin and P.idx exist")
     _add(text, "--input F", "text files (.jsonl, .txt, also .gz and .zst) to tokenize", type=Path, nargs="+")
-    _add(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)")
+    _add(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", type=split)
     probe.add_argument(
         "--eval-split", choices=SPLITS, default="valid", help="the part of --split to use (default: %(default)s)"
     )
     _add(probe, "--json-key K", "key of the text in JSON lines (default: %(default)s)", default="text")
     tokens = "number of tokens, from all over --data-path or from the beginning of --input (default: %(default)s)"
-    _add(probe, "--tokens T", tokens, type=int)
-    _add(probe, "--seq-length S", "tokens in a window (default: the model's)", type=int)
-    _add(probe, "--batch-size B", "windows in a batch (default: %(default)s)", type=int)
+    _add(probe, "--tokens T", tokens, type=ranges.TOKENS)
+    _add(probe, "--seq-length S", "tokens in a window (default: the model's)", type=ranges.SEQ_LENGTH)
+    _add(probe, "--batch-size B", "windows in a batch (default: %(default)s)", type=ranges.BATCH_SIZE)
 
     measures = parser.add_argument_group("statistics")
     counts = "token counts for the frequency bands, made by tools/count_token_frequency.py (default: the probe's)"
     _add(measures, "--token-frequency F", counts, type=Path)
     factors = "capacity factors for the share of dropped assignments (default: 1 1.25 1.5 2)"
-    _add(measures, "--capacity-factors C", factors, type=float, nargs="+")
-    _add(measures, "--micro-batch-tokens T", "tokens that share a capacity (default: the tokens of a batch)", type=int)
+    _add(measures, "--capacity-factors C", factors, type=ranges.CAPACITY_FACTOR, nargs="+")
+    shared = "tokens that share a capacity (default: the tokens of a batch)"
+    _add(measures, "--micro-batch-tokens T", shared, type=ranges.TOKENS)
     occurrences = "occurrences in the probe from which an id counts in distinct_experts.csv (default: %(default)s)"
-    _add(measures, "--min-occurrences O", occurrences, type=int)
-    _add(measures, "--top-ids R", "ids to list for each expert (default: %(default)s)", type=int)
+    _add(measures, "--min-occurrences O", occurrences, type=ranges.OCCURRENCES)
+    _add(measures, "--top-ids R", "ids to list for each expert (default: %(default)s)", type=ranges.LISTED_IDS)
 
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(

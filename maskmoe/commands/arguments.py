@@ -3,26 +3,21 @@
 import argparse
 from typing import Any
 
+from maskmoe import ranges
+from maskmoe.command_line import Parser
 from maskmoe.data.inputs import FORMATS, ReadingOptions, unescape
 from maskmoe.outputs import MEANING_OF_FORCE
 
 
-def command_parser(documentation: str | None) -> argparse.ArgumentParser:
+def command_parser(documentation: str | None) -> Parser:
     """Return a parser whose help is the docstring of a command's module.
 
     The docstring's part from its examples on is shown after the arguments; `%(prog)s` stands for the program.
     """
     description, _, examples = (documentation or "").partition("\nExample")
-    return argparse.ArgumentParser(
+    return Parser(
         description=description, epilog=f"example{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def positive_number(text: str) -> int:
-    """Convert the value of a flag to a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
 
 
 def add_text_arguments(
@@ -80,12 +75,14 @@ def pop_reading_options(settings: dict[str, Any]) -> ReadingOptions:
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the number of processes."""
     meaning = "number of processes; does not change the result (default: number of available cores)"
-    parser.add_argument("--workers", type=positive_number, metavar="W", help=meaning)
+    parser.add_argument("--workers", type=ranges.PROCESSES, metavar="W", help=meaning)
 
 
 def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:
     """Add the flag for the seed of something random."""
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help=f"seed of {purpose} (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=ranges.SEED, default=0, metavar="S", help=f"seed of {purpose} (default: %(default)s)"
+    )
 
 
 def add_force_argument(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from maskmoe import ranges
 from maskmoe.commands.arguments import add_force_argument, add_seed_argument, add_workers_argument, command_parser
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     counts = "file of token counts, counted in the training data"
     vocabulary.add_argument("--token-frequency", type=Path, metavar="F", help=counts)
     size = "number of ids of the tokenizer, for masks that need no counts"
-    vocabulary.add_argument("--vocab-size", type=int, metavar="V", help=size)
+    vocabulary.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help=size)
     vocabulary.add_argument(
         "--expert-table",
         metavar="F[:TENSOR]",
@@ -45,12 +46,13 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     model = parser.add_argument_group("model")
-    model.add_argument("--num-experts", type=int, required=True, metavar="N", help="experts in each MoE layer")
+    experts = "experts in each MoE layer"
+    model.add_argument("--num-experts", type=ranges.EXPERTS, required=True, metavar="N", help=experts)
     layers = "transformer layers, with and without experts"
-    model.add_argument("--num-layers", type=int, required=True, metavar="L", help=layers)
+    model.add_argument("--num-layers", type=ranges.LAYERS, required=True, metavar="L", help=layers)
     model.add_argument(
         "--expert-model-parallel-size",
-        type=int,
+        type=ranges.RANKS,
         metavar="E",
         help="number of expert-parallel ranks; required for rank-local assignment, otherwise it only adds the load of "
         "the ranks to the summary",
@@ -58,9 +60,9 @@ def parse_arguments() -> argparse.Namespace:
 
     method = parser.add_argument_group("method")
     mass = "the most frequent ids that together make up this share (0 to 1) of all occurrences are the frequent ids"
-    method.add_argument("--frequent-mass", type=float, metavar="P", help=mass)
+    method.add_argument("--frequent-mass", type=ranges.SHARE, metavar="P", help=mass)
     visible = "experts that each frequent id sees, 2 to N"
-    method.add_argument("--frequent-visible-experts", type=int, metavar="V_f", help=visible)
+    method.add_argument("--frequent-visible-experts", type=ranges.EXPERTS, metavar="V_f", help=visible)
     method.add_argument(
         "--assignment",
         choices=ASSIGNMENTS,
@@ -75,9 +77,11 @@ def parse_arguments() -> argparse.Namespace:
         "--frequent-visible-experts experts)",
     )
     first = "the first L transformer layers are hash layers: every id sees equally many experts there, and the other "
-    method.add_argument("--hash-layers", type=int, metavar="L", help=f"{first}flags apply to the other layers only")
+    hashed = f"{first}flags apply to the other layers only"
+    method.add_argument("--hash-layers", type=ranges.HASH_LAYERS, metavar="L", help=hashed)
     number = "experts that every id sees in a hash layer; with k of them, the table picks the k experts and the router "
-    method.add_argument("--hash-visible-experts", type=int, metavar="V", help=f"{number}only weights them (default: 1)")
+    seen = f"{number}only weights them (default: 1)"
+    method.add_argument("--hash-visible-experts", type=ranges.EXPERTS, metavar="V", help=seen)
     method.add_argument(
         "--hash-assignment",
         choices=ASSIGNMENTS,
@@ -213,7 +217,7 @@ def main() -> None:
     """Build the mask, write it and print a summary."""
     arguments = parse_arguments()
     num_ranks = arguments.expert_model_parallel_size
-    if num_ranks is not None and (num_ranks < 1 or arguments.num_experts % num_ranks):
+    if num_ranks is not None and arguments.num_experts % num_ranks:
         raise UserError(f"{arguments.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
     check_outputs([arguments.output], _inputs(arguments), arguments.force)
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from maskmoe import ranges
+from maskmoe.command_line import Parser, split
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.execution import compare, finish_run, report
@@ -26,9 +28,8 @@ _DATA_OPTIONS = ("input", "data-path", "split", "tokenizer-type", "tokenizer-mod
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line up to `--`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s SUITE.yaml [options] [--slurm -- options of launch/slurm/submit.sh and sbatch]",
-        allow_abbrev=False,
         description=__doc__,
         epilog="The run folder gets data/, checks/, tuning/ and runs/ with a folder for each run, and report/ with "
         "README.md, its plots, and results.json.",
@@ -37,17 +38,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of all files [runs/SUITE]")
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=ranges.PROCESSES,
         metavar="J",
         help="runs at a time [one for each core; with GPUs, one; in Slurm jobs, no limit]",
     )
     data = parser.add_argument_group("data, which replace the suite's data")
     data.add_argument("--input", nargs="+", metavar="FILE", help="text files: JSON lines or plain text")
     data.add_argument("--data-path", nargs="+", metavar="P", help="an existing dataset, as Megatron's --data-path")
-    data.add_argument("--split", metavar="A,B,C", help="Megatron's --split of --data-path")
+    data.add_argument("--split", type=split, metavar="A,B,C", help="Megatron's --split of --data-path")
     data.add_argument("--tokenizer-type", metavar="T", help="tokenizer of --data-path [SentencePieceTokenizer]")
     data.add_argument("--tokenizer-model", metavar="F", help="tokenizer file of --data-path")
-    data.add_argument("--vocab-size", metavar="V", help="number of ids of the tokenizer")
+    data.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help="number of ids of the tokenizer")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="only list the runs, and which are finished")
     action.add_argument("--report", action="store_true", help="only write the report of the finished runs")
@@ -70,7 +71,7 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     """
     suite = Suite.read(options.suite, os.environ)
     given = {name: vars(options)[name.replace("-", "_")] for name in _DATA_OPTIONS}
-    own = {name: (words,) if isinstance(words, str) else tuple(words) for name, words in given.items() if words}
+    own = {name: tuple(words) if isinstance(words, list) else (str(words),) for name, words in given.items() if words}
     folder = (options.run_dir or runs_folder() / suite.name).absolute()
     data = open_data(override(suite.data, own), folder / "data", suite.seq_length)
     return Comparison(suite, folder, data, find_devices())
@@ -84,8 +85,6 @@ def main() -> None:
     options = parse_arguments(arguments)
     if not options.slurm and (options.dry_run or slurm_words):
         raise UserError(f"{'--dry-run' if options.dry_run else 'options after `--`'}: only together with --slurm")
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
     comparison = open_comparison(options)
     if options.list:
         for run in comparison.known_runs():

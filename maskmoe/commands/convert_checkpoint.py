@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from maskmoe import ranges
+from maskmoe.command_line import Parser
 from maskmoe.commands.arguments import add_force_argument
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
@@ -22,7 +24,7 @@ from maskmoe.outputs import atomic_output, check_outputs, unwinding_on_signals
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; `command` in the result is the name of the subcommand."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in {
         "megatron-to-hf": "convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
@@ -87,23 +89,30 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("experts")
     mask = "routing mask made by build_routing_mask.py for the model's vocabulary (vocab_size in config.json)"
     group.add_argument("--routing-mask", type=Path, required=True, metavar="F", help=mask)
-    group.add_argument("--num-experts", type=int, required=True, metavar="N", help="experts in each MoE layer")
+    experts = "experts in each MoE layer"
+    group.add_argument("--num-experts", type=ranges.EXPERTS, required=True, metavar="N", help=experts)
     group.add_argument("--shared-expert", action="store_true", help="give each MoE layer a shared expert, too")
     layers = "which layers get experts, as Megatron's flag: one in FREQ layers, or a list such as [0]+[1]*23"
     frequency: dict[str, Any] = {"default": UpcycleSettings.moe_layer_freq, "metavar": "FREQ"}
     group.add_argument("--moe-layer-freq", **frequency, help=f"{layers} (default: all layers)")
     flags = {
-        "topk": ("K", "experts of a token"),
-        "granularity": ("G", "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies"),
-        "noise": ("S", "standard deviation of relative noise on the experts' weights"),
-        "reinit_share": ("R", "share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5"),
-        "seed": ("S", "seed of routers, noise and new features"),
+        "topk": ("K", ranges.EXPERTS, "experts of a token"),
+        "granularity": (
+            "G",
+            ranges.GRANULARITY,
+            "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies",
+        ),
+        "noise": ("S", ranges.NOISE, "standard deviation of relative noise on the experts' weights"),
+        "reinit_share": (
+            "R",
+            ranges.SHARE,
+            "share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5",
+        ),
+        "seed": ("S", ranges.SEED, "seed of routers, noise and new features"),
     }
-    for name, (metavar, help) in flags.items():
+    for name, (metavar, kind, help) in flags.items():
         default, text = getattr(UpcycleSettings, name), f"{help} (default: %(default)s)"
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=metavar, help=text
-        )
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=text)
 
 
 def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:
@@ -131,8 +140,10 @@ def _parse_layer_frequency(text: str) -> int | list[int]:
     """
     from megatron.training.arguments import moe_freq_type
 
-    with suppress(SyntaxError, TypeError, ValueError):
-        frequency = moe_freq_type(text)
+    from maskmoe.training.flag_ranges import check_pattern
+
+    with suppress(argparse.ArgumentTypeError, SyntaxError, TypeError, ValueError, MemoryError):
+        frequency = moe_freq_type(check_pattern(text))
         is_valid = set(frequency) <= {0, 1} if isinstance(frequency, list) else frequency >= 1
         if is_valid:
             return frequency

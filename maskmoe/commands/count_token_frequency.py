@@ -12,6 +12,7 @@ Example:
 from argparse import Namespace
 from pathlib import Path
 
+from maskmoe import ranges
 from maskmoe.commands.arguments import add_force_argument, add_workers_argument, command_parser
 from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ids_by_frequency
@@ -56,7 +57,7 @@ def main() -> None:
         "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
     )
     size = "number of ids of the tokenizer, without padding"
-    parser.add_argument("--vocab-size", type=int, metavar="V", help=size)
+    parser.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help=size)
     parser.add_argument(
         "--merge",
         nargs="+",

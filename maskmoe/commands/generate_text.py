@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from maskmoe import ranges
+from maskmoe.command_line import Parser
 from maskmoe.commands.arguments import add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.model_config import read_model_config
@@ -16,21 +18,24 @@ def main() -> None:
     Raises:
         UserError: the model does not exist, or a number is out of range.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
     add("--prompt", required=True, help="text to continue")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="stop after N new tokens")
-    add("--temperature", type=float, default=0.8, help="divide logits by this; 0 takes the most probable token")
-    add("--top-k", type=int, default=50, help="sample among the K most probable tokens; 0 for all")
-    add("--seed", type=int, default=1234, help="seed of the sampling")
+    add("--max-new-tokens", type=ranges.NEW_TOKENS, default=64, metavar="N", help="stop after N new tokens")
+    add(
+        "--temperature",
+        type=ranges.TEMPERATURE,
+        default=0.8,
+        help="divide logits by this; 0 takes the most probable token",
+    )
+    add("--top-k", type=ranges.TOP_K, default=50, help="sample among the K most probable tokens; 0 for all")
+    add("--seed", type=ranges.SEED, default=1234, help="seed of the sampling")
     add("--output", type=Path, metavar="FILE", help="also write the text to a file")
     add_force_argument(parser)
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
-    if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
-        raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
     read_model_config(arguments.model / "config.json")
     if arguments.output is not None:
         check_outputs([arguments.output], [arguments.model], arguments.force)

@@ -11,6 +11,7 @@ Example:
 import json
 import random
 
+from maskmoe import ranges
 from maskmoe.commands.arguments import add_force_argument, add_seed_argument, command_parser
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
@@ -22,7 +23,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write")
     limit = "largest size of the text in bytes; the standard library comes first (default: %(default)s, 32 MiB)"
-    parser.add_argument("--max-bytes", type=int, default=32 << 20, metavar="N", help=limit)
+    parser.add_argument("--max-bytes", type=ranges.BYTES, default=32 << 20, metavar="N", help=limit)
     add_seed_argument(parser, "the order of the documents")
     add_force_argument(parser)
     arguments = parser.parse_args()

@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from maskmoe import ranges
 from maskmoe.commands.arguments import (
     add_force_argument,
     add_text_arguments,
@@ -57,8 +58,6 @@ def main() -> None:
     """Encode or join, and print the size of each dataset."""
     parser = _parser()
     settings = vars(parser.parse_args())
-    if (seed := settings["shuffle_seed"]) is not None and seed < 0:
-        parser.error(f"--shuffle-seed must not be negative, it is {seed}")
     started = time.perf_counter()
     datasets = _encode(parser, settings) if settings["merge"] is None else _merge(parser, settings)
     seconds = time.perf_counter() - started
@@ -94,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
     parser.add_argument(
         "--shuffle-seed",
-        type=int,
+        type=ranges.SEED,
         metavar="S",
         help="write the documents in a random order that depends only on this seed and their number, so that the last "
         "documents, which Megatron's --split holds out, resemble the documents before them; needs twice the disk space "

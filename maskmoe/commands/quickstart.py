@@ -7,11 +7,13 @@ again to resume. After a change of settings, only the affected stages are repeat
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from maskmoe import ranges
+from maskmoe.command_line import Parser
 from maskmoe.comparison.quickstart import QuickstartPlan, Settings, quickstart_suite
 from maskmoe.comparison.quickstart_report import write_report
 from maskmoe.errors import UserError
@@ -28,7 +30,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     Raises:
         UserError: a value is out of range, or an input file is missing.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="The run folder gets report.md, loss.png, the checkpoints, the exported model, the routing mask, "
         "commands.sh with the command line of every stage, and logs/ with the full output of each stage.",
@@ -39,7 +41,9 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.set_defaults(**{flag.replace("-", "_"): words[0] for flag, words in defaults.items() if words})
     parser.set_defaults(seed=variant.seeds[0])
 
-    def add(group: argparse._ArgumentGroup, flag: str, kind: type, text: str, metavar: str = "N") -> None:
+    def add(
+        group: argparse._ArgumentGroup, flag: str, kind: Callable[[str], float], text: str, metavar: str = "N"
+    ) -> None:
         group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} [%(default)s]")
 
     files = parser.add_argument_group("files")
@@ -51,22 +55,23 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     files.add_argument("--run-dir", type=Path, default=run_dir, metavar="DIR", help="all files [runs/quickstart]")
 
     model = parser.add_argument_group("model")
-    add(model, "--vocab-size", int, "number of ids of the tokenizer")
-    add(model, "--num-layers", int, "number of transformer layers")
-    add(model, "--hidden-size", int, "width of the model, a multiple of 32")
-    add(model, "--num-experts", int, "number of experts in each layer")
+    add(model, "--vocab-size", ranges.TOKENIZER_SIZE, "number of ids of the tokenizer")
+    add(model, "--num-layers", ranges.LAYERS, "number of transformer layers")
+    add(model, "--hidden-size", ranges.HIDDEN_SIZE, "width of the model, a multiple of 32")
+    add(model, "--num-experts", ranges.EXPERTS, "number of experts in each layer")
 
     mask = parser.add_argument_group("routing mask")
-    add(mask, "--frequent-mass", float, "the ids that make up this share of the text see several experts", "P")
-    add(mask, "--frequent-visible-experts", int, "experts that such an id sees; all other ids see one expert", "V")
+    add(mask, "--frequent-mass", ranges.SHARE, "the ids that make up this share of the text see several experts", "P")
+    visible = "experts that such an id sees; all other ids see one expert"
+    add(mask, "--frequent-visible-experts", ranges.EXPERTS, visible, "V")
     mask.add_argument("--assignment", choices=ASSIGNMENTS, help="how experts are assigned to ids [%(default)s]")
 
     training = parser.add_argument_group("training")
-    add(training, "--seq-length", int, "number of tokens in a sample")
-    add(training, "--global-batch-size", int, "number of samples in an iteration")
-    add(training, "--train-iters", int, "number of iterations")
-    add(training, "--lr", float, "largest learning rate", "X")
-    add(training, "--seed", int, "seed of the initial weights and of the order of the data")
+    add(training, "--seq-length", ranges.SEQ_LENGTH, "number of tokens in a sample")
+    add(training, "--global-batch-size", ranges.BATCH_SIZE, "number of samples in an iteration")
+    add(training, "--train-iters", ranges.ITERATIONS, "number of iterations")
+    add(training, "--lr", ranges.LEARNING_RATE, "largest learning rate", "X")
+    add(training, "--seed", ranges.SEED, "seed of the initial weights and of the order of the data")
     training.add_argument("--prompt", metavar="TEXT", help="start of the sample [the start of a held-out text]")
     try:
         return Settings(**vars(parser.parse_args(arguments)))

@@ -31,10 +31,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
-from maskmoe.commands.arguments import add_force_argument, command_parser
+from maskmoe import ranges
+from maskmoe.commands.arguments import add_force_argument, add_seed_argument, command_parser
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs
@@ -46,40 +46,53 @@ from maskmoe.simulation.report import draw_plot, table, to_json
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = command_parser(__doc__)
-    source = partial(parser.add_argument_group("tokens and mask").add_argument, type=int)
-    source("--data-path", type=str, required=True, metavar="P", help="prefix of a dataset (P.bin and P.idx exist)")
+    group = parser.add_argument_group("tokens and mask")
+    source = group.add_argument
+    source("--data-path", required=True, metavar="P", help="prefix of a dataset (P.bin and P.idx exist)")
     source("--routing-mask", type=Path, required=True, metavar="F", help="routing mask of the dataset's tokenizer")
-    source("--layer", metavar="L", help="layer of the mask, counted from 1 (default: all layers, averaged)")
+    source(
+        "--layer",
+        type=ranges.LAYER,
+        metavar="L",
+        help="layer of the mask, counted from 1 (default: all layers, averaged)",
+    )
     source(
         "--tokens-per-rank",
+        type=ranges.TOKENS,
         default=4096,
         metavar="T",
         help="tokens in the micro-batch of a rank; each rank takes consecutive tokens from its own part of the dataset "
         "(default: %(default)s)",
     )
-    source("--seed", default=0, metavar="S", help="seed of the random choice of experts (default: %(default)s)")
+    add_seed_argument(group, "the random choice of experts")
 
-    model = partial(parser.add_argument_group("model").add_argument, type=int)
-    model("--topk", nargs="+", required=True, metavar="K", help="experts of a token; give several to compare them")
-    model("--hidden-size", required=True, metavar="H", help="elements of a hidden state")
+    model = parser.add_argument_group("model").add_argument
+    topk = "experts of a token; give several to compare them"
+    model("--topk", type=ranges.EXPERTS, nargs="+", required=True, metavar="K", help=topk)
+    size = "elements of a hidden state"
+    model("--hidden-size", type=ranges.HIDDEN_SIZE, required=True, metavar="H", help=size)
     model(
         "--bytes-per-element",
+        type=ranges.ELEMENT_BYTES,
         default=2,
         metavar="B",
         help="bytes of an element of a hidden state (default: %(default)s, bf16)",
     )
 
-    cluster = partial(parser.add_argument_group("cluster").add_argument, type=int)
+    cluster = parser.add_argument_group("cluster").add_argument
     cluster(
         "--num-gpus",
+        type=ranges.RANKS,
         nargs="+",
         default=tuple(1 << exponent for exponent in range(3, 13)),
         metavar="G",
         help="numbers of GPUs to compare (default: 8, 16, … 4096)",
     )
-    cluster("--gpus-per-node", default=8, metavar="G", help="GPUs of a node (default: %(default)s)")
+    node = "GPUs of a node (default: %(default)s)"
+    cluster("--gpus-per-node", type=ranges.RANKS_OF_NODE, default=8, metavar="G", help=node)
     cluster(
         "--expert-model-parallel-size",
+        type=ranges.RANKS,
         metavar="E",
         help="number of expert-parallel ranks, limited to the number of GPUs (default: all GPUs)",
     )
@@ -89,7 +102,8 @@ def parse_arguments() -> argparse.Namespace:
         ("--inter-node-bandwidth", 50, "GB/s", "bandwidth of a GPU to other nodes, in each direction"),
         ("--inter-node-latency", 2, "µs", "constant time of a message to other nodes"),
     ):
-        cluster(flag, type=float, default=default, metavar=unit, help=f"{meaning} (default: %(default)s)")
+        kind = ranges.BANDWIDTH if unit == "GB/s" else ranges.LATENCY
+        cluster(flag, type=kind, default=default, metavar=unit, help=f"{meaning} (default: %(default)s)")
 
     parser.add_argument("--output", type=Path, metavar="F", help="file for the results in bytes and seconds, .json")
     parser.add_argument("--plot", type=Path, metavar="F", help="file for a plot of the results, .png")
@@ -138,8 +152,6 @@ def print_settings(
 def main() -> None:
     """Simulate, write the results and print a table."""
     arguments = parse_arguments()
-    if arguments.seed < 0:
-        raise UserError(f"--seed must not be negative, it is {arguments.seed}")
     all_num_gpus, ep_size = sorted(set(arguments.num_gpus)), arguments.expert_model_parallel_size
     ep_sizes = all_num_gpus if ep_size is None else [min(num_gpus, ep_size) for num_gpus in all_num_gpus]
     layouts = [Layout(*sizes, arguments.gpus_per_node) for sizes in zip(all_num_gpus, ep_sizes, strict=True)]

@@ -9,6 +9,7 @@ Example:
 
 from pathlib import Path
 
+from maskmoe import ranges
 from maskmoe.commands.arguments import command_parser
 from maskmoe.errors import UserError
 
@@ -18,10 +19,8 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of Megatron checkpoints")
     keep = "number of checkpoints to keep (default: %(default)s)"
-    parser.add_argument("--keep-last-checkpoints", type=int, default=1, metavar="K", help=keep)
+    parser.add_argument("--keep-last-checkpoints", type=ranges.CHECKPOINTS, default=1, metavar="K", help=keep)
     arguments = parser.parse_args()
-    if arguments.keep_last_checkpoints < 1:
-        raise UserError(f"--keep-last-checkpoints must be at least 1, not {arguments.keep_last_checkpoints}")
 
     # Reading checkpoints needs torch and Megatron, `--help` does not.
     from maskmoe.megatron_compat import prepare_process

@@ -12,6 +12,7 @@ Example:
 
 from collections.abc import Iterator, Sequence
 
+from maskmoe import ranges
 from maskmoe.commands.arguments import (
     add_force_argument,
     add_seed_argument,
@@ -39,22 +40,23 @@ def main() -> None:
     parser = command_parser(__doc__)
     add_text_arguments(parser, " to train on", "the text")
     size = "number of token ids, including 3 special ids and 256 ids for bytes"
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help=size)
+    parser.add_argument("--vocab-size", type=ranges.TOKENIZER_SIZE, required=True, metavar="V", help=size)
     outputs = "path of the output files without .model and .vocab"
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=outputs)
     algorithm = "algorithm of the tokenizer (default: %(default)s)"
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help=algorithm)
     parser.add_argument(
         "--character-coverage",
-        type=float,
+        type=ranges.CHARACTER_COVERAGE,
         default=0.9995,
         metavar="SHARE",
-        help="share of the characters in the text (0 to 1) that is covered by characters with a token of their own; "
+        help="share of the characters in the text (0.98 to 1) that is covered by characters with a token of their own; "
         "other characters are encoded as bytes (default: %(default)s)",
     )
     lines = "train on at most N lines, drawn at random; limits the memory (default: %(default)s)"
-    parser.add_argument("--max-lines", type=int, default=10_000_000, metavar="N", help=lines)
-    parser.add_argument("--num-threads", type=int, default=16, metavar="T", help="threads (default: %(default)s)")
+    parser.add_argument("--max-lines", type=ranges.LINES, default=10_000_000, metavar="N", help=lines)
+    threads = "threads (default: %(default)s)"
+    parser.add_argument("--num-threads", type=ranges.THREADS, default=16, metavar="T", help=threads)
     add_seed_argument(parser, "the drawn lines")
     add_force_argument(parser)
     settings = vars(parser.parse_args())

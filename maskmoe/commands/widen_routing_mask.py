@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from maskmoe import ranges
 from maskmoe.commands.arguments import add_force_argument, add_seed_argument, add_workers_argument, command_parser
 from maskmoe.commands.build_routing_mask import describe_imbalance, warn_of_overload
 from maskmoe.outputs import atomic_output, check_outputs
@@ -32,9 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--token-frequency", type=Path, metavar="F", help=counts)
     mass = "the most frequent ids that together make up this share (0 to 1) of all occurrences become frequent ids, in "
     meaning = f"{mass}addition to those that see several experts already (default: the mask's P)"
-    parser.add_argument("--frequent-mass", type=float, metavar="P", help=meaning)
+    parser.add_argument("--frequent-mass", type=ranges.SHARE, metavar="P", help=meaning)
     visible = "experts that each frequent id sees (default: the mask's V_f)"
-    parser.add_argument("--frequent-visible-experts", type=int, metavar="V_f", help=visible)
+    parser.add_argument("--frequent-visible-experts", type=ranges.EXPERTS, metavar="V_f", help=visible)
     add_seed_argument(parser, "the random choices")
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
     add_force_argument(parser)

@@ -2,9 +2,11 @@
 
 import os
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from typing import NoReturn
 
+from maskmoe import ranges
 from maskmoe.errors import UserError
 from maskmoe.launch.command import Command, standalone_command, unset_variables
 from maskmoe.launch.devices import GPU_ENVIRONMENT, find_devices
@@ -54,6 +56,7 @@ def split_processes(words: Sequence[str]) -> tuple[int | None, list[str]]:
     remaining = list(words[1:])
     if not equals:
         value = remaining.pop(0) if remaining else ""
-    if not value.isdecimal() or int(value) < 1:
-        raise UserError(f"{_PROCESSES_FLAG} needs a positive whole number, not {value!r}")
-    return int(value), remaining
+    try:
+        return ranges.RANKS_OF_NODE(value), remaining
+    except ArgumentTypeError as error:
+        raise UserError(f"{_PROCESSES_FLAG} needs a positive whole number, not {value!r}") from error

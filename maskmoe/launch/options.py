@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
+from maskmoe import ranges
+from maskmoe.command_line import Parser
 from maskmoe.errors import UserError
 from maskmoe.paths import runs_folder
 
@@ -78,16 +78,10 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     return options
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def _parser(program: str, environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=program,
         usage=f"{program} [options] MODEL.yaml [Megatron's flags…]",
-        allow_abbrev=False,
         description="Pretrain the model of a YAML file, whose keys are Megatron's flags, on one node or many: start "
         "the command on each node. Flags after the file override the file's flags, and `--flag false` removes a flag. "
         "Each option can be given as the environment variable in brackets instead.",
@@ -108,19 +102,19 @@ def _parser(program: str, environment: Mapping[str, str]) -> argparse.ArgumentPa
         value = environment.get(variable) or default
         parser.add_argument(flag, metavar=metavar, type=type, default=value, help=f"{text} [{variable}]")
 
-    count, number = partial(_whole_number, least=1), partial(_whole_number, least=0)
     ranks = "number of ranks on each node (default: one per GPU; one on a machine without GPUs)"
     address = f"an address of node 0 and a free port (default: MASTER_ADDR:MASTER_PORT, with port {DEFAULT_PORT})"
-    add("--nodes", "N", count, "NNODES", "number of nodes", 1)
-    add("--node-rank", "R", number, "NODE_RANK", "number of this node, from 0")
-    add("--gpus-per-node", "G", count, "NPROC_PER_NODE", ranks)
+    add("--nodes", "N", ranges.NODES, "NNODES", "number of nodes", 1)
+    add("--node-rank", "R", ranges.NODE_RANK, "NODE_RANK", "number of this node, from 0")
+    add("--gpus-per-node", "G", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
     add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address}")
     add("--rendezvous-id", "ID", str, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)")
-    add("--rendezvous-timeout", "SECONDS", count, "RDZV_TIMEOUT", "how long the nodes wait for each other", 600)
-    add("--max-restarts", "M", number, "MAX_RESTARTS", "how often failed ranks are restarted", 3)
     add(
-        "--shutdown-timeout", "SECONDS", count, "SHUTDOWN_TIMEOUT", "how long ranks may take for a last checkpoint", 600
+        "--rendezvous-timeout", "SECONDS", ranges.SECONDS, "RDZV_TIMEOUT", "how long the nodes wait for each other", 600
     )
+    add("--max-restarts", "M", ranges.RESTARTS, "MAX_RESTARTS", "how often failed ranks are restarted", 3)
+    saving = "how long ranks may take for a last checkpoint"
+    add("--shutdown-timeout", "SECONDS", ranges.SECONDS, "SHUTDOWN_TIMEOUT", saving, 600)
     add(
         "--run-dir", "DIR", Path, "RUN_DIR", "folder for checkpoints, TensorBoard events and logs (default: runs/MODEL)"
     )
@@ -133,16 +127,13 @@ def _parser(program: str, environment: Mapping[str, str]) -> argparse.ArgumentPa
     return parser
 
 
-def _whole_number(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
-    return int(text)
-
-
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if text.endswith("]") or not colon:
         host, port = text, str(DEFAULT_PORT)
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+    if not host:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host, int(port)
+    try:
+        return host, ranges.PORT(port)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT: the port {error}") from error

@@ -1,14 +1,13 @@
 """Command line arguments: Megatron's, and this package's in a group of their own."""
 
 import argparse
-import difflib
 import os
-from collections.abc import Sequence
 
-from maskmoe.errors import UserError
+from maskmoe import ranges
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
+from maskmoe.training.flag_ranges import report_errors_in_one_line
 
 
 def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -20,6 +19,7 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     are off. On a GPU, the defaults are the fastest ones that work with the installed packages.
     """
     escape_percent_signs_in_help(parser)
+    report_errors_in_one_line(parser)
     group = parser.add_argument_group(title="MaskMoE")
     group.add_argument(
         "--routing-mask",
@@ -70,33 +70,14 @@ def may_change_mask(args: argparse.Namespace) -> bool:
     return getattr(args, "change_routing_mask", False)
 
 
-def refuse_unknown_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Refuse flags that the complete parser does not know, before argparse prints a usage of hundreds of lines.
-
-    Args:
-        parser: Has all arguments of the entry point.
-        arguments: The command line.
-
-    Raises:
-        UserError: Names all unknown flags and, for each, the most similar known flag.
-    """
-    known = parser._option_string_actions
-    flags = dict.fromkeys(word.partition("=")[0] for word in arguments if word.startswith("--") and len(word) > 2)
-    unknown = [flag for flag in flags if flag not in known]
-    if unknown:
-        hints = (difflib.get_close_matches(flag.replace("_", "-"), known, n=1) for flag in unknown)
-        named = [f"{flag} (nearest: {hint[0]})" if hint else flag for flag, hint in zip(unknown, hints, strict=True)]
-        raise UserError(f"unknown flag{'s' if len(named) > 1 else ''} {', '.join(named)}; --help lists all")
-
-
 def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `--check`, with which pretraining only reports what the run would be and need, and its errors."""
     parser.add_argument(
         "--check",
         metavar="RANKS",
-        type=int,
+        type=ranges.RANKS,
         nargs="?",
-        const=int(os.environ.get("WORLD_SIZE", "1")),
+        const=os.environ.get("WORLD_SIZE", "1"),
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
         "default WORLD_SIZE or 1; print the layout, parameters and memory of the run, and every error. Needs no GPU "
         "and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex unless "

@@ -8,6 +8,7 @@ from megatron.training import print_rank_0
 from torch import Tensor
 from tqdm import tqdm
 
+from maskmoe import ranges
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.training.setup import (
@@ -24,12 +25,13 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     """Add the `generation` group, and defaults for the settings of training that Megatron requires."""
     group = parser.add_argument_group(title="generation")
     group.add_argument("--prompt", required=True, help="the text to continue")
-    for flag, default, meaning in (
-        ("--max-new-tokens", 64, "stop after this many tokens, or at the end of the text"),
-        ("--temperature", 0.8, "divides the logits before a token is drawn; 0 always takes the most probable token"),
-        ("--top-k", 50, "draw among this many of the most probable tokens; 0: all"),
+    temperature = "divides the logits before a token is drawn; 0 always takes the most probable token"
+    for flag, kind, default, meaning in (
+        ("--max-new-tokens", ranges.NEW_TOKENS, 64, "stop after this many tokens, or at the end of the text"),
+        ("--temperature", ranges.TEMPERATURE, 0.8, temperature),
+        ("--top-k", ranges.TOP_K, 50, "draw among this many of the most probable tokens; 0: all"),
     ):
-        group.add_argument(flag, type=type(default), default=default, help=meaning)
+        group.add_argument(flag, type=kind, default=default, help=meaning)
     group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
     add_force_argument(group)
     parser.set_defaults(micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
@@ -44,8 +46,6 @@ def check_generation(args: argparse.Namespace) -> None:
     """
     if args.pipeline_model_parallel_size > 1 or args.sequence_parallel or args.context_parallel_size > 1:
         raise UserError("generation works with tensor and expert parallelism, not with pipelines or split sequences")
-    if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 1:
-        raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
 
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:

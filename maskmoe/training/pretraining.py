@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+from maskmoe import ranges
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import locked_folder
@@ -64,14 +65,14 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--keep-last-checkpoints",
-        type=int,
+        type=ranges.CHECKPOINTS,
         metavar="N",
         help="keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all "
         "others; by default all checkpoints are kept",
     )
     group.add_argument(
         "--hang-timeout",
-        type=float,
+        type=ranges.TIMEOUT,
         metavar="SECONDS",
         help="end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; "
         "default: half of --distributed-timeout-minutes",

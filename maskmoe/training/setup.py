@@ -26,6 +26,7 @@ from megatron.training.training import setup_model_and_optimizer
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import iteration_of
+from maskmoe.command_line import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
@@ -35,7 +36,8 @@ from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.frequency import files_of_data_path
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, fill_in_middle, resume
-from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask, refuse_unknown_flags
+from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask
+from maskmoe.training.flag_ranges import check_ranges
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.refusals import check_supported
@@ -66,6 +68,7 @@ def parse_and_check_args(
 
     # Choose the checkpoint, whose settings may complete the command line.
     args = parse_args(add_arguments)
+    check_ranges(args)
     checkpoint = resume.find_checkpoint(args, RankStore.from_environment())
     if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
         # Pass the choice to Megatron by `--ckpt-step`, as a user would.
@@ -77,6 +80,7 @@ def parse_and_check_args(
         chosen |= resume.further_checkpoint_args(args, checkpoint)
         args = parse_args(add_arguments)
         args, _ = load_args_from_checkpoint(args)
+        check_ranges(args)
     # Check settings and files, before and after Megatron validates and completes the arguments.
     check_supported(args)
     _report_missing_packages()

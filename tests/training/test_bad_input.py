@@ -18,11 +18,12 @@ from support.datasets import write_documents
 from support.masks import build_mask, count_ids
 
 from maskmoe.cli import run_tool
+from maskmoe.command_line import refuse_unknown_flags
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
-from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
+from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.refusals import check_supported, missing_libraries, unsupported_settings
 from maskmoe.training.setup import parse_and_check_args
 

@@ -1,0 +1,192 @@
+"""Bad values, files and folders on the command lines of all tools: one line of error, exit code 2, nothing written."""
+
+import pytest
+from support.command_lines import TRAINING, refuse_all, run_command
+
+LONG_NAME = "n" * 5000
+
+# A command line of each command whose values the cases replace; all of its files exist.
+COMMANDS = {
+    "corpus": "--output OUT",
+    "tokenizer": "--input text.txt --vocab-size 400 --output-prefix OUT",
+    "preprocess": "--input text.txt --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
+    " --output-prefix OUT",
+    "count": "--data-path data --vocab-size 400 --output OUT",
+    "mask": "--token-frequency counts.safetensors --num-experts 4 --num-layers 2 --frequent-mass 0.4"
+    " --frequent-visible-experts 3 --assignment balanced --output OUT",
+    "mask widen": "--routing-mask mask.safetensors --token-frequency counts.safetensors --frequent-visible-experts 4"
+    " --output OUT",
+    "convert megatron-to-hf": "--load checkpoints --save OUT",
+    "convert hf-to-megatron": "--load model --save OUT",
+    "convert upcycle": "--load model --save OUT --routing-mask mask.safetensors --num-experts 4",
+    "convert inspect": "model --json OUT",
+    "sample": "--model model --prompt import --output OUT",
+    "analyze": "--load model --data-path data --output-dir OUT",
+    "simulate": "--data-path data --routing-mask mask.safetensors --topk 2 --hidden-size 32 --output OUT",
+    "thin": "--load checkpoints",
+    "quickstart": "--input text.txt --run-dir OUT",
+    "compare": "suite.yaml --input text.txt --run-dir OUT",
+    "launch": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
+    "check": "--run-dir OUT --gpus-per-node 1 laptop.yaml",
+    "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --eval-output OUT",
+    "generate": "--load checkpoints --use-checkpoint-args --prompt import --sample-output OUT",
+}
+RUN = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 40 --seq-length 32 --lr 1e-3"
+    " --max-position-embeddings 32 --position-embedding-type rope --num-experts 4 --moe-ffn-hidden-size 24"
+    " --moe-router-topk 1 --routing-mask mask.safetensors --micro-batch-size 2 --global-batch-size 4 --train-iters 2"
+    " --data-path data --split 90,10,0 --tokenizer-type HuggingFaceTokenizer --tokenizer-model huggingface --save OUT"
+)
+COMMANDS |= {"pretrain": RUN, "pretrain --check": f"{RUN} --distributed-backend gloo"}
+
+NOT_WHOLE = ("0", "-1", "1.5", "nan", "inf", "²", "٣", "1_0", "9" * 5000, "1" + "0" * 30, "")
+NOT_COUNT = ("-1", "1.5", "nan", "²", "1e3", "1" + "0" * 30)
+NOT_SHARE = ("-0.1", "1.1", "nan", "inf", "-inf", "1e400", "half", "")
+NOT_POSITIVE = ("0", "-1", "nan", "inf", "x")
+
+# The words that each flag of a command must refuse.
+BAD_NUMBERS = {
+    "corpus": {"--max-bytes": NOT_WHOLE, "--seed": NOT_COUNT},
+    "tokenizer": {
+        "--vocab-size": (*NOT_WHOLE, "1", "2", "259", "1000000000"),
+        "--num-threads": (*NOT_WHOLE, "1025"),
+        "--character-coverage": (*NOT_SHARE, "0", "0.5", "0.97"),
+        "--max-lines": NOT_WHOLE,
+        "--seed": (*NOT_COUNT, "4294967296"),
+    },
+    "preprocess": {"--workers": (*NOT_WHOLE, "100000"), "--shuffle-seed": NOT_COUNT},
+    "count": {"--vocab-size": (*NOT_WHOLE, "1000000000"), "--workers": NOT_WHOLE},
+    "mask": {
+        "--num-experts": (*NOT_WHOLE, "1000000000"),
+        "--num-layers": (*NOT_WHOLE, "1000000"),
+        "--frequent-mass": NOT_SHARE,
+        "--frequent-visible-experts": NOT_WHOLE,
+        "--expert-model-parallel-size": NOT_WHOLE,
+        "--hash-layers": NOT_COUNT,
+        "--seed": NOT_COUNT,
+        "--workers": NOT_WHOLE,
+    },
+    "mask widen": {
+        "--frequent-mass": NOT_SHARE,
+        "--frequent-visible-experts": NOT_WHOLE,
+        "--seed": NOT_COUNT,
+        "--workers": NOT_WHOLE,
+    },
+    "convert megatron-to-hf": {"--max-shard-size": ("0", "-1", "nan", "x", "5 apples", "²GB", "1e400GB")},
+    "convert upcycle": {
+        "--num-experts": NOT_WHOLE,
+        "--topk": NOT_WHOLE,
+        "--granularity": NOT_WHOLE,
+        "--noise": ("-1", "nan", "inf", "x"),
+        "--reinit-share": NOT_SHARE,
+        "--seed": NOT_COUNT,
+        "--moe-layer-freq": ("0", "-1", "x", "[2]", "[1]**9", "[1]*9999999999", "()", "[" * 3000),
+    },
+    "sample": {
+        "--max-new-tokens": NOT_WHOLE,
+        "--temperature": ("-1", "nan", "inf", "x"),
+        "--top-k": NOT_COUNT,
+        "--seed": (*NOT_COUNT, "-1", "4294967296"),
+    },
+    "analyze": {
+        "--ckpt-step": NOT_COUNT,
+        "--tokens": NOT_WHOLE,
+        "--seq-length": NOT_WHOLE,
+        "--batch-size": NOT_WHOLE,
+        "--capacity-factors": NOT_POSITIVE,
+        "--micro-batch-tokens": NOT_WHOLE,
+        "--min-occurrences": NOT_WHOLE,
+        "--top-ids": NOT_WHOLE,
+        "--split": ("abc", "-1,2,3", "0,0,0", "nan,1,1", "inf,1,1", "1,2,3,4", "5e-1,1,1", ""),
+    },
+    "simulate": {
+        "--layer": (*NOT_WHOLE, "3"),
+        "--tokens-per-rank": NOT_WHOLE,
+        "--seed": NOT_COUNT,
+        "--topk": NOT_WHOLE,
+        "--hidden-size": NOT_WHOLE,
+        "--bytes-per-element": (*NOT_WHOLE, "65"),
+        "--num-gpus": NOT_WHOLE,
+        "--gpus-per-node": NOT_WHOLE,
+        "--expert-model-parallel-size": NOT_WHOLE,
+        "--intra-node-bandwidth": NOT_POSITIVE,
+        "--intra-node-latency": ("-1", "nan", "inf", "x"),
+        "--inter-node-bandwidth": NOT_POSITIVE,
+        "--inter-node-latency": ("-1", "nan", "inf", "x"),
+    },
+    "thin": {"--keep-last-checkpoints": NOT_WHOLE},
+    "quickstart": {
+        "--vocab-size": (*NOT_WHOLE, "100"),
+        "--num-layers": NOT_WHOLE,
+        "--hidden-size": (*NOT_WHOLE, "33"),
+        "--num-experts": (*NOT_WHOLE, "1"),
+        "--frequent-mass": NOT_SHARE,
+        "--frequent-visible-experts": (*NOT_WHOLE, "1", "9"),
+        "--seq-length": (*NOT_WHOLE, "31"),
+        "--global-batch-size": NOT_WHOLE,
+        "--train-iters": NOT_WHOLE,
+        "--lr": NOT_POSITIVE,
+        "--seed": NOT_COUNT,
+    },
+    "compare": {"--jobs": NOT_WHOLE, "--vocab-size": NOT_WHOLE, "--split": ("abc", "-1,2,3", "0,0,0")},
+    "launch": {
+        "--nodes": NOT_WHOLE,
+        "--node-rank": (*NOT_COUNT, "1"),
+        "--gpus-per-node": NOT_WHOLE,
+        "--rendezvous": ("host:0", "host:65536", "host:²", ":1", "host:x"),
+        "--rendezvous-timeout": NOT_WHOLE,
+        "--max-restarts": NOT_COUNT,
+        "--shutdown-timeout": NOT_WHOLE,
+    },
+    "generate": {"--max-new-tokens": NOT_WHOLE, "--temperature": ("-1", "nan", "inf", "x"), "--top-k": NOT_COUNT},
+}
+
+
+def command_line(command: str, **replaced: str) -> list[str]:
+    """Return a command line of `COMMANDS`, with other values of flags; flags are written without dashes in front."""
+    words = COMMANDS[command].split()
+    positional = command in ("launch", "check")
+    for name, value in replaced.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in words:
+            words[words.index(flag) + 1] = value
+        else:
+            words = [f"{flag}={value}", *words] if positional else [*words, f"{flag}={value}"]
+    return [*command.split(), *words]
+
+
+@pytest.mark.parametrize("command", BAD_NUMBERS)
+def test_number_out_of_range(workshop, command):
+    cases = [(flag, word) for flag, words in BAD_NUMBERS[command].items() for word in words]
+    refuse_all(workshop, [(command_line(command, **{flag[2:]: word}), [flag]) for flag, word in cases])
+
+
+# Values that are in the range of their flag, but contradict the model or another flag, with words of the error.
+CONTRADICTIONS = [
+    ("mask", "frequent_visible_experts", "5", "2 to 4 of 4 experts, not 5"),
+    ("mask", "frequent_visible_experts", "1", "2 to 4 of 4 experts, not 1"),
+    ("mask", "expert_model_parallel_size", "3", "4 experts cannot be divided over 3"),
+    ("mask", "hash_layers", "3", "3"),
+    ("mask widen", "frequent_visible_experts", "5", "2 to 4 of 4 experts, not 5"),
+    ("mask widen", "frequent_visible_experts", "1", "1"),
+    ("simulate", "topk", "5", "top-k must be 1 to 4"),
+    ("simulate", "expert_model_parallel_size", "1", "at least 2 ranks"),
+    ("tokenizer", "vocab_size", "300", "--vocab-size"),
+    ("tokenizer", "vocab_size", "16000000", "--vocab-size"),
+    ("count", "vocab_size", "5", "data"),
+    ("analyze", "seq_length", "4096", "--seq-length"),
+    ("convert upcycle", "num_experts", "8", "only a model without experts can be upcycled"),
+    ("quickstart", "frequent_visible_experts", "9", "--num-experts 8"),
+    ("launch", "nodes", "2", "--rendezvous"),
+    ("launch", "node_rank", "1", "--node-rank 1"),
+]
+
+
+def test_number_that_contradicts_another(workshop):
+    refuse_all(workshop, [(command_line(name, **{flag: word}), [text]) for name, flag, word, text in CONTRADICTIONS])
+
+
+def test_number_of_processes_of_a_training_command(workshop):
+    for word in (*NOT_WHOLE, "100000"):
+        for command in TRAINING:
+            run_command(command, "--nproc-per-node", word, starts_ranks=True).assert_refused("--nproc-per-node")

@@ -1,0 +1,103 @@
+"""Runs commands in this process as a user runs them, and looks at what they print and write."""
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from maskmoe.cli import run_tool
+from maskmoe.commands.main import dispatch
+
+TRAINING = {"pretrain": "maskmoe.training.pretrain", "evaluate": "maskmoe.training.evaluate"}
+TRAINING |= {"generate": "maskmoe.training.generate"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did.
+
+    Attributes:
+        code: the exit code.
+        output: what the command printed on stdout.
+        errors: what the command printed on stderr.
+    """
+
+    code: object
+    output: str
+    errors: str
+
+    def problem(self, *words: str) -> str | None:
+        """Return why this is not a refusal: exit code 2 and one line of error that holds all `words`. None if it is."""
+        lines = self.errors.splitlines()
+        if self.code != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 1000:
+            return f"code {self.code}, {len(lines)} lines: {self.errors[-300:]}"
+        missing = [word for word in words if word not in lines[0]]
+        return f"{missing} missing: {lines[0]}" if missing else None
+
+    def assert_refused(self, *words: str) -> None:
+        """Check that the command ended with exit code 2 and one line of error that holds all `words`."""
+        assert self.problem(*words) is None
+
+
+def run_command(*words: object, starts_ranks: bool = False) -> Outcome:
+    """Run `maskmoe WORDS…` in this process and in the current folder.
+
+    Args:
+        words: the command line.
+        starts_ranks: whether training commands start ranks, as they do for a user. By default they are the only rank.
+    """
+    command = [str(word) for word in words]
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        module = None if starts_ranks else TRAINING.get(command[0])
+        patch.setattr(sys, "argv", ["maskmoe", *command] if module is None else [f"{command[0]}.py", *command[1:]])
+        patch.setattr("signal.signal", lambda *_: None)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        try:
+            if module is None:
+                run_tool(lambda: dispatch(command))
+            else:
+                run_tool(importlib.import_module(module).main)
+        except SystemExit as end:
+            return Outcome(end.code, output.getvalue(), errors.getvalue())
+    return Outcome(0, output.getvalue(), errors.getvalue())
+
+
+def refuse_all(folder: Path, cases: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
+    """Check that commands are refused and neither make, change nor remove a file; reports all cases that fail.
+
+    Args:
+        folder: the folder whose files are compared.
+        cases: the words of each command line, and the words that its error must hold.
+    """
+    failed, number = [], 0
+    files = _files(folder)
+    for command, expected in cases:
+        number += 1
+        try:
+            problem = run_command(*command).problem(*expected)
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            problem = f"{type(error).__name__}: {str(error)[:300]}"
+        if (now := _files(folder)) != files:
+            problem = f"changed files {[path for path, _ in now.items() ^ files.items()]}; {problem}"
+            files = now
+        if problem:
+            failed.append(f"{str(command)[:300]}\n      {problem}")
+    assert not failed, f"{len(failed)} of {number} cases failed:\n" + "\n".join(failed)
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    paths = (Path(parent, name) for parent, folders, files in os.walk(folder) for name in (*folders, *files))
+    stats = ((path, path.lstat()) for path in paths)
+    return {str(path): (stat.st_size if path.is_file() else 0, stat.st_mode) for path, stat in stats}
