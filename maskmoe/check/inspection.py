@@ -32,6 +32,7 @@ from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks
 from maskmoe.training.arguments import add_maskmoe_arguments, refuse_unknown_flags
+from maskmoe.training.changed_settings import find_changed_settings, take_schedule_of_checkpoint
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
 from maskmoe.training.resume import check_same_model, further_checkpoint_args
@@ -107,6 +108,13 @@ class Inspection:
         unread = file_checks.check_data(args, mask, vocab_size, _MOST_BYTES_READ, self._collecting)
         consequence = "was not counted for the mask: the run checks its token ids when it starts"
         self._notes += [f"dataset {prefix} {consequence}" for prefix in unread]
+        if validated is not None:
+            with self._collecting():
+                if checkpoint is not None:
+                    take_schedule_of_checkpoint(validated, checkpoint)
+                changed = find_changed_settings(validated, checkpoint)
+                self._add(changed.errors)
+                self._notes += changed.notes
         # The validated arguments have a layout that divides, so the model is known even if the given layout does not.
         model = memory = None
         if validated is not None and has_tokenizer and not self._has_unbuildable_layers():

@@ -34,6 +34,7 @@ from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, fill_in_middle, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask, refuse_unknown_flags
+from maskmoe.training.changed_settings import find_changed_settings, take_schedule_of_checkpoint
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.refusals import check_supported
@@ -86,6 +87,7 @@ def parse_and_check_args(
     args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint
     if checkpoint is not None:
         resume.check_same_model(args, checkpoint)
+        take_schedule_of_checkpoint(args, checkpoint)
     if mask is not None:
         file_checks.check_mask(args, mask)
     if args.fim_data:
@@ -94,6 +96,12 @@ def parse_and_check_args(
         # The first rank of each node reads the token ids of each dataset once.
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         file_checks.check_data(args, mask, get_tokenizer().vocab_size, math.inf if is_first_of_node else 0)
+    changed = find_changed_settings(args, checkpoint)
+    for error in changed.errors:
+        raise UserError(error)
+    for note in changed.notes:
+        _print_on_first_rank(f"note: {note}")
+    args.is_complete = changed.is_complete
     return args
 
 
