@@ -7,6 +7,7 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,8 @@ from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, fill_in_middle, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask, refuse_unknown_flags
 from maskmoe.training.changed_settings import find_changed_settings, take_schedule_of_checkpoint
+from maskmoe.training.layer_division import layer_errors
+from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.refusals import check_supported
@@ -78,6 +81,10 @@ def parse_and_check_args(
         args, _ = load_args_from_checkpoint(args)
     # Check settings and files, before and after Megatron validates and completes the arguments.
     check_supported(args)
+    for error in chain(pattern_errors(args), layer_errors(args)):
+        raise UserError(error)
+    for note in ignored_flags(args):
+        _print_on_first_rank(f"note: {note}")
     _report_missing_packages()
     tokenizer_sha256 = file_checks.check_tokenizer(args)
     file_checks.check_save_folder(args)
