@@ -171,9 +171,14 @@ def main() -> None:
             settings |= {"routing_mask": str(arguments.routing_mask), "routing_mask_digest": mask.digest}
             settings |= {"num_experts": mask.num_experts, "dataset_tokens": len(batches.tokens)}
             output.write_text(json.dumps(to_json(settings, results), indent=2) + "\n", encoding="utf-8")
-        if plot:
+        is_possible = any(result.cost for result in results)
+        if plot and is_possible:
             draw_plot(results, plot)
+    if plot and not is_possible:
+        arguments.plot.unlink()  # an empty file, which was made to see early that the folder is writable
     print_settings(arguments, mask, batches, layouts)
     print(*table(results), sep="\n")
-    for written in filter(None, (arguments.output, arguments.plot)):
+    for written in filter(None, (arguments.output, arguments.plot if is_possible else None)):
         print(f"written          {written}")
+    if arguments.plot and not is_possible:
+        print(f"no plot          {arguments.plot}: every variant is impossible, see the table")

@@ -296,13 +296,23 @@ def reports(bench) -> dict[str, Any]:
     layouts = LAYOUTS | MORE_LAYOUTS
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
     errors |= {flags: f"{LLAMA} --global-batch-size 16 {flags}" for flags in IGNORED}
-    ranks = dict.fromkeys([*layouts, "flex dispatcher"], 2) | dict.fromkeys(errors, 8) | {MANY_RANKS: 1_000_000_007}
+    ranks = dict.fromkeys([*layouts, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
+    ranks[MANY_RANKS] = 1_000_000_007
     twins = {
         f"{kind} twin, {name}": flags for name, pair in TWINS.items() for kind, flags in zip(KINDS, pair, strict=True)
     }
     ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
     libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
-    cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | libraries | {MANY_RANKS: "--global-batch-size 2000000014"}
+    cases = (
+        ARCHITECTURES
+        | hybrids()
+        | FORWARD
+        | layouts
+        | errors
+        | twins
+        | libraries
+        | {MANY_RANKS: "--global-batch-size 2000000014"}
+    )
     return bench.run("report", cases, ranks=ranks)[0]
 
 
