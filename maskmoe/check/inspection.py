@@ -38,7 +38,7 @@ from maskmoe.training.layer_division import layer_errors
 from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
-from maskmoe.training.resume import check_same_model, further_checkpoint_args
+from maskmoe.training.resume import check_pretrained_model, check_same_model, further_checkpoint_args
 from maskmoe.training.setup import ArgumentsProvider, find_routing_mask, megatrons_checks, model_config_from_args
 
 # Reading the token ids of a larger dataset would take more than a few seconds.
@@ -118,6 +118,7 @@ class Inspection:
         self._notes += [f"dataset {prefix} {consequence}" for prefix in unread]
         if validated is not None:
             with self._collecting():
+                check_pretrained_model(validated, checkpoint)
                 if checkpoint is not None:
                     take_schedule_of_checkpoint(validated, checkpoint)
                 changed = find_changed_settings(validated, checkpoint)

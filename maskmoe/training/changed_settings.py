@@ -45,7 +45,9 @@ _SCHEDULE_ARGUMENTS = (
     *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
 # Arguments that decide which state an optimizer has. With another value, Megatron fails on every rank.
-_OPTIMIZER_ARGUMENTS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16")
+_OPTIMIZER_ARGUMENTS = ("optimizer", "use_distributed_optimizer")
+# The distributed optimizer has the same state in every precision.
+_PRECISION_ARGUMENTS = ("bf16", "fp16")
 # Arguments whose values an optimizer loads with its state. Megatron ignores the values of the command line.
 _LOADED_WITH_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
 # Arguments that decide the order of the training data.
@@ -179,7 +181,8 @@ class _Resumption:
         args = self.args
         if args.no_load_optim:
             return
-        if changed := self._changes(_OPTIMIZER_ARGUMENTS):
+        precision = () if args.use_distributed_optimizer else _PRECISION_ARGUMENTS
+        if changed := self._changes((*_OPTIMIZER_ARGUMENTS, *precision)):
             yield (
                 f"checkpoint {self.checkpoint} holds the state of another optimizer: {changed}; pass the checkpoint's "
                 f"setting, or --no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
@@ -324,7 +327,7 @@ def _notes_of_finetuning(args: Namespace, checkpoint: Path) -> Iterator[str]:
     if args.save is not None and Path(args.save).resolve() == Path(args.load).resolve():
         yield (
             f"--finetune with --save in the folder of --load, {args.load}: each start begins at iteration 0 again; "
-            f"save to another folder, and see {_PAGE} for runs that restart"
+            f"pass another --save, or --pretrained-checkpoint instead of --finetune ({_PAGE})"
         )
 
 

@@ -95,6 +95,7 @@ def parse_and_check_args(
     if checkpoint is not None:
         resume.check_same_model(args, checkpoint)
         take_schedule_of_checkpoint(args, checkpoint)
+    resume.check_pretrained_model(args, checkpoint)
     if mask is not None:
         file_checks.check_mask(args, mask)
     if args.fim_data:

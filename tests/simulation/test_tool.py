@@ -84,12 +84,6 @@ def test_same_seed_same_results(folder):
     assert first == second != other
 
 
-def test_a_plot_of_nothing_possible(folder):
-    process = run(folder, "--num-gpus", 64, "--plot", "nothing.png")
-    assert process.returncode == 0, process.stderr
-    assert (folder / "nothing.png").stat().st_size > 0
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
