@@ -62,4 +62,4 @@ def inspect_run(ranks: int, extra_args_provider: ArgumentsProvider) -> Report:
         try:
             return Inspection(ranks, extra_args_provider).report()
         except UserError as error:
-            return Report(errors=(str(error),))
+            return Report((str(error),))

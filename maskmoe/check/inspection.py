@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer
 
-from maskmoe.check.layer_pattern import pattern_errors
-from maskmoe.check.layout import Layout, layer_errors
+from maskmoe.check.layout import Layout
 from maskmoe.check.memory import compute_memory
+from maskmoe.check.missing import ASSUMED_VOCAB_SIZE, MissingInput, missing_inputs, names_dataset
 from maskmoe.check.parameters import count_parameters
 from maskmoe.check.report import Report
 from maskmoe.checkpoint.routing_mask import read_routing_mask
@@ -33,10 +34,13 @@ from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks
 from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.changed_settings import find_changed_settings, take_schedule_of_checkpoint
 from maskmoe.training.flag_ranges import range_errors
+from maskmoe.training.layer_division import layer_errors
+from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
-from maskmoe.training.resume import check_same_model, further_checkpoint_args
+from maskmoe.training.resume import check_pretrained_model, check_same_model, further_checkpoint_args
 from maskmoe.training.setup import ArgumentsProvider, find_routing_mask, megatrons_checks, model_config_from_args
 
 # Reading the token ids of a larger dataset would take more than a few seconds.
@@ -91,6 +95,8 @@ class Inspection:
         divides = not any(layout.errors())
         self._add(chain(unavailable_settings(args, self._packages), unsupported_settings(args)))
         self._add(chain(pattern_errors(args), layout.errors(), layer_errors(args)))
+        if not self._has_unreadable_layers():
+            self._notes += ignored_flags(args)
         if missing := self._packages.describe_missing():
             self._notes.append(missing)
         self._notes += missing_libraries(args)  # the machine of the check may lack what the machine of the run has
@@ -101,6 +107,7 @@ class Inspection:
         validated = self._validate(layout)
         args = validated or args
         has_tokenizer = self._make_tokenizer(args)
+        assumed_size = None if has_tokenizer else self._assume_vocabulary(args, mask)
         if has_tokenizer and mask is not None and args.num_experts and args.num_layers:
             with self._collecting():
                 file_checks.check_mask(args, mask)
@@ -109,19 +116,38 @@ class Inspection:
                 check_same_model(args, checkpoint)
         # The run itself checks the token ids of large datasets.
         vocab_size = get_tokenizer().vocab_size if has_tokenizer else None
-        unread = file_checks.check_data(args, mask, vocab_size, _MOST_BYTES_READ, self._collecting)
+        unread = []
+        if names_dataset(args):
+            unread = file_checks.check_data(args, mask, vocab_size, _MOST_BYTES_READ, self._collecting)
         consequence = "was not counted for the mask: the run checks its token ids when it starts"
         self._notes += [f"dataset {prefix} {consequence}" for prefix in unread]
+        if validated is not None:
+            with self._collecting():
+                check_pretrained_model(validated, checkpoint)
+                if checkpoint is not None:
+                    take_schedule_of_checkpoint(validated, checkpoint)
+                changed = find_changed_settings(validated, checkpoint)
+                self._add(changed.errors)
+                self._notes += changed.notes
         # The validated arguments have a layout that divides, so the model is known even if the given layout does not.
         model = memory = None
-        if validated is not None and has_tokenizer and not self._has_unbuildable_layers():
+        if validated is not None and not self._has_unbuildable_layers():
             with self._collecting():
                 config = _model_config(validated)
                 with _reporting_failure_of("the model"), megatrons_checks():
                     model = count_parameters(validated, config, mask)
                 memory = compute_memory(validated, config.transformer, model) if divides else None
+        # What is missing comes last.
+        missing: tuple[MissingInput, ...] = ()
+        if not self._has_unreadable_layers():
+            missing = tuple(missing_inputs(args, assumed_size or vocab_size or 0, checkpoint is not None))
+        if mask is None and args.num_experts and model is not None:
+            self._notes.append(
+                f"without a routing mask, the report assumes that each token uses {args.moe_router_topk} experts "
+                "(--moe-router-topk); a token with fewer visible experts uses fewer"
+            )
         errors, notes = (tuple(dict.fromkeys(lines)) for lines in (self._errors, self._notes))
-        return Report(errors, notes, layout if divides else None, model, memory)
+        return Report(errors, notes, layout if divides else None, model, memory, missing)
 
     def _parse(self, **defaults: Any) -> Namespace:
         """Parse the command line of this process.
@@ -153,6 +179,10 @@ class Inspection:
         """Return whether an error or a note already says that a pattern cannot be built."""
         return any(line.startswith("--hybrid-layer-pattern") for line in (*self._errors, *self._notes))
 
+    def _has_unreadable_layers(self) -> bool:
+        """Return whether an error says that the pattern, from which the number of layers follows, cannot be read."""
+        return any(pattern_errors(self._args))
+
     def _find_checkpoint(self) -> Path | None:
         """Return the checkpoint that the run would load, if any, and record its iteration in the arguments."""
         args = self._args
@@ -172,6 +202,8 @@ class Inspection:
 
     def _find_mask(self, checkpoint: Path | None) -> RoutingMask | None:
         """Return the routing mask of the run; None if there is none, or none that can be read."""
+        if self._args.routing_mask is None and checkpoint is None:
+            return None  # `missing_inputs` reports it
         with self._collecting():
             return find_routing_mask(self._args, checkpoint, self._notes.append)
         if self._args.routing_mask and checkpoint is not None:
@@ -199,12 +231,30 @@ class Inspection:
     def _make_tokenizer(self, args: Namespace) -> bool:
         """Build Megatron's tokenizer and record its digest in the arguments; return whether there was no error."""
         args.tokenizer_sha256 = None
+        if args.tokenizer_type is None:
+            return False  # `missing_inputs` reports it
         with self._collecting():
             args.tokenizer_sha256 = file_checks.check_tokenizer(args)
             with _reporting_failure_of(f"the tokenizer ({args.tokenizer_type} {args.tokenizer_model})"):
                 rebuild_tokenizer(args)
             return True
         return False
+
+    def _assume_vocabulary(self, args: Namespace, mask: RoutingMask | None) -> int:
+        """Set the padded vocabulary size of a model without a tokenizer, add a note, and return the number of ids."""
+        size, source = ASSUMED_VOCAB_SIZE, "pass --vocab-size N for another number"
+        if args.vocab_size:
+            size, source = args.vocab_size, "--vocab-size"
+        elif mask is not None:
+            size, source = mask.vocab_size, "the routing mask's"
+        if not args.padded_vocab_size:
+            args.padded_vocab_size = vocab_size_with_padding(size, args, logging_enabled=False)
+        of_thousand = 1000 * (args.hidden_size or 0) * (2 if args.untie_embeddings_and_output_weights else 1)
+        self._notes.append(
+            f"without a tokenizer, the report assumes a vocabulary of {size:,} ids ({source}); 1,000 ids are "
+            f"{of_thousand / 1e6:.3g} M parameters"
+        )
+        return size
 
 
 def _model_config(args: Namespace) -> MaskMoEModelConfig:

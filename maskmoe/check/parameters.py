@@ -287,9 +287,11 @@ def _on_one_rank(config: MaskMoEModelConfig) -> MaskMoEModelConfig:
 
 def _count_stage(config: MaskMoEModelConfig, layout: Layout, stage: int) -> tuple[Chunk, ...]:
     """Count the chunks of one rank of a pipeline stage, in process groups that cannot communicate."""
-    # Megatron numbers the ranks of a stage consecutively by default; the order does not change the parameters.
-    rank = stage * layout.ranks // layout.pipeline
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.ranks)
+    # Data parallelism does not change the parameters, and Megatron lists all ranks, so leave it out. Megatron numbers
+    # the ranks of a stage consecutively by default; the order does not change the parameters either.
+    ranks = layout.ranks_step
+    rank = stage * ranks // layout.pipeline
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         parallel_state.initialize_model_parallel(
             layout.tensor,

@@ -7,11 +7,12 @@ from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-from maskmoe.check.layer_pattern import KINDS
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
+from maskmoe.check.missing import MissingInput
 from maskmoe.check.parameters import Chunk, ModelParameters
 from maskmoe.templates import render_template
+from maskmoe.training.layer_pattern import KINDS
 
 
 @dataclass(frozen=True)
@@ -19,23 +20,34 @@ class Report:
     """Everything that `--check` finds out about a run.
 
     Attributes:
-        errors: the errors that the run would end with, one line each.
+        faults: the errors that the run would end with, one line each, without those of missing inputs.
         notes: facts that the user should know but that do not stop the run, one line each.
         layout: how the run is divided; None if its sizes do not divide each other.
         model: the parameters of the model; None if the model cannot be built.
         memory: the memory of the run; None if the layout or the model is unknown.
+        missing: the inputs that the command line does not name.
     """
 
-    errors: tuple[str, ...]
+    faults: tuple[str, ...]
     notes: tuple[str, ...] = ()
     layout: Layout | None = None
     model: ModelParameters | None = None
     memory: MemoryReport | None = None
+    missing: tuple[MissingInput, ...] = ()
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """All errors that the run would end with, one line each; those of missing inputs are last."""
+        return (*self.faults, *map(str, self.missing))
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; these keys are stable.
 
-        - `errors`, `notes`: lists of lines. The exit code is 2 if there is an error, else 0.
+        - `can_start`: whether the run could start. The exit code is 0 if it could, else 2.
+        - `errors`, `notes`: lists of lines. The run could start if there is no error. Inputs that the command line does
+          not name are errors, too.
+        - `missing`: for each of these inputs `what`, a word for people; the `flags` that would name it; and the
+          `commands` that make it, a list of lines.
         - `layout`: null if the sizes do not divide each other. Else `ranks`; the parallel sizes `tensor`, `pipeline`,
           `context`, `data`, `expert`, `expert_tensor`, `expert_data` and `virtual_pipeline`; `micro_batch_group`;
           `micro_batch` and `global_batch` in samples; `micro_batches` of a rank in a step; `seq_length` and
@@ -84,12 +96,13 @@ class Report:
                 "exact": list(EXACT),
                 "not_modelled": list(self.memory.not_modelled),
             }
-        findings = {"errors": list(self.errors), "notes": list(self.notes)}
+        findings = {"can_start": not self.errors, "errors": list(self.errors), "notes": list(self.notes)}
+        findings["missing"] = [missing._asdict() | {"commands": list(missing.commands)} for missing in self.missing]
         return findings | {"layout": layout, "layers": layers, "parameters": parameters, "memory": memory}
 
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
-        values = vars(self) | {"exact": EXACT, "purposes": EXACT | ESTIMATED}
+        values = vars(self) | {"errors": self.errors, "exact": EXACT, "purposes": EXACT | ESTIMATED}
         filters = {"gib": _gib, "run_lengths": _run_lengths, "kinds": _describe_layers}
         return render_template("maskmoe.check", "report.txt.j2", values, filters).rstrip("\n")
 

@@ -136,3 +136,29 @@ def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager]) -
 
     replace(checkpointing, "TorchDistSaveShardedStrategy", SealedSaveStrategy)
     replace(training, "save_checkpoint", saving_whole_checkpoints(training.save_checkpoint, while_saving))
+
+
+def override_learning_rates() -> None:
+    """Load an optimizer's state into a run with another `--lr` or `--min-lr`; for runs with one learning rate.
+
+    Replaces: `param_group_identifier_keys` in `megatron.core.optimizer.optimizer` and in
+        `megatron.core.optimizer.distrib_optimizer`, and `OptimizerParamScheduler.load_state_dict`.
+    Why: Megatron finds the saved parameter groups by their learning rates, among others. With
+        `--override-opt-param-scheduler` and another learning rate, no group is found, and every rank fails. A loaded
+        group also brings the learning rates of the checkpoint, which the scheduler prefers to its own.
+    Can go: When Megatron resumes with `--override-opt-param-scheduler` and another `--lr`.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    keys = tuple(key for key in optimizer.param_group_identifier_keys if key not in ("max_lr", "min_lr"))
+    for module in (optimizer, distrib_optimizer):
+        replace(module, "param_group_identifier_keys", keys)
+    load_stock = OptimizerParamScheduler.load_state_dict
+
+    def load_state_dict(self: OptimizerParamScheduler, state_dict: dict[str, Any]) -> None:
+        for group in self.optimizer.param_groups:
+            group.update(max_lr=self.max_lr, min_lr=self.min_lr)
+        load_stock(self, state_dict)
+
+    replace(OptimizerParamScheduler, "load_state_dict", load_state_dict)

@@ -19,7 +19,8 @@ files in --output-dir:
                          checkpoint
   fluctuation.csv        share of the experts that changed since the previous checkpoint
   distinct_experts.csv   number of experts of each id that occurs often enough
-  *.png                  plots of load, entropy, fluctuation, coactivation and distinct experts
+  *.png                  plots of load, entropy, fluctuation, coactivation and distinct experts, as far as there is
+                         something to show
 """
 
 import argparse
@@ -168,5 +169,7 @@ def main() -> None:
         # Temporary files become the traces when the analysis has succeeded.
         temporary = [outputs.enter_context(atomic_output(path)) for path in trace_files]
         analysis = analyze(models, text, settings, frequency, temporary, progress=True)
-        written = write_results(analysis, folder)
+        written, not_drawn = write_results(analysis, folder)
     print(*terminal_table(analysis), "", *(f"written  {path}" for path in [*written, *trace_files]), sep="\n")
+    for name, reason in not_drawn.items():
+        print(f"no {name}: {reason}")

@@ -1,7 +1,7 @@
 """Write a text corpus without a download: sources and documentation of the installed Python and its packages.
 
 The output holds one JSON object {"text": …, "path": …} on each line, one line for each file. Files that are mostly
-numbers, generated tables or larger than 128 KiB are left out. The lines are shuffled, so that the last documents, which
+numbers, generated tables or larger than 32 KiB are left out. The lines are shuffled, so that the last documents, which
 are usually held out for validation, resemble the documents before them.
 
 Example:

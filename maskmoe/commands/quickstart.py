@@ -22,6 +22,7 @@ from maskmoe.launch.devices import find_devices
 from maskmoe.paths import runs_folder
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
 from maskmoe.workflow.runner import run_to_end
+from maskmoe.workflow.split import check_text
 
 
 def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
@@ -83,5 +84,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
 
 def main() -> None:
     """Run the command."""
-    plan = QuickstartPlan(parse_settings(), find_devices())
+    settings = parse_settings()
+    if settings.input:
+        check_text(settings.input, settings.json_key, settings.seq_length)
+    plan = QuickstartPlan(settings, find_devices())
     run_to_end(plan, lambda record: write_report(plan, record))

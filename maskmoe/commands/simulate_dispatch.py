@@ -176,7 +176,6 @@ def main() -> None:
     batches = MicroBatches(open_tokens(arguments.data_path), arguments.tokens_per_rank)
     with ExitStack() as stack:
         output = arguments.output and stack.enter_context(atomic_output(arguments.output))
-        plot = arguments.plot and stack.enter_context(atomic_output(arguments.plot))
         frequency = count_frequency(arguments.data_path, mask, arguments.routing_mask)
         simulation = Simulation(Masks(mask, layers, frequency), batches, cluster, workload, arguments.seed)
         results = simulation.run(layouts, progress=True)
@@ -188,9 +187,12 @@ def main() -> None:
             settings |= {"routing_mask": str(arguments.routing_mask), "routing_mask_digest": mask.digest}
             settings |= {"num_experts": mask.num_experts, "dataset_tokens": len(batches.tokens)}
             output.write_text(json.dumps(to_json(settings, results), indent=2) + "\n", encoding="utf-8")
-        if plot:
-            draw_plot(results, plot)
+        is_possible = any(result.cost for result in results)
+        if arguments.plot and is_possible:
+            draw_plot(results, stack.enter_context(atomic_output(arguments.plot)))
     print_settings(arguments, mask, batches, layouts)
     print(*table(results), sep="\n")
-    for written in outputs:
+    for written in filter(None, (arguments.output, arguments.plot if is_possible else None)):
         print(f"written          {written}")
+    if arguments.plot and not is_possible:
+        print(f"no plot          {arguments.plot}: every variant is impossible, see the table")

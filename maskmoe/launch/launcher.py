@@ -41,6 +41,13 @@ def launch(program: str, arguments: Sequence[str]) -> None:
         devices = find_devices()
         processes = processes or devices.num_gpus or 1
     ranks = processes * options.nodes
+    if options.check_only and options.gpus_per_node is None and options.nodes == 1 and not model.fits(ranks):
+        ranks = min(model.layouts)
+        print(
+            f"note: the report is for {ranks} ranks, the smallest layout of {model.path}; pass --nodes and "
+            "--gpus-per-node for another",
+            file=sys.stderr,
+        )
     flags = run_flags(options, model.flags_for(ranks), split_flags(options.flags))
     if options.check_only:
         sys.exit(check(flags, ranks, None))

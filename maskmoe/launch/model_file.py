@@ -52,6 +52,10 @@ class ModelFile:
         layouts = parse_layouts(content.pop(LAYOUTS, None) or {}, place, variables)
         return cls(path=path, flags=parse_flags(content, place, variables), layouts=layouts)
 
+    def fits(self, ranks: int) -> bool:
+        """Return whether the file has a layout for a number of ranks, or no layouts."""
+        return not self.layouts or any(ranks % size == 0 for size in self.layouts)
+
     def flags_for(self, ranks: int) -> Flags:
         """Return the flags of a run, including the layout for its number of ranks.
 

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -16,52 +18,93 @@ from maskmoe.routing_analysis.analysis import Analysis
 from maskmoe.routing_analysis.statistics import mean_where
 
 _MAX_PANELS = 16
+# More lines or bars than this have no label of their own.
+_MAX_LEGEND, _MAX_TICKS = 12, 24
 _COLORS = ("#1f4e9c", "#2a9d5c", "#d9822b", "#6b6b6b")
 
 
-def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write a PNG file for each plot, and return the paths of the files.
+class _NothingToShowError(Exception):
+    """An analysis has no values for a plot; the message says why."""
+
+
+def write_plots(analysis: Analysis, folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Write a PNG file for each plot that has something to show.
+
+    A file of an earlier analysis is removed if the plot has nothing to show now.
+
+    Returns:
+        The paths of the files; and for each plot that is not drawn, by the name of its file, the reason.
 
     Raises:
         UserError: a file cannot be written.
     """
+    written, reasons = [], {}
     for name, draw in _PLOTS.items():
         figure = Figure(dpi=130, layout="constrained")
-        draw(figure, analysis)
+        try:
+            draw(figure, analysis)
+        except _NothingToShowError as reason:
+            reasons[name] = str(reason)
+            (folder / name).unlink(missing_ok=True)
+            continue
         with atomic_output(folder / name) as path:
             figure.savefig(path, format="png")
-    return [folder / name for name in _PLOTS]
+        written.append(folder / name)
+    return written, reasons
 
 
 def _draw_load(figure: Figure, analysis: Analysis) -> None:
     """Draw a heat map of the load of each expert over the mean load of its layer, for the last model."""
     load = analysis.statistics["load"][-1].sum(axis=1)  # [L, N]
     num_layers, num_experts = load.shape
-    figure.set_size_inches(np.clip((2.5 + 0.3 * num_experts, 1.8 + 0.3 * num_layers), 5, 16))
+    figure.set_size_inches(np.clip(2.5 + 0.3 * num_experts, 5, 16), np.clip(1.8 + 0.3 * num_layers, 2.5, 16))
     axes = figure.subplots()
     image = axes.imshow(load / load.mean(axis=1, keepdims=True), cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
-    axes.set(title=f"Load of experts over the mean, {analysis.models[-1].name}", xlabel="expert", ylabel="layer")
-    axes.set_yticks(range(num_layers), map(str, analysis.shape.layers))
+    axes.set(xlabel="expert", ylabel="layer")
+    axes.set_title(f"Load of experts over the mean, {analysis.models[-1].name}", fontsize="medium")
+    _name_layers(axes.yaxis, analysis)
     _use_whole_numbers(axes.xaxis)
     figure.colorbar(image, extend="max")
 
 
 def _draw_entropy(figure: Figure, analysis: Analysis) -> None:
-    """Draw a line for the entropy of each layer over the series, and a line for the largest possible mean."""
-    axes = figure.subplots()
-    axes.set(title="Entropy of routing, tokens with V > 1", ylabel="nats")
-    largest = np.nanmax(analysis.statistics["entropy_bound"], initial=0)
-    _draw_series(axes, analysis, analysis.statistics["entropy"], largest)
+    """Draw the entropy of each layer and its largest possible mean: over the series, or over the layers of one model.
+
+    A series has one line for the largest possible mean of all layers.
+    """
+    entropy, bound = analysis.statistics["entropy"], analysis.statistics["entropy_bound"]
+    if np.isnan(entropy).all():
+        raise _NothingToShowError("no token of the probe sees more than one expert")
+    title = "Entropy of routing, tokens with V > 1"
+    if len(analysis.models) > 1:
+        axes = figure.subplots()
+        _draw_series(axes, analysis, entropy, np.nanmax(bound))
+    else:
+        axes, places = _draw_bars(figure, analysis, entropy[0], "entropy")
+        axes.hlines(bound[0], places - 0.45, places + 0.45, color=_COLORS[2], label="at most")
+        axes.set_ylim(0, 1.15 * np.nanmax(bound))
+        axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper right")
+        title += f", {analysis.models[0].name}"
+    axes.set(title=title, ylabel="nats")
 
 
 def _draw_fluctuation(figure: Figure, analysis: Analysis) -> None:
-    """Draw a line for the changed experts of each layer over the series, from the second model on."""
-    axes = figure.subplots()
-    axes.set(title="Experts that changed since the model before, tokens with V > 1", ylabel="share")
-    if len(analysis.models) > 1:
-        _draw_series(axes, analysis, analysis.statistics["changed"][1:, 1])
+    """Draw the changed experts of each layer: lines over the series from the second model on, or bars of two models."""
+    if len(analysis.models) < 2:
+        raise _NothingToShowError("changes need two models")
+    changed = analysis.statistics["changed"][1:, 1]
+    if np.isnan(changed).all():
+        raise _NothingToShowError("no token of the probe sees more than one expert")
+    if len(changed) > 1:
+        axes = figure.subplots()
+        _draw_series(axes, analysis, changed)
+        title = "Experts that changed since the model before, tokens with V > 1"
     else:
-        _write_message(axes, "only one model")
+        axes, _ = _draw_bars(figure, analysis, changed[0], "changed")
+        first, second = analysis.models
+        title = f"Experts that changed from {first.name} to {second.name}, tokens with V > 1"
+    axes.set_ylabel("share")
+    axes.set_title(title, fontsize="medium")
 
 
 def _draw_coactivation(figure: Figure, analysis: Analysis) -> None:
@@ -69,55 +112,97 @@ def _draw_coactivation(figure: Figure, analysis: Analysis) -> None:
     transitions = analysis.statistics["transitions"][-1]
     num_pairs = len(transitions)
     if not num_pairs:
-        _write_message(figure.subplots(), "only one layer has experts")
-        return
+        raise _NothingToShowError("only one layer has experts")
     shown = np.unique(np.linspace(0, num_pairs - 1, min(num_pairs, _MAX_PANELS)).round().astype(int))
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
     figure.set_size_inches(np.clip(3.2 * columns + 1, 5, 16), 3.2 * rows + 0.6)
     title = f"Where tokens of an expert go in the next layer\n{analysis.models[-1].name}"
     figure.suptitle(title, fontsize="medium")
+    counts = transitions[shown]
+    shares = counts / np.maximum(counts.sum(axis=2, keepdims=True), 1)
+    # The root keeps small shares visible beside a few large ones.
+    norm = PowerNorm(0.5, vmin=0, vmax=np.quantile(shares, 0.998) or 1)
     all_axes = figure.subplots(rows, columns, squeeze=False).flat
-    for pair, axes in zip(shown, all_axes, strict=False):
-        counts = transitions[pair]
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
+    for pair, shares_of_pair, axes in zip(shown, shares, all_axes, strict=False):
+        image = axes.imshow(shares_of_pair, cmap="Blues", norm=norm)
         layer, next_layer = analysis.shape.layers[pair : pair + 2]
-        axes.set(xlabel=f"layer {next_layer}", ylabel=f"layer {layer}")
+        axes.set(xlabel=f"expert of layer {next_layer}", ylabel=f"expert of layer {layer}")
         _use_whole_numbers(axes.xaxis)
         _use_whole_numbers(axes.yaxis)
         information = analysis.statistics["next_layer_information"][-1, pair]
         axes.set_title(f"{information:.2f} nats", fontsize="medium")
     for axes in all_axes:
         axes.set_axis_off()
-    figure.colorbar(image, ax=figure.axes)
+    figure.colorbar(image, ax=figure.axes, extend="max", label="share of the tokens of an expert")
 
 
 def _draw_distinct_experts(figure: Figure, analysis: Analysis) -> None:
-    """Draw bars for the number of distinct experts of an id, by layer and frequency band, for the last model."""
-    names, layers = analysis.bands.names, analysis.shape.layers
+    """Draw bars for the number of distinct experts of an id, by layer and frequency band, for the last model.
+
+    A band without ids that occur often enough has no bars.
+    """
+    least = analysis.settings.min_occurrences
     *_, band_of_id = analysis.counted_ids()
-    axes = figure.subplots()
-    places = np.arange(len(layers))
-    width = 0.8 / len(names)
-    for band, name in enumerate(names):
-        left = places + (band - (len(names) - 1) / 2) * width
+    bands = np.unique(band_of_id)
+    if not len(bands):
+        raise _NothingToShowError(f"no id occurs {least} times in the probe")
+    axes = _subplot_over_layers(figure, analysis)
+    places = np.arange(len(analysis.shape.layers))
+    width = 0.8 / len(bands)
+    for number, band in enumerate(bands):
+        centre = places + (number - (len(bands) - 1) / 2) * width
         distinct, effective = (
             mean_where(analysis.statistics[statistic][-1], band_of_id == band)
             for statistic in ("distinct", "effective")
         )
-        axes.bar(left, distinct, width, color=_COLORS[band], alpha=0.4, label=name)
-        axes.bar(left, effective, width, color=_COLORS[band])
-    axes.set_xticks(places, map(str, layers))
-    axes.set(xlabel="layer", ylabel=f"experts, ids with at least {analysis.settings.min_occurrences} tokens")
+        name = f"{analysis.bands.names[band]}: {(band_of_id == band).sum()} ids"
+        axes.bar(centre, distinct, width, color=_COLORS[band], alpha=0.4, label=name)
+        axes.bar(centre, effective, width, color=_COLORS[band])
+    axes.set_ylabel(f"experts, ids with at least {least} tokens")
     title = f"Distinct experts of an id by frequency (dark: effective), {analysis.models[-1].name}"
     axes.set_title(title, fontsize="medium")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+
+
+def _draw_bars(figure: Figure, analysis: Analysis, values: np.ndarray, label: str) -> tuple[Axes, np.ndarray]:
+    """Draw a bar for each layer.
+
+    Args:
+        figure: where to draw.
+        analysis: the analysis that the values belong to.
+        values: float64 [L].
+        label: the name of the bars in a legend.
+
+    Returns:
+        The axes, and the places of the bars, [L].
+    """
+    axes = _subplot_over_layers(figure, analysis)
+    places = np.arange(len(values))
+    axes.bar(places, values, 0.7, color=_COLORS[0], label=label)
+    return axes, places
+
+
+def _subplot_over_layers(figure: Figure, analysis: Analysis) -> Axes:
+    """Return axes that have room for a group of bars at each layer, whose places are 0, 1 and so on."""
+    figure.set_size_inches(np.clip(2 + 0.35 * len(analysis.shape.layers), 6.4, 14), 4.8)
+    axes = figure.subplots()
+    axes.set_xlabel("layer")
+    axes.set_xlim(-0.6, len(analysis.shape.layers) - 0.4)
+    _name_layers(axes.xaxis, analysis)
     _tidy(axes)
+    return axes
+
+
+def _name_layers(axis: Axis, analysis: Analysis) -> None:
+    """Write the numbers of the layers at the places 0, 1, …; of many layers, of evenly spaced ones."""
+    layers = analysis.shape.layers
+    places = range(0, len(layers), math.ceil(len(layers) / _MAX_TICKS))
+    axis.set_ticks(list(places), [str(layers[place]) for place in places])
 
 
 def _draw_series(axes: Axes, analysis: Analysis, values: np.ndarray, limit: float | None = None) -> None:
-    """Draw a line for each layer over the last models of the series, and a legend.
+    """Draw a line for each layer over the last models of the series, and a legend; of many layers, a colour bar.
 
     The horizontal axis has iterations. It has the names of the models if the iterations do not ascend, or ascend by 1.
 
@@ -132,8 +217,9 @@ def _draw_series(axes: Axes, analysis: Analysis, values: np.ndarray, limit: floa
     iterations = [model.iteration for model in analysis.models if model.iteration is not None]
     ascend = len(iterations) == len(analysis.models) and iterations == sorted(set(iterations))
     positions = iterations[start:] if ascend else list(range(start, len(analysis.models)))
-    colors = colormaps["viridis"](np.linspace(0, 0.9, len(analysis.shape.layers)))
-    for layer, of_layer, color in zip(analysis.shape.layers, values.T, colors, strict=True):
+    layers = analysis.shape.layers
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    for layer, of_layer, color in zip(layers, values.T, colors, strict=True):
         axes.plot(positions, of_layer, marker="o", markersize=4, color=color, label=f"layer {layer}")
     if limit is not None:
         axes.axhline(limit, color="#6b6b6b", linestyle="--", linewidth=1, label="at most")
@@ -142,14 +228,19 @@ def _draw_series(axes: Axes, analysis: Analysis, values: np.ndarray, limit: floa
     else:
         axes.set_xlabel("iteration")
         _use_whole_numbers(axes.xaxis)
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize="small", ncols=math.ceil(len(axes.lines) / 12))
+    axes.set_ylim(0, 1.08 * np.nanmax([*values.flat, limit or 0]) or 1)
+    if len(layers) <= _MAX_LEGEND:
+        axes.legend(frameon=False, fontsize="small")
+    else:
+        color_map = ListedColormap(colors)
+        axes.figure.colorbar(ScalarMappable(Normalize(layers[0], layers[-1]), color_map), ax=axes, label="layer")
+        axes.legend(handles=axes.lines[len(layers) :], frameon=False, fontsize="small")
     _tidy(axes)
 
 
 def _use_whole_numbers(axis: Axis) -> None:
     """Put the ticks of an axis at whole numbers only."""
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
 def _tidy(axes: Axes) -> None:
@@ -157,12 +248,6 @@ def _tidy(axes: Axes) -> None:
     axes.grid(color="#e6e6e6", linewidth=0.8, axis="y")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _write_message(axes: Axes, text: str) -> None:
-    """Write a text in place of a plot that has no data."""
-    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
-    axes.set_axis_off()
 
 
 _PLOTS: dict[str, Callable[[Figure, Analysis], None]] = {

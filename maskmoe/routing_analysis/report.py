@@ -45,12 +45,15 @@ def result_files(folder: Path) -> list[Path]:
     return [folder / name for name in (SUMMARY_NAME, *TABLE_NAMES, *PLOT_NAMES)]
 
 
-def write_results(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write routing.json, the tables and the plots, and return the paths of the files.
+def write_results(analysis: Analysis, folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Write routing.json, the tables, and the plots that have something to show.
 
     Args:
         analysis: the results.
         folder: an existing folder.
+
+    Returns:
+        The paths of the files; and for each plot that is not drawn, by the name of its file, the reason.
 
     Raises:
         UserError: a file cannot be written.
@@ -65,7 +68,8 @@ def write_results(analysis: Analysis, folder: Path) -> list[Path]:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(columns.split())
             writer.writerows([_cell(row[column]) for column in columns.split()] for row in tables[name])
-    return [summary, *(folder / name for name in TABLE_NAMES), *write_plots(analysis, folder)]
+    plots, reasons = write_plots(analysis, folder)
+    return [summary, *(folder / name for name in TABLE_NAMES), *plots], reasons
 
 
 def summarise(analysis: Analysis) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Report the results of a simulation as a table, as JSON and as a plot."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -78,43 +79,57 @@ def _entry(result: Result) -> dict[str, Any]:
 def draw_plot(results: Sequence[Result], path: Path) -> None:
     """Plot bytes to other nodes, bytes within the node, time and load over the number of GPUs, for each k.
 
+    A panel without values is left out, such as the bytes to other nodes of GPUs that are all in one node.
+
     Args:
-        results: The results, grouped by k and ascending in the number of GPUs. Impossible variants are not drawn.
+        results: The results, grouped by k and ascending in the number of GPUs; at least one is possible. Impossible
+            variants are not drawn.
         path: The PNG file to write.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     results_by_topk = {topk: list(group) for topk, group in groupby(results, key=lambda result: result.topk)}
-    all_num_gpus = sorted({result.layout.num_gpus for result in results})
-    figure = Figure(figsize=(11, 8 * len(results_by_topk)), dpi=130, layout="constrained")
-    parts = figure.subfigures(len(results_by_topk), squeeze=False)[:, 0]
-    for part, (topk, results_of_topk) in zip(parts, results_by_topk.items(), strict=True):
-        max_ep_size = max(result.layout.ep_size for result in results_of_topk)
+    panels_of_topk = {topk: panels for topk, group in results_by_topk.items() if (panels := _filled_panels(group))}
+    rows = [math.ceil(len(panels) / 2) for panels in panels_of_topk.values()]
+    figure = Figure(figsize=(11, 4 * sum(rows)), dpi=130, layout="constrained")
+    parts = figure.subfigures(len(rows), squeeze=False, height_ratios=rows)[:, 0]
+    for part, num_rows, (topk, panels) in zip(parts, rows, panels_of_topk.items(), strict=True):
+        results_of_topk = results_by_topk[topk]
+        all_num_gpus = sorted({result.layout.num_gpus for result in results_of_topk if result.cost})
+        max_ep_size = max(result.layout.ep_size for result in results_of_topk if result.cost)
         part.suptitle(
             f"Dispatch in one layer and step, top-{topk}, up to {max_ep_size:,} expert-parallel ranks",
             fontweight="bold",
         )
-        panels = part.subplots(2, 2, sharex=True)
-        for axes, (title, field, factor, unit) in zip(panels.flat, _PANELS, strict=True):
+        all_axes = part.subplots(num_rows, 2, sharex=True, squeeze=False)
+        for axes, (title, field, factor, unit) in zip(all_axes.flat, panels, strict=False):
             _draw_lines(axes, results_of_topk, field, factor)
-            axes.set(title=title, ylabel=unit, axisbelow=True)
+            axes.set(title=title, ylabel=unit, xlabel="GPUs", axisbelow=True)
             axes.set_xscale("log", base=2)
             axes.set_xticks(all_num_gpus, [f"{num_gpus:,}" for num_gpus in all_num_gpus])
+            axes.tick_params(labelbottom=True)
             axes.grid(color="#e6e6e6", linewidth=0.8)
             axes.spines[["top", "right"]].set_visible(False)
-            if axes.lines and field == "imbalance":
+            if field == "imbalance":
                 axes.set_ylim(bottom=1)
-            elif axes.lines:
+            else:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 axes.yaxis.set_minor_locator(NullLocator())
-        for axes in panels[1]:
-            axes.set_xlabel("GPUs")
-        handles = panels[1, 0].get_legend_handles_labels()
+        for axes in all_axes.flat[len(panels) :]:
+            axes.set_axis_off()
+        # The load has a line for every possible variant.
+        handles = all_axes.flat[len(panels) - 1].get_legend_handles_labels()
         part.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, format="png")
+
+
+def _filled_panels(results: Sequence[Result]) -> list[tuple[str, str, float, str]]:
+    """Return the panels for which at least one result has a value other than zero."""
+    costs = [result.cost for result in results if result.cost]
+    return [panel for panel in _PANELS if any(getattr(cost, panel[1]) for cost in costs)]
 
 
 def _draw_lines(axes: "Axes", results: Sequence[Result], field: str, factor: float) -> None:

@@ -18,13 +18,14 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe import ranges
-from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
+from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import locked_folder
 from maskmoe.megatron_compat.globals import get_timers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
+from maskmoe.training.changed_settings import has_one_learning_rate
 from maskmoe.training.failures import DataFiles, handling_early_ends, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.rank_store import RankStore
@@ -98,6 +99,8 @@ def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
     args = parse_and_check_args(add_pretraining_arguments)
+    if args.is_complete:
+        return
     let_signals_save = save_on_signals(args)
     ranks = RankStore.from_environment()
     with locked_by_first_rank(args.save, ranks):
@@ -149,6 +152,8 @@ def train(args: Namespace, ranks: RankStore, let_signals_save: Callable[[], obje
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
     before_each = (let_signals_save, watchdog.step, partial(data_files.check, _DATA_FILES_A_STEP))
     keep_checkpoints_whole(while_saving=watchdog.paused)
+    if args.override_opt_param_scheduler and has_one_learning_rate(args):
+        override_learning_rates()
     # Train. Each context manager handles one way in which the run may end early.
     with watchdog.watching(), leaving_process_groups(), handling_early_ends(args, data_files):
         pretrain(

@@ -130,6 +130,24 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     return checkpoint if checkpoint.exists() else None
 
 
+def check_pretrained_model(args: Namespace, checkpoint: Path | None) -> None:
+    """Check that the model in `--pretrained-checkpoint` is the model of this run, if the run begins with its weights.
+
+    Args:
+        args: Arguments that Megatron has validated.
+        checkpoint: The checkpoint in `--load`, which Megatron prefers; None if there is none.
+
+    Raises:
+        UserError: There is no sound checkpoint, or it holds another model.
+    """
+    if checkpoint is not None or args.pretrained_checkpoint is None:
+        return
+    pretrained = choose_checkpoint(args.pretrained_checkpoint).checkpoint
+    if pretrained is None:
+        raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint")
+    check_same_model(Namespace(**vars(args) | {"finetune": True}), pretrained)
+
+
 def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]:
     """Return the settings of a checkpoint's model that `--use-checkpoint-args` of Megatron does not take from it.
 

@@ -8,6 +8,7 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +38,10 @@ from maskmoe.routing_mask.frequency import files_of_data_path
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, fill_in_middle, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask
+from maskmoe.training.changed_settings import find_changed_settings, take_schedule_of_checkpoint
 from maskmoe.training.flag_ranges import check_ranges
+from maskmoe.training.layer_division import layer_errors
+from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.refusals import check_supported
@@ -83,6 +87,10 @@ def parse_and_check_args(
         check_ranges(args)
     # Check settings and files, before and after Megatron validates and completes the arguments.
     check_supported(args)
+    for error in chain(pattern_errors(args), layer_errors(args)):
+        raise UserError(error)
+    for note in ignored_flags(args):
+        _print_on_first_rank(f"note: {note}")
     _report_missing_packages()
     tokenizer_sha256 = file_checks.check_tokenizer(args)
     file_checks.check_save_folder(args)
@@ -92,6 +100,8 @@ def parse_and_check_args(
     args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint
     if checkpoint is not None:
         resume.check_same_model(args, checkpoint)
+        take_schedule_of_checkpoint(args, checkpoint)
+    resume.check_pretrained_model(args, checkpoint)
     if mask is not None:
         file_checks.check_mask(args, mask)
     if args.fim_data:
@@ -100,6 +110,12 @@ def parse_and_check_args(
         # The first rank of each node reads the token ids of each dataset once.
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         file_checks.check_data(args, mask, get_tokenizer().vocab_size, math.inf if is_first_of_node else 0)
+    changed = find_changed_settings(args, checkpoint)
+    for error in changed.errors:
+        raise UserError(error)
+    for note in changed.notes:
+        _print_on_first_rank(f"note: {note}")
+    args.is_complete = changed.is_complete
     return args
 
 

@@ -204,13 +204,10 @@ ERRORS = {
     "--hybrid-layer-pattern /*E": ["'/*E' has no layers"],
     "--hybrid-layer-pattern *E*E/*E/E": ["different layers (*E, E): write the same symbols after each /"],
     "--hybrid-layer-pattern *E*E --mtp-num-layers 2": ["without / with --mtp-num-layers is not supported"],
-    "--hybrid-layer-pattern *E*E/*E --mtp-num-layers 2": ["contradicts", "number of parts after / is 1"],
     "--hybrid-layer-pattern *-*-": ["--hybrid-layer-pattern without E with --num-experts is not supported"],
     "--hybrid-layer-pattern *E+E": ["attention (*) and multi-latent attention (+)"],
     "--hybrid-layer-pattern *E*E/+E": ["attention (*) and multi-latent attention (+)"],
     "--hybrid-layer-pattern *E*E --multi-latent-attention": ["with * with --multi-latent-attention is not supported"],
-    "--hybrid-layer-pattern *E*": ["--num-layers 4 contradicts --hybrid-layer-pattern, which has 3 layers"],
-    "--hybrid-layer-pattern *E*E --moe-layer-freq 2": ["--moe-layer-freq contradicts"],
     "--hybrid-layer-pattern *|E|*E --pipeline-model-parallel-size 2": ["3 model chunks", "size 2", "1, 3 would fit"],
     "--hybrid-layer-pattern *|E|*|E": ["4 model chunks", "--pipeline-model-parallel-size is 1: leave | out"],
     "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 8": [
@@ -220,6 +217,13 @@ ERRORS = {
         "the remaining 2 layers of --hybrid-layer-pattern cannot be divided evenly among 3 pipeline stages"
     ],
     "--load save/nowhere --ckpt-step 3": ["holds no sound checkpoint: save/nowhere/iter_0000003 does not exist"],
+}
+MANY_RANKS = "more ranks than there are GPUs"
+# Flags that a pattern overrides, and the note that says so.
+IGNORED = {
+    "--hybrid-layer-pattern *E*E/*E --mtp-num-layers 2": "--mtp-num-layers 2 is ignored: --hybrid-layer-pattern has 1 ",
+    "--hybrid-layer-pattern *E*": "--num-layers 4 is ignored: --hybrid-layer-pattern has 3 layers",
+    "--hybrid-layer-pattern *E*E --moe-layer-freq 2": "--moe-layer-freq is ignored: the symbols E of",
 }
 
 
@@ -291,13 +295,24 @@ def reports(bench) -> dict[str, Any]:
     """The reports of all cases, made by one process."""
     layouts = LAYOUTS | MORE_LAYOUTS
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
+    errors |= {flags: f"{LLAMA} --global-batch-size 16 {flags}" for flags in IGNORED}
     ranks = dict.fromkeys([*layouts, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
+    ranks[MANY_RANKS] = 1_000_000_007
     twins = {
         f"{kind} twin, {name}": flags for name, pair in TWINS.items() for kind, flags in zip(KINDS, pair, strict=True)
     }
     ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
     libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
-    cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | libraries
+    cases = (
+        ARCHITECTURES
+        | hybrids()
+        | FORWARD
+        | layouts
+        | errors
+        | twins
+        | libraries
+        | {MANY_RANKS: "--global-batch-size 2000000014"}
+    )
     return bench.run("report", cases, ranks=ranks)[0]
 
 
@@ -513,6 +528,21 @@ def test_all_errors_at_once(check, working_folder):
 def files_and_times(folder: Path) -> dict[Path, int]:
     """Return when each file under a folder was last changed."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_time_does_not_depend_on_the_number_of_ranks(reports):
+    """All reports are made by one process that has a time limit; a list of this many ranks would need 8 GB."""
+    report = reports[MANY_RANKS]
+    assert report["layout"]["ranks"] == 1_000_000_007
+    assert report["parameters"] == reports["tied embeddings, biases, no gate"]["parameters"]
+    assert report["errors"] == []
+
+
+@pytest.mark.parametrize("flags", IGNORED)
+def test_flags_that_a_pattern_overrides_are_noted(flags, reports):
+    report = reports[flags]
+    assert (report["errors"], report["can_start"]) == ([], True)
+    assert [IGNORED[flags] in note for note in report["notes"] if "ignored" in note][:1] == [True]
 
 
 @pytest.mark.parametrize("flags", ERRORS)

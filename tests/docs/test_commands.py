@@ -39,7 +39,7 @@ FOREIGN_FLAGS = {
     "sbatch": {"--array", "--dependency", "--exclusive", "--gpus-per-node", "--nodes", "--time"},
     "torchrun": {"--max-restarts", "--nproc-per-node", "--shutdown-timeout", "--standalone"},
 }
-SHELL_COMMANDS = {"export", "mkdir", "source"}
+SHELL_COMMANDS = {"cp", "export", "mkdir", "source"}
 # The blocks of these pages that start with a command that takes seconds, and what the command prints.
 QUICK = {
     "method.md": "digest           aeff2031e4989abe",

@@ -44,7 +44,8 @@ def answer(ranks: int) -> dict[str, Any]:
     logged = [message for message in collector.messages if not message.startswith("GPTModel IS DEPRECATED")]
     messages = [*logged, *(str(warning.message) for warning in caught)]
     messages += [line for line in printed.getvalue().splitlines() if "warn" in line.lower()]
-    findings = {"errors": report.errors, "notes": report.notes, "warnings": messages}
+    missing = {missing.what: missing.commands for missing in report.missing}
+    findings = {"errors": report.errors, "notes": report.notes, "warnings": messages, "missing": missing}
     if report.layout is None or report.model is None or report.memory is None:
         return findings
     layout = report.layout

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
+from maskmoe.launch import launcher
 from maskmoe.launch.model_file import ModelFile, flag_words, override, split_flags
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
@@ -42,8 +43,10 @@ def check(tmp_path_factory):
     """Run `check_model_files.py` on named cases, each a file and a number of ranks, and return its answers."""
     folder = tmp_path_factory.mktemp("models")
 
-    def flags_of(path: Path, ranks: int) -> list[str]:
+    def flags_of(path: Path, ranks: int, as_shipped: bool = False) -> list[str]:
         flags, vocabulary = read(path).flags_for(ranks), header(path)[2]
+        if as_shipped:
+            return [*flag_words(flags), "--vocab-size", str(vocabulary)]
         words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocabulary), "--mock-data"]
         if "num-experts" in flags:
             (num_experts,) = flags["num-experts"]
@@ -54,8 +57,8 @@ def check(tmp_path_factory):
             words += ["--routing-mask", str(mask)]
         return [*flag_words(flags), "--split", "99,1,0", *words]
 
-    def check(cases: dict[str, tuple[Path, int]]) -> dict:
-        described = {name: {"ranks": ranks, "flags": flags_of(path, ranks)} for name, (path, ranks) in cases.items()}
+    def check(cases: dict[str, tuple]) -> dict:
+        described = {name: {"ranks": case[1], "flags": flags_of(*case)} for name, case in cases.items()}
         (folder / "cases.json").write_text(json.dumps(described))
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         command = [sys.executable, str(SCRIPT), str(folder / "cases.json"), str(folder / "answers.json")]
@@ -68,7 +71,8 @@ def check(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(check):
-    return check({path.stem: (path, min(read(path).layouts, default=1)) for path in MODELS})
+    cases = {path.stem: (path, min(read(path).layouts, default=1)) for path in MODELS}
+    return check(cases | {f"{name} as shipped": (*case, True) for name, case in cases.items()})
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,22 @@ def test_model_loads_without_a_warning_and_matches_its_header(path, answers):
     answer = answers[path.stem]
     assert (answer["errors"], answer["notes"], answer["warnings"]) == ([], [], [])
     assert (answer["parameters"], round(answer["active"])) == header(path)[:2]
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_model_file_alone_is_measured_and_what_is_missing_is_named(path, answers):
+    """The file names neither a tokenizer nor a dataset nor a routing mask."""
+    alone, complete = answers[f"{path.stem} as shipped"], answers[path.stem]
+    for value in ("parameters", "active", "layout"):
+        assert alone[value] == complete[value]
+    has_experts = "num-experts" in read(path).flags
+    assert list(alone["missing"]) == ["tokenizer", "dataset", *(["routing mask"] if has_experts else [])]
+    assert len(alone["errors"]) == len(alone["missing"])
+    assert any(f"assumes a vocabulary of {header(path)[2]:,} ids (--vocab-size)" in note for note in alone["notes"])
+    if has_experts:
+        (named,) = re.findall(r"--num-layers (\d+)", " ".join(alone["missing"]["routing mask"]))
+        (in_header,) = re.findall(r"--num-layers (\d+) ", path.read_text())
+        assert named == in_header
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -192,6 +212,17 @@ def test_bad_model_file_is_refused(tmp_path, text, reason):
     assert str(tmp_path / "model.yaml") in str(refusal.value)
     assert reason in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_check_of_a_file_whose_layouts_do_not_fit_reports_the_smallest(tmp_path, monkeypatch, capsys):
+    checked = []
+    (tmp_path / "model.yaml").write_text("a: 1\nlayouts:\n  16: {}\n  32: {}")
+    monkeypatch.setattr(launcher, "check", lambda flags, ranks, devices: checked.append(ranks) or 2)
+    for options, error in (((), SystemExit), (("--gpus-per-node", "2"), UserError)):
+        with pytest.raises(error):
+            launcher.launch("launch", ["--check", *options, str(tmp_path / "model.yaml")])
+    assert checked == [16]
+    assert capsys.readouterr().err.startswith("note: the report is for 16 ranks, the smallest layout of ")
 
 
 def test_missing_model_file_is_refused(tmp_path):

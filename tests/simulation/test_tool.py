@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
 from support.tools import assert_bad_input, run_tool
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens
+from maskmoe.routing_mask import RoutingMask
+from maskmoe.simulation import Cluster, Layout, Link, Masks, MicroBatches, Simulation, Workload
+from maskmoe.simulation.report import _PANELS, draw_plot
 from maskmoe.simulation.variants import VARIANTS
 
 
@@ -53,15 +57,31 @@ def test_outputs(folder):
             assert result["rows"] == 50
 
 
+def test_plot_without_a_possible_variant_is_left_out(folder):
+    process = run(folder, "--num-gpus", 64, 128, "--plot", "nothing.png")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith("no plot          nothing.png: every variant is impossible, see the table\n")
+    assert not (folder / "nothing.png").exists()
+
+
+def test_plot_has_no_panel_without_values(folder, tmp_path, monkeypatch):
+    """All GPUs are in one node, and one of the layouts is impossible."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    mask, frequency = RoutingMask.load(folder / "mask.safetensors"), count(folder / "text")
+    batches, workload = MicroBatches(open_tokens(folder / "text"), 50), Workload((2,), 50, 64, 2, 32, mask.num_layers)
+    cluster = Cluster(Link(1e9, 1e-6), Link(1e9, 1e-6))
+    simulation = Simulation(Masks(mask, [0], frequency), batches, cluster, workload, 0)
+    draw_plot(simulation.run([Layout(8, 8, 8), Layout(64, 64, 64)]), tmp_path / "plot.png")
+    panels = [axes for axes in figures[0].axes if axes.axison]
+    assert [axes.get_title() for axes in panels] == [title for title, *_ in _PANELS[1:]]
+    assert all(axes.lines for axes in panels)
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["8"]
+
+
 def test_same_seed_same_results(folder):
     first, second, other = (run(folder, "--seed", seed).stdout for seed in (3, 3, 4))
     assert first == second != other
-
-
-def test_a_plot_of_nothing_possible(folder):
-    process = run(folder, "--num-gpus", 64, "--plot", "nothing.png")
-    assert process.returncode == 0, process.stderr
-    assert (folder / "nothing.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(

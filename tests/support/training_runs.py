@@ -138,6 +138,18 @@ RUNS = {
     # Stop and resume.
     "fp32": Run(f"{DROPOUT} {UNTIL_12}", saves=True),
     "fp32, resumed": Run(f"{DROPOUT} {FROM_7}", continues="fp32"),
+    "another learning rate": Run(
+        f"{DROPOUT} {FROM_7} --lr 1e-3 --min-lr 0 --override-opt-param-scheduler", continues="fp32"
+    ),
+    "another learning rate, distributed optimizer": Run(
+        f"{DISTRIBUTED} {DROPOUT} {FROM_7} --lr 1e-3 --min-lr 0 --override-opt-param-scheduler",
+        ranks=2,
+        continues="fp32, distributed optimizer",
+    ),
+    "schedule of the checkpoint": Run(
+        f"{DROPOUT} {FROM_7} --lr 1e-3 --weight-decay 0.5 --use-checkpoint-opt-param-scheduler", continues="fp32"
+    ),
+    "shortened": Run(f"{DROPOUT} {FROM_7} --train-iters 9 --override-opt-param-scheduler", continues="fp32"),
     "bf16": Run(f"--bf16 {DROPOUT} {UNTIL_12}", saves=True),
     "bf16, resumed": Run(f"--bf16 {DROPOUT} {FROM_7}", continues="bf16"),
     "fp32, distributed optimizer": Run(f"{DISTRIBUTED} {DROPOUT} {UNTIL_12}", ranks=2, saves=True),

@@ -1,5 +1,9 @@
 """The documents that are held out from training."""
 
+import contextlib
+import itertools
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +11,7 @@ from hypothesis import strategies as st
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.errors import UserError
-from maskmoe.workflow.split import choose_split
+from maskmoe.workflow.split import check_text, choose_split
 
 
 def write_dataset(prefix, lengths):
@@ -39,3 +43,22 @@ def test_text_that_cannot_be_split_is_refused(tmp_path, lengths, message):
     write_dataset(tmp_path / "data", lengths)
     with pytest.raises(UserError, match=message):
         choose_split(tmp_path / "data", 32)
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (["word " * 5000], "the input is a single document"),
+        (["word " * 5000, ""], "the input is a single document"),
+        (["word", "word"], "8 bytes in 2 documents are too few .* --seq-length 256"),
+        ([], "0 bytes in 0 documents"),
+        (["word " * 500, "word " * 500], None),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_text_is_checked_before_it_becomes_a_dataset(tmp_path, texts, reason, suffix):
+    paths = [tmp_path / f"{number}{suffix}" for number in range(max(1, len(texts)))]
+    for path, text in itertools.zip_longest(paths, texts, fillvalue=""):
+        path.write_text(json.dumps({"text": text}) if suffix == ".jsonl" and texts else text)
+    with pytest.raises(UserError, match=reason) if reason else contextlib.nullcontext():
+        check_text(paths, "text", 256)

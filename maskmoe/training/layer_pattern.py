@@ -1,4 +1,4 @@
-"""Finds errors in a `--hybrid-layer-pattern`, and flags that contradict the pattern."""
+"""Finds errors in a `--hybrid-layer-pattern`, and flags that the pattern overrides."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -31,8 +31,7 @@ def pattern_errors(args: Namespace) -> Iterator[str]:
     """
     if args.hybrid_layer_pattern is None:
         return
-    errors = list(_errors_of_symbols(args.hybrid_layer_pattern))
-    yield from errors or _contradictions(args)
+    yield from _errors_of_symbols(args.hybrid_layer_pattern)
 
 
 def _errors_of_symbols(pattern: str) -> Iterator[str]:
@@ -55,21 +54,24 @@ def _errors_of_symbols(pattern: str) -> Iterator[str]:
         yield f"{_FLAG} {pattern} has attention (*) and multi-latent attention (+): a model has one of the two"
 
 
-def _contradictions(args: Namespace) -> Iterator[str]:
-    """Yield an error for each flag that says something else than the pattern."""
+def ignored_flags(args: Namespace) -> Iterator[str]:
+    """Yield a note for each flag that says something else than the pattern, which Megatron then follows.
+
+    Args:
+        args: parsed arguments with a pattern that has no errors, or without a pattern; before Megatron completes them.
+    """
+    if args.hybrid_layer_pattern is None:
+        return
     decoder, *predictions = args.hybrid_layer_pattern.split(Symbols.MTP_SEPARATOR)
     depths = sum(map(bool, predictions))
     if depths and args.mtp_num_layers not in (None, depths):
-        yield (
-            f"--mtp-num-layers {args.mtp_num_layers} contradicts {_FLAG}, whose number of parts after / is {depths}: "
-            "leave the flag out"
-        )
+        yield f"--mtp-num-layers {args.mtp_num_layers} is ignored: {_FLAG} has {depths} parts after /"
     if args.use_checkpoint_args:
         return  # The remaining flags can describe the layers of a GPT model, which the hybrid run continues.
     num_layers = len(decoder.replace(Symbols.PIPE, ""))
     if args.num_layers not in (None, num_layers):
-        yield f"--num-layers {args.num_layers} contradicts {_FLAG}, which has {num_layers} layers: leave the flag out"
+        yield f"--num-layers {args.num_layers} is ignored: {_FLAG} has {num_layers} layers"
     has_experts = FeedForwardLayers.of_pattern(args.hybrid_layer_pattern).decoder
     frequency = args.moe_layer_freq
     if frequency != 1 and tuple(expand_layer_frequency(frequency, len(has_experts))) != has_experts:
-        yield f"--moe-layer-freq contradicts {_FLAG}, whose symbols E are the MoE layers: leave the flag out"
+        yield f"--moe-layer-freq is ignored: the symbols E of {_FLAG} are the MoE layers"

@@ -1,0 +1,77 @@
+"""Finds what a run still lacks to start, and the commands that make it."""
+
+import shlex
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+
+ASSUMED_VOCAB_SIZE = 32_000
+"""The number of ids that the report assumes if neither a tokenizer nor a flag nor a mask says it."""
+
+_TOKENIZER_PREFIX, _DATASET_PREFIX, _COUNTS = "tokenizer", "dataset", "counts.safetensors"
+_DATASET = f"{_DATASET_PREFIX}_text_document"  # `maskmoe preprocess` appends the key of the text
+
+
+class MissingInput(NamedTuple):
+    """An input that the command line does not name.
+
+    Attributes:
+        what: tokenizer, dataset or routing mask.
+        flags: the flags that would name the input.
+        commands: the command lines that make the input.
+    """
+
+    what: str
+    flags: str
+    commands: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"no {self.what}: pass {self.flags}, made by: {' && '.join(self.commands)}"
+
+
+def missing_inputs(args: Namespace, vocab_size: int, has_checkpoint: bool) -> Iterator[MissingInput]:
+    """Yield the inputs that the command line does not name, in the order in which they are made.
+
+    Args:
+        args: parsed arguments; Megatron need not have validated them.
+        vocab_size: the number of ids for the commands.
+        has_checkpoint: whether the run loads a checkpoint, which holds a routing mask.
+    """
+    tokenizer_type, tokenizer = args.tokenizer_type, args.tokenizer_model
+    if tokenizer_type is None:
+        tokenizer_type, tokenizer = "SentencePieceTokenizer", f"{_TOKENIZER_PREFIX}.model"
+        words = ("tokenizer", "--input", "TEXT.jsonl", "--vocab-size", vocab_size, "--output-prefix", _TOKENIZER_PREFIX)
+        yield MissingInput(
+            "tokenizer", f"--tokenizer-type {tokenizer_type} --tokenizer-model {tokenizer}", (_line(*words),)
+        )
+    if not names_dataset(args):
+        words = ("preprocess", "--input", "TEXT.jsonl", "--tokenizer-type", tokenizer_type)
+        words += ("--tokenizer-model", tokenizer or "MODEL", "--output-prefix", _DATASET_PREFIX, "--append-eod")
+        yield MissingInput("dataset", f"--data-path {_DATASET} --split 99,1,0", (_line(*words),))
+    if args.num_experts and args.routing_mask is None and not has_checkpoint:
+        data_path = args.data_path or [_DATASET]
+        count = ("count", "--data-path", *data_path, "--vocab-size", vocab_size, "--output", _COUNTS)
+        yield MissingInput("routing mask", "--routing-mask mask.safetensors", (_line(*count), _mask_command(args)))
+
+
+def names_dataset(args: Namespace) -> bool:
+    """Return whether the command line names a dataset, or asks for mock data."""
+    paths = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+    return any((*paths, args.data_args_path, args.per_split_data_args_path, args.mock_data))
+
+
+def _mask_command(args: Namespace) -> str:
+    """Return the command that makes a routing mask for the model, with values that suit its number of experts."""
+    num_layers = args.num_layers or 0
+    if args.hybrid_layer_pattern is not None or num_layers:
+        num_layers = len(FeedForwardLayers.of_args(args).has_experts)
+    visible = min(args.num_experts, 4 * args.moe_router_topk)
+    words = ("mask", "--token-frequency", _COUNTS, "--num-experts", args.num_experts, "--num-layers", num_layers or "L")
+    words += ("--frequent-mass", 0.4, "--frequent-visible-experts", visible, "--assignment", "balanced")
+    return _line(*words, "--output", "mask.safetensors")
+
+
+def _line(*words: object) -> str:
+    return shlex.join(["maskmoe", *map(str, words)])

@@ -1,0 +1,88 @@
+"""Computes which settings decide the order in which Megatron reads the samples of its datasets."""
+
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from megatron.core.datasets import blended_megatron_dataset_config as dataset_config
+from megatron.core.datasets.utils import Split, normalize
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from maskmoe.data.indexed_dataset import read_index
+
+# Megatron shuffles the last epoch by itself if the run reads less than this share of its samples.
+_SEPARATE_BELOW = 0.8
+# Of a dataset in a blend, Megatron prepares this share of samples more than the run reads.
+_SURPLUS = 0.005
+
+
+class Epochs(NamedTuple):
+    """The epochs that Megatron shuffles together for a run. Another value gives another order of the samples.
+
+    Attributes:
+        number: the number of epochs.
+        last_is_separate: whether the last epoch is shuffled by itself.
+    """
+
+    number: int
+    last_is_separate: bool
+
+    @classmethod
+    def for_samples(cls, num_samples: int, tokens_in_epoch: int, seq_length: int) -> "Epochs":
+        """Return the epochs from which Megatron's `GPTDataset` takes samples.
+
+        Args:
+            num_samples: the number of samples that the run asks the dataset for.
+            tokens_in_epoch: the number of tokens of the dataset's part.
+            seq_length: the number of tokens in a sample.
+        """
+        # A sample has one more token, which is a label only.
+        number = max(1, math.ceil((num_samples * seq_length + 1) / tokens_in_epoch))
+        if number == 1:
+            return cls(1, False)
+        of_last_epoch = num_samples - ((number - 1) * tokens_in_epoch - 1) // seq_length
+        return cls(number, of_last_epoch < int(_SEPARATE_BELOW * ((tokens_in_epoch - 1) // seq_length)))
+
+
+def training_samples(args: Namespace) -> int:
+    """Return the number of samples that a run asks its training data for."""
+    return args.train_samples or (args.train_iters or 0) * (args.global_batch_size or 0)
+
+
+def epochs_of_training_data(args: Namespace, num_samples: int) -> dict[str, Epochs]:
+    """Return the epochs of each dataset of the training data; a dataset without a fixed share is left out.
+
+    Args:
+        args: arguments that Megatron has validated.
+        num_samples: the number of samples that the run asks the training data for.
+
+    Raises:
+        UserError: a dataset cannot be read.
+    """
+    return {
+        prefix: Epochs.for_samples(number, tokens, args.seq_length)
+        for prefix, number, tokens in _requests(args, num_samples)
+        if tokens
+    }
+
+
+def _requests(args: Namespace, num_samples: int) -> Iterator[tuple[str, int, int]]:
+    """Yield the prefix of each training dataset, the number of its samples, and the tokens of its training part."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    bounds: Any = (0, 1)
+    if blend_per_split is not None:
+        blend = blend_per_split[Split.train.value]
+    elif blend is not None:
+        split = dataset_config.parse_and_normalize_split(args.split)
+        bounds = dataset_config.convert_split_vector_to_split_matrix(split)[Split.train.value]
+    if blend is None or bounds is None:
+        return
+    prefixes, weights = blend
+    if weights is None and len(prefixes) > 1:
+        return  # each dataset is read once
+    for prefix, weight in zip(prefixes, normalize(weights) if weights else [None], strict=True):
+        lengths = read_index(prefix).sequence_lengths
+        first, last = (round(bound * len(lengths)) for bound in bounds)
+        number = num_samples if weight is None else math.ceil(math.ceil(num_samples * weight) * (1 + _SURPLUS))
+        yield prefix, number, int(lengths[first:last].sum())

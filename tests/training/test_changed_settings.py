@@ -1,0 +1,251 @@
+"""What a run says about settings that differ from the checkpoint's, and what a run with such settings does.
+
+The checkpoint is from iteration 7 of a run of 21 iterations with 8 samples each, and a cosine schedule from 2e-3 to
+2e-4 with 3 iterations of warm-up.
+"""
+
+import math
+import sys
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.utils import Split
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.training.arguments import parse_args, validate_args
+from support.runs import read_scalars
+from support.training import Run, TrainingOutcome
+
+from maskmoe.checkpoint.series import checkpoint_path
+from maskmoe.data.indexed_dataset import read_index
+from maskmoe.errors import UserError
+from maskmoe.training.changed_settings import ChangedSettings, find_changed_settings, take_schedule_of_checkpoint
+from maskmoe.training.data_order import Epochs, epochs_of_training_data
+from maskmoe.training.pretraining import add_pretraining_arguments
+from maskmoe.training.setup import add_maskmoe_arguments
+
+OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
+# Changes that Megatron refuses on every rank, or would ignore, and parts of the one line that a run ends with.
+ERRORS = {
+    "--train-iters 30": ["--train-iters 21 in the checkpoint, 30 in this run", OVERRIDE, KEEP, "--finetune"],
+    "--train-iters 10": ["--train-iters 21 in the checkpoint, 10 in this run", "0.0002 in the last, 10"],
+    "--train-iters 30 --lr-decay-iters 21": ["--train-iters 21 in the checkpoint, 30 in this run"],
+    "--lr 1e-3": ["--lr 0.002 in the checkpoint, 0.001 in this run", OVERRIDE],
+    "--min-lr 0": ["--min-lr 0.0002 in the checkpoint, 0.0 in this run"],
+    "--lr-decay-style linear": ["--lr-decay-style cosine in the checkpoint, linear in this run"],
+    "--lr-decay-iters 15": ["--lr-decay-iters 21 in the checkpoint, 15 in this run"],
+    "--lr-warmup-iters 2": ["--lr-warmup-iters 3 in the checkpoint, 2 in this run"],
+    "--weight-decay 0.5": ["--start-weight-decay 0.01 in the checkpoint, 0.5 in this run"],
+    "--start-weight-decay 0.01 --end-weight-decay 0.1 --weight-decay-incr-style linear": ["--end-weight-decay"],
+    "--global-batch-size 16": ["--global-batch-size 8 in the checkpoint, 16 in this run"],
+    "--optimizer sgd": ["--optimizer adam in the checkpoint, sgd in this run", "--no-load-optim"],
+    "--use-distributed-optimizer": ["--use-distributed-optimizer False in the checkpoint, True", "--no-load-optim"],
+    "--bf16": ["--bf16 False in the checkpoint, True in this run", "--no-load-optim"],
+    "--adam-beta2 0.95": ["ignore the command line: --adam-beta2 0.999 in the checkpoint, 0.95", "--no-load-optim"],
+    "--adam-eps 1e-6": ["--adam-eps 1e-08 in the checkpoint, 1e-06 in this run"],
+    f"{OVERRIDE} --lr 1e-3 --decoupled-lr 1e-4": ["cannot change --lr or --min-lr of a run with --decoupled-lr"],
+}
+# Schedules that no run can have.
+REFUSED_SCHEDULES = {
+    "--lr-warmup-iters 30": "--lr-warmup-iters 30 must be less than --train-iters 21",
+    "--lr-warmup-iters 5 --lr-decay-iters 5": "--lr-warmup-iters 5 must be less than --lr-decay-iters 5",
+    f"{OVERRIDE} {KEEP}": "pass one of the two",
+}
+# Changes that take effect, and parts of the notes.
+NOTES = {
+    f"--lr 1e-3 {OVERRIDE}": ["the learning rate was 0.0018 in the checkpoint and is 0.000852 in iteration 8"],
+    f"--train-iters 10 {OVERRIDE}": ["0.000542 in iteration 8, 0.0002 in the last, 10"],
+    f"--global-batch-size 16 {OVERRIDE}": ["schedules count samples", "--global-batch-size 8 in the checkpoint, 16"],
+    f"--train-iters 30 {KEEP}": ["the checkpoint's schedule of the learning rate is kept", "0.0002 in the last, 30"],
+    "--no-load-optim --lr 1e-3": ["a new optimizer continues at iteration 7", "begins anew"],
+    "--seed 7": ["another order (--seed 1234 in the checkpoint, 7 in this run)", "at sample 56 of the new order"],
+    "--seq-length 16": ["another order (--seq-length 32 in the checkpoint, 16 in this run)"],
+    "--split 80,20,0": ["another order (--split 90,10,0 in the checkpoint, 80,20,0 in this run)"],
+    "--data-path ended": ["another order (--data-path data in the checkpoint, ended in this run)"],
+    f"--train-iters 99 {OVERRIDE}": ["shuffles all epochs of a dataset together (data: ", "for 168 samples", "for 792"],
+    "--moe-router-topk 3": ["trained with other settings: --moe-router-topk 2 in the checkpoint, 3 in this run"],
+    f"--train-iters 7 {OVERRIDE}": ["has reached --train-iters 7: nothing is left to train"],
+    f"--train-iters 5 {OVERRIDE}": ["has reached --train-iters 5: nothing is left to train"],
+    "--finetune --lr 1": ["only the weights of checkpoint"],
+}
+# Changes that need no word.
+QUIET = (
+    "",
+    "--micro-batch-size 4",
+    "--clip-grad 0.5",
+    "--save-interval 3",
+    "--eval-iters 3 --eval-interval 2",
+    "--hidden-dropout 0",
+    "--moe-aux-loss-coeff 0.1",
+    "--data-path ./data",
+    "--num-layers 4 --log-interval 5",
+)
+
+
+@pytest.fixture
+def changed(runs, workplace, monkeypatch):
+    """Find the changes of a run with further flags; the first run of the test saved the checkpoint."""
+    checkpoint = checkpoint_path(runs[0].checkpoints, 7)
+
+    def changed(flags: str) -> ChangedSettings:
+        run = Run(f"--hidden-dropout 0.1 --attention-dropout 0.1 --distributed-backend gloo {flags}")
+        words = workplace.flags(run, workplace.folder / "unused", runs[0].checkpoints)
+        monkeypatch.setattr(sys, "argv", ["pretrain", *words])
+        monkeypatch.chdir(workplace.folder)
+        args = parse_args(lambda parser: add_pretraining_arguments(add_maskmoe_arguments(parser)))
+        args.rank, args.world_size = 0, 1
+        validate_args(args)
+        take_schedule_of_checkpoint(args, checkpoint)
+        return find_changed_settings(args, checkpoint)
+
+    yield changed
+    unset_num_microbatches_calculator()
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.parametrize("flags", ERRORS)
+def test_change_that_would_fail_or_be_ignored_is_an_error(changed, flags):
+    (error,) = changed(flags).errors
+    for part in (*ERRORS[flags], "docs/extending.md" if "decoupled" not in flags else ""):
+        assert part in error
+    assert "\n" not in error
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.parametrize("flags", REFUSED_SCHEDULES)
+def test_schedule_that_no_run_can_have_is_refused(changed, flags):
+    with pytest.raises(UserError, match=REFUSED_SCHEDULES[flags]):
+        changed(flags)
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.parametrize("flags", NOTES)
+def test_change_that_takes_effect_is_noted(changed, flags):
+    found = changed(flags)
+    assert found.errors == ()
+    for part in NOTES[flags]:
+        assert part in " ".join(found.notes)
+    assert found.is_complete == ("nothing is left" in " ".join(found.notes))
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.parametrize("flags", QUIET)
+def test_other_changes_need_no_word(changed, flags):
+    assert changed(flags) == ChangedSettings()
+
+
+@pytest.mark.runs("fp32")
+def test_finetuning_in_the_folder_of_the_checkpoint_is_warned_of(changed, runs):
+    notes = changed(f"--finetune --save {runs[0].checkpoints}").notes
+    assert "each start begins at iteration 0 again" in notes[1]
+
+
+# ---- What real runs do -----------------------------------------------------------------------------------------------
+
+
+def rates_of(run: TrainingOutcome) -> dict[int, float]:
+    """Return the logged learning rates by iteration."""
+    return {event.step: event.value for event in read_scalars(run.folder)["learning-rate"]}
+
+
+def cosine(iteration: int, highest: float, lowest: float, last: int, warmup: int = 3) -> float:
+    share = (iteration - warmup) / (last - warmup)
+    return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
+
+
+@pytest.mark.runs("another learning rate")
+def test_overridden_learning_rate_is_the_one_that_trains(runs):
+    """Megatron 0.19.2 alone fails, because it finds the saved parameter groups by their learning rates."""
+    expected = {iteration: cosine(iteration, 1e-3, 0, 21) for iteration in range(8, 13)}
+    assert rates_of(runs[0]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.runs("another learning rate, distributed optimizer")
+def test_overridden_learning_rate_with_the_distributed_optimizer(runs):
+    expected = {iteration: cosine(iteration, 1e-3, 0, 21) for iteration in range(8, 13)}
+    assert rates_of(runs[0]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.runs("fp32", "schedule of the checkpoint")
+def test_kept_schedule_ignores_the_command_line(runs):
+    """The command line has another learning rate and weight decay; the losses are equal to the last bit."""
+    unchanged, kept = runs
+    assert kept.iterations == list(range(8, 13))
+    assert kept.difference(unchanged) == 0
+
+
+@pytest.mark.runs("fp32", "shortened")
+def test_shortened_run_has_the_same_data_and_an_earlier_end(runs):
+    """The first loss does not depend on the learning rate that it leads to."""
+    unchanged, shortened = runs
+    assert shortened.iterations == [8, 9]
+    assert shortened.curves["lm loss"][8] == unchanged.curves["lm loss"][8]
+    expected = {iteration: cosine(iteration, 2e-3, 2e-4, 9) for iteration in (8, 9)}
+    assert rates_of(shortened) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.runs("fp32")
+def test_refusal_of_a_run_is_one_line(runs, start, refusal):
+    (saved,) = runs
+    flags = f"--train-iters 30 --load {saved.checkpoints} --ckpt-step 7 --hidden-dropout 0.1 --attention-dropout 0.1"
+    assert "was saved with another schedule" in refusal(start("longer", Run(flags, logs_scalars=False)))
+
+
+@pytest.mark.runs("fp32")
+def test_complete_run_ends_at_once(runs, start):
+    """Megatron alone fails with a blend of datasets, whose samples are used up."""
+    flags = f"--train-iters 7 {OVERRIDE} --load {runs[0].checkpoints} --ckpt-step 7 --data-path 1 data 2 ended"
+    outcome = start("complete", Run(flags, logs_scalars=False)).result()
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert "nothing is left to train" in (outcome.folder / "out0.log").read_text()
+
+
+# ---- The order of the data -------------------------------------------------------------------------------------------
+
+
+def test_epochs_tell_which_numbers_of_samples_have_the_same_order(workplace, monkeypatch):
+    """Compares with the indices that Megatron's dataset builds."""
+    prefix, seq_length = str(workplace.folder / "data"), 32
+    documents = np.arange(len(read_index(prefix).sequence_lengths) // 8)
+    tokens = int(read_index(prefix).sequence_lengths[documents].sum())
+    config = SimpleNamespace(
+        sequence_length=seq_length,
+        random_seed=1,
+        add_extra_token_to_sequence=True,
+        path_to_cache=None,
+        mock=True,
+        defer_npy_index_mmap=False,
+        mmap_bin_files=True,
+        fast_cache_load=False,
+        sequences_per_dataset=None,
+        token_dtype_code=None,
+    )
+    low_level = GPTDataset.build_low_level_dataset(prefix, config)
+
+    def indices(num_samples: int) -> tuple[bytes, bytes]:
+        dataset = GPTDataset.__new__(GPTDataset)
+        dataset.config, dataset.dataset, dataset.indices = config, low_level, documents.astype(np.int32)
+        dataset.num_samples, dataset.index_split = num_samples, Split.train
+        document_index, _, shuffle_index = dataset._build_document_sample_shuffle_indices()
+        return document_index.tobytes(), shuffle_index.tobytes()
+
+    per_epoch = (tokens - 1) // seq_length
+    numbers = sorted({max(1, round(per_epoch * share / 20)) for share in range(1, 80, 3)})
+    orders = {number: (indices(number), Epochs.for_samples(number, tokens, seq_length)) for number in numbers}
+    assert len({epochs for _, epochs in orders.values()}) > 4
+    for one, our_one in orders.values():
+        for other, our_other in orders.values():
+            assert (one == other) == (our_one == our_other)
+
+
+def test_epochs_of_a_blend_follow_its_weights(workplace, monkeypatch):
+    monkeypatch.chdir(workplace.folder)
+    blend = {"data_path": ["3", "data", "1", "ended"], "split": "90,10,0", "seq_length": 32}
+    names = ("train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path")
+    args = Namespace(**blend, **dict.fromkeys(names), mock_data=False, multiple_validation_sets=False)
+    few, many = (epochs_of_training_data(args, number) for number in (4, 100_000))
+    assert few == {"data": Epochs(1, False), "ended": Epochs(1, False)}
+    assert many["data"].number > 2 * many["ended"].number > 2
