@@ -112,6 +112,16 @@ def flag_words(flags: Flags) -> tuple[str, ...]:
     return tuple(words)
 
 
+def flags_to_yaml(flags: Flags) -> str:
+    """Return flags as the text of a model file; a dollar sign in a value must be written as two."""
+    content: dict[str, object] = {}
+    for name, values in flags.items():
+        is_plain = len(values) == 1 and values[0] not in ("true", *_OMITTED_VALUES)
+        # A list keeps words that mean something else when they stand alone.
+        content[name] = values[0] if is_plain else list(values) or True
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)
+
+
 class _WordLoader(yaml.BaseLoader):
     """Loads all scalars as text, without octal numbers or `on` that becomes true, and refuses repeated keys."""
 

@@ -4,6 +4,7 @@ On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 75; started
 are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a rank hung.
 """
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -16,16 +17,26 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
+from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat.globals import get_timers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
-from maskmoe.training.failures import DataFiles, handling_early_ends, save_on_signals
+from maskmoe.training.console import console
+from maskmoe.training.failures import DataFiles, handling_early_ends, reporting_end, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
+from maskmoe.training.header import show_header
 from maskmoe.training.rank_store import RankStore
+from maskmoe.training.resume import checkpoint_to_load
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
-from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
+from maskmoe.training.saved_arguments import save_arguments
+from maskmoe.training.setup import (
+    find_routing_mask,
+    leaving_process_groups,
+    model_config_from_args,
+    parse_and_check_args,
+)
 from maskmoe.training.watchdog import Watchdog
 
 _DATA_FILES_A_STEP = 8
@@ -93,6 +104,11 @@ def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
     args = parse_and_check_args(add_pretraining_arguments)
+    folder = run_folder(args.save)
+    console.open_log(folder)
+    console.shows_timers = args.timing_log_level > 0
+    if folder is not None and args.rank == 0:
+        save_arguments(args, sys.argv[1:], folder)
     let_signals_save = save_on_signals(args)
     ranks = RankStore.from_environment()
     watchdog = Watchdog(ranks, hang_timeout(args))
@@ -103,10 +119,18 @@ def main() -> None:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
         if args.hybrid_layer_pattern is not None:
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
-    before_each = (let_signals_save, watchdog.step, partial(data_files.check, _DATA_FILES_A_STEP))
+    mask = find_routing_mask(args, checkpoint_to_load(args), lambda _: None)
+    model_config.pre_wrap_hooks.append(partial(show_header, args, mask, folder))
+    before_each = (
+        console.end_of_loading,
+        let_signals_save,
+        watchdog.step,
+        partial(data_files.check, _DATA_FILES_A_STEP),
+    )
     keep_checkpoints_whole(while_saving=watchdog.paused)
     # Train. Each context manager handles one way in which the run may end early.
-    with watchdog.watching(), leaving_process_groups(), handling_early_ends(args, data_files):
+    console.load("building the model")
+    with reporting_end(args), watchdog.watching(), leaving_process_groups(), handling_early_ends(args, data_files):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             build_datasets,
