@@ -23,6 +23,7 @@ from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, Ma
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
+from maskmoe.routing_mask.words import describe_visible_experts
 
 _HASH_LAYERS = ("hash_layers", "hash_visible_experts", "hash_assignment")
 _METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
@@ -153,20 +154,17 @@ def _flags(names: list[str]) -> str:
 
 
 def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None) -> None:
-    """Print size, frequent ids, expected load and digest of the mask, and a warning if it cannot be balanced."""
-    num_visible = mask.num_visible_beyond_hash_layers
-    is_frequent = num_visible > 1
+    """Print size, visible experts, expected load and digest of the mask, and a warning if it cannot be balanced."""
+    is_frequent = mask.num_visible_beyond_hash_layers > 1
     tables = "one table for all layers" if mask.is_shared else f"{mask.num_layers} tables"
     size = f"{mask.nbytes / 2**20:.2f} MiB"
     print(f"mask             {mask.vocab_size:,} ids · {mask.num_experts} experts · {tables} · {size}")
-    if hashed := mask.provenance.hash_layers:
-        print(f"hash layers      the first {hashed.num_layers}: every id sees {hashed.visible_experts}")
-    sees = f", each sees {num_visible.max()} experts" if is_frequent.any() else ""
-    print(f"frequent ids     {is_frequent.sum():,} of {mask.vocab_size:,}{sees}; every other id sees 1")
+    print(f"visible experts  {describe_visible_experts(mask)}")
     if frequency is not None:
         occurrences = frequency.occurrences
         load = expected_expert_load(mask, occurrences)
-        print(f"frequent share   {occurrences[is_frequent].sum() / occurrences.sum():.2%} of all occurrences")
+        if is_frequent.any() and not is_frequent.all():
+            print(f"frequent share   {occurrences[is_frequent].sum() / occurrences.sum():.2%} of all occurrences")
         print(f"expert load      {describe_imbalance(load)}")
         if num_ranks:
             print(f"rank load        {describe_imbalance(load, num_ranks)}")

@@ -10,6 +10,7 @@ from maskmoe.launch.devices import GPU_ENVIRONMENT
 from maskmoe.launch.model_file import Flags, flag_words, override
 from maskmoe.launch.network import Route
 from maskmoe.launch.options import Options
+from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
 
 # A node runs many processes, so each process computes with one thread. Unbuffered output appears at once, also in log
 # files.
@@ -45,7 +46,8 @@ def run_flags(options: Options, model_flags: Flags, user_flags: Flags) -> Flags:
     """
     save = override(model_flags, user_flags).get("save", (str(options.run_dir / "checkpoints"),))
     folders = {"save": save, "load": save, "tensorboard-dir": (str(options.run_dir / "tensorboard"),)}
-    return override({**folders, **model_flags}, user_flags)
+    verbose = {"verbose": ()} if options.verbose else {}
+    return override({**folders, **model_flags, **verbose}, user_flags)
 
 
 def torchrun_command(
@@ -69,7 +71,7 @@ def torchrun_command(
         *("--signals-to-handle", ",".join(number.name for number in SIGNALS_THAT_END)),
         *("--shutdown-timeout", str(options.shutdown_timeout)),
     )
-    variables = dict(RUN_ENVIRONMENT)
+    variables = {**RUN_ENVIRONMENT, RUN_FOLDER_VARIABLE: str(options.run_dir)}
     if options.nodes > 1 and route and route.interface:
         variables |= dict.fromkeys(_INTERFACE_VARIABLES, route.interface)
     words = _torchrun_words(launcher_words, "maskmoe.training.pretrain", flag_words(flags))
@@ -96,7 +98,7 @@ def unset_variables(defaults: Mapping[str, str], environment: Mapping[str, str])
 
 
 def _torchrun_words(options: Iterable[str], module: str, arguments: Iterable[str]) -> tuple[str, ...]:
-    return (sys.executable, "-m", "torch.distributed.run", *options, "-m", module, *arguments)
+    return (sys.executable, "-m", "maskmoe.launch.ranks", *options, "-m", module, *arguments)
 
 
 def _rendezvous_words(options: Options, route: Route | None) -> tuple[str, ...]:

@@ -49,8 +49,9 @@ def launch(program: str, arguments: Sequence[str]) -> None:
             file=sys.stderr,
         )
     flags = run_flags(options, model.flags_for(ranks), split_flags(options.flags))
+    is_verbose = "verbose" in flags
     if options.check_only:
-        sys.exit(check(flags, ranks, None))
+        sys.exit(check(flags, ranks, None).returncode)
 
     # Build torchrun's command line.
     route = route_to(*options.rendezvous) if options.rendezvous else None
@@ -62,29 +63,48 @@ def launch(program: str, arguments: Sequence[str]) -> None:
     # A folder in which another run trains is refused before the first file of this run is written.
     if not options.node_rank and (save := flags.get("save")):
         check_unlocked(Path(save[0]))
+    checked = None
     # Node 0 checks the settings for all nodes. The other nodes start when node 0 has passed the check.
     if options.rendezvous and options.node_rank:
         wait_for(*options.rendezvous, options.rendezvous_timeout)
-    elif options.checks and check(flags, ranks, devices):
-        sys.exit(EXIT_BAD_INPUT)
+    elif options.checks:
+        print("launch: checking settings and files", flush=True)
+        checked = check(flags, ranks, devices, to_console=is_verbose)
+        if checked.returncode:
+            sys.exit(EXIT_BAD_INPUT)
     try:
         options.log_folder.mkdir(parents=True, exist_ok=True)
+        (options.log_folder / "command.txt").write_text(f"{command}\n", encoding="utf-8")
+        if checked is not None and not is_verbose:
+            (options.run_dir / "check.txt").write_text(checked.stdout, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot make {options.log_folder}: {error.strerror}; choose another --run-dir") from error
-    print(f"launch: {command}", flush=True)
+    if is_verbose:
+        print(f"launch: {command}", flush=True)
+    else:
+        print(f"launch: starting {processes} rank{'s' if processes > 1 else ''}; everything is in {options.run_dir}")
+        sys.stdout.flush()
     sys.exit(Supervisor(options.shutdown_timeout).run(command))
 
 
-def check(flags: Flags, ranks: int, devices: Devices | None) -> int:
-    """Run pretraining's `--check`, which prints what it finds, and return its exit code.
+def check(
+    flags: Flags, ranks: int, devices: Devices | None, to_console: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run pretraining's `--check`, which prints errors to stderr and everything else that it finds to stdout.
 
     Args:
         flags: the flags of the run.
         ranks: the number of ranks of the run.
         devices: the devices of this machine if it will run the ranks. None assumes GPUs unless the flags say otherwise.
+        to_console: print what the check finds; else print its notes only, and return its report as `stdout`.
     """
     if devices is not None and not devices.num_gpus:
         flags = override({"distributed-backend": ("gloo",)}, flags)
     words = (sys.executable, "-m", "maskmoe.training.pretrain", "--check", str(ranks), *flag_words(flags))
-    variables = unset_variables(RUN_ENVIRONMENT, os.environ)
-    return subprocess.run(words, env={**os.environ, **variables}, check=False).returncode
+    environment = {**os.environ, **unset_variables(RUN_ENVIRONMENT, os.environ)}
+    stdout = None if to_console else subprocess.PIPE
+    checked = subprocess.run(words, env=environment, stdout=stdout, text=True, check=False)
+    for line in (checked.stdout or "").splitlines():
+        if line.startswith("note: "):
+            print(line, flush=True)
+    return checked

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from maskmoe.errors import UserError
 from maskmoe.untrusted import read_words
 
@@ -112,6 +114,16 @@ def flag_words(flags: Flags) -> tuple[str, ...]:
         is_joined = len(values) == 1 and values[0].startswith("-")
         words += [f"--{name}={values[0]}"] if is_joined else [f"--{name}", *values]
     return tuple(words)
+
+
+def flags_to_yaml(flags: Flags) -> str:
+    """Return flags as the text of a model file; a dollar sign in a value must be written as two."""
+    content: dict[str, object] = {}
+    for name, values in flags.items():
+        is_plain = len(values) == 1 and values[0] not in ("true", *_OMITTED_VALUES)
+        # A list keeps words that mean something else when they stand alone.
+        content[name] = values[0] if is_plain else list(values) or True
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Flags:

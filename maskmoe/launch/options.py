@@ -30,6 +30,7 @@ class Options(argparse.Namespace):
         checks: whether settings and files are checked before the start.
         check_only: whether to check only, and start nothing.
         dry_run: whether to print torchrun's command line only.
+        verbose: whether everything that the ranks print goes to the console.
     """
 
     model: Path
@@ -46,6 +47,7 @@ class Options(argparse.Namespace):
     checks: bool
     check_only: bool
     dry_run: bool
+    verbose: bool
 
     @property
     def log_folder(self) -> Path:
@@ -122,6 +124,8 @@ def _parser(program: str, environment: Mapping[str, str]) -> argparse.ArgumentPa
     check_help = "only check the settings, and show what the run needs"
     parser.add_argument("--check", dest="check_only", action="store_true", help=check_help)
     parser.add_argument("--dry-run", action="store_true", help="only print torchrun's command line")
+    verbose_help = "print all arguments, the memory of the run, and everything else that is usually only in files"
+    parser.add_argument("--verbose", action="store_true", help=verbose_help)
     parser.add_argument("model", type=Path, metavar="MODEL.yaml", help="the model file; launch/models/ has examples")
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="flags", help="flags of Megatron and MaskMoE")
     return parser

@@ -53,6 +53,12 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="do not permute tokens by Transformer Engine's kernels, which are the default on a GPU with Transformer "
         "Engine 2.1 or newer",
     )
+    group.add_argument(
+        "--verbose",
+        action="store_true",
+        help="print everything that Megatron prints, such as all arguments, to the console. By default this goes to "
+        "files in the run folder: logs/rankN.log and args.yaml",
+    )
     parser.set_defaults(
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",

@@ -12,7 +12,6 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import print_rank_0
 from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
+from maskmoe.training.console import console
 from maskmoe.training.fill_in_middle import FillInMiddleDataset, token_settings
 from maskmoe.transformer.packed_documents import PackedDocuments
 
@@ -113,7 +113,7 @@ def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = N
     Returns:
         The datasets; None for a dataset without a share, and on ranks that do not read data.
     """
-    print_rank_0("> building train, validation, and test datasets for MaskMoE ...")
+    console.load("building the datasets")
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     dataset, config = MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig
@@ -138,9 +138,7 @@ def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = N
         lambda: mpu.get_tensor_model_parallel_rank() == 0,
         config(**settings),
     )
-    datasets = cast(list[GPTDataset | None], builder.build())
-    print_rank_0("> finished creating MaskMoE datasets ...")
-    return datasets
+    return cast(list[GPTDataset | None], builder.build())
 
 
 # Megatron's training loop calls the function on all ranks, not only on the first stage, if the attribute is set.

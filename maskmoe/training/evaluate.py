@@ -1,16 +1,21 @@
 """Entry point: `torchrun … -m maskmoe.training.evaluate`, see `maskmoe.training.evaluation`."""
 
-from maskmoe.cli import run_tool
-from maskmoe.megatron_compat import prepare_process
+from maskmoe.training.console import console
+from maskmoe.training.rank_process import run_rank
 
 
 def main() -> None:
     """Prepare the process, then run `maskmoe.training.evaluation`."""
+    console.load("importing PyTorch and Megatron-Core")
+    # Only now, since these imports take seconds and the first line should not wait for them.
+    from maskmoe.megatron_compat import prepare_process
+
     prepare_process()
+    console.route_logging()
     from maskmoe.training import evaluation
 
     evaluation.main()
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_rank(main, "evaluate")

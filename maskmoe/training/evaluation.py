@@ -10,7 +10,6 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from megatron.training import print_rank_0
 from torch import Tensor
 
 from maskmoe.errors import UserError
@@ -18,6 +17,7 @@ from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
 from maskmoe.training.batch import build_datasets, losses_of_all, sum_over_ranks
+from maskmoe.training.console import console
 from maskmoe.training.setup import (
     add_force_argument,
     check_output,
@@ -205,5 +205,5 @@ def main() -> None:
     with leaving_process_groups():
         model = load_model(args)
         results: Evaluation | TextScores = evaluate(args, model) if texts is None else score_texts(args, model, texts)
-        print_rank_0(results.table())
+        console.print_result(results.table())
         write_on_first_rank(args.eval_output, json.dumps(asdict(results), indent=2) + "\n")

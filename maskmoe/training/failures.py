@@ -21,6 +21,7 @@ from maskmoe.checkpoint.series import read_tracker
 from maskmoe.errors import RunFailure
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.megatron_compat.globals import get_signal_handler
+from maskmoe.training.console import console
 
 # If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these
 # codes.
@@ -134,6 +135,44 @@ def handling_early_ends(args: Namespace, data_files: DataFiles) -> Iterator[None
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()
+
+
+@contextmanager
+def reporting_end(args: Namespace) -> Iterator[None]:
+    """Print how the block ended, in one line on the last rank: that training is complete, or how to resume.
+
+    The line says nothing about failures, which explain themselves.
+
+    Args:
+        args: Megatron's arguments.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if end.code in (None, 0, EXIT_REQUEUE):
+            console.say(_describe_stop(args), rank=-1)
+        raise
+    console.say(_describe_completion(args), rank=-1)
+
+
+def _describe_stop(args: Namespace) -> str:
+    newest = read_tracker(args.save) if args.save else None
+    if newest is None:
+        return "stopped: nothing was saved" + ("" if args.save else ", because --save is not given")
+    return f"stopped: saved iteration {newest} in {args.save}; the same command resumes"
+
+
+def _describe_completion(args: Namespace) -> str:
+    parts = [f"complete: {args.train_iters} iterations"]
+    if console.iteration is None:
+        parts.append("no iteration was left to train")
+    elif console.iteration.loss is not None:
+        parts.append(f"loss {console.iteration.loss:.4f}")
+    if console.validation is not None:
+        parts.append(f"validation loss {console.validation.loss:.4f}")
+    newest = read_tracker(args.save) if args.save else None
+    saved = f"checkpoint {newest} is in {args.save}" if newest is not None else "no checkpoint was saved"
+    return f"{', '.join(parts)}; {saved}"
 
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:

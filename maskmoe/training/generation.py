@@ -4,13 +4,13 @@ import argparse
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.training import print_rank_0
 from torch import Tensor
 from tqdm import tqdm
 
 from maskmoe import ranges
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.training.console import console
 from maskmoe.training.setup import (
     add_force_argument,
     check_output,
@@ -48,6 +48,26 @@ def check_generation(args: argparse.Namespace) -> None:
         raise UserError("generation works with tensor and expert parallelism, not with pipelines or split sequences")
 
 
+def tokenize_prompt(args: argparse.Namespace) -> list[int]:
+    """Return the token ids of the prompt, at least one; call this before the model is loaded.
+
+    Args:
+        args: Megatron's arguments and the arguments of generation.
+
+    Raises:
+        UserError: The prompt is empty, or the text would be longer than the model's positions.
+    """
+    prompt_ids = get_tokenizer().tokenize(args.prompt)
+    if not prompt_ids:
+        raise UserError("--prompt is empty")
+    if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:
+        raise UserError(
+            f"{len(prompt_ids)} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
+            f"{args.max_position_embeddings} positions; lower --max-new-tokens"
+        )
+    return prompt_ids
+
+
 def sample_next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
     """Draw the next token.
 
@@ -79,15 +99,8 @@ def generate(args: argparse.Namespace, model: torch.nn.Module, prompt_ids: list[
         model: This rank's part of the model.
         prompt_ids: Token ids of the prompt, at least one.
 
-    Raises:
-        UserError: The text would be longer than the model's positions.
     """
     tokenizer = get_tokenizer()
-    if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:
-        raise UserError(
-            f"{len(prompt_ids)} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
-            f"{args.max_position_embeddings} positions; lower --max-new-tokens"
-        )
     model.eval()
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.tensor([prompt_ids], device=torch.cuda.current_device())  # [1, sequence]
@@ -110,10 +123,10 @@ def main() -> None:
     args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False)
     check_generation(args)
     check_output(args.sample_output, args)
-    prompt_ids = get_tokenizer().tokenize(args.prompt)
-    if not prompt_ids:
-        raise UserError("--prompt is empty")
+    prompt_ids = tokenize_prompt(args)
     with leaving_process_groups():
-        text = get_tokenizer().detokenize(generate(args, load_model(args), prompt_ids))
-        print_rank_0(text)
+        model = load_model(args)
+        console.end_of_loading()
+        text = get_tokenizer().detokenize(generate(args, model, prompt_ids))
+        console.print_result(text)
         write_on_first_rank(args.sample_output, text + "\n")

@@ -3,13 +3,18 @@
 With `--check` the entry point reports on the run instead of starting it, see `maskmoe.check`.
 """
 
-from maskmoe.cli import run_tool
-from maskmoe.megatron_compat import prepare_process
+from maskmoe.training.console import console, hide_foreign_warnings
+from maskmoe.training.rank_process import run_rank
 
 
 def main() -> None:
     """Prepare the process, then train, or check the command line if `--check` is given."""
+    console.load("importing PyTorch and Megatron-Core")
+    # Only now, since these imports take seconds and the first line should not wait for them.
+    from maskmoe.megatron_compat import prepare_process
+
     prepare_process()
+    console.route_logging()
     from maskmoe.check.command import check_run, requested_check
     from maskmoe.training import pretraining
 
@@ -21,6 +26,9 @@ def main() -> None:
 
 
 if __name__ == "__mp_main__":  # a process that Megatron spawned, such as the writer of checkpoints
+    from maskmoe.megatron_compat import prepare_process
+
+    hide_foreign_warnings()
     prepare_process()
 if __name__ == "__main__":
-    run_tool(main)
+    run_rank(main, "pretrain")

@@ -4,6 +4,7 @@ On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 75; started
 are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a rank hung.
 """
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,17 +22,27 @@ from maskmoe import ranges
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import locked_folder
+from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat.globals import get_timers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.changed_settings import has_one_learning_rate
-from maskmoe.training.failures import DataFiles, handling_early_ends, save_on_signals
+from maskmoe.training.console import console
+from maskmoe.training.failures import DataFiles, handling_early_ends, reporting_end, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
+from maskmoe.training.header import show_header
 from maskmoe.training.rank_store import RankStore
+from maskmoe.training.resume import checkpoint_to_load
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
-from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
+from maskmoe.training.saved_arguments import save_arguments
+from maskmoe.training.setup import (
+    find_routing_mask,
+    leaving_process_groups,
+    model_config_from_args,
+    parse_and_check_args,
+)
 from maskmoe.training.watchdog import Watchdog
 
 _DATA_FILES_A_STEP = 8
@@ -142,6 +153,11 @@ def train(args: Namespace, ranks: RankStore, let_signals_save: Callable[[], obje
         ranks: Messages between the ranks.
         let_signals_save: Makes signals save a checkpoint, see `save_on_signals`.
     """
+    folder = run_folder(args.save)
+    console.open_log(folder)
+    console.shows_timers = args.timing_log_level > 0
+    if folder is not None and args.rank == 0:
+        save_arguments(args, sys.argv[1:], folder)
     watchdog = Watchdog(ranks, hang_timeout(args))
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
@@ -150,12 +166,20 @@ def train(args: Namespace, ranks: RankStore, let_signals_save: Callable[[], obje
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
         if args.hybrid_layer_pattern is not None:
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
-    before_each = (let_signals_save, watchdog.step, partial(data_files.check, _DATA_FILES_A_STEP))
+    mask = find_routing_mask(args, checkpoint_to_load(args), lambda _: None)
+    model_config.pre_wrap_hooks.append(partial(show_header, args, mask, folder))
+    before_each = (
+        console.end_of_loading,
+        let_signals_save,
+        watchdog.step,
+        partial(data_files.check, _DATA_FILES_A_STEP),
+    )
     keep_checkpoints_whole(while_saving=watchdog.paused)
     if args.override_opt_param_scheduler and has_one_learning_rate(args):
         override_learning_rates()
     # Train. Each context manager handles one way in which the run may end early.
-    with watchdog.watching(), leaving_process_groups(), handling_early_ends(args, data_files):
+    console.load("building the model")
+    with reporting_end(args), watchdog.watching(), leaving_process_groups(), handling_early_ends(args, data_files):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             build_datasets,

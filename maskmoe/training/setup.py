@@ -39,6 +39,7 @@ from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training import file_checks, fill_in_middle, resume
 from maskmoe.training.arguments import add_maskmoe_arguments, may_change_mask
 from maskmoe.training.changed_settings import find_changed_settings, take_schedule_of_checkpoint
+from maskmoe.training.console import console
 from maskmoe.training.flag_ranges import check_ranges
 from maskmoe.training.layer_division import layer_errors
 from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
@@ -62,6 +63,7 @@ def parse_and_check_args(
     Raises:
         UserError: Settings that cannot work together, or a file that is missing, damaged or does not fit.
     """
+    console.load("checking settings and files")
     chosen: dict[str, Any] = {}
 
     def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -90,11 +92,11 @@ def parse_and_check_args(
     for error in chain(pattern_errors(args), layer_errors(args)):
         raise UserError(error)
     for note in ignored_flags(args):
-        _print_on_first_rank(f"note: {note}")
+        console.say(f"note: {note}")
     _report_missing_packages()
     tokenizer_sha256 = file_checks.check_tokenizer(args)
     file_checks.check_save_folder(args)
-    mask = find_routing_mask(args, checkpoint, _print_on_first_rank)
+    mask = find_routing_mask(args, checkpoint, console.say)
     with megatrons_checks():
         args = cast(Namespace, parse_and_validate_args(add_arguments))
     args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint
@@ -114,7 +116,7 @@ def parse_and_check_args(
     for error in changed.errors:
         raise UserError(error)
     for note in changed.notes:
-        _print_on_first_rank(f"note: {note}")
+        console.say(f"note: {note}")
     args.is_complete = changed.is_complete
     return args
 
@@ -123,13 +125,7 @@ def _report_missing_packages() -> None:
     """Print one line on the first rank if the defaults were chosen for a GPU without Transformer Engine or Apex."""
     missing = None if cpu.is_installed() else GpuPackages.installed().describe_missing()
     if missing:
-        _print_on_first_rank(f"note: {missing}")
-
-
-def _print_on_first_rank(line: str) -> None:
-    """Print a line on the first rank, before there are process groups."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        console.say(f"note: {missing}")
 
 
 def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable[[str], None]) -> RoutingMask | None:
@@ -197,6 +193,7 @@ def load_model(args: Namespace) -> torch.nn.Module:
             "interleaved pipelines are for training only; leave --num-layers-per-virtual-pipeline-stage out, or give "
             "--hybrid-layer-pattern as many stages as --pipeline-model-parallel-size"
         )
+    console.load("building the model and reading the checkpoint")
     initialize_megatron(store=RankStore.from_environment().for_process_groups)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

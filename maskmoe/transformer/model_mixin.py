@@ -44,6 +44,7 @@ class RoutesByTokenId(torch.nn.Module):
         self._dispatch_planner: DispatchPlanner | None = None
         kind = choose_dispatch(self.config, self.pg_collection, visible_experts.is_rank_local)
         log_single_rank(_logger, logging.INFO, f"dispatch of tokens to experts: {kind.value}")
+        self.dispatch_kind = kind
         if kind is DispatchKind.PLANNED:
             # Skip multi-token-prediction layers: their ids are shifted.
             routers = (m for m in self.modules() if isinstance(m, MaskMoERouter) and not m.is_mtp_layer)

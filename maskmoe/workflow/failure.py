@@ -8,7 +8,7 @@ from maskmoe.errors import RunFailure, UserError
 _RANK = r"(?:\[rank\d+\]:? ?)?"
 _USER_ERROR = re.compile(rf"^{_RANK}(?:(?:\S+\.py|maskmoe)(?: [\w-]+)?: )?error: (?P<message>.+)")
 _EXCEPTION = re.compile(rf"^{_RANK}(?P<message>(?:\w+\.)*\w*(?:Error|Exception|Killed)\b: .+)")
-_KILLED = re.compile(r"Signal 9 \(SIGKILL\)|exitcode\s*: -9\b")
+_KILLED = re.compile(r"[Ss]ignal 9 \(SIGKILL\)|exitcode\s*: -9\b")
 # The other ranks and torchrun report these errors when one rank has failed.
 _CONSEQUENCE = re.compile(
     r"ChildFailedError|SignalException|Dist(?:Network|Backend)Error|Connection (?:closed|reset) by peer|Broken pipe"

@@ -1,0 +1,102 @@
+"""Runs torchrun: `python -m maskmoe.launch.ranks` takes torchrun's arguments, but ends without torchrun's report.
+
+When ranks fail or a signal stops the run, torchrun prints a traceback of its own and a table, which hide what the ranks
+have printed before. This program prints one line about the rank that failed first, or nothing if that rank has
+explained its exit. Torchrun's own log lines go to `torchrun.log` in the folder of `--log-dir`, if the folder is given.
+"""
+
+import logging
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
+
+_EXPLAINED = (2, EXIT_REQUEUE, EXIT_HANG)
+_EXIT_FAILURE = 1
+_PREFIX = re.compile(r"(\[rank\d+\]: )?(error: )?")  # of torch, and ours
+_LOOKS_FATAL = re.compile(r"error|fatal|terminate|abort", re.IGNORECASE)
+
+
+def main() -> None:
+    """Run torchrun with the arguments of this process; exit with code 1 if a rank failed or a signal came."""
+    folder = run.get_args_parser().parse_args(sys.argv[1:]).log_dir
+    redirect_log(folder)
+    try:
+        run.main(sys.argv[1:])
+    except ChildFailedError as error:
+        rank, failure = find_cause(error.failures)
+        if failure.exitcode not in _EXPLAINED:
+            print(f"launch: {describe(rank, failure, folder)}", file=sys.stderr, flush=True)
+        sys.exit(_EXIT_FAILURE)
+    except SignalException:
+        sys.exit(_EXIT_FAILURE)
+
+
+def redirect_log(folder: str | None) -> None:
+    """Let torch's loggers write to `torchrun.log` in a folder, or nowhere, instead of to stderr.
+
+    Args:
+        folder: the folder, which exists; None to write nowhere.
+    """
+    handler = logging.FileHandler(Path(folder) / "torchrun.log", delay=True) if folder else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # torch gives handlers of their own to several of its loggers.
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.")]:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    logger = logging.getLogger("torch")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+
+
+def find_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """Return the rank that failed first. A rank that a signal ended comes before ranks that then lost their peer.
+
+    Args:
+        failures: torchrun's records of the failed ranks, by rank. SIGTERM is torchrun's own.
+    """
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int]:
+        _, failure = item
+        return failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM, failure.timestamp
+
+    return min(failures.items(), key=order)
+
+
+def describe(rank: int, failure: ProcessFailure, folder: str | None) -> str:
+    """Describe how a rank failed, in one line, with the last line that it wrote to stderr.
+
+    Args:
+        rank: the rank.
+        failure: torchrun's record of the failure.
+        folder: the folder of `--log-dir`; None if the output of the ranks is in no file.
+    """
+    code = failure.exitcode
+    how = f"failed with exit code {code}"
+    if code < 0:
+        how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+    logs = Path(folder).glob(f"*/attempt_*/{failure.local_rank}/stderr.log") if folder is not None else ()
+    log = max(logs, key=lambda path: path.stat().st_mtime, default=None)
+    if log is None:
+        return f"rank {rank} {how}"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return f"rank {rank} {how}{_last_words(lines, code)}; its log is {log}"
+
+
+def _last_words(lines: Sequence[str], code: int) -> str:
+    written = [line.strip() for line in lines if line.strip()]
+    if code < 0 and not (written and _LOOKS_FATAL.search(written[-1])):
+        return ""  # the process had no chance to write why it ends
+    return f": {_PREFIX.sub('', written[-1], count=1)}" if written else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Writes the arguments of a run to `args.yaml`, a model file that starts the same run."""
+
+import os
+import shlex
+import uuid
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from maskmoe.launch.model_file import flags_to_yaml, split_flags
+
+FILE_NAME = "args.yaml"
+
+
+def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
+    """Write `args.yaml` into the run folder.
+
+    Args:
+        args: the validated arguments.
+        words: the command line of this process, without the program.
+        folder: the run folder.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{FILE_NAME}.{uuid.uuid4().hex[:8]}.tmp"
+    unfinished.write_text(arguments_text(args, words, folder), encoding="utf-8")
+    unfinished.replace(folder / FILE_NAME)
+
+
+def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
+    """Return the text of `args.yaml`: the flags of the command line, then all arguments as comments.
+
+    Paths in the run folder are written with `${RUN_DIR}`, so that another run with this file has its own folders.
+
+    Args:
+        args: the validated arguments.
+        words: the command line of this process, without the program.
+        folder: the run folder.
+    """
+    flags = {name: tuple(map(_escape, values)) for name, values in split_flags(words).items()}
+    flags = {name: tuple(_in_run_folder(value, folder) for value in values) for name, values in flags.items()}
+    command = f"launch/pretrain.sh {shlex.quote(FILE_NAME)}"
+    values: Mapping[str, object] = vars(args)
+    return "\n".join(
+        (
+            f"# The flags of a run, as a model file: `{command} --run-dir DIR` starts another run with the same flags.",
+            f"# Relative paths are relative to {os.getcwd()}",
+            flags_to_yaml(flags).rstrip("\n"),
+            "",
+            "# All arguments, with Megatron's defaults and the values that Megatron derives:",
+            *(f"# {name}: {' '.join(str(values[name]).split())}" for name in sorted(values)),
+            "",
+        )
+    )
+
+
+def _escape(value: str) -> str:
+    return value.replace("$", "$$")
+
+
+def _in_run_folder(value: str, folder: Path) -> str:
+    """Return a value in which the path of the run folder, if the value begins with it, is a variable."""
+    start = _escape(str(folder))
+    is_inside = value == start or value.startswith(start + os.sep)
+    return "${RUN_DIR}" + value.removeprefix(start) if is_inside else value
