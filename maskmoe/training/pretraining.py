@@ -25,6 +25,7 @@ from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
+from maskmoe.training.run_report import RunReport, interval
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
 from maskmoe.training.watchdog import Watchdog
 
@@ -72,8 +73,17 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; "
         "default: half of --distributed-timeout-minutes",
     )
+    group.add_argument(
+        "--report-interval",
+        type=interval,
+        default=60.0,
+        metavar="SECONDS",
+        help="write the page report.html into the run folder at most this often, and at the end; 0: never "
+        "(default: 60)",
+    )
     parser.set_defaults(
         exit_signal_handler=True,
+        log_timers_to_tensorboard=True,  # the page shows the time of an iteration
         # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
         use_persistent_ckpt_worker=True,
         async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
@@ -103,10 +113,11 @@ def main() -> None:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
         if args.hybrid_layer_pattern is not None:
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
-    before_each = (let_signals_save, watchdog.step, partial(data_files.check, _DATA_FILES_A_STEP))
+    report = RunReport(args)
+    before_each = (let_signals_save, watchdog.step, report, partial(data_files.check, _DATA_FILES_A_STEP))
     keep_checkpoints_whole(while_saving=watchdog.paused)
     # Train. Each context manager handles one way in which the run may end early.
-    with watchdog.watching(), leaving_process_groups(), handling_early_ends(args, data_files):
+    with report.following(), watchdog.watching(), leaving_process_groups(), handling_early_ends(args, data_files):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             build_datasets,
