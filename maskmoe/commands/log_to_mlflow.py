@@ -30,8 +30,8 @@ def main() -> None:
     if not arguments.run.is_dir():
         raise UserError(f"{arguments.run} is not a folder: name the folder of a run")
 
+    # Only now, since these imports take seconds and `--help` does not need them.
     from maskmoe.run_report.events import EventFolder
-    from maskmoe.run_report.mlflow_copy import MlflowCopy
     from maskmoe.run_report.sources import find_event_folder
 
     folder = arguments.tensorboard_dir or find_event_folder(arguments.run)
@@ -39,8 +39,10 @@ def main() -> None:
         raise UserError(f"{arguments.run} holds no event files of TensorBoard: pass --tensorboard-dir")
     if find_spec("mlflow") is None:
         raise UserError("this command needs the package mlflow: pip install mlflow")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+    from mlflow import MlflowClient  # pyrefly: ignore[missing-import]
+    from mlflow.exceptions import MlflowException  # pyrefly: ignore[missing-import]
+
+    from maskmoe.run_report.mlflow_copy import MlflowCopy
 
     try:
         copy = MlflowCopy(

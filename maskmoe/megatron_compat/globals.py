@@ -24,4 +24,4 @@ get_signal_handler = cast(Callable[[], DistributedSignalHandler], global_vars.ge
 """Returns the handler of `--exit-signal`."""
 
 open_tensorboard_writer = cast(Callable[[Namespace], None], global_vars._set_tensorboard_writer)
-"""Opens TensorBoard's writer on the last rank if it is not open yet; Megatron does this for `--tensorboard-dir` only."""
+"""Opens TensorBoard's writer on the last rank. Megatron itself does this only for `--tensorboard-dir`."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from maskmoe.run_report.history import History
 
@@ -41,7 +41,7 @@ class EventFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._loaders: dict[Path, Iterator] = {}
+        self._loaders: dict[Path, Any] = {}
 
     def read_new(self) -> Iterator[tuple[Path, Scalar | Text]]:
         """Yield what was written since the last call, with the file. An incomplete last record is left to the next.
@@ -50,13 +50,13 @@ class EventFolder:
             OSError: a file cannot be read.
         """
         from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto import event_pb2
 
         for path in event_files(self._folder):
             if path not in self._loaders:
                 self._loaders[path] = RawEventFileLoader(str(path))
             for record in self._loaders[path].Load():
-                event = Event.FromString(record)
+                event = event_pb2.Event.FromString(record)  # pyrefly: ignore[missing-attribute]
                 for value in event.summary.value:
                     if value.HasField("simple_value") and not value.tag.endswith(_SAMPLES):
                         yield path, Scalar(value.tag, event.step, value.simple_value, event.wall_time)

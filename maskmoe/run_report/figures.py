@@ -3,9 +3,9 @@
 import base64
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -172,8 +172,9 @@ def _image(axes: "Axes") -> str:
     """Return the figure of some axes as a `data:` URI."""
     from matplotlib import rc_context
 
+    figure: Any = axes.figure
     svg = io.StringIO()
     # Text remains text, in the fonts of the reader.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif"}):
-        axes.figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue().encode()).decode()}"

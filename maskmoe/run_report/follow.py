@@ -1,8 +1,8 @@
 """The program that keeps the page of a running training up to date: `python -m maskmoe.run_report.follow`.
 
-Training starts this program, which reads its commands from stdin: `UPDATE` writes the page, `END` writes the page a last
-time and ends the program. If the training is killed, the program notices this and ends in the same way. A page that
-cannot be written costs one line of warning.
+Training starts this program, which reads its commands from stdin: `UPDATE` writes the page, `END` writes the page a
+last time and ends the program. If the training is killed, the program notices this and ends in the same way. If a page
+cannot be written, the program prints one line of warning and continues.
 """
 
 import os

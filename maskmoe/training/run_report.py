@@ -5,11 +5,10 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron.training import get_tensorboard_writer
 from torch.utils.tensorboard import SummaryWriter
@@ -103,11 +102,10 @@ class RunReport:
     def _send(self, command: bytes) -> None:
         if self._writer is not None:
             self._writer.flush()
-        pipe = self._process and self._process.stdin
-        if pipe:
+        if self._process is not None and self._process.stdin is not None:
             with suppress(BrokenPipeError):  # the process was killed
-                pipe.write(command)
-                pipe.flush()
+                self._process.stdin.write(command)
+                self._process.stdin.flush()
 
 
 def log_facts(facts: Mapping[str, str]) -> None:
@@ -117,14 +115,6 @@ def log_facts(facts: Mapping[str, str]) -> None:
             writer.add_text(OWN_TEXT + name, text)
 
 
-class _EventWriter(Protocol):
-    """TensorBoard's writer of event files, as torch uses it."""
-
-    def add_event(self, event: Any) -> None: ...
-
-    def flush(self) -> None: ...
-
-
 class _TolerantEventWriter:
     """Stops to write event files after the first error, so that a full disk does not end the training.
 
@@ -132,7 +122,7 @@ class _TolerantEventWriter:
         events: TensorBoard's writer.
     """
 
-    def __init__(self, events: _EventWriter) -> None:
+    def __init__(self, events: Any) -> None:
         self._events = events
         self._has_failed = False
 
@@ -151,7 +141,7 @@ class _TolerantEventWriter:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._events, name)
 
-    def _try(self, call: Any) -> None:
+    def _try(self, call: Callable[[], object]) -> None:
         if self._has_failed:
             return
         try:
@@ -167,7 +157,7 @@ class _TolerantEventWriter:
 
 def tolerate_write_errors(writer: SummaryWriter) -> None:
     """Let a writer warn once, and then drop everything, when its files cannot be written."""
-    files = writer._get_file_writer()
+    files: Any = writer._get_file_writer()
     files.event_writer = _TolerantEventWriter(files.event_writer)
 
 
