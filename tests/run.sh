@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: tests/run.sh [--all | --slurm | --docker | --te | --megatron VERSION|PATH] [pytest arguments]
+usage: tests/run.sh [--all | --slurm | --docker | --te | --tracking | --megatron VERSION|PATH] [pytest arguments]
 
 Sets up .venv and runs the checks, then the tests. The checks are ruff, pyrefly, shellcheck, hadolint and, if there is a
 mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a machine with a GPU.
@@ -17,6 +17,8 @@ mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a ma
   --te              run only the tests of Transformer Engine's own modules, which need no GPU. The first run builds
                     Transformer Engine in build/transformer_engine, in about 10 minutes on 2 cores (see
                     tests/transformer_engine.sh --help); the tests take half a minute.
+  --tracking        run only the tests of W&B and MLflow, which need no server. The first run installs both in
+                    build/tracking, in half a minute (see tests/tracking.sh --help).
   --megatron VERSION|PATH
                     run only the default tests, with another megatron-core: a released version, a checkout of
                     Megatron-LM, or a wheel. megatron-core is installed in build/megatron (see tests/megatron.sh
@@ -36,12 +38,13 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # Select the tests and the Debian packages that they need. Most tests keep one core busy, so two processes share the
 # default tests. They start with the tests of training, which take longest.
-selected="not slow and not slurm and not docker and not te" checks=true packages=() python=.venv/bin/python megatron=
+not_elsewhere="not slurm and not docker and not te and not tracking"
+selected="not slow and $not_elsewhere" checks=true packages=() python=.venv/bin/python megatron=
 two_workers=(--numprocesses 2 --no-loadscope-reorder) workers=()
 (($#)) || workers=("${two_workers[@]}")
 case ${1:-} in
     --all)
-        selected="not slurm and not docker and not te"
+        selected=$not_elsewhere
         shift
         ;;
     --slurm)
@@ -56,6 +59,10 @@ case ${1:-} in
         ;;
     --te)
         selected=te checks=false python=build/transformer_engine/bin/python
+        shift
+        ;;
+    --tracking)
+        selected=tracking checks=false python=build/tracking/bin/python
         shift
         ;;
     --megatron)
@@ -82,7 +89,10 @@ if has_gpu; then
 else
     selected+=" and not gpu"
 fi
-[[ $python == .venv/* ]] || tests/transformer_engine.sh
+case $python in
+    build/transformer_engine/*) tests/transformer_engine.sh ;;
+    build/tracking/*) tests/tracking.sh ;;
+esac
 if ((${#packages[@]})); then
     ((EUID == 0)) || fail "these tests need root, because they make networks, hosts and containers"
     tests/packages.sh "${packages[@]}"
