@@ -21,7 +21,7 @@ def render_template(package: str, name: str, values: Mapping[str, Any], filters:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # the reports are not HTML
+        autoescape=name.endswith(".html.j2"),  # the other reports are plain text or Markdown
     )
     environment.filters |= filters
     return environment.get_template(name).render(values)

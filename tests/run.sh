@@ -3,7 +3,8 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: tests/run.sh [--all | --slurm | --docker | --te | --serving | --megatron VERSION|PATH] [pytest arguments]
+usage: tests/run.sh [--all | --slurm | --docker | --te | --serving | --tracking | --megatron VERSION|PATH]
+                    [pytest arguments]
 
 Sets up .venv and runs the checks, then the tests. The checks are ruff, pyrefly, shellcheck, hadolint and, if there is a
 mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a machine with a GPU.
@@ -19,6 +20,8 @@ mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a ma
                     tests/transformer_engine.sh --help); the tests take half a minute.
   --serving         run only the tests that serve exported models with vLLM on CPUs. The first run installs vLLM in
                     build/serving, in a few minutes (see tests/serving.sh --help); the tests take about 15 minutes.
+  --tracking        run only the tests of W&B and MLflow, which need no server. The first run installs both in
+                    build/tracking, in half a minute (see tests/tracking.sh --help).
   --megatron VERSION|PATH
                     run only the default tests, with another megatron-core: a released version, a checkout of
                     Megatron-LM, or a wheel. megatron-core is installed in build/megatron (see tests/megatron.sh
@@ -38,12 +41,13 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # Select the tests and the Debian packages that they need. Most tests keep one core busy, so two processes share the
 # default tests. They start with the tests of training, which take longest.
-selected="not slow and not slurm and not docker and not te and not serving" checks=true packages=() python=.venv/bin/python megatron=
+not_elsewhere="not slurm and not docker and not te and not serving and not tracking"
+selected="not slow and $not_elsewhere" checks=true packages=() python=.venv/bin/python megatron=
 two_workers=(--numprocesses 2 --no-loadscope-reorder) workers=()
 (($#)) || workers=("${two_workers[@]}")
 case ${1:-} in
     --all)
-        selected="not slurm and not docker and not te and not serving"
+        selected=$not_elsewhere
         shift
         ;;
     --slurm)
@@ -62,6 +66,10 @@ case ${1:-} in
         ;;
     --serving)
         selected=serving checks=false
+        shift
+        ;;
+    --tracking)
+        selected=tracking checks=false python=build/tracking/bin/python
         shift
         ;;
     --megatron)
@@ -88,7 +96,10 @@ if has_gpu; then
 else
     selected+=" and not gpu"
 fi
-[[ $python == .venv/* ]] || tests/transformer_engine.sh
+case $python in
+    build/transformer_engine/*) tests/transformer_engine.sh ;;
+    build/tracking/*) tests/tracking.sh ;;
+esac
 [[ $selected != serving* ]] || tests/serving.sh
 if ((${#packages[@]})); then
     ((EUID == 0)) || fail "these tests need root, because they make networks, hosts and containers"

@@ -1,4 +1,4 @@
-"""Continue a text with a model in transformers' format, such as convert_checkpoint.py writes."""
+"""Continue texts with a model in transformers' format, such as convert_checkpoint.py writes."""
 
 import argparse
 from pathlib import Path
@@ -10,18 +10,19 @@ from maskmoe.commands.arguments import add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.model_config import read_model_config
 from maskmoe.outputs import atomic_output, check_outputs
+from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments
 
 
 def main() -> None:
-    """Print the prompt with its continuation, which is computed on a GPU if there is one.
+    """Print each prompt with its continuation, which is computed on a GPU if there is one.
 
     Raises:
-        UserError: the model does not exist, or a number is out of range.
+        UserError: the model or the file of prompts does not exist, or a number is out of range.
     """
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
-    add("--prompt", required=True, help="text to continue")
+    add_prompt_arguments(parser)
     add("--max-new-tokens", type=ranges.NEW_TOKENS, default=64, metavar="N", help="stop after N new tokens")
     add(
         "--temperature",
@@ -40,6 +41,8 @@ def main() -> None:
     if arguments.output is not None:
         check_outputs([arguments.output], [arguments.model], arguments.force)
 
+    prompts = Prompts(arguments)
+
     # Only now, since these imports take seconds and `--help` does not need them.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -50,20 +53,80 @@ def main() -> None:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, **options)
+        prompts_ids: list[list[int]] = [tokenizer(prompt)["input_ids"] for prompt in prompts.texts]
+        if not all(prompts_ids):
+            raise UserError("the prompt is empty")
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", **options)
     except ValueError as error:
         raise UserError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
-    if prompt["input_ids"].shape[1] == 0:
-        raise UserError("--prompt is empty")
+    continuation = Continuation(arguments, tokenizer, model)
     set_seed(arguments.seed)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if arguments.temperature > 0:
-        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
-    tokens = model.generate(**prompt, max_new_tokens=arguments.max_new_tokens, **sampling)
-    text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    if arguments.interactive:
+        loop = PromptLoop()
+        while (prompt := loop.next()) is not None:
+            if prompt_ids := tokenizer(prompt)["input_ids"]:
+                with loop.answering():
+                    continuation.show(prompt_ids, loop)
+            else:
+                loop.refuse(UserError("the prompt is empty"))
+        return
+    texts = (text for batch in prompts.batches() for text in continuation.of(prompts_ids[batch]))
+    text = prompts.output([*texts])
     print(text)
     if arguments.output is not None:
         with atomic_output(arguments.output) as path:
             path.write_text(text + "\n", encoding="utf-8")
+
+
+class Continuation:
+    """Continues texts with a model of transformers.
+
+    Args:
+        arguments: the arguments of the command line.
+        tokenizer: the model's tokenizer.
+        model: the model.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, tokenizer: Any, model: Any) -> None:
+        self._tokenizer, self._model = tokenizer, model
+        end = model.generation_config.eos_token_id
+        self._ends = {*end} if isinstance(end, list) else {end}
+        self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+        if arguments.temperature > 0:
+            self._options |= {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
+
+    def of(self, prompts: list[list[int]]) -> list[str]:
+        """Return each prompt with its continuation.
+
+        Args:
+            prompts: the token ids of each prompt, at least one.
+        """
+        import torch
+
+        # Pad on the left, because the model adds tokens on the right. The mask hides the padding, so any id serves.
+        longest = max(map(len, prompts))
+        paddings = [longest - len(ids) for ids in prompts]
+        device = self._model.device
+        tokens = torch.tensor([[0] * width + ids for width, ids in zip(paddings, prompts, strict=True)], device=device)
+        is_real = torch.arange(longest, device=device) >= torch.tensor(paddings, device=device).unsqueeze(1)
+        rows = self._model.generate(tokens, attention_mask=is_real.long(), pad_token_id=0, **self._options).tolist()
+        return [self._decode(row[width:], longest - width) for row, width in zip(rows, paddings, strict=True)]
+
+    def show(self, prompt: list[int], loop: PromptLoop) -> None:
+        """Write a prompt with its continuation while it grows, until Ctrl-C."""
+        import torch
+
+        def show_and_decide(tokens: Any, _scores: Any, **_: Any) -> Any:
+            loop.show(self._decode(tokens[0].tolist(), len(prompt)))
+            return torch.full((1,), loop.is_interrupted, dtype=torch.bool, device=tokens.device)
+
+        tokens = torch.tensor([prompt], device=self._model.device)
+        options = {**self._options, "attention_mask": torch.ones_like(tokens), "pad_token_id": 0}
+        self._model.generate(tokens, **options, stopping_criteria=[show_and_decide])
+
+    def _decode(self, tokens: list[int], num_prompt_tokens: int) -> str:
+        """Return the text of a prompt and of its continuation up to the token that ends a text."""
+        new = tokens[num_prompt_tokens:]
+        length = next((index for index, token in enumerate(new) if token in self._ends), len(new))
+        return self._tokenizer.decode(tokens[: num_prompt_tokens + length], skip_special_tokens=True)

@@ -11,6 +11,7 @@ from maskmoe.errors import UserError
 from maskmoe.launch.command import Command, standalone_command, unset_variables
 from maskmoe.launch.devices import GPU_ENVIRONMENT, find_devices
 from maskmoe.launch.supervisor import Supervisor
+from maskmoe.prompts import INTERACTIVE_FLAG
 
 _PROCESSES_FLAG = "--nproc-per-node"
 _SINGLE_PROCESS_FLAGS = ("-h", "--help", "--check")
@@ -37,7 +38,7 @@ def run_entry_point(module: str, saves_checkpoints: bool) -> NoReturn:
         os.execv(sys.executable, [sys.executable, "-u", "-m", module, *arguments])
     options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(_SHUTDOWN_TIMEOUT))
     words = standalone_command(processes or find_devices().num_gpus or 1, module, arguments, options)
-    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints)
+    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints, forwards_interrupts=INTERACTIVE_FLAG in arguments)
     sys.exit(supervisor.run(Command(words, unset_variables(GPU_ENVIRONMENT, os.environ))))
 
 

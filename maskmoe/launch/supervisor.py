@@ -31,11 +31,15 @@ class Supervisor:
         shutdown_timeout: how long ranks may take to exit after a signal, in seconds.
         saves_checkpoints: whether ranks save a checkpoint when a signal stops them. Otherwise a signal cannot be
             answered by the exit code that asks for a restart.
+        forwards_interrupts: whether Ctrl-C goes to the first rank and does not stop the run.
     """
 
-    def __init__(self, shutdown_timeout: float, saves_checkpoints: bool = True) -> None:
+    def __init__(
+        self, shutdown_timeout: float, saves_checkpoints: bool = True, forwards_interrupts: bool = False
+    ) -> None:
         self._shutdown_timeout = shutdown_timeout
         self._saves_checkpoints = saves_checkpoints
+        self._forwards_interrupts = forwards_interrupts
         self._signals: list[signal.Signals] = []
         self._stopping_since: float | None = None
         self._last_inspection = self._last_sound_inspection = time.monotonic()
@@ -50,6 +54,8 @@ class Supervisor:
         adopt_orphans()
         for number in SIGNALS_THAT_END:
             signal.signal(number, lambda number, _: self._signals.append(signal.Signals(number)))
+        if self._forwards_interrupts:
+            signal.signal(signal.SIGINT, lambda *_: _interrupt_first_rank())
         with tempfile.TemporaryDirectory(prefix="maskmoe-launch-") as folder:
             exit_file = Path(folder) / "exit-code"
             process = psutil.Popen(
@@ -127,6 +133,13 @@ class Supervisor:
             )
             return EXIT_REQUEUE
         return torchrun_code if torchrun_code > 0 else 128 - torchrun_code
+
+
+def _interrupt_first_rank() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.environ().get("RANK") == "0":
+                process.send_signal(signal.SIGINT)
 
 
 def _print(message: str) -> None:

@@ -22,3 +22,6 @@ get_timers = cast(Callable[[], Timers], global_vars.get_timers)
 
 get_signal_handler = cast(Callable[[], DistributedSignalHandler], global_vars.get_signal_handler)
 """Returns the handler of `--exit-signal`."""
+
+open_tensorboard_writer = cast(Callable[[Namespace], None], global_vars._set_tensorboard_writer)
+"""Opens TensorBoard's writer on the last rank. Megatron itself does this only for `--tensorboard-dir`."""

@@ -1,6 +1,11 @@
-"""Continue a prompt: `torchrun … -m maskmoe.training.generate --load DIR --use-checkpoint-args --prompt TEXT`."""
+"""Continue prompts: `torchrun … -m maskmoe.training.generate --load DIR --use-checkpoint-args --prompt TEXT`."""
 
 import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -10,7 +15,9 @@ from tqdm import tqdm
 from maskmoe import ranges
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments
 from maskmoe.training.console import console
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.setup import (
     add_force_argument,
     check_output,
@@ -20,11 +27,14 @@ from maskmoe.training.setup import (
     write_on_first_rank,
 )
 
+_LONGEST_SILENCE = 600.0  # seconds between two messages of the first rank, which other ranks await for an hour
+
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `generation` group, and defaults for the settings of training that Megatron requires."""
-    group = parser.add_argument_group(title="generation")
-    group.add_argument("--prompt", required=True, help="the text to continue")
+    # Megatron has an old --batch-size, which it refuses.
+    group = parser.add_argument_group(title="generation", conflict_handler="resolve")
+    add_prompt_arguments(group)
     temperature = "divides the logits before a token is drawn; 0 always takes the most probable token"
     for flag, kind, default, meaning in (
         ("--max-new-tokens", ranges.NEW_TOKENS, 64, "stop after this many tokens, or at the end of the text"),
@@ -34,7 +44,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         group.add_argument(flag, type=kind, default=default, help=meaning)
     group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
     add_force_argument(group)
-    parser.set_defaults(micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
+    parser.set_defaults(batch_size=None, micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
     return parser
 
 
@@ -46,20 +56,19 @@ def check_generation(args: argparse.Namespace) -> None:
     """
     if args.pipeline_model_parallel_size > 1 or args.sequence_parallel or args.context_parallel_size > 1:
         raise UserError("generation works with tensor and expert parallelism, not with pipelines or split sequences")
+    if args.prompts_file and args.prompts_per_batch > 1 and args.moe_expert_capacity_factor is not None:
+        raise UserError("--moe-expert-capacity-factor lets the texts of a batch change each other: use --batch-size 1")
 
 
-def tokenize_prompt(args: argparse.Namespace) -> list[int]:
-    """Return the token ids of the prompt, at least one; call this before the model is loaded.
-
-    Args:
-        args: Megatron's arguments and the arguments of generation.
+def tokenize_prompt(args: argparse.Namespace, prompt: str) -> list[int]:
+    """Return the token ids of a prompt, at least one.
 
     Raises:
-        UserError: The prompt is empty, or the text would be longer than the model's positions.
+        UserError: The prompt has no token, or the text would be longer than the model's positions.
     """
-    prompt_ids = get_tokenizer().tokenize(args.prompt)
+    prompt_ids = get_tokenizer().tokenize(prompt)
     if not prompt_ids:
-        raise UserError("--prompt is empty")
+        raise UserError("the prompt is empty")
     if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:
         raise UserError(
             f"{len(prompt_ids)} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
@@ -89,44 +98,117 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, generator:
 
 
 @torch.no_grad()
-def generate(args: argparse.Namespace, model: torch.nn.Module, prompt_ids: list[int]) -> list[int]:
-    """Return the prompt's token ids and their continuation; a collective call with equal results on all ranks.
+def generate(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    after_token: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Return the token ids of prompts and their continuations; a collective call with equal results on all ranks.
 
-    The model computes the whole text again for every token. This needs no cache, and is fast enough for short samples.
+    The model computes the whole texts again for every token. This needs no cache, and is fast enough for short samples.
+    A text does not depend on the other texts: shorter texts are padded on the right, where no layer looks at, and
+    each text has its own random generator, which starts from `--seed`.
 
     Args:
         args: Megatron's arguments and the arguments of generation.
         model: This rank's part of the model.
-        prompt_ids: Token ids of the prompt, at least one.
-
+        prompts: Token ids of the prompts, which `tokenize_prompt` has accepted.
+        after_token: Called with the first text after each new token; returns whether to stop, equally on all ranks.
     """
-    tokenizer = get_tokenizer()
+    tokenizer, device = get_tokenizer(), torch.cuda.current_device()
     model.eval()
-    generator = torch.Generator().manual_seed(args.seed)
-    tokens = torch.tensor([prompt_ids], device=torch.cuda.current_device())  # [1, sequence]
-    for _ in tqdm(range(args.max_new_tokens), desc="generating", disable=None if args.rank == 0 else True):
-        position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        logits = gather_from_tensor_model_parallel_region(model(tokens, position_ids, None)[:, -1])
+    texts = [list(prompt) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(args.seed) for _ in texts]
+    unfinished = list(range(len(texts)))
+    is_shown = args.rank == 0 and after_token is None
+    for _ in tqdm(range(args.max_new_tokens), desc="generating", disable=None if is_shown else True):
+        lengths = [len(texts[index]) for index in unfinished]
+        padded = [texts[index] + [0] * (max(lengths) - len(texts[index])) for index in unfinished]
+        tokens = torch.tensor(padded, device=device)  # [texts, longest]
+        position_ids = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        logits = model(tokens, position_ids, None)  # [texts, longest, vocab / tensor-parallel ranks]
+        last = torch.tensor(lengths, device=device) - 1
+        logits = gather_from_tensor_model_parallel_region(logits[torch.arange(len(lengths), device=device), last])
         # Ids beyond the tokenizer's vocabulary pad the embedding, and have no visible experts.
-        next_token = sample_next_token(logits[0, : tokenizer.vocab_size], args.temperature, args.top_k, generator)
-        next_token = next_token.to(tokens.device)
-        # Ranks may differ in the last bit of a logit, but must continue with the same token.
-        torch.distributed.broadcast(next_token, src=0)
-        if next_token.item() == tokenizer.eod:
+        next_tokens = [
+            sample_next_token(row[: tokenizer.vocab_size], args.temperature, args.top_k, generators[index]).to(device)
+            for row, index in zip(logits, unfinished, strict=True)
+        ]
+        # Ranks may differ in the last bit of a logit, but must continue with the same tokens.
+        new = torch.cat(next_tokens)
+        torch.distributed.broadcast(new, src=0)
+        for index, token in zip(unfinished, new.tolist(), strict=True):
+            texts[index].append(token)
+        unfinished = [index for index in unfinished if texts[index][-1] != tokenizer.eod]
+        if not unfinished or (after_token is not None and after_token(texts[0])):
             break
-        tokens = torch.cat([tokens, next_token.unsqueeze(0)], dim=1)
-    return tokens[0].tolist()
+    has_ended = [
+        len(text) > len(prompt) and text[-1] == tokenizer.eod for text, prompt in zip(texts, prompts, strict=True)
+    ]
+    return [text[:-1] if ended else text for text, ended in zip(texts, has_ended, strict=True)]
+
+
+def run_prompt_loop(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Continue the prompts that the first rank reads from stdin, until their end; a collective call.
+
+    Args:
+        args: Megatron's arguments and the arguments of generation.
+        model: This rank's part of the model.
+    """
+    loop = PromptLoop() if args.rank == 0 else None
+    for prompt in _prompts_of_first_rank(loop):
+        try:
+            prompt_ids = tokenize_prompt(args, prompt)
+        except UserError as error:
+            if loop is not None:
+                loop.refuse(error)
+            continue
+        with nullcontext() if loop is None else loop.answering():
+            generate(args, model, [prompt_ids], partial(_show_text, loop))
+
+
+def _prompts_of_first_rank(loop: PromptLoop | None) -> Iterator[str]:
+    """Yield the prompts on all ranks; `loop` is None on all ranks but the first."""
+    ranks = RankStore.from_environment()
+    for number in itertools.count():
+        message = ""
+        if loop is not None:
+            try:
+                message = json.dumps({"prompt": loop.next(_LONGEST_SILENCE)})
+            except TimeoutError:
+                message = json.dumps({})  # the ranks do not wait for ever
+        received = json.loads(ranks.broadcast(f"prompt {number}", message))
+        if received.get("prompt", "") is None:
+            return
+        if received:
+            yield received["prompt"]
+
+
+def _show_text(loop: PromptLoop | None, tokens: list[int]) -> bool:
+    """Show a growing text on the first rank; return whether Ctrl-C ends the text, equally on all ranks."""
+    stop = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
+    if loop is not None:
+        loop.show(get_tokenizer().detokenize(tokens))
+        stop += loop.is_interrupted
+    torch.distributed.broadcast(stop, src=0)
+    return bool(stop.item())
 
 
 def main() -> None:
     """Generate as the command line says."""
     args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False)
     check_generation(args)
+    prompts = Prompts(args)
     check_output(args.sample_output, args)
-    prompt_ids = tokenize_prompt(args)
+    prompts_ids = [tokenize_prompt(args, prompt) for prompt in prompts.texts]
     with leaving_process_groups():
         model = load_model(args)
         console.end_of_loading()
-        text = get_tokenizer().detokenize(generate(args, model, prompt_ids))
-        console.print_result(text)
-        write_on_first_rank(args.sample_output, text + "\n")
+        if args.interactive:
+            run_prompt_loop(args, model)
+            return
+        tokens = [text for batch in prompts.batches() for text in generate(args, model, prompts_ids[batch])]
+        output = prompts.output([get_tokenizer().detokenize(text) for text in tokens])
+        console.print_result(output)
+        write_on_first_rank(args.sample_output, output + "\n")

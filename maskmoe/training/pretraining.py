@@ -36,6 +36,7 @@ from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import checkpoint_to_load
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
+from maskmoe.training.run_report import RunReport, interval
 from maskmoe.training.saved_arguments import save_arguments
 from maskmoe.training.setup import (
     find_routing_mask,
@@ -89,8 +90,17 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; "
         "default: half of --distributed-timeout-minutes",
     )
+    group.add_argument(
+        "--report-interval",
+        type=interval,
+        default=60.0,
+        metavar="SECONDS",
+        help="write the page report.html into the run folder at most this often, and at the end; 0: never "
+        "(default: 60)",
+    )
     parser.set_defaults(
         exit_signal_handler=True,
+        log_timers_to_tensorboard=True,  # the page shows the time of an iteration
         # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
         use_persistent_ckpt_worker=True,
         async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
@@ -168,10 +178,12 @@ def train(args: Namespace, ranks: RankStore, let_signals_save: Callable[[], obje
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
     mask = find_routing_mask(args, checkpoint_to_load(args), lambda _: None)
     model_config.pre_wrap_hooks.append(partial(show_header, args, mask, folder))
+    report = RunReport(args)
     before_each = (
         console.end_of_loading,
         let_signals_save,
         watchdog.step,
+        report,
         partial(data_files.check, _DATA_FILES_A_STEP),
     )
     keep_checkpoints_whole(while_saving=watchdog.paused)
@@ -179,7 +191,13 @@ def train(args: Namespace, ranks: RankStore, let_signals_save: Callable[[], obje
         override_learning_rates()
     # Train. Each context manager handles one way in which the run may end early.
     console.load("building the model")
-    with reporting_end(args), watchdog.watching(), leaving_process_groups(), handling_early_ends(args, data_files):
+    with (
+        reporting_end(args),
+        report.following(),
+        watchdog.watching(),
+        leaving_process_groups(),
+        handling_early_ends(args, data_files),
+    ):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             build_datasets,

@@ -46,6 +46,7 @@ from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.refusals import check_supported
+from maskmoe.training.wandb_run import wandb_defaults
 from maskmoe.transformer.visible_experts import check_same_mask
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -97,6 +98,7 @@ def parse_and_check_args(
     tokenizer_sha256 = file_checks.check_tokenizer(args)
     file_checks.check_save_folder(args)
     mask = find_routing_mask(args, checkpoint, console.say)
+    chosen |= wandb_defaults(args)
     with megatrons_checks():
         args = cast(Namespace, parse_and_validate_args(add_arguments))
     args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint

@@ -12,6 +12,7 @@ import pytest
 from support.datasets import write_documents, zipf_ids
 from support.launch import Launch
 from support.paths import ROOT
+from support.report_pages import check_page
 from support.runs import free_port, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
@@ -93,11 +94,13 @@ def test_signalled_run_saves_and_resumes(start, undisturbed, number):
     interrupted = read_losses(launch.run_dir)
     assert 9 <= saved < ITERATIONS
     assert list(interrupted)[-1] == saved
+    assert not check_page(launch.run_dir / "report.html", launch.output).keys() - interrupted.keys()
     assert "attempt_1" not in "".join(map(str, launch.run_dir.rglob("*")))
     with start(name, "--no-check") as again:
         assert again.wait() == 0, again.output[-4000:]
     assert f"at iteration {saved}" in again.output
     assert read_losses(launch.run_dir) == undisturbed
+    assert list(check_page(launch.run_dir / "report.html", launch.output + again.output)) == list(undisturbed)
     logs = sorted((launch.run_dir / "logs" / "node0").glob("*/attempt_0/*/stdout.log"))
     assert len(logs) == 4
     assert all(log.stat().st_size for log in logs)

@@ -1,12 +1,16 @@
 """Generation from a checkpoint as real processes."""
 
+import json
 import shlex
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
 
 from maskmoe.errors import UserError
+from maskmoe.training import generation
 from maskmoe.training.generation import check_generation, sample_next_token
 
 SETTINGS = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510 --max-new-tokens 6"
@@ -72,6 +76,9 @@ SOUND = {
     "temperature": 0.8,
     "top_k": 50,
     "max_new_tokens": 6,
+    "prompts_file": None,
+    "prompts_per_batch": 8,
+    "moe_expert_capacity_factor": None,
 }
 
 
@@ -92,6 +99,13 @@ def test_bad_settings_are_refused(setting, value, message):
         check_generation(Namespace(**SOUND | {setting: value}))
 
 
+def test_batches_that_share_the_capacity_of_experts_are_refused():
+    batch = SOUND | {"prompts_file": "prompts.txt", "moe_expert_capacity_factor": 1.0}
+    check_generation(Namespace(**batch | {"prompts_per_batch": 1}))
+    with pytest.raises(UserError, match="use --batch-size 1"):
+        check_generation(Namespace(**batch))
+
+
 class TestSampleNextToken:
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
 
@@ -107,3 +121,69 @@ class TestSampleNextToken:
 
     def test_without_bounds_every_token_can_be_drawn(self):
         assert self.draw(temperature=5, top_k=0) == {0, 1, 2, 3}
+
+
+class Follower(torch.nn.Module):
+    """A causal model whose next token depends on the sum and the length of all tokens so far."""
+
+    def forward(self, tokens: torch.Tensor, position_ids: torch.Tensor, mask: None) -> torch.Tensor:
+        next_ids = (7 * tokens.cumsum(dim=1) + 3 * position_ids) % 50
+        return torch.nn.functional.one_hot(next_ids, 64).float()
+
+
+@pytest.fixture
+def continue_prompts(one_rank, monkeypatch):
+    """Return `generate` with the model `Follower`, whose texts end with the token 49."""
+    monkeypatch.setattr(generation, "get_tokenizer", lambda: Namespace(vocab_size=50, eod=49))
+
+    def continue_prompts(prompts: list[list[int]], temperature: float, **options: object) -> list[list[int]]:
+        args = Namespace(max_new_tokens=9, temperature=temperature, top_k=5, seed=1, rank=1)
+        return generation.generate(args, Follower(), prompts, **options)
+
+    return continue_prompts
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_texts_of_a_batch_equal_single_texts(continue_prompts, temperature):
+    prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10], [48, 1]]
+    texts = continue_prompts(prompts, temperature)
+    assert texts == [text for prompt in prompts for text in continue_prompts([prompt], temperature)]
+    assert all(text[: len(prompt)] == prompt for text, prompt in zip(texts, prompts, strict=True))
+    assert len({len(text) - len(prompt) for text, prompt in zip(texts, prompts, strict=True)}) > 1 or temperature
+
+
+def test_text_ends_where_its_reader_stops_it(continue_prompts):
+    shown = []
+    (text,) = continue_prompts([[1]], 0, after_token=lambda tokens: shown.append(len(tokens)) or len(shown) == 3)
+    assert (len(text), shown) == (4, [2, 3, 4])
+
+
+@pytest.mark.slow
+def test_prompts_of_a_file_and_of_a_person(workplace, start_by_name):
+    """Two ranks continue the prompts that a person types, one of which is too long."""
+    checkpoints = start_by_name("start").result().checkpoints
+    folder = workplace.folder / "samples" / "prompts"
+    folder.mkdir(parents=True)
+    (folder / "prompts.txt").write_text("1 2 3\n4\n5 6 7 8 9\n")
+    load = [*shlex.split(f"--load {checkpoints} {SETTINGS} --temperature 0")]
+    outcome = workplace.execute(
+        ["-m", "maskmoe.training.generate", *load, "--prompts-file", str(folder / "prompts.txt")], folder
+    )
+    assert not any(outcome.exit_codes), outcome.report()
+    lines = (folder / "out0.log").read_text().splitlines()
+    of_file = {record["prompt"]: record["text"] for record in map(json.loads, (s for s in lines if s.startswith("{")))}
+    assert [*of_file] == ["1 2 3", "4", "5 6 7 8 9"]
+
+    words = [sys.executable, "-m", "maskmoe", "generate", "--nproc-per-node", "2", "--interactive", *load]
+    typed = subprocess.run(
+        [*words, "--expert-model-parallel-size", "2"],
+        input="1 2 3\n" + "1 " * 40 + "\n5 6 7 8 9\n",
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=workplace.folder,
+    )
+    assert typed.returncode == 0, typed.stderr
+    for prompt in ("1 2 3", "5 6 7 8 9"):
+        assert f"\n{of_file[prompt]}\n" in typed.stdout
+    assert "error: 40 prompt tokens and 6 new ones exceed the model's 32 positions" in typed.stderr

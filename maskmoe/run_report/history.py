@@ -1,0 +1,110 @@
+"""The scalars and texts that a run has logged over all its starts, in bounded memory."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_MOST_POINTS = 1024
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A scalar over iterations. One point covers several iterations if there are many.
+
+    Attributes:
+        steps: the last iteration of each point, int64 [points], ascending.
+        means, lows, highs: mean, smallest and largest value of each point, float64 [points].
+    """
+
+    steps: np.ndarray
+    means: np.ndarray
+    lows: np.ndarray
+    highs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def value_at(self, step: int) -> float | None:
+        """Return the mean of the point that covers an iteration; None beyond the last point and before the first."""
+        index = int(np.searchsorted(self.steps, step))
+        is_covered = index < len(self) and (index or self.steps[0] == step)
+        return float(self.means[index]) if is_covered else None
+
+
+class Series:
+    """Collects one scalar. When there are too many points, each two neighbours become one point.
+
+    Attributes:
+        num_not_finite: number of values that are NaN or infinite; they have no point.
+    """
+
+    def __init__(self) -> None:
+        self.num_not_finite = 0
+        self._width = 1  # values of a full point
+        self._points: list[list[float]] = []  # last iteration, number of values, sum, smallest, largest
+
+    def append(self, step: int, value: float) -> None:
+        """Add the value of an iteration. A value of the newest iteration replaces the earlier value."""
+        if not math.isfinite(value):
+            self.num_not_finite += 1
+            return
+        self.remove_from(step)
+        if self._points and self._points[-1][1] < self._width:
+            _, number, total, low, high = self._points[-1]
+            self._points[-1] = [step, number + 1, total + value, min(low, value), max(high, value)]
+            return
+        if len(self._points) == _MOST_POINTS:
+            pairs = zip(self._points[::2], self._points[1::2], strict=True)
+            self._points = [
+                [new[0], old[1] + new[1], old[2] + new[2], min(old[3], new[3]), max(old[4], new[4])]
+                for old, new in pairs
+            ]
+            self._width *= 2
+        self._points.append([step, 1, value, value, value])
+
+    def remove_from(self, step: int) -> None:
+        """Remove the points that cover this iteration or later ones."""
+        while self._points and self._points[-1][0] >= step:
+            self._points.pop()
+
+    def curve(self) -> Curve:
+        """Return all points."""
+        steps, numbers, totals, lows, highs = np.array(self._points, dtype=float).reshape(-1, 5).T
+        return Curve(steps.astype(np.int64), totals / np.maximum(numbers, 1), lows, highs)
+
+
+@dataclass
+class History:
+    """What a run has logged. Iterations that are repeated after a resume replace the earlier ones.
+
+    Attributes:
+        series: scalars by tag.
+        texts: texts by tag, the newest of each tag.
+        newest: time of the newest record in seconds since 1970; None if nothing is logged.
+        num_starts: number of starts that logged anything.
+    """
+
+    series: dict[str, Series] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    newest: float | None = None
+    num_starts: int = 0
+
+    def start(self, first_step: int) -> None:
+        """Begin the records of another start of the run, whose first record is of iteration `first_step`.
+
+        Later iterations belong to a part of the run that the start has abandoned. So they are removed.
+        """
+        self.num_starts += 1
+        for series in self.series.values():
+            series.remove_from(first_step)
+
+    def append(self, tag: str, step: int, value: float) -> None:
+        """Add the value of a scalar."""
+        self.series.setdefault(tag, Series()).append(step, value)
+
+    def curves(self) -> Mapping[str, Curve]:
+        """Return the curves of all scalars that have a finite value."""
+        curves = ((tag, series.curve()) for tag, series in self.series.items())
+        return {tag: curve for tag, curve in curves if len(curve)}
