@@ -8,7 +8,7 @@ from pathlib import Path
 from mlflow import MlflowClient  # pyrefly: ignore[missing-import]  # users who want MLflow install it
 from mlflow.entities import Metric, Param  # pyrefly: ignore[missing-import]
 
-from maskmoe.cli import atomic_output
+from maskmoe.outputs import atomic_output
 from maskmoe.run_report.events import EventFolder, Scalar
 from maskmoe.run_report.facts import OWN_TEXT
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maskmoe.cli import atomic_output
+from maskmoe.outputs import atomic_output
 from maskmoe.run_report.events import CLOCK_TIME
 from maskmoe.run_report.facts import Arguments, all_arguments, describe_run
 from maskmoe.run_report.figures import draw_plots

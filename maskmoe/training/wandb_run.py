@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from maskmoe.cli import atomic_output
 from maskmoe.errors import UserError
+from maskmoe.outputs import atomic_output
 from maskmoe.run_report.sources import run_folder
 
 RUN_ID = "wandb_run_id"
