@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
+from maskmoe.untrusted import UnusableFile, read_json_bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,9 +32,9 @@ def read_record[T](kind: type[T], path: Path, advice: str) -> T:
         UserError: the file cannot be read or is damaged.
     """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        return TypeAdapter(kind).validate_json(read_json_bytes(path))
+    except UnusableFile as error:
+        raise UserError(f"{error}; {advice}") from error
     except ValidationError as error:
         raise UserError(f"{path} is damaged ({first_problem(error)}); {advice}") from error
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import hashlib
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.core.dist_checkpointing.core import maybe_load_config
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, maybe_load_config
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from pydantic import BaseModel
 from torch.distributed.checkpoint.metadata import Metadata
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from maskmoe.checkpoint.unpickling import read_layout
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
+from maskmoe.untrusted import UnusableFile, check_name, open_regular, read_json_bytes, resolve_inside
 
 LAYOUT_FILE = ".metadata"
 _FORMAT = "torch_dist"
@@ -54,8 +56,8 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> "FileRecord":
-        """Read a file and return its record."""
-        with open(path, "rb") as stream:
+        """Read a regular file and return its record. Raises UnusableFile if the file cannot be read."""
+        with open_regular(path) as stream:
             return cls(hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell())
 
 
@@ -96,10 +98,15 @@ class Manifest(BaseModel):
             Damage: the manifest cannot be read.
         """
         try:
-            return cls.model_validate_json((checkpoint / INTEGRITY_FNAME).read_bytes())
-        except FileNotFoundError:
-            return cls(files={})
-        except (ValueError, OSError) as error:
+            manifest = cls.model_validate_json(read_json_bytes(checkpoint / INTEGRITY_FNAME))
+            for name in manifest.files:
+                check_name(checkpoint / INTEGRITY_FNAME, name)
+            return manifest
+        except UnusableFile as error:
+            if not os.path.lexists(checkpoint / INTEGRITY_FNAME):
+                return cls(files={})
+            raise Damage(checkpoint, f"{INTEGRITY_FNAME} {error.reason}") from error
+        except ValueError as error:
             raise Damage(checkpoint, f"{INTEGRITY_FNAME} is damaged") from error
 
 
@@ -112,7 +119,7 @@ def record_rank(files: Sequence[Path], rank: int) -> None:
         files: the files, all in the folder of the checkpoint.
         rank: the rank that wrote the files.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         records = {path.name: FileRecord.of(path) for path in files}
         Manifest.of(records).save(files[0].parent, f"integrity.{rank}.json")
 
@@ -126,7 +133,7 @@ def write_manifest(checkpoint: Path) -> None:
     manifest = Manifest.of({LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)})
     paths = sorted(checkpoint.glob("integrity.*.json"))
     for path in paths:
-        of_rank = Manifest.model_validate_json(path.read_bytes())
+        of_rank = Manifest.model_validate_json(read_json_bytes(path))
         manifest.files |= of_rank.files
         manifest.sizes |= of_rank.sizes
     for name in sorted(_needed_sizes(checkpoint).keys() - manifest.files.keys()):
@@ -145,8 +152,10 @@ def check_structure(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise Damage(checkpoint, "does not exist")
     try:
+        if os.path.lexists(checkpoint / CONFIG_FNAME):
+            read_json_bytes(checkpoint / CONFIG_FNAME)  # bounds what Megatron reads
         config = maybe_load_config(str(checkpoint))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (UnusableFile, OSError, ValueError, TypeError, AttributeError) as error:
         raise Damage(checkpoint, "metadata.json is damaged") from error
     if config is None:
         raise Unfinished(checkpoint, "was not finished: it has no metadata.json")
@@ -178,7 +187,9 @@ def check_content(checkpoint: Path, part: slice = slice(None)) -> None:
     """
     for name, digest in sorted(Manifest.load(checkpoint).files.items())[part]:
         try:
-            found = FileRecord.of(checkpoint / name)
+            found = FileRecord.of(resolve_inside(checkpoint, name))
+        except UnusableFile as error:
+            raise Damage(checkpoint, f"{name} {error.reason}") from error
         except OSError as error:
             raise Damage(checkpoint, f"{name} cannot be read: {error.strerror}") from error
         if found.sha256 != digest:
@@ -192,14 +203,17 @@ def read_checkpoint_layout(checkpoint: Path) -> Metadata:
         Damage: the description is missing or damaged, or holds anything else.
     """
     try:
-        with open(checkpoint / LAYOUT_FILE, "rb") as stream:
+        with open_regular(checkpoint / LAYOUT_FILE) as stream:
             layout = read_layout(stream)
         for place in layout.storage_data.values():
             if (type(place.relative_path), type(place.offset), type(place.length)) != (str, int, int):
                 raise pickle.UnpicklingError(f"{place} is not a place in a file")
+        for name in {place.relative_path for place in layout.storage_data.values()}:
+            check_name(checkpoint / LAYOUT_FILE, name)
         return layout
-    except FileNotFoundError as error:
-        raise Damage(checkpoint, f"{LAYOUT_FILE} is missing") from error
+    except UnusableFile as error:
+        missing = not os.path.lexists(checkpoint / LAYOUT_FILE)
+        raise Damage(checkpoint, f"{LAYOUT_FILE} {'is missing' if missing else error.reason}") from error
     except pickle.UnpicklingError as error:
         raise Damage(checkpoint, f"{LAYOUT_FILE} is damaged: {error}") from error
     # An unpickler raises exceptions of any class on damaged bytes.
@@ -208,10 +222,12 @@ def read_checkpoint_layout(checkpoint: Path) -> Metadata:
 
 
 def _size(checkpoint: Path, name: str) -> int:
-    """Return the size of a file in bytes. Raises Damage if the file is missing."""
-    if not (checkpoint / name).is_file():
-        raise Damage(checkpoint, f"{name} is missing")
-    return (checkpoint / name).stat().st_size
+    """Return the size of a file in bytes. Raises Damage if the file is missing or does not lie in the folder."""
+    try:
+        return resolve_inside(checkpoint, name).stat().st_size
+    except UnusableFile as error:
+        missing = not os.path.lexists(checkpoint / name)
+        raise Damage(checkpoint, f"{name} {'is missing' if missing else error.reason}") from error
 
 
 def _needed_sizes(checkpoint: Path) -> dict[str, int]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, Unfinished, check_structure
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
+from maskmoe.untrusted import UnusableFile, read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_MAX_TRACKER_BYTES = 100
 RELEASE = "release"
 """Megatron's name of a checkpoint that no training run saved, such as a converted checkpoint."""
 
@@ -41,7 +43,7 @@ def checkpoint_path(folder: str | Path, iteration: int) -> Path:
 def iteration_of(checkpoint: Path) -> int | None:
     """Return the iteration in the name of a checkpoint's folder; None for a name without one, such as `release`."""
     number = checkpoint.name.removeprefix("iter_")
-    return int(number) if number.isdecimal() else None
+    return int(number) if number.isascii() and number.isdecimal() else None
 
 
 def saved_iterations(folder: str | Path) -> list[int]:
@@ -69,8 +71,8 @@ def write_tracker(folder: str | Path, iteration: int | str) -> None:
 def read_tracker(folder: str | Path) -> int | str | None:
     """Return the iteration in Megatron's tracker file, or `RELEASE`; None if the file is missing or damaged."""
     try:
-        text = (Path(folder) / TRACKER).read_text(errors="replace").strip()
-    except OSError:
+        text = read_bounded(Path(folder) / TRACKER, _MAX_TRACKER_BYTES).decode(errors="replace").strip()
+    except UnusableFile:
         return None
     if text == RELEASE:
         return text

@@ -17,7 +17,7 @@ from maskmoe.conversion.settings import (
     parse_size,
 )
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output, check_outputs
+from maskmoe.outputs import atomic_output, check_outputs, unwinding_on_signals
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -183,4 +183,5 @@ def main() -> None:
     if arguments.command == "inspect":
         _inspect(arguments)
     else:
-        _convert(arguments)
+        with unwinding_on_signals():
+            _convert(arguments)

@@ -6,6 +6,7 @@ from typing import Any
 
 from maskmoe.commands.arguments import add_force_argument
 from maskmoe.errors import UserError
+from maskmoe.model_config import read_model_config
 from maskmoe.outputs import atomic_output, check_outputs
 
 
@@ -30,6 +31,7 @@ def main() -> None:
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
     if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
+    read_model_config(arguments.model / "config.json")
     if arguments.output is not None:
         check_outputs([arguments.output], [arguments.model], arguments.force)
 
@@ -39,8 +41,13 @@ def main() -> None:
 
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", local_files_only=True)
+    # Without `trust_remote_code`, transformers would offer to run code of the folder.
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, **options)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", **options)
+    except ValueError as error:
+        raise UserError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if prompt["input_ids"].shape[1] == 0:

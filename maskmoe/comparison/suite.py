@@ -28,7 +28,8 @@ from pydantic import (
 
 from maskmoe.errors import UserError
 from maskmoe.json_files import first_problem
-from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, parse_layouts, read_words
+from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, parse_layouts
+from maskmoe.untrusted import read_words
 
 Role = Literal["main", "grid", "limit"]
 

@@ -27,7 +27,7 @@ from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.conversion.writing import BLOCK_BYTES
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
-from maskmoe.json_files import read_json
+from maskmoe.model_config import read_model_config
 from maskmoe.routing_mask.mask import RoutingMask
 
 # Old files hold these tensors besides the parameters; models compute them from the configuration.
@@ -175,7 +175,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     Raises:
         UserError: the configuration is missing, damaged or incomplete, or the family is unknown.
     """
-    values = read_json(path)
+    values = read_model_config(path)
     model_type = str(values.get("model_type"))
     if model_type not in FAMILIES:
         raise UserError(f"{path}: model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")

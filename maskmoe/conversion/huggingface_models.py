@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from maskmoe.checkpoint.integrity import Manifest
 from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.families import open_huggingface
-from maskmoe.conversion.model_tensors import check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
+from maskmoe.conversion.model_tensors import check_mask, check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.safetensors_files import (
     INDEX_SUFFIX,
@@ -26,6 +26,7 @@ from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_
 from maskmoe.errors import UserError
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
 from maskmoe.json_files import read_json, write_record
+from maskmoe.model_config import read_model_config
 from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -46,7 +47,7 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     Raises:
         UserError: the model cannot be read, its family is unknown, or its tensors do not match its configuration.
     """
-    config = read_json(folder / CONFIG_FILE)
+    config = read_model_config(folder / CONFIG_FILE)
     if config.get("model_type") != MaskMoEConfig.model_type:
         return open_huggingface(folder, mask)
     if mask is not None:
@@ -54,6 +55,7 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
     source: TensorSource = SafetensorsSource(folder)
     check_tensors(source.tensors, tensor_shapes(config), str(folder))
+    check_mask(source, config, folder)
     if mtp_shapes := mtp_tensor_shapes(config):
         mtp = SafetensorsSource(folder, MTP_FILE)
         check_tensors(mtp.tensors, mtp_shapes, str(folder / MTP_FILE))

@@ -19,7 +19,7 @@ from maskmoe.conversion.safetensors_files import SafetensorsSource, has_safetens
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.conversion.writing import JOURNAL
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_json
+from maskmoe.model_config import read_model_config
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.templates import render_template
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
@@ -99,7 +99,7 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
             f"{path} is the unfinished output of a conversion; start the conversion again with the same settings"
         )
     if (path / CONFIG_FILE).exists():
-        config = read_json(path / CONFIG_FILE)
+        config = read_model_config(path / CONFIG_FILE)
         model: TensorSource = SafetensorsSource(path)
         if has_safetensors(path, MTP_FILE):
             model = JoinedSource(model, SafetensorsSource(path, MTP_FILE))

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ def routing_mask_tensors(mask: RoutingMask, prefix: str = ROUTING_MASK_PREFIX) -
         "num_rows": mask.visible_bits.shape[1],
         "row_dtype": str(mask.row_of_id.dtype),
         "metadata_bytes": buffers["metadata"].numel(),
+        "sha256": mask.digest,
     }
     return MemorySource({prefix + name: buffer for name, buffer in buffers.items()}), field
 
@@ -130,6 +132,29 @@ def read_mask(source: TensorSource, prefix: str) -> RoutingMask | None:
     names = [name for name in source.tensors if name.startswith(prefix)]
     buffers = {name: source.read(Block.whole(name, source.tensors[name].shape)) for name in names}
     return routing_mask_from_buffers({name.removeprefix(prefix): buffers[name] for name in names}) if names else None
+
+
+def check_mask(source: TensorSource, config: Mapping[str, Any], folder: Path) -> None:
+    """Verify the routing mask of a model in transformers' format.
+
+    Args:
+        source: the tensors of the model.
+        config: the fields of `MaskMoEConfig`.
+        folder: the folder of the model, for error messages.
+
+    Raises:
+        UserError: the mask is damaged or altered, or is another mask than the one that the model was exported with.
+    """
+    try:
+        mask = read_mask(source, ROUTING_MASK_PREFIX)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    expected = (config["routing_mask"] or {}).get("sha256")
+    if mask is not None and expected not in (None, mask.digest):
+        raise UserError(
+            f"{folder} was exported with routing mask {str(expected)[:16]}…, but holds {mask.digest[:16]}…; export the "
+            "model again"
+        )
 
 
 def check_tensors(

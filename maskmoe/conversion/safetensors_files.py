@@ -1,13 +1,14 @@
 """Reads and plans models in safetensors files, one file or several with an index, as transformers stores them."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from maskmoe.conversion.blocks import Block, StoredTensor, TensorSpec, row_major_blocks
 from maskmoe.conversion.writing import BLOCK_BYTES, PlannedFile
 from maskmoe.errors import UserError
+from maskmoe.json_files import first_problem
+from maskmoe.untrusted import check_regular, read_json_bytes, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -28,7 +31,7 @@ _HEADER_ALIGNMENT = 8
 class _Index(BaseModel):
     """The index of a model in several files: for each tensor, the name of the file that holds the tensor."""
 
-    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/]+$")]]
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/]+$", max_length=255)]]
 
 
 def has_safetensors(folder: Path, single_file: str) -> bool:
@@ -54,9 +57,12 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
         index_file = folder / f"{single_file}{INDEX_SUFFIX}"
-        index = _read_index(index_file) if index_file.is_file() else None
+        index = _read_index(index_file) if os.path.lexists(index_file) else None
         names = [index_file.name.removesuffix(INDEX_SUFFIX)] if index is None else sorted(set(index.values()))
         self.files = [index_file.parent / name for name in names]
+        for file in () if index is None else self.files:
+            if os.path.lexists(file):
+                resolve_inside(file.parent, file.name)
         self._stored: dict[str, StoredTensor] = {}
         for file in self.files:
             found = _read_header(file)
@@ -128,9 +134,9 @@ def _read_index(path: Path) -> dict[str, str]:
         UserError: the index is damaged.
     """
     try:
-        return _Index.model_validate_json(path.read_bytes()).weight_map
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged") from error
+        return _Index.model_validate_json(read_json_bytes(path)).weight_map
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({first_problem(error)}); replace the file by an intact copy") from error
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -139,8 +145,9 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: the file is missing or damaged, or holds tensors of an unsupported type.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{path} is missing")
+    check_regular(path)
     try:
         with safe_open(path, framework="pt"):  # raises if the header contradicts itself or the file is too short
             pass

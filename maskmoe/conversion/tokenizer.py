@@ -68,7 +68,7 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
 def _load_transformers_tokenizer(model: Path) -> Any:
     """Load a `tokenizer.json`, with the special tokens of `tokenizer_config.json` if that lies beside it."""
     if (model.parent / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(model.parent, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model.parent, local_files_only=True, trust_remote_code=False)
     return PreTrainedTokenizerFast(tokenizer_file=str(model))
 
 

@@ -22,6 +22,7 @@ from maskmoe.checkpoint.integrity import FileRecord
 from maskmoe.conversion.blocks import Block, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
+from maskmoe.untrusted import UnusableFile, read_json_bytes
 
 BLOCK_BYTES = 16 << 20
 """Upper bound of a block's size when tensors are read or written block by block."""
@@ -131,10 +132,10 @@ class OutputFolder:
     def _resume(self) -> None:
         """Read which files an interrupted conversion has finished; refuse a folder of another conversion."""
         try:
-            journal = _Journal.model_validate_json(self._journal.read_bytes())
-        except FileNotFoundError as error:
-            raise UserError(f"{self.path} is not empty; name a new folder") from error
-        except (OSError, ValueError) as error:
+            journal = _Journal.model_validate_json(read_json_bytes(self._journal))
+        except (UnusableFile, ValueError) as error:
+            if not os.path.lexists(self._journal):
+                raise UserError(f"{self.path} is not empty; name a new folder") from error
             raise UserError(f"{self._journal} is damaged; remove {self.path} or name another folder") from error
         job = journal.job
         if changed := sorted(key for key in job | self._job if job.get(key) != self._job.get(key)):

@@ -14,6 +14,7 @@ A third file, `PREFIX.tokenizer.json`, records the tokenizer that made the ids. 
 
 import hashlib
 import json
+import os
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
+from maskmoe.untrusted import check_regular, read_json_bytes
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -122,9 +124,10 @@ def read_index(prefix: str | Path) -> DatasetIndex:
         UserError: A file is missing, has another format or is truncated, or the two files do not belong together.
     """
     for path in (idx_path(prefix), bin_path(prefix)):
-        if not path.is_file():
+        if not os.path.exists(path):
             hint = "; give the prefix, without .bin or .idx" if Path(prefix).suffix in (".bin", ".idx") else ""
             raise UserError(f"dataset {prefix}: {path} does not exist{hint}")
+        check_regular(path)
     try:
         index = _parse_index(str(prefix), idx_path(prefix))
     except ValueError as error:
@@ -193,10 +196,10 @@ def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
     from pydantic import TypeAdapter  # imported late: making datasets does not need it
 
     path = tokenizer_record_path(prefix)
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        return TypeAdapter(TokenizerRecord).validate_json(path.read_bytes(), strict=True)
+        return TypeAdapter(TokenizerRecord).validate_json(read_json_bytes(path), strict=True)
     except ValueError as error:
         raise UserError(f"{path} is not a tokenizer record; delete it or make the dataset again") from error
 

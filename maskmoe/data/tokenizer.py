@@ -14,6 +14,9 @@ import numpy as np
 
 from maskmoe.errors import UserError
 from maskmoe.json_files import read_json
+from maskmoe.untrusted import UnusableFile, read_bounded
+
+_MAX_MODEL_BYTES = 256 << 20  # of a tokenizer's file; the largest known has 35 MB
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,10 @@ class Tokenizer(ABC):
 
     def __init__(self, model: str | Path) -> None:
         self.model_path = Path(model)
-        if not self.model_path.is_file():
-            raise UserError(f"model {model} of {type(self).__name__} does not exist")
+        try:
+            self._content = read_bounded(model, _MAX_MODEL_BYTES)
+        except UnusableFile as error:
+            raise UserError(f"model {error} ({type(self).__name__})") from error
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -69,7 +74,7 @@ class Tokenizer(ABC):
 
     def record(self) -> TokenizerRecord:
         """Return the record that identifies this tokenizer; reads the model file to compute its digest."""
-        sha256 = hashlib.sha256(self.model_path.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(self._content).hexdigest()
         return TokenizerRecord(type(self).__name__, self.model_path.name, sha256, self.vocab_size, self.eod_id)
 
 
@@ -91,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(model)
         self.processor = SentencePieceProcessor()
         try:
-            self.processor.LoadFromSerializedProto(self.model_path.read_bytes())
+            self.processor.LoadFromSerializedProto(self._content)
         except RuntimeError as error:
             raise UserError(f"tokenizer {model} is not a SentencePiece model") from error
         self.vocab_size = self.processor.get_piece_size()
@@ -121,7 +126,7 @@ class HuggingFaceTokenizer(Tokenizer):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         import tokenizers
 
-        super().__init__(Path(model) / "tokenizer.json" if Path(model).is_dir() else model)
+        super().__init__(Path(model) / "tokenizer.json" if os.path.isdir(model) else model)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self.model_path))
         except Exception as error:  # the library raises no narrower class
@@ -135,7 +140,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the id of the end-of-sequence token named by the first settings file that names one."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             path = self.model_path.parent / name
-            settings = read_json(path) if path.is_file() else {}
+            settings = read_json(path) if os.path.isfile(path) else {}
             token = settings.get("eos_token") or settings.get("sep_token")
             if token:
                 content = token["content"] if isinstance(token, dict) else token

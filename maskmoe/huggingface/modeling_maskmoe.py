@@ -6,8 +6,11 @@ the routing rule of `maskmoe.transformer.selection` and the load-balancing loss 
 Change both places together; tests/huggingface/test_routing.py compares them.
 """
 
+import hashlib
+import json
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -296,12 +299,12 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a model as transformers does, but refuse a checkpoint without a routing mask.
+        """Load a model as transformers does, but refuse a checkpoint without its intact routing mask.
 
         transformers only warns of missing weights, and a model would compute something else without its mask.
 
         Raises:
-            ValueError: the checkpoint has no routing mask.
+            ValueError: the checkpoint has no routing mask, or its mask was altered.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -309,6 +312,9 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
             raise ValueError(
                 f"the checkpoint has no routing mask: {', '.join(missing)} missing; export the model again"
             )
+        for module in model.modules():
+            if isinstance(module, MaskMoERoutingMask):
+                check_digest(module, (model.config.routing_mask or {}).get("sha256"))
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -484,3 +490,37 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, 
 
 
 __all__ = ["MaskMoEForCausalLM", "MaskMoEModel", "MaskMoEPreTrainedModel"]
+
+
+def check_digest(mask: MaskMoERoutingMask, expected: str | None = None) -> None:
+    """Compare a routing mask with the digest in its metadata, as `maskmoe.routing_mask.sealed_tensors` computes it.
+
+    A mask without metadata passes: every id sees every expert. A mask on the meta device has no content to compare.
+
+    Args:
+        mask: the mask.
+        expected: the digest of the mask that the model was exported with, if it is known.
+
+    Raises:
+        ValueError: the mask was damaged or altered, or is another mask.
+    """
+    if mask.metadata.is_meta:
+        return
+    if not mask.metadata.numel():
+        is_intact = expected is None and bool((mask.visible_bits == _ALL_EXPERTS).all())
+    else:
+        try:
+            envelope = json.loads(json.loads(bytes(mask.metadata.tolist()))["maskmoe"])
+            record = json.dumps(envelope["record"], sort_keys=True, separators=(",", ":"), allow_nan=False)
+            digest = hashlib.sha256(record.encode())
+            for name, tensor in (("row_of_id", mask.row_of_id), ("visible_bits", mask.visible_bits)):
+                array = np.ascontiguousarray(tensor.cpu().numpy())
+                digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+                digest.update(array)
+            is_intact = digest.hexdigest() == envelope["sha256"] and expected in (None, digest.hexdigest())
+        except (KeyError, TypeError, ValueError, RecursionError):
+            is_intact = False
+    if not is_intact:
+        raise ValueError(
+            "the routing mask was damaged or altered: it does not match its digest; export the model again"
+        )

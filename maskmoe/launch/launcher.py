@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from maskmoe.cli import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
+from maskmoe.folder_lock import check_unlocked
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.launch.command import RUN_ENVIRONMENT, run_flags, torchrun_command, unset_variables
 from maskmoe.launch.devices import Devices, find_devices
@@ -50,6 +52,9 @@ def launch(program: str, arguments: Sequence[str]) -> None:
         print(command)
         return
 
+    # A folder in which another run trains is refused before the first file of this run is written.
+    if not options.node_rank and (save := flags.get("save")):
+        check_unlocked(Path(save[0]))
     # Node 0 checks the settings for all nodes. The other nodes start when node 0 has passed the check.
     if options.rendezvous and options.node_rank:
         wait_for(*options.rendezvous, options.rendezvous_timeout)

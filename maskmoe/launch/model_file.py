@@ -4,11 +4,9 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from maskmoe.errors import UserError
+from maskmoe.untrusted import read_words
 
 LAYOUTS = "layouts"
 _OMITTED_VALUES = ("false", "null", "~", "")
@@ -110,37 +108,6 @@ def flag_words(flags: Flags) -> tuple[str, ...]:
         is_joined = len(values) == 1 and values[0].startswith("-")
         words += [f"--{name}={values[0]}"] if is_joined else [f"--{name}", *values]
     return tuple(words)
-
-
-class _WordLoader(yaml.BaseLoader):
-    """Loads all scalars as text, without octal numbers or `on` that becomes true, and refuses repeated keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key_node.value for key_node, _ in node.value]
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated[0]} is repeated", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_words(path: Path, kind: str) -> object:
-    """Read a YAML file, with all scalars as text.
-
-    Args:
-        path: the file.
-        kind: the kind of file, such as "model file", for error messages.
-
-    Raises:
-        UserError: the file cannot be read, or is not valid YAML.
-    """
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return yaml.load(stream, Loader=_WordLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        hint = "; write quotes around a value that begins with *" if "alias" in reason else ""
-        raise UserError(f"{kind} {path} is not valid YAML: {reason}{hint}") from error
 
 
 def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Flags:

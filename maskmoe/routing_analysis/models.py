@@ -16,7 +16,7 @@ from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT, export_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
-from maskmoe.json_files import read_json
+from maskmoe.model_config import read_model_config
 from maskmoe.routing_analysis.settings import AnalysisSettings
 
 
@@ -78,7 +78,7 @@ def find_models(paths: Sequence[Path], steps: Sequence[int] = ()) -> tuple[Model
         if not path.is_dir():
             raise UserError(f"--load {path} does not exist, or is not a folder")
         if (path / CONFIG_FILE).is_file():
-            model_type = read_json(path / CONFIG_FILE).get("model_type")
+            model_type = read_model_config(path / CONFIG_FILE).get("model_type")
             if model_type != MaskMoEConfig.model_type:
                 raise UserError(
                     f"{path} is a model of type {model_type!r}, not {MaskMoEConfig.model_type!r}; convert it with "

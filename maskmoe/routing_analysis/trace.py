@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
+from maskmoe.untrusted import check_regular
 
 NO_EXPERT = -1
 _METADATA_KEY = "maskmoe_routing_trace"
@@ -67,6 +68,7 @@ class RoutingTrace:
         Raises:
             UserError: the file is missing, damaged, or not a trace.
         """
+        check_regular(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
@@ -79,7 +81,7 @@ class RoutingTrace:
                 raise ValueError("per-token arrays differ in shape")
         except OSError as error:
             raise UserError(f"cannot read trace of routing {path}: {error.strerror or error}") from error
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{path} is not a trace of routing, or is damaged; make it with tools/analyze_routing.py --save-traces"
             ) from error

@@ -1,6 +1,7 @@
 """Turn tables of the experts of every token id, as models with hash layers have them, into routing masks."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
+from maskmoe.untrusted import check_regular
 
 ASSIGNMENT = "expert-table"
 _LAYER = "{layer}"
@@ -137,10 +139,11 @@ def _table_of_experts(table: np.ndarray | None, vocab_size: int, num_experts: in
 def _read_tensors(path: Path, names: Sequence[str] | None) -> dict[str, np.ndarray]:
     """Return the array of a .npy file, or the named tensors, all if None, of a safetensors file or a folder of them."""
     found: dict[str, np.ndarray] = {}
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+    for file in sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path]:
+        check_regular(file)
         try:
             if file.suffix == ".npy":
-                return {"": np.load(file, allow_pickle=False)}
+                return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
             with safe_open(file, framework="numpy") as tensors:
                 wanted = set(tensors.keys()).intersection(names or tensors.keys())
                 found |= {name: tensors.get_tensor(name) for name in wanted}

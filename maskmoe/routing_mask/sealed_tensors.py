@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
+from maskmoe.untrusted import UnusableFile, check_regular
 
 METADATA_KEY = "maskmoe"
 VERSION = 1
@@ -98,9 +99,12 @@ class SealedTensors:
             UserError: The file is missing, unreadable, of another kind, damaged or altered.
         """
         try:
+            check_regular(path)
             with safe_open(path, framework="numpy") as file:
                 metadata, names = file.metadata(), file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
+        except UnusableFile as error:
+            raise UserError(f"cannot read {cls.KIND} file {error}") from error
         except OSError as error:
             raise UserError(f"cannot read {cls.KIND} file {path}: {error.strerror or error}") from error
         except (SafetensorError, AttributeError, OverflowError, TypeError, ValueError) as error:

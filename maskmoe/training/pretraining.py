@@ -6,8 +6,10 @@ are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a 
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from megatron.core.enums import ModelType
@@ -16,6 +18,8 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
+from maskmoe.errors import UserError
+from maskmoe.folder_lock import locked_folder
 from maskmoe.megatron_compat.globals import get_timers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
@@ -95,6 +99,45 @@ def main() -> None:
     args = parse_and_check_args(add_pretraining_arguments)
     let_signals_save = save_on_signals(args)
     ranks = RankStore.from_environment()
+    with locked_by_first_rank(args.save, ranks):
+        train(args, ranks, let_signals_save)
+
+
+@contextmanager
+def locked_by_first_rank(save: str | None, ranks: RankStore) -> Iterator[None]:
+    """Let the first rank hold the lock of the folder `--save` during the block; all ranks wait for the lock.
+
+    Args:
+        save: Megatron's `--save`, or None.
+        ranks: Messages between the ranks.
+
+    Raises:
+        UserError: Another run trains in the folder.
+    """
+    with ExitStack() as stack:
+        problem = ""
+        try:
+            if save is not None and ranks.rank == 0:
+                stack.enter_context(locked_folder(Path(save)))
+        except UserError as error:
+            problem = str(error)
+            raise
+        finally:
+            # The other ranks wait for an answer, so send one even if this rank fails.
+            problem = ranks.broadcast("lock of the run folder", problem)
+        if problem:
+            raise UserError(problem)
+        yield
+
+
+def train(args: Namespace, ranks: RankStore, let_signals_save: Callable[[], object]) -> None:
+    """Train, and handle the ways in which the run may end early.
+
+    Args:
+        args: Megatron's arguments.
+        ranks: Messages between the ranks.
+        let_signals_save: Makes signals save a checkpoint, see `save_on_signals`.
+    """
     watchdog = Watchdog(ranks, hang_timeout(args))
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.

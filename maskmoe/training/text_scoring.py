@@ -75,7 +75,7 @@ def read_texts(path: str | Path) -> list[Text]:
         where = f"{path}, line {number}"
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON: {error}") from error
         if not isinstance(values, dict) or not ("text" in values or {"context", "continuation"} <= values.keys()):
             raise UserError(f'{where}: must be {{"text": …}} or {{"context": …, "continuation": …}}')

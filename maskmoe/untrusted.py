@@ -1,0 +1,221 @@
+"""Reads files that a stranger may have written: bounded in size and depth, and never from a device or a pipe.
+
+A model, a checkpoint or a settings file may come from anywhere. The functions of this module raise a `UserError` of one
+line on every such file that they cannot use, and they do not read outside the folder that the user has named.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic_core import from_json
+
+from maskmoe.errors import UserError
+
+MAX_JSON_BYTES = 64 << 20
+"""Upper bound of a JSON file. The largest known files, tokenizers and indices of weights, have 35 MB."""
+
+MAX_YAML_BYTES = 256 << 10
+"""Upper bound of a YAML file. Parsing takes about 10 s for each MiB."""
+
+_MAX_YAML_DEPTH = 50
+_MAX_YAML_VALUES = 50_000  # with aliases counted as often as they occur
+_MAX_DIGITS = 19  # Python refuses to print much longer numbers, and no size or seed has more digits
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (_MAX_DIGITS + 1))
+_HUB_BLOBS, _HUB_SNAPSHOTS = "blobs", "snapshots"
+
+
+class UnusableFile(UserError):  # noqa: N818 (a finding about a file)
+    """A file that cannot be used.
+
+    Args:
+        path: the file.
+        reason: a clause that follows the path, such as "is not a regular file".
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+        self.reason = reason
+
+
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Open a regular file for reading, without waiting for the writer of a pipe.
+
+    Raises:
+        UnusableFile: the path is missing or cannot be read, or is a folder, a device, a pipe or a socket.
+    """
+    path = Path(path)
+    try:
+        _check_mode(path, os.stat(path).st_mode)  # opening a device can change its state
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise UnusableFile(path, "does not exist") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnusableFile(path, f"cannot be read: {reason}") from error
+    try:
+        _check_mode(path, os.fstat(descriptor).st_mode)
+    except UnusableFile:
+        os.close(descriptor)
+        raise
+    return open(descriptor, "rb")
+
+
+def _check_mode(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise UnusableFile(path, "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file")
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Check that a file that a library will open by its name is a regular file.
+
+    Raises:
+        UnusableFile: see `open_regular`.
+    """
+    open_regular(path).close()
+
+
+def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Read a regular file.
+
+    Raises:
+        UnusableFile: the file is not a regular file, cannot be read, or has more than `max_bytes` bytes.
+    """
+    path = Path(path)
+    with open_regular(path) as stream:
+        try:
+            content = stream.read(max_bytes + 1)
+        except OSError as error:
+            raise UnusableFile(path, f"cannot be read: {error.strerror}") from error
+    if len(content) > max_bytes:
+        raise UnusableFile(path, f"has more than the {max_bytes:,} bytes that such a file may have")
+    return content
+
+
+def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Read a JSON file and return its bytes, which every JSON parser can then handle.
+
+    Raises:
+        UnusableFile: the file cannot be read, is not JSON, is nested too deeply, or holds a number of more than 19
+            digits.
+    """
+    path = Path(path)
+    content = read_bounded(path, MAX_JSON_BYTES)
+    try:
+        value = from_json(content)  # limits the depth
+    except ValueError as error:
+        raise UnusableFile(path, f"is not JSON: {' '.join(str(error).split())}") from error
+    if _LONG_NUMBER.search(content) and _has_long_number(value):
+        raise UnusableFile(path, f"holds a number of more than {_MAX_DIGITS} digits")
+    return content
+
+
+def _has_long_number(value: Any) -> bool:
+    """Return whether JSON values contain a whole number of too many digits."""
+    remaining = [value]
+    while remaining:
+        value = remaining.pop()
+        if isinstance(value, int) and abs(value) >= 10**_MAX_DIGITS:
+            return True
+        if isinstance(value, list | dict):
+            remaining.extend(value.values() if isinstance(value, dict) else value)
+    return False
+
+
+def resolve_inside(folder: Path, name: str) -> Path:
+    """Return the path of a regular file that a file of the same folder names.
+
+    A name must not be absolute or contain `..`. The file may be a link to another file of the folder, or to the
+    `blobs` of a cache of the Hugging Face Hub if the folder is a snapshot of that cache. The folder itself was named
+    by the user, so it may be a link to anywhere, and so may files that the program opens by a name of its own.
+
+    Raises:
+        UnusableFile: the name leads outside the folder, or does not name a regular file.
+    """
+    check_name(folder, name)
+    path = folder / name
+    open_regular(path).close()
+    found, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    allowed = [root]
+    if root.parent.name == _HUB_SNAPSHOTS:
+        allowed.append(root.parent.parent / _HUB_BLOBS)
+    if not any(found.is_relative_to(place) for place in allowed):
+        raise UnusableFile(path, "is a link to a file outside its folder; copy the file into the folder")
+    return path
+
+
+def check_name(folder: Path, name: str) -> None:
+    """Check that a name, which need not exist yet, stays inside a folder; see `resolve_inside`.
+
+    Raises:
+        UnusableFile: the name is empty or absolute, contains `..`, or is no possible name.
+    """
+    parts = name.split("/")
+    if not name.isprintable() or any(part in ("", "..") for part in parts):
+        raise UnusableFile(folder, f"names the file {name[:200]!r}, which does not lie inside the folder")
+
+
+class _WordLoader(yaml.BaseLoader):
+    """Loads all scalars as text, without octal numbers or `on` that becomes true, and refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[str] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key_node.value in keys:
+                problem = f"the key {key_node.value} is repeated"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            keys.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_words(path: Path, kind: str) -> object:
+    """Read a YAML file, with all scalars as text.
+
+    Args:
+        path: the file.
+        kind: the kind of file, such as "model file", for error messages.
+
+    Raises:
+        UserError: the file cannot be read, is not valid YAML, or is nested too deeply or too long once its aliases are
+            written out.
+    """
+    try:
+        text = read_bounded(path, MAX_YAML_BYTES).decode()
+        _check_depth(yaml.parse(text, Loader=yaml.BaseLoader))
+        content = yaml.load(text, Loader=_WordLoader)
+        _check_size(content)
+    except UnusableFile as error:
+        raise UserError(f"the {kind} {path} {error.reason}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        hint = "; write quotes around a value that begins with *" if "alias" in reason else ""
+        raise UserError(f"{kind} {path} is not valid YAML: {reason}{hint}") from error
+    return content
+
+
+def _check_depth(events: Iterable[yaml.Event]) -> None:
+    """Check how deeply the collections of a YAML file are nested. Raises ValueError if they are nested too deeply."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_YAML_DEPTH:
+            raise ValueError(f"it is nested more than {_MAX_YAML_DEPTH} levels deep")
+
+
+def _check_size(content: object) -> None:
+    """Count the values of a YAML file. Raises ValueError if there are too many, for example by aliases of aliases."""
+    remaining, found = [content], 0
+    while remaining:
+        value = remaining.pop()
+        found += 1
+        if found > _MAX_YAML_VALUES:
+            raise ValueError(f"it has more than {_MAX_YAML_VALUES:,} values once its anchors are written out")
+        if isinstance(value, list | dict):
+            remaining.extend(value.values() if isinstance(value, dict) else value)
