@@ -1,7 +1,8 @@
 """Find the inputs of text that a user names: files, pipes, standard input and saved datasets of Hugging Face.
 
 A name is looked up in this order: `-` and `/dev/stdin` are standard input; a path of a file or a pipe is that file; a
-folder, or a name that is no path, is a saved dataset, see `maskmoe.data.saved_datasets`. Nothing is downloaded.
+folder, or a name that does not exist as a path, is a saved dataset, see `maskmoe.data.saved_datasets`. Nothing is
+downloaded.
 """
 
 import os
@@ -129,7 +130,7 @@ def unescape(text: str) -> str:
 
 
 def _find(name: str, options: ReadingOptions) -> list[Input]:
-    """Return the inputs that one name stands for: several for a saved dataset, else one."""
+    """Return the inputs that a name stands for: several for a saved dataset, else one."""
     name = STANDARD_INPUT if name == "/dev/stdin" else name
     try:
         status = os.fstat(0) if name == STANDARD_INPUT else os.stat(name)
