@@ -30,8 +30,8 @@ def add_text_arguments(
 
     Args:
         parser: The parser.
-        purpose: What the texts are for.
-        meaning_of_keys: What the keys hold.
+        purpose: Purpose of the texts, for the help.
+        meaning_of_keys: Content of the keys, for the help.
         sources: Group that `--input` belongs to if another flag of the group can replace it.
     """
     (sources or parser).add_argument(

@@ -1,7 +1,8 @@
 """Find the inputs of text that a user names: files, pipes, standard input and saved datasets of Hugging Face.
 
 A name is looked up in this order: `-` and `/dev/stdin` are standard input; a path of a file or a pipe is that file; a
-folder, or a name that is no path, is a saved dataset, see `maskmoe.data.saved_datasets`. Nothing is downloaded.
+folder, or a name that does not exist as a path, is a saved dataset, see `maskmoe.data.saved_datasets`. Nothing is
+downloaded.
 """
 
 import os
@@ -28,6 +29,7 @@ _FORMAT_OF_SUFFIX = {
     ".feather": "arrow",
     ".ipc": "arrow",
 }
+_OPEN_FILE = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")  # the name of a file that this process has open
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.?))", re.DOTALL)
 _LETTERS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "0": "\0", "\\": "\\"}
 
@@ -128,7 +130,7 @@ def unescape(text: str) -> str:
 
 
 def _find(name: str, options: ReadingOptions) -> list[Input]:
-    """Return the inputs that one name stands for: several for a saved dataset, else one."""
+    """Return the inputs that a name stands for: several for a saved dataset, else one."""
     name = STANDARD_INPUT if name == "/dev/stdin" else name
     try:
         status = os.fstat(0) if name == STANDARD_INPUT else os.stat(name)
@@ -139,13 +141,14 @@ def _find(name: str, options: ReadingOptions) -> list[Input]:
         raise UserError(f"input {place} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(status.st_mode) and name != STANDARD_INPUT:
         return _inputs_of_dataset(name, find_saved_dataset(Path(name), options.split), options)
-    if not _has_an_end(name, status.st_mode):
-        raise UserError(f"input {name} is a device, not a file or a pipe")
+    if not _has_an_end(name, status):
+        place = "standard input" if name == STANDARD_INPUT else name
+        raise UserError(f"input {place} is a device, not a file or a pipe")
     if options.split is not None:
         raise UserError(f"--dataset-split is for saved datasets, but input {name} is not one")
     is_file = stat.S_ISREG(status.st_mode)
     known = options.format or _format_of(name)
-    is_pipe = name == STANDARD_INPUT or name.startswith(("/dev/", "/proc/")) or not is_file
+    is_pipe = name == STANDARD_INPUT or _OPEN_FILE.fullmatch(name) is not None or not is_file
     format_ = known or ("jsonl" if is_pipe else "text")
     if format_ == "parquet" and (name == STANDARD_INPUT or not is_file):
         raise UserError("a Parquet file cannot be read from a pipe or from standard input; name the file")
@@ -167,11 +170,14 @@ def _format_of(name: str) -> str | None:
     return _FORMAT_OF_SUFFIX.get(suffix.lower(), "text" if suffix else None)
 
 
-def _has_an_end(name: str, mode: int) -> bool:
-    """Return whether reading ends: of devices, only terminals and `/dev/null` have an end."""
-    if stat.S_ISCHR(mode):
-        return name == STANDARD_INPUT or os.path.realpath(name) == os.devnull or name.startswith("/dev/fd/")
-    return not stat.S_ISBLK(mode)
+def _has_an_end(name: str, status: os.stat_result) -> bool:
+    """Return whether reading ends: of devices, only `/dev/null` and terminals that are open have an end."""
+    if stat.S_ISCHR(status.st_mode):
+        match = _OPEN_FILE.fullmatch(name)
+        descriptor = 0 if name == STANDARD_INPUT else int(match[1]) if match else None
+        is_terminal = descriptor is not None and os.isatty(descriptor)
+        return is_terminal or status.st_rdev == os.stat(os.devnull).st_rdev
+    return not stat.S_ISBLK(status.st_mode)
 
 
 def _can_be_read_once(source: Input) -> bool:

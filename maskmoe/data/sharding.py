@@ -22,7 +22,7 @@ from maskmoe.errors import UserError
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of the inputs that one machine reads.
+    """The part of the inputs that a machine reads.
 
     Attributes:
         index: Number of the part, counted from 0.

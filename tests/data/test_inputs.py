@@ -131,6 +131,25 @@ def test_devices_without_end_are_refused(name: str) -> None:
         find_inputs([name])
 
 
+def test_an_endless_device_as_standard_input_is_refused(standard_input: Callable) -> None:
+    standard_input(Path("/dev/zero"))
+    for name, place in (("-", "standard input"), ("/dev/stdin", "standard input"), ("/dev/fd/0", "/dev/fd/0")):
+        with pytest.raises(UserError, match=f"input {place} is a device"):
+            find_inputs([name])
+
+
+def test_a_terminal_is_read() -> None:
+    master, terminal = os.openpty()
+    os.write(master, LINES.splitlines()[0] + b"\n\x04")
+    assert documents(f"/dev/fd/{terminal}") == DOCUMENTS[:1]
+    os.close(master)
+    os.close(terminal)
+
+
+def test_no_text_from_the_null_device() -> None:
+    assert documents("/dev/null") == []
+
+
 def test_commands_read_standard_input(
     standard_input: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -321,7 +340,7 @@ def test_splits_are_chosen(saved: Path, name: str, split: str | None, message: s
         ("state.json", "{}", "is not a list of file names"),
         ("state.json", '{"_data_files": [{"filename": "lost.arrow"}]}', "not complete: lost.arrow does not exist"),
         ("state.json", '{"_data_files": [], "_indices_data_files": [1]}', "has a list of selected rows"),
-        ("state.json", "[", "is damaged"),
+        ("state.json", "[", r"state\.json is .*not JSON"),
         ("dataset_dict.json", '{"splits": ["/etc"]}', "is not a list of file names"),
         ("dataset_dict.json", '{"splits": "train"}', "is not a list of file names"),
         ("dataset_dict.json", '{"splits": ["train"]}', "state.json"),

@@ -131,7 +131,7 @@ def test_bad_input_keeps_the_earlier_dataset(
         (tmp_path / "missing.jsonl", 1, "missing.jsonl does not exist"),
     ):
         arguments = sentencepiece_arguments(sentencepiece_model, prefix, path)
-        result = run_tool("preprocess_data", *arguments, "--workers", workers)
+        result = run_tool("preprocess_data", *arguments, "--workers", workers, "--force")
         assert_bad_input(result, message)
         assert result.stderr.count("\n") == 1
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -152,7 +152,8 @@ def test_bad_input_keeps_the_earlier_dataset(
         (tmp_path / "out", -1, "--shuffle-seed must not be negative"),
         (tmp_path / "no" / "out", 1, "choose an existing, writable folder"),
     ):
-        process = run_tool("preprocess_data", "--input", bad, *flags, "--output-prefix", prefix, "--shuffle-seed", seed)
+        arguments = ("--input", bad, *flags, "--output-prefix", prefix, "--shuffle-seed", seed, "--force")
+        process = run_tool("preprocess_data", *arguments)
         assert_bad_input(process, words)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

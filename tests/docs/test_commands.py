@@ -42,6 +42,7 @@ FOREIGN_FLAGS = {
 SHELL_COMMANDS = {"cp", "export", "mkdir", "source"}
 # The blocks of these pages that start with a command that takes seconds, and what the command prints.
 QUICK = {
+    "data.md": "data/web_text_document: ",
     "method.md": "digest           aeff2031e4989abe",
     "flags.md": "--frequent-visible-experts",
     "check.md": "no errors found",

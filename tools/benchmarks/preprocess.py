@@ -10,10 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import harness
+import pyarrow.parquet
 import sentencepiece
 import tokenizers
 
@@ -23,27 +24,24 @@ from maskmoe.data.tokenizer_training import train_tokenizer
 
 TOOL = Path(__file__).parents[1] / "preprocess_data.py"
 TRAINING_DOCUMENTS = 400
+SEPARATOR = "<|endoftext|>"
 
 
 def write_corpus(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def run_tool(corpus: Path, tokenizer_type: str, model: Path) -> Callable[[], None]:
-    flags = ["--input", corpus, "--tokenizer-type", tokenizer_type, "--tokenizer-model", model]
+def run_tool(corpus: Path, tokenizer_type: str, model: Path, *flags: str) -> Callable[[], None]:
     command = [
-        sys.executable,
-        TOOL,
-        *flags,
-        "--output-prefix",
-        corpus.parent / "out",
-        "--workers",
-        str(available_cores()),
+        *(sys.executable, TOOL, "--input", corpus, *flags),
+        *("--tokenizer-type", tokenizer_type, "--tokenizer-model", model, "--output-prefix", corpus.parent / "out"),
+        *("--workers", str(available_cores()), "--force"),
     ]
     return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def sentencepiece_case(corpus: Path, texts: list[str], vocab_size: int) -> harness.Case:
+def sentencepiece_cases(corpus: Path, texts: list[str], vocab_size: int) -> Iterator[harness.Case]:
+    """Yield a case for each format of the same documents."""
     model = corpus.parent / "sentencepiece.model"
     model.write_bytes(train_tokenizer(texts[:TRAINING_DOCUMENTS], vocab_size))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
@@ -52,10 +50,18 @@ def sentencepiece_case(corpus: Path, texts: list[str], vocab_size: int) -> harne
         return processor.encode(texts, num_threads=available_cores())
 
     millions = sum(map(len, encode())) / 1e6
-    ours = run_tool(corpus, "SentencePieceTokenizer", model)
-    return harness.Case(
-        "preprocess SentencePiece", "M tokens/s", harness.rate(ours, millions), harness.rate(encode, millions)
-    )
+    parquet, plain = corpus.with_suffix(".parquet"), corpus.with_suffix(".txt")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), parquet, compression="zstd")
+    plain.write_text(SEPARATOR.join(texts), encoding="utf-8")
+    inputs = {"": (corpus,), ", Parquet": (parquet,), ", separator": (plain, "--document-separator", SEPARATOR)}
+    for name, (path, *flags) in inputs.items():
+        ours = run_tool(path, "SentencePieceTokenizer", model, *flags)
+        yield harness.Case(
+            f"preprocess SentencePiece{name}",
+            "M tokens/s",
+            harness.rate(ours, millions),
+            harness.rate(encode, millions),
+        )
 
 
 def huggingface_case(corpus: Path, texts: list[str], vocab_size: int) -> harness.Case:
@@ -103,8 +109,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
         write_corpus(corpus, texts)
-        cases = [make(corpus, texts, arguments.vocab_size) for make in (sentencepiece_case, huggingface_case)]
-        harness.report(harness.run([*cases, startup_case(Path(folder))], arguments.repeats), arguments.json)
+        cases = [
+            *sentencepiece_cases(corpus, texts, arguments.vocab_size),
+            huggingface_case(corpus, texts, arguments.vocab_size),
+            startup_case(Path(folder)),
+        ]
+        harness.report(harness.run(cases, arguments.repeats), arguments.json)
 
 
 if __name__ == "__main__":
