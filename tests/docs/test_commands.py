@@ -38,10 +38,12 @@ FOREIGN_FLAGS = {
     "mkdocs": {"--strict"},
     "sbatch": {"--array", "--dependency", "--exclusive", "--gpus-per-node", "--nodes", "--time"},
     "torchrun": {"--max-restarts", "--nproc-per-node", "--shutdown-timeout", "--standalone"},
+    "pip": set(),
     "curl": {"--data", "--header", "--silent"},
     "vllm": {
         "--dtype",
         "--enable-prompt-embeds",
+        "--kv-cache-memory-bytes",
         "--load-format",
         "--max-model-len",
         "--model-impl",

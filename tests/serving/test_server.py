@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.paths import ROOT, python_path
+from support.paths import ROOT, SERVING_BIN, SERVING_SCRIPTS, python_path
 from support.served_models import make_served_model, random_prompts, save_model, transformers_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,13 +38,11 @@ def quickstart_model(tmp_path_factory) -> Path:
 
 def ask(environment: dict[str, str], address: str, requests: list[list[dict]], folder: Path) -> list[list[dict]]:
     """Send the requests of several clients at the same time, each client in its own process; return the answers."""
-    from conftest import BIN, SCRIPTS
-
     clients = []
     for number, of_client in enumerate(requests):
         files = folder / f"requests_{number}.json", folder / f"answers_{number}.json"
         files[0].write_text(json.dumps(of_client))
-        command = [BIN / "python", SCRIPTS / "ask_server.py", address, *files]
+        command = [SERVING_BIN / "python", SERVING_SCRIPTS / "ask_server.py", address, *files]
         clients.append((subprocess.Popen(command, env=environment), files[1]))
     assert [client.wait(1800) for client, _ in clients] == [0] * len(clients)
     return [json.loads(answers.read_text()) for _, answers in clients]
