@@ -11,4 +11,5 @@ if ! "${python:-false}" -P -c 'import maskmoe' 2>/dev/null; then
     echo "error: MaskMoE is not installed: run launch/setup.sh first" >&2
     exit 2
 fi
+"$python" -P "$root/launch/check_checkout.py" "$root"
 exec "$python" -P -m maskmoe.launch "$@"

@@ -29,4 +29,5 @@ for argument in "$@"; do
 done
 
 "$root/launch/setup.sh" --extras hf
+"$root/.venv/bin/python" -P "$root/launch/check_checkout.py" "$root"
 exec "$root/.venv/bin/python" -P -m maskmoe quickstart "$@"

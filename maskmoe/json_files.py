@@ -1,6 +1,7 @@
 """Reads JSON files, which pydantic validates, and writes JSON files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def read_record[T](kind: type[T], path: Path, advice: str) -> T:
     try:
         return TypeAdapter(kind).validate_json(read_json_bytes(path))
     except UnusableFile as error:
-        raise UserError(f"{error}; {advice}") from error
+        raise UserError(f"{error}; {advice}" if os.path.lexists(path) else str(error)) from error
     except ValidationError as error:
         raise UserError(f"{path} is damaged ({first_problem(error)}); {advice}") from error
 

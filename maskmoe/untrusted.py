@@ -25,7 +25,7 @@ MAX_YAML_BYTES = 256 << 10
 
 _MAX_YAML_DEPTH = 50
 _MAX_YAML_VALUES = 50_000  # with aliases counted as often as they occur
-_MAX_DIGITS = 19  # Python refuses to print much longer numbers, and no size or seed has more digits
+_MAX_DIGITS = 100  # Python refuses to print numbers of thousands of digits; 1e30 stands for no limit in tokenizers
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (_MAX_DIGITS + 1))
 _HUB_BLOBS, _HUB_SNAPSHOTS = "blobs", "snapshots"
 
@@ -101,7 +101,7 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
     """Read a JSON file and return its bytes, which every JSON parser can then handle.
 
     Raises:
-        UnusableFile: the file cannot be read, is not JSON, is nested too deeply, or holds a number of more than 19
+        UnusableFile: the file cannot be read, is not JSON, is nested too deeply, or holds a number of more than 100
             digits.
     """
     path = Path(path)
@@ -109,7 +109,7 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
     try:
         value = from_json(content)  # limits the depth
     except ValueError as error:
-        raise UnusableFile(path, f"is not JSON: {' '.join(str(error).split())}") from error
+        raise UnusableFile(path, f"is damaged: it is not JSON ({' '.join(str(error).split())})") from error
     if _LONG_NUMBER.search(content) and _has_long_number(value):
         raise UnusableFile(path, f"holds a number of more than {_MAX_DIGITS} digits")
     return content

@@ -61,6 +61,17 @@ if [[ -n $chain ]]; then
     script_options+=(--chain)
 fi
 
+# Jobs that run at the same time need folders of their own.
+for option in "${sbatch[@]}"; do
+    case $option in
+        --array=*[-,]*%1 | -a*[-,]*%1) ;;
+        --array=*[-,]* | -a*[-,]*)
+            [[ -n $chain || $run_dir == *%a* ]] ||
+                fail "the jobs of ${option} would share the run folder $run_dir: write %a in --run-dir, or use --chain N"
+            ;;
+    esac
+done
+
 # sbatch neither creates the log's folder nor replaces %a in it, so choose a folder without %a.
 logs=$run_dir/slurm
 [[ $run_dir != *%* ]] || logs=$(dirname -- "${run_dir%%\%*}x")/slurm

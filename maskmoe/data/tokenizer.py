@@ -126,7 +126,7 @@ class HuggingFaceTokenizer(Tokenizer):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         import tokenizers
 
-        super().__init__(Path(model) / "tokenizer.json" if Path(model).is_dir() else model)
+        super().__init__(Path(model) / "tokenizer.json" if os.path.isdir(model) else model)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self.model_path))
         except Exception as error:  # the library raises no narrower class
@@ -140,7 +140,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the id of the end-of-sequence token named by the first settings file that names one."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             path = self.model_path.parent / name
-            settings = read_json(path) if path.is_file() else {}
+            settings = read_json(path) if os.path.isfile(path) else {}
             token = settings.get("eos_token") or settings.get("sep_token")
             if token:
                 content = token["content"] if isinstance(token, dict) else token

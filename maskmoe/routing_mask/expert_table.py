@@ -1,6 +1,7 @@
 """Turn tables of the experts of every token id, as models with hash layers have them, into routing masks."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def _table_of_experts(table: np.ndarray | None, vocab_size: int, num_experts: in
 def _read_tensors(path: Path, names: Sequence[str] | None) -> dict[str, np.ndarray]:
     """Return the array of a .npy file, or the named tensors, all if None, of a safetensors file or a folder of them."""
     found: dict[str, np.ndarray] = {}
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+    for file in sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path]:
         check_regular(file)
         try:
             if file.suffix == ".npy":

@@ -103,6 +103,32 @@ def test_signalled_run_saves_and_resumes(start, undisturbed, number):
     assert all(log.stat().st_size for log in logs)
 
 
+@pytest.mark.parametrize("way", ["launcher", pytest.param("rank", marks=pytest.mark.slow)])
+def test_second_run_in_a_folder_is_refused(start, folder, way):
+    """The launcher refuses the second run; so does its first rank, which torchrun starts without the launcher."""
+    with start(f"locked-{way}", "--no-check", f"{MASK} --train-iters 100000") as launch:
+        launch.wait_for_iteration(1)
+        before = sorted(launch.run_dir.rglob("*"))
+        holder = f"process {launch.pid_of_rank(0)} on host {os.uname().nodename}"
+        with start(f"locked-{way}", "--no-check --dry-run", f"{MASK} --train-iters 100000") as printed:
+            assert printed.wait() == 0
+        is_launcher = way == "launcher"
+        if is_launcher:
+            second = start(f"locked-{way}", "--no-check", f"{MASK} --train-iters 100000")
+        else:
+            without_restarts = re.sub(r"--max-restarts[= ]\d+", "--max-restarts 0", printed.output)
+            second = Launch(["bash", "-c", without_restarts], folder, launch.run_dir, {})
+        with second:
+            assert second.wait() == (2 if is_launcher else 1), second.output[-4000:]  # torchrun itself ends with 1
+        errors = [line for line in second.output.splitlines() if "error: another run" in line]
+        assert len(errors) == 1, second.output[-4000:]
+        assert holder in errors[0]
+        if is_launcher:
+            assert second.output.splitlines() == errors
+            assert sorted(launch.run_dir.rglob("*")) == before
+        assert launch.process.poll() is None
+
+
 @pytest.mark.slow
 def test_signal_to_ranks_alone_does_not_restart_them(start):
     with start("ranks-signalled", "--no-check --max-restarts 5") as launch:

@@ -53,6 +53,20 @@ def test_each_job_of_an_array_has_its_own_folder(tmp_path):
     assert run[-1] == "%a"
 
 
+@pytest.mark.parametrize("folder", ["run", "seed-%A", "seed-%4a"])
+@pytest.mark.parametrize("array", ["--array=1-3", "--array=0,2", "-a1-3"])
+def test_jobs_at_the_same_time_must_not_share_a_folder(tmp_path, folder, array):
+    error = submit(array, "--run-dir", tmp_path / folder, "--", LAPTOP, "--seed", "%a", expect=2)
+    assert f"the jobs of {array} would share the run folder" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("array", ["--array=7", "--array=1-3%1"])
+def test_jobs_one_after_the_other_may_share_a_folder(tmp_path, array):
+    sbatch, _, _ = words(array, "--run-dir", tmp_path / "run", "--", LAPTOP)
+    assert array in sbatch
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
