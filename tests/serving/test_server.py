@@ -12,7 +12,10 @@ import pytest
 import torch
 from support.paths import ROOT, SERVING_BIN, SERVING_SCRIPTS, python_path
 from support.served_models import make_served_model, random_prompts, save_model, transformers_answer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support.tiny_maskmoe import VOCAB_SIZE
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]
 
@@ -81,9 +84,12 @@ def test_two_clients_get_the_text_of_transformers(serve, environment, quickstart
 def test_tensor_parallel_server(setting, serve, environment, tmp_path) -> None:
     model = make_served_model(setting)
     folder = save_model(model, tmp_path / "model")
+    # A server needs a tokenizer, although the prompts are ids.
+    words = Tokenizer(WordLevel({str(number): number for number in range(VOCAB_SIZE)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     prompts = random_prompts(16, longest=40)
     requests = [{"prompt": prompt, "max_tokens": 8} for prompt in prompts]
-    with serve(folder, "--max-model-len", "64", "--skip-tokenizer-init", "--tensor-parallel-size", "2") as address:
+    with serve(folder, "--max-model-len", "64", "--enforce-eager", "--tensor-parallel-size", "2") as address:
         (answers,) = ask(environment, address, [requests], tmp_path)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["tokens"] == transformers_answer(model, prompt, 8).tokens
