@@ -151,7 +151,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_leaves_no_temporary_file(folder: Path, number: signal.Signals) -> None:
-    (folder / "large.txt").write_text(TEXT * 20_000)
+    (folder / "large.txt").write_text(f"{TEXT}\n" * 20_000)
     words = f"--input large.txt {TOKENIZE} --output-prefix out --workers 2 --shuffle-seed 1"
     process = subprocess.Popen(maskmoe_command("preprocess", *words.split()), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: list(folder.glob(".unshuffled*/.*.tmp")))
@@ -167,7 +167,7 @@ def test_a_signal_leaves_no_temporary_file(folder: Path, number: signal.Signals)
 
 
 def test_workers_end_with_a_killed_command(folder: Path) -> None:
-    (folder / "large.txt").write_text(TEXT * 20_000)
+    (folder / "large.txt").write_text(f"{TEXT}\n" * 20_000)
     words = f"--input large.txt {TOKENIZE} --output-prefix out --workers 2"
     process = subprocess.Popen(maskmoe_command("preprocess", *words.split()))
     wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 4)
