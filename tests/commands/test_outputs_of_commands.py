@@ -14,6 +14,7 @@ import psutil
 import pytest
 from support.datasets import write_documents
 
+from maskmoe.child_process import is_alive
 from maskmoe.commands.registry import SUBCOMMANDS
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
@@ -162,8 +163,7 @@ def test_a_signal_leaves_no_temporary_file(folder: Path, number: signal.Signals)
     assert process.returncode == 128 + number
     assert errors == ""
     assert not list(folder.glob(".*"))
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert alive == []
+    wait_until(lambda: not any(is_alive(child.pid) for child in children))
 
 
 def test_workers_end_with_a_killed_command(folder: Path) -> None:
@@ -174,8 +174,7 @@ def test_workers_end_with_a_killed_command(folder: Path) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert alive == []
+    wait_until(lambda: not any(is_alive(child.pid) for child in children))
 
 
 def test_a_signal_ends_the_training_of_a_tokenizer_at_once(folder: Path) -> None:
