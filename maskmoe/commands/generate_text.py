@@ -46,7 +46,7 @@ def main() -> None:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, **options)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", **options)
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
