@@ -42,7 +42,8 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 # Select the tests and the Debian packages that they need. Most tests keep one core busy, so two processes share the
 # default tests. They start with the tests of training, which take longest.
 not_elsewhere="not slurm and not docker and not te and not serving and not tracking"
-selected="not slow and $not_elsewhere" checks=true packages=() python=.venv/bin/python megatron=
+selected="not slow and $not_elsewhere" checks=true
+packages=() python=.venv/bin/python megatron=
 two_workers=(--numprocesses 2 --no-loadscope-reorder) workers=()
 (($#)) || workers=("${two_workers[@]}")
 case ${1:-} in

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -197,7 +198,7 @@ def _import_torchao() -> None:
         UserError: torchao is not installed.
     """
     try:
-        from torchao.prototype.safetensors import safetensors_support  # noqa: F401 (transformers imports it, too)
+        importlib.import_module("torchao.prototype.safetensors.safetensors_support")  # transformers imports it, too
     except ImportError as error:
         raise UserError(f"quantize needs torchao ({error}): pip install torchao") from error
 

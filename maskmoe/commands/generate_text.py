@@ -57,7 +57,7 @@ def main() -> None:
         if not all(prompts_ids):
             raise UserError("the prompt is empty")
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", **options)
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     continuation = Continuation(arguments, tokenizer, model)

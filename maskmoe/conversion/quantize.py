@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TorchAoConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, set_seed
 
 from maskmoe.checkpoint.integrity import FileRecord, Manifest, check_content
 from maskmoe.conversion.huggingface_models import open_model
@@ -102,7 +102,7 @@ def quantize_model(load: Path, save: Path, text: Path | None = None, verify: boo
                 shutil.copy(load / name, output.path)
         original, quantized = SafetensorsSource(load), SafetensorsSource(output.path)
         report = QuantizationReport(
-            text=text and str(text),
+            text=str(text) if text else None,
             num_tokens=tokens.numel() - len(tokens),  # the first token of each row has no loss
             loss=loss,
             quantized_loss=quantized_loss,
@@ -117,16 +117,17 @@ def quantize_model(load: Path, save: Path, text: Path | None = None, verify: boo
 
 
 def _quantization_config() -> TorchAoConfig:
+    # pyrefly: ignore[missing-import]  # torchao is installed only for quantization
     from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 
     return TorchAoConfig(FqnToConfig({_QUANTIZED: Int8WeightOnlyConfig(version=2)}))
 
 
-def _load(folder: Path, **options: Any) -> PreTrainedModel:
+def _load(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **options).eval()
 
 
-def _read_tokens(folder: Path, text: Path, model: PreTrainedModel) -> Tensor:
+def _read_tokens(folder: Path, text: Path, model: Any) -> Tensor:
     """Return the tokens of a text, int64 [rows, length], in rows of as many tokens as the model was made for."""
     try:
         content = text.read_text(encoding="utf-8")
@@ -134,7 +135,8 @@ def _read_tokens(folder: Path, text: Path, model: PreTrainedModel) -> Tensor:
         raise UserError(f"cannot read {text} as UTF-8 text: {error}") from error
     if not (folder / TOKENIZER_FILES[0]).is_file():
         raise UserError(f"{folder} has no tokenizer, so --text cannot be used")
-    ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(content)["input_ids"][:_MAX_TOKENS]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = tokenizer(content)["input_ids"][:_MAX_TOKENS]
     length = min(model.config.max_position_embeddings, len(ids))
     if length < 2:
         raise UserError(f"{text} has {len(ids)} tokens; two or more are needed")
@@ -142,7 +144,7 @@ def _read_tokens(folder: Path, text: Path, model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def _sample_tokens(model: PreTrainedModel) -> Tensor:
+def _sample_tokens(model: Any) -> Tensor:
     """Let a model sample text after random tokens; return int64 [samples, length]."""
     set_seed(1234)
     length = min(_SAMPLED_TOKENS, model.config.max_position_embeddings)
@@ -152,7 +154,7 @@ def _sample_tokens(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def _mean_loss(model: PreTrainedModel, tokens: Tensor) -> float:
+def _mean_loss(model: Any, tokens: Tensor) -> float:
     """Return the mean loss over tokens [rows, length], in nats."""
     losses = [model(row[None], labels=row[None], use_cache=False).loss.item() for row in tokens]
     return sum(losses) / len(losses)
@@ -165,6 +167,6 @@ def _num_bytes(source: SafetensorsSource) -> int:
 def _mask_digest(original: SafetensorsSource, quantized: SafetensorsSource) -> str | None:
     """Return the digest of the routing mask of both models; both masks are verified."""
     masks = [read_mask(source, ROUTING_MASK_PREFIX) for source in (original, quantized)]
-    before, after = (mask and mask.digest for mask in masks)
+    before, after = (mask.digest if mask else None for mask in masks)
     assert before == after, f"quantization changed the routing mask from {before} to {after}"
     return before

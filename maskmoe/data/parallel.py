@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -10,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import chain, islice
 
-from maskmoe.child_process import end_with_parent
 from maskmoe.errors import RunFailure, UserError
 
 _TASKS_PER_WORKER = 16
@@ -70,8 +70,15 @@ def _start_worker() -> None:
     """Let a new worker react to the end of the calling process only, which ends its workers after a signal."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # The server, which is the worker's parent, ends with the calling process, however that process ends.
-    end_with_parent(os.getppid())
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+
+
+def _end_with_caller() -> None:
+    """End this worker when the calling process has ended, even if it was killed.
+
+    The kernel cannot signal that end: the worker's parent is the server, which lives as long as its workers.
+    """
     caller = multiprocessing.parent_process()
-    if caller is None or not caller.is_alive():
+    if caller is not None:
+        caller.join()
         os._exit(1)

@@ -167,10 +167,12 @@ class MaskMoEConfig(PreTrainedConfig):
         if self.has_experts and self.routing_mask is None:
             sizes = {"num_tables": 1, "num_rows": self.num_experts + 1, "metadata_bytes": 0}
             self.routing_mask = sizes | {"row_dtype": "int16"}
-        if self.has_latent_attention:  # replicated, as in transformers' DeepSeek-V3
-            self.base_model_tp_plan = dict(_TP_PLAN_OF_MLPS)
+        if self.has_latent_attention:  # transformers' DeepSeek-V3 does not divide attention either
+            plan = dict(_TP_PLAN_OF_MLPS)
+            self.base_model_tp_plan = plan  # pyrefly: ignore[read-only]  # transformers changes instances' plans, too
         elif self.qk_norm == "all_heads":
-            self.base_model_tp_plan = _TP_PLAN_OF_ALL_HEADS_NORM | _TP_PLAN_OF_MLPS
+            plan = _TP_PLAN_OF_ALL_HEADS_NORM | _TP_PLAN_OF_MLPS
+            self.base_model_tp_plan = plan  # pyrefly: ignore[read-only]
         super().__post_init__(**kwargs)
         self._check()
 

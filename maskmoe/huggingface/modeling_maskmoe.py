@@ -327,7 +327,8 @@ class MaskMoELatentAttention(DeepseekV3Attention):
             self.q_a_layernorm = norm(config.q_lora_rank)
         elif config.use_qk_norm:
             query_features = self.num_heads * self.qk_head_dim
-            self.q_proj = MaskMoENormedLinear(config.hidden_size, query_features, config.rms_norm_eps)
+            q_proj: Any = MaskMoENormedLinear(config.hidden_size, query_features, config.rms_norm_eps)
+            self.q_proj = q_proj
 
 
 class MaskMoEDecoderLayer(GradientCheckpointingLayer):

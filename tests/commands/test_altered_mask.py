@@ -59,7 +59,10 @@ def replace_by_zeros(tensors: dict) -> None:
 
 
 def replace_by_another_mask(tensors: dict) -> None:
-    tensors |= {PREFIX + name: tensor for name, tensor in mask_tensors(random_mask(seed=1)).items()}
+    others = (
+        {PREFIX + name: tensor for name, tensor in mask_tensors(random_mask(seed=n)).items()} for n in range(1, 999)
+    )
+    tensors |= next(other for other in others if all(other[name].shape == tensors[name].shape for name in other))
 
 
 CHANGES = [alter_row, alter_bits, alter_metadata, replace_by_zeros, replace_by_another_mask]

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from support.datasets import write_documents
 
+from maskmoe.child_process import is_alive
 from maskmoe.commands.registry import SUBCOMMANDS
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
@@ -151,7 +152,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_leaves_no_temporary_file(folder: Path, number: signal.Signals) -> None:
-    (folder / "large.txt").write_text(TEXT * 20_000)
+    (folder / "large.txt").write_text(f"{TEXT}\n" * 20_000)
     words = f"--input large.txt {TOKENIZE} --output-prefix out --workers 2 --shuffle-seed 1"
     process = subprocess.Popen(maskmoe_command("preprocess", *words.split()), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: list(folder.glob(".unshuffled*/.*.tmp")))
@@ -162,20 +163,18 @@ def test_a_signal_leaves_no_temporary_file(folder: Path, number: signal.Signals)
     assert process.returncode == 128 + number
     assert errors == ""
     assert not list(folder.glob(".*"))
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert alive == []
+    wait_until(lambda: not any(is_alive(child.pid) for child in children))
 
 
 def test_workers_end_with_a_killed_command(folder: Path) -> None:
-    (folder / "large.txt").write_text(TEXT * 20_000)
+    (folder / "large.txt").write_text(f"{TEXT}\n" * 20_000)
     words = f"--input large.txt {TOKENIZE} --output-prefix out --workers 2"
     process = subprocess.Popen(maskmoe_command("preprocess", *words.split()))
     wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 4)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert alive == []
+    wait_until(lambda: not any(is_alive(child.pid) for child in children))
 
 
 def test_a_signal_ends_the_training_of_a_tokenizer_at_once(folder: Path) -> None:

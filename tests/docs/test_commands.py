@@ -38,6 +38,20 @@ FOREIGN_FLAGS = {
     "mkdocs": {"--strict"},
     "sbatch": {"--array", "--dependency", "--exclusive", "--gpus-per-node", "--nodes", "--time"},
     "torchrun": {"--max-restarts", "--nproc-per-node", "--shutdown-timeout", "--standalone"},
+    "pip": set(),
+    "curl": {"--data", "--header", "--silent"},
+    "vllm": {
+        "--dtype",
+        "--enable-prompt-embeds",
+        "--kv-cache-memory-bytes",
+        "--load-format",
+        "--max-model-len",
+        "--model-impl",
+        "--pipeline-parallel-size",
+        "--served-model-name",
+        "--tensor-parallel-size",
+        "--trust-remote-code",
+    },
 }
 SHELL_COMMANDS = {"cp", "export", "mkdir", "source"}
 # The blocks of these pages that start with a command that takes seconds, and what the command prints.

@@ -267,7 +267,7 @@ def test_results_stay_as_they_were(analysed_series, workplace, monkeypatch, caps
     monkeypatch.chdir(workplace.folder)
     before = {path: path.read_bytes() for path in analysed_series.iterdir()}
     with pytest.raises(SystemExit):
-        run(*SERIES, "--output-dir", "series", "--seq-length", 33)
+        run(*SERIES, "--output-dir", "series", "--force", "--seq-length", 33)
     assert {path: path.read_bytes() for path in analysed_series.iterdir()} == before
     assert "--seq-length is 33" in capsys.readouterr().err
 

@@ -11,12 +11,9 @@ from typing import Any
 
 import pytest
 from support.launchers import kill_with_children
-from support.paths import ROOT, TESTS
+from support.paths import SERVING_BIN, SERVING_SCRIPTS
 from support.runs import free_port
 from support.waiting import wait_until
-
-BIN = ROOT / "build" / "serving" / "bin"
-SCRIPTS = TESTS / "serving"
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +27,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
-        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PATH": f"{SERVING_BIN}:{os.environ['PATH']}",
     }
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
 
@@ -40,7 +37,7 @@ def run_script(environment: dict[str, str]) -> Callable[..., subprocess.Complete
     """Return a function that runs a script of this folder with the Python of build/serving."""
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
-        command = [BIN / "python", SCRIPTS / name, *map(str, arguments)]
+        command = [SERVING_BIN / "python", SERVING_SCRIPTS / name, *map(str, arguments)]
         return subprocess.run(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=3000
         )
@@ -71,8 +68,9 @@ def serve(environment: dict[str, str], tmp_path: Path) -> Callable[..., Abstract
     @contextmanager
     def serve(folder: Path, *flags: str) -> Iterator[str]:
         port = free_port()
-        command = [BIN / "vllm", "serve", folder, "--served-model-name", "model", "--trust-remote-code"]
+        command = [SERVING_BIN / "vllm", "serve", folder, "--served-model-name", "model", "--trust-remote-code"]
         command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), *flags]
+        command += ["--kv-cache-memory-bytes", str(256 << 20)]
         log = tmp_path / "server.log"
         with open(log, "w") as stream:
             process = subprocess.Popen(

@@ -113,6 +113,16 @@ def test_a_model_without_its_mask_is_refused(answer_with_vllm, altered, names, e
     assert "the routing mask was never loaded" in found
 
 
+def test_an_altered_mask_is_refused(answer_with_vllm, altered) -> None:
+    tensors = load_file(altered / "model.safetensors")
+    rows = tensors["model.routing_mask.row_of_id"]
+    tensors["model.routing_mask.row_of_id"] = rows.roll(1, dims=1)
+    save_file(tensors, altered / "model.safetensors", {"format": "pt"})
+    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS)["altered"]
+    assert isinstance(found, str)
+    assert "the routing mask was damaged or altered" in found
+
+
 def test_weights_that_were_never_loaded_are_refused(answer_with_vllm, altered) -> None:
     found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS, load_format="dummy")["altered"]
     assert isinstance(found, str)

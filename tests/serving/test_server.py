@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.paths import ROOT, python_path
+from support.paths import ROOT, SERVING_BIN, SERVING_SCRIPTS, python_path
 from support.served_models import make_served_model, random_prompts, save_model, transformers_answer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support.tiny_maskmoe import VOCAB_SIZE
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]
 
@@ -38,13 +41,11 @@ def quickstart_model(tmp_path_factory) -> Path:
 
 def ask(environment: dict[str, str], address: str, requests: list[list[dict]], folder: Path) -> list[list[dict]]:
     """Send the requests of several clients at the same time, each client in its own process; return the answers."""
-    from conftest import BIN, SCRIPTS
-
     clients = []
     for number, of_client in enumerate(requests):
         files = folder / f"requests_{number}.json", folder / f"answers_{number}.json"
         files[0].write_text(json.dumps(of_client))
-        command = [BIN / "python", SCRIPTS / "ask_server.py", address, *files]
+        command = [SERVING_BIN / "python", SERVING_SCRIPTS / "ask_server.py", address, *files]
         clients.append((subprocess.Popen(command, env=environment), files[1]))
     assert [client.wait(1800) for client, _ in clients] == [0] * len(clients)
     return [json.loads(answers.read_text()) for _, answers in clients]
@@ -83,9 +84,12 @@ def test_two_clients_get_the_text_of_transformers(serve, environment, quickstart
 def test_tensor_parallel_server(setting, serve, environment, tmp_path) -> None:
     model = make_served_model(setting)
     folder = save_model(model, tmp_path / "model")
+    # A server needs a tokenizer, although the prompts are ids.
+    words = Tokenizer(WordLevel({str(number): number for number in range(VOCAB_SIZE)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     prompts = random_prompts(16, longest=40)
     requests = [{"prompt": prompt, "max_tokens": 8} for prompt in prompts]
-    with serve(folder, "--max-model-len", "64", "--skip-tokenizer-init", "--tensor-parallel-size", "2") as address:
+    with serve(folder, "--max-model-len", "64", "--enforce-eager", "--tensor-parallel-size", "2") as address:
         (answers,) = ask(environment, address, [requests], tmp_path)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["tokens"] == transformers_answer(model, prompt, 8).tokens

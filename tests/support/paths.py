@@ -7,6 +7,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 BENCHMARKS = ROOT / "tools" / "benchmarks"
 RANK_SCRIPTS = TESTS / "support" / "ranks"
+SERVING_SCRIPTS = TESTS / "serving"
+SERVING_BIN = ROOT / "build" / "serving" / "bin"
 
 
 def python_path(*folders: Path) -> str:

@@ -65,7 +65,7 @@ def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answers to a prompt.
+    """The answer of a model to a prompt.
 
     Attributes:
         tokens: the ids of the greedy continuation.
