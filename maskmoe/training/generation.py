@@ -56,7 +56,8 @@ def tokenize_prompt(args: argparse.Namespace, prompt: str) -> list[int]:
     """Return the token ids of a prompt, at least one.
 
     Raises:
-        UserError: The tokenizer refuses the prompt, the prompt has no token, or the text would be longer than the model's positions.
+        UserError: The tokenizer refuses the prompt, the prompt has no token, or the text would be longer than the
+            model's positions.
     """
     try:
         prompt_ids = get_tokenizer().tokenize(prompt)
