@@ -1,4 +1,4 @@
-"""Where the prompts of text generation come from: the command line, a file, or a person who types them."""
+"""Takes the prompts of text generation from the command line, a file, or a person who types them."""
 
 import json
 import queue

@@ -103,5 +103,5 @@ class EventHistory:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """Return the event files in a folder, in the order in which they were begun; none if there is no folder."""
+    """Return the event files in a folder, in the order in which they were begun; the folder need not exist."""
     return sorted(folder.glob(_PATTERN))

@@ -6,7 +6,7 @@ OWN_TEXT = "maskmoe/"
 """Beginning of the tags of the texts that MaskMoE writes to TensorBoard; the page shows them as settings."""
 
 Facts = dict[str, str]
-"""What a setting is called, and its value."""
+"""The values of settings by the names that the page gives them."""
 
 
 class Arguments:

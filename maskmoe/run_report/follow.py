@@ -5,6 +5,7 @@ last time and ends the program. If the training is killed, the program notices t
 cannot be written, the program prints one line of warning and continues.
 """
 
+import logging
 import os
 import select
 import sys
@@ -66,6 +67,7 @@ def main() -> None:
     """Follow the run whose event folder, name and page are on the command line."""
     events, name, path = sys.argv[1:]
     os.nice(19)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no notices of its font cache
     parent = os.getppid()
     follower = Follower(Path(events), name, Path(path))
     while True:

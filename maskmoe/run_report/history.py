@@ -77,7 +77,7 @@ class Series:
 
 @dataclass
 class History:
-    """What a run has logged. Iterations that are repeated after a resume replace the earlier ones.
+    """The records of a run. Iterations that are repeated after a resume replace the earlier ones.
 
     Attributes:
         series: scalars by tag.

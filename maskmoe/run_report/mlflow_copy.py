@@ -4,9 +4,7 @@ import re
 from collections import deque
 from itertools import batched
 from pathlib import Path
-
-from mlflow import MlflowClient  # pyrefly: ignore[missing-import]  # users who want MLflow install it
-from mlflow.entities import Metric, Param  # pyrefly: ignore[missing-import]
+from typing import Any
 
 from maskmoe.outputs import atomic_output
 from maskmoe.run_report.events import EventFolder, Scalar
@@ -26,13 +24,13 @@ class MlflowCopy:
     """The MLflow run that belongs to a run folder; it is made when there is none yet.
 
     Args:
-        client: MLflow's client.
+        client: an `mlflow.MlflowClient`.
         run_folder: the run folder, which keeps the id of the MLflow run.
         events: the event files.
         experiment: name of the MLflow experiment, which is made if it does not exist.
     """
 
-    def __init__(self, client: MlflowClient, run_folder: Path, events: EventFolder, experiment: str) -> None:
+    def __init__(self, client: Any, run_folder: Path, events: EventFolder, experiment: str) -> None:
         self._client, self._events = client, events
         self._unsent: deque[Scalar] = deque()
         self._texts: dict[str, str] = {}
@@ -44,6 +42,8 @@ class MlflowCopy:
 
         An iteration that MLflow has already is not sent again, even if a resumed run has repeated the iteration.
         """
+        from mlflow.entities import Metric  # pyrefly: ignore[missing-import]  # users who want MLflow install it
+
         for _, event in self._events.read_new():
             if isinstance(event, Scalar):
                 self._unsent.append(event)
@@ -69,6 +69,8 @@ class MlflowCopy:
         return number
 
     def _send_parameters(self) -> None:
+        from mlflow.entities import Param  # pyrefly: ignore[missing-import]
+
         # MLflow does not let a parameter change, so the values of the first start stay.
         known = self._client.get_run(self.run_id).data.params
         new = [Param(name, text) for name, text in self._texts.items() if name not in known]

@@ -64,9 +64,13 @@ def tokenize_prompt(args: argparse.Namespace, prompt: str) -> list[int]:
     """Return the token ids of a prompt, at least one.
 
     Raises:
-        UserError: The prompt has no token, or the text would be longer than the model's positions.
+        UserError: The tokenizer refuses the prompt, the prompt has no token, or the text would be longer than the
+            model's positions.
     """
-    prompt_ids = get_tokenizer().tokenize(prompt)
+    try:
+        prompt_ids = get_tokenizer().tokenize(prompt)
+    except ValueError as error:  # NullTokenizer takes numbers only
+        raise UserError(f"the tokenizer refuses the prompt: {error}") from error
     if not prompt_ids:
         raise UserError("the prompt is empty")
     if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:

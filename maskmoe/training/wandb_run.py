@@ -22,7 +22,7 @@ def wandb_defaults(args: Namespace) -> dict[str, Any]:
     takes the id of the run from the run folder, or makes an id, unless `WANDB_RUN_ID` is set.
 
     Raises:
-        UserError: The package is not installed, or there is no folder for its files.
+        UserError: The package is not installed, or the run has no folder.
     """
     if not getattr(args, "wandb_project", None):
         return {}

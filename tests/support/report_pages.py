@@ -81,17 +81,26 @@ def logged_values(log: str) -> Iterator[tuple[int, str, float]]:
             yield int(match[1]), "validation", float(match[2])
 
 
-def check_page(path: Path, log: str) -> dict[int, dict[str, str]]:
-    """Check that a page has the values of a log, and return the values of the page.
+def check_page(path: Path, *logs: str) -> dict[int, dict[str, str]]:
+    """Check that a page has the values of a run's logs, and return the values of the page.
 
     Args:
         path: the page.
-        log: all that the run printed, over all its starts. Later values replace earlier ones.
+        logs: what each start of the run printed. Values of a later start replace earlier ones.
     """
     page = Page(path)
     page.assert_self_contained()
     columns = {"lm loss": "loss", "learning rate": "learning rate", "grad norm": "gradient norm"}
-    logged = {(step, columns.get(name, "held-out loss")): value for step, name, value in logged_values(log)}
+    logged = {}
+    for log in logs:
+        first: float | None = None
+        for number, (step, name, value) in enumerate(logged_values(log)):
+            logged[step, columns.get(name, "held-out loss")] = value
+            if name == "lm loss" and number < 3:
+                first = value
+            elif name == "lm loss" and first is not None:
+                # In the second line of a start, Megatron prints the mean of two iterations.
+                logged[step, "loss"], first = 2 * value - first, None
     assert logged
     for (step, column), value in logged.items():
         # The log has three decimals of the gradient's norm, and the page has six digits.

@@ -160,7 +160,7 @@ def test_text_ends_where_its_reader_stops_it(continue_prompts):
 
 @pytest.mark.slow
 def test_prompts_of_a_file_and_of_a_person(workplace, start_by_name):
-    """Two ranks continue the prompts that a person types, one of which is too long."""
+    """Two ranks continue the prompts that a person types, two of which are refused."""
     checkpoints = start_by_name("start").result().checkpoints
     folder = workplace.folder / "samples" / "prompts"
     folder.mkdir(parents=True)
@@ -177,7 +177,7 @@ def test_prompts_of_a_file_and_of_a_person(workplace, start_by_name):
     words = [sys.executable, "-m", "maskmoe", "generate", "--nproc-per-node", "2", "--interactive", *load]
     typed = subprocess.run(
         [*words, "--expert-model-parallel-size", "2"],
-        input="1 2 3\n" + "1 " * 40 + "\n5 6 7 8 9\n",
+        input="\n".join(["1 2 3", " ".join(["1"] * 40), "a word", "5 6 7 8 9"]) + "\n",
         capture_output=True,
         text=True,
         timeout=200,
@@ -186,4 +186,5 @@ def test_prompts_of_a_file_and_of_a_person(workplace, start_by_name):
     assert typed.returncode == 0, typed.stderr
     for prompt in ("1 2 3", "5 6 7 8 9"):
         assert f"\n{of_file[prompt]}\n" in typed.stdout
+    assert "error: the tokenizer refuses the prompt: invalid literal" in typed.stderr
     assert "error: 40 prompt tokens and 6 new ones exceed the model's 32 positions" in typed.stderr
