@@ -64,7 +64,7 @@ _FUNCTION_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class ChangedSettings:
-    """What a run changes of the run that saved its checkpoint.
+    """The differences between a run and the run that saved its checkpoint.
 
     Attributes:
         errors: the changes with which the run would fail, or that it would ignore; one line each.
