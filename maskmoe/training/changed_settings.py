@@ -87,7 +87,7 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     Raises:
         UserError: Megatron refuses the schedule of the run; or a dataset cannot be read.
     """
-    if args.skip_train:
+    if args.skip_train or args.step_batch_size_schedule is not None:
         return ChangedSettings()
     schedule = schedule_of(args)
     iteration = None if checkpoint is None else iteration_of(checkpoint)

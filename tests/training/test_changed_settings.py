@@ -52,6 +52,8 @@ REFUSED_SCHEDULES = {
     "--lr-warmup-iters 30": "--lr-warmup-iters 30 must be less than --train-iters 21",
     "--lr-warmup-iters 5 --lr-decay-iters 5": "--lr-warmup-iters 5 must be less than --lr-decay-iters 5",
     f"{OVERRIDE} {KEEP}": "pass one of the two",
+    "--lr-warmup-iters 0 --lr-warmup-fraction 1.5": "Megatron refuses the schedule .*: assert self.lr_warmup_steps <",
+    "--lr-decay-style WSD": "Megatron refuses the schedule .*: assert self.wsd_decay_steps is not None",
 }
 # Changes that take effect, and parts of the notes.
 NOTES = {
