@@ -138,16 +138,16 @@ class Inspection:
                     model = count_parameters(validated, config, mask)
                 memory = compute_memory(validated, config.transformer, model) if divides else None
         # What is missing comes last.
-        missing: tuple[MissingInput, ...] = ()
+        inputs: tuple[MissingInput, ...] = ()
         if not self._has_unreadable_layers():
-            missing = tuple(missing_inputs(args, assumed_size or vocab_size or 0, checkpoint is not None))
+            inputs = tuple(missing_inputs(args, assumed_size or vocab_size or 0, checkpoint is not None))
         if mask is None and args.num_experts and model is not None:
             self._notes.append(
                 f"without a routing mask, the report assumes that each token uses {args.moe_router_topk} experts "
                 "(--moe-router-topk); a token with fewer visible experts uses fewer"
             )
         errors, notes = (tuple(dict.fromkeys(lines)) for lines in (self._errors, self._notes))
-        return Report(errors, notes, layout if divides else None, model, memory, missing)
+        return Report(errors, notes, layout if divides else None, model, memory, inputs)
 
     def _parse(self, **defaults: Any) -> Namespace:
         """Parse the command line of this process.

@@ -96,7 +96,11 @@ class Report:
                 "exact": list(EXACT),
                 "not_modelled": list(self.memory.not_modelled),
             }
-        findings = {"can_start": not self.errors, "errors": list(self.errors), "notes": list(self.notes)}
+        findings: dict[str, Any] = {
+            "can_start": not self.errors,
+            "errors": list(self.errors),
+            "notes": list(self.notes),
+        }
         findings["missing"] = [missing._asdict() | {"commands": list(missing.commands)} for missing in self.missing]
         return findings | {"layout": layout, "layers": layers, "parameters": parameters, "memory": memory}
 

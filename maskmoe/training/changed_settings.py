@@ -64,7 +64,7 @@ _FUNCTION_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class ChangedSettings:
-    """What a run changes of the run that saved its checkpoint.
+    """The differences between a run and the run that saved its checkpoint.
 
     Attributes:
         errors: the changes with which the run would fail, or that it would ignore; one line each.
@@ -87,7 +87,7 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     Raises:
         UserError: Megatron refuses the schedule of the run; or a dataset cannot be read.
     """
-    if args.skip_train:
+    if args.skip_train or args.step_batch_size_schedule is not None:
         return ChangedSettings()
     schedule = schedule_of(args)
     iteration = None if checkpoint is None else iteration_of(checkpoint)
@@ -102,9 +102,7 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     if args.override_ckpt_iteration is not None:
         iteration = args.override_ckpt_iteration
     resumption = _Resumption(args, checkpoint, saved, state.get("opt_param_scheduler"), schedule, iteration)
-    return ChangedSettings(
-        tuple(resumption.errors()), tuple(resumption.notes()), args.train_iters is not None and resumption.is_complete
-    )
+    return ChangedSettings(tuple(resumption.errors()), tuple(resumption.notes()), resumption.is_complete)
 
 
 def schedule_of(args: Namespace) -> OptimizerParamScheduler:
@@ -179,7 +177,7 @@ class _Resumption:
     def errors(self) -> Iterator[str]:
         """Yield an error for each change with which the run would fail, or that the run would ignore."""
         args = self.args
-        if args.no_load_optim:
+        if args.no_load_optim or self.state is None:
             return
         precision = () if args.use_distributed_optimizer else _PRECISION_ARGUMENTS
         if changed := self._changes((*_OPTIMIZER_ARGUMENTS, *precision)):
@@ -297,8 +295,7 @@ class _Resumption:
         """Return the schedule of the checkpoint."""
         schedule = copy(self.schedule)
         vars(schedule).update(self.state or {})
-        for name in _NOT_SAVED_BY_SCHEDULER[3:]:
-            setattr(schedule, name, getattr(self.saved, name, None))
+        schedule.lr_wsd_decay_style = getattr(self.saved, "lr_wsd_decay_style", None)
         if (iterations := getattr(self.saved, "lr_wsd_decay_iters", None)) is not None:
             schedule.wsd_decay_steps = iterations * self.saved.global_batch_size
         return schedule

@@ -13,7 +13,7 @@ from maskmoe.data.indexed_dataset import read_index
 
 # Megatron shuffles the last epoch by itself if the run reads less than this share of its samples.
 _SEPARATE_BELOW = 0.8
-# Of a dataset in a blend, Megatron prepares this share of samples more than the run reads.
+# Megatron prepares this share of samples more than the run reads of each dataset in a blend.
 _SURPLUS = 0.005
 
 

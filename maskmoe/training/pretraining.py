@@ -120,7 +120,7 @@ def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
     args = parse_and_check_args(add_pretraining_arguments)
-    if args.is_complete:
+    if vars(args).pop("is_complete"):
         return
     let_signals_save = save_on_signals(args)
     ranks = RankStore.from_environment()

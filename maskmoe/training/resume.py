@@ -31,7 +31,7 @@ _MODEL_ARGUMENTS = (
     *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
     *("num_experts", "moe_ffn_hidden_size", "moe_router_enable_expert_bias", "moe_latent_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
-    *("position_embedding_type", "untie_embeddings_and_output_weights"),
+    *("position_embedding_type", "max_position_embeddings", "untie_embeddings_and_output_weights"),
     *_LATENT_SIZES,
 )
 # Formats in which the distributed optimizer saves its state in the order of a model's parameters, without their names.
@@ -196,7 +196,9 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
         for name in ((*_LAYER_ARGUMENTS, *_MODEL_ARGUMENTS) if pattern is None else _MODEL_ARGUMENTS)
         if hasattr(saved, name)
         and getattr(saved, name) != getattr(args, name, None)
-        and (name != "num_query_groups" or args.group_query_attention)  # its value is arbitrary otherwise
+        # The values of these arguments are arbitrary otherwise.
+        and (name != "num_query_groups" or args.group_query_attention)
+        and (name != "max_position_embeddings" or args.position_embedding_type == "learned_absolute")
     ]
     if differences:
         raise UserError(f"checkpoint {checkpoint} holds another model: {'; '.join(differences)}")

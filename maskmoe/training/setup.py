@@ -119,7 +119,7 @@ def parse_and_check_args(
         raise UserError(error)
     for note in changed.notes:
         console.say(f"note: {note}")
-    args.is_complete = changed.is_complete
+    args.is_complete = changed.is_complete  # for the entry point, not for checkpoints
     return args
 
 

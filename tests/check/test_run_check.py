@@ -24,6 +24,7 @@ from support.runs import free_port
 from maskmoe.check.command import requested_check
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import MemoryReport, StageMemory
+from maskmoe.check.missing import MissingInput
 from maskmoe.check.parameters import PARTS, Chunk, ExpertUse, ModelParameters
 from maskmoe.check.report import Report
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
@@ -521,8 +522,19 @@ def test_all_errors_at_once(check, working_folder):
     (error,) = [error for error in errors if "24 ranks" in error]
     assert "20 or 30 ranks would fit" in error
     assert report["notes"] == ["--load no_checkpoint holds no checkpoint: training starts from the beginning"]
-    assert report["layout"] is None
+    assert (report["layout"], report["can_start"], report["missing"]) == (None, False, [])
     assert files_and_times(working_folder) == before
+
+
+def test_missing_inputs_are_errors_that_come_last():
+    missing = MissingInput("dataset", "--data-path P", ("maskmoe preprocess", "maskmoe count"))
+    report = Report(("an error",), missing=(missing,))
+    line = "no dataset: pass --data-path P, made by: maskmoe preprocess && maskmoe count"
+    assert report.errors == ("an error", line)
+    assert "missing       dataset: the run cannot start yet" in report.to_text()
+    content = report.to_json()
+    assert (content["can_start"], content["errors"]) == (False, ["an error", line])
+    assert content["missing"] == [{"what": "dataset", "flags": "--data-path P", "commands": [*missing.commands]}]
 
 
 def files_and_times(folder: Path) -> dict[Path, int]:

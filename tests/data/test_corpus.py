@@ -195,18 +195,19 @@ def test_prose_and_source_are_recognised(name: str) -> None:
 
 def test_default_corpus_leaves_files_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda: dict.fromkeys(("stdlib", "purelib", "platlib"), str(tmp_path)))
+    source = SOURCE[: 1 << 14]
     (tmp_path / "package" / "__pycache__").mkdir(parents=True)
-    (tmp_path / "a.py").write_text(SOURCE)
+    (tmp_path / "a.py").write_text(source)
     (tmp_path / "package" / "b.md").write_text("Words, one after the other.\n" * 12)
-    (tmp_path / "same.py").write_text(SOURCE)
+    (tmp_path / "same.py").write_text(source)
     (tmp_path / "tiny.py").write_text("x = 1\n")
-    (tmp_path / "huge.py").write_text(SOURCE * 5)
+    (tmp_path / "huge.py").write_text(source * 5)
     (tmp_path / "numbers.txt").write_text(table_of_digits(20))
-    (tmp_path / "latin.txt").write_bytes(SOURCE.encode() + b"\xe9")
-    (tmp_path / "binary.so").write_text(SOURCE + "1")
-    (tmp_path / "package" / "__pycache__" / "c.py").write_text(SOURCE + "2")
+    (tmp_path / "latin.txt").write_bytes(source.encode() + b"\xe9")
+    (tmp_path / "binary.so").write_text(source + "1")
+    (tmp_path / "package" / "__pycache__" / "c.py").write_text(source + "2")
     assert [document.path for document in default_corpus(1 << 20)] == ["a.py", "package/b.md"]
-    assert [document.path for document in default_corpus(len(SOURCE.encode()))] == ["a.py"]
+    assert [document.path for document in default_corpus(len(source.encode()))] == ["a.py"]
 
 
 def test_make_corpus(tmp_path: Path) -> None:

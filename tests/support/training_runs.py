@@ -149,7 +149,7 @@ RUNS = {
     "schedule of the checkpoint": Run(
         f"{DROPOUT} {FROM_7} --lr 1e-3 --weight-decay 0.5 --use-checkpoint-opt-param-scheduler", continues="fp32"
     ),
-    "shortened": Run(f"{DROPOUT} {FROM_7} --train-iters 9 --override-opt-param-scheduler", continues="fp32"),
+    "shortened": Run(f"{DROPOUT} {FROM_7} --train-iters 18 --override-opt-param-scheduler", continues="fp32"),
     "bf16": Run(f"--bf16 {DROPOUT} {UNTIL_12}", saves=True),
     "bf16, resumed": Run(f"--bf16 {DROPOUT} {FROM_7}", continues="bf16"),
     "fp32, distributed optimizer": Run(f"{DISTRIBUTED} {DROPOUT} {UNTIL_12}", ranks=2, saves=True),

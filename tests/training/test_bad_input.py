@@ -76,7 +76,14 @@ MORE_CASES = {
         ["--tokenizer-model nowhere does not exist"],
     ),
     "setting without support": ("--moe-router-fusion", MASK, ["--moe-router-fusion"]),
-    "setting that Megatron refuses": ("--pipeline-model-parallel-size 3", MASK, ["world size (1)"]),
+    "setting that Megatron refuses": ("--pipeline-model-parallel-size 2", MASK, ["world size (1)"]),
+    "layers that stages do not divide": ("--pipeline-model-parallel-size 3", MASK, ["--num-layers 4 is not divisible"]),
+    "two kinds of attention": (
+        "--hybrid-layer-pattern *E*E/+E",
+        MASK,
+        ["attention (*) and multi-latent attention (+)"],
+    ),
+    "stages of one rank": ("--hybrid-layer-pattern *E|*E", MASK, ["--pipeline-model-parallel-size is 1: leave | out"]),
     "lost checkpoint": ("--load bad/checkpoint", MASK, ["bad/checkpoint/iter_0000007"]),
     "save into a file": ("--save bad/ours.model/save", MASK, ["--save", "ours.model is not a folder"]),
 }

@@ -1,4 +1,4 @@
-"""What a run says about settings that differ from the checkpoint's, and what a run with such settings does.
+"""A run whose settings differ from the checkpoint's says so, and does what it says.
 
 The checkpoint is from iteration 7 of a run of 21 iterations with 8 samples each, and a cosine schedule from 2e-3 to
 2e-4 with 3 iterations of warm-up.
@@ -52,11 +52,13 @@ REFUSED_SCHEDULES = {
     "--lr-warmup-iters 30": "--lr-warmup-iters 30 must be less than --train-iters 21",
     "--lr-warmup-iters 5 --lr-decay-iters 5": "--lr-warmup-iters 5 must be less than --lr-decay-iters 5",
     f"{OVERRIDE} {KEEP}": "pass one of the two",
+    "--lr-warmup-iters 0 --lr-warmup-fraction 1.5": "Megatron refuses the schedule .*: assert self.lr_warmup_steps <",
+    "--lr-decay-style WSD": "Megatron refuses the schedule .*: assert self.wsd_decay_steps is not None",
 }
 # Changes that take effect, and parts of the notes.
 NOTES = {
-    f"--lr 1e-3 {OVERRIDE}": ["the learning rate was 0.0018 in the checkpoint and is 0.000852 in iteration 8"],
-    f"--train-iters 10 {OVERRIDE}": ["0.000542 in iteration 8, 0.0002 in the last, 10"],
+    f"--lr 1e-3 {OVERRIDE}": ["the learning rate was 0.00179 in the checkpoint and is 0.000857 in iteration 8"],
+    f"--train-iters 10 {OVERRIDE}": ["0.000539 in iteration 8, 0.0002 in the last, 10"],
     f"--global-batch-size 16 {OVERRIDE}": ["schedules count samples", "--global-batch-size 8 in the checkpoint, 16"],
     f"--train-iters 30 {KEEP}": ["the checkpoint's schedule of the learning rate is kept", "0.0002 in the last, 30"],
     "--no-load-optim --lr 1e-3": ["a new optimizer continues at iteration 7", "begins anew"],
@@ -179,11 +181,12 @@ def test_kept_schedule_ignores_the_command_line(runs):
 
 @pytest.mark.runs("fp32", "shortened")
 def test_shortened_run_has_the_same_data_and_an_earlier_end(runs):
-    """The first loss does not depend on the learning rate that it leads to."""
+    """The first loss does not depend on the new learning rate. The number of epochs stays the same."""
     unchanged, shortened = runs
-    assert shortened.iterations == [8, 9]
+    assert shortened.iterations == list(range(8, 13))
     assert shortened.curves["lm loss"][8] == unchanged.curves["lm loss"][8]
-    expected = {iteration: cosine(iteration, 2e-3, 2e-4, 9) for iteration in (8, 9)}
+    assert shortened.curves["lm loss"][10] != unchanged.curves["lm loss"][10]
+    expected = {iteration: cosine(iteration, 2e-3, 2e-4, 18) for iteration in range(8, 13)}
     assert rates_of(shortened) == pytest.approx(expected, rel=1e-5)
 
 

@@ -295,7 +295,8 @@ def test_settings_without_flags_are_taken_from_the_checkpoint(runs, parse, monke
 @pytest.mark.runs(SAVED)
 def test_optimizer_state_of_the_other_implementation_needs_names(runs, parse, monkeypatch):
     (run,) = runs
-    args = parse(f"--load {run.checkpoints} --use-distributed-optimizer")
+    args = parse(f"--load {run.checkpoints} --use-distributed-optimizer --no-load-optim")
+    args = replace_fields(args, no_load_optim=False)
     saved = replace_fields(args, transformer_impl="transformer_engine")
     formats = iter(("fully_reshardable", "dp_reshardable", "dp_reshardable", "dp_reshardable"))
 
@@ -362,7 +363,8 @@ def test_bounds_of_stages_are_taken_from_a_checkpoint_if_they_fit(stages, evalua
 @pytest.mark.runs(SAVED)
 def test_optimizer_state_of_a_gpt_model_needs_names(runs, parse, monkeypatch):
     (run,) = runs
-    saved = parse(f"--load {run.checkpoints} --use-distributed-optimizer")
+    saved = parse(f"--load {run.checkpoints} --use-distributed-optimizer --no-load-optim")
+    saved = replace_fields(saved, no_load_optim=False)
     args = replace_fields(saved, hybrid_layer_pattern="*E*E*E*E", num_layers=8)
     state = {"args": saved, "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}}
     monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: state)
