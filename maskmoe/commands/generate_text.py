@@ -36,16 +36,21 @@ def main() -> None:
 
     # Only now, since these imports take seconds and `--help` does not need them.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import set_seed
 
-    import maskmoe.huggingface  # noqa: F401 (registers the model)
+    from maskmoe.exported_model import load_exported_model
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", local_files_only=True)
+    model, tokenizer = load_exported_model(arguments.model)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if prompt["input_ids"].shape[1] == 0:
         raise UserError("--prompt is empty")
+    length, most = prompt["input_ids"].shape[1] + arguments.max_new_tokens, model.config.max_position_embeddings
+    if length > most:
+        raise UserError(
+            f"--prompt has {length - arguments.max_new_tokens} tokens, which together with --max-new-tokens "
+            f"{arguments.max_new_tokens} exceed the model's {most} positions"
+        )
     set_seed(arguments.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if arguments.temperature > 0:

@@ -26,7 +26,7 @@ from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.errors import UserError
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
-from maskmoe.json_files import read_json, write_record
+from maskmoe.json_files import check_finite, read_json, write_record
 from maskmoe.routing_mask.mask import RoutingMask
 
 # Files beside an exported model with the data that only Megatron needs.
@@ -47,6 +47,7 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         UserError: the model cannot be read, its family is unknown, or its tensors do not match its configuration.
     """
     config = read_json(folder / CONFIG_FILE)
+    check_finite(config, folder / CONFIG_FILE)
     if config.get("model_type") != MaskMoEConfig.model_type:
         return open_huggingface(folder, mask)
     if mask is not None:
@@ -60,8 +61,27 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         source = JoinedSource(source, mtp)
     if has_safetensors(folder, _PADDING_FILE):
         source = JoinedSource(source, SafetensorsSource(folder, _PADDING_FILE))
-    args = Namespace(**read_json(folder / _ARGS_FILE)) if (folder / _ARGS_FILE).exists() else None
-    return OpenedModel(source, config, args)
+    return OpenedModel(source, config, _read_args(folder / _ARGS_FILE))
+
+
+def _read_args(path: Path) -> Namespace | None:
+    """Return Megatron's arguments of an exported model; None for a model that was never Megatron's.
+
+    Raises:
+        UserError: the file is damaged, or lacks an argument that describes a model.
+    """
+    if not path.exists():
+        return None
+    values = read_json(path)
+    check_finite(values, path)
+    expected = {"num_layers": int, "hidden_size": int, "padded_vocab_size": int, "tokenizer_type": str}
+    for name, kind in expected.items():
+        if not isinstance(values.get(name), kind):
+            raise UserError(
+                f"{path} is damaged: {name} must be of type {kind.__name__}, not {values.get(name)!r}; export the "
+                "model again"
+            )
+    return Namespace(**values)
 
 
 def write_huggingface(
