@@ -90,6 +90,12 @@ def _describing_paths() -> Iterator[None]:
     """
     try:
         yield
+    except UnicodeEncodeError as error:
+        # Python writes a byte that is no UTF-8 as a surrogate; text files and JSON cannot hold it.
+        word = next(filter(_has_surrogates, sys.argv[1:]), None)
+        if word is None:
+            raise
+        raise UserError(f"{word!a} on the command line is not valid UTF-8: rename the file") from error
     except OSError as error:
         if "RANK" in os.environ:
             raise
@@ -100,6 +106,10 @@ def _describing_paths() -> Iterator[None]:
         if path is None:
             raise
         raise UserError(f"cannot use {path}: {error.strerror}") from error
+
+
+def _has_surrogates(word: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def _path_of_command_line(error: OSError, words: Sequence[str]) -> str | None:

@@ -53,7 +53,7 @@ def load_exported_model(folder: Path) -> tuple[Any, Any]:
         if names := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
             raise UserError(f"the model in {folder} has weights that are NaN or infinite: {_list(names)}")
     with reading(f"the tokenizer in {folder}", advice):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
         num_ids = len(tokenizer)
     if num_ids > model.config.vocab_size:
         raise UserError(

@@ -25,6 +25,7 @@ from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.errors import UserError
+from maskmoe.foreign_libraries import reading
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
 from maskmoe.json_files import check_finite, read_json, write_record
 from maskmoe.routing_mask.mask import RoutingMask
@@ -52,9 +53,11 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         return open_huggingface(folder, mask)
     if mask is not None:
         raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
-    config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
+    with reading(f"{folder / CONFIG_FILE} does not describe a model: it", "export the model again"):
+        config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
+        shapes = tensor_shapes(config)
     source: TensorSource = SafetensorsSource(folder)
-    check_tensors(source.tensors, tensor_shapes(config), str(folder))
+    check_tensors(source.tensors, shapes, str(folder))
     if mtp_shapes := mtp_tensor_shapes(config):
         mtp = SafetensorsSource(folder, MTP_FILE)
         check_tensors(mtp.tensors, mtp_shapes, str(folder / MTP_FILE))

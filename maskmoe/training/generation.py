@@ -11,6 +11,7 @@ from tqdm import tqdm
 from maskmoe import ranges
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.training.prompt_ids import tokenize_text
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args, write_on_first_rank
 
 
@@ -70,16 +71,8 @@ def generate(args: argparse.Namespace, model: torch.nn.Module, prompt_ids: list[
         args: Megatron's arguments and the arguments of generation.
         model: This rank's part of the model.
         prompt_ids: Token ids of the prompt, at least one.
-
-    Raises:
-        UserError: The text would be longer than the model's positions.
     """
     tokenizer = get_tokenizer()
-    if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:
-        raise UserError(
-            f"{len(prompt_ids)} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
-            f"{args.max_position_embeddings} positions; lower --max-new-tokens"
-        )
     model.eval()
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.tensor([prompt_ids], device=torch.cuda.current_device())  # [1, sequence]
@@ -101,9 +94,14 @@ def main() -> None:
     """Generate as the command line says."""
     args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False)
     check_generation(args)
-    prompt_ids = get_tokenizer().tokenize(args.prompt)
+    prompt_ids = tokenize_text(args.prompt)
     if not prompt_ids:
         raise UserError("--prompt is empty")
+    if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:
+        raise UserError(
+            f"{len(prompt_ids)} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
+            f"{args.max_position_embeddings} positions; lower --max-new-tokens"
+        )
     with leaving_process_groups():
         text = get_tokenizer().detokenize(generate(args, load_model(args), prompt_ids))
         print_rank_0(text)

@@ -23,7 +23,7 @@ from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.failures import DataFiles, handling_early_ends, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
-from maskmoe.training.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
@@ -94,6 +94,7 @@ def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
     args = parse_and_check_args(add_pretraining_arguments)
+    check_launched()
     let_signals_save = save_on_signals(args)
     ranks = RankStore.from_environment()
     watchdog = Watchdog(ranks, hang_timeout(args))

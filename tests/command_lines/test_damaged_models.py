@@ -224,7 +224,8 @@ ROUTING_DAMAGES = {
 def test_analysis_of_a_damaged_model(damaged, workshop):
     models = [damaged(damage) for damage in ROUTING_DAMAGES.values()]
     common = ["--data-path", "data", "--output-dir", "OUT"]
-    refuse_all(workshop, [(["analyze", "--load", str(model), *common], [str(model)]) for model in models])
+    cases = [(["analyze", "--load", str(model), *common], [str(model)]) for model in models]
+    refuse_all(workshop, cases, after_progress=True)
 
 
 def with_arguments(content: str) -> Damage:
@@ -241,7 +242,7 @@ def test_conversion_of_a_damaged_model(damaged, workshop):
     contents = ["{}", "[]", "3", '{"num_layers": "two"}', '{"rank": 0, "tokenizer_type": [1]}', "{"]
     models = [damaged(damage) for damage in (*ROUTING_DAMAGES.values(), *map(with_arguments, contents))]
     command = ["convert", "hf-to-megatron", "--save", "OUT", "--load"]
-    refuse_all(workshop, [([*command, str(model)], []) for model in models])
+    refuse_all(workshop, [([*command, str(model)], []) for model in models], after_progress=True)
 
 
 TOKENIZER_DAMAGES = {
