@@ -1,5 +1,7 @@
 """Bad values, files and folders on the command lines of all tools: one line of error, exit code 2, nothing written."""
 
+from types import SimpleNamespace
+
 import pytest
 from support.command_lines import TRAINING, forget_megatrons_globals, parse_training, refuse_all, run_command
 
@@ -38,6 +40,7 @@ RUN = (
     " --max-position-embeddings 32 --position-embedding-type rope --num-experts 4 --moe-ffn-hidden-size 24"
     " --moe-router-topk 1 --routing-mask mask.safetensors --micro-batch-size 2 --global-batch-size 4 --train-iters 2"
     " --data-path data --split 90,10,0 --tokenizer-type HuggingFaceTokenizer --tokenizer-model huggingface --save OUT"
+    " --save-interval 1"
 )
 COMMANDS |= {"pretrain": RUN}
 
@@ -338,21 +341,30 @@ def test_path_that_cannot_be_used(workshop, command):
     refuse_all(workshop, [(command_line(command, **{flag: path}), []) for flag, path in paths])
 
 
-PROMPTS = {"": "--prompt is empty", "400": "0 to 399", "-1": "-1", "one": "NullTokenizer", "1 " * 60: "64 positions"}
+PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions"}
 
 
-def test_prompt_that_the_model_cannot_read(workshop):
-    """The prompts are token ids, which a NullTokenizer reads as they are."""
-    command = "generate --load checkpoints --use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 400"
+def test_prompt_that_the_model_cannot_take(workshop):
     for prompt, words in PROMPTS.items():
-        refuse_all(workshop, [([*command.split(), f"--prompt={prompt}"], [words])])
+        refuse_all(workshop, [(command_line("generate", prompt=prompt), [words])])
         forget_megatrons_globals()
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("400", "0 to 399"), ("-1", "token id -1"), ("one", "NullTokenizer")])
+def test_prompt_of_ids_that_the_vocabulary_lacks(monkeypatch, prompt, words):
+    from maskmoe.training import prompt_ids
+
+    tokenizer = SimpleNamespace(tokenize=lambda text: [int(word) for word in text.split()], vocab_size=400)
+    monkeypatch.setattr(prompt_ids, "get_tokenizer", lambda: tokenizer)
+    assert prompt_ids.tokenize_text("0 399") == [0, 399]
+    with pytest.raises(UserError, match=words):
+        prompt_ids.tokenize_text(prompt)
 
 
 @pytest.mark.parametrize("command", ["pretrain", pytest.param("evaluate", marks=pytest.mark.slow)])
 def test_rank_without_a_launcher(workshop, command, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    refuse_all(workshop, [(command_line(command), ["torchrun", "MASTER_ADDR"])])
+    refuse_all(workshop, [(command_line(command), ["torchrun", "MASTER_ADDR"])], after_progress=True)
 
 
 def test_file_in_first_place_that_cannot_be_used(workshop):
