@@ -45,7 +45,7 @@ def run_tool(main: Callable[[], None]) -> None:
             try:
                 main()
             finally:
-                print(end="", flush=True)
+                _flush_output()
     except (UserError, RunFailure) as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler may save, but no state is left to save
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -64,13 +64,18 @@ def run_tool(main: Callable[[], None]) -> None:
     else:
         return
     try:
-        print(end="", flush=True)
+        _flush_output()
     except OSError:
         # The interpreter would try again when it exits, and report its failure.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
         leave_exit_code(code)
     sys.exit(code)
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:  # it is None if the parent process has closed it
+        sys.stdout.flush()
 
 
 def _print_every_character() -> None:

@@ -9,7 +9,7 @@ import pytest
 from support.paths import ROOT
 
 from maskmoe.cli import run_tool
-from maskmoe.command_line import one_line
+from maskmoe.command_line import Parser, one_line
 from maskmoe.errors import RunFailure, UserError
 
 
@@ -106,3 +106,11 @@ def test_output_that_nobody_reads(redirection, code, errors):
     words = ["bash", "-c", command, sys.executable, program]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (code, errors)
+
+
+def test_value_with_dashes_and_a_space_is_no_flag():
+    parser = Parser()
+    parser.add_argument("--prompt")
+    assert parser.parse_args(["--prompt", "-- import x"]).prompt == "-- import x"
+    with pytest.raises(UserError, match=r"^unknown flag --prompts \(nearest: --prompt\)"):
+        parser.parse_args(["--prompts", "a b"])
