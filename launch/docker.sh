@@ -184,7 +184,8 @@ $build || (($#)) || fail "COMMAND is missing (see launch/docker.sh --help)"
 [[ $code == checkout || $code == image ]] || fail "--code must be checkout or image, not $code"
 [[ $run_dir != *:* ]] || fail "--run-dir $run_dir: the path must not contain a colon"
 if [[ -z $engine ]]; then
-    engine=$(find_engine) || fail "neither docker nor podman is installed: install one of them"
+    engine=$(find_engine) || engine=docker
+    $dry_run || type -P "$engine" >/dev/null || fail "neither docker nor podman is installed: install one of them"
 fi
 [[ $engine == docker || $engine == podman ]] || fail "--engine must be docker or podman, not $engine"
 $dry_run || type -P "$engine" >/dev/null || fail "$engine is not installed: install it, or choose another --engine"

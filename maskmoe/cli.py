@@ -43,7 +43,7 @@ def run_tool(main: Callable[[], None]) -> None:
             try:
                 main()
             finally:
-                print(end="", flush=True)
+                _flush_output()
     except (UserError, RunFailure) as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler may save, but no state is left to save
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -62,13 +62,18 @@ def run_tool(main: Callable[[], None]) -> None:
     else:
         return
     try:
-        print(end="", flush=True)
+        _flush_output()
     except OSError:
         # The interpreter would try again when it exits, and report its failure.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
         leave_exit_code(code)
     sys.exit(code)
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:  # it is None if the parent process has closed it
+        sys.stdout.flush()
 
 
 def _print_every_character() -> None:
@@ -88,6 +93,12 @@ def _describing_paths() -> Iterator[None]:
     """
     try:
         yield
+    except UnicodeEncodeError as error:
+        # Python writes a byte that is no UTF-8 as a surrogate; text files and JSON cannot hold it.
+        word = next(filter(_has_surrogates, sys.argv[1:]), None)
+        if word is None:
+            raise
+        raise UserError(f"{word!a} on the command line is not valid UTF-8: rename the file") from error
     except OSError as error:
         if "RANK" in os.environ:
             raise
@@ -98,6 +109,10 @@ def _describing_paths() -> Iterator[None]:
         if path is None:
             raise
         raise UserError(f"cannot use {path}: {error.strerror}") from error
+
+
+def _has_surrogates(word: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def _path_of_command_line(error: OSError, words: Sequence[str]) -> str | None:

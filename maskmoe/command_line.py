@@ -135,7 +135,8 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) 
     words = words[: [*words, "--"].index("--")]
     if not {"-h", "--help"}.isdisjoint(words):
         return
-    flags = dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--"))
+    # argparse takes a word with a space, such as a prompt that starts with dashes, for a value.
+    flags = dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--") and " " not in word)
     unknown = [flag for flag in flags if flag not in known]
     if unknown:
         hints = (difflib.get_close_matches(flag.replace("_", "-"), known, n=1) for flag in unknown)

@@ -1,6 +1,7 @@
 """Reads JSON files, which pydantic validates, and writes JSON files."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,24 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or does not contain a JSON object.
     """
     return read_record(dict[str, Any], path, "replace the file by an intact copy")
+
+
+def check_finite(content: object, path: Path) -> None:
+    """Refuse NaN and infinity anywhere in the content of a JSON file; Python reads and writes both. Raises UserError.
+
+    Args:
+        content: the content of the file.
+        path: the file.
+    """
+    places: list[tuple[str, object]] = [("", content)]
+    while places:
+        place, value = places.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: {place} must be a finite number, not {value}")
+        if isinstance(value, dict):
+            places += [(f"{place}.{key}" if place else str(key), part) for key, part in value.items()]
+        elif isinstance(value, list):
+            places += [(f"{place}.{index}", part) for index, part in enumerate(value)]
 
 
 def read_record[T](kind: type[T], path: Path, advice: str) -> T:

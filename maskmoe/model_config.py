@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_json
+from maskmoe.json_files import check_finite, read_json
 
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_IDS, _WIDEST = 10_000, 1 << 16, 1 << 24, 1 << 20
 
@@ -25,12 +25,13 @@ _LARGEST = {
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """Read a `config.json` and check that its sizes are plausible.
+    """Read a `config.json` and check that its numbers are finite and its sizes are plausible.
 
     Raises:
-        UserError: the file cannot be read, is not a JSON object, or has a size beyond all models.
+        UserError: the file cannot be read, is not a JSON object, or has an infinite number or a size beyond all models.
     """
     config = read_json(path)
+    check_finite(config, path)
     check_sizes(config, path)
     return config
 

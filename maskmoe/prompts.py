@@ -49,6 +49,26 @@ def add_prompt_arguments(parser: ArgumentParser | _ArgumentGroup) -> None:
     )
 
 
+def check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, positions: int | None) -> None:
+    """Check that a prompt can be continued.
+
+    Args:
+        prompt_ids: the token ids of the prompt.
+        max_new_tokens: the largest number of tokens that will be added.
+        positions: the number of positions of the model; None if the model has no limit.
+
+    Raises:
+        UserError: the prompt has no token, or the text would be longer than the model's positions.
+    """
+    if not prompt_ids:
+        raise UserError("the prompt is empty")
+    if positions is not None and len(prompt_ids) + max_new_tokens > positions:
+        raise UserError(
+            f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones exceed the model's {positions} positions; "
+            "lower --max-new-tokens"
+        )
+
+
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file of prompts, each with a text that is not empty in the key `prompt`.
 

@@ -10,7 +10,7 @@ from maskmoe.commands.arguments import add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.model_config import read_model_config
 from maskmoe.outputs import atomic_output, check_outputs
-from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments
+from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
-    read_model_config(arguments.model / "config.json")
+    positions = read_model_config(arguments.model / "config.json").get("max_position_embeddings")
     if arguments.output is not None:
         check_outputs([arguments.output], [arguments.model], arguments.force)
 
@@ -45,31 +45,29 @@ def main() -> None:
 
     # Only now, since these imports take seconds and `--help` does not need them.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import set_seed
 
-    import maskmoe.huggingface  # noqa: F401 (registers the model)
+    from maskmoe.exported_model import load_exported_model, load_exported_tokenizer
 
-    # Without `trust_remote_code`, transformers would offer to run code of the folder.
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, **options)
-        prompts_ids: list[list[int]] = [tokenizer(prompt)["input_ids"] for prompt in prompts.texts]
-        if not all(prompts_ids):
-            raise UserError("the prompt is empty")
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", **options)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
+    tokenizer = load_exported_tokenizer(arguments.model)
+    prompts_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts.texts]
+    for prompt_ids in prompts_ids:
+        check_prompt(prompt_ids, arguments.max_new_tokens, positions)
+    model = load_exported_model(arguments.model, tokenizer)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     continuation = Continuation(arguments, tokenizer, model)
     set_seed(arguments.seed)
     if arguments.interactive:
         loop = PromptLoop()
         while (prompt := loop.next()) is not None:
-            if prompt_ids := tokenizer(prompt)["input_ids"]:
-                with loop.answering():
-                    continuation.show(prompt_ids, loop)
-            else:
-                loop.refuse(UserError("the prompt is empty"))
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            try:
+                check_prompt(prompt_ids, arguments.max_new_tokens, positions)
+            except UserError as error:
+                loop.refuse(error)
+                continue
+            with loop.answering():
+                continuation.show(prompt_ids, loop)
         return
     texts = (text for batch in prompts.batches() for text in continuation.of(prompts_ids[batch]))
     text = prompts.output([*texts])

@@ -24,8 +24,9 @@ from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.errors import UserError
+from maskmoe.foreign_libraries import reading
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
-from maskmoe.json_files import read_json, write_record
+from maskmoe.json_files import check_finite, read_json, write_record
 from maskmoe.model_config import read_model_config
 from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.mask import RoutingMask
@@ -54,9 +55,11 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         raise UserError(f"{folder} holds a quantized model; name the model that it was made from")
     if mask is not None:
         raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
-    config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
+    with reading(f"{folder / CONFIG_FILE} does not describe a model: it", "export the model again"):
+        config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
+        shapes = tensor_shapes(config)
     source: TensorSource = SafetensorsSource(folder)
-    check_tensors(source.tensors, tensor_shapes(config), str(folder))
+    check_tensors(source.tensors, shapes, str(folder))
     check_mask(source, config, folder)
     if mtp_shapes := mtp_tensor_shapes(config):
         mtp = SafetensorsSource(folder, MTP_FILE)
@@ -64,8 +67,27 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         source = JoinedSource(source, mtp)
     if has_safetensors(folder, _PADDING_FILE):
         source = JoinedSource(source, SafetensorsSource(folder, _PADDING_FILE))
-    args = Namespace(**read_json(folder / _ARGS_FILE)) if (folder / _ARGS_FILE).exists() else None
-    return OpenedModel(source, config, args)
+    return OpenedModel(source, config, _read_args(folder / _ARGS_FILE))
+
+
+def _read_args(path: Path) -> Namespace | None:
+    """Return Megatron's arguments of an exported model; None for a model that was never Megatron's.
+
+    Raises:
+        UserError: the file is damaged, or lacks an argument that describes a model.
+    """
+    if not path.exists():
+        return None
+    values = read_json(path)
+    check_finite(values, path)
+    expected = {"num_layers": int, "hidden_size": int, "padded_vocab_size": int, "tokenizer_type": str}
+    for name, kind in expected.items():
+        if not isinstance(values.get(name), kind):
+            raise UserError(
+                f"{path} is damaged: {name} must be of type {kind.__name__}, not {values.get(name)!r}; export the "
+                "model again"
+            )
+    return Namespace(**values)
 
 
 def write_huggingface(

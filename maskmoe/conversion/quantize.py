@@ -124,7 +124,9 @@ def _quantization_config() -> TorchAoConfig:
 
 
 def _load(folder: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, trust_remote_code=False, **options
+    ).eval()
 
 
 def _read_tokens(folder: Path, text: Path, model: Any) -> Tensor:
@@ -135,7 +137,7 @@ def _read_tokens(folder: Path, text: Path, model: Any) -> Tensor:
         raise UserError(f"cannot read {text} as UTF-8 text: {error}") from error
     if not (folder / TOKENIZER_FILES[0]).is_file():
         raise UserError(f"{folder} has no tokenizer, so --text cannot be used")
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ids = tokenizer(content)["input_ids"][:_MAX_TOKENS]
     length = min(model.config.max_position_embeddings, len(ids))
     if length < 2:

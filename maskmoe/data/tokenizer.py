@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe.errors import UserError
+from maskmoe.foreign_libraries import reading
 from maskmoe.json_files import read_json
 from maskmoe.untrusted import UnusableFile, read_bounded
 
@@ -63,6 +64,8 @@ class Tokenizer(ABC):
 
     def __init__(self, model: str | Path) -> None:
         self.model_path = Path(model)
+        if self.model_path.is_dir():
+            raise UserError(f"model {model} of {type(self).__name__} is a folder: name the file in it")
         try:
             self._content = read_bounded(model, _MAX_MODEL_BYTES)
         except UnusableFile as error:
@@ -127,10 +130,8 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         super().__init__(Path(model) / "tokenizer.json" if os.path.isdir(model) else model)
-        try:
+        with reading(f"{self.model_path} is not a tokenizer.json: it"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self.model_path))
-        except Exception as error:  # the library raises no narrower class
-            raise UserError(f"tokenizer {self.model_path} is not a tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging
 
 from maskmoe.errors import UserError
+from maskmoe.foreign_libraries import reading
 from maskmoe.huggingface import MaskMoEForCausalLM, MaskMoEModel
 from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter, score
 from maskmoe.routing_analysis.probe import Probe
@@ -23,10 +23,11 @@ def load_decoder(folder: Path) -> MaskMoEModel:
         UserError: the model cannot be read.
     """
     logging.disable_progress_bar()
-    try:
+    with reading(f"{folder} is not a complete MaskMoE model: it", "export the model again"):
         model = MaskMoEForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a complete MaskMoE model: {' '.join(str(error).split())}") from error
+    for part, parameter in model.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"{folder} has weights that are NaN or infinite, such as {part}: they route to no expert")
     # Under the CPU adapter the current device is the CPU.
     device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return model.model.to(device).eval()

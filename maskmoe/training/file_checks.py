@@ -1,7 +1,9 @@
 """Checks of the files that a run names, made before any compute is spent: tokenizer, mask, datasets, save folder."""
 
+import errno
 import hashlib
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -49,26 +51,43 @@ def check_tokenizer(args: Namespace) -> str | None:
     if args.tokenizer_type == "HuggingFaceTokenizer" and model.is_dir():
         model /= "tokenizer.json"
     if not model.is_file():
-        raise UserError(f"--tokenizer-model {model} is not a file")
+        problem = "is not a file" if model.exists() else "does not exist"
+        raise UserError(f"--tokenizer-model {model} {problem}")
     return hashlib.sha256(model.read_bytes()).hexdigest()
 
 
 def check_save_folder(args: Namespace) -> None:
-    """Check that checkpoints can be written to `--save`.
+    """Check that files can be written to `--save` and `--tensorboard-dir`.
 
     Without this check a run would fail only when its first checkpoint is due.
 
     Raises:
-        UserError: the folder in `--save` is not writable, and cannot be made.
+        UserError: a folder is not writable, and cannot be made.
     """
-    if args.save is None:
-        return
-    folder = Path(args.save).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    for flag, name in (("--save", args.save), ("--tensorboard-dir", args.tensorboard_dir)):
+        if name is not None:
+            _check_writable(flag, name)
+
+
+def _check_writable(flag: str, name: str) -> None:
+    """Check that files can be written to a folder, which may have to be made. Raises UserError."""
+    folder = Path(name).absolute()
+    try:
+        folder.lstat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise UserError(f"{flag} {name}: {error.strerror}") from error
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise UserError(f"--save {args.save}: {existing} is not a folder")
+        raise UserError(f"{flag} {name}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--save {args.save}: no permission to write in {existing}")
+        raise UserError(f"{flag} {name}: no permission to write in {existing}")
+    try:
+        # The permissions of root say nothing about file systems such as /proc.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {name}: cannot write in {existing}: {error.strerror}") from error
 
 
 def check_mask(args: Namespace, mask: RoutingMask) -> None:

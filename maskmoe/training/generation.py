@@ -15,7 +15,7 @@ from tqdm import tqdm
 from maskmoe import ranges
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments
+from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
 from maskmoe.training.console import console
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.setup import (
@@ -28,6 +28,7 @@ from maskmoe.training.setup import (
 )
 
 _LONGEST_SILENCE = 600.0  # seconds between two messages of the first rank, which other ranks await for an hour
+from maskmoe.training.prompt_ids import tokenize_text
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -67,17 +68,8 @@ def tokenize_prompt(args: argparse.Namespace, prompt: str) -> list[int]:
         UserError: The tokenizer refuses the prompt, the prompt has no token, or the text would be longer than the
             model's positions.
     """
-    try:
-        prompt_ids = get_tokenizer().tokenize(prompt)
-    except ValueError as error:  # NullTokenizer takes numbers only
-        raise UserError(f"the tokenizer refuses the prompt: {error}") from error
-    if not prompt_ids:
-        raise UserError("the prompt is empty")
-    if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:
-        raise UserError(
-            f"{len(prompt_ids)} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
-            f"{args.max_position_embeddings} positions; lower --max-new-tokens"
-        )
+    prompt_ids = tokenize_text(prompt, "the prompt")
+    check_prompt(prompt_ids, args.max_new_tokens, args.max_position_embeddings)
     return prompt_ids
 
 

@@ -32,7 +32,7 @@ from maskmoe.training.console import console
 from maskmoe.training.failures import DataFiles, handling_early_ends, reporting_end, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.header import show_header
-from maskmoe.training.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.resume import checkpoint_to_load
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
@@ -122,6 +122,7 @@ def main() -> None:
     args = parse_and_check_args(add_pretraining_arguments)
     if vars(args).pop("is_complete"):
         return
+    check_launched()
     let_signals_save = save_on_signals(args)
     ranks = RankStore.from_environment()
     with locked_by_first_rank(args.save, ranks):

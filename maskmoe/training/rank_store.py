@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 from torch.distributed import HashStore, PrefixStore, Store
 
+from maskmoe.errors import UserError
+
 _TIMEOUT = timedelta(hours=1)
 _POLL = 0.05  # seconds; the time grows with the number of ranks, which all ask the store
 
@@ -69,6 +71,19 @@ class RankStore:
     def peek(self, key: str) -> str | None:
         """Return a message, or None if no rank has left one."""
         return self.store.get(key).decode() if self.store.check([key]) else None
+
+
+def check_launched() -> None:
+    """Refuse to be a rank that no launcher has started, before torch does so with a traceback.
+
+    Raises:
+        UserError: the variables that torch.distributed needs to find the other ranks are missing.
+    """
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"this process was not started as a rank, {' and '.join(missing)} are not set: start it by torchrun, by "
+            "`maskmoe pretrain`, `evaluate` or `generate`, or by launch/pretrain.sh"
+        )
 
 
 def _meet(store: Store, rank: int, world_size: int) -> str:

@@ -44,7 +44,7 @@ from maskmoe.training.flag_ranges import check_ranges
 from maskmoe.training.layer_division import layer_errors
 from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
-from maskmoe.training.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.refusals import check_supported
 from maskmoe.training.wandb_run import wandb_defaults
 from maskmoe.transformer.visible_experts import check_same_mask
@@ -82,7 +82,8 @@ def parse_and_check_args(
         args.ckpt_step = chosen["ckpt_step"] = iteration
     if args.use_checkpoint_args:
         if checkpoint is None:
-            raise UserError("--use-checkpoint-args needs --load with the folder of the checkpoints")
+            found = "" if args.load is None else f"; --load {args.load} holds no checkpoint"
+            raise UserError(f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}")
         # Set them as defaults, so that the command line overrides them.
         chosen |= resume.further_checkpoint_args(args, checkpoint)
         args = parse_args(add_arguments)
@@ -186,15 +187,18 @@ def load_model(args: Namespace) -> torch.nn.Module:
     """Initialise Megatron and return this rank's part of the model, with the weights of the checkpoint in `--load`.
 
     Raises:
-        UserError: `--load` holds no checkpoint, or the pipeline is interleaved, which is for training only.
+        UserError: `--load` holds no checkpoint, the pipeline is interleaved, which is for training only, or no launcher
+            has started this rank.
     """
     if resume.checkpoint_to_load(args) is None:
-        raise UserError("pass --load with the folder of the checkpoints")
+        found = "" if args.load is None else f"; --load {args.load} holds no checkpoint"
+        raise UserError(f"pass --load with the folder of the checkpoints{found}")
     if args.virtual_pipeline_model_parallel_size is not None:
         raise UserError(
             "interleaved pipelines are for training only; leave --num-layers-per-virtual-pipeline-stage out, or give "
             "--hybrid-layer-pattern as many stages as --pipeline-model-parallel-size"
         )
+    check_launched()
     console.load("building the model and reading the checkpoint")
     initialize_megatron(store=RankStore.from_environment().for_process_groups)
     model, _, _ = setup_model_and_optimizer(

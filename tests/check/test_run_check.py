@@ -599,7 +599,7 @@ def test_request(monkeypatch):
     assert request("--num-layers", "4", "--check", "64", "--json") == (64, True)
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert request("--check") == (16, False)
-    with pytest.raises(UserError, match="--check 0: a run has at least one rank"):
+    with pytest.raises(UserError, match="--check must be at least 1, not 0"):
         request("--check", "0")
     with pytest.raises(UserError, match="pass --check, too"):
         request("--json")

@@ -1,12 +1,13 @@
 """Fixtures: a folder with one small file or folder of each kind that commands read."""
 
+import argparse
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.command_lines import run_command
+from support.command_lines import forget_megatrons_globals, run_command
 from support.paths import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -28,6 +29,7 @@ def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workshop")
     text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
     (folder / "text.txt").write_text(text)
+    (folder / "loop").symlink_to("loop")
     (folder / "tokenizer.model").write_bytes(train_tokenizer([text], vocab_size=VOCAB_SIZE, num_threads=1))
     write_huggingface_tokenizer(folder / "huggingface", text)
     tokenizer = HuggingFaceTokenizer(folder / "huggingface")
@@ -77,10 +79,13 @@ def workshop(original_workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     forget_megatrons_globals()
 
 
-def forget_megatrons_globals() -> None:
-    """Let Megatron parse another command line in this process."""
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from megatron.training.global_vars import destroy_global_vars
+@pytest.fixture(scope="session")
+def training_parser() -> argparse.ArgumentParser:
+    """The parser of `maskmoe pretrain`, which takes a while to make."""
+    from megatron.training.arguments import add_megatron_arguments
 
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    from maskmoe.training.arguments import add_maskmoe_arguments
+    from maskmoe.training.pretraining import add_pretraining_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return add_pretraining_arguments(add_maskmoe_arguments(parser))

@@ -1,7 +1,11 @@
 """Bad values, files and folders on the command lines of all tools: one line of error, exit code 2, nothing written."""
 
+from types import SimpleNamespace
+
 import pytest
-from support.command_lines import TRAINING, refuse_all, run_command
+from support.command_lines import TRAINING, forget_megatrons_globals, parse_training, refuse_all, run_command
+
+from maskmoe.errors import UserError
 
 LONG_NAME = "n" * 5000
 
@@ -36,8 +40,9 @@ RUN = (
     " --max-position-embeddings 32 --position-embedding-type rope --num-experts 4 --moe-ffn-hidden-size 24"
     " --moe-router-topk 1 --routing-mask mask.safetensors --micro-batch-size 2 --global-batch-size 4 --train-iters 2"
     " --data-path data --split 90,10,0 --tokenizer-type HuggingFaceTokenizer --tokenizer-model huggingface --save OUT"
+    " --save-interval 1"
 )
-COMMANDS |= {"pretrain": RUN, "pretrain --check": f"{RUN} --distributed-backend gloo"}
+COMMANDS |= {"pretrain": RUN}
 
 NOT_WHOLE = ("0", "-1", "1.5", "nan", "inf", "²", "٣", "1_0", "9" * 5000, "1" + "0" * 30, "")
 NOT_COUNT = ("-1", "1.5", "nan", "²", "1e3", "1" + "0" * 30)
@@ -190,3 +195,220 @@ def test_number_of_processes_of_a_training_command(workshop):
     for word in (*NOT_WHOLE, "100000"):
         for command in TRAINING:
             run_command(command, "--nproc-per-node", word, starts_ranks=True).assert_refused("--nproc-per-node")
+
+
+# Values of Megatron's flags, most of which Megatron accepts, or reports after it has built the model.
+BAD_FLAGS = {
+    flag: words.split()
+    for flag, words in {
+        "--train-iters": "0 -1 1.5 abc nan",
+        "--hidden-size": "0 -32 1e3 99999999",
+        "--num-layers": "0 -1 1000000",
+        "--num-attention-heads": "0 -4",
+        "--ffn-hidden-size": "0 -1",
+        "--kv-channels": "0",
+        "--num-query-groups": "0",
+        "--seq-length": "0 -5",
+        "--max-position-embeddings": "0 -5",
+        "--log-interval": "0 -1",
+        "--eval-interval": "0 -1",
+        "--eval-iters": "-1 x",
+        "--save-interval": "0 -1",
+        "--hang-timeout": "-5 0 nan inf",
+        "--keep-last-checkpoints": "0 -1 1.5",
+        "--micro-batch-size": "0 -1",
+        "--global-batch-size": "0 -4",
+        "--hidden-dropout": "-0.1 1.5 nan",
+        "--attention-dropout": "-0.1 1.5 inf",
+        "--clip-grad": "nan -1 inf",
+        "--adam-beta1": "2 -0.1 nan",
+        "--adam-beta2": "2 nan",
+        "--adam-eps": "0 -1 nan",
+        "--weight-decay": "-1 nan inf",
+        "--lr": "nan -1 inf abc 1e400",
+        "--min-lr": "1 -1 nan",
+        "--lr-warmup-init": "1 nan",
+        "--lr-warmup-iters": "2 5 -1",
+        "--lr-warmup-fraction": "2 -0.5 nan",
+        "--lr-decay-iters": "0 -1",
+        "--lr-decay-style": "cosinus",
+        "--moe-router-topk": "0 -1 5",
+        "--num-experts": "0 -1 1.5 99999999",
+        "--moe-ffn-hidden-size": "0 -1",
+        "--moe-aux-loss-coeff": "-1 nan",
+        "--moe-z-loss-coeff": "-1 nan",
+        "--moe-expert-capacity-factor": "0 -1 nan",
+        "--moe-input-jitter-eps": "nan -1 2",
+        "--moe-layer-freq": "abc 0.5 [1]**9 [1]*99999999 [1",
+        "--moe-router-load-balancing-type": "none_such",
+        "--tensor-model-parallel-size": "0 -1 x",
+        "--pipeline-model-parallel-size": "0 -1",
+        "--expert-model-parallel-size": "0 -1",
+        "--context-parallel-size": "0 -1",
+        "--vocab-size": "0 -1",
+        "--make-vocab-size-divisible-by": "0 -1",
+        "--norm-epsilon": "0 -1 nan inf",
+        "--init-method-std": "nan -1 inf",
+        "--rotary-base": "0 -1",
+        "--rotary-percent": "nan 2 -1",
+        "--seed": "-1 4294967296 nan",
+        "--num-workers": "-1 100000",
+        "--split": "abc -1,2,3 0,0,0 1,2,3,4 nan,1,1",
+        "--exit-signal": "SIGNONE",
+        "--attention-backend": "none_such",
+        "--transformer-impl": "none_such",
+        "--optimizer": "none_such",
+        "--window-size": "a,b",
+        "--distributed-timeout-minutes": "0 -1",
+        "--train-samples": "0 -1",
+        "--profile-step-start": "-1",
+        "--non-persistent-save-interval": "0",
+        "--num-layer": "2",
+    }.items()
+}
+FLAG_CASES = [(flag, word) for flag, words in BAD_FLAGS.items() for word in words]
+
+
+def test_value_of_a_flag_of_megatron(training_parser, workshop):
+    """Sizes that contradict others are found after the ranges, by the tests below."""
+    for flag, word in FLAG_CASES:
+        if (flag, word) != ("--moe-router-topk", "5"):
+            with pytest.raises(UserError, match=flag):
+                parse_training(training_parser, command_line("pretrain", **{flag[2:]: word})[1:])
+
+
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_run_refuses_a_value_of_a_flag_of_megatron(workshop, every):
+    cases = [(command_line("pretrain", **{flag[2:]: word}), [flag]) for flag, word in FLAG_CASES[::every]]
+    refuse_all(workshop, cases)
+
+
+def test_check_refuses_what_a_run_refuses(workshop):
+    """Only the last lines matter: `--check` prints a report before its errors."""
+    failed = []
+    for flag, word in FLAG_CASES[::19]:
+        outcome = run_command(*command_line("pretrain", **{flag[2:]: word}), "--check")
+        lines = outcome.errors.splitlines()
+        if outcome.code != 2 or not lines or not all(line.startswith("error: ") and flag in line for line in lines):
+            failed.append((flag, word, outcome.code, outcome.errors[-300:]))
+    assert not failed
+
+
+FILE, FOLDER, OUTPUT, OUTPUT_FOLDER, PREFIX = "a file", "a folder", "an output", "an output folder", "a prefix"
+BAD_PATHS = {
+    FILE: ("nowhere", "nowhere/x", "model", "text.txt/x", LONG_NAME, "/dev/null/x", "\udcff", "loop", "/dev/null"),
+    FOLDER: ("nowhere", "nowhere/x", "text.txt", "text.txt/x", LONG_NAME, "/dev/null/x", "loop", "huggingface"),
+    OUTPUT: ("nowhere/x", "model", "text.txt/x", LONG_NAME, "/dev/null/x", "/proc/x", "loop/x"),
+    OUTPUT_FOLDER: ("text.txt", "text.txt/x", LONG_NAME, "/dev/null/x", "/proc/x", "loop/x"),
+    PREFIX: ("nowhere/x", "text.txt/x", LONG_NAME, "/dev/null/x", "/proc/x", "loop/x"),
+}
+# The paths on the command lines of `COMMANDS`.
+PATHS = {
+    "corpus": {"output": OUTPUT},
+    "tokenizer": {"input": FILE, "output_prefix": PREFIX},
+    "preprocess": {"input": FILE, "tokenizer_model": FILE, "output_prefix": PREFIX},
+    "count": {"data_path": FILE, "output": OUTPUT},
+    "mask": {"token_frequency": FILE, "output": OUTPUT},
+    "mask widen": {"routing_mask": FILE, "token_frequency": FILE, "output": OUTPUT},
+    "convert megatron-to-hf": {"load": FOLDER, "save": OUTPUT_FOLDER},
+    "convert hf-to-megatron": {"load": FOLDER, "save": OUTPUT_FOLDER},
+    "convert inspect": {"json": OUTPUT},
+    "sample": {"model": FOLDER, "output": OUTPUT},
+    "analyze": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "output_dir": OUTPUT_FOLDER},
+    "simulate": {"data_path": FILE, "routing_mask": FILE, "output": OUTPUT, "plot": OUTPUT},
+    "thin": {"load": FOLDER},
+    "quickstart": {"input": FILE, "run_dir": OUTPUT_FOLDER},
+    "compare": {"input": FILE},
+    "evaluate": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "routing_mask": FILE, "eval_texts": FILE},
+    "generate": {"load": FOLDER, "routing_mask": FILE},
+    "pretrain": {"data_path": FILE, "routing_mask": FILE, "tokenizer_model": FILE, "save": OUTPUT_FOLDER}
+    | {"tensorboard_dir": OUTPUT_FOLDER},
+}
+
+
+SLOW = ("evaluate", "generate", "pretrain")
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PATHS]
+)
+def test_path_that_cannot_be_used(workshop, command):
+    paths = [(flag, path) for flag, kind in PATHS[command].items() for path in BAD_PATHS[kind]]
+    if command == "quickstart":  # it makes its folder as its first stage does
+        paths = [(flag, path) for flag, path in paths if path != "/proc/x"]
+    if "tokenizer_model" in PATHS[command] and command != "preprocess":
+        paths.remove(("tokenizer_model", "model"))  # the folder of a tokenizer
+    refuse_all(workshop, [(command_line(command, **{flag: path}), []) for flag, path in paths])
+
+
+PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions"}
+
+
+def test_prompt_that_the_model_cannot_take(workshop):
+    for prompt, words in PROMPTS.items():
+        refuse_all(workshop, [(command_line("generate", prompt=prompt), [words])])
+        forget_megatrons_globals()
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("400", "0 to 399"), ("-1", "token id -1"), ("one", "NullTokenizer")])
+def test_prompt_of_ids_that_the_vocabulary_lacks(monkeypatch, prompt, words):
+    from maskmoe.training import prompt_ids
+
+    tokenizer = SimpleNamespace(tokenize=lambda text: [int(word) for word in text.split()], vocab_size=400)
+    monkeypatch.setattr(prompt_ids, "get_tokenizer", lambda: tokenizer)
+    assert prompt_ids.tokenize_text("0 399") == [0, 399]
+    with pytest.raises(UserError, match=words):
+        prompt_ids.tokenize_text(prompt)
+
+
+@pytest.mark.parametrize("command", ["pretrain", pytest.param("evaluate", marks=pytest.mark.slow)])
+def test_rank_without_a_launcher(workshop, command, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    refuse_all(workshop, [(command_line(command), ["torchrun", "MASTER_ADDR"])], after_progress=True)
+
+
+def test_file_in_first_place_that_cannot_be_used(workshop):
+    commands = {
+        "launch --dry-run": BAD_PATHS[FILE],
+        "check": BAD_PATHS[FILE],
+        "compare --run-dir OUT": BAD_PATHS[FILE],
+        "convert inspect": BAD_PATHS[FOLDER],
+    }
+    refuse_all(workshop, [([*name.split(), path], []) for name, paths in commands.items() for path in paths])
+
+
+# Mistakes in words, with words of the error.
+MISTAKES = [
+    ("tokenizer --vocab-siz 5", "unknown flag --vocab-siz (nearest: --vocab-size)"),
+    ("tokenizer --vocab 5", "unknown flag --vocab"),
+    ("tokenizer --vocab-size", "--vocab-size: expected one argument"),
+    ("tokenizer", "the following arguments are required: --input"),
+    ("tokenizer --model-type bbpe", "--model-type: invalid choice: 'bbpe'"),
+    ("mask --preset smo", "--preset: invalid choice: 'smo'"),
+    ("mask --token-frequency a --vocab-size 5", "--vocab-size: not allowed with argument --token-frequency"),
+    ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
+    ("sample --model model --prompt a stray", "unrecognized arguments: stray"),
+    ("convert", "the following arguments are required: command"),
+    ("convert megatron-to-hf --lode x", "unknown flag --lode (nearest: --load)"),
+    ("convert to-hf", "invalid choice: 'to-hf'"),
+    ("analyze --load model --output-dir OUT", "--data-path --input is required"),
+    ("simulate --topk", "--topk: expected at least one argument"),
+    ("thin --load", "--load: expected one argument"),
+    ("compare suite.yaml --list --report", "not allowed with argument"),
+    ("launch --node 2 laptop.yaml", "--node"),
+    ("launch laptop.yaml stray", "stray"),
+    ("pretrain --num-layer 2", "unknown flag --num-layer (nearest: --num-layers)"),
+    ("pretrain stray", "unrecognized arguments: stray"),
+    ("pretrain --lr", "--lr: expected one argument"),
+    ("pretrain --check x", "--check must be a whole number, not 'x'"),
+    ("pretrain --check 1000000007", "--check must be at most"),
+    ("pretrain --json", "--check"),
+    ("generate", "required: --prompt"),
+    ("evaluate --eval-split tests", "--eval-split: invalid choice: 'tests'"),
+    ("evaluate --load nowhere --use-checkpoint-args", "--load nowhere holds no checkpoint"),
+    ("generate --prompt a --load huggingface --use-checkpoint-args", "--load huggingface holds no"),
+]
+
+
+def test_mistake_in_words(workshop):
+    refuse_all(workshop, [(line.split(), [words]) for line, words in MISTAKES])

@@ -9,8 +9,9 @@ WITHOUT_HEAVY_MODULES = """
 import sys
 sys.modules |= dict.fromkeys(("megatron", "torch", "transformers"))  # importing them raises an ImportError
 sys.argv[0] = "convert"
+from maskmoe.cli import run_tool
 from maskmoe.commands.{module} import main
-main()
+run_tool(main)
 """
 
 
@@ -35,4 +36,4 @@ def test_bad_size(size):
     command = [sys.executable, "-c", WITHOUT_HEAVY_MODULES.format(module="convert_checkpoint"), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
-    assert f"argument --max-shard-size: {size!r} is not a size such as 5GB" in result.stderr
+    assert f"--max-shard-size: {size!r} is not a size such as 5GB" in result.stderr

@@ -142,7 +142,7 @@ def test_bad_flags(jsonl: Callable, sentencepiece_model: Path, tmp_path: Path) -
     result = run_tool("preprocess_data", *arguments, "--workers", 1)
     assert_bad_input(result, "choose an existing, writable folder")
     result = run_tool("preprocess_data", *arguments, "--workers", 0)
-    assert_bad_input(result, "--workers: must be at least 1, not 0")
+    assert_bad_input(result, "--workers must be at least 1, not 0")
 
 
 def test_eod_needs_a_tokenizer_that_has_one(jsonl: Callable, huggingface_folder: Path, tmp_path: Path) -> None:

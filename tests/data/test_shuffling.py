@@ -149,7 +149,7 @@ def test_bad_input_keeps_the_earlier_dataset(
     flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", sentencepiece_model)
     for prefix, seed, words in (
         (tmp_path / "out", 1, "invalid JSON"),
-        (tmp_path / "out", -1, "--shuffle-seed must not be negative"),
+        (tmp_path / "out", -1, "--shuffle-seed must be at least 0, not -1"),
         (tmp_path / "no" / "out", 1, "choose an existing, writable folder"),
     ):
         arguments = ("--input", bad, *flags, "--output-prefix", prefix, "--shuffle-seed", seed, "--force")

@@ -76,8 +76,8 @@ def test_default_folders_lie_in_the_run_folder():
     ("arguments", "environment", "reason"),
     [
         ("", {}, "MODEL.yaml"),
-        ("--nodes 0 m.yaml", {}, "--nodes: '0' is not a whole number from 1 .*"),
-        ("m.yaml", {"NNODES": "two"}, "--nodes.*'two' is not a whole number from 1"),
+        ("--nodes 0 m.yaml", {}, "--nodes must be at least 1, not 0 .*"),
+        ("m.yaml", {"NNODES": "two"}, "--nodes must be a whole number, not 'two'"),
         ("--nodes 2 m.yaml", {}, "2 nodes need a rendezvous"),
         ("--nodes 2 --rendezvous a m.yaml", {}, "each of 2 nodes needs a rank"),
         ("--nodes 2 --rendezvous a --node-rank 2 m.yaml", {}, "--node-rank 2: the last of 2 nodes has rank 1"),

@@ -135,6 +135,32 @@ def test_bad_options(arguments, error):
     assert message.count("\n") == 1
 
 
+@pytest.fixture
+def without_engine(tmp_path) -> dict[str, str]:
+    """Return environment variables with which neither docker nor podman is installed."""
+    for name in ("bash", "cat", "dirname", "env", "git", "grep", "id", "realpath", "sed", "tty"):
+        if path := shutil.which(name):
+            (tmp_path / name).symlink_to(path)
+    return {"PATH": str(tmp_path)}
+
+
+def test_dry_run_needs_no_engine(without_engine):
+    words = dry_run("--cpu", "true", **without_engine)
+    assert words[:3] == ["docker", "run", "--rm"]
+    assert dry_run("--cpu", "--engine", "podman", "true", **without_engine)[0] == "podman"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [((), "neither docker nor podman is installed"), (("--engine", "podman"), "podman is not installed")],
+)
+def test_missing_engine(without_engine, options, error):
+    message = docker("--cpu", *options, "true", expect=2, **without_engine)
+    assert message.startswith("docker: error: ")
+    assert error in message
+    assert message.count("\n") == 1
+
+
 # ---- The image -------------------------------------------------------------------------------------------------------
 
 

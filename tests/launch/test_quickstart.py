@@ -122,9 +122,9 @@ def run_quickstart(*arguments, **options):
         (["--run-dir", "file"], "--run-dir: file is a file"),
         (["--hidden-size", "100"], "--hidden-size: should be a multiple of 32, not 100"),
         (["--frequent-visible-experts", "9"], "--frequent-visible-experts: must be between 2 and --num-experts 8"),
-        (["--frequent-mass", "1.5"], "--frequent-mass: should be less than or equal to 1, not 1.5"),
-        (["--train-iters", "0"], "--train-iters: should be greater than or equal to 1, not 0"),
-        (["--lr", "0"], "--lr: should be greater than 0"),
+        (["--frequent-mass", "1.5"], "--frequent-mass must be at most 1, not 1.5"),
+        (["--train-iters", "0"], "--train-iters must be at least 1, not 0"),
+        (["--lr", "0"], "--lr must be above 0, not 0"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, monkeypatch, arguments, message):
@@ -139,7 +139,7 @@ def test_bad_settings_are_refused(tmp_path, monkeypatch, arguments, message):
     ("arguments", "message"),
     [
         (["--input", "missing.jsonl"], "missing.jsonl does not exist"),
-        (["--train-iters", "many"], "invalid int value"),
+        (["--train-iters", "many"], "--train-iters must be a whole number, not 'many'"),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_2(tmp_path, arguments, message):

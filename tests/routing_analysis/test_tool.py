@@ -238,7 +238,7 @@ def run(*arguments: object) -> None:
         (("--split", "100,0,0"), "leaves nothing for --eval-split valid"),
         (("--tokens", 0), "--tokens must be at least 1, not 0"),
         (("--seq-length", 33), "--seq-length is 33, but the model takes at most 32 tokens"),
-        (("--capacity-factors", 1, "nan"), "--capacity-factors must be positive numbers, not nan"),
+        (("--capacity-factors", 1, "nan"), "--capacity-factors must be a finite number, not nan"),
         (("--token-frequency", "text.txt"), "text.txt"),
         (("--token-frequency", "few.safetensors"), "--token-frequency counts 60 ids, the model has 500"),
         (("--tokenizer-model", "nowhere.model"), "the tokenizer nowhere.model of"),

@@ -170,7 +170,7 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
         ),
         (
             [*COUNTS, *MODEL, *METHOD, "--assignment", "balanced", "--expert-model-parallel-size", 0],
-            ["0 expert-parallel"],
+            ["--expert-model-parallel-size must be at least 1, not 0"],
         ),
         ([*COUNTS, *MODEL, *METHOD, "--assignment", "best"], ["best"]),
         ([*COUNTS, *MODEL, *METHOD, "--preset", "smoe"], ["preset smoe", "frequent mass"]),
@@ -179,7 +179,7 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
         ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-visible-experts", 1], ["without --hash-layers"]),
         ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-layers", 3], ["1 to 2 of 3 layers"]),
         (["--expert-table", "t.npy", *MODEL, "--hash-layers", 1], ["--expert-table", "--hash-layers"]),
-        (["--vocab-size", 0, *MODEL, "--preset", "smoe"], ["vocabulary size"]),
+        (["--vocab-size", 0, *MODEL, "--preset", "smoe"], ["--vocab-size must be at least 1, not 0"]),
         (["--vocab-size", 50, *MODEL, "--preset", "hash-balanced"], ["--token-frequency"]),
         (["--token-frequency", "missing", *MODEL, "--preset", "hash"], ["missing"]),
         (["--token-frequency", "text.bin", *MODEL, "--preset", "hash"], ["text.bin"]),

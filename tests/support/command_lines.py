@@ -1,11 +1,12 @@
 """Runs commands in this process as a user runs them, and looks at what they print and write."""
 
+import argparse
 import contextlib
 import importlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ TRAINING |= {"generate": "maskmoe.training.generate"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did.
+    """The result of a command.
 
     Attributes:
         code: the exit code.
@@ -32,9 +33,14 @@ class Outcome:
     output: str
     errors: str
 
-    def problem(self, *words: str) -> str | None:
-        """Return why this is not a refusal: exit code 2 and one line of error that holds all `words`. None if it is."""
-        lines = self.errors.splitlines()
+    def problem(self, *words: str, after_progress: bool = False) -> str | None:
+        """Return why this is not a refusal; None if it is: exit code 2 and one line of error that holds all words.
+
+        Args:
+            words: words of the error.
+            after_progress: whether a progress bar may precede the error, which only the work itself can find.
+        """
+        lines = self.errors.splitlines()[-1 if after_progress else 0 :]
         if self.code != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 1000:
             return f"code {self.code}, {len(lines)} lines: {self.errors[-300:]}"
         missing = [word for word in words if word not in lines[0]]
@@ -74,19 +80,33 @@ def run_command(*words: object, starts_ranks: bool = False) -> Outcome:
     return Outcome(0, output.getvalue(), errors.getvalue())
 
 
-def refuse_all(folder: Path, cases: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
+def parse_training(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line of training and check its numbers, as a run and `--check` do first. Raises UserError."""
+    from maskmoe.command_line import refuse_unknown_flags
+    from maskmoe.training.flag_ranges import check_ranges
+
+    refuse_unknown_flags(parser, words)
+    args = parser.parse_args(words)
+    check_ranges(args)
+    return args
+
+
+def refuse_all(
+    folder: Path, cases: Iterable[tuple[Sequence[str], Sequence[str]]], after_progress: bool = False
+) -> None:
     """Check that commands are refused and neither make, change nor remove a file; reports all cases that fail.
 
     Args:
         folder: the folder whose files are compared.
         cases: the words of each command line, and the words that its error must hold.
+        after_progress: whether a progress bar may precede the error.
     """
     failed, number = [], 0
     files = _files(folder)
     for command, expected in cases:
         number += 1
         try:
-            problem = run_command(*command).problem(*expected)
+            problem = run_command(*command).problem(*expected, after_progress=after_progress)
         except BaseException as error:  # a panic of a library in Rust is no Exception
             problem = f"{type(error).__name__}: {str(error)[:300]}"
         if (now := _files(folder)) != files:
@@ -95,6 +115,23 @@ def refuse_all(folder: Path, cases: Iterable[tuple[Sequence[str], Sequence[str]]
         if problem:
             failed.append(f"{str(command)[:300]}\n      {problem}")
     assert not failed, f"{len(failed)} of {number} cases failed:\n" + "\n".join(failed)
+
+
+def forget_megatrons_globals() -> None:
+    """Let Megatron parse another command line in this process."""
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
+
+
+@contextlib.contextmanager
+def writing_nothing(folder: Path) -> Iterator[None]:
+    """Check that the block neither makes, changes nor removes a file below a folder."""
+    before = _files(folder)
+    yield
+    assert _files(folder) == before
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
