@@ -31,6 +31,7 @@ from typing import Any
 
 from maskmoe.cli import atomic_output
 from maskmoe.commands.arguments import command_parser
+from maskmoe.commands.progress import say_loading
 from maskmoe.errors import UserError
 from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings
 
@@ -133,6 +134,7 @@ def main() -> None:
     arguments = parse_arguments()
     settings = AnalysisSettings(**{name: getattr(arguments, name) for name in AnalysisSettings.__dataclass_fields__})
 
+    say_loading("importing PyTorch and Megatron-Core")
     # The analysis needs torch and Megatron, `--help` does not.
     from maskmoe.megatron_compat import prepare_process
 
@@ -148,6 +150,7 @@ def main() -> None:
     else:
         text = FileText(tuple(arguments.input), arguments.json_key)
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
+    say_loading("finding the models and the text")
     models = find_models(arguments.load, arguments.ckpt_step)
     with output_folder(arguments.output_dir) as folder, ExitStack() as outputs:
         numbers = range(1, len(models) + 1) if arguments.save_traces else ()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.cli import atomic_output
+from maskmoe.commands.progress import say_loading
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
     DTYPE_NAMES,
@@ -172,6 +173,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the subcommand that the command line names."""
     arguments = parse_arguments()
+    say_loading("importing PyTorch and Megatron-Core")
     # Only now, since torch and Megatron take seconds to import and `--help` needs neither.
     from maskmoe.megatron_compat import prepare_process
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.cli import atomic_output
+from maskmoe.commands.progress import say_loading
 from maskmoe.errors import UserError
 
 
@@ -29,12 +30,17 @@ def main() -> None:
     if arguments.temperature < 0 or arguments.top_k < 0 or arguments.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
 
+    if not arguments.prompt.strip():
+        raise UserError("--prompt is empty")
+
+    say_loading("importing PyTorch and transformers")
     # Only now, since these imports take seconds and `--help` does not need them.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
+    say_loading("reading the model")
     tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", local_files_only=True)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")

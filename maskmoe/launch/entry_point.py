@@ -11,7 +11,7 @@ from maskmoe.launch.devices import GPU_ENVIRONMENT, find_devices
 from maskmoe.launch.supervisor import Supervisor
 
 _PROCESSES_FLAG = "--nproc-per-node"
-_SINGLE_PROCESS_FLAGS = ("-h", "--help", "--check")
+_SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")
 _SHUTDOWN_TIMEOUT = 600  # seconds for a last checkpoint after a signal
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -178,7 +179,7 @@ class Console:
             self.iteration = record
         elif isinstance(record, ValidationRecord):
             self.validation = record
-        self._show(line, self._stdout)
+        self._show(line, self._progress)
 
     def take_log(self, record: logging.LogRecord, text: str) -> None:
         """Show or log the text of a record of Python's logging; errors, and our own warnings, are always shown."""
@@ -187,7 +188,7 @@ class Console:
         is_hidden = self._is_training and _HIDDEN_WARNINGS_WHILE_TRAINING.search(text)
         is_timer = record.name == _TIMERS and self.shows_timers
         if is_timer or (record.levelno >= least and not is_hidden):
-            self._show(text + "\n", self._stdout)
+            self._show(text + "\n", self._progress)
         else:
             self._keep(text + "\n")
 
@@ -265,6 +266,21 @@ class _LogHandler(logging.Handler):
 
 console = Console()
 """The console of this process; like `sys.stdout`, there is one."""
+
+
+def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> Iterable[Step]:
+    """Return the steps with a progress bar on stderr, on the first rank; without a terminal, with a line now and then.
+
+    Args:
+        steps: what to iterate over.
+        description: label of the bar.
+        unit: name of a step.
+    """
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else _HEARTBEAT
+    is_first = os.environ.get("RANK", "0") == "0"
+    return tqdm(steps, desc=description, unit=unit, mininterval=interval, disable=not is_first)
 
 
 def hide_foreign_warnings() -> None:

@@ -5,11 +5,10 @@ import argparse
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
-from tqdm import tqdm
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.training.console import console
+from maskmoe.training.console import console, progress_bar
 from maskmoe.training.setup import leaving_process_groups, load_model, parse_and_check_args, write_on_first_rank
 
 
@@ -47,9 +46,12 @@ def tokenize_prompt(args: argparse.Namespace) -> list[int]:
         args: Megatron's arguments and the arguments of generation.
 
     Raises:
-        UserError: The prompt is empty, or the text would be longer than the model's positions.
+        UserError: The prompt is empty or has no tokens, or the text would be longer than the model's positions.
     """
-    prompt_ids = get_tokenizer().tokenize(args.prompt)
+    try:
+        prompt_ids = get_tokenizer().tokenize(args.prompt)
+    except ValueError as error:  # NullTokenizer takes numbers only
+        raise UserError(f"--prompt cannot be tokenized by {args.tokenizer_type}: {error}") from error
     if not prompt_ids:
         raise UserError("--prompt is empty")
     if len(prompt_ids) + args.max_new_tokens > args.max_position_embeddings:
@@ -96,7 +98,7 @@ def generate(args: argparse.Namespace, model: torch.nn.Module, prompt_ids: list[
     model.eval()
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.tensor([prompt_ids], device=torch.cuda.current_device())  # [1, sequence]
-    for _ in tqdm(range(args.max_new_tokens), desc="generating", disable=None if args.rank == 0 else True):
+    for _ in progress_bar(range(args.max_new_tokens), "generating", "token"):
         position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         logits = gather_from_tensor_model_parallel_region(model(tokens, position_ids, None)[:, -1])
         # Ids beyond the tokenizer's vocabulary pad the embedding, and have no visible experts.

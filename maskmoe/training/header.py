@@ -133,7 +133,9 @@ def _describe_parameters(args: Namespace, mask: RoutingMask | None, counts: Para
         return total
     use = ExpertUse.from_mask(mask, args.moe_router_topk, FeedForwardLayers.of_args(args))
     active = counts.active(use.mean / args.num_experts)
-    return f"{total}, {_short(active)} active ({active:,}) at {use.mean:.3g} expert{'s' if use.mean != 1 else ''} a token"
+    return (
+        f"{total}, {_short(active)} active ({active:,}) at {use.mean:.3g} expert{'s' if use.mean != 1 else ''} a token"
+    )
 
 
 def _describe_data(args: Namespace) -> str:
