@@ -9,6 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from megatron.core.enums import ModelType
@@ -30,7 +31,7 @@ from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import checkpoint_to_load
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
-from maskmoe.training.saved_arguments import save_arguments
+from maskmoe.training.saved_arguments import FILE_NAME, save_arguments
 from maskmoe.training.setup import (
     find_routing_mask,
     leaving_process_groups,
@@ -100,21 +101,30 @@ def hang_timeout(args: Namespace) -> float:
     return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
 
 
-def main() -> None:
-    """Pretrain as the command line says."""
-    # Check everything before any process group exists.
-    args = parse_and_check_args(add_pretraining_arguments)
+def _open_run_folder(args: Namespace) -> Path | None:
+    """Write the arguments and the log to the run folder from now on; return the folder, or None if there is none."""
     folder = run_folder(args.save)
     console.open_log(folder)
     console.shows_timers = args.timing_log_level > 0
     if folder is not None and args.rank == 0:
-        save_arguments(args, sys.argv[1:], folder)
+        try:
+            save_arguments(args, sys.argv[1:], folder)
+        except OSError as error:
+            console.say(f"note: cannot write {folder / FILE_NAME}: {error.strerror}")
+    return folder
+
+
+def main() -> None:
+    """Pretrain as the command line says."""
+    # Check everything before any process group exists.
+    args = parse_and_check_args(add_pretraining_arguments)
     let_signals_save = save_on_signals(args)
     ranks = RankStore.from_environment()
     watchdog = Watchdog(ranks, hang_timeout(args))
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
     model_config = model_config_from_args(args)
+    folder = _open_run_folder(args)
     if args.num_experts:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
         if args.hybrid_layer_pattern is not None:
