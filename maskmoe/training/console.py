@@ -127,11 +127,6 @@ class Console:
         if int(os.environ.get("RANK", "0")) == rank % ranks:
             self._show(line + "\n", self._progress)
 
-    def print_result(self, text: str) -> None:
-        """Print the result of the program to stdout, on the first rank."""
-        if os.environ.get("RANK", "0") == "0":
-            self._show(text + "\n", self._stdout)
-
     def load(self, phase: str) -> None:
         """Say what the run does before its first iteration, and repeat this while it takes long; only in a rank.
 
@@ -146,8 +141,19 @@ class Console:
             threading.Thread(target=self._beat, name="console", daemon=True).start()
 
     def end_of_loading(self) -> None:
-        """Note that the first iteration, or the work of an evaluation, begins; further calls change nothing."""
+        """Note that the first iteration, or the work on a result, begins; further calls change nothing.
+
+        If progress goes to stderr, then stdout is for the result, and from now on gets what is printed, unchanged.
+        """
         self._is_training = True
+        self._is_loaded.set()
+        if self._is_routed and self._progress is not self._stdout:
+            sys.stdout = self._stdout
+
+    def finish(self) -> None:
+        """Take the last line even if it has no end; the process is about to end."""
+        if isinstance(sys.stdout, _LineRouter):
+            sys.stdout.finish()
         self._is_loaded.set()
 
     def show_last_lines(self) -> None:
@@ -243,6 +249,11 @@ class _LineRouter:
 
     def flush(self) -> None:
         """Do nothing: complete lines are flushed at once, and the rest of a line cannot be judged yet."""
+
+    def finish(self) -> None:
+        """Hand on the line that this thread has begun."""
+        if getattr(self._unfinished, "text", ""):
+            self.write("\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
+from megatron.training import print_rank_0
 from torch import Tensor
 
 from maskmoe.errors import UserError
@@ -206,5 +207,5 @@ def main() -> None:
         if texts is not None:
             console.end_of_loading()
         results: Evaluation | TextScores = evaluate(args, model) if texts is None else score_texts(args, model, texts)
-        console.print_result(results.table())
+        print_rank_0(results.table())
         write_on_first_rank(args.eval_output, json.dumps(asdict(results), indent=2) + "\n")

@@ -4,6 +4,7 @@ import argparse
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.training import print_rank_0
 from torch import Tensor
 
 from maskmoe.errors import UserError
@@ -39,17 +40,18 @@ def check_generation(args: argparse.Namespace) -> None:
         raise UserError("--temperature and --top-k must not be negative, --max-new-tokens must be positive")
 
 
-def tokenize_prompt(args: argparse.Namespace) -> list[int]:
+def tokenize_prompt(args: argparse.Namespace, prompt: str) -> list[int]:
     """Return the token ids of the prompt, at least one; call this before the model is loaded.
 
     Args:
         args: Megatron's arguments and the arguments of generation.
+        prompt: The prompt.
 
     Raises:
         UserError: The prompt is empty or has no tokens, or the text would be longer than the model's positions.
     """
     try:
-        prompt_ids = get_tokenizer().tokenize(args.prompt)
+        prompt_ids = get_tokenizer().tokenize(prompt)
     except ValueError as error:  # NullTokenizer takes numbers only
         raise UserError(f"--prompt cannot be tokenized by {args.tokenizer_type}: {error}") from error
     if not prompt_ids:
@@ -116,10 +118,10 @@ def main() -> None:
     """Generate as the command line says."""
     args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False)
     check_generation(args)
-    prompt_ids = tokenize_prompt(args)
+    prompt_ids = tokenize_prompt(args, args.prompt)
     with leaving_process_groups():
         model = load_model(args)
         console.end_of_loading()
         text = get_tokenizer().detokenize(generate(args, model, prompt_ids))
-        console.print_result(text)
+        print_rank_0(text)
         write_on_first_rank(args.sample_output, text + "\n")

@@ -72,7 +72,7 @@ def _run_with_last_lines(main: Callable[[], None]) -> None:
         console.show_last_lines()
         raise
     finally:
-        console.end_of_loading()
+        console.finish()
 
 
 class _End:

@@ -161,6 +161,27 @@ def test_verbose_shows_everything(stdout, monkeypatch):
     assert stdout.getvalue() == "  num_layers ..... 4\n"
 
 
+def test_result_goes_to_stdout_and_everything_else_to_stderr(stdout, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr := io.StringIO())
+    console = Console()
+    console.route(stderr)
+    console.load("reading the model")
+    print(LOADED)
+    print("noise")
+    console.end_of_loading()
+    print("part of a text", end="")
+    assert stdout.getvalue() == "part of a text"
+    assert stderr.getvalue() == f"loading: reading the model\n{LOADED}\n"
+
+
+def test_unfinished_line_of_a_dying_process_is_shown(console, emit, stdout):
+    console.end_of_loading()
+    emit("last words", end="")
+    emit.keywords["file"].finish()
+    assert stdout.getvalue() == "last words\n"
+
+
 def test_only_one_rank_speaks(console, emit, stdout, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
