@@ -227,7 +227,7 @@ class Console:
 
 
 class _LineRouter:
-    """A text stream in the place of `sys.stdout` that hands complete lines to the console.
+    """Replaces `sys.stdout` and hands complete lines to the console.
 
     Args:
         console: takes the lines.

@@ -1,4 +1,4 @@
-"""What a rank shows on the console, what it only logs, and what it leaves in the run folder."""
+"""The console of a rank, its log, and the saved arguments."""
 
 import io
 import logging
