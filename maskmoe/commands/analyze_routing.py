@@ -33,6 +33,7 @@ from typing import Any
 from maskmoe import ranges
 from maskmoe.command_line import split
 from maskmoe.commands.arguments import add_force_argument, command_parser
+from maskmoe.commands.progress import say_loading
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs, unwinding_on_signals
@@ -146,6 +147,7 @@ def main() -> None:
     arguments = parse_arguments()
     settings = AnalysisSettings(**{name: getattr(arguments, name) for name in AnalysisSettings.__dataclass_fields__})
 
+    say_loading("importing PyTorch and Megatron-Core")
     # The analysis needs torch and Megatron, `--help` does not.
     from maskmoe.megatron_compat import prepare_process
 
@@ -161,6 +163,7 @@ def main() -> None:
     else:
         text = FileText(tuple(arguments.input), arguments.json_key)
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
+    say_loading("finding the models and the text")
     models = find_models(arguments.load, arguments.ckpt_step)
     with unwinding_on_signals(), output_folder(arguments.output_dir) as folder, ExitStack() as outputs:
         numbers = range(1, len(models) + 1) if arguments.save_traces else ()

@@ -11,6 +11,7 @@ from typing import Any
 from maskmoe import ranges
 from maskmoe.command_line import Parser
 from maskmoe.commands.arguments import add_force_argument
+from maskmoe.commands.progress import say_loading
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
     DTYPE_NAMES,
@@ -214,6 +215,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the subcommand that the command line names."""
     arguments = parse_arguments()
+    say_loading("importing PyTorch and Megatron-Core")
     if arguments.command == "quantize":
         _import_torchao()
     # Only now, since torch and Megatron take seconds to import and `--help` needs neither.

@@ -7,6 +7,7 @@ from typing import Any
 from maskmoe import ranges
 from maskmoe.command_line import Parser
 from maskmoe.commands.arguments import add_force_argument
+from maskmoe.commands.progress import say_loading
 from maskmoe.errors import UserError
 from maskmoe.model_config import read_model_config
 from maskmoe.outputs import atomic_output, check_outputs
@@ -43,6 +44,10 @@ def main() -> None:
 
     prompts = Prompts(arguments)
 
+    if not arguments.prompt.strip():
+        raise UserError("--prompt is empty")
+
+    say_loading("importing PyTorch and transformers")
     # Only now, since these imports take seconds and `--help` does not need them.
     import torch
     from transformers import set_seed
@@ -53,6 +58,7 @@ def main() -> None:
     prompts_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts.texts]
     for prompt_ids in prompts_ids:
         check_prompt(prompt_ids, arguments.max_new_tokens, positions)
+    say_loading("reading the model")
     model = load_exported_model(arguments.model, tokenizer)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     continuation = Continuation(arguments, tokenizer, model)

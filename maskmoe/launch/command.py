@@ -71,11 +71,11 @@ def torchrun_command(
         *("--signals-to-handle", ",".join(number.name for number in SIGNALS_THAT_END)),
         *("--shutdown-timeout", str(options.shutdown_timeout)),
     )
-    variables = {**RUN_ENVIRONMENT, RUN_FOLDER_VARIABLE: str(options.run_dir)}
+    variables = dict(RUN_ENVIRONMENT)
     if options.nodes > 1 and route and route.interface:
         variables |= dict.fromkeys(_INTERFACE_VARIABLES, route.interface)
     words = _torchrun_words(launcher_words, "maskmoe.training.pretrain", flag_words(flags))
-    return Command(words, unset_variables(variables, environment))
+    return Command(words, {**unset_variables(variables, environment), RUN_FOLDER_VARIABLE: str(options.run_dir)})
 
 
 def standalone_command(

@@ -14,7 +14,7 @@ from maskmoe.launch.supervisor import Supervisor
 from maskmoe.prompts import INTERACTIVE_FLAG
 
 _PROCESSES_FLAG = "--nproc-per-node"
-_SINGLE_PROCESS_FLAGS = ("-h", "--help", "--check")
+_SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")
 _SHUTDOWN_TIMEOUT = 600  # seconds for a last checkpoint after a signal
 
 

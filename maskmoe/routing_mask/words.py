@@ -11,8 +11,6 @@ def describe_visible_experts(mask: RoutingMask) -> str:
     if not hashed:
         return _describe(mask.num_visible_beyond_hash_layers, num_experts)
     of_hash_layers = _describe(np.full(1, hashed.visible_experts), num_experts)
-    if hashed.num_layers >= mask.num_layers:
-        return f"hash layers: {of_hash_layers}"
     layers = f"the first {hashed.num_layers} layers" if hashed.num_layers > 1 else "the first layer"
     return f"in {layers}, {of_hash_layers}; after that, {_describe(mask.num_visible_beyond_hash_layers, num_experts)}"
 

@@ -16,10 +16,9 @@ from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 from torch.utils.data import default_collate
-from tqdm import tqdm
 
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
-from maskmoe.training.console import console
+from maskmoe.training.console import console, progress_bar
 from maskmoe.training.fill_in_middle import FillInMiddleDataset, token_settings
 from maskmoe.transformer.packed_documents import PackedDocuments
 
@@ -241,7 +240,7 @@ def losses_of_all(
 
     # Megatron's schedules take None, too, on ranks that do not read data.
     data_iterator: Any = micro_batches(sample) if sample is not None else None
-    for start in tqdm(steps, desc=description, unit="batch", disable=None if args.rank == 0 else True):
+    for start in progress_bar(steps, description, "batch"):
         collected = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=data_iterator,

@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -126,11 +127,6 @@ class Console:
         if int(os.environ.get("RANK", "0")) == rank % ranks:
             self._show(line + "\n", self._progress)
 
-    def print_result(self, text: str) -> None:
-        """Print the result of the program to stdout, on the first rank."""
-        if os.environ.get("RANK", "0") == "0":
-            self._show(text + "\n", self._stdout)
-
     def load(self, phase: str) -> None:
         """Say what the run does before its first iteration, and repeat this while it takes long; only in a rank.
 
@@ -145,8 +141,19 @@ class Console:
             threading.Thread(target=self._beat, name="console", daemon=True).start()
 
     def end_of_loading(self) -> None:
-        """Note that the first iteration, or the work of an evaluation, begins; further calls change nothing."""
+        """Note that the first iteration, or the work on a result, begins; further calls change nothing.
+
+        If progress goes to stderr, then stdout is for the result, and from now on gets what is printed, unchanged.
+        """
         self._is_training = True
+        self._is_loaded.set()
+        if self._is_routed and self._progress is not self._stdout:
+            sys.stdout = self._stdout
+
+    def finish(self) -> None:
+        """Take the last line even if it has no end; the process is about to end."""
+        if isinstance(sys.stdout, _LineRouter):
+            sys.stdout.finish()
         self._is_loaded.set()
 
     def show_last_lines(self) -> None:
@@ -178,7 +185,7 @@ class Console:
             self.iteration = record
         elif isinstance(record, ValidationRecord):
             self.validation = record
-        self._show(line, self._stdout)
+        self._show(line, self._progress)
 
     def take_log(self, record: logging.LogRecord, text: str) -> None:
         """Show or log the text of a record of Python's logging; errors, and our own warnings, are always shown."""
@@ -187,7 +194,7 @@ class Console:
         is_hidden = self._is_training and _HIDDEN_WARNINGS_WHILE_TRAINING.search(text)
         is_timer = record.name == _TIMERS and self.shows_timers
         if is_timer or (record.levelno >= least and not is_hidden):
-            self._show(text + "\n", self._stdout)
+            self._show(text + "\n", self._progress)
         else:
             self._keep(text + "\n")
 
@@ -220,7 +227,7 @@ class Console:
 
 
 class _LineRouter:
-    """A text stream in the place of `sys.stdout` that hands complete lines to the console.
+    """Replaces `sys.stdout` and hands complete lines to the console.
 
     Args:
         console: takes the lines.
@@ -242,6 +249,11 @@ class _LineRouter:
 
     def flush(self) -> None:
         """Do nothing: complete lines are flushed at once, and the rest of a line cannot be judged yet."""
+
+    def finish(self) -> None:
+        """Hand on the line that this thread has begun."""
+        if getattr(self._unfinished, "text", ""):
+            self.write("\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -265,6 +277,21 @@ class _LogHandler(logging.Handler):
 
 console = Console()
 """The console of this process; like `sys.stdout`, there is one."""
+
+
+def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> Iterable[Step]:
+    """Return the steps with a progress bar on stderr, on the first rank; without a terminal, with a line now and then.
+
+    Args:
+        steps: what to iterate over.
+        description: label of the bar.
+        unit: name of a step.
+    """
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else _HEARTBEAT
+    is_first = os.environ.get("RANK", "0") == "0"
+    return tqdm(steps, desc=description, unit=unit, mininterval=interval, disable=not is_first)
 
 
 def hide_foreign_warnings() -> None:

@@ -1,7 +1,8 @@
 """Evaluate a checkpoint: `torchrun … -m maskmoe.training.evaluate --load DIR --use-checkpoint-args --data-path P`.
 
 Prints the loss and perplexity of the validation split, overall and by the frequency of the input token, and the load of
-the experts in every layer. With `--eval-texts F.jsonl`, the command scores the texts of that file instead.
+the experts in every layer. `--eval-iters N` evaluates the first N batches of `--global-batch-size` samples only. With
+`--eval-texts F.jsonl`, the command scores the texts of that file instead.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
+from megatron.training import print_rank_0
 from torch import Tensor
 
 from maskmoe.errors import UserError
@@ -123,6 +125,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     for flag, meaning in files.items():
         group.add_argument(flag, metavar="FILE", help=meaning)
     add_force_argument(group)
+    # Without `--eval-iters`, the whole split is evaluated.
+    parser.set_defaults(eval_iters=0)
     parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
     return parser
 
@@ -151,10 +155,10 @@ def read_frequency_bands(args: argparse.Namespace, vocab_size: int) -> Frequency
 
 
 def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
-    """Run the model over the whole split; a collective call, which returns equal results on all ranks.
+    """Run the model over the split; a collective call, which returns equal results on all ranks.
 
     Args:
-        args: Megatron's arguments.
+        args: Megatron's arguments; `eval_iters` is the number of global batches, 0 for the whole split.
         model: This rank's part of the model.
 
     Raises:
@@ -167,6 +171,11 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
     torch.distributed.broadcast_object_list(num_samples, src=0)
     if num_samples == [0]:
         raise UserError(f"the {args.eval_split} split of {args.data_path} (--split {args.split}) has no sample")
+    limit = args.eval_iters * args.global_batch_size
+    if 0 < limit < num_samples[0]:
+        console.say(f"note: --eval-iters {args.eval_iters}: {limit:,} of {num_samples[0]:,} samples are evaluated")
+        num_samples = [limit]
+    console.end_of_loading()
 
     # Add up the losses and the tokens of each band.
     num_layers = len(FeedForwardLayers.of_args(args).has_experts)
@@ -204,6 +213,8 @@ def main() -> None:
     texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
     with leaving_process_groups():
         model = load_model(args)
+        if texts is not None:
+            console.end_of_loading()
         results: Evaluation | TextScores = evaluate(args, model) if texts is None else score_texts(args, model, texts)
-        console.print_result(results.table())
+        print_rank_0(results.table())
         write_on_first_rank(args.eval_output, json.dumps(asdict(results), indent=2) + "\n")

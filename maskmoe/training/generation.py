@@ -9,14 +9,15 @@ from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.training import print_rank_0
 from torch import Tensor
-from tqdm import tqdm
 
 from maskmoe import ranges
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
-from maskmoe.training.console import console
+from maskmoe.training.console import console, progress_bar
+from maskmoe.training.prompt_ids import tokenize_text
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.setup import (
     add_force_argument,
@@ -28,7 +29,6 @@ from maskmoe.training.setup import (
 )
 
 _LONGEST_SILENCE = 600.0  # seconds between two messages of the first rank, which other ranks await for an hour
-from maskmoe.training.prompt_ids import tokenize_text
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -117,8 +117,8 @@ def generate(
     texts = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(args.seed) for _ in texts]
     unfinished = list(range(len(texts)))
-    is_shown = args.rank == 0 and after_token is None
-    for _ in tqdm(range(args.max_new_tokens), desc="generating", disable=None if is_shown else True):
+    steps = range(args.max_new_tokens)
+    for _ in progress_bar(steps, "generating", "token") if after_token is None else steps:
         lengths = [len(texts[index]) for index in unfinished]
         padded = [texts[index] + [0] * (max(lengths) - len(texts[index])) for index in unfinished]
         tokens = torch.tensor(padded, device=device)  # [texts, longest]
@@ -206,5 +206,5 @@ def main() -> None:
             return
         tokens = [text for batch in prompts.batches() for text in generate(args, model, prompts_ids[batch])]
         output = prompts.output([get_tokenizer().detokenize(text) for text in tokens])
-        console.print_result(output)
+        print_rank_0(output)
         write_on_first_rank(args.sample_output, output + "\n")

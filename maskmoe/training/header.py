@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.transformer.module import MegatronModule
 
 from maskmoe.check.layout import Layout
 from maskmoe.check.parameters import ExpertUse
@@ -37,14 +38,15 @@ class ParameterCounts:
     multi_token_prediction: int
 
     @classmethod
-    def of_model(cls, chunks: Sequence[torch.nn.Module]) -> "ParameterCounts":
+    def of_model(cls, chunks: Sequence[MegatronModule]) -> "ParameterCounts":
         """Count the parameters of the model that all ranks hold together; a collective call.
 
         Args:
             chunks: this rank's model chunks, not wrapped.
         """
         data, expert_data = mpu.get_data_parallel_world_size(with_context_parallel=True), _expert_data_size()
-        tensor, expert_tensor = mpu.get_tensor_model_parallel_world_size(), mpu.get_expert_tensor_parallel_world_size()
+        tensor = mpu.get_tensor_model_parallel_world_size()
+        expert_tensor = mpu.get_expert_tensor_parallel_world_size() or 1
         # A rank counts its share of each parameter that several ranks hold, so that the shares add up to whole numbers.
         sums = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
         for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
@@ -70,8 +72,8 @@ class ParameterCounts:
 
 
 def show_header(
-    args: Namespace, mask: RoutingMask | None, folder: Path | None, chunks: list[torch.nn.Module]
-) -> list[torch.nn.Module]:
+    args: Namespace, mask: RoutingMask | None, folder: Path | None, chunks: list[MegatronModule]
+) -> list[MegatronModule]:
     """Print the header on the first rank; a collective call, in the form of Megatron's hooks for new models.
 
     Args:

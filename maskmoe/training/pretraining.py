@@ -37,7 +37,7 @@ from maskmoe.training.resume import checkpoint_to_load
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.run_report import RunReport, interval
-from maskmoe.training.saved_arguments import save_arguments
+from maskmoe.training.saved_arguments import FILE_NAME, save_arguments
 from maskmoe.training.setup import (
     find_routing_mask,
     leaving_process_groups,
@@ -116,6 +116,19 @@ def hang_timeout(args: Namespace) -> float:
     return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
 
 
+def _open_run_folder(args: Namespace) -> Path | None:
+    """Write the arguments and the log to the run folder from now on; return the folder, or None if there is none."""
+    folder = run_folder(args.save)
+    console.open_log(folder)
+    console.shows_timers = args.timing_log_level > 0
+    if folder is not None and args.rank == 0:
+        try:
+            save_arguments(args, sys.argv[1:], folder)
+        except OSError as error:
+            console.say(f"note: cannot write {folder / FILE_NAME}: {error.strerror}")
+    return folder
+
+
 def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
@@ -164,15 +177,11 @@ def train(args: Namespace, ranks: RankStore, let_signals_save: Callable[[], obje
         ranks: Messages between the ranks.
         let_signals_save: Makes signals save a checkpoint, see `save_on_signals`.
     """
-    folder = run_folder(args.save)
-    console.open_log(folder)
-    console.shows_timers = args.timing_log_level > 0
-    if folder is not None and args.rank == 0:
-        save_arguments(args, sys.argv[1:], folder)
     watchdog = Watchdog(ranks, hang_timeout(args))
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
     model_config = model_config_from_args(args)
+    folder = _open_run_folder(args)
     if args.num_experts:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
         if args.hybrid_layer_pattern is not None:

@@ -12,26 +12,32 @@ from maskmoe.errors import RunFailure, UserError
 from maskmoe.training.console import console
 
 _HELP_FLAGS = {"-h", "--help"}
+_FULL_HELP_FLAG = "--help-all"
+# The report of `--check`, and the help, are the output of the process.
+_UNROUTED_FLAGS = {"--check", _FULL_HELP_FLAG}
 
 
 def run_rank(main: Callable[[], None], name: str) -> None:
     """Run the entry point of this process, which is a rank, and exit with its exit code.
 
-    `--help` prints a page at once, without importing PyTorch and Megatron-Core, which takes seconds.
+    `--help` prints a page at once, without importing PyTorch and Megatron-Core, which takes seconds. `--help-all`
+    prints the help of the parser itself, with all of Megatron's flags.
 
     Args:
         main: does the work of the entry point.
         name: name of the entry point, such as `pretrain`.
     """
-    if _HELP_FLAGS & set(sys.argv[1:]):
+    flags = {word.partition("=")[0] for word in sys.argv[1:]}
+    if _HELP_FLAGS & flags:
         print(help_page(name), end="")
         return
     # Exit handlers run in the reverse order of their registration: register first, to run last.
     end = _End()
     atexit.register(end.exit)
-    # The report of `--check` is its output, and it drops Megatron's lines by itself.
-    if not any(word.partition("=")[0] == "--check" for word in sys.argv[1:]):
+    if not _UNROUTED_FLAGS & flags:
         console.route(sys.stdout if name == "pretrain" else sys.stderr)
+    if _FULL_HELP_FLAG in flags:
+        sys.argv[1:] = ["--help"]
     try:
         run_tool(lambda: _run_with_last_lines(main))
         end.code = 0
@@ -66,7 +72,7 @@ def _run_with_last_lines(main: Callable[[], None]) -> None:
         console.show_last_lines()
         raise
     finally:
-        console.end_of_loading()
+        console.finish()
 
 
 class _End:

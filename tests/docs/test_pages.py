@@ -9,7 +9,7 @@ import pytest
 from support.documentation import DOCS, README, anchors, links, pages
 from support.paths import ROOT
 
-GENERATED = ("flags.py", "combinations.py", "patches.py", "internals.py")
+GENERATED = ("flags.py", "help.py", "combinations.py", "patches.py", "internals.py")
 
 
 def test_readme_is_short() -> None:

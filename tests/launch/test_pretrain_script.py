@@ -34,6 +34,8 @@ SMALLER = f"""
     --data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}
 """
 MASK = "--routing-mask mask.safetensors"
+TENSOR_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+HEADER = ["model", "parameters", "layout", "step", "dispatch", "mask", "data", "start", "folder"]
 EXPERT_2 = "--expert-model-parallel-size 2"
 
 
@@ -83,6 +85,22 @@ def undisturbed(folder, start) -> dict[int, float]:
     return curve
 
 
+def assert_quiet(launch: Launch, last: str) -> None:
+    """Check the console of a run: a header, a few lines of loading, Megatron's lines, and one line at the end."""
+    lines = launch.output.splitlines()
+    assert lines[-1].partition("]: ")[2].startswith(last)
+    first = next(number for number, line in enumerate(lines) if " iteration  " in line)
+    assert first < 25
+    header = [line for line in lines[:first] if line.startswith("[rank0]: ") and "loading: " not in line]
+    assert [line.split()[1] for line in header[:9]] == HEADER
+    assert len(header) <= 15
+    for noise in ("end of arguments", "DEPRECATED", "Warning", "in billions", "Traceback", "torch/distributed"):
+        assert noise not in launch.output
+    log = (launch.run_dir / "logs" / "rank0.log").read_text()
+    assert "end of arguments" in log
+    assert "in billions" in log
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_signalled_run_saves_and_resumes(start, undisturbed, number):
     name = f"signalled-{number.name}"
@@ -96,9 +114,11 @@ def test_signalled_run_saves_and_resumes(start, undisturbed, number):
     assert list(interrupted)[-1] == saved
     assert not check_page(launch.run_dir / "report.html", launch.output).keys() - interrupted.keys()
     assert "attempt_1" not in "".join(map(str, launch.run_dir.rglob("*")))
+    assert_quiet(launch, f"stopped: saved iteration {saved} in {launch.checkpoints}; the same command resumes")
     with start(name, "--no-check") as again:
         assert again.wait() == 0, again.output[-4000:]
     assert f"at iteration {saved}" in again.output
+    assert_quiet(again, f"complete: {ITERATIONS} iterations, loss ")
     assert read_losses(launch.run_dir) == undisturbed
     assert list(check_page(launch.run_dir / "report.html", launch.output, again.output)) == list(undisturbed)
     logs = sorted((launch.run_dir / "logs" / "node0").glob("*/attempt_0/*/stdout.log"))
@@ -130,6 +150,40 @@ def test_second_run_in_a_folder_is_refused(start, folder, way):
             assert second.output.splitlines() == errors
             assert sorted(launch.run_dir.rglob("*")) == before
         assert launch.process.poll() is None
+
+
+@pytest.mark.slow
+def test_saved_arguments_start_the_same_run(folder, start, undisturbed):
+    with start("whole", "--no-check") as launch:
+        assert launch.wait() == 0, launch.output[-4000:]
+    command = [SCRIPT, "--no-check", "--gpus-per-node", "2", "--run-dir", "runs/copy", launch.run_dir / "args.yaml"]
+    with Launch(command, folder, folder / "runs" / "copy", {}) as copy:
+        assert copy.wait() == 0, copy.output[-4000:]
+    assert read_losses(copy.run_dir) == undisturbed
+    assert read_tracker(copy.checkpoints) == ITERATIONS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--pipeline-model-parallel-size 2 --expert-model-parallel-size 1",
+        f"{TENSOR_2} --expert-tensor-parallel-size 1",
+        f"{TENSOR_2} --expert-tensor-parallel-size 2 --expert-model-parallel-size 1",
+    ],
+    ids=["pipeline", "tensor", "expert tensor"],
+)
+def test_header_counts_the_parameters_of_all_ranks(start, folder, layout):
+    command = [SCRIPT, "--gpus-per-node", "2", "--run-dir", f"runs/header-{len(layout)}", LAPTOP]
+    command += shlex.split(f"{SMALLER} {MASK} {EXPERT_2} --train-iters 1 --lr-warmup-iters 0 {layout}")
+    with Launch(command, folder, folder / "runs" / f"header-{len(layout)}", {}) as launch:
+        assert launch.wait() == 0, launch.output[-4000:]
+    checked = (launch.run_dir / "check.txt").read_text()
+    total, active = (
+        re.search(rf"^{word} .* ([\d,]+)(?:  for|$)", checked, re.MULTILINE) for word in ("parameters", "active")
+    )
+    assert f"total ({total[1]}), " in launch.output
+    assert f"active ({active[1]}) at 1 expert a token" in launch.output
 
 
 @pytest.mark.slow
@@ -188,7 +242,7 @@ def test_one_process_after_a_check(start, undisturbed):
     """The check finds no error. On one process the weights start differently, but reach about the same loss."""
     with start("one", processes=1) as launch:
         assert launch.wait() == 0, launch.output[-4000:]
-    assert "no errors found" in launch.output
+    assert "no errors found" in (launch.run_dir / "check.txt").read_text()
     curve = read_losses(launch.run_dir)
     assert list(curve) == list(undisturbed)
     assert curve[ITERATIONS] == pytest.approx(undisturbed[ITERATIONS], rel=0.05)
@@ -199,7 +253,7 @@ def test_hybrid_twin_has_the_losses_of_the_laptop_model(start, undisturbed):
     """Both models start from equal weights, and take the same mask of four MoE layers."""
     with start("hybrid", model=HYBRID_LAPTOP) as launch:
         assert launch.wait() == 0, launch.output[-4000:]
-    assert "8 of a hybrid model: 4 attention, 4 MoE" in launch.output
+    assert "8 of a hybrid model: 4 attention, 4 MoE" in (launch.run_dir / "check.txt").read_text()
     assert read_losses(launch.run_dir) == undisturbed
 
 

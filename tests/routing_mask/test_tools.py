@@ -97,7 +97,7 @@ def test_build(folder):
     assert provenance.tokenizer.model == "text.json"
     for line in (
         "frequent share   5",
-        "each sees 2 experts",
+        "ids see 2 of 8 experts; every other id sees 1 expert",
         "expert load      expected max/mean",
         "rank load ",
         mask.digest,
@@ -143,7 +143,9 @@ def test_build_hash_layers(folder):
         assert [set(mask.num_visible_of_layer(layer)) for layer in range(3)] == num_visible
         assert mask.provenance.hash_layers.assignment == assignment
         first = mask.provenance.hash_layers.num_layers
-        assert f"hash layers      the first {first}: every id sees {max(num_visible[0])}\n" in process.stdout
+        layers = f"the first {first} layers" if first > 1 else "the first layer"
+        experts = f"{max(num_visible[0])} of 8 experts"
+        assert f"visible experts  in {layers}, every id sees {experts}; after that, " in process.stdout
         # One id has 16 % of the occurrences, too many for the one expert that it sees in a hash layer.
         assert ("use --hash-visible-experts of at least 2" in process.stdout) == (assignment == "rank-local")
 

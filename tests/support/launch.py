@@ -32,6 +32,8 @@ class Launch:
         self.run_dir = run_dir
         self._log = folder / f"{run_dir.name}-{len(list(folder.glob('*.log')))}.log"
         variables = {"CUDA_VISIBLE_DEVICES": "", "PATH": os.environ["PATH"], "HOME": str(folder)}
+        if "PYTHONPATH" in os.environ:  # tests of a checkout that is not the installed one
+            variables["PYTHONPATH"] = os.environ["PYTHONPATH"]
         with open(self._log, "w") as log:
             self.process = subprocess.Popen(
                 command,

@@ -194,3 +194,10 @@ def test_table_shows_the_results(results):
 
     assert re.search(rf"all +100.0% +{evaluation['tokens']:,} +{evaluation['loss']:.4f}", printed)
     assert f"1: {evaluation['expert_load'][0]['max_over_mean']:.2f}" in printed
+
+
+@pytest.mark.slow
+def test_limited_number_of_batches(evaluate, workplace):
+    """A global batch is 3 samples here."""
+    evaluation, _ = evaluate("limited", "--micro-batch-size 3 --eval-iters 2", 1)
+    assert evaluation["tokens"] == 2 * 3 * 32 < 32 * samples_of_validation_split(workplace)

@@ -1,6 +1,8 @@
-"""`--help` of the entry points prints all arguments, Megatron's included."""
+"""`--help` of the entry points prints a page at once, and `--help-all` prints all arguments."""
 
 import argparse
+import runpy
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,17 +10,18 @@ import pytest
 from support.launchers import Outcome, start_ranks
 
 from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
+from maskmoe.training.rank_process import help_page
 
 ENTRY_POINTS = ("pretrain", "evaluate", "generate")
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """Run `--help` of all entry points, in processes of their own and side by side."""
+    """Run `--help-all` of all entry points, in processes of their own and side by side."""
 
     def print_help(name: str) -> Outcome:
         folder = tmp_path_factory.mktemp(name)
-        with start_ranks(["-m", f"maskmoe.training.{name}", "--help"], folder) as processes:
+        with start_ranks(["-m", f"maskmoe.training.{name}", "--help-all"], folder) as processes:
             return processes.wait()
 
     with ThreadPoolExecutor() as pool:
@@ -26,12 +29,28 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
-def test_help_lists_our_arguments_and_megatrons(outcomes: dict[str, Outcome], name: str) -> None:
+def test_full_help_lists_our_arguments_and_megatrons(outcomes: dict[str, Outcome], name: str) -> None:
     outcome = outcomes[name]
     assert outcome.exit_codes == (0,), outcome.report()
     printed = (Path(outcome.folder) / "out0.log").read_text()
     assert "\nMaskMoE:\n  --routing-mask FILE" in printed
     assert "\n  --num-layers NUM_LAYERS" in printed
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_help_imports_neither_torch_nor_megatron(name: str, monkeypatch, capsys) -> None:
+    """The page is printed in a process in which these imports fail."""
+    for package in ("torch", "megatron", "numpy"):
+        for module in [module for module in sys.modules if module.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", ["", "--lr", "1", "--help"])
+    monkeypatch.delitem(sys.modules, f"maskmoe.training.{name}", raising=False)
+    runpy.run_module(f"maskmoe.training.{name}", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed == help_page(name)
+    assert "\nMaskMoE:\n  --routing-mask FILE" in printed
+    assert "--help-all shows all flags" in printed
 
 
 def test_help_with_a_stray_percent_sign_is_printed_as_it_is() -> None:

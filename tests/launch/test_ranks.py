@@ -1,0 +1,70 @@
+"""Torchrun without its own report of failures."""
+
+import signal
+import sys
+
+import pytest
+from support.launch import Launch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from maskmoe.launch.ranks import describe, find_cause
+
+RANK = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    print("rank 1 says why", file=sys.stderr, flush=True)
+    raise ValueError('boom')
+time.sleep(1000)
+"""
+
+
+def failure(exit_code: int, timestamp: int = 0) -> ProcessFailure:
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=exit_code, error_file="<N/A>")
+    failure.timestamp = timestamp
+    return failure
+
+
+def test_failed_run_ends_with_the_cause(tmp_path):
+    (tmp_path / "stub.py").write_text(RANK)
+    words = ["--standalone", "--nproc-per-node", "2", "--log-dir", "logs", "--redirects", "3", "--tee", "3"]
+    (tmp_path / "logs").mkdir()
+    command = [sys.executable, "-m", "maskmoe.launch.ranks", *words, "--monitor-interval", "0.2", "-m", "stub"]
+    with Launch(command, tmp_path, tmp_path / "run", {"PYTHONPATH": ":".join([".", *sys.path])}) as launch:
+        assert launch.wait() == 1
+    last = launch.output.splitlines()[-1]
+    assert last.startswith("launch: rank 1 failed with exit code 1: ValueError: boom; its log is logs/")
+    assert "rank 1 says why" in launch.output
+    assert "ChildFailedError" not in launch.output
+    assert "failed (exitcode: 1)" in (tmp_path / "logs" / "torchrun.log").read_text()
+
+
+def test_signal_is_the_cause_before_lost_peers():
+    failures = {0: failure(1, timestamp=1), 1: failure(-signal.SIGSEGV, timestamp=2), 2: failure(-signal.SIGTERM)}
+    assert find_cause(failures)[0] == 1
+    assert find_cause({0: failure(1, timestamp=2), 3: failure(1, timestamp=1)})[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "written", "expected"),
+    [
+        (
+            1,
+            "Traceback\n[rank1]: RuntimeError: lost\n\n",
+            "rank 1 failed with exit code 1: RuntimeError: lost; its log",
+        ),
+        (1, "error: a full disk\n", "rank 1 failed with exit code 1: a full disk; its log"),
+        (1, "", "rank 1 failed with exit code 1; its log"),
+        (
+            -signal.SIGABRT,
+            "terminate called after\n",
+            "rank 1 was ended by signal 6 (SIGABRT): terminate called after; ",
+        ),
+        (-signal.SIGKILL, "warning: uneven\n", "rank 1 was ended by signal 9 (SIGKILL); its log is "),
+    ],
+)
+def test_description(tmp_path, exit_code, written, expected):
+    folder = tmp_path / "id" / "attempt_0" / "1"
+    folder.mkdir(parents=True)
+    (folder / "stderr.log").write_text(written)
+    assert describe(1, failure(exit_code), str(tmp_path)).startswith(expected)
+    assert describe(1, failure(exit_code), None) == expected.partition(";")[0].partition(": ")[0]
