@@ -109,7 +109,7 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
     try:
         value = from_json(content)  # limits the depth
     except ValueError as error:
-        raise UnusableFile(path, f"is damaged: it is not JSON ({' '.join(str(error).split())})") from error
+        raise UnusableFile(path, f"is damaged (Invalid JSON: {' '.join(str(error).split())})") from error
     if _LONG_NUMBER.search(content) and _has_long_number(value):
         raise UnusableFile(path, f"holds a number of more than {_MAX_DIGITS} digits")
     return content

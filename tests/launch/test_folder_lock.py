@@ -113,7 +113,7 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(UserError, match=f"process {parent.pid} on host"):
             lock(tmp_path)
     else:
-        lock(tmp_path)  # another process has got the number of the former holder
+        lock(tmp_path)  # another process has the id of a holder that ended
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[" * 5000, '{"host": 1, "pid": "x", "started": null}', "\0\xff"])
