@@ -10,7 +10,7 @@ from maskmoe.launch.devices import GPU_ENVIRONMENT
 from maskmoe.launch.model_file import Flags, flag_words, override
 from maskmoe.launch.network import Route
 from maskmoe.launch.options import Options
-from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
+from maskmoe.launch.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
 
 # A node runs many processes, so each process computes with one thread. Unbuffered output appears at once, also in log
 # files.
@@ -44,8 +44,8 @@ def run_flags(options: Options, model_flags: Flags, user_flags: Flags) -> Flags:
     The user's flags override the model file's flags. By default, a run loads from the folder to which it saves, so that
     it resumes when it is started again.
     """
-    save = override(model_flags, user_flags).get("save", (str(options.run_dir / "checkpoints"),))
-    folders = {"save": save, "load": save, "tensorboard-dir": (str(options.run_dir / "tensorboard"),)}
+    save = override(model_flags, user_flags).get("save", (str(options.run_dir / CHECKPOINTS),))
+    folders = {"save": save, "load": save, "tensorboard-dir": (str(options.run_dir / TENSORBOARD),)}
     verbose = {"verbose": ()} if options.verbose else {}
     return override({**folders, **model_flags, **verbose}, user_flags)
 

@@ -6,18 +6,25 @@ from pathlib import Path
 RUN_FOLDER_VARIABLE = "MASKMOE_RUN_DIR"
 """The environment variable with which a launcher names the run folder to the ranks."""
 
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+"""The folders of the checkpoints and of TensorBoard's event files in a run folder."""
 
-def run_folder(save: str | None) -> Path | None:
-    """Return the folder of a run: the launcher's, or the folder that contains `--save`; None without both.
 
-    If `--save` is not called `checkpoints`, it is itself the run folder.
+def run_folder(save: str | None, tensorboard_dir: str | None = None) -> Path | None:
+    """Return the folder of a run: the launcher's, or the folder that contains `--save` or else `--tensorboard-dir`.
+
+    The launcher calls these folders `checkpoints` and `tensorboard`. A folder with another name is itself the run
+    folder. Without a launcher and both folders, there is no run folder.
 
     Args:
         save: the value of `--save`.
+        tensorboard_dir: the value of `--tensorboard-dir`.
     """
     if folder := os.environ.get(RUN_FOLDER_VARIABLE):
         return Path(folder)
-    if not save:
-        return None
-    path = Path(save).absolute()
-    return path.parent if path.name == "checkpoints" else path
+    for folder, name in ((save, CHECKPOINTS), (tensorboard_dir, TENSORBOARD)):
+        if folder:
+            path = Path(folder).absolute()
+            return path.parent if path.name == name else path
+    return None

@@ -2,25 +2,10 @@
 
 from pathlib import Path
 
+from maskmoe.launch.run_folder import TENSORBOARD
 from maskmoe.run_report.events import EventHistory, event_files
 from maskmoe.run_report.history import History
 from maskmoe.run_report.logs import log_files, read_logs
-
-TENSORBOARD = "tensorboard"
-"""The folder of the event files in a run folder."""
-
-
-def run_folder(save: str | None, tensorboard_dir: str | None) -> Path | None:
-    """Return the run folder of a training: the folder that contains `--save` or else `--tensorboard-dir`.
-
-    The launcher calls these folders `checkpoints` and `tensorboard`. A folder with another name is itself the run
-    folder. Without both, there is no run folder.
-    """
-    for folder, name in ((save, "checkpoints"), (tensorboard_dir, TENSORBOARD)):
-        if folder:
-            path = Path(folder).absolute()
-            return path.parent if path.name == name else path
-    return None
 
 
 def find_event_folder(run: Path) -> Path | None:

@@ -18,8 +18,10 @@ from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.routing_mask.words import describe_visible_experts
 from maskmoe.training.console import console
 from maskmoe.training.resume import checkpoint_to_load
+from maskmoe.training.run_report import log_facts
 
 _LABEL_WIDTH = 12
+_LABELS_OF_PAGE = ("parameters", "dispatch", "mask")  # of the lines that report.html shows, too
 _MOST_NAMED_DATASETS = 2
 
 
@@ -84,15 +86,17 @@ def show_header(
     """
     counts = ParameterCounts.of_model(chunks)
     dispatch = getattr(chunks[0], "dispatch_kind", None)
-    console.say("\n".join(header_lines(args, mask, folder, counts, dispatch and dispatch.value)))
+    fields = describe_run(args, mask, folder, counts, dispatch and dispatch.value)
+    console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
+    log_facts({label: fields[label] for label in _LABELS_OF_PAGE if label in fields})
     console.load("reading the checkpoint" if checkpoint_to_load(args) else "setting up the optimizer")
     return chunks
 
 
-def header_lines(
+def describe_run(
     args: Namespace, mask: RoutingMask | None, folder: Path | None, counts: ParameterCounts, dispatch: str | None
-) -> list[str]:
-    """Return the lines of the header, at most 15.
+) -> dict[str, str]:
+    """Return the lines of the header by their labels, at most 15.
 
     Args:
         args: Megatron's validated arguments.
@@ -111,12 +115,12 @@ def header_lines(
         "step": f"{layout.global_batch:,} samples × {layout.seq_length:,} = {layout.tokens_per_step:,} tokens, in "
         f"micro-batches of {layout.micro_batch}; {args.train_iters:,} iterations",
         "dispatch": dispatch,
-        "mask": mask and f"{describe_visible_experts(mask)}; digest {mask.digest[:16]}…",
+        "mask": f"{describe_visible_experts(mask)}; digest {mask.digest[:16]}…" if mask else None,
         "data": _describe_data(args),
         "start": f"resumes from {checkpoint}" if checkpoint else "from random weights",
         "folder": _describe_folder(args, folder),
     }
-    return [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items() if text]
+    return {label: text for label, text in fields.items() if text}
 
 
 def _describe_model(args: Namespace) -> str:

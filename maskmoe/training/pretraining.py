@@ -36,7 +36,7 @@ from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.resume import checkpoint_to_load
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
-from maskmoe.training.run_report import RunReport, interval
+from maskmoe.training.run_report import RunReport
 from maskmoe.training.saved_arguments import FILE_NAME, save_arguments
 from maskmoe.training.setup import (
     find_routing_mask,
@@ -92,7 +92,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--report-interval",
-        type=interval,
+        type=ranges.INTERVAL,
         default=60.0,
         metavar="SECONDS",
         help="write the page report.html into the run folder at most this often, and at the end; 0: never "
@@ -118,7 +118,7 @@ def hang_timeout(args: Namespace) -> float:
 
 def _open_run_folder(args: Namespace) -> Path | None:
     """Write the arguments and the log to the run folder from now on; return the folder, or None if there is none."""
-    folder = run_folder(args.save)
+    folder = run_folder(args.save, args.tensorboard_dir)
     console.open_log(folder)
     console.shows_timers = args.timing_log_level > 0
     if folder is not None and args.rank == 0:

@@ -4,7 +4,7 @@ import shlex
 import subprocess
 import sys
 import time
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -14,28 +14,13 @@ from megatron.training import get_tensorboard_writer
 from torch.utils.tensorboard import SummaryWriter
 
 import maskmoe
+from maskmoe.launch.run_folder import TENSORBOARD, run_folder
 from maskmoe.megatron_compat.globals import open_tensorboard_writer
 from maskmoe.run_report.facts import OWN_TEXT
 from maskmoe.run_report.follow import END, UPDATE
 from maskmoe.run_report.page import REPORT
-from maskmoe.run_report.sources import TENSORBOARD, run_folder
 
 _MOST_SECONDS_FOR_LAST_PAGE = 30.0
-
-
-def interval(text: str) -> float:
-    """Return the value of `--report-interval` in seconds.
-
-    Raises:
-        ArgumentTypeError: The text is not a number from 0.
-    """
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ArgumentTypeError(f"{text!r} is not a number of seconds from 0")
-    return seconds
 
 
 class RunReport:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.errors import UserError
+from maskmoe.launch.run_folder import run_folder
 from maskmoe.outputs import atomic_output
-from maskmoe.run_report.sources import run_folder
 
 RUN_ID = "wandb_run_id"
 """The file of the run folder with the id of the run at Weights & Biases."""

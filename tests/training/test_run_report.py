@@ -10,7 +10,7 @@ from support.report_pages import check_page
 from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.errors import UserError
-from maskmoe.run_report.sources import run_folder
+from maskmoe.launch.run_folder import run_folder
 from maskmoe.training import wandb_run
 from maskmoe.training.run_report import interval, tolerate_write_errors
 
