@@ -178,7 +178,7 @@ def test_workers_end_with_a_killed_command(folder: Path) -> None:
 
 
 def test_a_signal_ends_the_training_of_a_tokenizer_at_once(folder: Path) -> None:
-    letters = np.random.default_rng(0).choice(list("abcdefghij "), 3_000_000)
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnop "), 20_000_000)
     (folder / "large.txt").write_text("".join(letters))
     words = "--input large.txt --vocab-size 8000 --output-prefix out"
     process = subprocess.Popen(maskmoe_command("tokenizer", *words.split()))
