@@ -60,7 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
 
 
 TOKENIZE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
-SIMULATE = "simulate --data-path data --routing-mask mask --hidden-size 8 --num-gpus 4 --tokens-per-rank 4 --topk 1"
+SIMULATE = "simulate --data-path data --routing-mask mask --hidden-size 8 --num-gpus 8 --tokens-per-rank 4 --topk 1"
 
 # Commands whose output OUT is one of their inputs.
 OUTPUTS_THAT_ARE_INPUTS = {
