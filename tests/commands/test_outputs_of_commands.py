@@ -60,7 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
 
 
 TOKENIZE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
-SIMULATE = "simulate --data-path data --routing-mask mask --hidden-size 8 --num-gpus 4 --tokens-per-rank 4 --topk 1"
+SIMULATE = "simulate --data-path data --routing-mask mask --hidden-size 8 --num-gpus 8 --tokens-per-rank 4 --topk 1"
 
 # Commands whose output OUT is one of their inputs.
 OUTPUTS_THAT_ARE_INPUTS = {
@@ -178,7 +178,7 @@ def test_workers_end_with_a_killed_command(folder: Path) -> None:
 
 
 def test_a_signal_ends_the_training_of_a_tokenizer_at_once(folder: Path) -> None:
-    letters = np.random.default_rng(0).choice(list("abcdefghij "), 3_000_000)
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnop "), 20_000_000)
     (folder / "large.txt").write_text("".join(letters))
     words = "--input large.txt --vocab-size 8000 --output-prefix out"
     process = subprocess.Popen(maskmoe_command("tokenizer", *words.split()))
