@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ _RERUN_VERDICTS = {
     "model is at fault",
 }
 _NO_SPACE = 1 << 20  # bytes
+_TORCHRUN_DELAY = 0.3  # seconds; torchrun looks every 0.1 s for new lines of each rank
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -150,9 +152,15 @@ def reporting_end(args: Namespace) -> Iterator[None]:
         yield
     except SystemExit as end:
         if end.code in (None, 0, EXIT_REQUEUE):
-            console.say(_describe_stop(args), rank=-1)
+            _say_last(_describe_stop(args))
         raise
-    console.say(_describe_completion(args), rank=-1)
+    _say_last(_describe_completion(args))
+
+
+def _say_last(line: str) -> None:
+    """Print a line on the last rank, after the lines that the other ranks have printed."""
+    time.sleep(_TORCHRUN_DELAY)
+    console.say(line, rank=-1)
 
 
 def _describe_stop(args: Namespace) -> str:

@@ -117,7 +117,13 @@ def hang_timeout(args: Namespace) -> float:
 
 
 def _open_run_folder(args: Namespace) -> Path | None:
-    """Write the arguments and the log to the run folder from now on; return the folder, or None if there is none."""
+    """Write the arguments and the log to the run folder from now on; return the folder, or None if there is none.
+
+    A refused run leaves no files, so call this when all ranks have met in process groups: then none has been refused.
+
+    Args:
+        args: Megatron's validated arguments.
+    """
     folder = run_folder(args.save, args.tensorboard_dir)
     console.open_log(folder)
     console.shows_timers = args.timing_log_level > 0
@@ -181,13 +187,12 @@ def train(args: Namespace, ranks: RankStore, let_signals_save: Callable[[], obje
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
     model_config = model_config_from_args(args)
-    folder = _open_run_folder(args)
     if args.num_experts:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
         if args.hybrid_layer_pattern is not None:
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
     mask = find_routing_mask(args, checkpoint_to_load(args), lambda _: None)
-    model_config.pre_wrap_hooks.append(partial(show_header, args, mask, folder))
+    model_config.pre_wrap_hooks.append(lambda chunks: show_header(args, mask, _open_run_folder(args), chunks))
     report = RunReport(args)
     before_each = (
         console.end_of_loading,
