@@ -36,7 +36,7 @@ from maskmoe.commands.arguments import add_force_argument, command_parser
 from maskmoe.commands.progress import say_loading
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output, check_outputs, unwinding_on_signals
+from maskmoe.outputs import atomic_output, check_outputs, lies_inside, unwinding_on_signals
 from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings
 
 
@@ -135,6 +135,17 @@ def output_folder(path: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
+def check_output_folder(arguments: argparse.Namespace) -> None:
+    """Check that the results do not go into a folder that is analysed.
+
+    Raises:
+        UserError: `--output-dir` is a folder of `--load`, or lies inside.
+    """
+    for source in arguments.load:
+        if lies_inside(arguments.output_dir, source):
+            raise UserError(f"--output-dir {arguments.output_dir} lies inside --load {source}; name a folder elsewhere")
+
+
 def _inputs(arguments: argparse.Namespace) -> list[Path]:
     """Return the files and folders that the command reads."""
     dataset = dataset_files(arguments.data_path) if arguments.data_path else ()
@@ -145,6 +156,7 @@ def _inputs(arguments: argparse.Namespace) -> list[Path]:
 def main() -> None:
     """Run the analysis that the command line describes, write its files and print its table."""
     arguments = parse_arguments()
+    check_output_folder(arguments)
     settings = AnalysisSettings(**{name: getattr(arguments, name) for name in AnalysisSettings.__dataclass_fields__})
 
     say_loading("importing PyTorch and Megatron-Core")

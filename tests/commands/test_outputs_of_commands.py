@@ -92,6 +92,14 @@ def test_an_input_is_not_overwritten(
     assert contents(folder) == before
 
 
+def test_an_analysis_is_not_written_into_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "checkpoints").mkdir()
+    for output in ("checkpoints", "checkpoints/routing"):
+        with pytest.raises(UserError, match="lies inside --load checkpoints"):
+            run(monkeypatch, f"analyze --load checkpoints --data-path data --output-dir {output}")
+    assert not any((folder / "checkpoints").iterdir())
+
+
 def test_inputs_of_text_commands_are_not_overwritten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "a_text_document.bin").write_text(TEXT)
     other_model = TOKENIZE.replace("tokenizer.model", "a_text_document.bin")
