@@ -31,21 +31,12 @@ case ${1:-} in
 esac
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-# shellcheck source=launch/lib.sh
-source launch/lib.sh
+# shellcheck source=tests/environment.sh
+source tests/environment.sh
 
-# These replace functions of launch/lib.sh.
+# This replaces a function of tests/environment.sh: stdout is for the result.
 say() {
     printf 'tests: %s\n' "$*" >&2
-}
-
-pip_log() {
-    echo "$venv.log"
-}
-
-stop() {
-    printf 'tests: error: %s\n' "$*" >&2
-    exit 2
 }
 
 # kind_of MEGATRON: prints version, wheel or checkout, or stops.

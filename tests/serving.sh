@@ -21,28 +21,14 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 fi
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-# shellcheck source=launch/lib.sh
-source launch/lib.sh
+# shellcheck source=tests/environment.sh
+source tests/environment.sh
 
 VLLM=0.32.0
 TORCH=2.13.0+cpu
 TORCHAO=0.18.0
 venv=$root/build/serving
 stamp=$venv/complete
-
-# These replace functions of launch/lib.sh.
-say() {
-    printf 'tests: %s\n' "$*"
-}
-
-pip_log() {
-    echo "$venv.log"
-}
-
-stop() {
-    printf 'tests: error: %s\n' "$*" >&2
-    exit 2
-}
 
 # run_pip ARGUMENTS: runs pip of build/serving.
 run_pip() {

@@ -22,26 +22,12 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 fi
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-# shellcheck source=launch/lib.sh
-source launch/lib.sh
+# shellcheck source=tests/environment.sh
+source tests/environment.sh
 
 VERSION=2.20.2
 venv=$root/build/transformer_engine
 stamp=$venv/complete
-
-# These replace functions of launch/lib.sh.
-say() {
-    printf 'tests: %s\n' "$*"
-}
-
-pip_log() {
-    echo "$venv.log"
-}
-
-stop() {
-    printf 'tests: error: %s\n' "$*" >&2
-    exit 2
-}
 
 # in_venv STATEMENTS: runs Python of build/transformer_engine.
 in_venv() {
