@@ -23,6 +23,9 @@ def load_exported_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    # Without the registered model, transformers would warn of an unknown type.
+    import maskmoe.huggingface  # noqa: F401 (registers the model)
+
     with reading(f"the tokenizer in {folder}", _ADVICE):
         return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
 

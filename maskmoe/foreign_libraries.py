@@ -28,7 +28,7 @@ def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).removesuffix(f"; {advice}") or type(error).__name__
         raise UserError(f"{what} cannot be read; {advice}: {reason[:300]}") from error
 
 

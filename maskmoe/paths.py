@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from maskmoe.errors import UserError
+
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
 SUBMIT_SCRIPT = _CHECKOUT / "launch" / "slurm" / "submit.sh"
@@ -15,6 +17,20 @@ def runs_folder() -> Path:
     """
     is_checkout = (_CHECKOUT / "launch" / "pretrain.sh").exists()
     return (_CHECKOUT if is_checkout else Path.cwd()) / "runs"
+
+
+def check_folder(path: Path, flag: str = "") -> None:
+    """Check that a folder exists.
+
+    Args:
+        path: the folder.
+        flag: the flag that names the folder, for the error.
+
+    Raises:
+        UserError: the path does not exist, or is not a folder.
+    """
+    if not path.is_dir():
+        raise UserError(f"{flag} {path} does not exist, or is not a folder".lstrip())
 
 
 def short_path(path: Path | str) -> str:

@@ -65,7 +65,7 @@ def check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, positions: int 
     if positions is not None and len(prompt_ids) + max_new_tokens > positions:
         raise UserError(
             f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones exceed the model's {positions} positions; "
-            "lower --max-new-tokens"
+            "shorten the prompt or lower --max-new-tokens"
         )
 
 
@@ -99,7 +99,7 @@ def _record_of(line: str, place: str) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON: {str(error) or 'nested too deeply'}") from error
-    if not isinstance(record, dict) or not isinstance(record.get(_KEY), str) or not record[_KEY]:
+    if not isinstance(record, dict) or not isinstance(record.get(_KEY), str) or not record[_KEY].strip():
         raise UserError(f'{place} has no text in the key "{_KEY}"')
     return record
 
@@ -121,7 +121,7 @@ class Prompts:
         self._records: list[dict[str, Any]] | None = None
         if arguments.prompts_file is not None:
             self._records = read_prompts(arguments.prompts_file)
-        elif arguments.prompt == "":
+        elif arguments.prompt is not None and not arguments.prompt.strip():
             raise UserError("--prompt is empty")
         self.texts = [record[_KEY] for record in self._records or ()]
         if arguments.prompt is not None:

@@ -50,6 +50,7 @@ def test_one_prompt_is_printed_as_text():
         (b'{"prompt": "a"}\n[1]', 'line 2 of --prompts-file .* has no text in the key "prompt"'),
         (b'{"prompt": 1}', "has no text"),
         (b'{"prompt": ""}', "has no text"),
+        (b'{"prompt": " "}', "has no text"),
         (b'{"text": "a"}', "has no text"),
         (b"[" * 100_000, "line 1 .* is not JSON"),
         (b"\xff\n", "is not text in UTF-8"),
@@ -81,9 +82,10 @@ def test_bad_arguments_are_refused(words, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-def test_empty_prompt_is_refused():
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_empty_prompt_is_refused(prompt):
     with pytest.raises(UserError, match="--prompt is empty"):
-        Prompts(parse("--prompt", ""))
+        Prompts(parse("--prompt", prompt))
 
 
 @pytest.fixture

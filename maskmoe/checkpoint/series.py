@@ -9,6 +9,7 @@ from pathlib import Path
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, Unfinished, check_structure
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
+from maskmoe.paths import check_folder
 from maskmoe.untrusted import UnusableFile, read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -117,8 +118,7 @@ def locate_checkpoint(path: Path) -> Path:
     Raises:
         UserError: the folder does not exist or holds no checkpoint.
     """
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist, or is not a folder")
+    check_folder(path)
     checkpoint = path if (path / LAYOUT_FILE).exists() else choose_checkpoint(path).checkpoint
     if checkpoint is None:
         raise UserError(f"there is no checkpoint in {path}")

@@ -37,7 +37,9 @@ from maskmoe.commands.progress import say_loading
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs, lies_inside, unwinding_on_signals
+from maskmoe.paths import check_folder
 from maskmoe.routing_analysis.settings import SPLITS, AnalysisSettings
+from maskmoe.routing_mask.frequency import TokenFrequency
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -157,6 +159,9 @@ def main() -> None:
     """Run the analysis that the command line describes, write its files and print its table."""
     arguments = parse_arguments()
     check_output_folder(arguments)
+    for path in arguments.load:
+        check_folder(path, "--load")
+    frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     settings = AnalysisSettings(**{name: getattr(arguments, name) for name in AnalysisSettings.__dataclass_fields__})
 
     say_loading("importing PyTorch and Megatron-Core")
@@ -168,13 +173,11 @@ def main() -> None:
     from maskmoe.routing_analysis.models import find_models
     from maskmoe.routing_analysis.probe import DatasetText, FileText
     from maskmoe.routing_analysis.report import result_files, terminal_table, write_results
-    from maskmoe.routing_mask import TokenFrequency
 
     if arguments.input is None:
         text = DatasetText(arguments.data_path, arguments.split, arguments.eval_split)
     else:
         text = FileText(tuple(arguments.input), arguments.json_key)
-    frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     say_loading("finding the models and the text")
     models = find_models(arguments.load, arguments.ckpt_step)
     with unwinding_on_signals(), output_folder(arguments.output_dir) as folder, ExitStack() as outputs:

@@ -22,6 +22,7 @@ from maskmoe.conversion.settings import (
 )
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs, unwinding_on_signals
+from maskmoe.paths import check_folder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -183,8 +184,6 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from maskmoe.conversion.inspection import inspect_checkpoint
 
-    if arguments.json:
-        check_outputs([arguments.json], [arguments.checkpoint], arguments.force)
     inspection = inspect_checkpoint(arguments.checkpoint, arguments.verify)
     print(inspection.table())
     if arguments.json:
@@ -215,6 +214,12 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the subcommand that the command line names."""
     arguments = parse_arguments()
+    if arguments.command == "inspect":
+        check_folder(arguments.checkpoint)
+        if arguments.json:
+            check_outputs([arguments.json], [arguments.checkpoint], arguments.force)
+    else:
+        check_folder(arguments.load, "--load")
     say_loading("importing PyTorch and Megatron-Core")
     if arguments.command == "quantize":
         _import_torchao()

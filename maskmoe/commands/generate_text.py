@@ -18,7 +18,8 @@ def main() -> None:
     """Print each prompt with its continuation, which is computed on a GPU if there is one.
 
     Raises:
-        UserError: the model or the file of prompts does not exist, or a number is out of range.
+        UserError: the model or the file of prompts is missing or damaged, a prompt is empty or too long for the model,
+            or a number is out of range.
     """
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -38,14 +39,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
-    positions = read_model_config(arguments.model / "config.json").get("max_position_embeddings")
+    positions = read_positions(arguments.model / "config.json")
     if arguments.output is not None:
-        check_outputs([arguments.output], [arguments.model], arguments.force)
-
+        inputs = [path for path in (arguments.model, arguments.prompts_file) if path is not None]
+        check_outputs([arguments.output], inputs, arguments.force)
     prompts = Prompts(arguments)
-
-    if not arguments.prompt.strip():
-        raise UserError("--prompt is empty")
 
     say_loading("importing PyTorch and transformers")
     # Only now, since these imports take seconds and `--help` does not need them.
@@ -81,6 +79,21 @@ def main() -> None:
     if arguments.output is not None:
         with atomic_output(arguments.output) as path:
             path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_positions(path: Path) -> int | None:
+    """Return the number of positions of a model; None if the model names no limit.
+
+    Args:
+        path: the model's `config.json`.
+
+    Raises:
+        UserError: the file is damaged, or its number of positions is no positive whole number.
+    """
+    positions = read_model_config(path).get("max_position_embeddings")
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise UserError(f"{path}: max_position_embeddings is {positions!r}, not a positive whole number")
+    return positions
 
 
 class Continuation:

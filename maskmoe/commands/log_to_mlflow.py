@@ -1,12 +1,14 @@
 """Copy what a training run has logged to MLflow, during the run or later."""
 
-import argparse
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from maskmoe import ranges
+from maskmoe.command_line import Parser
 from maskmoe.errors import UserError
+from maskmoe.paths import check_folder
 
 
 def main() -> None:
@@ -15,7 +17,7 @@ def main() -> None:
     Raises:
         UserError: MLflow is not installed, the folder holds no event files, or MLflow cannot be reached.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=f"{__doc__} The run folder keeps the id of the MLflow run, so a second call adds what is new."
     )
     add = parser.add_argument
@@ -23,12 +25,11 @@ def main() -> None:
     add("--tensorboard-dir", type=Path, metavar="DIR", help="folder of the event files, if it is another one")
     add("--tracking-uri", metavar="URI", help="MLflow's server or file (default: MLFLOW_TRACKING_URI)")
     add("--experiment", metavar="NAME", default="maskmoe", help="MLflow's experiment (default: maskmoe)")
-    add("--follow", type=float, metavar="SECONDS", help="copy again after this time, until Ctrl-C")
+    add("--follow", type=ranges.PAUSE, metavar="SECONDS", help="copy again after this time, until Ctrl-C")
     arguments = parser.parse_args()
-    if arguments.follow is not None and not 1 <= arguments.follow < float("inf"):
-        raise UserError(f"--follow {arguments.follow:g}: pass at least 1 second")
-    if not arguments.run.is_dir():
-        raise UserError(f"{arguments.run} is not a folder: name the folder of a run")
+    check_folder(arguments.run)
+    if arguments.tensorboard_dir is not None:
+        check_folder(arguments.tensorboard_dir, "--tensorboard-dir")
 
     # Only now, since these imports take seconds and `--help` does not need them.
     from maskmoe.run_report.events import EventFolder

@@ -1,9 +1,12 @@
 """Write the page report.html of a training run: loss, speed, load of the experts and settings."""
 
-import argparse
 from pathlib import Path
 
+from maskmoe.command_line import Parser
+from maskmoe.commands.arguments import add_force_argument
 from maskmoe.errors import UserError
+from maskmoe.outputs import check_outputs
+from maskmoe.paths import check_folder
 
 
 def main() -> None:
@@ -12,15 +15,18 @@ def main() -> None:
     Raises:
         UserError: the folder does not exist, or the run has logged nothing.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_DIR", help="run folder, whose folder `tensorboard` holds the event files")
     add("--tensorboard-dir", type=Path, metavar="DIR", help="folder of the event files, if it is another one")
     add("--output", type=Path, metavar="FILE", help="the page (default: report.html in the run folder)")
+    add_force_argument(parser)
     arguments = parser.parse_args()
-    for folder in (arguments.run, arguments.tensorboard_dir):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{folder} is not a folder: name the folder of a run")
+    check_folder(arguments.run)
+    if arguments.tensorboard_dir is not None:
+        check_folder(arguments.tensorboard_dir, "--tensorboard-dir")
+    if arguments.output is not None:
+        check_outputs([arguments.output], force=arguments.force)
 
     # Only now, since these imports take time and `--help` does not need them.
     from maskmoe.run_report.page import REPORT, write_page

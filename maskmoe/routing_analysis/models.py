@@ -17,6 +17,7 @@ from maskmoe.conversion.tokenizer import WITHOUT_TEXT, export_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.model_config import read_model_config
+from maskmoe.paths import check_folder
 from maskmoe.routing_analysis.settings import AnalysisSettings
 
 
@@ -75,8 +76,7 @@ def find_models(paths: Sequence[Path], steps: Sequence[int] = ()) -> tuple[Model
     """
     models = []
     for path in paths:
-        if not path.is_dir():
-            raise UserError(f"--load {path} does not exist, or is not a folder")
+        check_folder(path, "--load")
         if (path / CONFIG_FILE).is_file():
             model_type = read_model_config(path / CONFIG_FILE).get("model_type")
             if model_type != MaskMoEConfig.model_type:

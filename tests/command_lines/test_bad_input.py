@@ -28,6 +28,8 @@ COMMANDS = {
     "analyze": "--load model --data-path data --output-dir OUT",
     "simulate": "--data-path data --routing-mask mask.safetensors --topk 2 --hidden-size 32 --output OUT",
     "thin": "--load checkpoints",
+    "report": "--output OUT checkpoints",
+    "mlflow": "checkpoints",
     "quickstart": "--input text.txt --run-dir OUT",
     "compare": "suite.yaml --input text.txt --run-dir OUT",
     "launch": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
@@ -120,6 +122,7 @@ BAD_NUMBERS = {
         "--inter-node-latency": ("-1", "nan", "inf", "x"),
     },
     "thin": {"--keep-last-checkpoints": NOT_WHOLE},
+    "mlflow": {"--follow": ("0", "0.5", "-1", "nan", "inf", "1e10", "x", "")},
     "quickstart": {
         "--vocab-size": (*NOT_WHOLE, "100"),
         "--num-layers": NOT_WHOLE,
@@ -150,7 +153,7 @@ BAD_NUMBERS = {
 def command_line(command: str, **replaced: str) -> list[str]:
     """Return a command line of `COMMANDS`, with other values of flags; flags are written without dashes in front."""
     words = COMMANDS[command].split()
-    positional = command in ("launch", "check")
+    positional = command in ("launch", "check", "report", "mlflow")
     for name, value in replaced.items():
         flag = f"--{name.replace('_', '-')}"
         if flag in words:
@@ -317,6 +320,8 @@ PATHS = {
     "analyze": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "output_dir": OUTPUT_FOLDER},
     "simulate": {"data_path": FILE, "routing_mask": FILE, "output": OUTPUT, "plot": OUTPUT},
     "thin": {"load": FOLDER},
+    "report": {"output": OUTPUT, "tensorboard_dir": FOLDER},
+    "mlflow": {"tensorboard_dir": FOLDER},
     "quickstart": {"input": FILE, "run_dir": OUTPUT_FOLDER},
     "compare": {"input": FILE},
     "evaluate": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "routing_mask": FILE, "eval_texts": FILE},
@@ -373,8 +378,26 @@ def test_file_in_first_place_that_cannot_be_used(workshop):
         "check": BAD_PATHS[FILE],
         "compare --run-dir OUT": BAD_PATHS[FILE],
         "convert inspect": BAD_PATHS[FOLDER],
+        "report": BAD_PATHS[FOLDER],
+        "mlflow": BAD_PATHS[FOLDER],
     }
     refuse_all(workshop, [([*name.split(), path], []) for name, paths in commands.items() for path in paths])
+
+
+MISSING_FOLDERS = {
+    "convert megatron-to-hf": "load",
+    "convert hf-to-megatron": "load",
+    "convert upcycle": "load",
+    "analyze": "load",
+    "sample": "model",
+}
+
+
+def test_missing_folder_is_found_before_packages_are_loaded(workshop):
+    for command, flag in MISSING_FOLDERS.items():
+        outcome = run_command(*command_line(command, **{flag: "nowhere"}))
+        outcome.assert_refused(f"--{flag} nowhere")
+        assert outcome.errors == outcome.messages()
 
 
 # Mistakes in words, with words of the error.
@@ -403,7 +426,7 @@ MISTAKES = [
     ("pretrain --check x", "--check must be a whole number, not 'x'"),
     ("pretrain --check 1000000007", "--check must be at most"),
     ("pretrain --json", "--check"),
-    ("generate", "required: --prompt"),
+    ("generate", "one of the arguments --prompt --prompts-file --interactive is required"),
     ("evaluate --eval-split tests", "--eval-split: invalid choice: 'tests'"),
     ("evaluate --load nowhere --use-checkpoint-args", "--load nowhere holds no checkpoint"),
     ("generate --prompt a --load huggingface --use-checkpoint-args", "--load huggingface holds no"),

@@ -125,6 +125,8 @@ DAMAGES: dict[str, Damage] = {
     "negative width": set_values(CONFIG, hidden_size=-32),
     "width that is null": set_values(CONFIG, hidden_size=None),
     "heads of zero": set_values(CONFIG, num_attention_heads=0),
+    "positions that are a text": set_values(CONFIG, max_position_embeddings="many"),
+    "no positions": set_values(CONFIG, max_position_embeddings=0),
     "no layers": set_values(CONFIG, num_hidden_layers=0),
     "layers that are a list": set_values(CONFIG, num_hidden_layers=[2]),
     "more layers": set_values(CONFIG, num_hidden_layers=3, mlp_layer_types=["sparse"] * 3),
@@ -189,7 +191,7 @@ def test_sample_of_a_damaged_model(damaged, workshop):
 
 def test_sample_of_an_intact_model(workshop):
     outcome = run_command("sample", "--model", "model", "--prompt", "import", "--max-new-tokens", 3)
-    assert (outcome.code, outcome.errors) == (0, "")
+    assert (outcome.code, outcome.messages()) == (0, "")
     assert outcome.output.startswith("import")
 
 
@@ -198,8 +200,11 @@ def test_sample_of_a_prompt_that_does_not_fit(workshop):
         workshop,
         [
             (["sample", "--model", "model", "--prompt", ""], ["--prompt is empty"]),
-            (["sample", "--model", "model", "--prompt", "a b" * 50], ["--prompt has", "64 positions"]),
-            (["sample", "--model", "model", "--prompt", "a", "--max-new-tokens", "64"], ["--max-new-tokens 64"]),
+            (["sample", "--model", "model", "--prompt", "a b" * 50], ["100 prompt tokens", "64 positions"]),
+            (
+                ["sample", "--model", "model", "--prompt", "a", "--max-new-tokens", "64"],
+                ["1 prompt tokens and 64 new ones", "--max-new-tokens"],
+            ),
         ],
     )
 

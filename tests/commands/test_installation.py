@@ -118,7 +118,7 @@ def test_metadata_and_data_files(installation):
     metadata, files = json.loads(installation.run("python", "-c", program))
     assert metadata["version"] == maskmoe.__version__
     assert metadata["license_expression"] == "Apache-2.0"
-    assert sorted(metadata["provides_extra"]) == ["dev", "eval", "gpu", "hf"]
+    assert sorted(metadata["provides_extra"]) == ["data", "dev", "eval", "gpu", "hf", "muon"]
     assert metadata["description"] == (ROOT / "README.md").read_text()
     data_files = {
         str(path.relative_to(ROOT))

@@ -40,7 +40,7 @@ def test_version():
         (("pretain",), "error: unknown subcommand pretain (nearest: pretrain); maskmoe --help lists the subcommands"),
         ((), "error: which subcommand? (maskmoe --help lists the subcommands)"),
         (("check",), "error: the following arguments are required: MODEL.yaml (see maskmoe check --help)"),
-        (("launch", "nowhere.yaml"), "error: cannot read the model file nowhere.yaml: No such file or directory"),
+        (("launch", "nowhere.yaml"), "error: the model file nowhere.yaml does not exist"),
         (("pretrain", "--nproc-per-node", "0"), "error: --nproc-per-node needs a positive whole number, not '0'"),
     ],
 )

@@ -43,7 +43,7 @@ def test_bad_suite_is_one_line(tmp_path):
     process = compare(tmp_path / "nowhere.yaml")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert output == f"error: cannot read the suite {tmp_path / 'nowhere.yaml'}: No such file or directory\n"
+    assert output == f"error: the suite {tmp_path / 'nowhere.yaml'} does not exist\n"
 
 
 def test_list_names_all_known_runs(suite_file, text, tmp_path):

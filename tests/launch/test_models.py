@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from hypothesis import given
@@ -217,7 +218,12 @@ def test_bad_model_file_is_refused(tmp_path, text, reason):
 def test_check_of_a_file_whose_layouts_do_not_fit_reports_the_smallest(tmp_path, monkeypatch, capsys):
     checked = []
     (tmp_path / "model.yaml").write_text("a: 1\nlayouts:\n  16: {}\n  32: {}")
-    monkeypatch.setattr(launcher, "check", lambda flags, ranks, devices: checked.append(ranks) or 2)
+
+    def check(flags, ranks, devices):
+        checked.append(ranks)
+        return CompletedProcess([], 2)
+
+    monkeypatch.setattr(launcher, "check", check)
     for options, error in (((), SystemExit), (("--gpus-per-node", "2"), UserError)):
         with pytest.raises(error):
             launcher.launch("launch", ["--check", *options, str(tmp_path / "model.yaml")])
@@ -226,7 +232,7 @@ def test_check_of_a_file_whose_layouts_do_not_fit_reports_the_smallest(tmp_path,
 
 
 def test_missing_model_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read the model file .*/nowhere.yaml: No such file"):
+    with pytest.raises(UserError, match=r"the model file .*/nowhere.yaml does not exist"):
         ModelFile.read(tmp_path / "nowhere.yaml", {})
 
 

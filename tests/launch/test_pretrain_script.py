@@ -129,7 +129,9 @@ def test_signalled_run_saves_and_resumes(start, undisturbed, number):
 @pytest.mark.parametrize("way", ["launcher", pytest.param("rank", marks=pytest.mark.slow)])
 def test_second_run_in_a_folder_is_refused(start, folder, way):
     """The launcher refuses the second run; so does its first rank, which torchrun starts without the launcher."""
-    with start(f"locked-{way}", "--no-check", f"{MASK} --train-iters 100000") as launch:
+    # The first run makes no files while the second run is refused, so that all new files are the second run's.
+    without_files = f"{MASK} --train-iters 100000 --save-interval 100000 --report-interval 0"
+    with start(f"locked-{way}", "--no-check", without_files) as launch:
         launch.wait_for_iteration(1)
         before = sorted(launch.run_dir.rglob("*"))
         holder = f"process {launch.pid_of_rank(0)} on host {os.uname().nodename}"

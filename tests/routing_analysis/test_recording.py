@@ -122,7 +122,7 @@ def test_files_that_are_no_traces(tmp_path):
     save_file({"experts": trace.experts}, tmp_path / "other")
     RoutingTrace(**(vars(trace) | {"layers": (1, 2)})).save(tmp_path / "contradictory")
     for name, words in (
-        ("nowhere", "cannot read"),
+        ("nowhere", "nowhere does not exist"),
         ("short", "damaged"),
         ("other", "not a trace"),
         ("contradictory", "damaged"),

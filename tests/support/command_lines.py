@@ -38,13 +38,18 @@ class Outcome:
 
         Args:
             words: words of the error.
-            after_progress: whether a progress bar may precede the error, which only the work itself can find.
+            after_progress: whether a progress bar may precede the error, which only the work itself can find. Lines
+                that say what the command loads may always precede the error.
         """
-        lines = self.errors.splitlines()[-1 if after_progress else 0 :]
+        lines = self.messages().splitlines()[-1 if after_progress else 0 :]
         if self.code != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 1000:
             return f"code {self.code}, {len(lines)} lines: {self.errors[-300:]}"
         missing = [word for word in words if word not in lines[0]]
         return f"{missing} missing: {lines[0]}" if missing else None
+
+    def messages(self) -> str:
+        """Return what the command printed on stderr without the lines that say what the command loads."""
+        return "".join(line for line in self.errors.splitlines(keepends=True) if not line.startswith("loading: "))
 
     def assert_refused(self, *words: str) -> None:
         """Check that the command ended with exit code 2 and one line of error that holds all `words`."""
