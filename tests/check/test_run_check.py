@@ -257,7 +257,7 @@ class Bench:
         folder = Path(tempfile.mkdtemp(prefix=command, dir=self.scratch))
         described = {}
         for name, flags in cases.items():
-            # No given batch is large enough for so many ranks, but Megatron's default is.
+            # --global-batch-size cannot be as large as these ranks need, but the default of Megatron can.
             base = BASE.replace("--global-batch-size 8", "") if name == MANY_RANKS else BASE
             words = [*shlex.split(base), "--routing-mask", "shared.safetensors", *shlex.split(flags)]
             described[name] = {"ranks": (ranks or {}).get(name, 1), "flags": words}

@@ -47,7 +47,7 @@ def on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def said(monkeypatch) -> io.StringIO:
-    """What the console prints of this process."""
+    """Return the text that the console of this process prints."""
     stdout = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setattr(setup, "console", Console())  # a console keeps the stdout that it finds

@@ -20,9 +20,9 @@ from torch.distributed import HashStore
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, saved_iterations
 from maskmoe.errors import UserError
+from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import check_same_model, find_checkpoint, further_checkpoint_args
-from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.setup import parse_and_check_args
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21

@@ -69,7 +69,7 @@ def test_full_disk_ends_the_events_and_not_the_training(tmp_path, capsys):
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "a", ""])
 def test_bad_interval_is_refused(text):
     parser = add_pretraining_arguments(OneLineParser())
-    with pytest.raises(UserError, match="^--report-interval must be (a number|a finite number|at least 0), not "):
+    with pytest.raises(UserError, match=r"^--report-interval must be (a number|a finite number|at least 0), not "):
         parser.parse_args([f"--report-interval={text}"])
 
 
