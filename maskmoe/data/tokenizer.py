@@ -64,8 +64,6 @@ class Tokenizer(ABC):
 
     def __init__(self, model: str | Path) -> None:
         self.model_path = Path(model)
-        if self.model_path.is_dir():
-            raise UserError(f"model {model} of {type(self).__name__} is a folder: name the file in it")
         try:
             self._content = read_bounded(model, _MAX_MODEL_BYTES)
         except UnusableFile as error:

@@ -104,7 +104,7 @@ class SealedTensors:
                 metadata, names = file.metadata(), file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
         except UnusableFile as error:
-            raise UserError(f"cannot read {cls.KIND} file {error}") from error
+            raise UserError(f"{cls.KIND} file {error}") from error
         except OSError as error:
             raise UserError(f"cannot read {cls.KIND} file {path}: {error.strerror or error}") from error
         except (SafetensorError, AttributeError, OverflowError, TypeError, ValueError) as error:

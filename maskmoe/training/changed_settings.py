@@ -20,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
 from maskmoe.checkpoint.series import iteration_of
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, reason_of
 from maskmoe.training.data_order import epochs_of_training_data, training_samples
 
 _PAGE = "docs/extending.md"
@@ -112,10 +112,6 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
         UserError: Megatron refuses the schedule.
     """
     args = copy(args)  # Megatron completes the arguments
-    lr_decay, warmup = args.lr_decay_iters or args.train_iters, args.lr_warmup_iters
-    if args.train_iters and not args.lr_warmup_fraction and warmup >= lr_decay:
-        name = "--train-iters" if args.lr_decay_iters is None else "--lr-decay-iters"
-        raise UserError(f"--lr-warmup-iters {warmup} must be less than {name} {lr_decay}")
     if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
         raise UserError(
             "--override-opt-param-scheduler takes the schedule of the command line, "
@@ -127,7 +123,7 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
             return training.get_optimizer_param_scheduler(optimizer)
         except AssertionError as error:
             raise UserError(
-                f"Megatron refuses the schedule of the learning rate or the weight decay {error}"
+                f"Megatron refuses the schedule of the learning rate or the weight decay: {reason_of(error)}"
             ) from error
 
 

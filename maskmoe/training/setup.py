@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import sys
-import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from megatron.training.training import setup_model_and_optimizer
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.command_line import refuse_unknown_flags
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -244,8 +243,7 @@ def megatrons_checks() -> Iterator[None]:
     try:
         yield
     except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-        raise UserError(f"invalid settings: {' '.join(reason.split())}") from error
+        raise UserError(f"invalid settings: {reason_of(error)}") from error
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Defaults on GPUs by the installed packages, and flags that need a missing package."""
 
+import io
 import sys
 from dataclasses import fields
 
@@ -13,6 +14,7 @@ from maskmoe.megatron_compat import cpu, gpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training import setup
 from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.console import Console
 from maskmoe.training.refusals import check_supported, unavailable_settings
 
 # Megatron's defaults that fail without Transformer Engine or Apex, and the values that work.
@@ -41,6 +43,15 @@ def on_a_gpu(monkeypatch):
         monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
 
     return pretend
+
+
+@pytest.fixture
+def said(monkeypatch) -> io.StringIO:
+    """Return the text that the console of this process prints."""
+    stdout = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(setup, "console", Console())  # a console keeps the stdout that it finds
+    return stdout
 
 
 @pytest.fixture
@@ -119,16 +130,16 @@ def test_every_flag_that_needs_transformer_engine_is_known(parse) -> None:
         (GpuPackages(), "0", ""),
     ],
 )
-def test_the_first_rank_reports_what_is_missing_in_one_line(on_a_gpu, monkeypatch, capsys, packages, rank, named):
+def test_the_first_rank_reports_what_is_missing_in_one_line(on_a_gpu, monkeypatch, said, packages, rank, named):
     on_a_gpu(packages)
     monkeypatch.setenv("RANK", rank)
     setup._report_missing_packages()
-    printed = capsys.readouterr().out
+    printed = said.getvalue()
     assert printed.startswith(named)
     assert printed.count("\n") == bool(named)
 
 
 @pytest.mark.skipif(not cpu.is_installed(), reason="needs a CPU")
-def test_nothing_is_reported_on_a_cpu(capsys) -> None:
+def test_nothing_is_reported_on_a_cpu(said) -> None:
     setup._report_missing_packages()
-    assert capsys.readouterr().out == ""
+    assert said.getvalue() == ""

@@ -24,6 +24,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
 from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.refusals import check_supported, missing_libraries, unsupported_settings
 from maskmoe.training.setup import parse_and_check_args
 
@@ -168,7 +169,7 @@ def test_bad_input_is_found_by_the_checks(case, workplace, bad_files, refusal, t
     monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
     try:
         with pytest.raises(UserError) as error:
-            parse_and_check_args()
+            parse_and_check_args(add_pretraining_arguments)
     finally:
         destroy_global_vars()
         unset_num_microbatches_calculator()

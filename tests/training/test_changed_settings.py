@@ -15,14 +15,17 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import destroy_global_vars
 from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
 
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.data.indexed_dataset import read_index
 from maskmoe.errors import UserError
+from maskmoe.training import pretraining
 from maskmoe.training.changed_settings import ChangedSettings, find_changed_settings, take_schedule_of_checkpoint
 from maskmoe.training.data_order import Epochs, epochs_of_training_data
+from maskmoe.training.flag_ranges import check_ranges
 from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.setup import add_maskmoe_arguments
 
@@ -52,7 +55,8 @@ REFUSED_SCHEDULES = {
     "--lr-warmup-iters 30": "--lr-warmup-iters 30 must be less than --train-iters 21",
     "--lr-warmup-iters 5 --lr-decay-iters 5": "--lr-warmup-iters 5 must be less than --lr-decay-iters 5",
     f"{OVERRIDE} {KEEP}": "pass one of the two",
-    "--lr-warmup-iters 0 --lr-warmup-fraction 1.5": "Megatron refuses the schedule .*: assert self.lr_warmup_steps <",
+    "--lr-warmup-iters 0 --lr-warmup-fraction 1.5": "--lr-warmup-fraction must be at most 1, not 1.5",
+    "--lr-warmup-iters 0 --lr-warmup-fraction 1": "Megatron refuses the schedule .*: assert self.lr_warmup_steps <",
     "--lr-decay-style WSD": "Megatron refuses the schedule .*: assert self.wsd_decay_steps is not None",
 }
 # Changes that take effect, and parts of the notes.
@@ -97,6 +101,7 @@ def changed(runs, workplace, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["pretrain", *words])
         monkeypatch.chdir(workplace.folder)
         args = parse_args(lambda parser: add_pretraining_arguments(add_maskmoe_arguments(parser)))
+        check_ranges(args)
         args.rank, args.world_size = 0, 1
         validate_args(args)
         take_schedule_of_checkpoint(args, checkpoint)
@@ -190,18 +195,57 @@ def test_shortened_run_has_the_same_data_and_an_earlier_end(runs):
     assert rates_of(shortened) == pytest.approx(expected, rel=1e-5)
 
 
+LONGER = "--train-iters 30 --hidden-dropout 0.1 --attention-dropout 0.1"
+# Megatron alone fails with a blend of datasets, whose samples are used up.
+COMPLETE = f"--train-iters 7 {OVERRIDE} --data-path 1 data 2 ended"
+
+
+@pytest.fixture
+def pretrain(runs, workplace, tmp_path, monkeypatch):
+    """Pretrain in this process from the checkpoint of iteration 7 of the first run of the test, up to training."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("training begins")
+
+    def pretrain(flags: str) -> None:
+        run = Run(f"{flags} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
+        monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
+        monkeypatch.setattr(pretraining, "check_launched", fail)
+        monkeypatch.chdir(workplace.folder)
+        try:
+            pretraining.main()
+        finally:
+            destroy_global_vars()
+            unset_num_microbatches_calculator()
+
+    return pretrain
+
+
+@pytest.mark.runs("fp32")
+def test_changed_schedule_is_refused_before_training(pretrain):
+    with pytest.raises(UserError, match="was saved with another schedule"):
+        pretrain(LONGER)
+
+
+@pytest.mark.runs("fp32")
+def test_complete_run_ends_before_training(pretrain):
+    pretrain(COMPLETE)
+    with pytest.raises(AssertionError, match="training begins"):
+        pretrain(COMPLETE.replace("--train-iters 7", "--train-iters 8"))
+
+
+@pytest.mark.slow
 @pytest.mark.runs("fp32")
 def test_refusal_of_a_run_is_one_line(runs, start, refusal):
-    (saved,) = runs
-    flags = f"--train-iters 30 --load {saved.checkpoints} --ckpt-step 7 --hidden-dropout 0.1 --attention-dropout 0.1"
-    assert "was saved with another schedule" in refusal(start("longer", Run(flags, logs_scalars=False)))
+    run = Run(f"{LONGER} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
+    assert "was saved with another schedule" in refusal(start("longer", run))
 
 
+@pytest.mark.slow
 @pytest.mark.runs("fp32")
 def test_complete_run_ends_at_once(runs, start):
-    """Megatron alone fails with a blend of datasets, whose samples are used up."""
-    flags = f"--train-iters 7 {OVERRIDE} --load {runs[0].checkpoints} --ckpt-step 7 --data-path 1 data 2 ended"
-    outcome = start("complete", Run(flags, logs_scalars=False)).result()
+    run = Run(f"{COMPLETE} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
+    outcome = start("complete", run).result()
     assert outcome.exit_codes == (0,), outcome.report()
     assert "nothing is left to train" in (outcome.folder / "out0.log").read_text()
 

@@ -20,6 +20,7 @@ from torch.distributed import HashStore
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, saved_iterations
 from maskmoe.errors import UserError
+from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import check_same_model, find_checkpoint, further_checkpoint_args
 from maskmoe.training.setup import parse_and_check_args
@@ -222,7 +223,11 @@ def test_a_series_is_thinned(copy):
 @pytest.mark.parametrize(
     ("folder", "flags", "message"),
     [
-        ("copy", ("--keep-last-checkpoints", "0"), "--keep-last-checkpoints must be at least 1, not 0"),
+        (
+            "copy",
+            ("--keep-last-checkpoints", "0"),
+            "--keep-last-checkpoints must be at least 1, not 0 (see thin_checkpoints.py --help)",
+        ),
         ("nowhere", (), "--load {folder} holds no checkpoint"),
     ],
 )
@@ -242,7 +247,7 @@ def parse(workplace, tmp_path, monkeypatch):
         run = Run(flags, logs_scalars=False)
         monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
         try:
-            return parse_and_check_args()
+            return parse_and_check_args(add_pretraining_arguments)
         finally:
             destroy_global_vars()
             unset_num_microbatches_calculator()

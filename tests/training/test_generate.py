@@ -9,9 +9,10 @@ from argparse import Namespace
 import pytest
 import torch
 
+from maskmoe.command_line import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.training import generation
-from maskmoe.training.generation import check_generation, sample_next_token
+from maskmoe.training.generation import add_generation_arguments, check_generation, sample_next_token
 
 SETTINGS = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510 --max-new-tokens 6"
 
@@ -85,9 +86,6 @@ SOUND = {
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("temperature", -1, "--temperature"),
-        ("top_k", -1, "--top-k"),
-        ("max_new_tokens", 0, "--max-new-tokens"),
         ("pipeline_model_parallel_size", 2, "pipelines"),
         ("sequence_parallel", True, "split sequences"),
         ("context_parallel_size", 2, "split sequences"),
@@ -97,6 +95,20 @@ def test_bad_settings_are_refused(setting, value, message):
     check_generation(Namespace(**SOUND))
     with pytest.raises(UserError, match=message):
         check_generation(Namespace(**SOUND | {setting: value}))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "problem"),
+    [
+        ("--temperature", "-1", "must be at least 0, not -1"),
+        ("--top-k", "-1", "must be at least 0, not -1"),
+        ("--max-new-tokens", "0", "must be at least 1, not 0"),
+    ],
+)
+def test_number_out_of_range_is_refused(flag, value, problem):
+    parser = add_generation_arguments(OneLineParser())
+    with pytest.raises(UserError, match=f"^{flag} {problem}"):
+        parser.parse_args(["--prompt", "a", f"{flag}={value}"])
 
 
 def test_batches_that_share_the_capacity_of_experts_are_refused():

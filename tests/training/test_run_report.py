@@ -9,10 +9,12 @@ import pytest
 from support.report_pages import check_page
 from torch.utils.tensorboard import SummaryWriter
 
+from maskmoe.command_line import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.launch.run_folder import run_folder
 from maskmoe.training import wandb_run
-from maskmoe.training.run_report import interval, tolerate_write_errors
+from maskmoe.training.pretraining import add_pretraining_arguments
+from maskmoe.training.run_report import tolerate_write_errors
 
 
 @pytest.mark.runs("expert parallel 2, undisturbed")
@@ -66,8 +68,9 @@ def test_full_disk_ends_the_events_and_not_the_training(tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "a", ""])
 def test_bad_interval_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a number of seconds from 0"):
-        interval(text)
+    parser = add_pretraining_arguments(OneLineParser())
+    with pytest.raises(UserError, match=r"^--report-interval must be (a number|a finite number|at least 0), not "):
+        parser.parse_args([f"--report-interval={text}"])
 
 
 class TestWandbRun:
