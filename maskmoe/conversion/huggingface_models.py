@@ -80,13 +80,12 @@ def _read_args(path: Path) -> Namespace | None:
         return None
     values = read_json(path)
     check_finite(values, path)
-    expected = {"num_layers": int, "hidden_size": int, "padded_vocab_size": int, "tokenizer_type": str}
-    for name, kind in expected.items():
+    expected = dict.fromkeys(("num_layers", "hidden_size", "padded_vocab_size"), (int, "a whole number"))
+    # Both are null in a model that was upcycled from a model of transformers.
+    expected |= dict.fromkeys(("tokenizer_type", "tokenizer_model"), (str | None, "a text or null"))
+    for name, (kind, words) in expected.items():
         if not isinstance(values.get(name), kind):
-            raise UserError(
-                f"{path} is damaged: {name} must be of type {kind.__name__}, not {values.get(name)!r}; export the "
-                "model again"
-            )
+            raise UserError(f"{path} is damaged: {name} must be {words}, not {values.get(name)!r}; export it again")
     return Namespace(**values)
 
 

@@ -74,7 +74,7 @@ class Tokenizer(ABC):
         """Return the token ids of each text, int32 [tokens of the text]; the calling thread does all the work."""
 
     def record(self) -> TokenizerRecord:
-        """Return the record that identifies this tokenizer; reads the model file to compute its digest."""
+        """Return the record that identifies this tokenizer, with the digest of its model file."""
         sha256 = hashlib.sha256(self._content).hexdigest()
         return TokenizerRecord(type(self).__name__, self.model_path.name, sha256, self.vocab_size, self.eod_id)
 
@@ -96,10 +96,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         super().__init__(model)
         self.processor = SentencePieceProcessor()
-        try:
+        with reading(f"the SentencePiece model {model}"):
             self.processor.LoadFromSerializedProto(self._content)
-        except RuntimeError as error:
-            raise UserError(f"tokenizer {model} is not a SentencePiece model") from error
         self.vocab_size = self.processor.get_piece_size()
         eos_id = self.processor.eos_id()
         self.eod_id = eos_id if eos_id >= 0 else None
@@ -128,8 +126,8 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         super().__init__(Path(model) / "tokenizer.json" if os.path.isdir(model) else model)
-        with reading(f"{self.model_path} is not a tokenizer.json: it"):
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.model_path))
+        with reading(f"the tokenizer {self.model_path}"):
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)

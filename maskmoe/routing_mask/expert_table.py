@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
-from maskmoe.untrusted import check_regular
+from maskmoe.untrusted import UnusableFile, check_regular
 
 ASSIGNMENT = "expert-table"
 _LAYER = "{layer}"
@@ -140,13 +140,15 @@ def _read_tensors(path: Path, names: Sequence[str] | None) -> dict[str, np.ndarr
     """Return the array of a .npy file, or the named tensors, all if None, of a safetensors file or a folder of them."""
     found: dict[str, np.ndarray] = {}
     for file in sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path]:
-        check_regular(file)
         try:
+            check_regular(file)
             if file.suffix == ".npy":
                 return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
             with safe_open(file, framework="numpy") as tensors:
                 wanted = set(tensors.keys()).intersection(names or tensors.keys())
                 found |= {name: tensors.get_tensor(name) for name in wanted}
+        except UnusableFile as error:
+            raise UserError(f"expert table {error}") from error
         except OSError as error:
             raise UserError(f"cannot read expert table {file}: {error.strerror or error}") from error
         except (EOFError, SafetensorError, TypeError, ValueError) as error:

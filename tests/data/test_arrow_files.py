@@ -2,6 +2,7 @@
 
 import os
 import random
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -211,3 +212,17 @@ def test_pyarrow_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow, which is not installed: pip install 'maskmoe\[data\]'"):
         list(read_documents([tmp_path / "a.parquet"]))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_pandas_is_not_imported(tmp_path: Path, name: str) -> None:
+    """An import of pandas takes longer than all other imports of the command."""
+    WRITERS[name](pa.table({key: pa.array(["a", "b"] * 9, kind) for key, kind in TYPES.items()}), tmp_path / name)
+    code = (
+        "import sys; from maskmoe.data.corpus import read_blocks; from maskmoe.data.inputs import find_inputs; "
+        "blocks = list(read_blocks(find_inputs([sys.argv[1]]), sys.argv[2:])); print(blocks[0].num_bytes > 0); "
+        "print('pandas' in sys.modules); import pandas"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / name), *TYPES]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["True", "False"]

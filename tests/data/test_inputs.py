@@ -340,7 +340,7 @@ def test_splits_are_chosen(saved: Path, name: str, split: str | None, message: s
         ("state.json", "{}", "is not a list of file names"),
         ("state.json", '{"_data_files": [{"filename": "lost.arrow"}]}', "not complete: lost.arrow does not exist"),
         ("state.json", '{"_data_files": [], "_indices_data_files": [1]}', "has a list of selected rows"),
-        ("state.json", "[", r"state\.json is .*not JSON"),
+        ("state.json", "[", r"state\.json is damaged \(Invalid JSON: "),
         ("dataset_dict.json", '{"splits": ["/etc"]}', "is not a list of file names"),
         ("dataset_dict.json", '{"splits": "train"}', "is not a list of file names"),
         ("dataset_dict.json", '{"splits": ["train"]}', "state.json"),

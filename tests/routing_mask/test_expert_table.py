@@ -143,7 +143,7 @@ def test_provenance_has_a_digest_of_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["missing.npy"], ["missing.npy", "No such file"]),
+        (["missing.npy"], ["expert table missing.npy does not exist"]),
         (["text.npy"], ["text.npy", "not a readable"]),
         (["objects.npy"], ["objects.npy", "not a readable"]),
         (["text.safetensors"], ["text.safetensors", "not a readable"]),

@@ -66,7 +66,7 @@ def test_count(folder):
 def test_count_refuses_bad_input_and_touches_nothing(folder, arguments, words):
     (folder / "kept").write_text("kept")
     before = sorted(folder.iterdir())
-    assert_bad_input(count(*arguments, cwd=folder, output="kept"), *words)
+    assert_bad_input(count(*arguments, "--force", cwd=folder, output="kept"), *words)
     assert_bad_input(count(*arguments, cwd=folder, output="never"), *words)
     assert sorted(folder.iterdir()) == before
     assert (folder / "kept").read_text() == "kept"
@@ -121,11 +121,12 @@ def test_build(folder):
     ],
 )
 def test_build_presets(folder, flags, num_visible):
-    process = build(*flags, *MODEL, cwd=folder, output="preset.safetensors")
+    preset = flags[flags.index("--preset") + 1]
+    process = build(*flags, *MODEL, cwd=folder, output=f"preset-{preset}.safetensors")
     assert process.returncode == 0, process.stderr
-    mask = RoutingMask.load(folder / "preset.safetensors")
+    mask = RoutingMask.load(folder / f"preset-{preset}.safetensors")
     assert set(mask.num_visible_of_layer(0)) == {num_visible}
-    assert mask.provenance.preset == flags[flags.index("--preset") + 1]
+    assert mask.provenance.preset == preset
 
 
 def test_build_hash_layers(folder):
@@ -137,7 +138,7 @@ def test_build_hash_layers(folder):
         (["--vocab-size", 50, *deepseek, "--hash-assignment", "uniform"], [{3}, {3}, {8}], "uniform"),
         ([*COUNTS, *METHOD, *rank_local], [{1}, {1, 2}, {1, 2}], "rank-local"),
     ):
-        process = build(*flags, *MODEL, cwd=folder, output="hash_layers.safetensors")
+        process = build(*flags, *MODEL, "--force", cwd=folder, output="hash_layers.safetensors")
         assert process.returncode == 0, process.stderr
         mask = RoutingMask.load(folder / "hash_layers.safetensors")
         assert [set(mask.num_visible_of_layer(layer)) for layer in range(3)] == num_visible
@@ -157,7 +158,8 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
     assert process.returncode == 0
     share = f"{occurrences[worst] / occurrences.sum():.2%}"
     assert f"WARNING: balance is impossible: id {worst} alone has {share} of all occurrences" in process.stdout
-    fine = build(*COUNTS, *MODEL, *METHOD, "--assignment", "balanced", cwd=folder, output="hash.safetensors")
+    fine = build(*COUNTS, *MODEL, *METHOD, "--assignment", "balanced", cwd=folder, output="fine.safetensors")
+    assert fine.returncode == 0, fine.stderr
     assert "WARNING" not in fine.stdout
 
 
@@ -193,7 +195,7 @@ def test_build_refuses_bad_input_and_touches_nothing(folder, arguments, words):
         build("--vocab-size", 50, *MODEL, "--preset", "smoe", cwd=folder)
     (folder / "kept").write_text("kept")
     before = sorted(folder.iterdir())
-    assert_bad_input(build(*arguments, cwd=folder, output="kept"), *words)
+    assert_bad_input(build(*arguments, "--force", cwd=folder, output="kept"), *words)
     assert sorted(folder.iterdir()) == before
     assert (folder / "kept").read_text() == "kept"
 
