@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from maskmoe.errors import UserError
 
 _TOLERANCE = 0.02
-_REPORT = '{\n  "errors": '
+_FIRST_LINE = "{"  # of the report, and of no other line in it
 
 
 class Parameters(BaseModel, frozen=True):
@@ -25,9 +25,11 @@ class Parameters(BaseModel, frozen=True):
     @classmethod
     def from_check(cls, lines: Sequence[str]) -> "Parameters | None":
         """Read the numbers from the log of `--check --json`; return None if the log states none."""
-        log = "\n".join(lines)
-        start = log.rfind(_REPORT)
-        found = json.JSONDecoder().raw_decode(log, start)[0]["parameters"] if start >= 0 else None
+        starts = [number for number, line in enumerate(lines) if line == _FIRST_LINE]
+        if not starts:
+            return None
+        report, _ = json.JSONDecoder().raw_decode("\n".join(lines[starts[-1] :]))
+        found = report["parameters"]
         return cls.model_validate(found) if found else None
 
 

@@ -128,7 +128,13 @@ def test_unfinished_runs_are_named():
 CHECK = """\
 launch: a line of another program
 {
+  "can_start": true,
   "errors": [],
+  "missing": [
+    {
+      "what": "mask"
+    }
+  ],
   "layers": {"stages": [[2]]},
   "parameters": {
     "total": 1640000,
