@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from maskmoe.command_line import one_line
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
 from maskmoe.untrusted import UnusableFile, read_json_bytes
@@ -78,4 +79,4 @@ def first_problem(error: ValidationError) -> str:
     elif message.startswith("Input should"):
         value = f", not {problem['input']}" if isinstance(problem["input"], str | int | float) else ""
         message = message.removeprefix("Input ") + value
-    return f"{place}: {message}" if place else message
+    return one_line(f"{place}: {message}" if place else message)

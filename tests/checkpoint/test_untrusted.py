@@ -18,7 +18,7 @@ from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.data.indexed_dataset import read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_json
+from maskmoe.json_files import read_json, read_record
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.model_config import read_model_config
 from maskmoe.routing_analysis.trace import RoutingTrace
@@ -106,6 +106,16 @@ def test_damaged_json_is_one_line_of_error(tmp_path: Path, name: str, data: st.D
     valid, read = READERS[name]
     (tmp_path / name).write_bytes(data.draw(documents(valid)))
     assert len(error_of(lambda: read(tmp_path)).splitlines()) <= 1
+
+
+@pytest.mark.parametrize("value", ["\x1e", "a\u2028b\nc\x85d"])
+def test_wrong_value_with_line_breaks_is_one_line_of_error(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "args.json"
+    for content in (value, {value: 1}):
+        path.write_text(json.dumps(content))
+        error = error_of(lambda: read_record(dict[str, dict[str, int]], path, "advice"))
+        assert "is damaged" in error
+        assert len(error.splitlines()) == 1
 
 
 MODEL = "num-layers: 4\nlr: 1.0e-3\nlayouts: {4: {tensor-model-parallel-size: 2}}\n"

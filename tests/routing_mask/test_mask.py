@@ -289,7 +289,7 @@ def test_files_of_other_kinds_are_refused(mask, mask_file, zipf_frequency, tmp_p
         RoutingMask.load(counts)
     with pytest.raises(UserError, match=r"^routing mask file .*/missing\.safetensors does not exist$"):
         RoutingMask.load(tmp_path / "missing.safetensors")
-    with pytest.raises(UserError, match="^routing mask file .* is a folder, not a file$"):
+    with pytest.raises(UserError, match=r"^routing mask file .* is a folder, not a file$"):
         RoutingMask.load(tmp_path)
     save_file(load_file(mask_file), tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="not a routing mask file"):
