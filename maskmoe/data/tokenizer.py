@@ -96,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         super().__init__(model)
         self.processor = SentencePieceProcessor()
-        with reading(f"the SentencePiece model {model}"):
+        with reading(f"{model} is not a SentencePiece model: it"):
             self.processor.LoadFromSerializedProto(self._content)
         self.vocab_size = self.processor.get_piece_size()
         eos_id = self.processor.eos_id()
@@ -126,7 +126,7 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         super().__init__(Path(model) / "tokenizer.json" if os.path.isdir(model) else model)
-        with reading(f"the tokenizer {self.model_path}"):
+        with reading(f"{self.model_path} is not a tokenizer.json: it"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
