@@ -41,6 +41,8 @@ def main() -> None:
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
     positions = read_positions(arguments.model / "config.json")
     if arguments.output is not None:
+        if arguments.interactive:
+            raise UserError("--output does not apply to --interactive, which writes to the terminal")
         inputs = [path for path in (arguments.model, arguments.prompts_file) if path is not None]
         check_outputs([arguments.output], inputs, arguments.force)
     prompts = Prompts(arguments)

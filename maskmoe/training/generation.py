@@ -57,6 +57,8 @@ def check_generation(args: argparse.Namespace) -> None:
     """
     if args.pipeline_model_parallel_size > 1 or args.sequence_parallel or args.context_parallel_size > 1:
         raise UserError("generation works with tensor and expert parallelism, not with pipelines or split sequences")
+    if args.interactive and args.sample_output:
+        raise UserError("--sample-output does not apply to --interactive, which writes to the terminal")
     if args.prompts_file and args.prompts_per_batch > 1 and args.moe_expert_capacity_factor is not None:
         raise UserError("--moe-expert-capacity-factor lets the texts of a batch change each other: use --batch-size 1")
 

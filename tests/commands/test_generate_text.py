@@ -75,6 +75,12 @@ def test_needs_one_source_of_prompts(monkeypatch, words):
         generate_text.main()
 
 
+def test_typed_prompts_have_no_output_file(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(MODEL), "--interactive", "--output", "text.txt"])
+    with pytest.raises(UserError, match="--output does not apply to --interactive"):
+        generate_text.main()
+
+
 def test_file_of_prompts_is_never_replaced(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("import os\n")
     files = f"--prompts-file {tmp_path}/prompts.txt --output {tmp_path}/prompts.txt --force"

@@ -80,6 +80,8 @@ SOUND = {
     "prompts_file": None,
     "prompts_per_batch": 8,
     "moe_expert_capacity_factor": None,
+    "interactive": True,
+    "sample_output": None,
 }
 
 
@@ -89,6 +91,7 @@ SOUND = {
         ("pipeline_model_parallel_size", 2, "pipelines"),
         ("sequence_parallel", True, "split sequences"),
         ("context_parallel_size", 2, "split sequences"),
+        ("sample_output", "text.txt", "--sample-output does not apply to --interactive"),
     ],
 )
 def test_bad_settings_are_refused(setting, value, message):
