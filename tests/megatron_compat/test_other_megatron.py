@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-SCRIPTS = ("tests/run.sh", "tests/megatron.sh", "launch/lib.sh")
+SCRIPTS = ("tests/run.sh", "tests/megatron.sh", "tests/environment.sh", "launch/lib.sh")
 VERSION = "0.20.0"
 HELPERS = "megatron/core/datasets/helpers_cpp.abi3.so"
 PACKAGE = {

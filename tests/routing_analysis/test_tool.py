@@ -232,7 +232,7 @@ def run(*arguments: object) -> None:
     ("flags", "words"),
     [
         (("--load", "nowhere"), "--load nowhere does not exist"),
-        (("--load", "."), "--load . holds neither Megatron checkpoints nor a model"),
+        (("--load", "empty"), "--load empty holds neither Megatron checkpoints nor a model"),
         (("--ckpt-step", 3), "iter_0000003 does not exist"),
         (("--data-path", "nowhere"), "nowhere.idx does not exist"),
         (("--split", "100,0,0"), "leaves nothing for --eval-split valid"),
@@ -251,6 +251,7 @@ def test_bad_input(workplace, checkpoints, monkeypatch, capsys, flags, words):
     counts = np.array([[600, *[0] * 59]])
     datasets = ({"name": "d", "num_tokens": 600, "idx_sha256": "0" * 64, "bin_bytes": 1200},)
     TokenFrequency(counts, (None,), datasets, None).save("few.safetensors")
+    Path("empty").mkdir(exist_ok=True)
     before = set(workplace.folder.rglob("*"))
     with pytest.raises(SystemExit) as end:
         run(*SERIES, "--output-dir", "bad", *flags)
