@@ -21,7 +21,7 @@ from maskmoe.training.resume import checkpoint_to_load
 from maskmoe.training.run_report import log_facts
 
 _LABEL_WIDTH = 12
-_LABELS_OF_PAGE = ("parameters", "dispatch", "mask")  # of the lines that report.html shows, too
+_LABELS_OF_PAGE = ("parameters", "dispatch", "mask", "data")  # of the lines that report.html shows, too
 _MOST_NAMED_DATASETS = 2
 
 
