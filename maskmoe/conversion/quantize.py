@@ -27,7 +27,7 @@ REPORT_FILE = "quantization.json"
 """Name of the file beside a quantized model with what `QuantizationReport` holds."""
 # All projections of all layers, as modules or as parameters of experts. Embeddings, the output layer, routers, gates,
 # norms and the routing mask keep their types.
-_QUANTIZED = r"re:model\.layers\.\d+\..*_proj"
+_QUANTIZED = r"re:model\.layers\.\d+\..*_proj(_with_mqa)?"
 _MAX_TOKENS = 16384
 _SAMPLES, _SAMPLED_TOKENS = 16, 128
 

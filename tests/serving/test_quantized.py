@@ -29,7 +29,8 @@ import maskmoe.huggingface
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-types = {type(weight).__name__ for name, weight in model.named_parameters() if "_proj" in name}
+named = [item for item in model.named_parameters() if "_proj" in item[0] and not item[0].endswith("norm.weight")]
+types = {type(weight).__name__ for _, weight in named}
 assert types == {"Int8Tensor"}, types
 with torch.no_grad():
     save_file({"logits": model(load_file(sys.argv[2])["ids"]).logits}, sys.argv[3])
