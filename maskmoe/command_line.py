@@ -144,6 +144,12 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) 
         raise UserError(f"unknown flag{'s' if len(named) > 1 else ''} {', '.join(named)}; --help lists all")
 
 
+def add_force_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the flag that lets a command replace its earlier outputs, see `maskmoe.outputs.check_outputs`."""
+    meaning = "replace output files that exist; inputs are never replaced"
+    parser.add_argument("--force", action="store_true", help=meaning)
+
+
 def one_line(message: object) -> str:
     """Return a message on one line that fits on a screen: without control characters, and with long words shortened."""
     return " ".join(map(_shorten, _printable(str(message)).split()))

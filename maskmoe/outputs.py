@@ -13,9 +13,6 @@ from types import FrameType
 
 from maskmoe.errors import UserError
 
-MEANING_OF_FORCE = "replace output files that exist; inputs are never replaced"
-"""The help of `--force`, which passes `force` to `check_outputs`."""
-
 _NAME_CHARACTERS = 40  # of an output's name in the name of its temporary file, since file systems limit names
 
 

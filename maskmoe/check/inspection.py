@@ -137,7 +137,7 @@ class Inspection:
                 with _reporting_failure_of("the model"), megatrons_checks():
                     model = count_parameters(validated, config, mask)
                 memory = compute_memory(validated, config.transformer, model) if divides else None
-        # What is missing comes last.
+        # Missing inputs come last.
         inputs: tuple[MissingInput, ...] = ()
         if not self._has_unreadable_layers():
             inputs = tuple(missing_inputs(args, assumed_size or vocab_size or 0, checkpoint is not None))

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe import ranges
-from maskmoe.command_line import split
-from maskmoe.commands.arguments import add_force_argument, command_parser
+from maskmoe.command_line import add_force_argument, split
+from maskmoe.commands.arguments import command_parser
 from maskmoe.commands.progress import say_loading
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError

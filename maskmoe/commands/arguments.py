@@ -6,7 +6,6 @@ from typing import Any
 from maskmoe import ranges
 from maskmoe.command_line import Parser
 from maskmoe.data.inputs import FORMATS, ReadingOptions, unescape
-from maskmoe.outputs import MEANING_OF_FORCE
 
 
 def command_parser(documentation: str | None) -> Parser:
@@ -83,8 +82,3 @@ def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:
     parser.add_argument(
         "--seed", type=ranges.SEED, default=0, metavar="S", help=f"seed of {purpose} (default: %(default)s)"
     )
-
-
-def add_force_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that lets a command replace its earlier outputs, see `maskmoe.outputs.check_outputs`."""
-    parser.add_argument("--force", action="store_true", help=MEANING_OF_FORCE)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from maskmoe import ranges
-from maskmoe.commands.arguments import add_force_argument, add_seed_argument, add_workers_argument, command_parser
+from maskmoe.command_line import add_force_argument
+from maskmoe.commands.arguments import add_seed_argument, add_workers_argument, command_parser
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, MaskRecipe

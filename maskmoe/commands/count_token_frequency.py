@@ -13,7 +13,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from maskmoe import ranges
-from maskmoe.commands.arguments import add_force_argument, add_workers_argument, command_parser
+from maskmoe.command_line import add_force_argument
+from maskmoe.commands.arguments import add_workers_argument, command_parser
 from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ids_by_frequency
 from maskmoe.routing_mask.frequency import (

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe import ranges
-from maskmoe.command_line import Parser
-from maskmoe.commands.arguments import add_force_argument
+from maskmoe.command_line import Parser, add_force_argument
 from maskmoe.commands.progress import say_loading
 from maskmoe.errors import UserError
 from maskmoe.model_config import read_model_config

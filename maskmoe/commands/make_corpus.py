@@ -12,7 +12,8 @@ import json
 import random
 
 from maskmoe import ranges
-from maskmoe.commands.arguments import add_force_argument, add_seed_argument, command_parser
+from maskmoe.command_line import add_force_argument
+from maskmoe.commands.arguments import add_seed_argument, command_parser
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs

@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from maskmoe import ranges
+from maskmoe.command_line import add_force_argument
 from maskmoe.commands.arguments import (
-    add_force_argument,
     add_text_arguments,
     add_workers_argument,
     command_parser,

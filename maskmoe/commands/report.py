@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from maskmoe.command_line import Parser
-from maskmoe.commands.arguments import add_force_argument
+from maskmoe.command_line import Parser, add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.outputs import check_outputs
 from maskmoe.paths import check_folder

@@ -34,7 +34,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from maskmoe import ranges
-from maskmoe.commands.arguments import add_force_argument, add_seed_argument, command_parser
+from maskmoe.command_line import add_force_argument
+from maskmoe.commands.arguments import add_seed_argument, command_parser
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs

@@ -13,8 +13,8 @@ Example:
 from collections.abc import Iterator, Sequence
 
 from maskmoe import ranges
+from maskmoe.command_line import add_force_argument
 from maskmoe.commands.arguments import (
-    add_force_argument,
     add_seed_argument,
     add_text_arguments,
     command_parser,

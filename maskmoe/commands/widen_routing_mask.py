@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe import ranges
-from maskmoe.commands.arguments import add_force_argument, add_seed_argument, add_workers_argument, command_parser
+from maskmoe.command_line import add_force_argument
+from maskmoe.commands.arguments import add_seed_argument, add_workers_argument, command_parser
 from maskmoe.commands.build_routing_mask import describe_imbalance, warn_of_overload
 from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.change import MaskChange

@@ -14,6 +14,7 @@ import torch
 from megatron.training import print_rank_0
 from torch import Tensor
 
+from maskmoe.command_line import add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -21,7 +22,6 @@ from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count
 from maskmoe.training.batch import build_datasets, losses_of_all, sum_over_ranks
 from maskmoe.training.console import console
 from maskmoe.training.setup import (
-    add_force_argument,
     check_output,
     leaving_process_groups,
     load_model,

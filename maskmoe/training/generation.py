@@ -13,6 +13,7 @@ from megatron.training import print_rank_0
 from torch import Tensor
 
 from maskmoe import ranges
+from maskmoe.command_line import add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
@@ -20,7 +21,6 @@ from maskmoe.training.console import console, progress_bar
 from maskmoe.training.prompt_ids import tokenize_text
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.setup import (
-    add_force_argument,
     check_output,
     leaving_process_groups,
     load_model,

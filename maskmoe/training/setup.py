@@ -1,6 +1,5 @@
 """Turns the command line into a checked configuration, before any process group exists."""
 
-import argparse
 import math
 import os
 import sys
@@ -31,7 +30,7 @@ from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.outputs import MEANING_OF_FORCE, atomic_output, check_outputs
+from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.frequency import files_of_data_path
 from maskmoe.routing_mask.mask import RoutingMask
@@ -259,11 +258,6 @@ def leaving_process_groups() -> Iterator[None]:
         if isinstance(sys.exception(), SystemExit | None) and torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-
-
-def add_force_argument(group: argparse._ActionsContainer) -> None:
-    """Add the flag that lets a command replace its earlier outputs, see `check_output`."""
-    group.add_argument("--force", action="store_true", help=MEANING_OF_FORCE)
 
 
 def check_output(path: str | None, args: Namespace) -> None:
