@@ -271,7 +271,7 @@ def check_output(path: str | None, args: Namespace) -> None:
         UserError: the output is an input, exists without `--force`, or cannot be written.
     """
     if path is not None:
-        names = ("load", "routing_mask", "tokenizer_model", "token_frequency", "eval_texts")
+        names = ("load", "routing_mask", "tokenizer_model", "token_frequency", "eval_texts", "prompts_file")
         inputs = [Path(value) for name in names if (value := getattr(args, name, None)) is not None]
         check_outputs([path], [*inputs, *(files_of_data_path(args.data_path) if args.data_path else ())], args.force)
 

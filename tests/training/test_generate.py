@@ -13,6 +13,7 @@ from maskmoe.command_line import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.training import generation
 from maskmoe.training.generation import add_generation_arguments, check_generation, sample_next_token
+from maskmoe.training.setup import check_output
 
 SETTINGS = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510 --max-new-tokens 6"
 
@@ -98,6 +99,14 @@ def test_bad_settings_are_refused(setting, value, message):
     check_generation(Namespace(**SOUND))
     with pytest.raises(UserError, match=message):
         check_generation(Namespace(**SOUND | {setting: value}))
+
+
+def test_file_of_prompts_is_never_replaced(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("1 2 3\n")
+    with pytest.raises(UserError, match="it is an input of this command"):
+        check_output(str(prompts), Namespace(prompts_file=prompts, data_path=None, force=True))
+    assert prompts.read_text() == "1 2 3\n"
 
 
 @pytest.mark.parametrize(
