@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import chain, islice
 
+from maskmoe.deferred_signals import deferring_signals
 from maskmoe.errors import RunFailure, UserError
 
 _TASKS_PER_WORKER = 16
@@ -56,7 +57,9 @@ def map_in_processes[Task, Result](
     pending: deque[Future[Result]] = deque()
     try:
         for task in tasks:
-            pending.append(pool.submit(function, task))
+            # A signal in the middle of starting a worker would leave a pool that cannot be shut down.
+            with deferring_signals():
+                pending.append(pool.submit(function, task))
             if len(pending) >= workers * _TASKS_PER_WORKER:
                 yield pending.popleft().result()
         yield from (future.result() for future in pending)
