@@ -1,4 +1,5 @@
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import pytest
@@ -6,19 +7,27 @@ import pytest
 from maskmoe.deferred_signals import deferring_signals
 
 
+def interrupt_and(finish: Callable[[], None]) -> None:
+    with deferring_signals():
+        signal.raise_signal(signal.SIGINT)
+        finish()
+
+
+def fail() -> None:
+    raise ValueError
+
+
 def test_a_signal_is_handled_after_the_block() -> None:
     steps: list[str] = []
-    with pytest.raises(KeyboardInterrupt), deferring_signals():
-        signal.raise_signal(signal.SIGINT)
-        steps.append("the block ran to its end")
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_and(lambda: steps.append("the block ran to its end"))
     assert steps
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_signal_is_handled_if_the_block_fails() -> None:
-    with pytest.raises(KeyboardInterrupt), deferring_signals():
-        signal.raise_signal(signal.SIGINT)
-        raise ValueError
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_and(fail)
 
 
 def test_handlers_and_ignored_signals_stay() -> None:
