@@ -17,7 +17,7 @@ from maskmoe.conversion.blocks import Block, StoredTensor, TensorSpec, row_major
 from maskmoe.conversion.writing import BLOCK_BYTES, PlannedFile
 from maskmoe.errors import UserError
 from maskmoe.json_files import first_problem
-from maskmoe.untrusted import check_regular, read_json_bytes, resolve_inside
+from maskmoe.untrusted import check_name, check_regular, read_json_bytes, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -60,9 +60,10 @@ class SafetensorsSource:
         index = _read_index(index_file) if os.path.lexists(index_file) else None
         names = [index_file.name.removesuffix(INDEX_SUFFIX)] if index is None else sorted(set(index.values()))
         self.files = [index_file.parent / name for name in names]
-        for file in () if index is None else self.files:
-            if os.path.lexists(file):
-                resolve_inside(file.parent, file.name)
+        for name in () if index is None else names:
+            check_name(index_file.parent, name)
+            if os.path.lexists(index_file.parent / name):
+                resolve_inside(index_file.parent, name)
         self._stored: dict[str, StoredTensor] = {}
         for file in self.files:
             found = _read_header(file)

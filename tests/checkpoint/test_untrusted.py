@@ -108,6 +108,14 @@ def test_damaged_json_is_one_line_of_error(tmp_path: Path, name: str, data: st.D
     assert len(error_of(lambda: read(tmp_path)).splitlines()) <= 1
 
 
+@pytest.mark.parametrize("name", ["\x85", "a\u2028b"])
+def test_file_name_with_line_breaks_is_one_line_of_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    error = error_of(lambda: SafetensorsSource(tmp_path))
+    assert "does not lie inside the folder" in error
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("value", ["\x1e", "a\u2028b\nc\x85d"])
 def test_wrong_value_with_line_breaks_is_one_line_of_error(tmp_path: Path, value: str) -> None:
     path = tmp_path / "args.json"
