@@ -16,8 +16,9 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
+from maskmoe.transformer.backends.linear_in_turns import linear_in_turns
 from maskmoe.transformer.backends.swiglu import is_plain_swiglu, swiglu
 from maskmoe.transformer.kernels import launching
 
@@ -29,7 +30,8 @@ class GroupedMLP(SequentialMLP):
       for the device. Gradients of weights are added to `main_grad` in fp32, also with
       `--no-gradient-accumulation-fusion`. Torch's `grouped_mm` would need a copy of all weights for each product,
       because data parallelism lays parameters out in reverse order.
-    - On a CPU: the experts take turns on slices of the rows, bit-equal to `SequentialMLP`.
+    - On a CPU: the experts take turns in each linear layer, and one activation computes all rows. The result is
+      bit-equal to `SequentialMLP`.
 
     `SequentialMLP` computes the experts on a GPU without Triton, if `can_group` returns False, or if experts were
     changed after they were built, for example by adapters or hooks.
@@ -205,13 +207,11 @@ def _split(
 
 
 def _compute_in_turns(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
-    """Compute one expert after the other; arguments as for `GroupedMLP.forward`."""
-    outputs = []
-    for expert, own_rows, own_probs in _split(rows, tokens_per_expert, probs, experts):
-        first, second = _weights(expert)
-        project = partial(linear, weight=second)
-        outputs.append(_activate_and_project(linear(own_rows, first), own_probs, None, expert.config, project))
-    return torch.cat(outputs)
+    """Compute one expert after the other in each linear layer; arguments as for `GroupedMLP.forward`."""
+    sizes: list[int] = tokens_per_expert.tolist()
+    first, second = zip(*map(_weights, experts), strict=True)
+    project = partial(linear_in_turns, sizes=sizes, weights=second)
+    return _activate_and_project(linear_in_turns(rows, sizes, first), probs, None, experts[0].config, project)
 
 
 def _compute_by_modules(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
