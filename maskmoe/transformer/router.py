@@ -130,7 +130,7 @@ class MaskMoERouter(TopKRouter):
             values = attach_losses(self, values, self._sums_of(masked), masked.num_sequences)
 
         # Select experts, then let Megatron-Core compute their weights.
-        scores = preference_scores(values, self.score_function, self.config.moe_router_pre_softmax, self.expert_bias)
+        scores = preference_scores(masked, self.config.moe_router_pre_softmax, self.expert_bias)
         selected = self._select(scores, visible, token_ids)
         probs, routing_map = topk_routing_with_score_function(
             values,

@@ -42,7 +42,7 @@ class MaskedLogits:
     def normalized_scores(self) -> Tensor:
         """Return scores that add up to 1 for each token: float32 [tokens, experts], 0 for invisible experts.
 
-        Losses and statistics share the scores, so they are computed at most once.
+        Selection, losses and statistics share the scores, so they are computed at most once.
         """
         if self.score_function == "softmax":
             return torch.softmax(self.values, dim=-1, dtype=torch.float32)
@@ -50,19 +50,17 @@ class MaskedLogits:
         return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # Megatron-Core adds the same 1e-20.
 
 
-def preference_scores(logits: Tensor, score_function: str, pre_softmax: bool, expert_bias: Tensor | None) -> Tensor:
+def preference_scores(logits: MaskedLogits, pre_softmax: bool, expert_bias: Tensor | None) -> Tensor:
     """Return the scores [tokens, experts] that rank the experts, as Megatron-Core does.
 
     Args:
-        logits: [tokens, experts], -inf for invisible experts.
-        score_function: softmax, sigmoid or sqrtsoftplus.
+        logits: the masked logits.
         pre_softmax: apply softmax before the selection, not after it; only for the softmax score function.
         expert_bias: float32 [experts], added to sigmoid and sqrtsoftplus scores; None: no bias.
     """
-    logits = logits.detach()
-    if score_function == "softmax":
-        return torch.softmax(logits, dim=-1, dtype=torch.float32) if pre_softmax else logits
-    scores = _elementwise_scores(logits, score_function)
+    if logits.score_function == "softmax":
+        return logits.normalized_scores.detach() if pre_softmax else logits.values.detach()
+    scores = _elementwise_scores(logits.values.detach(), logits.score_function)
     return scores if expert_bias is None else scores + expert_bias.float()
 
 

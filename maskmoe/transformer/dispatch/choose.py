@@ -1,12 +1,17 @@
 """Choose the way to dispatch, and build its dispatcher."""
 
+from collections.abc import Callable
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_size
+from torch import Tensor
 
+from maskmoe.megatron_compat import cpu
 from maskmoe.transformer.dispatch.kind import DispatchKind
-from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher, unchanged
+from maskmoe.transformer.dispatch.one_rank import OneRankDispatcher
 from maskmoe.transformer.dispatch.planned import PlannedDispatcher
 from maskmoe.transformer.dispatch.protocol import Dispatcher
 from maskmoe.transformer.dispatch.stock import StockDispatcher
@@ -25,7 +30,6 @@ def choose_dispatch(
     """
     if (
         config.moe_token_dispatcher_type != "alltoall"
-        or get_pg_size(pg_collection.ep) == 1
         or get_pg_size(pg_collection.expt_tp) > 1
         or config.moe_pad_expert_input_to_capacity
         or config.moe_shared_expert_overlap
@@ -33,6 +37,10 @@ def choose_dispatch(
         or config.overlap_dispatch_backward_with_experts_wgrad
     ):
         return DispatchKind.STOCK
+    if get_pg_size(pg_collection.ep) == 1:
+        # Dropped tokens have no expert, and Megatron's kernels for GPUs copy faster.
+        copies_here = cpu.is_installed() and config.moe_expert_capacity_factor is None
+        return DispatchKind.ONE_RANK if copies_here else DispatchKind.STOCK
     # A plan lets the receiving rank choose experts. Random logits, dropped tokens and recorded choices depend on the
     # rank that chooses.
     any_rank_can_choose = (
@@ -62,11 +70,12 @@ def build_dispatcher(kind: DispatchKind, layer: MoELayer) -> Dispatcher:
         return StockDispatcher(layer)
     if kind is DispatchKind.PLANNED:
         return PlannedDispatcher(layer.config, layer.ep_group)
-    if not layer.config.moe_latent_size:
-        return OneCopyDispatcher(layer.config, layer.ep_group)
-    return OneCopyDispatcher(
-        layer.config,
-        layer.ep_group,
-        compress=lambda hidden_states: layer.fc1_latent_proj(hidden_states)[0],
-        expand=lambda latent: layer.fc2_latent_proj(latent)[0],
-    )
+    compress, expand = _projections_of_latent_experts(layer) if layer.config.moe_latent_size else (unchanged, unchanged)
+    if kind is DispatchKind.ONE_RANK:
+        return OneRankDispatcher(layer.config, compress, expand)
+    return OneCopyDispatcher(layer.config, layer.ep_group, compress, expand)
+
+
+def _projections_of_latent_experts(layer: MoELayer) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return the maps of hidden states to the width of latent experts, and back."""
+    return lambda hidden_states: layer.fc1_latent_proj(hidden_states)[0], lambda rows: layer.fc2_latent_proj(rows)[0]

@@ -19,7 +19,7 @@ _NOT_SELECTED = -1.0
 """Replaces the weight of an expert that is not selected. Weights of selected experts are never negative."""
 
 
-def _unchanged(hidden_states: Tensor) -> Tensor:
+def unchanged(hidden_states: Tensor) -> Tensor:
     """Return the hidden states, whose width is also the width of experts that are not latent."""
     return hidden_states
 
@@ -55,8 +55,8 @@ class OneCopyDispatcher:
         self,
         config: TransformerConfig,
         ep_group: ProcessGroup,
-        compress: Callable[[Tensor], Tensor] = _unchanged,
-        expand: Callable[[Tensor], Tensor] = _unchanged,
+        compress: Callable[[Tensor], Tensor] = unchanged,
+        expand: Callable[[Tensor], Tensor] = unchanged,
     ) -> None:
         self._group = ep_group
         self._compress, self._expand = compress, expand

@@ -76,11 +76,11 @@ class RowCopies(ABC):
             out: memory that the result may use.
         """
 
-    def copy_rows_with_gradient(self, values: Tensor, buffers: RowBuffers) -> Tensor:
+    def copy_rows_with_gradient(self, values: Tensor, buffers: RowBuffers | None) -> Tensor:
         """Copy rows as `copy_rows` does; the gradient is the sum of the copies' gradients."""
         return _LinearMap.apply(values, self.copy_rows, self._sum_into(buffers))
 
-    def sum_copies_with_gradient(self, copies: Tensor, buffers: RowBuffers) -> Tensor:
+    def sum_copies_with_gradient(self, copies: Tensor, buffers: RowBuffers | None) -> Tensor:
         """Sum copies as `sum_copies` does; the result may be in a buffer."""
         return _LinearMap.apply(copies, self._sum_into(buffers), self.copy_rows)
 
@@ -93,8 +93,10 @@ class RowCopies(ABC):
         """
         return values.flatten(0, 1).index_select(0, self.source[:num_copies])
 
-    def _sum_into(self, buffers: RowBuffers) -> RowMap:
-        """Return `sum_copies` with its result in a buffer."""
+    def _sum_into(self, buffers: RowBuffers | None) -> RowMap:
+        """Return `sum_copies` with its result in a buffer if there are buffers."""
+        if buffers is None:
+            return self.sum_copies
         return lambda copies: self.sum_copies(copies, buffers.get("sum", copies, self.num_rows))
 
 

@@ -38,11 +38,11 @@ class CopyToExperts:
     Args:
         experts: this rank's experts.
         topk: k.
-        buffers: memory for rows that are consumed at once.
+        buffers: memory for rows that are consumed at once; None: new memory.
         uses_transformer_engine: copy by Transformer Engine's fused permutation, as `--moe-permute-fusion` asks.
     """
 
-    def __init__(self, experts: slice, topk: int, buffers: RowBuffers, uses_transformer_engine: bool) -> None:
+    def __init__(self, experts: slice, topk: int, buffers: RowBuffers | None, uses_transformer_engine: bool) -> None:
         self._experts = experts
         self._max_copies = min(topk, experts.stop - experts.start)
         self._buffers = buffers
