@@ -17,6 +17,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,7 +264,7 @@ def _type_of_cuda(self: torch.Tensor, dtype: Any = None, non_blocking: bool = Fa
 class _FinishedWork(torch.distributed.Work):
     """The handle of an asynchronous collective that had nothing to do."""
 
-    def wait(self, *args: Any) -> bool:
+    def wait(self, timeout: timedelta = timedelta()) -> bool:
         return True
 
     def is_completed(self) -> bool:

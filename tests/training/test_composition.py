@@ -247,5 +247,5 @@ def test_reason_names_the_flag(flags):
 def test_dispatch_is_planned_where_it_can_be(runs):
     logs = ("\n".join(log.read_text() for log in run.folder.glob("*.log")) for run in runs)
     one_process, two_ranks = (re.search("^dispatch +(.*)", log, re.MULTILINE)[1] for log in logs)
-    assert one_process == DispatchKind.STOCK.value
+    assert one_process == DispatchKind.ONE_RANK.value
     assert two_ranks == DispatchKind.PLANNED.value

@@ -61,8 +61,7 @@ def test_kind_of_dispatch() -> None:
 
 
 def test_settings_that_only_megatrons_dispatcher_supports() -> None:
-    for of_groups in (groups(expert_parallel=1), groups(expert_tensor_parallel=2)):
-        assert choose_dispatch(make_config(4), of_groups, is_rank_local=True) is DispatchKind.STOCK
+    assert choose_dispatch(make_config(4), groups(expert_tensor_parallel=2), is_rank_local=True) is DispatchKind.STOCK
     for settings in (
         {"moe_token_dispatcher_type": "allgather"},
         {"moe_token_dispatcher_type": "flex"},
