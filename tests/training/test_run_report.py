@@ -90,19 +90,23 @@ class TestWandbRun:
             monkeypatch.setenv("WANDB_RUN_ID", "")
             defaults = wandb_run.wandb_defaults(make_args())
             assert defaults == {"wandb_exp_name": "run", "wandb_save_dir": str(tmp_path / "run")}
+            assert wandb_run.os.environ["WANDB_RUN_ID"] == ""  # the run may still be refused
+            wandb_run.take_run_id(make_args())
             ids.append(wandb_run.os.environ["WANDB_RUN_ID"])
         assert ids[0] == ids[1] == (tmp_path / "run" / "wandb_run_id").read_text().strip()
         assert len(ids[0]) == 12
 
     def test_flags_and_variables_of_the_user_stay(self, make_args, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_RUN_ID", "mine")
-        defaults = wandb_run.wandb_defaults(make_args(wandb_exp_name="name", wandb_save_dir="folder"))
+        args = make_args(wandb_exp_name="name", wandb_save_dir="folder")
+        defaults = wandb_run.wandb_defaults(args)
+        wandb_run.take_run_id(args)
         assert defaults == {}
         assert wandb_run.os.environ["WANDB_RUN_ID"] == "mine"
         assert not (tmp_path / "run").exists()
 
     def test_ranks_that_do_not_log_leave_no_file(self, make_args, tmp_path):
-        wandb_run.wandb_defaults(make_args(rank=0))
+        wandb_run.take_run_id(make_args(rank=0))
         assert not (tmp_path / "run").exists()
 
     def test_run_without_a_folder_or_without_the_package_is_refused(self, make_args, monkeypatch):
