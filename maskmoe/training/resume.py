@@ -132,7 +132,7 @@ def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
     args.load = load
     if given_type is not None and given_type != args.tokenizer_type:
         args.tokenizer_type, args.tokenizer_model = given_type, None
-    if given_model is not None:
+    if given_model is not None or args.tokenizer_type == "NullTokenizer":  # which needs no model
         args.tokenizer_model = given_model
     return args
 

@@ -1,5 +1,6 @@
 """Keeps the page report.html of the running training up to date, without disturbing the training."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from maskmoe.run_report.follow import END, UPDATE
 from maskmoe.run_report.page import REPORT
 
 _MOST_SECONDS_FOR_LAST_PAGE = 30.0
+_LOWEST_PRIORITY = 19
 
 
 class RunReport:
@@ -57,6 +59,8 @@ class RunReport:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
+            # From its first moment the process takes only the time that training leaves.
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, _LOWEST_PRIORITY)
         except OSError as error:
             print(f"warning: {folder / REPORT} is not written: {error}", file=sys.stderr, flush=True)
 
