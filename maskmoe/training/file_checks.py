@@ -24,6 +24,8 @@ from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import may_change_mask
 
 _CHUNK_TOKENS = 1 << 24
+# Types whose model is a file or folder on this machine, or that need no model but must not be given a missing one.
+_LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", *TOKENIZER_TYPES}
 
 
 def check_tokenizer(args: Namespace) -> str | None:
@@ -43,11 +45,13 @@ def check_tokenizer(args: Namespace) -> str | None:
         raise UserError("--tokenizer-type is missing")
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
-    if args.tokenizer_type not in TOKENIZER_TYPES or args.tokenizer_model is None:
+    if args.tokenizer_type not in _LOCAL_TOKENIZERS or args.tokenizer_model is None:
         return None
     model = Path(args.tokenizer_model)
     if not model.exists():
         raise UserError(f"--tokenizer-model {model} does not exist")
+    if args.tokenizer_type not in TOKENIZER_TYPES:
+        return None
     if args.tokenizer_type == "HuggingFaceTokenizer" and model.is_dir():
         model /= "tokenizer.json"
     if not model.is_file():
