@@ -31,7 +31,7 @@ from maskmoe.json_files import first_problem
 from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, parse_layouts
 from maskmoe.untrusted import read_words
 
-Role = Literal["main", "grid", "limit"]
+Role = Literal["main", "grid", "curve", "limit"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _DATA_FLAGS = {"input", "max-bytes", "vocab-size", "data-path", "split", "tokenizer-type", "tokenizer-model"}
@@ -39,7 +39,7 @@ _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
 _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
 # A file and a key name the suite and its variants. The role of a variant follows from its keys.
-_FIELDS_WITHOUT_KEY = {"name", "role"}
+_FIELDS_WITHOUT_KEY = {"name", "role", "base", "curve", "point"}
 
 
 def _to_list(value: object) -> object:
@@ -118,12 +118,16 @@ class Variant(_Section):
     Attributes:
         name: name in file names.
         title: name in the report.
-        role: `main`: a variant that is compared. `grid`: another P or V_f of a main variant. `limit`: a variant that
-            must reproduce another variant's losses.
+        role: `main`: a variant that is compared. `grid`: another P or V_f of a main variant. `curve`: a main variant in
+            another setting. `limit`: a variant that must reproduce another variant's losses.
         model: model file with the first flags and the layouts, instead of the suite's model file.
         mask: flags of `maskmoe mask`; None for a model without experts.
         flags: flags of training, without the flags in which the runs of a variant differ.
         layouts: further flags by number of ranks, see `ModelFile`.
+        vocab_size: size of the vocabulary, instead of the vocabulary of the suite's data.
+        base: for a variant of a curve, name of the main variant; else empty.
+        curve: for a variant of a curve, name of the curve; else empty.
+        point: for a variant of a curve, value at which the variant lies; else empty.
         tuned_as: name of the variant whose learning rate is used; the own name if the variant is tuned itself.
         equals: for a limit, name of the variant whose losses must be reproduced to the last bit; else None.
         until: iteration at which training stops early; None to train to the end.
@@ -137,6 +141,10 @@ class Variant(_Section):
     mask: FlagSection | None = None
     flags: FlagSection = {}
     layouts: LayoutSection = {}
+    vocab_size: str = ""
+    base: str = ""
+    curve: str = ""
+    point: str = ""
     tuned_as: str = ""
     equals: str | None = None
     until: PositiveInt | None = None
@@ -164,6 +172,40 @@ class Grid(_Section):
     frequent_mass: OneOrMore[Number]
     frequent_visible_experts: OneOrMore[Number]
     seeds: Seeds = ()
+
+
+class Point(_Section):
+    """A setting in which main variants are trained again.
+
+    Attributes:
+        flags: flags of training that replace those of the variants.
+        mask: flags of `maskmoe mask` that replace those of the masks that no preset makes.
+        vocab_size: size of the vocabulary, instead of the vocabulary of the suite's data.
+        seeds: seeds of the point; by default those of the curve.
+    """
+
+    flags: FlagSection = {}
+    mask: FlagSection = {}
+    vocab_size: Annotated[str, AfterValidator(_check_number)] = ""
+    seeds: Seeds = ()
+
+
+class Curve(_Section):
+    """Further settings that differ in one quantity, such as the number of experts or the length of the training.
+
+    Attributes:
+        title: the quantity, as the report names it.
+        main_value: value of the quantity in the main setting.
+        of: names of the main variants that are trained in each setting.
+        seeds: seeds of the points that name none; by default those of the suite.
+        points: settings by their value of the quantity.
+    """
+
+    title: str
+    main_value: Number
+    of: OneOrMore[str]
+    seeds: Seeds = ()
+    points: Annotated[dict[Number, Point], Field(min_length=1)]
 
 
 class LearningRates(_Section):
@@ -195,6 +237,7 @@ class Suite(_Section):
         learning_rates: learning rates that are tried.
         variants: variants by name, in the order of the report.
         grid: further values of P and V_f.
+        curves: further settings by the name of their curve.
         checkpoints: number of evenly spaced checkpoints of a run.
         keep_checkpoints: whether all checkpoints are kept after their routing was analyzed, or only the last.
         probe_tokens: tokens of held-out text whose routing is analyzed.
@@ -212,6 +255,7 @@ class Suite(_Section):
     learning_rates: LearningRates
     variants: dict[Name, Variant] = {}
     grid: Grid | None = None
+    curves: dict[Name, Curve] = {}
     checkpoints: PositiveInt = 8
     keep_checkpoints: Literal["all", "last"] = "all"
     probe_tokens: PositiveInt = 16384
@@ -253,7 +297,9 @@ class Suite(_Section):
             model = section.model or self.model
             model_file = ModelFile.read(path.parent / model, variables) if model else ModelFile(path, {}, {})
             variants[name] = self._complete_variant(name, section, model_file)
-        variants |= {variant.name: variant for variant in self._grid_variants(variants)}
+        main = dict(variants)
+        variants |= {variant.name: variant for variant in self._grid_variants(main)}
+        variants |= {variant.name: variant for variant in self._curve_variants(main)}
         baselines = self.baselines or (next(iter(variants)),)
         _check_references(variants, baselines)
         names = {"name": path.stem, "title": self.title or path.stem}
@@ -299,6 +345,35 @@ class Suite(_Section):
                 mask = {**base.mask, "frequent-mass": (mass,), "frequent-visible-experts": (number,)}
                 name, title = f"{base.name}.p{mass}-v{number}", f"{base.title}, P = {mass}, V_f = {number}"
                 yield base.model_copy(update={**common, "name": name, "title": title, "mask": mask})
+
+    def _curve_variants(self, variants: Mapping[str, Variant]) -> Iterator[Variant]:
+        """Yield the variants of each curve in each of its settings."""
+        for name, curve in self.curves.items():
+            for (value, point), base_name in itertools.product(curve.points.items(), curve.of):
+                base = variants.get(base_name)
+                if base is None or base.role != "main":
+                    raise ValueError(f"curves.{name}: `of: {base_name}` must name a variant that is compared")
+                mask = base.mask
+                if mask is not None and "preset" not in mask:
+                    mask = override(mask, point.mask)
+                update = {
+                    "name": f"{base.name}.{name}-{value}",
+                    "title": f"{base.title}, {curve.title} {value}",
+                    "role": "curve",
+                    "mask": mask,
+                    "flags": override(base.flags, _without_flags_of_experts(point.flags, base)),
+                    "vocab_size": point.vocab_size,
+                    "base": base.name,
+                    "curve": name,
+                    "point": value,
+                    "seeds": point.seeds or curve.seeds or self.seeds,
+                }
+                yield base.model_copy(update=update)
+
+
+def _without_flags_of_experts(flags: Flags, base: Variant) -> Flags:
+    """Return the flags that a variant can have: a model without experts has no number of experts."""
+    return flags if base.has_experts else {name: words for name, words in flags.items() if name != "num-experts"}
 
 
 def _check_references(variants: Mapping[str, Variant], baselines: tuple[str, ...]) -> None:
