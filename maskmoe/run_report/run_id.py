@@ -7,7 +7,7 @@ from maskmoe.outputs import atomic_output
 
 
 def find_or_make_id(path: Path, make: Callable[[], str]) -> str:
-    """Return the id in a file; if there is no file, make an id and write the file.
+    """Return the id in a file; if the file does not exist, make an id and write the file.
 
     Args:
         path: the file, in a folder that is created if missing.
