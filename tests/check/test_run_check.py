@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
 from support.launchers import RANK_SCRIPTS, run_script_as_ranks
+from support.paths import ROOT
 from support.runs import free_port
 
 from maskmoe.check.command import requested_check
@@ -29,6 +31,7 @@ from maskmoe.check.parameters import PARTS, Chunk, ExpertUse, ModelParameters
 from maskmoe.check.report import Report
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.errors import UserError
+from maskmoe.launch.model_file import ModelFile, flag_words
 from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import count_token_frequency
@@ -184,6 +187,11 @@ TWINS = {
     ),
 }
 KINDS = ("GPT", "hybrid")
+# Models whose operations Megatron counts. Its count leaves out latent attention and prediction in hybrid models.
+UNCOUNTED = ("hybrid with prediction, shared expert", "hybrid with latent attention")
+COUNTED = ARCHITECTURES | {name: flags for name, (flags, _) in HYBRIDS.items() if name not in UNCOUNTED}
+COUNTED |= {name: FORWARD[name] for name in ("latent experts", "latent attention", "full recompute")}
+MODEL_FILES = ("12l-768d-maskmoe", "mixtral-8x7b", "fine-grained-22b", "qwen3-next-80b-a3b", "deepseek-v3")
 # The largest allowed ratio between estimated and measured activations, in either direction. The estimate leaves out
 # masks, indices and statistics of norms, 2 to 3 %. With dropout the estimate is 11 % too low, because a CPU keeps two
 # bytes for an element of a dropout mask, and a GPU keeps one byte.
@@ -241,13 +249,13 @@ class Bench:
     scratch: Path
 
     def run(
-        self, command: str, cases: dict[str, str], *, ranks: dict[str, int] | None = None, processes: int = 1
+        self, command: str, cases: Mapping[str, str | Sequence[str]], *, ranks: dict[str, int] | None = None, processes: int = 1
     ) -> list[dict[str, Any]]:
         """Run a command of the script on cases.
 
         Args:
             command: the command of the script.
-            cases: the flags of each case, besides `BASE`, by name.
+            cases: by name, the flags of each case besides `BASE`, or all words of its command line.
             ranks: the number of ranks that a case is checked for; 1 by default.
             processes: the number of ranks of the script.
 
@@ -259,8 +267,9 @@ class Bench:
         for name, flags in cases.items():
             # --global-batch-size cannot be as large as these ranks need, but the default of Megatron can.
             base = BASE.replace("--global-batch-size 8", "") if name == MANY_RANKS else BASE
-            words = [*shlex.split(base), "--routing-mask", "shared.safetensors", *shlex.split(flags)]
-            described[name] = {"ranks": (ranks or {}).get(name, 1), "flags": words}
+            if isinstance(flags, str):
+                flags = [*shlex.split(base), "--routing-mask", "shared.safetensors", *shlex.split(flags)]
+            described[name] = {"ranks": (ranks or {}).get(name, 1), "flags": flags}
         (folder / "cases.json").write_text(json.dumps(described))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MASTER_ADDR", "localhost")
@@ -305,6 +314,7 @@ def reports(bench) -> dict[str, Any]:
     }
     ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
     libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
+    libraries["another GPU"] = f"{LLAMA} {BF16} --assumed-mfu 0.5 --assumed-peak-tflops 100"
     cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | libraries | {MANY_RANKS: ""}
     return bench.run("report", cases, ranks=ranks)[0]
 
@@ -325,6 +335,56 @@ def test_parameters_are_those_of_the_built_model(name, reports, built):
     assert parameters["total"] == built[name]["parameters"]
     assert parameters["routed_experts"] == built[name]["expert_parameters"]
     assert sum(parameters["parts"].values()) == parameters["total"]
+
+
+@pytest.fixture(scope="module")
+def counts(bench) -> dict[str, Any]:
+    """The cost of each model, and Megatron's own count of operations."""
+    models = {name: ModelFile.read(ROOT / "launch" / "models" / f"{name}.yaml", {}) for name in MODEL_FILES}
+    ranks = {name: min(model.layouts, default=1) for name, model in models.items()}
+    files = {name: flag_words(model.flags_for(ranks[name])) for name, model in models.items()}
+    return bench.run("count", COUNTED | files, ranks=ranks)[0]
+
+
+@pytest.mark.parametrize("name", [*COUNTED, *MODEL_FILES])
+def test_operations_are_those_that_megatron_counts(name, counts):
+    """Megatron also counts norms of latent attention and of multi-token prediction, at most 0.2 % of these models."""
+    cost = counts[name]
+    expected = cost["flops_of_megatron"] + cost["left_out_by_megatron"]
+    has_counted_norms = any(word in name for word in ("latent attention", "prediction", "fine-grained", "deepseek"))
+    assert cost["flops_per_token"] == pytest.approx(expected, rel=2e-3 if has_counted_norms else 1e-9)
+
+
+def test_operations_of_a_hybrid_model_are_those_of_its_gpt_model(reports):
+    for name in TWINS:
+        gpt, hybrid = (reports[f"{kind} twin, {name}"]["cost"] for kind in KINDS)
+        assert gpt == hybrid
+
+
+def test_recomputed_operations(reports):
+    """The forward pass of layers is a third of their operations; the logits are not computed again."""
+    whole = reports["full recompute"]["cost"]
+    layers = whole["flops_per_token"] / 3 - 2 * 64 * 512
+    assert whole["recomputed_flops_per_token"] == pytest.approx(layers)
+    half = reports["half recomputed"]["cost"]
+    assert half["recomputed_flops_per_token"] == pytest.approx(layers / 2)
+    # Four layers of 64 channels, whose queries see half of the 64 tokens.
+    attention = 2 * 4 * (64 + 64) * 64 / 2
+    assert reports["recomputed attention"]["cost"]["recomputed_flops_per_token"] == attention
+    # Each token passes through 2 gated experts of 48 channels and the router of 8 experts.
+    experts = 2 * 4 * 64 * (2 * 3 * 48 + 8)
+    assert reports["recomputed MoE"]["cost"]["recomputed_flops_per_token"] == attention + experts
+    assert reports["bf16"]["cost"]["recomputed_flops_per_token"] == 0
+
+
+def test_gpu_hours(reports):
+    cost = reports["bf16"]["cost"]
+    assert cost["tokens"] == 8 * 64
+    assert cost["flops"] == cost["flops_per_token"] * cost["tokens"]
+    assert cost["gpu"] == {"peak_tflops": 989.0, "utilization": 0.35}
+    assert cost["gpu_hours"] == pytest.approx(cost["flops"] / (0.35 * 989e12 * 3600))
+    other = reports["another GPU"]["cost"]
+    assert other["gpu_hours"] == pytest.approx(cost["flops"] / (0.5 * 100e12 * 3600))
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
