@@ -77,7 +77,9 @@ def describe_cost(suite: Suite, gpu: AssumedGpu, vocab_size: int | None = None) 
     if groups is None:
         yield "cost      unknown: `launch/pretrain.sh --check` of a run's model file states it"
         return
-    total = GroupCost("all", *(sum(getattr(group, name) for group in groups) for name in ("num_runs", "tokens", "flops")))
+    total = GroupCost(
+        "all", *(sum(getattr(group, name) for group in groups) for name in ("num_runs", "tokens", "flops"))
+    )
     if gpu.hours(total.flops) < 1:
         return
     for group in (*groups, total):

@@ -29,6 +29,8 @@ from maskmoe.check.memory import MemoryReport, StageMemory
 from maskmoe.check.missing import MissingInput
 from maskmoe.check.parameters import PARTS, Chunk, ExpertUse, ModelParameters
 from maskmoe.check.report import Report
+from maskmoe.comparison.cost import flops_per_token
+from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import ModelFile, flag_words
@@ -190,7 +192,10 @@ KINDS = ("GPT", "hybrid")
 # Models whose operations Megatron counts. Its count leaves out latent attention and prediction in hybrid models.
 UNCOUNTED = ("hybrid with prediction, shared expert", "hybrid with latent attention")
 COUNTED = ARCHITECTURES | {name: flags for name, (flags, _) in HYBRIDS.items() if name not in UNCOUNTED}
+COUNTED["prediction by one layer twice"] = f"{LLAMA} --mtp-num-layers 2 --mtp-use-repeated-layer"
 COUNTED |= {name: FORWARD[name] for name in ("latent experts", "latent attention", "full recompute")}
+SUITES = ("small", "large")
+VOCAB_SIZE_OF_SUITES = 64000
 MODEL_FILES = ("12l-768d-maskmoe", "mixtral-8x7b", "fine-grained-22b", "qwen3-next-80b-a3b", "deepseek-v3")
 # The largest allowed ratio between estimated and measured activations, in either direction. The estimate leaves out
 # masks, indices and statistics of norms, 2 to 3 %. With dropout the estimate is 11 % too low, because a CPU keeps two
@@ -249,7 +254,12 @@ class Bench:
     scratch: Path
 
     def run(
-        self, command: str, cases: Mapping[str, str | Sequence[str]], *, ranks: dict[str, int] | None = None, processes: int = 1
+        self,
+        command: str,
+        cases: Mapping[str, str | Sequence[str]],
+        *,
+        ranks: dict[str, int] | None = None,
+        processes: int = 1,
     ) -> list[dict[str, Any]]:
         """Run a command of the script on cases.
 
@@ -343,7 +353,26 @@ def counts(bench) -> dict[str, Any]:
     models = {name: ModelFile.read(ROOT / "launch" / "models" / f"{name}.yaml", {}) for name in MODEL_FILES}
     ranks = {name: min(model.layouts, default=1) for name, model in models.items()}
     files = {name: flag_words(model.flags_for(ranks[name])) for name, model in models.items()}
-    return bench.run("count", COUNTED | files, ranks=ranks)[0]
+    suites = {
+        f"{suite}, {name}": (*flag_words(variant.flags), "--vocab-size", str(VOCAB_SIZE_OF_SUITES))
+        for suite in SUITES
+        for name, variant in variants_of_suite(suite).items()
+    }
+    return bench.run("count", COUNTED | files | suites, ranks=ranks)[0]
+
+
+def variants_of_suite(name: str) -> dict[str, Variant]:
+    """Return variants of a suite whose models differ in size."""
+    suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
+    return {name: suite.variants[name] for name in ("dense", "maskmoe", "maskmoe-shared-expert")}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_operations_of_suites_are_those_of_a_check(suite, counts):
+    for name, variant in variants_of_suite(suite).items():
+        cost = counts[f"{suite}, {name}"]
+        assert flops_per_token(variant, VOCAB_SIZE_OF_SUITES) == cost["flops_per_token"]
+        assert cost["tokens"] == pytest.approx(100e9, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [*COUNTED, *MODEL_FILES])

@@ -2,7 +2,8 @@
 
 `python run_check_ranks.py FOLDER COMMAND WORKING_FOLDER` reads named command lines from `FOLDER/cases.json`, and writes
 an answer for each of them to `FOLDER/answers{rank}.json`. The commands `report`, `report_on_a_gpu`, `count` and `build`
-run as one process and take any number of cases. The command `measure` runs as the ranks of a training run and takes one case.
+run as one process and take any number of cases. The command `measure` runs as the ranks of a training run and takes one
+case.
 """
 
 import json
@@ -79,7 +80,7 @@ def _macs_left_out_by_megatron(args: Namespace, symbols: str) -> int:
         args: validated arguments.
         symbols: the symbols of all layers.
     """
-    rows = args.num_experts + bool(args.moe_shared_expert_gate)
+    rows = (args.num_experts or 0) + bool(args.moe_shared_expert_gate)
     macs = symbols.count("E") * rows * args.hidden_size
     if args.hybrid_layer_pattern and args.attention_output_gate:
         macs += symbols.count("*") * args.hidden_size * args.kv_channels * args.num_attention_heads
@@ -190,7 +191,13 @@ def _is_first_replica(parameter: torch.nn.Parameter) -> bool:
 def main() -> None:
     folder, command, working_folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     os.chdir(working_folder)
-    answers_of = {"report": report, "report_on_a_gpu": report_on_a_gpu, "count": count, "build": build, "measure": measure}
+    answers_of = {
+        "report": report,
+        "report_on_a_gpu": report_on_a_gpu,
+        "count": count,
+        "build": build,
+        "measure": measure,
+    }
     answer = answers_of[command]
     if command == "build":
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
