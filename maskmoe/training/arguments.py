@@ -87,8 +87,8 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         const=os.environ.get("WORLD_SIZE", "1"),
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
         "default WORLD_SIZE or 1; print layout, parameters, memory and cost of the run, and every error. Needs no "
-        "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex unless "
-        "--distributed-backend gloo is given",
+        "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex "
+        "unless --distributed-backend gloo is given",
     )
     parser.add_argument(
         "--json",

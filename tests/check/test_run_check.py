@@ -24,6 +24,8 @@ from support.paths import ROOT
 from support.runs import free_port
 
 from maskmoe.check.command import requested_check
+from maskmoe.check.assumed_gpu import AssumedGpu
+from maskmoe.check.cost import TrainingCost
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import MemoryReport, StageMemory
 from maskmoe.check.missing import MissingInput
@@ -727,7 +729,8 @@ def test_text_of_a_report():
         for gib in (2, 4)
     )
     memory = MemoryReport(stages, 1.4, ("the memory does not take --x into account",))
-    lines = Report((), ("something",), layout, model, memory).to_text().splitlines()
+    cost = TrainingCost(2e9, 5e8, 10**11, AssumedGpu(peak_tflops=1000, utilization=0.25))
+    lines = Report((), ("something",), layout, model, memory, cost).to_text().splitlines()
     for line in (
         "ranks         16",
         "  dense parts TP 2 × PP 2 × CP 1 × DP 4 = 16",
@@ -744,6 +747,9 @@ def test_text_of_a_report():
         "  total                          6.00",
         "  total of stages           3.00, 6.00",
         "  Note: the memory does not take --x into account.",
+        "cost          2 GFLOPs a token, forward and backward; 0.5 more for recomputation",
+        "  whole run   100 B tokens, 2.5e+20 FLOPs: 278 GPU-hours with 25% of 1,000 TFLOP/s a GPU, which is assumed, "
+        "not measured",
         "note: something",
         "no errors found",
     ):
