@@ -23,8 +23,8 @@ from support.launchers import RANK_SCRIPTS, run_script_as_ranks
 from support.paths import ROOT
 from support.runs import free_port
 
-from maskmoe.check.command import requested_check
 from maskmoe.check.assumed_gpu import AssumedGpu
+from maskmoe.check.command import requested_check
 from maskmoe.check.cost import TrainingCost
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import MemoryReport, StageMemory
