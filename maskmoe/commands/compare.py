@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskmoe import ranges
+from maskmoe.check.assumed_gpu import add_assumed_gpu_arguments, assumed_gpu
 from maskmoe.command_line import Parser, split
 from maskmoe.comparison.comparison import Comparison
+from maskmoe.comparison.cost import describe_cost
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.execution import compare, finish_run, report
 from maskmoe.comparison.slurm import SlurmJobs, check_slurm
@@ -50,7 +52,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     data.add_argument("--tokenizer-model", metavar="F", help="tokenizer file of --data-path")
     data.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help="number of ids of the tokenizer")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--list", action="store_true", help="only list the runs, and which are finished")
+    action.add_argument("--list", action="store_true", help="only list the runs, which are finished, and the cost")
     action.add_argument("--report", action="store_true", help="only write the report of the finished runs")
     action.add_argument("--run", metavar="NAME", help="only finish one run, named as by --list")
     action.add_argument(
@@ -59,6 +61,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="train and evaluate in Slurm jobs, which get the options after `--` (--nodes=2 --gpus-per-node=8 …); one "
         "of the jobs continues the comparison, until the report is written",
     )
+    add_assumed_gpu_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print sbatch's command lines of --slurm")
     return parser.parse_args(arguments)
 
@@ -89,6 +92,8 @@ def main() -> None:
     if options.list:
         for run in comparison.known_runs():
             print(f"{'to do' if comparison.unfinished([run]) else 'finished':<10}{run.name}")
+        for line in describe_cost(comparison.suite, assumed_gpu(options), options.vocab_size):
+            print(line)
     elif options.report:
         print(report(comparison, arguments))
     elif options.run:

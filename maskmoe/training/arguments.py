@@ -4,6 +4,7 @@ import argparse
 import os
 
 from maskmoe import ranges
+from maskmoe.check.assumed_gpu import add_assumed_gpu_arguments
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
@@ -85,9 +86,9 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         nargs="?",
         const=os.environ.get("WORLD_SIZE", "1"),
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
-        "default WORLD_SIZE or 1; print the layout, parameters and memory of the run, and every error. Needs no GPU "
-        "and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex unless "
-        "--distributed-backend gloo is given",
+        "default WORLD_SIZE or 1; print layout, parameters, memory and cost of the run, and every error. Needs no "
+        "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex "
+        "unless --distributed-backend gloo is given",
     )
     parser.add_argument(
         "--json",
@@ -95,4 +96,5 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         action="store_true",
         help="print the report of --check as one JSON object; maskmoe/check/report.py documents its keys",
     )
+    add_assumed_gpu_arguments(parser)
     return parser
