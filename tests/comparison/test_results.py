@@ -14,7 +14,8 @@ from support.synthetic import EFFECTS, synthetic_results
 
 from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
-from maskmoe.comparison.results import Band, Estimate, Results, paired_difference
+from maskmoe.comparison.results import Estimate, Results, paired_difference
+from maskmoe.comparison.run_results import Band
 from maskmoe.errors import UserError
 from maskmoe.json_files import read_record, write_record
 

@@ -3,15 +3,8 @@
 import numpy as np
 
 from maskmoe.comparison.fairness import Parameters
-from maskmoe.comparison.results import (
-    Band,
-    Curve,
-    LimitResult,
-    Results,
-    RoutingHistory,
-    RunResult,
-    VariantResult,
-)
+from maskmoe.comparison.results import LimitResult, Results, VariantResult
+from maskmoe.comparison.run_results import Band, Curve, HeldOut, RoutingHistory, RunResult
 
 BANDS = {"top 40 %": 0.4, "next 50 %": 0.5, "last 10 %": 0.1}
 EFFECTS = {"dense": 0.1, "smoe": 0.0, "hash-balanced": -0.05, "maskmoe": -0.08}
@@ -25,7 +18,10 @@ ITERATIONS = [100, 200, 300, 400]
 
 
 def synthetic_results(seeds=(1, 2, 3), noise=0.004):
-    """Return results of variants that differ by `EFFECTS`, by a common effect of the seed, and by noise."""
+    """Return results of variants that differ by `EFFECTS`, by a common effect of the seed, and by noise.
+
+    The losses of a further held-out text, `stories`, differ by twice the effects.
+    """
     rng = np.random.default_rng(0)
     variants = [
         _variant(name, name.capitalize(), "main", mask, Parameters(total=2000, active=1000), {"2e-3": 2.5, "4e-3": 2.4})
@@ -69,13 +65,18 @@ def _run(name, seed, effect, shift, rng):
         training=Curve(iterations=ITERATIONS, losses=losses),
         validation=Curve(iterations=ITERATIONS, losses=losses),
         loss=loss,
-        bands=[
-            Band(name=band, share=share, loss=loss + 0.3 * index + index * effect)
-            for index, (band, share) in enumerate(BANDS.items())
-        ],
+        bands=_bands(loss, effect),
+        further={"stories": HeldOut(loss=loss + 1 + effect, bands=_bands(loss + 1, effect))},
         load=[] if name == "dense" else rng.integers(800, 1200, size=(3, 8)).tolist(),
         routing=None if name == "dense" else _routing(has_choice=not name.startswith("hash"), rng=rng),
     )
+
+
+def _bands(loss, effect):
+    return [
+        Band(name=band, share=share, loss=loss + 0.3 * index + index * effect)
+        for index, (band, share) in enumerate(BANDS.items())
+    ]
 
 
 def _routing(has_choice, rng):
