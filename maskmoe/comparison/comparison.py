@@ -132,10 +132,9 @@ class Comparison:
 
     def learning_rates(self) -> dict[str, str]:
         """Return the learning rate of every variant whose tuning runs are all finished."""
-        runs = tuning_runs(self.suite)
-        found = {run: self.find_part(run) for run in runs}
-        losses = {run.name: part.part.validation.last_loss for run, part in found.items() if part}
-        waiting = {run.variant.name for run, part in found.items() if part is None}
+        found = [(run, self.find_part(run)) for run in tuning_runs(self.suite)]
+        losses = {run.name: part.part.validation.last_loss for run, part in found if part}
+        waiting = {run.variant.name for run, part in found if part is None}
         rates = choose_learning_rates(self.suite, losses)
         return {name: rate for name, rate in rates.items() if self.suite.variants[name].tuned_as not in waiting}
 

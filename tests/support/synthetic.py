@@ -3,8 +3,10 @@
 import numpy as np
 
 from maskmoe.comparison.fairness import Parameters
+from maskmoe.comparison.parts import Origin, Part, settings_of
 from maskmoe.comparison.results import LimitResult, Results, VariantResult
-from maskmoe.comparison.run_results import Band, Curve, HeldOut, RoutingHistory, RunResult
+from maskmoe.comparison.run_results import Band, Curve, Evaluation, HeldOut, RoutingHistory, RunResult
+from maskmoe.comparison.runs import tuning_runs, whole_runs
 
 BANDS = {"top 40 %": 0.4, "next 50 %": 0.5, "last 10 %": 0.1}
 EFFECTS = {"dense": 0.1, "smoe": 0.0, "hash-balanced": -0.05, "maskmoe": -0.08}
@@ -93,3 +95,62 @@ def _routing(has_choice, rng):
         id_information=[1.0, 1.0],
         distinct_experts={band: [2.0, 1.5] for band in BANDS},
     )
+
+
+BEST_RATE = "1e-2"
+TEXT = {"split": "9,1,0", "dataset.bin": "ab" * 32, "tokenizer": "cd" * 32}
+
+
+def synthetic_part(suite, run, **changes):
+    """Return the part of a run of a suite; tuning runs favour `BEST_RATE`, and limits reproduce what they must."""
+    effect = EFFECTS.get(run.variant.name, -0.06)
+    loss = 2.3 + effect + 0.02 * run.seed + (run.learning_rate != BEST_RATE)
+    losses = [loss + 1.0 / (1 + i) for i in range(len(ITERATIONS))]
+    rng = np.random.default_rng(run.seed)
+    routing = _routing(has_choice=True, rng=rng) if run.variant.has_experts else None
+    evaluation = Evaluation(
+        loss=loss,
+        bands=_bands(loss, effect),
+        load=rng.integers(800, 1200, size=(2, 4)).tolist() if routing else [],
+        routing=routing,
+        further={"stories": HeldOut(loss=loss + 1 + effect, bands=_bands(loss + 1, effect))},
+    )
+    content = {
+        "suite": suite.name,
+        "run": run.name,
+        "kind": run.kind,
+        "variant": run.variant.name,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "settings": settings_of(suite, run),
+        "text": TEXT,
+        "mask_digest": "ef" * 32 if run.variant.has_experts else None,
+        "parameters": Parameters(total=2000, active=1000),
+        "origin": Origin(
+            commit="0123456789abcdef",
+            is_dirty=False,
+            packages={"torch": "2.15.0"},
+            processor="a",
+            num_cores=2,
+            num_gpus=0,
+        ),
+        "seconds": 100.0,
+        "tokens_per_second": 1000.0,
+        "training": Curve(iterations=ITERATIONS, losses=losses),
+        "validation": Curve(iterations=ITERATIONS, losses=losses),
+        "exact_losses": Curve(iterations=[1, 2], losses=[float(np.float32(5.1)), float(np.float32(4.9))]),
+        "evaluation": evaluation if run.is_analyzed else None,
+    }
+    return Part(**(content | changes))
+
+
+def runs_of(suite):
+    """Return all runs of a suite that have parts, with the learning rates that the synthetic parts favour."""
+    rates = dict.fromkeys(suite.variants, BEST_RATE)
+    return (*tuning_runs(suite), *whole_runs(suite, rates))
+
+
+def write_parts(suite, folder, runs=None):
+    """Write synthetic parts of the runs, by default of all runs of the suite, into a folder."""
+    for run in runs_of(suite) if runs is None else runs:
+        synthetic_part(suite, run).write(folder / f"{run.name}.json")
