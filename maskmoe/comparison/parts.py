@@ -35,7 +35,7 @@ class Origin(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         commit: commit of the checkout; empty if the code does not lie in a checkout.
-        is_dirty: whether tracked files of the checkout differed from the commit.
+        is_dirty: whether the code of the package differed from the commit when the part was written.
         packages: versions of Python and of the packages that compute, by name.
         processor: name of the CPU.
         num_cores: number of CPU cores that the process could use.

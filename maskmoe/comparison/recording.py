@@ -165,7 +165,7 @@ def _version(package: str) -> str:
 
 @cache
 def _commit() -> tuple[str, bool]:
-    """Return the commit of the checkout and whether its tracked files differ from it; an empty commit without one."""
+    """Return the commit of the checkout, and whether the code differs from it; an empty commit without a checkout."""
     if not (_CHECKOUT / ".git").exists():
         return "", False
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
@@ -175,7 +175,7 @@ def _commit() -> tuple[str, bool]:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "maskmoe"))
     except (OSError, subprocess.CalledProcessError):
         return "", False
 
