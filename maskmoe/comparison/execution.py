@@ -57,6 +57,7 @@ def _train(
     jobs = jobs or (1 if devices.num_gpus else devices.num_cores)
     run_stages(comparison.data, line)
     comparison.check_text()
+    comparison.folder.mkdir(parents=True, exist_ok=True)
     with locked(comparison.folder / ".lock") as lock:
         while runs := next_runs(comparison):
             line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
