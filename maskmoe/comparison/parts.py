@@ -24,7 +24,7 @@ from maskmoe.paths import check_folder, short_path
 # These flags change the speed of a run or the files that it keeps, and none of its results.
 _FLAGS_WITHOUT_EFFECT = {"num-workers", "keep-last-checkpoints"}
 _DIGITS = 7
-_DIGITS_OF_FP32 = 9  # so many digits identify a number in fp32
+_DIGITS_OF_FP32 = 9  # identify every number in fp32
 _SHOWN_CHARACTERS = 12  # of a digest in an error
 
 PositiveFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -134,7 +134,7 @@ class Part(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def result(self) -> RunResult | None:
-        """What the report states about a run that is compared; None for a tuning run and for a limit."""
+        """The result that the report states; None for a tuning run and for a limit."""
         if self.evaluation is None:
             return None
         evaluation = {name: getattr(self.evaluation, name) for name in Evaluation.model_fields}

@@ -1,4 +1,4 @@
-"""What is measured of one run: losses by iteration, losses of held-out text, and routing."""
+"""The measurements of one run: losses by iteration, losses of held-out text, and routing."""
 
 import math
 from collections.abc import Mapping
@@ -172,7 +172,7 @@ class Evaluation(HeldOut, frozen=True):
 
     @classmethod
     def read(cls, evaluation: Path, routing: Path | None) -> Self:
-        """Read what evaluation and analysis of a run have written.
+        """Read the files that evaluation and analysis of a run have written.
 
         Args:
             evaluation: `evaluation.json`. Each file `evaluation-NAME.json` beside it is the evaluation of a further
