@@ -1,7 +1,8 @@
 """Train all variants of a suite alike, with several seeds, and report how the variants differ.
 
 Short runs choose the learning rates first. If the command is interrupted, start the same command again to resume. After
-the suite file has changed, only the affected runs are repeated.
+the suite file has changed, only the affected runs are repeated. Each finished run leaves a part, a small file. Parts of
+other machines count as finished runs (--merge), so that a suite can be trained in pieces.
 """
 
 import argparse
@@ -17,6 +18,9 @@ from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.cost import describe_cost
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.execution import compare, finish_run, report
+from maskmoe.comparison.parts import read_parts
+from maskmoe.comparison.runs import Run
+from maskmoe.comparison.selection import Selection
 from maskmoe.comparison.slurm import SlurmJobs, check_slurm
 from maskmoe.comparison.slurm_options import SlurmOptions
 from maskmoe.comparison.suite import Suite
@@ -33,8 +37,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         usage="%(prog)s SUITE.yaml [options] [--slurm -- options of launch/slurm/submit.sh and sbatch]",
         description=__doc__,
-        epilog="The run folder gets data/, checks/, tuning/ and runs/ with a folder for each run, and report/ with "
-        "README.md, its plots, and results.json.",
+        epilog="The run folder gets data/, checks/, tuning/ and runs/ with a folder for each run, parts/ with a small "
+        "file for each finished run, and report/ with README.md and its plots.",
     )
     parser.add_argument("suite", type=Path, metavar="SUITE.yaml", help="a suite file, as in launch/suites/")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of all files [runs/SUITE]")
@@ -43,6 +47,31 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         type=ranges.PROCESSES,
         metavar="J",
         help="runs at a time [one for each core; with GPUs, one; in Slurm jobs, no limit]",
+    )
+    pieces = parser.add_argument_group("pieces of a suite")
+    pieces.add_argument(
+        "--merge",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="folders with parts, for example parts/ of another machine's run folder: their runs are finished",
+    )
+    pieces.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="finish only runs whose name, or whose variant's name, matches a shell pattern, and the runs that choose "
+        "their learning rates",
+    )
+    pieces.add_argument("--seeds", nargs="+", default=[], type=ranges.SEED, metavar="N", help="finish only these seeds")
+    pieces.add_argument(
+        "--rerun",
+        action="store_true",
+        help="repeat finished runs in rerun/ of the run folder, with the same learning rates, and print how their "
+        "losses differ; give --only and --seeds, too",
     )
     data = parser.add_argument_group("data, which replace the suite's data")
     data.add_argument("--input", nargs="+", metavar="FILE", help="text files: JSON lines or plain text")
@@ -54,6 +83,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="only list the runs, which are finished, and the cost")
     action.add_argument("--report", action="store_true", help="only write the report of the finished runs")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the report of --report [report in the run folder]"
+    )
     action.add_argument("--run", metavar="NAME", help="only finish one run, named as by --list")
     action.add_argument(
         "--slurm",
@@ -70,14 +102,25 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     """Return the comparison that the command line names.
 
     Raises:
-        UserError: the suite or its data cannot be used.
+        UserError: the suite, its data or a merged part cannot be used, or no run is selected.
     """
     suite = Suite.read(options.suite, os.environ)
     given = {name: vars(options)[name.replace("-", "_")] for name in _DATA_OPTIONS}
     own = {name: tuple(words) if isinstance(words, list) else (str(words),) for name, words in given.items() if words}
     folder = (options.run_dir or runs_folder() / suite.name).absolute()
     data = open_data(override(suite.data, own), folder / "data", suite.seq_length)
-    return Comparison(suite, folder, data, find_devices())
+    selection = Selection(options.only, options.seeds)
+    selection.check(suite)
+    merged = read_parts(options.merge)
+    comparison = Comparison(suite, folder, data, find_devices(), merged=merged, selection=selection)
+    comparison.check_merged_parts()
+    return comparison.rerun() if options.rerun else comparison
+
+
+def _state(comparison: Comparison, run: Run) -> str:
+    if comparison.unfinished([run]):
+        return "to do"
+    return "merged" if run.name in comparison.merged else "finished"
 
 
 def main() -> None:
@@ -88,14 +131,18 @@ def main() -> None:
     options = parse_arguments(arguments)
     if not options.slurm and (options.dry_run or slurm_words):
         raise UserError(f"{'--dry-run' if options.dry_run else 'options after `--`'}: only together with --slurm")
+    if options.output and not options.report:
+        raise UserError("--output: only together with --report")
+    if options.rerun and options.report:
+        raise UserError("--rerun and --report exclude each other: leave out --report to repeat runs")
     comparison = open_comparison(options)
     if options.list:
         for run in comparison.known_runs():
-            print(f"{'to do' if comparison.unfinished([run]) else 'finished':<10}{run.name}")
+            print(f"{_state(comparison, run):<10}{run.name}")
         for line in describe_cost(comparison.suite, assumed_gpu(options), options.vocab_size):
             print(line)
     elif options.report:
-        print(report(comparison, arguments))
+        print(report(comparison, arguments, options.output))
     elif options.run:
         finish_run(comparison, options.run)
     elif options.slurm:

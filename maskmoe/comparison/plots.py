@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskmoe.comparison.results import (
-    Results,
-    RoutingHistory,
-    RunResult,
-    VariantResult,
-    differences_to,
-    paired_difference,
-)
+from maskmoe.comparison.results import Results, VariantResult, differences_to, paired_difference
+from maskmoe.comparison.run_results import RoutingHistory, RunResult
 from maskmoe.outputs import atomic_output
 
 if TYPE_CHECKING:
@@ -131,7 +125,7 @@ def _loss_curves(results: Results, baseline: VariantResult) -> "Figure":
         for iteration in _common_iterations([*runs, *results.runs_of(baseline.name)]):
             value = methodcaller("held_out_loss", iteration)
             if difference := paired_difference(results, variant.name, baseline.name, value):
-                points.append((iteration, difference.mean, np.nan_to_num(difference.standard_error)))
+                points.append((iteration, difference.mean, np.nan_to_num(difference.half_width)))
         if points and variant != baseline:
             steps, means, errors = np.array(points).T
             right.plot(steps, means, **style)
@@ -140,7 +134,7 @@ def _loss_curves(results: Results, baseline: VariantResult) -> "Figure":
     left.yaxis.set_major_formatter("{x:.1f}")
     left.yaxis.set_minor_formatter("{x:.1f}")
     right.axhline(0, color=styles[baseline.name]["color"], linewidth=1)
-    right.set(xlabel="iteration", ylabel=f"loss minus the loss of {baseline.title}, ± standard error")
+    right.set(xlabel="iteration", ylabel=f"loss minus the loss of {baseline.title}, with 95 % interval")
     return _with_legend(figure, left)
 
 
@@ -154,13 +148,13 @@ def _bands(results: Results, baselines: list[VariantResult]) -> "Figure":
         for difference in differences_to(results, baseline):
             position = variants.index(difference.variant)
             for estimate, offset, marker in zip(difference.estimates, offsets, markers, strict=False):
-                error = np.nan_to_num(estimate.standard_error)
+                error = np.nan_to_num(estimate.half_width)
                 axes.errorbar(estimate.mean, position + offset, xerr=error, markersize=4, **marker)
         for label, marker in zip(labels, markers, strict=False):
             axes.plot([], [], label=label, **marker)
         axes.axvline(0, color="#8a8a8a", linewidth=1)
         axes.set_yticks(range(len(variants)), [variant.title for variant in variants])
-        axes.set(xlabel=f"loss minus the loss of {baseline.title} (left is better)")
+        axes.set(xlabel=f"loss minus the loss of {baseline.title} (left is better), with 95 % interval")
     all_axes[0, 0].invert_yaxis()
     return _with_legend(figure, all_axes[0, 0], columns=4)
 

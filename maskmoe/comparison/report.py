@@ -6,20 +6,19 @@ from pathlib import Path
 
 from maskmoe.comparison.markdown import render
 from maskmoe.comparison.plots import draw_plots
-from maskmoe.comparison.results import Estimate, Results, RunResult, differences_to
-from maskmoe.json_files import write_record
+from maskmoe.comparison.results import Estimate, Results, differences_to
+from maskmoe.comparison.run_results import RunResult
 from maskmoe.outputs import atomic_output
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Write README.md, its plots and results.json into a folder, which is created if missing.
+    """Write README.md and its plots into a folder, which is created if missing.
 
     Returns:
         the path of README.md.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plots = draw_plots(results, folder)
-    write_record(results, folder / "results.json")
     with atomic_output(folder / "README.md") as path:
         path.write_text(render_report(results, plots), encoding="utf-8")
     return folder / "README.md"
@@ -37,6 +36,7 @@ def render_report(results: Results, plots: dict[str, str]) -> str:
         results=results,
         tokens=max((variant.tokens for variant in results.variants), default=0),
         loss=lambda runs: Estimate.of([run.loss for run in runs]),
+        further_loss=_further_loss,
         perplexity=_perplexity,
         differences_to=differences_to,
         rates=sorted({rate for variant in results.variants for rate in variant.tuning}, key=float),
@@ -46,3 +46,9 @@ def render_report(results: Results, plots: dict[str, str]) -> str:
 
 def _perplexity(runs: Sequence[RunResult], band: str | None = None) -> Estimate:
     return Estimate.of([math.exp(run.loss_of(band)) for run in runs])
+
+
+def _further_loss(runs: Sequence[RunResult], name: str) -> Estimate | None:
+    """Return the loss of a further held-out text over the runs that have it; None if no run has it."""
+    losses = [held_out.loss for run in runs if (held_out := run.held_out(name))]
+    return Estimate.of(losses) if losses else None

@@ -36,3 +36,9 @@ def suite_file(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def suite_text():
+    """The text of the suite that `suite_file` writes."""
+    return SUITE

@@ -1,6 +1,7 @@
 """launch/compare.sh as a real process: a small suite from text to report, killed on the way."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,7 @@ import pytest
 from support.paths import ROOT
 from support.waiting import wait_until
 
-from maskmoe.comparison.results import Results
-from maskmoe.json_files import read_record
+from maskmoe.comparison.parts import Part
 from maskmoe.workflow.record import RunRecord
 
 TEXT_DOCUMENTS = 400
@@ -32,6 +32,11 @@ def text(tmp_path):
 def compare(*arguments):
     command = [sys.executable, "-P", "-m", "maskmoe", "compare", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def without_origin(report):
+    """Return a report without its first lines, which state durations, machines, commits and the command."""
+    return report.partition("## What is compared")[2]
 
 
 def is_finished(run, stage):
@@ -113,12 +118,15 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     output, _ = second.communicate(timeout=400)
     assert second.returncode == 0, output
     assert (run / "evaluation.json").stat().st_mtime_ns == written
-    results = read_record(Results, folder / "report" / "results.json", "write the report again")
-    assert {run.variant for run in results.runs} == {"dense", "smoe", "maskmoe"}
-    assert all(len(run.validation.iterations) == 4 for run in results.runs)
-    assert [(limit.num_equal, limit.iterations) for limit in results.limits] == [(5, 5)]
-    assert results.unfinished == []
-    routing = results.runs_of("smoe")[0].routing
+    parts = {part.variant: part for part in map(Part.read, (folder / "parts" / "runs").iterdir())}
+    assert set(parts) == {"dense", "smoe", "maskmoe", "all-visible"}
+    assert all(len(parts[name].validation.iterations) == 4 for name in ("dense", "smoe", "maskmoe"))
+    assert all(part.tokens_per_second > 0 and part.origin.packages["torch"] for part in parts.values())
+    assert len(parts["smoe"].exact_losses.iterations) == 5
+    report = (folder / "report" / "README.md").read_text()
+    assert "5 iterations, the same to the last bit" in report
+    assert "**Unfinished**" not in report
+    routing = parts["smoe"].evaluation.routing
     assert routing.iterations == list(range(5, 41, 5))
     for name in ("dense", "smoe"):
         assert [path.name for path in folder.glob(f"runs/{name}.seed-1/checkpoints/iter_*")] == ["iter_0000040"]
@@ -127,3 +135,17 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     output, _ = third.communicate(timeout=60)
     assert third.returncode == 0
     assert "runs:" not in output
+
+    # Another machine has half of the parts, and trains the other half.
+    for name in ("dense", "all-visible"):
+        (folder / "parts" / "runs" / f"{name}.seed-1.json").rename(tmp_path / f"{name}.json")
+    other = (path, "--input", text, "--run-dir", tmp_path / "other", "--merge", folder / "parts", "--jobs", 2)
+    output, _ = compare(*other).communicate(timeout=400)
+    assert "2 runs: runs/dense.seed-1, runs/all-visible.seed-1" in output
+    halves = ("--merge", folder / "parts", tmp_path / "other" / "parts", "--output", tmp_path / "report")
+    output, _ = compare(path, "--run-dir", tmp_path / "empty", *halves, "--report").communicate(timeout=60)
+    assert without_origin((tmp_path / "report" / "README.md").read_text()) == without_origin(report)
+
+    # A repeated run has the recorded loss.
+    output, _ = compare(*other, "--rerun", "--only", "dense").communicate(timeout=400)
+    assert re.search(r"^dense.seed-1 +([0-9.]+) +\1 +[+]0.0000 ", output, re.MULTILINE), output

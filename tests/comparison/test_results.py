@@ -14,7 +14,8 @@ from support.synthetic import EFFECTS, synthetic_results
 
 from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
-from maskmoe.comparison.results import Band, Estimate, Results, paired_difference
+from maskmoe.comparison.results import Estimate, Results, differences_to, paired_difference
+from maskmoe.comparison.run_results import Band
 from maskmoe.errors import UserError
 from maskmoe.json_files import read_record, write_record
 
@@ -33,9 +34,36 @@ def test_estimate_against_scipy(values):
         assert estimate.is_resolved == (p_value < 0.05)
 
 
+@given(st.lists(st.integers(-999, 999).map(lambda number: number / 64), min_size=2, max_size=6, unique=True))
+def test_interval_against_scipy(values):
+    estimate = Estimate.of(values)
+    spread = {"loc": np.mean(values), "scale": stats.sem(values)}
+    assert estimate.interval == pytest.approx(stats.t.interval(0.95, len(values) - 1, **spread))
+    assert estimate.standard_deviation == pytest.approx(np.std(values, ddof=1))
+
+
+def test_estimate_is_printed_with_half_of_its_interval():
+    estimate = Estimate.of([1.0, 2.0, 3.0])
+    half_width = stats.t.ppf(0.975, 2) / math.sqrt(3)
+    assert f"{estimate:+.3f}" == f"+2.000 ± {half_width:.3f}"
+    assert f"{Estimate.of([1.0]):.1f}" == "1.0"
+
+
+def test_differences_of_a_further_held_out_text():
+    results = synthetic_results(noise=0)
+    smoe = results.variant("smoe")
+    of_stories = {each.variant.name: each.estimates for each in differences_to(results, smoe, "stories")}
+    assert of_stories.keys() == EFFECTS.keys() - {"smoe"}
+    for name, estimates in of_stories.items():
+        expected = [2 * EFFECTS[name], *(EFFECTS[name] * (1 + index) for index in range(3))]
+        assert [estimate.mean for estimate in estimates] == pytest.approx(expected)
+    assert differences_to(results, smoe, "nothing") == []
+
+
 def test_one_value_resolves_nothing():
     estimate = Estimate.of([1.0])
     assert math.isnan(estimate.standard_error)
+    assert math.isnan(estimate.half_width)
     assert not estimate.is_resolved
 
 

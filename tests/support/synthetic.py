@@ -3,15 +3,10 @@
 import numpy as np
 
 from maskmoe.comparison.fairness import Parameters
-from maskmoe.comparison.results import (
-    Band,
-    Curve,
-    LimitResult,
-    Results,
-    RoutingHistory,
-    RunResult,
-    VariantResult,
-)
+from maskmoe.comparison.parts import Origin, Part, settings_of
+from maskmoe.comparison.results import LimitResult, Results, VariantResult
+from maskmoe.comparison.run_results import Band, Curve, Evaluation, HeldOut, RoutingHistory, RunResult
+from maskmoe.comparison.runs import tuning_runs, whole_runs
 
 BANDS = {"top 40 %": 0.4, "next 50 %": 0.5, "last 10 %": 0.1}
 EFFECTS = {"dense": 0.1, "smoe": 0.0, "hash-balanced": -0.05, "maskmoe": -0.08}
@@ -25,7 +20,10 @@ ITERATIONS = [100, 200, 300, 400]
 
 
 def synthetic_results(seeds=(1, 2, 3), noise=0.004):
-    """Return results of variants that differ by `EFFECTS`, by a common effect of the seed, and by noise."""
+    """Return results of variants that differ by `EFFECTS`, by a common effect of the seed, and by noise.
+
+    The losses of a further held-out text, `stories`, differ by twice the effects.
+    """
     rng = np.random.default_rng(0)
     variants = [
         _variant(name, name.capitalize(), "main", mask, Parameters(total=2000, active=1000), {"2e-3": 2.5, "4e-3": 2.4})
@@ -69,13 +67,18 @@ def _run(name, seed, effect, shift, rng):
         training=Curve(iterations=ITERATIONS, losses=losses),
         validation=Curve(iterations=ITERATIONS, losses=losses),
         loss=loss,
-        bands=[
-            Band(name=band, share=share, loss=loss + 0.3 * index + index * effect)
-            for index, (band, share) in enumerate(BANDS.items())
-        ],
+        bands=_bands(loss, effect),
+        further={"stories": HeldOut(loss=loss + 1 + effect, bands=_bands(loss + 1, effect))},
         load=[] if name == "dense" else rng.integers(800, 1200, size=(3, 8)).tolist(),
         routing=None if name == "dense" else _routing(has_choice=not name.startswith("hash"), rng=rng),
     )
+
+
+def _bands(loss, effect):
+    return [
+        Band(name=band, share=share, loss=loss + 0.3 * index + index * effect)
+        for index, (band, share) in enumerate(BANDS.items())
+    ]
 
 
 def _routing(has_choice, rng):
@@ -92,3 +95,62 @@ def _routing(has_choice, rng):
         id_information=[1.0, 1.0],
         distinct_experts={band: [2.0, 1.5] for band in BANDS},
     )
+
+
+BEST_RATE = "1e-2"
+TEXT = {"split": "9,1,0", "dataset.bin": "ab" * 32, "tokenizer": "cd" * 32}
+
+
+def synthetic_part(suite, run, **changes):
+    """Return the part of a run of a suite; tuning runs favour `BEST_RATE`, and limits reproduce what they must."""
+    effect = EFFECTS.get(run.variant.name, -0.06)
+    loss = 2.3 + effect + 0.02 * run.seed + (run.learning_rate != BEST_RATE)
+    losses = [loss + 1.0 / (1 + i) for i in range(len(ITERATIONS))]
+    rng = np.random.default_rng(run.seed)
+    routing = _routing(has_choice=True, rng=rng) if run.variant.has_experts else None
+    evaluation = Evaluation(
+        loss=loss,
+        bands=_bands(loss, effect),
+        load=rng.integers(800, 1200, size=(2, 4)).tolist() if routing else [],
+        routing=routing,
+        further={"stories": HeldOut(loss=loss + 1 + effect, bands=_bands(loss + 1, effect))},
+    )
+    content = {
+        "suite": suite.name,
+        "run": run.name,
+        "kind": run.kind,
+        "variant": run.variant.name,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "settings": settings_of(suite, run),
+        "text": TEXT,
+        "mask_digest": "ef" * 32 if run.variant.has_experts else None,
+        "parameters": Parameters(total=2000, active=1000),
+        "origin": Origin(
+            commit="0123456789abcdef",
+            is_dirty=False,
+            packages={"torch": "2.15.0"},
+            processor="a",
+            num_cores=2,
+            num_gpus=0,
+        ),
+        "seconds": 100.0,
+        "tokens_per_second": 1000.0,
+        "training": Curve(iterations=ITERATIONS, losses=losses),
+        "validation": Curve(iterations=ITERATIONS, losses=losses),
+        "exact_losses": Curve(iterations=[1, 2], losses=[float(np.float32(5.1)), float(np.float32(4.9))]),
+        "evaluation": evaluation if run.is_analyzed else None,
+    }
+    return Part(**(content | changes))
+
+
+def runs_of(suite):
+    """Return all runs of a suite that have parts, with the learning rates that the synthetic parts favour."""
+    rates = dict.fromkeys(suite.variants, BEST_RATE)
+    return (*tuning_runs(suite), *whole_runs(suite, rates))
+
+
+def write_parts(suite, folder, runs=None):
+    """Write synthetic parts of the runs, by default of all runs of the suite, into a folder."""
+    for run in runs_of(suite) if runs is None else runs:
+        synthetic_part(suite, run).write(folder / f"{run.name}.json")
