@@ -23,7 +23,7 @@ from maskmoe.launch.devices import find_devices
 from maskmoe.launch.model_file import override
 from maskmoe.paths import runs_folder
 
-_DATA_OPTIONS = ("input", "data-path", "split", "tokenizer-type", "tokenizer-model", "vocab-size")
+_DATA_OPTIONS = ("input", "packages", "data-path", "split", "tokenizer-type", "tokenizer-model", "vocab-size")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -44,6 +44,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     data = parser.add_argument_group("data, which replace the suite's data")
     data.add_argument("--input", nargs="+", metavar="FILE", help="text files: JSON lines or plain text")
+    packages = "folder of the wheels that the suite's text is made of [runs/text]"
+    data.add_argument("--packages", metavar="DIR", help=packages)
     data.add_argument("--data-path", nargs="+", metavar="P", help="an existing dataset, as Megatron's --data-path")
     data.add_argument("--split", type=split, metavar="A,B,C", help="Megatron's --split of --data-path")
     data.add_argument("--tokenizer-type", metavar="T", help="tokenizer of --data-path [SentencePieceTokenizer]")
