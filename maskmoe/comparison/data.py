@@ -115,10 +115,8 @@ class Dataset:
         """
         tokenizer = [Path(word) for word in self.flags["tokenizer-model"]]
         files = {"tokenizer": [file for path in tokenizer for file in _files_in(path)]}
-        for name, paths in {
-            "dataset": self._dataset_files,
-            **{each.name: each.dataset for each in self.held_out},
-        }.items():
+        datasets = {"dataset": self._dataset_files} | {each.name: each.dataset for each in self.held_out}
+        for name, paths in datasets.items():
             files |= {f"{name}{end}": [path for path in paths if path.suffix == end] for end in (".bin", ".idx")}
         return {name: _digest(paths) for name, paths in files.items()}
 

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import sqlite3
 import sys
@@ -31,6 +32,7 @@ _CLEANERS: dict[str, Callable[[str], str]] = {
     "html-breaks": lambda text: re.sub(r"<br ?/?>", "\n", text),
     "verse-numbers": lambda text: re.sub(r"\b\d{1,3}:\d{1,3} ", "", text),
 }
+_SQLITE_MAGIC = b"SQLite format 3\0"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _advice(description: Path, sources: TextSources, packages: Path) -> str:
 
 def _check_wheels_exist(sources: TextSources, description: Path, packages: Path) -> None:
     for source in sources.sources():
-        if not (packages / source.file).exists():
+        if not os.path.exists(packages / source.file):
             raise UserError(
                 f"{short_path(packages / source.file)}, which holds {source.package} {source.version}, does not exist; "
                 f"{_advice(description, sources, packages)}"
@@ -192,6 +194,8 @@ def _read_csv(source: Source, data: bytes) -> Iterator[dict[str, str]]:
 
 def _read_sqlite(source: Source, data: bytes) -> Iterator[dict[str, str]]:
     """Yield the rows of a table in the order in which the rows were inserted."""
+    if not data.startswith(_SQLITE_MAGIC):
+        raise ValueError("the file is not a database")
     with closing(sqlite3.connect(":memory:")) as database:
         database.deserialize(data)
         query = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?"
