@@ -111,7 +111,7 @@ class Dataset:
         """Return sha256 digests (hex) of all that determines the tokens; equal digests mean equal tokens.
 
         The keys are `tokenizer`, `dataset.bin` and `dataset.idx`, and `NAME.bin` and `NAME.idx` for each further
-        held-out set. Of several files with one key, such as the datasets of a blend, the contents are hashed in order.
+        held-out set. If several files belong to one key, as in a blend, their contents are hashed one after the other.
         """
         tokenizer = [Path(word) for word in self.flags["tokenizer-model"]]
         files = {"tokenizer": [file for path in tokenizer for file in _files_in(path)]}
