@@ -29,7 +29,7 @@ from maskmoe.launch.devices import find_devices
 from maskmoe.launch.model_file import override
 from maskmoe.paths import runs_folder
 
-_DATA_OPTIONS = ("input", "data-path", "split", "tokenizer-type", "tokenizer-model", "vocab-size")
+_DATA_OPTIONS = ("input", "packages", "data-path", "split", "tokenizer-type", "tokenizer-model", "vocab-size")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -75,6 +75,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     data = parser.add_argument_group("data, which replace the suite's data")
     data.add_argument("--input", nargs="+", metavar="FILE", help="text files: JSON lines or plain text")
+    packages = "folder of the wheels that the suite's text is made of [runs/text]"
+    data.add_argument("--packages", metavar="DIR", help=packages)
     data.add_argument("--data-path", nargs="+", metavar="P", help="an existing dataset, as Megatron's --data-path")
     data.add_argument("--split", type=split, metavar="A,B,C", help="Megatron's --split of --data-path")
     data.add_argument("--tokenizer-type", metavar="T", help="tokenizer of --data-path [SentencePieceTokenizer]")
@@ -108,11 +110,23 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     given = {name: vars(options)[name.replace("-", "_")] for name in _DATA_OPTIONS}
     own = {name: tuple(words) if isinstance(words, list) else (str(words),) for name, words in given.items() if words}
     folder = (options.run_dir or runs_folder() / suite.name).absolute()
-    data = open_data(override(suite.data, own), folder / "data", suite.seq_length)
+    flags = override(suite.data, own)
+    data = open_data(flags, folder / "data", suite.seq_length)
     selection = Selection(options.only, options.seeds)
     selection.check(suite)
+    sizes = {run.variant.vocab_size for run in selection.whole_runs(suite)} - {""}
+    vocabularies = {
+        size: open_data(override(flags, {"vocab-size": (size,)}), folder / f"data-{size}", suite.seq_length)
+        for size in sizes
+    }
+    if sizes and "data-path" in flags:
+        raise UserError(
+            f"runs with a vocabulary of {min(sizes, key=int)} need text, not a dataset: name text by --input, or leave "
+            "the runs out by --only"
+        )
     merged = read_parts(options.merge)
-    comparison = Comparison(suite, folder, data, find_devices(), merged=merged, selection=selection)
+    devices = find_devices()
+    comparison = Comparison(suite, folder, data, devices, merged, selection=selection, vocabularies=vocabularies)
     comparison.check_merged_parts()
     return comparison.rerun() if options.rerun else comparison
 
@@ -147,7 +161,8 @@ def main() -> None:
         finish_run(comparison, options.run)
     elif options.slurm:
         own = tuple(word for word in arguments if word not in ("--slurm", "--dry-run"))
-        inputs = (options.suite.absolute().parent, *comparison.data.folders)
+        datasets = comparison.datasets_of_this_machine()
+        inputs = (options.suite.absolute().parent, *(folder for data in datasets for folder in data.folders))
         jobs = SlurmJobs(comparison, SlurmOptions.parse(slurm_words), inputs, own, options.jobs, Path.cwd())
         if options.dry_run:
             jobs.show()

@@ -1,6 +1,6 @@
 """A comparison: a suite in its folder, with the state of its runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +29,12 @@ class Comparison:
     Attributes:
         suite: the suite.
         folder: folder of all files.
-        data: dataset of all runs.
+        data: dataset of all runs, except for the variants with a vocabulary of their own.
         devices: devices of this machine.
         merged: parts of runs that were finished elsewhere, by the runs' names; see `check_merged_parts`.
         recorded: parts of runs that are repeated here, by the runs' names; see `rerun`.
         selection: the runs that are trained.
+        vocabularies: datasets of the variants with a vocabulary of their own, by its size.
     """
 
     suite: Suite
@@ -43,6 +44,7 @@ class Comparison:
     merged: Parts = field(default_factory=dict)
     recorded: Parts = field(default_factory=dict)
     selection: Selection = field(default_factory=Selection)
+    vocabularies: Mapping[str, Data] = field(default_factory=dict)
 
     def rerun(self) -> "Comparison":
         """Return a comparison that repeats finished whole runs in a folder of its own, with the same learning rates."""
@@ -53,7 +55,16 @@ class Comparison:
 
     def plan(self, run: Run) -> RunPlan:
         """Return the stages of a run."""
-        return RunPlan(self.suite, run, self.data, self.folder / run.name, self.devices)
+        return RunPlan(self.suite, run, self.data_of(run.variant.name), self.folder / run.name, self.devices)
+
+    def data_of(self, variant: str) -> Data:
+        """Return the dataset of a variant."""
+        return self.vocabularies.get(self.suite.variants[variant].vocab_size, self.data)
+
+    def datasets_of_this_machine(self) -> list[Data]:
+        """Return the datasets of all runs that are trained here, each once."""
+        datasets = {id(data): data for data in map(self.data_of, sorted(self._variants_of_this_machine()))}
+        return list(datasets.values())
 
     def part_file(self, run: Run) -> Path:
         """Return the path of the part that this machine writes when the run is finished."""
@@ -76,7 +87,8 @@ class Comparison:
     def write_part(self, run: Run) -> None:
         """Write the part of a run whose stages are all finished."""
         parameters = self._checked_parameters().get(run.variant.name)
-        make_part(self.suite, self.plan(run), text_digests(self.data), parameters).write(self.part_file(run))
+        text = text_digests(self.data_of(run.variant.name))
+        make_part(self.suite, self.plan(run), text, parameters).write(self.part_file(run))
 
     def unfinished(self, runs: Iterable[Run]) -> tuple[Run, ...]:
         """Return the runs among the given ones that are unfinished, in order.
@@ -181,18 +193,19 @@ class Comparison:
                 )
 
     def check_text(self) -> None:
-        """Check that the merged parts belong to one text, and to the text of this machine if it exists.
+        """Check that the merged parts of one vocabulary belong to one text, and to that of this machine if it exists.
 
         Raises:
             UserError: a part belongs to another text.
         """
-        if parts := [*self.merged.values(), *self.recorded.values()]:
-            ours = text_digests(self.data) if self._has_data else None
-            check_same_text(parts, ours, f"the data in {short_path(self.data.files.folder)}")
-
-    @property
-    def _has_data(self) -> bool:
-        return not isinstance(self.data, MissingData) and all(path.exists() for path in self.data.inputs)
+        parts = [*self.merged.values(), *self.recorded.values()]
+        for vocab_size in {variant.vocab_size for variant in self.suite.variants.values()}:
+            data = self.vocabularies.get(vocab_size, None if vocab_size else self.data)
+            of_size = [found for found in parts if self.suite.variants[found.part.variant].vocab_size == vocab_size]
+            if not of_size:
+                continue
+            ours = text_digests(data) if data is not None and _exists(data) else None
+            check_same_text(of_size, ours, f"the data in {short_path(data.files.folder)}" if data else "")
 
     def _is_unfinished(self, run: Run) -> bool:
         return bool(self.plan(run).unfinished) if run.kind == "check" else self.find_part(run) is None
@@ -219,3 +232,7 @@ class Comparison:
         logs = {run.variant.name: self.plan(run).files.log("check") for run in check_runs(self.suite)}
         found = {name: Parameters.from_check(read_log(log)) for name, log in logs.items() if log.exists()}
         return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def _exists(data: Data) -> bool:
+    return not isinstance(data, MissingData) and all(path.exists() for path in data.inputs)

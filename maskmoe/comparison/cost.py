@@ -19,7 +19,13 @@ _OTHER_MODELS = {
     *("moe-layer-freq", "moe-latent-size", "attention-output-gate", "moe-shared-expert-gate"),
     *("recompute-granularity", "make-vocab-size-divisible-by"),
 }
-_GROUPS = {"tuning": "learning rates", "main": "runs", "grid": "grid of P and V_f", "limit": "limits"}
+_GROUPS = {
+    "tuning": "learning rates",
+    "main": "runs",
+    "grid": "grid of P and V_f",
+    "curve": "curves",
+    "limit": "limits",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,10 @@ def suite_cost(suite: Suite, vocab_size: int | None = None) -> tuple[GroupCost, 
     vocab_size = vocab_size or _number(suite.data, "vocab-size")
     if vocab_size is None:
         return None
-    of_variant = {name: flops_per_token(variant, vocab_size) for name, variant in suite.variants.items()}
+    of_variant = {
+        name: flops_per_token(variant, int(variant.vocab_size or vocab_size))
+        for name, variant in suite.variants.items()
+    }
     if None in of_variant.values():
         return None
     runs = (*tuning_runs(suite), *whole_runs(suite, choose_learning_rates(suite, {})))

@@ -52,10 +52,11 @@ def compare(comparison: Comparison, arguments: Sequence[str], jobs: int | None, 
 def _train(
     comparison: Comparison, arguments: Sequence[str], jobs: int | None, slurm: SlurmJobs | None, line: ProgressLine
 ) -> bool:
-    """Make the dataset and finish all selected runs, see `compare`; return whether Slurm jobs finish the runs."""
+    """Make the datasets and finish all selected runs, see `compare`; return whether Slurm jobs finish the runs."""
     devices = comparison.devices
     jobs = jobs or (1 if devices.num_gpus else devices.num_cores)
-    run_stages(comparison.data, line)
+    for data in comparison.datasets_of_this_machine():
+        run_stages(data, line)
     comparison.check_text()
     comparison.folder.mkdir(parents=True, exist_ok=True)
     with locked(comparison.folder / ".lock") as lock:

@@ -63,7 +63,7 @@ def make_part(suite: Suite, plan: RunPlan, text: dict[str, str], parameters: Par
 
 
 def text_digests(data: Data) -> dict[str, str]:
-    """Return what identifies the text: sha256 (hex) of the dataset's files and of its tokenizer, and the split.
+    """Return what identifies the text: sha256 (hex) of all files that determine the tokens, and the split.
 
     The digests are kept in a file beside the data, because reading a large dataset takes minutes.
 
@@ -76,13 +76,11 @@ def text_digests(data: Data) -> dict[str, str]:
     digests = {"split": flags["split"][0]}
     if len(prefixes) < len(flags["data-path"]):
         digests["weights"] = " ".join(word for word in flags["data-path"] if word not in prefixes)
-    for number, prefix in enumerate(prefixes):
-        # Datasets of one name may lie in several folders.
-        name = Path(prefix).name if len(prefixes) == 1 else f"{number}.{Path(prefix).name}"
-        digests |= {f"{name}{end}": known.sha256(Path(f"{prefix}{end}")) for end in (".bin", ".idx")}
-    tokenizer = Path(flags["tokenizer-model"][0])
-    # Some tokenizers are folders, or names without a file. The digests of the dataset cover how they encode.
-    return digests | {"tokenizer": known.sha256(tokenizer) if tokenizer.is_file() else tokenizer.name}
+    for name, paths in data.token_files().items():
+        names = [name] if len(paths) == 1 else [f"{name}.{number}" for number in range(len(paths))]
+        digests |= {each: known.sha256(path) for each, path in zip(names, paths, strict=True)}
+    # A tokenizer may be a name without a file. The digests of the dataset cover how the tokenizer encodes.
+    return {"tokenizer": Path(flags["tokenizer-model"][0]).name, **digests}
 
 
 class _KnownDigests:

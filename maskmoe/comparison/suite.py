@@ -34,7 +34,8 @@ from maskmoe.untrusted import read_words
 Role = Literal["main", "grid", "curve", "limit"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_DATA_FLAGS = {"input", "max-bytes", "vocab-size", "data-path", "split", "tokenizer-type", "tokenizer-model"}
+_TEXT_FLAGS = {"input", "max-bytes", "sources", "packages", "vocab-size"}
+_DATA_FLAGS = {*_TEXT_FLAGS, "data-path", "split", "tokenizer-type", "tokenizer-model"}
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
 _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
@@ -228,7 +229,8 @@ class Suite(_Section):
     Attributes:
         name: name of the file, without its suffix.
         title: title of the report.
-        data: flags that describe the text, see `open_data`.
+        data: flags that describe the text, see `open_data`. The path of `sources` is relative to the folder of the
+            suite in the file, and absolute here.
         model: model file of all variants; the path is relative to the folder of the suite.
         flags: flags of all variants.
         expert_flags: flags of all variants with experts.
@@ -303,7 +305,10 @@ class Suite(_Section):
         baselines = self.baselines or (next(iter(variants)),)
         _check_references(variants, baselines)
         names = {"name": path.stem, "title": self.title or path.stem}
-        return self.model_copy(update={**names, "variants": variants, "baselines": baselines})
+        data = {**self.data}
+        if "sources" in data:
+            data["sources"] = tuple(str((path.parent / word).absolute()) for word in data["sources"])
+        return self.model_copy(update={**names, "data": data, "variants": variants, "baselines": baselines})
 
     def _complete_variant(self, name: str, section: Variant, model_file: ModelFile) -> Variant:
         """Merge the flags of the model file, the suite and the variant; later flags replace earlier ones."""

@@ -12,6 +12,7 @@ from support.paths import ROOT
 from support.waiting import wait_until
 
 from maskmoe.comparison.parts import Part
+from maskmoe.data.indexed_dataset import read_index
 from maskmoe.workflow.record import RunRecord
 
 TEXT_DOCUMENTS = 400
@@ -149,3 +150,25 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     # A repeated run has the recorded loss.
     output, _ = compare(*other, "--rerun", "--only", "dense").communicate(timeout=400)
     assert re.search(r"^dense.seed-1 +([0-9.]+) +\1 +[+]0.0000 ", output, re.MULTILINE), output
+
+
+@pytest.mark.slow
+def test_runs_are_evaluated_on_each_held_out_set(text_of_packages, tmp_path):
+    path = tmp_path / "suite.yaml"
+    variants = "{smoe: {mask: {preset: smoe}}}"
+    data = f"data: {{sources: {text_of_packages.name}, vocab-size: 300}}"
+    before, _, _ = SUITE.partition("variants:")
+    path.write_text(before.replace("data: {vocab-size: 300}", data) + f"variants: {variants}\n")
+    process = compare(path, "--packages", tmp_path / "packages", "--run-dir", tmp_path / "run")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    run = tmp_path / "run" / "runs" / "smoe.seed-1"
+    names = ("", "-prose", "-code", "-other")
+    results = [json.loads((run / f"evaluation{name}.json").read_text()) for name in names]
+    assert len({result["loss"] for result in results}) == len(names)
+    for result in results:
+        assert [band["name"] for band in result["bands"]] == [band["name"] for band in results[0]["bands"]]
+    # Each set is evaluated as a whole: only the tokens after the last full sample are left out.
+    for name, result in zip(names[1:], results[1:], strict=True):
+        num_tokens = int(read_index(tmp_path / "run" / "data" / f"held-out{name}_text_document").sequence_lengths.sum())
+        assert num_tokens - 2 * 16 <= result["tokens"] <= num_tokens

@@ -203,7 +203,7 @@ def test_merged_runs_are_not_trained_again(compare, folder):
     assert [line.split()[-1] for line in listed if line.startswith("merged ")] == sorted_names(folder)
     to_do = {line.split()[-1] for line in listed if line.startswith("to do ")}
     assert to_do >= {"checks/dense", "checks/all-visible", "runs/maskmoe-uniform.seed-2"}
-    assert len(listed) == len(to_do) + 8
+    assert len([line for line in listed if not line.startswith("cost ")]) == len(to_do) + 8
 
 
 def sorted_names(folder):
@@ -404,7 +404,7 @@ def test_selection_of_nothing_is_refused(compare, words):
 
 def test_only_selected_runs_and_their_tuning_runs_are_listed(compare):
     listed = compare("--only", "maskmoe-uniform", "--list").splitlines()
-    assert [line.split()[-1] for line in listed] == [
+    assert [line.split()[-1] for line in listed if not line.startswith("cost ")] == [
         "checks/maskmoe",
         "checks/maskmoe-uniform",
         "tuning/maskmoe.lr-1e-3",
