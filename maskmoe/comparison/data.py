@@ -110,7 +110,7 @@ class Dataset:
         """Return all files that determine the tokens, by what the files are.
 
         The keys are `tokenizer`, `dataset.bin` and `dataset.idx`, and `NAME.bin` and `NAME.idx` for each further
-        held-out set. A blend has several files for a key. A tokenizer that is no file has none.
+        held-out set. A blend has several files for a key. A tokenizer that is only a name has none.
         """
         tokenizer = [Path(word) for word in self.flags["tokenizer-model"]]
         files = {"tokenizer": [file for path in tokenizer for file in _files_in(path)]}

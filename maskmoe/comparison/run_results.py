@@ -66,6 +66,7 @@ class RoutingHistory(BaseModel, frozen=True):
         layers: numbers of the layers with experts.
         iterations: iterations of the checkpoints.
         entropy: [checkpoints, layers], mean entropy of the router in nats, over tokens with a choice.
+        first_weight: [checkpoints, layers], mean weight of a token's best expert, over tokens with a choice.
         fluctuation: [checkpoints - 1, layers], share of all tokens' experts that changed since the checkpoint before.
         routable_fluctuation: [checkpoints - 1, layers], the same share over tokens with a choice.
         single_expert_token_share: [layers], share of tokens without a choice.
@@ -76,6 +77,7 @@ class RoutingHistory(BaseModel, frozen=True):
     layers: list[int]
     iterations: list[int]
     entropy: list[list[float | None]]
+    first_weight: list[list[float | None]]
     fluctuation: list[list[float]]
     routable_fluctuation: list[list[float | None]]
     single_expert_token_share: list[float]
@@ -87,6 +89,7 @@ class RoutingHistory(BaseModel, frozen=True):
         num_layers, num_checkpoints = len(self.layers), len(self.iterations)
         by_checkpoint = (
             (self.entropy, num_checkpoints),
+            (self.first_weight, num_checkpoints),
             (self.fluctuation, num_checkpoints - 1),
             (self.routable_fluctuation, num_checkpoints - 1),
         )
@@ -108,6 +111,7 @@ class RoutingHistory(BaseModel, frozen=True):
             layers=content["layers"],
             iterations=[checkpoint["iteration"] for checkpoint in checkpoints],
             entropy=[checkpoint["entropy"] for checkpoint in checkpoints],
+            first_weight=[checkpoint["first_weight"] for checkpoint in checkpoints],
             fluctuation=[change["by_layer"] for change in changes],
             routable_fluctuation=[change["routable_by_layer"] for change in changes],
             single_expert_token_share=last["single_expert_token_share"],

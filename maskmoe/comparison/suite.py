@@ -183,12 +183,14 @@ class Point(_Section):
         mask: flags of `maskmoe mask` that replace those of the masks that no preset makes.
         vocab_size: size of the vocabulary, instead of the vocabulary of the suite's data.
         seeds: seeds of the point; by default those of the curve.
+        same_as: name of the curve, a hyphen, and the value of another point that has this setting; no runs are added.
     """
 
     flags: FlagSection = {}
     mask: FlagSection = {}
     vocab_size: Annotated[str, AfterValidator(_check_number)] = ""
     seeds: Seeds = ()
+    same_as: str = ""
 
 
 class Curve(_Section):
@@ -196,17 +198,27 @@ class Curve(_Section):
 
     Attributes:
         title: the quantity, as the report names it.
-        main_value: value of the quantity in the main setting.
+        main_value: value of the quantity in the main setting; empty if the main setting differs in more.
         of: names of the main variants that are trained in each setting.
         seeds: seeds of the points that name none; by default those of the suite.
         points: settings by their value of the quantity.
     """
 
     title: str
-    main_value: Number
+    main_value: Number | Literal[""] = ""
     of: OneOrMore[str]
     seeds: Seeds = ()
     points: Annotated[dict[Number, Point], Field(min_length=1)]
+
+    def variant_at(self, name: str, value: str, base: str) -> str:
+        """Return the name of the variant that is a main variant in the setting of a point.
+
+        Args:
+            name: name of this curve.
+            value: value of the point.
+            base: name of the main variant.
+        """
+        return f"{base}.{self.points[value].same_as or f'{name}-{value}'}"
 
 
 class LearningRates(_Section):
@@ -302,6 +314,12 @@ class Suite(_Section):
         main = dict(variants)
         variants |= {variant.name: variant for variant in self._grid_variants(main)}
         variants |= {variant.name: variant for variant in self._curve_variants(main)}
+        for name, curve in self.curves.items():
+            for value, base in itertools.product(curve.points, curve.of):
+                if curve.variant_at(name, value, base) not in variants:
+                    raise ValueError(
+                        f"curves.{name}.points.{value}: no curve has a point {curve.points[value].same_as}"
+                    )
         baselines = self.baselines or (next(iter(variants)),)
         _check_references(variants, baselines)
         names = {"name": path.stem, "title": self.title or path.stem}
@@ -355,6 +373,8 @@ class Suite(_Section):
         """Yield the variants of each curve in each of its settings."""
         for name, curve in self.curves.items():
             for (value, point), base_name in itertools.product(curve.points.items(), curve.of):
+                if point.same_as:
+                    continue
                 base = variants.get(base_name)
                 if base is None or base.role != "main":
                     raise ValueError(f"curves.{name}: `of: {base_name}` must name a variant that is compared")
@@ -362,7 +382,7 @@ class Suite(_Section):
                 if mask is not None and "preset" not in mask:
                     mask = override(mask, point.mask)
                 update = {
-                    "name": f"{base.name}.{name}-{value}",
+                    "name": curve.variant_at(name, value, base.name),
                     "title": f"{base.title}, {curve.title} {value}",
                     "role": "curve",
                     "mask": mask,

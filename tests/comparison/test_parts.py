@@ -126,7 +126,9 @@ def test_large_part_stays_below_15_kib(suite, tmp_path):
     }
     part = synthetic_part(suite, run, **curves)
     evaluation, rows = part.evaluation, [[1.234567] * 3] * 15
-    routing = evaluation.routing.model_copy(update={"entropy": rows, "fluctuation": rows, "routable_fluctuation": rows})
+    routing = evaluation.routing.model_copy(
+        update={"entropy": rows, "first_weight": rows, "fluctuation": rows, "routable_fluctuation": rows}
+    )
     part = part.model_copy(update={"evaluation": evaluation.model_copy(update={"routing": routing})})
     part.write(tmp_path / "part.json")
     assert 5_000 < (tmp_path / "part.json").stat().st_size < 15 * 1024

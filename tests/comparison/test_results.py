@@ -9,19 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
-from support.paths import ROOT
 from support.synthetic import EFFECTS, synthetic_results
 
 from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
 from maskmoe.comparison.results import Estimate, Results, differences_to, paired_difference
-from maskmoe.comparison.run_results import Band
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_record, write_record
-
-
-def read_results(path):
-    return read_record(Results, path, "write the report again")
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=6, unique=True))
@@ -83,34 +76,6 @@ def test_only_common_seeds_are_paired():
     difference = paired_difference(some, "maskmoe", "smoe", lambda run: run.loss)
     assert difference.num == 1
     assert paired_difference(some, "nothing", "smoe", lambda run: run.loss) is None
-
-
-def test_results_of_an_earlier_version_are_read():
-    results = read_results(ROOT / "docs" / "comparison-laptop" / "results.json")
-    assert len(results.runs) == 25
-    assert results.runs_of("smoe")[0].routing.layers == [1, 2, 3]
-    assert results.variant("smoe").parameters == Parameters(total=1637280, active=476064)
-
-
-def test_damaged_results_are_refused(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text('{"title": "a", "command": 1}')
-    with pytest.raises(UserError, match=r"results.json is damaged \(command: .*\); write the report again") as error:
-        read_results(path)
-    assert "\n" not in str(error.value)
-
-
-def test_loss_that_is_not_a_number_is_kept(tmp_path):
-    results = synthetic_results()
-    results.runs[0].bands[0] = Band(name="top 40 %", share=0.4, loss=math.nan)
-    write_record(results, tmp_path / "results.json")
-    assert math.isnan(read_results(tmp_path / "results.json").runs[0].loss_of("top 40 %"))
-
-
-def test_results_are_read_as_they_were_saved(tmp_path):
-    results = synthetic_results()
-    write_record(results, tmp_path / "results.json")
-    assert read_results(tmp_path / "results.json") == results
 
 
 def test_report_states_the_effects_of_the_synthetic_results(tmp_path):

@@ -61,7 +61,7 @@ curves:
     main-value: 300
     of: maskmoe
     seeds: [1]
-    points: {400: {vocab-size: 400}}
+    points: {400: {vocab-size: 400}, 300: {same-as: experts-8}}
 """
 
 
@@ -80,6 +80,7 @@ def test_a_curve_has_variants_in_further_settings(suite_file):
     assert "num-experts" not in variants["dense.experts-8"].flags
     assert (more.seeds, variants["smoe.experts-16"].seeds) == ((1, 2), (2,))
     assert variants["maskmoe.vocabulary-400"].vocab_size == "400"
+    assert suite.curves["vocabulary"].variant_at("vocabulary", "300", "maskmoe") == "maskmoe.experts-8"
     assert [run.variant.role for run in whole_runs(suite, choose_learning_rates(suite, {}))][-10:] == ["curve"] * 10
 
 

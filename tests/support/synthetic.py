@@ -89,6 +89,7 @@ def _routing(has_choice, rng):
         layers=[1, 2],
         iterations=ITERATIONS,
         entropy=shares if has_choice else no_values,
+        first_weight=shares if has_choice else no_values,
         fluctuation=shares[1:] if has_choice else [[0.0, 0.0]] * (len(ITERATIONS) - 1),
         routable_fluctuation=shares[1:] if has_choice else no_values[1:],
         single_expert_token_share=[0.6, 0.6] if has_choice else [1.0, 1.0],
