@@ -62,6 +62,12 @@ def load_of_homes(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(of_table, weights=occurrences, minlength=mask.num_experts) for of_table in homes])
 
 
+def check_has_homes(mask: RoutingMask, flag: str) -> None:
+    """Raise a UserError that names a flag if a mask has no home experts, which the flag needs."""
+    if mask.home_of_row is None:
+        raise UserError(f"{flag} needs a routing mask with home experts: build the mask with --home-experts")
+
+
 def _table_with_homes(
     mask: RoutingMask, table: int, occurrences: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -366,7 +366,8 @@ def build_routing_mask(
         rows_of_ids, bits = zip(*bar, strict=True)
     row_of_id, visible_bits = stack_tables(rows_of_ids, bits, recipe.num_experts)
     settings: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
+    sizes: dict[str, Any] = {"vocab_size": len(occurrences)}
+    sizes |= {name: settings.pop(name) for name in ("num_experts", "num_layers")}
     if frequency is not None:
         settings["counts_digest"] = frequency.digest
         settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}

@@ -132,7 +132,7 @@ _SETTINGS: tuple[tuple[WholeNumber | Number, str], ...] = (
         """
         weight_decay start_weight_decay end_weight_decay clip_grad moe_aux_loss_coeff moe_z_loss_coeff
         moe_router_bias_update_rate mtp_loss_scaling_factor init_method_std embedding_init_method_std
-        dsa_indexer_loss_coeff mscale mscale_all_dim min_loss_scale logits_load_kd_loss_alpha
+        home_expert_logit dsa_indexer_loss_coeff mscale mscale_all_dim min_loss_scale logits_load_kd_loss_alpha
         """,
     ),
     (

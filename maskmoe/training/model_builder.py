@@ -36,6 +36,9 @@ class RoutingSettings:
     aux_loss_tokens: AuxLossTokens = "all"
     """Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`."""
 
+    home_expert_logit: float = 0.0
+    """Added to the logits of home experts, see `VisibleExperts`."""
+
     qk_layernorm_all_heads: bool = False
     """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
 
@@ -113,7 +116,15 @@ class StageBuilder:
         if settings.replaced_routing_mask is not None:
             of_checkpoint = read_routing_mask(settings.replaced_routing_mask)
             replaced = of_checkpoint if of_checkpoint.digest != mask.digest else None
-        return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced, self.feed_forward_layers())
+        return VisibleExperts(
+            settings.transformer,
+            mask,
+            pg_collection,
+            vp_stage,
+            replaced,
+            self.feed_forward_layers(),
+            home_logit=settings.home_expert_logit,
+        )
 
     def feed_forward_layers(self) -> FeedForwardLayers | None:
         """Return the feed-forward layers of the whole model; None for those of a `GPTModel`."""

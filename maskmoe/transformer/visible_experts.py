@@ -14,11 +14,13 @@ from torch import Tensor
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.home_experts import check_has_homes
 from maskmoe.routing_mask.mask import RoutingMask
 
 # The name of the mask's module inside the model, hence the prefix of the mask's tensors in every checkpoint.
 CHECKPOINT_PREFIX = "routing_mask."
 _BUFFERS = ("row_of_id", "visible_bits", "metadata")
+_OPTIONAL_BUFFERS = ("home_of_row",)
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,22 @@ class VisibleExperts(MegatronModule):
         vp_stage: the model chunk of this rank that holds the instance, if the pipeline is interleaved.
         replaces: the other mask that the checkpoint to load was made with; None if it was made with `mask`.
         layers: the feed-forward layers of the model; by default those of a `GPTModel` with this configuration.
+        home_logit: H, which routers add to the logit of an id's home expert, see `homes`.
 
     Attributes:
         layers: the feed-forward layers of the model.
+        home_logit: H.
         is_rank_local: whether the visible experts of every id are on one expert-parallel rank.
         min_visible: the smallest number of visible experts of any id.
+
+    Raises:
+        UserError: there is a home logit, but the mask has no home experts.
     """
 
     row_of_id: Tensor
     visible_bits: Tensor
     metadata: Tensor
+    home_of_row: Tensor
     bit_values: Tensor
     rank_of_row: Tensor
     num_visible_of_row: Tensor
@@ -70,6 +78,7 @@ class VisibleExperts(MegatronModule):
         vp_stage: int | None = None,
         replaces: RoutingMask | None = None,
         layers: FeedForwardLayers | None = None,
+        home_logit: float = 0.0,
     ) -> None:
         super().__init__(config)
         self.layers = layers or FeedForwardLayers.of_frequency(
@@ -82,6 +91,9 @@ class VisibleExperts(MegatronModule):
         self.min_visible = mask.min_visible
         self.digest = mask.digest
         self._replaces = replaces
+        self.home_logit = home_logit
+        if home_logit:
+            check_has_homes(mask, "--home-expert-logit")
         for name, buffer in buffers_of_routing_mask(mask).items():
             self.register_buffer(name, buffer)
         ep_size = config.expert_model_parallel_size
@@ -112,6 +124,20 @@ class VisibleExperts(MegatronModule):
         # Rows below N are sets of one expert, so a larger row means two or more visible experts.
         routable = rows >= self.num_experts if self.min_visible == 1 else None
         return VisibleSets(experts=experts, routable=routable)
+
+    def homes(self, token_ids: Tensor, table: int) -> Tensor:
+        """Look up home experts; only for a mask that has home experts.
+
+        Args:
+            token_ids: int64 [tokens].
+            table: the table to read.
+
+        Returns:
+            int64 [tokens], the home expert of each token's id; -1 for an id with one visible expert.
+        """
+        rows = self.row_of_id[table].index_select(0, token_ids).long()  # [tokens]
+        homes = self.home_of_row[table].index_select(0, rows).long()
+        return homes.masked_fill(rows < self.num_experts, -1)
 
     def rank_and_size(self, token_ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Return rank and number of the visible experts of each id; only for a rank-local mask.
@@ -156,8 +182,9 @@ class VisibleExperts(MegatronModule):
         Raises:
             UserError: the checkpoint was made with another routing mask.
         """
-        loaded = {name: state_dict[prefix + name] for name in _BUFFERS if prefix + name in state_dict}
-        if len(loaded) == len(_BUFFERS):
+        names = (*_BUFFERS, *_OPTIONAL_BUFFERS)
+        loaded = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if loaded.keys() >= set(_BUFFERS):
             expected = self.digest if self._replaces is None else self._replaces.digest
             check_same_mask(expected, routing_mask_from_buffers(loaded).digest)
             if self._replaces is not None:
@@ -181,7 +208,8 @@ def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
     """Convert a routing mask to tensors, by the names of the buffers of `VisibleExperts`.
 
     Returns:
-        `row_of_id` [tables, vocab], `visible_bits` [tables, rows, bytes], and `metadata`, JSON text as uint8 [bytes].
+        `row_of_id` [tables, vocab], `visible_bits` [tables, rows, bytes], `metadata`, JSON text as uint8 [bytes], and
+        `home_of_row` [tables, rows] if the mask has home experts.
     """
     tensors, metadata = mask.to_tensors()
     buffers = {name: torch.from_numpy(array) for name, array in tensors.items()}

@@ -600,6 +600,21 @@ RUNS |= model_in_layouts(
     mask="rank_local.safetensors",
 )
 RUNS |= model_in_layouts(
+    "home experts",
+    "--home-expert-logit 3 --moe-z-loss-coeff 1e-3",
+    {
+        "home experts, resumed": (1, "", "Resumed on one process."),
+        "home experts, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks, with planned dispatch."),
+        "home experts, tensor 2, expert parallel 2, all-gather": (
+            2,
+            f"{TENSOR_EXPERT_2} {ALL_GATHER}",
+            "Tensor and expert parallel on 2 ranks, without planned dispatch.",
+        ),
+    },
+    description="The logits of home experts are raised.",
+    mask="homes.safetensors",
+)
+RUNS |= model_in_layouts(
     "packed documents",
     f"{RICH} --moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 3e-2 "
     f"--mtp-num-layers 2 {PACKED}",
