@@ -40,6 +40,7 @@ _FIXED_ARGS: dict[str, Any] = {
     "squared_relu": False,
     "swiglu": True,
     "use_mup": False,
+    "visible_experts_warmup_iters": 0,
     "window_size": None,
 }
 # Names of other values in errors, for arguments whose flag would mislead.
@@ -360,5 +361,10 @@ def _inexpressible(args: Namespace) -> list[str]:
 def _default_args() -> dict[str, Any]:
     """Return the defaults of all arguments; checkpoints of older versions, or without experts, may lack some."""
     defaults = vars(add_megatron_arguments(ArgumentParser(allow_abbrev=False)).parse_args([]))
-    of_maskmoe = {"moe_aux_loss_tokens": "all", "qk_layernorm_all_heads": False, "home_expert_logit": 0.0}
+    of_maskmoe = {
+        "moe_aux_loss_tokens": "all",
+        "qk_layernorm_all_heads": False,
+        "home_expert_logit": 0.0,
+        "visible_experts_warmup_iters": 0,
+    }
     return defaults | _YARN_WITHOUT_FLAGS | of_maskmoe

@@ -116,6 +116,8 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
     )
     if args.home_expert_logit:
         check_has_homes(mask, "--home-expert-logit")
+    if args.visible_experts_warmup_iters:
+        check_has_homes(mask, "--visible-experts-warmup-iters")
     if mask.provenance.tokenizer is not None:
         _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
 

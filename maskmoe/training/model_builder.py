@@ -39,6 +39,9 @@ class RoutingSettings:
     home_expert_logit: float = 0.0
     """Added to the logits of home experts, see `VisibleExperts`."""
 
+    visible_experts_warmup_iters: int = 0
+    """The first iterations, in which every id sees only its home expert, see `VisibleExperts`."""
+
     qk_layernorm_all_heads: bool = False
     """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
 
@@ -124,6 +127,7 @@ class StageBuilder:
             replaced,
             self.feed_forward_layers(),
             home_logit=settings.home_expert_logit,
+            warmup_iters=settings.visible_experts_warmup_iters,
         )
 
     def feed_forward_layers(self) -> FeedForwardLayers | None:

@@ -266,8 +266,7 @@ class MaskMoERouter(TopKRouter):
             has_z_loss=config.moe_z_loss_coeff is not None,
         )
         num_sequences = logits.shape[1] if self.get_aux_loss_coeff("seq_aux_loss") > 0 else 1
-        mask = self.visible_experts
-        tables = mask.row_of_id[self.table], mask.visible_bits[self.table]
+        tables = self.visible_experts.tensors_of_table(self.table)
         return route_tokens(logits, token_ids, *tables, rule, self.expert_bias, num_sequences, has_sums)
 
     def _has_losses(self) -> bool:

@@ -51,15 +51,19 @@ class VisibleExperts(MegatronModule):
         replaces: the other mask that the checkpoint to load was made with; None if it was made with `mask`.
         layers: the feed-forward layers of the model; by default those of a `GPTModel` with this configuration.
         home_logit: H, which routers add to the logit of an id's home expert, see `homes`.
+        warmup_iters: the first training iterations, in which every id sees only its home expert.
 
     Attributes:
         layers: the feed-forward layers of the model.
         home_logit: H.
         is_rank_local: whether the visible experts of every id are on one expert-parallel rank.
-        min_visible: the smallest number of visible experts of any id.
+        min_visible: the smallest number of visible experts of any id in any iteration.
+        iteration: the training iteration, counted from 0, whose visible sets are looked up. Only the number of warm-up
+            iterations gives the value a meaning. Training sets the value before each micro-batch, so it is equal for
+            all micro-batches of an iteration and for recomputation. Whoever loads a checkpoint sets it, too.
 
     Raises:
-        UserError: there is a home logit, but the mask has no home experts.
+        UserError: there is a home logit or a warm-up, but the mask has no home experts.
     """
 
     row_of_id: Tensor
@@ -79,6 +83,7 @@ class VisibleExperts(MegatronModule):
         replaces: RoutingMask | None = None,
         layers: FeedForwardLayers | None = None,
         home_logit: float = 0.0,
+        warmup_iters: int = 0,
     ) -> None:
         super().__init__(config)
         self.layers = layers or FeedForwardLayers.of_frequency(
@@ -88,12 +93,16 @@ class VisibleExperts(MegatronModule):
         self.vp_stage = vp_stage or 0
         self.num_experts = mask.num_experts
         self.vocab_size = mask.vocab_size
-        self.min_visible = mask.min_visible
+        self.min_visible = 1 if warmup_iters else mask.min_visible
         self.digest = mask.digest
         self._replaces = replaces
         self.home_logit = home_logit
         if home_logit:
             check_has_homes(mask, "--home-expert-logit")
+        self._warmup_iters = warmup_iters
+        self.iteration: int | None = None
+        if warmup_iters:
+            check_has_homes(mask, "--visible-experts-warmup-iters")
         for name, buffer in buffers_of_routing_mask(mask).items():
             self.register_buffer(name, buffer)
         ep_size = config.expert_model_parallel_size
@@ -110,6 +119,27 @@ class VisibleExperts(MegatronModule):
         """Return the table of a MoE layer by its number among the feed-forward layers, counting from 1."""
         return self.layers.table(number, num_tables=len(self.row_of_id))
 
+    @property
+    def shows_homes_only(self) -> bool:
+        """Whether every id sees only its home expert in this iteration.
+
+        Raises:
+            RuntimeError: there is a warm-up, but `iteration` is not set.
+        """
+        if not self._warmup_iters:
+            return False
+        if self.iteration is None:
+            raise RuntimeError("visible experts depend on the training iteration, but nothing has set the iteration")
+        return self.iteration < self._warmup_iters
+
+    def tensors_of_table(self, table: int) -> tuple[Tensor, Tensor]:
+        """Return `row_of_id` [vocab] and `visible_bits` [rows, bytes] of a table in this iteration."""
+        row_of_id = self.row_of_id[table]
+        if self.shows_homes_only:
+            # Row i < N is the set {i}, so an expert's number is also the number of the row.
+            row_of_id = self.home_of_row[table].index_select(0, row_of_id.int())
+        return row_of_id, self.visible_bits[table]
+
     def forward(self, token_ids: Tensor, table: int) -> VisibleSets:
         """Look up visible sets.
 
@@ -117,8 +147,9 @@ class VisibleExperts(MegatronModule):
             token_ids: int64 [tokens], each smaller than the mask's vocabulary size.
             table: the table to read, see `table_of_layer`.
         """
-        rows = self.row_of_id[table].index_select(0, token_ids).long()  # [tokens]
-        visible_bytes = self.visible_bits[table].index_select(0, rows)  # uint8 [tokens, bytes]
+        row_of_id, visible_bits = self.tensors_of_table(table)
+        rows = row_of_id.index_select(0, token_ids).long()  # [tokens]
+        visible_bytes = visible_bits.index_select(0, rows)  # uint8 [tokens, bytes]
         bits = visible_bytes.unsqueeze(-1).bitwise_and(self.bit_values)  # 0 or the value of the bit
         experts = bits.flatten(-2)[..., : self.num_experts].bool()
         # Rows below N are sets of one expert, so a larger row means two or more visible experts.
@@ -135,7 +166,8 @@ class VisibleExperts(MegatronModule):
         Returns:
             int64 [tokens], the home expert of each token's id; -1 for an id with one visible expert.
         """
-        rows = self.row_of_id[table].index_select(0, token_ids).long()  # [tokens]
+        row_of_id, _ = self.tensors_of_table(table)
+        rows = row_of_id.index_select(0, token_ids).long()  # [tokens]
         homes = self.home_of_row[table].index_select(0, rows).long()
         return homes.masked_fill(rows < self.num_experts, -1)
 
@@ -151,6 +183,8 @@ class VisibleExperts(MegatronModule):
         """
         tables = tables.view(-1, 1, 1)
         rows = self.row_of_id[tables, token_ids].long()
+        if self.shows_homes_only:
+            rows = self.home_of_row[tables, rows].long()
         return self.rank_of_row[tables, rows].long(), self.num_visible_of_row[tables, rows].long()
 
     def sharded_state_dict(
