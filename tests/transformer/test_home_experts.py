@@ -1,11 +1,13 @@
 """The router with raised logits of home experts, against the plain reference on logits that are raised by a loop."""
 
+from contextlib import nullcontext
 from math import exp
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from support.kernels import kernels_on_cpu
 from support.router_cases import ALL_BALANCING_LOSSES, LOSSES
 from support.small_moe import (
     DEVICE,
@@ -132,6 +134,20 @@ def test_homes_without_a_home_logit_change_no_bit(topk) -> None:
         probs.square().sum().backward()
         results.append([probs, routing_map, logits.grad, *take_metrics().values()])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("topk", [1, 3])
+def test_kernel_sees_raised_logits(topk) -> None:
+    token_ids, logits = draw_batch()
+    results = []
+    for context in (nullcontext, kernels_on_cpu):
+        logits.grad = None
+        take_metrics()
+        with context():
+            probs, routing_map = build_router(mask_with_homes(), 2.0, topk).routing(logits, token_ids)
+            probs.square().sum().backward()
+        results.append([probs, routing_map, logits.grad, *take_metrics().values()])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=2e-6)
 
 
 def test_masks_without_homes_are_refused() -> None:

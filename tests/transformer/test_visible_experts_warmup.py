@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.kernels import kernels_on_cpu
 from support.router_cases import ALL_BALANCING_LOSSES, LOSSES
 from support.small_moe import (
     DEVICE,
@@ -69,6 +70,14 @@ def test_after_the_warm_up_no_bit_differs_from_a_run_without(topk, mask, home_lo
     for iteration in (WARMUP, 1000):
         assert all(map(torch.equal, route(build_router(mask, topk, WARMUP, iteration, home_logit)), expected))
     assert not torch.equal(route(build_router(mask, topk, WARMUP, 0, home_logit))[0], expected[0])
+
+
+@pytest.mark.parametrize("iteration", [0, WARMUP])
+def test_kernel_sees_the_experts_of_the_iteration(iteration) -> None:
+    expected = route(build_router(MASK, 2, WARMUP, iteration))
+    with kernels_on_cpu():
+        found = route(build_router(MASK, 2, WARMUP, iteration))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_iteration_must_be_known() -> None:
