@@ -113,7 +113,7 @@ class RunResult(BaseModel, frozen=True):
         loss: loss of all held-out text after training, in nats per token.
         bands: the same loss by frequency band.
         load: for each layer with experts, the number of held-out tokens that each expert got.
-        routing: routing of each checkpoint; None for a model without experts.
+        routing: routing of each checkpoint; None for a model without experts, or if it was not analyzed.
     """
 
     variant: str
@@ -377,7 +377,7 @@ def _read_run(comparison: Comparison, run: Run) -> RunResult:
         "training": Curve.of(history.iterations),
         "validation": Curve.of(history.validations),
         "load": [load["tokens_per_expert"] for load in evaluation["expert_load"]],
-        "routing": RoutingHistory.read(plan.files.routing / "routing.json") if run.variant.has_experts else None,
+        "routing": RoutingHistory.read(plan.files.routing / "routing.json") if plan.analyzes_routing else None,
     }
     return RunResult.model_validate(evaluation | own)
 

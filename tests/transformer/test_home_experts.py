@@ -24,6 +24,7 @@ from support.small_moe import (
 )
 from torch import Tensor
 
+from maskmoe.conversion.model_tensors import routing_mask_tensors
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import RoutingMask
 from maskmoe.routing_mask.home_experts import home_of_ids
@@ -148,6 +149,11 @@ def test_kernel_sees_raised_logits(topk) -> None:
             probs.square().sum().backward()
         results.append([probs, routing_map, logits.grad, *take_metrics().values()])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=2e-6)
+
+
+def test_conversion_refuses_a_mask_with_homes() -> None:
+    with pytest.raises(UserError, match="whose routing mask has home experts cannot be converted"):
+        routing_mask_tensors(mask_with_homes())
 
 
 def test_masks_without_homes_are_refused() -> None:
