@@ -160,7 +160,7 @@ class Evaluation(HeldOut, frozen=True):
 
     Attributes:
         load: for each layer with experts, the number of held-out tokens that each expert got.
-        routing: routing of each checkpoint; None for a model without experts.
+        routing: routing of each checkpoint; None for a model without experts, or if the routing was not analyzed.
         further: losses of further held-out texts by the names of the texts.
     """
 
@@ -181,7 +181,7 @@ class Evaluation(HeldOut, frozen=True):
         Args:
             evaluation: `evaluation.json`. Each file `evaluation-NAME.json` beside it is the evaluation of a further
                 held-out text.
-            routing: `routing.json` of `maskmoe analyze`; None for a model without experts.
+            routing: `routing.json` of `maskmoe analyze`; None for a model without experts, or if the routing was not analyzed.
 
         Raises:
             UserError: a file cannot be read.

@@ -35,6 +35,31 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="average the load-balancing loss over all tokens, or over the tokens with two or more visible experts",
     )
     group.add_argument(
+        "--home-expert-logit",
+        type=float,
+        default=0.0,
+        metavar="H",
+        help="for ids with V >= 2 visible experts, add H to the logit of the id's home expert. At the start, this "
+        "expert is chosen with weight e^H / (e^H + V - 1). Needs a mask built with --home-experts (default: 0)",
+    )
+    group.add_argument(
+        "--visible-experts-warmup-iters",
+        type=int,
+        default=0,
+        metavar="ITERATIONS",
+        help="for this many iterations from the beginning of training, each id sees only its home expert, then all its "
+        "visible experts. Needs a mask built with --home-experts (default: 0)",
+    )
+    group.add_argument(
+        "--routing-weight",
+        choices=["probability", "scaled", "one"],
+        default="probability",
+        help="the weight of a selected expert: its probability; its probability times V / min(k, V) for V visible "
+        "experts, which is 1 for k = 1 as long as the router is undecided; or exactly 1 (for k > 1, weights with the "
+        "sum 1), with the gradient of the probability's logarithm. Ids with one visible expert have weight 1 in any "
+        "case (default: probability)",
+    )
+    group.add_argument(
         "--qk-layernorm-all-heads",
         action="store_true",
         help="with --qk-layernorm, normalise queries and keys over all heads together, as OLMoE does, instead of each "

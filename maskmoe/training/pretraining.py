@@ -23,7 +23,7 @@ from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import locked_folder
 from maskmoe.launch.run_folder import run_folder
-from maskmoe.megatron_compat.globals import get_timers, open_writers
+from maskmoe.megatron_compat.globals import get_args, get_timers, open_writers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
@@ -45,6 +45,7 @@ from maskmoe.training.setup import (
     model_config_from_args,
     parse_and_check_args,
 )
+from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import take_run_id
 from maskmoe.training.watchdog import Watchdog
 
@@ -61,6 +62,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module, before: Iterab
     """
     for call in before:
         call()
+    set_iteration_of_visible_experts(get_args(), model)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)

@@ -33,6 +33,9 @@ _MODEL_ARGUMENTS = (
     *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
     *("num_experts", "moe_ffn_hidden_size", "moe_router_enable_expert_bias", "moe_latent_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    "routing_weight",
+    "home_expert_logit",
+    "visible_experts_warmup_iters",
     *("position_embedding_type", "max_position_embeddings", "untie_embeddings_and_output_weights"),
     *_LATENT_SIZES,
 )
@@ -42,6 +45,9 @@ _NAMELESS_OPTIMIZER_FORMATS = ("dp_reshardable", "dp_zero_gather_scatter")
 _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
     *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads"),
     *("moe_router_group_topk", "moe_router_num_groups", "moe_shared_expert_gate"),
+    "routing_weight",
+    "home_expert_logit",
+    "visible_experts_warmup_iters",
     *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
     *("multi_latent_attention", *_LATENT_SIZES, "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
     *_YARN_WITHOUT_FLAGS,

@@ -43,6 +43,7 @@ from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.refusals import check_supported
+from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import wandb_defaults
 from maskmoe.transformer.visible_experts import check_same_mask
 
@@ -223,6 +224,7 @@ def load_model(args: Namespace) -> torch.nn.Module:
         cfg_container=pretrain_cfg_container_from_args(args, model_config_from_args(args)),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    set_iteration_of_visible_experts(args, model[0])
     return model[0]
 
 
@@ -244,6 +246,9 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
         config.routing_mask = Path(cast(Path, args.routing_mask or checkpoint))
         config.replaced_routing_mask = checkpoint if may_change_mask(args) else None
     config.aux_loss_tokens = args.moe_aux_loss_tokens
+    config.routing_weight = args.routing_weight
+    config.home_expert_logit = args.home_expert_logit
+    config.visible_experts_warmup_iters = args.visible_experts_warmup_iters
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default
     return config
