@@ -181,7 +181,8 @@ class Evaluation(HeldOut, frozen=True):
         Args:
             evaluation: `evaluation.json`. Each file `evaluation-NAME.json` beside it is the evaluation of a further
                 held-out text.
-            routing: `routing.json` of `maskmoe analyze`; None for a model without experts, or if the routing was not analyzed.
+            routing: `routing.json` of `maskmoe analyze`; None for a model without experts, or if the routing was not
+                analyzed.
 
         Raises:
             UserError: a file cannot be read.
