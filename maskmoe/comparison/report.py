@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from maskmoe.comparison.answers import answers, loss_on, summarize_routers
 from maskmoe.comparison.markdown import render
-from maskmoe.comparison.plots import draw_plots
-from maskmoe.comparison.results import Estimate, Results, differences_to
+from maskmoe.comparison.plots import draw_plots, overview_variants
+from maskmoe.comparison.results import Estimate, Results, VariantResult, differences_to, paired_difference
 from maskmoe.comparison.run_results import RunResult
 from maskmoe.outputs import atomic_output
 
@@ -39,9 +41,22 @@ def render_report(results: Results, plots: dict[str, str]) -> str:
         further_loss=_further_loss,
         perplexity=_perplexity,
         differences_to=differences_to,
+        answers=answers(results),
+        overview=overview_variants(results),
+        routers=summarize_routers(results),
+        method=results.variant(results.method),
+        difference=partial(_difference, results),
         rates=sorted({rate for variant in results.variants for rate in variant.tuning}, key=float),
         plots=plots,
     )
+
+
+def _difference(results: Results, variant: VariantResult, baseline: VariantResult, held_out: str | None) -> str:
+    """Return the difference of two variants on a held-out text, in bold if it is resolved; empty if there is none."""
+    difference = paired_difference(results, variant.name, baseline.name, loss_on(held_out))
+    if variant == baseline or difference is None:
+        return ""
+    return f"**{difference:+.4f}**" if difference.is_resolved else f"{difference:+.4f}"
 
 
 def _perplexity(runs: Sequence[RunResult], band: str | None = None) -> Estimate:

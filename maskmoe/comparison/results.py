@@ -13,12 +13,12 @@ from maskmoe.comparison.parts import Part, count_equal
 from maskmoe.comparison.run_results import Band, RunResult
 from maskmoe.comparison.runs import tuning_runs
 from maskmoe.comparison.selection import Selection
-from maskmoe.comparison.suite import Role, Suite, Variant
+from maskmoe.comparison.suite import Curve, Role, Suite, Variant
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
 
 _CONFIDENCE = 0.95
-_FLAGS_OF_TOKENS = ("train-iters", "global-batch-size", "seq-length")
+_FLAGS_OF_TOKENS = ("global-batch-size", "seq-length")
 
 
 class VariantResult(BaseModel, frozen=True):
@@ -33,6 +33,7 @@ class VariantResult(BaseModel, frozen=True):
         learning_rate: learning rate of the variant's runs.
         tuning: held-out loss by learning rate, if the variant was tuned itself; None if training diverged.
         tokens: number of tokens that each run was trained on.
+        tokens_per_iteration: number of tokens in a step of training.
     """
 
     name: str
@@ -43,6 +44,7 @@ class VariantResult(BaseModel, frozen=True):
     learning_rate: str
     tuning: dict[str, float | None]
     tokens: int
+    tokens_per_iteration: int
 
     def number(self, flag: str) -> float:
         """Return the value of a flag that the mask has."""
@@ -68,6 +70,32 @@ class LimitResult(BaseModel, frozen=True):
     num_equal: int
 
 
+class CurvePoint(BaseModel, frozen=True):
+    """One setting of a curve.
+
+    Attributes:
+        value: value of the curve's quantity.
+        variants: names of the variants that were trained in the setting, by the names of the main variants.
+    """
+
+    value: float
+    variants: dict[str, str]
+
+
+class CurveResult(BaseModel, frozen=True):
+    """Settings that differ in one quantity.
+
+    Attributes:
+        name: see `Suite.curves`.
+        title: see `Curve`.
+        points: the settings in ascending order.
+    """
+
+    name: str
+    title: str
+    points: list[CurvePoint]
+
+
 class Results(BaseModel, frozen=True):
     """The content of a report.
 
@@ -76,6 +104,8 @@ class Results(BaseModel, frozen=True):
         command: command that made the results.
         machine: machines of the runs, with the versions of torch and Megatron-Core.
         baselines: names of the variants to which the others are compared.
+        method: see `Suite`.
+        curves: curves with finished runs.
         variants: variants with finished runs, in order.
         runs: finished runs.
         limits: finished limits.
@@ -87,6 +117,8 @@ class Results(BaseModel, frozen=True):
     command: str
     machine: str
     baselines: list[str]
+    method: str
+    curves: list[CurveResult]
     variants: list[VariantResult]
     runs: list[RunResult]
     limits: list[LimitResult]
@@ -274,6 +306,8 @@ def collect_results(suite: Suite, parts: Mapping[str, Part], command: str) -> Re
         command=command,
         machine="; ".join(sorted({origin.machine for origin in origins})),
         baselines=list(suite.baselines),
+        method=suite.method,
+        curves=[_curve(name, curve, with_runs) for name, curve in suite.curves.items()],
         variants=[_variant(suite, variant, parts) for name, variant in suite.variants.items() if name in with_runs],
         runs=runs,
         limits=_compare_limits(suite, parts),
@@ -286,6 +320,7 @@ def _variant(suite: Suite, variant: Variant, parts: Mapping[str, Part]) -> Varia
     """Return what the report states about a variant that has finished runs."""
     losses = {name: part.validation.last_loss for name, part in parts.items()}
     own_parts = [part for part in parts.values() if part.variant == variant.name]
+    tokens_per_iteration = math.prod(int(variant.flags[flag][0]) for flag in _FLAGS_OF_TOKENS)
     (rate, *_) = [part.learning_rate for part in own_parts if part.kind == "whole"]
     own = {
         "parameters": next((part.parameters for part in own_parts if part.parameters), None),
@@ -295,9 +330,26 @@ def _variant(suite: Suite, variant: Variant, parts: Mapping[str, Part]) -> Varia
             for run in tuning_runs(suite)
             if run.variant.name == variant.name and run.name in losses
         },
-        "tokens": math.prod(int(variant.flags[flag][0]) for flag in _FLAGS_OF_TOKENS),
+        "tokens": int(variant.flags["train-iters"][0]) * tokens_per_iteration,
+        "tokens_per_iteration": tokens_per_iteration,
     }
     return VariantResult.model_validate(dict(variant) | own)
+
+
+def _curve(name: str, curve: Curve, with_runs: set[str]) -> CurveResult:
+    """Return the points of a curve whose variants have finished runs."""
+    points = {float(value): {base: curve.variant_at(name, value, base) for base in curve.of} for value in curve.points}
+    if curve.main_value:
+        points[float(curve.main_value)] = {base: base for base in curve.of}
+    found = {
+        value: {base: variant for base, variant in variants.items() if variant in with_runs}
+        for value, variants in sorted(points.items())
+    }
+    return CurveResult(
+        name=name,
+        title=curve.title,
+        points=[CurvePoint(value=value, variants=variants) for value, variants in found.items() if variants],
+    )
 
 
 def _compare_limits(suite: Suite, parts: Mapping[str, Part]) -> list[LimitResult]:

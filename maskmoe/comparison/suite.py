@@ -256,6 +256,8 @@ class Suite(_Section):
         keep_checkpoints: whether all checkpoints are kept after their routing was analyzed, or only the last.
         probe_tokens: tokens of held-out text whose routing is analyzed.
         baselines: names of the variants to which the others are compared, seed by seed.
+        method: name of the variant about which the report asks whether it is better than the baselines; by default the
+            last main variant with experts that is no baseline.
     """
 
     name: str = ""
@@ -274,6 +276,7 @@ class Suite(_Section):
     keep_checkpoints: Literal["all", "last"] = "all"
     probe_tokens: PositiveInt = 16384
     baselines: OneOrMore[str] = ()
+    method: str = ""
 
     @classmethod
     def read(cls, path: Path, variables: Mapping[str, str]) -> "Suite":

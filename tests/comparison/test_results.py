@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import stats
 from support.synthetic import EFFECTS, synthetic_results
 
+from maskmoe.comparison.answers import answers, summarize_routers
 from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
 from maskmoe.comparison.results import Estimate, Results, differences_to, paired_difference
@@ -98,6 +99,47 @@ def test_report_states_the_effects_of_the_synthetic_results(tmp_path):
         Image.open(tmp_path / "report" / image).verify()
 
 
+def test_report_answers_the_questions_of_a_reader():
+    """The sentences state the effects from which the synthetic losses are made."""
+    found = {answer.question: " ".join(answer.sentences) for answer in answers(synthetic_results())}
+    better = found["Is Maskmoe better than Smoe?"]
+    assert re.match(r"On held-out text of the same kind, Maskmoe is better than Smoe \(-0\.0[78]", better)
+    assert re.search(r"“stories”, Maskmoe is better than Smoe \(-0\.1[567]", better)
+    assert "better than Hash-balanced (-0.0" in found["Is Maskmoe better than Hash-balanced?"]
+    of_size = found["What changes with the size of something?"]
+    numbers = r"\+0\.0[12]\d+ ± [\d.]+ at 50 and -0\.0[78]\d+ ± [\d.]+ at 100"
+    assert re.search(rf"− Smoe is {numbers}; from the first to the last it falls by 0\.(09|10)", of_size)
+    assert "P = 20% and V_f = 2" in found["Which P and V_f are best?"]
+    assert "the sign is always the same" in found["How does the difference change during training?"]
+
+
+def test_report_says_when_the_sign_of_a_difference_changes():
+    results = synthetic_results()
+    for run in results.runs:
+        if run.variant == "maskmoe":
+            run.validation.losses[0] += 1
+    found = {answer.question: " ".join(answer.sentences) for answer in answers(results)}
+    during = found["How does the difference change during training?"]
+    assert "to Smoe" not in during
+    assert during.count("after 0.0 million tokens the sign is −") == 2
+
+
+def test_what_is_not_resolved_is_called_so():
+    found = {answer.question: answer.sentences[0] for answer in answers(synthetic_results(noise=0.5))}
+    assert "is not resolved" in found["Is Maskmoe better than Smoe?"]
+    one_seed = answers(synthetic_results(seeds=(1,)))
+    assert "one seed has a difference of -0.0" in one_seed[0].sentences[0]
+
+
+def test_behaviour_of_the_routers_is_summarized():
+    rows = {row.title: row for row in summarize_routers(synthetic_results())}
+    assert set(rows) == {"Smoe", "Maskmoe"}
+    runs = synthetic_results().runs_of("smoe")
+    assert rows["Smoe"].first_weight == pytest.approx(np.mean([run.routing.first_weight[0] for run in runs]))
+    assert rows["Smoe"].last_change == pytest.approx(np.mean([run.routing.routable_fluctuation[-1] for run in runs]))
+    assert rows["Smoe"].experts["top 40 %"] == 1.75
+
+
 def test_effects_below_the_noise_are_not_resolved():
     text = render_report(synthetic_results(noise=0.3), {})
     assert "Not resolved" in text
@@ -115,7 +157,9 @@ def test_one_seed_is_no_verdict():
 def test_unfinished_runs_are_named():
     results = synthetic_results()
     some = Results(**{**results.__dict__, "unfinished": ["runs/smoe.seed-9"]})
-    assert "1 runs are missing: runs/smoe.seed-9" in render_report(some, {})
+    text = render_report(some, {})
+    assert "1 runs are missing" in text
+    assert text.endswith("## Unfinished runs\n\nruns/smoe.seed-9.\n")
 
 
 CHECK = """\

@@ -4,7 +4,7 @@ import numpy as np
 
 from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.parts import Origin, Part, settings_of
-from maskmoe.comparison.results import LimitResult, Results, VariantResult
+from maskmoe.comparison.results import CurvePoint, CurveResult, LimitResult, Results, VariantResult
 from maskmoe.comparison.run_results import Band, Curve, Evaluation, HeldOut, RoutingHistory, RunResult
 from maskmoe.comparison.runs import tuning_runs, whole_runs
 
@@ -37,11 +37,23 @@ def synthetic_results(seeds=(1, 2, 3), noise=0.004):
         name = f"maskmoe.p{mass}-v2"
         variants.append(_variant(name, name, "grid", mask, None, {}))
         runs.append(_run(name, 1, -0.06, 0.02, rng))
+    # At 50, the method is worse than SMoE by 0.02, and in the main setting better.
+    for name, effect in {"smoe": 0.0, "hash-balanced": 0.01, "maskmoe": 0.02}.items():
+        point = f"{name}.size-50"
+        variants.append(_variant(point, point, "curve", MASKS[name], None, {}))
+        runs += [_run(point, seed, effect, 0.02 * seed + noise * rng.normal(), rng) for seed in seeds]
+    methods = ["smoe", "hash-balanced", "maskmoe"]
+    points = [
+        CurvePoint(value=50, variants={name: f"{name}.size-50" for name in methods}),
+        CurvePoint(value=100, variants={name: name for name in methods}),
+    ]
     return Results(
         title="A synthetic comparison",
         command="launch/compare.sh suite.yaml",
         machine="2 cores",
         baselines=["smoe", "hash-balanced"],
+        method="maskmoe",
+        curves=[CurveResult(name="size", title="size of something", points=points)],
         variants=variants,
         runs=runs,
         limits=[
@@ -53,7 +65,13 @@ def synthetic_results(seeds=(1, 2, 3), noise=0.004):
 
 
 def _variant(name, title, role, mask, parameters, tuning):
-    settings = {"parameters": parameters, "learning_rate": "4e-3", "tuning": tuning, "tokens": 1000}
+    settings = {
+        "parameters": parameters,
+        "learning_rate": "4e-3",
+        "tuning": tuning,
+        "tokens": 1000,
+        "tokens_per_iteration": 10,
+    }
     return VariantResult(name=name, title=title, role=role, mask=mask, **settings)
 
 
