@@ -129,10 +129,9 @@ def _common_iterations(runs: Iterable[RunResult]) -> list[int]:
 
 
 def overview_variants(results: Results) -> list[VariantResult]:
-    """Return the main variants that were tuned themselves, or else the method and its baselines."""
+    """Return the main variants that were tuned themselves, or all of them if none was tuned."""
     main = results.of_role("main")
-    named = {results.method, *results.baselines}
-    return [variant for variant in main if variant.tuning] or [variant for variant in main if variant.name in named]
+    return [variant for variant in main if variant.tuning] or main
 
 
 def _overview(results: Results, variants: list[VariantResult]) -> "Figure":

@@ -39,6 +39,8 @@ _DATA_FLAGS = {*_TEXT_FLAGS, "data-path", "split", "tokenizer-type", "tokenizer-
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
 _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
+_MERGED_KEYS = {"data", "flags", "expert-flags", "mask"}
+_INHERITED_KEYS = _MERGED_KEYS | {"model", "seeds", "learning-rates", "checkpoints", "keep-checkpoints", "probe-tokens"}
 # A file and a key name the suite and its variants. The role of a variant follows from its keys.
 _FIELDS_WITHOUT_KEY = {"name", "role", "base", "curve", "point"}
 
@@ -290,7 +292,7 @@ class Suite(_Section):
             UserError: the file cannot be read or does not describe a suite.
         """
         try:
-            suite = cls.model_validate(read_words(path, "suite"), context=variables)
+            suite = cls.model_validate(_read_with_base(path), context=variables)
             return suite._complete(path, variables)
         except ValueError as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else error
@@ -325,7 +327,12 @@ class Suite(_Section):
                     )
         baselines = self.baselines or (next(iter(variants)),)
         _check_references(variants, baselines)
-        names = {"name": path.stem, "title": self.title or path.stem}
+        main = [variant for variant in variants.values() if variant.role == "main"]
+        others = [variant.name for variant in main if variant.has_experts and variant.name not in baselines]
+        method = self.method or (others or [main[-1].name])[-1]
+        if method not in {variant.name for variant in main}:
+            raise ValueError(f"method: {method} is not a variant of the suite")
+        names = {"name": path.stem, "title": self.title or path.stem, "method": method}
         data = {**self.data}
         if "sources" in data:
             data["sources"] = tuple(str((path.parent / word).absolute()) for word in data["sources"])
@@ -402,6 +409,27 @@ class Suite(_Section):
 def _without_flags_of_experts(flags: Flags, base: Variant) -> Flags:
     """Return the flags that a variant can have: a model without experts has no number of experts."""
     return flags if base.has_experts else {name: words for name, words in flags.items() if name != "num-experts"}
+
+
+def _read_with_base(path: Path) -> object:
+    """Read a suite file. The suite that its key `extends` names provides the keys that the file lacks.
+
+    Flags of both are merged. Variants, titles, and the keys that name variants are not taken from the other suite.
+
+    Raises:
+        UserError: a file cannot be read, or the other suite extends a further one.
+    """
+    content = read_words(path, "suite")
+    if not isinstance(content, dict) or "extends" not in content:
+        return content
+    base = read_words(path.parent / str(content.pop("extends")), "suite")
+    if not isinstance(base, dict) or "extends" in base:
+        raise UserError(f"suite {path}: `extends` must name a suite that extends no other")
+    inherited = {key: value for key, value in base.items() if key in _INHERITED_KEYS}
+    for key in _MERGED_KEYS & inherited.keys() & content.keys():
+        if isinstance(content[key], dict) and isinstance(inherited[key], dict):
+            content[key] = {**inherited[key], **content[key]}
+    return {**inherited, **content}
 
 
 def _check_references(variants: Mapping[str, Variant], baselines: tuple[str, ...]) -> None:

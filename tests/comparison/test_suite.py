@@ -84,6 +84,30 @@ def test_a_curve_has_variants_in_further_settings(suite_file):
     assert [run.variant.role for run in whole_runs(suite, choose_learning_rates(suite, {}))][-10:] == ["curve"] * 10
 
 
+def test_a_suite_extends_another_one(suite_file, tmp_path):
+    suite_file()
+    path = tmp_path / "more.yaml"
+    path.write_text("extends: small.yaml\nflags: {train-iters: 7}\nvariants: {other: {mask: {}}}\n")
+    suite, base = Suite.read(path, {}), Suite.read(suite_file(), {})
+    assert (suite.name, suite.title, list(suite.variants)) == ("more", "more", ["other"])
+    assert suite.variants["other"].flags == {**base.variants["maskmoe"].flags, "train-iters": ("7",)}
+    assert suite.variants["other"].mask == base.variants["maskmoe"].mask
+    assert (suite.seeds, suite.data, suite.learning_rates) == (base.seeds, base.data, base.learning_rates)
+    path.with_name("third.yaml").write_text("extends: more.yaml\n")
+    with pytest.raises(UserError, match="a suite that extends no other"):
+        Suite.read(path.with_name("third.yaml"), {})
+    path.write_text("extends: nowhere.yaml\n")
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        Suite.read(path, {})
+
+
+def test_the_method_in_question_is_the_last_variant_with_a_choice_of_its_own(suite_file):
+    assert Suite.read(suite_file(), {}).method == "maskmoe-uniform"
+    assert Suite.read(suite_file(replace={"data:": "method: maskmoe\ndata:"}), {}).method == "maskmoe"
+    with pytest.raises(UserError, match="method: nothing is not a variant"):
+        Suite.read(suite_file(replace={"data:": "method: nothing\ndata:"}), {})
+
+
 def test_every_tuned_variant_is_tuned_alike(suite):
     runs = tuning_runs(suite)
     assert {(run.variant.name, run.learning_rate, run.seed) for run in runs} == {

@@ -36,7 +36,7 @@ def test_runs_are_unique_and_all_variants_are_among_them(suite):
 
 def test_variants_are_trained_alike(suite):
     """Variants differ only in the flags of their experts."""
-    own = {"ffn-hidden-size", "num-experts"}
+    own = {"ffn-hidden-size", "num-experts", "home-expert-logit", "visible-experts-warmup-iters", "routing-weight"}
     trained = [
         {name: words for name, words in variant.flags.items() if name not in own and not name.startswith("moe-")}
         for variant in suite.variants.values()
@@ -112,7 +112,7 @@ def test_fixed_routing_has_nothing_to_balance(name):
 
 
 def test_short_runs_warm_up_as_long_in_proportion(suite):
-    run = tuning_runs(suite)[0]
+    run = (*tuning_runs(suite), *whole_runs(suite, choose_learning_rates(suite, {})))[0]
     assert "lr-warmup-fraction" in training_flags(suite, run)
     assert "lr-warmup-iters" not in training_flags(suite, run)
 
