@@ -9,8 +9,9 @@ NEWEST_PYTHON_WITH_WHEELS=3.13
 EXTRAS=(data dev eval gpu hf muon)
 SYSTEM_BIN_DIRS=(/usr/bin /usr/local/bin)
 
+# Messages go to standard error: standard output belongs to the command that is started after the set-up.
 say() {
-    printf 'setup: %s\n' "$*"
+    printf 'setup: %s\n' "$*" >&2
 }
 
 # fail CODE MESSAGE…
@@ -212,11 +213,11 @@ constraints_file() {
     fi
 }
 
-# Appends pip's output to the log, and prints one line for each package that pip fetches.
+# Appends pip's output to the log, and prints one line on standard error for each package that pip fetches.
 log_pip() {
     local file='([^/ ]+)-([0-9][^-/ ]*)(-[^/ ]*\.whl|\.tar\.gz)' size='( \([0-9.]+ [kMG]?B\))'
     local fetched="^ *(Downloading|Using cached|Processing) ([^ ]*/)?$file$size?( \\(from .*\\))?\$"
-    tee -a "$(pip_log)" | sed --unbuffered --quiet --regexp-extended "s!$fetched!setup:   \\3 \\4\\6!p"
+    tee -a "$(pip_log)" | sed --unbuffered --quiet --regexp-extended "s!$fetched!setup:   \\3 \\4\\6!p" >&2
 }
 
 # install_package EXTRAS: installs the package in editable form with all its dependencies.

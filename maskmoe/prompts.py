@@ -14,6 +14,7 @@ from typing import Any
 
 from maskmoe import ranges
 from maskmoe.errors import UserError
+from maskmoe.json_lines import Line, read_lines
 
 INTERACTIVE_FLAG = "--interactive"
 """The flag that starts a prompt loop."""
@@ -77,30 +78,14 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read, holds no prompt, or a line is not a record with a prompt.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read --prompts-file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts-file {path} is not text in UTF-8") from error
     is_json = path.suffix == _JSON_LINES
-    records = [
-        _record_of(line, f"line {number} of --prompts-file {path}") if is_json else {_KEY: line}
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not records:
-        raise UserError(f"--prompts-file {path} holds no prompt")
-    return records
+    return [_record_of(line) if is_json else {_KEY: line.text} for line in read_lines(path, "--prompts-file")]
 
 
-def _record_of(line: str, place: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON: {str(error) or 'nested too deeply'}") from error
-    if not isinstance(record, dict) or not isinstance(record.get(_KEY), str) or not record[_KEY].strip():
-        raise UserError(f'{place} has no text in the key "{_KEY}"')
+def _record_of(line: Line) -> dict[str, Any]:
+    record = line.parse()
+    if not isinstance(record.get(_KEY), str) or not record[_KEY].strip():
+        raise UserError(f'{line.place} has no text in the key "{_KEY}"')
     return record
 
 

@@ -47,14 +47,14 @@ def test_one_prompt_is_printed_as_text():
     ("content", "message"),
     [
         (b"{", "line 1 of --prompts-file .* is not JSON"),
-        (b'{"prompt": "a"}\n[1]', 'line 2 of --prompts-file .* has no text in the key "prompt"'),
+        (b'{"prompt": "a"}\n[1]', "line 2 of --prompts-file .* is not a JSON object"),
         (b'{"prompt": 1}', "has no text"),
         (b'{"prompt": ""}', "has no text"),
         (b'{"prompt": " "}', "has no text"),
         (b'{"text": "a"}', "has no text"),
         (b"[" * 100_000, "line 1 .* is not JSON"),
         (b"\xff\n", "is not text in UTF-8"),
-        (b"\n \n", "holds no prompt"),
+        (b"\n \n", "holds no text"),
         (None, "cannot read --prompts-file .*: No such file or directory"),
     ],
 )

@@ -19,6 +19,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer
 
+from maskmoe.check.cost import compute_cost
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import compute_memory
 from maskmoe.check.missing import ASSUMED_VOCAB_SIZE, MissingInput, missing_inputs, names_dataset
@@ -130,13 +131,14 @@ class Inspection:
                 self._add(changed.errors)
                 self._notes += changed.notes
         # The validated arguments have a layout that divides, so the model is known even if the given layout does not.
-        model = memory = None
+        model = memory = cost = None
         if validated is not None and not self._has_unbuildable_layers():
             with self._collecting():
                 config = _model_config(validated)
                 with _reporting_failure_of("the model"), megatrons_checks():
                     model = count_parameters(validated, config, mask)
                 memory = compute_memory(validated, config.transformer, model) if divides else None
+                cost = compute_cost(validated, config.transformer, model) if divides else None
         # Missing inputs come last.
         inputs: tuple[MissingInput, ...] = ()
         if not self._has_unreadable_layers():
@@ -147,7 +149,7 @@ class Inspection:
                 "(--moe-router-topk); a token with fewer visible experts uses fewer"
             )
         errors, notes = (tuple(dict.fromkeys(lines)) for lines in (self._errors, self._notes))
-        return Report(errors, notes, layout if divides else None, model, memory, inputs)
+        return Report(errors, notes, layout if divides else None, model, memory, cost, inputs)
 
     def _parse(self, **defaults: Any) -> Namespace:
         """Parse the command line of this process.

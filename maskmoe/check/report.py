@@ -7,6 +7,8 @@ from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
+from maskmoe.check.assumed_gpu import format_gpu_hours
+from maskmoe.check.cost import TrainingCost
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.check.missing import MissingInput
@@ -25,6 +27,7 @@ class Report:
         layout: how the run is divided; None if its sizes do not divide each other.
         model: the parameters of the model; None if the model cannot be built.
         memory: the memory of the run; None if the layout or the model is unknown.
+        cost: the operations of the run; None if the layout or the model is unknown.
         missing: the inputs that the command line does not name.
     """
 
@@ -33,6 +36,7 @@ class Report:
     layout: Layout | None = None
     model: ModelParameters | None = None
     memory: MemoryReport | None = None
+    cost: TrainingCost | None = None
     missing: tuple[MissingInput, ...] = ()
 
     @property
@@ -64,8 +68,11 @@ class Report:
           stage the bytes of each purpose, `total`, `doubled_rows` (additional bytes if the experts get twice their
           share of rows) and `micro_batches_in_flight`; `largest_stage`, an index of `stages`; `exact`, the purposes
           whose bytes are not estimated; `not_modelled`, a list of clauses.
+        - `cost`: null if the layout or the model is unknown. Else `flops_per_token`, the floating-point operations of
+          the forward and backward pass; `recomputed_flops_per_token`; the run's `tokens`; `flops`, all operations of
+          the run; `gpu_hours` on the assumed GPU; and `gpu`, which has `peak_tflops` and `utilization`.
         """
-        layers = parameters = layout = memory = None
+        layers = parameters = layout = memory = cost = None
         if self.layout:
             derived = ("data", "expert_data", "micro_batches", "tokens_per_step")
             layout = asdict(self.layout) | {name: getattr(self.layout, name) for name in derived}
@@ -96,18 +103,21 @@ class Report:
                 "exact": list(EXACT),
                 "not_modelled": list(self.memory.not_modelled),
             }
+        if self.cost:
+            cost = asdict(self.cost) | {"flops": self.cost.flops, "gpu_hours": self.cost.gpu_hours}
         findings: dict[str, Any] = {
             "can_start": not self.errors,
             "errors": list(self.errors),
             "notes": list(self.notes),
         }
         findings["missing"] = [missing._asdict() | {"commands": list(missing.commands)} for missing in self.missing]
-        return findings | {"layout": layout, "layers": layers, "parameters": parameters, "memory": memory}
+        findings |= {"layout": layout, "layers": layers, "parameters": parameters}
+        return findings | {"memory": memory, "cost": cost}
 
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
         values = vars(self) | {"errors": self.errors, "exact": EXACT, "purposes": EXACT | ESTIMATED}
-        filters = {"gib": _gib, "run_lengths": _run_lengths, "kinds": _describe_layers}
+        filters = {"gib": _gib, "run_lengths": _run_lengths, "kinds": _describe_layers, "hours": format_gpu_hours}
         return render_template("maskmoe.check", "report.txt.j2", values, filters).rstrip("\n")
 
 

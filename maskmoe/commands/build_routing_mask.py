@@ -10,6 +10,7 @@ Example:
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, MaskRecipe
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.routing_mask.home_experts import load_of_homes, with_home_experts
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
 from maskmoe.routing_mask.words import describe_visible_experts
 
@@ -79,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "--frequent-visible-experts experts)",
     )
     first = "the first L transformer layers are hash layers: every id sees equally many experts there, and the other "
-    hashed = f"{first}flags apply to the other layers only"
+    hashed = f"{first}flags apply to the other layers only; 0: none"
     method.add_argument("--hash-layers", type=ranges.HASH_LAYERS, metavar="L", help=hashed)
     number = "experts that every id sees in a hash layer; with k of them, the table picks the k experts and the router "
     seen = f"{number}only weights them (default: 1)"
@@ -91,6 +93,12 @@ def parse_arguments() -> argparse.Namespace:
         "else balanced)",
     )
     method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
+    method.add_argument(
+        "--home-experts",
+        action="store_true",
+        help="also choose a home among the visible experts of each frequent id, balanced by --token-frequency, for "
+        "--home-expert-logit and --visible-experts-warmup-iters of training",
+    )
     add_seed_argument(method, "the random choices")
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
     add_force_argument(parser)
@@ -106,25 +114,51 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
     """
     given = {name: value for name in _METHOD if (value := getattr(arguments, name)) is not None}
     common: dict[str, Any] = {"seed": arguments.seed, "shared_table": arguments.shared_table}
-    if arguments.hash_layers is not None:
-        common["hash_layers"] = HashLayers(
-            num_layers=arguments.hash_layers,
-            visible_experts=1 if arguments.hash_visible_experts is None else arguments.hash_visible_experts,
-            assignment=arguments.hash_assignment
-            or ("rank-local" if arguments.assignment == "rank-local" else "balanced"),
-        )
-    elif hashed := [name for name in _HASH_LAYERS if getattr(arguments, name) is not None]:
-        raise UserError(f"{_flags(hashed)} without --hash-layers")
     if arguments.assignment == "rank-local":
         if arguments.expert_model_parallel_size is None:
             raise UserError("--assignment rank-local needs --expert-model-parallel-size")
         common["expert_model_parallel_size"] = arguments.expert_model_parallel_size
     if arguments.preset:
-        return MaskRecipe.from_preset(arguments.preset, arguments.num_experts, arguments.num_layers, **given, **common)
-    optional = {"frequent_visible_experts"} if arguments.frequent_mass == 0 else set()
-    if missing := [name for name in _METHOD if name not in given.keys() | optional]:
-        raise UserError(f"{_flags(missing)} missing; give all of them, or a --preset")
-    return MaskRecipe(arguments.num_experts, arguments.num_layers, **given, **common)
+        recipe = MaskRecipe.from_preset(
+            arguments.preset, arguments.num_experts, arguments.num_layers, **given, **common
+        )
+    else:
+        optional = {"frequent_visible_experts"} if arguments.frequent_mass == 0 else set()
+        if missing := [name for name in _METHOD if name not in given.keys() | optional]:
+            raise UserError(f"{_flags(missing)} missing; give all of them, or a --preset")
+        recipe = MaskRecipe(arguments.num_experts, arguments.num_layers, **given, **common)
+    return _with_hash_layers(recipe, arguments)
+
+
+def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> MaskRecipe:
+    """Return the recipe with the hash layers that the flags describe.
+
+    Without hash layers this is `recipe` itself. If all layers are hash layers, it is the recipe of a baseline.
+
+    Raises:
+        UserError: Flags contradict each other.
+    """
+    if arguments.hash_layers is None:
+        if hashed := [name for name in _HASH_LAYERS if getattr(arguments, name) is not None]:
+            raise UserError(f"{_flags(hashed)} without --hash-layers")
+        return recipe
+    visible = 1 if arguments.hash_visible_experts is None else arguments.hash_visible_experts
+    assignment = arguments.hash_assignment or ("rank-local" if recipe.assignment == "rank-local" else "balanced")
+    if arguments.hash_layers == 0:
+        return recipe
+    if arguments.hash_layers < recipe.num_layers:
+        return replace(recipe, hash_layers=HashLayers(arguments.hash_layers, visible, assignment))
+    if arguments.hash_layers > recipe.num_layers:
+        raise UserError(f"--hash-layers {arguments.hash_layers}: the model has {recipe.num_layers} layers")
+    sizes: dict[str, Any] = {"num_experts": recipe.num_experts, "num_layers": recipe.num_layers, "seed": recipe.seed}
+    sizes["shared_table"] = recipe.shared_table
+    if assignment == "rank-local":
+        sizes["expert_model_parallel_size"] = recipe.expert_model_parallel_size
+    if visible > 1:
+        return MaskRecipe.from_preset("top-k-hash", assignment=assignment, frequent_visible_experts=visible, **sizes)
+    if assignment == "rank-local":
+        return MaskRecipe(assignment=assignment, frequent_mass=0.0, **sizes)
+    return MaskRecipe.from_preset("hash" if assignment == "uniform" else "hash-balanced", **sizes)
 
 
 def mask_from_table(arguments: argparse.Namespace) -> RoutingMask:
@@ -167,6 +201,8 @@ def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks
         if is_frequent.any() and not is_frequent.all():
             print(f"frequent share   {occurrences[is_frequent].sum() / occurrences.sum():.2%} of all occurrences")
         print(f"expert load      {describe_imbalance(load)}")
+        if mask.home_of_row is not None:
+            print(f"load of homes    {describe_imbalance(load_of_homes(mask, occurrences))}")
         if num_ranks:
             print(f"rank load        {describe_imbalance(load, num_ranks)}")
         warn_of_overload(mask, occurrences)
@@ -226,6 +262,10 @@ def main() -> None:
         else:
             source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
             mask = build_routing_mask(recipe_from(arguments), **source, workers=arguments.workers, progress=True)
+        if arguments.home_experts:
+            if frequency is None:
+                raise UserError("home experts are balanced by the frequency of each id; give --token-frequency")
+            mask = with_home_experts(mask, frequency)
         mask.save(temporary)
     print_summary(mask, frequency, num_ranks)
     print(f"written          {arguments.output}")

@@ -20,7 +20,7 @@ class Subcommand:
 
 
 SUBCOMMANDS = (
-    Subcommand("corpus", "maskmoe.commands.make_corpus", "collect this machine's Python sources as a training corpus"),
+    Subcommand("corpus", "maskmoe.commands.make_corpus", "collect the text of Python packages as a training corpus"),
     Subcommand("tokenizer", "maskmoe.commands.train_tokenizer", "train a SentencePiece tokenizer on raw text"),
     Subcommand("preprocess", "maskmoe.commands.preprocess_data", "tokenize raw text into a Megatron dataset"),
     Subcommand("count", "maskmoe.commands.count_token_frequency", "count how often each token id occurs in a dataset"),

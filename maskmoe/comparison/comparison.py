@@ -1,59 +1,135 @@
 """A comparison: a suite in its folder, with the state of its runs."""
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from maskmoe.comparison.data import Data
+from maskmoe.comparison.data import Data, MissingData
 from maskmoe.comparison.fairness import Parameters
+from maskmoe.comparison.parts import FoundPart, Part, Parts, check_same_text, check_settings, settings_of
 from maskmoe.comparison.plan import RunPlan
-from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, tuning_runs, whole_runs
+from maskmoe.comparison.recording import make_part, text_digests
+from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, tuning_runs
+from maskmoe.comparison.selection import Selection
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 from maskmoe.launch.devices import Devices
+from maskmoe.paths import short_path
 from maskmoe.workflow.process import read_log
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A suite whose runs are trained in a folder.
+    """A suite whose runs are trained in a folder, or were trained elsewhere.
+
+    A run is finished if its part exists: a merged part, or the part that this machine has written after the run's last
+    stage.
 
     Attributes:
         suite: the suite.
         folder: folder of all files.
-        data: dataset of all runs.
+        data: dataset of all runs, except for the variants with a vocabulary of their own.
         devices: devices of this machine.
+        merged: parts of runs that were finished elsewhere, by the runs' names; see `check_merged_parts`.
+        recorded: parts of runs that are repeated here, by the runs' names; see `rerun`.
+        selection: the runs that are trained.
+        vocabularies: datasets of the variants with a vocabulary of their own, by its size.
     """
 
     suite: Suite
     folder: Path
     data: Data
     devices: Devices
+    merged: Parts = field(default_factory=dict)
+    recorded: Parts = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
+    vocabularies: Mapping[str, Data] = field(default_factory=dict)
+
+    def rerun(self) -> "Comparison":
+        """Return a comparison that repeats finished whole runs in a folder of its own, with the same learning rates."""
+        recorded = self.finished_parts()
+        tuning = {name: found for name, found in recorded.items() if found.part.kind == "tuning"}
+        whole = {name: found for name, found in recorded.items() if found.part.kind == "whole"}
+        return replace(self, folder=self.folder / "rerun", merged=tuning, recorded=whole)
 
     def plan(self, run: Run) -> RunPlan:
         """Return the stages of a run."""
-        return RunPlan(self.suite, run, self.data, self.folder / run.name, self.devices)
+        return RunPlan(self.suite, run, self.data_of(run.variant.name), self.folder / run.name, self.devices)
+
+    def data_of(self, variant: str) -> Data:
+        """Return the dataset of a variant."""
+        return self.vocabularies.get(self.suite.variants[variant].vocab_size, self.data)
+
+    def datasets_of_this_machine(self) -> list[Data]:
+        """Return the datasets of all runs that are trained here, each once."""
+        datasets = {id(data): data for data in map(self.data_of, sorted(self._variants_of_this_machine()))}
+        return list(datasets.values())
+
+    def part_file(self, run: Run) -> Path:
+        """Return the path of the part that this machine writes when the run is finished."""
+        return self.folder / "parts" / f"{run.name}.json"
+
+    def find_part(self, run: Run) -> FoundPart | None:
+        """Return the part of a run; None if the run is unfinished.
+
+        Raises:
+            UserError: there is a merged part and a different part of this machine.
+        """
+        merged, own = self.merged.get(run.name), self._own_part(run)
+        if merged and own and merged.part.text_of_file != own.part.text_of_file:
+            raise UserError(
+                f"{short_path(merged.file)} and {short_path(own.file)} are different parts of the run {run.name}; "
+                "remove one of the files (--rerun compares a repeated run with its part)"
+            )
+        return merged or own
+
+    def write_part(self, run: Run) -> None:
+        """Write the part of a run whose stages are all finished."""
+        parameters = self._checked_parameters().get(run.variant.name)
+        text = text_digests(self.data_of(run.variant.name))
+        make_part(self.suite, self.plan(run), text, parameters).write(self.part_file(run))
 
     def unfinished(self, runs: Iterable[Run]) -> tuple[Run, ...]:
-        """Return the runs among the given ones of which a stage is unfinished or has changed since, in order."""
-        return tuple(run for run in runs if self.plan(run).unfinished)
+        """Return the runs among the given ones that are unfinished, in order.
+
+        A run is unfinished, too, if one of its stages has changed since its part was written.
+        """
+        return tuple(run for run in runs if self._is_unfinished(run))
 
     def runs_of_next_phase(self) -> tuple[Run, ...]:
         """Return the unfinished runs of the first phase that has any: checks, learning rates, whole runs."""
-        for runs in (check_runs(self.suite), tuning_runs(self.suite)):
+        for runs in (self.check_runs(), self.tuning_runs()):
             if unfinished := self.unfinished(runs):
                 return unfinished
         return self.unfinished(self.whole_runs())
 
     def known_runs(self) -> tuple[Run, ...]:
-        """Return all runs that are known by now. Whole runs are known only after all learning rates are chosen."""
-        tuning = (*check_runs(self.suite), *tuning_runs(self.suite))
-        return tuning if self.unfinished(tuning) else (*tuning, *self.whole_runs())
+        """Return all selected runs that are known by now. A whole run is known once its learning rate is chosen."""
+        return (*self.check_runs(), *self.tuning_runs(), *self.whole_runs())
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether all selected runs were finished elsewhere, so that nothing is to be done here."""
+        return not self._variants_of_this_machine()
+
+    def check_runs(self) -> tuple[Run, ...]:
+        """Return the checks of all variants that have a selected run without a merged part."""
+        here = self._variants_of_this_machine()
+        return tuple(run for run in check_runs(self.suite) if run.variant.name in here)
+
+    def tuning_runs(self) -> tuple[Run, ...]:
+        """Return the selected tuning runs, and those on which selected runs depend."""
+        return self.selection.tuning_runs(self.suite)
 
     def whole_runs(self) -> tuple[Run, ...]:
-        """Return all runs that are compared. The tuning runs must be finished."""
-        return whole_runs(self.suite, choose_learning_rates(self.suite, self.tuning_losses()))
+        """Return all selected runs that are compared, without those whose learning rate is not chosen yet."""
+        rates = self.learning_rates()
+        return tuple(
+            replace(run, learning_rate=rates[run.variant.name])
+            for run in self.selection.whole_runs(self.suite)
+            if run.variant.name in rates
+        )
 
     def find_run(self, name: str) -> Run:
         """Return the run with the name.
@@ -66,17 +142,97 @@ class Comparison:
                 return run
         raise UserError(f"the suite has no run {name}; --list shows all runs")
 
-    def tuning_losses(self) -> dict[str, float | None]:
-        """Return the last held-out loss of every tuning run by its name; None if the loss is not a finite number."""
-        losses = {}
-        for run in tuning_runs(self.suite):
-            validations = self.plan(run).history().validations
-            loss = validations[max(validations)].loss if validations else math.nan
-            losses[run.name] = loss if math.isfinite(loss) else None
-        return losses
+    def learning_rates(self) -> dict[str, str]:
+        """Return the learning rate of every variant whose tuning runs are all finished."""
+        found = [(run, self.find_part(run)) for run in tuning_runs(self.suite)]
+        losses = {run.name: part.part.validation.last_loss for run, part in found if part}
+        waiting = {run.variant.name for run, part in found if part is None}
+        rates = choose_learning_rates(self.suite, losses)
+        return {name: rate for name, rate in rates.items() if self.suite.variants[name].tuned_as not in waiting}
+
+    def finished_parts(self) -> dict[str, FoundPart]:
+        """Return the parts of all finished runs of the suite, whether or not the runs are selected."""
+        everything = replace(self, selection=Selection())
+        runs = (*everything.tuning_runs(), *everything.whole_runs())
+        found = {run.name: part for run in runs if (part := self.find_part(run))}
+        # Also report merged runs whose learning rate cannot be chosen here, because tuning runs are missing.
+        return {**self.merged, **found}
 
     def parameters(self) -> dict[str, Parameters]:
-        """Return the numbers of parameters of all checked main variants by name."""
-        runs = [run for run in check_runs(self.suite) if run.variant.role == "main"]
-        found = {run.variant.name: Parameters.from_check(read_log(self.plan(run).files.log("check"))) for run in runs}
+        """Return the numbers of parameters of all main variants that are checked here or were checked elsewhere."""
+        main = {variant.name for variant in self.suite.of_role("main")}
+        merged = {found.part.variant: found.part.parameters for found in self.merged.values()}
+        found = {name: parameters for name, parameters in merged.items() if parameters} | self._checked_parameters()
+        return {name: parameters for name, parameters in found.items() if name in main}
+
+    def check_merged_parts(self) -> None:
+        """Check that the merged parts belong to this suite as it is now, to one text, and to the chosen learning rates.
+
+        Raises:
+            UserError: a part is refused. The message names its file and the reason.
+        """
+        runs = {run.name: run for run in (*tuning_runs(self.suite), *Selection().whole_runs(self.suite))}
+        for found in self.merged.values():
+            run, part = runs.get(found.part.run), found.part
+            if run is None:
+                raise UserError(
+                    f"{short_path(found.file)} is a part of the run {part.run}, which the suite {self.suite.name} does "
+                    "not have"
+                )
+            if run.kind == "whole" and part.learning_rate in self.suite.learning_rates.values:
+                run = replace(run, learning_rate=part.learning_rate)
+            check_settings(found, self.suite, run)
+        self.check_text()
+        rates = self.learning_rates()
+        for found in self.merged.values():
+            part = found.part
+            if part.kind == "whole" and rates.get(part.variant, part.learning_rate) != part.learning_rate:
+                raise UserError(
+                    f"{short_path(found.file)} was made with other settings than the suite {self.suite.name} has now: "
+                    f"lr is {part.learning_rate}, not {rates[part.variant]}, which the tuning runs choose"
+                )
+
+    def check_text(self) -> None:
+        """Check that the merged parts of one vocabulary belong to one text, and to that of this machine if it exists.
+
+        Raises:
+            UserError: a part belongs to another text.
+        """
+        parts = [*self.merged.values(), *self.recorded.values()]
+        for vocab_size in {variant.vocab_size for variant in self.suite.variants.values()}:
+            data = self.vocabularies.get(vocab_size, None if vocab_size else self.data)
+            of_size = [found for found in parts if self.suite.variants[found.part.variant].vocab_size == vocab_size]
+            if not of_size:
+                continue
+            ours = text_digests(data) if data is not None and _exists(data) else None
+            check_same_text(of_size, ours, f"the data in {short_path(data.files.folder)}" if data else "")
+
+    def _is_unfinished(self, run: Run) -> bool:
+        return bool(self.plan(run).unfinished) if run.kind == "check" else self.find_part(run) is None
+
+    def _own_part(self, run: Run) -> FoundPart | None:
+        """Return the part that this machine has written, unless a stage or a setting of the run has changed since."""
+        file = self.part_file(run)
+        if not file.exists() or self.plan(run).unfinished:
+            return None
+        # A damaged part is written again.
+        with suppress(UserError):
+            part = Part.read(file)
+            if part.settings == settings_of(self.suite, run):
+                return FoundPart(file, part)
+        return None
+
+    def _variants_of_this_machine(self) -> set[str]:
+        """Return the names of the variants that have selected runs without a merged part."""
+        runs = (*self.selection.tuning_runs(self.suite), *self.selection.whole_runs(self.suite))
+        return {run.variant.name for run in runs if run.name not in self.merged}
+
+    def _checked_parameters(self) -> dict[str, Parameters]:
+        """Return the numbers of parameters of all variants that were checked here."""
+        logs = {run.variant.name: self.plan(run).files.log("check") for run in check_runs(self.suite)}
+        found = {name: Parameters.from_check(read_log(log)) for name, log in logs.items() if log.exists()}
         return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def _exists(data: Data) -> bool:
+    return not isinstance(data, MissingData) and all(path.exists() for path in data.inputs)

@@ -6,10 +6,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.fairness import check_active_parameters
 from maskmoe.comparison.report import write_report
+from maskmoe.comparison.rerun import rerun_table
 from maskmoe.comparison.results import collect_results
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.slurm import SlurmJobs, next_runs, record_training, refuse_while_jobs_are_queued
@@ -18,13 +20,14 @@ from maskmoe.paths import short_path
 from maskmoe.workflow.lock import RunLock, locked
 from maskmoe.workflow.process import StageProcess
 from maskmoe.workflow.progress import ProgressLine, format_seconds
+from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.runner import run_stages, run_to_end, working_in
 
 _POLL_SECONDS = 0.5
 
 
 def compare(comparison: Comparison, arguments: Sequence[str], jobs: int | None, slurm: SlurmJobs | None = None) -> None:
-    """Finish all runs and write the report.
+    """Finish all selected runs and write the report, or print the table of repeated runs.
 
     Args:
         comparison: the comparison.
@@ -39,22 +42,34 @@ def compare(comparison: Comparison, arguments: Sequence[str], jobs: int | None, 
             comparison are still queued.
     """
     refuse_while_jobs_are_queued(comparison)
-    devices = comparison.devices
-    jobs = jobs or (1 if devices.num_gpus else devices.num_cores)
     line = ProgressLine(sys.stdout, interval=60.0)
     with working_in(comparison.folder, line):
-        run_stages(comparison.data, line)
-        with locked(comparison.folder / ".lock") as lock:
-            while runs := next_runs(comparison):
-                line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
-                if slurm is not None and runs[0].kind != "check":
-                    slurm.submit(runs, line)
-                    return
-                _finish_runs(comparison, runs, arguments, jobs, line, lock)
-                if left := comparison.unfinished(runs):
-                    raise RunFailure(f"{left[0].name} was finished, but its settings or files have changed since")
-                check_active_parameters(comparison.parameters())
-        line.print(report(comparison, arguments))
+        if not comparison.is_merged and _train(comparison, arguments, jobs, slurm, line):
+            return
+        line.print(rerun_table(comparison) if comparison.recorded else report(comparison, arguments))
+
+
+def _train(
+    comparison: Comparison, arguments: Sequence[str], jobs: int | None, slurm: SlurmJobs | None, line: ProgressLine
+) -> bool:
+    """Make the datasets and finish all selected runs, see `compare`; return whether Slurm jobs finish the runs."""
+    devices = comparison.devices
+    jobs = jobs or (1 if devices.num_gpus else devices.num_cores)
+    for data in comparison.datasets_of_this_machine():
+        run_stages(data, line)
+    comparison.check_text()
+    comparison.folder.mkdir(parents=True, exist_ok=True)
+    with locked(comparison.folder / ".lock") as lock:
+        while runs := next_runs(comparison):
+            line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
+            if slurm is not None and runs[0].kind != "check":
+                slurm.submit(runs, line)
+                return True
+            _finish_runs(comparison, runs, arguments, jobs, line, lock)
+            if left := comparison.unfinished(runs):
+                raise RunFailure(f"{left[0].name} was finished, but its settings or files have changed since")
+            check_active_parameters(comparison.parameters())
+    return False
 
 
 @dataclass
@@ -129,14 +144,34 @@ def finish_run(comparison: Comparison, name: str) -> None:
         UserError: no run has the name, or another command works on the run.
         RunFailure: a stage failed.
     """
-    plan = comparison.plan(comparison.find_run(name))
+    run = comparison.find_run(name)
+    plan = comparison.plan(run)
     plan.prepare()
     record_training(plan)
-    run_to_end(plan, lambda record: "finished")
+    if plan.unfinished:
+        # The part of an earlier result must not stand for the new one.
+        comparison.part_file(run).unlink(missing_ok=True)
+
+    def write_part(_record: RunRecord) -> str:
+        if run.kind != "check":
+            comparison.write_part(run)
+        return "finished"
+
+    run_to_end(plan, write_part)
 
 
-def report(comparison: Comparison, arguments: Sequence[str]) -> str:
-    """Write the report of all finished runs; return a line that names the report."""
-    command = shlex.join(["launch/compare.sh", *(word for word in arguments if word != "--report")])
-    path = write_report(collect_results(comparison, command), comparison.folder / "report")
+def report(comparison: Comparison, arguments: Sequence[str], folder: Path | None = None) -> str:
+    """Write the report of all finished runs; return a line that names the report.
+
+    Args:
+        comparison: the comparison.
+        arguments: arguments of the command line.
+        folder: folder of the report; None for `report` in the folder of the comparison.
+
+    Raises:
+        UserError: the parts do not fit together.
+    """
+    command = shlex.join(["launch/compare.sh", *arguments])
+    parts = {name: found.part for name, found in comparison.finished_parts().items()}
+    path = write_report(collect_results(comparison.suite, parts, command), folder or comparison.folder / "report")
     return f"report: {short_path(path)}"

@@ -1,12 +1,13 @@
 """The stages of each run: its mask, training, evaluation, and the analysis of its routing."""
 
 import math
+from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
 import yaml
 
-from maskmoe.comparison.data import Data, dataset_prefixes
+from maskmoe.comparison.data import Data, HeldOutSet, dataset_prefixes
 from maskmoe.comparison.runs import Run, checkpoint_iterations, training_flags
 from maskmoe.comparison.suite import Suite
 from maskmoe.launch.command import standalone_command
@@ -18,6 +19,9 @@ from maskmoe.workflow.process import read_log
 from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 from maskmoe.workflow.training_log import TrainingHistory
+
+# The analysis of routing computes in transformers' format, which lacks what these flags of training do.
+_ANALYSIS_LACKS = {"home-expert-logit", "visible-experts-warmup-iters", "routing-weight"}
 
 
 class RunPlan:
@@ -52,9 +56,15 @@ class RunPlan:
             return (*mask, self.check)
         if not self.run.is_analyzed:
             return (*mask, self.train)
-        routing = (self.routing,) if self.run.variant.has_experts else ()
+        routing = (self.routing,) if self.analyzes_routing else ()
         thin = () if self._suite.keep_checkpoints == "all" else (self.thin,)
-        return (*mask, self.train, self.evaluate, *routing, *thin)
+        further = (partial(self.evaluate_on, held_out) for held_out in self._data.held_out)
+        return (*mask, self.train, self.evaluate, *further, *routing, *thin)
+
+    @property
+    def analyzes_routing(self) -> bool:
+        """Whether the run's routing is analyzed; the analysis needs a model that transformers' format can express."""
+        return self.run.variant.has_experts and _ANALYSIS_LACKS.isdisjoint(self._flags)
 
     @property
     def unfinished(self) -> tuple[StageMaker, ...]:
@@ -119,11 +129,21 @@ class RunPlan:
         )
 
     def evaluate(self) -> Stage:
-        """Evaluate the trained model on all held-out text."""
+        """Evaluate the trained model on all held-out text of the dataset."""
+        return self._evaluation("evaluate", self._data.flags, self.files.evaluation, self._inputs_of_evaluation)
+
+    def evaluate_on(self, held_out: HeldOutSet) -> Stage:
+        """Evaluate the trained model on a further held-out set, with the frequency bands of the dataset."""
+        inputs = (self.last_checkpoint, self._data.files.token_frequency, *held_out.dataset)
+        output = self.files.evaluation_on(held_out.name)
+        return self._evaluation(f"evaluate-{held_out.name}", held_out.flags, output, inputs)
+
+    def _evaluation(self, name: str, data: Flags, output: Path, inputs: tuple[Path, ...]) -> Stage:
+        """Return the stage that evaluates the last checkpoint on the data that the flags name."""
         num_experts = int(self._flags.get("num-experts", ("1",))[0])
         flags = {
             "expert-model-parallel-size": (str(math.gcd(self._processes, num_experts)),),
-            **self._data.flags,
+            **data,
             "data-cache-path": (str(self.files.dataset_cache),),
             "micro-batch-size": self._flags.get("micro-batch-size", ("1",)),
             "token-frequency": (str(self._data.files.token_frequency),),
@@ -131,14 +151,14 @@ class RunPlan:
         words = (
             *("--load", str(self.files.checkpoints), "--use-checkpoint-args"),
             *flag_words(flags),
-            *("--eval-output", str(self.files.evaluation)),
+            *("--eval-output", str(output)),
             *self.devices.megatron_flags,
         )
         return Stage(
-            "evaluate",
+            name,
             standalone_command(self._processes, "maskmoe.training.evaluate", words),
-            self._inputs_of_evaluation,
-            outputs=(self.files.evaluation,),
+            inputs,
+            outputs=(output,),
             scratch=(self.files.dataset_cache,),
             environment=self.devices.environment,
             machine_flags=DEVICE_FLAGS | {"--nproc-per-node", "--expert-model-parallel-size"},
@@ -160,7 +180,7 @@ class RunPlan:
 
     def thin(self) -> Stage:
         """Remove all checkpoints but the last."""
-        routing = (self.files.routing,) if self.run.variant.has_experts else ()
+        routing = (self.files.routing,) if self.analyzes_routing else ()
         command = maskmoe_command("thin", "--load", self.files.checkpoints)
         return Stage("thin", command, inputs=(self.files.evaluation, *routing), outputs=())
 

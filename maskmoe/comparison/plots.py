@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from maskmoe.comparison.answers import difference_at, differences_during_training
 from maskmoe.comparison.results import (
+    CurveResult,
+    Estimate,
     Results,
-    RoutingHistory,
-    RunResult,
     VariantResult,
     differences_to,
     paired_difference,
 )
+from maskmoe.comparison.run_results import RoutingHistory, RunResult
 from maskmoe.outputs import atomic_output
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     tuned = [variant for variant in main if len(variant.tuning) > 1]
     # Each plot has a name, a caption, a function that draws it, and what the function draws, if there is any.
     plots: list[tuple[str, str, Callable[[Results, Any], Figure], Any]] = [
+        ("overview", "Loss on held-out text by the number of training tokens", _overview, overview_variants(results)),
         ("loss_curves", "Loss on held-out text during training", _loss_curves, results.variant(results.baselines[0])),
         ("bands", "Where the variants differ: loss by frequency of the input token's id", _bands, baselines),
         ("expert_load", "Load of the experts on held-out text", _expert_load, loads),
@@ -51,6 +54,11 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
         ("distinct_experts", "Number of experts that process the occurrences of one id", _distinct_experts, histories),
         ("grid", "Perplexity over P and V_f", _grid, results.of_role("grid")),
         ("learning_rates", "Choice of the learning rate", _learning_rates, tuned),
+    ]
+    plots += [
+        (f"curve_{curve.name}", f"Difference to the baselines by the {curve.title}", _curve, curve)
+        for curve in results.curves
+        if len(curve.points) > 1 and results.variant(results.method)
     ]
     captions = {}
     for name, caption, draw, drawn in plots:
@@ -120,6 +128,73 @@ def _common_iterations(runs: Iterable[RunResult]) -> list[int]:
     return sorted(set.intersection(*(set(run.validation.iterations) for run in runs)))
 
 
+def overview_variants(results: Results) -> list[VariantResult]:
+    """Return the main variants that were tuned themselves, or all of them if none was tuned."""
+    main = results.of_role("main")
+    return [variant for variant in main if variant.tuning] or main
+
+
+def _overview(results: Results, variants: list[VariantResult]) -> "Figure":
+    styles = _styles(results)
+    figure, ((left, right),) = _frame(2, 6, 5)
+    for variant in variants:
+        style, runs = styles[variant.name], results.runs_of(variant.name)
+        iterations = np.array(_common_iterations(runs))
+        estimates = [Estimate.of([run.held_out_loss(each) for run in runs]) for each in iterations]
+        _draw_band(left, iterations * variant.tokens_per_iteration / 1e6, estimates, style)
+    method = results.variant(results.method)
+    for baseline in results.baseline_variants:
+        if method is None or baseline == method:
+            continue
+        points = differences_during_training(results, method, baseline)
+        if points:
+            iterations, estimates = zip(*points, strict=True)
+            style = {**styles[baseline.name], "label": f"{method.title} − {baseline.title}"}
+            _draw_band(right, np.array(iterations) * method.tokens_per_iteration / 1e6, list(estimates), style)
+    left.set(xlabel="million training tokens", ylabel="loss on held-out text (nats per token)")
+    right.set(xlabel="million training tokens", ylabel="difference of the losses (below 0: the method is better)")
+    right.axhline(0, color="#8a8a8a", linewidth=1)
+    left.legend(frameon=False)
+    if right.lines[:-1]:
+        right.legend(frameon=False)
+    return figure
+
+
+def _draw_band(axes: "Axes", places: np.ndarray, estimates: list[Estimate], style: dict[str, Any]) -> None:
+    """Draw means as a line, and their 95 % intervals as a band."""
+    means = np.array([estimate.mean for estimate in estimates])
+    errors = np.nan_to_num([estimate.half_width for estimate in estimates])
+    axes.plot(places, means, **style)
+    axes.fill_between(places, means - errors, means + errors, color=style["color"], alpha=0.18, linewidth=0)
+
+
+def _curve(results: Results, curve: CurveResult) -> "Figure":
+    styles = _styles(results)
+    method = results.variant(results.method)
+    assert method is not None
+    figure, ((axes,),) = _frame(1, 7, 4.5)
+    for baseline in results.baseline_variants:
+        points = [
+            (point.value, difference)
+            for point in curve.points
+            if (difference := difference_at(results, method.name, baseline.name, point.variants))
+        ]
+        if not points:
+            continue
+        values, estimates = zip(*points, strict=True)
+        means, errors = zip(*((each.mean, np.nan_to_num(each.half_width)) for each in estimates), strict=True)
+        label = f"{method.title} − {baseline.title}"
+        axes.errorbar(values, means, yerr=errors, capsize=3, marker="o", **{**styles[baseline.name], "label": label})
+    axes.axhline(0, color="#8a8a8a", linewidth=1)
+    values = [point.value for point in curve.points]
+    axes.set(xlabel=curve.title, ylabel="difference of the losses, with 95 % interval", xscale="log")
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.set_xticks([], minor=True)
+    if axes.containers:
+        axes.legend(frameon=False)
+    return figure
+
+
 def _loss_curves(results: Results, baseline: VariantResult) -> "Figure":
     styles = _styles(results)
     figure, ((left, right),) = _frame(2, 6, 5)
@@ -131,7 +206,7 @@ def _loss_curves(results: Results, baseline: VariantResult) -> "Figure":
         for iteration in _common_iterations([*runs, *results.runs_of(baseline.name)]):
             value = methodcaller("held_out_loss", iteration)
             if difference := paired_difference(results, variant.name, baseline.name, value):
-                points.append((iteration, difference.mean, np.nan_to_num(difference.standard_error)))
+                points.append((iteration, difference.mean, np.nan_to_num(difference.half_width)))
         if points and variant != baseline:
             steps, means, errors = np.array(points).T
             right.plot(steps, means, **style)
@@ -140,7 +215,7 @@ def _loss_curves(results: Results, baseline: VariantResult) -> "Figure":
     left.yaxis.set_major_formatter("{x:.1f}")
     left.yaxis.set_minor_formatter("{x:.1f}")
     right.axhline(0, color=styles[baseline.name]["color"], linewidth=1)
-    right.set(xlabel="iteration", ylabel=f"loss minus the loss of {baseline.title}, ± standard error")
+    right.set(xlabel="iteration", ylabel=f"loss minus the loss of {baseline.title}, with 95 % interval")
     return _with_legend(figure, left)
 
 
@@ -154,13 +229,13 @@ def _bands(results: Results, baselines: list[VariantResult]) -> "Figure":
         for difference in differences_to(results, baseline):
             position = variants.index(difference.variant)
             for estimate, offset, marker in zip(difference.estimates, offsets, markers, strict=False):
-                error = np.nan_to_num(estimate.standard_error)
+                error = np.nan_to_num(estimate.half_width)
                 axes.errorbar(estimate.mean, position + offset, xerr=error, markersize=4, **marker)
         for label, marker in zip(labels, markers, strict=False):
             axes.plot([], [], label=label, **marker)
         axes.axvline(0, color="#8a8a8a", linewidth=1)
         axes.set_yticks(range(len(variants)), [variant.title for variant in variants])
-        axes.set(xlabel=f"loss minus the loss of {baseline.title} (left is better)")
+        axes.set(xlabel=f"loss minus the loss of {baseline.title} (left is better), with 95 % interval")
     all_axes[0, 0].invert_yaxis()
     return _with_legend(figure, all_axes[0, 0], columns=4)
 

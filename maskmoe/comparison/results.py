@@ -1,138 +1,24 @@
-"""The results of a comparison: read from the files of its runs, kept as JSON, compared seed by seed."""
+"""The results of a comparison: collected from the parts of its runs, and compared seed by seed."""
 
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from operator import methodcaller
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
 
-from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.fairness import Parameters
-from maskmoe.comparison.runs import Run, choose_learning_rates, tuning_runs
-from maskmoe.comparison.suite import Role
-from maskmoe.json_files import read_json
-from maskmoe.launch.devices import Devices
+from maskmoe.comparison.parts import Part, count_equal
+from maskmoe.comparison.run_results import Band, RunResult
+from maskmoe.comparison.runs import tuning_runs
+from maskmoe.comparison.selection import Selection
+from maskmoe.comparison.suite import Curve, Role, Suite, Variant
+from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
-from maskmoe.workflow.record import RunRecord
-from maskmoe.workflow.training_log import IterationRecord, ValidationRecord
 
 _CONFIDENCE = 0.95
-_FLAGS_OF_TOKENS = ("train-iters", "global-batch-size", "seq-length")
-
-
-class Curve(BaseModel, frozen=True):
-    """Losses by iteration, in nats per token."""
-
-    iterations: list[int]
-    losses: list[float]
-
-    @classmethod
-    def of(cls, records: Mapping[int, IterationRecord] | Mapping[int, ValidationRecord]) -> "Curve":
-        """Return the curve of the finite losses among the records of a training log."""
-        points = {iteration: record.loss for iteration, record in sorted(records.items()) if record.loss is not None}
-        return cls(iterations=list(points), losses=list(points.values()))
-
-
-class RoutingHistory(BaseModel, frozen=True):
-    """How the checkpoints of a run route a fixed text, as `maskmoe analyze` has written.
-
-    A value that does not exist is None, for example the entropy of a layer in which no token has a choice.
-
-    Attributes:
-        layers: numbers of the layers with experts.
-        iterations: iterations of the checkpoints.
-        entropy: [checkpoints, layers], mean entropy of the router in nats, over tokens with a choice.
-        fluctuation: [checkpoints - 1, layers], share of all tokens' experts that changed since the checkpoint before.
-        routable_fluctuation: [checkpoints - 1, layers], the same share over tokens with a choice.
-        single_expert_token_share: [layers], share of tokens without a choice.
-        id_information: [layers], mutual information of expert and id at the last checkpoint, in nats.
-        distinct_experts: by band, [layers], number of experts that process an id's occurrences at the last checkpoint.
-    """
-
-    layers: list[int]
-    iterations: list[int]
-    entropy: list[list[float | None]]
-    fluctuation: list[list[float]]
-    routable_fluctuation: list[list[float | None]]
-    single_expert_token_share: list[float]
-    id_information: list[float]
-    distinct_experts: dict[str, list[float | None]]
-
-    @classmethod
-    def read(cls, path: Path) -> "RoutingHistory":
-        """Read routing.json. Raises UserError if the file cannot be read."""
-        content = read_json(path)
-        checkpoints, changes = content["checkpoints"], content["fluctuation"]
-        last = checkpoints[-1]
-        return cls(
-            layers=content["layers"],
-            iterations=[checkpoint["iteration"] for checkpoint in checkpoints],
-            entropy=[checkpoint["entropy"] for checkpoint in checkpoints],
-            fluctuation=[change["by_layer"] for change in changes],
-            routable_fluctuation=[change["routable_by_layer"] for change in changes],
-            single_expert_token_share=last["single_expert_token_share"],
-            id_information=last["id_expert_information"],
-            distinct_experts={name: band["by_layer"] for name, band in last["distinct_experts"]["by_band"].items()},
-        )
-
-    @property
-    def has_choice(self) -> bool:
-        """Whether any token has a choice among experts."""
-        return min(self.single_expert_token_share) < 1
-
-
-class Band(BaseModel, frozen=True):
-    """The loss of the held-out tokens whose ids belong to one frequency band.
-
-    Attributes:
-        name: name of the band.
-        share: share of the band in all held-out tokens.
-        loss: mean loss in nats per token.
-    """
-
-    name: str
-    share: float
-    loss: float
-
-
-class RunResult(BaseModel, frozen=True):
-    """A finished run.
-
-    Attributes:
-        variant: name of the variant.
-        seed: seed of the run.
-        seconds: duration of the training.
-        training: losses of training.
-        validation: losses of a part of the held-out text during training.
-        loss: loss of all held-out text after training, in nats per token.
-        bands: the same loss by frequency band.
-        load: for each layer with experts, the number of held-out tokens that each expert got.
-        routing: routing of each checkpoint; None for a model without experts.
-    """
-
-    variant: str
-    seed: int
-    seconds: float
-    training: Curve
-    validation: Curve
-    loss: float
-    bands: list[Band]
-    load: list[list[int]]
-    routing: RoutingHistory | None
-
-    def held_out_loss(self, iteration: int) -> float:
-        """Return the loss of a part of the held-out text after an iteration of `validation`."""
-        return self.validation.losses[self.validation.iterations.index(iteration)]
-
-    def loss_of(self, band: str | None) -> float:
-        """Return the loss of one band by its name, or of all tokens for None."""
-        return next((each.loss for each in self.bands if each.name == band), self.loss)
+_FLAGS_OF_TOKENS = ("global-batch-size", "seq-length")
 
 
 class VariantResult(BaseModel, frozen=True):
@@ -147,6 +33,7 @@ class VariantResult(BaseModel, frozen=True):
         learning_rate: learning rate of the variant's runs.
         tuning: held-out loss by learning rate, if the variant was tuned itself; None if training diverged.
         tokens: number of tokens that each run was trained on.
+        tokens_per_iteration: number of tokens in a step of training.
     """
 
     name: str
@@ -157,6 +44,7 @@ class VariantResult(BaseModel, frozen=True):
     learning_rate: str
     tuning: dict[str, float | None]
     tokens: int
+    tokens_per_iteration: int
 
     def number(self, flag: str) -> float:
         """Return the value of a flag that the mask has."""
@@ -182,28 +70,60 @@ class LimitResult(BaseModel, frozen=True):
     num_equal: int
 
 
+class CurvePoint(BaseModel, frozen=True):
+    """One setting of a curve.
+
+    Attributes:
+        value: value of the curve's quantity.
+        variants: names of the variants that were trained in the setting, by the names of the main variants.
+    """
+
+    value: float
+    variants: dict[str, str]
+
+
+class CurveResult(BaseModel, frozen=True):
+    """Settings that differ in one quantity.
+
+    Attributes:
+        name: see `Suite.curves`.
+        title: see `Curve`.
+        points: the settings in ascending order.
+    """
+
+    name: str
+    title: str
+    points: list[CurvePoint]
+
+
 class Results(BaseModel, frozen=True):
     """The content of a report.
 
     Attributes:
         title: title of the suite.
         command: command that made the results.
-        machine: machine of the runs, with the versions of torch and Megatron-Core.
+        machine: machines of the runs, with the versions of torch and Megatron-Core.
         baselines: names of the variants to which the others are compared.
+        method: see `Suite`.
+        curves: curves with finished runs.
         variants: variants with finished runs, in order.
         runs: finished runs.
         limits: finished limits.
         unfinished: names of unfinished runs.
+        commits: commits of the code of the runs, shortened; `+` marks a checkout with uncommitted changes.
     """
 
     title: str
     command: str
     machine: str
     baselines: list[str]
+    method: str
+    curves: list[CurveResult]
     variants: list[VariantResult]
     runs: list[RunResult]
     limits: list[LimitResult]
     unfinished: list[str]
+    commits: list[str] = []
 
     def of_role(self, role: Role) -> list[VariantResult]:
         """Return the variants of one role, in order."""
@@ -228,6 +148,11 @@ class Results(BaseModel, frozen=True):
         return self.runs[0].bands if self.runs else []
 
     @property
+    def further(self) -> list[str]:
+        """The names of all further held-out texts."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.further))
+
+    @property
     def grid_base(self) -> VariantResult:
         """The variant whose P and V_f the grid varies. There must be a grid."""
         name = self.of_role("grid")[0].name
@@ -250,7 +175,7 @@ class Results(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds.
+    """A mean over seeds, with its 95 % interval by Student's t, which suits few values.
 
     Attributes:
         mean: mean of the values.
@@ -269,14 +194,28 @@ class Estimate:
         return cls(float(np.mean(values)), float(error), len(values))
 
     @property
-    def is_resolved(self) -> bool:
-        """Whether the mean differs from 0 with 95 % confidence by Student's t, which suits few values."""
+    def standard_deviation(self) -> float:
+        """Standard deviation of the values; nan if there is only one value."""
+        return self.standard_error * math.sqrt(self.num)
+
+    @property
+    def half_width(self) -> float:
+        """Half of the width of the 95 % interval; nan if there is only one value."""
         from scipy.special import stdtrit
 
         if self.num < 2:
-            return False
-        quantile = stdtrit(self.num - 1, (1 + _CONFIDENCE) / 2)
-        return bool(abs(self.mean) > quantile * self.standard_error)
+            return math.nan
+        return float(stdtrit(self.num - 1, (1 + _CONFIDENCE) / 2)) * self.standard_error
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the mean; nan if there is only one value."""
+        return self.mean - self.half_width, self.mean + self.half_width
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the mean differs from 0 with 95 % confidence: the interval does not contain 0."""
+        return abs(self.mean) > self.half_width
 
     @property
     def verdict(self) -> str:
@@ -286,13 +225,13 @@ class Estimate:
         return "Not resolved" if not self.is_resolved else "Better" if self.mean < 0 else "Worse"
 
     def __format__(self, form: str) -> str:
-        """Format the mean, and its standard error if there are several values."""
-        error = f" ± {format(self.standard_error, form.removeprefix('+'))}" if self.num > 1 else ""
+        """Format the mean and, if there are several values, half of the width of the 95 % interval after `±`."""
+        error = f" ± {format(self.half_width, form.removeprefix('+'))}" if self.num > 1 else ""
         return f"{format(self.mean, form)}{error}"
 
 
 def paired_difference(
-    results: Results, name: str, baseline: str, value: Callable[[RunResult], float]
+    results: Results, name: str, baseline: str, value: Callable[[RunResult], float | None]
 ) -> Estimate | None:
     """Estimate how a variant differs from a baseline over their common seeds; None without common seeds.
 
@@ -303,10 +242,11 @@ def paired_difference(
         results: all results.
         name: name of the variant.
         baseline: name of the variant whose value is subtracted.
-        value: returns the value of a run.
+        value: returns the value of a run; None if the run does not have the value.
     """
-    of_baseline = {run.seed: value(run) for run in results.runs_of(baseline)}
-    pairs = [value(run) - of_baseline[run.seed] for run in results.runs_of(name) if run.seed in of_baseline]
+    theirs = {run.seed: value(run) for run in results.runs_of(baseline)}
+    own = {run.seed: value(run) for run in results.runs_of(name)}
+    pairs = [mine - their for seed, mine in own.items() if mine is not None and (their := theirs.get(seed)) is not None]
     return Estimate.of(pairs) if pairs else None
 
 
@@ -317,12 +257,22 @@ class Difference(NamedTuple):
     estimates: list[Estimate]
 
 
-def differences_to(results: Results, baseline: VariantResult) -> list[Difference]:
-    """Return how the other main variants that have seeds in common with a baseline differ from the baseline."""
+def differences_to(results: Results, baseline: VariantResult, held_out: str | None = None) -> list[Difference]:
+    """Return how the other main variants that have seeds in common with a baseline differ from the baseline.
+
+    Args:
+        results: all results.
+        baseline: the baseline.
+        held_out: name of a further held-out text; None for the suite's held-out text.
+    """
+
+    def loss_of(band: str | None) -> Callable[[RunResult], float | None]:
+        return lambda run: losses.loss_of(band) if (losses := run.held_out(held_out)) else None
+
     differences = []
     for variant in results.of_role("main"):
         estimates = [
-            paired_difference(results, variant.name, baseline.name, methodcaller("loss_of", band))
+            paired_difference(results, variant.name, baseline.name, loss_of(band))
             for band in (None, *(band.name for band in results.bands))
         ]
         if variant != baseline and (found := [estimate for estimate in estimates if estimate]):
@@ -330,82 +280,90 @@ def differences_to(results: Results, baseline: VariantResult) -> list[Difference
     return differences
 
 
-def collect_results(comparison: Comparison, command: str) -> Results:
-    """Read the results of all finished runs of a comparison.
+def collect_results(suite: Suite, parts: Mapping[str, Part], command: str) -> Results:
+    """Collect the results of all finished runs of a suite.
 
     Args:
-        comparison: the comparison, which need not be finished.
+        suite: the suite.
+        parts: parts of the finished runs by name, which belong to the suite.
         command: command that the report states.
+
+    Raises:
+        UserError: the parts have different frequency bands.
     """
-    suite = comparison.suite
-    losses = comparison.tuning_losses()
-    rates = choose_learning_rates(suite, losses)
-    parameters = comparison.parameters()
-    whole_runs = comparison.whole_runs()
-    unfinished = comparison.unfinished(whole_runs)
-    finished = [run for run in whole_runs if run not in unfinished]
-    runs = [_read_run(comparison, run) for run in finished if run.is_analyzed]
-    variants = []
-    for variant in suite.variants.values():
-        own = {
-            "parameters": parameters.get(variant.name),
-            "learning_rate": rates[variant.name],
-            "tuning": {run.learning_rate: losses[run.name] for run in tuning_runs(suite) if run.variant == variant},
-            "tokens": math.prod(int(variant.flags[flag][0]) for flag in _FLAGS_OF_TOKENS),
-        }
-        if variant.name in {run.variant for run in runs}:
-            variants.append(VariantResult.model_validate(dict(variant) | own))
+    whole_runs = Selection().whole_runs(suite)
+    finished = [parts[run.name] for run in whole_runs if run.name in parts]
+    runs = [part.result for part in finished if part.result]
+    for run in runs:
+        if [band.name for band in run.bands] != [band.name for band in runs[0].bands]:
+            names = f"{runs[0].variant} with seed {runs[0].seed} and {run.variant} with seed {run.seed}"
+            raise UserError(f"the runs {names} have different frequency bands; evaluate both with the same version")
+    origins = [part.origin for part in parts.values()]
+    commits = [f"{origin.commit[:12]}{'+' if origin.is_dirty else ''}" for origin in origins if origin.commit]
+    with_runs = {run.variant for run in runs}
     return Results(
         title=suite.title,
         command=command,
-        machine=_describe_machine(comparison.devices),
+        machine="; ".join(sorted({origin.machine for origin in origins})),
         baselines=list(suite.baselines),
-        variants=variants,
+        method=suite.method,
+        curves=[_curve(name, curve, with_runs) for name, curve in suite.curves.items()],
+        variants=[_variant(suite, variant, parts) for name, variant in suite.variants.items() if name in with_runs],
         runs=runs,
-        limits=[_compare_limit(comparison, run) for run in finished if not run.is_analyzed],
-        unfinished=[run.name for run in unfinished],
+        limits=_compare_limits(suite, parts),
+        unfinished=[run.name for run in whole_runs if run.name not in parts],
+        commits=sorted(set(commits)),
     )
 
 
-def _read_run(comparison: Comparison, run: Run) -> RunResult:
-    plan = comparison.plan(run)
-    evaluation, history = read_json(plan.files.evaluation), plan.history()
+def _variant(suite: Suite, variant: Variant, parts: Mapping[str, Part]) -> VariantResult:
+    """Return what the report states about a variant that has finished runs."""
+    losses = {name: part.validation.last_loss for name, part in parts.items()}
+    own_parts = [part for part in parts.values() if part.variant == variant.name]
+    tokens_per_iteration = math.prod(int(variant.flags[flag][0]) for flag in _FLAGS_OF_TOKENS)
+    (rate, *_) = [part.learning_rate for part in own_parts if part.kind == "whole"]
     own = {
-        "variant": run.variant.name,
-        "seed": run.seed,
-        "seconds": RunRecord(plan.files.record)["train"].seconds,
-        "training": Curve.of(history.iterations),
-        "validation": Curve.of(history.validations),
-        "load": [load["tokens_per_expert"] for load in evaluation["expert_load"]],
-        "routing": RoutingHistory.read(plan.files.routing / "routing.json") if run.variant.has_experts else None,
+        "parameters": next((part.parameters for part in own_parts if part.parameters), None),
+        "learning_rate": rate,
+        "tuning": {
+            run.learning_rate: losses[run.name]
+            for run in tuning_runs(suite)
+            if run.variant.name == variant.name and run.name in losses
+        },
+        "tokens": int(variant.flags["train-iters"][0]) * tokens_per_iteration,
+        "tokens_per_iteration": tokens_per_iteration,
     }
-    return RunResult.model_validate(evaluation | own)
+    return VariantResult.model_validate(dict(variant) | own)
 
 
-def _compare_limit(comparison: Comparison, run: Run) -> LimitResult:
-    """Compare the losses of a limit with the losses of the variant that the limit must reproduce."""
-    equals = run.variant.equals or ""
-    other = replace(run, variant=comparison.suite.variants[equals])
-    own_losses, other_losses = (_exact_losses(comparison.plan(each).files.tensorboard) for each in (run, other))
-    are_equal = [own_losses[iteration] == other_losses[iteration] for iteration in own_losses.keys() & other_losses]
-    title, seed = run.variant.title, run.seed
-    return LimitResult(title=title, equals=equals, seed=seed, iterations=len(are_equal), num_equal=sum(are_equal))
+def _curve(name: str, curve: Curve, with_runs: set[str]) -> CurveResult:
+    """Return the points of a curve whose variants have finished runs."""
+    points = {float(value): {base: curve.variant_at(name, value, base) for base in curve.of} for value in curve.points}
+    if curve.main_value:
+        points[float(curve.main_value)] = {base: base for base in curve.of}
+    found = {
+        value: {base: variant for base, variant in variants.items() if variant in with_runs}
+        for value, variants in sorted(points.items())
+    }
+    return CurveResult(
+        name=name,
+        title=curve.title,
+        points=[CurvePoint(value=value, variants=variants) for value, variants in found.items() if variants],
+    )
 
 
-def _exact_losses(tensorboard: Path) -> dict[int, float]:
-    """Return the training losses by iteration with the precision of fp32, which the text log does not have."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("lm loss")}
-
-
-def _describe_machine(devices: Devices) -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    processor = next(names, platform.processor() or platform.machine())
-    machine = f"{devices.num_gpus} GPUs" if devices.num_gpus else f"{devices.num_cores} cores, {processor}"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
-    return f"{machine} ({packages})"
+def _compare_limits(suite: Suite, parts: Mapping[str, Part]) -> list[LimitResult]:
+    """Compare the losses of each finished limit with the losses that the limit must reproduce."""
+    limits = []
+    for run in Selection().whole_runs(suite):
+        equals = run.variant.equals
+        if equals is None:
+            continue
+        other = replace(run, variant=suite.variants[equals])
+        if run.name in parts and other.name in parts:
+            number, num_equal = count_equal(parts[run.name].exact_losses, parts[other.name].exact_losses)
+            title = run.variant.title
+            limits.append(
+                LimitResult(title=title, equals=equals, seed=run.seed, iterations=number, num_equal=num_equal)
+            )
+    return limits

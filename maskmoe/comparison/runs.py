@@ -43,7 +43,7 @@ class Run:
 def check_runs(suite: Suite) -> tuple[Run, ...]:
     """Return one check for each variant, except for the variants of the grid, which differ only in their masks."""
     rate = suite.learning_rates.values[0]
-    variants = (*suite.of_role("main"), *suite.of_role("limit"))
+    variants = (*suite.of_role("main"), *suite.of_role("limit"), *suite.of_role("curve"))
     return tuple(Run(variant, variant.seeds[0], rate, "check") for variant in variants)
 
 
@@ -73,15 +73,15 @@ def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> d
 def whole_runs(suite: Suite, learning_rates: Mapping[str, str]) -> tuple[Run, ...]:
     """Return all runs that are compared, in the order in which the runs are trained.
 
-    First come the main variants with the most seeds and the limits, then the other main variants, then the grid. Each
-    group goes seed by seed, so that all variants of the group have one run before any variant has two.
+    First come the main variants with the most seeds and the limits, then the other main variants, then the grid, then
+    the curves. Each group goes seed by seed, so that all variants of the group have one run before any variant has two.
     """
     most_seeds = max(len(variant.seeds) for variant in suite.of_role("main"))
 
     def group(variant: Variant) -> int:
         if variant.role == "main" and len(variant.seeds) < most_seeds:
             return 1
-        return 2 if variant.role == "grid" else 0
+        return {"grid": 2, "curve": 3}.get(variant.role, 0)
 
     runs = [
         Run(variant, seed, learning_rates[variant.name], "whole")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.plan import RunPlan
-from maskmoe.comparison.runs import Run, tuning_runs
+from maskmoe.comparison.runs import Run
 from maskmoe.comparison.slurm_options import SlurmOptions
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.json_files import read_record, write_record
@@ -108,10 +108,20 @@ def record_training(plan: RunPlan) -> bool:
     return True
 
 
+def _record_run(comparison: Comparison, run: Run) -> bool:
+    """Record what is new about a run: a training that a job has completed, or that all stages are finished."""
+    plan = comparison.plan(run)
+    has_trained = record_training(plan)
+    if not plan.unfinished:
+        comparison.write_part(run)
+        return not comparison.unfinished([run])
+    return has_trained
+
+
 def next_runs(comparison: Comparison) -> tuple[Run, ...]:
-    """Return the runs of the next phase, after recording the trainings that jobs have completed."""
+    """Return the runs of the next phase, after recording the runs that other processes have advanced."""
     runs = comparison.runs_of_next_phase()
-    while [run for run in runs if run.kind != "check" and record_training(comparison.plan(run))]:
+    while [run for run in runs if run.kind != "check" and _record_run(comparison, run)]:
         runs = comparison.runs_of_next_phase()
     return runs
 
@@ -192,7 +202,7 @@ class SlurmJobs:
     def show(self) -> None:
         """Print sbatch's command lines of the next phase, without changing anything."""
         comparison = self.comparison
-        runs = comparison.unfinished(tuning_runs(comparison.suite)) or comparison.unfinished(comparison.whole_runs())
+        runs = comparison.unfinished(comparison.tuning_runs()) or comparison.unfinished(comparison.whole_runs())
         if runs:
             _check_submit_script()
             self._make_jobs(self._phase(runs), _show)

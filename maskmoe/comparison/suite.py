@@ -31,15 +31,18 @@ from maskmoe.json_files import first_problem
 from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, parse_layouts
 from maskmoe.untrusted import read_words
 
-Role = Literal["main", "grid", "limit"]
+Role = Literal["main", "grid", "curve", "limit"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_DATA_FLAGS = {"input", "max-bytes", "vocab-size", "data-path", "split", "tokenizer-type", "tokenizer-model"}
+_TEXT_FLAGS = {"input", "max-bytes", "sources", "packages", "vocab-size"}
+_DATA_FLAGS = {*_TEXT_FLAGS, "data-path", "split", "tokenizer-type", "tokenizer-model"}
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
 _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
+_MERGED_KEYS = {"data", "flags", "expert-flags", "mask"}
+_INHERITED_KEYS = _MERGED_KEYS | {"model", "seeds", "learning-rates", "checkpoints", "keep-checkpoints", "probe-tokens"}
 # A file and a key name the suite and its variants. The role of a variant follows from its keys.
-_FIELDS_WITHOUT_KEY = {"name", "role"}
+_FIELDS_WITHOUT_KEY = {"name", "role", "base", "curve", "point"}
 
 
 def _to_list(value: object) -> object:
@@ -118,12 +121,16 @@ class Variant(_Section):
     Attributes:
         name: name in file names.
         title: name in the report.
-        role: `main`: a variant that is compared. `grid`: another P or V_f of a main variant. `limit`: a variant that
-            must reproduce another variant's losses.
+        role: `main`: a variant that is compared. `grid`: another P or V_f of a main variant. `curve`: a main variant in
+            another setting. `limit`: a variant that must reproduce another variant's losses.
         model: model file with the first flags and the layouts, instead of the suite's model file.
         mask: flags of `maskmoe mask`; None for a model without experts.
         flags: flags of training, without the flags in which the runs of a variant differ.
         layouts: further flags by number of ranks, see `ModelFile`.
+        vocab_size: size of the vocabulary, instead of the vocabulary of the suite's data.
+        base: for a variant of a curve, name of the main variant; else empty.
+        curve: for a variant of a curve, name of the curve; else empty.
+        point: for a variant of a curve, value at which the variant lies; else empty.
         tuned_as: name of the variant whose learning rate is used; the own name if the variant is tuned itself.
         equals: for a limit, name of the variant whose losses must be reproduced to the last bit; else None.
         until: iteration at which training stops early; None to train to the end.
@@ -137,6 +144,10 @@ class Variant(_Section):
     mask: FlagSection | None = None
     flags: FlagSection = {}
     layouts: LayoutSection = {}
+    vocab_size: str = ""
+    base: str = ""
+    curve: str = ""
+    point: str = ""
     tuned_as: str = ""
     equals: str | None = None
     until: PositiveInt | None = None
@@ -166,6 +177,52 @@ class Grid(_Section):
     seeds: Seeds = ()
 
 
+class Point(_Section):
+    """A setting in which main variants are trained again.
+
+    Attributes:
+        flags: flags of training that replace those of the variants.
+        mask: flags of `maskmoe mask` that replace those of the masks that no preset makes.
+        vocab_size: size of the vocabulary, instead of the vocabulary of the suite's data.
+        seeds: seeds of the point; by default those of the curve.
+        same_as: name of the curve, a hyphen, and the value of another point that has this setting; no runs are added.
+    """
+
+    flags: FlagSection = {}
+    mask: FlagSection = {}
+    vocab_size: Annotated[str, AfterValidator(_check_number)] = ""
+    seeds: Seeds = ()
+    same_as: str = ""
+
+
+class Curve(_Section):
+    """Further settings that differ in one quantity, such as the number of experts or the length of the training.
+
+    Attributes:
+        title: the quantity, as the report names it.
+        main_value: value of the quantity in the main setting; empty if the main setting differs in more.
+        of: names of the main variants that are trained in each setting.
+        seeds: seeds of the points that name none; by default those of the suite.
+        points: settings by their value of the quantity.
+    """
+
+    title: str
+    main_value: Number | Literal[""] = ""
+    of: OneOrMore[str]
+    seeds: Seeds = ()
+    points: Annotated[dict[Number, Point], Field(min_length=1)]
+
+    def variant_at(self, name: str, value: str, base: str) -> str:
+        """Return the name of the variant that is a main variant in the setting of a point.
+
+        Args:
+            name: name of this curve.
+            value: value of the point.
+            base: name of the main variant.
+        """
+        return f"{base}.{self.points[value].same_as or f'{name}-{value}'}"
+
+
 class LearningRates(_Section):
     """The learning rates.
 
@@ -186,7 +243,8 @@ class Suite(_Section):
     Attributes:
         name: name of the file, without its suffix.
         title: title of the report.
-        data: flags that describe the text, see `open_data`.
+        data: flags that describe the text, see `open_data`. The path of `sources` is relative to the folder of the
+            suite in the file, and absolute here.
         model: model file of all variants; the path is relative to the folder of the suite.
         flags: flags of all variants.
         expert_flags: flags of all variants with experts.
@@ -195,10 +253,13 @@ class Suite(_Section):
         learning_rates: learning rates that are tried.
         variants: variants by name, in the order of the report.
         grid: further values of P and V_f.
+        curves: further settings by the name of their curve.
         checkpoints: number of evenly spaced checkpoints of a run.
         keep_checkpoints: whether all checkpoints are kept after their routing was analyzed, or only the last.
         probe_tokens: tokens of held-out text whose routing is analyzed.
         baselines: names of the variants to which the others are compared, seed by seed.
+        method: name of the variant about which the report asks whether it is better than the baselines; by default the
+            last main variant with experts that is no baseline.
     """
 
     name: str = ""
@@ -212,10 +273,12 @@ class Suite(_Section):
     learning_rates: LearningRates
     variants: dict[Name, Variant] = {}
     grid: Grid | None = None
+    curves: dict[Name, Curve] = {}
     checkpoints: PositiveInt = 8
     keep_checkpoints: Literal["all", "last"] = "all"
     probe_tokens: PositiveInt = 16384
     baselines: OneOrMore[str] = ()
+    method: str = ""
 
     @classmethod
     def read(cls, path: Path, variables: Mapping[str, str]) -> "Suite":
@@ -229,7 +292,7 @@ class Suite(_Section):
             UserError: the file cannot be read or does not describe a suite.
         """
         try:
-            suite = cls.model_validate(read_words(path, "suite"), context=variables)
+            suite = cls.model_validate(_read_with_base(path), context=variables)
             return suite._complete(path, variables)
         except ValueError as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else error
@@ -253,11 +316,27 @@ class Suite(_Section):
             model = section.model or self.model
             model_file = ModelFile.read(path.parent / model, variables) if model else ModelFile(path, {}, {})
             variants[name] = self._complete_variant(name, section, model_file)
-        variants |= {variant.name: variant for variant in self._grid_variants(variants)}
+        main = dict(variants)
+        variants |= {variant.name: variant for variant in self._grid_variants(main)}
+        variants |= {variant.name: variant for variant in self._curve_variants(main)}
+        for name, curve in self.curves.items():
+            for value, base in itertools.product(curve.points, curve.of):
+                if curve.variant_at(name, value, base) not in variants:
+                    raise ValueError(
+                        f"curves.{name}.points.{value}: no curve has a point {curve.points[value].same_as}"
+                    )
         baselines = self.baselines or (next(iter(variants)),)
         _check_references(variants, baselines)
-        names = {"name": path.stem, "title": self.title or path.stem}
-        return self.model_copy(update={**names, "variants": variants, "baselines": baselines})
+        main = [variant for variant in variants.values() if variant.role == "main"]
+        others = [variant.name for variant in main if variant.has_experts and variant.name not in baselines]
+        method = self.method or (others or [main[-1].name])[-1]
+        if method not in {variant.name for variant in main}:
+            raise ValueError(f"method: {method} is not a variant of the suite")
+        names = {"name": path.stem, "title": self.title or path.stem, "method": method}
+        data = {**self.data}
+        if "sources" in data:
+            data["sources"] = tuple(str((path.parent / word).absolute()) for word in data["sources"])
+        return self.model_copy(update={**names, "data": data, "variants": variants, "baselines": baselines})
 
     def _complete_variant(self, name: str, section: Variant, model_file: ModelFile) -> Variant:
         """Merge the flags of the model file, the suite and the variant; later flags replace earlier ones."""
@@ -299,6 +378,58 @@ class Suite(_Section):
                 mask = {**base.mask, "frequent-mass": (mass,), "frequent-visible-experts": (number,)}
                 name, title = f"{base.name}.p{mass}-v{number}", f"{base.title}, P = {mass}, V_f = {number}"
                 yield base.model_copy(update={**common, "name": name, "title": title, "mask": mask})
+
+    def _curve_variants(self, variants: Mapping[str, Variant]) -> Iterator[Variant]:
+        """Yield the variants of each curve in each of its settings."""
+        for name, curve in self.curves.items():
+            for (value, point), base_name in itertools.product(curve.points.items(), curve.of):
+                if point.same_as:
+                    continue
+                base = variants.get(base_name)
+                if base is None or base.role != "main":
+                    raise ValueError(f"curves.{name}: `of: {base_name}` must name a variant that is compared")
+                mask = base.mask
+                if mask is not None and "preset" not in mask:
+                    mask = override(mask, point.mask)
+                update = {
+                    "name": curve.variant_at(name, value, base.name),
+                    "title": f"{base.title}, {curve.title} {value}",
+                    "role": "curve",
+                    "mask": mask,
+                    "flags": override(base.flags, _without_flags_of_experts(point.flags, base)),
+                    "vocab_size": point.vocab_size,
+                    "base": base.name,
+                    "curve": name,
+                    "point": value,
+                    "seeds": point.seeds or curve.seeds or self.seeds,
+                }
+                yield base.model_copy(update=update)
+
+
+def _without_flags_of_experts(flags: Flags, base: Variant) -> Flags:
+    """Return the flags that a variant can have: a model without experts has no number of experts."""
+    return flags if base.has_experts else {name: words for name, words in flags.items() if name != "num-experts"}
+
+
+def _read_with_base(path: Path) -> object:
+    """Read a suite file. The suite that its key `extends` names provides the keys that the file lacks.
+
+    Flags of both are merged. Variants, titles, and the keys that name variants are not taken from the other suite.
+
+    Raises:
+        UserError: a file cannot be read, or the other suite extends a further one.
+    """
+    content = read_words(path, "suite")
+    if not isinstance(content, dict) or "extends" not in content:
+        return content
+    base = read_words(path.parent / str(content.pop("extends")), "suite")
+    if not isinstance(base, dict) or "extends" in base:
+        raise UserError(f"suite {path}: `extends` must name a suite that extends no other")
+    inherited = {key: value for key, value in base.items() if key in _INHERITED_KEYS}
+    for key in _MERGED_KEYS & inherited.keys() & content.keys():
+        if isinstance(content[key], dict) and isinstance(inherited[key], dict):
+            content[key] = {**inherited[key], **content[key]}
+    return {**inherited, **content}
 
 
 def _check_references(variants: Mapping[str, Variant], baselines: tuple[str, ...]) -> None:

@@ -24,6 +24,7 @@ _FIXED_ARGS: dict[str, Any] = {
     "experimental_attention_variant": None,
     "glu_linear_offset": 0.0,
     "heterogeneous_layers_config_path": None,
+    "home_expert_logit": 0.0,
     "hybrid_layer_pattern": None,
     "layernorm_zero_centered_gamma": False,
     "linear_attention_freq": None,
@@ -35,10 +36,12 @@ _FIXED_ARGS: dict[str, Any] = {
     "qk_l2_norm": False,
     "quick_geglu": False,
     "rotary_interleaved": False,
+    "routing_weight": "probability",
     "softmax_type": "vanilla",
     "squared_relu": False,
     "swiglu": True,
     "use_mup": False,
+    "visible_experts_warmup_iters": 0,
     "window_size": None,
 }
 # Names of other values in errors, for arguments whose flag would mislead.
@@ -359,4 +362,11 @@ def _inexpressible(args: Namespace) -> list[str]:
 def _default_args() -> dict[str, Any]:
     """Return the defaults of all arguments; checkpoints of older versions, or without experts, may lack some."""
     defaults = vars(add_megatron_arguments(ArgumentParser(allow_abbrev=False)).parse_args([]))
-    return defaults | _YARN_WITHOUT_FLAGS | {"moe_aux_loss_tokens": "all", "qk_layernorm_all_heads": False}
+    of_maskmoe = {
+        "moe_aux_loss_tokens": "all",
+        "qk_layernorm_all_heads": False,
+        "routing_weight": "probability",
+        "home_expert_logit": 0.0,
+        "visible_experts_warmup_iters": 0,
+    }
+    return defaults | _YARN_WITHOUT_FLAGS | of_maskmoe

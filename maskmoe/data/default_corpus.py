@@ -10,9 +10,9 @@ from pathlib import Path
 
 _SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "encodings"}  # encodings: generated tables
-_MIN_BYTES = 256
+MIN_FILE_BYTES = 256
 # A larger file would make up a large part of the held-out text, of which there are about 600 kB.
-_MAX_BYTES = 1 << 15
+MAX_FILE_BYTES = 1 << 15
 _MAX_LINE_BYTES = 1000  # longer lines mean generated code or data
 _MAX_DIGIT_SHARE = 0.3
 _TABLE_LINES = 200
@@ -89,7 +89,7 @@ def _text_files(root: Path) -> Iterator[Path]:
 def _read_text(path: Path) -> bytes:
     """Return the content of a file, or nothing if the file is unreadable or does not belong into the corpus."""
     try:
-        if not _MIN_BYTES <= path.stat().st_size <= _MAX_BYTES:
+        if not MIN_FILE_BYTES <= path.stat().st_size <= MAX_FILE_BYTES:
             return b""
         data = path.read_bytes()
         data.decode("utf-8")

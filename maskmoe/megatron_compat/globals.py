@@ -23,5 +23,33 @@ get_timers = cast(Callable[[], Timers], global_vars.get_timers)
 get_signal_handler = cast(Callable[[], DistributedSignalHandler], global_vars.get_signal_handler)
 """Returns the handler of `--exit-signal`."""
 
-open_tensorboard_writer = cast(Callable[[Namespace], None], global_vars._set_tensorboard_writer)
-"""Opens TensorBoard's writer on the last rank. Megatron itself does this only for `--tensorboard-dir`."""
+# The arguments for which `set_global_variables` opens a writer on the last rank, and their values without a writer.
+_NO_WRITERS = {"tensorboard_dir": None, "wandb_project": "", "enable_one_logger": False}
+
+
+def set_globals_without_writers(args: Namespace) -> None:
+    """Set all global variables but the writers, which would write files before all settings are checked.
+
+    Args:
+        args: Megatron's validated arguments, which are the same after the call.
+    """
+    held_back = {name: getattr(args, name) for name in _NO_WRITERS}
+    vars(args).update(_NO_WRITERS)
+    try:
+        global_vars.set_global_variables(args)
+    finally:
+        vars(args).update(held_back)
+
+
+def open_writers(args: Namespace) -> None:
+    """Open the writers of TensorBoard, Weights & Biases and one-logger that the arguments ask for, on the last rank.
+
+    Args:
+        args: The arguments of `set_globals_without_writers`.
+    """
+    for set_writer in (
+        global_vars._set_tensorboard_writer,
+        global_vars._set_wandb_writer,
+        global_vars._set_one_logger,
+    ):
+        set_writer(args)

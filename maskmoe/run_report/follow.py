@@ -1,8 +1,8 @@
 """The program that keeps the page of a running training up to date: `python -m maskmoe.run_report.follow`.
 
-Training starts this program, which reads its commands from stdin: `UPDATE` writes the page, `END` writes the page a
-last time and ends the program. If the training is killed, the program notices this and ends in the same way. If a page
-cannot be written, the program prints one line of warning and continues.
+Training starts this program with the lowest priority. The program reads its commands from stdin: `UPDATE` writes the
+page, `END` writes the page a last time and ends the program. If the training is killed, the program notices this and
+ends in the same way. If a page cannot be written, the program prints one line of warning and continues.
 """
 
 import logging
@@ -66,7 +66,6 @@ class Follower:
 def main() -> None:
     """Follow the run whose event folder, name and page are on the command line."""
     events, name, path = sys.argv[1:]
-    os.nice(19)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no notices of its font cache
     parent = os.getppid()
     follower = Follower(Path(events), name, Path(path))

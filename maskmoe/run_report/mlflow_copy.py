@@ -6,9 +6,9 @@ from itertools import batched
 from pathlib import Path
 from typing import Any
 
-from maskmoe.outputs import atomic_output
 from maskmoe.run_report.events import EventFolder, Scalar
 from maskmoe.run_report.facts import OWN_TEXT
+from maskmoe.run_report.run_id import find_or_make_id
 
 RUN_ID = "mlflow_run_id"
 """The file of the run folder with the id of the run at MLflow."""
@@ -85,15 +85,12 @@ class MlflowCopy:
         return self._newest_step[name]
 
     def _find_or_make_run(self, run_folder: Path, experiment: str) -> str:
-        path = run_folder / RUN_ID
-        if path.exists():
-            return path.read_text().strip()
-        found = self._client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
-        run_id = self._client.create_run(experiment_id, run_name=run_folder.resolve().name).info.run_id
-        with atomic_output(path) as unfinished:
-            unfinished.write_text(run_id + "\n")
-        return run_id
+        def make_run() -> str:
+            found = self._client.get_experiment_by_name(experiment)
+            experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+            return self._client.create_run(experiment_id, run_name=run_folder.resolve().name).info.run_id
+
+        return find_or_make_id(run_folder / RUN_ID, make_run)
 
 
 def _allowed(name: str) -> str:

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from maskmoe import ranges
+from maskmoe.check.assumed_gpu import add_assumed_gpu_arguments
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
@@ -32,6 +33,31 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         choices=["all", "routable"],
         default="all",
         help="average the load-balancing loss over all tokens, or over the tokens with two or more visible experts",
+    )
+    group.add_argument(
+        "--home-expert-logit",
+        type=float,
+        default=0.0,
+        metavar="H",
+        help="for ids with V >= 2 visible experts, add H to the logit of the id's home expert. At the start, this "
+        "expert is chosen with weight e^H / (e^H + V - 1). Needs a mask built with --home-experts (default: 0)",
+    )
+    group.add_argument(
+        "--visible-experts-warmup-iters",
+        type=int,
+        default=0,
+        metavar="ITERATIONS",
+        help="for this many iterations from the beginning of training, each id sees only its home expert, then all its "
+        "visible experts. Needs a mask built with --home-experts (default: 0)",
+    )
+    group.add_argument(
+        "--routing-weight",
+        choices=["probability", "scaled", "one"],
+        default="probability",
+        help="the weight of a selected expert: its probability; its probability times V / min(k, V) for V visible "
+        "experts, which is 1 for k = 1 as long as the router is undecided; or exactly 1 (for k > 1, weights with the "
+        "sum 1), with the gradient of the probability's logarithm. Ids with one visible expert have weight 1 in any "
+        "case (default: probability)",
     )
     group.add_argument(
         "--qk-layernorm-all-heads",
@@ -85,9 +111,9 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         nargs="?",
         const=os.environ.get("WORLD_SIZE", "1"),
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
-        "default WORLD_SIZE or 1; print the layout, parameters and memory of the run, and every error. Needs no GPU "
-        "and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex unless "
-        "--distributed-backend gloo is given",
+        "default WORLD_SIZE or 1; print layout, parameters, memory and cost of the run, and every error. Needs no "
+        "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex "
+        "unless --distributed-backend gloo is given",
     )
     parser.add_argument(
         "--json",
@@ -95,4 +121,5 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         action="store_true",
         help="print the report of --check as one JSON object; maskmoe/check/report.py documents its keys",
     )
+    add_assumed_gpu_arguments(parser)
     return parser

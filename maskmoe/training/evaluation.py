@@ -208,7 +208,7 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
 
 def main() -> None:
     """Evaluate as the command line says."""
-    args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None)
+    args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None).args
     check_output(args.eval_output, args)
     texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
     with leaving_process_groups():

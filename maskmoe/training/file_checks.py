@@ -20,10 +20,13 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import parse_data_path
+from maskmoe.routing_mask.home_experts import check_has_homes
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import may_change_mask
 
 _CHUNK_TOKENS = 1 << 24
+# Types whose model is a file or folder on this machine, or that need no model but must not be given a missing one.
+_LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", *TOKENIZER_TYPES}
 
 
 def check_tokenizer(args: Namespace) -> str | None:
@@ -43,11 +46,13 @@ def check_tokenizer(args: Namespace) -> str | None:
         raise UserError("--tokenizer-type is missing")
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
-    if args.tokenizer_type not in TOKENIZER_TYPES or args.tokenizer_model is None:
+    if args.tokenizer_type not in _LOCAL_TOKENIZERS or args.tokenizer_model is None:
         return None
     model = Path(args.tokenizer_model)
     if not model.exists():
         raise UserError(f"--tokenizer-model {model} does not exist")
+    if args.tokenizer_type not in TOKENIZER_TYPES:
+        return None
     if args.tokenizer_type == "HuggingFaceTokenizer" and model.is_dir():
         model /= "tokenizer.json"
     if not model.is_file():
@@ -98,7 +103,7 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         mask: the routing mask of the run.
 
     Raises:
-        UserError: a size or the tokenizer differs; the message names both values.
+        UserError: a size or the tokenizer differs; the message names both values. Or the mask lacks home experts.
     """
     vocab_size = get_tokenizer().vocab_size
     has_sizes_of_checkpoint = args.routing_mask is None or may_change_mask(args)
@@ -113,6 +118,10 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         # A rank-local mask works with any layout; its expert-parallel size matters only for the speed of training.
         expert_model_parallel_size=None if args.skip_train else args.expert_model_parallel_size,
     )
+    if args.home_expert_logit:
+        check_has_homes(mask, "--home-expert-logit")
+    if args.visible_experts_warmup_iters:
+        check_has_homes(mask, "--visible-experts-warmup-iters")
     if mask.provenance.tokenizer is not None:
         _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
 

@@ -195,7 +195,7 @@ def _show_text(loop: PromptLoop | None, tokens: list[int]) -> bool:
 
 def main() -> None:
     """Generate as the command line says."""
-    args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False)
+    args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False).args
     check_generation(args)
     prompts = Prompts(args)
     check_output(args.sample_output, args)

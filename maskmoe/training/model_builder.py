@@ -20,6 +20,7 @@ from maskmoe.transformer.hybrid_layer_specs import get_maskmoe_hybrid_stack_spec
 from maskmoe.transformer.hybrid_model import DenseHybridModel, MaskMoEHybridModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.routing_weight import RoutingWeight
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
@@ -35,6 +36,15 @@ class RoutingSettings:
 
     aux_loss_tokens: AuxLossTokens = "all"
     """Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`."""
+
+    home_expert_logit: float = 0.0
+    """Added to the logits of home experts, see `VisibleExperts`."""
+
+    visible_experts_warmup_iters: int = 0
+    """The first iterations, in which every id sees only its home expert, see `VisibleExperts`."""
+
+    routing_weight: RoutingWeight = "probability"
+    """The weight of a selected expert, see `MaskMoERouter`."""
 
     qk_layernorm_all_heads: bool = False
     """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
@@ -113,7 +123,16 @@ class StageBuilder:
         if settings.replaced_routing_mask is not None:
             of_checkpoint = read_routing_mask(settings.replaced_routing_mask)
             replaced = of_checkpoint if of_checkpoint.digest != mask.digest else None
-        return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced, self.feed_forward_layers())
+        return VisibleExperts(
+            settings.transformer,
+            mask,
+            pg_collection,
+            vp_stage,
+            replaced,
+            self.feed_forward_layers(),
+            home_logit=settings.home_expert_logit,
+            warmup_iters=settings.visible_experts_warmup_iters,
+        )
 
     def feed_forward_layers(self) -> FeedForwardLayers | None:
         """Return the feed-forward layers of the whole model; None for those of a `GPTModel`."""
@@ -134,7 +153,10 @@ class MaskMoEGPTModelBuilder(StageBuilder, GPTModelBuilder):
         """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""
         settings = self._model_config
         config = settings.transformer
-        described = (config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads)
+        described = (
+            *(config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads),
+            settings.routing_weight,
+        )
         return {
             "transformer_layer_spec": get_maskmoe_decoder_block_spec(*described),
             "mtp_block_spec": get_maskmoe_mtp_block_spec(*described) if config.mtp_num_layers else None,
@@ -154,5 +176,8 @@ class MaskMoEHybridModelBuilder(StageBuilder, HybridModelBuilder):
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's layers, multi-token prediction included."""
         settings = self._model_config
-        described = (visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads)
+        described = (
+            *(visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads),
+            settings.routing_weight,
+        )
         return {"hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(settings.transformer, *described)}

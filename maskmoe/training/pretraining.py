@@ -23,7 +23,7 @@ from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import locked_folder
 from maskmoe.launch.run_folder import run_folder
-from maskmoe.megatron_compat.globals import get_timers
+from maskmoe.megatron_compat.globals import get_args, get_timers, open_writers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
@@ -32,18 +32,21 @@ from maskmoe.training.console import console
 from maskmoe.training.failures import DataFiles, handling_early_ends, reporting_end, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.header import show_header
+from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
-from maskmoe.training.resume import checkpoint_to_load
+from maskmoe.training.resume import mend_tracker
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
-from maskmoe.training.run_report import RunReport
+from maskmoe.training.run_report import RunReport, choose_event_folder
 from maskmoe.training.saved_arguments import FILE_NAME, save_arguments
 from maskmoe.training.setup import (
-    find_routing_mask,
+    CheckedRun,
     leaving_process_groups,
     model_config_from_args,
     parse_and_check_args,
 )
+from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
+from maskmoe.training.wandb_run import take_run_id
 from maskmoe.training.watchdog import Watchdog
 
 _DATA_FILES_A_STEP = 8
@@ -59,6 +62,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module, before: Iterab
     """
     for call in before:
         call()
+    set_iteration_of_visible_experts(get_args(), model)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
@@ -138,14 +142,18 @@ def _open_run_folder(args: Namespace) -> Path | None:
 def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
-    args = parse_and_check_args(add_pretraining_arguments)
-    if vars(args).pop("is_complete"):
+    run = parse_and_check_args(add_pretraining_arguments)
+    if run.is_complete:
         return
     check_launched()
-    let_signals_save = save_on_signals(args)
+    model_config = model_config_from_args(run.args)
+    let_signals_save = save_on_signals(run.args)
+    # A refused run leaves no files, so wait until no rank can refuse the run any more.
     ranks = RankStore.from_environment()
-    with locked_by_first_rank(args.save, ranks):
-        train(args, ranks, let_signals_save)
+    ranks.wait_for_all("checks")
+    with locked_by_first_rank(run.args.save, ranks):
+        mend_tracker(run.args, ranks)
+        train(run, model_config, ranks, let_signals_save)
 
 
 @contextmanager
@@ -175,24 +183,29 @@ def locked_by_first_rank(save: str | None, ranks: RankStore) -> Iterator[None]:
         yield
 
 
-def train(args: Namespace, ranks: RankStore, let_signals_save: Callable[[], object]) -> None:
+def train(
+    run: CheckedRun, model_config: MaskMoEModelConfig, ranks: RankStore, let_signals_save: Callable[[], object]
+) -> None:
     """Train, and handle the ways in which the run may end early.
 
     Args:
-        args: Megatron's arguments.
+        run: The run, which no rank has refused.
+        model_config: The model of the run.
         ranks: Messages between the ranks.
         let_signals_save: Makes signals save a checkpoint, see `save_on_signals`.
     """
+    args = run.args
     watchdog = Watchdog(ranks, hang_timeout(args))
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
-    model_config = model_config_from_args(args)
     if args.num_experts:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
         if args.hybrid_layer_pattern is not None:
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
-    mask = find_routing_mask(args, checkpoint_to_load(args), lambda _: None)
-    model_config.pre_wrap_hooks.append(lambda chunks: show_header(args, mask, _open_run_folder(args), chunks))
+    model_config.pre_wrap_hooks.append(lambda chunks: show_header(args, run.mask, _open_run_folder(args), chunks))
+    choose_event_folder(args)
+    take_run_id(args)
+    open_writers(args)
     report = RunReport(args)
     before_each = (
         console.end_of_loading,

@@ -64,6 +64,12 @@ class RankStore:
             self.store.set(key, message)
         return self.store.get(key).decode()
 
+    def wait_for_all(self, key: str) -> None:
+        """Return when all ranks have called this; all ranks must call this once for each key."""
+        if self.store.add(f"{key}/ranks", 1) == self.world_size:
+            self.store.set(f"{key}/all", "")
+        self.store.get(f"{key}/all")
+
     def beside(self) -> "RankStore":
         """Return the same messages over a connection of its own, for another thread."""
         return replace(self, store=self.store.clone())

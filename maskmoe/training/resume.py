@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from argparse import Namespace
 from itertools import count
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
+from megatron.training.checkpointing import load_args_from_checkpoint
 
 from maskmoe.checkpoint.gpt_twins import without_new_layers
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
@@ -31,6 +33,9 @@ _MODEL_ARGUMENTS = (
     *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
     *("num_experts", "moe_ffn_hidden_size", "moe_router_enable_expert_bias", "moe_latent_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    "routing_weight",
+    "home_expert_logit",
+    "visible_experts_warmup_iters",
     *("position_embedding_type", "max_position_embeddings", "untie_embeddings_and_output_weights"),
     *_LATENT_SIZES,
 )
@@ -40,6 +45,9 @@ _NAMELESS_OPTIMIZER_FORMATS = ("dp_reshardable", "dp_zero_gather_scatter")
 _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
     *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads"),
     *("moe_router_group_topk", "moe_router_num_groups", "moe_shared_expert_gate"),
+    "routing_weight",
+    "home_expert_logit",
+    "visible_experts_warmup_iters",
     *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
     *("multi_latent_attention", *_LATENT_SIZES, "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
     *_YARN_WITHOUT_FLAGS,
@@ -49,8 +57,7 @@ _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
 def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
     """Return the checkpoint to load, whose content all ranks verify together; None to start from the beginning.
 
-    Damaged checkpoints are skipped with a warning. An unusable tracker is rewritten, since Megatron cannot start with
-    it.
+    Damaged checkpoints are skipped with a warning.
 
     Args:
         args: Megatron's arguments, of which `load`, `ckpt_step` and `verify_checkpoint` are used.
@@ -81,9 +88,6 @@ def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
         warnings = [f"checkpoint {damage}" for damage in choice.rejected]
         if choice.rejected:
             warnings.append(f"resuming from {chosen}" if chosen else "starting from the beginning")
-        if choice.iteration is not None and args.ckpt_step is None and read_tracker(args.load) is None:
-            write_tracker(args.load, choice.iteration)
-            warnings.append(f"the tracker file in {args.load} was unusable; it names iteration {choice.iteration} now")
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         answer = ["chosen", str(chosen or "")]
@@ -94,6 +98,49 @@ def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
     finally:
         # The other ranks wait for an answer, so send one even if this rank fails.
         ranks.broadcast(next(questions), json.dumps(answer))
+
+
+def mend_tracker(args: Namespace, ranks: RankStore) -> None:
+    """Rewrite an unusable tracker of `--load` on the first rank, since Megatron cannot load a checkpoint with it.
+
+    Call this when no rank can refuse the run any more.
+
+    Args:
+        args: Megatron's arguments, with the iteration of the chosen checkpoint in `args.ckpt_step`.
+        ranks: The ranks of the run.
+    """
+    if ranks.rank > 0 or args.load is None or args.ckpt_step is None or read_tracker(args.load) is not None:
+        return
+    write_tracker(args.load, args.ckpt_step)
+    print(
+        f"warning: the tracker file in {args.load} was unusable; it names iteration {args.ckpt_step} now",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
+    """Return the arguments, completed by the settings of a checkpoint as Megatron does for `--use-checkpoint-args`.
+
+    Megatron would prefer the tokenizer of the checkpoint to the tokenizer of the command line, without a word.
+
+    Args:
+        args: Megatron's parsed arguments.
+        checkpoint: The checkpoint.
+    """
+    given_type, given_model, load = args.tokenizer_type, args.tokenizer_model, args.load
+    # Megatron reads the checkpoint that a tracker names. The tracker of the checkpoint's own folder may be unusable.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / checkpoint.name).symlink_to(checkpoint.absolute())
+        write_tracker(folder, RELEASE if args.ckpt_step is None else args.ckpt_step)
+        args.load = folder
+        args, _ = load_args_from_checkpoint(args)
+    args.load = load
+    if given_type is not None and given_type != args.tokenizer_type:
+        args.tokenizer_type, args.tokenizer_model = given_type, None
+    if given_model is not None or args.tokenizer_type == "NullTokenizer":  # which needs no model
+        args.tokenizer_model = given_model
+    return args
 
 
 def _answer_first_rank(ranks: RankStore) -> Path | None:

@@ -1,5 +1,6 @@
 """Keeps the page report.html of the running training up to date, without disturbing the training."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -15,22 +16,22 @@ from torch.utils.tensorboard import SummaryWriter
 
 import maskmoe
 from maskmoe.launch.run_folder import TENSORBOARD, run_folder
-from maskmoe.megatron_compat.globals import open_tensorboard_writer
 from maskmoe.run_report.facts import OWN_TEXT
 from maskmoe.run_report.follow import END, UPDATE
 from maskmoe.run_report.page import REPORT
 
 _MOST_SECONDS_FOR_LAST_PAGE = 30.0
+_LOWEST_PRIORITY = 19
 
 
 class RunReport:
     """Writes the page of a run from time to time, in a process of its own; does nothing on most ranks.
 
     The page is drawn from TensorBoard's event files, which the last rank writes. So the last rank has the process.
-    Without `--tensorboard-dir`, event files go to the folder `tensorboard` of the run folder.
 
     Args:
-        args: Megatron's arguments, after Megatron has opened the writer of `--tensorboard-dir`.
+        args: Megatron's arguments, after `choose_event_folder`, and after Megatron has opened the writer of
+            `--tensorboard-dir`.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -41,9 +42,6 @@ class RunReport:
         folder = run_folder(args.save, args.tensorboard_dir)
         if folder is None or not self._interval:
             return
-        if args.tensorboard_dir is None:
-            args.tensorboard_dir = str(folder / TENSORBOARD)
-            open_tensorboard_writer(args)
         self._writer = get_tensorboard_writer()
         if self._writer is None:
             return
@@ -61,6 +59,8 @@ class RunReport:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
+            # From its first moment the process takes only the time that training leaves.
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, _LOWEST_PRIORITY)
         except OSError as error:
             print(f"warning: {folder / REPORT} is not written: {error}", file=sys.stderr, flush=True)
 
@@ -91,6 +91,13 @@ class RunReport:
             with suppress(BrokenPipeError):  # the process was killed
                 self._process.stdin.write(command)
                 self._process.stdin.flush()
+
+
+def choose_event_folder(args: Namespace) -> None:
+    """Choose the folder `tensorboard` of the run folder for event files if the run has a page and no other folder."""
+    folder = run_folder(args.save, args.tensorboard_dir)
+    if folder is not None and args.report_interval and args.tensorboard_dir is None:
+        args.tensorboard_dir = str(folder / TENSORBOARD)
 
 
 def log_facts(facts: Mapping[str, str]) -> None:

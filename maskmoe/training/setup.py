@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from megatron.core.enums import ModelType
@@ -18,8 +18,7 @@ from megatron.training.argument_utils import (
     hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_and_validate_args, parse_args
-from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.arguments import parse_args, validate_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
@@ -28,7 +27,7 @@ from maskmoe.checkpoint.series import iteration_of
 from maskmoe.command_line import refuse_unknown_flags
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat import cpu
-from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.change import MaskChange
@@ -44,16 +43,33 @@ from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.refusals import check_supported
+from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import wandb_defaults
 from maskmoe.transformer.visible_experts import check_same_mask
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
+class CheckedRun(NamedTuple):
+    """A run whose settings and files this rank has checked.
+
+    Attributes:
+        args: Megatron's validated arguments.
+        mask: The routing mask; None for a model without experts.
+        is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
+    """
+
+    args: Namespace
+    mask: RoutingMask | None
+    is_complete: bool
+
+
 def parse_and_check_args(
     own_arguments: ArgumentsProvider = lambda parser: parser, reads_data: Callable[[Namespace], bool] = lambda _: True
-) -> Namespace:
+) -> CheckedRun:
     """Parse the command line, check all settings and files in it, and set Megatron's global variables.
+
+    The function changes no file and makes none, and does not open Megatron's writers.
 
     Args:
         own_arguments: Adds the arguments of one entry point to the arguments of all entry points.
@@ -84,8 +100,7 @@ def parse_and_check_args(
             raise UserError(f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}")
         # Set them as defaults, so that the command line overrides them.
         chosen |= resume.further_checkpoint_args(args, checkpoint)
-        args = parse_args(add_arguments)
-        args, _ = load_args_from_checkpoint(args)
+        args = resume.take_settings_of_checkpoint(parse_args(add_arguments), checkpoint)
         check_ranges(args)
     # Check settings and files, before and after Megatron validates and completes the arguments.
     check_supported(args)
@@ -97,9 +112,10 @@ def parse_and_check_args(
     tokenizer_sha256 = file_checks.check_tokenizer(args)
     file_checks.check_save_folder(args)
     mask = find_routing_mask(args, checkpoint, console.say)
-    chosen |= wandb_defaults(args)
+    vars(args).update(wandb_defaults(args))
     with megatrons_checks():
-        args = cast(Namespace, parse_and_validate_args(add_arguments))
+        validate_args(args)
+        set_globals_without_writers(args)
     args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint
     if checkpoint is not None:
         resume.check_same_model(args, checkpoint)
@@ -118,8 +134,7 @@ def parse_and_check_args(
         raise UserError(error)
     for note in changed.notes:
         console.say(f"note: {note}")
-    args.is_complete = changed.is_complete  # for the entry point, not for checkpoints
-    return args
+    return CheckedRun(args, mask, changed.is_complete)
 
 
 def _report_missing_packages() -> None:
@@ -184,6 +199,8 @@ def _describe_change(old: RoutingMask, new: RoutingMask, num_ranks: int) -> str:
 def load_model(args: Namespace) -> torch.nn.Module:
     """Initialise Megatron and return this rank's part of the model, with the weights of the checkpoint in `--load`.
 
+    Megatron's writers stay closed, since only training logs to them.
+
     Raises:
         UserError: `--load` holds no checkpoint, the pipeline is interleaved, which is for training only, or no launcher
             has started this rank.
@@ -198,12 +215,16 @@ def load_model(args: Namespace) -> torch.nn.Module:
         )
     check_launched()
     console.load("building the model and reading the checkpoint")
-    initialize_megatron(store=RankStore.from_environment().for_process_groups)
+    ranks = RankStore.from_environment()
+    ranks.wait_for_all("checks")
+    resume.mend_tracker(args, ranks)
+    initialize_megatron(store=ranks.for_process_groups)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, model_config_from_args(args)),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    set_iteration_of_visible_experts(args, model[0])
     return model[0]
 
 
@@ -225,6 +246,9 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
         config.routing_mask = Path(cast(Path, args.routing_mask or checkpoint))
         config.replaced_routing_mask = checkpoint if may_change_mask(args) else None
     config.aux_loss_tokens = args.moe_aux_loss_tokens
+    config.routing_weight = args.routing_weight
+    config.home_expert_logit = args.home_expert_logit
+    config.visible_experts_warmup_iters = args.visible_experts_warmup_iters
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default
     return config

@@ -1,7 +1,6 @@
 """Log-likelihoods of texts, defined as in lm-evaluation-harness for the request types of its `hf` model."""
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -14,6 +13,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from maskmoe.errors import UserError
+from maskmoe.json_lines import Line, read_lines
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.training.batch import losses_of_all, sum_over_ranks
 
@@ -64,28 +64,17 @@ def read_texts(path: str | Path) -> list[Text]:
     Raises:
         UserError: The file cannot be read, a line is not such an object, or the file has no texts.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {error}") from error
-        if not isinstance(values, dict) or not ("text" in values or {"context", "continuation"} <= values.keys()):
-            raise UserError(f'{where}: must be {{"text": …}} or {{"context": …, "continuation": …}}')
-        text = Text(None, values["text"]) if "text" in values else Text(values["context"], values["continuation"])
-        if not isinstance(text.continuation, str) or not isinstance(text.context, str | None):
-            raise UserError(f"{where}: a text must be a string")
-        texts.append(text)
-    if not texts:
-        raise UserError(f"{path} has no texts")
-    return texts
+    return [_text_of(line) for line in read_lines(Path(path), "--eval-texts")]
+
+
+def _text_of(line: Line) -> Text:
+    values = line.parse()
+    if not ("text" in values or {"context", "continuation"} <= values.keys()):
+        raise UserError(f'{line.place} must be {{"text": …}} or {{"context": …, "continuation": …}}')
+    text = Text(None, values["text"]) if "text" in values else Text(values["context"], values["continuation"])
+    if not isinstance(text.continuation, str) or not isinstance(text.context, str | None):
+        raise UserError(f"{line.place} has a text that is not a string")
+    return text
 
 
 class Window(NamedTuple):

@@ -4,22 +4,20 @@ import os
 import uuid
 from argparse import Namespace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from maskmoe.errors import UserError
 from maskmoe.launch.run_folder import run_folder
-from maskmoe.outputs import atomic_output
+from maskmoe.run_report.run_id import find_or_make_id
 
 RUN_ID = "wandb_run_id"
 """The file of the run folder with the id of the run at Weights & Biases."""
 
 
 def wandb_defaults(args: Namespace) -> dict[str, Any]:
-    """Prepare the run for `--wandb-project`, and return defaults of Megatron's flags; empty without the flag.
+    """Return the values of Megatron's flags that `--wandb-project` sets by default; empty without the flag.
 
-    By default, the run has the name of the run folder, and its files are in `wandb` there. The last rank, which logs,
-    takes the id of the run from the run folder, or makes an id, unless `WANDB_RUN_ID` is set.
+    By default, the run has the name of the run folder, and its files are in `wandb` there.
 
     Raises:
         UserError: The package is not installed, or the run has no folder.
@@ -31,20 +29,19 @@ def wandb_defaults(args: Namespace) -> dict[str, Any]:
     folder = run_folder(args.save, args.tensorboard_dir)
     if folder is None:
         raise UserError("--wandb-project needs a run folder: pass --save or --tensorboard-dir")
-    if args.rank == args.world_size - 1 and not os.environ.get("WANDB_RUN_ID"):
-        os.environ["WANDB_RUN_ID"] = _find_or_make_id(folder)
-        os.environ.setdefault("WANDB_RESUME", "allow")
     # Megatron would use the folder of the checkpoints, in which only checkpoints belong.
     defaults = {"wandb_exp_name": folder.name, "wandb_save_dir": str(folder)}
     return {name: value for name, value in defaults.items() if getattr(args, name) is None}
 
 
-def _find_or_make_id(folder: Path) -> str:
-    path = folder / RUN_ID
-    if path.exists():
-        return path.read_text().strip()
-    run_id = uuid.uuid4().hex[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_output(path) as unfinished:
-        unfinished.write_text(run_id + "\n")
-    return run_id
+def take_run_id(args: Namespace) -> None:
+    """Let the last rank, which logs to Weights & Biases, continue the run whose id is in the run folder.
+
+    Without an id in the folder, the rank makes one. Nothing is done without `--wandb-project`, or if `WANDB_RUN_ID` is
+    set.
+    """
+    folder = run_folder(args.save, args.tensorboard_dir)
+    is_logging = getattr(args, "wandb_project", None) and args.rank == args.world_size - 1
+    if folder is not None and is_logging and not os.environ.get("WANDB_RUN_ID"):
+        os.environ["WANDB_RUN_ID"] = find_or_make_id(folder / RUN_ID, lambda: uuid.uuid4().hex[:12])
+        os.environ.setdefault("WANDB_RESUME", "allow")

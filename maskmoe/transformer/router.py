@@ -19,7 +19,8 @@ from maskmoe.transformer.router_losses import attach_losses
 from maskmoe.transformer.router_sums import AuxLossTokens, LossSums, MaskedLogitsSums
 from maskmoe.transformer.routing_replay import REPLAYS, next_choice, record_choice, select_replayed
 from maskmoe.transformer.routing_statistics import RoutingStatistics, sum_tokens
-from maskmoe.transformer.selection import MaskedLogits, preference_scores, select_experts
+from maskmoe.transformer.routing_weight import RoutingWeight, weights_of_probs
+from maskmoe.transformer.selection import MaskedLogits, preference_scores, raise_home_logits, select_experts
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts, VisibleExpertsReference
 
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 class MaskMoERouter(TopKRouter):
     """The router of MaskMoE (arXiv 2407.09816): Megatron-Core's `TopKRouter` under a routing mask.
 
-    1. Compute the logits as `TopKRouter` does.
+    1. Compute the logits as `TopKRouter` does. [Optional] Raise the logits of home experts, which all further steps
+       and losses see.
     2. Set the logits of invisible experts to -inf.
     3. Attach the z-loss and the load-balancing losses, all over the masked logits.
     4. Select the top `min(k, V)` of the V visible experts (or of those in the chosen groups), or repeat a recorded
-       choice, see `routing_replay`. Weigh the selected experts with the configured score function.
+       choice, see `routing_replay`. Weigh the selected experts with the configured score function, and scale the
+       weights as `routing_weight` says. Losses and statistics see the weights before they are scaled.
     5. [Optional] Drop the tokens that exceed the experts' capacity.
 
     On GPUs, one Triton kernel does steps 2 to 4, see `kernels.routing`. With float64 logits, a capacity factor or
@@ -50,6 +53,7 @@ class MaskMoERouter(TopKRouter):
         is_mtp_layer: the router belongs to a layer of multi-token prediction.
         visible_experts: the model's routing mask.
         aux_loss_tokens: tokens that load-balancing losses count: `all`, or only `routable` ones (V ≥ 2).
+        routing_weight: the weight of a selected expert, see `weights_of_probs`.
 
     Attributes:
         statistics: sums over the tokens that were routed in training.
@@ -63,9 +67,11 @@ class MaskMoERouter(TopKRouter):
         *,
         visible_experts: VisibleExperts,
         aux_loss_tokens: AuxLossTokens = "all",
+        routing_weight: RoutingWeight = "probability",
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.aux_loss_tokens: AuxLossTokens = aux_loss_tokens
+        self.routing_weight: RoutingWeight = routing_weight
         assert self.num_experts is not None
         self.statistics = RoutingStatistics(self.num_experts)
         self._mask = VisibleExpertsReference(visible_experts)
@@ -122,6 +128,7 @@ class MaskMoERouter(TopKRouter):
     ) -> tuple[Tensor, Tensor]:
         """Choose among the visible experts by logits [sequence, batch, experts]; see `forward`."""
         attaches_losses = attaches_losses and self._has_losses()
+        logits = self._raise_home_logits(logits, token_ids)
         if self._runs_kernel(logits):
             return self._route_by_kernel(logits, token_ids, attaches_losses)
         masked = self._mask_logits(logits, token_ids)
@@ -143,6 +150,7 @@ class MaskMoERouter(TopKRouter):
         )
         # If k > V, invisible experts with weight 0 fill up to k. Remove them from the map.
         routing_map = routing_map & visible
+        probs = self._weigh(probs, token_ids)
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(
                 probs,
@@ -173,7 +181,7 @@ class MaskMoERouter(TopKRouter):
         tokens = hidden_states.flatten(0, 1)
         if not self._has_losses():
             return tokens
-        logits = self.gating(hidden_states)
+        logits = self._raise_home_logits(self.gating(hidden_states), token_ids)
         if self._runs_kernel(logits):
             sums: LossSums | None = self._call_kernel(logits, token_ids, has_sums=True).sums
             assert sums is not None
@@ -204,6 +212,20 @@ class MaskMoERouter(TopKRouter):
         if replay is not None:
             record_choice(replay, selected, visible)
         return selected
+
+    def _raise_home_logits(self, logits: Tensor, token_ids: TokenIds) -> Tensor:
+        """Return the logits [sequence, batch, experts] with those of home experts raised, if there is a home logit."""
+        home_logit = self.visible_experts.home_logit
+        if not home_logit:
+            return logits
+        return raise_home_logits(logits, self.visible_experts.homes(token_ids.ids.flatten(), self.table), home_logit)
+
+    def _weigh(self, probs: Tensor, token_ids: TokenIds) -> Tensor:
+        """Return the weights of the selected experts from their probabilities, [tokens, experts] each."""
+        if self.routing_weight == "probability":
+            return probs
+        visible = self.visible_experts(token_ids.ids.flatten(), self.table).experts
+        return weights_of_probs(probs, visible.sum(dim=-1), self.topk, self.routing_weight)
 
     def _mask_logits(self, logits: Tensor, token_ids: TokenIds) -> MaskedLogits:
         """Look up the visible sets of the tokens and mask the logits [sequence, batch, experts]."""
@@ -239,7 +261,7 @@ class MaskMoERouter(TopKRouter):
                 self.local_tokens_per_expert += sums.tokens_per_expert
             if self.is_recording:
                 self.statistics.add_tokens(sums.statistics)
-        return probs, routed.routing_map
+        return self._weigh(probs, token_ids), routed.routing_map
 
     def _call_kernel(self, logits: Tensor, token_ids: TokenIds, has_sums: bool) -> "Routed":
         """Call `kernels.routing.route_tokens` with the settings of this router."""
@@ -257,8 +279,7 @@ class MaskMoERouter(TopKRouter):
             has_z_loss=config.moe_z_loss_coeff is not None,
         )
         num_sequences = logits.shape[1] if self.get_aux_loss_coeff("seq_aux_loss") > 0 else 1
-        mask = self.visible_experts
-        tables = mask.row_of_id[self.table], mask.visible_bits[self.table]
+        tables = self.visible_experts.tensors_of_table(self.table)
         return route_tokens(logits, token_ids, *tables, rule, self.expert_bias, num_sequences, has_sums)
 
     def _has_losses(self) -> bool:

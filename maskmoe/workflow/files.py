@@ -14,7 +14,7 @@ class StageFiles:
         previous: folder that keeps the outputs of repeated stages.
         logs: folder of all logs.
         json_key: key of the text in JSON lines; the dataset's files contain the key in their names.
-        corpus: JSON lines with the text of the installed Python, if the user gives no text.
+        corpus: JSON lines with the text of the installed Python or of pinned packages, if the user gives no text.
         tokenizer_prefix: common start of the names of the tokenizer's files.
         tokenizer_model: SentencePiece model.
         dataset_stem: value of `--output-prefix` when the dataset is made.
@@ -60,6 +60,22 @@ class StageFiles:
         self.routing = folder / "routing"
         self.model = folder / "model"
         self.sample = folder / "sample.txt"
+
+    def held_out_corpus(self, name: str) -> Path:
+        """Return the path of the text of a further held-out set, beside `corpus`."""
+        return self.folder / f"corpus-{name}.jsonl"
+
+    def held_out_stem(self, name: str) -> Path:
+        """Return the value of `--output-prefix` when the dataset of a further held-out set is made."""
+        return self.folder / f"held-out-{name}"
+
+    def held_out_prefix(self, name: str) -> Path:
+        """Return the value of Megatron's `--data-path` for a further held-out set."""
+        return self.folder / f"held-out-{name}_{self.json_key}_document"
+
+    def evaluation_on(self, name: str) -> Path:
+        """Return the path of the result of the evaluation on a further held-out set."""
+        return self.folder / f"evaluation-{name}.json"
 
     def log(self, stage: str) -> Path:
         """Return the path of a stage's log."""

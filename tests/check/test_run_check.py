@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,16 +20,22 @@ from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
 from support.launchers import RANK_SCRIPTS, run_script_as_ranks
+from support.paths import ROOT
 from support.runs import free_port
 
+from maskmoe.check.assumed_gpu import AssumedGpu
 from maskmoe.check.command import requested_check
+from maskmoe.check.cost import TrainingCost
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import MemoryReport, StageMemory
 from maskmoe.check.missing import MissingInput
 from maskmoe.check.parameters import PARTS, Chunk, ExpertUse, ModelParameters
 from maskmoe.check.report import Report
+from maskmoe.comparison.cost import flops_per_token
+from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.errors import UserError
+from maskmoe.launch.model_file import ModelFile, flag_words
 from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import count_token_frequency
@@ -184,6 +191,14 @@ TWINS = {
     ),
 }
 KINDS = ("GPT", "hybrid")
+# Models whose operations Megatron counts. Its count leaves out latent attention and prediction in hybrid models.
+UNCOUNTED = ("hybrid with prediction, shared expert", "hybrid with latent attention")
+COUNTED = ARCHITECTURES | {name: flags for name, (flags, _) in HYBRIDS.items() if name not in UNCOUNTED}
+COUNTED["prediction by one layer twice"] = f"{LLAMA} --mtp-num-layers 2 --mtp-use-repeated-layer"
+COUNTED |= {name: FORWARD[name] for name in ("latent experts", "latent attention", "full recompute")}
+SUITES = ("small", "large")
+VOCAB_SIZE_OF_SUITES = 64000
+MODEL_FILES = ("12l-768d-maskmoe", "mixtral-8x7b", "fine-grained-22b", "qwen3-next-80b-a3b", "deepseek-v3")
 # The largest allowed ratio between estimated and measured activations, in either direction. The estimate leaves out
 # masks, indices and statistics of norms, 2 to 3 %. With dropout the estimate is 11 % too low, because a CPU keeps two
 # bytes for an element of a dropout mask, and a GPU keeps one byte.
@@ -241,13 +256,18 @@ class Bench:
     scratch: Path
 
     def run(
-        self, command: str, cases: dict[str, str], *, ranks: dict[str, int] | None = None, processes: int = 1
+        self,
+        command: str,
+        cases: Mapping[str, str | Sequence[str]],
+        *,
+        ranks: dict[str, int] | None = None,
+        processes: int = 1,
     ) -> list[dict[str, Any]]:
         """Run a command of the script on cases.
 
         Args:
             command: the command of the script.
-            cases: the flags of each case, besides `BASE`, by name.
+            cases: by name, the flags of each case besides `BASE`, or all words of its command line.
             ranks: the number of ranks that a case is checked for; 1 by default.
             processes: the number of ranks of the script.
 
@@ -259,8 +279,9 @@ class Bench:
         for name, flags in cases.items():
             # --global-batch-size cannot be as large as these ranks need, but the default of Megatron can.
             base = BASE.replace("--global-batch-size 8", "") if name == MANY_RANKS else BASE
-            words = [*shlex.split(base), "--routing-mask", "shared.safetensors", *shlex.split(flags)]
-            described[name] = {"ranks": (ranks or {}).get(name, 1), "flags": words}
+            if isinstance(flags, str):
+                flags = [*shlex.split(base), "--routing-mask", "shared.safetensors", *shlex.split(flags)]
+            described[name] = {"ranks": (ranks or {}).get(name, 1), "flags": flags}
         (folder / "cases.json").write_text(json.dumps(described))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MASTER_ADDR", "localhost")
@@ -305,6 +326,7 @@ def reports(bench) -> dict[str, Any]:
     }
     ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
     libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
+    libraries["another GPU"] = f"{LLAMA} {BF16} --assumed-mfu 0.5 --assumed-peak-tflops 100"
     cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | libraries | {MANY_RANKS: ""}
     return bench.run("report", cases, ranks=ranks)[0]
 
@@ -325,6 +347,75 @@ def test_parameters_are_those_of_the_built_model(name, reports, built):
     assert parameters["total"] == built[name]["parameters"]
     assert parameters["routed_experts"] == built[name]["expert_parameters"]
     assert sum(parameters["parts"].values()) == parameters["total"]
+
+
+@pytest.fixture(scope="module")
+def counts(bench) -> dict[str, Any]:
+    """The cost of each model, and Megatron's own count of operations."""
+    models = {name: ModelFile.read(ROOT / "launch" / "models" / f"{name}.yaml", {}) for name in MODEL_FILES}
+    ranks = {name: min(model.layouts, default=1) for name, model in models.items()}
+    files = {name: flag_words(model.flags_for(ranks[name])) for name, model in models.items()}
+    suites = {
+        f"{suite}, {name}": (*flag_words(variant.flags), "--vocab-size", str(VOCAB_SIZE_OF_SUITES))
+        for suite in SUITES
+        for name, variant in variants_of_suite(suite).items()
+    }
+    return bench.run("count", COUNTED | files | suites, ranks=ranks)[0]
+
+
+def variants_of_suite(name: str) -> dict[str, Variant]:
+    """Return variants of a suite whose models differ in size."""
+    suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
+    return {name: suite.variants[name] for name in ("dense", "maskmoe", "maskmoe-shared-expert")}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_operations_of_suites_are_those_of_a_check(suite, counts):
+    for name, variant in variants_of_suite(suite).items():
+        cost = counts[f"{suite}, {name}"]
+        assert flops_per_token(variant, VOCAB_SIZE_OF_SUITES) == cost["flops_per_token"]
+        assert cost["tokens"] == pytest.approx(100e9, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*COUNTED, *MODEL_FILES])
+def test_operations_are_those_that_megatron_counts(name, counts):
+    """Megatron also counts norms of latent attention and of multi-token prediction, at most 0.2 % of these models."""
+    cost = counts[name]
+    expected = cost["flops_of_megatron"] + cost["left_out_by_megatron"]
+    has_counted_norms = any(word in name for word in ("latent attention", "prediction", "fine-grained", "deepseek"))
+    assert cost["flops_per_token"] == pytest.approx(expected, rel=2e-3 if has_counted_norms else 1e-9)
+
+
+def test_operations_of_a_hybrid_model_are_those_of_its_gpt_model(reports):
+    for name in TWINS:
+        gpt, hybrid = (reports[f"{kind} twin, {name}"]["cost"] for kind in KINDS)
+        assert gpt == hybrid
+
+
+def test_recomputed_operations(reports):
+    """The forward pass of layers is a third of their operations; the logits are not computed again."""
+    whole = reports["full recompute"]["cost"]
+    layers = whole["flops_per_token"] / 3 - 2 * 64 * 512
+    assert whole["recomputed_flops_per_token"] == pytest.approx(layers)
+    half = reports["half recomputed"]["cost"]
+    assert half["recomputed_flops_per_token"] == pytest.approx(layers / 2)
+    # Four layers of 64 channels, whose queries see half of the 64 tokens.
+    attention = 2 * 4 * (64 + 64) * 64 / 2
+    assert reports["recomputed attention"]["cost"]["recomputed_flops_per_token"] == attention
+    # Each token passes through 2 gated experts of 48 channels and the router of 8 experts.
+    experts = 2 * 4 * 64 * (2 * 3 * 48 + 8)
+    assert reports["recomputed MoE"]["cost"]["recomputed_flops_per_token"] == attention + experts
+    assert reports["bf16"]["cost"]["recomputed_flops_per_token"] == 0
+
+
+def test_gpu_hours(reports):
+    cost = reports["bf16"]["cost"]
+    assert cost["tokens"] == 8 * 64
+    assert cost["flops"] == cost["flops_per_token"] * cost["tokens"]
+    assert cost["gpu"] == {"peak_tflops": 989.0, "utilization": 0.35}
+    assert cost["gpu_hours"] == pytest.approx(cost["flops"] / (0.35 * 989e12 * 3600))
+    other = reports["another GPU"]["cost"]
+    assert other["gpu_hours"] == pytest.approx(cost["flops"] / (0.5 * 100e12 * 3600))
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -638,7 +729,8 @@ def test_text_of_a_report():
         for gib in (2, 4)
     )
     memory = MemoryReport(stages, 1.4, ("the memory does not take --x into account",))
-    lines = Report((), ("something",), layout, model, memory).to_text().splitlines()
+    cost = TrainingCost(2e9, 5e8, 10**11, AssumedGpu(peak_tflops=1000, utilization=0.25))
+    lines = Report((), ("something",), layout, model, memory, cost).to_text().splitlines()
     for line in (
         "ranks         16",
         "  dense parts TP 2 × PP 2 × CP 1 × DP 4 = 16",
@@ -655,6 +747,9 @@ def test_text_of_a_report():
         "  total                          6.00",
         "  total of stages           3.00, 6.00",
         "  Note: the memory does not take --x into account.",
+        "cost          2 GFLOPs a token, forward and backward; 0.5 more for recomputation",
+        "  whole run   100 B tokens, 2.5e+20 FLOPs: 278 GPU-hours with 25% of 1,000 TFLOP/s a GPU, which is assumed, "
+        "not measured",
         "note: something",
         "no errors found",
     ):

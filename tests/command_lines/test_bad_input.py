@@ -307,7 +307,7 @@ BAD_PATHS = {
 }
 # The paths on the command lines of `COMMANDS`.
 PATHS = {
-    "corpus": {"output": OUTPUT},
+    "corpus": {"output": OUTPUT, "sources": FILE},
     "tokenizer": {"input": FILE, "output_prefix": PREFIX},
     "preprocess": {"input": FILE, "tokenizer_model": FILE, "output_prefix": PREFIX},
     "count": {"data_path": FILE, "output": OUTPUT},
@@ -409,6 +409,8 @@ MISTAKES = [
     ("tokenizer --model-type bbpe", "--model-type: invalid choice: 'bbpe'"),
     ("mask --preset smo", "--preset: invalid choice: 'smo'"),
     ("mask --token-frequency a --vocab-size 5", "--vocab-size: not allowed with argument --token-frequency"),
+    ("corpus --output OUT --packages a", "--packages: only together with --sources"),
+    ("corpus --output OUT --sources a --max-bytes 5", "--max-bytes: not allowed with argument --sources"),
     ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
     ("sample --model model --prompt a stray", "unrecognized arguments: stray"),
     ("convert", "the following arguments are required: command"),

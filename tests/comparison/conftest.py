@@ -1,6 +1,7 @@
 """Suites small enough to read."""
 
 import pytest
+from support.wheels import make_wheel, source, write_description
 
 SUITE = """
 title: A small suite
@@ -36,3 +37,28 @@ def suite_file(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def suite_text():
+    """The text of the suite that `suite_file` writes."""
+    return SUITE
+
+
+@pytest.fixture
+def text_of_packages(tmp_path):
+    """The description of the text of a wheel in `packages`, in two domains for training and one that is held out."""
+    words = ["alpha", "beta", "gamma", "delta", "of", "the", "and", "(", ")", "1", "2"]
+
+    def text(number):
+        return " ".join(words[(number * 7 + i * i) % len(words)] + str(number) * (i % 30 == 0) for i in range(120))
+
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    wheel = folder / "words-1.0-py3-none-any.whl"
+    kinds = ("prose", "code", "other")
+    files = {f"{kind}/{n}.py": text(1000 * place + n) for place, kind in enumerate(kinds) for n in range(40)}
+    sha256 = make_wheel(wheel, files)
+    sources = {kind: [source(wheel, sha256, members=f"{kind}/*")] for kind in kinds}
+    held_out = {"other": sources.pop("other")}
+    return write_description(tmp_path / "small-text.yaml", sources, held_out, held_out_bytes=2000)

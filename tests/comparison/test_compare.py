@@ -1,6 +1,7 @@
 """launch/compare.sh as a real process: a small suite from text to report, killed on the way."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 from support.paths import ROOT
 from support.waiting import wait_until
 
-from maskmoe.comparison.results import Results
-from maskmoe.json_files import read_record
+from maskmoe.comparison.parts import Part
+from maskmoe.data.indexed_dataset import read_index
 from maskmoe.workflow.record import RunRecord
 
 TEXT_DOCUMENTS = 400
@@ -32,6 +33,11 @@ def text(tmp_path):
 def compare(*arguments):
     command = [sys.executable, "-P", "-m", "maskmoe", "compare", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def without_origin(report):
+    """Return a report without its first lines, which state durations, machines, commits and the command."""
+    return report.partition("## What is compared")[2]
 
 
 def is_finished(run, stage):
@@ -113,12 +119,15 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     output, _ = second.communicate(timeout=400)
     assert second.returncode == 0, output
     assert (run / "evaluation.json").stat().st_mtime_ns == written
-    results = read_record(Results, folder / "report" / "results.json", "write the report again")
-    assert {run.variant for run in results.runs} == {"dense", "smoe", "maskmoe"}
-    assert all(len(run.validation.iterations) == 4 for run in results.runs)
-    assert [(limit.num_equal, limit.iterations) for limit in results.limits] == [(5, 5)]
-    assert results.unfinished == []
-    routing = results.runs_of("smoe")[0].routing
+    parts = {part.variant: part for part in map(Part.read, (folder / "parts" / "runs").iterdir())}
+    assert set(parts) == {"dense", "smoe", "maskmoe", "all-visible"}
+    assert all(len(parts[name].validation.iterations) == 4 for name in ("dense", "smoe", "maskmoe"))
+    assert all(part.tokens_per_second > 0 and part.origin.packages["torch"] for part in parts.values())
+    assert len(parts["smoe"].exact_losses.iterations) == 5
+    report = (folder / "report" / "README.md").read_text()
+    assert "5 iterations, the same to the last bit" in report
+    assert "**Unfinished**" not in report
+    routing = parts["smoe"].evaluation.routing
     assert routing.iterations == list(range(5, 41, 5))
     for name in ("dense", "smoe"):
         assert [path.name for path in folder.glob(f"runs/{name}.seed-1/checkpoints/iter_*")] == ["iter_0000040"]
@@ -127,3 +136,39 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     output, _ = third.communicate(timeout=60)
     assert third.returncode == 0
     assert "runs:" not in output
+
+    # Another machine has half of the parts, and trains the other half.
+    for name in ("dense", "all-visible"):
+        (folder / "parts" / "runs" / f"{name}.seed-1.json").rename(tmp_path / f"{name}.json")
+    other = (path, "--input", text, "--run-dir", tmp_path / "other", "--merge", folder / "parts", "--jobs", 2)
+    output, _ = compare(*other).communicate(timeout=400)
+    assert "2 runs: runs/dense.seed-1, runs/all-visible.seed-1" in output
+    halves = ("--merge", folder / "parts", tmp_path / "other" / "parts", "--output", tmp_path / "report")
+    output, _ = compare(path, "--run-dir", tmp_path / "empty", *halves, "--report").communicate(timeout=60)
+    assert without_origin((tmp_path / "report" / "README.md").read_text()) == without_origin(report)
+
+    # A repeated run has the recorded loss.
+    output, _ = compare(*other, "--rerun", "--only", "dense").communicate(timeout=400)
+    assert re.search(r"^dense.seed-1 +([0-9.]+) +\1 +[+]0.0000 ", output, re.MULTILINE), output
+
+
+@pytest.mark.slow
+def test_runs_are_evaluated_on_each_held_out_set(text_of_packages, tmp_path):
+    path = tmp_path / "suite.yaml"
+    variants = "{smoe: {mask: {preset: smoe}}}"
+    data = f"data: {{sources: {text_of_packages.name}, vocab-size: 300}}"
+    before, _, _ = SUITE.partition("variants:")
+    path.write_text(before.replace("data: {vocab-size: 300}", data) + f"variants: {variants}\n")
+    process = compare(path, "--packages", tmp_path / "packages", "--run-dir", tmp_path / "run")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    run = tmp_path / "run" / "runs" / "smoe.seed-1"
+    names = ("", "-prose", "-code", "-other")
+    results = [json.loads((run / f"evaluation{name}.json").read_text()) for name in names]
+    assert len({result["loss"] for result in results}) == len(names)
+    for result in results:
+        assert [band["name"] for band in result["bands"]] == [band["name"] for band in results[0]["bands"]]
+    # Each set is evaluated as a whole: only the tokens after the last full sample are left out.
+    for name, result in zip(names[1:], results[1:], strict=True):
+        num_tokens = int(read_index(tmp_path / "run" / "data" / f"held-out{name}_text_document").sequence_lengths.sum())
+        assert num_tokens - 2 * 16 <= result["tokens"] <= num_tokens

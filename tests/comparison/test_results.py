@@ -9,18 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
-from support.paths import ROOT
 from support.synthetic import EFFECTS, synthetic_results
 
+from maskmoe.comparison.answers import answers, summarize_routers
 from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
-from maskmoe.comparison.results import Band, Estimate, Results, paired_difference
+from maskmoe.comparison.results import Estimate, Results, differences_to, paired_difference
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_record, write_record
-
-
-def read_results(path):
-    return read_record(Results, path, "write the report again")
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=6, unique=True))
@@ -33,9 +28,36 @@ def test_estimate_against_scipy(values):
         assert estimate.is_resolved == (p_value < 0.05)
 
 
+@given(st.lists(st.integers(-999, 999).map(lambda number: number / 64), min_size=2, max_size=6, unique=True))
+def test_interval_against_scipy(values):
+    estimate = Estimate.of(values)
+    spread = {"loc": np.mean(values), "scale": stats.sem(values)}
+    assert estimate.interval == pytest.approx(stats.t.interval(0.95, len(values) - 1, **spread))
+    assert estimate.standard_deviation == pytest.approx(np.std(values, ddof=1))
+
+
+def test_estimate_is_printed_with_half_of_its_interval():
+    estimate = Estimate.of([1.0, 2.0, 3.0])
+    half_width = stats.t.ppf(0.975, 2) / math.sqrt(3)
+    assert f"{estimate:+.3f}" == f"+2.000 ± {half_width:.3f}"
+    assert f"{Estimate.of([1.0]):.1f}" == "1.0"
+
+
+def test_differences_of_a_further_held_out_text():
+    results = synthetic_results(noise=0)
+    smoe = results.variant("smoe")
+    of_stories = {each.variant.name: each.estimates for each in differences_to(results, smoe, "stories")}
+    assert of_stories.keys() == EFFECTS.keys() - {"smoe"}
+    for name, estimates in of_stories.items():
+        expected = [2 * EFFECTS[name], *(EFFECTS[name] * (1 + index) for index in range(3))]
+        assert [estimate.mean for estimate in estimates] == pytest.approx(expected)
+    assert differences_to(results, smoe, "nothing") == []
+
+
 def test_one_value_resolves_nothing():
     estimate = Estimate.of([1.0])
     assert math.isnan(estimate.standard_error)
+    assert math.isnan(estimate.half_width)
     assert not estimate.is_resolved
 
 
@@ -55,34 +77,6 @@ def test_only_common_seeds_are_paired():
     difference = paired_difference(some, "maskmoe", "smoe", lambda run: run.loss)
     assert difference.num == 1
     assert paired_difference(some, "nothing", "smoe", lambda run: run.loss) is None
-
-
-def test_results_of_an_earlier_version_are_read():
-    results = read_results(ROOT / "docs" / "comparison-laptop" / "results.json")
-    assert len(results.runs) == 25
-    assert results.runs_of("smoe")[0].routing.layers == [1, 2, 3]
-    assert results.variant("smoe").parameters == Parameters(total=1637280, active=476064)
-
-
-def test_damaged_results_are_refused(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text('{"title": "a", "command": 1}')
-    with pytest.raises(UserError, match=r"results.json is damaged \(command: .*\); write the report again") as error:
-        read_results(path)
-    assert "\n" not in str(error.value)
-
-
-def test_loss_that_is_not_a_number_is_kept(tmp_path):
-    results = synthetic_results()
-    results.runs[0].bands[0] = Band(name="top 40 %", share=0.4, loss=math.nan)
-    write_record(results, tmp_path / "results.json")
-    assert math.isnan(read_results(tmp_path / "results.json").runs[0].loss_of("top 40 %"))
-
-
-def test_results_are_read_as_they_were_saved(tmp_path):
-    results = synthetic_results()
-    write_record(results, tmp_path / "results.json")
-    assert read_results(tmp_path / "results.json") == results
 
 
 def test_report_states_the_effects_of_the_synthetic_results(tmp_path):
@@ -105,6 +99,47 @@ def test_report_states_the_effects_of_the_synthetic_results(tmp_path):
         Image.open(tmp_path / "report" / image).verify()
 
 
+def test_report_answers_the_questions_of_a_reader():
+    """The sentences state the effects from which the synthetic losses are made."""
+    found = {answer.question: " ".join(answer.sentences) for answer in answers(synthetic_results())}
+    better = found["Is Maskmoe better than Smoe?"]
+    assert re.match(r"On held-out text of the same kind, Maskmoe is better than Smoe \(-0\.0[78]", better)
+    assert re.search(r"“stories”, Maskmoe is better than Smoe \(-0\.1[567]", better)
+    assert "better than Hash-balanced (-0.0" in found["Is Maskmoe better than Hash-balanced?"]
+    of_size = found["What changes with the size of something?"]
+    numbers = r"\+0\.0[12]\d+ ± [\d.]+ at 50 and -0\.0[78]\d+ ± [\d.]+ at 100"
+    assert re.search(rf"− Smoe is {numbers}; from the first to the last it falls by 0\.(09|10)", of_size)
+    assert "P = 20% and V_f = 2" in found["Which P and V_f are best?"]
+    assert "the sign is always the same" in found["How does the difference change during training?"]
+
+
+def test_report_says_when_the_sign_of_a_difference_changes():
+    results = synthetic_results()
+    for run in results.runs:
+        if run.variant == "maskmoe":
+            run.validation.losses[0] += 1
+    found = {answer.question: " ".join(answer.sentences) for answer in answers(results)}
+    during = found["How does the difference change during training?"]
+    assert "to Smoe" not in during
+    assert during.count("after 0.0 million tokens the sign is −") == 2
+
+
+def test_what_is_not_resolved_is_called_so():
+    found = {answer.question: answer.sentences[0] for answer in answers(synthetic_results(noise=0.5))}
+    assert "is not resolved" in found["Is Maskmoe better than Smoe?"]
+    one_seed = answers(synthetic_results(seeds=(1,)))
+    assert "one seed has a difference of -0.0" in one_seed[0].sentences[0]
+
+
+def test_behaviour_of_the_routers_is_summarized():
+    rows = {row.title: row for row in summarize_routers(synthetic_results())}
+    assert set(rows) == {"Smoe", "Maskmoe"}
+    runs = synthetic_results().runs_of("smoe")
+    assert rows["Smoe"].first_weight == pytest.approx(np.mean([run.routing.first_weight[0] for run in runs]))
+    assert rows["Smoe"].last_change == pytest.approx(np.mean([run.routing.routable_fluctuation[-1] for run in runs]))
+    assert rows["Smoe"].experts["top 40 %"] == 1.75
+
+
 def test_effects_below_the_noise_are_not_resolved():
     text = render_report(synthetic_results(noise=0.3), {})
     assert "Not resolved" in text
@@ -122,7 +157,9 @@ def test_one_seed_is_no_verdict():
 def test_unfinished_runs_are_named():
     results = synthetic_results()
     some = Results(**{**results.__dict__, "unfinished": ["runs/smoe.seed-9"]})
-    assert "1 runs are missing: runs/smoe.seed-9" in render_report(some, {})
+    text = render_report(some, {})
+    assert "1 runs are missing" in text
+    assert text.endswith("## Unfinished runs\n\nruns/smoe.seed-9.\n")
 
 
 CHECK = """\

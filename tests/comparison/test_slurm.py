@@ -13,6 +13,7 @@ from support.paths import ROOT
 from maskmoe.commands import compare as command
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import open_data
+from maskmoe.comparison.parts import Part, read_parts
 from maskmoe.comparison.slurm import (
     SlurmJobs,
     Submission,
@@ -77,9 +78,12 @@ def suite_path(tmp_path):
 
 @pytest.fixture
 def comparison(tmp_path, suite_path):
-    """A comparison of two checked dense variants in a folder with a blank in its name; nothing reads the dataset."""
-    files = {"data-path": ("data",), "split": ("9,1,0",), "tokenizer-model": ("model",), "vocab-size": ("300",)}
-    folder = tmp_path / "its folder"
+    """A comparison of two checked dense variants in a folder with a blank in its name; the dataset is empty."""
+    dataset, folder = tmp_path / "dataset", tmp_path / "its folder"
+    for end in (".bin", ".idx"):
+        dataset.with_suffix(end).touch()
+    (folder / "data").mkdir(parents=True)
+    files = {"data-path": (str(dataset),), "split": ("9,1,0",), "tokenizer-model": ("model",), "vocab-size": ("300",)}
     data = open_data(files, folder / "data", 16)
     comparison = Comparison(Suite.read(suite_path, {}), folder, data, Devices(0, 2))
     for run in comparison.runs_of_next_phase():
@@ -88,14 +92,18 @@ def comparison(tmp_path, suite_path):
 
 
 def finish_stages(comparison, run):
-    """Record all stages of a run as finished."""
+    """Record all stages of a run as finished, and write the part of the run."""
     plan = comparison.plan(run)
     plan.prepare()
+    evaluation = {"loss": 2.5, "bands": [{"name": "all", "share": 1.0, "loss": 2.5}], "expert_load": []}
+    plan.files.evaluation.write_text(json.dumps(evaluation))
     record = RunRecord(plan.files.record)
     for make_stage in plan.stages:
         if not record.is_finished(stage := make_stage()):
             record.begin(stage)
             record.finish(stage, 0)
+    if run.kind != "check":
+        comparison.write_part(run)
 
 
 def leave_by_job(comparison, run, job="21", loss="2.5"):
@@ -199,12 +207,11 @@ def test_trained_runs_are_only_evaluated(comparison, calls):
 
 def test_training_by_a_job_counts_only_for_the_submitted_run(comparison, calls):
     submit(comparison)
-    run = comparison.runs_of_next_phase()[0]
+    run, other, *_ = comparison.runs_of_next_phase()
     assert not record_training(comparison.plan(run))
     leave_by_job(comparison, run)
     assert record_training(comparison.plan(run))
     assert not record_training(comparison.plan(run))
-    other = comparison.runs_of_next_phase()[0]
     leave_by_job(comparison, other)
     assert not record_training(comparison.plan(replace(other, seed=5)))
 
@@ -274,6 +281,47 @@ def test_refusal_of_sbatch_is_reported(comparison, calls, tmp_path):
     program(tmp_path / "bin", "sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     with pytest.raises(UserError, match="not submitted: sbatch: error: invalid partition"):
         submit(comparison)
+
+
+def test_missing_or_damaged_part_of_a_finished_run_is_written_again(comparison):
+    runs = comparison.runs_of_next_phase()
+    for run in runs:
+        finish_stages(comparison, run)
+    first, second, *_ = (comparison.part_file(run) for run in runs)
+    content = first.read_text()
+    first.unlink()
+    second.write_text("{}")
+    assert comparison.unfinished(runs) == runs[:2]
+    assert [run.kind for run in next_runs(comparison)] == ["whole", "whole"]
+    assert first.read_text() == content
+    assert comparison.unfinished(runs) == ()
+
+
+def test_merged_part_that_differs_from_the_part_of_this_machine_is_refused(comparison, tmp_path):
+    run = comparison.runs_of_next_phase()[0]
+    finish_stages(comparison, run)
+    part = Part.read(comparison.part_file(run))
+    part.write(tmp_path / "merged" / "same.json")
+    merged = replace(comparison, merged=read_parts([tmp_path / "merged"]))
+    merged.check_merged_parts()
+    assert merged.find_part(run).part == part
+    part.model_copy(update={"seconds": 1.0}).write(tmp_path / "merged" / "same.json")
+    merged = replace(comparison, merged=read_parts([tmp_path / "merged"]))
+    with pytest.raises(UserError, match=r"same.json and .*one.lr-1e-3.json are different parts of the run") as error:
+        merged.check_merged_parts()
+    assert "\n" not in str(error.value)
+
+
+def test_merged_part_of_another_text_than_the_data_here_is_refused(comparison, tmp_path):
+    run = comparison.runs_of_next_phase()[0]
+    finish_stages(comparison, run)
+    Part.read(comparison.part_file(run)).write(tmp_path / "merged" / "part.json")
+    comparison.part_file(run).unlink()
+    (tmp_path / "dataset.bin").write_text("another text")
+    with pytest.raises(
+        UserError, match=r"part.json belongs to another text than the data in .*: dataset.bin is e3b0c4"
+    ):
+        replace(comparison, merged=read_parts([tmp_path / "merged"])).check_merged_parts()
 
 
 def test_a_run_evaluated_on_gpus_is_finished_where_there_are_none(comparison):

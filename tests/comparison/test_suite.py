@@ -47,6 +47,67 @@ def test_grid_omits_the_point_that_is_a_variant_already(suite):
     assert suite.variants["maskmoe.p0.2-v4"].number("frequent-visible-experts") == 4
 
 
+CURVES = """
+curves:
+  experts:
+    title: number of experts
+    main-value: 4
+    of: [dense, smoe, maskmoe]
+    points:
+      8: {flags: {num-experts: 8}, mask: {frequent-visible-experts: 3}}
+      16: {flags: {num-experts: 16}, seeds: [2]}
+  vocabulary:
+    title: vocabulary
+    main-value: 300
+    of: maskmoe
+    seeds: [1]
+    points: {400: {vocab-size: 400}, 300: {same-as: experts-8}}
+"""
+
+
+def test_a_curve_has_variants_in_further_settings(suite_file):
+    suite = Suite.read(suite_file(replace={"data:": f"{CURVES}\ndata:"}), {})
+    variants = {variant.name: variant for variant in suite.of_role("curve")}
+    assert list(variants) == [
+        *(f"{name}.experts-{value}" for value in (8, 16) for name in ("dense", "smoe", "maskmoe")),
+        "maskmoe.vocabulary-400",
+    ]
+    more = variants["maskmoe.experts-8"]
+    assert (more.base, more.curve, more.point, more.tuned_as) == ("maskmoe", "experts", "8", "maskmoe")
+    assert more.flags["num-experts"] == ("8",)
+    assert more.mask == {**suite.variants["maskmoe"].mask, "frequent-visible-experts": ("3",)}
+    assert variants["smoe.experts-8"].mask == suite.variants["smoe"].mask
+    assert "num-experts" not in variants["dense.experts-8"].flags
+    assert (more.seeds, variants["smoe.experts-16"].seeds) == ((1, 2), (2,))
+    assert variants["maskmoe.vocabulary-400"].vocab_size == "400"
+    assert suite.curves["vocabulary"].variant_at("vocabulary", "300", "maskmoe") == "maskmoe.experts-8"
+    assert [run.variant.role for run in whole_runs(suite, choose_learning_rates(suite, {}))][-10:] == ["curve"] * 10
+
+
+def test_a_suite_extends_another_one(suite_file, tmp_path):
+    suite_file()
+    path = tmp_path / "more.yaml"
+    path.write_text("extends: small.yaml\nflags: {train-iters: 7}\nvariants: {other: {mask: {}}}\n")
+    suite, base = Suite.read(path, {}), Suite.read(suite_file(), {})
+    assert (suite.name, suite.title, list(suite.variants)) == ("more", "more", ["other"])
+    assert suite.variants["other"].flags == {**base.variants["maskmoe"].flags, "train-iters": ("7",)}
+    assert suite.variants["other"].mask == base.variants["maskmoe"].mask
+    assert (suite.seeds, suite.data, suite.learning_rates) == (base.seeds, base.data, base.learning_rates)
+    path.with_name("third.yaml").write_text("extends: more.yaml\n")
+    with pytest.raises(UserError, match="a suite that extends no other"):
+        Suite.read(path.with_name("third.yaml"), {})
+    path.write_text("extends: nowhere.yaml\n")
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        Suite.read(path, {})
+
+
+def test_the_method_in_question_is_the_last_variant_with_a_choice_of_its_own(suite_file):
+    assert Suite.read(suite_file(), {}).method == "maskmoe-uniform"
+    assert Suite.read(suite_file(replace={"data:": "method: maskmoe\ndata:"}), {}).method == "maskmoe"
+    with pytest.raises(UserError, match="method: nothing is not a variant"):
+        Suite.read(suite_file(replace={"data:": "method: nothing\ndata:"}), {})
+
+
 def test_every_tuned_variant_is_tuned_alike(suite):
     runs = tuning_runs(suite)
     assert {(run.variant.name, run.learning_rate, run.seed) for run in runs} == {
@@ -126,6 +187,13 @@ def test_a_run_saves_its_checkpoints_evenly_and_the_last_at_its_end(
         ("seeds: [1, 2]", "seeds: [1, 1]", "seeds must be different"),
         ("values: [1e-2, 1e-3]", "values: [fast]", "learning-rates.values.0: 'fast' is not a number"),
         ("of: maskmoe", "of: dense", "must name a variant that has a mask"),
+        ("data:", "curves: {a: {title: a, main-value: 1, of: b, points: {2: {}}}}\ndata:", "curves.a: .*of: b"),
+        (
+            "data:",
+            "curves: {a: {title: a, main-value: 1, of: smoe, points: {}}}\ndata:",
+            "curves.a.points: .*at least 1",
+        ),
+        ("data:", "curves: {a: {title: a, main-value: 1, of: smoe, points: {x: {}}}}\ndata:", "'x' is not a number"),
         ("baselines: [smoe, hash]", "baselines: [moe]", "moe is not a variant of the suite"),
         ("train-iters: 40, ", "", "has no train-iters"),
         ("num-layers: 2,", "num-layers: 2, seed: 3,", "seed is decided by the comparison"),

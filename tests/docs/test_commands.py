@@ -38,7 +38,7 @@ FOREIGN_FLAGS = {
     "mkdocs": {"--strict"},
     "sbatch": {"--array", "--dependency", "--exclusive", "--gpus-per-node", "--nodes", "--time"},
     "torchrun": {"--max-restarts", "--nproc-per-node", "--shutdown-timeout", "--standalone"},
-    "pip": set(),
+    "pip": {"--no-deps", "--require-hashes"},
     "curl": {"--data", "--header", "--silent"},
     "vllm": {
         "--dtype",
@@ -102,6 +102,7 @@ def unknown_flags(words: list[str]) -> set[str]:
     if words[0] == "bash":
         words = words[1:]
     program, *arguments = words
+    program = program.removeprefix(".venv/bin/")
     if program in SHELL_COMMANDS or words[:2] == ["python", "-c"]:
         return set()
     if program == "maskmoe":

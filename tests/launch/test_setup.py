@@ -188,7 +188,9 @@ class Project:
     def constrain(self, *lines: str) -> None:
         (self.root / "constraints.txt").write_text("\n".join(lines) + "\n")
 
-    def start(self, *arguments: str, python: str | Path = BASE_PYTHON, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, python: str | Path = BASE_PYTHON, stderr: int = subprocess.STDOUT, **environment: str
+    ) -> subprocess.Popen[str]:
         """Start launch/setup.sh with pip's settings for the wheels."""
         settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
@@ -197,7 +199,7 @@ class Project:
             env={**kept, **settings, "PYTHON": str(python), **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
             start_new_session=True,
         )
@@ -268,6 +270,14 @@ def test_output_has_one_line_per_package_and_the_log_has_all(project):
     assert lines[-1] == f"setup: error: pip could not install the packages: {log} has its output"
     assert any(line.startswith("ERROR: ") for line in lines)
     assert "ERROR: " in log.read_text()
+
+
+def test_all_messages_are_on_standard_error(project):
+    """A command such as `launch/compare.sh --list` prints its own output alone on standard output."""
+    for message in ("setup:   torch 2.15.0\n", "setup: .venv is up to date\n"):
+        output, errors = project.start(stderr=subprocess.PIPE).communicate()
+        assert output == ""
+        assert message in errors
 
 
 def test_interrupted_set_up_is_repeated_and_only_one_runs_at_a_time(project):

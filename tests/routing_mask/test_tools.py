@@ -151,6 +151,38 @@ def test_build_hash_layers(folder):
         assert ("use --hash-visible-experts of at least 2" in process.stdout) == (assignment == "rank-local")
 
 
+@pytest.mark.parametrize("recipe", [["--preset", "smoe"], [*METHOD[:4], "--assignment", "balanced"]])
+@pytest.mark.parametrize(
+    ("hash_flags", "preset"),
+    [
+        ([], ["--preset", "hash-balanced"]),
+        (["--hash-assignment", "uniform"], ["--preset", "hash"]),
+        (
+            ["--hash-visible-experts", 2],
+            ["--preset", "top-k-hash", "--frequent-visible-experts", 2, "--assignment", "balanced"],
+        ),
+    ],
+)
+def test_build_none_or_all_hash_layers(folder, recipe, hash_flags, preset):
+    """Without hash layers the file is that of the other flags, and with all layers that of a baseline, byte by byte."""
+    for number, same_flags in ((0, recipe), (3, preset)):
+        contents = []
+        for flags in ([*recipe, "--hash-layers", number, *hash_flags], same_flags):
+            process = build(*COUNTS, *flags, *MODEL, "--force", cwd=folder, output="limit.safetensors")
+            assert process.returncode == 0, process.stderr
+            contents.append((folder / "limit.safetensors").read_bytes())
+        assert contents[0] == contents[1]
+
+
+def test_build_all_hash_layers_on_single_ranks(folder):
+    flags = [*METHOD, "--assignment", "rank-local", "--expert-model-parallel-size", 2, "--hash-layers", 3]
+    process = build(*COUNTS, *flags, *MODEL, "--force", cwd=folder, output="limit.safetensors")
+    assert process.returncode == 0, process.stderr
+    mask = RoutingMask.load(folder / "limit.safetensors")
+    assert (mask.num_visible_of_layer(2) == 1).all()
+    assert mask.rank_of_rows(2) is not None
+
+
 def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
     occurrences = TokenFrequency.load(folder / "counts.safetensors").occurrences
     worst = int(np.argmax(occurrences))
@@ -181,7 +213,7 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
         ([*MODEL, "--preset", "smoe"], ["--token-frequency"]),
         (["--vocab-size", 50, *MODEL, "--preset", "smoe", "--hash-layers", 1], ["--token-frequency"]),
         ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-visible-experts", 1], ["without --hash-layers"]),
-        ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-layers", 3], ["1 to 2 of 3 layers"]),
+        ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-layers", 4], ["--hash-layers 4", "3 layers"]),
         (["--expert-table", "t.npy", *MODEL, "--hash-layers", 1], ["--expert-table", "--hash-layers"]),
         (["--vocab-size", 0, *MODEL, "--preset", "smoe"], ["--vocab-size must be at least 1, not 0"]),
         (["--vocab-size", 50, *MODEL, "--preset", "hash-balanced"], ["--token-frequency"]),

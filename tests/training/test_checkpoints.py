@@ -22,7 +22,7 @@ from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoin
 from maskmoe.errors import UserError
 from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.rank_store import RankStore
-from maskmoe.training.resume import check_same_model, find_checkpoint, further_checkpoint_args
+from maskmoe.training.resume import check_same_model, find_checkpoint, further_checkpoint_args, mend_tracker
 from maskmoe.training.setup import parse_and_check_args
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
@@ -130,13 +130,19 @@ def test_tracker_of_an_earlier_one_is_followed(copy):
 
 @pytest.mark.runs(SAVED)
 @pytest.mark.parametrize("content", ["", "twenty", None])
-def test_unusable_tracker(copy, content, capsys):
+def test_unusable_tracker(copy, content, files_and_times, capsys):
     if content is None:
         (copy / TRACKER).unlink()
     else:
         (copy / TRACKER).write_text(content)
-    args = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True)
-    assert find_checkpoint(args, RankStore(HashStore(), 0, 1)) == checkpoint_path(copy, 21)
+    before = files_and_times(copy)
+    args, ranks = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True), RankStore(HashStore(), 0, 1)
+    assert find_checkpoint(args, ranks) == checkpoint_path(copy, 21)
+    assert files_and_times(copy) == before  # the run may still be refused
+    args.ckpt_step = 21
+    mend_tracker(args, RankStore(HashStore(), 1, 2))
+    assert files_and_times(copy) == before  # the first rank alone writes
+    mend_tracker(args, ranks)
     assert (copy / TRACKER).read_text() == "21"
     assert "was unusable; it names iteration 21 now" in capsys.readouterr().err
 
@@ -247,7 +253,7 @@ def parse(workplace, tmp_path, monkeypatch):
         run = Run(flags, logs_scalars=False)
         monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
         try:
-            return parse_and_check_args(add_pretraining_arguments)
+            return parse_and_check_args(add_pretraining_arguments).args
         finally:
             destroy_global_vars()
             unset_num_microbatches_calculator()

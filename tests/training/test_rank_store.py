@@ -79,3 +79,16 @@ def test_single_rank():
     alone.store.set("verdict", "guilty")
     assert alone.beside().peek("verdict") == "guilty"
     assert alone.for_process_groups is None
+
+
+def test_ranks_wait_until_the_last_one_calls(server):
+    ranks = [RankStore(connect(server), rank, WORLD_SIZE) for rank in range(WORLD_SIZE)]
+    threads = [threading.Thread(target=rank.wait_for_all, args=("checks",)) for rank in ranks]
+    for thread in threads[:2]:
+        thread.start()
+    threads[0].join(timeout=0.5)
+    assert all(thread.is_alive() for thread in threads[:2])
+    threads[2].start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert not any(thread.is_alive() for thread in threads)

@@ -3,18 +3,22 @@
 import argparse
 import errno
 import sys
+import time
 import types
 
+import psutil
 import pytest
+from megatron.training.global_vars import destroy_global_vars
 from support.report_pages import check_page
 from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.command_line import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.launch.run_folder import run_folder
+from maskmoe.megatron_compat.globals import open_writers
 from maskmoe.training import wandb_run
 from maskmoe.training.pretraining import add_pretraining_arguments
-from maskmoe.training.run_report import tolerate_write_errors
+from maskmoe.training.run_report import RunReport, choose_event_folder, tolerate_write_errors
 
 
 @pytest.mark.runs("expert parallel 2, undisturbed")
@@ -66,6 +70,30 @@ def test_full_disk_ends_the_events_and_not_the_training(tmp_path, capsys):
     assert line.startswith("warning: TensorBoard's events and report.html end here: [Errno 28] No space left on device")
 
 
+def test_page_that_cannot_be_written_does_not_hold_up_training(tmp_path, monkeypatch):
+    """The process that writes the page does not run at all; the training asks for more pages than a run ever does."""
+    folders = {"save": str(tmp_path / "run" / "checkpoints"), "tensorboard_dir": None, "tensorboard_queue_size": 1000}
+    args = argparse.Namespace(**folders, rank=0, world_size=1, report_interval=1e-9)
+    args.wandb_project, args.enable_one_logger = "", False
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    choose_event_folder(args)
+    try:
+        open_writers(args)
+        report = RunReport(args)
+    finally:
+        destroy_global_vars()
+    process = psutil.Process(report._process.pid)
+    assert process.nice() == 19
+    process.suspend()
+    start = time.monotonic()
+    for _ in range(100):
+        report()
+    assert time.monotonic() - start < 1
+    with report.following():
+        process.resume()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "a", ""])
 def test_bad_interval_is_refused(text):
     parser = add_pretraining_arguments(OneLineParser())
@@ -90,19 +118,23 @@ class TestWandbRun:
             monkeypatch.setenv("WANDB_RUN_ID", "")
             defaults = wandb_run.wandb_defaults(make_args())
             assert defaults == {"wandb_exp_name": "run", "wandb_save_dir": str(tmp_path / "run")}
+            assert wandb_run.os.environ["WANDB_RUN_ID"] == ""  # the run may still be refused
+            wandb_run.take_run_id(make_args())
             ids.append(wandb_run.os.environ["WANDB_RUN_ID"])
         assert ids[0] == ids[1] == (tmp_path / "run" / "wandb_run_id").read_text().strip()
         assert len(ids[0]) == 12
 
     def test_flags_and_variables_of_the_user_stay(self, make_args, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_RUN_ID", "mine")
-        defaults = wandb_run.wandb_defaults(make_args(wandb_exp_name="name", wandb_save_dir="folder"))
+        args = make_args(wandb_exp_name="name", wandb_save_dir="folder")
+        defaults = wandb_run.wandb_defaults(args)
+        wandb_run.take_run_id(args)
         assert defaults == {}
         assert wandb_run.os.environ["WANDB_RUN_ID"] == "mine"
         assert not (tmp_path / "run").exists()
 
     def test_ranks_that_do_not_log_leave_no_file(self, make_args, tmp_path):
-        wandb_run.wandb_defaults(make_args(rank=0))
+        wandb_run.take_run_id(make_args(rank=0))
         assert not (tmp_path / "run").exists()
 
     def test_run_without_a_folder_or_without_the_package_is_refused(self, make_args, monkeypatch):

@@ -108,11 +108,13 @@ def test_text_follows_the_end_of_a_document():
 @pytest.mark.parametrize(
     ("lines", "error"),
     [
-        ("", "has no texts"),
-        ('{"text": "a"}\n{"txt": "b"}', 'line 2: must be {"text"'),
-        ('{"context": "a"}', "line 1: must be"),
-        ('{"text": 5}', "line 1: a text must be a string"),
-        ("[", "line 1: not JSON"),
+        ("", "--eval-texts .* holds no text"),
+        ('{"text": "a"}\n{"txt": "b"}', 'line 2 of --eval-texts .* must be {"text"'),
+        ('{"context": "a"}', "line 1 of .* must be"),
+        ('{"text": 5}', "line 1 of .* has a text that is not a string"),
+        ("[", "line 1 of .* is not JSON"),
+        ("[" * 100_000, "line 1 of .* is not JSON"),
+        ('["text"]', "line 1 of .* is not a JSON object"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, lines, error):

@@ -1,7 +1,7 @@
 """The router: V = N against `TopKRouter`, V = 1 against a table lookup, all else against a plain reference."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from support.small_moe import (
 from torch import Tensor
 
 from maskmoe.routing_mask import MaskRecipe, TokenFrequency, build_routing_mask
+from maskmoe.routing_mask.assignment import HashLayers
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
@@ -261,6 +262,40 @@ def test_one_visible_expert_is_a_table_lookup(scale, topk, pre_softmax, aux_loss
         assert torch.equal(routed.routing_map, torch.nn.functional.one_hot(table, 5).bool())
         assert torch.equal(routed.weight_grad, torch.zeros_like(routed.weight_grad))
         assert torch.equal(routed.input_grad, torch.zeros_like(routed.input_grad))
+
+
+OTHER_LAYERS = {
+    "SMoE": MaskRecipe.from_preset("smoe", 8, 4),
+    "MaskMoE": MaskRecipe(8, 4, "uniform", 0.5, frequent_visible_experts=4),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_LAYERS)
+@pytest.mark.parametrize(("visible", "topk"), [(1, 1), (2, 2)])
+def test_hash_layers_route_by_their_table_and_other_layers_as_without(other, visible, topk):
+    """The first two of four layers are hash layers with V = k; all layers are compared bit by bit."""
+    vocab_size = 40
+    counts = np.arange(vocab_size, 0, -1, dtype=np.int64)[None]
+    dataset = {"name": "text", "num_tokens": int(counts.sum()), "idx_sha256": "0" * 64, "bin_bytes": 0}
+    frequency = TokenFrequency(counts, (None,), (dataset,), None)
+    recipe = OTHER_LAYERS[other]
+    mixed = replace(recipe, hash_layers=HashLayers(2, visible, "uniform"))
+    mixed_mask, plain_mask = (build_routing_mask(each, frequency=frequency) for each in (mixed, recipe))
+    config = make_config(8, topk, num_layers=4, moe_router_pre_softmax=True, **LOSSES)
+    hidden = torch.randn(16, 3, config.hidden_size, device=DEVICE)
+    ids = torch.randint(0, vocab_size, (16, 3), device=DEVICE)
+    for layer in range(4):
+        router = make_router(config, mixed_mask, layer + 1)
+        routed = route(router, hidden, TokenIds(ids))
+        if layer < 2:
+            table = torch.from_numpy(mixed_mask.visible_sets(layer)).to(DEVICE)
+            assert torch.equal(routed.routing_map, table[ids.flatten()])
+            assert visible > 1 or torch.equal(routed.probs, routed.routing_map.to(routed.probs))
+        else:
+            plain = make_router(config, plain_mask, layer + 1)
+            plain.load_state_dict(router.state_dict())
+            assert_bit_equal(routed, route(plain, hidden, TokenIds(ids)))
+            assert mixed_mask.num_visible_of_layer(layer).max() > topk
 
 
 @pytest.mark.parametrize("aux_loss_tokens", ["all", "routable"])

@@ -1,0 +1,228 @@
+"""State the findings of a comparison in sentences: one answer for each question that a reader has."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from maskmoe.comparison.results import CurveResult, Estimate, Results, VariantResult, paired_difference
+from maskmoe.comparison.run_results import RunResult
+
+
+class Answer(NamedTuple):
+    """The answer to a question.
+
+    Attributes:
+        question: the question.
+        sentences: the answer, which says of each difference whether it is resolved.
+        plot: file name of the plot that shows the answer, without its suffix; empty if there is none.
+    """
+
+    question: str
+    sentences: list[str]
+    plot: str = ""
+
+
+def answers(results: Results) -> list[Answer]:
+    """Answer the questions for which there are results."""
+    method = results.variant(results.method)
+    baselines = [variant for variant in results.baseline_variants if variant != method]
+    if method is None or not baselines:
+        return []
+    found = [_answer_better(results, method, baseline) for baseline in baselines]
+    found += [_answer_where(results, method, baselines), _answer_when(results, method, baselines)]
+    found += [_answer_curve(results, method, baselines, curve) for curve in results.curves if len(curve.points) > 1]
+    if results.of_role("grid"):
+        found.append(_answer_grid(results))
+    return [answer for answer in found if answer.sentences]
+
+
+def _answer_better(results: Results, method: VariantResult, baseline: VariantResult) -> Answer:
+    sentences = []
+    for held_out in (None, *results.further):
+        if difference := paired_difference(results, method.name, baseline.name, loss_on(held_out)):
+            text = "On held-out text of the same kind" if held_out is None else f"On the held-out text “{held_out}”"
+            sentences.append(f"{text}, {_compare(method.title, baseline.title, difference)}.")
+    return Answer(f"Is {method.title} better than {baseline.title}?", sentences)
+
+
+def _answer_where(results: Results, method: VariantResult, baselines: list[VariantResult]) -> Answer:
+    sentences = []
+    for baseline in baselines:
+        by_band = {
+            band.name: paired_difference(
+                results, method.name, baseline.name, lambda run, name=band.name: run.loss_of(name)
+            )
+            for band in results.bands
+        }
+        parts = [f"{estimate:+.4f} for ids of the {name}" for name, estimate in by_band.items() if estimate]
+        if parts:
+            sentences.append(f"{method.title} − {baseline.title} is {_enumerate(parts)}.")
+    return Answer("In which ids does the difference lie?", sentences, "bands")
+
+
+def _answer_when(results: Results, method: VariantResult, baselines: list[VariantResult]) -> Answer:
+    sentences = []
+    for baseline in baselines:
+        points = differences_during_training(results, method, baseline)
+        if len(points) < 2:
+            continue
+        turns = [
+            f"after {iteration * method.tokens_per_iteration / 1e6:.1f} million tokens the sign is "
+            f"{'−' if later.mean < 0 else '+'}"
+            for (_, earlier), (iteration, later) in pairwise(points)
+            if (earlier.mean < 0) != (later.mean < 0)
+        ]
+        (first, start), (last, end) = points[0], points[-1]
+        sentence = (
+            f"{method.title} − {baseline.title} goes from {start:+.4f} after "
+            f"{first * method.tokens_per_iteration / 1e6:.1f} million tokens to {end:+.4f} after "
+            f"{last * method.tokens_per_iteration / 1e6:.1f} million"
+        )
+        sentences.append(f"{sentence}; {_enumerate(turns) if turns else 'the sign is always the same'}.")
+    return Answer("How does the difference change during training?", sentences, "overview")
+
+
+def _answer_curve(
+    results: Results, method: VariantResult, baselines: list[VariantResult], curve: CurveResult
+) -> Answer:
+    sentences = []
+    for baseline in baselines:
+        found = [
+            (point.value, difference)
+            for point in curve.points
+            if (difference := difference_at(results, method.name, baseline.name, point.variants))
+        ]
+        if len(found) < 2:
+            continue
+        values = _enumerate([f"{difference:+.4f} at {value:g}" for value, difference in found])
+        sentence = f"{method.title} − {baseline.title} is {values}"
+        change = _change(results, method.name, baseline.name, curve)
+        if change and change.num > 1:
+            sentence += f"; from the first to the last it {_describe_change(change)}"
+        sentences.append(f"{sentence}.")
+    return Answer(f"What changes with the {curve.title}?", sentences, f"curve_{curve.name}")
+
+
+def _answer_grid(results: Results) -> Answer:
+    runs = results.grid_runs()
+    (mass, number), best = min(runs.items(), key=lambda item: item[1].loss)
+    sentences = [
+        f"The smallest loss is {best.loss:.4f}, at P = {mass:.0%} and V_f = {number:.0f}; the largest is "
+        f"{max(run.loss for run in runs.values()):.4f}. Each point has one seed, so small differences mean nothing."
+    ]
+    return Answer("Which P and V_f are best?", sentences, "grid")
+
+
+class RouterSummary(NamedTuple):
+    """How the routers of a variant behave: means over its runs and layers, of tokens with a choice.
+
+    Attributes:
+        title: title of the variant.
+        num_runs: number of runs.
+        first_weight: weight of a token's best expert at the first checkpoint.
+        last_weight: weight of a token's best expert at the last checkpoint.
+        first_change: share of these tokens whose expert changes between the first two checkpoints; nan if unknown.
+        last_change: share of these tokens whose expert changes between the last two checkpoints; nan if unknown.
+        experts: experts that an id's occurrences are sent to at the last checkpoint, by band.
+    """
+
+    title: str
+    num_runs: int
+    first_weight: float
+    last_weight: float
+    first_change: float
+    last_change: float
+    experts: dict[str, float]
+
+
+def summarize_routers(results: Results) -> list[RouterSummary]:
+    """Summarize the routers of all main variants whose tokens have a choice."""
+    summaries = []
+    for variant in results.of_role("main"):
+        histories = [run.routing for run in results.runs_of(variant.name) if run.routing and run.routing.has_choice]
+        if not histories:
+            continue
+        weights = [history.first_weight for history in histories]
+        changes = [history.routable_fluctuation for history in histories if history.routable_fluctuation]
+        experts = {
+            band.name: _mean([value for history in histories for value in history.distinct_experts[band.name]])
+            for band in results.bands
+        }
+        summary = RouterSummary(
+            variant.title,
+            len(histories),
+            first_weight=_mean([value for rows in weights for value in rows[0]]),
+            last_weight=_mean([value for rows in weights for value in rows[-1]]),
+            first_change=_mean([value for rows in changes for value in rows[0]]),
+            last_change=_mean([value for rows in changes for value in rows[-1]]),
+            experts=experts,
+        )
+        summaries.append(summary)
+    return summaries
+
+
+def loss_on(held_out: str | None) -> Callable[[RunResult], float | None]:
+    """Return a function that returns the loss of a run on a held-out text, None if the run does not have it."""
+    return lambda run: losses.loss if (losses := run.held_out(held_out)) else None
+
+
+def differences_during_training(
+    results: Results, variant: VariantResult, baseline: VariantResult
+) -> list[tuple[int, Estimate]]:
+    """Return how a variant differs from a baseline on a part of the held-out text, by iteration."""
+    runs = [*results.runs_of(variant.name), *results.runs_of(baseline.name)]
+    iterations = sorted(set.intersection(*(set(run.validation.iterations) for run in runs)))
+    found = (
+        (each, paired_difference(results, variant.name, baseline.name, lambda run, each=each: run.held_out_loss(each)))
+        for each in iterations
+    )
+    return [(iteration, difference) for iteration, difference in found if difference]
+
+
+def difference_at(results: Results, method: str, baseline: str, variants: dict[str, str]) -> Estimate | None:
+    """Return how the method differs from a baseline in the setting of a curve's point."""
+    if not {method, baseline} <= variants.keys():
+        return None
+    return paired_difference(results, variants[method], variants[baseline], loss_on(None))
+
+
+def _change(results: Results, method: str, baseline: str, curve: CurveResult) -> Estimate | None:
+    """Return how the difference at the last point differs from that at the first, over their common seeds."""
+    differences = []
+    for point in (curve.points[0], curve.points[-1]):
+        if not {method, baseline} <= point.variants.keys():
+            return None
+        own, theirs = (
+            {run.seed: run.loss for run in results.runs_of(point.variants[name])} for name in (method, baseline)
+        )
+        differences.append({seed: own[seed] - theirs[seed] for seed in own.keys() & theirs})
+    first, last = differences
+    changes = [last[seed] - first[seed] for seed in sorted(first.keys() & last)]
+    return Estimate.of(changes) if changes else None
+
+
+def _compare(name: str, other: str, difference: Estimate) -> str:
+    """Say whether a loss is smaller than another one, given their difference."""
+    if difference.num < 2:
+        return f"one seed has a difference of {difference.mean:+.4f}, which resolves nothing"
+    low, high = difference.interval
+    numbers = f"{difference.mean:+.4f} nats, 95 % interval {low:+.4f} to {high:+.4f}, {difference.num} seeds"
+    if not difference.is_resolved:
+        return f"the difference of {name} and {other} is not resolved ({numbers})"
+    return f"{name} is {'better' if difference.mean < 0 else 'worse'} than {other} ({numbers})"
+
+
+def _describe_change(change: Estimate) -> str:
+    if not change.is_resolved:
+        return f"changes by {change:+.4f}, which is not resolved"
+    verb = "falls" if change.mean < 0 else "rises"
+    return f"{verb} by {abs(change.mean):.4f} ± {change.half_width:.4f}, which is resolved"
+
+
+def _enumerate(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else float("nan")

@@ -1,0 +1,232 @@
+"""A refused command changes no file and makes none, whichever rank refuses the run.
+
+The run folder is complete: checkpoints of the iterations 7 and 12, event files, a page, logs and arguments. The test
+compares names, sizes and times of all its files and folders.
+"""
+
+import shlex
+import shutil
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.command_lines import forget_megatrons_globals
+from support.datasets import write_documents
+from support.training import PRETRAIN, VOCAB_SIZE, Run
+
+from maskmoe.checkpoint.series import TRACKER
+from maskmoe.errors import UserError
+from maskmoe.folder_lock import LOCK_NAME, locked_folder
+from maskmoe.interruption import SIGNALS_THAT_SAVE
+from maskmoe.training import evaluation, generation, pretraining, wandb_run
+
+SECOND_RANK_LACKS_DATA = """
+import os, runpy, sys
+if os.environ["RANK"] == "1":
+    sys.argv += ["--data-path", "nowhere"]
+runpy.run_module("maskmoe.training.pretrain", run_name="__main__", alter_sys=True)
+"""
+UNUSABLE_IDS = "unusable"
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the size and the time of change in nanoseconds of everything below a folder, by path."""
+    stats = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run that has trained.
+
+    Attributes:
+        path: the folder.
+        flags: flags with which the run resumes.
+    """
+
+    path: Path
+    flags: str
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def damage(self) -> None:
+        """Change a byte in each checkpoint."""
+        for path in self.checkpoints.glob("iter_*/__0_0.distcp"):
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+
+
+@pytest.fixture
+def run_folder(runs, tmp_path) -> RunFolder:
+    """Copy the checkpoints of the first run of the test, and add the other files of a run folder."""
+    path = tmp_path / "run"
+    shutil.copytree(runs[0].checkpoints, path / "checkpoints")
+    for name in ("tensorboard/events.out.tfevents.1.host.1.0", "logs/rank0.log", "args.yaml", "report.html"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("of the run before")
+    folders = f"--save {path}/checkpoints --load {path}/checkpoints --tensorboard-dir {path}/tensorboard"
+    flags = f"--hidden-dropout 0.1 --attention-dropout 0.1 --data-cache-path {path}/cache"
+    return RunFolder(path, f"{folders} {flags}")
+
+
+@pytest.fixture
+def unusable_dataset(workplace) -> None:
+    """Write a dataset with an id beyond the vocabulary, which only the first rank of each node finds."""
+    documents = [np.where(np.arange(120) == 57, 599, 3)] * 10
+    if not (workplace.folder / f"{UNUSABLE_IDS}.idx").exists():
+        write_documents(workplace.folder / UNUSABLE_IDS, documents, np.int32)
+
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(run_folder, workplace, monkeypatch) -> Iterator[Refuse]:
+    """Run an entry point in this process, check that it is refused without a trace, and return its error."""
+    # Other tests of this process need its handlers.
+    handlers = {number: signal.getsignal(number) for number in (*SIGNALS_THAT_SAVE, signal.SIGTERM)}
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.setenv(name, "")  # and restore it after the test
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **_: (run_folder.path / "wandb of a refused run").touch()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(wandb_run, "find_spec", lambda name: object())
+
+    def refuse(flags: str, main: Callable[[], None] = pretraining.main) -> str:
+        if main is pretraining.main:
+            run = Run(f"{run_folder.flags} --report-interval 60 {flags}", logs_scalars=False)
+            words = workplace.flags(run, run_folder.path)
+        else:
+            words = shlex.split(
+                f"{run_folder.flags} --use-checkpoint-args --vocab-size {VOCAB_SIZE} --save-interval 7 {flags}"
+            )
+        monkeypatch.setattr(sys, "argv", ["maskmoe", *words])
+        monkeypatch.chdir(workplace.folder)
+        before = snapshot(run_folder.path)
+        try:
+            with pytest.raises(UserError) as refusal:
+                main()
+        finally:
+            forget_megatrons_globals()
+        assert snapshot(run_folder.path) == before
+        return str(refusal.value)
+
+    yield refuse
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+REFUSED = {
+    "--train-iters 30": "--train-iters 21 in the checkpoint, 30 in this run",
+    "--lr 1e-3": "--lr 0.002 in the checkpoint, 0.001 in this run",
+    "--lr 1e-3 --wandb-project p": "--lr 0.002 in the checkpoint",
+    "--routing-mask other_seed.safetensors": "--change-routing-mask",
+    "--global-batch-size 16": "--global-batch-size 8 in the checkpoint, 16 in this run",
+    "--seed 7 --lr 1e-3": "--lr 0.002 in the checkpoint",
+    "--tokenizer-type SentencePieceTokenizer --tokenizer-model nowhere": "--tokenizer-model nowhere does not exist",
+    "--tokenizer-model nowhere": "--tokenizer-model nowhere does not exist",
+    f"--data-path {UNUSABLE_IDS}": "token id 599 at position 57",
+    "--data-path nowhere": "nowhere",
+    "--num-attention-heads 3": "invalid settings",
+    "": "not started as a rank",  # all checks have passed
+}
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.parametrize("flags", REFUSED)
+def test_refused_training(refuse, unusable_dataset, monkeypatch, flags):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert REFUSED[flags] in refuse(flags)
+
+
+@pytest.mark.runs("fp32")
+def test_refused_training_without_a_sound_checkpoint(refuse, run_folder):
+    run_folder.damage()
+    assert "no sound checkpoint" in refuse("")
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.parametrize("flags", ["", "--use-checkpoint-args"])
+def test_unusable_tracker_of_refused_training(refuse, run_folder, flags):
+    (run_folder.checkpoints / TRACKER).write_text("twenty")
+    assert "--lr 0.002 in the checkpoint" in refuse(f"--lr 1e-3 {flags}")
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.parametrize(
+    ("main", "flags", "error"),
+    [
+        (evaluation.main, "--data-path data --split 90,10,0 --eval-output {0}/args.yaml", "args.yaml"),
+        (evaluation.main, "--eval-texts nowhere --wandb-project p", "cannot read --eval-texts nowhere"),
+        (generation.main, "--prompt 1 --max-new-tokens 99", "exceed the model's 32 positions"),
+    ],
+)
+def test_refused_evaluation_and_generation(refuse, run_folder, main, flags, error):
+    assert error in refuse(flags.format(run_folder.path), main)
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.parametrize("tokenizer_type", ["", "SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"])
+@pytest.mark.parametrize("main", [generation.main, evaluation.main, pretraining.main])
+def test_missing_tokenizer_beside_settings_of_the_checkpoint(refuse, main, tokenizer_type):
+    """Megatron alone would take the tokenizer of the checkpoint without a word."""
+    flags = "--use-checkpoint-args --tokenizer-model nowhere"
+    flags += " --prompt 1" if main is generation.main else ""
+    flags += f" --tokenizer-type {tokenizer_type}" if tokenizer_type else ""
+    assert "--tokenizer-model nowhere does not exist" in refuse(flags, main)
+
+
+# ---- Real processes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refuse_ranks(run_folder, workplace, tmp_path) -> Refuse:
+    """Run two ranks, check that they are refused without a trace, and return their output.
+
+    The second rank is the last, which has the writers.
+    """
+
+    def refuse_ranks(flags: str, ignored: tuple[str, ...] = (), program: tuple[str, ...] = PRETRAIN) -> str:
+        run = Run(f"{run_folder.flags} {flags}", ranks=2, logs_scalars=False, program=program)
+        before = snapshot(run_folder.path)
+        outcome = workplace.run(run, tmp_path / "output")
+        assert 2 in outcome.exit_codes, outcome.report()
+        assert 0 not in outcome.exit_codes, outcome.report()
+        after = snapshot(run_folder.path)
+        assert {path for path in {**before, **after} if before.get(path) != after.get(path)} <= set(ignored)
+        return "".join(outcome.errors)
+
+    return refuse_ranks
+
+
+@pytest.mark.runs("fp32")
+def test_dataset_that_the_first_rank_alone_refuses(refuse_ranks, unusable_dataset):
+    assert "token id 599 at position 57" in refuse_ranks(f"--data-path {UNUSABLE_IDS}")
+
+
+@pytest.mark.runs("fp32")
+def test_dataset_that_the_second_rank_alone_lacks(refuse_ranks):
+    """Both ranks could be on different nodes. The first rank must not lock the folder before both have checked."""
+    assert "nowhere.idx does not exist" in refuse_ranks("", program=("-c", SECOND_RANK_LACKS_DATA))
+
+
+@pytest.mark.slow
+@pytest.mark.runs("fp32")
+def test_settings_that_all_ranks_refuse(refuse_ranks):
+    assert "--lr 0.002 in the checkpoint, 0.001 in this run" in refuse_ranks("--lr 1e-3")
+
+
+@pytest.mark.slow
+@pytest.mark.runs("fp32")
+def test_folder_of_a_run_that_trains(refuse_ranks, run_folder):
+    with locked_folder(run_folder.checkpoints):
+        lock = str(run_folder.checkpoints / LOCK_NAME)  # its holder touches the file
+        assert "another run" in refuse_ranks("", ignored=(lock,))
