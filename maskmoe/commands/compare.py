@@ -114,16 +114,17 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     data = open_data(flags, folder / "data", suite.seq_length)
     selection = Selection(options.only, options.seeds)
     selection.check(suite)
-    sizes = {run.variant.vocab_size for run in selection.whole_runs(suite)} - {""}
+    selected = {run.variant.vocab_size for run in selection.whole_runs(suite)} - {""}
+    if selected and "data-path" in flags:
+        raise UserError(
+            f"runs with a vocabulary of {min(selected, key=int)} need text, not a dataset: name text by --input, or "
+            "choose other runs by --only"
+        )
     vocabularies = {
         size: open_data(override(flags, {"vocab-size": (size,)}), folder / f"data-{size}", suite.seq_length)
-        for size in sizes
+        for size in {variant.vocab_size for variant in suite.variants.values()} - {""}
+        if "data-path" not in flags
     }
-    if sizes and "data-path" in flags:
-        raise UserError(
-            f"runs with a vocabulary of {min(sizes, key=int)} need text, not a dataset: name text by --input, or leave "
-            "the runs out by --only"
-        )
     merged = read_parts(options.merge)
     devices = find_devices()
     comparison = Comparison(suite, folder, data, devices, merged, selection=selection, vocabularies=vocabularies)
@@ -162,7 +163,8 @@ def main() -> None:
     elif options.slurm:
         own = tuple(word for word in arguments if word not in ("--slurm", "--dry-run"))
         datasets = comparison.datasets_of_this_machine()
-        inputs = (options.suite.absolute().parent, *(folder for data in datasets for folder in data.folders))
+        merged = (*map(Path.absolute, options.merge), *([comparison.folder.parent] if options.rerun else []))
+        inputs = (options.suite.absolute().parent, *merged, *(folder for data in datasets for folder in data.folders))
         jobs = SlurmJobs(comparison, SlurmOptions.parse(slurm_words), inputs, own, options.jobs, Path.cwd())
         if options.dry_run:
             jobs.show()

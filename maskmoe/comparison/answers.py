@@ -13,7 +13,7 @@ class Answer(NamedTuple):
 
     Attributes:
         question: the question.
-        sentences: the answer, which says of each difference whether it is resolved.
+        sentences: the answer.
         plot: file name of the plot that shows the answer, without its suffix; empty if there is none.
     """
 
@@ -31,7 +31,7 @@ def answers(results: Results) -> list[Answer]:
     found = [_answer_better(results, method, baseline) for baseline in baselines]
     found += [_answer_where(results, method, baselines), _answer_when(results, method, baselines)]
     found += [_answer_curve(results, method, baselines, curve) for curve in results.curves if len(curve.points) > 1]
-    if results.of_role("grid"):
+    if results.grid_base:
         found.append(_answer_grid(results))
     return [answer for answer in found if answer.sentences]
 
@@ -95,12 +95,12 @@ def _answer_curve(
         if len(found) < 2:
             continue
         values = _enumerate([f"{difference:+.4f} at {value:g}" for value, difference in found])
-        sentence = f"{method.title} − {baseline.title} is {values}"
+        sentence = f"By {curve.title}, {method.title} − {baseline.title} is {values}"
         change = _change(results, method.name, baseline.name, curve)
         if change and change.num > 1:
             sentence += f"; from the first to the last it {_describe_change(change)}"
         sentences.append(f"{sentence}.")
-    return Answer(f"What changes with the {curve.title}?", sentences, f"curve_{curve.name}")
+    return Answer(f"Does the {curve.name} matter?", sentences, f"curve_{curve.name}")
 
 
 def _answer_grid(results: Results) -> Answer:

@@ -47,11 +47,15 @@ class Comparison:
     vocabularies: Mapping[str, Data] = field(default_factory=dict)
 
     def rerun(self) -> "Comparison":
-        """Return a comparison that repeats finished whole runs in a folder of its own, with the same learning rates."""
-        recorded = self.finished_parts()
-        tuning = {name: found for name, found in recorded.items() if found.part.kind == "tuning"}
-        whole = {name: found for name, found in recorded.items() if found.part.kind == "whole"}
-        return replace(self, folder=self.folder / "rerun", merged=tuning, recorded=whole)
+        """Return a comparison that repeats the selected finished whole runs in a folder of its own.
+
+        Raises:
+            UserError: no selected whole run is finished.
+        """
+        recorded = {name: found for name, found in self.finished_parts().items() if found.part.kind == "whole"}
+        if recorded.keys().isdisjoint(run.name for run in self.selection.whole_runs(self.suite)):
+            raise UserError("--rerun: no selected run is finished; name the folders of recorded parts by --merge")
+        return replace(self, folder=self.folder / "rerun", merged={}, recorded=recorded)
 
     def plan(self, run: Run) -> RunPlan:
         """Return the stages of a run."""
@@ -119,17 +123,21 @@ class Comparison:
         return tuple(run for run in check_runs(self.suite) if run.variant.name in here)
 
     def tuning_runs(self) -> tuple[Run, ...]:
-        """Return the selected tuning runs, and those on which selected runs depend."""
-        return self.selection.tuning_runs(self.suite)
+        """Return the selected tuning runs, and those on which selected runs depend; none if runs are repeated."""
+        return () if self.recorded else self.selection.tuning_runs(self.suite)
 
     def whole_runs(self) -> tuple[Run, ...]:
-        """Return all selected runs that are compared, without those whose learning rate is not chosen yet."""
-        rates = self.learning_rates()
-        return tuple(
-            replace(run, learning_rate=rates[run.variant.name])
-            for run in self.selection.whole_runs(self.suite)
-            if run.variant.name in rates
-        )
+        """Return all selected runs that are compared, without those whose learning rate is not chosen yet.
+
+        Repeated runs have the learning rates of the recorded runs.
+        """
+        runs = self.selection.whole_runs(self.suite)
+        if self.recorded:
+            rates = {name: found.part.learning_rate for name, found in self.recorded.items()}
+        else:
+            of_variants = self.learning_rates()
+            rates = {run.name: of_variants[run.variant.name] for run in runs if run.variant.name in of_variants}
+        return tuple(replace(run, learning_rate=rates[run.name]) for run in runs if run.name in rates)
 
     def find_run(self, name: str) -> Run:
         """Return the run with the name.
@@ -224,8 +232,9 @@ class Comparison:
 
     def _variants_of_this_machine(self) -> set[str]:
         """Return the names of the variants that have selected runs without a merged part."""
-        runs = (*self.selection.tuning_runs(self.suite), *self.selection.whole_runs(self.suite))
-        return {run.variant.name for run in runs if run.name not in self.merged}
+        runs = (*self.tuning_runs(), *self.selection.whole_runs(self.suite))
+        here = {run.name: run.variant.name for run in runs if run.name not in self.merged}
+        return {name for run, name in here.items() if not self.recorded or run in self.recorded}
 
     def _checked_parameters(self) -> dict[str, Parameters]:
         """Return the numbers of parameters of all variants that were checked here."""

@@ -44,6 +44,8 @@ def check_active_parameters(parameters: dict[str, Parameters]) -> None:
     Raises:
         UserError: the smallest and the largest variant differ too much.
     """
+    if not parameters:
+        return
     by_size = sorted(parameters, key=lambda name: parameters[name].active)
     smallest, largest = parameters[by_size[0]], parameters[by_size[-1]]
     if largest.active > (1 + _TOLERANCE) * smallest.active:

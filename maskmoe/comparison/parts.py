@@ -232,7 +232,9 @@ def check_settings(found: FoundPart, suite: Suite, run: Run) -> None:
     if change := first_difference(part.settings, ours):
         raise UserError(f"{file} was made with other settings than the suite {suite.name} has now: {change}")
     if run.is_analyzed != (part.evaluation is not None):
-        raise UserError(f"{file} is damaged: its evaluation is missing, or is one too many; remove the file")
+        raise UserError(
+            f"{file} is damaged: it lacks an evaluation, or has one that its kind of run does not have; remove the file"
+        )
 
 
 def check_same_text(parts: Sequence[FoundPart], ours: Mapping[str, str] | None, our_name: str) -> None:

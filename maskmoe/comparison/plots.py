@@ -52,13 +52,17 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
         ("entropy", "How undecided the routers are: entropy of their choice, by layer", _entropy, with_choice),
         ("fluctuation", "Routing fluctuation: tokens of a fixed text whose expert changes", _fluctuation, with_choice),
         ("distinct_experts", "Number of experts that process the occurrences of one id", _distinct_experts, histories),
-        ("grid", "Perplexity over P and V_f", _grid, results.of_role("grid")),
+        ("grid", "Perplexity over P and V_f", _grid, results.of_role("grid") if results.grid_base else []),
         ("learning_rates", "Choice of the learning rate", _learning_rates, tuned),
     ]
     plots += [
-        (f"curve_{curve.name}", f"Difference to the baselines by the {curve.title}", _curve, curve)
+        (
+            f"curve_{curve.name}",
+            f"Difference to the baselines by {curve.title}",
+            _curve,
+            curve_differences(results, curve),
+        )
         for curve in results.curves
-        if len(curve.points) > 1 and results.variant(results.method)
     ]
     captions = {}
     for name, caption, draw, drawn in plots:
@@ -163,35 +167,41 @@ def _overview(results: Results, variants: list[VariantResult]) -> "Figure":
 def _draw_band(axes: "Axes", places: np.ndarray, estimates: list[Estimate], style: dict[str, Any]) -> None:
     """Draw means as a line, and their 95 % intervals as a band."""
     means = np.array([estimate.mean for estimate in estimates])
-    errors = np.nan_to_num([estimate.half_width for estimate in estimates])
+    errors = np.array([estimate.half_width for estimate in estimates])  # nan for one seed: there is no band
     axes.plot(places, means, **style)
     axes.fill_between(places, means - errors, means + errors, color=style["color"], alpha=0.18, linewidth=0)
 
 
-def _curve(results: Results, curve: CurveResult) -> "Figure":
+def curve_differences(results: Results, curve: CurveResult) -> dict[str, list[tuple[float, Estimate]]]:
+    """Return how the method differs from each baseline along a curve, by value; only for at least two values."""
+    found = {
+        baseline.name: [
+            (point.value, difference)
+            for point in curve.points
+            if (difference := difference_at(results, results.method, baseline.name, point.variants))
+        ]
+        for baseline in results.baseline_variants
+        if results.variant(results.method)
+    }
+    return {name: points for name, points in found.items() if len(points) > 1}
+
+
+def _curve(results: Results, differences: dict[str, list[tuple[float, Estimate]]]) -> "Figure":
     styles = _styles(results)
     method = results.variant(results.method)
     assert method is not None
     figure, ((axes,),) = _frame(1, 7, 4.5)
-    for baseline in results.baseline_variants:
-        points = [
-            (point.value, difference)
-            for point in curve.points
-            if (difference := difference_at(results, method.name, baseline.name, point.variants))
-        ]
-        if not points:
-            continue
+    for name, points in differences.items():
         values, estimates = zip(*points, strict=True)
-        means, errors = zip(*((each.mean, np.nan_to_num(each.half_width)) for each in estimates), strict=True)
-        label = f"{method.title} − {baseline.title}"
-        axes.errorbar(values, means, yerr=errors, capsize=3, marker="o", **{**styles[baseline.name], "label": label})
+        means, errors = zip(*((each.mean, each.half_width) for each in estimates), strict=True)
+        label = f"{method.title} − {styles[name]['label']}"
+        axes.errorbar(values, means, yerr=errors, capsize=3, marker="o", **{**styles[name], "label": label})
     axes.axhline(0, color="#8a8a8a", linewidth=1)
-    values = [point.value for point in curve.points]
-    axes.set(xlabel=curve.title, ylabel="difference of the losses, with 95 % interval", xscale="log")
+    values = sorted({value for points in differences.values() for value, _ in points})
+    axes.set(ylabel="difference of the losses, with 95 % interval", xscale="log")
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.set_xticks([], minor=True)
-    if axes.containers:
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
     return figure
 
 
@@ -316,6 +326,7 @@ def _distinct_experts(results: Results, variants: Histories) -> "Figure":
 
 def _grid(results: Results, _points: list[VariantResult]) -> "Figure":
     seed, runs = results.grid_seed, results.grid_runs()
+    assert results.grid_base is not None
     figure, ((axes,),) = _frame(1, 7.5, 4.8)
     for index, num_visible in enumerate(sorted({num_visible for _, num_visible in runs})):
         curve = {mass: run.loss for (mass, number), run in runs.items() if number == num_visible}

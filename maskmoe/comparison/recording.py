@@ -107,6 +107,7 @@ class _KnownDigests:
                     self._known[str(file)] = (status, hashlib.file_digest(stream, "sha256").hexdigest())
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror}") from error
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             write_record(self._known, self._path)
         return self._known[str(file)][1]
 

@@ -24,10 +24,10 @@ def rerun_table(comparison: Comparison) -> str:
     rows, num_near, num_known = list[tuple[str, ...]]([_HEADER]), 0, 0
     for run in collect_results(comparison.suite, own, "").runs:
         of_variant = recorded.runs_of(run.variant)
-        before = next((each.loss for each in of_variant if each.seed == run.seed), math.nan)
+        before = next(each.loss for each in of_variant if each.seed == run.seed)
         row = [f"{run.variant}.seed-{run.seed}", f"{run.loss:.4f}", _number(before, ".4f")]
-        spread = Estimate.of([each.loss for each in of_variant]) if of_variant else None
-        if spread and spread.num > 1:
+        spread = Estimate.of([each.loss for each in of_variant])
+        if spread.num > 1:
             low, high = spread.interval
             row += [_number(run.loss - before, "+.4f"), f"{spread.standard_deviation:.4f}", f"{low:.4f} to {high:.4f}"]
             num_known += math.isfinite(before)

@@ -111,6 +111,7 @@ class Results(BaseModel, frozen=True):
         limits: finished limits.
         unfinished: names of unfinished runs.
         commits: commits of the code of the runs, shortened; `+` marks a checkout with uncommitted changes.
+        learning_rates: learning rates that the suite tries.
     """
 
     title: str
@@ -124,6 +125,7 @@ class Results(BaseModel, frozen=True):
     limits: list[LimitResult]
     unfinished: list[str]
     commits: list[str] = []
+    learning_rates: list[str] = []
 
     def of_role(self, role: Role) -> list[VariantResult]:
         """Return the variants of one role, in order."""
@@ -153,10 +155,11 @@ class Results(BaseModel, frozen=True):
         return list(dict.fromkeys(name for run in self.runs for name in run.further))
 
     @property
-    def grid_base(self) -> VariantResult:
-        """The variant whose P and V_f the grid varies. There must be a grid."""
-        name = self.of_role("grid")[0].name
-        return next(variant for variant in self.of_role("main") if name.startswith(f"{variant.name}."))
+    def grid_base(self) -> VariantResult | None:
+        """The variant whose P and V_f the grid varies; None if the variant or the grid has no finished run."""
+        names = [variant.name for variant in self.of_role("grid")[:1]]
+        main = self.of_role("main")
+        return next((variant for variant in main for name in names if name.startswith(f"{variant.name}.")), None)
 
     @property
     def grid_seed(self) -> int:
@@ -164,7 +167,8 @@ class Results(BaseModel, frozen=True):
         return self.runs_of(self.of_role("grid")[0].name)[0].seed
 
     def grid_runs(self) -> dict[tuple[float, float], RunResult]:
-        """Return the runs of the grid's seed by P and V_f, ascending. There must be a grid."""
+        """Return the runs of the grid's seed by P and V_f, ascending. There must be a `grid_base`."""
+        assert self.grid_base is not None
         runs = {
             (variant.number("frequent-mass"), variant.number("frequent-visible-experts")): run
             for variant in (self.grid_base, *self.of_role("grid"))
@@ -313,6 +317,7 @@ def collect_results(suite: Suite, parts: Mapping[str, Part], command: str) -> Re
         limits=_compare_limits(suite, parts),
         unfinished=[run.name for run in whole_runs if run.name not in parts],
         commits=sorted(set(commits)),
+        learning_rates=list(suite.learning_rates.values),
     )
 
 

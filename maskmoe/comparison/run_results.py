@@ -200,7 +200,7 @@ class Evaluation(HeldOut, frozen=True):
         return cls.model_validate(content | own)
 
     def held_out(self, name: str | None) -> HeldOut | None:
-        """Return the loss of a further held-out text by its name, None if it has none; of the suite's for None."""
+        """Return the loss on a further held-out text; None if the run lacks it. None names the suite's own text."""
         return self if name is None else self.further.get(name)
 
 

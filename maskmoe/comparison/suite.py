@@ -39,8 +39,10 @@ _DATA_FLAGS = {*_TEXT_FLAGS, "data-path", "split", "tokenizer-type", "tokenizer-
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
 _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
-_MERGED_KEYS = {"data", "flags", "expert-flags", "mask"}
-_INHERITED_KEYS = _MERGED_KEYS | {"model", "seeds", "learning-rates", "checkpoints", "keep-checkpoints", "probe-tokens"}
+_MERGED_KEYS = {"flags", "expert-flags", "mask"}
+_INHERITED_KEYS = _MERGED_KEYS | {
+    *("data", "model", "seeds", "learning-rates", "checkpoints", "keep-checkpoints", "probe-tokens"),
+}
 # A file and a key name the suite and its variants. The role of a variant follows from its keys.
 _FIELDS_WITHOUT_KEY = {"name", "role", "base", "curve", "point"}
 
@@ -422,7 +424,10 @@ def _read_with_base(path: Path) -> object:
     content = read_words(path, "suite")
     if not isinstance(content, dict) or "extends" not in content:
         return content
-    base = read_words(path.parent / str(content.pop("extends")), "suite")
+    name = str(content.pop("extends"))
+    if Path(name).name != name:
+        raise UserError(f"suite {path}: `extends` must name a suite in the same folder, not {name}")
+    base = read_words(path.parent / name, "suite")
     if not isinstance(base, dict) or "extends" in base:
         raise UserError(f"suite {path}: `extends` must name a suite that extends no other")
     inherited = {key: value for key, value in base.items() if key in _INHERITED_KEYS}

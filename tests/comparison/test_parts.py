@@ -230,6 +230,10 @@ def test_merged_tuning_runs_choose_the_learning_rates(suite, compare, folder):
     assert {run.variant.name for run in comparison.whole_runs()}.isdisjoint({"hash"})
 
 
+def open_(words):
+    return command.open_comparison(command.parse_arguments(words))
+
+
 def words_of(suite, folder):
     """Return the arguments that merge the parts of a folder."""
     return [str(folder.parent / f"{suite.name}.yaml"), "--run-dir", str(folder.parent / "run"), "--merge", str(folder)]
@@ -335,7 +339,7 @@ def test_part_that_contradicts_its_name_is_refused(compare, folder):
 
 def test_part_without_its_evaluation_is_refused(compare, folder):
     change(folder / "runs" / "smoe.seed-2.json", evaluation=None)
-    assert "smoe.seed-2.json is damaged: its evaluation is missing" in refused(compare, "--merge", folder, "--report")
+    assert "smoe.seed-2.json is damaged: it lacks an evaluation" in refused(compare, "--merge", folder, "--report")
 
 
 def test_equal_parts_of_one_run_are_merged_and_different_parts_refused(compare, folder, tmp_path):
@@ -414,6 +418,39 @@ def test_only_selected_runs_and_their_tuning_runs_are_listed(compare):
     ]
 
 
+VOCABULARY = "curves: {vocabulary: {title: ids, of: maskmoe, points: {400: {vocab-size: 400}}}}"
+
+
+def test_every_vocabulary_has_a_dataset_whatever_is_selected(suite_file, tmp_path):
+    suite_file(replace={"data:": f"{VOCABULARY}\ndata:"})
+    words = [str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
+    for selection in ([], ["--only", "dense"]):
+        comparison = open_([*words, *selection])
+        assert comparison.data_of("maskmoe.vocabulary-400").files.folder.name == "data-400"
+        assert comparison.data_of("maskmoe").files.folder.name == "data"
+        names = [data.files.folder.name for data in comparison.datasets_of_this_machine()]
+        assert sorted(names) == (["data"] if selection else ["data", "data-400"])
+    given = ["--data-path", "data", "--split", "9,1,0", "--tokenizer-model", "model"]
+    with pytest.raises(UserError, match="runs with a vocabulary of 400 need text"):
+        open_([*words, *given])
+    assert open_([*words, *given, "--only", "dense"]).vocabularies == {}
+
+
+def test_parts_of_one_vocabulary_belong_to_one_text(suite_file, tmp_path):
+    suite_file(replace={"data:": f"{VOCABULARY}\ndata:"})
+    suite = Suite.read(tmp_path / "small.yaml", {})
+    folder = tmp_path / "parts"
+    write_parts(suite, folder)
+    path = folder / "runs" / "maskmoe.vocabulary-400.seed-1.json"
+    change(path, text={"split": "1,1,0"})
+    words = words_of(suite, folder)
+    with pytest.raises(UserError, match=r"belongs to another text than .*: split is"):
+        open_(words)
+    other = folder / "runs" / "maskmoe.vocabulary-400.seed-2.json"
+    change(other, text={"split": "1,1,0"})
+    open_(words)
+
+
 def test_rerun_repeats_merged_runs_with_their_learning_rates(suite, compare, folder):
     listed = compare("--merge", folder, "--rerun", "--only", "dense", "smoe", "--seeds", "2", "--list").splitlines()
     assert [line.split()[-1] for line in listed if line.startswith("to do")] == [
@@ -422,16 +459,28 @@ def test_rerun_repeats_merged_runs_with_their_learning_rates(suite, compare, fol
         "runs/dense.seed-2",
         "runs/smoe.seed-2",
     ]
-    assert [line for line in listed if line.startswith("merged")] == [
-        f"merged    tuning/{variant}.lr-{rate}" for variant in ("dense", "smoe") for rate in ("1e-3", "1e-2")
-    ]
+    assert not [line for line in listed if line.startswith("merged")]
+    words = [*words_of(suite, folder), "--rerun", "--only", "dense"]
+    shutil.rmtree(folder / "tuning")
+    change(folder / "runs" / "dense.seed-1.json", learning_rate="1e-3")
+    path = folder / "runs" / "dense.seed-1.json"
+    change(path, settings=json.loads(path.read_text())["settings"] | {"lr": "1e-3", "min-lr": "0.0001"})
+    rates = {run.seed: run.learning_rate for run in open_(words).whole_runs()}
+    assert rates == {1: "1e-3", 2: "1e-2"}
+
+
+def test_rerun_needs_a_recorded_run(compare, folder):
+    message = "no selected run is finished; name the folders of recorded parts by --merge"
+    assert message in refused(compare, "--rerun", "--seeds", "1")
+    (folder / "runs" / "dense.seed-1.json").unlink()
+    assert message in refused(compare, "--merge", folder, "--rerun", "--only", "dense", "--seeds", "1")
 
 
 def test_rerun_table(suite, folder, monkeypatch):
-    """The table against numpy and scipy; a run that was never recorded has no difference."""
+    """The table against numpy and scipy; a run that was never recorded is not repeated."""
     (folder / "runs" / "hash.seed-2.json").unlink()
     words = [*words_of(suite, folder), "--rerun", "--only", "smoe", "hash", "--seeds", "2"]
-    comparison = command.open_comparison(command.parse_arguments(words))
+    comparison = open_(words)
     repeated = {}
     for run in comparison.whole_runs():
         part = synthetic_part(suite, run)
@@ -439,7 +488,7 @@ def test_rerun_table(suite, folder, monkeypatch):
         repeated[run.name] = FoundPart(comparison.part_file(run), part)
     find_part = Comparison.find_part
     monkeypatch.setattr(Comparison, "find_part", lambda self, run: repeated.get(run.name) or find_part(self, run))
-    _, smoe, hashed, summary = rerun_table(comparison).splitlines()
+    _, smoe, summary = rerun_table(comparison).splitlines()
     recorded = [2.32, 2.34]
     low, high = stats.t.interval(0.95, 1, loc=np.mean(recorded), scale=stats.sem(recorded))
     cells = [
@@ -451,7 +500,6 @@ def test_rerun_table(suite, folder, monkeypatch):
         f"{low:.4f} to {high:.4f}",
     ]
     assert re.split("  +", smoe.strip()) == cells
-    assert re.split("  +", hashed.strip()) == ["hash.seed-2", "2.3500", "–", "–", "–", "–"]
     assert summary.startswith("1 of 1 repeated losses differ")
 
 

@@ -106,7 +106,7 @@ def test_report_answers_the_questions_of_a_reader():
     assert re.match(r"On held-out text of the same kind, Maskmoe is better than Smoe \(-0\.0[78]", better)
     assert re.search(r"“stories”, Maskmoe is better than Smoe \(-0\.1[567]", better)
     assert "better than Hash-balanced (-0.0" in found["Is Maskmoe better than Hash-balanced?"]
-    of_size = found["What changes with the size of something?"]
+    of_size = found["Does the size matter?"]
     numbers = r"\+0\.0[12]\d+ ± [\d.]+ at 50 and -0\.0[78]\d+ ± [\d.]+ at 100"
     assert re.search(rf"− Smoe is {numbers}; from the first to the last it falls by 0\.(09|10)", of_size)
     assert "P = 20% and V_f = 2" in found["Which P and V_f are best?"]
@@ -129,6 +129,28 @@ def test_what_is_not_resolved_is_called_so():
     assert "is not resolved" in found["Is Maskmoe better than Smoe?"]
     one_seed = answers(synthetic_results(seeds=(1,)))
     assert "one seed has a difference of -0.0" in one_seed[0].sentences[0]
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [{"maskmoe"}, {"smoe", "hash-balanced"}, {"maskmoe", "smoe"}, {"dense", "smoe", "hash-balanced", "maskmoe"}],
+)
+def test_report_of_a_part_of_the_runs_leaves_out_what_cannot_be_compared(missing, tmp_path):
+    results = synthetic_results()
+    some = {
+        "runs": [run for run in results.runs if run.variant not in missing],
+        "variants": [variant for variant in results.variants if variant.name not in missing],
+    }
+    text = write_report(results.model_copy(update=some), tmp_path).read_text()
+    assert ("## Does the size matter?" in text) == (tmp_path / "curve_size.png").exists() == (missing == set())
+    assert ("## P and V_f" in text) == ("maskmoe" not in missing)
+
+
+def test_report_without_runs_is_written(tmp_path):
+    results = synthetic_results().model_copy(update={"runs": [], "variants": [], "learning_rates": ["1e-3", "1e-2"]})
+    text = write_report(results, tmp_path).read_text()
+    assert "## Learning rates" not in text
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_behaviour_of_the_routers_is_summarized():
@@ -191,6 +213,7 @@ def test_parameters_are_read_from_a_check():
 
 
 def test_unequal_models_are_refused():
+    check_active_parameters({})
     check_active_parameters({"dense": Parameters(total=100, active=100), "smoe": Parameters(total=800, active=102)})
     with pytest.raises(UserError, match="variant big has 120 active parameters and dense 100"):
         check_active_parameters({"dense": Parameters(total=100, active=100), "big": Parameters(total=120, active=120)})

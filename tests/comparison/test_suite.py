@@ -96,6 +96,9 @@ def test_a_suite_extends_another_one(suite_file, tmp_path):
     path.with_name("third.yaml").write_text("extends: more.yaml\n")
     with pytest.raises(UserError, match="a suite that extends no other"):
         Suite.read(path.with_name("third.yaml"), {})
+    path.write_text("extends: ../small.yaml\n")
+    with pytest.raises(UserError, match="in the same folder, not"):
+        Suite.read(path, {})
     path.write_text("extends: nowhere.yaml\n")
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         Suite.read(path, {})
