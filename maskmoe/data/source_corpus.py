@@ -185,11 +185,14 @@ def _decode(data: bytes) -> str:
 
 
 def _read_csv(source: Source, data: bytes) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(len(data) + 1)
-    rows = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), strict=True)
-    _check_columns(source, rows.fieldnames or ())
-    for row in rows:
-        yield {name: row[name] or "" for name in (*source.columns, *source.join_by)}
+    limit = csv.field_size_limit(len(data) + 1)  # of the process, so restore it
+    try:
+        rows = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), strict=True)
+        _check_columns(source, rows.fieldnames or ())
+        for row in rows:
+            yield {name: row[name] or "" for name in (*source.columns, *source.join_by)}
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_sqlite(source: Source, data: bytes) -> Iterator[dict[str, str]]:

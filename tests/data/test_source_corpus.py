@@ -1,5 +1,6 @@
 """The text of pinned packages: documents of each format, choice, order, and errors."""
 
+import csv
 import json
 import random
 import sqlite3
@@ -53,6 +54,7 @@ def test_files_are_documents(tmp_path: Path) -> None:
 def test_rows_of_a_csv_file_are_documents(tmp_path: Path) -> None:
     table = f'title,text,label\n"{prose(1)}","{prose("x, y")}<br /><br/>End",1\nb,short,0\nc,"{prose(3)}",1\n'
     keys = {"members": "data/*.csv", "format": "csv", "columns": "text"}
+    limit = csv.field_size_limit()
     description = describe(tmp_path, {"data/a.csv": table}, **keys, clean="html-breaks")
     assert texts(description) == {
         "words/data/a.csv:1": f"{prose('x, y')}\n\nEnd",
@@ -60,6 +62,7 @@ def test_rows_of_a_csv_file_are_documents(tmp_path: Path) -> None:
     }
     with_title = texts(describe(tmp_path, {"data/a.csv": table}, **keys | {"columns": ["title", "text"]}))
     assert with_title["words/data/a.csv:3"] == f"c {prose(3).strip()}"
+    assert csv.field_size_limit() == limit
 
 
 def test_rows_of_a_database_are_joined(tmp_path: Path) -> None:

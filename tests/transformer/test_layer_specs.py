@@ -177,7 +177,8 @@ def test_specs_of_transformer_engine_keep_its_modules() -> None:
     assert first.mlp.func is MaskMoELayer
     submodules = first.mlp.keywords["submodules"]
     assert submodules.router.func is MaskMoERouter
-    assert submodules.router.keywords == {"visible_experts": visible_experts, "aux_loss_tokens": "all"}
+    own = {"visible_experts": visible_experts, "aux_loss_tokens": "all", "routing_weight": "probability"}
+    assert submodules.router.keywords == own
     assert submodules.experts.keywords["submodules"].linear is _TransformerEngineNorm
     assert second.linear is TorchNorm
     assert spec[0].mlp is moe
