@@ -92,7 +92,7 @@ def test_zero_centred_weights_are_added_to_one(norm_class: type, dtype: torch.dt
     theirs.weight.data.copy_(1 + ours.weight.float())
     hidden = (5 * torch.randn(7, 2, 64, device=DEVICE)).to(dtype).requires_grad_()
     found, expected = results(ours, hidden), results(theirs, hidden.detach().float().requires_grad_())
-    # In bf16, normalized features are rounded before they are multiplied, and gradients add up 14 rounded products. Each
+    # In bf16, normalized features are rounded before they are multiplied, and gradients add 14 rounded products. Each
     # error is at most 2**-9 of a product of up to about 4, so the sum of the errors is at most 0.11.
     tolerance = FP32_TOLERANCE if dtype == torch.float32 else {"rtol": 2**-6, "atol": 0.11}
     for one, other in zip(found, expected, strict=True):
