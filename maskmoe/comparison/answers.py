@@ -1,7 +1,8 @@
 """State the findings of a comparison in sentences: one answer for each question that a reader has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from operator import methodcaller
 from typing import NamedTuple
 
 from maskmoe.comparison.results import CurveResult, Estimate, Results, VariantResult, paired_difference
@@ -30,7 +31,7 @@ def answers(results: Results) -> list[Answer]:
         return []
     found = [_answer_better(results, method, baseline) for baseline in baselines]
     found += [_answer_where(results, method, baselines), _answer_when(results, method, baselines)]
-    found += [_answer_curve(results, method, baselines, curve) for curve in results.curves if len(curve.points) > 1]
+    found += [_answer_curve(results, method, baselines, curve) for curve in results.curves]
     if results.grid_base:
         found.append(_answer_grid(results))
     return [answer for answer in found if answer.sentences]
@@ -86,15 +87,11 @@ def _answer_curve(
     results: Results, method: VariantResult, baselines: list[VariantResult], curve: CurveResult
 ) -> Answer:
     sentences = []
+    differences = curve_differences(results, curve)
     for baseline in baselines:
-        found = [
-            (point.value, difference)
-            for point in curve.points
-            if (difference := difference_at(results, method.name, baseline.name, point.variants))
-        ]
-        if len(found) < 2:
+        if baseline.name not in differences:
             continue
-        values = _enumerate([f"{difference:+.4f} at {value:g}" for value, difference in found])
+        values = _enumerate([f"{difference:+.4f} at {value:g}" for value, difference in differences[baseline.name]])
         sentence = f"By {curve.title}, {method.title} − {baseline.title} is {values}"
         change = _change(results, method.name, baseline.name, curve)
         if change and change.num > 1:
@@ -170,16 +167,34 @@ def differences_during_training(
     results: Results, variant: VariantResult, baseline: VariantResult
 ) -> list[tuple[int, Estimate]]:
     """Return how a variant differs from a baseline on a part of the held-out text, by iteration."""
-    runs = [*results.runs_of(variant.name), *results.runs_of(baseline.name)]
-    iterations = sorted(set.intersection(*(set(run.validation.iterations) for run in runs)))
     found = (
-        (each, paired_difference(results, variant.name, baseline.name, lambda run, each=each: run.held_out_loss(each)))
-        for each in iterations
+        (each, paired_difference(results, variant.name, baseline.name, methodcaller("held_out_loss", each)))
+        for each in common_iterations([*results.runs_of(variant.name), *results.runs_of(baseline.name)])
     )
     return [(iteration, difference) for iteration, difference in found if difference]
 
 
-def difference_at(results: Results, method: str, baseline: str, variants: dict[str, str]) -> Estimate | None:
+def common_iterations(runs: Iterable[RunResult]) -> list[int]:
+    """Return the iterations with a held-out loss in all runs."""
+    return sorted(set.intersection(*(set(run.validation.iterations) for run in runs)))
+
+
+def curve_differences(results: Results, curve: CurveResult) -> dict[str, list[tuple[float, Estimate]]]:
+    """Return how the method differs from each baseline along a curve, by value; only for at least two values."""
+    if results.variant(results.method) is None:
+        return {}
+    found = {
+        baseline.name: [
+            (point.value, difference)
+            for point in curve.points
+            if (difference := _difference_at(results, results.method, baseline.name, point.variants))
+        ]
+        for baseline in results.baseline_variants
+    }
+    return {name: points for name, points in found.items() if len(points) > 1}
+
+
+def _difference_at(results: Results, method: str, baseline: str, variants: dict[str, str]) -> Estimate | None:
     """Return how the method differs from a baseline in the setting of a curve's point."""
     if not {method, baseline} <= variants.keys():
         return None

@@ -2,22 +2,19 @@
 
 import itertools
 from collections.abc import Callable, Iterable
-from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskmoe.comparison.answers import difference_at, differences_during_training
+from maskmoe.comparison.answers import common_iterations, curve_differences, differences_during_training
 from maskmoe.comparison.results import (
-    CurveResult,
     Estimate,
     Results,
     VariantResult,
     differences_to,
-    paired_difference,
 )
-from maskmoe.comparison.run_results import RoutingHistory, RunResult
+from maskmoe.comparison.run_results import RoutingHistory
 from maskmoe.outputs import atomic_output
 
 if TYPE_CHECKING:
@@ -127,11 +124,6 @@ def _styles(results: Results) -> dict[str, dict[str, Any]]:
     }
 
 
-def _common_iterations(runs: Iterable[RunResult]) -> list[int]:
-    """Return the iterations with a held-out loss in all runs."""
-    return sorted(set.intersection(*(set(run.validation.iterations) for run in runs)))
-
-
 def overview_variants(results: Results) -> list[VariantResult]:
     """Return the main variants that were tuned themselves, or all of them if none was tuned."""
     main = results.of_role("main")
@@ -143,7 +135,7 @@ def _overview(results: Results, variants: list[VariantResult]) -> "Figure":
     figure, ((left, right),) = _frame(2, 6, 5)
     for variant in variants:
         style, runs = styles[variant.name], results.runs_of(variant.name)
-        iterations = np.array(_common_iterations(runs))
+        iterations = np.array(common_iterations(runs))
         estimates = [Estimate.of([run.held_out_loss(each) for run in runs]) for each in iterations]
         _draw_band(left, iterations * variant.tokens_per_iteration / 1e6, estimates, style)
     method = results.variant(results.method)
@@ -172,20 +164,6 @@ def _draw_band(axes: "Axes", places: np.ndarray, estimates: list[Estimate], styl
     axes.fill_between(places, means - errors, means + errors, color=style["color"], alpha=0.18, linewidth=0)
 
 
-def curve_differences(results: Results, curve: CurveResult) -> dict[str, list[tuple[float, Estimate]]]:
-    """Return how the method differs from each baseline along a curve, by value; only for at least two values."""
-    found = {
-        baseline.name: [
-            (point.value, difference)
-            for point in curve.points
-            if (difference := difference_at(results, results.method, baseline.name, point.variants))
-        ]
-        for baseline in results.baseline_variants
-        if results.variant(results.method)
-    }
-    return {name: points for name, points in found.items() if len(points) > 1}
-
-
 def _curve(results: Results, differences: dict[str, list[tuple[float, Estimate]]]) -> "Figure":
     styles = _styles(results)
     method = results.variant(results.method)
@@ -210,17 +188,12 @@ def _loss_curves(results: Results, baseline: VariantResult) -> "Figure":
     figure, ((left, right),) = _frame(2, 6, 5)
     for variant in results.of_role("main"):
         style, runs = styles[variant.name], results.runs_of(variant.name)
-        iterations = _common_iterations(runs)
+        iterations = common_iterations(runs)
         left.plot(iterations, [np.mean([run.held_out_loss(each) for run in runs]) for each in iterations], **style)
-        points = []
-        for iteration in _common_iterations([*runs, *results.runs_of(baseline.name)]):
-            value = methodcaller("held_out_loss", iteration)
-            if difference := paired_difference(results, variant.name, baseline.name, value):
-                points.append((iteration, difference.mean, np.nan_to_num(difference.half_width)))
+        points = differences_during_training(results, variant, baseline)
         if points and variant != baseline:
-            steps, means, errors = np.array(points).T
-            right.plot(steps, means, **style)
-            right.fill_between(steps, means - errors, means + errors, color=style["color"], alpha=0.15, linewidth=0)
+            steps, estimates = zip(*points, strict=True)
+            _draw_band(right, np.array(steps), list(estimates), style)
     left.set(xlabel="iteration", ylabel="loss (nats per token)", yscale="log")
     left.yaxis.set_major_formatter("{x:.1f}")
     left.yaxis.set_minor_formatter("{x:.1f}")
