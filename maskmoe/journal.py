@@ -33,6 +33,7 @@ class Kind(StrEnum):
         ENDED: The ranks have ended. Facts: `exit_code`.
         SAVED: A checkpoint was saved. Facts: `seconds` for which training stood still, `is_local`, `is_asynchronous`.
         WARNED: Something deserves a look, such as a spike of the loss.
+        STEP_TIME: How long a step takes. Facts: `seconds`, `ranks`.
         NODES: A node was lost, has left, waits, or was taken in.
     """
 
@@ -40,6 +41,7 @@ class Kind(StrEnum):
     ENDED = "ended"
     SAVED = "saved"
     WARNED = "warned"
+    STEP_TIME = "step_time"
     NODES = "nodes"
 
 

@@ -110,8 +110,7 @@ def describe_run(
     fields = {
         "model": _describe_model(args),
         "parameters": _describe_parameters(args, mask, counts),
-        "layout": f"{_ranks(layout.ranks)}: TP {layout.tensor} · PP {layout.pipeline} · CP {layout.context} · "
-        f"DP {layout.data} · EP {layout.expert} · ETP {layout.expert_tensor}",
+        "layout": describe_layout(layout),
         "step": f"{layout.global_batch:,} samples × {layout.seq_length:,} = {layout.tokens_per_step:,} tokens, in "
         f"micro-batches of {layout.micro_batch}; {args.train_iters:,} iterations",
         "dispatch": dispatch,
@@ -121,6 +120,14 @@ def describe_run(
         "folder": _describe_folder(args, folder),
     }
     return {label: text for label, text in fields.items() if text}
+
+
+def describe_layout(layout: Layout) -> str:
+    """Return the numbers of ranks of a run in words: `2 ranks: TP 1 · PP 1 · CP 1 · DP 2 · EP 2 · ETP 1`."""
+    return (
+        f"{_ranks(layout.ranks)}: TP {layout.tensor} · PP {layout.pipeline} · CP {layout.context} · "
+        f"DP {layout.data} · EP {layout.expert} · ETP {layout.expert_tensor}"
+    )
 
 
 def _describe_model(args: Namespace) -> str:
