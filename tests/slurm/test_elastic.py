@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
+from support.waiting import wait_until
 
 from maskmoe.interruption import EXIT_REQUEUE
 from maskmoe.journal import Kind, read_journal
@@ -16,14 +17,15 @@ pytestmark = pytest.mark.slurm
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 LAYOUTS = """
 layouts:
+  1: {}
   2: {expert-model-parallel-size: 2}
   4: {expert-model-parallel-size: 4}
 """
 # A node of two ranks is noticed to be lost, the layout checked, and the ranks started, within this time in seconds.
 RESUME_SECONDS = 120
-# Sums over two ranks and over four ranks are rounded differently. Training amplifies the difference: after 80 steps
-# with a learning rate of 4e-3 it stays below this value, for losses between 4 and 8.
-TOLERANCE = 2e-3
+# Sums over two ranks and over four ranks are rounded differently. Training amplifies the difference from 5e-7 to 2e-3
+# in 20 steps with a learning rate of 4e-3, for losses between 4 and 8.
+TOLERANCE = 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -34,29 +36,47 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
+def with_layouts(run, model: Path):
+    """Return a run of the model file with layouts, instead of the laptop model on two ranks."""
+    words = [word for word in run.arguments if word != str(LAPTOP)]
+    at = words.index("--expert-model-parallel-size")
+    del words[at : at + 2]
+    # With two samples in a micro-batch, four ranks share the global batch of eight. The load-balancing loss is that of
+    # a micro-batch, so its size must stay.
+    return type(run)(run.folder, (str(model), *words, "--micro-batch-size", "2", "--keep-last-checkpoints", "false"))
+
+
+def train_here(run, ranks: int, *flags: str) -> dict[int, float]:
+    """Train by hand on this machine, without an elastic launcher; return the losses."""
+    command = [
+        ROOT / "launch" / "pretrain.sh",
+        "--gpus-per-node",
+        ranks,
+        "--run-dir",
+        run.folder,
+        *run.arguments,
+        *flags,
+    ]
+    subprocess.run(list(map(str, command)), check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+    return run.losses
+
+
 @pytest.fixture(scope="module")
 def new_run(new_laptop_run, model):
     """Return a function that describes a new run of the model file with layouts."""
-
-    def new_run():
-        run = new_laptop_run()
-        words = [word for word in run.arguments if word != str(LAPTOP)]
-        at = words.index("--expert-model-parallel-size")
-        del words[at : at + 2]
-        # With two samples in a micro-batch, four ranks share the global batch of eight. The load-balancing loss is that
-        # of a micro-batch, so its size must stay.
-        return type(run)(run.folder, (str(model), *words, "--micro-batch-size", "2"))
-
-    return new_run
+    return lambda: with_layouts(new_laptop_run(), model)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(new_run):
-    """Return the losses of a run that kept its four ranks, started by hand on this machine."""
-    run = new_run()
-    command = [ROOT / "launch" / "pretrain.sh", "--gpus-per-node", "4", "--run-dir", run.folder, *run.arguments]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
-    return run.losses
+    """Return the losses of a run that kept its four ranks."""
+    return train_here(new_run(), 4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_on_two_ranks(new_run):
+    """Return the losses of a run that kept its two ranks."""
+    return train_here(new_run(), 2)
 
 
 class Node:
@@ -99,6 +119,15 @@ def wait_for(node: Node, pattern: str, timeout: float = RESUME_SECONDS) -> re.Ma
     return match
 
 
+def wait_for_nodes_text(run, pattern: str, timeout: float = 240) -> None:
+    """Wait until the journal reports nodes as a pattern says."""
+
+    def texts() -> str:
+        return "; ".join(entry.text for entry in read_journal(run.folder) if entry.kind is Kind.NODES)
+
+    wait_until(lambda: re.search(pattern, texts()), pattern, timeout=timeout, report=texts)
+
+
 def assert_equal(losses, undisturbed) -> None:
     """Check that a run has all losses of another one, up to the order of sums."""
     assert losses.keys() == undisturbed.keys()
@@ -129,6 +158,11 @@ def test_lost_host_and_its_return(network, start, new_run, undisturbed, lost):
     assert nodes[stays].process.wait(240) == 0, nodes[stays].output[-6000:]
     assert back.process.wait(60) == 0, back.output[-6000:]
     assert_equal(run.losses, undisturbed)
+    # While one host was lost, the losses are those of a usual run on two ranks from the same checkpoint.
+    alone = new_run()
+    assert train_here(alone, 2, "--load", run.folder / "checkpoints", "--ckpt-step", "40", "--exit-interval", "60") == {
+        iteration: run.losses[iteration] for iteration in range(41, 61)
+    }
     texts = [entry.text for entry in read_journal(run.folder) if entry.kind is Kind.NODES]
     assert len(texts) == 5, texts
     saved = re.findall(r"resumes from \S*iter_(\d+)", nodes[stays].output)
@@ -167,3 +201,17 @@ def test_stopped_host_leaves_without_loss(network, start, new_run, undisturbed):
     nodes = [start("n2", run), start("n1", run)]
     assert [node.process.wait(240) for node in nodes] == [0, 0]
     assert_equal(run.losses, undisturbed)
+
+
+def test_slurm_requeues_a_lost_node_alone(cluster, new_laptop_run, model, undisturbed_on_two_ranks):
+    """Each node is a job of its own. The other job trains on while Slurm waits for the lost node."""
+    run = with_layouts(new_laptop_run(), model)
+    cluster.submit("--nodes=1:2", "--ntasks=1", "--cpus-per-task=2", "--run-dir", run.folder, "--", *run.arguments)
+    run.wait_for_iteration(45)
+    cluster.fail_node("n2")
+    wait_for_nodes_text(run, r"n2 left the run, .*; training on 1 node \(n1\), 1 rank")
+    cluster.mend_node("n2")
+    wait_for_nodes_text(run, r"n2 has come, .*; training on 2 nodes")
+    cluster.wait_for_queue()
+    assert len(list((run.folder / "slurm").glob("*.finished"))) == 1
+    assert_equal(run.losses, undisturbed_on_two_ranks)

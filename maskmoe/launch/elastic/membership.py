@@ -105,6 +105,7 @@ class Membership:
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._show()
+        self._look()
         for thread in self._threads:
             thread.start()
         return self

@@ -66,7 +66,7 @@ class ElasticRun:
         """Take part in the run until it ends, or until a signal stops this node; return the exit code.
 
         Raises:
-            UserError: the run folder cannot be used, or too few nodes come.
+            UserError: the run folder cannot be used, or no layout passes the check.
             RunFailure: a file in which the launchers meet is damaged.
         """
         self._supervisor.listen()
@@ -114,7 +114,7 @@ class ElasticRun:
                 if generation := self._propose(running, is_quiet=time.monotonic() - changed > _LAST_CALL_SECONDS):
                     return generation
                 if time.monotonic() - begin > self._options.rendezvous_timeout:
-                    return self._give_up(running)
+                    return self._give_up()
             time.sleep(_POLL_SECONDS)
         return EXIT_REQUEUE
 
@@ -166,21 +166,13 @@ class ElasticRun:
         _say(text)
         self._journal.write(Kind.NODES, text, nodes=len(generation.members), ranks=generation.ranks)
 
-    def _give_up(self, running: Generation | None) -> int:
-        """Return the exit code of a run for which too few nodes have come.
-
-        Raises:
-            UserError: the run has not begun.
-        """
-        ready, nodes = len(self._nodes.ready()), self._options.nodes
-        text = (
-            f"{_count(ready, 'node')} of {nodes.least} to {nodes.most} came within {self._options.rendezvous_timeout} s"
-        )
+    def _give_up(self) -> int:
+        """Say that too few nodes have come, and return the exit code of a run that can be started again."""
+        ready, nodes, seconds = len(self._nodes.ready()), self._options.nodes, self._options.rendezvous_timeout
+        text = f"{_count(ready, 'node')} of {nodes.least} to {nodes.most} came within {seconds} s"
         if ready >= nodes.least:
             text += f", and the model file has no layout for {nodes.least} to {ready} nodes"
-        if running is None:
-            raise UserError(f"{text}: start the command on more nodes, with the same --run-dir")
-        _say(f"{text}; start the run again when more nodes are there")
+        _say(f"{text}; start the command on more nodes, with the same --run-dir")
         return EXIT_REQUEUE
 
     def _describe_wait(self, running: Generation | None, leader: Member) -> str:
