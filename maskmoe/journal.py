@@ -26,7 +26,7 @@ Fact = str | int | float | bool
 
 
 class Kind(StrEnum):
-    """What an entry reports.
+    """The kinds of entries.
 
     Attributes:
         STARTED: The ranks begin to train. Facts: `ranks`, `nodes`, and the parallel sizes.
@@ -50,7 +50,7 @@ class Entry:
     """One event of a run.
 
     Attributes:
-        kind: What the entry reports.
+        kind: The kind of event.
         text: The event in words, on one line.
         time: Seconds since 1970 on the clock of the host that wrote the entry.
         host: Name of this host.
@@ -82,7 +82,7 @@ class Journal:
         """Append an entry.
 
         Args:
-            kind: What the entry reports.
+            kind: The kind of event.
             text: The event in words, on one line.
             iteration: The last finished iteration.
             **facts: Values that programs read, see `Kind`.

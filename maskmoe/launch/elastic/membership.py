@@ -60,7 +60,7 @@ class Member:
 
 @dataclass
 class _Sighting:
-    """What this launcher has seen of another one.
+    """The signs of life that this launcher has seen of another one.
 
     Attributes:
         member: the other launcher.
