@@ -45,7 +45,7 @@ def fake_command(options, meeting, flags, processes, route, environment) -> Comm
 def main() -> None:
     host = sys.argv[1]
     socket.gethostname = lambda: host
-    membership._BEAT_SECONDS = 0.1
+    membership._BEAT_SECONDS = 0.4
     ranges.NODE_TIMEOUT = ranges.SECONDS
     run._LAST_CALL_SECONDS, run._LOOK_SECONDS, run._POLL_SECONDS, run._BEATS_SECONDS = 1.5, 0.1, 0.05, 0.5
     run.torchrun_command = fake_command

@@ -96,6 +96,7 @@ class Membership:
         self._listener = socket.create_server(("", 0), backlog=128)
         self.me = Member.this_process(address, self._listener.getsockname()[1], ranks)
         self._leader: Member | None = None
+        self._leads_since = 0.0
         self._beat = 0
         self._sightings: dict[str, _Sighting] = {}
         self._lock = threading.Lock()
@@ -126,7 +127,9 @@ class Membership:
                 self._path(self.me.id, suffix).unlink()
 
     def follow(self, leader: Member | None) -> None:
-        """Report from now on whether this node reaches the node of a leader."""
+        """Report from now on whether this node reaches the node of a leader, which may be this node."""
+        if leader != self._leader and leader == self.me:
+            self._leads_since = time.monotonic()
         self._leader = leader
 
     def is_gone(self, id: str) -> bool:
@@ -146,8 +149,10 @@ class Membership:
         if id == self.me.id:
             return False
         with self._lock:
-            sighting = self._sightings[id]
-            return time.monotonic() - (sighting.reached_at or sighting.since) > self._timeout
+            sighting = self._sightings.get(id)
+            # A launcher needs some time until it reports that it reaches a new leader.
+            last = max(self._leads_since, sighting.since, sighting.reached_at or 0.0) if sighting else 0.0
+            return time.monotonic() - last > self._timeout
 
     def known(self) -> list[Member]:
         """Return all launchers that are not gone, this one included, the oldest first."""
