@@ -3,14 +3,19 @@
 import re
 import subprocess
 import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
+from support.masks import build_mask, count_ids
 from support.paths import ROOT
+from support.runs import LAPTOP_VOCAB_SIZE
 from support.waiting import wait_until
 
 from maskmoe.interruption import EXIT_REQUEUE
 from maskmoe.journal import Kind, read_journal
+from maskmoe.transformer.dispatch.kind import DispatchKind
 
 pytestmark = pytest.mark.slurm
 
@@ -43,7 +48,7 @@ def with_layouts(run, model: Path):
     del words[at : at + 2]
     # With two samples in a micro-batch, four ranks share the global batch of eight. The load-balancing loss is that of
     # a micro-batch, so its size must stay.
-    return type(run)(run.folder, (str(model), *words, "--micro-batch-size", "2", "--keep-last-checkpoints", "false"))
+    return replace(run, arguments=(str(model), *words, "--micro-batch-size", "2", "--keep-last-checkpoints", "false"))
 
 
 def train_here(run, ranks: int, *flags: str) -> dict[int, float]:
@@ -63,14 +68,29 @@ def train_here(run, ranks: int, *flags: str) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def new_run(new_laptop_run, model):
-    """Return a function that describes a new run of the model file with layouts."""
-    return lambda: with_layouts(new_laptop_run(), model)
+    """Return a function that describes a new run of the model file with layouts.
+
+    Its argument is the number of ranks on which its mask is rank-local; by default the mask is not rank-local.
+    """
+
+    def new_run(local_ranks: int | None = None):
+        run = with_layouts(new_laptop_run(), model)
+        if local_ranks is None:
+            return run
+        words = list(run.arguments)
+        frequency = count_ids(Path(words[words.index("--data-path") + 1]), LAPTOP_VOCAB_SIZE)
+        visible = {"frequent_visible_experts": 8 // local_ranks, "expert_model_parallel_size": local_ranks}
+        mask = run.folder.parent / f"rank-local-{local_ranks}.safetensors"
+        build_mask(frequency, 8, 4, "rank-local", **visible).save(mask)
+        return replace(run, arguments=(*words, "--routing-mask", str(mask)))
+
+    return new_run
 
 
 @pytest.fixture(scope="module")
 def undisturbed(new_run):
-    """Return the losses of a run that kept its four ranks."""
-    return train_here(new_run(), 4)
+    """Return a function that returns the losses of a run that kept its four ranks; takes the argument of `new_run`."""
+    return cache(lambda local_ranks=None: train_here(new_run(local_ranks), 4))
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +155,28 @@ def assert_equal(losses, undisturbed) -> None:
     assert worst < TOLERANCE, worst
 
 
-@pytest.mark.parametrize("lost", ["n2", "n1"])
-def test_lost_host_and_its_return(network, start, new_run, undisturbed, lost):
-    """One host loses its power. The other host trains on alone, and takes the first one in when it is back."""
+@pytest.mark.parametrize(
+    ("lost", "local_ranks", "dispatch"),
+    [
+        ("n2", 4, {4: DispatchKind.PLANNED.value, 2: DispatchKind.PLANNED.value}),
+        (
+            "n1",
+            2,
+            {
+                4: f"{DispatchKind.STOCK.value}; the mask is rank-local on 2 expert-parallel ranks, not on 4",
+                2: DispatchKind.PLANNED.value,
+            },
+        ),
+    ],
+)
+def test_lost_host_and_its_return(network, start, new_run, undisturbed, lost, local_ranks, dispatch):
+    """One host loses its power. The other host trains on alone, and takes the first one in when it is back.
+
+    A mask that is rank-local on four ranks is so on two ranks, too; a mask that is so on two ranks need not be so on
+    four. In both cases each start says how it dispatches.
+    """
     stays = {"n1": "n2", "n2": "n1"}[lost]
-    run = new_run()
+    run = new_run(local_ranks)
     first = start("n1", run)
     time.sleep(1)  # the older launcher leads
     nodes = {"n1": first, "n2": start("n2", run)}
@@ -157,9 +194,11 @@ def test_lost_host_and_its_return(network, start, new_run, undisturbed, lost):
     wait_for(nodes[stays], rf"{lost} has come, and is taken in at the next checkpoint.*training on 2 nodes")
     assert nodes[stays].process.wait(240) == 0, nodes[stays].output[-6000:]
     assert back.process.wait(60) == 0, back.output[-6000:]
-    assert_equal(run.losses, undisturbed)
+    dispatched = re.findall(r"layout +(\d) ranks.*?dispatch +([^\n]*)", nodes[stays].output, re.DOTALL)
+    assert dispatched == [(str(ranks), dispatch[ranks]) for ranks in (4, 2, 4)]
+    assert_equal(run.losses, undisturbed(local_ranks))
     # While one host was lost, the losses are those of a usual run on two ranks from the same checkpoint.
-    alone = new_run()
+    alone = new_run(local_ranks)
     assert train_here(alone, 2, "--load", run.folder / "checkpoints", "--ckpt-step", "40", "--exit-interval", "60") == {
         iteration: run.losses[iteration] for iteration in range(41, 61)
     }
@@ -183,7 +222,7 @@ def test_cut_link(network, start, new_run, undisturbed):
         network.mend("n2")
     wait_for(first, r"n2 has come, and is taken in at the next checkpoint.*training on 2 nodes")
     assert (first.process.wait(240), second.process.wait(60)) == (0, 0), first.output[-6000:] + second.output[-6000:]
-    assert_equal(run.losses, undisturbed)
+    assert_equal(run.losses, undisturbed())
 
 
 def test_stopped_host_leaves_without_loss(network, start, new_run, undisturbed):
@@ -200,7 +239,7 @@ def test_stopped_host_leaves_without_loss(network, start, new_run, undisturbed):
     assert second.process.wait(120) == EXIT_REQUEUE, second.output[-6000:]
     nodes = [start("n2", run), start("n1", run)]
     assert [node.process.wait(240) for node in nodes] == [0, 0]
-    assert_equal(run.losses, undisturbed)
+    assert_equal(run.losses, undisturbed())
 
 
 def test_slurm_requeues_a_lost_node_alone(cluster, new_laptop_run, model, undisturbed_on_two_ranks):

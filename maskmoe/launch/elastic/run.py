@@ -178,7 +178,7 @@ class ElasticRun:
     def _describe_wait(self, running: Generation | None, leader: Member) -> str:
         if leader == self._nodes.me:
             return f"waiting for {self._options.nodes.least} to {self._options.nodes.most} nodes"
-        if running is not None:
+        if running is not None and leader in running.members:
             return f"the run trains already; {leader.host} takes this node in at the next checkpoint"
         return f"waiting for {leader.host}, which starts the run"
 
