@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ from support.waiting import wait_until
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.interruption import EXIT_REQUEUE
 from maskmoe.journal import Kind, read_journal
+from maskmoe.launch.elastic import run as elastic_run
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member
 from maskmoe.launch.model_file import ModelFile
-from maskmoe.launch.options import NodeRange
+from maskmoe.launch.options import NodeRange, parse_options
 
 PROGRAM = Path(__file__).parent / "elastic_node.py"
 MODEL = """
@@ -266,6 +268,26 @@ def test_most_nodes_that_can_train_are_chosen(layouts, ranks, least, more, faili
         with pytest.raises(UserError, match="can train"):
             chooser.choose(members)
     assert len(checked) == len(set(checked))
+
+
+def test_check_covers_all_numbers_of_nodes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.yaml").write_text("save-interval: 10\nlayouts: {2: {bf16: true}, 8: {fp16: true}}")
+    options = parse_options("pretrain.sh", ["--nodes", "1:4", str(tmp_path / "model.yaml")], {})
+    checked = []
+
+    def check(flags, ranks, devices, to_console):
+        checked.append((ranks, [name for name in ("bf16", "fp16") if name in flags], to_console))
+        return subprocess.CompletedProcess([], 2 if ranks == 4 else 0)
+
+    monkeypatch.setattr(elastic_run, "check", check)
+    assert elastic_run.check_node_counts(options, ModelFile.read(options.model, {}), 2) == 2
+    # Three nodes have six ranks, for which the layout of two ranks fits.
+    assert checked == [(8, ["fp16"], True), (6, ["bf16"], False), (4, ["bf16"], False), (2, ["bf16"], False)]
+    notes = capsys.readouterr().out.splitlines()
+    assert notes[2] == "note: 2 nodes, 4 ranks: errors found"
+    assert notes[3] == "note: 1 node, 2 ranks: no errors found"
+    assert elastic_run.check_node_counts(options, ModelFile.read(options.model, {}), 1) == 2
+    assert "note: 3 nodes: 2 of them train" in capsys.readouterr().out
 
 
 def test_changes_of_flags_are_described():
