@@ -47,7 +47,7 @@ def main() -> None:
     socket.gethostname = lambda: host
     membership._BEAT_SECONDS = 0.4
     ranges.NODE_TIMEOUT = ranges.SECONDS
-    run._LAST_CALL_SECONDS, run._LOOK_SECONDS, run._POLL_SECONDS, run._BEATS_SECONDS = 1.5, 0.1, 0.05, 0.5
+    run._LOOK_SECONDS, run._POLL_SECONDS, run._BEATS_SECONDS = 0.1, 0.05, 0.5
     run.torchrun_command = fake_command
     # The stand-in of the first node's ranks does not listen.
     run.wait_for = lambda *address, timeout: None

@@ -162,10 +162,10 @@ def test_failure_of_the_ranks_ends_the_run_everywhere(new_run):
     assert (first.wait(), second.wait()) == (3, 3)
     # A later start is a new attempt.
     (run.folder / "fail").unlink()
-    again = run.start("a")
-    run.wait_for_nodes(2, 1)
+    again = run.start("a"), run.start("b")
+    run.wait_for_nodes(2, 2)
     run.say("finish")
-    assert again.wait() == 0
+    assert [launcher.wait() for launcher in again] == [0, 0]
 
 
 def test_too_few_nodes(new_run):

@@ -31,6 +31,8 @@ RESUME_SECONDS = 120
 # Sums over two ranks and over four ranks are rounded differently. Training amplifies the difference from 5e-7 to 2e-3
 # in 20 steps with a learning rate of 4e-3, for losses between 4 and 8.
 TOLERANCE = 1e-2
+# Slurm starts a requeued job after about two minutes. Smaller steps keep the differences small in a longer run.
+LONGER = "--train-iters 1200 --lr 2e-4 --min-lr 2e-5"
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +96,9 @@ def undisturbed(new_run):
 
 
 @pytest.fixture(scope="module")
-def undisturbed_on_two_ranks(new_run):
-    """Return the losses of a run that kept its two ranks."""
-    return train_here(new_run(), 2)
+def undisturbed_on_two_ranks(new_laptop_run, model):
+    """Return the losses of a longer run that kept its two ranks."""
+    return train_here(with_layouts(new_laptop_run(LONGER), model), 2)
 
 
 class Node:
@@ -244,7 +246,7 @@ def test_stopped_host_leaves_without_loss(network, start, new_run, undisturbed):
 
 def test_slurm_requeues_a_lost_node_alone(cluster, new_laptop_run, model, undisturbed_on_two_ranks):
     """Each node is a job of its own. The other job trains on while Slurm waits for the lost node."""
-    run = with_layouts(new_laptop_run(), model)
+    run = with_layouts(new_laptop_run(LONGER), model)
     cluster.submit("--nodes=1:2", "--ntasks=1", "--cpus-per-task=2", "--run-dir", run.folder, "--", *run.arguments)
     run.wait_for_iteration(45)
     cluster.fail_node("n2")

@@ -61,6 +61,7 @@ class ElasticRun:
         self._ended_before = 0
         self._next_look = 0.0
         self._is_ending = False
+        self._lost: set[str] = set()  # the ids of launchers whose loss has been reported
 
     def run(self) -> int:
         """Take part in the run until it ends, or until a signal stops this node; return the exit code.
@@ -143,6 +144,7 @@ class ElasticRun:
             missing = [member for member in running.members if member not in ready]
             if not all(self._nodes.is_cut_off(member.id) for member in missing):
                 return None
+            self._report_loss(missing)
         elif len(ready) < self._options.nodes.most and not is_quiet:
             return None
         if not self._chooser.count(ready):
@@ -216,6 +218,7 @@ class ElasticRun:
             The exit code of this launcher; None if another generation follows.
         """
         self._trained, self._is_ending = generation.number, False
+        self._lost -= {member.id for member in generation.members}
         node_rank = generation.node_rank(self._nodes.me)
         assert node_rank is not None
         if node_rank and not self._reach_first_node(generation):
@@ -274,13 +277,17 @@ class ElasticRun:
         if leader == self._nodes.me:
             lost = [member for member in generation.members if self._nodes.is_cut_off(member.id)]
             self._is_ending = bool(lost)
-            if lost:
-                self._report_loss(lost)
-            else:
+            self._report_loss(lost)
+            if not lost:
                 self._invite(generation)
         return self._is_ending
 
-    def _report_loss(self, lost: Sequence[Member]) -> None:
+    def _report_loss(self, members: Sequence[Member]) -> None:
+        """Print and record once that nodes are lost, and remove what their launchers have left in the folder."""
+        lost = [member for member in members if member.id not in self._lost]
+        if not lost:
+            return
+        self._lost |= {member.id for member in lost}
         hosts = ", ".join(member.host for member in lost)
         text = f"{hosts} left the run, or gave no sign of life for {self._options.node_timeout} s"
         _say(f"{text}; the run continues without {'it' if len(lost) == 1 else 'them'}")
