@@ -1,7 +1,7 @@
 """The launcher of one node of an elastic run, with other programs than torchrun and with short times.
 
 Usage: elastic_node.py HOST arguments of launch/pretrain.sh. The program that stands for the ranks of the node obeys
-files in the run folder: `finish` and `fail` end it, and `saved` stands for a checkpoint.
+files in the run folder: `finish` and `fail-RANK_OF_NODE` end it, and `saved` stands for a checkpoint.
 """
 
 import socket
@@ -25,7 +25,7 @@ signal.signal(signal.SIGTERM, lambda *_: stopped.touch())
 (folder / f"began-{generation}-{node_rank}").write_text(" ".join(sys.argv[4:]))
 while not (folder / "finish").exists():
     time.sleep(0.02)
-    if (folder / "fail").exists():
+    if (folder / f"fail-{node_rank}").exists():
         sys.exit(3)
     if (folder / "saved").exists() and pathlib.Path(os.environ["MASKMOE_LEAVE_FILE"]).exists():
         stopped.touch()

@@ -158,10 +158,11 @@ def test_failure_of_the_ranks_ends_the_run_everywhere(new_run):
     first.wait_for_output("waiting for 1 to 2 nodes")
     second = run.start("b")
     run.wait_for_nodes(1, 2)
-    run.say("fail")
+    # Only the ranks of one node fail, and those of the other node wait for them.
+    run.say("fail-0")
     assert (first.wait(), second.wait()) == (3, 3)
     # A later start is a new attempt.
-    (run.folder / "fail").unlink()
+    (run.folder / "fail-0").unlink()
     again = run.start("a"), run.start("b")
     run.wait_for_nodes(2, 2)
     run.say("finish")

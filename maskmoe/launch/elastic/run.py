@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,9 +57,8 @@ class ElasticRun:
         self._generations = Generations(folder)
         self._nodes = Membership(folder / "members", options.address, processes, options.node_timeout)
         self._report: str | None = None
-        # The newest generation that had begun, and the newest that had ended, before this launcher came.
-        self._trained = 0
-        self._ended_before = 0
+        self._trained = 0  # the newest generation in which this node has trained
+        self._ended_before = 0  # the newest generation if the run had ended before this launcher came
         self._next_look = 0.0
         self._is_ending = False
         self._lost: set[str] = set()  # the ids of launchers whose loss has been reported
@@ -153,7 +153,6 @@ class ElasticRun:
         if self._supervisor.is_stopped:
             return None
         generation = Generation(self._generations.newest_number() + 1, choice.members, _free_port(), choice.flags)
-        self._wait_until_unlocked(choice.flags)
         if not self._generations.write(generation):
             return None
         self._announce(running, generation)
@@ -185,7 +184,7 @@ class ElasticRun:
         return f"waiting for {leader.host}, which starts the run"
 
     def _wait_until_unlocked(self, flags: Flags) -> None:
-        """Wait while a file system keeps the lock of a node that is lost.
+        """Wait while ranks of the generation before still end, or a file system keeps the lock of a lost node.
 
         Raises:
             UserError: another run trains in the folder.
@@ -221,7 +220,10 @@ class ElasticRun:
         self._lost -= {member.id for member in generation.members}
         node_rank = generation.node_rank(self._nodes.me)
         assert node_rank is not None
-        if node_rank and not self._reach_first_node(generation):
+        # The other nodes see the new generation and kill their former ranks, one of which may hold the lock.
+        if node_rank == 0:
+            self._wait_until_unlocked(generation.flags)
+        elif not self._reach_first_node(generation):
             return None
         command = torchrun_command(
             self._options,
@@ -262,25 +264,36 @@ class ElasticRun:
         return False
 
     def _must_end(self, generation: Generation) -> bool:
-        """Return whether the ranks of a generation must be killed: a node is lost, or the next generation began.
+        """Return whether the ranks of a generation must be killed; asks `_find_changes` once a second."""
+        if not self._is_ending and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            with suppress(OSError):  # the file system may fail for a while
+                self._is_ending = self._find_changes(generation)
+        return self._is_ending
+
+    def _find_changes(self, generation: Generation) -> bool:
+        """Return whether a node is lost, the next generation has begun, or the run has failed on another node.
 
         The leader also asks for a generation with more nodes if nodes wait.
+
+        Args:
+            generation: the generation that this node trains.
+
+        Raises:
+            OSError: a file cannot be read or written.
         """
-        if self._is_ending or time.monotonic() < self._next_look:
-            return self._is_ending
-        self._next_look = time.monotonic() + _LOOK_SECONDS
-        if self._generations.newest_number() > generation.number:
-            self._is_ending = True
+        # A node that has completed the training must not keep other nodes from doing so.
+        if self._generations.newest_number() > generation.number or self._generations.exit_code(generation.number):
             return True
         leader = leading_member(generation, self._nodes.known())
         self._nodes.follow(leader)
-        if leader == self._nodes.me:
-            lost = [member for member in generation.members if self._nodes.is_cut_off(member.id)]
-            self._is_ending = bool(lost)
-            self._report_loss(lost)
-            if not lost:
-                self._invite(generation)
-        return self._is_ending
+        if leader != self._nodes.me:
+            return False
+        lost = [member for member in generation.members if self._nodes.is_cut_off(member.id)]
+        self._report_loss(lost)
+        if not lost:
+            self._invite(generation)
+        return bool(lost)
 
     def _report_loss(self, members: Sequence[Member]) -> None:
         """Print and record once that nodes are lost, and remove what their launchers have left in the folder."""
