@@ -64,7 +64,7 @@ def train_here(run, ranks: int, *flags: str) -> dict[int, float]:
         *run.arguments,
         *flags,
     ]
-    subprocess.run(list(map(str, command)), check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+    subprocess.run(list(map(str, command)), check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=900)
     return run.losses
 
 
