@@ -32,7 +32,7 @@ RESUME_SECONDS = 120
 # in 20 steps with a learning rate of 4e-3, for losses between 4 and 8.
 TOLERANCE = 1e-2
 # Slurm starts a requeued job after about two minutes. Smaller steps keep the differences small in a longer run.
-LONGER = "--train-iters 1200 --lr 2e-4 --min-lr 2e-5"
+LONGER = "--train-iters 800 --lr 2e-4 --min-lr 2e-5"
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,7 @@ def test_stopped_host_leaves_without_loss(network, start, new_run, undisturbed):
     assert_equal(run.losses, undisturbed())
 
 
+@pytest.mark.timeout(1800)
 def test_slurm_requeues_a_lost_node_alone(cluster, new_laptop_run, model, undisturbed_on_two_ranks):
     """Each node is a job of its own. The other job trains on while Slurm waits for the lost node."""
     run = with_layouts(new_laptop_run(LONGER), model)
@@ -253,6 +254,6 @@ def test_slurm_requeues_a_lost_node_alone(cluster, new_laptop_run, model, undist
     wait_for_nodes_text(run, r"n2 left the run, .*; training on 1 node \(n1\), 1 rank")
     cluster.mend_node("n2")
     wait_for_nodes_text(run, r"n2 has come, .*; training on 2 nodes")
-    cluster.wait_for_queue()
+    cluster.wait_for_queue(timeout=900)
     assert len(list((run.folder / "slurm").glob("*.finished"))) == 1
     assert_equal(run.losses, undisturbed_on_two_ranks)
