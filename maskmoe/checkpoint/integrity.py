@@ -92,6 +92,11 @@ class Manifest(BaseModel):
             sizes={name: record.size for name, record in records.items()},
         )
 
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the manifest has the sizes of all files, and the layout among them."""
+        return LAYOUT_FILE in self.files and self.files.keys() == self.sizes.keys()
+
     def save(self, checkpoint: Path, name: str = MANIFEST_FILE) -> None:
         """Write the manifest into the folder of a checkpoint, atomically."""
         with atomic_output(checkpoint / name) as path:
@@ -173,7 +178,7 @@ def check_by_manifest(checkpoint: Path) -> None:
         Damage: the first fault that is found.
     """
     manifest = _check_files(checkpoint)
-    if LAYOUT_FILE in manifest.files and manifest.files.keys() == manifest.sizes.keys():
+    if manifest.has_sizes:
         _check_digest(checkpoint, LAYOUT_FILE, manifest.files[LAYOUT_FILE])
     else:
         check_structure(checkpoint)

@@ -150,14 +150,15 @@ class EventFile:
                 block.scalars[tag] = _joined(block.scalars[tag], points) if tag in block.scalars else points
         return block, position
 
-    def _split(self, content: bytes) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int]], int]:
+    def _split(self, content: bytes) -> tuple[list[int], list[tuple[int, int]], int]:
         """Divide bytes into records.
 
         Returns:
-            Start and end of the content, index of the tag and step of each record of a wanted scalar; start and end of
-            the content of each other record, but for unwanted scalars; and the end of the last complete record.
+            Start and end of the content, index of the tag, and step of each record of a wanted scalar, in one list;
+            start and end of the content of each other record, but for unwanted scalars; and the end of the last
+            complete record.
         """
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[int] = []
         others: list[tuple[int, int]] = []
         position, size = 0, len(content)
         unpack, checksums, tag_of_bytes = _LENGTH.unpack_from, self._checksum_of_length, self._tag_of_bytes
@@ -188,7 +189,7 @@ class EventFile:
             if tag is None:
                 others.append((start, end))
             elif tag >= 0:
-                rows.append((start, end, tag, step))
+                rows += (start, end, tag, step)
         return rows, others, position
 
     def _learn(self, message: bytes, key: bytes) -> int | None:

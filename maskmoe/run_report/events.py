@@ -1,6 +1,6 @@
 """Reads TensorBoard's event files, again and again while a run writes them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,11 @@ _LOSS = "lm loss"
 
 CLOCK_TIME = "clock time of an iteration"
 """The tag of the seconds between the records of two iterations, which include evaluation and saving."""
+
+
+def is_over_iterations(tag: str) -> bool:
+    """Return whether the x axis of a scalar is the iteration."""
+    return not tag.endswith(_SAMPLES)
 
 
 class Scalar(NamedTuple):
@@ -41,14 +46,15 @@ class EventFolder:
 
     Args:
         folder: the folder in `--tensorboard-dir`. It may not exist yet.
+        is_wanted: decides by the tag of a scalar whether its values are read.
 
     Attributes:
         damaged: the files that are not intact; they are read up to the damage.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, is_wanted: Callable[[str], bool] = is_over_iterations) -> None:
         self.damaged: list[Path] = []
-        self._folder = folder
+        self._folder, self._is_wanted = folder, is_wanted
         self._files: dict[Path, EventFile] = {}
 
     def read_blocks(self) -> Iterator[tuple[Path, Block]]:
@@ -57,7 +63,7 @@ class EventFolder:
         A file that cannot be read is skipped.
         """
         for path in event_files(self._folder):
-            file = self._files.setdefault(path, EventFile(path, lambda tag: not tag.endswith(_SAMPLES)))
+            file = self._files.setdefault(path, EventFile(path, self._is_wanted))
             with suppress(UnusableFile):
                 for block in file.read_new():
                     yield path, block
@@ -86,15 +92,16 @@ class EventHistory:
 
     Args:
         folder: the folder of the event files.
+        is_wanted: decides by the tag of a scalar whether the history has it.
 
     Attributes:
         history: what the calls of `update` have read.
         events: the event files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, is_wanted: Callable[[str], bool] = is_over_iterations) -> None:
         self.history = History()
-        self.events = EventFolder(folder)
+        self.events = EventFolder(folder, is_wanted)
         self._file: Path | None = None
         self._newest_loss: tuple[int, float] | None = None
 
