@@ -20,6 +20,7 @@ from maskmoe import ranges
 from maskmoe.command_line import add_force_argument
 from maskmoe.commands.arguments import command_parser
 from maskmoe.commands.progress import say_loading
+from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.paths import check_folder
 
@@ -56,10 +57,13 @@ def main() -> None:
     check_outputs(filter(None, outputs), filter(None, inputs), arguments.force)
 
     # Only now, since these imports take time and `--help` does not need them.
+    from maskmoe.run_report.events import event_files
     from maskmoe.run_status.checkpoints import CheckpointReader
     from maskmoe.run_status.reader import StatusReader
     from maskmoe.run_status.watch import Screen, follow
 
+    if arguments.tensorboard_dir is not None and not event_files(arguments.tensorboard_dir):
+        raise UserError(f"--tensorboard-dir {arguments.tensorboard_dir} holds no event files")
     checkpoints = CheckpointReader(say_loading, _verification if arguments.verify else None)
     reader = StatusReader(arguments.run, arguments.tensorboard_dir, checkpoints, say_loading)
     if arguments.watch is None:

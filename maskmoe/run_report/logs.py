@@ -29,16 +29,16 @@ def log_files(folder: Path) -> list[Path]:
     return sorted(times, key=times.__getitem__)
 
 
-def read_logs(paths: Iterable[Path]) -> History:
+def read_logs(paths: Iterable[Path], most_bytes: int = _MOST_BYTES) -> History:
     """Return the scalars in Megatron's log lines, by the tags that TensorBoard has for them.
 
     Args:
-        paths: the logs in the order in which they were written. A log that cannot be read is skipped, and of a log of
-            more than 64 MiB, only the end is read.
+        paths: the logs in the order in which they were written. A log that cannot be read is skipped.
+        most_bytes: size of the end of each log that is read.
     """
     history = History()
     newest = None
-    for line in _lines(paths):
+    for line in _lines(paths, most_bytes):
         # A killed process may leave a line whose numbers are incomplete.
         with suppress(ValueError, OverflowError):
             newest = _read_line(line, history, newest)
@@ -74,10 +74,10 @@ def _read_line(line: str, history: History, newest: int | None) -> int | None:
     return newest
 
 
-def _lines(paths: Iterable[Path]) -> Iterator[str]:
+def _lines(paths: Iterable[Path], most_bytes: int) -> Iterator[str]:
     for path in paths:
         with suppress(UnusableFile, OSError), open_regular(path) as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _MOST_BYTES))
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - most_bytes))
             while line := stream.readline(_MOST_LINE_BYTES):
                 yield line.decode(errors="replace")
 

@@ -1,5 +1,6 @@
 """Measures how far a run is, and how fast, from what the run has logged."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -66,7 +67,7 @@ class Progress:
             # The first iteration is slow, as it includes preparations.
             tokens_per_second=None if speed is None else float(np.median(_recent(speed))),
             tokens=tokens,
-            seconds_per_iteration=None if times is None else float(np.mean(_recent(times))),
+            seconds_per_iteration=None if times is None else _finite(float(np.mean(_recent(times)))),
         )
 
     @property
@@ -101,6 +102,11 @@ def _newest(history: History, tag: str) -> tuple[int | None, float | None]:
         return series.newest
     curve = series.curve()  # the newest value was removed, because a later start has abandoned it
     return (int(curve.steps[-1]), float(curve.means[-1])) if len(curve) else (None, None)
+
+
+def _finite(value: float) -> float | None:
+    """Return a number; None for NaN and infinity, which damaged times give."""
+    return value if math.isfinite(value) else None
 
 
 def _recent(curve: Curve) -> np.ndarray:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from maskmoe.command_line import one_line
 from maskmoe.folder_lock import LockState, look_at_lock
+from maskmoe.journal import Entry, Kind
 from maskmoe.run_report.progress import Progress
 from maskmoe.run_status.starts import RunStart
 from maskmoe.workflow.progress import format_seconds
 
 _STARTING_SECONDS = 120.0  # which a start may take before its first rank locks the folder
+_MEETING_SECONDS = 300.0  # which nodes may take to start the ranks after one of the nodes was lost
 _SILENT_SECONDS = 120.0  # event files are written at least this often
 _SILENT_ITERATIONS = 10
 
@@ -80,7 +82,9 @@ class Signs:
         return max(known, default=(None, ""))
 
 
-def read_liveness(lock_folder: Path | None, signs: Signs, progress: Progress, starts: Sequence[RunStart]) -> Liveness:
+def read_liveness(
+    lock_folder: Path | None, signs: Signs, progress: Progress, starts: Sequence[RunStart], entries: Sequence[Entry]
+) -> Liveness:
     """Return whether a run is alive.
 
     Args:
@@ -88,11 +92,14 @@ def read_liveness(lock_folder: Path | None, signs: Signs, progress: Progress, st
         signs: when the run wrote something.
         progress: how far the run is.
         starts: the starts of the run.
+        entries: the journal in the order of time.
     """
     lock = None if lock_folder is None else look_at_lock(lock_folder)
     last_sign, last_sign_of = signs.newest(lock)
     holder = "" if lock is None else _name(lock)
     state, reason = _state(lock, lock_folder is not None, last_sign, progress, starts)
+    if state in (State.LOST, State.ENDED) and (change := _regrouping(entries)):
+        state, reason = State.RUNNING, f"its nodes meet again: {change}"
     is_silent = False
     if state is State.RUNNING and signs.record is not None:
         limit = max(_SILENT_SECONDS, _SILENT_ITERATIONS * (progress.seconds_per_iteration or 0))
@@ -129,6 +136,13 @@ def _state(
         return State.RUNNING, "it wrote something a short time ago"
     ago = "" if age is None else f" and wrote nothing for {format_seconds(max(0.0, age))}"
     return State.UNKNOWN, f"it has no lock{ago}"
+
+
+def _regrouping(entries: Sequence[Entry]) -> str:
+    """Return the newest change of the nodes if the launchers of the remaining nodes start the ranks again, else ""."""
+    changes = [entry for entry in entries if entry.kind in (Kind.STARTED, Kind.ENDED, Kind.NODES)]
+    is_new = bool(changes) and changes[-1].kind is Kind.NODES and time.time() - changes[-1].time < _MEETING_SECONDS
+    return changes[-1].text if is_new else ""
 
 
 def _name(lock: LockState) -> str:

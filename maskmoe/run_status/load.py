@@ -41,9 +41,9 @@ def read_loads(series: Mapping[str, Series]) -> tuple[LayerLoad, ...]:
     loads = []
     for layer, of_layer in sorted(values.items()):
         iteration = max(step for step, _ in of_layer.values())
-        expert, rank, entropy = (
-            of_layer.get(name, (0, None))[1]
-            for name in ("expert_load_max_over_mean", "rank_load_max_over_mean", "routing_entropy")
-        )
+        # A start on one rank logs no load of ranks; the values of an earlier start do not count.
+        newest = {name: value for name, (step, value) in of_layer.items() if step == iteration}
+        names = ("expert_load_max_over_mean", "rank_load_max_over_mean", "routing_entropy")
+        expert, rank, entropy = (newest.get(name) for name in names)
         loads.append(LayerLoad(layer, iteration, expert, rank, entropy))
     return tuple(loads)

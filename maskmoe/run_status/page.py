@@ -11,6 +11,8 @@ from maskmoe.run_status.status import Status
 from maskmoe.run_status.words import describe_alarms, filters, format_time
 from maskmoe.templates import render_template
 
+_MOST_EVENTS = 200  # of the journal, the newest
+
 
 def write_status_page(status: Status, path: Path, reload_seconds: int | None = None) -> None:
     """Write the page of a status; the page replaces an older one at once.
@@ -31,6 +33,7 @@ def write_status_page(status: Status, path: Path, reload_seconds: int | None = N
     values = {
         "name": status.name,
         "status": status,
+        "most_events": _MOST_EVENTS,
         "alarms": describe_alarms(status),
         "reload_seconds": reload_seconds,
         "summary": summary,

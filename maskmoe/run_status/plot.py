@@ -79,7 +79,7 @@ def draw_curves(first: Curve, second: Curve | None, width: int, height: int, gly
     def row_of(values: np.ndarray, rows: int) -> np.ndarray:
         # Half values do not overflow.
         share = (highest / 2 - values / 2) / ((highest / 2 - lowest / 2) or 1)
-        return np.round(share * (rows - 1)).astype(int)
+        return np.round(np.clip(np.nan_to_num(share), 0, 1) * (rows - 1)).astype(int)
 
     # The line: each column of dots shows the mean of its points, or the value between its neighbours.
     columns = column_of(first.steps, num_columns)

@@ -1,34 +1,24 @@
 """Reads the status of a run from its folder, again and again while the run works."""
 
-import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from maskmoe.command_line import one_line
 from maskmoe.errors import UserError
 from maskmoe.journal import FOLDER, Entry, Kind, read_journal
-from maskmoe.run_report.events import EventHistory
 from maskmoe.run_report.facts import Arguments
-from maskmoe.run_report.history import History
-from maskmoe.run_report.logs import log_files, read_logs
-from maskmoe.run_report.progress import Progress
-from maskmoe.run_report.sources import find_event_folder
 from maskmoe.run_status.checkpoints import CheckpointReader, find_checkpoints
 from maskmoe.run_status.liveness import Signs, read_liveness
 from maskmoe.run_status.load import read_loads
+from maskmoe.run_status.logged import ARGUMENTS, LogReader
 from maskmoe.run_status.starts import read_starts
 from maskmoe.run_status.status import Status
 
-# The scalars that the status shows.
-_WANTED = re.compile(
-    r"lm loss|lm loss validation(?!.* vs samples).*|batch-size|iteration-time|(expert|rank)_load_max_over_mean"
-    r"|moe/((expert|rank)_load_max_over_mean|routing_entropy)_layer_\d+"
-)
-_SLOW_BYTES = 100 << 20  # of event files, which take more than a second
-_FILES_OF_RUNS = ("args.yaml", "check.txt", f"{FOLDER}/*.jsonl", "logs/**/command.txt", "logs/**/rank*.log")
+_FILES_OF_RUNS = (ARGUMENTS, "check.txt", f"{FOLDER}/*.jsonl", "logs/**/command.txt", "logs/**/rank*.log")
+
+_MOST_CHARACTERS = 500  # of a text in the journal
 
 
 class StatusReader:
@@ -45,10 +35,8 @@ class StatusReader:
         self, run: Path, event_folder: Path | None, checkpoints: CheckpointReader, on_slow: Callable[[str], None]
     ) -> None:
         self._run = run
-        self._event_folder = event_folder
-        self._events: EventHistory | None = None
+        self._logs = LogReader(run, event_folder, on_slow)
         self._checkpoints = checkpoints
-        self._on_slow = on_slow
 
     def read(self) -> Status:
         """Return the status at this moment.
@@ -56,43 +44,30 @@ class StatusReader:
         Raises:
             UserError: the folder is no run folder.
         """
-        history = self._read_history()
+        logged = self._logs.read()
+        history, progress = logged.history, logged.progress
         entries = [_printable(entry) for entry in read_journal(self._run)]
-        lock_folder = find_checkpoints(self._run, history.texts)
-        if not history.series and not entries and lock_folder is None and not _has_files_of_run(self._run):
+        folder = find_checkpoints(self._run, logged.texts)
+        if not history.series and not entries and folder is None and not _has_files_of_run(self._run):
             raise UserError(f"{self._run} is not the folder of a run: it has no event files, logs or checkpoints")
-        curves = history.curves()
-        progress = Progress.of(history, curves)
         starts = read_starts(entries, history.starts)
-        signs = Signs(history.newest, _newest_log(self._run), entries[-1].time if entries else None)
-        damaged = self._events.events.damaged if self._events is not None else []
+        signs = Signs(history.newest, logged.newest_log, entries[-1].time if entries else None)
         return Status(
             name=one_line(self._run.resolve().name),
             read=time.time(),
-            liveness=read_liveness(lock_folder, signs, progress, starts),
+            liveness=read_liveness(folder, signs, progress, starts, entries),
             progress=progress,
             loads=read_loads(history.series),
             starts=starts,
             warnings=_of_kind(entries, Kind.WARNED),
             nodes=_of_kind(entries, Kind.NODES),
             last_save=next(iter(_of_kind(entries, Kind.SAVED)[-1:]), None),
-            checkpoints=self._checkpoints.read(lock_folder, history.texts),
+            checkpoints=self._checkpoints.read(folder, logged.texts),
             num_not_finite=sum(series.num_not_finite for series in history.series.values()),
-            damaged_files=tuple(damaged),
-            curves=curves,
-            seq_length=Arguments(history.texts).number("seq_length"),
+            damaged_files=logged.damaged_files,
+            curves=history.curves(),
+            seq_length=Arguments(logged.texts).number("seq_length"),
         )
-
-    def _read_history(self) -> History:
-        """Return what the run has logged: in event files or, without them, in its logs."""
-        if self._events is None:
-            folder = self._event_folder or find_event_folder(self._run)
-            if folder is None:
-                return read_logs(log_files(self._run))
-            self._events = EventHistory(folder, lambda tag: _WANTED.fullmatch(tag) is not None)
-        if self._events.events.unread_bytes() > _SLOW_BYTES:
-            self._on_slow(f"reading {self._events.events.unread_bytes() / 1e6:,.0f} MB of event files")
-        return self._events.update()
 
 
 def _of_kind(entries: list[Entry], kind: Kind) -> tuple[Entry, ...]:
@@ -100,15 +75,8 @@ def _of_kind(entries: list[Entry], kind: Kind) -> tuple[Entry, ...]:
 
 
 def _printable(entry: Entry) -> Entry:
-    """Return an entry without control characters, which could change the terminal."""
-    return replace(entry, text=one_line(entry.text), host=one_line(entry.host))
-
-
-def _newest_log(run: Path) -> float | None:
-    """Return the time of the newest change of a log in seconds since 1970; None without logs."""
-    with suppress(IndexError, OSError):
-        return log_files(run)[-1].stat().st_mtime
-    return None
+    """Return an entry without control characters, which could change the terminal, and of bounded length."""
+    return replace(entry, text=one_line(entry.text[:_MOST_CHARACTERS]), host=one_line(entry.host[:_MOST_CHARACTERS]))
 
 
 def _has_files_of_run(run: Path) -> bool:

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from maskmoe.command_line import one_line
 from maskmoe.journal import Entry, Kind
 from maskmoe.run_report.history import Start
 
-_SECONDS_BETWEEN_NODES = 120.0  # within which the nodes of one start begin
-_WITHOUT_END = "no record of its end: the processes were killed, or a host failed"
+_SECONDS_OF_CLOCKS = 1.0  # by which the clocks of two hosts may differ
+_WITHOUT_END = "the processes were killed, or a host failed"
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,13 @@ def read_starts(entries: Sequence[Entry], logged: Sequence[Start]) -> tuple[RunS
         entries: the journal in the order of time.
         logged: what each start has logged.
     """
-    recorded = [draft.finish() for draft in _drafts(entries)]
-    # A start of which only the end is missing has ended when the next one began.
-    recorded = [
-        start if start.end or number == len(recorded) - 1 else replace(start, end=_WITHOUT_END)
-        for number, start in enumerate(recorded)
-    ]
-    starts = [*recorded]
+    drafts = _drafts(entries)
+    recorded = [draft.finish(is_last=draft is drafts[-1]) for draft in drafts]
     for number, start in enumerate(recorded):
         following = [other.began for other in recorded[number + 1 :] if other.began is not None]
         own = [each for each in logged if _is_within(each, start.began, min(following, default=None))]
         if own:
-            starts[number] = replace(
+            recorded[number] = replace(
                 start,
                 first_iteration=min(each.first_step for each in own),
                 last_iteration=max([start.last_iteration or 0, *(each.last_step for each in own)]),
@@ -63,44 +57,49 @@ def read_starts(entries: Sequence[Entry], logged: Sequence[Start]) -> tuple[RunS
     unrecorded = [
         RunStart(each.seconds, None, each.first_step, each.last_step)
         for each in logged
-        if first is None or (each.seconds is not None and each.seconds < first)
+        if first is None or (each.seconds is not None and each.seconds < first - _SECONDS_OF_CLOCKS)
     ]
-    return (*unrecorded, *starts)
+    return (*unrecorded, *recorded)
 
 
 @dataclass
 class _Draft:
-    """The entries of one start."""
+    """The entries of one start.
+
+    Attributes:
+        began: the entry of the first rank; None if the journal has lost it.
+        ends: the entries of the launchers of all nodes.
+        nodes: changes of the nodes after the beginning.
+    """
 
     began: Entry | None
-    hosts: set[str]
     ends: list[Entry] = field(default_factory=list)
     nodes: list[Entry] = field(default_factory=list)
 
-    def is_joined_by(self, entry: Entry) -> bool:
-        """Return whether an entry reports the same start on another node."""
-        return (
-            self.began is not None
-            and not self.ends
-            and entry.host not in self.hosts
-            and entry.time - self.began.time < _SECONDS_BETWEEN_NODES
-        )
+    def finish(self, is_last: bool) -> RunStart:
+        """Return the start.
 
-    def finish(self) -> RunStart:
-        """Return the start."""
-        # Nodes that only notice that another node has failed report later.
+        Args:
+            is_last: whether the start may still work if its end is missing.
+        """
+        # A launcher that only notices that another node has failed may report a success, or report later.
         failed = [entry for entry in self.ends if _exit_code(entry)]
         end = next(iter(failed or self.ends), None)
         code = None if end is None else _exit_code(end)
-        words = [] if end is None else [end.text or "ended", *([] if code is None else [f"exit code {code}"])]
-        if end is None or code:
-            words += [entry.text for entry in self.nodes[-2:]]
+        causes = [entry.text for entry in self.nodes[:2]]
+        if end is not None:
+            number = f" with exit code {code}" if code and str(code) not in end.text else ""
+            causes = [f"{end.text or 'ended'}{number}", *(causes if code else [])]
+        elif is_last:
+            causes = []
+        else:
+            causes = [_WITHOUT_END, *causes]
         return RunStart(
             began=None if self.began is None else self.began.time,
             ended=None if end is None else end.time,
             last_iteration=None if end is None else end.iteration,
-            text=one_line(self.began.text) if self.began else "",
-            end=one_line("; ".join(words)),
+            text=self.began.text if self.began else "",
+            end="; ".join(causes),
             exit_code=code,
             is_recorded=True,
         )
@@ -110,13 +109,10 @@ def _drafts(entries: Sequence[Entry]) -> list[_Draft]:
     drafts: list[_Draft] = []
     for entry in entries:
         if entry.kind is Kind.STARTED:
-            if drafts and drafts[-1].is_joined_by(entry):
-                drafts[-1].hosts.add(entry.host)
-            else:
-                drafts.append(_Draft(entry, {entry.host}))
+            drafts.append(_Draft(entry))
         elif entry.kind is Kind.ENDED:
             if not drafts:
-                drafts.append(_Draft(None, set()))
+                drafts.append(_Draft(None))
             drafts[-1].ends.append(entry)
         elif entry.kind is Kind.NODES and drafts:
             drafts[-1].nodes.append(entry)
@@ -132,4 +128,5 @@ def _is_within(logged: Start, began: float | None, following: float | None) -> b
     """Return whether a start has logged its first value between the beginnings of two starts of the journal."""
     if logged.seconds is None or began is None:
         return False
-    return logged.seconds >= began - 1 and (following is None or logged.seconds < following - 1)
+    is_before_next = following is None or logged.seconds < following - _SECONDS_OF_CLOCKS
+    return logged.seconds >= began - _SECONDS_OF_CLOCKS and is_before_next

@@ -101,6 +101,27 @@ def test_loss_that_is_not_a_number_is_shown(tmp_path):
     assert status.to_json()["progress"]["loss"] is None
 
 
+def test_newest_iterations_come_from_the_logs(run):
+    """Event files are written from time to time only."""
+    (run / "out.log").write_text(
+        "\n".join([iteration_line(21, "2.5"), iteration_line(22, "2.25"), validation_line(22)])
+    )
+    status = read_status(run)
+    assert (status.progress.iteration, status.progress.loss, status.progress.total) == (22, 2.25, 40)
+    assert (status.progress.held_out_iteration, status.progress.held_out_loss) == (22, 6.663481)
+    assert status.progress.tokens_per_second == 16 * 32 * 4
+    old = time.time() - 3600
+    os.utime(run / "out.log", (old, old))
+    assert read_status(run).progress.iteration == 20
+
+
+def test_arguments_of_the_newest_start_count(run):
+    (run / "args.yaml").write_text("# The flags of a run\ntrain-iters: '40'\n\n# train_iters: 50\n# seq_length: 64\n")
+    status = read_status(run)
+    assert status.progress.total == 50
+    assert status.progress.tokens_per_second == 16 * 64 * 4
+
+
 def test_resumed_run_shows_the_newest_start(tmp_path):
     write_events(tmp_path / "tensorboard", last=20)
     (first,) = (tmp_path / "tensorboard").iterdir()
@@ -115,8 +136,8 @@ def test_resumed_run_shows_the_newest_start(tmp_path):
 def test_restarts_have_their_causes(run):
     first, second = read_status(run).starts
     assert (first.text, first.exit_code) == ("2 ranks train on 1 node", 1)
-    assert first.end == "the run failed; exit code 1; node b was lost"
-    assert (second.text, second.end) == ("1 rank trains", "stopped by SIGTERM; exit code 75")
+    assert first.end == "the run failed with exit code 1; node b was lost"
+    assert (second.text, second.end) == ("1 rank trains", "stopped by SIGTERM with exit code 75")
     assert first.last_iteration == 9
     text = render_text(read_status(run))
     assert "iteration 7: the loss of iteration 7 is a spike" in text
@@ -129,23 +150,40 @@ def test_start_without_an_end_was_killed(tmp_path):
     write_journal(tmp_path, started, (Kind.STARTED, now - 4000, "2 ranks train", 0, {"ranks": 2}))
     status = read_status(tmp_path)
     assert [start.end for start in status.starts] == [
-        "no record of its end: the processes were killed, or a host failed",
+        "the processes were killed, or a host failed",
         "",
     ]
     assert status.liveness.state is State.LOST
 
 
-def test_nodes_of_one_start_count_once(tmp_path):
+def test_launchers_of_all_nodes_report_one_end(tmp_path):
     now = time.time()
-    for number, host in enumerate("ab"):
-        write_journal(
-            tmp_path,
-            (Kind.STARTED, now - 50 + number, "4 ranks train on 2 nodes", 0, {"ranks": 4}),
-            (Kind.ENDED, now - 20 - number, f"node {host} ended", 5, {"exit_code": number}),
-            name=f"{host}-1",
-        )
+    started = (Kind.STARTED, now - 50, "4 ranks train on 2 nodes", 0, {"ranks": 4})
+    write_journal(tmp_path, started, (Kind.ENDED, now - 20, "node a ended", 5, {"exit_code": 0}))
+    write_journal(tmp_path, (Kind.ENDED, now - 19, "node b ended", 5, {"exit_code": 1}), name="b-1")
     (start,) = read_status(tmp_path).starts
-    assert (start.exit_code, start.end) == (1, "node b ended; exit code 1")
+    assert (start.exit_code, start.end) == (1, "node b ended with exit code 1")
+
+
+def test_lost_node_is_the_cause_of_the_next_start(tmp_path):
+    """A killed node writes no end; the remaining node starts again."""
+    now = time.time()
+    write_journal(tmp_path, (Kind.STARTED, now - 100, "4 ranks", 0, {"ranks": 4}))
+    lost = (Kind.NODES, now - 60, "a gave no sign of life for 30 s", None, {})
+    alone = (Kind.NODES, now - 40, "training on 1 node (b), 2 ranks", None, {"nodes": 1})
+    write_journal(tmp_path, lost, alone, name="b-1")
+    write_checkpoint(tmp_path / "checkpoints", 5)
+    (tmp_path / "checkpoints" / ".run.lock").write_text("{}")
+    status = read_status(tmp_path)
+    assert status.liveness.state is State.RUNNING
+    assert status.liveness.reason == "its nodes meet again: training on 1 node (b), 2 ranks"
+    write_journal(tmp_path, lost, alone, (Kind.STARTED, now - 20, "2 ranks", 5, {"ranks": 2}), name="b-1")
+    status = read_status(tmp_path)
+    assert [start.end for start in status.starts] == [
+        "the processes were killed, or a host failed; a gave no sign of life for 30 s; training on 1 node (b), 2 ranks",
+        "",
+    ]
+    assert status.liveness.state is State.LOST  # no process holds the lock
 
 
 def test_faults_of_checkpoints_are_named(run):
@@ -383,5 +421,5 @@ def test_files_may_vanish_while_they_are_read(run, monkeypatch):
         return found
 
     monkeypatch.setattr(checkpoints, "saved_iterations", find)
-    monkeypatch.setattr("maskmoe.run_status.reader.log_files", lambda folder: [Path(folder) / "gone.log"])
+    monkeypatch.setattr("maskmoe.run_status.logged.log_files", lambda folder: [Path(folder) / "gone.log"])
     assert [each.iteration for each in read_status(run).checkpoints.saved] == [10]
