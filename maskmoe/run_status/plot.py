@@ -59,6 +59,8 @@ def draw_bar(share: float, width: int, glyphs: Glyphs) -> str:
 def draw_curves(first: Curve, second: Curve | None, width: int, height: int, glyphs: Glyphs) -> list[str]:
     """Return the lines of a plot of one or two curves over iterations.
 
+    As in report.html, the values have a logarithmic axis if they differ by a factor of 2.
+
     Args:
         first: a curve that is drawn as a line.
         second: a curve whose points are drawn over the line; None without one.
@@ -68,31 +70,35 @@ def draw_curves(first: Curve, second: Curve | None, width: int, height: int, gly
     """
     rows_by_cell, columns_by_cell = glyphs.dots_by_cell
     cells = max(1, width - _LABEL_WIDTH - 2)
-    num_rows, num_columns = height * rows_by_cell, cells * columns_by_cell
-    curves = [first] if second is None else [first, second]
-    first_step, last_step = (int(bound([bound(curve.steps) for curve in curves])) for bound in (min, max))
-    lowest, highest = (float(bound([bound(curve.means) for curve in curves])) for bound in (min, max))
+    steps = [first.steps] if second is None else [first.steps, second.steps]
+    first_step, last_step = (int(bound([bound(each) for each in steps])) for bound in (min, max))
 
     def column_of(steps: np.ndarray, columns: int) -> np.ndarray:
         return np.round((steps - first_step) / max(1, last_step - first_step) * (columns - 1)).astype(int)
 
+    # Each column of dots shows the mean of its points, or a value on the line between its neighbours.
+    columns = column_of(first.steps, cells * columns_by_cell)
+    used, inverse = np.unique(columns, return_inverse=True)
+    means = np.zeros(len(used))
+    np.add.at(means, inverse, first.means / np.bincount(inverse)[inverse])
+    drawn = np.arange(used[0], used[-1] + 1)
+    values = np.interp(drawn, used, means)
+    shown = values if second is None else np.concatenate([values, second.means])
+    lowest, highest = float(shown.min()), float(shown.max())
+    # Half values do not overflow.
+    scale = np.log if lowest > 0 and highest > 2 * lowest else lambda values: values / 2
+    top, bottom = scale(highest), scale(lowest)
+
     def row_of(values: np.ndarray, rows: int) -> np.ndarray:
-        # Half values do not overflow.
-        share = (highest / 2 - values / 2) / ((highest / 2 - lowest / 2) or 1)
+        share = (top - scale(values)) / ((top - bottom) or 1)
         return np.round(np.clip(np.nan_to_num(share), 0, 1) * (rows - 1)).astype(int)
 
-    # The line: each column of dots shows the mean of its points, or the value between its neighbours.
-    columns = column_of(first.steps, num_columns)
-    used, inverse = np.unique(columns, return_inverse=True)
-    sums = np.zeros(len(used))
-    np.add.at(sums, inverse, first.means / np.bincount(inverse)[inverse])
-    drawn = np.arange(used[0], used[-1] + 1)
-    rows = row_of(np.interp(drawn, used, sums), num_rows)
-    dots = np.zeros((num_rows, num_columns), dtype=bool)
+    rows = row_of(values, height * rows_by_cell)
+    dots = np.zeros((height * rows_by_cell, cells * columns_by_cell), dtype=bool)
     for index, (column, row) in enumerate(zip(drawn, rows, strict=True)):
         before = rows[max(0, index - 1)]
-        # Steep parts stay connected.
-        start, end = sorted((row, before + (row > before) - (row < before) if index else row))
+        # Fill steep parts up to the row beside the point before, so that the line has no gaps.
+        start, end = sorted((row, before + (row > before) - (row < before)))
         dots[start : end + 1, column] = True
     lines = [_cells(dots[row * rows_by_cell : (row + 1) * rows_by_cell], glyphs) for row in range(height)]
     if second is not None:

@@ -1,6 +1,7 @@
 """Shows a status as plain text, 80 characters wide."""
 
 import textwrap
+from collections.abc import Sequence
 
 from maskmoe.run_report.progress import HELD_OUT_LOSS, LOSS
 from maskmoe.run_status.plot import UNICODE, Glyphs, choose_layers, draw_bar, draw_curves
@@ -26,7 +27,7 @@ def render_text(status: Status, glyphs: Glyphs = UNICODE) -> str:
     values = {
         "status": status,
         "alarms": describe_alarms(status),
-        "speed": f" {glyphs.separator} ".join(describe_speed(status)),
+        "speed": _wrap_facts(describe_speed(status), glyphs),
         "bar": "",
         "share": 0.0,
         "plot": [] if loss is None else draw_curves(loss, held_out, WIDTH, _PLOT_HEIGHT, glyphs),
@@ -45,6 +46,12 @@ def render_text(status: Status, glyphs: Glyphs = UNICODE) -> str:
     }
     text = render_template("maskmoe.run_status", "status.txt.j2", values, filters(status) | own_filters)
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def _wrap_facts(facts: Sequence[str], glyphs: Glyphs) -> str:
+    """Join facts on as few lines as possible, without a break inside a fact."""
+    unbroken = (fact.replace(" ", "\xa0") for fact in facts)
+    return _wrap(f" {glyphs.separator} ".join(unbroken)).replace("\xa0", " ")
 
 
 def _wrap(text: str, indent: int = 12, first: int | None = None) -> str:

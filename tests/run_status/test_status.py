@@ -15,6 +15,7 @@ from support.report_pages import Page
 from support.run_folders import read_status, write_checkpoint, write_events, write_journal
 from support.training_lines import iteration_line, validation_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.commands import status as command
 from maskmoe.errors import UserError
@@ -131,6 +132,17 @@ def test_resumed_run_shows_the_newest_start(tmp_path):
     assert status.progress.iteration == 14
     assert [(start.first_iteration, start.last_iteration) for start in status.starts] == [(1, 20), (11, 14)]
     assert status.curves["lm loss"].steps.tolist() == list(range(1, 15))
+
+
+def test_stale_load_of_ranks_is_not_shown(tmp_path):
+    """After a start on one rank, which logs no load of ranks."""
+    write_events(tmp_path / "tensorboard", last=4)
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.1000000000.a"))
+    with SummaryWriter(tmp_path / "tensorboard") as writer:
+        writer.add_scalar("moe/expert_load_max_over_mean_layer_0", 2.5, 5)
+    load = read_status(tmp_path).loads[0]
+    assert (load.iteration, load.expert, load.rank) == (5, 2.5, None)
 
 
 def test_restarts_have_their_causes(run):
