@@ -13,9 +13,11 @@ from maskmoe.run_report.progress import Progress
 from maskmoe.run_status.starts import RunStart
 from maskmoe.workflow.progress import format_seconds
 
-_STARTING_SECONDS = 120.0  # which a start may take before its first rank locks the folder
+_MOST_SECONDS = 1e11  # the year 5138
 _MEETING_SECONDS = 300.0  # which nodes may take to start the ranks after one of the nodes was lost
-_SILENT_SECONDS = 120.0  # event files are written at least this often
+# A run that writes nothing for this time, and for this number of iterations, is silent. Event files are written every
+# two minutes, and a start may take as long before its first rank locks the folder.
+_SILENT_SECONDS = 120.0
 _SILENT_ITERATIONS = 10
 
 
@@ -78,7 +80,7 @@ class Signs:
         times = {"record": self.record, "line of a log": self.log, "entry of the journal": self.journal}
         # The holder of a lock touches it every few seconds.
         times["touch of the lock"] = None if lock is None else lock.touched
-        known = [(seconds, name) for name, seconds in times.items() if seconds is not None]
+        known = [(seconds, name) for name, seconds in times.items() if seconds is not None and is_time(seconds)]
         return max(known, default=(None, ""))
 
 
@@ -102,9 +104,8 @@ def read_liveness(
         state, reason = State.RUNNING, f"its nodes meet again: {change}"
     is_silent = False
     if state is State.RUNNING and signs.record is not None:
-        limit = max(_SILENT_SECONDS, _SILENT_ITERATIONS * (progress.seconds_per_iteration or 0))
         newest_work = max(signs.record, signs.log or 0, signs.journal or 0)
-        is_silent = time.time() - newest_work > limit
+        is_silent = time.time() - newest_work > _patience(progress)
     return Liveness(state, reason, holder, last_sign, last_sign_of, is_silent)
 
 
@@ -120,7 +121,7 @@ def _state(
     age = None if last_sign is None else time.time() - last_sign
     newest = starts[-1] if starts else None
     if lock is None and newest is not None and newest.is_recorded and newest.ended is None:
-        if age is not None and age < _STARTING_SECONDS:
+        if age is not None and age < _patience(progress):
             return State.RUNNING, "its journal has no end, and it wrote something a short time ago"
         if not progress.is_complete:
             return State.LOST, "its journal has no end, but it has written nothing for a while"
@@ -132,10 +133,20 @@ def _state(
         return State.ENDED, newest.end
     if has_checkpoints:
         return State.ENDED, "no process holds the lock"
-    if age is not None and age < _SILENT_SECONDS:
+    if age is not None and age < _patience(progress):
         return State.RUNNING, "it wrote something a short time ago"
     ago = "" if age is None else f" and wrote nothing for {format_seconds(max(0.0, age))}"
     return State.UNKNOWN, f"it has no lock{ago}"
+
+
+def _patience(progress: Progress) -> float:
+    """Return for how many seconds a running run may write nothing."""
+    return max(_SILENT_SECONDS, _SILENT_ITERATIONS * (progress.seconds_per_iteration or 0))
+
+
+def is_time(seconds: float) -> bool:
+    """Return whether a number of seconds since 1970 can be a time of a run; damaged files have others."""
+    return 0 <= seconds < _MOST_SECONDS
 
 
 def _regrouping(entries: Sequence[Entry]) -> str:

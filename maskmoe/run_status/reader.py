@@ -10,7 +10,7 @@ from maskmoe.errors import UserError
 from maskmoe.journal import FOLDER, Entry, Kind, read_journal
 from maskmoe.run_report.facts import Arguments
 from maskmoe.run_status.checkpoints import CheckpointReader, find_checkpoints
-from maskmoe.run_status.liveness import Signs, read_liveness
+from maskmoe.run_status.liveness import Signs, is_time, read_liveness
 from maskmoe.run_status.load import read_loads
 from maskmoe.run_status.logged import ARGUMENTS, LogReader
 from maskmoe.run_status.starts import read_starts
@@ -46,7 +46,7 @@ class StatusReader:
         """
         logged = self._logs.read()
         history, progress = logged.history, logged.progress
-        entries = [_printable(entry) for entry in read_journal(self._run)]
+        entries = [_printable(entry) for entry in read_journal(self._run) if is_time(entry.time)]
         folder = find_checkpoints(self._run, logged.texts)
         if not history.series and not entries and folder is None and not _has_files_of_run(self._run):
             raise UserError(f"{self._run} is not the folder of a run: it has no event files, logs or checkpoints")
