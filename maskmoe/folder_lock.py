@@ -75,7 +75,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class LockState:
-    """What a process can see of the lock of a folder without locking anything.
+    """The state of a folder's lock, as a process sees the lock without locking anything.
 
     Attributes:
         holder: the process that the lock file names; None if the file names none.

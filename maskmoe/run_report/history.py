@@ -115,7 +115,7 @@ class Series:
 
 @dataclass
 class Start:
-    """What one start of a run has logged.
+    """The iterations that one start of a run has logged.
 
     Attributes:
         first_step: the first iteration.

@@ -54,7 +54,7 @@ def _read_line(line: str, history: History, newest: int | None) -> int | None:
         newest: the newest iteration before this line.
 
     Raises:
-        ValueError: a value is no number.
+        ValueError: a value is not a number.
         OverflowError: an iteration is too large.
     """
     record = parse_line(line)

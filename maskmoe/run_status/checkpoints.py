@@ -195,7 +195,7 @@ def _next_start(
         chosen = choose_checkpoint(folder, check=check).checkpoint
     except UserError as error:
         problem = one_line(error)
-    # Of two checkpoints of one iteration, the persistent one is loaded.
+    # A restart prefers a persistent checkpoint to a non-persistent one of the same iteration.
     own = -1 if chosen is None else (iteration_of(chosen) or -1)
     for each in saved:
         if each.path.parent == frequent and each.path not in damages and (each.iteration or 0) > own:

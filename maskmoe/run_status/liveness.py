@@ -22,7 +22,7 @@ _SILENT_ITERATIONS = 10
 
 
 class State(StrEnum):
-    """What a run does.
+    """The states of a run.
 
     Attributes:
         RUNNING: processes of the run work.

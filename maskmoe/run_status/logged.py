@@ -29,7 +29,7 @@ _TAIL_BYTES, _MOST_TAILS = 1 << 18, 8
 
 @dataclass(frozen=True)
 class Logged:
-    """What a run has logged.
+    """The values and arguments that a run has logged.
 
     Attributes:
         history: the values that the event files have or, without event files, the logs.

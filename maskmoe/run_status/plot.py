@@ -56,6 +56,7 @@ def draw_bar(share: float, width: int, glyphs: Glyphs) -> str:
     return glyphs.full * filled + glyphs.empty * (width - filled)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # damaged files have values of any size
 def draw_curves(first: Curve, second: Curve | None, width: int, height: int, glyphs: Glyphs) -> list[str]:
     """Return the lines of a plot of one or two curves over iterations.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from maskmoe.journal import Entry, Kind
 from maskmoe.run_report.history import Start
 
-_SECONDS_OF_CLOCKS = 1.0  # by which the clocks of two hosts may differ
+_SECONDS_OF_CLOCKS = 1.0  # the clocks of two hosts may differ so much
 _WITHOUT_END = "the processes were killed, or a host failed"
 
 
