@@ -115,7 +115,7 @@ class Series:
 
 @dataclass
 class Start:
-    """The iterations that one start of a run has logged.
+    """The iterations that a start of the run has logged.
 
     Attributes:
         first_step: the first iteration.
