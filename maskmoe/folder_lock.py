@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from typing import Self
 import psutil
 
 from maskmoe.errors import UserError
+from maskmoe.untrusted import UnusableFile, open_regular
 
 LOCK_NAME = ".run.lock"
 """Name of the lock file in the folder of the checkpoints."""
@@ -34,6 +36,7 @@ _POLL_SECONDS = 0.5
 _MAX_BYTES = 4096
 _IS_HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_FLOCK = "hhqqi0q"  # the struct flock of Linux: type, whence, start, length, process
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,43 @@ class Holder:
             return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1
         except psutil.Error:
             return False
+
+
+@dataclass(frozen=True)
+class LockState:
+    """The state of a folder's lock, as a process sees the lock without locking anything.
+
+    Attributes:
+        holder: the process that the lock file names; None if the file names none.
+        is_held: whether a process of any host holds the lock; None if the file system does not show locks.
+        touched: when the lock file was last touched, in seconds since 1970 on the clock of the file's server.
+    """
+
+    holder: Holder | None
+    is_held: bool | None
+    touched: float
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the holder seems to run: it holds the lock, or it touched the file a short time ago."""
+        if self.is_held or self.holder is None:
+            return bool(self.is_held)
+        if self.holder.is_here:
+            return self.is_held is None and self.holder.is_alive
+        # The file system may not show the locks of other hosts.
+        return time.time() - self.touched < _STALE_SECONDS
+
+
+def look_at_lock(folder: Path) -> LockState | None:
+    """Return the state of a folder's lock; None without a lock file. Nothing is locked or written.
+
+    A process must not look at a lock that it holds itself: closing the file would free the lock.
+    """
+    try:
+        with open_regular(folder / LOCK_NAME) as stream:
+            return LockState(_read(stream.fileno()), _is_locked(stream.fileno()), os.fstat(stream.fileno()).st_mtime)
+    except (UnusableFile, OSError):
+        return None
 
 
 @contextmanager
@@ -161,6 +201,18 @@ def _try_lock(lock: int) -> bool | None:
             return None
         raise
     return True
+
+
+def _is_locked(lock: int) -> bool | None:
+    """Return whether another process has locked an open file; None if there are no locks."""
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        answer = fcntl.fcntl(lock, fcntl.F_GETLK, question)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
 
 
 def _is_held_elsewhere(path: Path, holder: Holder, is_locked: bool | None) -> bool:

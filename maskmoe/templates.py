@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 
-def render_template(package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable]) -> str:
+def render_template(
+    package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable], *base_packages: str
+) -> str:
     """Return the text of a template.
 
     Args:
@@ -14,9 +16,10 @@ def render_template(package: str, name: str, values: Mapping[str, Any], filters:
         name: the file name of the template.
         values: the template's variables; a missing one is an error.
         filters: further filters of the template.
+        *base_packages: further packages, with templates that the template extends.
     """
     environment = Environment(
-        loader=PackageLoader(package),
+        loader=ChoiceLoader([PackageLoader(each) for each in (package, *base_packages)]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

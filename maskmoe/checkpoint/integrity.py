@@ -1,24 +1,31 @@
-"""Records the files of a `torch_dist` checkpoint with sizes and digests, and checks that a checkpoint is complete."""
+"""Records the files of a `torch_dist` checkpoint with sizes and digests, and checks that a checkpoint is complete.
+
+Only functions that read the layout of a checkpoint import torch.
+"""
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME, maybe_load_config
-from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from pydantic import BaseModel
-from torch.distributed.checkpoint.metadata import Metadata
 
-from maskmoe.checkpoint.unpickling import read_layout
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
 from maskmoe.untrusted import UnusableFile, check_name, open_regular, read_json_bytes, resolve_inside
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
 LAYOUT_FILE = ".metadata"
+# Megatron's names of the file that marks a checkpoint as complete, and of the manifest.
+COMPLETION_FILE = "metadata.json"
+MANIFEST_FILE = "integrity.json"
 _FORMAT = "torch_dist"
 
 
@@ -85,7 +92,12 @@ class Manifest(BaseModel):
             sizes={name: record.size for name, record in records.items()},
         )
 
-    def save(self, checkpoint: Path, name: str = INTEGRITY_FNAME) -> None:
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the manifest has the sizes of all files, and the layout among them."""
+        return LAYOUT_FILE in self.files and self.files.keys() == self.sizes.keys()
+
+    def save(self, checkpoint: Path, name: str = MANIFEST_FILE) -> None:
         """Write the manifest into the folder of a checkpoint, atomically."""
         with atomic_output(checkpoint / name) as path:
             path.write_text(self.model_dump_json(indent=2))
@@ -98,16 +110,16 @@ class Manifest(BaseModel):
             Damage: the manifest cannot be read.
         """
         try:
-            manifest = cls.model_validate_json(read_json_bytes(checkpoint / INTEGRITY_FNAME))
+            manifest = cls.model_validate_json(read_json_bytes(checkpoint / MANIFEST_FILE))
             for name in manifest.files:
-                check_name(checkpoint / INTEGRITY_FNAME, name)
+                check_name(checkpoint / MANIFEST_FILE, name)
             return manifest
         except UnusableFile as error:
-            if not os.path.lexists(checkpoint / INTEGRITY_FNAME):
+            if not os.path.lexists(checkpoint / MANIFEST_FILE):
                 return cls(files={})
-            raise Damage(checkpoint, f"{INTEGRITY_FNAME} {error.reason}") from error
+            raise Damage(checkpoint, f"{MANIFEST_FILE} {error.reason}") from error
         except ValueError as error:
-            raise Damage(checkpoint, f"{INTEGRITY_FNAME} is damaged") from error
+            raise Damage(checkpoint, f"{MANIFEST_FILE} is damaged") from error
 
 
 def record_rank(files: Sequence[Path], rank: int) -> None:
@@ -149,30 +161,32 @@ def check_structure(checkpoint: Path) -> None:
     Raises:
         Damage: the first fault that is found.
     """
-    if not checkpoint.is_dir():
-        raise Damage(checkpoint, "does not exist")
-    try:
-        if os.path.lexists(checkpoint / CONFIG_FNAME):
-            read_json_bytes(checkpoint / CONFIG_FNAME)  # bounds what Megatron reads
-        config = maybe_load_config(str(checkpoint))
-    except (UnusableFile, OSError, ValueError, TypeError, AttributeError) as error:
-        raise Damage(checkpoint, "metadata.json is damaged") from error
-    if config is None:
-        raise Unfinished(checkpoint, "was not finished: it has no metadata.json")
-    if config.sharded_backend != _FORMAT:
-        raise Damage(checkpoint, f"is of the format {config.sharded_backend!r}, not {_FORMAT}")
-    manifest = Manifest.load(checkpoint)
-    for name in manifest.files:
-        size = _size(checkpoint, name)
-        if size != manifest.sizes.get(name, size):
-            raise Damage(checkpoint, f"{name} has {size} of {manifest.sizes[name]} bytes")
+    _check_files(checkpoint)
     for name, needed in _needed_sizes(checkpoint).items():
         size = _size(checkpoint, name)
         if size < needed:
             raise Damage(checkpoint, f"{name} has {size} of at least {needed} bytes")
 
 
-def check_content(checkpoint: Path, part: slice = slice(None)) -> None:
+def check_by_manifest(checkpoint: Path) -> None:
+    """Check a checkpoint as `check_structure` does, but without torch if the checkpoint has a manifest with sizes.
+
+    The manifest has the sizes of all files that the layout needs. So the digest of the layout replaces the reading of
+    the layout.
+
+    Raises:
+        Damage: the first fault that is found.
+    """
+    manifest = _check_files(checkpoint)
+    if manifest.has_sizes:
+        _check_digest(checkpoint, LAYOUT_FILE, manifest.files[LAYOUT_FILE])
+    else:
+        check_structure(checkpoint)
+
+
+def check_content(
+    checkpoint: Path, part: slice = slice(None), on_checked: Callable[[int], object] = lambda size: None
+) -> None:
     """Compare files of a checkpoint with their digests in the manifest.
 
     A checkpoint without a manifest passes.
@@ -181,27 +195,60 @@ def check_content(checkpoint: Path, part: slice = slice(None)) -> None:
         checkpoint: a checkpoint that passes `check_structure`.
         part: which files to compare, in the order of their names; `slice(rank, None, ranks)` divides the files among
             ranks.
+        on_checked: called after each file with its size in bytes.
 
     Raises:
         Damage: the first file that differs from its digest.
     """
     for name, digest in sorted(Manifest.load(checkpoint).files.items())[part]:
-        try:
-            found = FileRecord.of(resolve_inside(checkpoint, name))
-        except UnusableFile as error:
-            raise Damage(checkpoint, f"{name} {error.reason}") from error
-        except OSError as error:
-            raise Damage(checkpoint, f"{name} cannot be read: {error.strerror}") from error
-        if found.sha256 != digest:
-            raise Damage(checkpoint, f"{name} does not have the content that was saved")
+        on_checked(_check_digest(checkpoint, name, digest))
 
 
-def read_checkpoint_layout(checkpoint: Path) -> Metadata:
+def _check_digest(checkpoint: Path, name: str, digest: str) -> int:
+    """Compare one file with its digest, and return its size in bytes. Raises Damage if the file differs."""
+    try:
+        found = FileRecord.of(resolve_inside(checkpoint, name))
+    except UnusableFile as error:
+        raise Damage(checkpoint, f"{name} {error.reason}") from error
+    except OSError as error:
+        raise Damage(checkpoint, f"{name} cannot be read: {error.strerror}") from error
+    if found.sha256 != digest:
+        raise Damage(checkpoint, f"{name} does not have the content that was saved")
+    return found.size
+
+
+def _check_files(checkpoint: Path) -> Manifest:
+    """Check that a checkpoint is complete and that its files have the sizes in its manifest, which is returned.
+
+    Raises:
+        Damage: the first fault that is found.
+    """
+    if not checkpoint.is_dir():
+        raise Damage(checkpoint, "does not exist")
+    if not os.path.lexists(checkpoint / COMPLETION_FILE):
+        raise Unfinished(checkpoint, f"was not finished: it has no {COMPLETION_FILE}")
+    try:
+        found = json.loads(read_json_bytes(checkpoint / COMPLETION_FILE))["sharded_backend"]
+    except (UnusableFile, ValueError, TypeError, KeyError) as error:
+        raise Damage(checkpoint, f"{COMPLETION_FILE} is damaged") from error
+    if found != _FORMAT:
+        raise Damage(checkpoint, f"is of the format {found!r}, not {_FORMAT}")
+    manifest = Manifest.load(checkpoint)
+    for name in manifest.files:
+        size = _size(checkpoint, name)
+        if size != manifest.sizes.get(name, size):
+            raise Damage(checkpoint, f"{name} has {size} of {manifest.sizes[name]} bytes")
+    return manifest
+
+
+def read_checkpoint_layout(checkpoint: Path) -> "Metadata":
     """Read the description of the tensors of a checkpoint.
 
     Raises:
         Damage: the description is missing or damaged, or holds anything else.
     """
+    from maskmoe.checkpoint.unpickling import read_layout
+
     try:
         with open_regular(checkpoint / LAYOUT_FILE) as stream:
             layout = read_layout(stream)

@@ -33,6 +33,7 @@ SUBCOMMANDS = (
     Subcommand("generate", "maskmoe.commands.generate", "generate text from a Megatron checkpoint"),
     Subcommand("launch", "maskmoe.commands.launch", "pretrain a model file on one node or many, with restarts"),
     Subcommand("check", "maskmoe.commands.check", "check a model file's settings and show what the run needs"),
+    Subcommand("status", "maskmoe.commands.status", "show whether and how a run works, from its run folder"),
     Subcommand("report", "maskmoe.commands.report", "write the page with a run's losses, speed and settings"),
     Subcommand("mlflow", "maskmoe.commands.log_to_mlflow", "copy what a run has logged to MLflow"),
     Subcommand(

@@ -1,19 +1,28 @@
 """Reads TensorBoard's event files, again and again while a run writes them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
+
+from maskmoe.run_report.event_file import Block, EventFile, Points
 from maskmoe.run_report.history import History
+from maskmoe.untrusted import UnusableFile
 
 _PATTERN = "events.out.tfevents.*"
 # Megatron logs most scalars twice; the x axis of a tag with this end is the number of samples.
 _SAMPLES = " vs samples"
-_TEXT = "/text_summary"
 _LOSS = "lm loss"
 
 CLOCK_TIME = "clock time of an iteration"
 """The tag of the seconds between the records of two iterations, which include evaluation and saving."""
+
+
+def is_over_iterations(tag: str) -> bool:
+    """Return whether the x axis of a scalar is the iteration."""
+    return not tag.endswith(_SAMPLES)
 
 
 class Scalar(NamedTuple):
@@ -37,32 +46,45 @@ class EventFolder:
 
     Args:
         folder: the folder in `--tensorboard-dir`. It may not exist yet.
+        is_wanted: decides by the tag of a scalar whether its values are read.
+
+    Attributes:
+        damaged: the files that are not intact; they are read up to the damage.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._loaders: dict[Path, Any] = {}
+    def __init__(self, folder: Path, is_wanted: Callable[[str], bool] = is_over_iterations) -> None:
+        self.damaged: list[Path] = []
+        self._folder, self._is_wanted = folder, is_wanted
+        self._files: dict[Path, EventFile] = {}
 
-    def read_new(self) -> Iterator[tuple[Path, Scalar | Text]]:
+    def read_blocks(self) -> Iterator[tuple[Path, Block]]:
         """Yield what was written since the last call, with the file. An incomplete last record is left to the next.
 
-        Raises:
-            OSError: a file cannot be read.
+        A file that cannot be read is skipped.
         """
-        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-        from tensorboard.compat.proto import event_pb2
-
         for path in event_files(self._folder):
-            if path not in self._loaders:
-                self._loaders[path] = RawEventFileLoader(str(path))
-            for record in self._loaders[path].Load():
-                event = event_pb2.Event.FromString(record)  # pyrefly: ignore[missing-attribute]
-                for value in event.summary.value:
-                    if value.HasField("simple_value") and not value.tag.endswith(_SAMPLES):
-                        yield path, Scalar(value.tag, event.step, value.simple_value, event.wall_time)
-                    elif value.tag.endswith(_TEXT):
-                        text = value.tensor.string_val[0].decode(errors="replace")
-                        yield path, Text(value.tag.removesuffix(_TEXT), text)
+            file = self._files.setdefault(path, EventFile(path, self._is_wanted))
+            with suppress(UnusableFile):
+                for block in file.read_new():
+                    yield path, block
+        self.damaged = [path for path, file in self._files.items() if file.is_damaged]
+
+    def read_new(self) -> Iterator[Scalar | Text]:
+        """Yield the values and texts that were written since the last call; values of one scalar in their order."""
+        for _, block in self.read_blocks():
+            for tag, text in block.texts.items():
+                yield Text(tag, text)
+            for tag, points in block.scalars.items():
+                for step, value, seconds in zip(*(column.tolist() for column in points), strict=True):
+                    yield Scalar(tag, step, value, seconds)
+
+    def unread_bytes(self) -> int:
+        """Return how many bytes the next call will read."""
+        total = 0
+        for path in event_files(self._folder):
+            with suppress(OSError):
+                total += path.stat().st_size - (self._files[path].num_read if path in self._files else 0)
+        return total
 
 
 class EventHistory:
@@ -70,36 +92,48 @@ class EventHistory:
 
     Args:
         folder: the folder of the event files.
+        is_wanted: decides by the tag of a scalar whether the history has it.
 
     Attributes:
         history: what the calls of `update` have read.
+        events: the event files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, is_wanted: Callable[[str], bool] = is_over_iterations) -> None:
         self.history = History()
-        self._events = EventFolder(folder)
+        self.events = EventFolder(folder, is_wanted)
         self._file: Path | None = None
-        self._newest_loss: Scalar | None = None
+        self._newest_loss: tuple[int, float] | None = None
 
     def update(self) -> History:
         """Read what is new, and return the history."""
-        for path, event in self._events.read_new():
-            if isinstance(event, Text):
-                self.history.texts[event.tag] = event.text
-                continue
-            if path != self._file:
-                self.history.start(event.step)
-                self._file, self._newest_loss = path, None
-            self.history.append(event.tag, event.step, event.value)
-            self.history.newest = event.seconds
-            if event.tag == _LOSS:
-                self._measure_time(event)
+        for path, block in self.events.read_blocks():
+            self._add(path, block)
         return self.history
 
-    def _measure_time(self, loss: Scalar) -> None:
-        before, self._newest_loss = self._newest_loss, loss
-        if before is not None and loss.step > before.step:
-            self.history.append(CLOCK_TIME, loss.step, (loss.seconds - before.seconds) / (loss.step - before.step))
+    def _add(self, path: Path, block: Block) -> None:
+        self.history.texts |= block.texts
+        if block.first_step is None or block.newest is None:
+            return
+        if path != self._file:
+            self.history.start(block.first_step, block.oldest)
+            self._file, self._newest_loss = path, None
+        for tag, points in block.scalars.items():
+            self.history.extend(tag, points.steps, points.values)
+        self.history.newest = block.newest
+        if _LOSS in block.scalars:
+            self._measure_time(block.scalars[_LOSS])
+
+    def _measure_time(self, losses: Points) -> None:
+        steps, seconds = losses.steps, losses.seconds
+        if self._newest_loss is not None:
+            step, time = self._newest_loss
+            steps, seconds = np.append(step, steps), np.append(time, seconds)
+        self._newest_loss = int(steps[-1]), float(seconds[-1])
+        distances = np.diff(steps)
+        has_time = distances > 0
+        times = np.diff(seconds)[has_time] / distances[has_time]
+        self.history.extend(CLOCK_TIME, steps[1:][has_time], times)
 
 
 def event_files(folder: Path) -> list[Path]:

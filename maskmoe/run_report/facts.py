@@ -5,6 +5,8 @@ from collections.abc import Mapping
 OWN_TEXT = "maskmoe/"
 """Beginning of the tags of the texts that MaskMoE writes to TensorBoard; the page shows them as settings."""
 
+_MOST_DIGITS = 15
+
 Facts = dict[str, str]
 """The values of settings by the names that the page gives them."""
 
@@ -27,7 +29,7 @@ class Arguments:
     def number(self, name: str) -> int | None:
         """Return an argument that is a whole number; None if the argument is unknown or another value."""
         value = self._texts.get(name, "")
-        return int(value) if value.isdecimal() else None
+        return int(value) if value.isdecimal() and len(value) <= _MOST_DIGITS else None
 
     def sentence(self, *parts: str) -> str:
         """Fill in templates such as `{num_layers} layers`, and join those whose arguments are all known."""

@@ -38,19 +38,22 @@ class Series:
 
     Attributes:
         num_not_finite: number of values that are NaN or infinite; they have no point.
+        newest: the newest iteration and its value, which may be NaN; None if the value was removed.
     """
 
     def __init__(self) -> None:
         self.num_not_finite = 0
+        self.newest: tuple[int, float] | None = None
         self._width = 1  # values of a full point
         self._points: list[list[float]] = []  # last iteration, number of values, sum, smallest, largest
 
     def append(self, step: int, value: float) -> None:
         """Add the value of an iteration. A value of the newest iteration replaces the earlier value."""
+        self.remove_from(step)
+        self.newest = step, value
         if not math.isfinite(value):
             self.num_not_finite += 1
             return
-        self.remove_from(step)
         if self._points and self._points[-1][1] < self._width:
             _, number, total, low, high = self._points[-1]
             self._points[-1] = [step, number + 1, total + value, min(low, value), max(high, value)]
@@ -64,8 +67,43 @@ class Series:
             self._width *= 2
         self._points.append([step, 1, value, value, value])
 
+    def extend(self, steps: np.ndarray, values: np.ndarray) -> None:
+        """Add many values as `append` does, but faster.
+
+        Args:
+            steps: iterations, int64 [values].
+            values: float64 [values].
+        """
+        newest = self._points[-1][0] if self._points else -1
+        is_ascending = not len(steps) or (steps[0] > newest and bool((np.diff(steps) > 0).all()))
+        if not is_ascending or not np.isfinite(values).all():
+            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                self.append(step, value)
+            return
+        start = 0
+        while start < len(steps):
+            # Values that do not begin a full point, or that need wider points, are added one by one.
+            is_aligned = not self._points or self._points[-1][1] >= self._width
+            number = min(len(steps) - start, (_MOST_POINTS - len(self._points)) * self._width) if is_aligned else 0
+            if number < self._width:
+                self.append(int(steps[start]), float(values[start]))
+                start += 1
+                continue
+            number -= number % self._width
+            groups = values[start : start + number].reshape(-1, self._width)
+            last_steps = steps[start : start + number].reshape(-1, self._width)[:, -1]
+            columns = (last_steps, groups.sum(axis=1), groups.min(axis=1), groups.max(axis=1))
+            self._points += [
+                [step, self._width, total, low, high]
+                for step, total, low, high in zip(*(column.tolist() for column in columns), strict=True)
+            ]
+            start += number
+            self.newest = int(last_steps[-1]), float(groups[-1, -1])
+
     def remove_from(self, step: int) -> None:
         """Remove the points that cover this iteration or later ones."""
+        if self.newest is not None and self.newest[0] >= step:
+            self.newest = None
         while self._points and self._points[-1][0] >= step:
             self._points.pop()
 
@@ -76,6 +114,21 @@ class Series:
 
 
 @dataclass
+class Start:
+    """The iterations that a start of the run has logged.
+
+    Attributes:
+        first_step: the first iteration.
+        last_step: the last iteration.
+        seconds: time of the first record in seconds since 1970; None if unknown.
+    """
+
+    first_step: int
+    last_step: int
+    seconds: float | None
+
+
+@dataclass
 class History:
     """The records of a run. Iterations that are repeated after a resume replace the earlier ones.
 
@@ -83,26 +136,41 @@ class History:
         series: scalars by tag.
         texts: texts by tag, the newest of each tag.
         newest: time of the newest record in seconds since 1970; None if nothing is logged.
-        num_starts: number of starts that logged anything.
+        starts: the starts that logged anything.
     """
 
     series: dict[str, Series] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     newest: float | None = None
-    num_starts: int = 0
+    starts: list[Start] = field(default_factory=list)
 
-    def start(self, first_step: int) -> None:
+    @property
+    def num_starts(self) -> int:
+        """The number of starts that logged anything."""
+        return len(self.starts)
+
+    def start(self, first_step: int, seconds: float | None = None) -> None:
         """Begin the records of another start of the run, whose first record is of iteration `first_step`.
 
         Later iterations belong to a part of the run that the start has abandoned. So they are removed.
+
+        Args:
+            first_step: the first iteration.
+            seconds: time of the first record in seconds since 1970.
         """
-        self.num_starts += 1
+        self.starts.append(Start(first_step, first_step, seconds))
         for series in self.series.values():
             series.remove_from(first_step)
 
     def append(self, tag: str, step: int, value: float) -> None:
         """Add the value of a scalar."""
-        self.series.setdefault(tag, Series()).append(step, value)
+        self.extend(tag, np.array([step]), np.array([value]))
+
+    def extend(self, tag: str, steps: np.ndarray, values: np.ndarray) -> None:
+        """Add values of a scalar; `steps` is int64 [values], `values` is float64 [values]."""
+        self.series.setdefault(tag, Series()).extend(steps, values)
+        if self.starts and len(steps):
+            self.starts[-1].last_step = max(self.starts[-1].last_step, int(steps[-1]))
 
     def curves(self) -> Mapping[str, Curve]:
         """Return the curves of all scalars that have a finite value."""

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe.outputs import atomic_output
-from maskmoe.run_report.events import CLOCK_TIME
 from maskmoe.run_report.facts import Arguments, all_arguments, describe_run
 from maskmoe.run_report.figures import draw_plots
 from maskmoe.run_report.history import Curve, History
+from maskmoe.run_report.progress import Progress, tokens_per_second
 from maskmoe.templates import render_template
 from maskmoe.workflow.progress import format_seconds
 
@@ -43,9 +43,8 @@ def write_page(history: History, name: str, path: Path, is_running: bool = False
         UserError: the file cannot be written.
         OSError: the disk is full.
     """
-    arguments = Arguments(history.texts)
     curves = history.curves()
-    speed = _tokens_per_second(curves, arguments.number("seq_length"))
+    speed = tokens_per_second(curves, Arguments(history.texts).number("seq_length"))
     num_not_finite = sum(series.num_not_finite for series in history.series.values())
     values = {
         "name": name,
@@ -54,7 +53,7 @@ def write_page(history: History, name: str, path: Path, is_running: bool = False
         "num_starts": history.num_starts,
         "num_not_finite": num_not_finite,
         "reload_seconds": RELOAD_SECONDS if is_running else None,
-        "summary": _summary(curves, speed, arguments, is_running),
+        "summary": summarize(Progress.of(history, curves), is_running),
         "plots": draw_plots(curves, speed),
         "table": _table(curves, speed),
         "facts": describe_run(history.texts),
@@ -65,40 +64,27 @@ def write_page(history: History, name: str, path: Path, is_running: bool = False
         temporary.write_text(page, encoding="utf-8")
 
 
-def _tokens_per_second(curves: Mapping[str, Curve], seq_length: int | None) -> Curve | None:
-    """Return the speed of all ranks together; None if it is unknown."""
-    times, batches = curves.get("iteration-time", curves.get(CLOCK_TIME)), curves.get("batch-size")
-    if times is None or batches is None or seq_length is None:
-        return None
-    batch = np.array([batches.value_at(step) or batches.means[-1] for step in times.steps])
-    tokens = batch * seq_length  # [points], tokens of one iteration
-    return Curve(times.steps, *(tokens / np.maximum(each, 1e-9) for each in (times.means, times.highs, times.lows)))
+def summarize(progress: Progress, is_running: bool) -> dict[str, str]:
+    """Return the values at the top of a page by name. Unknown values are left out.
 
-
-def _summary(
-    curves: Mapping[str, Curve], speed: Curve | None, arguments: Arguments, is_running: bool
-) -> dict[str, str]:
-    """Return the values at the top of the page by name. Unknown values are left out."""
+    Args:
+        progress: how far the run is.
+        is_running: whether the time that is left is of interest.
+    """
     summary = {}
-    loss, held_out = curves.get("lm loss"), curves.get("lm loss validation")
-    total = arguments.number("train_iters")
-    if loss is not None:
-        done = int(loss.steps[-1])
-        summary["iteration"] = f"{done:,} of {total:,}" if total else f"{done:,}"
-        summary["loss"] = f"{loss.means[-1]:.4f}"
-    if held_out is not None:
-        summary["held-out loss"] = f"{held_out.means[-1]:.4f} at iteration {held_out.steps[-1]:,}"
-        summary["held-out perplexity"] = f"{np.exp(min(held_out.means[-1], 50)):.4g}"
-    if speed is not None:
-        # The first iteration is slow, as it includes preparations.
-        recent = float(np.median(speed.means[1:][-100:] if len(speed) > 1 else speed.means))
-        summary["speed"] = f"{recent:,.0f} tokens/s"
-        batches, seq_length = curves["batch-size"], arguments.number("seq_length") or 0
-        trained = float(np.sum(np.diff(batches.steps, prepend=0) * batches.means)) * seq_length
-        summary["tokens"] = f"{trained:,.0f}"
-        if is_running and loss is not None and total:
-            left = (total - int(loss.steps[-1])) * float(batches.means[-1]) * seq_length / recent
-            summary["time left"] = format_seconds(left)
+    if progress.iteration is not None:
+        of_total = f" of {progress.total:,}" if progress.total else ""
+        summary["iteration"] = f"{progress.iteration:,}{of_total}"
+        summary["loss"] = f"{progress.loss:.4f}"
+    if progress.held_out_loss is not None:
+        summary["held-out loss"] = f"{progress.held_out_loss:.4f} at iteration {progress.held_out_iteration:,}"
+        summary["held-out perplexity"] = f"{np.exp(min(progress.held_out_loss, 50)):.4g}"
+    if progress.tokens_per_second is not None:
+        summary["speed"] = f"{progress.tokens_per_second:,.0f} tokens/s"
+    if progress.tokens is not None:
+        summary["tokens"] = f"{progress.tokens:,.0f}"
+    if is_running and progress.seconds_left is not None:
+        summary["time left"] = format_seconds(progress.seconds_left)
     return summary
 
 

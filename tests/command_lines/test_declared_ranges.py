@@ -68,6 +68,7 @@ def test_parser_reports_in_one_line_and_each_number_has_a_range(subcommand):
         "preprocess",
         "count",
         "convert",
+        "status",
         "report",
         "mlflow",
     )
