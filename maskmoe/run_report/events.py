@@ -3,18 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from maskmoe.run_report.event_file import Block, EventFile, Points
 from maskmoe.run_report.history import History
-from maskmoe.untrusted import UnusableFile
+from maskmoe.untrusted import UnusableFile, check_regular
 
 _PATTERN = "events.out.tfevents.*"
 # Megatron logs most scalars twice; the x axis of a tag with this end is the number of samples.
 _SAMPLES = " vs samples"
+_TEXT = "/text_summary"
 _LOSS = "lm loss"
+_FRAME_BYTES = 16  # of a record beside its content: length and checksums
 
 CLOCK_TIME = "clock time of an iteration"
 """The tag of the seconds between the records of two iterations, which include evaluation and saving."""
@@ -41,42 +40,74 @@ class Text(NamedTuple):
     text: str
 
 
+class EventFile:
+    """The part of an event file that was not read yet.
+
+    Args:
+        path: the file.
+        is_wanted: decides by the tag of a scalar whether its values are read.
+
+    Attributes:
+        num_read: number of bytes that were read.
+    """
+
+    def __init__(self, path: Path, is_wanted: Callable[[str], bool]) -> None:
+        self.num_read = 0
+        self._path = path
+        self._is_wanted = is_wanted
+        self._loader: Any = None
+
+    def read_new(self) -> Iterator[Scalar | Text]:
+        """Yield what was written since the last call.
+
+        An incomplete last record is left to the next call. A damaged file ends before the damage.
+
+        Raises:
+            UnusableFile: the file is gone, cannot be read, or is not a regular file.
+        """
+        from google.protobuf.message import DecodeError
+        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+        from tensorboard.compat.proto import event_pb2
+
+        check_regular(self._path)
+        try:
+            if self._loader is None:
+                self._loader = RawEventFileLoader(str(self._path))
+            for record in self._loader.Load():
+                self.num_read += len(record) + _FRAME_BYTES
+                with suppress(DecodeError):
+                    yield from self._values(event_pb2.Event.FromString(record))  # pyrefly: ignore[missing-attribute]
+        except OSError as error:
+            raise UnusableFile(self._path, f"cannot be read: {error.strerror}") from error
+
+    def _values(self, event: Any) -> Iterator[Scalar | Text]:
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                if self._is_wanted(value.tag):
+                    yield Scalar(value.tag, event.step, value.simple_value, event.wall_time)
+            elif value.tag.endswith(_TEXT) and value.tensor.string_val:
+                yield Text(value.tag.removesuffix(_TEXT), value.tensor.string_val[0].decode(errors="replace"))
+
+
 class EventFolder:
     """The event files of a run in the order of its starts. Each start of the run writes one file.
 
     Args:
         folder: the folder in `--tensorboard-dir`. It may not exist yet.
         is_wanted: decides by the tag of a scalar whether its values are read.
-
-    Attributes:
-        damaged: the files that are not intact; they are read up to the damage.
     """
 
     def __init__(self, folder: Path, is_wanted: Callable[[str], bool] = is_over_iterations) -> None:
-        self.damaged: list[Path] = []
         self._folder, self._is_wanted = folder, is_wanted
         self._files: dict[Path, EventFile] = {}
 
-    def read_blocks(self) -> Iterator[tuple[Path, Block]]:
-        """Yield what was written since the last call, with the file. An incomplete last record is left to the next.
-
-        A file that cannot be read is skipped.
-        """
+    def read_new(self) -> Iterator[tuple[Path, Scalar | Text]]:
+        """Yield what was written since the last call, with the file. A file that cannot be read is skipped."""
         for path in event_files(self._folder):
             file = self._files.setdefault(path, EventFile(path, self._is_wanted))
             with suppress(UnusableFile):
-                for block in file.read_new():
-                    yield path, block
-        self.damaged = [path for path, file in self._files.items() if file.is_damaged]
-
-    def read_new(self) -> Iterator[Scalar | Text]:
-        """Yield the values and texts that were written since the last call; values of one scalar in their order."""
-        for _, block in self.read_blocks():
-            for tag, text in block.texts.items():
-                yield Text(tag, text)
-            for tag, points in block.scalars.items():
-                for step, value, seconds in zip(*(column.tolist() for column in points), strict=True):
-                    yield Scalar(tag, step, value, seconds)
+                for event in file.read_new():
+                    yield path, event
 
     def unread_bytes(self) -> int:
         """Return how many bytes the next call will read."""
@@ -103,37 +134,27 @@ class EventHistory:
         self.history = History()
         self.events = EventFolder(folder, is_wanted)
         self._file: Path | None = None
-        self._newest_loss: tuple[int, float] | None = None
+        self._newest_loss: Scalar | None = None
 
     def update(self) -> History:
         """Read what is new, and return the history."""
-        for path, block in self.events.read_blocks():
-            self._add(path, block)
+        for path, event in self.events.read_new():
+            if isinstance(event, Text):
+                self.history.texts[event.tag] = event.text
+                continue
+            if path != self._file:
+                self.history.start(event.step, event.seconds)
+                self._file, self._newest_loss = path, None
+            self.history.append(event.tag, event.step, event.value)
+            self.history.newest = event.seconds
+            if event.tag == _LOSS:
+                self._measure_time(event)
         return self.history
 
-    def _add(self, path: Path, block: Block) -> None:
-        self.history.texts |= block.texts
-        if block.first_step is None or block.newest is None:
-            return
-        if path != self._file:
-            self.history.start(block.first_step, block.oldest)
-            self._file, self._newest_loss = path, None
-        for tag, points in block.scalars.items():
-            self.history.extend(tag, points.steps, points.values)
-        self.history.newest = block.newest
-        if _LOSS in block.scalars:
-            self._measure_time(block.scalars[_LOSS])
-
-    def _measure_time(self, losses: Points) -> None:
-        steps, seconds = losses.steps, losses.seconds
-        if self._newest_loss is not None:
-            step, time = self._newest_loss
-            steps, seconds = np.append(step, steps), np.append(time, seconds)
-        self._newest_loss = int(steps[-1]), float(seconds[-1])
-        distances = np.diff(steps)
-        has_time = distances > 0
-        times = np.diff(seconds)[has_time] / distances[has_time]
-        self.history.extend(CLOCK_TIME, steps[1:][has_time], times)
+    def _measure_time(self, loss: Scalar) -> None:
+        before, self._newest_loss = self._newest_loss, loss
+        if before is not None and loss.step > before.step:
+            self.history.append(CLOCK_TIME, loss.step, (loss.seconds - before.seconds) / (loss.step - before.step))
 
 
 def event_files(folder: Path) -> list[Path]:

@@ -67,39 +67,6 @@ class Series:
             self._width *= 2
         self._points.append([step, 1, value, value, value])
 
-    def extend(self, steps: np.ndarray, values: np.ndarray) -> None:
-        """Add many values as `append` does, but faster.
-
-        Args:
-            steps: iterations, int64 [values].
-            values: float64 [values].
-        """
-        newest = self._points[-1][0] if self._points else -1
-        is_ascending = not len(steps) or (steps[0] > newest and bool((np.diff(steps) > 0).all()))
-        if not is_ascending or not np.isfinite(values).all():
-            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-                self.append(step, value)
-            return
-        start = 0
-        while start < len(steps):
-            # Values that do not begin a full point, or that need wider points, are added one by one.
-            is_aligned = not self._points or self._points[-1][1] >= self._width
-            number = min(len(steps) - start, (_MOST_POINTS - len(self._points)) * self._width) if is_aligned else 0
-            if number < self._width:
-                self.append(int(steps[start]), float(values[start]))
-                start += 1
-                continue
-            number -= number % self._width
-            groups = values[start : start + number].reshape(-1, self._width)
-            last_steps = steps[start : start + number].reshape(-1, self._width)[:, -1]
-            columns = (last_steps, groups.sum(axis=1), groups.min(axis=1), groups.max(axis=1))
-            self._points += [
-                [step, self._width, total, low, high]
-                for step, total, low, high in zip(*(column.tolist() for column in columns), strict=True)
-            ]
-            start += number
-            self.newest = int(last_steps[-1]), float(groups[-1, -1])
-
     def remove_from(self, step: int) -> None:
         """Remove the points that cover this iteration or later ones."""
         if self.newest is not None and self.newest[0] >= step:
@@ -164,13 +131,9 @@ class History:
 
     def append(self, tag: str, step: int, value: float) -> None:
         """Add the value of a scalar."""
-        self.extend(tag, np.array([step]), np.array([value]))
-
-    def extend(self, tag: str, steps: np.ndarray, values: np.ndarray) -> None:
-        """Add values of a scalar; `steps` is int64 [values], `values` is float64 [values]."""
-        self.series.setdefault(tag, Series()).extend(steps, values)
-        if self.starts and len(steps):
-            self.starts[-1].last_step = max(self.starts[-1].last_step, int(steps[-1]))
+        self.series.setdefault(tag, Series()).append(step, value)
+        if self.starts:
+            self.starts[-1].last_step = max(self.starts[-1].last_step, step)
 
     def curves(self) -> Mapping[str, Curve]:
         """Return the curves of all scalars that have a finite value."""

@@ -44,7 +44,7 @@ class MlflowCopy:
         """
         from mlflow.entities import Metric  # pyrefly: ignore[missing-import]  # users who want MLflow install it
 
-        for event in self._events.read_new():
+        for _, event in self._events.read_new():
             if isinstance(event, Scalar):
                 self._unsent.append(event)
             else:

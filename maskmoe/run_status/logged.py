@@ -23,7 +23,7 @@ _WANTED = re.compile(
 )
 _ARGUMENT = re.compile(r"# (\w+): (.*)")
 _MOST_ARGUMENT_BYTES = 1 << 20
-_SLOW_BYTES = 100 << 20  # of event files, which take more than a second
+_SLOW_BYTES = 10 << 20  # of event files, which take about three seconds
 _TAIL_BYTES, _MOST_TAILS = 1 << 18, 8
 
 
@@ -36,14 +36,12 @@ class Logged:
         progress: how far the run is. Training writes event files from time to time only, so the newest iterations and
             losses may be those of the logs.
         texts: the arguments of the run by name.
-        damaged_files: event files that are not intact.
         newest_log: when a log was last changed, in seconds since 1970; None without logs.
     """
 
     history: History
     progress: Progress
     texts: dict[str, str]
-    damaged_files: tuple[Path, ...]
     newest_log: float | None
 
 
@@ -68,30 +66,30 @@ class LogReader:
         newest_log = None
         with suppress(IndexError, OSError):
             newest_log = logs[-1].stat().st_mtime
-        history, damaged = self._read_events()
+        history = self._read_events()
         texts = history.texts | _read_arguments(self._run)
         if not history.series:
             history = read_logs(logs)
             history.texts |= texts
-            return Logged(history, Progress.of(history, history.curves()), history.texts, damaged, newest_log)
+            return Logged(history, Progress.of(history, history.curves()), history.texts, newest_log)
         history.texts |= texts
         progress = Progress.of(history, history.curves())
         if newest_log is not None and (history.newest is None or newest_log >= history.newest - 1):
             tail = read_logs(logs[-_MOST_TAILS:], _TAIL_BYTES)
             progress = _newer(progress, Progress.of(tail, tail.curves()))
-        return Logged(history, progress, texts, damaged, newest_log)
+        return Logged(history, progress, texts, newest_log)
 
-    def _read_events(self) -> tuple[History, tuple[Path, ...]]:
-        """Return what the event files hold, and the files that are damaged."""
+    def _read_events(self) -> History:
+        """Return what the event files hold."""
         if self._events is None:
             folder = self._event_folder or find_event_folder(self._run)
             if folder is None:
-                return History(), ()
+                return History()
             self._events = EventHistory(folder, lambda tag: _WANTED.fullmatch(tag) is not None)
         events = self._events.events
         if events.unread_bytes() > _SLOW_BYTES:
             self._on_slow(f"reading {events.unread_bytes() / 1e6:,.0f} MB of event files")
-        return self._events.update(), tuple(events.damaged)
+        return self._events.update()
 
 
 def _newer(events: Progress, logs: Progress) -> Progress:

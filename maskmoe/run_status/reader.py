@@ -64,7 +64,6 @@ class StatusReader:
             last_save=next(iter(_of_kind(entries, Kind.SAVED)[-1:]), None),
             checkpoints=self._checkpoints.read(folder, logged.texts),
             num_not_finite=sum(series.num_not_finite for series in history.series.values()),
-            damaged_files=logged.damaged_files,
             curves=history.curves(),
             seq_length=Arguments(logged.texts).number("seq_length"),
         )

@@ -31,7 +31,6 @@ class Status:
         last_save: the journal's newest entry about a checkpoint; None without one.
         checkpoints: the checkpoints.
         num_not_finite: number of logged values that are NaN or infinite.
-        damaged_files: event files that are not intact.
         curves: the curves of all scalars by tag; JSON leaves them out.
         seq_length: tokens in a sample; None if unknown.
     """
@@ -47,7 +46,6 @@ class Status:
     last_save: Entry | None
     checkpoints: Checkpoints
     num_not_finite: int
-    damaged_files: tuple[Path, ...]
     curves: Mapping[str, Curve] = field(default_factory=dict, repr=False, compare=False)
     seq_length: int | None = None
 

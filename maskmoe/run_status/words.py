@@ -20,7 +20,6 @@ def describe_alarms(status: Status) -> list[str]:
         alarms.append("the run has logged nothing for much longer than an iteration takes")
     if status.num_not_finite:
         alarms.append(f"{status.num_not_finite:,} logged values are NaN or infinite, and are not drawn")
-    alarms += [f"the event file {short_path(path)} is damaged, so its end is not read" for path in status.damaged_files]
     return alarms
 
 

