@@ -7,10 +7,11 @@ are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a 
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -32,12 +33,15 @@ from maskmoe.training.console import console
 from maskmoe.training.failures import DataFiles, handling_early_ends, reporting_end, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.header import show_header
+from maskmoe.training.megatron_patches import pass_batches_of_every_chunk, watch_steps
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
-from maskmoe.training.resume import mend_tracker
+from maskmoe.training.resume import mend_tracker, saved_spike_history
+from maskmoe.training.rewinding import Rewinder, set_abandoned_aside
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.run_report import RunReport, choose_event_folder
+from maskmoe.training.run_warnings import RunWarnings
 from maskmoe.training.saved_arguments import FILE_NAME, save_arguments
 from maskmoe.training.setup import (
     CheckedRun,
@@ -45,6 +49,8 @@ from maskmoe.training.setup import (
     model_config_from_args,
     parse_and_check_args,
 )
+from maskmoe.training.spike_watch import SpikeWatch
+from maskmoe.training.spikes import SpikeDetector
 from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import take_run_id
 from maskmoe.training.watchdog import Watchdog
@@ -102,6 +108,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="write the page report.html into the run folder at most this often, and at the end; 0: never "
         "(default: 60)",
     )
+    _add_watch_arguments(parser.add_argument_group(title="spikes and silent faults"))
     parser.set_defaults(
         exit_signal_handler=True,
         log_timers_to_tensorboard=True,  # the page shows the time of an iteration
@@ -110,6 +117,57 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
     )
     return add_check_argument(parser)
+
+
+def _add_watch_arguments(group: Any) -> None:
+    """Add the arguments of the watches over loss, gradient norm and routing to a group of a parser."""
+    group.add_argument(
+        "--spike-action",
+        choices=["report", "skip", "rewind", "none"],
+        default="report",
+        help="what to do about a step whose loss or gradient norm is far from the steps before: report the step; also "
+        "skip the update if a value is too high; or, if a value is too high, go back to the newest sound checkpoint "
+        "before the step and pass over the batch; or none of this (default: report)",
+    )
+    group.add_argument(
+        "--spike-deviations",
+        type=float,
+        default=15.0,
+        metavar="D",
+        help="the distance from the median, in robust deviations, beyond which a loss or gradient norm is off. A "
+        "robust deviation is 1.4826 times the median absolute deviation, and at least 0.5%% of the median (default: 15)",
+    )
+    group.add_argument(
+        "--spike-window",
+        type=int,
+        default=128,
+        metavar="STEPS",
+        help="compare a step with this many steps before; no step is judged before half of them are trained "
+        "(default: 128)",
+    )
+    group.add_argument(
+        "--spike-rewind-margin",
+        type=int,
+        default=4,
+        metavar="STEPS",
+        help="with --spike-action rewind, also pass over this many batches before the step, and do not go back to a "
+        "checkpoint that was trained on them: an update shows in the losses after it (default: 4)",
+    )
+    group.add_argument(
+        "--spike-max-rewinds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="go back at most this many times in a run; afterwards, only report (default: 3)",
+    )
+    group.add_argument(
+        "--collapse-intervals",
+        type=int,
+        default=10,
+        metavar="N",
+        help="report an expert or an expert-parallel rank that gets no token in N log intervals in a row, and a layer "
+        "whose routing entropy is 0 in all of them; 0: never (default: 10)",
+    )
 
 
 def hang_timeout(args: Namespace) -> float:
@@ -153,7 +211,21 @@ def main() -> None:
     ranks.wait_for_all("checks")
     with locked_by_first_rank(run.args.save, ranks):
         mend_tracker(run.args, ranks)
+        set_abandoned_aside(run.args, ranks, run.rewinds)
         train(run, model_config, ranks, let_signals_save)
+
+
+@contextmanager
+def entering_all(managers: Iterable[Callable[[], AbstractContextManager]]) -> Iterator[None]:
+    """Enter several context managers around a block, in their order.
+
+    Args:
+        managers: Functions that make the context managers.
+    """
+    with ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager())
+        yield
 
 
 @contextmanager
@@ -198,6 +270,7 @@ def train(
     watchdog = Watchdog(ranks, hang_timeout(args))
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
+    warnings = RunWarnings(run_folder(args.save, args.tensorboard_dir))
     if args.num_experts:
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
         if args.hybrid_layer_pattern is not None:
@@ -214,7 +287,14 @@ def train(
         report,
         partial(data_files.check, _DATA_FILES_A_STEP),
     )
-    keep_checkpoints_whole(while_saving=watchdog.paused)
+    pass_batches_of_every_chunk()
+    while_saving = [watchdog.paused]
+    if args.spike_action != "none":
+        detector = SpikeDetector(args.spike_window, args.spike_deviations, saved_spike_history(args))
+        spike_watch = SpikeWatch(args.spike_action, detector, warnings, Rewinder(args, run.rewinds))
+        watch_steps(spike_watch.wrap)
+        while_saving.append(spike_watch.sharing_history)
+    keep_checkpoints_whole(partial(entering_all, while_saving))
     if args.override_opt_param_scheduler and has_one_learning_rate(args):
         override_learning_rates()
     # Train. Each context manager handles one way in which the run may end early.

@@ -18,6 +18,8 @@ from maskmoe.checkpoint.series import RELEASE, checkpoint_path, choose_checkpoin
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.rank_store import RankStore
+from maskmoe.training.rewinding import check_history
+from maskmoe.training.rewinds import NO_REWINDS, Rewinds
 
 # Sizes of multi-latent attention.
 _LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
@@ -54,14 +56,15 @@ _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
 )
 
 
-def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
+def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REWINDS) -> Path | None:
     """Return the checkpoint to load, whose content all ranks verify together; None to start from the beginning.
 
-    Damaged checkpoints are skipped with a warning.
+    Damaged checkpoints are skipped with a warning. So are checkpoints beyond which the run has gone back.
 
     Args:
-        args: Megatron's arguments, of which `load`, `ckpt_step` and `verify_checkpoint` are used.
+        args: Megatron's arguments, of which `load`, `save`, `ckpt_step` and `verify_checkpoint` are used.
         ranks: The ranks of the run; all of them must call this function.
+        rewinds: The rewinds of the run that saves to `save`.
 
     Raises:
         UserError: There are checkpoints, but none is sound.
@@ -75,6 +78,8 @@ def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
     def check(checkpoint: Path) -> None:
         """Raise `Damage` if a checkpoint is damaged; asks all ranks to verify their shares of its files."""
         check_structure(checkpoint)
+        if loads_own_checkpoints(args):
+            check_history(checkpoint, rewinds)
         if args.verify_checkpoint:
             question = next(questions)
             ranks.broadcast(question, json.dumps(["verify", str(checkpoint)]))
@@ -98,6 +103,11 @@ def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
     finally:
         # The other ranks wait for an answer, so send one even if this rank fails.
         ranks.broadcast(next(questions), json.dumps(answer))
+
+
+def loads_own_checkpoints(args: Namespace) -> bool:
+    """Return whether a run loads from the folder to which it saves."""
+    return bool(args.save and args.load) and Path(args.save).resolve() == Path(args.load).resolve()
 
 
 def mend_tracker(args: Namespace, ranks: RankStore) -> None:
@@ -175,6 +185,18 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     iteration = args.ckpt_step
     checkpoint = Path(args.load) / RELEASE if iteration is None else checkpoint_path(args.load, iteration)
     return checkpoint if checkpoint.exists() else None
+
+
+def saved_spike_history(args: Namespace) -> dict[str, list[float]] | None:
+    """Return the steps before the checkpoint to load, by which later steps are judged; None if there are none.
+
+    Args:
+        args: Megatron's arguments, after `find_checkpoint` has chosen a checkpoint.
+    """
+    checkpoint = checkpoint_to_load(args)
+    if checkpoint is None or args.finetune:
+        return None
+    return getattr(load_common_state_dict(checkpoint).get("args"), "spike_history", None)
 
 
 def check_pretrained_model(args: Namespace, checkpoint: Path | None) -> None:
