@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -29,6 +28,7 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.changed_settings import has_one_learning_rate
+from maskmoe.training.collapse_watch import CollapseWatch
 from maskmoe.training.console import console
 from maskmoe.training.failures import DataFiles, handling_early_ends, reporting_end, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
@@ -53,6 +53,7 @@ from maskmoe.training.spike_watch import SpikeWatch
 from maskmoe.training.spikes import SpikeDetector
 from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import take_run_id
+from maskmoe.training.watch_arguments import add_watch_arguments
 from maskmoe.training.watchdog import Watchdog
 
 _DATA_FILES_A_STEP = 8
@@ -108,7 +109,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="write the page report.html into the run folder at most this often, and at the end; 0: never "
         "(default: 60)",
     )
-    _add_watch_arguments(parser.add_argument_group(title="spikes and silent faults"))
+    add_watch_arguments(parser)
     parser.set_defaults(
         exit_signal_handler=True,
         log_timers_to_tensorboard=True,  # the page shows the time of an iteration
@@ -117,57 +118,6 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
     )
     return add_check_argument(parser)
-
-
-def _add_watch_arguments(group: Any) -> None:
-    """Add the arguments of the watches over loss, gradient norm and routing to a group of a parser."""
-    group.add_argument(
-        "--spike-action",
-        choices=["report", "skip", "rewind", "none"],
-        default="report",
-        help="what to do about a step whose loss or gradient norm is far from the steps before: report the step; also "
-        "skip the update if a value is too high; or, if a value is too high, go back to the newest sound checkpoint "
-        "before the step and pass over the batch; or none of this (default: report)",
-    )
-    group.add_argument(
-        "--spike-deviations",
-        type=float,
-        default=15.0,
-        metavar="D",
-        help="the distance from the median, in robust deviations, beyond which a loss or gradient norm is off. A "
-        "robust deviation is 1.4826 times the median absolute deviation, and at least 0.5%% of the median (default: 15)",
-    )
-    group.add_argument(
-        "--spike-window",
-        type=int,
-        default=128,
-        metavar="STEPS",
-        help="compare a step with this many steps before; no step is judged before half of them are trained "
-        "(default: 128)",
-    )
-    group.add_argument(
-        "--spike-rewind-margin",
-        type=int,
-        default=4,
-        metavar="STEPS",
-        help="with --spike-action rewind, also pass over this many batches before the step, and do not go back to a "
-        "checkpoint that was trained on them: an update shows in the losses after it (default: 4)",
-    )
-    group.add_argument(
-        "--spike-max-rewinds",
-        type=int,
-        default=3,
-        metavar="N",
-        help="go back at most this many times in a run; afterwards, only report (default: 3)",
-    )
-    group.add_argument(
-        "--collapse-intervals",
-        type=int,
-        default=10,
-        metavar="N",
-        help="report an expert or an expert-parallel rank that gets no token in N log intervals in a row, and a layer "
-        "whose routing entropy is 0 in all of them; 0: never (default: 10)",
-    )
 
 
 def hang_timeout(args: Namespace) -> float:
@@ -272,7 +222,8 @@ def train(
     # Set up what accompanies Megatron's training loop.
     warnings = RunWarnings(run_folder(args.save, args.tensorboard_dir))
     if args.num_experts:
-        model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
+        collapse_watch = CollapseWatch(args, run.mask, warnings) if run.mask and args.collapse_intervals else None
+        model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval, collapse_watch)
         if args.hybrid_layer_pattern is not None:
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
     model_config.pre_wrap_hooks.append(lambda chunks: show_header(args, run.mask, _open_run_folder(args), chunks))

@@ -19,7 +19,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.rewinding import check_history
-from maskmoe.training.rewinds import NO_REWINDS, Rewinds
+from maskmoe.training.rewinds import NO_REWINDS, Rewinds, loads_what_it_saves
 
 # Sizes of multi-latent attention.
 _LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
@@ -78,7 +78,7 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
     def check(checkpoint: Path) -> None:
         """Raise `Damage` if a checkpoint is damaged; asks all ranks to verify their shares of its files."""
         check_structure(checkpoint)
-        if loads_own_checkpoints(args):
+        if loads_what_it_saves(args):
             check_history(checkpoint, rewinds)
         if args.verify_checkpoint:
             question = next(questions)
@@ -103,11 +103,6 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
     finally:
         # The other ranks wait for an answer, so send one even if this rank fails.
         ranks.broadcast(next(questions), json.dumps(answer))
-
-
-def loads_own_checkpoints(args: Namespace) -> bool:
-    """Return whether a run loads from the folder to which it saves."""
-    return bool(args.save and args.load) and Path(args.save).resolve() == Path(args.load).resolve()
 
 
 def mend_tracker(args: Namespace, ranks: RankStore) -> None:

@@ -75,7 +75,7 @@ class Rewinder:
         except (OSError, UserError) as error:
             return False, f"the run continues, because it cannot write {folder / FILE_NAME}: {error}"
         where = f"the checkpoint of iteration {target}" if target else "the beginning"
-        return True, f"the run goes back to {where} and passes over iteration {rewind}"
+        return True, f"the run goes back to {where} and passes over {rewind}"
 
     def _target(self, rewind: Rewind) -> tuple[int | None, bool]:
         """Return the iteration of the checkpoint to go back to, None for the beginning, and whether there is a way."""
@@ -104,9 +104,7 @@ def check_history(checkpoint: Path, rewinds: Rewinds) -> None:
         return
     rewind = rewinds.abandoned_by(iteration, _passed_by(checkpoint))
     if rewind is not None:
-        raise Abandoned(
-            checkpoint, f"was trained on iteration {rewind}, which the run passes over since: {rewind.cause}"
-        )
+        raise Abandoned(checkpoint, f"was trained on {rewind}, which the run passes over since: {rewind.cause}")
 
 
 def _passed_by(checkpoint: Path) -> Collection[int]:
@@ -148,7 +146,7 @@ def describe_rewinds(rewinds: Rewinds) -> str:
     """Return a line about the iterations that a run passes over."""
     times = "once" if len(rewinds.all) == 1 else f"{len(rewinds.all)} times"
     passed = ", ".join(map(str, rewinds.all))
-    return f"the run has gone back {times} and passes over iteration {passed} ({rewinds.all[-1].cause})"
+    return f"the run has gone back {times} and passes over {passed} ({rewinds.all[-1].cause})"
 
 
 def set_abandoned_aside(args: Namespace, ranks: RankStore, rewinds: Rewinds) -> None:

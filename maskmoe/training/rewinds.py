@@ -1,6 +1,7 @@
 """The record of a run's rewinds: which iterations the run passes over, and which checkpoints are abandoned."""
 
 import json
+from argparse import Namespace
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Rewind:
         return range(self.first, self.last + 1)
 
     def __str__(self) -> str:
-        return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+        return f"iteration {self.last}" if self.first == self.last else f"iterations {self.first}-{self.last}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ class Rewinds:
 
     @classmethod
     def from_json(cls, text: str) -> "Rewinds":
-        """Return the record in a JSON text. Raises ValueError, TypeError or KeyError if the text holds none."""
+        """Return the record in a JSON text.
+
+        Raises:
+            ValueError, TypeError, KeyError, OverflowError: the text holds no such record.
+        """
         rewinds = tuple(
             Rewind(int(entry["first"]), int(entry["last"]), " ".join(str(entry["cause"]).split()))
             for entry in json.loads(text)
@@ -111,8 +116,17 @@ def read_rewinds(folder: Path) -> Rewinds:
         return NO_REWINDS
     try:
         return Rewinds.from_json(read_json_bytes(path).decode())
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged: {error}. The file holds the iterations that the run passes over. Restore the file, or "
             "remove it to train on all iterations"
         ) from error
+
+
+def loads_what_it_saves(args: Namespace) -> bool:
+    """Return whether a run loads from the folder to which it saves.
+
+    Args:
+        args: Megatron's arguments.
+    """
+    return bool(args.save and args.load) and Path(args.save).resolve() == Path(args.load).resolve()
