@@ -53,9 +53,9 @@ def gate_updates(optimizer: ChainedOptimizer, allows: Callable[[float], bool]) -
     """Let an optimizer update the weights only if a function allows the update.
 
     Replaces: `get_grad_norm` and `step_with_ready_grads` of one optimizer.
-    Why: Megatron computes the norm of the gradient and updates the weights in one call. Its own limit,
-        `grad_norm_skip_threshold`, knows no loss, and lets ranks without parameters of their own update nothing and yet
-        report an update. A refused update is reported like the update of a gradient that is not finite.
+    Why: Megatron computes the norm of the gradient and updates the weights in one call, and asks nobody in between. Its
+        own limit, `grad_norm_skip_threshold`, is a fixed number, and knows no loss. A refused update is reported like
+        the update of a gradient that is not finite, so Megatron handles both in the same way.
     Can go: When Megatron asks a function of its caller before each update.
 
     Args:

@@ -13,13 +13,13 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hyb
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from maskmoe.checkpoint.gpt_twins import without_new_layers
-from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
+from maskmoe.checkpoint.integrity import Damage, check_content
 from maskmoe.checkpoint.series import RELEASE, checkpoint_path, choose_checkpoint, read_tracker, write_tracker
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.rank_store import RankStore
-from maskmoe.training.rewinding import check_history
-from maskmoe.training.rewinds import NO_REWINDS, Rewinds, loads_what_it_saves
+from maskmoe.training.rewinding import check_may_resume
+from maskmoe.training.rewinds import NO_REWINDS, Rewinds
 
 # Sizes of multi-latent attention.
 _LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
@@ -77,9 +77,7 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
 
     def check(checkpoint: Path) -> None:
         """Raise `Damage` if a checkpoint is damaged; asks all ranks to verify their shares of its files."""
-        check_structure(checkpoint)
-        if loads_what_it_saves(args):
-            check_history(checkpoint, rewinds)
+        check_may_resume(args, rewinds, checkpoint)
         if args.verify_checkpoint:
             question = next(questions)
             ranks.broadcast(question, json.dumps(["verify", str(checkpoint)]))

@@ -19,7 +19,7 @@ from maskmoe.checkpoint.series import checkpoint_path, iteration_of, remove_trac
 from maskmoe.errors import UserError
 from maskmoe.launch.run_folder import run_folder
 from maskmoe.training.rank_store import RankStore
-from maskmoe.training.rewinds import FILE_NAME, NO_REWINDS, Rewind, Rewinds, read_rewinds
+from maskmoe.training.rewinds import FILE_NAME, NO_REWINDS, Rewind, Rewinds, loads_what_it_saves, read_rewinds
 
 
 class Rewinder:
@@ -89,6 +89,22 @@ class Rewinder:
         return None, not saved
 
 
+def check_may_resume(args: Namespace, rewinds: Rewinds, checkpoint: Path) -> None:
+    """Check that a checkpoint is complete, and that the run has not gone back beyond it.
+
+    Args:
+        args: Megatron's arguments.
+        rewinds: The rewinds of the run that saves to `--save`.
+        checkpoint: The checkpoint.
+
+    Raises:
+        Damage: The run must not resume from the checkpoint.
+    """
+    check_structure(checkpoint)
+    if loads_what_it_saves(args):
+        check_history(checkpoint, rewinds)
+
+
 def check_history(checkpoint: Path, rewinds: Rewinds) -> None:
     """Check that the run has not gone back beyond a checkpoint of its own.
 
@@ -113,6 +129,19 @@ def _passed_by(checkpoint: Path) -> Collection[int]:
     return set(getattr(saved, "iterations_to_skip", ()))
 
 
+def own_rewinds(args: Namespace) -> Rewinds:
+    """Return the rewinds of the run that saves to `--save`.
+
+    Args:
+        args: Megatron's arguments.
+
+    Raises:
+        UserError: The record is damaged.
+    """
+    folder = _folder_of_record(args)
+    return NO_REWINDS if folder is None else read_rewinds(folder)
+
+
 def shared_rewinds(args: Namespace, ranks: RankStore) -> Rewinds:
     """Return the rewinds of the run that saves to `--save`, as the first rank reads them; a call of all ranks.
 
@@ -123,13 +152,10 @@ def shared_rewinds(args: Namespace, ranks: RankStore) -> Rewinds:
     Raises:
         UserError: The record is damaged.
     """
-    folder = _folder_of_record(args)
-    if folder is None:
-        return NO_REWINDS
     problem, text = "reading the record of rewinds failed on the first rank", "[]"
     try:
         if ranks.rank == 0:
-            text = read_rewinds(folder).to_json()
+            text = own_rewinds(args).to_json()
         problem = ""
     except UserError as error:
         problem = str(error)

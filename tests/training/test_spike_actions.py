@@ -132,6 +132,7 @@ def test_fall_is_reported_only(run_spiky, action):
 )
 def test_skip(run_spiky, flags, ranks):
     """All later steps are those of a run whose optimizer does nothing in this step, bit for bit."""
+    flags = f"{flags} --exit-interval 16"
     outcome = run_spiky(f"{flags} --spike-action skip", "12", ranks=ranks)
     assert outcome.exit_codes == (0,) * ranks, outcome.report()
     (line,) = warnings_of(outcome)
