@@ -181,7 +181,7 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
 
 
 def saved_spike_history(args: Namespace) -> dict[str, list[float]] | None:
-    """Return the steps before the checkpoint to load, by which later steps are judged; None if there are none.
+    """Return the losses and norms of the steps before the checkpoint to load; None if the checkpoint holds none.
 
     Args:
         args: Megatron's arguments, after `find_checkpoint` has chosen a checkpoint.

@@ -20,8 +20,8 @@ class RunWarnings:
         """Print a line and write an entry; to be called on the last rank only.
 
         Args:
-            text: What has happened, in words, on one line.
-            iteration: The iteration in which it happened, counted from 1.
+            text: The event in words, on one line.
+            iteration: The iteration of the event, counted from 1.
             **facts: Values for programs that read the journal.
         """
         console.say(f"warning: {text}", rank=-1)

@@ -21,7 +21,7 @@ class Deviation:
     """A value that is too far from the values of the steps before.
 
     Attributes:
-        name: What the value is: "loss" or "gradient norm".
+        name: "loss" or "gradient norm".
         value: The value.
         median: The median of the values before; NaN without such values.
         deviations: The distance from the median in robust deviations; negative below the median. Infinite for a value
