@@ -101,7 +101,7 @@ def check_may_resume(args: Namespace, rewinds: Rewinds, checkpoint: Path) -> Non
         Damage: The run must not resume from the checkpoint.
     """
     check_structure(checkpoint)
-    if loads_what_it_saves(args):
+    if rewinds.all and loads_what_it_saves(args):
         check_history(checkpoint, rewinds)
 
 
