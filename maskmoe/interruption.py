@@ -22,6 +22,11 @@ EXIT_REWIND = 77
 EXIT_CODE_FILE = "MASKMOE_EXIT_CODE_FILE"
 """The environment variable with which a launcher names the file for `leave_exit_code`."""
 
+LEAVE_FILE = "MASKMOE_LEAVE_FILE"
+"""The environment variable with which a launcher names the file that asks the ranks to end after their next checkpoint.
+
+The launcher makes the file when it wants to start the ranks again on more nodes."""
+
 
 def leave_exit_code(code: int) -> None:
     """Write the exit code of a rank that must not be restarted to the launcher's file, if a launcher asks for it.

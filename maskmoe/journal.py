@@ -26,13 +26,14 @@ Fact = str | int | float | bool
 
 
 class Kind(StrEnum):
-    """What an entry reports.
+    """The kinds of entries.
 
     Attributes:
         STARTED: The ranks begin to train. Facts: `ranks`, `nodes`, and the parallel sizes.
         ENDED: The ranks have ended. Facts: `exit_code`.
         SAVED: A checkpoint was saved. Facts: `seconds` for which training stood still, `is_local`, `is_asynchronous`.
         WARNED: Something deserves a look, such as a spike of the loss.
+        STEP_TIME: How long a step takes. Facts: `seconds`, `ranks`.
         NODES: A node was lost, has left, waits, or was taken in.
     """
 
@@ -40,6 +41,7 @@ class Kind(StrEnum):
     ENDED = "ended"
     SAVED = "saved"
     WARNED = "warned"
+    STEP_TIME = "step_time"
     NODES = "nodes"
 
 
@@ -48,7 +50,7 @@ class Entry:
     """One event of a run.
 
     Attributes:
-        kind: What the entry reports.
+        kind: The kind of event.
         text: The event in words, on one line.
         time: Seconds since 1970 on the clock of the host that wrote the entry.
         host: Name of this host.
@@ -80,7 +82,7 @@ class Journal:
         """Append an entry.
 
         Args:
-            kind: What the entry reports.
+            kind: The kind of event.
             text: The event in words, on one line.
             iteration: The last finished iteration.
             **facts: Values that programs read, see `Kind`.

@@ -45,6 +45,7 @@ INTERVAL = Number(0, 1e9)
 TIMEOUT = Number(0, 1e9, is_above=True)
 PAUSE = Number(1, 1e9)
 SECONDS = WholeNumber(1, 1 << 31)
+NODE_TIMEOUT = WholeNumber(10, 1 << 20)  # five signs of life
 
 # Other numbers.
 SEED = WholeNumber(0, (1 << 32) - 1)  # the seeds of NumPy

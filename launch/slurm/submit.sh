@@ -8,6 +8,9 @@ usage: launch/slurm/submit.sh [options] [sbatch's options] -- MODEL.yaml [flagsâ
 Submits launch/slurm/pretrain.sbatch, which trains MODEL.yaml on the nodes of a Slurm job and requeues itself.
 
   --run-dir DIR  folder for checkpoints, TensorBoard events and logs, shared by all nodes (default: runs/MODEL)
+  --nodes=MIN:MAX
+                 train on up to MAX nodes, and continue while at least MIN of them are there. Each node is a job of its
+                 own in a job array, so Slurm requeues a lost node alone, and the run takes the node in when it returns.
   --chain N      submit N jobs that continue one run one after the other, for clusters that do not requeue jobs
   --dry-run      only print sbatch's command line
   --train-nodes, --no-node-check, --max-requeues, --container, --image, --mount, --port, --address
@@ -27,7 +30,7 @@ fail() {
     exit 2
 }
 
-run_dir='' chain='' dry_run=false script_options=(--root "$root") sbatch=()
+run_dir='' chain='' elastic='' dry_run=false script_options=(--root "$root") sbatch=()
 while (($#)) && [[ $1 != -- ]]; do
     case $1 in
         --dry-run) dry_run=true ;;
@@ -36,6 +39,7 @@ while (($#)) && [[ $1 != -- ]]; do
             usage
             exit
             ;;
+        --nodes=*:*) elastic=${1#*=} ;;
         --run-dir | --chain | --train-nodes | --max-requeues | --container | --image | --mount | --port | --address)
             (($# > 1)) || fail "$1 needs a value (see launch/slurm/submit.sh --help)"
             case $1 in
@@ -60,13 +64,24 @@ if [[ -n $chain ]]; then
     sbatch+=("--array=1-$chain%1")
     script_options+=(--chain)
 fi
+if [[ -n $elastic ]]; then
+    least=${elastic%%:*} most=${elastic#*:}
+    if [[ ! $elastic =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]] || ((least > most)); then
+        fail "--nodes must be N, MIN-MAX as sbatch takes it, or MIN:MAX with MIN up to MAX, not $elastic"
+    fi
+    for option in "${sbatch[@]}"; do
+        [[ $option != --array* && $option != -a* ]] || fail "$option: the nodes of --nodes=$elastic are a job array already"
+    done
+    sbatch+=("--nodes=1" "--array=1-$most")
+    script_options+=(--elastic "$elastic")
+fi
 
 # Jobs that run at the same time need folders of their own.
 for option in "${sbatch[@]}"; do
     case $option in
         --array=*[-,]*%1 | -a*[-,]*%1) ;;
         --array=*[-,]* | -a*[-,]*)
-            [[ -n $chain || $run_dir == *%a* ]] ||
+            [[ -n $chain || -n $elastic || $run_dir == *%a* ]] ||
                 fail "the jobs of ${option} would share the run folder $run_dir: write %a in --run-dir, or use --chain N"
             ;;
     esac

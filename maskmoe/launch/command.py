@@ -9,7 +9,7 @@ from maskmoe.interruption import SIGNALS_THAT_END
 from maskmoe.launch.devices import GPU_ENVIRONMENT
 from maskmoe.launch.model_file import Flags, flag_words, override
 from maskmoe.launch.network import Route
-from maskmoe.launch.options import Options
+from maskmoe.launch.options import Meeting, Options
 from maskmoe.launch.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
 
 # A node runs many processes, so each process computes with one thread. Unbuffered output appears at once, also in log
@@ -51,28 +51,34 @@ def run_flags(options: Options, model_flags: Flags, user_flags: Flags) -> Flags:
 
 
 def torchrun_command(
-    options: Options, flags: Flags, processes: int, route: Route | None, environment: Mapping[str, str]
+    options: Options,
+    meeting: Meeting,
+    flags: Flags,
+    processes: int,
+    route: Route | None,
+    environment: Mapping[str, str],
 ) -> Command:
     """Return the command that runs one node's ranks.
 
     Args:
         options: the launcher's options.
+        meeting: how this node meets the other nodes.
         flags: the flags of the run.
         processes: the number of ranks on this node.
         route: the network route to the rendezvous; None if the route is unknown.
         environment: the variables of this process, which are not changed.
     """
     launcher_words = (
-        *("--nnodes", str(options.nodes), "--nproc-per-node", str(processes)),
-        *_rendezvous_words(options, route),
+        *("--nnodes", str(meeting.nodes), "--nproc-per-node", str(processes)),
+        *_rendezvous_words(meeting, route),
         *("--max-restarts", str(options.max_restarts), "--monitor-interval", "0.5"),
-        *("--log-dir", str(options.log_folder), "--redirects", "3", "--tee", "3"),
+        *("--log-dir", str(options.log_folder(meeting.node_rank)), "--redirects", "3", "--tee", "3"),
         *("--log-line-prefix-template", "[rank${rank}]: "),
         *("--signals-to-handle", ",".join(number.name for number in SIGNALS_THAT_END)),
         *("--shutdown-timeout", str(options.shutdown_timeout)),
     )
     variables = dict(RUN_ENVIRONMENT)
-    if options.nodes > 1 and route and route.interface:
+    if meeting.nodes > 1 and route and route.interface:
         variables |= dict.fromkeys(_INTERFACE_VARIABLES, route.interface)
     words = _torchrun_words(launcher_words, "maskmoe.training.pretrain", flag_words(flags))
     return Command(words, {**unset_variables(variables, environment), RUN_FOLDER_VARIABLE: str(options.run_dir)})
@@ -101,14 +107,14 @@ def _torchrun_words(options: Iterable[str], module: str, arguments: Iterable[str
     return (sys.executable, "-m", "maskmoe.launch.ranks", *options, "-m", module, *arguments)
 
 
-def _rendezvous_words(options: Options, route: Route | None) -> tuple[str, ...]:
-    if options.rendezvous is None:
+def _rendezvous_words(meeting: Meeting, route: Route | None) -> tuple[str, ...]:
+    if meeting.endpoint is None:
         return ("--standalone", "--local-addr", "127.0.0.1")
-    host, port = options.rendezvous
+    host, port = meeting.endpoint
     # Without `is_host`, torchrun guesses from host names which node is node 0.
-    is_host = str(not options.node_rank).lower()
+    is_host = str(not meeting.node_rank).lower()
     return (
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", options.rendezvous_id),
-        *("--rdzv-conf", f"is_host={is_host},join_timeout={options.rendezvous_timeout}"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", meeting.name),
+        *("--rdzv-conf", f"is_host={is_host},join_timeout={meeting.timeout}"),
         *(("--local-addr", route.address) if route else ()),
     )

@@ -2,20 +2,21 @@
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from maskmoe.cli import EXIT_BAD_INPUT
-from maskmoe.errors import UserError
 from maskmoe.folder_lock import check_unlocked
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
-from maskmoe.launch.command import RUN_ENVIRONMENT, run_flags, torchrun_command, unset_variables
+from maskmoe.journal import Journal
+from maskmoe.launch.command import Command, run_flags, torchrun_command
 from maskmoe.launch.devices import Devices, find_devices
-from maskmoe.launch.model_file import Flags, ModelFile, flag_words, override, split_flags
+from maskmoe.launch.elastic.run import ElasticRun, check_node_counts
+from maskmoe.launch.model_file import Flags, ModelFile, split_flags
 from maskmoe.launch.network import route_to, wait_for
-from maskmoe.launch.options import parse_options
+from maskmoe.launch.options import Options, parse_options
+from maskmoe.launch.preparation import check, record_end, record_start
 from maskmoe.launch.supervisor import Supervisor
 
 
@@ -40,71 +41,63 @@ def launch(program: str, arguments: Sequence[str]) -> None:
     if processes is None or not (options.dry_run or options.check_only):
         devices = find_devices()
         processes = processes or devices.num_gpus or 1
-    ranks = processes * options.nodes
-    if options.check_only and options.gpus_per_node is None and options.nodes == 1 and not model.fits(ranks):
+    ranks = processes * options.nodes.most
+    if options.check_only and options.gpus_per_node is None and options.nodes.most == 1 and not model.fits(ranks):
         ranks = min(model.layouts)
         print(
             f"note: the report is for {ranks} ranks, the smallest layout of {model.path}; pass --nodes and "
             "--gpus-per-node for another",
             file=sys.stderr,
         )
+    if options.nodes.is_elastic and not options.dry_run:
+        if options.check_only:
+            sys.exit(check_node_counts(options, model, processes))
+        assert devices is not None
+        sys.exit(ElasticRun(options, model, processes, devices).run())
     flags = run_flags(options, model.flags_for(ranks), split_flags(options.flags))
-    is_verbose = "verbose" in flags
     if options.check_only:
         sys.exit(check(flags, ranks, None).returncode)
-
-    # Build torchrun's command line.
     route = route_to(*options.rendezvous) if options.rendezvous else None
-    command = torchrun_command(options, flags, processes, route, os.environ)
+    command = torchrun_command(options, options.meeting, flags, processes, route, os.environ)
     if options.dry_run:
         print(command)
         return
+    sys.exit(_run(options, flags, processes, devices, command))
 
+
+def _run(options: Options, flags: Flags, processes: int, devices: Devices | None, command: Command) -> int:
+    """Check the run, run torchrun's command, and return the run's exit code.
+
+    Args:
+        options: the launcher's options.
+        flags: the flags of the run.
+        processes: the number of ranks of this node.
+        devices: the devices of this machine.
+        command: torchrun's command line.
+
+    Raises:
+        UserError: the run folder cannot be used, or node 0 cannot be reached.
+    """
     # A folder in which another run trains is refused before the first file of this run is written.
     if not options.node_rank and (save := flags.get("save")):
         check_unlocked(Path(save[0]))
-    checked = None
+    is_verbose, report = "verbose" in flags, None
     # Node 0 checks the settings for all nodes. The other nodes start when node 0 has passed the check.
     if options.rendezvous and options.node_rank:
         wait_for(*options.rendezvous, options.rendezvous_timeout)
     elif options.checks:
         print("launch: checking settings and files", flush=True)
-        checked = check(flags, ranks, devices, to_console=is_verbose)
+        checked = check(flags, processes * options.nodes.most, devices, to_console=is_verbose)
         if checked.returncode:
-            sys.exit(EXIT_BAD_INPUT)
-    try:
-        options.log_folder.mkdir(parents=True, exist_ok=True)
-        (options.log_folder / "command.txt").write_text(f"{command}\n", encoding="utf-8")
-        if checked is not None and not is_verbose:
-            (options.run_dir / "check.txt").write_text(checked.stdout, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot make {options.log_folder}: {error.strerror}; choose another --run-dir") from error
+            return EXIT_BAD_INPUT
+        report = checked.stdout
+    record_start(options, options.log_folder(options.node_rank), command, report)
     if is_verbose:
         print(f"launch: {command}", flush=True)
     else:
         print(f"launch: starting {processes} rank{'s' if processes > 1 else ''}; everything is in {options.run_dir}")
         sys.stdout.flush()
-    sys.exit(Supervisor(options.shutdown_timeout).run(command))
-
-
-def check(
-    flags: Flags, ranks: int, devices: Devices | None, to_console: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """Run pretraining's `--check`, which prints errors to stderr and everything else that it finds to stdout.
-
-    Args:
-        flags: the flags of the run.
-        ranks: the number of ranks of the run.
-        devices: the devices of this machine if it will run the ranks. None assumes GPUs unless the flags say otherwise.
-        to_console: print what the check finds; else print its notes only, and return its report as `stdout`.
-    """
-    if devices is not None and not devices.num_gpus:
-        flags = override({"distributed-backend": ("gloo",)}, flags)
-    words = (sys.executable, "-m", "maskmoe.training.pretrain", "--check", str(ranks), *flag_words(flags))
-    environment = {**os.environ, **unset_variables(RUN_ENVIRONMENT, os.environ)}
-    stdout = None if to_console else subprocess.PIPE
-    checked = subprocess.run(words, env=environment, stdout=stdout, text=True, check=False)
-    for line in (checked.stdout or "").splitlines():
-        if line.startswith("note: "):
-            print(line, flush=True)
-    return checked
+    code = Supervisor(options.shutdown_timeout).run(command)
+    if not options.node_rank:
+        record_end(Journal(options.run_dir), code)
+    return code

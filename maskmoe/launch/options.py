@@ -1,7 +1,9 @@
 """The launcher's own options: flags in front of the model file, or environment variables."""
 
 import argparse
+import socket
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from maskmoe import ranges
@@ -12,14 +14,53 @@ from maskmoe.paths import runs_folder
 DEFAULT_PORT = 29400
 
 
+@dataclass(frozen=True)
+class NodeRange:
+    """On how many nodes a run may train.
+
+    Attributes:
+        least: the smallest number of nodes.
+        most: the largest number of nodes.
+        is_elastic: whether the nodes may come and go during the run.
+    """
+
+    least: int
+    most: int
+    is_elastic: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.most}" if self.is_elastic else str(self.most)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How this node's torchrun meets the torchruns of the other nodes.
+
+    Attributes:
+        nodes: the number of nodes.
+        node_rank: the number of this node, from 0; None if the run has one node and no number was given.
+        endpoint: host and port at which the nodes meet; None for a single node without an endpoint.
+        name: the name of the meeting, equal on all nodes.
+        timeout: how long the nodes wait for each other, in seconds.
+    """
+
+    nodes: int
+    node_rank: int | None
+    endpoint: tuple[str, int] | None
+    name: str
+    timeout: int
+
+
 class Options(argparse.Namespace):
     """The launcher's options; `launch/pretrain.sh --help` describes them.
 
     Attributes:
         model: the model file.
         flags: the words after the model file.
-        nodes: the number of nodes.
+        nodes: the numbers of nodes on which the run may train.
         node_rank: the number of this node, from 0; None if not given.
+        address: the address of this node for the other nodes of an elastic run.
+        node_timeout: how long a node of an elastic run may be silent, in seconds.
         gpus_per_node: the number of ranks on each node; None for one per GPU, or one on a machine without GPUs.
         rendezvous: host and port at which the nodes meet; None if not given.
         rendezvous_id: the name of the job, equal on all nodes.
@@ -35,8 +76,10 @@ class Options(argparse.Namespace):
 
     model: Path
     flags: list[str]
-    nodes: int
+    nodes: NodeRange
     node_rank: int | None
+    address: str
+    node_timeout: int
     gpus_per_node: int | None
     rendezvous: tuple[str, int] | None
     rendezvous_id: str
@@ -50,9 +93,13 @@ class Options(argparse.Namespace):
     verbose: bool
 
     @property
-    def log_folder(self) -> Path:
-        """The folder of this node's logs."""
-        return self.run_dir / "logs" / f"node{self.node_rank or 0}"
+    def meeting(self) -> Meeting:
+        """How this node meets the other nodes, if the nodes stay the same."""
+        return Meeting(self.nodes.most, self.node_rank, self.rendezvous, self.rendezvous_id, self.rendezvous_timeout)
+
+    def log_folder(self, node_rank: int | None) -> Path:
+        """Return the folder of the logs of the node with a number."""
+        return self.run_dir / "logs" / f"node{node_rank or 0}"
 
 
 def parse_options(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
@@ -68,15 +115,19 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     """
     options = _parser(program, environment).parse_args(arguments, namespace=Options())
     options.run_dir = (options.run_dir or runs_folder() / options.model.stem).absolute()
+    options.address = options.address or socket.gethostname()
     options.rendezvous_id = options.rendezvous_id or options.run_dir.name
-    if options.nodes > 1 and options.rendezvous is None:
-        raise UserError(f"{options.nodes} nodes need a rendezvous: pass --rendezvous HOST:PORT or set MASTER_ADDR")
-    if options.nodes > 1 and options.node_rank is None:
-        raise UserError(f"each of {options.nodes} nodes needs a rank: pass --node-rank R, from 0, or set NODE_RANK")
-    if (options.node_rank or 0) >= options.nodes:
-        raise UserError(
-            f"--node-rank {options.node_rank}: the last of {options.nodes} nodes has rank {options.nodes - 1}"
-        )
+    if options.nodes.is_elastic:
+        # The nodes agree on a rendezvous and on their ranks by files of the run folder.
+        options.rendezvous, options.node_rank = None, None
+        return options
+    nodes = options.nodes.most
+    if nodes > 1 and options.rendezvous is None:
+        raise UserError(f"{nodes} nodes need a rendezvous: pass --rendezvous HOST:PORT or set MASTER_ADDR")
+    if nodes > 1 and options.node_rank is None:
+        raise UserError(f"each of {nodes} nodes needs a rank: pass --node-rank R, from 0, or set NODE_RANK")
+    if (options.node_rank or 0) >= nodes:
+        raise UserError(f"--node-rank {options.node_rank}: the last of {nodes} nodes has rank {nodes - 1}")
     return options
 
 
@@ -106,10 +157,15 @@ def _parser(program: str, environment: Mapping[str, str]) -> argparse.ArgumentPa
 
     ranks = "number of ranks on each node (default: one per GPU; one on a machine without GPUs)"
     address = f"an address of node 0 and a free port (default: MASTER_ADDR:MASTER_PORT, with port {DEFAULT_PORT})"
-    add("--nodes", "N", ranges.NODES, "NNODES", "number of nodes", 1)
+    nodes = "number of nodes; MIN:MAX lets nodes come and go during the run, which needs a shared run folder"
+    add("--nodes", "N", _node_range, "NNODES", nodes, "1")
     add("--node-rank", "R", ranges.NODE_RANK, "NODE_RANK", "number of this node, from 0")
     add("--gpus-per-node", "G", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
     add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address}")
+    own = "address of this node for the other nodes, with --nodes MIN:MAX (default: the host name)"
+    add("--address", "HOST", str, "NODE_ADDRESS", own)
+    silence = "how long a node may be silent, with --nodes MIN:MAX, until the others train without it"
+    add("--node-timeout", "SECONDS", ranges.NODE_TIMEOUT, "NODE_TIMEOUT", silence, 30)
     add("--rendezvous-id", "ID", str, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)")
     add(
         "--rendezvous-timeout", "SECONDS", ranges.SECONDS, "RDZV_TIMEOUT", "how long the nodes wait for each other", 600
@@ -129,6 +185,16 @@ def _parser(program: str, environment: Mapping[str, str]) -> argparse.ArgumentPa
     parser.add_argument("model", type=Path, metavar="MODEL.yaml", help="the model file; launch/models/ has examples")
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="flags", help="flags of Megatron and MaskMoE")
     return parser
+
+
+def _node_range(text: str) -> NodeRange:
+    least, colon, most = text.partition(":")
+    if not colon:
+        return NodeRange(ranges.NODES(text), ranges.NODES(text))
+    nodes = NodeRange(ranges.NODES(least), ranges.NODES(most), is_elastic=True)
+    if nodes.least > nodes.most:
+        raise argparse.ArgumentTypeError(f"must be N, or MIN:MAX with MIN up to MAX, not {text!r}")
+    return nodes
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -44,18 +45,36 @@ class Supervisor:
         self._stopping_since: float | None = None
         self._last_inspection = self._last_sound_inspection = time.monotonic()
 
-    def run(self, command: Command) -> int:
-        """Run the command until it and all of its ranks have exited. Afterwards, this process must exit, too.
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has asked this process to stop."""
+        return bool(self._signals)
+
+    def listen(self) -> None:
+        """Note signals that ask this process to stop, instead of being ended by them."""
+        for number in SIGNALS_THAT_END:
+            signal.signal(number, lambda number, _: self._signals.append(signal.Signals(number)))
+        if self._forwards_interrupts:
+            signal.signal(signal.SIGINT, lambda *_: _interrupt_first_rank())
+
+    def run(self, command: Command, must_end: Callable[[], bool] = lambda: False) -> int:
+        """Run the command until it and all of its ranks have exited.
+
+        Signals are noted from now on, also after the command has ended. So afterwards this process must exit, or ask
+        `is_stopped`.
+
+        Args:
+            command: torchrun's command line.
+            must_end: is asked again and again. When it returns true, all processes of the command are killed.
 
         Returns:
             0 if the command succeeded, 2 for bad input, 75 if a signal stopped the run, 76 if the run hung, and any
             other code if the run failed.
         """
         adopt_orphans()
-        for number in SIGNALS_THAT_END:
-            signal.signal(number, lambda number, _: self._signals.append(signal.Signals(number)))
-        if self._forwards_interrupts:
-            signal.signal(signal.SIGINT, lambda *_: _interrupt_first_rank())
+        self.listen()
+        self._stopping_since = None
+        self._last_inspection = self._last_sound_inspection = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="maskmoe-launch-") as folder:
             exit_file = Path(folder) / "exit-code"
             process = psutil.Popen(
@@ -64,12 +83,14 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
             )
-            code = self._follow(process, exit_file)
+            code = self._follow(process, exit_file, must_end)
             self._end_orphans(killed=code < 0)
             return self._exit_code(code, read_exit_code(exit_file))
 
-    def _follow(self, process: psutil.Popen, exit_file: Path) -> int:
+    def _follow(self, process: psutil.Popen, exit_file: Path, must_end: Callable[[], bool]) -> int:
         """Wait for torchrun, and stop it after a signal, after a rank's final exit code, or when it hangs.
+
+        When `must_end` returns true, torchrun and all ranks are killed.
 
         Returns:
             Torchrun's exit code; negative if a signal ended torchrun.
@@ -83,6 +104,8 @@ class Supervisor:
                 self._stopping_since = time.monotonic()
             if self._signals.count(signal.SIGINT) > 1:
                 _print("launch: second Ctrl-C: the run is killed")
+                send_signal(psutil.Process().children(recursive=True), signal.SIGKILL)
+            if must_end():
                 send_signal(psutil.Process().children(recursive=True), signal.SIGKILL)
             if self._hangs(process):
                 _print(

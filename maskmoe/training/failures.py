@@ -23,6 +23,7 @@ from maskmoe.errors import RunFailure
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.megatron_compat.globals import get_signal_handler
 from maskmoe.training.console import console
+from maskmoe.training.leaving import LeaveAfterSave
 
 # If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these
 # codes.
@@ -97,16 +98,17 @@ def save_on_signals(args: Namespace) -> Callable[[], object]:
 
 
 @contextmanager
-def handling_early_ends(args: Namespace, data_files: DataFiles) -> Iterator[None]:
+def handling_early_ends(args: Namespace, data_files: DataFiles, leaving: LeaveAfterSave) -> Iterator[None]:
     """Explain why the block ends early, exit with the right code, and end the workers of the data loaders.
 
     A failed save and a changed data file are explained in one line, which also names the newest checkpoint. If the
-    block ends because of a signal, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
+    block ends because of a signal, or because the launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
 
     Args:
         args: Megatron's arguments.
         data_files: Checked after any RuntimeError: if a data file shrinks, a worker of the data loader may be killed,
             and this process then fails in a place that has nothing to do with the file.
+        leaving: Knows whether the launcher has asked the run to end.
 
     Raises:
         RunFailure: The cause lies outside the program.
@@ -126,7 +128,8 @@ def handling_early_ends(args: Namespace, data_files: DataFiles) -> Iterator[None
     except SystemExit as end:
         if end.code in _RERUN_VERDICTS and torch.distributed.get_rank() == 0:
             print(f"error: {_RERUN_VERDICTS[end.code]}. {_newest_checkpoint(args)}", file=sys.stderr)
-        if not end.code and args.exit_signal_handler and any(get_signal_handler().signals_received()):
+        has_signal = args.exit_signal_handler and any(get_signal_handler().signals_received())
+        if not end.code and (has_signal or leaving.is_leaving):
             sys.exit(EXIT_REQUEUE)
         raise
     finally:

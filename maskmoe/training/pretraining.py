@@ -4,6 +4,7 @@ On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 75; started
 are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a rank hung.
 """
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +20,11 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe import ranges
+from maskmoe.check.layout import Layout
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import locked_folder
+from maskmoe.journal import Journal, Kind
 from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat.globals import get_args, get_timers, open_writers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -32,11 +35,12 @@ from maskmoe.training.collapse_watch import CollapseWatch
 from maskmoe.training.console import console
 from maskmoe.training.failures import DataFiles, handling_early_ends, reporting_end, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
-from maskmoe.training.header import show_header
+from maskmoe.training.header import describe_layout, show_header
+from maskmoe.training.leaving import LeaveAfterSave
 from maskmoe.training.megatron_patches import pass_batches_of_every_chunk, watch_steps
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
-from maskmoe.training.resume import mend_tracker, saved_spike_history
+from maskmoe.training.resume import checkpoint_to_load, mend_tracker, saved_spike_history
 from maskmoe.training.rewinding import Rewinder, set_abandoned_aside
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
@@ -51,6 +55,7 @@ from maskmoe.training.setup import (
 )
 from maskmoe.training.spike_watch import SpikeWatch
 from maskmoe.training.spikes import SpikeDetector
+from maskmoe.training.step_time import StepTime
 from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import take_run_id
 from maskmoe.training.watch_arguments import add_watch_arguments
@@ -144,7 +149,31 @@ def _open_run_folder(args: Namespace) -> Path | None:
             save_arguments(args, sys.argv[1:], folder)
         except OSError as error:
             console.say(f"note: cannot write {folder / FILE_NAME}: {error.strerror}")
+        _record_start(args, folder)
     return folder
+
+
+def _record_start(args: Namespace, folder: Path) -> None:
+    """Write the start of the ranks into the run's journal.
+
+    Args:
+        args: Megatron's validated arguments.
+        folder: The run folder.
+    """
+    layout = Layout.from_args(args)
+    checkpoint = checkpoint_to_load(args)
+    Journal(folder).write(
+        Kind.STARTED,
+        f"{describe_layout(layout)}; {f'resumes from {checkpoint}' if checkpoint else 'from random weights'}",
+        args.ckpt_step if checkpoint else 0,
+        ranks=layout.ranks,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        context=layout.context,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+        attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+    )
 
 
 def main() -> None:
@@ -231,13 +260,16 @@ def train(
     take_run_id(args)
     open_writers(args)
     report = RunReport(args)
+    folder = run_folder(args.save, args.tensorboard_dir)
     before_each = (
         console.end_of_loading,
         let_signals_save,
         watchdog.step,
         report,
+        StepTime(folder if ranks.rank == 0 else None, ranks.world_size),
         partial(data_files.check, _DATA_FILES_A_STEP),
     )
+    leaving = LeaveAfterSave(ranks)
     pass_batches_of_every_chunk()
     while_saving = [watchdog.paused]
     if args.spike_action != "none":
@@ -245,7 +277,7 @@ def train(
         spike_watch = SpikeWatch(args.spike_action, detector, warnings, Rewinder(args, run.rewinds))
         watch_steps(spike_watch.wrap)
         while_saving.append(spike_watch.sharing_history)
-    keep_checkpoints_whole(partial(entering_all, while_saving))
+    keep_checkpoints_whole(while_saving=lambda: leaving.after(entering_all(while_saving)))
     if args.override_opt_param_scheduler and has_one_learning_rate(args):
         override_learning_rates()
     # Train. Each context manager handles one way in which the run may end early.
@@ -255,7 +287,7 @@ def train(
         report.following(),
         watchdog.watching(),
         leaving_process_groups(),
-        handling_early_ends(args, data_files),
+        handling_early_ends(args, data_files, leaving),
     ):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),

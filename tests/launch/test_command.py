@@ -9,7 +9,7 @@ from maskmoe.errors import UserError
 from maskmoe.launch.command import Command, run_flags, standalone_command, torchrun_command
 from maskmoe.launch.model_file import split_flags
 from maskmoe.launch.network import Route, route_to, wait_for
-from maskmoe.launch.options import Options, parse_options
+from maskmoe.launch.options import NodeRange, Options, parse_options
 
 
 def parse(arguments: str, environment: dict[str, str] | None = None) -> Options:
@@ -19,7 +19,7 @@ def parse(arguments: str, environment: dict[str, str] | None = None) -> Options:
 def build_command(arguments: str, environment: dict[str, str] | None = None, route: Route | None = None) -> Command:
     """Return the command for 8 ranks on each node, and for a model file without flags."""
     options = parse(arguments, environment)
-    return torchrun_command(options, run_flags(options, {}, split_flags(options.flags)), 8, route, {})
+    return torchrun_command(options, options.meeting, run_flags(options, {}, split_flags(options.flags)), 8, route, {})
 
 
 def test_one_node_needs_no_rendezvous():
@@ -55,10 +55,22 @@ def test_flags_and_environment_give_the_same_command_for_many_nodes():
     assert "is_host=true" in str(build_command(by_flags.replace("--node-rank 2", "--node-rank 0")))
 
 
+def test_elastic_run_ignores_the_rendezvous_of_the_environment():
+    options = parse("--nodes 1:4 m.yaml", {"MASTER_ADDR": "head", "NODE_RANK": "7", "NODE_ADDRESS": "me"})
+    assert (options.nodes.least, options.nodes.most, options.nodes.is_elastic) == (1, 4, True)
+    assert (options.rendezvous, options.node_rank, options.address) == (None, None, "me")
+    assert parse("m.yaml").nodes == NodeRange(1, 1)
+
+
 def test_users_variables_are_kept():
     options = parse("m.yaml")
     command = torchrun_command(
-        options, {}, 1, None, {"OMP_NUM_THREADS": "7", "CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"}
+        options,
+        options.meeting,
+        {},
+        1,
+        None,
+        {"OMP_NUM_THREADS": "7", "CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"},
     )
     assert set(command.environment) == {"MASKMOE_RUN_DIR"}
 
@@ -81,6 +93,10 @@ def test_default_folders_lie_in_the_run_folder():
         ("--nodes 2 m.yaml", {}, "2 nodes need a rendezvous"),
         ("--nodes 2 --rendezvous a m.yaml", {}, "each of 2 nodes needs a rank"),
         ("--nodes 2 --rendezvous a --node-rank 2 m.yaml", {}, "--node-rank 2: the last of 2 nodes has rank 1"),
+        ("--nodes 3:2 m.yaml", {}, "--nodes must be N, or MIN:MAX with MIN up to MAX, not '3:2'"),
+        ("--nodes 0:2 m.yaml", {}, "--nodes must be at least 1, not 0"),
+        ("--nodes 1: m.yaml", {}, "--nodes must be a whole number, not ''"),
+        ("--nodes 1:2 --node-timeout 3 m.yaml", {}, "--node-timeout must be at least 10, not 3"),
         ("--rendezvous a:b m.yaml", {}, "'a:b' is not HOST:PORT"),
         ("--nonsense m.yaml", {}, r"--nonsense.*\(see launch/pretrain\.sh --help\)"),
     ],

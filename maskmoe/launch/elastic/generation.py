@@ -1,0 +1,148 @@
+"""The generations of an elastic run: each says which nodes train with which flags, until the next one begins."""
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from maskmoe.errors import RunFailure
+from maskmoe.launch.elastic.membership import Member
+from maskmoe.launch.model_file import Flags
+from maskmoe.outputs import atomic_output
+from maskmoe.untrusted import UnusableFile, read_json_bytes
+
+_PREFIX, _SUFFIX = "generation-", ".json"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One start of the ranks.
+
+    Attributes:
+        number: counts the generations of a run from 1.
+        members: the launchers that start ranks, in the order of their nodes. The first one leads.
+        port: port of the first node at which the torchruns of all nodes meet.
+        flags: the flags of the ranks.
+    """
+
+    number: int
+    members: tuple[Member, ...]
+    port: int
+    flags: Flags
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks."""
+        return sum(member.ranks for member in self.members)
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port at which the torchruns meet."""
+        return self.members[0].address, self.port
+
+    def node_rank(self, member: Member) -> int | None:
+        """Return the number of a launcher's node; None if the launcher takes no part."""
+        ids = [other.id for other in self.members]
+        return ids.index(member.id) if member.id in ids else None
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> Self:
+        """Return the generation in the content of a file. Raises ValueError, TypeError or KeyError if it has none."""
+        return cls(
+            number=int(content["number"]),
+            members=tuple(Member(**member) for member in content["members"]),
+            port=int(content["port"]),
+            flags={name: tuple(map(str, words)) for name, words in content["flags"].items()},
+        )
+
+
+class Generations:
+    """The files of a run's generations, in a folder that all nodes see.
+
+    A generation, once written, never changes. How it ended is in a file beside it.
+
+    Args:
+        folder: the folder, which exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def newest_number(self) -> int:
+        """Return the number of the newest generation; 0 if there is none."""
+        numbers = (path.name[len(_PREFIX) : -len(_SUFFIX)] for path in self._folder.glob(f"{_PREFIX}*{_SUFFIX}"))
+        return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+    def newest(self) -> Generation | None:
+        """Return the newest generation; None if there is none.
+
+        Raises:
+            RunFailure: its file is damaged.
+        """
+        number = self.newest_number()
+        if not number:
+            return None
+        try:
+            return Generation.parse(json.loads(read_json_bytes(self._path(number))))
+        except (UnusableFile, ValueError, TypeError, KeyError) as error:
+            raise RunFailure(
+                f"{self._path(number)} is damaged: stop the launchers of all nodes, remove {self._folder}, and start "
+                "the run again"
+            ) from error
+
+    def write(self, generation: Generation) -> bool:
+        """Write a generation; return False if another launcher has written one with this number.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        # A link, unlike a renamed file, never replaces a file. Network file systems make links atomically, too.
+        unfinished = self._folder / f".{uuid.uuid4().hex}.tmp"
+        unfinished.write_text(json.dumps(asdict(generation)))
+        try:
+            os.link(unfinished, self._path(generation.number))
+        except FileExistsError:
+            return False
+        finally:
+            unfinished.unlink()
+        return True
+
+    def end(self, number: int, exit_code: int) -> None:
+        """Record that the run ends with a generation, for all launchers."""
+        with suppress(OSError), atomic_output(self._end_path(number)) as path:
+            path.write_text(str(exit_code))
+
+    def exit_code(self, number: int) -> int | None:
+        """Return the exit code with which the run ended in a generation; None if the run goes on."""
+        with suppress(UnusableFile, ValueError):
+            return int(read_json_bytes(self._end_path(number)))
+        return None
+
+    def leave_file(self, number: int) -> Path:
+        """Return the file that asks the ranks of a generation to end after their next checkpoint."""
+        return self._folder / f"leave-{number:06d}"
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{_PREFIX}{number:06d}{_SUFFIX}"
+
+    def _end_path(self, number: int) -> Path:
+        return self._folder / f"end-{number:06d}"
+
+
+def leading_member(newest: Generation | None, known: Sequence[Member]) -> Member:
+    """Return the launcher that leads.
+
+    The first member of the running generation leads as long as it is there; then its next member does. A launcher that
+    has just come never takes over from one that trains.
+
+    Args:
+        newest: the generation that runs; None if none runs.
+        known: all launchers that are not gone, the oldest first; not empty.
+    """
+    ids = {member.id for member in known}
+    members = newest.members if newest is not None else ()
+    return next((member for member in members if member.id in ids), known[0])

@@ -1,0 +1,398 @@
+"""Trains a run on nodes that come and go: one generation after the other."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from maskmoe.cli import EXIT_BAD_INPUT
+from maskmoe.errors import UserError
+from maskmoe.folder_lock import check_unlocked
+from maskmoe.interruption import EXIT_REQUEUE, LEAVE_FILE
+from maskmoe.journal import Journal, Kind
+from maskmoe.launch.command import run_flags, torchrun_command
+from maskmoe.launch.devices import Devices
+from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
+from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
+from maskmoe.launch.elastic.membership import Member, Membership
+from maskmoe.launch.model_file import Flags, ModelFile, split_flags
+from maskmoe.launch.network import route_to, wait_for
+from maskmoe.launch.options import Meeting, Options
+from maskmoe.launch.preparation import check, record_end, record_start
+from maskmoe.launch.supervisor import Supervisor
+
+FOLDER = "elastic"
+"""Name of the folder in a run folder in which launchers meet."""
+
+_LAST_CALL_SECONDS = 30.0  # for which nothing may change before a run starts on fewer than all nodes
+_UNLOCK_SECONDS = 120.0  # for which a file system may keep the lock of a lost node
+_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 0.5
+_BEATS_SECONDS = 6.0  # after a timeout, until all launchers have written and read
+
+
+class ElasticRun:
+    """One node's part of a run that trains on while nodes come and go.
+
+    Args:
+        options: the launcher's options.
+        model: the model file.
+        processes: the number of ranks of this node.
+        devices: the devices of this machine.
+
+    Raises:
+        UserError: the run saves no checkpoints, from which another set of nodes could continue.
+    """
+
+    def __init__(self, options: Options, model: ModelFile, processes: int, devices: Devices) -> None:
+        self._options = options
+        self._devices = devices
+        self._chooser = layout_chooser(options, model, self._check)
+        self._journal = Journal(options.run_dir)
+        self._supervisor = Supervisor(options.shutdown_timeout)
+        folder = options.run_dir / FOLDER
+        self._generations = Generations(folder)
+        self._nodes = Membership(folder / "members", options.address, processes, options.node_timeout)
+        self._report: str | None = None
+        self._trained = 0  # the newest generation in which this node has trained
+        self._ended_before = 0  # the newest generation if the run had ended before this launcher came
+        self._next_look = 0.0
+        self._is_ending = False
+        self._lost: set[str] = set()  # the ids of launchers whose loss has been reported
+
+    def run(self) -> int:
+        """Take part in the run until it ends, or until a signal stops this node; return the exit code.
+
+        Raises:
+            UserError: the run folder cannot be used, or no layout passes the check.
+            RunFailure: a file in which the launchers meet is damaged.
+        """
+        self._supervisor.listen()
+        try:
+            with self._nodes:
+                newest = self._generations.newest()
+                if newest is not None and self._generations.exit_code(newest.number) is not None:
+                    self._ended_before = newest.number
+                while True:
+                    outcome = self._next_generation()
+                    if isinstance(outcome, Generation):
+                        outcome = self._train(outcome)
+                    if outcome is not None:
+                        return outcome
+        except OSError as error:
+            raise UserError(
+                f"cannot use {self._options.run_dir}: {error.strerror}; choose another --run-dir"
+            ) from error
+
+    # ---- Agreeing on the next generation -----------------------------------------------------------------------------
+
+    def _next_generation(self) -> Generation | int:
+        """Wait for the next generation in which this node trains, or write it if this launcher leads.
+
+        Returns:
+            The generation, or the exit code of this launcher if the run ends before.
+        """
+        begin = changed = time.monotonic()
+        known: list[Member] = []
+        has_said = False
+        while not self._supervisor.is_stopped:
+            running = self._running()
+            if isinstance(running, int):
+                return running
+            if running is not None and running.number > self._trained and running.node_rank(self._nodes.me) is not None:
+                return running
+            if known != (known := self._nodes.known()):
+                changed = time.monotonic()
+            leader = leading_member(running, known)
+            self._nodes.follow(leader)
+            if not has_said and time.monotonic() - begin > _POLL_SECONDS:
+                has_said = True
+                _say(self._describe_wait(running, leader))
+            if leader == self._nodes.me:
+                if generation := self._propose(running, is_quiet=time.monotonic() - changed > _LAST_CALL_SECONDS):
+                    return generation
+                if time.monotonic() - begin > self._options.rendezvous_timeout:
+                    return self._give_up()
+            time.sleep(_POLL_SECONDS)
+        return EXIT_REQUEUE
+
+    def _running(self) -> Generation | int | None:
+        """Return the generation that runs, None if none runs, or the exit code of the run if it has ended."""
+        newest = self._generations.newest()
+        if newest is None or newest.number == self._ended_before:
+            return None
+        code = self._generations.exit_code(newest.number)
+        return newest if code is None else code
+
+    def _propose(self, running: Generation | None, is_quiet: bool) -> Generation | None:
+        """Write the next generation, as the leader; return None if it is too early.
+
+        Args:
+            running: the generation that has just run, in which this node may have trained.
+            is_quiet: whether no node has come or gone for a while.
+
+        Raises:
+            UserError: no number of nodes passes the check.
+        """
+        ready = self._nodes.ready()
+        was_in = running is not None and running.node_rank(self._nodes.me) is not None
+        if was_in and running is not None:
+            # The nodes of the generation before come as soon as their ranks have ended.
+            missing = [member for member in running.members if member not in ready]
+            if not all(self._nodes.is_cut_off(member.id) for member in missing):
+                return None
+            self._report_loss(missing)
+        elif len(ready) < self._options.nodes.most and not is_quiet:
+            return None
+        if not self._chooser.count(ready):
+            return None
+        choice = self._chooser.choose(ready)
+        if self._supervisor.is_stopped:
+            return None
+        generation = Generation(self._generations.newest_number() + 1, choice.members, _free_port(), choice.flags)
+        if not self._generations.write(generation):
+            return None
+        self._announce(running, generation)
+        return generation
+
+    def _announce(self, before: Generation | None, generation: Generation) -> None:
+        """Print and record on which nodes and ranks the run trains from now on, and which flags that changes."""
+        hosts = ", ".join(member.host for member in generation.members)
+        text = f"training on {_count(len(generation.members), 'node')} ({hosts}), {_count(generation.ranks, 'rank')}"
+        if before is not None and (changes := describe_changes(before.flags, generation.flags)):
+            text += f"; {changes}"
+        _say(text)
+        self._journal.write(Kind.NODES, text, nodes=len(generation.members), ranks=generation.ranks)
+
+    def _give_up(self) -> int:
+        """Say that too few nodes have come, and return the exit code of a run that can be started again."""
+        ready, nodes, seconds = len(self._nodes.ready()), self._options.nodes, self._options.rendezvous_timeout
+        text = f"{_count(ready, 'node')} of {nodes.least} to {nodes.most} came within {seconds} s"
+        if ready >= nodes.least:
+            text += f", and the model file has no layout for {nodes.least} to {ready} nodes"
+        _say(f"{text}; start the command on more nodes, with the same --run-dir")
+        return EXIT_REQUEUE
+
+    def _describe_wait(self, running: Generation | None, leader: Member) -> str:
+        if leader == self._nodes.me:
+            return f"waiting for {self._options.nodes.least} to {self._options.nodes.most} nodes"
+        if running is not None and leader in running.members:
+            return f"the run trains already; {leader.host} takes this node in at the next checkpoint"
+        return f"waiting for {leader.host}, which starts the run"
+
+    def _wait_until_unlocked(self, flags: Flags) -> None:
+        """Wait while ranks of the generation before still end, or a file system keeps the lock of a lost node.
+
+        Raises:
+            UserError: another run trains in the folder.
+        """
+        begin = time.monotonic()
+        while save := flags.get("save"):
+            try:
+                check_unlocked(Path(save[0]))
+                return
+            except UserError:
+                if time.monotonic() - begin > _UNLOCK_SECONDS or self._supervisor.is_stopped:
+                    raise
+                time.sleep(_LOOK_SECONDS)
+
+    def _check(self, flags: Flags, ranks: int) -> bool:
+        """Return whether a run may start, as the check of all its settings and files finds."""
+        if not self._options.checks:
+            return True
+        _say(f"checking settings and files for {_count(ranks, 'rank')}")
+        checked = check(flags, ranks, self._devices, to_console="verbose" in flags)
+        self._report = checked.stdout
+        return checked.returncode == 0
+
+    # ---- Training a generation ---------------------------------------------------------------------------------------
+
+    def _train(self, generation: Generation) -> int | None:
+        """Run this node's ranks of a generation.
+
+        Returns:
+            The exit code of this launcher; None if another generation follows.
+        """
+        self._trained, self._is_ending = generation.number, False
+        self._lost -= {member.id for member in generation.members}
+        node_rank = generation.node_rank(self._nodes.me)
+        assert node_rank is not None
+        # The other nodes see the new generation and kill their former ranks, one of which may hold the lock.
+        if node_rank == 0:
+            self._wait_until_unlocked(generation.flags)
+        elif not self._reach_first_node(generation):
+            return None
+        command = torchrun_command(
+            self._options,
+            Meeting(
+                nodes=len(generation.members),
+                node_rank=node_rank,
+                endpoint=generation.endpoint,
+                name=f"{self._options.rendezvous_id}.{generation.number}",
+                timeout=self._options.rendezvous_timeout,
+            ),
+            generation.flags,
+            self._nodes.me.ranks,
+            route_to(*generation.endpoint),
+            os.environ,
+        )
+        leave_file = self._generations.leave_file(generation.number)
+        command = replace(command, environment={**command.environment, LEAVE_FILE: str(leave_file)})
+        record_start(self._options, self._options.log_folder(node_rank), command, None if node_rank else self._report)
+        _say(f"starting {_count(self._nodes.me.ranks, 'rank')}; everything is in {self._options.run_dir}")
+        code = self._supervisor.run(command, must_end=lambda: self._must_end(generation))
+        if not node_rank and not self._is_ending:
+            record_end(self._journal, code)
+        if self._supervisor.is_stopped:
+            return code
+        if self._is_ending or (code != 0 and code != EXIT_BAD_INPUT and self._others_have_changed(generation, code)):
+            return None
+        self._generations.end(generation.number, code)
+        return code
+
+    def _reach_first_node(self, generation: Generation) -> bool:
+        """Wait until torchrun listens on the first node; return False if another generation begins before."""
+        while not (self._supervisor.is_stopped or self._must_end(generation)):
+            try:
+                wait_for(*generation.endpoint, timeout=0)
+                return True
+            except UserError:
+                time.sleep(_POLL_SECONDS)
+        return False
+
+    def _must_end(self, generation: Generation) -> bool:
+        """Return whether the ranks of a generation must be killed; asks `_find_changes` once a second."""
+        if not self._is_ending and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            with suppress(OSError):  # the file system may fail for a while
+                self._is_ending = self._find_changes(generation)
+        return self._is_ending
+
+    def _find_changes(self, generation: Generation) -> bool:
+        """Return whether a node is lost, the next generation has begun, or the run has failed on another node.
+
+        The leader also asks for a generation with more nodes if nodes wait.
+
+        Args:
+            generation: the generation that this node trains.
+
+        Raises:
+            OSError: a file cannot be read or written.
+        """
+        # A node that has completed the training must not keep other nodes from doing so.
+        if self._generations.newest_number() > generation.number or self._generations.exit_code(generation.number):
+            return True
+        leader = leading_member(generation, self._nodes.known())
+        self._nodes.follow(leader)
+        if leader != self._nodes.me:
+            return False
+        lost = [member for member in generation.members if self._nodes.is_cut_off(member.id)]
+        self._report_loss(lost)
+        if not lost:
+            self._invite(generation)
+        return bool(lost)
+
+    def _report_loss(self, members: Sequence[Member]) -> None:
+        """Print and record once that nodes are lost, and remove what their launchers have left in the folder."""
+        lost = [member for member in members if member.id not in self._lost]
+        if not lost:
+            return
+        self._lost |= {member.id for member in lost}
+        hosts = ", ".join(member.host for member in lost)
+        text = f"{hosts} left the run, or gave no sign of life for {self._options.node_timeout} s"
+        _say(f"{text}; the run continues without {'it' if len(lost) == 1 else 'them'}")
+        self._journal.write(Kind.NODES, text)
+        self._nodes.remove_files_of(lost)
+
+    def _invite(self, generation: Generation) -> None:
+        """Ask the ranks to end after their next checkpoint if nodes wait that can train."""
+        leave_file = self._generations.leave_file(generation.number)
+        candidates = [*generation.members, *(m for m in self._nodes.ready() if m not in generation.members)]
+        if leave_file.exists() or self._chooser.count(candidates) <= len(generation.members):
+            return
+        hosts = ", ".join(member.host for member in candidates[len(generation.members) :])
+        text = f"{hosts} has come, and is taken in at the next checkpoint"
+        _say(text)
+        self._journal.write(Kind.NODES, text)
+        leave_file.touch()
+
+    def _others_have_changed(self, generation: Generation, code: int) -> bool:
+        """Return whether the ranks ended because nodes have come or gone; wait until that is known.
+
+        Args:
+            generation: the generation whose ranks have ended.
+            code: the exit code of the ranks.
+        """
+        if code == EXIT_REQUEUE and self._generations.leave_file(generation.number).exists():
+            return True
+        if code != EXIT_REQUEUE:
+            _say(f"the ranks ended with exit code {code}; looking whether a node is lost")
+        deadline = time.monotonic() + self._options.node_timeout + _BEATS_SECONDS
+        while time.monotonic() < deadline and not self._supervisor.is_stopped:
+            if self._must_end(generation) or any(self._nodes.is_gone(member.id) for member in generation.members):
+                return True
+            if self._generations.exit_code(generation.number) is not None:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return self._supervisor.is_stopped
+
+
+def layout_chooser(options: Options, model: ModelFile, check: Callable[[Flags, int], bool]) -> LayoutChooser:
+    """Return what chooses the layouts of an elastic run.
+
+    Args:
+        options: the launcher's options.
+        model: the model file.
+        check: returns whether a run with some flags on a number of ranks may start.
+
+    Raises:
+        UserError: the run saves no checkpoints, from which another set of nodes could continue.
+    """
+    user_flags = split_flags(options.flags)
+
+    def complete(flags: Flags) -> Flags:
+        return run_flags(options, flags, user_flags)
+
+    if "save-interval" not in complete(model.flags):
+        raise UserError(f"--nodes {options.nodes} needs --save-interval, because the run continues from checkpoints")
+    return LayoutChooser(model, options.nodes, complete, check)
+
+
+def check_node_counts(options: Options, model: ModelFile, processes: int) -> int:
+    """Check an elastic run for each number of nodes, and print the report for the largest; return the exit code.
+
+    Args:
+        options: the launcher's options.
+        model: the model file.
+        processes: the number of ranks of each node.
+    """
+    ready = [Member(str(number), "", 0, 0.0, "", 0, processes) for number in range(options.nodes.most)]
+    chooser = layout_chooser(options, model, lambda _flags, _ranks: True)
+    worst = 0
+    for number in range(options.nodes.most, options.nodes.least - 1, -1):
+        trained = chooser.count(ready[:number])
+        if trained != number:
+            print(f"note: {_count(number, 'node')}: " + (f"{trained} of them train" if trained else "no layout"))
+            continue
+        choice = chooser.choose(ready[:number])
+        checked = check(choice.flags, number * processes, None, to_console=number == options.nodes.most)
+        verdict = "errors found" if checked.returncode else "no errors found"
+        print(f"note: {_count(number, 'node')}, {_count(number * processes, 'rank')}: {verdict}", flush=True)
+        worst = worst or checked.returncode
+    return worst
+
+
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _say(text: str) -> None:
+    print(f"launch: {text}", flush=True)

@@ -1,0 +1,63 @@
+"""The launcher of one node of an elastic run, with other programs than torchrun and with short times.
+
+Usage: elastic_node.py HOST arguments of launch/pretrain.sh. The program that stands for the ranks of the node obeys
+files in the run folder: `finish` and `fail-RANK_OF_NODE` end it, and `saved` stands for a checkpoint.
+"""
+
+import socket
+import sys
+from pathlib import Path
+
+from maskmoe import ranges
+from maskmoe.cli import run_tool
+from maskmoe.interruption import EXIT_REQUEUE
+from maskmoe.launch import launcher
+from maskmoe.launch.command import Command
+from maskmoe.launch.devices import Devices
+from maskmoe.launch.elastic import membership, run
+
+RANKS = """
+import os, pathlib, signal, sys, time
+from maskmoe.interruption import leave_exit_code
+folder, generation, node_rank = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+stopped = folder / f"stopped-{generation}"
+signal.signal(signal.SIGTERM, lambda *_: stopped.touch())
+(folder / f"began-{generation}-{node_rank}").write_text(" ".join(sys.argv[4:]))
+while not (folder / "finish").exists():
+    time.sleep(0.02)
+    if (folder / f"fail-{node_rank}").exists():
+        sys.exit(3)
+    if (folder / "saved").exists() and pathlib.Path(os.environ["MASKMOE_LEAVE_FILE"]).exists():
+        stopped.touch()
+    if stopped.exists():
+        leave_exit_code(REQUEUE)
+        sys.exit(1)
+""".replace("REQUEUE", str(EXIT_REQUEUE))
+
+
+def fake_command(options, meeting, flags, processes, route, environment) -> Command:
+    """Return the command of the program that stands for the ranks."""
+    layout = [f"{name}={'/'.join(words)}" for name, words in sorted(flags.items()) if "parallel" in name]
+    words = (str(options.run_dir), meeting.name.rpartition(".")[2], str(meeting.node_rank), *layout)
+    return Command((sys.executable, "-c", RANKS, *words), {})
+
+
+def main() -> None:
+    host = sys.argv[1]
+    socket.gethostname = lambda: host
+    membership._BEAT_SECONDS = 0.4
+    ranges.NODE_TIMEOUT = ranges.SECONDS
+    run._LOOK_SECONDS, run._POLL_SECONDS, run._BEATS_SECONDS = 0.1, 0.05, 0.5
+    run.torchrun_command = fake_command
+    # The stand-in of the first node's ranks does not listen.
+    run.wait_for = lambda *address, timeout: None
+    # A host is cut off from the network while this file exists.
+    cut = Path(sys.argv[sys.argv.index("--run-dir") + 1]) / f"cut-{host}"
+    reaches = membership._reaches
+    membership._reaches = lambda member: not cut.exists() and reaches(member)
+    launcher.find_devices = lambda: Devices(0, 1)
+    launcher.launch("elastic_node.py", sys.argv[2:])
+
+
+if __name__ == "__main__":
+    run_tool(main)

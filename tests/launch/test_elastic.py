@@ -1,0 +1,297 @@
+"""How the launchers of an elastic run agree, with other programs than torchrun; and the parts of which they consist."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.launch import Launch
+from support.waiting import wait_until
+
+from maskmoe.errors import RunFailure, UserError
+from maskmoe.interruption import EXIT_REQUEUE
+from maskmoe.journal import Kind, read_journal
+from maskmoe.launch.elastic import run as elastic_run
+from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
+from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
+from maskmoe.launch.elastic.membership import Member
+from maskmoe.launch.model_file import ModelFile
+from maskmoe.launch.options import NodeRange, parse_options
+
+PROGRAM = Path(__file__).parent / "elastic_node.py"
+MODEL = """
+save-interval: 10
+layouts:
+  1: {}
+  2: {expert-model-parallel-size: 2}
+  4: {expert-model-parallel-size: 4}
+"""
+MEMBERS = [Member(f"id{number}", f"host{number}", number, float(number), "", 0, 1) for number in range(6)]
+
+
+# ---- Launchers -------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run whose launchers are started and stopped by a test."""
+
+    def __init__(self, folder: Path, nodes: str) -> None:
+        self.folder = folder / "run"
+        self._nodes = nodes
+        self._model = folder / "model.yaml"
+        self._model.write_text(MODEL)
+        self.launchers: list[Launch] = []
+
+    def start(self, host: str, *options: str) -> Launch:
+        """Start the launcher of a node."""
+        command = [sys.executable, PROGRAM, host, "--nodes", self._nodes, "--run-dir", self.folder, "--no-check"]
+        command += ["--gpus-per-node", "1", "--node-timeout", "2", "--address", "localhost"]
+        self.launchers.append(Launch([*command, *options, self._model], self.folder.parent, self.folder, {}))
+        return self.launchers[-1]
+
+    def wait_for_nodes(self, generation: int, nodes: int) -> str:
+        """Wait until all ranks of a generation have begun; return the flags of its layout."""
+        files = [self.folder / f"began-{generation}-{rank}" for rank in range(nodes)]
+        wait_until(
+            lambda: all(file.exists() for file in files),
+            f"generation {generation} on {nodes} nodes",
+            timeout=60,
+            report=lambda: "".join(launcher.output[-2000:] for launcher in self.launchers),
+        )
+        assert not (self.folder / f"began-{generation}-{nodes}").exists()
+        return files[0].read_text()
+
+    def say(self, word: str) -> None:
+        """Make a file that the ranks obey."""
+        (self.folder / word).touch()
+
+
+@pytest.fixture
+def new_run(tmp_path) -> Iterator[Callable[[str], Run]]:
+    """Return a function that makes a run; its launchers are killed at the end of the test."""
+    runs: list[Run] = []
+
+    def new_run(nodes: str) -> Run:
+        runs.append(Run(tmp_path, nodes))
+        return runs[-1]
+
+    yield new_run
+    for run in runs:
+        for launcher in run.launchers:
+            launcher.kill()
+
+
+def test_lost_and_returned_node(new_run):
+    run = new_run("1:2")
+    first = run.start("a")
+    first.wait_for_output("waiting for 1 to 2 nodes")
+    second = run.start("b")
+    assert run.wait_for_nodes(1, 2) == "expert-model-parallel-size=2"
+    second.kill()
+    assert run.wait_for_nodes(2, 1) == ""
+    assert "b left the run, or gave no sign of life for 2 s; the run continues without it" in first.output
+    assert "training on 1 node (a), 1 rank; --expert-model-parallel-size 2 → not set" in first.output
+    back = run.start("b")
+    first.wait_for_output("b has come, and is taken in at the next checkpoint")
+    assert not (run.folder / "began-3-0").exists()
+    run.say("saved")
+    assert run.wait_for_nodes(3, 2) == "expert-model-parallel-size=2"
+    run.say("finish")
+    assert (first.wait(), back.wait()) == (0, 0)
+    kinds = [entry.kind for entry in read_journal(run.folder)]
+    assert kinds.count(Kind.NODES) == 5
+
+
+def test_lost_leader(new_run):
+    run = new_run("1:3")
+    first = run.start("a")
+    first.wait_for_output("waiting for 1 to 3 nodes")
+    others = [run.start("b"), run.start("c")]
+    # Three ranks have the layout of one rank, the largest that divides them.
+    assert run.wait_for_nodes(1, 3) == ""
+    first.kill()
+    assert run.wait_for_nodes(2, 2) == "expert-model-parallel-size=2"
+    run.say("finish")
+    assert [other.wait() for other in others] == [0, 0]
+
+
+def test_node_that_is_cut_off_is_left_out_and_taken_in_again(new_run):
+    run = new_run("1:2")
+    first = run.start("a")
+    first.wait_for_output("waiting for 1 to 2 nodes")
+    second = run.start("b")
+    run.wait_for_nodes(1, 2)
+    run.say("cut-b")
+    run.wait_for_nodes(2, 1)
+    run.say("saved")
+    (run.folder / "cut-b").unlink()
+    run.wait_for_nodes(3, 2)
+    run.say("finish")
+    assert (first.wait(), second.wait()) == (0, 0)
+
+
+def test_stopped_node_leaves_and_the_others_continue(new_run):
+    run = new_run("1:2")
+    first = run.start("a")
+    first.wait_for_output("waiting for 1 to 2 nodes")
+    second = run.start("b")
+    run.wait_for_nodes(1, 2)
+    os.kill(first.process.pid, signal.SIGTERM)
+    assert first.wait() == EXIT_REQUEUE
+    run.wait_for_nodes(2, 1)
+    os.kill(second.process.pid, signal.SIGTERM)
+    assert second.wait() == EXIT_REQUEUE
+    assert not list((run.folder / "elastic" / "members").iterdir())
+
+
+def test_failure_of_the_ranks_ends_the_run_everywhere(new_run):
+    run = new_run("1:2")
+    first = run.start("a")
+    first.wait_for_output("waiting for 1 to 2 nodes")
+    second = run.start("b")
+    run.wait_for_nodes(1, 2)
+    # Only the ranks of one node fail, and those of the other node wait for them.
+    run.say("fail-0")
+    assert (first.wait(), second.wait()) == (3, 3)
+    # A later start is a new attempt.
+    (run.folder / "fail-0").unlink()
+    again = run.start("a"), run.start("b")
+    run.wait_for_nodes(2, 2)
+    run.say("finish")
+    assert [launcher.wait() for launcher in again] == [0, 0]
+
+
+def test_too_few_nodes(new_run):
+    launcher = new_run("2:3").start("a", "--rendezvous-timeout", "1")
+    assert launcher.wait() == EXIT_REQUEUE
+    assert "1 node of 2 to 3 came within 1 s; start the command on more nodes" in launcher.output
+
+
+def test_run_without_checkpoints_is_refused(tmp_path):
+    run = Run(tmp_path, "1:2")
+    (tmp_path / "model.yaml").write_text("num-layers: 2")
+    with run.start("a") as launcher:
+        assert launcher.wait() == 2
+    assert "error: --nodes 1:2 needs --save-interval" in launcher.output
+    assert not run.folder.exists()
+
+
+# ---- Parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_one_of_many_launchers_writes_a_generation(tmp_path):
+    generations = [Generation(1, (member,), 7, {"lr": ("1e-3",), "bf16": ()}) for member in MEMBERS]
+    written = []
+    barrier = threading.Barrier(len(generations))
+
+    def write(generation: Generation) -> None:
+        barrier.wait()
+        written.append((Generations(tmp_path).write(generation), generation))
+
+    threads = [threading.Thread(target=write, args=(generation,)) for generation in generations]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = [generation for is_written, generation in written if is_written]
+    assert Generations(tmp_path).newest() == winner
+    assert [path.name for path in tmp_path.iterdir()] == ["generation-000001.json"]
+
+
+@given(st.binary(max_size=60))
+def test_damaged_generation_is_reported(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("elastic")
+    (folder / "generation-000001.json").write_bytes(content)
+    with pytest.raises(RunFailure, match=r"generation-000001\.json is damaged"):
+        Generations(folder).newest()
+
+
+def test_exit_code_of_a_generation(tmp_path):
+    generations = Generations(tmp_path)
+    assert generations.newest() is None
+    assert generations.write(Generation(3, tuple(MEMBERS), 7, {}))
+    assert generations.exit_code(3) is None
+    generations.end(3, 1)
+    assert (generations.exit_code(3), generations.newest_number()) == (1, 3)
+    assert json.loads((tmp_path / "generation-000003.json").read_text())["number"] == 3
+
+
+subsets = st.lists(st.sampled_from(MEMBERS), unique=True)
+
+
+@given(subsets.filter(bool), subsets.filter(bool))
+def test_all_launchers_find_the_same_leader(trained, known):
+    """The leader is the first member of the generation that is there; a new launcher leads only if none is there."""
+    known.sort(key=lambda member: member.started)
+    leader = leading_member(Generation(1, tuple(trained), 7, {}), known)
+    survivors = [member for member in trained if member in known]
+    assert leader == (survivors[0] if survivors else known[0])
+    assert leading_member(None, known) == known[0]
+
+
+@given(
+    layouts=st.sets(st.integers(1, 12)),
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    least=st.integers(1, 4),
+    more=st.integers(0, 4),
+    failing=st.sets(st.integers(1, 24)),
+)
+def test_most_nodes_that_can_train_are_chosen(layouts, ranks, least, more, failing):
+    model = ModelFile(Path("m.yaml"), {}, {size: {"size": (str(size),)} for size in layouts})
+    checked = []
+
+    def check(_flags, ranks):
+        checked.append(ranks)
+        return ranks not in failing
+
+    members = [replace(member, ranks=number) for member, number in zip(MEMBERS, ranks, strict=False)]
+    chooser = LayoutChooser(model, NodeRange(least, least + more, True), lambda flags: flags, check)
+    possible = [
+        number
+        for number in range(least, min(least + more, len(members)) + 1)
+        if (total := sum(ranks[:number])) not in failing and (not layouts or any(total % size == 0 for size in layouts))
+    ]
+    if possible:
+        choice = chooser.choose(members)
+        assert choice.members == tuple(members[: possible[-1]])
+        fitting = [size for size in layouts if sum(ranks[: possible[-1]]) % size == 0]
+        assert choice.flags == ({"size": (str(max(fitting)),)} if layouts else {})
+        assert chooser.count(members) == possible[-1]
+    else:
+        with pytest.raises(UserError, match="can train"):
+            chooser.choose(members)
+    assert len(checked) == len(set(checked))
+
+
+def test_check_covers_all_numbers_of_nodes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.yaml").write_text("save-interval: 10\nlayouts: {2: {bf16: true}, 8: {fp16: true}}")
+    options = parse_options("pretrain.sh", ["--nodes", "1:4", str(tmp_path / "model.yaml")], {})
+    checked = []
+
+    def check(flags, ranks, devices, to_console):
+        checked.append((ranks, [name for name in ("bf16", "fp16") if name in flags], to_console))
+        return subprocess.CompletedProcess([], 2 if ranks == 4 else 0)
+
+    monkeypatch.setattr(elastic_run, "check", check)
+    assert elastic_run.check_node_counts(options, ModelFile.read(options.model, {}), 2) == 2
+    # Three nodes have six ranks, for which the layout of two ranks fits.
+    assert checked == [(8, ["fp16"], True), (6, ["bf16"], False), (4, ["bf16"], False), (2, ["bf16"], False)]
+    notes = capsys.readouterr().out.splitlines()
+    assert notes[2] == "note: 2 nodes, 4 ranks: errors found"
+    assert notes[3] == "note: 1 node, 2 ranks: no errors found"
+    assert elastic_run.check_node_counts(options, ModelFile.read(options.model, {}), 1) == 2
+    assert "note: 3 nodes: 2 of them train" in capsys.readouterr().out
+
+
+def test_changes_of_flags_are_described():
+    before, after = {"bf16": (), "a": ("1", "2"), "same": ("x",)}, {"a": ("3",), "b": (), "same": ("x",)}
+    assert describe_changes(before, after) == "--bf16 set → not set, --a 1 2 → 3, --b not set → set"
+    assert describe_changes(before, before) == ""
