@@ -14,7 +14,11 @@ from pathlib import Path
 import pages
 
 PACKAGE = Path(__file__).resolve().parents[2] / "maskmoe"
-MODULES = (PACKAGE / "megatron_compat" / "patches.py", PACKAGE / "checkpoint" / "megatron_patches.py")
+MODULES = (
+    PACKAGE / "megatron_compat" / "patches.py",
+    PACKAGE / "checkpoint" / "megatron_patches.py",
+    PACKAGE / "training" / "megatron_patches.py",
+)
 SECTIONS = ("Replaces", "Why", "Can go")
 
 

@@ -42,6 +42,7 @@ from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
 from maskmoe.training.resume import check_pretrained_model, check_same_model, further_checkpoint_args
+from maskmoe.training.rewinding import check_may_resume, describe_rewinds, own_rewinds
 from maskmoe.training.setup import ArgumentsProvider, find_routing_mask, megatrons_checks, model_config_from_args
 
 # Reading the token ids of a larger dataset would take more than a few seconds.
@@ -193,7 +194,10 @@ class Inspection:
                 self._add(["--use-checkpoint-args needs --load with the folder of the checkpoints"])
             return None
         with self._collecting():
-            choice = choose_checkpoint(args.load, args.ckpt_step)
+            rewinds = own_rewinds(args)
+            if rewinds.all:
+                self._notes.append(describe_rewinds(rewinds))
+            choice = choose_checkpoint(args.load, args.ckpt_step, partial(check_may_resume, args, rewinds))
             self._notes += [f"checkpoint {damage}" for damage in choice.rejected]
             if choice.checkpoint is None:
                 self._notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, Unfinished, check_structure
+from maskmoe.checkpoint.integrity import LAYOUT_FILE, Abandoned, Damage, Unfinished, check_structure
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
 from maskmoe.paths import check_folder
@@ -69,6 +69,11 @@ def write_tracker(folder: str | Path, iteration: int | str) -> None:
         path.write_text(str(iteration))
 
 
+def remove_tracker(folder: str | Path) -> None:
+    """Remove Megatron's tracker file: no checkpoint is left that a run may load."""
+    (Path(folder) / TRACKER).unlink(missing_ok=True)
+
+
 def read_tracker(folder: str | Path) -> int | str | None:
     """Return the iteration in Megatron's tracker file, or `RELEASE`; None if the file is missing or damaged."""
     try:
@@ -87,7 +92,8 @@ def choose_checkpoint(
 
     The search starts with the checkpoint that the tracker file names, and continues with older checkpoints. Without a
     usable tracker file, which an interrupted save may leave behind, the search starts with the newest checkpoint. A
-    folder in which only the first save of a run was interrupted counts as a folder without checkpoints.
+    folder in which only the first save of a run was interrupted counts as a folder without checkpoints. A folder in
+    which the run has gone back beyond all checkpoints does so, too.
 
     Args:
         folder: the folder in Megatron's `--load`.
@@ -106,7 +112,9 @@ def choose_checkpoint(
             rejected.append(damage)
     # Without a tracker file, no save was finished.
     is_without_saves = step is None and not (Path(folder) / TRACKER).exists()
-    if is_without_saves and all(isinstance(damage, Unfinished) for damage in rejected):
+    if is_without_saves and all(isinstance(damage, Unfinished | Abandoned) for damage in rejected):
+        return Choice(None, tuple(rejected))
+    if step is None and rejected and all(isinstance(damage, Abandoned) for damage in rejected):
         return Choice(None, tuple(rejected))
     reasons = "; ".join(map(str, rejected)) or f"{TRACKER} names none that exists"
     raise UserError(f"--load {folder} holds no sound checkpoint: {reasons}")

@@ -207,6 +207,10 @@ class RoutingMask(SealedTensors):
         table = 0 if self.is_shared else layer
         return self.row_of_id[table], self.visible_bits[table]
 
+    def visible_to_any_id(self, table: int) -> np.ndarray:
+        """Return whether each expert is visible to any id in a table, bool `[N]`."""
+        return unpack_bits(self.visible_bits[table, np.unique(self.row_of_id[table])], self.num_experts).any(axis=0)
+
     def visible_sets(self, layer: int) -> np.ndarray:
         """Return the visible sets of a layer, bool `[vocab, N]`; layers count from 0.
 

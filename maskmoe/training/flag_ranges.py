@@ -107,7 +107,7 @@ _SETTINGS: tuple[tuple[WholeNumber | Number, str], ...] = (
     (
         _COUNT,
         """
-        visible_experts_warmup_iters
+        visible_experts_warmup_iters spike_rewind_margin spike_max_rewinds collapse_intervals
         eval_iters lr_warmup_iters lr_warmup_samples start_eval_at_iter iterations_to_skip rampup_batch_size ckpt_step
         override_ckpt_iteration manual_gc_interval cuda_graph_warmup_steps profile_step_start profile_step_end
         profile_ranks wgrad_deferral_limit flight_recorder_trace_buffer_size min_offloaded_tensor_size
@@ -116,6 +116,7 @@ _SETTINGS: tuple[tuple[WholeNumber | Number, str], ...] = (
         async_ckpt_cpu_priority async_ckpt_io_priority error_injection_rate local_rank
         """,
     ),
+    (WholeNumber(2, 100_000), "spike_window"),
     (WholeNumber(0, ranges.PROCESSES.most), "num_workers"),
     (ranges.SEED, "seed"),
     (_PORT, "straggler_ctrlr_port"),
@@ -139,6 +140,7 @@ _SETTINGS: tuple[tuple[WholeNumber | Number, str], ...] = (
     (
         _ABOVE_ZERO,
         """
+        spike_deviations
         layernorm_epsilon adam_eps hang_timeout moe_expert_capacity_factor moe_expert_rank_capacity_factor
         moe_router_topk_scaling_factor rope_scaling_factor rotary_scaling_factor loss_scale initial_loss_scale
         loss_scale_window activation_func_clamp_value dsa_indexer_k_norm_epsilon mup_width_mult mup_embedding_mult

@@ -8,7 +8,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,17 +31,21 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.changed_settings import has_one_learning_rate
+from maskmoe.training.collapse_watch import CollapseWatch
 from maskmoe.training.console import console
 from maskmoe.training.failures import DataFiles, handling_early_ends, reporting_end, save_on_signals
 from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.header import describe_layout, show_header
 from maskmoe.training.leaving import LeaveAfterSave
+from maskmoe.training.megatron_patches import pass_batches_of_every_chunk, watch_steps
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
-from maskmoe.training.resume import checkpoint_to_load, mend_tracker
+from maskmoe.training.resume import checkpoint_to_load, mend_tracker, saved_spike_history
+from maskmoe.training.rewinding import Rewinder, set_abandoned_aside
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.run_report import RunReport, choose_event_folder
+from maskmoe.training.run_warnings import RunWarnings
 from maskmoe.training.saved_arguments import FILE_NAME, save_arguments
 from maskmoe.training.setup import (
     CheckedRun,
@@ -49,9 +53,12 @@ from maskmoe.training.setup import (
     model_config_from_args,
     parse_and_check_args,
 )
+from maskmoe.training.spike_watch import SpikeWatch
+from maskmoe.training.spikes import SpikeDetector
 from maskmoe.training.step_time import StepTime
 from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import take_run_id
+from maskmoe.training.watch_arguments import add_watch_arguments
 from maskmoe.training.watchdog import Watchdog
 
 _DATA_FILES_A_STEP = 8
@@ -107,6 +114,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="write the page report.html into the run folder at most this often, and at the end; 0: never "
         "(default: 60)",
     )
+    add_watch_arguments(parser)
     parser.set_defaults(
         exit_signal_handler=True,
         log_timers_to_tensorboard=True,  # the page shows the time of an iteration
@@ -182,7 +190,21 @@ def main() -> None:
     ranks.wait_for_all("checks")
     with locked_by_first_rank(run.args.save, ranks):
         mend_tracker(run.args, ranks)
+        set_abandoned_aside(run.args, ranks, run.rewinds)
         train(run, model_config, ranks, let_signals_save)
+
+
+@contextmanager
+def entering_all(managers: Iterable[Callable[[], AbstractContextManager]]) -> Iterator[None]:
+    """Enter several context managers around a block, in their order.
+
+    Args:
+        managers: Functions that make the context managers.
+    """
+    with ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager())
+        yield
 
 
 @contextmanager
@@ -227,8 +249,10 @@ def train(
     watchdog = Watchdog(ranks, hang_timeout(args))
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
+    warnings = RunWarnings(run_folder(args.save, args.tensorboard_dir))
     if args.num_experts:
-        model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval)
+        collapse_watch = CollapseWatch(args, run.mask, warnings) if run.mask and args.collapse_intervals else None
+        model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval, collapse_watch)
         if args.hybrid_layer_pattern is not None:
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
     model_config.pre_wrap_hooks.append(lambda chunks: show_header(args, run.mask, _open_run_folder(args), chunks))
@@ -246,7 +270,14 @@ def train(
         partial(data_files.check, _DATA_FILES_A_STEP),
     )
     leaving = LeaveAfterSave(ranks)
-    keep_checkpoints_whole(while_saving=lambda: leaving.after(watchdog.paused()))
+    pass_batches_of_every_chunk()
+    while_saving = [watchdog.paused]
+    if args.spike_action != "none":
+        detector = SpikeDetector(args.spike_window, args.spike_deviations, saved_spike_history(args))
+        spike_watch = SpikeWatch(args.spike_action, detector, warnings, Rewinder(args, run.rewinds))
+        watch_steps(spike_watch.wrap)
+        while_saving.append(spike_watch.sharing_history)
+    keep_checkpoints_whole(while_saving=lambda: leaving.after(entering_all(while_saving)))
     if args.override_opt_param_scheduler and has_one_learning_rate(args):
         override_learning_rates()
     # Train. Each context manager handles one way in which the run may end early.

@@ -14,6 +14,7 @@ from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.arguments import may_change_mask
+from maskmoe.training.rewinds import loads_what_it_saves
 from maskmoe.transformer.backends.gated_delta_net import check_gated_delta_net, uses_fla
 from maskmoe.transformer.dispatch.flex import missing_library
 
@@ -99,6 +100,11 @@ def _flex_backend(args: Namespace) -> str | None:
     if args.moe_token_dispatcher_type != "flex":
         return None
     return "deepep" if args.moe_enable_deepep else args.moe_flex_dispatcher_backend
+
+
+def _rewinds(args: Namespace) -> bool:
+    """Return whether a run may go back to an earlier checkpoint; only training has the flag for it."""
+    return getattr(args, "spike_action", None) == "rewind"
 
 
 _ALWAYS_REFUSED = {
@@ -217,6 +223,35 @@ REFUSALS = (
         "--change-routing-mask without --routing-mask",
         "Without a mask in --routing-mask, a run uses the mask of the checkpoint.",
         lambda args: may_change_mask(args) and args.routing_mask is None,
+    ),
+    Refusal(
+        "--spike-action rewind without --save and --load of the same folder, or without --save-interval",
+        "The run goes back to a checkpoint that it has saved itself, by a restart with the same command.",
+        lambda args: _rewinds(args) and not (loads_what_it_saves(args) and args.save_interval),
+    ),
+    Refusal(
+        "--spike-action rewind with --finetune or --override-ckpt-iteration",
+        "Every restart would begin with the same iteration, whatever checkpoint the run goes back to.",
+        lambda args: _rewinds(args) and _is_given("--finetune or --override-ckpt-iteration", args),
+    ),
+    Refusal(
+        "--spike-action rewind with --non-persistent-save-interval",
+        "Megatron-Core loads a newer non-persistent checkpoint, even if the run has gone back beyond it.",
+        lambda args: _rewinds(args) and args.non_persistent_save_interval,
+    ),
+    Refusal(
+        "--spike-action rewind with --keep-last-checkpoints 1",
+        "The newest checkpoint may hold the updates that the run goes back for, and no other checkpoint would be left. "
+        "Keep at least 2.",
+        lambda args: _rewinds(args) and args.keep_last_checkpoints == 1,
+    ),
+    Refusal(
+        "--spike-action skip with --qk-clip or --optimizer-cuda-graph",
+        "Megatron-Core scales the weights of queries and keys after each step, also after a step without an update. A "
+        "CUDA graph of the optimizer updates the weights without asking the host.",
+        lambda args: (
+            getattr(args, "spike_action", None) == "skip" and _is_given("--qk-clip or --optimizer-cuda-graph", args)
+        ),
     ),
     Refusal(
         "--cuda-graph-impl transformer_engine without --cuda-graph-modules attn or mlp",

@@ -13,11 +13,13 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hyb
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from maskmoe.checkpoint.gpt_twins import without_new_layers
-from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
+from maskmoe.checkpoint.integrity import Damage, check_content
 from maskmoe.checkpoint.series import RELEASE, checkpoint_path, choose_checkpoint, read_tracker, write_tracker
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.rank_store import RankStore
+from maskmoe.training.rewinding import check_may_resume
+from maskmoe.training.rewinds import NO_REWINDS, Rewinds
 
 # Sizes of multi-latent attention.
 _LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
@@ -54,14 +56,15 @@ _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
 )
 
 
-def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
+def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REWINDS) -> Path | None:
     """Return the checkpoint to load, whose content all ranks verify together; None to start from the beginning.
 
-    Damaged checkpoints are skipped with a warning.
+    Damaged checkpoints are skipped with a warning. So are checkpoints beyond which the run has gone back.
 
     Args:
-        args: Megatron's arguments, of which `load`, `ckpt_step` and `verify_checkpoint` are used.
+        args: Megatron's arguments, of which `load`, `save`, `ckpt_step` and `verify_checkpoint` are used.
         ranks: The ranks of the run; all of them must call this function.
+        rewinds: The rewinds of the run that saves to `save`.
 
     Raises:
         UserError: There are checkpoints, but none is sound.
@@ -74,7 +77,7 @@ def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
 
     def check(checkpoint: Path) -> None:
         """Raise `Damage` if a checkpoint is damaged; asks all ranks to verify their shares of its files."""
-        check_structure(checkpoint)
+        check_may_resume(args, rewinds, checkpoint)
         if args.verify_checkpoint:
             question = next(questions)
             ranks.broadcast(question, json.dumps(["verify", str(checkpoint)]))
@@ -175,6 +178,18 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     iteration = args.ckpt_step
     checkpoint = Path(args.load) / RELEASE if iteration is None else checkpoint_path(args.load, iteration)
     return checkpoint if checkpoint.exists() else None
+
+
+def saved_spike_history(args: Namespace) -> dict[str, list[float]] | None:
+    """Return the losses and norms of the steps before the checkpoint to load; None if the checkpoint holds none.
+
+    Args:
+        args: Megatron's arguments, after `find_checkpoint` has chosen a checkpoint.
+    """
+    checkpoint = checkpoint_to_load(args)
+    if checkpoint is None or args.finetune:
+        return None
+    return getattr(load_common_state_dict(checkpoint).get("args"), "spike_history", None)
 
 
 def check_pretrained_model(args: Namespace, checkpoint: Path | None) -> None:

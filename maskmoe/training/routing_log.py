@@ -1,7 +1,7 @@
 """Logs how tokens are routed, layer by layer, to the training log, TensorBoard and W&B."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -42,10 +42,12 @@ class RoutingRecord(NamedTuple):
             - `router_grad_norm`: norm of the gradient of the router's weight in the last iteration, before clipping.
         uneven: Index of the layer whose `rank_rows_max` exceeds the mean rows of a rank the most, and the ratio of the
             two; None with one expert-parallel rank.
+        tokens_per_expert: The tokens that each expert got, by index of the layer.
     """
 
     by_layer: dict[str, dict[int, float]]
     uneven: tuple[int, float] | None
+    tokens_per_expert: Mapping[int, Sequence[float]]
 
 
 class RoutingLog:
@@ -57,10 +59,12 @@ class RoutingLog:
 
     Args:
         interval: Number of iterations between two records.
+        watch: Takes each record and its iteration on the last rank; None if nothing watches the routing.
     """
 
-    def __init__(self, interval: int) -> None:
+    def __init__(self, interval: int, watch: Callable[[RoutingRecord, int], None] | None = None) -> None:
         self._interval = interval
+        self._watch = watch
         self._has_warned = False
 
     def __call__(self, model: Sequence[DistributedDataParallel], *arguments: Any, **options: Any) -> None:
@@ -72,6 +76,8 @@ class RoutingLog:
             record = take_record(model)
             if is_last_rank():
                 self._write(record, iteration)
+                if self._watch is not None:
+                    self._watch(record, iteration)
 
     def _write(self, record: RoutingRecord, iteration: int) -> None:
         # The mean over the layers, as Megatron logs it, or the maximum; and each layer, with tags like Megatron's.
@@ -151,7 +157,9 @@ def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
     for name, of_layers in values.items():
         has_value = sums.num_routable if name == "routing_entropy" else sums.num_tokens
         by_layer[name] = {layer: of_layers[layer].item() for layer in has_value.nonzero().flatten().tolist()}
-    return RoutingRecord(by_layer, uneven)
+    has_tokens = sums.num_tokens.nonzero().flatten().tolist()
+    tokens_per_expert = {layer: sums.tokens_per_expert[layer].tolist() for layer in has_tokens}
+    return RoutingRecord(by_layer, uneven, tokens_per_expert)
 
 
 def _max_over_mean(load: Tensor) -> Tensor:

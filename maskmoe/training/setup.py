@@ -43,6 +43,8 @@ from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.refusals import check_supported
+from maskmoe.training.rewinding import describe_rewinds, shared_rewinds
+from maskmoe.training.rewinds import Rewinds
 from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import wandb_defaults
 from maskmoe.transformer.visible_experts import check_same_mask
@@ -57,11 +59,13 @@ class CheckedRun(NamedTuple):
         args: Megatron's validated arguments.
         mask: The routing mask; None for a model without experts.
         is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
+        rewinds: The rewinds of the run so far.
     """
 
     args: Namespace
     mask: RoutingMask | None
     is_complete: bool
+    rewinds: Rewinds
 
 
 def parse_and_check_args(
@@ -90,7 +94,9 @@ def parse_and_check_args(
     # Choose the checkpoint, whose settings may complete the command line.
     args = parse_args(add_arguments)
     check_ranges(args)
-    checkpoint = resume.find_checkpoint(args, RankStore.from_environment())
+    ranks = RankStore.from_environment()
+    rewinds = shared_rewinds(args, ranks)
+    checkpoint = resume.find_checkpoint(args, ranks, rewinds)
     if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
         # Pass the choice to Megatron by `--ckpt-step`, as a user would.
         args.ckpt_step = chosen["ckpt_step"] = iteration
@@ -112,6 +118,9 @@ def parse_and_check_args(
     tokenizer_sha256 = file_checks.check_tokenizer(args)
     file_checks.check_save_folder(args)
     mask = find_routing_mask(args, checkpoint, console.say)
+    if rewinds.all:
+        console.say(f"note: {describe_rewinds(rewinds)}")
+        args.iterations_to_skip = sorted(rewinds.passed.union(args.iterations_to_skip))
     vars(args).update(wandb_defaults(args))
     with megatrons_checks():
         validate_args(args)
@@ -134,7 +143,7 @@ def parse_and_check_args(
         raise UserError(error)
     for note in changed.notes:
         console.say(f"note: {note}")
-    return CheckedRun(args, mask, changed.is_complete)
+    return CheckedRun(args, mask, changed.is_complete, rewinds)
 
 
 def _report_missing_packages() -> None:

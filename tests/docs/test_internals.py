@@ -249,6 +249,10 @@ prepare_process()
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
 
 keep_checkpoints_whole(contextlib.nullcontext)
+from maskmoe.training.megatron_patches import pass_batches_of_every_chunk, watch_steps
+
+pass_batches_of_every_chunk()
+watch_steps(lambda train_step: train_step)
 json.dump(names, sys.stdout)
 """
 

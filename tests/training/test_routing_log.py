@@ -176,6 +176,8 @@ def test_scalars_go_to_both_writers(monkeypatch):
     tensorboard, wandb = Writer(), Writer()
     monkeypatch.setattr(routing_log, "get_tensorboard_writer", lambda: tensorboard)
     monkeypatch.setattr(routing_log, "get_wandb_writer", lambda: wandb)
-    RoutingLog(interval=5)._write(RoutingRecord({"routing_entropy": {0: 0.5, 2: 1.0}}, uneven=None), 10)
+    RoutingLog(interval=5)._write(
+        RoutingRecord({"routing_entropy": {0: 0.5, 2: 1.0}}, uneven=None, tokens_per_expert={}), 10
+    )
     expected = {"routing_entropy": 0.75, "moe/routing_entropy_layer_0": 0.5, "moe/routing_entropy_layer_2": 1.0}
     assert tensorboard.scalars == wandb.scalars == {(tag, 10): value for tag, value in expected.items()}

@@ -1,0 +1,126 @@
+"""Finds experts and ranks that get no tokens any more, and layers whose routing has become rigid; needs no torch."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.mask import RoutingMask
+
+_NO_ENTROPY = 1e-4
+"""The entropy in nats below which routing is rigid: of two experts, one gets a probability of 1e-5 at most."""
+
+_MOST_NAMED = 16
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """The routing of one MoE layer in one log interval, on all ranks.
+
+    Attributes:
+        tokens_per_expert: The tokens that each expert got.
+        entropy: The mean entropy of the masked probabilities in nats; None if every token had one visible expert.
+    """
+
+    tokens_per_expert: Sequence[float]
+    entropy: float | None
+
+
+class Subject(NamedTuple):
+    """Something of a layer that can collapse.
+
+    Attributes:
+        layer: Index of the layer, from 0 as in Megatron's tags.
+        kind: "expert", "expert-parallel rank" or "routing entropy".
+        number: Number of the expert or rank; 0 for an entropy.
+    """
+
+    layer: int
+    kind: str
+    number: int = 0
+
+
+class RoutingCollapse:
+    """Reports what has collapsed for several log intervals in a row, once for each event, and reports the recovery.
+
+    Experts that no id of the mask sees are left out, because they never get tokens. Layers in which every token has one
+    visible expert have no entropy.
+
+    Args:
+        intervals: The number of log intervals after which a collapse is reported.
+        reachable: For each MoE layer, by its index, whether each expert is visible to any id.
+        num_ranks: The number of expert-parallel ranks, each of which has an equal, contiguous share of the experts.
+    """
+
+    def __init__(self, intervals: int, reachable: Mapping[int, Sequence[bool]], num_ranks: int = 1) -> None:
+        self._intervals = intervals
+        self._reachable = reachable
+        self._num_ranks = num_ranks
+        self._counts: dict[Subject, int] = {}
+
+    def take(self, layers: Mapping[int, LayerRouting]) -> list[str]:
+        """Take the routing of a log interval, and return a line for each event.
+
+        Args:
+            layers: The routing of each layer that had tokens, by its index.
+        """
+        begun, ended = [], []
+        for layer, routing in layers.items():
+            collapsed = set(self._collapsed(layer, routing))
+            for subject in collapsed:
+                self._counts[subject] = self._counts.get(subject, 0) + 1
+                if self._counts[subject] == self._intervals:
+                    begun.append(subject)
+            for subject in [known for known in self._counts if known.layer == layer and known not in collapsed]:
+                if self._counts.pop(subject) >= self._intervals:
+                    ended.append(subject)
+        return [*self._describe(begun, has_ended=False), *self._describe(ended, has_ended=True)]
+
+    def _collapsed(self, layer: int, routing: LayerRouting) -> Iterable[Subject]:
+        """Yield what has collapsed in an interval. An expert of a rank without any token is not named by itself."""
+        if routing.entropy is not None and routing.entropy < _NO_ENTROPY:
+            yield Subject(layer, "routing entropy")
+        size = len(routing.tokens_per_expert) // self._num_ranks
+        for rank in range(self._num_ranks):
+            experts = range(rank * size, (rank + 1) * size)
+            reachable = [expert for expert in experts if self._reachable[layer][expert]]
+            idle = [expert for expert in reachable if not routing.tokens_per_expert[expert]]
+            if self._num_ranks > 1 and idle and len(idle) == len(reachable):
+                yield Subject(layer, "expert-parallel rank", rank)
+            else:
+                yield from (Subject(layer, "expert", expert) for expert in idle)
+
+    def _describe(self, subjects: Iterable[Subject], has_ended: bool) -> Iterable[str]:
+        """Yield a line for each layer and kind of subject."""
+        numbers: dict[tuple[int, str], list[int]] = {}
+        for layer, kind, number in sorted(subjects):
+            numbers.setdefault((layer, kind), []).append(number)
+        for (layer, kind), found in numbers.items():
+            if kind == "routing entropy":
+                state = "is above 0 again" if has_ended else f"has been 0 for {self._span}"
+                yield f"MoE layer {layer}: the routing entropy {state}"
+                continue
+            more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+            names = f"{kind}{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:_MOST_NAMED]))}{more}"
+            if has_ended:
+                yield f"MoE layer {layer}: {names} {'get' if len(found) > 1 else 'gets'} tokens again"
+            else:
+                yield f"MoE layer {layer}: {names} got no token for {self._span}"
+
+    @property
+    def _span(self) -> str:
+        return f"{self._intervals} log interval{'s' if self._intervals > 1 else ''}"
+
+
+def reachable_experts(mask: RoutingMask, layers: FeedForwardLayers) -> dict[int, list[bool]]:
+    """Return for each MoE layer of a model, by its index, whether each expert is visible to any id.
+
+    Args:
+        mask: The routing mask.
+        layers: The feed-forward layers of the model.
+    """
+    return {
+        index: mask.visible_to_any_id(layers.table(index + 1, len(mask.row_of_id))).tolist()
+        for index, has_experts in enumerate(layers.has_experts)
+        if has_experts
+    }

@@ -1,0 +1,33 @@
+"""Pretraining in which the batches of some iterations have a loss that is far too high, or far too low.
+
+The environment variable SPIKES holds the iterations, counted from 1 and separated by commas. SPIKE_FACTOR is the factor
+of their losses, and so of their gradients.
+"""
+
+import os
+
+from maskmoe.megatron_compat import prepare_process
+
+prepare_process()
+from megatron.training import get_args
+
+from maskmoe.cli import run_tool
+from maskmoe.training import pretraining
+
+SPIKES = {int(iteration) for iteration in os.environ.get("SPIKES", "").split(",") if iteration}
+FACTOR = float(os.environ.get("SPIKE_FACTOR", "50"))
+
+stock_forward_step = pretraining.forward_step
+
+
+def forward_step(data_iterator, model, before):
+    output, loss_function = stock_forward_step(data_iterator, model, before)
+    is_loss = output.dim() == 2  # [batch, sequence]; the hidden states of other pipeline stages have three dimensions
+    if is_loss and model.training and get_args().curr_iteration + 1 in SPIKES:
+        output = output * FACTOR
+    return output, loss_function
+
+
+if __name__ == "__main__":
+    pretraining.forward_step = forward_step
+    run_tool(pretraining.main)

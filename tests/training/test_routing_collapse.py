@@ -1,0 +1,180 @@
+"""Collapsed routing is reported once with layer and expert or rank, and so is its end."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.launchers import TESTS
+from support.training import Run, TrainingOutcome
+from support.training_runs import EXPERT_2
+
+from maskmoe.journal import Kind, read_journal
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.training.routing_collapse import LayerRouting, RoutingCollapse, reachable_experts
+
+COLLAPSE = (str(TESTS / "training" / "pretrain_with_collapse.py"),)
+
+
+def take_all(collapse: RoutingCollapse, *intervals: LayerRouting) -> list[list[str]]:
+    """Return the lines of each interval of layer 3."""
+    return [collapse.take({3: routing}) for routing in intervals]
+
+
+BUSY, IDLE_1, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 9, 0, 0], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "intervals", "lines"),
+    [
+        (1, [IDLE_1, BUSY, IDLE_1, BUSY], {}),
+        (1, [IDLE_1, IDLE_1], {1: "MoE layer 3: expert 1 got no token for 2 log intervals"}),
+        (
+            1,
+            [IDLE_23, IDLE_23, IDLE_23, BUSY, BUSY],
+            {
+                1: "MoE layer 3: experts 2, 3 got no token for 2 log intervals",
+                3: "MoE layer 3: experts 2, 3 get tokens again",
+            },
+        ),
+        (
+            2,
+            [IDLE_23, IDLE_23, IDLE_23, BUSY],
+            {
+                1: "MoE layer 3: expert-parallel rank 1 got no token for 2 log intervals",
+                3: "MoE layer 3: expert-parallel rank 1 gets tokens again",
+            },
+        ),
+        (
+            1,
+            [([5] * 4, 0.0), ([5] * 4, 1e-6), ([5] * 4, 0.2)],
+            {
+                1: "MoE layer 3: the routing entropy has been 0 for 2 log intervals",
+                2: "MoE layer 3: the routing entropy is above 0 again",
+            },
+        ),
+        (1, [([5] * 4, None)] * 5, {}),
+    ],
+)
+def test_events(num_ranks, intervals, lines):
+    collapse = RoutingCollapse(2, {3: [True] * 4}, num_ranks)
+    taken = take_all(collapse, *(LayerRouting(*interval) for interval in intervals))
+    assert {number: line for number, found in enumerate(taken) for line in found} == lines
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_experts_that_no_id_sees_are_left_out(num_ranks):
+    collapse = RoutingCollapse(1, {3: [True, False, False, False]}, num_ranks)
+    assert take_all(collapse, LayerRouting([7, 0, 0, 0], None)) == [[]]
+    collapse = RoutingCollapse(1, {3: [True, True, False, True]}, num_ranks)
+    (lines,) = take_all(collapse, LayerRouting([7, 7, 0, 0], None))
+    assert lines == [
+        f"MoE layer 3: {'expert-parallel rank 1' if num_ranks == 2 else 'expert 3'} got no token for 1 log interval"
+    ]
+
+
+def test_many_experts_fit_on_a_line():
+    collapse = RoutingCollapse(1, {0: [True] * 256})
+    (line,) = collapse.take({0: LayerRouting([1] + [0] * 255, 1.0)})
+    assert (
+        line == f"MoE layer 0: experts {', '.join(map(str, range(1, 17)))} and 239 more got no token for 1 log interval"
+    )
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=20), st.integers(1, 4))
+def test_events_agree_with_runs_of_idle_intervals(idle, least):
+    """Each run of at least `least` idle intervals of an expert gives one line, and one at its end if there is one."""
+    collapse = RoutingCollapse(least, {0: [True] * 3})
+    taken = [collapse.take({0: LayerRouting([0 if is_idle else 4 for is_idle in row], None)}) for row in idle]
+    found = {"got no": 0, "again": 0}
+    for lines in taken:
+        for line in lines:
+            number = len(re.findall(r"\d+", line.split("expert")[1].split("got")[0].split("get")[0]))
+            found["again" if line.endswith("again") else "got no"] += number
+    expected = {"got no": 0, "again": 0}
+    for column in np.array(idle, dtype=bool).reshape(-1, 3).T:
+        runs = re.findall("1+0?", "".join("1" if is_idle else "0" for is_idle in column))
+        long = [run for run in runs if run.count("1") >= least]
+        expected["got no"] += len(long)
+        expected["again"] += sum(run.endswith("0") for run in long)
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["mask", "starving", "hash_layers"])
+def test_reachable_experts_are_those_of_the_visible_sets(workplace, name):
+    mask = RoutingMask.load(workplace.folder / f"{name}.safetensors")
+    layers = FeedForwardLayers((True,) * 4, (True,))
+    reachable = reachable_experts(mask, FeedForwardLayers((True, False, True, True)))
+    assert list(reachable) == [0, 2, 3]
+    for layer in reachable:
+        assert reachable[layer] == mask.visible_sets(layer).any(axis=0).tolist()
+    if len(mask.row_of_id) == 1:
+        assert set(reachable_experts(mask, layers)) == {0, 1, 2, 3, 4}
+    assert (name == "starving") == (not all(map(all, reachable.values())))
+
+
+def warnings_of(outcome: TrainingOutcome) -> list[str]:
+    text = "".join(log.read_text() for log in sorted(outcome.folder.glob("*.log")))
+    return re.findall(r"^warning: (MoE layer .*)$", text, re.MULTILINE)
+
+
+@pytest.fixture
+def run_collapsing(workplace, tmp_path):
+    """Run with a collapse of the third layer in the iterations 4 to 9, and report after 3 iterations."""
+
+    def run_collapsing(kind: str, flags: str = "", ranks: int = 1) -> TrainingOutcome:
+        environment = {"COLLAPSE": kind, "COLLAPSE_LAYER": "2", "COLLAPSE_FROM": "4", "COLLAPSE_UNTIL": "10"}
+        # All ids see all experts of the third layer, and two experts of the first and second layer.
+        flags = f"--exit-interval 12 --collapse-intervals 3 --save {tmp_path}/save --save-interval 100 {flags}"
+        run = Run(flags, ranks=ranks, program=COLLAPSE, mask="hash_layers.safetensors", logs_scalars=False)
+        with workplace.start(run, tmp_path / kind, environment=environment) as processes:
+            return processes.wait(all_end=True)
+
+    return run_collapsing
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "ranks", "begins", "ends"),
+    [
+        ("rank", EXPERT_2, 2, "expert-parallel rank 0 got no token for", "expert-parallel rank 0 gets tokens again"),
+        pytest.param(
+            *("expert", EXPERT_2, 2, "expert 5 got no token for", "expert 5 gets tokens again"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("rank", "--pipeline-model-parallel-size 2", 2, "experts 0, 1, 2, 3 got no token for"),
+            "experts 0, 1, 2, 3 get tokens again",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("entropy", "", 1, "the routing entropy has been 0 for", "the routing entropy is above 0 again"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_collapse_in_training(run_collapsing, tmp_path, kind, flags, ranks, begins, ends):
+    outcome = run_collapsing(kind, flags, ranks)
+    assert outcome.exit_codes == (0,) * ranks, outcome.report()
+    lines = [f"MoE layer 2: {begins} 3 log intervals", f"MoE layer 2: {ends}"]
+    assert warnings_of(outcome) == lines
+    entries = [entry for entry in read_journal(tmp_path / "save") if entry.kind == Kind.WARNED]
+    assert [(entry.text, entry.iteration) for entry in entries] == list(zip(lines, (6, 10), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("mask", "flags"),
+    [
+        # Every id sees one of the first four experts: four experts get nothing, and there is no entropy.
+        ("starving", ""),
+        pytest.param("mask", "", marks=pytest.mark.slow),
+        pytest.param("hash_layers", "", marks=pytest.mark.slow),
+        # In the warm-up, every id sees its home expert only.
+        pytest.param("homes", "--visible-experts-warmup-iters 6", marks=pytest.mark.slow),
+    ],
+)
+def test_sound_routing_is_not_reported(workplace, tmp_path, mask, flags):
+    run = Run(f"{EXPERT_2} --exit-interval 12 --collapse-intervals 2 {flags}", ranks=2, mask=f"{mask}.safetensors")
+    outcome = workplace.run(run, tmp_path / "run")
+    assert outcome.exit_codes == (0, 0), outcome.report()
+    assert warnings_of(outcome) == []

@@ -1,0 +1,311 @@
+"""Steps that are off are reported, skipped, or passed over after a rewind, in real training runs."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+from support.launchers import TESTS
+from support.runs import read_scalars
+from support.training import Run, TrainingOutcome
+from support.training_runs import DISTRIBUTED, EXPERT_2, INTERLEAVED, PIPELINE_2, TENSOR_2
+
+from maskmoe.checkpoint.series import read_tracker, saved_iterations
+from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, EXIT_REWIND, read_exit_code
+from maskmoe.journal import Kind, read_journal
+from maskmoe.training.rewinds import FILE_NAME, read_rewinds
+
+SPIKE = (str(TESTS / "training" / "pretrain_with_spike.py"),)
+IDLE_OPTIMIZER = (str(TESTS / "training" / "pretrain_with_idle_optimizer.py"),)
+WINDOW = "--spike-window 8"
+TAGS = ("spike/loss", "spike/grad-norm")
+
+StartSpiky = Callable[..., TrainingOutcome]
+
+
+@pytest.fixture
+def run_spiky(workplace, tmp_path) -> StartSpiky:
+    """Run with spikes to the end. All starts of one test that save use one folder, from which they also load."""
+
+    def run_spiky(
+        flags: str = "", spikes: str = "", factor: float = 50, name: str = "run", saves: bool = False, **settings
+    ) -> TrainingOutcome:
+        folders = f"--save {tmp_path}/save --load {tmp_path}/save" if saves else ""
+        run = Run(f"{WINDOW} {flags} {folders}", program=settings.pop("program", SPIKE), **settings)
+        environment = {
+            "SPIKES": spikes,
+            "SPIKE_FACTOR": str(factor),
+            "WITHOUT_UPDATE": spikes or "0",
+            EXIT_CODE_FILE: str(tmp_path / "exit-code"),
+        }
+        with workplace.start(run, tmp_path / name, environment=environment) as processes:
+            return processes.wait(all_end=True)
+
+    return run_spiky
+
+
+def warnings_of(outcome: TrainingOutcome) -> list[str]:
+    """Return the lines on the console that begin with a warning of a step."""
+    text = "".join(log.read_text() for log in sorted(outcome.folder.glob("*.log")))
+    return re.findall(r"^(?:\[rank\d\]: ?)?warning: (iteration .* is off.*)$", text, re.MULTILINE)
+
+
+def differences(outcome: TrainingOutcome, reference: TrainingOutcome) -> set[int]:
+    """Return the iterations in which the logged loss or gradient norm of two runs differ in any bit."""
+    found = set()
+    for name in ("lm loss", "grad-norm"):
+        ours, theirs = outcome.curves[name], reference.curves[name]
+        found |= {step for step in ours.keys() | theirs.keys() if ours.get(step) != theirs.get(step)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (f"{EXPERT_2} {DISTRIBUTED}", 2),
+        pytest.param("", 1, marks=pytest.mark.slow),
+        pytest.param(PIPELINE_2, 2, marks=pytest.mark.slow),
+        pytest.param(TENSOR_2, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_report(run_spiky, tmp_path, flags, ranks):
+    """One step is off. The last rank reports the step, once."""
+    outcome = run_spiky(f"{flags} --save {tmp_path}/save --exit-interval 14", "12", ranks=ranks)
+    assert outcome.exit_codes == (0,) * ranks, outcome.report()
+    (line,) = warnings_of(outcome)
+    assert re.fullmatch(
+        r"iteration 12 is off: loss [\d.]+, [\d.]+ robust deviations above the median [\d.]+; "
+        r"gradient norm [\d.]+, [\d.]+ robust deviations above the median [\d.]+",
+        line,
+    ), line
+    (entry,) = [entry for entry in read_journal(tmp_path / "save") if entry.kind == Kind.WARNED]
+    assert (entry.text, entry.iteration) == (line, 12)
+    assert entry.facts["loss"] == pytest.approx(outcome.curves["lm loss"][12])
+    assert entry.facts["gradient_norm"] == pytest.approx(outcome.curves["grad-norm"][12], rel=1e-5)
+    scalars = read_scalars(outcome.folder)
+    assert {tag: [event.step for event in scalars[tag]] for tag in TAGS} == {tag: [12] for tag in TAGS}
+
+
+@pytest.mark.slow
+def test_watch_does_not_change_the_training(run_spiky):
+    unwatched = run_spiky(f"{EXPERT_2} --spike-action none", "12", ranks=2, name="unwatched")
+    assert warnings_of(unwatched) == []
+    assert differences(run_spiky(EXPERT_2, "12", ranks=2), unwatched) == set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"), [("", 1), pytest.param(f"{EXPERT_2} --spike-action skip", 2, marks=pytest.mark.slow)]
+)
+def test_undisturbed_run_is_not_reported(run_spiky, flags, ranks):
+    outcome = run_spiky(flags, ranks=ranks)
+    assert outcome.exit_codes == (0,) * ranks, outcome.report()
+    assert warnings_of(outcome) == []
+    assert not set(TAGS) & read_scalars(outcome.folder).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["report", "skip", "rewind"])
+def test_fall_is_reported_only(run_spiky, action):
+    """A loss that is far too low is off, too, but is no reason to skip an update or to go back."""
+    outcome = run_spiky(f"--spike-action {action}", "12", factor=0.01, saves=True)
+    assert outcome.exit_codes == (0,), outcome.report()
+    (line,) = warnings_of(outcome)
+    assert re.fullmatch(
+        r"iteration 12 is off: loss 0\.058\d+, .* below the median 6\.03(; .* below the median .*)?", line
+    )
+    assert outcome.iterations == list(range(1, 22))
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (f"{EXPERT_2} {DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather", 2),
+        pytest.param("", 1, marks=pytest.mark.slow),
+        pytest.param("--bf16", 1, marks=pytest.mark.slow),
+        pytest.param(f"--bf16 {EXPERT_2} {DISTRIBUTED}", 2, marks=pytest.mark.slow),
+        pytest.param("--fp16 --initial-loss-scale 1024", 1, marks=pytest.mark.slow),
+        pytest.param(PIPELINE_2, 2, marks=pytest.mark.slow),
+        pytest.param(f"{INTERLEAVED} {DISTRIBUTED}", 2, marks=pytest.mark.slow),
+        pytest.param(TENSOR_2, 2, marks=pytest.mark.slow),
+        pytest.param("--optimizer sgd", 1, marks=pytest.mark.slow),
+        pytest.param("--clip-grad 0", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_skip(run_spiky, flags, ranks):
+    """All later steps are those of a run whose optimizer does nothing in this step, bit for bit."""
+    flags = f"{flags} --exit-interval 16"
+    outcome = run_spiky(f"{flags} --spike-action skip", "12", ranks=ranks)
+    assert outcome.exit_codes == (0,) * ranks, outcome.report()
+    (line,) = warnings_of(outcome)
+    assert line.startswith("iteration 12 is off: loss ")
+    assert line.endswith("; the update is skipped")
+    reference = run_spiky(flags, "12", ranks=ranks, name="reference", program=IDLE_OPTIMIZER)
+    assert differences(outcome, reference) == {12}  # the reference has no spike
+
+
+@pytest.mark.slow
+def test_applied_update_changes_the_next_steps(run_spiky):
+    """The comparison of the test above finds an update that was applied."""
+    flags = f"{EXPERT_2} {DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather --exit-interval 14"
+    reference = run_spiky(flags, "12", ranks=2, name="reference", program=IDLE_OPTIMIZER)
+    assert differences(run_spiky(flags, "12", ranks=2), reference) == {12, 13, 14}
+
+
+@pytest.mark.slow
+def test_resumed_run_knows_the_steps_before(run_spiky):
+    """Two steps after the checkpoint are too few for a judgement. The checkpoint holds the steps before."""
+    flags = "--spike-action skip --save-interval 10"
+    uninterrupted = run_spiky(flags, "12", name="uninterrupted")
+    first = run_spiky(f"{flags} --exit-interval 10", saves=True, name="first")
+    assert first.exit_codes == (0,), first.report()
+    resumed = run_spiky(f"{flags} {EXPERT_2}", "12", saves=True, name="resumed", ranks=2)
+    assert resumed.iterations == list(range(11, 22))
+    assert len(warnings_of(resumed)) == 1
+    resumed = run_spiky(f"{flags} --ckpt-step 10", "12", saves=True, name="resumed in the same layout")
+    assert resumed.difference(uninterrupted) == 0
+
+
+REWIND = "--spike-action rewind --save-interval 3 --spike-rewind-margin 2"
+
+
+def test_rewind(run_spiky, tmp_path):
+    """The checkpoint of iteration 12 is inside the spike: the run goes back to iteration 9 and passes 11 to 13 over.
+
+    Nothing starts the ranks again here, so the test does. The run then equals an undisturbed run that passes the same
+    iterations over from the beginning.
+    """
+    flags = f"{EXPERT_2} {REWIND}"
+    first = run_spiky(flags, "13", saves=True, name="first", ranks=2)
+    assert first.exit_codes == (EXIT_REWIND, EXIT_REWIND), first.report()
+    assert read_exit_code(tmp_path / "exit-code") == EXIT_REQUEUE  # no launcher restarts the ranks
+    (line,) = warnings_of(first)
+    assert line.endswith("; the run goes back to the checkpoint of iteration 9 and passes over iterations 11-13")
+    assert saved_iterations(tmp_path / "save") == [12, 9, 6, 3]
+    second = run_spiky(flags, "13", saves=True, name="second", ranks=2)
+    assert second.exit_codes == (0, 0), second.report()
+    assert warnings_of(second) == []
+    output = "".join(log.read_text() for log in second.folder.glob("*0.log"))
+    assert re.search(r"^note: the run has gone back once and passes over iterations 11-13 \(loss ", output, re.M)
+    assert re.search(
+        r"^warning: checkpoint .*/iter_0000012 was trained on iterations 11-13, which .*: loss ", output, re.M
+    )
+    assert second.iterations == [10, *range(14, 22)]
+    undisturbed = run_spiky(f"{EXPERT_2} --iterations-to-skip 11 12 13", name="undisturbed", ranks=2)
+    assert second.difference(undisturbed) == 0
+    assert undisturbed.iterations == [*range(1, 11), *range(14, 22)]
+    # The checkpoint inside the spike is set aside, and the others are those of the run that went back.
+    assert saved_iterations(tmp_path / "save") == [21, 18, 15, 9, 6, 3]
+    assert (tmp_path / "save" / "abandoned1_iter_0000012").is_dir()
+    assert read_tracker(tmp_path / "save") == 21
+    assert [(rewind.first, rewind.last) for rewind in read_rewinds(tmp_path / "save").all] == [(11, 13)]
+    assert [entry.iteration for entry in read_journal(tmp_path / "save") if entry.kind == Kind.WARNED] == [13]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_again(run_spiky, tmp_path):
+    """The second spike is beyond the number of rewinds: the run continues."""
+    flags = f"{EXPERT_2} {REWIND} --spike-max-rewinds 1"
+    outcome = run_spiky(flags, "13,18", saves=True, ranks=2, torchrun=True, restarts=3)
+    assert outcome.exit_codes == (0,), outcome.report()
+    first, second = warnings_of(outcome)
+    assert first.endswith("; the run goes back to the checkpoint of iteration 9 and passes over iterations 11-13")
+    assert second.startswith("iteration 18 is off")
+    assert second.endswith("; the run continues, because it has gone back 1 times already (--spike-max-rewinds)")
+    assert not (tmp_path / "exit-code").exists()
+    reference = run_spiky(f"{EXPERT_2} --iterations-to-skip 11 12 13", "18", name="reference", ranks=2)
+    assert differences(outcome, reference) == {11, 12}  # which the run logged before it went back
+
+
+@pytest.mark.slow
+def test_rewind_to_the_beginning(run_spiky, tmp_path):
+    flags = f"{REWIND} --save-interval 7"
+    first = run_spiky(flags, "6", saves=True, name="first")
+    assert first.exit_codes == (EXIT_REWIND,), first.report()
+    assert warnings_of(first)[0].endswith("; the run goes back to the beginning and passes over iterations 4-6")
+    second = run_spiky(flags, "6", saves=True, name="second")
+    assert second.exit_codes == (0,), second.report()
+    assert second.iterations == [1, 2, 3, *range(7, 22)]
+    undisturbed = run_spiky("--iterations-to-skip 4 5 6", name="undisturbed")
+    assert second.difference(undisturbed) == 0
+
+
+@pytest.mark.slow
+def test_run_continues_without_a_way_back(run_spiky, tmp_path):
+    """The only checkpoint was trained on batches that would be passed over."""
+    outcome = run_spiky(f"{REWIND} --save-interval 7", "8", saves=True)
+    assert outcome.exit_codes == (0,), outcome.report()
+    (line,) = warnings_of(outcome)
+    assert "; the run continues, because no sound checkpoint before iteration 6 is left in " in line
+    assert not (tmp_path / "save" / FILE_NAME).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--async-save"])
+def test_rewinds_survive_restarts_and_layouts(run_spiky, tmp_path, flags):
+    """A second rewind adds to the first. Restarts in another layout, and with another action, pass over the same."""
+    flags = f"{flags} {REWIND}"
+    assert run_spiky(flags, "13,17", saves=True, name="1").exit_codes == (EXIT_REWIND,)
+    second = run_spiky(flags, "13,17", saves=True, name="2")
+    assert second.exit_codes == (EXIT_REWIND,), second.report()
+    assert warnings_of(second)[0].endswith(
+        "goes back to the checkpoint of iteration 9 and passes over iterations 15-17"
+    )
+    third = run_spiky(f"{EXPERT_2} --save-interval 3", "13,17", saves=True, name="3", ranks=2)
+    assert third.exit_codes == (0, 0), third.report()
+    assert third.iterations == [10, 14, 18, 19, 20, 21]
+    assert warnings_of(third) == []
+    assert sorted(path.name for path in (tmp_path / "save").glob("abandoned*")) == [
+        "abandoned1_iter_0000012",
+        "abandoned1_iter_0000015",
+    ]
+
+
+@pytest.mark.slow
+def test_damaged_record_of_rewinds_is_refused(run_spiky, tmp_path):
+    (tmp_path / "save").mkdir()
+    (tmp_path / "save" / FILE_NAME).write_text("[")
+    outcome = run_spiky(f"{EXPERT_2} {REWIND}", saves=True, ranks=2)
+    assert outcome.exit_codes == (2, 2), outcome.report()
+    assert f"{FILE_NAME} is damaged" in outcome.errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.runs("start")
+@pytest.mark.parametrize("flags", [INTERLEAVED, TENSOR_2, PIPELINE_2, "--context-parallel-size 2"])
+def test_batches_are_passed_over_in_every_layout(runs, run_spiky, flags):
+    (source,) = runs
+    passed = f"--iterations-to-skip 4 5 9 --exit-interval 12 --load {source.checkpoints}"
+    reference = run_spiky(passed, name="reference")
+    outcome = run_spiky(f"{passed} {flags}", ranks=2)
+    assert outcome.exit_codes == (0, 0), outcome.report()
+    assert outcome.iterations == [2, 3, 6, 7, 8, 10, 11, 12]
+    assert outcome.difference(reference) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--spike-action rewind", "--spike-action rewind without --save and --load of the same folder"),
+        ("--spike-action rewind --save a --load b", "--spike-action rewind without --save and --load of the same"),
+        ("--spike-action rewind --save a --load a --finetune", "--spike-action rewind with --finetune"),
+        ("--spike-action rewind --save a --load a --keep-last-checkpoints 1", "--keep-last-checkpoints 1 is not"),
+        ("--spike-action rewind --save a --load a --non-persistent-save-interval 5", "--non-persistent-save-interval"),
+        ("--spike-action skip --optimizer-cuda-graph", "--spike-action skip with --qk-clip or --optimizer-cuda-graph"),
+        ("--spike-deviations 0", "--spike-deviations must be"),
+        ("--spike-window 1", "--spike-window must be"),
+        ("--collapse-intervals -1", "--collapse-intervals must be"),
+    ],
+)
+def test_refused_combinations(monkeypatch, workplace, tmp_path, flags, error):
+    from support.command_lines import forget_megatrons_globals
+
+    from maskmoe.errors import UserError
+    from maskmoe.training import pretraining
+
+    words = workplace.flags(Run(flags, logs_scalars=False), tmp_path)
+    monkeypatch.setattr("sys.argv", ["maskmoe", *words])
+    monkeypatch.chdir(workplace.folder)
+    try:
+        with pytest.raises(UserError, match=re.escape(error)):
+            pretraining.main()
+    finally:
+        forget_megatrons_globals()
