@@ -25,6 +25,7 @@ from maskmoe.check.memory import compute_memory
 from maskmoe.check.missing import ASSUMED_VOCAB_SIZE, MissingInput, missing_inputs, names_dataset
 from maskmoe.check.parameters import count_parameters
 from maskmoe.check.report import Report
+from maskmoe.checkpoint.non_persistent import is_non_persistent, non_persistent_folder
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint
 from maskmoe.command_line import refuse_unknown_flags
@@ -89,7 +90,8 @@ class Inspection:
         # The arguments: given, or read from a checkpoint.
         checkpoint = self._find_checkpoint()
         if args.use_checkpoint_args and checkpoint is not None:
-            args = self._args = self._parse(ckpt_step=args.ckpt_step, **further_checkpoint_args(args, checkpoint))
+            chosen = {name: getattr(args, name) for name in ("ckpt_step", "loads_non_persistent")}
+            args = self._args = self._parse(**chosen, **further_checkpoint_args(args, checkpoint))
             load_args_from_checkpoint(args)
         # Settings, sizes and files, by our own rules.
         layout = Layout.from_args(args)
@@ -193,12 +195,13 @@ class Inspection:
                 self._add(["--use-checkpoint-args needs --load with the folder of the checkpoints"])
             return None
         with self._collecting():
-            choice = choose_checkpoint(args.load, args.ckpt_step)
+            choice = choose_checkpoint(args.load, args.ckpt_step, non_persistent=non_persistent_folder(args, args.load))
             self._notes += [f"checkpoint {damage}" for damage in choice.rejected]
             if choice.checkpoint is None:
                 self._notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")
             elif choice.iteration is not None:
                 args.ckpt_step = choice.iteration
+                args.loads_non_persistent = is_non_persistent(args, choice.checkpoint)
             return choice.checkpoint
         return None
 

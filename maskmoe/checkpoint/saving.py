@@ -1,25 +1,17 @@
-"""Saves checkpoints with a manifest, never over existing files, and removes checkpoints that are no longer wanted."""
+"""Writes the files of checkpoints with a manifest of their digests."""
 
 import queue
-import shutil
-from argparse import Namespace
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.training import get_args, print_rank_0
-from megatron.training.checkpointing import get_loaded_iteration
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from maskmoe.checkpoint.integrity import record_rank, write_manifest
-from maskmoe.checkpoint.series import checkpoint_path, read_tracker, remove_old_checkpoints, saved_iterations
 
 
 class SealedSaveStrategy(TorchDistSaveShardedStrategy):
@@ -83,56 +75,6 @@ def _copy_host_tensors(bucket: tuple) -> tuple:
     path, storage_key, (bytes_data, tensor_data) = bucket
     copied = [(item, tensor.clone() if tensor.device.type == "cpu" else tensor) for item, tensor in tensor_data]
     return path, storage_key, (bytes_data, copied)
-
-
-def saving_whole_checkpoints(
-    save_checkpoint: Callable[..., None], while_saving: Callable[[], AbstractContextManager]
-) -> Callable[..., None]:
-    """Wrap Megatron's `save_checkpoint` so that it never writes into a used folder, and removes old checkpoints.
-
-    Args:
-        save_checkpoint: the function of Megatron.
-        while_saving: makes a context manager that is entered around each save.
-    """
-
-    @wraps(save_checkpoint)
-    def save(iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
-        settings = get_args()
-        assert settings is not None
-        if _is_saved(settings, iteration):
-            print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
-            return
-        is_first = torch.distributed.get_rank() == 0
-        retention = settings.keep_last_checkpoints, settings.save_retain_interval
-        with while_saving():
-            if is_first and not non_persistent_ckpt:
-                shutil.rmtree(checkpoint_path(settings.save, iteration), ignore_errors=True)
-                remove_old_checkpoints(settings.save, *retention)
-            torch.distributed.barrier()
-            save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
-            if is_first and not settings.async_save:
-                remove_old_checkpoints(settings.save, *retention)
-
-    return save
-
-
-def _is_saved(settings: Namespace, iteration: int) -> bool:
-    """Return whether the checkpoint was loaded from the folder in `--save`, with no iteration trained since.
-
-    Saving would replace a sound checkpoint by an equal one, and could lose it.
-    """
-    is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
-    return is_same_folder and not settings.finetune and get_loaded_iteration() == iteration
-
-
-def remove_unfinished_checkpoints(folder: str | Path) -> None:
-    """Remove unfinished checkpoints that are newer than the checkpoint in the tracker file, which failed saves left."""
-    newest = read_tracker(folder)
-    for iteration in saved_iterations(folder):
-        checkpoint = checkpoint_path(folder, iteration)
-        is_newer = not isinstance(newest, int) or iteration > newest
-        if is_newer and not (checkpoint / CONFIG_FNAME).exists():  # Megatron writes this file last
-            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any) -> None:

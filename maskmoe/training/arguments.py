@@ -91,6 +91,7 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         moe_aux_loss_coeff=1e-2,
         eval_interval=1000,
         dist_ckpt_optim_fully_reshardable=True,
+        loads_non_persistent=False,  # has no flag: set when the checkpoint is chosen
     )
     defaults = cpu.argument_defaults() if cpu.is_installed() else GpuPackages.installed().argument_defaults()
     parser.set_defaults(**defaults)

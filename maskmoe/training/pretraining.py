@@ -6,7 +6,7 @@ are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a 
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from maskmoe import ranges
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import locked_folder
+from maskmoe.journal import Journal
 from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat.globals import get_args, get_timers, open_writers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -120,6 +121,11 @@ def hang_timeout(args: Namespace) -> float:
     return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
 
 
+def journal_of_rank(args: Namespace) -> Journal:
+    """Return the journal of the run on the first rank; other ranks get one that drops all entries."""
+    return Journal(run_folder(args.save, args.tensorboard_dir) if args.rank == 0 else None)
+
+
 def _open_run_folder(args: Namespace) -> Path | None:
     """Write the arguments and the log to the run folder from now on; return the folder, or None if there is none.
 
@@ -151,33 +157,39 @@ def main() -> None:
     # A refused run leaves no files, so wait until no rank can refuse the run any more.
     ranks = RankStore.from_environment()
     ranks.wait_for_all("checks")
-    with locked_by_first_rank(run.args.save, ranks):
+    with locked_by_first_rank(_folders_to_lock(run.args), ranks):
         mend_tracker(run.args, ranks)
         train(run, model_config, ranks, let_signals_save)
 
 
+def _folders_to_lock(args: Namespace) -> list[Path]:
+    """Return the folders of checkpoints that no other run may write to."""
+    save, local = args.save, args.non_persistent_global_ckpt_dir
+    return [Path(folder) for folder in (save, local) if save is not None and folder is not None]
+
+
 @contextmanager
-def locked_by_first_rank(save: str | None, ranks: RankStore) -> Iterator[None]:
-    """Let the first rank hold the lock of the folder `--save` during the block; all ranks wait for the lock.
+def locked_by_first_rank(folders: Sequence[Path], ranks: RankStore) -> Iterator[None]:
+    """Let the first rank hold the locks of folders during the block; all ranks wait for the locks.
 
     Args:
-        save: Megatron's `--save`, or None.
+        folders: The folders that the run writes to.
         ranks: Messages between the ranks.
 
     Raises:
-        UserError: Another run trains in the folder.
+        UserError: Another run trains in one of the folders.
     """
     with ExitStack() as stack:
         problem = ""
         try:
-            if save is not None and ranks.rank == 0:
-                stack.enter_context(locked_folder(Path(save)))
+            for folder in folders if ranks.rank == 0 else ():
+                stack.enter_context(locked_folder(folder))
         except UserError as error:
             problem = str(error)
             raise
         finally:
             # The other ranks wait for an answer, so send one even if this rank fails.
-            problem = ranks.broadcast("lock of the run folder", problem)
+            problem = ranks.broadcast("locks of the folders", problem)
         if problem:
             raise UserError(problem)
         yield
@@ -214,7 +226,7 @@ def train(
         report,
         partial(data_files.check, _DATA_FILES_A_STEP),
     )
-    keep_checkpoints_whole(while_saving=watchdog.paused)
+    keep_checkpoints_whole(watchdog.paused, journal_of_rank(args))
     if args.override_opt_param_scheduler and has_one_learning_rate(args):
         override_learning_rates()
     # Train. Each context manager handles one way in which the run may end early.

@@ -214,6 +214,15 @@ REFUSALS = (
         lambda args: args.hybrid_layer_pattern is not None and not _pattern_has("/", args) and args.mtp_num_layers,
     ),
     Refusal(
+        "--non-persistent-save-interval or --non-persistent-global-ckpt-dir, without --non-persistent-ckpt-type",
+        "Megatron-Core ends at the first save without a type, and ignores the folder. Pass --non-persistent-ckpt-type "
+        "global.",
+        lambda args: (
+            args.non_persistent_ckpt_type is None
+            and _is_given("--non-persistent-save-interval or --non-persistent-global-ckpt-dir", args)
+        ),
+    ),
+    Refusal(
         "--change-routing-mask without --routing-mask",
         "Without a mask in --routing-mask, a run uses the mask of the checkpoint.",
         lambda args: may_change_mask(args) and args.routing_mask is None,
