@@ -4,6 +4,7 @@ import argparse
 import os
 
 from maskmoe import ranges
+from maskmoe.check.assumed_cluster import add_assumed_cluster_arguments
 from maskmoe.check.assumed_gpu import add_assumed_gpu_arguments
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -123,4 +124,5 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="print the report of --check as one JSON object; maskmoe/check/report.py documents its keys",
     )
     add_assumed_gpu_arguments(parser)
+    add_assumed_cluster_arguments(parser)
     return parser
