@@ -96,12 +96,30 @@ def test_flipped_byte_is_reported_and_the_persistent_checkpoint_is_loaded(runs, 
 
 @pytest.mark.slow
 @pytest.mark.runs(REFERENCE)
-@pytest.mark.parametrize("source", ["mask.safetensors", None], ids=["mask from file", "mask from checkpoint"])
-def test_non_persistent_checkpoint_loads_in_another_layout(runs, workplace, copy, tmp_path, source):
+@pytest.mark.parametrize(
+    ("more", "source"),
+    [("", "mask.safetensors"), ("--use-checkpoint-args", None)],
+    ids=["own settings", "its settings"],
+)
+def test_non_persistent_checkpoint_loads_in_another_layout(runs, workplace, copy, tmp_path, more, source):
     (reference,) = runs
-    resumed = resume(workplace, tmp_path / "run", copy, f"{FLAGS} {EXPERT_2} --exit-interval 15", ranks=2, mask=source)
+    flags = f"{FLAGS} {EXPERT_2} --exit-interval 15 {more}"
+    resumed = resume(workplace, tmp_path / "run", copy, flags, ranks=2, mask=source)
     assert resumed.iterations == [13, 14, 15]
     assert 0 < resumed.difference(reference) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.runs(REFERENCE)
+def test_non_persistent_checkpoint_precedes_a_pretrained_model(runs, workplace, killed, copy, tmp_path):
+    """The run was killed before its first persistent checkpoint."""
+    (reference,) = runs
+    shutil.rmtree(checkpoint_path(copy, 7))
+    (copy / TRACKER).unlink()
+    flags = f"{FLAGS} --pretrained-checkpoint {killed} --exit-interval 14 --save-interval 100"
+    resumed = resume(workplace, tmp_path / "run", copy, flags)
+    assert resumed.iterations == [13, 14]
+    assert resumed.difference(reference) == 0
 
 
 @pytest.mark.slow
