@@ -87,7 +87,7 @@ class SaveInterval:
         return self.iterations * self.step.seconds / 60
 
     def lost_share(self, iterations: int) -> float:
-        """Return the share of the time that saves and failures cost with an interval of so many iterations."""
+        """Return the share of the time that saves and failures cost with an interval of `iterations`."""
         seconds = iterations * self.step.seconds
         return self.save.seconds / seconds + seconds / (2 * self._mtbf_seconds)
 
@@ -127,7 +127,7 @@ class SaveInterval:
 
 @dataclass(frozen=True)
 class History:
-    """What the journal of a run says about saves, steps and failures.
+    """Times and failures that the journal of a run records.
 
     Attributes:
         save: the median time for which training stood still for a save; None if there was none of this kind.
@@ -143,7 +143,7 @@ class History:
 
     @classmethod
     def of(cls, entries: Sequence[Entry], is_asynchronous: bool) -> Self:
-        """Return what entries say.
+        """Return the history in the entries of a journal.
 
         Args:
             entries: the entries of a journal in the order of their times.

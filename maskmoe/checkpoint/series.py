@@ -92,8 +92,8 @@ def choose_checkpoint(
 
     The search starts with the checkpoint that the tracker file names, and continues with older checkpoints. Without a
     usable tracker file, which an interrupted save may leave behind, the search starts with the newest checkpoint. A
-    folder in which only the first save of a run was interrupted counts as a folder without checkpoints. Of two sound
-    checkpoints of one iteration, the persistent one is chosen.
+    folder in which only the first save of a run was interrupted counts as a folder without checkpoints. If both kinds
+    have a sound checkpoint of the same iteration, the persistent one is chosen.
 
     Args:
         folder: the folder in Megatron's `--load`.

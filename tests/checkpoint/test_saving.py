@@ -32,7 +32,7 @@ def test_copies_are_equal_and_share_no_memory_with_training():
         assert (copy.dtype, copy.shape) == (expected.dtype, expected.shape)
         assert torch.equal(copy, expected)
     storages = {copy.untyped_storage().data_ptr() for _, copy in copies if copy.numel()}
-    assert len(storages) == 1  # so that one file descriptor is sent to the writer
+    assert len(storages) == 1  # the writer gets a single file descriptor
     assert copies[0][1].is_shared()
 
 

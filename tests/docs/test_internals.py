@@ -247,8 +247,9 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
+from maskmoe.journal import Journal
 
-keep_checkpoints_whole(contextlib.nullcontext)
+keep_checkpoints_whole(contextlib.nullcontext, Journal(None))
 json.dump(names, sys.stdout)
 """
 

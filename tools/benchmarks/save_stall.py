@@ -34,7 +34,7 @@ VOCAB_SIZE = 4096
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process measured.
+    """The measurements of one process.
 
     Attributes:
         stalls: seconds for which training stood still, for each save in the order of the saves.
@@ -46,7 +46,7 @@ class Measurement:
 
 
 def measure(folder: Path, flags: dict[str, Any]) -> Measurement:
-    """Train in a new process, and return what the journal and the log say.
+    """Train in a new process, and return the times in the journal and in the log.
 
     Args:
         folder: gets the files of the run.
