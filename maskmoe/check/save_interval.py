@@ -120,7 +120,7 @@ class SaveInterval:
             f"a step      takes {_digits(self.step.seconds)} s: {self.step.source}",
             f"failures    {failures}",
         ]
-        if self.given not in (None, self.iterations) and self.iterations != self.last_iteration:
+        if self.given is not None and self.iterations not in (self.given, self.last_iteration):
             lines.append(f"given       --save-interval {self.given} costs {_percent(self.lost_share(self.given))}")
         return tuple(lines)
 

@@ -5,7 +5,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class CheckpointSaver:
             terminate: end the process that writes.
         """
         finished: list[_Save] = []
-        with self._while_saving() if blocking else nullcontext(), _adding_time(finished):
+        with _adding_time(finished):
             self._finalize(blocking=blocking, terminate=terminate)
             while len(self._unfinished) > _num_unfinished():
                 finished.append(self._unfinished.popleft())
