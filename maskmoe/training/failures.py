@@ -190,10 +190,10 @@ def _save_failure(args: Namespace, cause: str) -> RunFailure:
     local = non_persistent_folder(args, args.save)
     if local is not None and local.exists():
         folders.append(local)
+    spaces = "; ".join(map(_describe_space, folders))  # before unfinished checkpoints are removed
     if torch.distributed.get_rank() == 0:
         for folder in folders:
             remove_unfinished_checkpoints(folder)
-    spaces = "; ".join(map(_describe_space, folders))
     return RunFailure(f"cannot save a checkpoint to {spaces}; {cause}. {_newest_checkpoint(args)}")
 
 
