@@ -25,10 +25,13 @@ from maskmoe.check.memory import compute_memory
 from maskmoe.check.missing import ASSUMED_VOCAB_SIZE, MissingInput, missing_inputs, names_dataset
 from maskmoe.check.parameters import count_parameters
 from maskmoe.check.report import Report
+from maskmoe.check.save_interval import recommend_save_interval
+from maskmoe.checkpoint.non_persistent import is_non_persistent, non_persistent_folder
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint
 from maskmoe.command_line import refuse_unknown_flags
 from maskmoe.errors import UserError
+from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -90,7 +93,8 @@ class Inspection:
         # The arguments: given, or read from a checkpoint.
         checkpoint = self._find_checkpoint()
         if args.use_checkpoint_args and checkpoint is not None:
-            args = self._args = self._parse(ckpt_step=args.ckpt_step, **further_checkpoint_args(args, checkpoint))
+            chosen = {name: getattr(args, name) for name in ("ckpt_step", "loads_non_persistent")}
+            args = self._args = self._parse(**chosen, **further_checkpoint_args(args, checkpoint))
             load_args_from_checkpoint(args)
         # Settings, sizes and files, by our own rules.
         layout = Layout.from_args(args)
@@ -132,7 +136,7 @@ class Inspection:
                 self._add(changed.errors)
                 self._notes += changed.notes
         # The validated arguments have a layout that divides, so the model is known even if the given layout does not.
-        model = memory = cost = None
+        model = memory = cost = saving = None
         if validated is not None and not self._has_unbuildable_layers():
             with self._collecting():
                 config = _model_config(validated)
@@ -140,6 +144,9 @@ class Inspection:
                     model = count_parameters(validated, config, mask)
                 memory = compute_memory(validated, config.transformer, model) if divides else None
                 cost = compute_cost(validated, config.transformer, model) if divides else None
+                if cost is not None:
+                    folder = run_folder(validated.save, validated.tensorboard_dir)
+                    saving = recommend_save_interval(validated, layout, model, cost, folder)
         # Missing inputs come last.
         inputs: tuple[MissingInput, ...] = ()
         if not self._has_unreadable_layers():
@@ -150,7 +157,7 @@ class Inspection:
                 "(--moe-router-topk); a token with fewer visible experts uses fewer"
             )
         errors, notes = (tuple(dict.fromkeys(lines)) for lines in (self._errors, self._notes))
-        return Report(errors, notes, layout if divides else None, model, memory, cost, inputs)
+        return Report(errors, notes, layout if divides else None, model, memory, cost, saving, inputs)
 
     def _parse(self, **defaults: Any) -> Namespace:
         """Parse the command line of this process.
@@ -197,12 +204,18 @@ class Inspection:
             rewinds = own_rewinds(args)
             if rewinds.all:
                 self._notes.append(describe_rewinds(rewinds))
-            choice = choose_checkpoint(args.load, args.ckpt_step, partial(check_may_resume, args, rewinds))
+            choice = choose_checkpoint(
+                args.load,
+                args.ckpt_step,
+                partial(check_may_resume, args, rewinds),
+                non_persistent=non_persistent_folder(args, args.load),
+            )
             self._notes += [f"checkpoint {damage}" for damage in choice.rejected]
             if choice.checkpoint is None:
                 self._notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")
             elif choice.iteration is not None:
                 args.ckpt_step = choice.iteration
+                args.loads_non_persistent = is_non_persistent(args, choice.checkpoint)
             return choice.checkpoint
         return None
 

@@ -93,7 +93,7 @@ def compute_memory(args: Namespace, config: TransformerConfig, model: ModelParam
     """
     layout = Layout.from_args(args)
     activations = ActivationModel(args, config, layout, model.expert_use.mean)
-    weight, gradient, optimizer = _bytes_of_parameter(args)
+    weight, gradient, optimizer = bytes_of_parameter(args)
     # The number of ranks among which the optimizer is divided, for dense parameters and for experts.
     share = expert_share = 1
     if args.use_distributed_optimizer:
@@ -124,7 +124,7 @@ def compute_memory(args: Namespace, config: TransformerConfig, model: ModelParam
     return MemoryReport(tuple(stages), activations.experts_per_token, tuple(clauses))
 
 
-def _bytes_of_parameter(args: Namespace) -> tuple[int, int, int]:
+def bytes_of_parameter(args: Namespace) -> tuple[int, int, int]:
     """Return the bytes of a parameter, of its gradient, and of its state in the optimizer.
 
     These are the bytes that Megatron's `DistributedDataParallel` and optimizers allocate for bf16, fp16 or fp32. The

@@ -13,6 +13,7 @@ from maskmoe.check.layout import Layout
 from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.check.missing import MissingInput
 from maskmoe.check.parameters import Chunk, ModelParameters
+from maskmoe.check.save_interval import SaveInterval
 from maskmoe.templates import render_template
 from maskmoe.training.layer_pattern import KINDS
 
@@ -28,6 +29,7 @@ class Report:
         model: the parameters of the model; None if the model cannot be built.
         memory: the memory of the run; None if the layout or the model is unknown.
         cost: the operations of the run; None if the layout or the model is unknown.
+        saving: the recommended interval between saves; None if the layout or the model is unknown.
         missing: the inputs that the command line does not name.
     """
 
@@ -37,6 +39,7 @@ class Report:
     model: ModelParameters | None = None
     memory: MemoryReport | None = None
     cost: TrainingCost | None = None
+    saving: SaveInterval | None = None
     missing: tuple[MissingInput, ...] = ()
 
     @property
@@ -71,8 +74,12 @@ class Report:
         - `cost`: null if the layout or the model is unknown. Else `flops_per_token`, the floating-point operations of
           the forward and backward pass; `recomputed_flops_per_token`; the run's `tokens`; `flops`, all operations of
           the run; `gpu_hours` on the assumed GPU; and `gpu`, which has `peak_tflops` and `utilization`.
+        - `saving`: null if the layout or the model is unknown. Else the recommended interval in `iterations` and
+          `minutes`, and the `lost_share` of the time that saves and failures then cost; `save` and `step`, each with
+          `seconds`, its `source` in words, and `is_measured`; `nodes`, and the `mtbf_days` between two failures of the
+          run, which are assumed; and what the run has recorded: `failures` in `days`.
         """
-        layers = parameters = layout = memory = cost = None
+        layers = parameters = layout = memory = cost = saving = None
         if self.layout:
             derived = ("data", "expert_data", "micro_batches", "tokens_per_step")
             layout = asdict(self.layout) | {name: getattr(self.layout, name) for name in derived}
@@ -105,6 +112,18 @@ class Report:
             }
         if self.cost:
             cost = asdict(self.cost) | {"flops": self.cost.flops, "gpu_hours": self.cost.gpu_hours}
+        if self.saving:
+            saving = {
+                "iterations": self.saving.iterations,
+                "minutes": self.saving.minutes,
+                "lost_share": self.saving.lost_share(self.saving.iterations),
+                "save": asdict(self.saving.save),
+                "step": asdict(self.saving.step),
+                "nodes": self.saving.cluster.nodes,
+                "mtbf_days": self.saving.cluster.mtbf_days,
+                "failures": self.saving.failures,
+                "days": self.saving.days,
+            }
         findings: dict[str, Any] = {
             "can_start": not self.errors,
             "errors": list(self.errors),
@@ -112,7 +131,7 @@ class Report:
         }
         findings["missing"] = [missing._asdict() | {"commands": list(missing.commands)} for missing in self.missing]
         findings |= {"layout": layout, "layers": layers, "parameters": parameters}
-        return findings | {"memory": memory, "cost": cost}
+        return findings | {"memory": memory, "cost": cost, "saving": saving}
 
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""

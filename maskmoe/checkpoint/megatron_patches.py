@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import default_planner, filesystem
 
 from maskmoe.checkpoint.unpickling import read_layout, read_object
 from maskmoe.checkpoint.writer_process import get_write_results_queue, immune_children, write_for_rank
+from maskmoe.journal import Journal
 from maskmoe.megatron_compat.replacing import replace
 
 
@@ -110,32 +111,57 @@ def load_gpt_checkpoints_into_hybrid_models() -> None:
     replace(gpt_checkpoint_interop, "retarget_sharded_state_dict_to_gpt_checkpoint", retarget)
 
 
+def load_the_chosen_checkpoint() -> None:
+    """Load a non-persistent checkpoint if, and only if, the run has chosen it.
+
+    Replaces: `_get_non_persistent_iteration` in `megatron.training.checkpointing`.
+    Why: Megatron loads the non-persistent checkpoint that the tracker file names, sound or not, unless the persistent
+        one is newer. With `--ckpt-step` it still does so.
+    Can go: When Megatron verifies checkpoints and takes the choice from its caller.
+    """
+
+    def get_iteration(
+        non_persistent_global_dir: str, args: Namespace, checkpointing_context: dict | None = None
+    ) -> int:
+        return args.ckpt_step if getattr(args, "loads_non_persistent", False) else -1
+
+    replace(checkpointing, "_get_non_persistent_iteration", get_iteration)
+
+
 EVERY_PROCESS = (
     *(unpickle_data_only, tie_writers_to_their_rank, load_either_implementation),
-    load_gpt_checkpoints_into_hybrid_models,
+    *(load_gpt_checkpoints_into_hybrid_models, load_the_chosen_checkpoint),
 )
 """The patches that `prepare_process` applies."""
 
 
-def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager]) -> None:
-    """Save into empty folders only, and record a digest of every file; for processes that train.
+def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager], journal: Journal) -> None:
+    """Save into empty folders only, record a digest of every file, and record every save; for processes that train.
 
-    Replaces: `TorchDistSaveShardedStrategy` in `megatron.training.checkpointing`, and
-        `megatron.training.training.save_checkpoint`.
+    Replaces: `TorchDistSaveShardedStrategy` and `cleanup_old_non_persistent_checkpoint` in
+        `megatron.training.checkpointing`, and `save_checkpoint` and `maybe_finalize_async_save` in
+        `megatron.training.training`.
     Why: Megatron saves over the files of an interrupted save and, if asked for a record of its files, makes the record
-        on one rank. It hard-codes the class that writes and the function that saves, so replace both names.
-    Can go: When Megatron takes the strategy and the function as arguments.
+        on one rank. It hard-codes the class that writes and the functions that save, so replace these names. Before it
+        saves a non-persistent checkpoint, Megatron keeps the newest one even if it is not finished, removes the sound
+        one, and looks for checkpoints in all subfolders. `CheckpointSaver` has removed the right ones before.
+    Can go: When Megatron takes the strategy and the functions as arguments, and keeps sound checkpoints.
 
     Args:
         while_saving: Returns a context manager that is entered around each save.
+        journal: Gets an entry for each checkpoint.
     """
     # Processes that do not train need not spend the time to import these modules.
     from megatron.training import training
 
-    from maskmoe.checkpoint.saving import SealedSaveStrategy, saving_whole_checkpoints
+    from maskmoe.checkpoint.saver import CheckpointSaver
+    from maskmoe.checkpoint.saving import SealedSaveStrategy
 
+    saver = CheckpointSaver(training.save_checkpoint, training.maybe_finalize_async_save, while_saving, journal)
     replace(checkpointing, "TorchDistSaveShardedStrategy", SealedSaveStrategy)
-    replace(training, "save_checkpoint", saving_whole_checkpoints(training.save_checkpoint, while_saving))
+    replace(checkpointing, "cleanup_old_non_persistent_checkpoint", lambda *args, **kwargs: None)
+    replace(training, "save_checkpoint", saver.save)
+    replace(training, "maybe_finalize_async_save", saver.finalize)
 
 
 def override_learning_rates() -> None:

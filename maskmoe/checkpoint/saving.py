@@ -1,25 +1,21 @@
-"""Saves checkpoints with a manifest, never over existing files, and removes checkpoints that are no longer wanted."""
+"""Writes the files of checkpoints with a manifest of their digests."""
 
 import queue
-import shutil
-from argparse import Namespace
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial, wraps
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.training import get_args, print_rank_0
-from megatron.training.checkpointing import get_loaded_iteration
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from maskmoe.checkpoint.integrity import record_rank, write_manifest
-from maskmoe.checkpoint.series import checkpoint_path, read_tracker, remove_old_checkpoints, saved_iterations
+
+_ALIGNMENT = 64  # bytes, a multiple of the size of every element
 
 
 class SealedSaveStrategy(TorchDistSaveShardedStrategy):
@@ -79,60 +75,33 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
 
 
 def _copy_host_tensors(bucket: tuple) -> tuple:
-    """Return a `WriteBucket` of Megatron-Core in which tensors in host memory are copied."""
+    """Return a `WriteBucket` of Megatron-Core in which tensors in host memory are copied into one shared storage.
+
+    A process sends each storage to another process by a connection and a file descriptor of its own. For the hundreds
+    of tensors of a model, this would take longer than to copy them.
+    """
     path, storage_key, (bytes_data, tensor_data) = bucket
-    copied = [(item, tensor.clone() if tensor.device.type == "cpu" else tensor) for item, tensor in tensor_data]
+    sizes = [tensor.nbytes if tensor.device.type == "cpu" else 0 for _, tensor in tensor_data]
+    starts = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
+    shared = torch.empty(starts[-1], dtype=torch.uint8).share_memory_() if any(sizes) else torch.empty(0)
+    copied = []
+    for (item, tensor), start, size in zip(tensor_data, starts[:-1], sizes, strict=True):
+        copy = shared[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor) if size else tensor
+        copied.append((item, copy))
     return path, storage_key, (bytes_data, copied)
 
 
-def saving_whole_checkpoints(
-    save_checkpoint: Callable[..., None], while_saving: Callable[[], AbstractContextManager]
-) -> Callable[..., None]:
-    """Wrap Megatron's `save_checkpoint` so that it never writes into a used folder, and removes old checkpoints.
-
-    Args:
-        save_checkpoint: the function of Megatron.
-        while_saving: makes a context manager that is entered around each save.
-    """
-
-    @wraps(save_checkpoint)
-    def save(iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
-        settings = get_args()
-        assert settings is not None
-        if _is_saved(settings, iteration):
-            print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
-            return
-        is_first = torch.distributed.get_rank() == 0
-        retention = settings.keep_last_checkpoints, settings.save_retain_interval
-        with while_saving():
-            if is_first and not non_persistent_ckpt:
-                shutil.rmtree(checkpoint_path(settings.save, iteration), ignore_errors=True)
-                remove_old_checkpoints(settings.save, *retention)
-            torch.distributed.barrier()
-            save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
-            if is_first and not settings.async_save:
-                remove_old_checkpoints(settings.save, *retention)
-
-    return save
+def _with_own_storages(bucket: tuple) -> tuple:
+    """Return a `WriteBucket` whose tensors share no storage, without copying: `torch.save` writes whole storages."""
+    path, storage_key, (bytes_data, tensor_data) = bucket
+    return path, storage_key, (bytes_data, [(item, _with_own_storage(tensor)) for item, tensor in tensor_data])
 
 
-def _is_saved(settings: Namespace, iteration: int) -> bool:
-    """Return whether the checkpoint was loaded from the folder in `--save`, with no iteration trained since.
-
-    Saving would replace a sound checkpoint by an equal one, and could lose it.
-    """
-    is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
-    return is_same_folder and not settings.finetune and get_loaded_iteration() == iteration
-
-
-def remove_unfinished_checkpoints(folder: str | Path) -> None:
-    """Remove unfinished checkpoints that are newer than the checkpoint in the tracker file, which failed saves left."""
-    newest = read_tracker(folder)
-    for iteration in saved_iterations(folder):
-        checkpoint = checkpoint_path(folder, iteration)
-        is_newer = not isinstance(newest, int) or iteration > newest
-        if is_newer and not (checkpoint / CONFIG_FNAME).exists():  # Megatron writes this file last
-            shutil.rmtree(checkpoint, ignore_errors=True)
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    content = tensor.view(-1).view(torch.uint8).numpy()
+    return torch.frombuffer(content, dtype=tensor.dtype).view(tensor.shape)
 
 
 def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any) -> None:
@@ -144,5 +113,5 @@ def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list
         write_buckets: the contents of the files; the first element of each bucket is the path of its file.
         *args: further arguments of `write`.
     """
-    write(rank, write_buckets, *args)
+    write(rank, [_with_own_storages(bucket) for bucket in write_buckets], *args)
     record_rank([Path(bucket[0]) for bucket in write_buckets], rank)

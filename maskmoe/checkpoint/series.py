@@ -6,7 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, Abandoned, Damage, Unfinished, check_structure
+from maskmoe.checkpoint.integrity import (
+    COMPLETION_FILE,
+    LAYOUT_FILE,
+    Abandoned,
+    Damage,
+    Unfinished,
+    check_structure,
+)
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output
 from maskmoe.paths import check_folder
@@ -86,25 +93,35 @@ def read_tracker(folder: str | Path) -> int | str | None:
 
 
 def choose_checkpoint(
-    folder: str | Path, step: int | None = None, check: Callable[[Path], None] = check_structure
+    folder: str | Path,
+    step: int | None = None,
+    check: Callable[[Path], None] = check_structure,
+    non_persistent: Path | None = None,
 ) -> Choice:
-    """Choose the newest sound checkpoint in a folder.
+    """Choose the newest sound checkpoint in a folder, or in the folder of the run's non-persistent checkpoints.
 
     The search starts with the checkpoint that the tracker file names, and continues with older checkpoints. Without a
     usable tracker file, which an interrupted save may leave behind, the search starts with the newest checkpoint. A
     folder in which only the first save of a run was interrupted counts as a folder without checkpoints. A folder in
-    which the run has gone back beyond all checkpoints does so, too.
+    which the run has gone back beyond all checkpoints does so, too. If both kinds have a sound checkpoint of the same
+    iteration, the persistent one is chosen.
 
     Args:
         folder: the folder in Megatron's `--load`.
         step: Megatron's `--ckpt-step`, the only iteration to choose; None to choose among all.
         check: raises `Damage` if a checkpoint is not sound.
+        non_persistent: the folder of the non-persistent checkpoints, which need no tracker file; None without them.
 
     Raises:
         UserError: the folder has checkpoints, or a record of one, but none is sound.
     """
     rejected: list[Damage] = []
-    for candidate in [checkpoint_path(folder, step)] if step is not None else _candidates(folder):
+    candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
+    if non_persistent is not None:
+        of_both = [*candidates, *_non_persistent_candidates(non_persistent, step)]
+        # The order is stable: a persistent checkpoint stays before a non-persistent one of the same iteration.
+        candidates = sorted(of_both, key=_iteration_or_release, reverse=True)
+    for candidate in candidates:
         try:
             check(candidate)
             return Choice(candidate, tuple(rejected))
@@ -154,6 +171,36 @@ def _candidates(folder: str | Path) -> list[Path]:
     if isinstance(tracked, int) and tracked not in iterations:
         iterations.insert(0, tracked)
     return [checkpoint_path(folder, iteration) for iteration in iterations]
+
+
+def _non_persistent_candidates(folder: Path, step: int | None) -> list[Path]:
+    """Return the non-persistent checkpoints that a run may load, of all iterations or of the iteration `step`."""
+    return [checkpoint_path(folder, saved) for saved in saved_iterations(folder) if step in (None, saved)]
+
+
+def _iteration_or_release(checkpoint: Path) -> int:
+    """Return the iteration of a checkpoint; a `release` checkpoint is older than all iterations."""
+    iteration = iteration_of(checkpoint)
+    return -1 if iteration is None else iteration
+
+
+def newest_sound(folder: str | Path) -> int | None:
+    """Return the newest iteration whose checkpoint passes `check_structure`; None if there is none."""
+    for iteration in saved_iterations(folder):
+        with suppress(Damage):
+            check_structure(checkpoint_path(folder, iteration))
+            return iteration
+    return None
+
+
+def remove_unfinished_checkpoints(folder: str | Path) -> None:
+    """Remove unfinished checkpoints that are newer than the checkpoint in the tracker file, which failed saves left."""
+    newest = read_tracker(folder)
+    for iteration in saved_iterations(folder):
+        checkpoint = checkpoint_path(folder, iteration)
+        is_newer = not isinstance(newest, int) or iteration > newest
+        if is_newer and not (checkpoint / COMPLETION_FILE).exists():  # Megatron writes this file last
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def remove_old_checkpoints(folder: str | Path, keep: int | None, retain_interval: int | None = None) -> list[Path]:

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from maskmoe import ranges
+from maskmoe.check.assumed_cluster import add_assumed_cluster_arguments
 from maskmoe.check.assumed_gpu import add_assumed_gpu_arguments
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -91,6 +92,7 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         moe_aux_loss_coeff=1e-2,
         eval_interval=1000,
         dist_ckpt_optim_fully_reshardable=True,
+        loads_non_persistent=False,  # has no flag: set when the checkpoint is chosen
     )
     defaults = cpu.argument_defaults() if cpu.is_installed() else GpuPackages.installed().argument_defaults()
     parser.set_defaults(**defaults)
@@ -122,4 +124,5 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="print the report of --check as one JSON object; maskmoe/check/report.py documents its keys",
     )
     add_assumed_gpu_arguments(parser)
+    add_assumed_cluster_arguments(parser)
     return parser

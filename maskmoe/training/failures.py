@@ -12,13 +12,14 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from megatron.core import rerun_state_machine
 from torch.distributed.checkpoint.api import CheckpointException
 
-from maskmoe.checkpoint.saving import remove_unfinished_checkpoints
-from maskmoe.checkpoint.series import read_tracker
+from maskmoe.checkpoint.non_persistent import non_persistent_folder
+from maskmoe.checkpoint.series import newest_sound, read_tracker, remove_unfinished_checkpoints
 from maskmoe.errors import RunFailure
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.megatron_compat.globals import get_signal_handler
@@ -188,14 +189,28 @@ def _describe_completion(args: Namespace) -> str:
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:
     """Return the failure of a save. Megatron's writer may hide the system's error, so report the free space, too."""
-    free = shutil.disk_usage(args.save).free
-    space = "no space is left there" if free < _NO_SPACE else f"{free / 2**30:.1f} GiB are free there"
+    folders = [Path(args.save)]
+    local = non_persistent_folder(args, args.save)
+    if local is not None and local.exists():
+        folders.append(local)
+    spaces = "; ".join(map(_describe_space, folders))  # before unfinished checkpoints are removed
     if torch.distributed.get_rank() == 0:
-        remove_unfinished_checkpoints(args.save)
-    return RunFailure(f"cannot save a checkpoint to {args.save}: {space}; {cause}. {_newest_checkpoint(args)}")
+        for folder in folders:
+            remove_unfinished_checkpoints(folder)
+    return RunFailure(f"cannot save a checkpoint to {spaces}; {cause}. {_newest_checkpoint(args)}")
+
+
+def _describe_space(folder: Path) -> str:
+    free = shutil.disk_usage(folder).free
+    space = "no space is left there" if free < _NO_SPACE else f"{free / 2**30:.1f} GiB are free there"
+    return f"{folder}: {space}"
 
 
 def _newest_checkpoint(args: Namespace) -> str:
     """Return a sentence about the newest checkpoint of the run."""
     newest = read_tracker(args.save) if args.save else None
+    local = non_persistent_folder(args, args.save)
+    newest_local = newest_sound(local) if local is not None else None
+    if newest_local is not None and not (isinstance(newest, int) and newest >= newest_local):
+        return f"The newest checkpoint is the non-persistent one of iteration {newest_local}"
     return f"The newest checkpoint is of iteration {newest}" if newest is not None else "There is no checkpoint yet"

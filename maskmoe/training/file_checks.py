@@ -14,6 +14,7 @@ from megatron.core.datasets import blended_megatron_dataset_config as dataset_co
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
+from maskmoe.checkpoint.non_persistent import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
 from maskmoe.errors import UserError
@@ -62,14 +63,19 @@ def check_tokenizer(args: Namespace) -> str | None:
 
 
 def check_save_folder(args: Namespace) -> None:
-    """Check that files can be written to `--save` and `--tensorboard-dir`.
+    """Check that files can be written to `--save`, `--tensorboard-dir` and `--non-persistent-global-ckpt-dir`.
 
     Without this check a run would fail only when its first checkpoint is due.
 
     Raises:
-        UserError: a folder is not writable, and cannot be made.
+        UserError: a folder is not writable, and cannot be made; or the folder of non-persistent checkpoints holds
+            other checkpoints.
     """
-    for flag, name in (("--save", args.save), ("--tensorboard-dir", args.tensorboard_dir)):
+    check_separate_folder(args)
+    folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
+    if args.save is not None:
+        folders["--non-persistent-global-ckpt-dir"] = args.non_persistent_global_ckpt_dir
+    for flag, name in folders.items():
         if name is not None:
             _check_writable(flag, name)
 

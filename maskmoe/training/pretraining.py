@@ -7,7 +7,7 @@ are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a 
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -133,6 +133,11 @@ def hang_timeout(args: Namespace) -> float:
     return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
 
 
+def journal_of_rank(args: Namespace) -> Journal:
+    """Return the journal of the run on the first rank; other ranks get one that drops all entries."""
+    return Journal(run_folder(args.save, args.tensorboard_dir) if args.rank == 0 else None)
+
+
 def _open_run_folder(args: Namespace) -> Path | None:
     """Write the arguments and the log to the run folder from now on; return the folder, or None if there is none.
 
@@ -188,10 +193,16 @@ def main() -> None:
     # A refused run leaves no files, so wait until no rank can refuse the run any more.
     ranks = RankStore.from_environment()
     ranks.wait_for_all("checks")
-    with locked_by_first_rank(run.args.save, ranks):
+    with locked_by_first_rank(_folders_to_lock(run.args), ranks):
         mend_tracker(run.args, ranks)
         set_abandoned_aside(run.args, ranks, run.rewinds)
         train(run, model_config, ranks, let_signals_save)
+
+
+def _folders_to_lock(args: Namespace) -> list[Path]:
+    """Return the folders of checkpoints that no other run may write to."""
+    save, local = args.save, args.non_persistent_global_ckpt_dir
+    return [Path(folder) for folder in (save, local) if save is not None and folder is not None]
 
 
 @contextmanager
@@ -208,27 +219,27 @@ def entering_all(managers: Iterable[Callable[[], AbstractContextManager]]) -> It
 
 
 @contextmanager
-def locked_by_first_rank(save: str | None, ranks: RankStore) -> Iterator[None]:
-    """Let the first rank hold the lock of the folder `--save` during the block; all ranks wait for the lock.
+def locked_by_first_rank(folders: Sequence[Path], ranks: RankStore) -> Iterator[None]:
+    """Let the first rank hold the locks of folders during the block; all ranks wait for the locks.
 
     Args:
-        save: Megatron's `--save`, or None.
+        folders: The folders that the run writes to.
         ranks: Messages between the ranks.
 
     Raises:
-        UserError: Another run trains in the folder.
+        UserError: Another run trains in one of the folders.
     """
     with ExitStack() as stack:
         problem = ""
         try:
-            if save is not None and ranks.rank == 0:
-                stack.enter_context(locked_folder(Path(save)))
+            for folder in folders if ranks.rank == 0 else ():
+                stack.enter_context(locked_folder(folder))
         except UserError as error:
             problem = str(error)
             raise
         finally:
             # The other ranks wait for an answer, so send one even if this rank fails.
-            problem = ranks.broadcast("lock of the run folder", problem)
+            problem = ranks.broadcast("locks of the folders", problem)
         if problem:
             raise UserError(problem)
         yield
@@ -277,7 +288,7 @@ def train(
         spike_watch = SpikeWatch(args.spike_action, detector, warnings, Rewinder(args, run.rewinds))
         watch_steps(spike_watch.wrap)
         while_saving.append(spike_watch.sharing_history)
-    keep_checkpoints_whole(while_saving=lambda: leaving.after(entering_all(while_saving)))
+    keep_checkpoints_whole(lambda: leaving.after(entering_all(while_saving)), journal_of_rank(args))
     if args.override_opt_param_scheduler and has_one_learning_rate(args):
         override_learning_rates()
     # Train. Each context manager handles one way in which the run may end early.

@@ -156,9 +156,10 @@ _ALWAYS_REFUSED = {
     "--inprocess-restart": "Megatron-Core restarts training within the processes of the failed run. MaskMoE ends the "
     "processes of a run that hangs, because the stack of a hanging rank cannot be unwound. Use --max-restarts of "
     "torchrun, or Slurm.",
-    "--non-persistent-ckpt-type local or in_memory": "A local checkpoint has the tensors of one rank in a format of "
-    "nvidia-resiliency-ext, from which MaskMoE cannot read the routing mask. Megatron-Core does not implement "
-    "in_memory.",
+    "--non-persistent-ckpt-type local or in_memory": "A local checkpoint is a pickle of nvidia-resiliency-ext for each "
+    "rank: loading it may run code, MaskMoE can neither verify it nor read the routing mask from it, and only the same "
+    "layout can resume from it. Megatron-Core does not implement in_memory. Use global, with "
+    "--non-persistent-global-ckpt-dir on a fast file system that all nodes share.",
     "--hybrid-override-pattern, --mtp-hybrid-override-pattern or --is-hybrid-model": "Megatron-Core keeps these flags "
     "for old checkpoints. Use --hybrid-layer-pattern.",
     "--experimental-attention-variant, --linear-attention-freq, --heterogeneous-layers-config-path or "
@@ -218,6 +219,15 @@ REFUSALS = (
         "--hybrid-layer-pattern without / with --mtp-num-layers",
         "Multi-token prediction is a part of the pattern: append /*E for each predicted token.",
         lambda args: args.hybrid_layer_pattern is not None and not _pattern_has("/", args) and args.mtp_num_layers,
+    ),
+    Refusal(
+        "--non-persistent-save-interval or --non-persistent-global-ckpt-dir, without --non-persistent-ckpt-type",
+        "Megatron-Core ends at the first save without a type, and ignores the folder. Pass --non-persistent-ckpt-type "
+        "global.",
+        lambda args: (
+            args.non_persistent_ckpt_type is None
+            and _is_given("--non-persistent-save-interval or --non-persistent-global-ckpt-dir", args)
+        ),
     ),
     Refusal(
         "--change-routing-mask without --routing-mask",

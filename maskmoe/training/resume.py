@@ -14,7 +14,15 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 
 from maskmoe.checkpoint.gpt_twins import without_new_layers
 from maskmoe.checkpoint.integrity import Damage, check_content
-from maskmoe.checkpoint.series import RELEASE, checkpoint_path, choose_checkpoint, read_tracker, write_tracker
+from maskmoe.checkpoint.non_persistent import non_persistent_folder
+from maskmoe.checkpoint.series import (
+    RELEASE,
+    TRACKER,
+    checkpoint_path,
+    choose_checkpoint,
+    read_tracker,
+    write_tracker,
+)
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.rank_store import RankStore
@@ -62,7 +70,8 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
     Damaged checkpoints are skipped with a warning. So are checkpoints beyond which the run has gone back.
 
     Args:
-        args: Megatron's arguments, of which `load`, `save`, `ckpt_step` and `verify_checkpoint` are used.
+        args: Megatron's arguments, of which `load`, `save`, `ckpt_step`, `verify_checkpoint` and those of
+            non-persistent checkpoints are used.
         ranks: The ranks of the run; all of them must call this function.
         rewinds: The rewinds of the run that saves to `save`.
 
@@ -86,7 +95,7 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
 
     answer = ["error", "choosing the checkpoint failed on the first rank"]
     try:
-        choice = choose_checkpoint(args.load, args.ckpt_step, check)
+        choice = choose_checkpoint(args.load, args.ckpt_step, check, non_persistent_folder(args, args.load))
         chosen = choice.checkpoint
         warnings = [f"checkpoint {damage}" for damage in choice.rejected]
         if choice.rejected:
@@ -106,7 +115,8 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
 def mend_tracker(args: Namespace, ranks: RankStore) -> None:
     """Rewrite an unusable tracker of `--load` on the first rank, since Megatron cannot load a checkpoint with it.
 
-    Call this when no rank can refuse the run any more.
+    If a non-persistent checkpoint was chosen, the tracker cannot name it and is removed. Call this when no rank can
+    refuse the run any more.
 
     Args:
         args: Megatron's arguments, with the iteration of the chosen checkpoint in `args.ckpt_step`.
@@ -114,12 +124,15 @@ def mend_tracker(args: Namespace, ranks: RankStore) -> None:
     """
     if ranks.rank > 0 or args.load is None or args.ckpt_step is None or read_tracker(args.load) is not None:
         return
-    write_tracker(args.load, args.ckpt_step)
-    print(
-        f"warning: the tracker file in {args.load} was unusable; it names iteration {args.ckpt_step} now",
-        file=sys.stderr,
-        flush=True,
-    )
+    if not args.loads_non_persistent:
+        write_tracker(args.load, args.ckpt_step)
+        outcome = f"it names iteration {args.ckpt_step} now"
+    elif (tracker := Path(args.load) / TRACKER).exists():
+        tracker.unlink()
+        outcome = "it is removed"
+    else:
+        return
+    print(f"warning: the tracker file in {args.load} was unusable; {outcome}", file=sys.stderr, flush=True)
 
 
 def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
@@ -132,13 +145,14 @@ def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
         checkpoint: The checkpoint.
     """
     given_type, given_model, load = args.tokenizer_type, args.tokenizer_model, args.load
+    loads_non_persistent, args.loads_non_persistent = args.loads_non_persistent, False
     # Megatron reads the checkpoint that a tracker names. The tracker of the checkpoint's own folder may be unusable.
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / checkpoint.name).symlink_to(checkpoint.absolute())
         write_tracker(folder, RELEASE if args.ckpt_step is None else args.ckpt_step)
         args.load = folder
         args, _ = load_args_from_checkpoint(args)
-    args.load = load
+    args.load, args.loads_non_persistent = load, loads_non_persistent
     if given_type is not None and given_type != args.tokenizer_type:
         args.tokenizer_type, args.tokenizer_model = given_type, None
     if given_model is not None or args.tokenizer_type == "NullTokenizer":  # which needs no model
@@ -172,11 +186,12 @@ def _gather_damages(checkpoint: Path, ranks: RankStore, question: str) -> list[s
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:
-    """Return the checkpoint that `find_checkpoint` chose, after its choice was stored in `args.ckpt_step`."""
+    """Return the checkpoint that `find_checkpoint` chose, after its choice was stored in the arguments."""
     if args.load is None:
         return None
     iteration = args.ckpt_step
-    checkpoint = Path(args.load) / RELEASE if iteration is None else checkpoint_path(args.load, iteration)
+    folder = (non_persistent_folder(args, args.load) if args.loads_non_persistent else None) or Path(args.load)
+    checkpoint = folder / RELEASE if iteration is None else checkpoint_path(folder, iteration)
     return checkpoint if checkpoint.exists() else None
 
 

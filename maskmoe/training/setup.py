@@ -22,6 +22,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from maskmoe.checkpoint.non_persistent import is_non_persistent
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.command_line import refuse_unknown_flags
@@ -100,6 +101,7 @@ def parse_and_check_args(
     if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
         # Pass the choice to Megatron by `--ckpt-step`, as a user would.
         args.ckpt_step = chosen["ckpt_step"] = iteration
+        args.loads_non_persistent = chosen["loads_non_persistent"] = is_non_persistent(args, checkpoint)
     if args.use_checkpoint_args:
         if checkpoint is None:
             found = "" if args.load is None else f"; --load {args.load} holds no checkpoint"
@@ -130,6 +132,8 @@ def parse_and_check_args(
         resume.check_same_model(args, checkpoint)
         take_schedule_of_checkpoint(args, checkpoint)
     resume.check_pretrained_model(args, checkpoint)
+    if args.loads_non_persistent:
+        args.pretrained_checkpoint = None  # Megatron would prefer it if there is no persistent checkpoint
     if mask is not None:
         file_checks.check_mask(args, mask)
     if args.fim_data:

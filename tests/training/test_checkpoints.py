@@ -137,6 +137,7 @@ def test_unusable_tracker(copy, content, files_and_times, capsys):
         (copy / TRACKER).write_text(content)
     before = files_and_times(copy)
     args, ranks = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True), RankStore(HashStore(), 0, 1)
+    args.non_persistent_ckpt_type, args.loads_non_persistent = None, False
     assert find_checkpoint(args, ranks) == checkpoint_path(copy, 21)
     assert files_and_times(copy) == before  # the run may still be refused
     args.ckpt_step = 21

@@ -1,0 +1,165 @@
+"""Saves the checkpoints of a run into empty folders, removes those that are no longer wanted, and records saves."""
+
+import shutil
+import time
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training import async_utils, print_rank_0
+from megatron.training.checkpointing import get_loaded_iteration
+
+from maskmoe.checkpoint.non_persistent import keep_newest, make_room, non_persistent_folder
+from maskmoe.checkpoint.series import checkpoint_path, remove_old_checkpoints
+from maskmoe.journal import Journal, Kind
+from maskmoe.megatron_compat.globals import get_args
+
+
+@dataclass
+class _Save:
+    """A save that has begun.
+
+    Attributes:
+        iteration: the saved iteration.
+        is_local: whether the checkpoint is a non-persistent one.
+        seconds: the time for which training has stood still because of this save.
+    """
+
+    iteration: int
+    is_local: bool
+    seconds: float = 0.0
+
+
+class CheckpointSaver:
+    """Saves checkpoints by Megatron's functions, never into a used folder, and records how long training stood still.
+
+    An asynchronous save becomes a checkpoint when Megatron finalises it. So the save is recorded then, with the time
+    that both parts took: the call that starts the save, and the call that finalises it.
+
+    Args:
+        save_checkpoint: Megatron's function of this name.
+        finalize: Megatron's `maybe_finalize_async_save`.
+        while_saving: makes a context manager that is entered around each save.
+        journal: gets an entry for each checkpoint on the first rank.
+    """
+
+    def __init__(
+        self,
+        save_checkpoint: Callable[..., None],
+        finalize: Callable[..., None],
+        while_saving: Callable[[], AbstractContextManager],
+        journal: Journal,
+    ) -> None:
+        self._save_checkpoint, self._finalize = save_checkpoint, finalize
+        self._while_saving, self._journal = while_saving, journal
+        self._unfinished: deque[_Save] = deque()
+        self._has_saved_non_persistent = False
+
+    def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
+        """Save a checkpoint, as Megatron's `save_checkpoint` does.
+
+        Args:
+            iteration: the iteration to save.
+            *args: further arguments of Megatron's function.
+            non_persistent_ckpt: whether to save a non-persistent checkpoint.
+            **kwargs: further arguments of Megatron's function.
+        """
+        settings = get_args()
+        if not non_persistent_ckpt and _is_saved(settings, iteration):
+            print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
+            return
+        save = _Save(iteration, non_persistent_ckpt)
+        is_first = torch.distributed.get_rank() == 0
+        with self._while_saving(), _adding_time([save]):
+            if is_first:
+                self._clear_folder(settings, save)
+            torch.distributed.barrier()
+            self._save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+            if is_first and not settings.async_save:
+                _remove_outdated(settings, save)
+        if settings.async_save:
+            self._unfinished.append(save)
+        else:
+            self._record(save, is_asynchronous=False)
+
+    def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
+        """Finalise asynchronous saves whose files are written, as Megatron's `maybe_finalize_async_save` does.
+
+        Args:
+            blocking: wait until the files of all saves are written.
+            terminate: end the process that writes.
+        """
+        finished: list[_Save] = []
+        with _adding_time(finished):
+            self._finalize(blocking=blocking, terminate=terminate)
+            while len(self._unfinished) > _num_unfinished():
+                finished.append(self._unfinished.popleft())
+            if finished and finished[-1].is_local and torch.distributed.get_rank() == 0:
+                _remove_outdated(get_args(), finished[-1])
+        for save in finished:
+            self._record(save, is_asynchronous=True)
+
+    def _clear_folder(self, settings: Namespace, save: _Save) -> None:
+        """Remove what a save would write over, and checkpoints that are no longer wanted."""
+        folder = _folder(settings, save)
+        if save.is_local:
+            # `get_loaded_iteration` returns -1 or None if nothing was loaded.
+            loaded = None if self._has_saved_non_persistent else get_loaded_iteration() or 0
+            make_room(folder, save.iteration, loaded)
+            self._has_saved_non_persistent = True
+        else:
+            shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
+            _remove_outdated(settings, save)
+
+    def _record(self, save: _Save, is_asynchronous: bool) -> None:
+        """Write an entry about a checkpoint to the journal."""
+        kind = "non-persistent checkpoint" if save.is_local else "checkpoint"
+        text = f"{kind} of iteration {save.iteration} saved; training stood still for {save.seconds:.3g} s"
+        facts = {"seconds": save.seconds, "is_local": save.is_local, "is_asynchronous": is_asynchronous}
+        self._journal.write(Kind.SAVED, text, save.iteration, **facts)
+
+
+@contextmanager
+def _adding_time(saves: list[_Save]) -> Iterator[None]:
+    """Add the time of the block to saves, in equal parts; the block may still append to the list."""
+    start = time.perf_counter()
+    yield
+    for save in saves:
+        save.seconds += (time.perf_counter() - start) / len(saves)
+
+
+def _folder(settings: Namespace, save: _Save) -> Path:
+    """Return the folder in which a save makes the folder of the checkpoint."""
+    folder = non_persistent_folder(settings, settings.save) if save.is_local else Path(settings.save)
+    assert folder is not None
+    return folder
+
+
+def _remove_outdated(settings: Namespace, save: _Save) -> None:
+    """Remove the checkpoints that a run does not keep beside the newest one."""
+    folder = _folder(settings, save)
+    if save.is_local:
+        keep_newest(folder)
+    else:
+        remove_old_checkpoints(folder, settings.keep_last_checkpoints, settings.save_retain_interval)
+
+
+def _num_unfinished() -> int:
+    """Return the number of asynchronous saves that Megatron has not finalised."""
+    queue = async_utils._async_calls_queue
+    return 0 if queue is None else queue.get_num_unfinalized_calls()
+
+
+def _is_saved(settings: Namespace, iteration: int) -> bool:
+    """Return whether the checkpoint was loaded from the folder in `--save`, with no iteration trained since.
+
+    Saving would replace a sound checkpoint by an equal one, and could lose it.
+    """
+    is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
+    is_of_series = is_same_folder and not settings.finetune and not settings.loads_non_persistent
+    return is_of_series and get_loaded_iteration() == iteration

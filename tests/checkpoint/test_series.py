@@ -1,0 +1,111 @@
+"""The choice between persistent and non-persistent checkpoints, compared with a choice by definition."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskmoe.checkpoint.integrity import Damage, Unfinished
+from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, iteration_of
+from maskmoe.errors import UserError
+
+STATES = ("sound", "damaged", "unfinished", "missing")
+PERSISTENT, LOCAL = "checkpoints", "local"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Checkpoints of both kinds: the state of each by its kind and iteration, and the persistent tracker file."""
+
+    states: dict[tuple[str, int], str]
+    tracked: int | str | None
+    root: Path
+
+    def path(self, kind: str, iteration: int) -> Path:
+        return checkpoint_path(self.root / kind, iteration)
+
+    def check(self, checkpoint: Path) -> None:
+        state = self.states.get((checkpoint.parent.name, iteration_of(checkpoint) or 0), "missing")
+        if state == "unfinished":
+            raise Unfinished(checkpoint, state)
+        if state != "sound":
+            raise Damage(checkpoint, state)
+
+    def choose(self, step: int | None = None) -> Path | None:
+        return choose_checkpoint(self.root / PERSISTENT, step, self.check, self.root / LOCAL).checkpoint
+
+    def expected(self, step: int | None = None) -> Path | None:
+        """Return the newest sound checkpoint that the tracker file does not rule out."""
+        sound = [
+            (iteration, kind == PERSISTENT)
+            for (kind, iteration), state in self.states.items()
+            if state == "sound" and step in (None, iteration)
+            if kind == LOCAL or step is not None or not isinstance(self.tracked, int) or iteration <= self.tracked
+        ]
+        if not sound:
+            return None
+        iteration, is_persistent = max(sound)
+        return self.path(PERSISTENT if is_persistent else LOCAL, iteration)
+
+
+@st.composite
+def folders(draw, root):
+    states = draw(
+        st.dictionaries(st.tuples(st.sampled_from([PERSISTENT, LOCAL]), st.integers(1, 5)), st.sampled_from(STATES))
+    )
+    tracked = draw(st.sampled_from([None, "unusable", 1, 2, 3, 4, 5]))
+    return Folders(states, tracked, root)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("series")
+
+
+def write(folders: Folders) -> None:
+    for kind in (PERSISTENT, LOCAL):
+        folder = folders.root / kind
+        if folder.exists():
+            for path in folder.iterdir():
+                path.rmdir() if path.is_dir() else path.unlink()
+        folder.mkdir(exist_ok=True)
+    for (kind, iteration), state in folders.states.items():
+        if state != "missing":
+            folders.path(kind, iteration).mkdir()
+    if folders.tracked is not None:
+        (folders.root / PERSISTENT / TRACKER).write_text(str(folders.tracked))
+
+
+@given(data=st.data(), step=st.sampled_from([None, 1, 3, 5]))
+def test_the_newest_sound_checkpoint_of_both_kinds_is_chosen(root, data, step):
+    of_run = data.draw(folders(root))
+    write(of_run)
+    expected = of_run.expected(step)
+    if expected is not None:
+        assert of_run.choose(step) == expected
+        return
+    # Nothing is sound: the run starts from the beginning only if no save was ever finished.
+    was_saved = of_run.tracked is not None or step is not None or "damaged" in of_run.states.values()
+    if was_saved:
+        with pytest.raises(UserError, match="holds no sound checkpoint"):
+            of_run.choose(step)
+    else:
+        assert of_run.choose(step) is None
+
+
+@given(data=st.data())
+def test_a_persistent_checkpoint_of_the_same_iteration_is_preferred(root, data):
+    iteration = data.draw(st.integers(1, 5))
+    of_run = Folders({(PERSISTENT, iteration): "sound", (LOCAL, iteration): "sound"}, iteration, root)
+    write(of_run)
+    assert of_run.choose() == of_run.path(PERSISTENT, iteration)
+
+
+def test_a_released_checkpoint_is_older_than_non_persistent_ones(root):
+    of_run = Folders({(LOCAL, 1): "sound", (PERSISTENT, 0): "sound"}, "release", root)
+    write(of_run)
+    assert of_run.choose() == of_run.path(LOCAL, 1)
+    del of_run.states[LOCAL, 1]
+    assert of_run.choose() == root / PERSISTENT / "release"
