@@ -260,7 +260,8 @@ def train(
     watchdog = Watchdog(ranks, hang_timeout(args))
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
-    warnings = RunWarnings(run_folder(args.save, args.tensorboard_dir))
+    folder = run_folder(args.save, args.tensorboard_dir)
+    warnings = RunWarnings(folder)
     if args.num_experts:
         collapse_watch = CollapseWatch(args, run.mask, warnings) if run.mask and args.collapse_intervals else None
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval, collapse_watch)
@@ -271,7 +272,6 @@ def train(
     take_run_id(args)
     open_writers(args)
     report = RunReport(args)
-    folder = run_folder(args.save, args.tensorboard_dir)
     before_each = (
         console.end_of_loading,
         let_signals_save,
