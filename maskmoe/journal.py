@@ -115,12 +115,12 @@ def _read(path: Path) -> Iterator[Entry]:
     except UnusableFile:
         return
     for line in lines:
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
+        with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             yield _parse(json.loads(line))
 
 
 def _parse(content: dict) -> Entry:
-    """Return the entry in the content of a line. Raises ValueError, TypeError or KeyError if it holds no entry."""
+    """Return the entry in the content of a line. Raises ValueError, TypeError, KeyError or OverflowError if it holds none."""
     iteration = content["iteration"]
     facts = {str(name): value for name, value in dict(content["facts"]).items() if isinstance(value, Fact)}
     return Entry(

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maskmoe.journal import FOLDER, Entry, Journal, Kind, read_journal
@@ -37,6 +37,7 @@ def test_journal_that_cannot_be_written_loses_entries_only(tmp_path):
     assert read_journal(tmp_path) == []
 
 
+@example({"iteration": float("inf")}, b"")
 @given(st.dictionaries(st.sampled_from([*ENTRY, "other"]), JSON), st.binary(max_size=40))
 def test_damaged_lines_are_skipped(tmp_path_factory, changes, noise):
     folder = tmp_path_factory.mktemp("run") / FOLDER
