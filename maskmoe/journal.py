@@ -120,7 +120,7 @@ def _read(path: Path) -> Iterator[Entry]:
 
 
 def _parse(content: dict) -> Entry:
-    """Return the entry in the content of a line. Raises ValueError, TypeError, KeyError or OverflowError if it holds none."""
+    """Return the entry in the content of a line. Raises an error of a wrong type, value or key if it holds none."""
     iteration = content["iteration"]
     facts = {str(name): value for name, value in dict(content["facts"]).items() if isinstance(value, Fact)}
     return Entry(
