@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # See test_composition.py.
 FP32_ORDER_OF_SUMS = 2e-6
 

@@ -212,6 +212,7 @@ def test_dataset_that_the_first_rank_alone_refuses(refuse_ranks, unusable_datase
     assert "token id 599 at position 57" in refuse_ranks(f"--data-path {UNUSABLE_IDS}")
 
 
+@pytest.mark.slow
 @pytest.mark.runs("fp32")
 def test_dataset_that_the_second_rank_alone_lacks(refuse_ranks):
     """Both ranks could be on different nodes. The first rank must not lock the folder before both have checked."""

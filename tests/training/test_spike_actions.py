@@ -167,6 +167,7 @@ def test_resumed_run_knows_the_steps_before(run_spiky):
 REWIND = "--spike-action rewind --save-interval 3 --spike-rewind-margin 2"
 
 
+@pytest.mark.slow
 def test_rewind(run_spiky, tmp_path):
     """The checkpoint of iteration 12 is inside the spike: the run goes back to iteration 9 and passes 11 to 13 over.
 

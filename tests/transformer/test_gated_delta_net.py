@@ -104,7 +104,8 @@ def load(folder: Path) -> TransformerLayer:
     return layer
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_parallel_layouts_equal_one_rank(num_ranks: int, run_ranks: RunRanks, tmp_path: Path) -> None:
     layer = make_gated_delta_net()
     save(layer, tmp_path / "parameters")
