@@ -196,10 +196,11 @@ def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, verd
     ("rank", "stops", "culprit"),
     [
         (1, False, r"rank 1 \(host .*, process \d+\) stands still .*pretrain_with_fault\.py:\d+ in forward"),
-        pytest.param(1, True, r"rank 1 \(host .*\) shows no sign of life", marks=pytest.mark.slow),
-        pytest.param(0, True, "the store of the ranks was silent", marks=pytest.mark.slow),
+        (1, True, r"rank 1 \(host .*\) shows no sign of life"),
+        (0, True, "the store of the ranks was silent"),
     ],
 )
+@pytest.mark.slow
 def test_hanging_rank_is_named(start_faulty, rank, stops, culprit):
     """The rank sleeps, or its process is stopped. A stopped process cannot end itself; the launcher kills it."""
     timeout = 5

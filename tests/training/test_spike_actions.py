@@ -119,17 +119,18 @@ def test_fall_is_reported_only(run_spiky, action):
     ("flags", "ranks"),
     [
         (f"{EXPERT_2} {DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather", 2),
-        pytest.param("", 1, marks=pytest.mark.slow),
-        pytest.param("--bf16", 1, marks=pytest.mark.slow),
-        pytest.param(f"--bf16 {EXPERT_2} {DISTRIBUTED}", 2, marks=pytest.mark.slow),
-        pytest.param("--fp16 --initial-loss-scale 1024", 1, marks=pytest.mark.slow),
-        pytest.param(PIPELINE_2, 2, marks=pytest.mark.slow),
-        pytest.param(f"{INTERLEAVED} {DISTRIBUTED}", 2, marks=pytest.mark.slow),
-        pytest.param(TENSOR_2, 2, marks=pytest.mark.slow),
-        pytest.param("--optimizer sgd", 1, marks=pytest.mark.slow),
-        pytest.param("--clip-grad 0", 1, marks=pytest.mark.slow),
+        ("", 1),
+        ("--bf16", 1),
+        (f"--bf16 {EXPERT_2} {DISTRIBUTED}", 2),
+        ("--fp16 --initial-loss-scale 1024", 1),
+        (PIPELINE_2, 2),
+        (f"{INTERLEAVED} {DISTRIBUTED}", 2),
+        (TENSOR_2, 2),
+        ("--optimizer sgd", 1),
+        ("--clip-grad 0", 1),
     ],
 )
+@pytest.mark.slow
 def test_skip(run_spiky, flags, ranks):
     """All later steps are those of a run whose optimizer does nothing in this step, bit for bit."""
     flags = f"{flags} --exit-interval 16"

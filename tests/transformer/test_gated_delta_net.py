@@ -121,7 +121,9 @@ def test_parallel_layouts_equal_one_rank(num_ranks: int, run_ranks: RunRanks, tm
         assert_equal_up_to_rounding(gradients, {key: expected[key] for key in gradients}, ROUNDING)
 
 
-@pytest.mark.parametrize("provider", ["stub", pytest.param("installed", marks=pytest.mark.te)])
+@pytest.mark.parametrize(
+    "provider", [pytest.param("stub", marks=pytest.mark.slow), pytest.param("installed", marks=pytest.mark.te)]
+)
 def test_checkpoints_are_exchanged_with_transformer_engine(provider: str, run_ranks: RunRanks, tmp_path: Path) -> None:
     layer = make_gated_delta_net()
     save(layer, tmp_path / "local")
