@@ -57,6 +57,12 @@ class Run:
         self.launchers.append(Launch([*command, *options, self._model], self.folder.parent, self.folder, {}))
         return self.launchers[-1]
 
+    def start_two(self) -> tuple[Launch, Launch]:
+        """Start the launchers of two nodes, of which the first leads."""
+        first = self.start("a")
+        first.wait_for_output("waiting for 1 to 2 nodes")
+        return first, self.start("b")
+
     def wait_for_nodes(self, generation: int, nodes: int) -> str:
         """Wait until all ranks of a generation have begun; return the flags of its layout."""
         files = [self.folder / f"began-{generation}-{rank}" for rank in range(nodes)]
@@ -91,9 +97,7 @@ def new_run(tmp_path) -> Iterator[Callable[[str], Run]]:
 
 def test_lost_and_returned_node(new_run):
     run = new_run("1:2")
-    first = run.start("a")
-    first.wait_for_output("waiting for 1 to 2 nodes")
-    second = run.start("b")
+    first, second = run.start_two()
     assert run.wait_for_nodes(1, 2) == "expert-model-parallel-size=2"
     second.kill()
     assert run.wait_for_nodes(2, 1) == ""
@@ -125,9 +129,7 @@ def test_lost_leader(new_run):
 
 def test_node_that_is_cut_off_is_left_out_and_taken_in_again(new_run):
     run = new_run("1:2")
-    first = run.start("a")
-    first.wait_for_output("waiting for 1 to 2 nodes")
-    second = run.start("b")
+    first, second = run.start_two()
     run.wait_for_nodes(1, 2)
     run.say("cut-b")
     run.wait_for_nodes(2, 1)
@@ -140,9 +142,7 @@ def test_node_that_is_cut_off_is_left_out_and_taken_in_again(new_run):
 
 def test_stopped_node_leaves_and_the_others_continue(new_run):
     run = new_run("1:2")
-    first = run.start("a")
-    first.wait_for_output("waiting for 1 to 2 nodes")
-    second = run.start("b")
+    first, second = run.start_two()
     run.wait_for_nodes(1, 2)
     os.kill(first.process.pid, signal.SIGTERM)
     assert first.wait() == EXIT_REQUEUE
@@ -154,9 +154,7 @@ def test_stopped_node_leaves_and_the_others_continue(new_run):
 
 def test_failure_of_the_ranks_ends_the_run_everywhere(new_run):
     run = new_run("1:2")
-    first = run.start("a")
-    first.wait_for_output("waiting for 1 to 2 nodes")
-    second = run.start("b")
+    first, second = run.start_two()
     run.wait_for_nodes(1, 2)
     # Only the ranks of one node fail, and those of the other node wait for them.
     run.say("fail-0")

@@ -221,6 +221,7 @@ def run_dir(tmp_path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
 def test_random_faults(tmp_path, model, run_dir):
     workplace = Workplace(tmp_path)
     script = [str(ROOT / "launch" / "pretrain.sh"), "--no-check"]
