@@ -113,7 +113,7 @@ def describe_run(
         "layout": describe_layout(layout),
         "step": f"{layout.global_batch:,} samples × {layout.seq_length:,} = {layout.tokens_per_step:,} tokens, in "
         f"micro-batches of {layout.micro_batch}; {args.train_iters:,} iterations",
-        "dispatch": dispatch and dispatch + _describe_lost_locality(args, mask),
+        "dispatch": dispatch,
         "mask": f"{describe_visible_experts(mask)}; digest {mask.digest[:16]}…" if mask else None,
         "data": _describe_data(args),
         "start": f"resumes from {checkpoint}" if checkpoint else "from random weights",
@@ -149,15 +149,6 @@ def _describe_parameters(args: Namespace, mask: RoutingMask | None, counts: Para
     return (
         f"{total}, {_short(active)} active ({active:,}) at {use.mean:.3g} expert{'s' if use.mean != 1 else ''} a token"
     )
-
-
-def _describe_lost_locality(args: Namespace, mask: RoutingMask | None) -> str:
-    """Return a clause if a rank-local mask is not rank-local in this layout, so that dispatch cannot be planned."""
-    ranks = args.expert_model_parallel_size
-    built_for = mask.provenance.expert_model_parallel_size if mask is not None else None
-    if mask is None or built_for is None or ranks == 1 or mask.rank_of_rows(ranks) is not None:
-        return ""
-    return f"; the mask is rank-local on {built_for} expert-parallel ranks, not on {ranks}"
 
 
 def _describe_data(args: Namespace) -> str:
