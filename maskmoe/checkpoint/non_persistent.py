@@ -9,7 +9,7 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
-from maskmoe.checkpoint.series import TRACKER, checkpoint_path, remove_old_checkpoints, saved_iterations
+from maskmoe.checkpoint.series import checkpoint_path, remove_old_checkpoints, remove_tracker, saved_iterations
 from maskmoe.errors import UserError
 
 _SUBFOLDER = "non_persistent"  # Megatron's name
@@ -74,7 +74,7 @@ def make_room(folder: Path, iteration: int, loaded: int | None = None) -> None:
         if (saved >= iteration or (loaded is not None and saved > loaded)) and not checkpoint.is_symlink():
             shutil.rmtree(checkpoint, ignore_errors=True)
     keep_newest(folder)
-    (folder / TRACKER).unlink(missing_ok=True)
+    remove_tracker(folder)
 
 
 def keep_newest(folder: Path) -> None:

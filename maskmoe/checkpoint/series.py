@@ -77,7 +77,7 @@ def write_tracker(folder: str | Path, iteration: int | str) -> None:
 
 
 def remove_tracker(folder: str | Path) -> None:
-    """Remove Megatron's tracker file: no checkpoint is left that a run may load."""
+    """Remove Megatron's tracker file if it exists."""
     (Path(folder) / TRACKER).unlink(missing_ok=True)
 
 

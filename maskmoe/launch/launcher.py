@@ -18,6 +18,7 @@ from maskmoe.launch.network import route_to, wait_for
 from maskmoe.launch.options import Options, parse_options
 from maskmoe.launch.preparation import check, record_end, record_start
 from maskmoe.launch.supervisor import Supervisor
+from maskmoe.wording import counted
 
 
 def launch(program: str, arguments: Sequence[str]) -> None:
@@ -95,7 +96,7 @@ def _run(options: Options, flags: Flags, processes: int, devices: Devices | None
     if is_verbose:
         print(f"launch: {command}", flush=True)
     else:
-        print(f"launch: starting {processes} rank{'s' if processes > 1 else ''}; everything is in {options.run_dir}")
+        print(f"launch: starting {counted(processes, 'rank')}; everything is in {options.run_dir}")
         sys.stdout.flush()
     code = Supervisor(options.shutdown_timeout).run(command)
     if not options.node_rank:

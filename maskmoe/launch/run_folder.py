@@ -6,6 +6,9 @@ from pathlib import Path
 RUN_FOLDER_VARIABLE = "MASKMOE_RUN_DIR"
 """The environment variable with which a launcher names the run folder to the ranks."""
 
+ARGUMENTS = "args.yaml"
+"""The file of a run folder with the arguments of the newest start, a model file."""
+
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 """The folders of the checkpoints and of TensorBoard's event files in a run folder."""

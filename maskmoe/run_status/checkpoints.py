@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from maskmoe.checkpoint.integrity import (
     check_by_manifest,
     check_content,
 )
+from maskmoe.checkpoint.non_persistent import non_persistent_folder
 from maskmoe.checkpoint.series import (
     RELEASE,
     checkpoint_path,
@@ -29,11 +31,9 @@ from maskmoe.errors import UserError
 from maskmoe.folder_lock import LOCK_NAME
 from maskmoe.launch.run_folder import CHECKPOINTS
 
-_NON_PERSISTENT = "non_persistent"
-
 
 class Soundness(StrEnum):
-    """What is known about a checkpoint.
+    """The state of a checkpoint, as far as it is known.
 
     Attributes:
         COMPLETE: all files have their full size; their content was not compared.
@@ -57,7 +57,7 @@ class SavedCheckpoint:
         iteration: its iteration; None for a `release` checkpoint.
         size: the size of its files in bytes.
         saved: when it was completed, or last changed, in seconds since 1970.
-        soundness: what is known about it.
+        soundness: the state of its files.
         fault: what is wrong, a clause; empty if nothing is.
     """
 
@@ -124,9 +124,7 @@ class CheckpointReader:
         """
         if folder is None:
             return Checkpoints()
-        frequent = folder / _NON_PERSISTENT if texts.get("non_persistent_ckpt_type") == "global" else None
-        if frequent is not None and texts.get("non_persistent_global_ckpt_dir", "None") != "None":
-            frequent = Path(texts["non_persistent_global_ckpt_dir"])
+        frequent = non_persistent_folder(_non_persistent_settings(texts), folder)
         paths = [checkpoint_path(place, step) for place in (folder, frequent) if place for step in _iterations(place)]
         if (folder / RELEASE).is_dir():
             paths.append(folder / RELEASE)
@@ -190,17 +188,18 @@ def _next_start(
         if not any(each.path == checkpoint for each in saved):
             raise Damage(checkpoint, "does not exist")
 
-    chosen, problem = None, ""
+    # The name of the folder comes from the run's log, so look there only if a checkpoint was found in it.
+    has_frequent = any(each.path.parent == frequent for each in saved)
     try:
-        chosen = choose_checkpoint(folder, check=check).checkpoint
+        return choose_checkpoint(folder, None, check, frequent if has_frequent else None).checkpoint, ""
     except UserError as error:
-        problem = one_line(error)
-    # A restart prefers a persistent checkpoint to a non-persistent one of the same iteration.
-    own = -1 if chosen is None else (iteration_of(chosen) or -1)
-    for each in saved:
-        if each.path.parent == frequent and each.path not in damages and (each.iteration or 0) > own:
-            return each.path, ""
-    return chosen, problem
+        return None, one_line(error)
+
+
+def _non_persistent_settings(texts: Mapping[str, str]) -> Namespace:
+    """Return Megatron's arguments of non-persistent checkpoints, which a run logs as text."""
+    names = ("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")
+    return Namespace(**{name: None if (text := texts.get(name, "None")) == "None" else text for name in names})
 
 
 def _iterations(folder: Path) -> list[int]:

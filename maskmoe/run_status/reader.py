@@ -8,11 +8,12 @@ from pathlib import Path
 from maskmoe.command_line import one_line
 from maskmoe.errors import UserError
 from maskmoe.journal import FOLDER, Entry, Kind, read_journal
+from maskmoe.launch.run_folder import ARGUMENTS
 from maskmoe.run_report.facts import Arguments
 from maskmoe.run_status.checkpoints import CheckpointReader, find_checkpoints
 from maskmoe.run_status.liveness import Signs, is_time, read_liveness
 from maskmoe.run_status.load import read_loads
-from maskmoe.run_status.logged import ARGUMENTS, LogReader
+from maskmoe.run_status.logged import LogReader
 from maskmoe.run_status.starts import read_starts
 from maskmoe.run_status.status import Status
 

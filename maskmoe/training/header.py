@@ -19,6 +19,7 @@ from maskmoe.routing_mask.words import describe_visible_experts
 from maskmoe.training.console import console
 from maskmoe.training.resume import checkpoint_to_load
 from maskmoe.training.run_report import log_facts
+from maskmoe.wording import counted
 
 _LABEL_WIDTH = 12
 _LABELS_OF_PAGE = ("parameters", "dispatch", "mask", "data")  # of the lines that report.html shows, too
@@ -125,7 +126,7 @@ def describe_run(
 def describe_layout(layout: Layout) -> str:
     """Return the numbers of ranks of a run in words: `2 ranks: TP 1 · PP 1 · CP 1 · DP 2 · EP 2 · ETP 1`."""
     return (
-        f"{_ranks(layout.ranks)}: TP {layout.tensor} · PP {layout.pipeline} · CP {layout.context} · "
+        f"{counted(layout.ranks, 'rank')}: TP {layout.tensor} · PP {layout.pipeline} · CP {layout.context} · "
         f"DP {layout.data} · EP {layout.expert} · ETP {layout.expert_tensor}"
     )
 
@@ -169,10 +170,6 @@ def _describe_folder(args: Namespace, folder: Path | None) -> str:
         return "none: without --save, nothing is saved and arguments and logs are not written"
     logs = f"{Path('logs')}{os.sep}rank*.log" if console.log_file else "no log files with --verbose"
     return f"{folder}: args.yaml, {logs}; checkpoints in {args.save}"
-
-
-def _ranks(number: int) -> str:
-    return f"{number:,} rank{'s' if number > 1 else ''}"
 
 
 def _short(number: int) -> str:

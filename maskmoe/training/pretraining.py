@@ -25,7 +25,7 @@ from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import locked_folder
 from maskmoe.journal import Journal, Kind
-from maskmoe.launch.run_folder import run_folder
+from maskmoe.launch.run_folder import ARGUMENTS, run_folder
 from maskmoe.megatron_compat.globals import get_args, get_timers, open_writers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
@@ -46,7 +46,7 @@ from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.run_report import RunReport, choose_event_folder
 from maskmoe.training.run_warnings import RunWarnings
-from maskmoe.training.saved_arguments import FILE_NAME, save_arguments
+from maskmoe.training.saved_arguments import save_arguments
 from maskmoe.training.setup import (
     CheckedRun,
     leaving_process_groups,
@@ -133,27 +133,22 @@ def hang_timeout(args: Namespace) -> float:
     return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
 
 
-def journal_of_rank(args: Namespace) -> Journal:
-    """Return the journal of the run on the first rank; other ranks get one that drops all entries."""
-    return Journal(run_folder(args.save, args.tensorboard_dir) if args.rank == 0 else None)
-
-
-def _open_run_folder(args: Namespace) -> Path | None:
-    """Write the arguments and the log to the run folder from now on; return the folder, or None if there is none.
+def _open_run_folder(args: Namespace, folder: Path | None) -> Path | None:
+    """Write the arguments and the log to the run folder from now on; return the folder.
 
     A refused run leaves no files, so call this when all ranks have met in process groups: then none has been refused.
 
     Args:
         args: Megatron's validated arguments.
+        folder: The run folder, or None if there is none.
     """
-    folder = run_folder(args.save, args.tensorboard_dir)
     console.open_log(folder)
     console.shows_timers = args.timing_log_level > 0
     if folder is not None and args.rank == 0:
         try:
             save_arguments(args, sys.argv[1:], folder)
         except OSError as error:
-            console.say(f"note: cannot write {folder / FILE_NAME}: {error.strerror}")
+            console.say(f"note: cannot write {folder / ARGUMENTS}: {error.strerror}")
         _record_start(args, folder)
     return folder
 
@@ -261,13 +256,16 @@ def train(
     data_files = DataFiles(data_prefixes(args))
     # Set up what accompanies Megatron's training loop.
     folder = run_folder(args.save, args.tensorboard_dir)
+    folder_on_first_rank = folder if ranks.rank == 0 else None
     warnings = RunWarnings(folder)
     if args.num_experts:
         collapse_watch = CollapseWatch(args, run.mask, warnings) if run.mask and args.collapse_intervals else None
         model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval, collapse_watch)
         if args.hybrid_layer_pattern is not None:
             set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
-    model_config.pre_wrap_hooks.append(lambda chunks: show_header(args, run.mask, _open_run_folder(args), chunks))
+    model_config.pre_wrap_hooks.append(
+        lambda chunks: show_header(args, run.mask, _open_run_folder(args, folder), chunks)
+    )
     choose_event_folder(args)
     take_run_id(args)
     open_writers(args)
@@ -277,7 +275,7 @@ def train(
         let_signals_save,
         watchdog.step,
         report,
-        StepTime(folder if ranks.rank == 0 else None, ranks.world_size),
+        StepTime(folder_on_first_rank, ranks.world_size),
         partial(data_files.check, _DATA_FILES_A_STEP),
     )
     leaving = LeaveAfterSave(ranks)
@@ -288,7 +286,7 @@ def train(
         spike_watch = SpikeWatch(args.spike_action, detector, warnings, Rewinder(args, run.rewinds))
         watch_steps(spike_watch.wrap)
         while_saving.append(spike_watch.sharing_history)
-    keep_checkpoints_whole(lambda: leaving.after(entering_all(while_saving)), journal_of_rank(args))
+    keep_checkpoints_whole(lambda: leaving.after(entering_all(while_saving)), Journal(folder_on_first_rank))
     if args.override_opt_param_scheduler and has_one_learning_rate(args):
         override_learning_rates()
     # Train. Each context manager handles one way in which the run may end early.

@@ -21,6 +21,7 @@ from maskmoe.checkpoint.series import (
     checkpoint_path,
     choose_checkpoint,
     read_tracker,
+    remove_tracker,
     write_tracker,
 )
 from maskmoe.errors import UserError
@@ -127,8 +128,8 @@ def mend_tracker(args: Namespace, ranks: RankStore) -> None:
     if not args.loads_non_persistent:
         write_tracker(args.load, args.ckpt_step)
         outcome = f"it names iteration {args.ckpt_step} now"
-    elif (tracker := Path(args.load) / TRACKER).exists():
-        tracker.unlink()
+    elif (Path(args.load) / TRACKER).exists():
+        remove_tracker(args.load)
         outcome = "it is removed"
     else:
         return

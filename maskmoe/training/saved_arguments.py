@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskmoe.launch.model_file import flags_to_yaml, split_flags
-
-FILE_NAME = "args.yaml"
+from maskmoe.launch.run_folder import ARGUMENTS
 
 
 def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
@@ -24,9 +23,9 @@ def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
         OSError: the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{FILE_NAME}.{uuid.uuid4().hex[:8]}.tmp"
+    unfinished = folder / f".{ARGUMENTS}.{uuid.uuid4().hex[:8]}.tmp"
     unfinished.write_text(arguments_text(args, words, folder), encoding="utf-8")
-    unfinished.replace(folder / FILE_NAME)
+    unfinished.replace(folder / ARGUMENTS)
 
 
 def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
@@ -41,7 +40,7 @@ def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
     """
     flags = {name: tuple(map(_escape, values)) for name, values in split_flags(words).items()}
     flags = {name: tuple(_in_run_folder(value, folder) for value in values) for name, values in flags.items()}
-    command = f"launch/pretrain.sh {shlex.quote(FILE_NAME)}"
+    command = f"launch/pretrain.sh {shlex.quote(ARGUMENTS)}"
     values: Mapping[str, object] = vars(args)
     return "\n".join(
         (

@@ -5,9 +5,10 @@ import statistics
 import time
 from pathlib import Path
 
-from maskmoe.journal import Journal, Kind, read_journal
+from maskmoe.journal import Entry, Journal, Kind, read_journal
 from maskmoe.megatron_compat.globals import get_args
 from maskmoe.training.console import console
+from maskmoe.wording import counted
 
 _SKIPPED_STEPS = 2  # in which memory is allocated and kernels are chosen
 _STEPS = 8
@@ -39,13 +40,16 @@ class StepTime:
             self._folder = None
 
     def _record(self, folder: Path, seconds: float) -> None:
-        text = f"a step takes {seconds:.3g} s on {_count(self._ranks)}"
-        earlier = [entry.facts for entry in read_journal(folder) if entry.kind is Kind.STEP_TIME]
-        if earlier and (ranks := earlier[-1].get("ranks")) != self._ranks:
-            text += f"; it took {earlier[-1].get('seconds', 0):.3g} s on {_count(ranks)}"
+        text = f"a step takes {seconds:.3g} s on {counted(self._ranks, 'rank')}"
+        earlier = [_facts(entry) for entry in read_journal(folder) if entry.kind is Kind.STEP_TIME]
+        before, ranks = next(filter(None, reversed(earlier)), (seconds, self._ranks))
+        if ranks != self._ranks:
+            text += f"; it took {before:.3g} s on {counted(ranks, 'rank')}"
             console.say(f"note: {text}")
         Journal(folder).write(Kind.STEP_TIME, text, self._iteration, seconds=seconds, ranks=self._ranks)
 
 
-def _count(ranks: object) -> str:
-    return f"{ranks} rank{'' if ranks == 1 else 's'}"
+def _facts(entry: Entry) -> tuple[float, int] | None:
+    """Return the seconds of a step and the number of ranks in an entry; None if the entry is damaged."""
+    seconds, ranks = entry.facts.get("seconds"), entry.facts.get("ranks")
+    return (seconds, ranks) if isinstance(seconds, float) and isinstance(ranks, int) else None

@@ -76,6 +76,32 @@ def words_of(flags: dict[str, Any]) -> list[str]:
     return words
 
 
+def run_training(checkout: Path, flags: dict[str, Any]) -> str:
+    """Train in a new process, on one rank with one thread, and return what the process prints.
+
+    Args:
+        checkout: a folder that holds the package `maskmoe`.
+        flags: the flags of the run.
+
+    Raises:
+        RuntimeError: training failed, or logged no step.
+    """
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    run = subprocess.run(
+        [sys.executable, "-m", "maskmoe.training.pretrain", *words_of(flags)],
+        env=os.environ | variables | address | {"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""},
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode != 0 or not TIME.search(run.stdout):
+        raise RuntimeError(f"training in {checkout} failed with exit code {run.returncode}:\n{run.stderr[-2000:]}")
+    return run.stdout
+
+
 def measure_training(checkout: Path, flags: dict[str, Any], losses: list[str]) -> Callable[[], float]:
     """Return a function that trains once with a checkout's code and returns tokens/s.
 
@@ -90,23 +116,11 @@ def measure_training(checkout: Path, flags: dict[str, Any], losses: list[str]) -
     if not (checkout / "maskmoe" / "training" / "pretrain.py").is_file():
         raise UserError(f"{checkout} is not a checkout: it holds no maskmoe/training/pretrain.py")
     tokens_an_iteration = flags["global-batch-size"] * flags["seq-length"]
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
 
     def train() -> float:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-        run = subprocess.run(
-            [sys.executable, "-m", "maskmoe.training.pretrain", *words_of(flags)],
-            env=os.environ | variables | address | {"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""},
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        intervals = [float(milliseconds) for milliseconds in TIME.findall(run.stdout)]
-        if run.returncode != 0 or not intervals:
-            raise RuntimeError(f"training in {checkout} failed with exit code {run.returncode}:\n{run.stderr[-2000:]}")
-        losses.append(LOSS.findall(run.stdout)[-1])
+        output = run_training(checkout, flags)
+        intervals = [float(milliseconds) for milliseconds in TIME.findall(output)]
+        losses.append(LOSS.findall(output)[-1])
         return tokens_an_iteration / (min(intervals) / 1000)
 
     return train

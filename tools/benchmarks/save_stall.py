@@ -10,11 +10,7 @@ left out: a run that ends waits for its files.
 """
 
 import argparse
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +19,7 @@ from typing import Any
 
 import harness
 import yaml
-from laptop_step import ROOT, TIME, words_of, write_inputs
+from laptop_step import ROOT, TIME, run_training, write_inputs
 
 from maskmoe.cli import run_tool
 from maskmoe.errors import UserError
@@ -57,20 +53,8 @@ def measure(folder: Path, flags: dict[str, Any]) -> Measurement:
     Raises:
         RuntimeError: training failed.
     """
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-    run = subprocess.run(
-        [sys.executable, "-m", "maskmoe.training.pretrain", *words_of(flags | {"save": folder / "checkpoints"})],
-        env=os.environ | variables | address | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if run.returncode != 0:
-        raise RuntimeError(f"training failed with exit code {run.returncode}:\n{run.stderr[-2000:]}")
-    milliseconds = [float(value) for value in TIME.findall(run.stdout)]
+    output = run_training(ROOT, flags | {"save": folder / "checkpoints"})
+    milliseconds = [float(value) for value in TIME.findall(output)]
     saves = [entry for entry in read_journal(folder) if entry.kind is Kind.SAVED]
     stalls = [float(entry.facts["seconds"]) for entry in saves]
     return Measurement(stalls, STEPS * statistics.median(milliseconds) / 1000)

@@ -117,7 +117,7 @@ class Generations:
             path.write_text(str(exit_code))
 
     def exit_code(self, number: int) -> int | None:
-        """Return the exit code with which the run ended in a generation; None if the run goes on."""
+        """Return the exit code with which the run ended in a generation; None if the run continues."""
         with suppress(UnusableFile, ValueError):
             return int(read_json_bytes(self._end_path(number)))
         return None

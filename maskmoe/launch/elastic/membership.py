@@ -122,9 +122,7 @@ class Membership:
         self._listener.close()
         for thread in self._threads:
             thread.join()
-        for suffix in (_BEAT, _MEMBER):
-            with suppress(OSError):
-                self._path(self.me.id, suffix).unlink()
+        self.remove_files_of([self.me])
 
     def follow(self, leader: Member | None) -> None:
         """Report from now on whether this node reaches the node of a leader, which may be this node."""
@@ -171,7 +169,7 @@ class Membership:
         return [self.me, *others]
 
     def remove_files_of(self, members: Sequence[Member]) -> None:
-        """Remove what launchers that are gone have left in the folder."""
+        """Remove the files of launchers that are gone."""
         for member in members:
             for suffix in (_BEAT, _MEMBER):
                 with suppress(OSError):

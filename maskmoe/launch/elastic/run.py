@@ -23,6 +23,7 @@ from maskmoe.launch.network import route_to, wait_for
 from maskmoe.launch.options import Meeting, Options
 from maskmoe.launch.preparation import check, record_end, record_start
 from maskmoe.launch.supervisor import Supervisor
+from maskmoe.wording import counted
 
 FOLDER = "elastic"
 """Name of the folder in a run folder in which launchers meet."""
@@ -161,7 +162,7 @@ class ElasticRun:
     def _announce(self, before: Generation | None, generation: Generation) -> None:
         """Print and record on which nodes and ranks the run trains from now on, and which flags that changes."""
         hosts = ", ".join(member.host for member in generation.members)
-        text = f"training on {_count(len(generation.members), 'node')} ({hosts}), {_count(generation.ranks, 'rank')}"
+        text = f"training on {counted(len(generation.members), 'node')} ({hosts}), {counted(generation.ranks, 'rank')}"
         if before is not None and (changes := describe_changes(before.flags, generation.flags)):
             text += f"; {changes}"
         _say(text)
@@ -170,7 +171,7 @@ class ElasticRun:
     def _give_up(self) -> int:
         """Say that too few nodes have come, and return the exit code of a run that can be started again."""
         ready, nodes, seconds = len(self._nodes.ready()), self._options.nodes, self._options.rendezvous_timeout
-        text = f"{_count(ready, 'node')} of {nodes.least} to {nodes.most} came within {seconds} s"
+        text = f"{counted(ready, 'node')} of {nodes.least} to {nodes.most} came within {seconds} s"
         if ready >= nodes.least:
             text += f", and the model file has no layout for {nodes.least} to {ready} nodes"
         _say(f"{text}; start the command on more nodes, with the same --run-dir")
@@ -203,7 +204,7 @@ class ElasticRun:
         """Return whether a run may start, as the check of all its settings and files finds."""
         if not self._options.checks:
             return True
-        _say(f"checking settings and files for {_count(ranks, 'rank')}")
+        _say(f"checking settings and files for {counted(ranks, 'rank')}")
         checked = check(flags, ranks, self._devices, to_console="verbose" in flags)
         self._report = checked.stdout
         return checked.returncode == 0
@@ -242,7 +243,7 @@ class ElasticRun:
         leave_file = self._generations.leave_file(generation.number)
         command = replace(command, environment={**command.environment, LEAVE_FILE: str(leave_file)})
         record_start(self._options, self._options.log_folder(node_rank), command, None if node_rank else self._report)
-        _say(f"starting {_count(self._nodes.me.ranks, 'rank')}; everything is in {self._options.run_dir}")
+        _say(f"starting {counted(self._nodes.me.ranks, 'rank')}; everything is in {self._options.run_dir}")
         code = self._supervisor.run(command, must_end=lambda: self._must_end(generation))
         if not node_rank and not self._is_ending:
             record_end(self._journal, code)
@@ -375,12 +376,12 @@ def check_node_counts(options: Options, model: ModelFile, processes: int) -> int
     for number in range(options.nodes.most, options.nodes.least - 1, -1):
         trained = chooser.count(ready[:number])
         if trained != number:
-            print(f"note: {_count(number, 'node')}: " + (f"{trained} of them train" if trained else "no layout"))
+            print(f"note: {counted(number, 'node')}: " + (f"{trained} of them train" if trained else "no layout"))
             continue
         choice = chooser.choose(ready[:number])
         checked = check(choice.flags, number * processes, None, to_console=number == options.nodes.most)
         verdict = "errors found" if checked.returncode else "no errors found"
-        print(f"note: {_count(number, 'node')}, {_count(number * processes, 'rank')}: {verdict}", flush=True)
+        print(f"note: {counted(number, 'node')}, {counted(number * processes, 'rank')}: {verdict}", flush=True)
         worst = worst or checked.returncode
     return worst
 
@@ -388,10 +389,6 @@ def check_node_counts(options: Options, model: ModelFile, processes: int) -> int
 def _free_port() -> int:
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _say(text: str) -> None:
