@@ -119,7 +119,9 @@ def read_training(context: Context) -> Findings:
         facts[f"{name}: largest difference of the loss (nats)"] = difference
         if not difference <= TOLERANCE:
             problems.append(f"{name}: losses differ by {difference:.3g} nats from the CPU's, more than {TOLERANCE}")
-        if not any("distributed_backend" in line and line.endswith(f" {backend}") for line in _lines(context, name)):
+        # The console shows the arguments with `--verbose` only; otherwise the rank's own log has them.
+        arguments = [*_lines(context, name), *_lines(context, name, "logs/rank0.log")]
+        if not any("distributed_backend" in line and line.endswith(f" {backend}") for line in arguments):
             problems.append(f"{name}: the run did not use the backend {backend}")
     for name, history in histories.items():
         seconds = [record.seconds for record in history.iterations.values()]
@@ -136,9 +138,9 @@ def read_training(context: Context) -> Findings:
     )
 
 
-def _lines(context: Context, name: str) -> list[str]:
-    """Return the lines that a run's rank has written."""
-    logs = sorted(_run_dir(context, name).glob("logs/node0/**/stdout.log"))
+def _lines(context: Context, name: str, logs_of_run: str = "logs/node0/**/stdout.log") -> list[str]:
+    """Return the lines in the logs of a run; by default those that the console shows."""
+    logs = sorted(_run_dir(context, name).glob(logs_of_run))
     return [line for log in logs for line in read_log(log)]
 
 
