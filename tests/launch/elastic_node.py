@@ -1,7 +1,8 @@
 """The launcher of one node of an elastic run, with other programs than torchrun and with short times.
 
 Usage: elastic_node.py HOST arguments of launch/pretrain.sh. The program that stands for the ranks of the node obeys
-files in the run folder: `finish` and `fail-RANK_OF_NODE` end it, and `saved` stands for a checkpoint.
+files in the run folder: `finish`, `fail-RANK_OF_NODE` and `go-back-GENERATION` end it, and `saved` stands for a
+checkpoint.
 """
 
 import socket
@@ -29,7 +30,7 @@ while not (folder / "finish").exists():
         sys.exit(3)
     if (folder / "saved").exists() and pathlib.Path(os.environ["MASKMOE_LEAVE_FILE"]).exists():
         stopped.touch()
-    if stopped.exists():
+    if stopped.exists() or (folder / f"go-back-{generation}").exists():
         leave_exit_code(REQUEUE)
         sys.exit(1)
 """.replace("REQUEUE", str(EXIT_REQUEUE))

@@ -152,6 +152,17 @@ def test_stopped_node_leaves_and_the_others_continue(new_run):
     assert not list((run.folder / "elastic" / "members").iterdir())
 
 
+def test_ranks_that_go_back_are_started_again(new_run):
+    """Torchrun may not start them again, so they end with the exit code that asks for a restart."""
+    run = new_run("1:2")
+    first, second = run.start_two()
+    run.wait_for_nodes(1, 2)
+    run.say("go-back-1")
+    run.wait_for_nodes(2, 2)
+    run.say("finish")
+    assert (first.wait(), second.wait()) == (0, 0)
+
+
 def test_failure_of_the_ranks_ends_the_run_everywhere(new_run):
     run = new_run("1:2")
     first, second = run.start_two()

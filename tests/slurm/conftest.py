@@ -27,14 +27,16 @@ SAVE_INTERVAL = 20
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
 
 # Jobs of the partition `high` preempt jobs of the partition `low`, after a minute's grace. Waits that take minutes
-# on real clusters take seconds here.
+# on real clusters take seconds here. A requeued job waits for `cred_expire` seconds. The wait is longer than the 10
+# seconds (MessageTimeout) for which the controller tries to end the processes of a lost node. Otherwise the message
+# could reach the returned node late and end the requeued job, which has the same number.
 SLURM_CONF = """
 ClusterName=maskmoe
 SlurmctldHost=control({control})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={munge}/socket,cred_expire=5
+AuthInfo=socket={munge}/socket,cred_expire=15
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid

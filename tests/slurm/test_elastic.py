@@ -32,8 +32,8 @@ RESUME_SECONDS = 120
 # in 20 steps with a learning rate of 4e-3, for losses between 4 and 8.
 TOLERANCE = 1e-2
 LOCAL_RANKS = 4  # on which a mask is rank-local
-# Slurm starts a requeued job after about two minutes. Smaller steps keep the differences small in a longer run.
-LONGER = "--train-iters 800 --lr 2e-4 --min-lr 2e-5"
+# Slurm starts a requeued job after half a minute. Smaller steps keep the differences small in a longer run.
+LONGER = "--train-iters 400 --lr 2e-4 --min-lr 2e-5"
 
 
 @pytest.fixture(scope="module")

@@ -249,7 +249,10 @@ class ElasticRun:
             record_end(self._journal, code)
         if self._supervisor.is_stopped:
             return code
-        if self._is_ending or (code != 0 and code != EXIT_BAD_INPUT and self._others_have_changed(generation, code)):
+        # The ranks ask for another start after a signal to another node, after a request to leave, and to go back.
+        if self._is_ending or code == EXIT_REQUEUE:
+            return None
+        if code not in (0, EXIT_BAD_INPUT) and self._others_have_changed(generation, code):
             return None
         self._generations.end(generation.number, code)
         return code
@@ -321,16 +324,13 @@ class ElasticRun:
         leave_file.touch()
 
     def _others_have_changed(self, generation: Generation, code: int) -> bool:
-        """Return whether the ranks ended because nodes have come or gone; wait until that is known.
+        """Return whether the ranks failed because nodes have come or gone; wait until that is known.
 
         Args:
             generation: the generation whose ranks have ended.
-            code: the exit code of the ranks.
+            code: the exit code of the ranks, a failure.
         """
-        if code == EXIT_REQUEUE and self._generations.leave_file(generation.number).exists():
-            return True
-        if code != EXIT_REQUEUE:
-            _say(f"the ranks ended with exit code {code}; looking whether a node is lost")
+        _say(f"the ranks ended with exit code {code}; looking whether a node is lost")
         deadline = time.monotonic() + self._options.node_timeout + _BEATS_SECONDS
         while time.monotonic() < deadline and not self._supervisor.is_stopped:
             if self._must_end(generation) or any(self._nodes.is_gone(member.id) for member in generation.members):
