@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -261,22 +260,21 @@ def test_most_nodes_that_can_train_are_chosen(layouts, ranks, least, more, faili
         checked.append(ranks)
         return ranks not in failing
 
-    members = [replace(member, ranks=number) for member, number in zip(MEMBERS, ranks, strict=False)]
     chooser = LayoutChooser(model, NodeRange(least, least + more, True), lambda flags: flags, check)
     possible = [
         number
-        for number in range(least, min(least + more, len(members)) + 1)
+        for number in range(least, min(least + more, len(ranks)) + 1)
         if (total := sum(ranks[:number])) not in failing and (not layouts or any(total % size == 0 for size in layouts))
     ]
     if possible:
-        choice = chooser.choose(members)
-        assert choice.members == tuple(members[: possible[-1]])
+        choice = chooser.choose(ranks)
+        assert choice.nodes == possible[-1]
         fitting = [size for size in layouts if sum(ranks[: possible[-1]]) % size == 0]
         assert choice.flags == ({"size": (str(max(fitting)),)} if layouts else {})
-        assert chooser.count(members) == possible[-1]
+        assert chooser.count(ranks) == possible[-1]
     else:
         with pytest.raises(UserError, match="can train"):
-            chooser.choose(members)
+            chooser.choose(ranks)
     assert len(checked) == len(set(checked))
 
 

@@ -5,21 +5,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from maskmoe.errors import UserError
-from maskmoe.launch.elastic.membership import Member
 from maskmoe.launch.model_file import Flags, ModelFile
 from maskmoe.launch.options import NodeRange
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The nodes that train, and the flags of their ranks.
+    """How many nodes train, and the flags of their ranks.
 
     Attributes:
-        members: the launchers of the nodes.
+        nodes: the number of nodes that train: the first ones of those that are there.
         flags: the flags of the ranks.
     """
 
-    members: tuple[Member, ...]
+    nodes: int
     flags: Flags
 
 
@@ -46,33 +45,37 @@ class LayoutChooser:
         self._check = check
         self._verdicts: dict[int, bool] = {}
 
-    def count(self, members: Sequence[Member]) -> int:
-        """Return how many of the launchers, from the first on, have a layout that is not known to fail; 0 for none."""
-        for number in range(min(len(members), self._nodes.most), self._nodes.least - 1, -1):
-            ranks = sum(member.ranks for member in members[:number])
+    def count(self, node_ranks: Sequence[int]) -> int:
+        """Return how many nodes, from the first on, have a layout that is not known to fail; 0 for none.
+
+        Args:
+            node_ranks: the number of ranks of each node that is there.
+        """
+        for number in range(min(len(node_ranks), self._nodes.most), self._nodes.least - 1, -1):
+            ranks = sum(node_ranks[:number])
             if self._model.fits(ranks) and self._verdicts.get(ranks, True):
                 return number
         return 0
 
-    def choose(self, members: Sequence[Member]) -> Choice:
+    def choose(self, node_ranks: Sequence[int]) -> Choice:
         """Choose the largest number of nodes that have a layout which passes the check.
 
         Args:
-            members: the launchers that are there, at least as many as must train.
+            node_ranks: the number of ranks of each node that is there; at least as many nodes as must train.
 
         Raises:
             UserError: no number of nodes has such a layout.
         """
-        while number := self.count(members):
-            ranks = sum(member.ranks for member in members[:number])
+        while number := self.count(node_ranks):
+            ranks = sum(node_ranks[:number])
             flags = self._complete(self._model.flags_for(ranks))
             if ranks not in self._verdicts:
                 self._verdicts[ranks] = self._check(flags, ranks)
             if self._verdicts[ranks]:
-                return Choice(tuple(members[:number]), flags)
+                return Choice(number, flags)
             print(f"launch: {ranks} ranks cannot train (see above)", file=sys.stderr, flush=True)
         raise UserError(
-            f"none of {self._nodes.least} to {min(len(members), self._nodes.most)} nodes can train: the model file "
+            f"none of {self._nodes.least} to {min(len(node_ranks), self._nodes.most)} nodes can train: the model file "
             f"{self._model.path} needs a layout for one of these numbers of nodes"
         )
 

@@ -148,12 +148,13 @@ class ElasticRun:
             self._report_loss(missing)
         elif len(ready) < self._options.nodes.most and not is_quiet:
             return None
-        if not self._chooser.count(ready):
+        if not self._chooser.count(_ranks_of(ready)):
             return None
-        choice = self._chooser.choose(ready)
+        choice = self._chooser.choose(_ranks_of(ready))
         if self._supervisor.is_stopped:
             return None
-        generation = Generation(self._generations.newest_number() + 1, choice.members, _free_port(), choice.flags)
+        members = tuple(ready[: choice.nodes])
+        generation = Generation(self._generations.newest_number() + 1, members, _free_port(), choice.flags)
         if not self._generations.write(generation):
             return None
         self._announce(running, generation)
@@ -315,7 +316,7 @@ class ElasticRun:
         """Ask the ranks to end after their next checkpoint if nodes wait that can train."""
         leave_file = self._generations.leave_file(generation.number)
         candidates = [*generation.members, *(m for m in self._nodes.ready() if m not in generation.members)]
-        if leave_file.exists() or self._chooser.count(candidates) <= len(generation.members):
+        if leave_file.exists() or self._chooser.count(_ranks_of(candidates)) <= len(generation.members):
             return
         hosts = ", ".join(member.host for member in candidates[len(generation.members) :])
         text = f"{hosts} has come, and is taken in at the next checkpoint"
@@ -370,20 +371,24 @@ def check_node_counts(options: Options, model: ModelFile, processes: int) -> int
         model: the model file.
         processes: the number of ranks of each node.
     """
-    ready = [Member(str(number), "", 0, 0.0, "", 0, processes) for number in range(options.nodes.most)]
     chooser = layout_chooser(options, model, lambda _flags, _ranks: True)
     worst = 0
     for number in range(options.nodes.most, options.nodes.least - 1, -1):
-        trained = chooser.count(ready[:number])
+        trained = chooser.count([processes] * number)
         if trained != number:
             print(f"note: {counted(number, 'node')}: " + (f"{trained} of them train" if trained else "no layout"))
             continue
-        choice = chooser.choose(ready[:number])
+        choice = chooser.choose([processes] * number)
         checked = check(choice.flags, number * processes, None, to_console=number == options.nodes.most)
         verdict = "errors found" if checked.returncode else "no errors found"
         print(f"note: {counted(number, 'node')}, {counted(number * processes, 'rank')}: {verdict}", flush=True)
         worst = worst or checked.returncode
     return worst
+
+
+def _ranks_of(members: Sequence[Member]) -> list[int]:
+    """Return the number of ranks of each member's node."""
+    return [member.ranks for member in members]
 
 
 def _free_port() -> int:
