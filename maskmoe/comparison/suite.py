@@ -130,9 +130,6 @@ class Variant(_Section):
         flags: flags of training, without the flags in which the runs of a variant differ.
         layouts: further flags by number of ranks, see `ModelFile`.
         vocab_size: size of the vocabulary, instead of the vocabulary of the suite's data.
-        base: for a variant of a curve, name of the main variant; else empty.
-        curve: for a variant of a curve, name of the curve; else empty.
-        point: for a variant of a curve, value at which the variant lies; else empty.
         tuned_as: name of the variant whose learning rate is used; the own name if the variant is tuned itself.
         equals: for a limit, name of the variant whose losses must be reproduced to the last bit; else None.
         until: iteration at which training stops early; None to train to the end.
@@ -147,9 +144,6 @@ class Variant(_Section):
     flags: FlagSection = {}
     layouts: LayoutSection = {}
     vocab_size: str = ""
-    base: str = ""
-    curve: str = ""
-    point: str = ""
     tuned_as: str = ""
     equals: str | None = None
     until: PositiveInt | None = None
@@ -400,9 +394,6 @@ class Suite(_Section):
                     "mask": mask,
                     "flags": override(base.flags, _without_flags_of_experts(point.flags, base)),
                     "vocab_size": point.vocab_size,
-                    "base": base.name,
-                    "curve": name,
-                    "point": value,
                     "seeds": point.seeds or curve.seeds or self.seeds,
                 }
                 yield base.model_copy(update=update)

@@ -73,7 +73,7 @@ def test_a_curve_has_variants_in_further_settings(suite_file):
         "maskmoe.vocabulary-400",
     ]
     more = variants["maskmoe.experts-8"]
-    assert (more.base, more.curve, more.point, more.tuned_as) == ("maskmoe", "experts", "8", "maskmoe")
+    assert (more.role, more.tuned_as) == ("curve", "maskmoe")
     assert more.flags["num-experts"] == ("8",)
     assert more.mask == {**suite.variants["maskmoe"].mask, "frequent-visible-experts": ("3",)}
     assert variants["smoe.experts-8"].mask == suite.variants["smoe"].mask
