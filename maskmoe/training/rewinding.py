@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from maskmoe.checkpoint.integrity import Abandoned, Damage, check_structure
 from maskmoe.checkpoint.series import checkpoint_path, iteration_of, remove_tracker, saved_iterations, write_tracker
 from maskmoe.errors import UserError
+from maskmoe.journal import Journal, Kind
 from maskmoe.launch.run_folder import run_folder
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.rewinds import FILE_NAME, NO_REWINDS, Rewind, Rewinds, loads_what_it_saves, read_rewinds
@@ -75,7 +76,9 @@ class Rewinder:
         except (OSError, UserError) as error:
             return False, f"the run continues, because it cannot write {folder / FILE_NAME}: {error}"
         where = f"the checkpoint of iteration {target}" if target else "the beginning"
-        return True, f"the run goes back to {where} and passes over {rewind}"
+        text = f"the run goes back to {where} and passes over {rewind}"
+        Journal(folder).write(Kind.REWOUND, text, rewind.last, first=rewind.first)
+        return True, text
 
     def _target(self, rewind: Rewind) -> tuple[int | None, bool]:
         """Return the iteration of the checkpoint to go back to, None for the beginning, and whether there is a way."""

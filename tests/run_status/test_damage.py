@@ -75,7 +75,8 @@ def test_damaged_folders_are_read(complete_run, tmp_path_factory, data):
 
 TEXTS = st.text() | st.sampled_from(["\x1b[2J", "nan", "9" * 5000, "\ud800", "a" * 500, "<script>", "None", "{{ x }}"])
 NUMBERS = st.floats() | st.integers() | st.sampled_from([1e308, -1e308, 1 << 70, -(1 << 70), 0])
-FACTS = st.dictionaries(st.sampled_from(["exit_code", "ranks", "seconds"]), NUMBERS | TEXTS | st.none(), max_size=3)
+FACT_NAMES = st.sampled_from(["exit_code", "ranks", "seconds", "first"])
+FACTS = st.dictionaries(FACT_NAMES, NUMBERS | TEXTS | st.none(), max_size=3)
 ENTRIES = st.fixed_dictionaries(
     {
         "kind": st.sampled_from(["started", "ended", "saved", "warned", "nodes", "other"]),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from support.launchers import TESTS
+from support.run_folders import read_status
 from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
 from support.training_runs import DISTRIBUTED, EXPERT_2, INTERLEAVED, PIPELINE_2, TENSOR_2
@@ -182,6 +183,7 @@ def test_rewind(run_spiky, tmp_path):
     (line,) = warnings_of(first)
     assert line.endswith("; the run goes back to the checkpoint of iteration 9 and passes over iterations 11-13")
     assert saved_iterations(tmp_path / "save") == [12, 9, 6, 3]
+    assert read_status(tmp_path / "save").checkpoints.next_start == tmp_path / "save" / "iter_0000009"
     second = run_spiky(flags, "13", saves=True, name="second", ranks=2)
     assert second.exit_codes == (0, 0), second.report()
     assert warnings_of(second) == []
