@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.network import Host, Network
+from support.network import Host, Network, running_network
 from support.paths import ROOT
 from support.runs import read_scalars
 from support.training import SETTINGS, Workplace
@@ -244,11 +244,10 @@ def test_random_faults(tmp_path, model, run_dir):
     options = ["--nodes", "1:3", "--gpus-per-node", "1", "--node-timeout", str(NODE_TIMEOUT), "--max-restarts", "2"]
     options += ["--shutdown-timeout", "20", "--rendezvous-timeout", "120", "--run-dir", str(run_dir)]
     hang = ["--hang-timeout", "30", "--distributed-timeout-minutes", "1"]
-    network = Network(HOSTS, tmp_path)
-    soak = Soak(network, run_dir, [*script, *options, *ends, *hang], choice)
     kinds = ("a rank", "a node", "a link", "a full disk", "a damaged checkpoint", "SIGTERM")
     counts = dict.fromkeys(kinds, 0)
-    try:
+    with running_network(HOSTS, tmp_path) as network:
+        soak = Soak(network, run_dir, [*script, *options, *ends, *hang], choice)
         for host in network.hosts.values():
             soak.start(host)
         soak.wait_for_checkpoint()
@@ -264,8 +263,6 @@ def test_random_faults(tmp_path, model, run_dir):
             assert time.monotonic() - begin < 3600, soak.output[-8000:]
             soak.tend()
             time.sleep(0.5)
-    finally:
-        network.remove()
     logged = read_scalars(run_dir, keep_repeated=True)["lm loss"]
     assert {event.step for event in logged} == set(range(1, ITERATIONS + 1))
     worst = max(abs(event.value - expected[event.step]) for event in logged)

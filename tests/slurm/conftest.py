@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.network import Host, Network
+from support.network import Host, Network, running_network
 from support.paths import ROOT
 from support.runs import make_laptop_data, read_losses
 from support.waiting import wait_until
@@ -257,13 +256,8 @@ def undisturbed(new_laptop_run) -> LaptopRun:
 @pytest.fixture(scope="session")
 def network(tmp_path_factory) -> Iterator[Network]:
     """Return the network of the controller and the nodes."""
-    # On SIGTERM, pytest then tears down all fixtures, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    network = Network(("control", *NODES), tmp_path_factory.mktemp("network"))
-    try:
+    with running_network(("control", *NODES), tmp_path_factory.mktemp("network")) as network:
         yield network
-    finally:
-        network.remove()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.masks import build_mask, count_ids
+from support.network import running_network
 from support.paths import ROOT
 from support.runs import LAPTOP_VOCAB_SIZE
 from support.waiting import wait_until
@@ -102,6 +103,13 @@ def undisturbed_on_two_ranks(new_laptop_run, model):
     return train_here(with_layouts(new_laptop_run(LONGER), model), 2)
 
 
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    """Return the network of two hosts that are no nodes of the cluster, whose daemons must not be lost."""
+    with running_network(("n1", "n2"), tmp_path_factory.mktemp("hosts")) as network:
+        yield network
+
+
 class Node:
     """The launcher of an elastic run on one host."""
 
@@ -118,12 +126,12 @@ class Node:
 
 
 @pytest.fixture
-def start(network):
+def start(two_hosts):
     """Start the launcher of a run on a host; the processes are killed at the end of the test."""
     nodes = []
 
     def start(name, run, *options):
-        nodes.append(Node(network.hosts[name], run, *options))
+        nodes.append(Node(two_hosts.hosts[name], run, *options))
         return nodes[-1]
 
     yield start
@@ -159,7 +167,7 @@ def assert_equal(losses, undisturbed) -> None:
 
 
 @pytest.mark.parametrize("lost", ["n2", "n1"])
-def test_lost_host_and_its_return(network, start, new_run, undisturbed, lost):
+def test_lost_host_and_its_return(two_hosts, start, new_run, undisturbed, lost):
     """One host loses its power. The other host trains on alone, and takes the first one in when it is back.
 
     The mask is rank-local on four ranks, and so on two ranks, too.
@@ -170,7 +178,7 @@ def test_lost_host_and_its_return(network, start, new_run, undisturbed, lost):
     time.sleep(1)  # the older launcher leads
     nodes = {"n1": first, "n2": start("n2", run)}
     run.wait_for_iteration(45)
-    network.hosts[lost].stop()
+    two_hosts.hosts[lost].stop()
     begin = time.monotonic()
     wait_for(nodes[stays], rf"{lost} left the run, or gave no sign .*training on 1 node .*iteration +4[1-9]/")
     took = time.monotonic() - begin
@@ -178,7 +186,7 @@ def test_lost_host_and_its_return(network, start, new_run, undisturbed, lost):
     assert took < RESUME_SECONDS
     assert "--expert-model-parallel-size 4 → 2" in nodes[stays].output
 
-    network.hosts[lost].start()
+    two_hosts.hosts[lost].start()
     back = start(lost, run)
     wait_for(nodes[stays], rf"{lost} has come, and is taken in at the next checkpoint.*training on 2 nodes")
     assert nodes[stays].process.wait(240) == 0, nodes[stays].output[-6000:]
@@ -199,34 +207,34 @@ def test_lost_host_and_its_return(network, start, new_run, undisturbed, lost):
     assert all(int(iteration) % 20 == 0 for iteration in saved)
 
 
-def test_cut_link(network, start, new_run, undisturbed):
+def test_cut_link(two_hosts, start, new_run, undisturbed):
     """The hosts are up and share files, but do not reach each other."""
     run = new_run()
     first = start("n1", run, "--node-timeout", "15")
     time.sleep(1)
     second = start("n2", run, "--node-timeout", "15")
     run.wait_for_iteration(25)
-    network.cut("n2")
+    two_hosts.cut("n2")
     try:
         wait_for(first, r"n2 left the run, or gave no sign .*training on 1 node .*iteration +\d+/")
     finally:
-        network.mend("n2")
+        two_hosts.mend("n2")
     wait_for(first, r"n2 has come, and is taken in at the next checkpoint.*training on 2 nodes")
     assert (first.process.wait(240), second.process.wait(60)) == (0, 0), first.output[-6000:] + second.output[-6000:]
     assert_equal(run.losses, undisturbed())
 
 
-def test_stopped_host_leaves_without_loss(network, start, new_run, undisturbed):
+def test_stopped_host_leaves_without_loss(two_hosts, start, new_run, undisturbed):
     """SIGTERM to one launcher saves a checkpoint; the other host continues from this very iteration."""
     run = new_run()
     first = start("n1", run)
     time.sleep(1)
     second = start("n2", run)
     run.wait_for_iteration(25)
-    network.hosts["n1"].run(["pkill", "-TERM", "-f", "maskmoe.launch --nodes"])
+    two_hosts.hosts["n1"].run(["pkill", "-TERM", "-f", "maskmoe.launch --nodes"])
     assert first.process.wait(120) == EXIT_REQUEUE, first.output[-6000:]
     wait_for(second, r"training on 1 node .*resumes from \S*iter_\d+")
-    network.hosts["n2"].run(["pkill", "-TERM", "-f", "maskmoe.launch --nodes"])
+    two_hosts.hosts["n2"].run(["pkill", "-TERM", "-f", "maskmoe.launch --nodes"])
     assert second.process.wait(120) == EXIT_REQUEUE, second.output[-6000:]
     nodes = [start("n2", run), start("n1", run)]
     assert [node.process.wait(240) for node in nodes] == [0, 0]

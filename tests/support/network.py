@@ -1,8 +1,11 @@
 """Separate hosts on this machine, connected by a network of their own. Needs root and the command `ip`."""
 
+import itertools
 import os
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +64,10 @@ class Host:
 class Network:
     """Hosts that are connected to one switch, and to nothing else."""
 
+    _numbers = itertools.count()
+
     def __init__(self, names: Sequence[str], folder: Path) -> None:
-        self._prefix = f"maskmoe-{os.getpid()}"
+        self._prefix = f"maskmoe-{os.getpid()}-{next(self._numbers)}"
         addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, 1)}
         hosts_file = folder / "hosts"
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
@@ -99,3 +104,20 @@ class Network:
             host.stop()
         for name in (*self.hosts, "switch"):
             self._ip(f"netns delete {self._prefix}-{name}")
+
+
+@contextmanager
+def running_network(names: Sequence[str], folder: Path) -> Iterator[Network]:
+    """Make hosts, and remove them at the end.
+
+    Args:
+        names: the names of the hosts.
+        folder: an existing folder for the hosts' files.
+    """
+    # On SIGTERM, pytest then tears down all fixtures, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    network = Network(names, folder)
+    try:
+        yield network
+    finally:
+        network.remove()
