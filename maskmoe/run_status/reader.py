@@ -76,7 +76,7 @@ def _of_kind(entries: list[Entry], kind: Kind) -> tuple[Entry, ...]:
 
 
 def _first_abandoned(entries: list[Entry]) -> float:
-    """Return the first iteration beyond which the next start goes back; infinity if it goes on from the newest one.
+    """Return the first iteration beyond which the next start goes back; infinity if it resumes as usual.
 
     A start renames the checkpoints that are abandoned, so only the time between a rewind and the next start counts.
     """

@@ -54,8 +54,8 @@ def working_in(folder: Path, line: ProgressLine) -> Iterator[None]:
         UserError: the folder cannot be used.
         SystemExit: a signal arrived.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in signals]
     try:
         yield
     except OSError as error:
@@ -65,6 +65,8 @@ def working_in(folder: Path, line: ProgressLine) -> Iterator[None]:
         raise
     finally:
         line.clear()
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def run_stages(plan: Plan, line: ProgressLine, before: str | None = None) -> RunRecord:
