@@ -32,7 +32,7 @@ from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
 FAULTS = int(os.environ.get("SOAK_FAULTS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 HOSTS = ("n1", "n2", "n3")
-ITERATIONS = 15 * FAULTS
+ITERATIONS = 200 + 15 * FAULTS
 MODEL_ENDS = """
 layouts:
   1: {}
