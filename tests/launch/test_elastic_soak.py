@@ -271,5 +271,7 @@ def test_random_faults(tmp_path, model, run_dir):
     assert worst < TOLERANCE
     generations = len(list((run_dir / "elastic").glob("generation-*.json")))
     ranks = set(re.findall(r"layout +(\d) rank", soak.output))
+    # A few faults need not leave each number of hosts.
+    assert ranks == {"1", "2", "3"} or FAULTS < 20
     assert len(ranks) > 1
     print(f"{counts}; {generations} generations; launchers started again {soak.restarts} times; worst {worst:.1e}")

@@ -27,6 +27,12 @@ def test_ctrl_c_stops_the_stage_in_order_and_the_next_run_resumes(stub_run, caps
     assert stub_run.output("last").read_text() == "10"
 
 
+def test_signals_are_handled_as_before_when_the_plan_has_ended(stub_run):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    stub_run.run()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
 def test_other_settings_after_an_interruption_start_from_nothing(stub_run):
     process = stub_run.start_and_wait_for_half()
     process.send_signal(signal.SIGTERM)
