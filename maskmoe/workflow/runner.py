@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maskmoe.child_process import send_signal
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output
+from maskmoe.outputs import atomic_output, unwinding_on_signals
 from maskmoe.paths import short_path
 from maskmoe.workflow.failure import explain_failure
 from maskmoe.workflow.lock import RunLock, locked, other_holders
@@ -46,6 +46,8 @@ def run_to_end(plan: Plan, report: Callable[[RunRecord], str]) -> None:
 def working_in(folder: Path, line: ProgressLine) -> Iterator[None]:
     """Translate signals and errors of files in the block for the user of a command.
 
+    Signals are handled as by `unwinding_on_signals`, so a run that was started with `nohup` survives its terminal.
+
     Args:
         folder: folder of the run.
         line: shows the progress.
@@ -54,19 +56,16 @@ def working_in(folder: Path, line: ProgressLine) -> Iterator[None]:
         UserError: the folder cannot be used.
         SystemExit: a signal arrived.
     """
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in signals]
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot work in --run-dir {folder}: {error}") from error
-    except KeyboardInterrupt:
-        line.print("interrupted; start the same command again to resume")
-        raise
-    finally:
-        line.clear()
-        for number, handler in zip(signals, handlers, strict=True):
-            signal.signal(number, handler)
+    with unwinding_on_signals():
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot work in --run-dir {folder}: {error}") from error
+        except KeyboardInterrupt:
+            line.print("interrupted; start the same command again to resume")
+            raise
+        finally:
+            line.clear()
 
 
 def run_stages(plan: Plan, line: ProgressLine, before: str | None = None) -> RunRecord:

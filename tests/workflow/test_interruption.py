@@ -33,6 +33,20 @@ def test_signals_are_handled_as_before_when_the_plan_has_ended(stub_run):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
+def test_an_ignored_signal_stays_ignored(stub_run):
+    """`nohup` starts a command with SIGHUP ignored, so that the command survives the end of its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = stub_run.start_and_wait_for_half()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    stub_run.release()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert stub_run.take_starts() == ["first", "steps", "last"]
+
+
 def test_other_settings_after_an_interruption_start_from_nothing(stub_run):
     process = stub_run.start_and_wait_for_half()
     process.send_signal(signal.SIGTERM)
