@@ -51,8 +51,13 @@ class Supervisor:
         return bool(self._signals)
 
     def listen(self) -> None:
-        """Note signals that ask this process to stop, instead of being ended by them."""
+        """Note signals that ask this process to stop, instead of being ended by them.
+
+        An ignored SIGHUP stays ignored: `nohup` ignores SIGHUP so that a command survives the end of its terminal.
+        """
         for number in SIGNALS_THAT_END:
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             signal.signal(number, lambda number, _: self._signals.append(signal.Signals(number)))
         if self._forwards_interrupts:
             signal.signal(signal.SIGINT, lambda *_: _interrupt_first_rank())

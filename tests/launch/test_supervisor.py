@@ -56,6 +56,18 @@ def test_exit_code_of_a_rank_stops_the_run_and_is_returned(supervise, code):
     assert launch.wait() == code
 
 
+def test_run_of_nohup_survives_its_terminal(supervise):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        launch = supervise(f"{READY}; import time; time.sleep(2); print('finished')")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    launch.wait_for_output("ready")
+    launch.process.send_signal(signal.SIGHUP)
+    assert launch.wait() == 0
+    assert "finished" in launch.output
+
+
 @pytest.mark.parametrize("has_signal", [False, True])
 def test_hung_command_is_killed(supervise, has_signal):
     """The program behaves like torchrun whose store does not answer: a rank has exited, and signals are ignored."""
