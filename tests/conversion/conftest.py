@@ -43,9 +43,8 @@ class Workplace:
     def run(self, module: str, flags: str, ranks: int = 1) -> None:
         """Run `python -m MODULE FLAGS` on a number of ranks; fail the test if a rank fails."""
         program = ["-m", module, *shlex.split(flags)]
-        with start_ranks(
-            program, Path(tempfile.mkdtemp(dir=self.folder)), ranks=ranks, working_folder=self.folder
-        ) as processes:
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        with start_ranks(program, folder, ranks=ranks, working_folder=self.folder, are_preloaded=True) as processes:
             outcome = processes.wait()
         if any(outcome.exit_codes):
             pytest.fail(outcome.report())

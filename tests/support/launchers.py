@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.paths import BENCHMARKS, RANK_SCRIPTS, TESTS, python_path
+from support.preloaded import ForkedProcess, preloaded_python
 from support.waiting import wait_until
 from torch.distributed import TCPStore
 
@@ -98,6 +99,7 @@ class RankProcesses:
         environment: Further variables of all processes.
         rendezvous: Kept alive as long as the processes.
         sees_gpus: Whether the processes see the GPUs of this machine.
+        are_preloaded: Whether modules run in forks of a process that has imported what training imports.
 
     Attributes:
         folder: Holds the logs.
@@ -112,21 +114,28 @@ class RankProcesses:
         environment: Mapping[str, str] | None = None,
         rendezvous: Rendezvous | None = None,
         sees_gpus: bool = False,
+        are_preloaded: bool = False,
     ) -> None:
         self.folder = folder
         self._rendezvous = rendezvous
-        self._processes = []
+        self._processes: list[subprocess.Popen | ForkedProcess] = []
         common = GPU_ENVIRONMENT if sees_gpus else CPU_ENVIRONMENT
         for rank, variables in enumerate(environments):
             with open(folder / f"out{rank}.log", "w") as out, open(folder / f"err{rank}.log", "w") as err:
-                process = subprocess.Popen(
-                    [sys.executable, *program],
-                    cwd=working_folder,
-                    env={**os.environ, **common, **(environment or {}), **variables},
-                    stdout=out,
-                    stderr=err,
-                    start_new_session=True,
-                )
+                every_variable = {**os.environ, **common, **(environment or {}), **variables}
+                if are_preloaded and program[0] == "-m" and not sees_gpus:
+                    process = preloaded_python().start(
+                        program[1], program[2:], working_folder, every_variable, out, err
+                    )
+                else:
+                    process = subprocess.Popen(
+                        [sys.executable, *program],
+                        cwd=working_folder,
+                        env=every_variable,
+                        stdout=out,
+                        stderr=err,
+                        start_new_session=True,
+                    )
             self._processes.append(process)
 
     def __enter__(self) -> "RankProcesses":
@@ -200,6 +209,7 @@ def start_ranks(
     working_folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
     sees_gpus: bool = False,
+    are_preloaded: bool = False,
 ) -> RankProcesses:
     """Start Python on `program` as the ranks of one group.
 
@@ -210,10 +220,13 @@ def start_ranks(
         working_folder: Working directory of the processes, by default `folder`.
         environment: Further variables of all processes.
         sees_gpus: Whether the processes see the GPUs of this machine.
+        are_preloaded: See `RankProcesses`.
     """
     rendezvous = Rendezvous() if ranks > 1 else None
     environments = rank_environments(ranks, rendezvous and rendezvous.environment)
-    return RankProcesses(program, environments, folder, working_folder or folder, environment, rendezvous, sees_gpus)
+    return RankProcesses(
+        program, environments, folder, working_folder or folder, environment, rendezvous, sees_gpus, are_preloaded
+    )
 
 
 def run_script_as_ranks(
@@ -237,7 +250,7 @@ def run_script_as_ranks(
         pytest.fail(f"a rank failed or hung\n{outcome.report()}")
 
 
-def kill_with_children(process: subprocess.Popen) -> None:
+def kill_with_children(process: subprocess.Popen | ForkedProcess) -> None:
     """Kill a process and all its descendants; torchrun's ranks are in process groups of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):

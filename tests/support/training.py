@@ -181,12 +181,17 @@ class Workplace:
 
     def run(self, run: Run, folder: Path, load: Path | None = None, timeout: float = TIMEOUT) -> TrainingOutcome:
         """Run a training run to its end; if a process fails or the run hangs, all its processes are killed."""
-        with self.start(run, folder, load) as processes:
+        with self.start(run, folder, load, are_preloaded=True) as processes:
             processes.wait(timeout=timeout)
             return processes.outcome()
 
     def start(
-        self, run: Run, folder: Path, load: Path | None = None, environment: Mapping[str, str] | None = None
+        self,
+        run: Run,
+        folder: Path,
+        load: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        are_preloaded: bool = False,
     ) -> TrainingProcesses:
         """Start the processes of a run; use the result as a context manager, which kills them at its end.
 
@@ -195,6 +200,7 @@ class Workplace:
             folder: Is made, and takes everything that the run writes.
             load: Folder of the checkpoints to load.
             environment: Further variables of all processes.
+            are_preloaded: See `RankProcesses`. Has no effect under torchrun.
         """
         program = [*run.program, *self.flags(run, folder, load)]
         folder.mkdir()
@@ -210,11 +216,13 @@ class Workplace:
             rendezvous = Rendezvous()
             meeting = rendezvous.environment
         environments = rank_environments(run.ranks, meeting)
-        return TrainingProcesses(program, environments, folder, self.folder, environment, rendezvous, run.sees_gpus)
+        return TrainingProcesses(
+            program, environments, folder, self.folder, environment, rendezvous, run.sees_gpus, are_preloaded
+        )
 
     def execute(self, program: Sequence[str], folder: Path, ranks: int = 1) -> Outcome:
         """Run Python on `program` as one group of ranks to its end; the existing `folder` takes their output."""
-        with start_ranks(program, folder, ranks=ranks, working_folder=self.folder) as processes:
+        with start_ranks(program, folder, ranks=ranks, working_folder=self.folder, are_preloaded=True) as processes:
             return processes.wait()
 
     def flags(self, run: Run, folder: Path, load: Path | None = None) -> list[str]:

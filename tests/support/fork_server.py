@@ -1,0 +1,100 @@
+"""Program of `support.preloaded`: imports PyTorch and Megatron-Core once, then forks a process for each request.
+
+    python fork_server.py SOCKET
+
+SOCKET is the descriptor of a Unix socket of packets. A packet is a request in JSON, with the descriptors of a socket
+for the answer, of standard output and of standard error. The answer has two lines: the process id, and the exit code.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+MAX_BYTES = 2**17
+"""The largest size of a request."""
+
+
+class Request(NamedTuple):
+    """A Python process.
+
+    Attributes:
+        module: the module that runs as the main program.
+        arguments: the arguments of the module.
+        working_folder: the working directory.
+        environment: all environment variables.
+    """
+
+    module: str
+    arguments: list[str]
+    working_folder: str
+    environment: dict[str, str]
+
+
+def import_training() -> None:
+    """Import what a training run imports before it reads its command line."""
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    import maskmoe.check.command
+    import maskmoe.training.pretraining  # noqa: F401
+
+    # A fork has no other thread than the one that forks.
+    assert psutil.Process().num_threads() == 1
+
+
+def serve(requests: socket.socket) -> Request | None:
+    """Fork a process for each request. Return its request in such a process, and None when the socket is closed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel removes watchers that have ended
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, MAX_BYTES, 3)
+        if not message:
+            return None
+        if os.fork() == 0:
+            requests.close()
+            return start(Request(*json.loads(message)), *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def start(request: Request, answer: int, out: int, err: int) -> Request:
+    """Fork the process of a request, in which this function returns. The calling process waits for its end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if (process := os.fork()) == 0:
+        become(request, out, err)
+        os.close(answer)
+        return request
+    os.close(out)
+    os.close(err)
+    os.setpgid(process, process)  # The process does so, too: neither may be late.
+    os.write(answer, f"{process}\n".encode())
+    _, status = os.waitpid(process, 0)
+    os.write(answer, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def become(request: Request, out: int, err: int) -> None:
+    """Give this process a group of its own, and the output, folder, variables and arguments of a request."""
+    os.setpgid(0, 0)
+    for source, target in ((out, 1), (err, 2)):
+        os.dup2(source, target)
+        os.close(source)
+    os.chdir(request.working_folder)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    sys.path[0] = request.working_folder
+    sys.argv[1:] = request.arguments
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[2])
+    import_training()
+    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    if request is not None:
+        runpy.run_module(request.module, run_name="__main__", alter_sys=True)
