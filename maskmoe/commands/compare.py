@@ -1,6 +1,6 @@
 """Train all variants of a suite alike, with several seeds, and report how the variants differ.
 
-Short runs choose the learning rates first. If the command is interrupted, start the same command again to resume. After
+Trials choose the learning rates first. If the command is interrupted, start the same command again to resume. After
 the suite file has changed, only the affected runs are repeated. Each finished run leaves a part, a small file. Parts of
 other machines count as finished runs (--merge), so that a suite can be trained in pieces.
 """

@@ -1,5 +1,6 @@
 """A comparison: a suite in its folder, with the state of its runs."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.parts import FoundPart, Part, Parts, check_same_text, check_settings, settings_of
 from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.recording import make_part, text_digests
-from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, tuning_runs
+from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, next_rates, tuning_runs
 from maskmoe.comparison.selection import Selection
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
@@ -123,8 +124,18 @@ class Comparison:
         return tuple(run for run in check_runs(self.suite) if run.variant.name in here)
 
     def tuning_runs(self) -> tuple[Run, ...]:
-        """Return the selected tuning runs, and those on which selected runs depend; none if runs are repeated."""
-        return () if self.recorded else self.selection.tuning_runs(self.suite)
+        """Return the tuning runs that are selected, or on which selected runs depend; none if runs are repeated.
+
+        Tuning runs that are needed only if others end badly are left out, unless their own names are selected.
+        """
+        if self.recorded:
+            return ()
+        waiting = self._waiting_tuning_runs()
+        return tuple(
+            run
+            for run in self.selection.tuning_runs(self.suite)
+            if run.name in waiting or self.selection.names(run) or self.find_part(run)
+        )
 
     def whole_runs(self) -> tuple[Run, ...]:
         """Return all selected runs that are compared, without those whose learning rate is not chosen yet.
@@ -145,23 +156,22 @@ class Comparison:
         Raises:
             UserError: no run has the name.
         """
-        for run in self.known_runs():
+        tuning = () if self.recorded else tuning_runs(self.suite)
+        for run in (*self.check_runs(), *tuning, *self.whole_runs()):
             if run.name == name:
                 return run
         raise UserError(f"the suite has no run {name}; --list shows all runs")
 
     def learning_rates(self) -> dict[str, str]:
-        """Return the learning rate of every variant whose tuning runs are all finished."""
-        found = [(run, self.find_part(run)) for run in tuning_runs(self.suite)]
-        losses = {run.name: part.part.validation.last_loss for run, part in found if part}
-        waiting = {run.variant.name for run, part in found if part is None}
+        """Return the learning rate of every variant for which no more tuning run is needed."""
+        losses = {run.name: loss for run, loss in self._tuning_losses()}
+        waiting = {run.variant.name for run in self._waiting_tuning_runs().values()}
         rates = choose_learning_rates(self.suite, losses)
         return {name: rate for name, rate in rates.items() if self.suite.variants[name].tuned_as not in waiting}
 
     def finished_parts(self) -> dict[str, FoundPart]:
         """Return the parts of all finished runs of the suite, whether or not the runs are selected."""
-        everything = replace(self, selection=Selection())
-        runs = (*everything.tuning_runs(), *everything.whole_runs())
+        runs = (*tuning_runs(self.suite), *replace(self, selection=Selection()).whole_runs())
         found = {run.name: part for run in runs if (part := self.find_part(run))}
         # Also report merged runs whose learning rate cannot be chosen here, because tuning runs are missing.
         return {**self.merged, **found}
@@ -214,6 +224,23 @@ class Comparison:
                 continue
             ours = text_digests(data) if data is not None and _exists(data) else None
             check_same_text(of_size, ours, f"the data in {short_path(data.files.folder)}" if data else "")
+
+    def _tuning_losses(self) -> list[tuple[Run, float | None]]:
+        """Return all finished tuning runs of the suite with their held-out losses; None if training diverged."""
+        found = [(run, self.find_part(run)) for run in tuning_runs(self.suite)]
+        return [(run, part.part.validation.last_loss) for run, part in found if part]
+
+    def _waiting_tuning_runs(self) -> dict[str, Run]:
+        """Return the tuning runs of the suite that must be finished next, by name."""
+        losses = defaultdict[str, dict[str, float | None]](dict)
+        for run, loss in self._tuning_losses():
+            losses[run.variant.name][run.learning_rate] = loss
+        rates = self.suite.learning_rates.values
+        return {
+            run.name: run
+            for run in tuning_runs(self.suite)
+            if run.learning_rate in next_rates(rates, losses[run.variant.name])
+        }
 
     def _is_unfinished(self, run: Run) -> bool:
         return bool(self.plan(run).unfinished) if run.kind == "check" else self.find_part(run) is None

@@ -1,7 +1,7 @@
 """The runs of a suite: one training each, with the settings that each run alone has."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,10 +48,35 @@ def check_runs(suite: Suite) -> tuple[Run, ...]:
 
 
 def tuning_runs(suite: Suite) -> tuple[Run, ...]:
-    """Return the runs that try learning rates; none if there is only one learning rate."""
+    """Return all runs that may be needed to choose the learning rates; none if there is only one learning rate.
+
+    `next_rates` says which of them are needed.
+    """
     rates = suite.learning_rates.values
     tuned = [variant for variant in suite.variants.values() if variant.is_tuned and len(rates) > 1]
     return tuple(Run(variant, variant.seeds[0], rate, "tuning") for variant in tuned for rate in rates)
+
+
+def next_rates(rates: Sequence[str], losses: Mapping[str, float | None]) -> tuple[str, ...]:
+    """Return the learning rates of a variant that have to be tried before its best rate is known.
+
+    The search assumes that the loss over the rates has one minimum. It starts with the two rates in the middle, and
+    ends when the rates beside the best one have been tried, too.
+
+    Args:
+        rates: all learning rates of a suite, ascending.
+        losses: held-out loss by learning rate that was tried; None if training diverged.
+
+    Returns:
+        the rates that can be tried side by side now; none if the best rate is known.
+    """
+    if len(rates) == 1:
+        return ()
+    known = {number: _comparable(losses[rate]) for number, rate in enumerate(rates) if rate in losses}
+    middle = (len(rates) - 1) // 2
+    best = min(known, key=known.__getitem__, default=None)
+    wanted = (middle, middle + 1) if best is None else (best - 1, best + 1)
+    return tuple(rates[number] for number in wanted if 0 <= number < len(rates) and number not in known)
 
 
 def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> dict[str, str]:
@@ -59,15 +84,20 @@ def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> d
 
     Args:
         suite: the suite.
-        losses: held-out loss at the end of each tuning run by the run's name; None if training diverged.
+        losses: held-out loss at the end of each finished tuning run by the run's name; None if training diverged.
     """
     chosen = {}
     for variant in suite.variants.values():
         tuned = suite.variants[variant.tuned_as]
         of_rates = {rate: losses.get(Run(tuned, 0, rate, "tuning").name) for rate in suite.learning_rates.values}
-        known = {rate: math.inf if loss is None else loss for rate, loss in of_rates.items()}
+        known = {rate: _comparable(loss) for rate, loss in of_rates.items()}
         chosen[variant.name] = min(known, key=known.__getitem__)
     return chosen
+
+
+def _comparable(loss: float | None) -> float:
+    """Return a loss, or infinity if training diverged or was not tried."""
+    return math.inf if loss is None else loss
 
 
 def whole_runs(suite: Suite, learning_rates: Mapping[str, str]) -> tuple[Run, ...]:

@@ -26,6 +26,10 @@ class Selection:
         needed = {run.variant.tuned_as for run in self.whole_runs(suite)}
         return tuple(run for run in tuning_runs(suite) if run.variant.name in needed or self._matches(run))
 
+    def names(self, run: Run) -> bool:
+        """Return whether a pattern matches the run's own name, and not only the name of its variant."""
+        return any(fnmatchcase(run.name, pattern) for pattern in self.patterns)
+
     def whole_runs(self, suite: Suite) -> tuple[Run, ...]:
         """Return the chosen whole runs, in order. Their learning rates have no meaning."""
         runs = whole_runs(suite, choose_learning_rates(suite, {}))

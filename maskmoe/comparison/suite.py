@@ -223,7 +223,7 @@ class LearningRates(_Section):
     """The learning rates.
 
     Attributes:
-        values: learning rates that are tried for every tuned variant, as words, ascending.
+        values: learning rates that may be tried for every tuned variant, as words, ascending; see `next_rates`.
         iterations: iterations of the runs that try learning rates.
         min_share: smallest learning rate of a run, as a share of the largest.
     """
@@ -246,7 +246,7 @@ class Suite(_Section):
         expert_flags: flags of all variants with experts.
         mask: flags of all masks that no preset makes.
         seeds: seeds of the variants that name none.
-        learning_rates: learning rates that are tried.
+        learning_rates: learning rates that may be tried.
         variants: variants by name, in the order of the report.
         grid: further values of P and V_f.
         curves: further settings by the name of their curve.

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from support.synthetic import EFFECTS, TEXT, runs_of, synthetic_part, write_parts
+from support.synthetic import BEST_RATE, EFFECTS, TEXT, runs_of, synthetic_part, write_parts
 
 from maskmoe.commands import compare as command
 from maskmoe.comparison.comparison import Comparison
@@ -24,6 +24,7 @@ from maskmoe.comparison.report import render_report
 from maskmoe.comparison.rerun import rerun_table
 from maskmoe.comparison.results import collect_results
 from maskmoe.comparison.run_results import Band, Curve, Evaluation, HeldOut
+from maskmoe.comparison.runs import tuning_runs
 from maskmoe.comparison.selection import Selection
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
@@ -416,6 +417,41 @@ def test_only_selected_runs_and_their_tuning_runs_are_listed(compare):
         "tuning/maskmoe.lr-1e-3",
         "tuning/maskmoe.lr-1e-2",
     ]
+
+
+FOUR_RATES = {"[1e-2, 1e-3]": "[1e-4, 1e-3, 1e-2, 1e-1]"}
+
+
+def test_trials_go_towards_the_best_rate(suite_file, tmp_path):
+    """`BEST_RATE` is 1e-2, so 1e-4 is not tried, unless the trial itself is selected."""
+    path, folder = suite_file(replace=FOUR_RATES), tmp_path / "parts"
+    suite = Suite.read(path, {})
+    trials = {run.learning_rate: run for run in tuning_runs(suite) if run.variant.name == "maskmoe"}
+
+    def comparison_of(*patterns):
+        words = [path, "--run-dir", tmp_path / "run", "--merge", folder, "--only", "maskmoe-uniform", *patterns]
+        return command.open_comparison(command.parse_arguments([str(word) for word in words]))
+
+    def finished_and_waiting(*patterns):
+        comparison = comparison_of(*patterns)
+        runs = comparison.tuning_runs()
+        waiting = comparison.unfinished(runs)
+        finished = [run for run in runs if run not in waiting]
+        return [[run.learning_rate for run in each] for each in (finished, waiting)]
+
+    write_parts(suite, folder, [trials["1e-3"]])
+    assert finished_and_waiting() == [["1e-3"], ["1e-4", "1e-2"]]
+    write_parts(suite, folder, [trials["1e-2"]])
+    assert finished_and_waiting()[1] == ["1e-1"]
+    assert finished_and_waiting("tuning/maskmoe.lr-1e-4")[1] == ["1e-4", "1e-1"]
+    assert comparison_of().learning_rates() == {}
+    write_parts(suite, folder, [trials["1e-1"]])
+    comparison = comparison_of()
+    assert finished_and_waiting()[1] == []
+    assert comparison.learning_rates()["maskmoe-uniform"] == BEST_RATE
+    assert [run.learning_rate for run in comparison.whole_runs()] == [BEST_RATE]
+    # A run of the phase is found, although the runs beside it have made it needless.
+    assert comparison.find_run("tuning/maskmoe.lr-1e-4").learning_rate == "1e-4"
 
 
 VOCABULARY = "curves: {vocabulary: {title: ids, of: maskmoe, points: {400: {vocab-size: 400}}}}"

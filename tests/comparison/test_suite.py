@@ -1,11 +1,16 @@
 """Suite files: the variants and runs that a file describes, and the files that are refused."""
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from maskmoe.comparison.runs import (
     Run,
     checkpoint_iterations,
     choose_learning_rates,
+    next_rates,
     training_flags,
     tuning_runs,
     whole_runs,
@@ -117,6 +122,25 @@ def test_every_tuned_variant_is_tuned_alike(suite):
         (name, rate, 1) for name in ("dense", "smoe", "hash", "maskmoe") for rate in ("1e-3", "1e-2")
     }
     assert all(training_flags(suite, run)["train-iters"] == ("10",) for run in runs)
+
+
+@given(st.integers(1, 8), st.data())
+def test_search_finds_the_best_rate_between_worse_ones(num_rates, data):
+    rates = [f"{rate}e-3" for rate in range(1, num_rates + 1)]
+    best = data.draw(st.integers(0, num_rates - 1))
+    diverging = data.draw(st.integers(best + 1, num_rates))
+    loss = {rate: None if number >= diverging else 2 + abs(number - best) for number, rate in enumerate(rates)}
+    tried = {}
+    while chosen := next_rates(rates, tried):
+        assert tried.keys().isdisjoint(chosen)
+        tried |= {rate: loss[rate] for rate in chosen}
+    if num_rates == 1:
+        assert not tried
+        return
+    assert min(tried, key=lambda rate: math.inf if tried[rate] is None else tried[rate]) == rates[best]
+    assert {rates[number] for number in (best - 1, best + 1) if 0 <= number < num_rates} <= tried.keys()
+    # From the middle to the rate behind the best one, in one direction.
+    assert len(tried) <= abs(best - (num_rates - 1) / 2) + 3
 
 
 def test_one_learning_rate_needs_no_tuning(suite_file):
