@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launchers import CPU_ENVIRONMENT
-from support.preloaded import ForkedProcess, preloaded_python
+from support.launchers import CPU_ENVIRONMENT, preloaded_python
+from support.preloaded import ForkedProcess
 
 PROBE = """
 import atexit, json, os, sys, time

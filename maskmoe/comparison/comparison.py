@@ -1,6 +1,5 @@
 """A comparison: a suite in its folder, with the state of its runs."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.parts import FoundPart, Part, Parts, check_same_text, check_settings, settings_of
 from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.recording import make_part, text_digests
-from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, next_rates, tuning_runs
+from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, next_tuning_runs, tuning_runs
 from maskmoe.comparison.selection import Selection
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
@@ -126,16 +125,14 @@ class Comparison:
     def tuning_runs(self) -> tuple[Run, ...]:
         """Return the tuning runs that are selected, or on which selected runs depend; none if runs are repeated.
 
-        Tuning runs that are needed only if others end badly are left out, unless their own names are selected.
+        Tuning runs that the search of learning rates has not reached are left out, unless their own names are selected.
         """
         if self.recorded:
             return ()
-        waiting = self._waiting_tuning_runs()
-        return tuple(
-            run
-            for run in self.selection.tuning_runs(self.suite)
-            if run.name in waiting or self.selection.names(run) or self.find_part(run)
-        )
+        losses = self._tuning_losses()
+        reached = losses.keys() | {run.name for run in next_tuning_runs(self.suite, losses)}
+        runs = self.selection.tuning_runs(self.suite)
+        return tuple(run for run in runs if run.name in reached or self.selection.names(run))
 
     def whole_runs(self) -> tuple[Run, ...]:
         """Return all selected runs that are compared, without those whose learning rate is not chosen yet.
@@ -164,8 +161,8 @@ class Comparison:
 
     def learning_rates(self) -> dict[str, str]:
         """Return the learning rate of every variant for which no more tuning run is needed."""
-        losses = {run.name: loss for run, loss in self._tuning_losses()}
-        waiting = {run.variant.name for run in self._waiting_tuning_runs().values()}
+        losses = self._tuning_losses()
+        waiting = {run.variant.name for run in next_tuning_runs(self.suite, losses)}
         rates = choose_learning_rates(self.suite, losses)
         return {name: rate for name, rate in rates.items() if self.suite.variants[name].tuned_as not in waiting}
 
@@ -225,22 +222,10 @@ class Comparison:
             ours = text_digests(data) if data is not None and _exists(data) else None
             check_same_text(of_size, ours, f"the data in {short_path(data.files.folder)}" if data else "")
 
-    def _tuning_losses(self) -> list[tuple[Run, float | None]]:
-        """Return all finished tuning runs of the suite with their held-out losses; None if training diverged."""
-        found = [(run, self.find_part(run)) for run in tuning_runs(self.suite)]
-        return [(run, part.part.validation.last_loss) for run, part in found if part]
-
-    def _waiting_tuning_runs(self) -> dict[str, Run]:
-        """Return the tuning runs of the suite that must be finished next, by name."""
-        losses = defaultdict[str, dict[str, float | None]](dict)
-        for run, loss in self._tuning_losses():
-            losses[run.variant.name][run.learning_rate] = loss
-        rates = self.suite.learning_rates.values
-        return {
-            run.name: run
-            for run in tuning_runs(self.suite)
-            if run.learning_rate in next_rates(rates, losses[run.variant.name])
-        }
+    def _tuning_losses(self) -> dict[str, float | None]:
+        """Return the held-out losses of all finished tuning runs by name; None if training diverged."""
+        found = {run.name: self.find_part(run) for run in tuning_runs(self.suite)}
+        return {name: part.part.validation.last_loss for name, part in found.items() if part}
 
     def _is_unfinished(self, run: Run) -> bool:
         return bool(self.plan(run).unfinished) if run.kind == "check" else self.find_part(run) is None

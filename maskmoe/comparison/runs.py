@@ -50,7 +50,7 @@ def check_runs(suite: Suite) -> tuple[Run, ...]:
 def tuning_runs(suite: Suite) -> tuple[Run, ...]:
     """Return all runs that may be needed to choose the learning rates; none if there is only one learning rate.
 
-    `next_rates` says which of them are needed.
+    `next_tuning_runs` says which of them are needed.
     """
     rates = suite.learning_rates.values
     tuned = [variant for variant in suite.variants.values() if variant.is_tuned and len(rates) > 1]
@@ -77,6 +77,21 @@ def next_rates(rates: Sequence[str], losses: Mapping[str, float | None]) -> tupl
     best = min(known, key=known.__getitem__, default=None)
     wanted = (middle, middle + 1) if best is None else (best - 1, best + 1)
     return tuple(rates[number] for number in wanted if 0 <= number < len(rates) and number not in known)
+
+
+def next_tuning_runs(suite: Suite, losses: Mapping[str, float | None]) -> tuple[Run, ...]:
+    """Return the tuning runs that have to be finished next; none if the learning rates of all variants are known.
+
+    Args:
+        suite: the suite.
+        losses: held-out loss at the end of each finished tuning run by the run's name; None if training diverged.
+    """
+    runs, rates = tuning_runs(suite), suite.learning_rates.values
+    tried = {name: dict[str, float | None]() for name in suite.variants}
+    for run in runs:
+        if run.name in losses:
+            tried[run.variant.name][run.learning_rate] = losses[run.name]
+    return tuple(run for run in runs if run.learning_rate in next_rates(rates, tried[run.variant.name]))
 
 
 def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> dict[str, str]:

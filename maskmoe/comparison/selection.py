@@ -28,7 +28,7 @@ class Selection:
 
     def names(self, run: Run) -> bool:
         """Return whether a pattern matches the run's own name, and not only the name of its variant."""
-        return any(fnmatchcase(run.name, pattern) for pattern in self.patterns)
+        return self._has_pattern_of(run.name)
 
     def whole_runs(self, suite: Suite) -> tuple[Run, ...]:
         """Return the chosen whole runs, in order. Their learning rates have no meaning."""
@@ -52,5 +52,7 @@ class Selection:
             raise UserError(f"no run of the suite {suite.name} has both a name of --only and a seed of --seeds")
 
     def _matches(self, run: Run) -> bool:
-        names = (run.name, run.variant.name)
-        return not self.patterns or any(fnmatchcase(name, pattern) for name in names for pattern in self.patterns)
+        return not self.patterns or self.names(run) or self._has_pattern_of(run.variant.name)
+
+    def _has_pattern_of(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)

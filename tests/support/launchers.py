@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
 from support.paths import BENCHMARKS, RANK_SCRIPTS, TESTS, python_path
-from support.preloaded import ForkedProcess, preloaded_python
+from support.preloaded import ForkedProcess, PreloadedPython
 from support.waiting import wait_until
 from torch.distributed import TCPStore
 
@@ -31,6 +32,12 @@ GPU_ENVIRONMENT = {**devices.GPU_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNB
 
 CPU_ENVIRONMENT = {**GPU_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
 """Variables that keep a process on one core and away from GPUs."""
+
+
+@cache
+def preloaded_python() -> PreloadedPython:
+    """Return the preloaded Python of this process of pytest, which is started at first use."""
+    return PreloadedPython({**os.environ, **CPU_ENVIRONMENT})
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,8 @@ class RankProcesses:
         environment: Further variables of all processes.
         rendezvous: Kept alive as long as the processes.
         sees_gpus: Whether the processes see the GPUs of this machine.
-        are_preloaded: Whether modules run in forks of a process that has imported what training imports.
+        are_preloaded: Whether modules run in forks of a process that has imported what training imports, unless the
+            processes see GPUs.
 
     Attributes:
         folder: Holds the logs.

@@ -6,13 +6,11 @@ torchrun, they share the seed of string hashes, and see the environment variable
 """
 
 import json
-import os
 import select
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import IO
@@ -96,11 +94,3 @@ class PreloadedPython:
                 socket.send_fds(self._requests, [json.dumps(request).encode()], descriptors)
             theirs.close()  # so that the end of the server ends the wait for its answer
             return ForkedProcess(ours)
-
-
-@cache
-def preloaded_python() -> PreloadedPython:
-    """Return the server of this process of pytest, which is started at first use."""
-    from support.launchers import CPU_ENVIRONMENT
-
-    return PreloadedPython({**os.environ, **CPU_ENVIRONMENT})
