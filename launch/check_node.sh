@@ -8,7 +8,7 @@ usage: launch/check_node.sh [options]
 Checks whether this machine is fit for a run. Prints one line on stderr for each problem, and exits with 1 if there is a
 problem. /dev/shm is always checked; each other check needs its option.
 
-  --gpus[=N]             check that there are N GPUs (default: any) without memory errors or a fatal Xid
+  --gpus[=N]             check that there are at least N GPUs (default: 1) without memory errors or a fatal Xid
   --run-dir DIR          check that DIR is writable and has free space
   --min-disk MIB         free space that DIR needs (default: 1024)
   --min-shm MIB          free space that /dev/shm needs (default: 32)
@@ -62,6 +62,7 @@ check_clock() {
 # check_reachable HOST:PORT. A refused connection proves that the host answers.
 check_reachable() {
     local host=${1%:*} port=${1##*:} reason
+    host=${host#[} host=${host%]}
     if ! getent ahosts "$host" >/dev/null; then
         problem "the name of the rendezvous host $host cannot be resolved"
         return
@@ -76,20 +77,23 @@ check_reachable() {
 # memory, errors of NVLink or the firmware, and a GPU that has fallen off the bus.
 FATAL_XIDS='48|64|74|79|95|119|120'
 
-# check_gpus [N]
+# check_gpus [N]. nvidia-smi also shows GPUs that the job may not use, so there may be more than N.
 check_gpus() {
-    local wanted=${1:-} found errors xids
-    if ! found=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1); then
-        problem "nvidia-smi fails: ${found%%$'\n'*}"
+    local wanted=${1:-1} list found errors xids
+    if ! list=$(nvidia-smi --list-gpus 2>&1); then
+        problem "nvidia-smi fails: ${list%%$'\n'*}"
         return
     fi
-    found=$(grep --count --extended-regexp '^[0-9]+$' <<<"$found" || true)
-    if ((found == 0)) || [[ -n $wanted && $found != "$wanted" ]]; then
-        problem "nvidia-smi shows $found GPUs, expected ${wanted:-at least one}"
-    fi
+    # Slurm counts the instances of a GPU that is divided by MIG as GPUs.
+    found=$(grep --count --extended-regexp '^ *(GPU|MIG) ' <<<"$list" || true)
+    ((found >= wanted)) || problem "nvidia-smi shows $found GPUs, expected $wanted"
     # A GPU without error correction reports [N/A].
-    errors=$(nvidia-smi --query-gpu=index,ecc.errors.uncorrected.volatile.total --format=csv,noheader |
-        awk -F ', *' '$2 ~ /^[0-9]+$/ && $2 > 0 {printf "%sGPU %s: %s", separator, $1, $2; separator = ", "}')
+    if ! errors=$(nvidia-smi --query-gpu=index,ecc.errors.uncorrected.volatile.total --format=csv,noheader 2>&1); then
+        problem "nvidia-smi cannot read the memory errors: ${errors%%$'\n'*}"
+        return
+    fi
+    errors=$(awk -F ', *' '$2 ~ /^[0-9]+$/ && $2 > 0 {printf "%sGPU %s: %s", separator, $1, $2; separator = ", "}' \
+        <<<"$errors")
     [[ -z $errors ]] || problem "uncorrectable memory errors ($errors)"
     # The kernel's log may be readable only for root. Then Xids cannot be checked.
     xids=$(dmesg 2>/dev/null | grep -oE "NVRM: Xid .*: ($FATAL_XIDS)," | tail -n 1 || true)

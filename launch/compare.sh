@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 set -euo pipefail
+unset CDPATH
 
 # Compares variants of a model, see --help. Sets up .venv first, unless a Python on PATH has MaskMoE, as in the
 # container images.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 set -euo pipefail
+unset CDPATH
 
 # Pretrains the model of a YAML file on one node or many; see --help. MaskMoE must be installed: by launch/setup.sh, or
 # for the python3 on PATH, as in the container images.

@@ -2,7 +2,9 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 SIGNALS_THAT_SAVE = (signal.SIGTERM, signal.SIGUSR1)
 """The signals after which a rank saves a checkpoint: Slurm, Kubernetes and torchrun announce a stop by them."""
@@ -26,6 +28,16 @@ LEAVE_FILE = "MASKMOE_LEAVE_FILE"
 """The environment variable with which a launcher names the file that asks the ranks to end after their next checkpoint.
 
 The launcher makes the file when it wants to start the ranks again on more nodes."""
+
+
+def handle_signals_that_end(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Call a handler for each of `SIGNALS_THAT_END` from now on.
+
+    An ignored SIGHUP stays ignored: `nohup` ignores SIGHUP so that a command survives the end of its terminal.
+    """
+    for number in SIGNALS_THAT_END:
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def leave_exit_code(code: int) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 set -euo pipefail
+unset CDPATH
 
 # Shows what works on the GPUs of this machine and how fast it is, in less than ten minutes:
 #

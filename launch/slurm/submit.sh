@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 set -euo pipefail
+unset CDPATH
 
 usage() {
     cat <<'END'
@@ -45,6 +46,7 @@ while (($#)) && [[ $1 != -- ]]; do
             case $1 in
                 --run-dir) run_dir=$2 ;;
                 --chain) chain=$2 ;;
+                --mount) script_options+=("$1" "$(realpath -m -- "${2%:r[ow]}")$(grep -oE ':r[ow]$' <<<"$2" || true)") ;;
                 *) script_options+=("$1" "$2") ;;
             esac
             shift
@@ -90,7 +92,7 @@ done
 # sbatch neither creates the log's folder nor replaces %a in it, so choose a folder without %a.
 logs=$run_dir/slurm
 [[ $run_dir != *%* ]] || logs=$(dirname -- "${run_dir%%\%*}x")/slurm
-command=(sbatch "--output=$logs/%j.log" "--chdir=$root" "${sbatch[@]}" "$root/launch/slurm/pretrain.sbatch"
+command=(sbatch "--output=$logs/%j.log" "--chdir=$PWD" "${sbatch[@]}" "$root/launch/slurm/pretrain.sbatch"
     "${script_options[@]}" --run-dir "$run_dir" -- "$model" "${@:2}")
 if $dry_run; then
     printf '%q ' "${command[@]}" | sed 's/ $/\n/'

@@ -12,9 +12,13 @@ from maskmoe.launch.network import Route
 from maskmoe.launch.options import Meeting, Options
 from maskmoe.launch.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
 
+# `python -m` would import files of the current folder instead of the packages with the same names.
+ENTRY_POINT_ENVIRONMENT = {**GPU_ENVIRONMENT, "PYTHONSAFEPATH": "1"}
+"""The environment variables of all processes of an entry point."""
+
 # A node runs many processes, so each process computes with one thread. Unbuffered output appears at once, also in log
 # files.
-RUN_ENVIRONMENT = {**GPU_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+RUN_ENVIRONMENT = {**ENTRY_POINT_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 """The environment variables of all processes of a run."""
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

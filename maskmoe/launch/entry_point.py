@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from maskmoe import ranges
 from maskmoe.errors import UserError
-from maskmoe.launch.command import Command, standalone_command, unset_variables
-from maskmoe.launch.devices import GPU_ENVIRONMENT, find_devices
+from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, standalone_command, unset_variables
+from maskmoe.launch.devices import find_devices
 from maskmoe.launch.supervisor import Supervisor
 from maskmoe.prompts import INTERACTIVE_FLAG
 
@@ -35,11 +35,11 @@ def run_entry_point(module: str, saves_checkpoints: bool) -> NoReturn:
     processes, arguments = split_processes(sys.argv[1:])
     if "RANK" in os.environ or any(word.partition("=")[0] in _SINGLE_PROCESS_FLAGS for word in arguments):
         # Replace this program: Megatron's helper processes import the main module, which must be the entry point.
-        os.execv(sys.executable, [sys.executable, "-u", "-m", module, *arguments])
+        os.execv(sys.executable, [sys.executable, "-P", "-u", "-m", module, *arguments])
     options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(_SHUTDOWN_TIMEOUT))
     words = standalone_command(processes or find_devices().num_gpus or 1, module, arguments, options)
     supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints, forwards_interrupts=INTERACTIVE_FLAG in arguments)
-    sys.exit(supervisor.run(Command(words, unset_variables(GPU_ENVIRONMENT, os.environ))))
+    sys.exit(supervisor.run(Command(words, unset_variables(ENTRY_POINT_ENVIRONMENT, os.environ))))
 
 
 def split_processes(words: Sequence[str]) -> tuple[int | None, list[str]]:

@@ -1,14 +1,13 @@
 """Launches a training run: checks the settings, makes the run folder, and runs torchrun."""
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from maskmoe.cli import EXIT_BAD_INPUT
 from maskmoe.folder_lock import check_unlocked
-from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
+from maskmoe.interruption import EXIT_REQUEUE, handle_signals_that_end
 from maskmoe.journal import Journal
 from maskmoe.launch.command import Command, run_flags, torchrun_command
 from maskmoe.launch.devices import Devices, find_devices
@@ -32,8 +31,7 @@ def launch(program: str, arguments: Sequence[str]) -> None:
         UserError: an option, the model file or the run folder cannot be used, or node 0 cannot be reached.
     """
     # Until the ranks run, there is nothing to save. The supervisor installs its own handlers later.
-    for number in SIGNALS_THAT_SAVE:
-        signal.signal(number, lambda *_: sys.exit(EXIT_REQUEUE))
+    handle_signals_that_end(lambda *_: sys.exit(EXIT_REQUEUE))
 
     # Combine the options, the model file and the user's flags into the flags of the run.
     options = parse_options(program, arguments, os.environ)

@@ -50,6 +50,13 @@ def route_to(host: str, port: int) -> Route | None:
     return Route(own_address, interfaces[0] if len(interfaces) == 1 else None)
 
 
+def listen(backlog: int | None = None) -> socket.socket:
+    """Return a socket that listens at a free port, of IPv4 and of IPv6 where the system has both."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual)
+
+
 def wait_for(host: str, port: int, timeout: float) -> None:
     """Wait until a process listens at an address.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from maskmoe.child_process import adopt_orphans, end_with_parent, is_alive, send_signal
-from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, SIGNALS_THAT_END, read_exit_code
+from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, handle_signals_that_end, read_exit_code
 from maskmoe.launch.command import Command
 
 _POLL_INTERVAL = 0.2  # seconds
@@ -51,14 +51,8 @@ class Supervisor:
         return bool(self._signals)
 
     def listen(self) -> None:
-        """Note signals that ask this process to stop, instead of being ended by them.
-
-        An ignored SIGHUP stays ignored: `nohup` ignores SIGHUP so that a command survives the end of its terminal.
-        """
-        for number in SIGNALS_THAT_END:
-            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue
-            signal.signal(number, lambda number, _: self._signals.append(signal.Signals(number)))
+        """Note signals that ask this process to stop, instead of being ended by them."""
+        handle_signals_that_end(lambda number, _: self._signals.append(signal.Signals(number)))
         if self._forwards_interrupts:
             signal.signal(signal.SIGINT, lambda *_: _interrupt_first_rank())
 

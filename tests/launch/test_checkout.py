@@ -1,8 +1,11 @@
-"""The scripts of a checkout do not run the code of another checkout."""
+"""The scripts of a checkout do not run the code of another checkout, whatever the shell's variables are."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from support.paths import ROOT, python_path
 
@@ -32,3 +35,22 @@ def test_an_installed_package_belongs_to_no_checkout(tmp_path: Path) -> None:
     (tmp_path / "site" / "maskmoe").mkdir(parents=True)
     (tmp_path / "site" / "maskmoe" / "__init__.py").touch()
     assert check(tmp_path, tmp_path / "site").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "launch/pretrain.sh --dry-run --gpus-per-node 2 launch/models/laptop.yaml",
+        "launch/slurm/submit.sh --dry-run -- launch/models/laptop.yaml",
+        "launch/docker.sh --dry-run --cpu --engine docker launch/quickstart.sh",
+    ],
+)
+def test_scripts_ignore_the_folders_in_which_cd_searches(command: str) -> None:
+    """With CDPATH, `cd` prints the folder, or goes to another one."""
+    environment = {name: value for name, value in os.environ.items() if name != "CDPATH"}
+    for path in ({}, {"CDPATH": "."}, {"CDPATH": "/"}):
+        result = subprocess.run(
+            ["bash", *command.split()], cwd=ROOT, env=environment | path, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        assert len(result.stdout.splitlines()) == 1

@@ -1,14 +1,15 @@
 """The launcher's options, and the command line that it builds from them."""
 
 import shlex
+import socket
 
 import pytest
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
-from maskmoe.launch.command import Command, run_flags, standalone_command, torchrun_command
+from maskmoe.launch.command import RUN_ENVIRONMENT, Command, run_flags, standalone_command, torchrun_command
 from maskmoe.launch.model_file import split_flags
-from maskmoe.launch.network import Route, route_to, wait_for
+from maskmoe.launch.network import Route, listen, route_to, wait_for
 from maskmoe.launch.options import NodeRange, Options, parse_options
 
 
@@ -25,7 +26,7 @@ def build_command(arguments: str, environment: dict[str, str] | None = None, rou
 def test_one_node_needs_no_rendezvous():
     line = str(build_command("--run-dir /run model.yaml"))
     assert "--nnodes 1 --nproc-per-node 8 --standalone --local-addr 127.0.0.1 --max-restarts 3" in line
-    assert line.startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 ")
+    assert line.startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 ")
     assert "SOCKET_IFNAME" not in line
 
 
@@ -70,7 +71,7 @@ def test_users_variables_are_kept():
         {},
         1,
         None,
-        {"OMP_NUM_THREADS": "7", "CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"},
+        {**RUN_ENVIRONMENT, "OMP_NUM_THREADS": "7", "CUDA_DEVICE_MAX_CONNECTIONS": "32"},
     )
     assert set(command.environment) == {"MASKMOE_RUN_DIR"}
 
@@ -114,6 +115,12 @@ def test_word_that_is_not_a_flag_is_refused():
 def test_loopback_and_unknown_hosts_have_no_route():
     assert route_to("localhost", 1) is None
     assert route_to("no-such-host.invalid", 1) is None
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_listener_answers_on_both_versions_of_ip(address):
+    with listen() as server:
+        socket.create_connection((address, server.getsockname()[1]), timeout=5).close()
 
 
 def test_error_names_the_unreachable_rendezvous():

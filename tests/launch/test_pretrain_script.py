@@ -18,7 +18,7 @@ from support.runs import free_port, read_losses
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.interruption import EXIT_REQUEUE
-from maskmoe.launch.command import standalone_command
+from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, standalone_command
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
 
@@ -41,8 +41,9 @@ EXPERT_2 = "--expert-model-parallel-size 2"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Return a folder with a dataset and a routing mask."""
+    """Return a folder with a dataset, a routing mask, and a file that must not replace a module of Python."""
     folder = tmp_path_factory.mktemp("pretrain")
+    (folder / "random.py").write_text("raise ImportError('a file of the current folder was imported')\n")
     documents = zipf_ids(np.random.default_rng(0), VOCAB_SIZE)
     write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE))
     recipe = MaskRecipe.from_preset("hash", 8, 4, seed=1)
@@ -197,11 +198,12 @@ def test_signal_to_ranks_alone_does_not_restart_them(start):
     assert "attempt_1" not in "".join(map(str, launch.run_dir.rglob("*")))
 
 
-def test_signal_before_the_start(start):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_signal_before_the_start(start, number):
     """The signal arrives while the settings are checked, so there is nothing to save."""
     with start("early") as launch:
         launch.wait_for_descendant("--check")
-        os.killpg(launch.process.pid, signal.SIGUSR1)
+        os.killpg(launch.process.pid, number)
         assert launch.wait() == EXIT_REQUEUE, launch.output
     assert not launch.run_dir.exists()
 
@@ -226,7 +228,7 @@ def test_two_nodes_are_one_job(start, undisturbed):
         codes = first.wait(), second.wait()
     assert codes == (0, 0), first.output[-4000:] + second.output[-4000:]
     assert read_losses(first.run_dir) == undisturbed
-    assert {path.name for path in (first.run_dir / "logs").iterdir()} == {"node0", "node1"}
+    assert {path.name for path in (first.run_dir / "logs").iterdir()} >= {"node0", "node1"}
 
 
 @pytest.mark.slow
@@ -276,7 +278,7 @@ def test_model_without_experts(start, folder):
     flags = f"--load {launch.checkpoints} --use-checkpoint-args --data-path data --split 90,10,0"
     flags += f" --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --eval-output dense.json"
     command = standalone_command(1, "maskmoe.training.evaluate", flags.split())
-    with Launch(command, folder, folder / "dense", {}) as evaluation:
+    with Launch(command, folder, folder / "dense", ENTRY_POINT_ENVIRONMENT) as evaluation:
         assert evaluation.wait() == 0, evaluation.output[-4000:]
     assert (folder / "dense.json").exists()
 

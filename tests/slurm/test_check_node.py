@@ -28,11 +28,16 @@ def check(tmp_path):
     return check
 
 
-def gpus(errors: str = "0", count: int = 2) -> str:
-    """Return a shell program like `nvidia-smi`, which shows `count` GPUs, the last one with `errors` memory errors."""
-    indices = "; ".join(f"echo {gpu}" for gpu in range(count))
+def gpus(errors: str = "0", count: int = 2, instances: int = 0) -> str:
+    """Return a shell program like `nvidia-smi`, which shows `count` GPUs, the last one with `errors` memory errors.
+
+    MIG divides the last GPU into `instances`.
+    """
+    names = [f"GPU {gpu}: NVIDIA H100 (UUID: GPU-{gpu})" for gpu in range(count)]
+    names += [f"  MIG 1g.10gb     Device  {number}: (UUID: MIG-{number})" for number in range(instances)]
+    shown = "; ".join(f"echo '{name}'" for name in names)
     counts = "; ".join(f"echo '{gpu}, {errors if gpu == count - 1 else 0}'" for gpu in range(count))
-    return f"case $1 in *=index) {indices} ;; *ecc*) {counts or ':'} ;; esac"
+    return f"case $1 in --list-gpus) {shown or ':'} ;; *ecc*) {counts or ':'} ;; esac"
 
 
 def test_sound_node(check, tmp_path):
@@ -41,7 +46,8 @@ def test_sound_node(check, tmp_path):
         arguments = ("--run-dir", tmp_path / "new", "--time", int(time.time()), "--rendezvous", f"127.0.0.1:{port}")
         assert check(*arguments, "--gpus=2", nvidia_smi=gpus()) == (0, "")
     assert list((tmp_path / "new").iterdir()) == []
-    # Before the run, no process listens at the port.
+    # Before the run, no process listens at the port. The address of IPv6 is in brackets.
+    assert check("--rendezvous", f"[::1]:{port}") == (0, "")
     assert check("--rendezvous", f"127.0.0.1:{port}") == (0, "")
 
 
@@ -71,6 +77,10 @@ def test_unfit_node(check, arguments, problem):
         ({"nvidia_smi": "echo 'Failed to initialize NVML'; exit 9"}, "nvidia-smi fails: Failed to initialize NVML"),
         ({"nvidia_smi": gpus(count=1)}, "nvidia-smi shows 1 GPUs, expected 2"),
         ({"nvidia_smi": gpus(count=0)}, "nvidia-smi shows 0 GPUs, expected 2"),
+        (
+            {"nvidia_smi": "[ $1 = --list-gpus ] || { echo 'GPU is lost'; exit 15; }; echo GPU 0; echo GPU 1"},
+            "nvidia-smi cannot read the memory errors: GPU is lost",
+        ),
         ({"nvidia_smi": gpus("3")}, "uncorrectable memory errors (GPU 1: 3)"),
         (
             {"nvidia_smi": gpus(), "dmesg": "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off'"},
@@ -80,6 +90,12 @@ def test_unfit_node(check, arguments, problem):
 )
 def test_unfit_gpus(check, machine, problem):
     assert check("--gpus=2", **machine) == (1, f"node n7: {problem}\n")
+
+
+@pytest.mark.parametrize("machine", [{"count": 8}, {"count": 1, "instances": 2}])
+def test_job_may_use_a_part_of_the_node(check, machine):
+    """nvidia-smi does not know which GPUs Slurm gave to the job; Slurm counts instances of MIG as GPUs."""
+    assert check("--gpus=2", nvidia_smi=gpus(**machine)) == (0, "")
 
 
 def test_gpus_without_error_correction(check):

@@ -36,7 +36,7 @@ STUBS = {
             "show hostnames"*) printf '%s\\n' n0 n1 ;;
             *"show node"*) echo "NodeName=n0 NodeAddr=10.0.0.1 x" ;;
             *"show job"*) echo "JobId=1 JobState=RUNNING x" ;;
-            *) echo "$*" ;;
+            requeue*) echo "$*"; [[ -z ${REFUSES:-} ]] ;;
         esac
     """,
     "launch/pretrain.sh": 'echo "error: code $CODE on node $NODE_RANK"; exit $CODE',
@@ -52,7 +52,7 @@ def train(tmp_path: Path):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{program}\n")
         (tmp_path / name).chmod(0o755)
 
-    def train(codes: str, stops: bool = False) -> tuple[int, str]:
+    def train(codes: str, stops: bool = False, expect_stderr: str = "", **variables: str) -> tuple[int, str]:
         environment = {
             **os.environ,
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -61,6 +61,7 @@ def train(tmp_path: Path):
             "SLURM_JOB_ID": "1",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_NODELIST": "n[0-1]",
+            **variables,
         }
         command = [
             SCRIPT,
@@ -72,7 +73,7 @@ def train(tmp_path: Path):
             tmp_path / "model.yaml",
         ]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-        assert result.stderr == ""
+        assert result.stderr == expect_stderr
         return result.returncode, result.stdout
 
     return train
@@ -81,7 +82,7 @@ def train(tmp_path: Path):
 @pytest.mark.parametrize("codes", [f"{EXIT_HANG} {EXIT_REQUEUE}", f"{EXIT_REQUEUE} {EXIT_HANG}", f"{EXIT_HANG} none"])
 def test_hang_is_reported_although_slurm_stops_the_other_node(train, codes):
     code, output = train(codes)
-    assert code == EXIT_REQUEUE
+    assert code == EXIT_HANG
     assert "the run hung; the job is requeued" in output
     assert f"error: code {EXIT_HANG} on node" in output
 
@@ -114,6 +115,36 @@ def test_stopped_run_is_requeued(train, codes, stops):
     assert code == EXIT_REQUEUE
     assert "a signal stopped the run; the job is requeued" in output
     assert "requeue 1" in output
+
+
+def test_job_of_an_array_is_requeued_alone(train):
+    """The id of an array's last job is the id of the array, too."""
+    _, output = train(f"{EXIT_HANG} 0", SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID="3")
+    assert "requeue 1_3\n" in output
+
+
+def test_slurm_that_refuses_to_requeue(train):
+    code, output = train(f"{EXIT_HANG} 0", REFUSES="yes")
+    assert code == EXIT_HANG
+    assert "the job is not requeued, because Slurm refuses" in output
+
+
+def test_time_limit_that_leaves_no_time_for_training(train):
+    """Slurm gives notice at once, so a requeued job would not train either."""
+    limit = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1240"}
+    error = (
+        "slurm: error: a signal stopped the run; the job is not requeued, because it was stopped 0 s after its start: "
+        "give a longer --time, or less notice before the time limit by --signal=B:USR1@SECONDS\n"
+    )
+    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", stops=True, expect_stderr=error, **limit)
+    assert code == BAD_INPUT
+    assert "requeue 1" not in output
+
+
+def test_variables_reach_the_nodes_of_a_job_that_exports_none(train, tmp_path):
+    program = tmp_path / "launch" / "pretrain.sh"
+    program.write_text('#!/usr/bin/env bash\necho "error: SLURM_EXPORT_ENV=$SLURM_EXPORT_ENV"; exit 1\n')
+    assert "error: SLURM_EXPORT_ENV=ALL" in train("1 1", SLURM_EXPORT_ENV="NONE")[1]
 
 
 def test_complete_run(train, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -10,16 +11,16 @@ from support.paths import ROOT
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 
 
-def submit(*arguments: object, expect: int = 0, dry_run: bool = True) -> str:
-    command = [ROOT / "launch" / "slurm" / "submit.sh", *(["--dry-run"] if dry_run else []), *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def submit(*arguments: object, expect: int = 0, folder: Path = ROOT) -> str:
+    command = [ROOT / "launch" / "slurm" / "submit.sh", "--dry-run", *map(str, arguments)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert result.returncode == expect, result.stderr
     return result.stdout if expect == 0 else result.stderr
 
 
-def words(*arguments: object) -> tuple[list[str], list[str], list[str]]:
+def words(*arguments: object, folder: Path = ROOT) -> tuple[list[str], list[str], list[str]]:
     """Return three parts of the command line: sbatch's options, the script's options, and the words after `--`."""
-    command = shlex.split(submit(*arguments))
+    command = shlex.split(submit(*arguments, folder=folder))
     script = command.index(str(ROOT / "launch" / "slurm" / "pretrain.sbatch"))
     model = command.index("--")
     return command[1:script], command[script + 1 : model], command[model + 1 :]
@@ -38,6 +39,21 @@ def test_run_folder_is_named_after_the_model():
     sbatch, script, _ = words("--", LAPTOP)
     assert script[-2:] == ["--run-dir", f"{ROOT}/runs/laptop"]
     assert sbatch[0] == f"--output={ROOT}/runs/laptop/slurm/%j.log"
+
+
+def test_paths_are_relative_to_the_current_folder(tmp_path):
+    """The job runs in the folder of the caller, and so do the flags of the run."""
+    mounts = ("--mount", "data", "--mount", "scratch:rw")
+    sbatch, script, _ = words(*mounts, "--run-dir", "run", "--", LAPTOP, "--data-path", "data/x", folder=tmp_path)
+    assert f"--chdir={tmp_path}" in sbatch
+    assert script[2:] == [
+        "--mount",
+        f"{tmp_path}/data",
+        "--mount",
+        f"{tmp_path}/scratch:rw",
+        "--run-dir",
+        f"{tmp_path}/run",
+    ]
 
 
 def test_chain_is_an_array_of_jobs_one_at_a_time():

@@ -14,6 +14,7 @@ from typing import Self
 
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import Holder
+from maskmoe.launch.network import listen
 from maskmoe.outputs import atomic_output
 from maskmoe.untrusted import UnusableFile, read_bounded
 
@@ -93,7 +94,7 @@ class Membership:
     def __init__(self, folder: Path, address: str, ranks: int, timeout: float) -> None:
         self._folder = folder
         self._timeout = timeout
-        self._listener = socket.create_server(("", 0), backlog=128)
+        self._listener = listen(backlog=128)
         self.me = Member.this_process(address, self._listener.getsockname()[1], ranks)
         self._leader: Member | None = None
         self._leads_since = 0.0

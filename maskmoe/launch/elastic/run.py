@@ -1,7 +1,6 @@
 """Trains a run on nodes that come and go: one generation after the other."""
 
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from maskmoe.launch.elastic.generation import Generation, Generations, leading_m
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member, Membership
 from maskmoe.launch.model_file import Flags, ModelFile, split_flags
-from maskmoe.launch.network import route_to, wait_for
+from maskmoe.launch.network import listen, route_to, wait_for
 from maskmoe.launch.options import Meeting, Options
 from maskmoe.launch.preparation import check, record_end, record_start
 from maskmoe.launch.supervisor import Supervisor
@@ -392,7 +391,7 @@ def _ranks_of(members: Sequence[Member]) -> list[int]:
 
 
 def _free_port() -> int:
-    with socket.create_server(("", 0)) as server:
+    with listen() as server:
         return server.getsockname()[1]
 
 
