@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from support.paths import ROOT, python_path
 
 CHECK = ROOT / "launch" / "check_checkout.py"
