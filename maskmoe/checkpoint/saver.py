@@ -59,6 +59,7 @@ class CheckpointSaver:
         self._while_saving, self._journal = while_saving, journal
         self._unfinished: deque[_Save] = deque()
         self._has_saved_non_persistent = False
+        self._last_saved: int | None = None  # the iteration of the last persistent checkpoint
 
     def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
         """Save a checkpoint, as Megatron's `save_checkpoint` does.
@@ -81,7 +82,7 @@ class CheckpointSaver:
             torch.distributed.barrier()
             self._save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
             if is_first and not settings.async_save:
-                _remove_outdated(settings, save)
+                self._remove_outdated(settings, save)
         if settings.async_save:
             self._unfinished.append(save)
         else:
@@ -100,7 +101,7 @@ class CheckpointSaver:
             while len(self._unfinished) > _num_unfinished():
                 finished.append(self._unfinished.popleft())
             if finished and finished[-1].is_local and torch.distributed.get_rank() == 0:
-                _remove_outdated(get_args(), finished[-1])
+                self._remove_outdated(get_args(), finished[-1])
         for save in finished:
             self._record(save, is_asynchronous=True)
 
@@ -108,13 +109,22 @@ class CheckpointSaver:
         """Remove what a save would write over, and checkpoints that are no longer wanted."""
         folder = _folder(settings, save)
         if save.is_local:
-            # `get_loaded_iteration` returns -1 or None if nothing was loaded.
-            loaded = None if self._has_saved_non_persistent else get_loaded_iteration() or 0
+            loaded = None if self._has_saved_non_persistent else _loaded_iteration()
             make_room(folder, save.iteration, loaded)
             self._has_saved_non_persistent = True
         else:
             shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
-            _remove_outdated(settings, save)
+            self._remove_outdated(settings, save)
+            self._last_saved = save.iteration
+
+    def _remove_outdated(self, settings: Namespace, save: _Save) -> None:
+        """Remove the checkpoints that a run does not keep beside its newest one."""
+        folder = _folder(settings, save)
+        if save.is_local:
+            keep_newest(folder)
+        else:
+            newest = _loaded_iteration() if self._last_saved is None else self._last_saved
+            remove_old_checkpoints(folder, settings.keep_last_checkpoints, settings.save_retain_interval, newest)
 
     def _record(self, save: _Save, is_asynchronous: bool) -> None:
         """Write an entry about a checkpoint to the journal."""
@@ -140,13 +150,9 @@ def _folder(settings: Namespace, save: _Save) -> Path:
     return folder
 
 
-def _remove_outdated(settings: Namespace, save: _Save) -> None:
-    """Remove the checkpoints that a run does not keep beside the newest one."""
-    folder = _folder(settings, save)
-    if save.is_local:
-        keep_newest(folder)
-    else:
-        remove_old_checkpoints(folder, settings.keep_last_checkpoints, settings.save_retain_interval)
+def _loaded_iteration() -> int:
+    """Return the iteration from which the run has resumed; 0 or less if nothing was loaded."""
+    return get_loaded_iteration() or 0
 
 
 def _num_unfinished() -> int:

@@ -203,13 +203,17 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def remove_old_checkpoints(folder: str | Path, keep: int | None, retain_interval: int | None = None) -> list[Path]:
+def remove_old_checkpoints(
+    folder: str | Path, keep: int | None, retain_interval: int | None = None, newest: int | None = None
+) -> list[Path]:
     """Remove all checkpoints that are older than the newest `keep` sound checkpoints.
 
     Args:
         folder: the folder in Megatron's `--save`.
         keep: the number of sound checkpoints that stay; None keeps all.
         retain_interval: Megatron's `--save-retain-interval`; checkpoints at multiples of this iteration stay, too.
+        newest: the newest iteration of the run. Later checkpoints were rejected on loading, or the run has gone back
+            beyond them, so they neither count nor are removed. None counts all checkpoints.
 
     Returns:
         The folders of the removed checkpoints.
@@ -219,6 +223,8 @@ def remove_old_checkpoints(folder: str | Path, keep: int | None, retain_interval
     kept, removed = 0, []
     for iteration in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, iteration)
+        if newest is not None and iteration > newest:
+            continue
         if kept < keep:
             with suppress(Damage):
                 check_structure(checkpoint)

@@ -1,5 +1,8 @@
 """Remove all checkpoints of a finished run but the newest sound checkpoints.
 
+Checkpoints that are newer than the one from which the run would resume stay, too: they are damaged, or the run has gone
+back beyond them.
+
 Use this command when the series of checkpoints is no longer needed. Training with --keep-last-checkpoints keeps fewer
 checkpoints from the start.
 
@@ -20,6 +23,8 @@ def main() -> None:
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of Megatron checkpoints")
     keep = "number of checkpoints to keep (default: %(default)s)"
     parser.add_argument("--keep-last-checkpoints", type=ranges.CHECKPOINTS, default=1, metavar="K", help=keep)
+    retain = "also keep the checkpoints at multiples of this iteration (default: none)"
+    parser.add_argument("--save-retain-interval", type=ranges.ITERATIONS, metavar="N", help=retain)
     arguments = parser.parse_args()
 
     # Reading checkpoints needs torch and Megatron, `--help` does not.
@@ -28,7 +33,9 @@ def main() -> None:
     prepare_process()
     from maskmoe.checkpoint.series import choose_checkpoint, remove_old_checkpoints
 
-    if choose_checkpoint(arguments.load).checkpoint is None:
+    choice = choose_checkpoint(arguments.load)
+    if choice.checkpoint is None:
         raise UserError(f"--load {arguments.load} holds no checkpoint")
-    for checkpoint in remove_old_checkpoints(arguments.load, arguments.keep_last_checkpoints):
+    keep, retain_interval = arguments.keep_last_checkpoints, arguments.save_retain_interval
+    for checkpoint in remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration):
         print(f"removed  {checkpoint}")

@@ -208,6 +208,29 @@ def test_old_checkpoints_are_removed_but_those_to_retain(workplace, tmp_path):
     assert saved_iterations(outcome.checkpoints) == [11, 8, 4]
 
 
+@pytest.mark.runs(SAVED)
+@pytest.mark.parametrize(
+    ("damages", "flags", "resumed", "saved"),
+    [
+        (True, "--keep-last-checkpoints 1", 15, [21, 16]),
+        (False, "--ckpt-step 7 --keep-last-checkpoints 2", 8, [21, 14, 9, 8]),
+    ],
+    ids=["damaged", "gone back"],
+)
+def test_newer_checkpoints_do_not_outlive_the_checkpoints_of_a_resumed_run(
+    copy, workplace, tmp_path, damages, flags, resumed, saved
+):
+    """Checkpoints beyond the one that was loaded do not count as the newest checkpoints of the run."""
+    if damages:
+        flip(checkpoint_path(copy, 21) / "__0_0.distcp")
+    flags = f"{EXPERT_2} --load {copy} --save {copy} --save-interval 1 --exit-interval {resumed + 1} {flags}"
+    outcome = workplace.run(Run(flags, ranks=2), tmp_path / "run")
+    assert outcome.exit_codes == (0, 0), outcome.report()
+    assert outcome.iterations == [resumed, resumed + 1]
+    assert saved_iterations(copy) == saved
+    assert choose_checkpoint(copy, check=check_all).iteration == resumed + 1
+
+
 def thin(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools/thin_checkpoints.py"), "--load", str(folder), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -224,6 +247,16 @@ def test_a_series_is_thinned(copy):
     shutil.rmtree(checkpoint_path(copy, 21))
     assert thin(copy).stdout == ""
     assert saved_iterations(copy) == [14]
+
+
+@pytest.mark.runs(SAVED)
+def test_thinning_counts_from_the_checkpoint_that_would_be_loaded(copy):
+    (copy / TRACKER).write_text("14")
+    result = thin(copy, "--save-retain-interval", "7")
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    result = thin(copy)
+    assert (result.returncode, result.stdout) == (0, f"removed  {copy}/iter_0000007\n"), result.stderr
+    assert saved_iterations(copy) == [21, 14]
 
 
 @pytest.mark.runs(SAVED)
