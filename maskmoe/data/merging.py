@@ -134,24 +134,41 @@ def _find_datasets(names: Sequence[str], output_prefix: str, json_keys: Sequence
     """Return the prefixes of the datasets to join, for the prefix of each joined dataset."""
     if any(idx_path(name).is_file() for name in names):
         return {output_prefix: list(names)}
+    outputs = {key: f"{output_prefix}_{key}_document" for key in json_keys}
     return {
-        f"{output_prefix}_{key}_document": [prefix for name in names for prefix in _datasets_of_key(name, key)]
-        for key in json_keys
+        output: [prefix for name in names for prefix in _datasets_of_key(name, key, output)]
+        for key, output in outputs.items()
     }
 
 
-def _datasets_of_key(name: str, key: str) -> list[str]:
-    """Return the prefixes of the datasets of one key that an output prefix stands for."""
+def _datasets_of_key(name: str, key: str, output: str) -> list[str]:
+    """Return the prefixes of the datasets of one key that an output prefix stands for.
+
+    An earlier result of joining the shards, at the prefix `output`, is no dataset to join.
+    """
     prefix = f"{name}_{key}_document"
-    if idx_path(prefix).is_file():
-        return [prefix]
+    shards = _shards_of_key(name, key)
+    if not idx_path(prefix).is_file():
+        if not shards:
+            hint = "; give prefixes without .idx and .bin" if Path(name).suffix in (".idx", ".bin") else ""
+            raise UserError(f"there is no dataset {name}, and none {prefix}, and no shards of it{hint}")
+        return shards
+    if shards and Path(prefix).resolve() != Path(output).resolve():
+        raise UserError(
+            f"{name} stands for the dataset {prefix} and for its {len(shards)} shards: name the datasets to join, or "
+            "move the dataset or the shards"
+        )
+    return shards or [prefix]
+
+
+def _shards_of_key(name: str, key: str) -> list[str]:
+    """Return the prefixes of all shards that `preprocess` has made for an output prefix and a key, in order."""
     pattern = f"{glob.escape(name)}-*-of-*{glob.escape(f'_{key}_document.idx')}"
     matches = [match for path in glob.glob(pattern) if (match := _SHARD.fullmatch(path.removesuffix(".idx")))]
     shards = {(int(match[3]), int(match[2])): match[0] for match in matches if match[1] == name}
     counts = {count for count, _ in shards}
     if not shards:
-        hint = "; give prefixes without .idx and .bin" if Path(name).suffix in (".idx", ".bin") else ""
-        raise UserError(f"there is no dataset {name}, and none {prefix}, and no shards of it{hint}")
+        return []
     if len(counts) > 1:
         listed = " and ".join(map(str, sorted(counts)))
         raise UserError(f"{name} has shards of {listed}; name the shards, or delete those of an earlier division")

@@ -177,6 +177,19 @@ def test_merging_gives_the_dataset_of_one_machine(
     )
 
 
+def test_a_dataset_beside_its_shards_is_not_taken_for_them(shards: Path, tmp_path: Path) -> None:
+    for path in shards.glob("part-*"):
+        (tmp_path / path.name).symlink_to(path)
+    merge_datasets([f"{tmp_path}/part"], f"{tmp_path}/part")
+    first = Path(f"{tmp_path}/part_text_document.bin").read_bytes()
+    with pytest.raises(UserError, match="part stands for the dataset .*part_text_document and for its 4 shards: name"):
+        merge_datasets([f"{tmp_path}/part"], f"{tmp_path}/other")
+    # The result of an earlier joining is replaced.
+    Path(f"{tmp_path}/part_text_document.bin").write_bytes(first[:10])
+    merge_datasets([f"{tmp_path}/part"], f"{tmp_path}/part", force=True)
+    assert Path(f"{tmp_path}/part_text_document.bin").read_bytes() == first
+
+
 def test_datasets_are_joined_in_the_given_order(tmp_path: Path) -> None:
     first, second = [[1, 2], [], [3]], [[4], [5, 6, 7]]
     names = [str(write_documents(tmp_path / name, ids)) for name, ids in (("a", first), ("b", second))]

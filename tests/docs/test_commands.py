@@ -56,7 +56,6 @@ FOREIGN_FLAGS = {
 SHELL_COMMANDS = {"cp", "export", "mkdir", "source"}
 # The blocks of these pages that start with a command that takes seconds, and what the command prints.
 QUICK = {
-    "data.md": "data/web_text_document: ",
     "method.md": "digest           aeff2031e4989abe",
     "flags.md": "--frequent-visible-experts",
     "check.md": "no errors found",
@@ -184,3 +183,13 @@ def test_first_command_of_page_runs(page: str, output: str, tmp_path: Path) -> N
     result = run_script(script, tmp_path, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert output in result.stdout
+
+
+def test_all_commands_of_the_page_about_data_run(tmp_path: Path) -> None:
+    """The commands use the files of the commands before them. Slurm's script is left out."""
+    (tmp_path / "books.txt").write_text("One book.\n\n\nAnother book.\n")
+    blocks = [block.text for block in bash_blocks(DOCS / "data.md") if "#SBATCH" not in block.text]
+    result = run_script("\n".join(blocks), tmp_path, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    sizes = dict(re.findall(r"^data/(\w+)_text_document: (.*), ", result.stdout, re.MULTILINE))
+    assert sizes["whole"] == sizes["web"]
