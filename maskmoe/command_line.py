@@ -110,14 +110,15 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class Parser(OneLineParser):
-    """A parser of all arguments of a command, which names unknown flags before it reports missing ones."""
+    """A parser of all arguments of a command, which names unknown and repeated flags before it reports missing ones."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse a command line, after a check that names every unknown flag with the nearest known one."""
+        """Parse a command line, after checks for unknown flags, and for repeated flags that take several values."""
         words = list(sys.argv[1:] if args is None else args)
         takes_other_flags = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
         if not takes_other_flags:
             refuse_unknown_flags(self, words)
+            _refuse_repeated_lists(self, words)
         return super().parse_known_args(words, namespace)
 
 
@@ -142,6 +143,20 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) 
         hints = (difflib.get_close_matches(flag.replace("_", "-"), known, n=1) for flag in unknown)
         named = [f"{flag} (nearest: {hint[0]})" if hint else flag for flag, hint in zip(unknown, hints, strict=True)]
         raise UserError(f"unknown flag{'s' if len(named) > 1 else ''} {', '.join(named)}; --help lists all")
+
+
+def _refuse_repeated_lists(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Refuse a flag with several values that is given twice, since argparse would silently drop its first values.
+
+    Raises:
+        UserError: names the flag.
+    """
+    given = [word.partition("=")[0] for word in words[: [*words, "--"].index("--")]]
+    for action in parser._actions:
+        if action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE):
+            flags = [word for word in given if word in action.option_strings]
+            if len(flags) > 1:
+                raise UserError(f"{flags[-1]} is given {len(flags)} times: write all its values after one {flags[-1]}")
 
 
 def add_force_argument(parser: argparse._ActionsContainer) -> None:

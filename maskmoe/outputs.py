@@ -83,7 +83,8 @@ def check_output_folder(folder: Path, path: Path) -> None:
 def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
 
-    Readers see the old file or the complete new file, never a partial file. SIGTERM and SIGHUP count as failures, see
+    Readers see the old file or the complete new file, never a partial file. The file has the permissions that the umask
+    gives to new files. SIGTERM and SIGHUP count as failures, see
     `unwinding_on_signals`.
 
     Raises:
@@ -95,8 +96,10 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     with unwinding_on_signals():
         with _reporting_failure(path):
             temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
             yield temporary
+            temporary.chmod(mode)  # safetensors replaces the file by a file that only its owner may read
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from maskmoe.command_line import Parser, add_force_argument
+from maskmoe.commands.arguments import inputs_of_run
 from maskmoe.errors import UserError
 from maskmoe.outputs import check_outputs
 from maskmoe.paths import check_folder
@@ -25,7 +26,7 @@ def main() -> None:
     if arguments.tensorboard_dir is not None:
         check_folder(arguments.tensorboard_dir, "--tensorboard-dir")
     if arguments.output is not None:
-        check_outputs([arguments.output], force=arguments.force)
+        check_outputs([arguments.output], inputs_of_run(arguments.run, arguments.tensorboard_dir), arguments.force)
 
     # Only now, since these imports take time and `--help` does not need them.
     from maskmoe.run_report.page import REPORT, write_page

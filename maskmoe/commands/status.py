@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from maskmoe import ranges
 from maskmoe.command_line import add_force_argument
-from maskmoe.commands.arguments import command_parser
+from maskmoe.commands.arguments import command_parser, inputs_of_run
 from maskmoe.commands.progress import say_loading
 from maskmoe.errors import UserError
 from maskmoe.outputs import atomic_output, check_outputs
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from maskmoe.run_status.watch import Screen
 
 _STDOUT = "-"
-_INPUTS = ("checkpoints", "tensorboard", "journal", "logs")
 
 
 def main() -> None:
@@ -53,8 +52,7 @@ def main() -> None:
     if arguments.tensorboard_dir is not None:
         check_folder(arguments.tensorboard_dir, "--tensorboard-dir")
     outputs = [arguments.html, None if arguments.json == _STDOUT else arguments.json]
-    inputs = [*(arguments.run / name for name in _INPUTS), *arguments.run.glob("*.log"), arguments.tensorboard_dir]
-    check_outputs(filter(None, outputs), filter(None, inputs), arguments.force)
+    check_outputs(filter(None, outputs), inputs_of_run(arguments.run, arguments.tensorboard_dir), arguments.force)
 
     # Only now, since these imports take time and `--help` does not need them.
     from maskmoe.run_report.events import event_files

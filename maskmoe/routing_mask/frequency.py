@@ -14,7 +14,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, dataset_files, read_index, read_tokenizer_record
-from maskmoe.data.merging import read_merge_record
+from maskmoe.data.merging import merge_record_path, read_merge_record
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
@@ -133,7 +133,8 @@ def files_of_data_path(data_path: Sequence[str]) -> list[Path]:
     Raises:
         UserError: see `parse_data_path`.
     """
-    return [path for prefix in parse_data_path(data_path)[0] for path in dataset_files(prefix)]
+    prefixes = parse_data_path(data_path)[0]
+    return [path for prefix in prefixes for path in (*dataset_files(prefix), merge_record_path(prefix))]
 
 
 def count_token_frequency(

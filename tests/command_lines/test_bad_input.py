@@ -416,6 +416,7 @@ MISTAKES = [
     ("corpus --output OUT --packages a", "--packages: only together with --sources"),
     ("corpus --output OUT --sources a --max-bytes 5", "--max-bytes: not allowed with argument --sources"),
     ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
+    ("count --merge a --output b --merge=c", "--merge is given 2 times: write all its values after one --merge"),
     ("sample --model model --prompt a stray", "unrecognized arguments: stray"),
     ("convert", "the following arguments are required: command"),
     ("convert megatron-to-hf --lode x", "unknown flag --lode (nearest: --load)"),

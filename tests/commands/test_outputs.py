@@ -43,6 +43,19 @@ def test_a_file_of_an_input_folder_is_an_input(source: Path):
     check_outputs([folder / "new"], [folder])
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_umask_decides_who_may_read_an_output(tmp_path: Path, umask: int):
+    """Also if a library replaces the temporary file by a file that only its owner may read."""
+    before = os.umask(umask)
+    try:
+        with atomic_output(tmp_path / "output") as temporary:
+            (tmp_path / "other").touch(mode=0o600)
+            (tmp_path / "other").replace(temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "output").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_two_outputs_need_two_names(tmp_path: Path):
     with pytest.raises(UserError, match="two outputs"):
         check_outputs([tmp_path / "a", tmp_path / "x" / ".." / "a"])

@@ -35,6 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     (folder / "tokenizer.model").write_bytes(train_tokenizer([TEXT], VOCAB_SIZE))
     write_documents(folder / "data", [np.arange(64) % VOCAB_SIZE], np.dtype(np.uint16))
+    (folder / "data.parts.json").write_text("{}")
     count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1).save(folder / "counts")
     build_routing_mask(MaskRecipe.from_preset("hash", 4, 2, seed=0), vocab_size=VOCAB_SIZE).save(folder / "mask")
     return folder
@@ -65,6 +66,7 @@ SIMULATE = "simulate --data-path data --routing-mask mask --hidden-size 8 --num-
 # Commands whose output OUT is one of their inputs.
 OUTPUTS_THAT_ARE_INPUTS = {
     "dataset of count": ("count --data-path data --vocab-size 300 --output OUT", "data.bin data.idx"),
+    "parts of count": ("count --merge counts --data-path data --output OUT", "counts data.idx data.parts.json"),
     "counts of mask": ("mask --token-frequency counts --num-experts 4 --num-layers 2 --frequent-mass 0.4 "
                        "--frequent-visible-experts 2 --assignment balanced --output OUT", "counts"),
     "table of mask": ("mask --expert-table table.npy --num-experts 4 --num-layers 2 --output OUT", "table.npy"),
@@ -98,6 +100,19 @@ def test_an_analysis_is_not_written_into_a_checkpoint(folder: Path, monkeypatch:
         with pytest.raises(UserError, match="lies inside --load checkpoints"):
             run(monkeypatch, f"analyze --load checkpoints --data-path data --output-dir {output}")
     assert not any((folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("command", ["report run --output OUT", "status run --html OUT", "status run --json OUT"])
+def test_a_page_is_not_written_over_the_files_of_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for name in ("tensorboard/events.out.tfevents.1", "logs/rank0.log", "out.log"):
+        path = folder / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("precious")
+        with pytest.raises(UserError, match="it belongs to the input|it is an input"):
+            run(monkeypatch, command.replace("OUT", f"run/{name}") + " --force")
+        assert path.read_text() == "precious"
 
 
 def test_inputs_of_text_commands_are_not_overwritten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
