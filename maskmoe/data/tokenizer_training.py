@@ -6,16 +6,23 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import batched, islice
+
+import numpy as np
 
 from maskmoe.errors import UserError
 
 # The trainer takes lines and refuses lines with tabs, which it uses itself. "\n" and "\t" become byte tokens instead.
 _SEPARATORS = re.compile(r"[\n\t]")
 _MAX_LINE_CHARACTERS = 1 << 12
+_RARE_CHARACTER = "▅"  # stands for rare characters in the trainer, which skips lines that hold it
+_LEAST_LIMIT = 101  # the smallest limit of lines that the trainer takes
+_LINES_OF_BATCH = 1 << 16
 _SIGNALS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NO_TEXT = "the input holds no text to train a tokenizer on"
 # Errors of the trainer that the user can cure, with the message that says how.
 _CURABLE = {
+    r"\(all_chars_count\) > \(0\)": _NO_TEXT,  # there are only NULs
     r"Vocabulary size too high \((\d+)\)\. Please set it to a value <= (\d+)": (
         "the input is too small for a vocabulary of {}: choose --vocab-size {} or less, or give more text"
     ),
@@ -59,32 +66,21 @@ def train_tokenizer(
     """
     import sentencepiece
 
-    failures: list[Exception] = []
-
-    def lines_of_all_documents() -> Iterator[str]:
-        # The trainer replaces an exception of the documents by an exception of its own.
-        try:
-            for document in documents:
-                yield from _cut_into_lines(document)
-        except Exception as error:
-            failures.append(error)
-            raise
-
-    lines = lines_of_all_documents()
-    first_line = next(lines, None)
-    if first_line is None:
-        raise UserError("the input holds no text to train a tokenizer on")
-    sentencepiece.set_random_generator_seed(seed)
+    # The trainer's own sample does not depend on a seed, and differs between processes.
+    lines = draw_lines((line for document in documents for line in _cut_into_lines(document)), max_lines, seed)
+    if not lines:
+        raise UserError(_NO_TEXT)
+    lines.reverse()
     model = io.BytesIO()
     try:
         with _ended_by_signals():
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=chain([first_line], lines),
+                sentence_iterator=(lines.pop() for _ in range(len(lines))),  # the trainer copies a line: free ours
                 model_writer=model,
                 vocab_size=vocab_size,
                 model_type=model_type,
                 character_coverage=character_coverage,
-                input_sentence_size=max_lines,
+                input_sentence_size=max(max_lines, _LEAST_LIMIT),
                 shuffle_input_sentence=True,
                 max_sentence_length=4 * _MAX_LINE_CHARACTERS,
                 num_threads=num_threads,
@@ -101,8 +97,25 @@ def train_tokenizer(
                 minloglevel=2,
             )
     except RuntimeError as error:
-        raise failures[0] if failures else _explain(error) from error
+        raise _explain(error) from error
     return model.getvalue()
+
+
+def draw_lines(lines: Iterator[str], max_lines: int, seed: int) -> list[str]:
+    """Return all lines in order if there are at most `max_lines`, else a uniform random sample of `max_lines` lines.
+
+    Memory holds only the lines that are drawn (reservoir sampling), so the number of all lines may be unknown.
+    """
+    drawn = list(islice(lines, max_lines))
+    generator, num_lines = np.random.default_rng(seed), max_lines
+    for batch in batched(lines, _LINES_OF_BATCH):
+        # Line i, counted from 0, replaces a drawn line with probability max_lines / (i + 1).
+        places = generator.integers(np.arange(num_lines, num_lines + len(batch)), endpoint=True)
+        for place, line in zip(places.tolist(), batch, strict=True):
+            if place < max_lines:
+                drawn[place] = line
+        num_lines += len(batch)
+    return drawn
 
 
 @contextmanager
@@ -124,10 +137,12 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _cut_into_lines(document: str) -> Iterator[str]:
-    """Yield the lines of a document in pieces that the trainer accepts."""
+    """Yield the lines of a document in pieces, without the pieces that the trainer skips."""
     for line in _SEPARATORS.split(document):
         for begin in range(0, len(line), _MAX_LINE_CHARACTERS):
-            yield line[begin : begin + _MAX_LINE_CHARACTERS]
+            piece = line[begin : begin + _MAX_LINE_CHARACTERS]
+            if piece.rstrip("\r") and _RARE_CHARACTER not in piece:
+                yield piece
 
 
 def _explain(error: RuntimeError) -> Exception:

@@ -1,13 +1,15 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from support.tools import assert_bad_input, run_tool
 
-from maskmoe.data.tokenizer_training import train_tokenizer
+from maskmoe.data import tokenizer_training
+from maskmoe.data.tokenizer_training import draw_lines, train_tokenizer
 from maskmoe.errors import UserError
 
 # SentencePiece writes a space as "▁", so this character is not kept.
@@ -44,6 +46,57 @@ def test_deterministic(texts: list[str], max_lines: int) -> None:
     assert first == second
 
 
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_seed_decides_which_lines_are_drawn(jsonl: Callable, texts: list[str], tmp_path: Path, model_type: str) -> None:
+    path, models = jsonl("a.jsonl", texts), []
+    for number, seed in enumerate((0, 0, 1)):
+        result = run_tool(
+            "train_tokenizer",
+            *("--input", path, "--vocab-size", 400, "--max-lines", 300, "--seed", seed, "--model-type", model_type),
+            *("--num-threads", 1, "--output-prefix", tmp_path / str(number)),
+        )
+        assert result.returncode == 0, result.stderr
+        models.append(Path(tmp_path, f"{number}.model").read_bytes())
+    assert models[0] == models[1] != models[2]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_without_a_sample_the_seed_changes_nothing(model_type: str) -> None:
+    """Lines that the trainer skips do not count."""
+    documents = ["one two three\n\n\r\n▅\n\t", *(f"line {number}\0\n\0" for number in range(200))]
+    first, second = (
+        train_tokenizer(documents, 280, model_type=model_type, max_lines=401, num_threads=1, seed=seed)
+        for seed in (0, 1)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("max_lines", [1, 100, 101])
+def test_few_lines(max_lines: int) -> None:
+    model = train_tokenizer(["▅\nabcabc abc\n" * 200], 265, max_lines=max_lines, num_threads=1)
+    assert "abc" in SentencePieceProcessor(model_proto=model).encode("abc", out_type=str)
+
+
+@given(num_lines=st.integers(0, 40), max_lines=st.integers(1, 30), seed=st.integers(0, 9), batch=st.integers(1, 9))
+def test_drawn_lines(num_lines: int, max_lines: int, seed: int, batch: int) -> None:
+    lines = [str(number) for number in range(num_lines)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_training, "_LINES_OF_BATCH", batch)
+        drawn = draw_lines(iter(lines), max_lines, seed)
+    assert len(set(drawn)) == len(drawn) == min(num_lines, max_lines)
+    assert set(drawn) <= set(lines)
+    if num_lines <= max_lines:
+        assert drawn == lines
+
+
+def test_lines_are_drawn_with_equal_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_training, "_LINES_OF_BATCH", 4)
+    lines = [str(number) for number in range(20)]
+    drawn = [int(line) for seed in range(4000) for line in draw_lines(iter(lines), 5, seed)]
+    # A line is drawn in 1000 of 4000 samples, with a standard deviation of 27.
+    assert abs(np.bincount(drawn, minlength=20) - 1000).max() < 5 * 27
+
+
 def test_training_is_on_all_lines_with_tabs() -> None:
     model = train_tokenizer(["\tabcabc\tabc\n" * 50], vocab_size=264, num_threads=1)
     assert "abc" in SentencePieceProcessor(model_proto=model).encode("abc", out_type=str)
@@ -54,13 +107,19 @@ def test_training_is_on_all_lines_with_tabs() -> None:
     [
         ([], 500, "no text"),
         ([""], 500, "no text"),
+        (["\n\n", "\r\n\r\n"], 500, "no text"),
+        (["▅▅\n▅"], 500, "no text"),
+        (["\0\0\n\0"], 500, "no text"),
         (["hello"], 500, r"too small for a vocabulary of 500: choose --vocab-size \d+ or less"),
         (["hello"], 100, r"a vocabulary of 100 cannot hold .*: choose --vocab-size 263 or more"),
     ],
 )
-def test_bad_sizes(documents: Sequence[str], vocab_size: int, message: str) -> None:
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_text_that_does_not_suit_the_size(
+    documents: Sequence[str], vocab_size: int, message: str, model_type: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        train_tokenizer(documents, vocab_size=vocab_size, num_threads=1)
+        train_tokenizer(documents, vocab_size=vocab_size, model_type=model_type, num_threads=1)
 
 
 def test_errors_of_the_documents_come_through() -> None:
