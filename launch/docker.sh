@@ -17,7 +17,8 @@ writes to runs/ are kept.
   --gpus LIST          use these GPUs, for instance 0,1 (default: all)
   --image NAME         use this image (default: maskmoe:VERSION or maskmoe-cpu:VERSION)
   --shm-size SIZE      give the container its own /dev/shm, for instance 16g (default: share the host's)
-  --env NAME[=VALUE]   set an environment variable. The variables of the launchers, NCCL and gloo are always passed.
+  --env NAME[=VALUE]   set an environment variable. The launcher's variables except RUN_DIR, and those of NCCL, gloo,
+                       UCX, NVSHMEM and W&B, are always passed.
   --build              build the image first, from docker/Dockerfile or docker/Dockerfile.cpu; COMMAND is then optional
   --base-image NAME    build on this image; required for GPUs, where it is NVIDIA's PyTorch image
   --engine NAME        docker or podman (default: the first that is installed)
@@ -27,8 +28,8 @@ END
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 HOME_IN_IMAGE=/opt/maskmoe
-PASSED_VARIABLES='^(NNODES|NODE_RANK|NPROC_PER_NODE|RDZV_[A-Z_]+|MASTER_(ADDR|PORT)|MAX_RESTARTS|SHUTDOWN_TIMEOUT|'
-PASSED_VARIABLES+='OMP_NUM_THREADS|CUDA_(VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)|'
+PASSED_VARIABLES='^(NNODES|NODE_(RANK|ADDRESS|TIMEOUT)|NPROC_PER_NODE|RDZV_[A-Z_]+|MASTER_(ADDR|PORT)|'
+PASSED_VARIABLES+='MAX_RESTARTS|SHUTDOWN_TIMEOUT|OMP_NUM_THREADS|CUDA_(VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)|'
 PASSED_VARIABLES+='(NCCL|TORCH_NCCL|GLOO|UCX|NVSHMEM)_[A-Z0-9_]+|WANDB_[A-Z_]+)$'
 
 fail() {

@@ -2,8 +2,8 @@
 
 The stages are tokenizer, dataset, token counts, routing mask, training with expert parallelism (on all GPUs; without
 GPUs, 2 processes on the CPU), evaluation, export to transformers, and a sample of text that the exported model
-generates. Takes 6 to 8 minutes on 2 cores with the defaults. If the command is interrupted, start the same command
-again to resume. After a change of settings, only the affected stages are repeated.
+generates. With the defaults, the quickstart takes four to ten minutes on two CPU cores. If the command is interrupted,
+start the same command again to resume. After a change of settings, only the affected stages are repeated.
 """
 
 import argparse

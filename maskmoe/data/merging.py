@@ -144,7 +144,7 @@ def _find_datasets(names: Sequence[str], output_prefix: str, json_keys: Sequence
 def _datasets_of_key(name: str, key: str, output: str) -> list[str]:
     """Return the prefixes of the datasets of one key that an output prefix stands for.
 
-    An earlier result of joining the shards, at the prefix `output`, is no dataset to join.
+    A dataset at the prefix `output` is an earlier result of joining the shards, so it is not joined.
     """
     prefix = f"{name}_{key}_document"
     shards = _shards_of_key(name, key)

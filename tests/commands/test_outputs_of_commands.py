@@ -110,7 +110,7 @@ def test_a_page_is_not_written_over_the_files_of_a_run(
         path = folder / "run" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("precious")
-        with pytest.raises(UserError, match="it belongs to the input|it is an input"):
+        with pytest.raises(UserError, match=r"it belongs to the input|it is an input"):
             run(monkeypatch, command.replace("OUT", f"run/{name}") + " --force")
         assert path.read_text() == "precious"
 

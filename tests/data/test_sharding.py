@@ -182,7 +182,7 @@ def test_a_dataset_beside_its_shards_is_not_taken_for_them(shards: Path, tmp_pat
         (tmp_path / path.name).symlink_to(path)
     merge_datasets([f"{tmp_path}/part"], f"{tmp_path}/part")
     first = Path(f"{tmp_path}/part_text_document.bin").read_bytes()
-    with pytest.raises(UserError, match="part stands for the dataset .*part_text_document and for its 4 shards: name"):
+    with pytest.raises(UserError, match=r"part stands for the dataset .*part_text_document and for its 4 shards: name"):
         merge_datasets([f"{tmp_path}/part"], f"{tmp_path}/other")
     # The result of an earlier joining is replaced.
     Path(f"{tmp_path}/part_text_document.bin").write_bytes(first[:10])
