@@ -15,7 +15,10 @@ _LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # How tensor parallelism divides the layers; names as in transformers.
 _COLUMNS_OF_ATTENTION = ("q_proj", "k_proj", "v_proj")
 _TP_PLAN_OF_ATTENTION = {f"layers.*.self_attn.{name}": "colwise" for name in _COLUMNS_OF_ATTENTION} | {
-    "layers.*.self_attn.o_proj": "rowwise"
+    # A norm over each head gets gradients from the heads of its rank only; their sum is the norm's gradient.
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.o_proj": "rowwise",
 }
 # A norm over the features of all heads needs the features of all ranks.
 _TP_PLAN_OF_ALL_HEADS_NORM = {

@@ -31,6 +31,7 @@ from .configuration_maskmoe import AUTO_MAP, MaskMoEConfig
 
 _INVISIBLE = float("-inf")
 _ALL_EXPERTS = 0xFF
+_WITHOUT_LOSS = -100  # the label of tokens without loss, in transformers' loss, too
 _NOT_LOADED = (
     "the routing mask was never loaded: the weights lack the tensors of model.routing_mask; export the model again"
 )
@@ -420,18 +421,28 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
             )
         return super().supports_pp_plan
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> nn.Embedding:
         """Resize the embedding as transformers does, but refuse to change the vocabulary of a model with experts.
 
         Raises:
             ValueError: the model has experts, and its routing mask is for another number of ids.
         """
-        if self.config.has_experts and new_num_tokens not in (None, self.config.vocab_size):
+        vocab_size = self.config.vocab_size
+        new_size = vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            new_size = -(-new_size // pad_to_multiple_of) * pad_to_multiple_of
+        if self.config.has_experts and new_size != vocab_size:
             raise ValueError(
-                f"the routing mask is for {self.config.vocab_size} token ids, not {new_num_tokens}: it says which "
-                "experts an id sees, so ids cannot be added or removed without making another one"
+                f"the routing mask is for {vocab_size} token ids, not {new_size}: it says which experts an id sees, so "
+                "ids cannot be added or removed without making another one"
             )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -498,6 +509,7 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
     """Predicts next tokens with the decoder and an output layer."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: MaskMoEConfig) -> None:
         super().__init__(config)
@@ -528,12 +540,17 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
             output_router_logits: return `router_logits` and `aux_loss`, and add `aux_loss` times
                 `config.router_aux_loss_coef` to `loss`. None selects `config.output_router_logits`.
             logits_to_keep: number of last positions to compute logits for, or int64 positions; 0 for all positions.
-            kwargs: see `MaskMoEModel.forward`.
+            kwargs: see `MaskMoEModel.forward`; and `num_items_in_batch`, the number of labels in all micro-batches of
+                an optimizer step, which transformers' Trainer passes. The micro-batches' losses then add up to the
+                step's loss.
 
         Returns:
             `logits` [batch, sequence, vocab]; `loss`, a scalar, if `labels` is given; on request `router_logits`, for
             each sparse layer float32 [tokens, experts] with -inf for invisible experts, and `aux_loss`, a scalar, see
             `load_balancing_loss`.
+
+        Raises:
+            ValueError: the routers are trained, but reentrant gradient checkpointing leaves `aux_loss` no gradient.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -550,11 +567,43 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
             if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:  # other masks do not mark padding
                 real = attention_mask[:, -outputs.last_hidden_state.shape[1] :].flatten().bool()
             aux_loss = load_balancing_loss(outputs.router_logits, real, self.config)
-            if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+            self._check_has_gradient(aux_loss)
+            if labels is not None and loss is not None:
+                share = share_of_step(labels, **kwargs).to(loss.device)
+                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
         # Pass the other outputs on under their names: the cache's name differs between versions of transformers.
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)
+
+    def _check_has_gradient(self, aux_loss: Tensor) -> None:
+        """Check that routers which are trained get a gradient from the load-balancing loss.
+
+        Reentrant checkpointing computes the layers, and with them the router logits, without gradients.
+        """
+        if not (self.training and torch.is_grad_enabled() and self.config.router_aux_loss_coef):
+            return
+        routers = (module for module in self.modules() if isinstance(module, MaskMoETopKRouter))
+        if not aux_loss.requires_grad and any(router.weight.requires_grad for router in routers):
+            raise ValueError(
+                "the load-balancing loss has no gradient under reentrant gradient checkpointing: enable checkpointing "
+                "with use_reentrant=False, or set router_aux_loss_coef to 0"
+            )
+
+
+def share_of_step(
+    labels: Tensor, num_items_in_batch: Tensor | int | None = None, shift_labels: Tensor | None = None, **_: Any
+) -> Tensor:
+    """Return a micro-batch's share of all labels of an optimizer step, a scalar; 1 if the step's number is unknown.
+
+    Args:
+        labels: see `MaskMoEForCausalLM.forward`.
+        num_items_in_batch: number of labels in the step, as transformers' loss takes it.
+        shift_labels: int64 [batch, sequence], labels that are shifted already and replace `labels`.
+    """
+    if num_items_in_batch is None:
+        return torch.ones((), device=labels.device)
+    counted = labels[..., 1:] if shift_labels is None else shift_labels
+    return counted.ne(_WITHOUT_LOSS).sum() / torch.as_tensor(num_items_in_batch, device=counted.device)
 
 
 def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, config: MaskMoEConfig) -> Tensor:

@@ -260,6 +260,61 @@ def test_auxiliary_loss_is_part_of_the_loss() -> None:
     assert torch.equal(as_tuple[1], outputs.logits)
 
 
+def test_auxiliary_losses_of_micro_batches_add_up() -> None:
+    """Each micro-batch counts by its share of the step's labels, like the labels themselves.
+
+    Trainer reports the number of labels that have a loss: the first label of a sample has none.
+    """
+    model = make_model(router_aux_loss_coef=0.5)
+    labels = random_ids(6, 10)
+    labels[1, 3:] = labels[2, :8] = -100
+    micro_batches = labels.split((1, 3, 2))
+    num_labels = [int((batch[:, 1:] != -100).sum()) for batch in micro_batches]
+    loss, expected = torch.zeros(()), torch.zeros(())
+    for batch, number in zip(micro_batches, num_labels, strict=True):
+        token_ids = batch.clamp(min=0)
+        outputs = model(token_ids, labels=batch, output_router_logits=True, num_items_in_batch=sum(num_labels))
+        loss = loss + outputs.loss
+        plain = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        expected = expected + number / sum(num_labels) * (plain + 0.5 * outputs.aux_loss)
+        shifted = torch.nn.functional.pad(batch[:, 1:], (0, 1), value=-100)
+        of_shifted = model(
+            token_ids,
+            labels=batch,
+            shift_labels=shifted,
+            output_router_logits=True,
+            num_items_in_batch=torch.tensor(sum(num_labels)),
+        )
+        assert torch.equal(of_shifted.loss, outputs.loss)
+    assert_alike(loss, expected)
+
+
+def test_reentrant_checkpointing_is_refused_where_the_auxiliary_loss_has_no_gradient() -> None:
+    model = make_model(output_router_logits=True)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    token_ids = random_ids(2, 10)
+
+    def loss_and_auxiliary_loss() -> tuple[Tensor, Tensor]:
+        outputs = model(token_ids, labels=token_ids, use_cache=False)
+        return outputs.loss, outputs.aux_loss
+
+    loss, aux_loss = loss_and_auxiliary_loss()
+    model.train()
+    with pytest.raises(ValueError, match=r"no gradient under reentrant gradient checkpointing: .* use_reentrant=False"):
+        loss_and_auxiliary_loss()
+    # Nothing is lost without gradients, without the coefficient, or if routers are not trained.
+    with torch.no_grad():
+        assert torch.equal(loss_and_auxiliary_loss()[0], loss)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.requires_grad_(False)
+    assert torch.equal(loss_and_auxiliary_loss()[1], aux_loss)
+    model.requires_grad_(True)
+    model.config.router_aux_loss_coef = 0.0
+    loss_and_auxiliary_loss()[0].backward()
+    assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
+
+
 def test_auxiliary_loss_while_generating() -> None:
     """With a cache, the attention mask is longer than the new tokens."""
     model = make_model(output_router_logits=True)
@@ -455,11 +510,32 @@ def test_model_without_experts() -> None:
     assert torch.equal(model(inputs_embeds=embeddings).logits, outputs.logits)
 
 
-def test_vocabulary_cannot_grow() -> None:
+@pytest.mark.parametrize("arguments", [(), (VOCAB_SIZE,), (None, VOCAB_SIZE // 2), (VOCAB_SIZE - 1, VOCAB_SIZE)])
+def test_vocabulary_may_keep_its_size(arguments) -> None:
     model = make_model()
-    assert model.resize_token_embeddings(VOCAB_SIZE).num_embeddings == VOCAB_SIZE
-    with pytest.raises(ValueError, match=f"is for {VOCAB_SIZE} token ids, not {VOCAB_SIZE + 2}"):
-        model.resize_token_embeddings(VOCAB_SIZE + 2)
+    assert model.resize_token_embeddings(*arguments).num_embeddings == VOCAB_SIZE
+    assert model(random_ids(1, 4)).logits.shape[-1] == VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "size"),
+    [
+        ((VOCAB_SIZE + 2,), {}, 62),
+        ((), {"pad_to_multiple_of": 64}, 64),
+        ((None, 64), {}, 64),
+        ((VOCAB_SIZE, 8), {}, 64),
+        ((VOCAB_SIZE + 5,), {"pad_to_multiple_of": 64, "mean_resizing": False}, 128),
+        ((VOCAB_SIZE - 20, 8, False), {}, 40),
+    ],
+)
+def test_vocabulary_cannot_change(arguments, settings, size) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=f"is for {VOCAB_SIZE} token ids, not {size}:"):
+        model.resize_token_embeddings(*arguments, **settings)
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == VOCAB_SIZE
+    # The sizes are transformers' own, which a model without experts gets.
+    dense = MaskMoEForCausalLM(make_config(mlp_layer_types=["dense"] * NUM_LAYERS))
+    assert dense.resize_token_embeddings(*arguments, **settings).num_embeddings == size
 
 
 @pytest.mark.parametrize(
