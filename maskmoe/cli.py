@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from maskmoe.command_line import one_line
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.interruption import EXIT_REQUEUE, EXIT_REWIND, is_last_attempt, leave_exit_code
+from maskmoe.surrogates import has_surrogates
 
 EXIT_RUN_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -97,7 +98,7 @@ def _describing_paths() -> Iterator[None]:
         yield
     except UnicodeEncodeError as error:
         # Python writes a byte that is no UTF-8 as a surrogate; text files and JSON cannot hold it.
-        word = next(filter(_has_surrogates, sys.argv[1:]), None)
+        word = next(filter(has_surrogates, sys.argv[1:]), None)
         if word is None:
             raise
         raise UserError(f"{word!a} on the command line is not valid UTF-8: rename the file") from error
@@ -111,10 +112,6 @@ def _describing_paths() -> Iterator[None]:
         if path is None:
             raise
         raise UserError(f"cannot use {path}: {error.strerror}") from error
-
-
-def _has_surrogates(word: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def _path_of_command_line(error: OSError, words: Sequence[str]) -> str | None:

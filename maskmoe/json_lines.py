@@ -1,4 +1,7 @@
-"""Reads text files of one text a line, and JSON lines: one JSON object a line. Blank lines are skipped."""
+r"""Reads text files of one text a line, and JSON lines: one JSON object a line. Blank lines are skipped.
+
+Only `\n` and `\r\n` end a line. Other characters that Unicode counts as line ends may be part of a text.
+"""
 
 import json
 from pathlib import Path
@@ -45,12 +48,16 @@ def read_lines(path: Path, flag: str) -> list[Line]:
     """
     name = f"{flag} {path}"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not text in UTF-8") from error
-    found = [Line(f"line {number} of {name}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    found = [
+        Line(f"line {number} of {name}", line.removesuffix("\r"))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
     if not found:
         raise UserError(f"{name} holds no text")
     return found

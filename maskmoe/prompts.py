@@ -15,6 +15,7 @@ from typing import Any
 from maskmoe import ranges
 from maskmoe.errors import UserError
 from maskmoe.json_lines import Line, read_lines
+from maskmoe.surrogates import refuse_surrogates
 
 INTERACTIVE_FLAG = "--interactive"
 """The flag that starts a prompt loop."""
@@ -86,6 +87,8 @@ def _record_of(line: Line) -> dict[str, Any]:
     record = line.parse()
     if not isinstance(record.get(_KEY), str) or not record[_KEY].strip():
         raise UserError(f'{line.place} has no text in the key "{_KEY}"')
+    # The output repeats all keys of the record.
+    refuse_surrogates(json.dumps(record, ensure_ascii=False), line.place)
     return record
 
 
@@ -99,7 +102,7 @@ class Prompts:
         texts: the prompts; empty if a person will type them.
 
     Raises:
-        UserError: the file of prompts is not usable, or the prompt is empty.
+        UserError: the file of prompts is not usable, or the prompt is empty or not valid Unicode.
     """
 
     def __init__(self, arguments: Namespace) -> None:
@@ -110,6 +113,7 @@ class Prompts:
             raise UserError("--prompt is empty")
         self.texts = [record[_KEY] for record in self._records or ()]
         if arguments.prompt is not None:
+            refuse_surrogates(arguments.prompt, "--prompt")
             self.texts = [arguments.prompt]
         self._batch_size = arguments.prompts_per_batch
 
@@ -140,7 +144,9 @@ class PromptLoop:
 
     def __init__(self) -> None:
         self._lines: queue.Queue[str | None] = queue.Queue()
-        self._is_person = sys.stdin.isatty()
+        # `sys.stdin` may fail at a byte that is not valid UTF-8. This stream keeps the byte, so that `next` refuses it.
+        self._input = open(0, encoding="utf-8-sig", errors="surrogateescape", closefd=False)  # noqa: SIM115 - as long as the loop
+        self._is_person = self._input.isatty()
         # The program may have redirected `sys.stdout`.
         self._output = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115 - as long as the loop
         self._written = ""
@@ -151,15 +157,22 @@ class PromptLoop:
         self._ask()
 
     def next(self, seconds: float | None = None) -> str | None:
-        """Return the next prompt; None at the end of the input.
+        """Return the next prompt; None at the end of the input. Prompts that are not valid Unicode are refused.
 
         Raises:
             TimeoutError: there is no prompt yet after some seconds; never if they are not given.
         """
-        try:
-            return self._lines.get(timeout=seconds)
-        except queue.Empty as error:
-            raise TimeoutError from error
+        while True:
+            try:
+                prompt = self._lines.get(timeout=seconds)
+            except queue.Empty as error:
+                raise TimeoutError from error
+            try:
+                refuse_surrogates(prompt or "", "the prompt")
+            except UserError as error:
+                self.refuse(error)
+            else:
+                return prompt
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -185,12 +198,14 @@ class PromptLoop:
         self._ask()
 
     def _read(self) -> None:
-        for line in sys.stdin:
-            if prompt := line.rstrip("\r\n"):
-                self._lines.put(prompt)
-            else:
-                self._ask()
-        self._lines.put(None)
+        try:
+            for line in self._input:
+                if prompt := line.rstrip("\r\n"):
+                    self._lines.put(prompt)
+                else:
+                    self._ask()
+        finally:
+            self._lines.put(None)
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.is_interrupted = True

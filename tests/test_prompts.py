@@ -1,13 +1,14 @@
 """Prompts from the command line, from files and from a person."""
 
-import io
 import json
 import os
 import signal
-import sys
+import threading
 from argparse import ArgumentParser
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from maskmoe.errors import UserError
 from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments, read_prompts
@@ -38,6 +39,25 @@ def test_json_lines_keep_their_keys(tmp_path):
     ]
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=1),
+    line_end=st.sampled_from(["\n", "\r\n"]),
+    byte_order_mark=st.booleans(),
+)
+@example(texts=["a\u2028b", "c\x85d", "e\x0cf\x0b\x1cg"], line_end="\n", byte_order_mark=True)
+def test_only_line_feeds_end_a_line(tmp_path, texts, line_end, byte_order_mark):
+    path, encoding = tmp_path / "prompts.jsonl", "utf-8-sig" if byte_order_mark else "utf-8"
+    lines = (json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
+    path.write_bytes(line_end.join(lines).encode(encoding))
+    assert read_prompts(path) == [{"prompt": text} for text in texts]
+
+    path = tmp_path / "prompts.txt"
+    texts = [text for part in texts if (text := part.replace("\n", "").rstrip("\r")).strip()] or ["a"]
+    path.write_bytes(line_end.join(texts).encode(encoding))
+    assert read_prompts(path) == [{"prompt": text} for text in texts]
+
+
 def test_one_prompt_is_printed_as_text():
     prompts = Prompts(parse("--prompt", "a"))
     assert (prompts.texts, prompts.output(["a b"])) == (["a"], "a b")
@@ -54,6 +74,8 @@ def test_one_prompt_is_printed_as_text():
         (b'{"text": "a"}', "has no text"),
         (b"[" * 100_000, "line 1 .* is not JSON"),
         (b"\xff\n", "is not text in UTF-8"),
+        (b'{"prompt": "a"}\n{"prompt": "\\ud800"}', "line 2 of .* half of a surrogate pair"),
+        (b'{"prompt": "a", "id": {"\\udcff": 1}}', "line 1 of .* half of a surrogate pair"),
         (b"\n \n", "holds no text"),
         (None, "cannot read --prompts-file .*: No such file or directory"),
     ],
@@ -88,12 +110,33 @@ def test_empty_prompt_is_refused(prompt):
         Prompts(parse("--prompt", prompt))
 
 
+def test_prompt_of_invalid_bytes_is_refused():
+    with pytest.raises(UserError, match=r"^--prompt has an invalid byte .*'\\udcff'"):
+        Prompts(parse("--prompt", os.fsdecode(b"a\xff")))
+
+
 @pytest.fixture
-def loop(monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\nsecond\n"))
-    yield PromptLoop()
+def start_loop(tmp_path):
+    """A function that makes some bytes, or an open file, the standard input, and returns the loop over its prompts."""
+    saved, before = os.dup(0), signal.getsignal(signal.SIGINT)
+
+    def start(content: bytes | int) -> PromptLoop:
+        if isinstance(content, bytes):
+            (tmp_path / "typed").write_bytes(content)
+            content = os.open(tmp_path / "typed", os.O_RDONLY)
+        os.dup2(content, 0)
+        os.close(content)
+        return PromptLoop()
+
+    yield start
+    os.dup2(saved, 0)
+    os.close(saved)
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def loop(start_loop):
+    return start_loop(b"first\n\nsecond\n")
 
 
 def test_loop_shows_growing_texts(loop, capfd):
@@ -121,3 +164,19 @@ def test_waiting_for_a_prompt_has_a_limit(loop):
     assert [loop.next(), loop.next(), loop.next()] == ["first", "second", None]
     with pytest.raises(TimeoutError):
         loop.next(0.01)
+
+
+def test_typed_lines_that_are_not_text_are_refused(start_loop, capfd):
+    loop = start_loop(b"\xef\xbb\xbfdef f\r\ncaf\xe9\n\xff\na\x0cb\n")
+    assert [loop.next(), loop.next(), loop.next()] == ["def f", "a\x0cb", None]
+    errors = capfd.readouterr().err.splitlines()
+    assert [line.partition("(")[2][:8] for line in errors] == [r"'\udce9'", r"'\udcff'"]
+    assert all(line.startswith("error: the prompt has an invalid byte") for line in errors)
+
+
+def test_input_that_cannot_be_read_ends_the_loop(start_loop, tmp_path, monkeypatch):
+    reported = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: reported.set())
+    loop = start_loop(os.open(tmp_path / "typed", os.O_WRONLY | os.O_CREAT))
+    assert loop.next(10) is None
+    assert reported.wait(10)

@@ -9,7 +9,6 @@ divided at line ends into documents of about 1 MiB. JSON lines and plain text ma
 """
 
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ from tqdm import tqdm
 from maskmoe.data.arrow_files import RowBlock, parse_rows, read_arrow, read_parquet
 from maskmoe.data.inputs import COMPRESSED_SUFFIXES, Input, find_inputs
 from maskmoe.errors import UserError
+from maskmoe.surrogates import refuse_surrogates
 
 DOCUMENT_BYTES = 1 << 20
 """Size in bytes beyond which a plain text file is divided into several documents."""
 BLOCK_BYTES = 1 << 18
 """Size in bytes at which a block of JSON lines ends, after the line that exceeds it."""
 _CHUNK_BYTES = 1 << 16
-_HALF_OF_PAIR = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot encode
 
 
 @dataclass(frozen=True)
@@ -322,8 +321,8 @@ def _parse_line(line: str, json_keys: Sequence[str], location: str) -> list[str]
         if not isinstance(text, str):
             raise UserError(f"{location}: the value of {key!r} is not text")
         # Only an escape can produce half of a surrogate pair, so the slow check is rarely needed.
-        if "\\u" in line and _HALF_OF_PAIR.search(text):
-            raise UserError(f"{location}: the value of {key!r} has half of a surrogate pair, which is not text")
+        if "\\u" in line:
+            refuse_surrogates(text, f"{location}: the value of {key!r}")
         texts.append(text)
     return texts
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from maskmoe.data.saved_datasets import find_cached_dataset, find_saved_dataset
 from maskmoe.errors import UserError
+from maskmoe.surrogates import refuse_surrogates
 
 FORMATS = ("jsonl", "text", "parquet", "arrow")
 STANDARD_INPUT = "-"
@@ -122,10 +123,7 @@ def unescape(text: str) -> str:
     result = _ESCAPE.sub(replace, text)
     if not result:
         raise UserError("a document separator must not be empty")
-    try:
-        result.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"the document separator {text!r} has half of a surrogate pair, which is not text") from error
+    refuse_surrogates(result, "the document separator")
     return result
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from maskmoe.errors import UserError
 from maskmoe.json_lines import Line, read_lines
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.surrogates import refuse_surrogates
 from maskmoe.training.batch import losses_of_all, sum_over_ranks
 
 
@@ -62,7 +63,7 @@ def read_texts(path: str | Path) -> list[Text]:
     """Read JSON lines, each `{"text": …}`, or `{"context": …, "continuation": …}` to score only the second.
 
     Raises:
-        UserError: The file cannot be read, a line is not such an object, or the file has no texts.
+        UserError: The file cannot be read, a line is not such an object or not valid Unicode, or the file has no texts.
     """
     return [_text_of(line) for line in read_lines(Path(path), "--eval-texts")]
 
@@ -74,6 +75,7 @@ def _text_of(line: Line) -> Text:
     text = Text(None, values["text"]) if "text" in values else Text(values["context"], values["continuation"])
     if not isinstance(text.continuation, str) or not isinstance(text.context, str | None):
         raise UserError(f"{line.place} has a text that is not a string")
+    refuse_surrogates((text.context or "") + text.continuation, line.place)
     return text
 
 

@@ -349,12 +349,12 @@ def test_path_that_cannot_be_used(workshop, command):
     refuse_all(workshop, [(command_line(command, **{flag: path}), []) for flag, path in paths])
 
 
-PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions"}
+PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions", "a\udcff": "--prompt has an invalid byte"}
 
 
 def test_prompt_that_the_model_cannot_take(workshop):
     for prompt, words in PROMPTS.items():
-        refuse_all(workshop, [(command_line("generate", prompt=prompt), [words])])
+        refuse_all(workshop, [(command_line(command, prompt=prompt), [words]) for command in ("generate", "sample")])
         forget_megatrons_globals()
 
 

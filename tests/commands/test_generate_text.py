@@ -1,6 +1,8 @@
 """`maskmoe sample`: texts of a batch equal the texts of single prompts."""
 
 import json
+import os
+import subprocess
 import sys
 from argparse import Namespace
 
@@ -66,6 +68,23 @@ def test_prompts_of_a_file(tmp_path, monkeypatch, capsys):
     assert first["text"].startswith("import os")
     assert second["text"].startswith("def f(x):\n    return")
     assert capsys.readouterr().out == (tmp_path / "texts.jsonl").read_text()
+
+
+def test_typed_bytes_that_are_not_text_are_refused():
+    """The standard streams raise errors at such bytes, as in most locales."""
+    words = f"-m maskmoe sample --model {MODEL} --temperature 0 --max-new-tokens 2 --interactive"
+    process = subprocess.run(
+        [sys.executable, *words.split()],
+        input=b"import os\ncaf\xe9\ndef f\n",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    first, second = process.stdout.decode().splitlines()
+    assert first.startswith("import os")
+    assert second.startswith("def f")
+    assert b"error: the prompt has an invalid byte" in process.stderr
 
 
 @pytest.mark.parametrize("words", ["--prompt a --prompts-file b", "", "--interactive --prompt a"])

@@ -115,6 +115,8 @@ def test_text_follows_the_end_of_a_document():
         ("[", "line 1 of .* is not JSON"),
         ("[" * 100_000, "line 1 of .* is not JSON"),
         ('["text"]', "line 1 of .* is not a JSON object"),
+        (r'{"text": "\ud800"}', "line 1 of .* half of a surrogate pair"),
+        (r'{"context": "\ud83d", "continuation": "\ude00"}', "line 1 of .* half of a surrogate pair"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, lines, error):
