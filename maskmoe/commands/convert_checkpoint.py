@@ -76,13 +76,14 @@ def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR"}
     size: dict[str, Any] = {"type": parse_size, "default": Settings.max_shard_size, "metavar": "SIZE"}
     target = "new folder for the result, or the folder of an interrupted conversion to resume"
-    tokenizer = "tokenizer to use instead of the checkpoint's, as Megatron's flag; NullTokenizer for none"
+    kind = "type of the tokenizer (default: the checkpoint's), as Megatron's flag; NullTokenizer for none"
+    file = "file of the tokenizer (default: the checkpoint's); export refuses another file than that of training"
     parser.add_argument("--load", **folder, help="folder to convert: a model, a checkpoint, or a run's checkpoints")
     parser.add_argument("--save", **folder, help=target)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: as they are stored)")
     parser.add_argument("--max-shard-size", **size, help="upper bound of a file's size, such as 5GB (default)")
-    parser.add_argument("--tokenizer-type", metavar="T", help=tokenizer)
-    parser.add_argument("--tokenizer-model", metavar="F", help="file of the tokenizer, as Megatron's flag")
+    parser.add_argument("--tokenizer-type", metavar="T", help=kind)
+    parser.add_argument("--tokenizer-model", metavar="F", help=file)
     parser.add_argument("--allow-nan", action="store_true", help="convert weights that are NaN or infinite, too")
 
 

@@ -17,10 +17,9 @@ from maskmoe.conversion.hybrid_models import is_hybrid, with_pattern
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.settings import DERIVED_PATTERN, DTYPE_NAMES, Settings, UpcycleSettings
-from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT
+from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer, tokenizer_sha256
 from maskmoe.conversion.upcycle import upcycle
 from maskmoe.conversion.writing import OutputFolder
-from maskmoe.data.tokenizer import TOKENIZER_TYPES, HuggingFaceTokenizer, load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.outputs import lies_inside
 from maskmoe.routing_mask.mask import RoutingMask
@@ -29,6 +28,7 @@ _DTYPES = dict(zip(DTYPE_NAMES, (torch.bfloat16, torch.float16, torch.float32), 
 _VOCABULARY_ARGS = (
     "tokenizer_type",
     "tokenizer_model",
+    "tokenizer_sha256",
     "vocab_size",
     "padded_vocab_size",
     "make_vocab_size_divisible_by",
@@ -139,7 +139,7 @@ def _output_folder(
 
 def _save_huggingface(model: OpenedModel, settings: Settings, output_folder: OutputFolder) -> list[str]:
     """Write a model in transformers' format; return no flags."""
-    tokenizer = _choose_tokenizer(model, settings)
+    tokenizer = choose_tokenizer(model.args, settings)
     with output_folder as output:
         write_huggingface(_cast_and_check(model, settings), output, settings.max_shard_size, *tokenizer)
     return []
@@ -149,7 +149,7 @@ def _save_megatron(model: OpenedModel, settings: Settings, output_folder: Output
     """Write a model as a checkpoint; return the flags that loading needs."""
     # Complete Megatron's arguments.
     args = _megatron_args(model, settings.hybrid_layer_pattern)
-    args.tokenizer_type, args.tokenizer_model = _choose_tokenizer(model, settings)
+    args.tokenizer_type, args.tokenizer_model = choose_tokenizer(model.args, settings, may_replace=True)
     if args.tokenizer_type == WITHOUT_TEXT:
         args.vocab_size = model.config["vocab_size"]
     model = _cast_and_check(model, settings)
@@ -159,9 +159,7 @@ def _save_megatron(model: OpenedModel, settings: Settings, output_folder: Output
     with output_folder as output:
         if args.tokenizer_model == str(settings.load):
             args.tokenizer_model = _copy_tokenizer(settings.load, output.path / "tokenizer")
-        can_load = args.tokenizer_type in TOKENIZER_TYPES
-        tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model) if can_load else None
-        args.tokenizer_sha256 = tokenizer and tokenizer.record().sha256
+        args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)
         write_megatron(model, args, output, settings.max_shard_size)
     return further_flags(args)
 
@@ -192,27 +190,6 @@ def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
         if pattern is None and is_hybrid(model.args):
             pattern = DERIVED_PATTERN
     return with_pattern(args_from_config(model.config), model.config, pattern)
-
-
-def _choose_tokenizer(model: OpenedModel, settings: Settings) -> tuple[str, str | None]:
-    """Return type and path of the tokenizer: the user's, else Megatron's, else the tokenizer beside the model.
-
-    Raises:
-        UserError: the tokenizer is not on this machine.
-    """
-    kind = settings.tokenizer_type or getattr(model.args, "tokenizer_type", None)
-    path = settings.tokenizer_model or getattr(model.args, "tokenizer_model", None)
-    if kind == WITHOUT_TEXT:
-        return kind, None
-    if kind is not None and path is not None and Path(path).exists():
-        return kind, path
-    if (settings.load / TOKENIZER_FILES[0]).is_file() and settings.tokenizer_model is None:
-        return HuggingFaceTokenizer.__name__, str(settings.load)
-    if kind is None:
-        return WITHOUT_TEXT, None
-    raise UserError(
-        f"the tokenizer {path} does not exist; pass --tokenizer-model, or --tokenizer-type {WITHOUT_TEXT} to go without"
-    )
 
 
 def _copy_tokenizer(load: Path, folder: Path) -> str:

@@ -81,8 +81,9 @@ def _read_args(path: Path) -> Namespace | None:
     values = read_json(path)
     check_finite(values, path)
     expected = dict.fromkeys(("num_layers", "hidden_size", "padded_vocab_size"), (int, "a whole number"))
-    # Both are null in a model that was upcycled from a model of transformers.
-    expected |= dict.fromkeys(("tokenizer_type", "tokenizer_model"), (str | None, "a text or null"))
+    # All are null in a model that was upcycled from a model of transformers.
+    tokenizer = ("tokenizer_type", "tokenizer_model", "tokenizer_sha256")
+    expected |= dict.fromkeys(tokenizer, (str | None, "a text or null"))
     for name, (kind, words) in expected.items():
         if not isinstance(values.get(name), kind):
             raise UserError(f"{path} is damaged: {name} must be {words}, not {values.get(name)!r}; export it again")

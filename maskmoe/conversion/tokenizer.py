@@ -1,5 +1,6 @@
-"""Exports a checkpoint's tokenizer in transformers' format."""
+"""Finds the tokenizer that a model was trained with, and exports it in transformers' format."""
 
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,14 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
-from maskmoe.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from maskmoe.conversion.settings import Settings
+from maskmoe.data.tokenizer import (
+    TOKENIZER_TYPES,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from maskmoe.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -29,6 +37,54 @@ _PROBES = (
     "naïve cafe\u0301 ﬁn Ⅷ",
     "日本語とالعربية и עברית 👩‍👩‍👧 \U000e0041\x00\x07\xad\ufeff\u3000",
 )
+
+
+def choose_tokenizer(args: Namespace | None, settings: Settings, may_replace: bool = False) -> tuple[str, str | None]:
+    """Return type and path of the tokenizer: the user's, else Megatron's, else the tokenizer beside the model.
+
+    Megatron's arguments name the path of a file, which may have been replaced since, and hold the file's digest.
+
+    Args:
+        args: Megatron's arguments that the model was trained with; None if they are unknown.
+        settings: the settings of the conversion.
+        may_replace: whether the user's tokenizer may be another one than the tokenizer of training.
+
+    Raises:
+        UserError: the tokenizer is not on this machine, or the model was trained with another one.
+    """
+    kind = settings.tokenizer_type or getattr(args, "tokenizer_type", None)
+    path = settings.tokenizer_model or getattr(args, "tokenizer_model", None)
+    if kind == WITHOUT_TEXT:
+        return kind, None
+    problem = "does not exist"
+    if kind is not None and path is not None and Path(path).exists():
+        is_replaced = may_replace and settings.tokenizer_model is not None
+        trained_with = None if is_replaced else getattr(args, "tokenizer_sha256", None)
+        sha256 = trained_with and tokenizer_sha256(kind, path)
+        if sha256 in (None, trained_with):
+            return kind, path
+        problem = (
+            f"(sha256 {sha256[:12]}…) is not the file that the model was trained with (sha256 {trained_with[:12]}…)"
+        )
+    if (settings.load / TOKENIZER_FILES[0]).is_file() and settings.tokenizer_model is None:
+        return HuggingFaceTokenizer.__name__, str(settings.load)
+    if kind is None:
+        return WITHOUT_TEXT, None
+    raise UserError(
+        f"the tokenizer {path} of {settings.load} {problem}; pass --tokenizer-model with the right file, or "
+        f"--tokenizer-type {WITHOUT_TEXT} to go without"
+    )
+
+
+def tokenizer_sha256(tokenizer_type: str, tokenizer_model: str | Path | None) -> str | None:
+    """Return the digest of a tokenizer's file as training records it; None for types that have no record.
+
+    Raises:
+        UserError: the tokenizer cannot be read.
+    """
+    if tokenizer_type not in TOKENIZER_TYPES or tokenizer_model is None:
+        return None
+    return load_tokenizer(tokenizer_type, tokenizer_model).record().sha256
 
 
 def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, folder: Path) -> dict[str, int | None]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from maskmoe.checkpoint import series
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure
-from maskmoe.conversion.convert import Settings, megatron_to_huggingface
+from maskmoe.conversion.convert import megatron_to_huggingface
 from maskmoe.conversion.huggingface_models import open_model
 from maskmoe.conversion.megatron_models import open_megatron
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
-from maskmoe.conversion.tokenizer import WITHOUT_TEXT, export_tokenizer
+from maskmoe.conversion.settings import Settings
+from maskmoe.conversion.tokenizer import WITHOUT_TEXT, choose_tokenizer, export_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.model_config import read_model_config
@@ -173,20 +174,13 @@ def tokenizer_folder(model: ModelSource, settings: AnalysisSettings) -> Abstract
     """Provide a folder with the tokenizer of a model in transformers' format; an empty folder for a model without one.
 
     Raises:
-        UserError: the tokenizer is not on this machine, or transformers has no equivalent.
+        UserError: the tokenizer is not on this machine, the model was trained with another one, or transformers has
+            no equivalent.
     """
 
     def export(folder: Path) -> None:
-        args = model.open().args
-        assert args is not None  # every Megatron checkpoint has its arguments
-        kind = settings.tokenizer_type or args.tokenizer_type
-        path = settings.tokenizer_model or args.tokenizer_model
-        if kind != WITHOUT_TEXT and (path is None or not Path(path).exists()):
-            raise UserError(
-                f"the tokenizer {path} of {model.path} does not exist; pass --tokenizer-model, or --tokenizer-type "
-                f"{WITHOUT_TEXT} to work without a tokenizer"
-            )
-        export_tokenizer(kind, path, folder)
+        chosen = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
+        export_tokenizer(*choose_tokenizer(model.open().args, Settings(model.path, folder, **chosen)), folder)
 
     return _exported(model, settings, export)
 

@@ -175,7 +175,10 @@ class FileText:
     def read(
         self, num_tokens: int, seq_length: int, vocab_size: int, model: Path, tokenizer_sha256: str | None = None
     ) -> np.ndarray:
-        """Return the first tokens of the files, see `DatasetText.read`."""
+        """Return the first tokens of the files, see `DatasetText.read`.
+
+        The digest is not compared: the folder holds the model's own tokenizer, often converted from another format.
+        """
         if not (model / _TOKENIZER_FILE).is_file():
             raise UserError("--input needs a tokenizer, but the model has none; pass token ids with --data-path")
         tokenizer = HuggingFaceTokenizer(model)

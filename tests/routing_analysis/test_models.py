@@ -10,6 +10,7 @@ import pytest
 from support.small_series import ITERATIONS, VOCAB_SIZE
 from support.tiny_maskmoe import make_config, make_model, random_mask
 
+from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEForCausalLM
 from maskmoe.routing_analysis.models import (
@@ -135,7 +136,11 @@ def test_tokenizers(checkpoints, tmp_path):
         assert folder.parent == tmp_path
     with tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_type="NullTokenizer")) as folder:
         assert not any(folder.iterdir())
-    assert not any(tmp_path.iterdir())
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer(["other words than those of training"], vocab_size=280, num_threads=1))
+    with pytest.raises(UserError, match=rf"{other} of .* is not the file .* \(sha256 {digest[:12]}…\)"):
+        tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_model=str(other))).__enter__()
+    assert list(tmp_path.iterdir()) == [other]
 
 
 def test_scratch_folder_that_cannot_be(checkpoints, tmp_path):
