@@ -60,8 +60,8 @@ def choose_tokenizer(args: Namespace | None, settings: Settings, may_replace: bo
     if kind is not None and path is not None and Path(path).exists():
         is_replaced = may_replace and settings.tokenizer_model is not None
         trained_with = None if is_replaced else getattr(args, "tokenizer_sha256", None)
-        sha256 = trained_with and tokenizer_sha256(kind, path)
-        if sha256 in (None, trained_with):
+        sha256 = tokenizer_sha256(kind, path)
+        if sha256 is None or trained_with is None or sha256 == trained_with:
             return kind, path
         problem = (
             f"(sha256 {sha256[:12]}…) is not the file that the model was trained with (sha256 {trained_with[:12]}…)"
