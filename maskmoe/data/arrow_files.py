@@ -5,6 +5,7 @@ file, a row group or a record batch. The blocks hold plain bytes, so worker proc
 optional: it is imported when the first such file is read.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,7 +204,8 @@ def _open_bytes(source: Input) -> Iterator[Any]:
     if _is_mapped(source):
         if source.num_bytes == 0:
             raise EOFError("it is empty")
-        with pyarrow.memory_map(source.path) as file:
+        # pyarrow takes the bytes of any name, but only names in UTF-8 as text.
+        with pyarrow.memory_map(os.fsencode(source.path)) as file:
             yield file
         return
     with source.open() as stream, pyarrow.PythonFile(stream, mode="r") as file:

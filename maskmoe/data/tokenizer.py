@@ -15,6 +15,7 @@ import numpy as np
 from maskmoe.errors import UserError
 from maskmoe.foreign_libraries import reading
 from maskmoe.json_files import read_json
+from maskmoe.surrogates import printable_name
 from maskmoe.untrusted import UnusableFile, read_bounded
 
 _MAX_MODEL_BYTES = 256 << 20  # of a tokenizer's file; the largest known has 35 MB
@@ -26,7 +27,7 @@ class TokenizerRecord:
 
     Attributes:
         type: Value of Megatron's `--tokenizer-type`.
-        model: File name of the model, without folders.
+        model: File name of the model, without folders, see `printable_name`.
         sha256: Hex digest of the model file's content.
         vocab_size: Number of ids.
         eod_id: The id that ends a document, or None if the tokenizer has no such id.
@@ -76,7 +77,8 @@ class Tokenizer(ABC):
     def record(self) -> TokenizerRecord:
         """Return the record that identifies this tokenizer, with the digest of its model file."""
         sha256 = hashlib.sha256(self._content).hexdigest()
-        return TokenizerRecord(type(self).__name__, self.model_path.name, sha256, self.vocab_size, self.eod_id)
+        name = printable_name(self.model_path)
+        return TokenizerRecord(type(self).__name__, name, sha256, self.vocab_size, self.eod_id)
 
 
 class SentencePieceTokenizer(Tokenizer):

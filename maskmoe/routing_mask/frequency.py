@@ -1,7 +1,6 @@
 """Count the occurrences of each token id in Megatron's indexed datasets, and group the ids by their frequency."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import count_frequent, ids_by_frequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
+from maskmoe.surrogates import printable_name
 
 DEFAULT_BAND_EDGES = (0.4, 0.9, 1.0)
 
@@ -186,7 +186,7 @@ def _identify(index: DatasetIndex) -> CountedDataset:
     if index.num_tokens == 0:
         raise UserError(f"dataset {index.prefix} holds no tokens; leave it out of --data-path")
     return {
-        "name": os.path.basename(index.prefix),
+        "name": printable_name(index.prefix),
         "num_tokens": index.num_tokens,
         "idx_sha256": index.idx_sha256,
         "bin_bytes": index.bin_bytes,

@@ -74,6 +74,13 @@ def test_documents(name: str, tmp_path: Path, documents: list[str], kind: str, b
         rows += len(lengths)
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_names_that_are_not_utf8(name: str, tmp_path: Path) -> None:
+    WRITERS[name](pa.table({"text": ["a", "b"]}), tmp_path / name)
+    path = (tmp_path / name).rename(tmp_path / os.fsdecode(b"n\xff" + name.encode()))
+    assert list(read_documents([path])) == ["a", "b"]
+
+
 def test_several_keys(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a.b": ["1", "2"], "q": ["3", "4"], "a": [{"b": 1}] * 2}), tmp_path / "a.parquet")
     (block,) = read_blocks(find_inputs([tmp_path / "a.parquet"]), ["q", "a.b"])

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,20 @@ def test_compressed_input_gives_the_same(
         inputs = [tmp_path / f"a.jsonl{suffix}"]
         preprocess(inputs, "SentencePieceTokenizer", sentencepiece_model, tmp_path / f"out{suffix}", append_eod=True)
     assert content(tmp_path / "out") == content(tmp_path / "out.gz") == content(tmp_path / "out.zst")
+
+
+def test_names_that_are_not_utf8(jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / os.fsdecode(b"n\xff.model")
+    model.write_bytes(sentencepiece_model.read_bytes())
+    prefix = tmp_path / os.fsdecode(b"out\xff")
+    path = jsonl(os.fsdecode(b"a\xff.jsonl"), texts)
+    result = run_tool("preprocess_data", *sentencepiece_arguments(model, prefix, path), "--workers", 2)
+    assert result.returncode == 0, result.stderr
+    assert content(prefix)[0]
+    record = read_tokenizer_record(f"{prefix}_text_document")
+    assert record == replace(
+        load_tokenizer("SentencePieceTokenizer", sentencepiece_model).record(), model=r"n\xff.model"
+    )
 
 
 def test_plain_text_files_are_documents(texts: list[str], sentencepiece_model: Path, tmp_path: Path) -> None:

@@ -179,6 +179,14 @@ def test_save_and_load(tmp_path):
     assert replace(frequency, weights=(0.5, 0.5)).digest != frequency.digest
 
 
+def test_name_of_a_dataset_that_is_not_utf8(tmp_path):
+    frequency = count_token_frequency([write_dataset(tmp_path / "n\udcff", [1, 2, 3])], 100)
+    frequency.save(tmp_path / "counts.safetensors")
+    loaded = TokenFrequency.load(tmp_path / "counts.safetensors")
+    assert loaded.datasets == frequency.datasets
+    assert loaded.datasets[0]["name"] == r"n\xff"
+
+
 def test_altered_counts_are_refused(tmp_path):
     path = tmp_path / "counts.safetensors"
     frequency = count_token_frequency([write_dataset(tmp_path / "text", random_ids(0, 500))], 100)
