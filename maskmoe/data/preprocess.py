@@ -113,8 +113,9 @@ def preprocess(
         The writers, which tell the prefixes and the sizes of the datasets.
 
     Raises:
-        UserError: The input is bad, keys cannot name files, or a dataset exists and `force` is false. Then nothing is
-            written, and earlier datasets of these names stay as they were.
+        UserError: The input is bad, keys cannot name files, a dataset exists and `force` is false, or the tokenizer has
+            no end-of-text id in its vocabulary and `append_eod` is true. Then nothing is written, and earlier datasets
+            of these names stay as they were.
     """
     sources = find_inputs(inputs, options)
     if shard is not None and shuffle_seed is not None:
@@ -124,8 +125,14 @@ def preprocess(
     outputs += [shard_record_path(prefix) for prefix in prefixes if shard is not None]
     check_outputs(outputs, [*inputs, *(source.path for source in sources), tokenizer_model], force)
     record = load_tokenizer(tokenizer_type, tokenizer_model).record()
-    if append_eod and record.eod_id is None:
-        raise UserError(f"tokenizer {tokenizer_model} has no end-of-text token, which --append-eod needs")
+    if append_eod:
+        if record.eod_id is None:
+            raise UserError(f"tokenizer {tokenizer_model} has no end-of-text token, which --append-eod needs")
+        if record.eod_id >= record.vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer_model} has the end-of-text id {record.eod_id}, but only {record.vocab_size} "
+                f"ids: renumber its tokens from 0 to {record.vocab_size - 1}, or leave out --append-eod"
+            )
     encoder = BlockEncoder(record, str(tokenizer_model), tuple(json_keys), append_eod)
     dtype = optimal_dtype(record.vocab_size)
     writers = [IndexedDatasetWriter(prefix, dtype, record) for prefix in prefixes]

@@ -161,6 +161,23 @@ def test_bad_flags(jsonl: Callable, sentencepiece_model: Path, tmp_path: Path) -
     assert_bad_input(result, "--workers must be at least 1, not 0")
 
 
+@pytest.mark.parametrize("eod_id", [500, 1000, 70_000])
+def test_eod_beyond_the_vocabulary_is_refused(
+    jsonl: Callable, huggingface_folder: Path, tmp_path: Path, eod_id: int
+) -> None:
+    """The `tokenizer.json` has 500 ids, whose numbers leave gaps."""
+    settings = json.loads((huggingface_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (end,) = (token for token in settings["added_tokens"] if token["content"] == "<end>")
+    end["id"] = settings["model"]["vocab"]["<end>"] = eod_id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    path = jsonl("a.jsonl", ["a"])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"has the end-of-text id {eod_id}, but only 500 ids"):
+        preprocess([path], "HuggingFaceTokenizer", tmp_path, tmp_path / "out", append_eod=True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_eod_needs_a_tokenizer_that_has_one(jsonl: Callable, huggingface_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((huggingface_folder / "tokenizer.json").read_bytes())
     path = jsonl("a.jsonl", ["a"])
