@@ -20,7 +20,7 @@ import zstandard
 from tqdm import tqdm
 
 from maskmoe.data.arrow_files import RowBlock, parse_rows, read_arrow, read_parquet
-from maskmoe.data.inputs import COMPRESSED_SUFFIXES, Input, find_inputs
+from maskmoe.data.inputs import Input, compression_of_name, find_inputs
 from maskmoe.errors import UserError
 from maskmoe.surrogates import refuse_surrogates
 
@@ -29,6 +29,7 @@ DOCUMENT_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 18
 """Size in bytes at which a block of JSON lines ends, after the line that exceeds it."""
 _CHUNK_BYTES = 1 << 16
+_ZSTD_WINDOW_BYTES = 1 << 31  # the largest window, of `zstd --long=31`
 
 
 @dataclass(frozen=True)
@@ -233,29 +234,27 @@ def _cut_at_separators(chunks: Iterable[bytes], separator: bytes, size: int) -> 
 
 # Both libraries' objects have `decompress`, `eof` and `unused_data`.
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
-    ".gz": lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS),
-    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    "gzip": lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS),
+    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj(),
 }
 # No text in UTF-8 starts like this.
-_SUFFIX_OF_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+_COMPRESSION_OF_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def _decompressor(source: Input, file: _Chunks) -> Callable[[], Any] | None:
     """Return the decompressor of a file by its suffix or else by its first bytes; None if it is not compressed."""
-    suffix = Path(source.path).suffix
-    if suffix not in COMPRESSED_SUFFIXES:
-        suffix = _suffix_of_content(file.head())
-    return _DECOMPRESSORS.get(suffix)
+    compression = compression_of_name(source.path) or _compression_of_content(file.head())
+    return _DECOMPRESSORS[compression] if compression else None
 
 
-def _suffix_of_content(first_bytes: bytes) -> str:
-    return next((suffix for magic, suffix in _SUFFIX_OF_MAGIC.items() if first_bytes.startswith(magic)), "")
+def _compression_of_content(first_bytes: bytes) -> str | None:
+    return next((name for magic, name in _COMPRESSION_OF_MAGIC.items() if first_bytes.startswith(magic)), None)
 
 
 def is_compressed(path: str) -> bool:
     """Return whether a file is compressed with gzip or zstd, by its suffix or its first bytes."""
     with open(path, "rb") as file:
-        return Path(path).suffix in COMPRESSED_SUFFIXES or _suffix_of_content(file.read(4)) != ""
+        return (compression_of_name(path) or _compression_of_content(file.read(4))) is not None
 
 
 def _decompress(chunks: Iterable[bytes], new_decompressor: Callable[[], Any]) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ from maskmoe.surrogates import refuse_surrogates
 
 FORMATS = ("jsonl", "text", "parquet", "arrow")
 STANDARD_INPUT = "-"
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+_COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
@@ -161,10 +161,15 @@ def _inputs_of_dataset(name: str, files: Sequence[Path], options: ReadingOptions
     return [Input(str(path), "arrow", path.stat().st_size) for path in files]
 
 
+def compression_of_name(name: str) -> str | None:
+    """Return the compression, `gzip` or `zstd`, that the suffix of a name tells; None if the suffix tells none."""
+    return _COMPRESSION_OF_SUFFIX.get(Path(name).suffix.lower())
+
+
 def _format_of(name: str) -> str | None:
     """Return the format that the suffix of a name tells; None for a name without suffix."""
     path = Path(name)
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
+    suffix = Path(path.stem).suffix if compression_of_name(name) else path.suffix
     return _FORMAT_OF_SUFFIX.get(suffix.lower(), "text" if suffix else None)
 
 

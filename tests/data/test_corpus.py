@@ -19,6 +19,7 @@ from maskmoe.data.inputs import find_inputs
 from maskmoe.errors import UserError
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+COMPRESS |= {".GZ": gzip.compress, ".gzip": gzip.compress, ".Zst": zstandard.compress, ".zstd": zstandard.compress}
 TEXT = st.text(st.characters(codec="utf-8"))
 
 
@@ -55,6 +56,14 @@ def test_blocks_know_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert block.data.startswith(lines[block.first_line - 1])
     assert b"".join(block.data for block in blocks) == path.read_bytes()
     assert sum(block.file_bytes for block in blocks) == path.stat().st_size
+
+
+def test_zstd_with_the_largest_window(tmp_path: Path) -> None:
+    text = b"one\ntwo\n"
+    # The frame has a window of 2 GiB, as by `zstd --long=31`, and a single block that is not compressed.
+    frame = b"\x28\xb5\x2f\xfd\x00\xa8" + (len(text) << 3 | 1).to_bytes(3, "little") + text
+    (tmp_path / "a.txt.zst").write_bytes(frame)
+    assert list(read_documents([tmp_path / "a.txt.zst"])) == [text.decode()]
 
 
 def test_zstd_frames_follow_each_other(tmp_path: Path) -> None:
