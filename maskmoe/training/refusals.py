@@ -433,6 +433,21 @@ REFUSALS = (
         lambda args: args.moe_latent_size is not None and args.moe_shared_expert_overlap,
     ),
     Refusal(
+        "--moe-shared-expert-intermediate-size without --disable-bias-linear",
+        "Megatron-Core's shared experts have no biases.",
+        lambda args: bool(args.moe_shared_expert_intermediate_size) and args.add_bias_linear,
+    ),
+    Refusal(
+        "--expert-tensor-parallel-size above 1 without --disable-bias-linear",
+        "Each of the ranks that share an expert would add the bias of the expert. The size is "
+        "--tensor-model-parallel-size by default: pass --expert-tensor-parallel-size 1 to keep the biases.",
+        lambda args: (
+            bool(args.num_experts)
+            and (args.expert_tensor_parallel_size or args.tensor_model_parallel_size) > 1
+            and args.add_bias_linear
+        ),
+    ),
+    Refusal(
         "--mla-down-proj-fusion with --transformer-impl local",
         "The local modules compress queries and keys by separate projections: leave the flag out.",
         lambda args: args.transformer_impl == "local" and args.mla_down_proj_fusion,

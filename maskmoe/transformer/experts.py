@@ -36,8 +36,11 @@ class GroupedMLP(SequentialMLP):
     `SequentialMLP` computes the experts on a GPU without Triton, if `can_group` returns False, or if experts were
     changed after they were built, for example by adapters or hooks.
 
-    With `--recompute-modules moe_act`, which `SequentialMLP` lacks, the backward pass computes the input of each second
-    linear layer again. This class then also replaces `SequentialMLP` and calls the linear layers one by one.
+    This class calls the linear layers one by one for two settings that `SequentialMLP` lacks:
+
+    - With `--recompute-modules moe_act`, the backward pass computes the input of each second linear layer again.
+    - Experts may have biases without expert parallelism. `SequentialMLP` adds biases in place, which autograd forbids
+      there, because the outputs of the linear layers are views.
 
     Args: those of `SequentialMLP`.
     """
@@ -70,7 +73,7 @@ class GroupedMLP(SequentialMLP):
         experts = [cast(MLP, expert) for expert in self.local_experts]
         runs_kernels = launching.runs_kernels(rows)
         is_grouped = self._can_group and (runs_kernels or not rows.is_cuda) and all(map(_is_as_built, experts))
-        if not is_grouped and not _recomputes_activation(self.config):
+        if not (is_grouped or _recomputes_activation(self.config) or self.config.add_bias_linear):
             return super().forward(rows, tokens_per_expert, probs)
         if self.config.moe_apply_probs_on_input:
             rows, probs = (probs.unsqueeze(-1) * rows).to(rows.dtype), torch.ones_like(probs)
@@ -176,7 +179,8 @@ def _activate(projected: Tensor, probs: Tensor, bias: Tensor | None, config: Tra
     if config.bias_activation_fusion:
         weights, store_fp8 = probs.unsqueeze(-1), config.activation_func_fp8_input_store
         if config.gated_linear_unit and config.activation_func is silu:
-            return weighted_bias_swiglu_impl(projected, bias, weights, store_fp8)
+            # The fused function takes no bias.
+            return weighted_bias_swiglu_impl(projected if bias is None else projected + bias, None, weights, store_fp8)
         if config.gated_linear_unit and config.activation_func is quick_gelu:
             offset, clamp = config.glu_linear_offset, config.activation_func_clamp_value
             return weighted_bias_quick_geglu_impl(projected, bias, weights, store_fp8, offset, clamp)
@@ -222,7 +226,7 @@ def _compute_by_modules(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, 
 
         def project(activated: Tensor, expert: MLP = expert, own_probs: Tensor = own_probs) -> Tensor:
             output, bias = apply_module(expert.linear_fc2)(activated)
-            return output if bias is None else output + bias * own_probs.unsqueeze(-1)
+            return output if bias is None else (output + bias * own_probs.unsqueeze(-1)).to(output.dtype)
 
         outputs.append(_activate_and_project(projected, own_probs, bias, expert.config, project))
     return torch.cat(outputs)

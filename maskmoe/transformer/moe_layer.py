@@ -67,6 +67,9 @@ class MaskMoELayer(MoELayer):
         # optimizer cannot be loaded into a run with two. So experts always get their own optimizer.
         for parameter in self.experts.parameters():
             parameter.allreduce = False  # pyrefly: ignore[missing-attribute]
+            # Under sequence parallelism, Megatron-Core marks the biases of second linear layers as shared by all
+            # tensor-parallel ranks and adds up their gradients. But each rank has its own experts.
+            parameter.sequence_parallel = False  # pyrefly: ignore[missing-attribute]
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None

@@ -59,6 +59,7 @@ COMPARED = {
         "experts of one rank, expert parallel 2, interleaved pipeline",
         "experts of one rank, hybrid, full recompute, expert parallel 2, pipeline 2",
     ],
+    "biases": ["biases, expert parallel 2", "biases, tensor 2, expert parallel 2"],
     "groups": ["groups, tensor 2, expert parallel 2", "groups, expert parallel 2"],
     "norms over all heads": ["norms over all heads, tensor 2"],
     "latent": [
@@ -250,6 +251,13 @@ TABLE: dict[str, Works | Refused] = {
         "2 ranks", ("--qk-layernorm-all-heads",), tuple(COMPARED["norms over all heads"])
     ),
     "norms over all heads without norms": Refused("--qk-layernorm-all-heads"),
+    "biases of linear layers and experts": Works(
+        "2 ranks, without `--disable-bias-linear`",
+        ("--expert-model-parallel-size 2",),
+        tuple(COMPARED["biases"]),
+    ),
+    "biases of experts that are divided among ranks": Refused("--expert-tensor-parallel-size 2"),
+    "biases of shared experts": Refused("--moe-shared-expert-intermediate-size 16"),
     "MoE layer frequency": Works("2 and 4 ranks", ("--moe-layer-freq",), RICH),
     "shared experts, with a gate": Works("2 and 4 ranks", ("--moe-shared-expert-gate",), RICH),
     "overlapped shared experts": Works(

@@ -441,6 +441,16 @@ RUNS |= model_in_layouts(
     description="Grouped-query attention, one dense layer, gated shared experts, two balancing losses and z-loss.",
 )
 RUNS |= model_in_layouts(
+    "biases",
+    "--moe-z-loss-coeff 1e-3 --init-method-std 0.1 --weight-decay 0.1",
+    {
+        "biases, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
+        "biases, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+    },
+    description="All linear layers have biases, those of experts, too.",
+    omits="--disable-bias-linear",
+)
+RUNS |= model_in_layouts(
     "groups",
     GROUPS,
     {

@@ -27,6 +27,7 @@ FAST = {
     "rich, tensor 2, expert parallel 2",
     "rich, pipeline 2",
     "rich, context parallel 2, expert parallel 2",
+    "biases, tensor 2, expert parallel 2",
     "groups, tensor 2, expert parallel 2",
     "latent, recomputed parts, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",

@@ -347,6 +347,26 @@ def test_unsupported_settings_use_sequential_experts(settings, monkeypatch) -> N
     assert_equal(compute(ours, tokens_per_expert), compute(theirs, tokens_per_expert))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recomputation", [{}, RECOMPUTATION], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("activation", [{}, {"activation_func": gelu, "gated_linear_unit": False}], ids=["", "gelu"])
+def test_experts_with_biases_are_bit_equal_where_sequential_experts_train(activation, recomputation, dtype) -> None:
+    """Without expert parallelism, autograd refuses the biases that `SequentialMLP` adds in place to views."""
+    settings = {"add_bias_linear": True, "params_dtype": dtype, **activation}
+    theirs = make_pair(**settings)[1]
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        compute(theirs, [2, 0, 3, 4])
+    for expert in theirs.local_experts:
+        expert.linear_fc2.explicit_expert_comm = True  # as with expert parallelism
+    ours = make_pair(**settings, **recomputation)[0]
+    assert_equal(compute(ours, [2, 0, 3, 4]), compute(theirs, [2, 0, 3, 4]))
+
+
+def test_fused_swiglu_takes_biases() -> None:
+    fused, unfused = (make_pair(add_bias_linear=True, bias_activation_fusion=fuses)[0] for fuses in (True, False))
+    torch.testing.assert_close(compute(fused, [2, 0, 3, 4]), compute(unfused, [2, 0, 3, 4]))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
