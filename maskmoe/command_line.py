@@ -153,7 +153,7 @@ def _refuse_repeated_lists(parser: argparse.ArgumentParser, words: Sequence[str]
     """
     given = [word.partition("=")[0] for word in words[: [*words, "--"].index("--")]]
     for action in parser._actions:
-        if action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE):
+        if isinstance(action, argparse._StoreAction) and action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE):
             flags = [word for word in given if word in action.option_strings]
             if len(flags) > 1:
                 raise UserError(f"{flags[-1]} is given {len(flags)} times: write all its values after one {flags[-1]}")

@@ -104,7 +104,7 @@ def _answer_grid(results: Results) -> Answer:
     runs = results.grid_runs()
     (mass, number), best = min(runs.items(), key=lambda item: item[1].loss)
     sentences = [
-        f"The smallest loss is {best.loss:.4f}, at P = {mass:.0%} and V_f = {number:.0f}; the largest is "
+        f"The smallest loss is {best.loss:.4f}, at P = {100 * mass:g}% and V_f = {number:.0f}; the largest is "
         f"{max(run.loss for run in runs.values()):.4f}. Each point has one seed, so small differences mean nothing."
     ]
     return Answer("Which P and V_f are best?", sentences, "grid")

@@ -24,7 +24,8 @@ class Comparison:
     """A suite whose runs are trained in a folder, or were trained elsewhere.
 
     A run is finished if its part exists: a merged part, or the part that this machine has written after the run's last
-    stage.
+    stage, with the settings that the suite has now and of the text of this machine. The files of a finished run are not
+    needed any more, and its folder may be moved.
 
     Attributes:
         suite: the suite.
@@ -95,10 +96,7 @@ class Comparison:
         make_part(self.suite, self.plan(run), text, parameters).write(self.part_file(run))
 
     def unfinished(self, runs: Iterable[Run]) -> tuple[Run, ...]:
-        """Return the runs among the given ones that are unfinished, in order.
-
-        A run is unfinished, too, if one of its stages has changed since its part was written.
-        """
+        """Return the runs among the given ones that are unfinished, in order."""
         return tuple(run for run in runs if self._is_unfinished(run))
 
     def runs_of_next_phase(self) -> tuple[Run, ...]:
@@ -231,14 +229,14 @@ class Comparison:
         return bool(self.plan(run).unfinished) if run.kind == "check" else self.find_part(run) is None
 
     def _own_part(self, run: Run) -> FoundPart | None:
-        """Return the part that this machine has written, unless a stage or a setting of the run has changed since."""
-        file = self.part_file(run)
-        if not file.exists() or self.plan(run).unfinished:
+        """Return the part that this machine has written, unless a setting of the run or the text has changed since."""
+        file, data = self.part_file(run), self.data_of(run.variant.name)
+        if not file.exists():
             return None
         # A damaged part is written again.
         with suppress(UserError):
             part = Part.read(file)
-            if part.settings == settings_of(self.suite, run):
+            if part.settings == settings_of(self.suite, run) and (not _exists(data) or part.text == text_digests(data)):
                 return FoundPart(file, part)
         return None
 

@@ -143,6 +143,5 @@ def _group(run: Run) -> str:
 
 def _tokens(suite: Suite, run: Run) -> int:
     """Return the number of tokens that a run trains on."""
-    flags = run.variant.flags
-    samples = _number(flags, "global-batch-size") or _number(flags, "micro-batch-size") or 1
+    samples = int(run.variant.flags["global-batch-size"][0])
     return checkpoint_iterations(suite, run)[-1] * samples * suite.seq_length

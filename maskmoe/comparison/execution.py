@@ -55,11 +55,12 @@ def _train(
     """Make the datasets and finish all selected runs, see `compare`; return whether Slurm jobs finish the runs."""
     devices = comparison.devices
     jobs = jobs or (1 if devices.num_gpus else devices.num_cores)
-    for data in comparison.datasets_of_this_machine():
-        run_stages(data, line)
-    comparison.check_text()
     comparison.folder.mkdir(parents=True, exist_ok=True)
+    # Other data must not replace the data of runs that another command trains.
     with locked(comparison.folder / ".lock") as lock:
+        for data in comparison.datasets_of_this_machine():
+            run_stages(data, line)
+        comparison.check_text()
         while runs := next_runs(comparison):
             line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
             if slurm is not None and runs[0].kind != "check":
@@ -141,13 +142,18 @@ def finish_run(comparison: Comparison, name: str) -> None:
     """Finish one run.
 
     Raises:
-        UserError: no run has the name, or another command works on the run.
+        UserError: no run has the name, another command works on the run, or checkpoints that were removed would have to
+            be analyzed again.
         RunFailure: a stage failed.
     """
     run = comparison.find_run(name)
+    if run.kind != "check" and (found := comparison.find_part(run)):
+        print(f"{name} is finished: {short_path(found.file)}")
+        return
     plan = comparison.plan(run)
     plan.prepare()
     record_training(plan)
+    plan.check_analysis()
     if plan.unfinished:
         # The part of an earlier result must not stand for the new one.
         comparison.part_file(run).unlink(missing_ok=True)

@@ -10,10 +10,12 @@ import yaml
 from maskmoe.comparison.data import Data, HeldOutSet, dataset_prefixes
 from maskmoe.comparison.runs import Run, checkpoint_iterations, training_flags
 from maskmoe.comparison.suite import Suite
+from maskmoe.errors import UserError
 from maskmoe.launch.command import standalone_command
 from maskmoe.launch.devices import DEVICE_FLAGS, Devices
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
 from maskmoe.outputs import atomic_output
+from maskmoe.paths import short_path
 from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.process import read_log
 from maskmoe.workflow.record import RunRecord
@@ -89,6 +91,23 @@ class RunPlan:
             self.files.folder.mkdir(parents=True, exist_ok=True)
             with atomic_output(self.files.model_file) as path:
                 path.write_text(self._model_text(), encoding="utf-8")
+
+    def check_analysis(self) -> None:
+        """Check that the checkpoints of the trained model exist if their routing has to be analyzed again.
+
+        Raises:
+            UserError: the analysis has changed since checkpoints were removed.
+        """
+        if not (self.run.is_analyzed and self.analyzes_routing and self.files.record.exists()):
+            return
+        record, routing = RunRecord(self.files.record), self.routing()
+        has_all = all(self.files.checkpoint(iteration).exists() for iteration in self._saved)
+        if record.is_finished(self.train()) and not has_all and not record.is_finished(routing):
+            reason = record.reason_to_repeat(routing) or "it was not finished"
+            raise UserError(
+                f"{self.run.name}: the analysis of the routing cannot be repeated ({reason}), because only the last "
+                f"checkpoint was kept: restore the setting, or remove {short_path(self.files.folder)} to train again"
+            )
 
     def history(self) -> TrainingHistory:
         """Return the losses that the run has logged so far, here and in Slurm jobs; the newest log counts last."""
@@ -183,6 +202,11 @@ class RunPlan:
         routing = (self.files.routing,) if self.analyzes_routing else ()
         command = maskmoe_command("thin", "--load", self.files.checkpoints)
         return Stage("thin", command, inputs=(self.files.evaluation, *routing), outputs=())
+
+    @property
+    def further_evaluations(self) -> dict[str, Path]:
+        """Results of the evaluations on the further held-out sets by the names of the sets."""
+        return {held_out.name: self.files.evaluation_on(held_out.name) for held_out in self._data.held_out}
 
     @property
     def last_checkpoint(self) -> Path:

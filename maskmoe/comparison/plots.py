@@ -14,7 +14,7 @@ from maskmoe.comparison.results import (
     VariantResult,
     differences_to,
 )
-from maskmoe.comparison.run_results import RoutingHistory
+from maskmoe.comparison.run_results import RoutingHistory, RunResult
 from maskmoe.outputs import atomic_output
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _COLORS = ("#6b6b6b", "#d9822b", "#8e5bb5", "#c0392b", "#5aa9e6", "#1f4e9c", "#2a9d5c", "#b08d57", "#17becf", "#e377c2")
 _DASHES = ("-", "--", ":")
+_LEGEND_ROW = 0.22  # inches
+_LEGEND_CHARACTER = 0.085  # inches, a generous mean
+_LEGEND_HANDLE = 0.55  # inches of the line beside a label, with its space
 
 Histories = dict[str, list[RoutingHistory]]
 """The routing of the runs of each variant, by the variant's name."""
@@ -36,18 +39,19 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     """
     main, baselines = results.of_role("main"), results.baseline_variants if results.bands else []
     first_runs = {variant.title: results.runs_of(variant.name)[0] for variant in main}
-    loads = {title: np.array(run.load, dtype=float) for title, run in first_runs.items() if run.load}
+    with_experts = {title: run for title, run in first_runs.items() if run.load}
     histories = _routing_histories(results)
     with_choice = {name: of_runs for name, of_runs in histories.items() if of_runs[0].has_choice}
+    changing = {name: of_runs for name, of_runs in with_choice.items() if of_runs[0].fluctuation}
     tuned = [variant for variant in main if len(variant.tuning) > 1]
     # Each plot has a name, a caption, a function that draws it, and what the function draws, if there is any.
     plots: list[tuple[str, str, Callable[[Results, Any], Figure], Any]] = [
         ("overview", "Loss on held-out text by the number of training tokens", _overview, overview_variants(results)),
         ("loss_curves", "Loss on held-out text during training", _loss_curves, results.variant(results.baselines[0])),
         ("bands", "Where the variants differ: loss by frequency of the input token's id", _bands, baselines),
-        ("expert_load", "Load of the experts on held-out text", _expert_load, loads),
+        ("expert_load", "Load of the experts on held-out text", _expert_load, with_experts),
         ("entropy", "How undecided the routers are: entropy of their choice, by layer", _entropy, with_choice),
-        ("fluctuation", "Routing fluctuation: tokens of a fixed text whose expert changes", _fluctuation, with_choice),
+        ("fluctuation", "Routing fluctuation: tokens of a fixed text whose expert changes", _fluctuation, changing),
         ("distinct_experts", "Number of experts that process the occurrences of one id", _distinct_experts, histories),
         ("grid", "Perplexity over P and V_f", _grid, results.of_role("grid") if results.grid_base else []),
         ("learning_rates", "Choice of the learning rate", _learning_rates, tuned),
@@ -108,9 +112,13 @@ def _frame(
     return figure, all_axes
 
 
-def _with_legend(figure: "Figure", axes: "Axes", columns: int = 3) -> "Figure":
-    """Put the legend of some axes below the figure."""
+def _with_legend(figure: "Figure", axes: "Axes") -> "Figure":
+    """Put the legend of some axes below, in as many columns as fit. The figure grows by the legend's rows."""
     handles, labels = axes.get_legend_handles_labels()
+    width, height = figure.get_size_inches()
+    longest = _LEGEND_HANDLE + _LEGEND_CHARACTER * max(map(len, labels), default=0)
+    columns = min(max(1, int(width / longest)), len(labels) or 1)
+    figure.set_size_inches(width, height + _LEGEND_ROW * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
@@ -150,10 +158,9 @@ def _overview(results: Results, variants: list[VariantResult]) -> "Figure":
     left.set(xlabel="million training tokens", ylabel="loss on held-out text (nats per token)")
     right.set(xlabel="million training tokens", ylabel="difference of the losses (below 0: the method is better)")
     right.axhline(0, color="#8a8a8a", linewidth=1)
-    left.legend(frameon=False)
     if right.lines[:-1]:
         right.legend(frameon=False)
-    return figure
+    return _with_legend(figure, left)
 
 
 def _draw_band(axes: "Axes", places: np.ndarray, estimates: list[Estimate], style: dict[str, Any]) -> None:
@@ -220,16 +227,20 @@ def _bands(results: Results, baselines: list[VariantResult]) -> "Figure":
         axes.set_yticks(range(len(variants)), [variant.title for variant in variants])
         axes.set(xlabel=f"loss minus the loss of {baseline.title} (left is better), with 95 % interval")
     all_axes[0, 0].invert_yaxis()
-    return _with_legend(figure, all_axes[0, 0], columns=4)
+    return _with_legend(figure, all_axes[0, 0])
 
 
-def _expert_load(_results: Results, loads: dict[str, np.ndarray]) -> "Figure":
-    figure, all_axes = _frame(len(loads), 3.1, 1.9, 0.6, is_tidy=False)
-    for axes, (title, load) in zip(all_axes.flat, loads.items(), strict=False):
-        load /= load.mean(axis=1, keepdims=True)  # [layers, experts]
+def _expert_load(_results: Results, runs: dict[str, RunResult]) -> "Figure":
+    figure, all_axes = _frame(len(runs), 3.1, 1.9, 0.6, is_tidy=False)
+    for axes, (title, run) in zip(all_axes.flat, runs.items(), strict=False):
+        load = np.array(run.load, dtype=float)  # [layers, experts]
+        load /= load.mean(axis=1, keepdims=True)
+        # The load also counts layers of multi-token prediction, whose routing is not analyzed.
+        analyzed = run.routing.layers if run.routing else []
+        layers = analyzed if len(analyzed) == len(load) else range(1, len(load) + 1)
         axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
         axes.set_title(f"{title}\nmax/mean {load.max(axis=1).mean():.2f}", fontsize=8)
-        axes.set_yticks(range(len(load)), range(1, len(load) + 1), fontsize=7)
+        axes.set_yticks(range(len(load)), layers, fontsize=7)
         axes.set_xticks([])
         axes.set_xlabel("expert", fontsize=7)
         axes.set_ylabel("layer", fontsize=7)
@@ -253,14 +264,17 @@ def _mean(values: Iterable[object]) -> np.ndarray:
 
 
 def _entropy(results: Results, variants: Histories) -> "Figure":
-    layers = next(iter(variants.values()))[0].layers
+    layers = sorted({layer for histories in variants.values() for layer in histories[0].layers})
     figure, all_axes = _frame(len(layers), 3.4, 3.2, 0.8, sharex=True, sharey=True)
-    for name, histories in variants.items():
-        entropy = _mean(history.entropy for history in histories)
-        for axes, of_layer in zip(all_axes.flat, entropy.T, strict=False):
-            axes.plot(histories[0].iterations, of_layer, marker=".", **_styles(results)[name])
-    for axes, layer in zip(all_axes.flat, layers, strict=False):
+    axes_of_layer = dict(zip(layers, all_axes.flat, strict=False))
+    for layer, axes in axes_of_layer.items():
         axes.set(title=f"layer {layer}", xlabel="iteration")
+    for name, histories in variants.items():
+        style = _styles(results)[name]
+        all_axes[0, 0].plot([], [], marker=".", **style)  # the legend names variants without experts in the first layer
+        entropy = _mean(history.entropy for history in histories)
+        for layer, of_layer in zip(histories[0].layers, entropy.T, strict=True):
+            axes_of_layer[layer].plot(histories[0].iterations, of_layer, marker=".", **style | {"label": None})
     for axes in all_axes[:, 0]:
         axes.set(ylabel="entropy (nats)", ylim=(0, None))
     return _with_legend(figure, all_axes[0, 0])
@@ -305,13 +319,12 @@ def _grid(results: Results, _points: list[VariantResult]) -> "Figure":
         curve = {mass: run.loss for (mass, number), run in runs.items() if number == num_visible}
         label = f"{results.grid_base.title}, V_f = {num_visible:.0f}"
         percent, perplexity = 100 * np.array([*curve]), np.exp([*curve.values()])
-        axes.plot(percent, perplexity, color=_COLORS[4 + index], marker="o", label=label)
-    for baseline, dashes in zip(results.baseline_variants, ("--", ":", "-."), strict=False):
+        axes.plot(percent, perplexity, color=_COLORS[(4 + index) % len(_COLORS)], marker="o", label=label)
+    for baseline, dashes in zip(results.baseline_variants, itertools.cycle(("--", ":", "-.")), strict=False):
         for run in results.runs_of(baseline.name, seed):
             axes.axhline(np.exp(run.loss), **{**_styles(results)[baseline.name], "linestyle": dashes})
     axes.set(xlabel="P (% of the text that frequent ids make up)", ylabel=f"perplexity, seed {seed}")
-    axes.legend(frameon=False)
-    return figure
+    return _with_legend(figure, axes)
 
 
 def _learning_rates(results: Results, tuned: list[VariantResult]) -> "Figure":

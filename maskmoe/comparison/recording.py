@@ -58,7 +58,7 @@ def make_part(suite: Suite, plan: RunPlan, text: dict[str, str], parameters: Par
         training=Curve.of(history.iterations).thinned(),
         validation=Curve.of(history.validations),
         exact_losses=_exact_losses(files.tensorboard, _num_exact_losses(suite, run)),
-        evaluation=Evaluation.read(files.evaluation, routing) if run.is_analyzed else None,
+        evaluation=Evaluation.read(files.evaluation, plan.further_evaluations, routing) if run.is_analyzed else None,
     )
 
 

@@ -105,6 +105,7 @@ class Results(BaseModel, frozen=True):
         machine: machines of the runs, with the versions of torch and Megatron-Core.
         baselines: names of the variants to which the others are compared.
         method: see `Suite`.
+        grid_of: name of the variant whose P and V_f the grid varies; empty without a grid.
         curves: curves with finished runs.
         variants: variants with finished runs, in order.
         runs: finished runs.
@@ -126,6 +127,7 @@ class Results(BaseModel, frozen=True):
     unfinished: list[str]
     commits: list[str] = []
     learning_rates: list[str] = []
+    grid_of: str = ""
 
     def of_role(self, role: Role) -> list[VariantResult]:
         """Return the variants of one role, in order."""
@@ -157,9 +159,7 @@ class Results(BaseModel, frozen=True):
     @property
     def grid_base(self) -> VariantResult | None:
         """The variant whose P and V_f the grid varies; None if the variant or the grid has no finished run."""
-        names = [variant.name for variant in self.of_role("grid")[:1]]
-        main = self.of_role("main")
-        return next((variant for variant in main for name in names if name.startswith(f"{variant.name}.")), None)
+        return self.variant(self.grid_of) if self.grid_of and self.of_role("grid") else None
 
     @property
     def grid_seed(self) -> int:
@@ -318,6 +318,7 @@ def collect_results(suite: Suite, parts: Mapping[str, Part], command: str) -> Re
         unfinished=[run.name for run in whole_runs if run.name not in parts],
         commits=sorted(set(commits)),
         learning_rates=list(suite.learning_rates.values),
+        grid_of=suite.grid.of if suite.grid else "",
     )
 
 

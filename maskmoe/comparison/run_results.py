@@ -175,12 +175,12 @@ class Evaluation(HeldOut, frozen=True):
         return self
 
     @classmethod
-    def read(cls, evaluation: Path, routing: Path | None) -> Self:
+    def read(cls, evaluation: Path, further: Mapping[str, Path], routing: Path | None) -> Self:
         """Read the files that evaluation and analysis of a run have written.
 
         Args:
-            evaluation: `evaluation.json`. Each file `evaluation-NAME.json` beside it is the evaluation of a further
-                held-out text.
+            evaluation: the evaluation on the suite's held-out text.
+            further: the evaluations on further held-out texts, by the names of the texts.
             routing: `routing.json` of `maskmoe analyze`; None for a model without experts, or if the routing was not
                 analyzed.
 
@@ -188,14 +188,10 @@ class Evaluation(HeldOut, frozen=True):
             UserError: a file cannot be read.
         """
         content = read_json(evaluation)
-        further = {
-            path.stem.removeprefix(f"{evaluation.stem}-"): read_json(path)
-            for path in sorted(evaluation.parent.glob(f"{evaluation.stem}-*.json"))
-        }
         own = {
             "load": [load["tokens_per_expert"] for load in content["expert_load"]],
             "routing": routing and RoutingHistory.read(routing),
-            "further": further,
+            "further": {name: read_json(path) for name, path in sorted(further.items())},
         }
         return cls.model_validate(content | own)
 

@@ -339,7 +339,9 @@ class Suite(_Section):
         flags = model_file.flags
         for further in (self.flags, self.expert_flags if section.has_experts else {}, section.flags):
             flags = override(flags, further)
-        needed = ("train-iters", "seq-length", "num-layers", *(("num-experts",) if section.has_experts else ()))
+        # Without the size of a batch, Megatron derives it from the number of ranks.
+        needed = ("train-iters", "seq-length", "global-batch-size", "num-layers")
+        needed += ("num-experts",) if section.has_experts else ()
         if missing := [flag for flag in needed if flag not in flags]:
             raise ValueError(f"variant {name} has no {missing[0]} among its flags")
         if decided := sorted(_DECIDED_FLAGS & flags.keys()):

@@ -14,7 +14,8 @@ _ITERATION = re.compile(
     r"(?:.* lm loss: (?P<loss>\S+) \|)?"
 )
 _VALIDATION = re.compile(
-    _RANK + r" *validation loss at iteration (?P<iteration>\d+)\b.*?\| lm loss value: (?P<loss>\S+) \|"
+    _RANK + r" *validation loss at iteration (?P<iteration>\d+)(?: on validation set)? *\|"
+    r" lm loss value: (?P<loss>\S+) \|"
 )
 
 

@@ -13,6 +13,7 @@ from support.waiting import wait_until
 
 from maskmoe.comparison.parts import Part
 from maskmoe.data.indexed_dataset import read_index
+from maskmoe.workflow.lock import locked
 from maskmoe.workflow.record import RunRecord
 
 TEXT_DOCUMENTS = 400
@@ -50,6 +51,16 @@ def test_bad_suite_is_one_line(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert output == f"error: the suite {tmp_path / 'nowhere.yaml'} does not exist\n"
+
+
+def test_data_of_runs_that_another_command_trains_are_not_replaced(suite_file, text, tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / ".lock"):
+        process = compare(suite_file(), "--input", text, "--run-dir", tmp_path / "run")
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert re.fullmatch(r"error: another command .* is at work in .*\n", output)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_list_names_all_known_runs(suite_file, text, tmp_path):
@@ -136,6 +147,20 @@ def test_killed_suite_continues_to_the_report(text, tmp_path):
     output, _ = third.communicate(timeout=60)
     assert third.returncode == 0
     assert "runs:" not in output
+
+    # Checkpoints that were removed cannot be analyzed again. The results are kept.
+    part = folder / "parts" / "runs" / "smoe.seed-1.json"
+    changed = tmp_path / "changed" / "suite.yaml"
+    changed.parent.mkdir()
+    changed.write_text(SUITE.replace("probe-tokens: 64", "probe-tokens: 128"))
+    output, _ = compare(changed, *arguments[1:], "--only", "smoe").communicate(timeout=60)
+    assert "the analysis of the routing cannot be repeated (its settings changed (--tokens: 64 → 128))" in output
+    assert part.exists()
+
+    # The results move with their folder.
+    folder = folder.rename(tmp_path / "moved")
+    output, _ = compare(path, "--input", text, "--run-dir", folder, "--list").communicate(timeout=60)
+    assert {line.split()[0] for line in output.splitlines() if "runs/" in line} == {"finished"}
 
     # Another machine has half of the parts, and trains the other half.
     for name in ("dense", "all-visible"):

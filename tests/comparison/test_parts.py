@@ -135,13 +135,15 @@ def test_large_part_stays_below_15_kib(suite, tmp_path):
     assert 5_000 < (tmp_path / "part.json").stat().st_size < 15 * 1024
 
 
-def test_further_held_out_texts_are_read_from_all_their_files(tmp_path):
+def test_further_held_out_texts_are_read_from_their_files(tmp_path):
     band = {"name": "top 40 %", "share": 1.0, "loss": 2.0}
     content = {"loss": 2.0, "bands": [band], "expert_load": [{"tokens_per_expert": [1, 2]}]}
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
     (tmp_path / "evaluation-other domain.json").write_text(json.dumps(content | {"loss": 3.0}))
     (tmp_path / "evaluation-stories.json").write_text(json.dumps(content | {"loss": 4.0}))
-    evaluation = Evaluation.read(tmp_path / "evaluation.json", None)
+    (tmp_path / "evaluation-earlier.json").write_text(json.dumps(content | {"loss": 5.0}))
+    further = {name: tmp_path / f"evaluation-{name}.json" for name in ("stories", "other domain")}
+    evaluation = Evaluation.read(tmp_path / "evaluation.json", further, None)
     assert evaluation.load == [[1, 2]]
     assert {name: each.loss for name, each in evaluation.further.items()} == {"other domain": 3.0, "stories": 4.0}
     assert evaluation.held_out("stories") == HeldOut(loss=4.0, bands=[Band(**band)])

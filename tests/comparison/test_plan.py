@@ -25,3 +25,16 @@ def test_routing_that_cannot_be_analyzed_is_left_out(suite_file, tmp_path, flags
     names = [make_stage.__name__ for make_stage in plan.stages]
     assert names[:3] == ["mask", "train", "evaluate"]
     assert ("routing" in names) == is_analyzed
+
+
+def test_evaluation_gets_the_weights_of_a_blend(suite_file, tmp_path, monkeypatch):
+    """`maskmoe.training.evaluate` ignores them, see tests/training/test_evaluate.py."""
+    monkeypatch.chdir(tmp_path)
+    given = {"data-path": ("0.7", "a", "0.3", "b"), "split": ("9,1,0",), "tokenizer-model": ("model",)}
+    suite = Suite.read(suite_file(), given)
+    run = whole_runs(suite, choose_learning_rates(suite, {}))[0]
+    stage = RunPlan(suite, run, open_data(suite.data, tmp_path, 16), tmp_path / "run", Devices(0, 2)).evaluate()
+    words = [str(word) for word in stage.command]
+    assert "maskmoe.training.evaluate" in words
+    position = words.index("--data-path")
+    assert words[position + 1 : position + 5] == ["0.7", str(tmp_path / "a"), "0.3", str(tmp_path / "b")]

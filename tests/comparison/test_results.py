@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import stats
 from support.synthetic import EFFECTS, synthetic_results
 
+from maskmoe.comparison import plots
 from maskmoe.comparison.answers import answers, summarize_routers
 from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
@@ -144,6 +145,66 @@ def test_report_of_a_part_of_the_runs_leaves_out_what_cannot_be_compared(missing
     text = write_report(results.model_copy(update=some), tmp_path).read_text()
     assert ("## Does the size matter?" in text) == (tmp_path / "curve_size.png").exists() == (missing == set())
     assert ("## P and V_f" in text) == ("maskmoe" not in missing)
+
+
+def test_report_of_one_checkpoint_of_each_run(tmp_path):
+    """The change of the routing between checkpoints does not exist."""
+    results = synthetic_results()
+    runs = []
+    for run in results.runs:
+        if run.routing:
+            rows = {name: getattr(run.routing, name)[:1] for name in ("iterations", "entropy", "first_weight")}
+            routing = run.routing.model_copy(update={**rows, "fluctuation": [], "routable_fluctuation": []})
+            run = run.model_copy(update={"routing": routing})
+        runs.append(run)
+    write_report(results.model_copy(update={"runs": runs}), tmp_path)
+    assert (tmp_path / "entropy.png").exists()
+    assert not (tmp_path / "fluctuation.png").exists()
+
+
+def test_grid_of_many_values(tmp_path):
+    """The grid's variant is the one that the suite names, although other names begin in the same way."""
+    results = synthetic_results()
+    base, point = results.variant("maskmoe"), results.of_role("grid")[0]
+    own = base.model_copy(update={"name": "maskmoe.wide", "title": "Wide"})
+    runs = [run.model_copy(update={"variant": own.name}) for run in results.runs_of(base.name)]
+    variants = [*results.of_role("main"), own]
+    for number in range(3, 12):
+        mask = base.mask | {"frequent-mass": ("0.995",), "frequent-visible-experts": (str(number),)}
+        variants.append(point.model_copy(update={"name": f"maskmoe.wide.p0.995-v{number}", "mask": mask}))
+        runs.append(results.runs_of(point.name)[0].model_copy(update={"variant": variants[-1].name}))
+    update = {"variants": variants, "runs": [*results.runs, *runs], "grid_of": "maskmoe.wide", "curves": []}
+    results = results.model_copy(update=update)
+    assert results.grid_base == own
+    report = write_report(results, tmp_path).read_text()
+    assert "Wide; seed 1 only" in report
+    assert "99.5%" in report
+
+
+def test_legends_fit_into_their_figures(monkeypatch, tmp_path):
+    """Many variants with long titles make a figure higher, and their names stay whole."""
+    figures = []
+
+    def remember(width, height):
+        figures.append(new_figure(width, height))
+        return figures[-1]
+
+    new_figure = plots.new_figure
+    monkeypatch.setattr(plots, "new_figure", remember)
+    results = synthetic_results()
+    variants, runs = list(results.variants), list(results.runs)
+    for number in range(16):
+        title = f"MaskMoE, visible sets widen after {number} iterations"
+        variants.append(results.variant("maskmoe").model_copy(update={"name": f"more{number}", "title": title}))
+        runs += [run.model_copy(update={"variant": f"more{number}"}) for run in results.runs_of("maskmoe")]
+    plots.draw_plots(results.model_copy(update={"variants": variants, "runs": runs}), tmp_path)
+    legends = [(figure, legend) for figure in figures for legend in figure.legends]
+    assert len(legends) >= 6
+    for figure, legend in legends:
+        box = legend.get_window_extent()
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        assert box.height < 0.6 * figure.bbox.height
 
 
 def test_report_without_runs_is_written(tmp_path):

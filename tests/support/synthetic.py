@@ -61,6 +61,7 @@ def synthetic_results(seeds=(1, 2, 3), noise=0.004):
             LimitResult(title="One visible", equals="hash-balanced", seed=1, iterations=20, num_equal=19),
         ],
         unfinished=[],
+        grid_of="maskmoe",
     )
 
 

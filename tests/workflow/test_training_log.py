@@ -35,6 +35,12 @@ def test_validation_line_is_parsed(place):
     assert parse_line(validation_line(10, place=place)) == ValidationRecord(10, 6.663481)
 
 
+def test_loss_of_the_test_set_is_not_that_of_the_validation_set():
+    lines = [validation_line(10, place=" on validation set"), validation_line(10, place=" on test set")]
+    assert parse_line(lines[1]) is None
+    assert TrainingHistory(lines).validations == {10: parse_line(lines[0])}
+
+
 @pytest.mark.parametrize("line", ["", "Evaluating iter 1/4", "(min, max) time across ranks (ms):", "iteration 3/4"])
 def test_other_lines_are_ignored(line):
     assert parse_line(line) is None
