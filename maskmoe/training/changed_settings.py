@@ -22,6 +22,7 @@ from megatron.training import training
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
 from maskmoe.training.data_order import epochs_of_training_data, training_samples
+from maskmoe.training.resume import ADJUSTABLE_ARGUMENTS
 
 _PAGE = "docs/extending.md"
 # Values of Megatron's scheduler that a flag sets alone, and the flag. All other values are numbers of samples.
@@ -58,7 +59,8 @@ _DATA_ARGUMENTS = (
 # Arguments that change what the checkpoint's weights compute.
 _FUNCTION_ARGUMENTS = (
     *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
-    *("moe_router_num_groups", "moe_router_group_topk", "rotary_base", "rotary_percent", "use_rope_scaling"),
+    *("rotary_base", "rotary_percent"),
+    *ADJUSTABLE_ARGUMENTS,
 )
 
 

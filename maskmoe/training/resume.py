@@ -37,8 +37,17 @@ _LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_
 _YARN_WITHOUT_FLAGS = ("original_max_position_embeddings", "beta_fast", "beta_slow")
 # Arguments that decide the kinds and the number of layers, if there is no pattern.
 _LAYER_ARGUMENTS = ("num_layers", "mtp_num_layers", "moe_layer_freq")
+# Arguments that decide what a model's layers compute from their parameters.
+_ACTIVATION_ARGUMENTS = ("quick_geglu", "openai_gelu", "glu_linear_offset", "activation_func_clamp_value")
+_FUNCTION_ARGUMENTS = (
+    *(*_ACTIVATION_ARGUMENTS, "moe_apply_probs_on_input"),
+    *("attention_output_gate", "softmax_type", "qk_l2_norm"),
+    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "use_mup"),
+)
 # Other arguments that decide the shapes of a model's parameters, or their meaning.
 _MODEL_ARGUMENTS = (
+    *_FUNCTION_ARGUMENTS,
+    *("squared_relu", "rotary_interleaved"),
     *("hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
     *("num_attention_heads", "group_query_attention", "num_query_groups", "kv_channels", "multi_latent_attention"),
     *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
@@ -50,17 +59,36 @@ _MODEL_ARGUMENTS = (
     *("position_embedding_type", "max_position_embeddings", "untie_embeddings_and_output_weights"),
     *_LATENT_SIZES,
 )
+# Arguments that change what a model computes, and that a run may change on purpose, for example for longer sequences.
+ADJUSTABLE_ARGUMENTS = (
+    *("moe_router_num_groups", "moe_router_group_topk"),
+    *("window_size", "window_attn_skip_freq", "no_rope_freq"),
+    *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
+    *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
+    *("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
+    "yarn_correction_range_round_to_int",
+    *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult"),
+    *("mup_base_head_dim", "mup_attn_scale_power"),
+)
+# Sizes of gated delta nets.
+_GATED_DELTA_NET_SIZES = (
+    *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+    *("linear_num_key_heads", "linear_num_value_heads"),
+)
+# Flags that do not have the names of their arguments.
+_FLAGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}
 # Formats in which the distributed optimizer saves its state in the order of a model's parameters, without their names.
 _NAMELESS_OPTIMIZER_FORMATS = ("dp_reshardable", "dp_zero_gather_scatter")
 # Settings of a model that Megatron 0.19 does not take from the checkpoint with `--use-checkpoint-args`.
 _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
-    *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads"),
-    *("moe_router_group_topk", "moe_router_num_groups", "moe_shared_expert_gate"),
+    *_FUNCTION_ARGUMENTS,
+    *ADJUSTABLE_ARGUMENTS,
+    *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads", "moe_shared_expert_gate"),
     "routing_weight",
     "home_expert_logit",
     "visible_experts_warmup_iters",
-    *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
-    *("multi_latent_attention", *_LATENT_SIZES, "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
+    *("multi_latent_attention", *_LATENT_SIZES),
+    *_GATED_DELTA_NET_SIZES,
     *_YARN_WITHOUT_FLAGS,
 )
 
@@ -270,7 +298,7 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
             f"--hybrid-layer-pattern '{saved_pattern}'"
         )
     differences = [
-        f"--{name.replace('_', '-')} {getattr(saved, name)} in the checkpoint, {getattr(args, name)} in this run"
+        f"{_flag_of(name)} {getattr(saved, name)} in the checkpoint, {getattr(args, name)} in this run"
         for name in ((*_LAYER_ARGUMENTS, *_MODEL_ARGUMENTS) if pattern is None else _MODEL_ARGUMENTS)
         if hasattr(saved, name)
         and getattr(saved, name) != getattr(args, name, None)
@@ -309,6 +337,11 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
             f"is in the order of its parameters, which differs from {args.transformer_impl}'s: save a checkpoint with "
             "--dist-ckpt-optim-fully-reshardable, or pass --no-load-optim"
         )
+
+
+def _flag_of(name: str) -> str:
+    """Return the flag that sets an argument."""
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
 def _check_same_pattern(pattern: str, saved: Namespace, checkpoint: Path) -> None:

@@ -7,11 +7,13 @@ import sys
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.training import checkpointing
 from megatron.training.global_vars import destroy_global_vars
 from support.paths import ROOT
 from support.training import Run
@@ -19,10 +21,18 @@ from torch.distributed import HashStore
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, saved_iterations
+from maskmoe.conversion.config_mapping import _FIXED_ARGS
 from maskmoe.errors import UserError
+from maskmoe.training.changed_settings import find_changed_settings
 from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.rank_store import RankStore
-from maskmoe.training.resume import check_same_model, find_checkpoint, further_checkpoint_args, mend_tracker
+from maskmoe.training.resume import (
+    check_same_model,
+    find_checkpoint,
+    further_checkpoint_args,
+    mend_tracker,
+    take_settings_of_checkpoint,
+)
 from maskmoe.training.setup import parse_and_check_args
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
@@ -335,6 +345,56 @@ def test_settings_without_flags_are_taken_from_the_checkpoint(runs, parse, monke
     with pytest.raises(UserError, match="beta_fast 16, for which Megatron has no flag: pass --use-checkpoint-args"):
         check_same_model(args, checkpoint)
     check_same_model(replace_fields(args, **further_checkpoint_args(args, checkpoint)), checkpoint)
+
+
+# Arguments with which a model computes something else, without another pattern, and without those that are refused.
+FUNCTION = {
+    *("window_attn_skip_freq", "openai_gelu", "rope_scaling_factor", "rotary_scaling_factor", "yarn_beta_fast"),
+    *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim"),
+    *("mup_attn_scale_power", *_FIXED_ARGS),
+} - {
+    *("hybrid_layer_pattern", "experimental_attention_variant", "linear_attention_freq"),
+    "heterogeneous_layers_config_path",
+}
+
+
+def another(value: Any) -> Any:
+    """Return another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    return f"not {value}" if isinstance(value, str) else (value or 0) + 1
+
+
+@pytest.mark.runs(SAVED)
+def test_function_of_a_model_is_taken_from_the_checkpoint(runs, parse, monkeypatch):
+    (run,) = runs
+    args = parse(f"--load {run.checkpoints}")
+    saved = replace_fields(args, **{name: another(getattr(args, name)) for name in FUNCTION})
+    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    state = {"args": saved, "iteration": 21}
+    monkeypatch.setattr(checkpointing, "_load_base_checkpoint", lambda *_, **__: (state, "", False, None))
+    checkpoint = checkpoint_path(run.checkpoints, 21)
+    completed = replace_fields(args, **further_checkpoint_args(args, checkpoint))
+    completed = take_settings_of_checkpoint(completed, checkpoint)
+    assert {name: getattr(completed, name) for name in FUNCTION} == {name: getattr(saved, name) for name in FUNCTION}
+
+
+@pytest.mark.runs(SAVED)
+@pytest.mark.parametrize("name", sorted(FUNCTION))
+def test_model_that_computes_something_else_is_refused_or_noted(runs, parse, monkeypatch, name):
+    (run,) = runs
+    args = parse(f"--load {run.checkpoints}")
+    before = another(getattr(args, name))
+    state = {"args": replace_fields(args, **{name: before})}
+    for module in ("resume", "changed_settings"):
+        monkeypatch.setattr(f"maskmoe.training.{module}.load_common_state_dict", lambda checkpoint: state)
+    checkpoint = checkpoint_path(run.checkpoints, 7)
+    try:
+        check_same_model(args, checkpoint)
+        answer = " ".join(find_changed_settings(args, checkpoint).notes)
+    except UserError as error:
+        answer = str(error)
+    assert f" {before} in the checkpoint, {getattr(args, name)} in this run" in answer
 
 
 @pytest.mark.runs(SAVED)
