@@ -48,9 +48,10 @@ class RoutesByTokenId(torch.nn.Module):
         if kind is DispatchKind.PLANNED:
             # Skip multi-token-prediction layers: their ids are shifted.
             routers = (m for m in self.modules() if isinstance(m, MaskMoERouter) and not m.is_mtp_layer)
-            tables = {router.table for router in routers}
-            topk = self.config.moe_router_topk
-            self._dispatch_planner = DispatchPlanner(visible_experts, topk, tables, self.pg_collection.ep)
+            # All expert-parallel ranks have the same layers. So either all of them plan, or none does.
+            if tables := {router.table for router in routers}:
+                topk = self.config.moe_router_topk
+                self._dispatch_planner = DispatchPlanner(visible_experts, topk, tables, self.pg_collection.ep)
 
     def pack_for_layers(self, input_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor:
         """Return the tensor that the layers get as `padding_mask`: the ids of this rank's tokens, padding and plan.

@@ -60,7 +60,9 @@ COMPARED = {
         "experts of one rank, hybrid, full recompute, expert parallel 2, pipeline 2",
     ],
     "biases": ["biases, expert parallel 2", "biases, tensor 2, expert parallel 2"],
+    "dense layers below experts of one rank": ["dense layers below experts of one rank, expert parallel 2, pipeline 2"],
     "groups": ["groups, tensor 2, expert parallel 2", "groups, expert parallel 2"],
+    "groups, experts of one rank": ["groups, experts of one rank, expert parallel 2"],
     "norms over all heads": ["norms over all heads, tensor 2"],
     "latent": [
         "latent, tensor 2, expert parallel 2",
@@ -283,7 +285,9 @@ TABLE: dict[str, Works | Refused] = {
     ),
     "expert bias": Works("2 ranks", ("--moe-router-enable-expert-bias",), tuple(COMPARED["groups"])),
     "group-limited routing": Works(
-        "2 ranks; only groups with a visible expert", ("--moe-router-group-topk 2",), tuple(COMPARED["groups"])
+        "2 ranks; only groups with a visible expert",
+        ("--moe-router-group-topk 2",),
+        (*COMPARED["groups"], *COMPARED["groups, experts of one rank"]),
     ),
     "groups too few for k experts": Refused("--moe-router-num-groups 4 --moe-router-group-topk 1 --moe-router-topk 3"),
     "capacity factor, dropping by weight": Works(
@@ -315,7 +319,9 @@ TABLE: dict[str, Works | Refused] = {
         ),
     ),
     "dispatch planned from the token ids (rank-local masks)": Works(
-        "2 and 4 ranks", ("--expert-model-parallel-size 2",), tuple(COMPARED["experts of one rank"])
+        "2 and 4 ranks",
+        ("--expert-model-parallel-size 2",),
+        (*COMPARED["experts of one rank"], *COMPARED["dense layers below experts of one rank"]),
     ),
     "all-gather dispatcher": Works(
         "2 ranks",

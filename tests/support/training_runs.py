@@ -610,6 +610,26 @@ RUNS |= model_in_layouts(
     mask="rank_local.safetensors",
 )
 RUNS |= model_in_layouts(
+    "dense layers below experts of one rank",
+    "--moe-layer-freq [0,0,1,1]",
+    {
+        "dense layers below experts of one rank, expert parallel 2, pipeline 2": (
+            4,
+            f"{EXPERT_2} {PIPELINE_2}",
+            "Expert and pipeline parallel on 4 ranks; the first stage has no experts.",
+        ),
+    },
+    description="A rank-local mask, and experts in the upper two layers only.",
+    mask="rank_local.safetensors",
+)
+RUNS |= model_in_layouts(
+    "groups, experts of one rank",
+    GROUPS,
+    {"groups, experts of one rank, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks.")},
+    description="A rank-local mask with group-limited routing, which rules out planned dispatch.",
+    mask="rank_local.safetensors",
+)
+RUNS |= model_in_layouts(
     "home experts",
     "--home-expert-logit 3 --moe-z-loss-coeff 1e-3",
     {

@@ -31,6 +31,7 @@ FAST = {
     "groups, tensor 2, expert parallel 2",
     "latent, recomputed parts, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",
+    "dense layers below experts of one rank, expert parallel 2, pipeline 2",
     "rich hybrid, tensor 2, expert parallel 2",
     "rich hybrid, interleaved pipeline",
     "hybrid, pipeline 2",

@@ -49,6 +49,7 @@ def test_kind_of_dispatch() -> None:
         {"moe_input_jitter_eps": 0.1},
         {"moe_latent_size": 6},
         {"moe_enable_routing_replay": True},
+        {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
     ):
         assert choose_dispatch(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.ONE_COPY
     one_expert = make_config(4, topk=1)

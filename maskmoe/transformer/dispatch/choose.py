@@ -42,17 +42,19 @@ def choose_dispatch(
         copies_here = cpu.is_installed() and config.moe_expert_capacity_factor is None
         return DispatchKind.ONE_RANK if copies_here else DispatchKind.STOCK
     # A plan lets the receiving rank choose experts. Random logits, dropped tokens and recorded choices depend on the
-    # rank that chooses.
-    any_rank_can_choose = (
+    # rank that chooses. A plan also states the number of selected experts, which depends on the chosen groups in
+    # group-limited routing.
+    can_plan = (
         config.moe_expert_capacity_factor is None
         and config.moe_input_jitter_eps is None
         and not config.moe_router_force_load_balancing
         and config.moe_router_force_biased is None
         and not config.moe_enable_routing_replay
+        and not config.moe_router_group_topk
     )
     # Multi-token prediction routes by shifted ids, which the plan of a micro-batch does not cover. The rows of latent
     # experts are narrower than the hidden states that a router needs.
-    if is_rank_local and any_rank_can_choose and not is_mtp_layer and not config.moe_latent_size:
+    if is_rank_local and can_plan and not is_mtp_layer and not config.moe_latent_size:
         return DispatchKind.PLANNED
     # With one expert for each token, or on each rank, Megatron's all-to-all also sends one copy.
     one_expert_per_rank = config.num_moe_experts == get_pg_size(pg_collection.ep)
