@@ -5,17 +5,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.training.console import console, progress_bar
@@ -39,6 +41,9 @@ class Batch(NamedTuple):
     documents: PackedDocuments | None
     """the documents within which tokens attend; None if tokens attend to the whole sample"""
 
+
+Blend = tuple[list[str], list[float] | None]
+"""Prefixes of datasets, and their weights."""
 
 _TENSORS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 """The tensors of a micro-batch, which have the names of `GPTDataset`."""
@@ -113,8 +118,50 @@ def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = N
         The datasets; None for a dataset without a share, and on ranks that do not read data.
     """
     console.load("building the datasets")
+    return _build(num_samples, *get_blend_and_blend_per_split(get_args()))
+
+
+# Megatron's training loop calls the function on all ranks, not only on the first stage, if the attribute is set.
+vars(build_datasets)["is_distributed"] = True
+
+
+def build_whole_split(split: Split) -> Dataset | None:
+    """Build a dataset that holds every sample of a split once; built on the ranks on which `build_datasets` builds.
+
+    Megatron cannot do so for datasets with weights, nor if one of the datasets has no sample. Here weights have no
+    effect. The samples of several datasets alternate, in proportion to the sizes of the datasets.
+
+    Returns:
+        The dataset; None for a split without samples, and on ranks that do not read data.
+    """
+    console.load("building the datasets")
+    one_epoch = [None] * len(Split)
+    blend, blend_per_split = get_blend_and_blend_per_split(get_args())
+    if blend is None and blend_per_split is None:  # mock data
+        return _build(one_epoch, None, None)[split.value]
+    of_split: Blend | None = blend if blend_per_split is None else blend_per_split[split.value]
+    # Build each dataset by itself, and leave out datasets without a sample.
+    datasets = []
+    for prefix in of_split[0] if of_split else ():
+        alone: Blend = ([prefix], None)
+        per_split = blend_per_split and [alone if each is split else None for each in Split]
+        dataset = _build(one_epoch, None if per_split else alone, per_split)[split.value]
+        if dataset is not None and len(dataset):
+            datasets.append(dataset)
+        else:
+            console.say(f"note: dataset {prefix} has no sample in the {split.name} split")
+    if len(datasets) < 2:
+        return next(iter(datasets), None)
+    # Sort all samples by their relative place in their dataset.
+    places = np.concatenate([(np.arange(len(dataset)) + 0.5) / len(dataset) for dataset in datasets])
+    return Subset(ConcatDataset(datasets), places.argsort(kind="stable").tolist())
+
+
+def _build(
+    num_samples: list[int] | list[None], blend: Blend | None, blend_per_split: list[Blend | None] | None
+) -> list[GPTDataset | None]:
+    """Build the datasets of all splits, see `build_datasets`, of one blend or of a blend for each split."""
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
     dataset, config = MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig
     if args.fim_data:
         dataset, config = FillInMiddleDataset, GPTFIMDatasetConfig
@@ -138,10 +185,6 @@ def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = N
         config(**settings),
     )
     return cast(list[GPTDataset | None], builder.build())
-
-
-# Megatron's training loop calls the function on all ranks, not only on the first stage, if the attribute is set.
-vars(build_datasets)["is_distributed"] = True
 
 
 def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

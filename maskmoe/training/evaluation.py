@@ -9,8 +9,10 @@ import argparse
 import json
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from megatron.core.datasets.utils import Split
 from megatron.training import print_rank_0
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
-from maskmoe.training.batch import build_datasets, losses_of_all, sum_over_ranks
+from maskmoe.training.batch import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.console import console
 from maskmoe.training.setup import (
     check_output,
@@ -32,7 +34,7 @@ from maskmoe.training.text_scoring import TextScores, read_texts, score_texts
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
-_SPLITS = ("train", "valid", "test")
+_SPLITS = tuple(Split.__members__)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def count_tokens_of_experts(model: torch.nn.Module, num_layers: int, num_experts
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `evaluation` group, and defaults for the settings of training that Megatron requires."""
     group = parser.add_argument_group(title="evaluation")
-    group.add_argument("--eval-split", choices=_SPLITS, default="valid", help="which split of --data-path to evaluate")
+    split = "which split of --data-path to evaluate, every sample once: weights of datasets have no effect"
+    group.add_argument("--eval-split", choices=_SPLITS, default="valid", help=split)
     files = {
         "--token-frequency": "token counts made by tools/count_token_frequency.py, which define the frequency bands; "
         "if the flag is left out, the tokens of --data-path are counted",
@@ -166,11 +169,14 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
     """
     bands = read_frequency_bands(args, get_tokenizer().vocab_size)
     band_of_id = torch.from_numpy(bands.band_of_id).cuda()
-    dataset = build_datasets([None, None, None])[_SPLITS.index(args.eval_split)]
+    dataset: Any = build_whole_split(Split[args.eval_split])
     num_samples = [len(dataset) if dataset is not None else 0]
     torch.distributed.broadcast_object_list(num_samples, src=0)
     if num_samples == [0]:
-        raise UserError(f"the {args.eval_split} split of {args.data_path} (--split {args.split}) has no sample")
+        raise UserError(
+            f"no dataset has a sample in the {args.eval_split} split; give it a larger share in --split, or choose "
+            "another --eval-split"
+        )
     limit = args.eval_iters * args.global_batch_size
     if 0 < limit < num_samples[0]:
         console.say(f"note: --eval-iters {args.eval_iters}: {limit:,} of {num_samples[0]:,} samples are evaluated")

@@ -31,9 +31,10 @@ def test_evaluation_gets_the_weights_of_a_blend(suite_file, tmp_path, monkeypatc
     """`maskmoe.training.evaluate` ignores them, see tests/training/test_evaluate.py."""
     monkeypatch.chdir(tmp_path)
     given = {"data-path": ("0.7", "a", "0.3", "b"), "split": ("9,1,0",), "tokenizer-model": ("model",)}
-    suite = Suite.read(suite_file(), given)
+    suite = Suite.read(suite_file(), {})
     run = whole_runs(suite, choose_learning_rates(suite, {}))[0]
-    stage = RunPlan(suite, run, open_data(suite.data, tmp_path, 16), tmp_path / "run", Devices(0, 2)).evaluate()
+    data = open_data({**suite.data, **given}, tmp_path, 16)
+    stage = RunPlan(suite, run, data, tmp_path / "run", Devices(0, 2)).evaluate()
     words = [str(word) for word in stage.command]
     assert "maskmoe.training.evaluate" in words
     position = words.index("--data-path")

@@ -7,14 +7,16 @@ import shlex
 
 import numpy as np
 import pytest
+from support.datasets import predictable_ids, write_documents
+from support.launchers import Outcome
+from support.training import VOCAB_SIZE
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index
 from maskmoe.routing_mask import RoutingMask
 
-SETTINGS = """
-    --use-checkpoint-args --data-path data --split 60,40,0 --tokenizer-type NullTokenizer --vocab-size 510
-    --token-frequency counts.safetensors --eval-output evaluation.json
-"""
+DATA = "--data-path data --split 60,40,0"
+MODEL = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510"
+SETTINGS = f"{MODEL} --token-frequency counts.safetensors --eval-output evaluation.json"
 LAYOUTS = {
     "one rank": ("", 1),
     # Neither 3 samples (a batch) nor 6 samples (the batches of two ranks) divide the number of samples.
@@ -24,20 +26,29 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def evaluate(workplace, start_by_name):
-    """Evaluate the checkpoint of a run; return the results and the output."""
+def execute(workplace, start_by_name):
+    """Evaluate the checkpoint of a run; return the outcome, in whose folder the results are."""
 
-    def evaluate(name: str, flags: str, ranks: int, run: str = "start") -> tuple[dict, str]:
+    def execute(name: str, flags: str, ranks: int, run: str = "start", data: str = DATA) -> Outcome:
         checkpoints = start_by_name(run).result().checkpoints
         folder = workplace.folder / "evaluations" / name.replace(" ", "_")
         folder.mkdir(parents=True)
-        output = folder / "evaluation.json"
-        settings = shlex.split(SETTINGS.replace("evaluation.json", str(output)) + flags)
+        settings = shlex.split(f"{SETTINGS} {data} {flags}".replace("evaluation.json", f"{folder}/evaluation.json"))
         program = ["-m", "maskmoe.training.evaluate", "--load", str(checkpoints), *settings]
         program += ["--data-cache-path", str(folder / "cache")]
-        outcome = workplace.execute(program, folder, ranks)
+        return workplace.execute(program, folder, ranks)
+
+    return execute
+
+
+@pytest.fixture(scope="module")
+def evaluate(execute):
+    """Evaluate the checkpoint of a run; return the results and the output."""
+
+    def evaluate(*args: object, **options: object) -> tuple[dict, str]:
+        outcome = execute(*args, **options)
         assert not any(outcome.exit_codes), outcome.report()
-        return json.loads(output.read_text()), (folder / "out0.log").read_text()
+        return json.loads((outcome.folder / "evaluation.json").read_text()), (outcome.folder / "out0.log").read_text()
 
     return evaluate
 
@@ -178,7 +189,7 @@ def test_loss_is_megatrons_validation_loss(results, workplace, start_by_name):
     checkpoints = start_by_name("start").result().checkpoints
     folder = workplace.folder / "evaluations" / "megatron"
     folder.mkdir(parents=True)
-    flags = [*shlex.split(SETTINGS.split("--token-frequency")[0]), "--load", str(checkpoints), "--skip-train"]
+    flags = [*shlex.split(f"{MODEL} {DATA}"), "--load", str(checkpoints), "--skip-train"]
     flags += shlex.split(f"--micro-batch-size 1 --eval-iters {samples_of_validation_split(workplace)} --num-workers 0")
     flags += ["--data-cache-path", str(folder / "cache"), "--global-batch-size", "1", "--train-iters", "1"]
 
@@ -201,3 +212,74 @@ def test_limited_number_of_batches(evaluate, workplace):
     """A global batch is 3 samples here."""
     evaluation, _ = evaluate("limited", "--micro-batch-size 3 --eval-iters 2", 1)
     assert evaluation["tokens"] == 2 * 3 * 32 < 32 * samples_of_validation_split(workplace)
+
+
+@pytest.fixture(scope="module")
+def second(workplace, evaluate) -> dict:
+    """Write datasets beside `data`, and return the evaluation of one of them: the others have no sample to evaluate.
+
+    The last 40 % of the documents are no document in `one_document`, and 10 tokens in `short_documents`.
+    """
+    documents = predictable_ids(np.random.default_rng(1), VOCAB_SIZE, num_documents=12)
+    write_documents(workplace.folder / "second", documents)
+    write_documents(workplace.folder / "one_document", documents[:1])
+    write_documents(workplace.folder / "short_documents", [document[:10] for document in documents[:3]])
+    return evaluate("second", "--data-path second", 1)[0]
+
+
+def assert_sum(evaluation: dict, parts: list[dict]) -> None:
+    """Compare the evaluation of several datasets with the evaluations of each."""
+    assert evaluation["tokens"] == sum(part["tokens"] for part in parts)
+    of_parts = sum(part["loss"] * part["tokens"] for part in parts) / evaluation["tokens"]
+    assert math.isclose(evaluation["loss"], of_parts, rel_tol=1e-6)
+    for band, *of_band in zip(evaluation["bands"], *(part["bands"] for part in parts), strict=True):
+        assert band["tokens"] == sum(part["tokens"] for part in of_band)
+    for load, *of_layer in zip(evaluation["expert_load"], *(part["expert_load"] for part in parts), strict=True):
+        counts = [part["tokens_per_expert"] for part in of_layer]
+        assert load["tokens_per_expert"] == np.sum(counts, axis=0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "ranks"),
+    [
+        ("weights", "--data-path 0.7 data 0.2 second 0.1 one_document", 1),
+        pytest.param(
+            *("weights on two ranks", "--data-path 9 second 1 data --expert-model-parallel-size 2", 2),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(
+                "no weights",
+                "--data-path data one_document second --tensor-model-parallel-size 2 --sequence-parallel",
+                2,
+            ),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_every_sample_of_several_datasets_counts_once(evaluate, results, second, name, flags, ranks):
+    """The ranks of the last case share each tensor, so that only the first rank reads data."""
+    evaluation, _ = evaluate(name, flags, ranks)
+    assert_sum(evaluation, [results["one rank"][0], second])
+
+
+def test_datasets_without_samples_are_left_out(evaluate, execute, results, second):
+    outcome = execute("left out", "--data-path one_document short_documents data", 1)
+    evaluation = json.loads((outcome.folder / "evaluation.json").read_text())
+    assert_agree(evaluation, results["one rank"][0])
+    notes = [f"note: dataset {name} has no sample in the valid split" for name in ("one_document", "short_documents")]
+    assert [line for line in outcome.errors[0].splitlines() if line.startswith("note: dataset")] == notes
+    outcome = execute("all left out", "--data-path 0.5 one_document 0.5 short_documents", 1)
+    assert outcome.exit_codes == (2,), outcome.report()
+    (message,) = re.findall("^error: .*", outcome.errors[0], re.MULTILINE)
+    assert "no dataset has a sample in the valid split" in message
+
+
+@pytest.mark.slow
+def test_datasets_of_one_split(evaluate, second):
+    """All documents are evaluated, without a share in `--split`."""
+    names = ("data", "second")
+    parts = [evaluate(f"all of {name}", "", 1, data=f"--data-path {name} --split 0,1,0")[0] for name in names]
+    data = "--train-data-path 0.5 data 0.5 second --valid-data-path 0.3 data 0.7 second"
+    evaluation, _ = evaluate("split", "", 1, data=data)
+    assert_sum(evaluation, parts)
