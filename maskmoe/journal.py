@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from maskmoe.untrusted import UnusableFile, read_bounded
+from maskmoe.untrusted import UnusableFile, open_regular
 
 FOLDER = "journal"
 """Name of the journal's folder in a run folder."""
@@ -102,7 +102,8 @@ class Journal:
 def read_journal(run_folder: Path) -> list[Entry]:
     """Return the entries of a run in the order of their times; without a journal, an empty list.
 
-    A line that a killed process has left unfinished, and a file that cannot be read, are skipped.
+    A line that a killed process has left unfinished, and a file that cannot be read, are skipped. Only the last 16 MiB of
+    a file are read.
 
     Args:
         run_folder: The run folder.
@@ -113,8 +114,11 @@ def read_journal(run_folder: Path) -> list[Entry]:
 
 def _read(path: Path) -> Iterator[Entry]:
     try:
-        lines = read_bounded(path, _MAX_BYTES).splitlines()
-    except UnusableFile:
+        with open_regular(path) as stream:
+            # Of a longer file, only the end is read; it may begin within a line.
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _MAX_BYTES))
+            lines = stream.read(_MAX_BYTES).splitlines()
+    except (UnusableFile, OSError):
         return
     for line in lines:
         with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):

@@ -13,6 +13,7 @@ _PATTERN = "events.out.tfevents.*"
 _SAMPLES = " vs samples"
 _TEXT = "/text_summary"
 _LOSS = "lm loss"
+_VALIDATION = " validation"
 _FRAME_BYTES = 16  # of a record beside its content: length and checksums
 
 CLOCK_TIME = "clock time of an iteration"
@@ -145,11 +146,18 @@ class EventHistory:
             if path != self._file:
                 self.history.start(event.step, event.seconds)
                 self._file, self._newest_loss = path, None
-            self.history.append(event.tag, event.step, event.value)
             self.history.newest = event.seconds
+            if self._is_of_test_set(event):
+                continue
+            self.history.append(event.tag, event.step, event.value)
             if event.tag == _LOSS:
                 self._measure_time(event)
         return self.history
+
+    def _is_of_test_set(self, event: Scalar) -> bool:
+        """Return whether a value is of the test set, which Megatron logs after the validation set by the same tag."""
+        series = self.history.series.get(event.tag)
+        return _VALIDATION in event.tag and series is not None and (series.newest or (None,))[0] == event.step
 
     def _measure_time(self, loss: Scalar) -> None:
         before, self._newest_loss = self._newest_loss, loss

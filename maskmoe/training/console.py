@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -111,10 +112,11 @@ class Console:
             self.say(f"note: cannot write {path}: {error.strerror}; the log of this rank is not kept")
             return
         with self._lock:
-            log.write(f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n")
-            log.writelines(self._pending)
-            self._pending.clear()
             self._log = log
+            lines = [f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n"]
+            lines += self._pending
+            self._pending.clear()
+            self._write_log(log, lines)
 
     def say(self, line: str, rank: int = 0) -> None:
         """Print a line of our own on one rank.
@@ -216,9 +218,19 @@ class Console:
     def _keep(self, text: str) -> None:
         with self._lock:
             if self._log is not None:
-                self._log.write(text)
+                self._write_log(self._log, [text])
             else:
                 self._pending.append(text)
+
+    def _write_log(self, log: TextIO, lines: Iterable[str]) -> None:
+        """Write lines to the log. A full disk ends the log, but must not end the run."""
+        try:
+            log.writelines(lines)
+        except OSError as error:
+            with suppress(OSError):  # closing the log tries to write the lines again
+                log.close()
+            self._log = None
+            self.say(f"note: cannot write {log.name}: {error.strerror}; the log of this rank ends here")
 
     def _beat(self) -> None:
         while not self._is_loaded.wait(_HEARTBEAT / 10):

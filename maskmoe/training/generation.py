@@ -89,7 +89,8 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, generator:
     """
     if temperature == 0:
         return logits.argmax().view(1)
-    logits = logits.float().cpu() / temperature
+    logits = logits.float().cpu()
+    logits = (logits - logits.max()) / temperature  # no logit becomes infinite
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
     return torch.multinomial(torch.softmax(logits, dim=0), 1, generator=generator)

@@ -23,7 +23,7 @@ class Text(NamedTuple):
     """A text to score.
 
     Attributes:
-        context: Text before the continuation, which is not scored; None for the end of another document.
+        context: Text before the continuation, which is not scored; None or white space for the end of a document.
         continuation: Text that is scored.
     """
 
@@ -119,18 +119,17 @@ def token_windows(texts: Sequence[Text], tokenizer: Any, length: int) -> Iterato
         UserError: A text has no context, and the tokenizer has no id that ends a document.
     """
     for number, text in enumerate(texts):
-        if text.context:
-            # White space belongs to the following word, so tokenize it together with the continuation.
-            tokens = tokenizer.tokenize(text.context + text.continuation)
-            num_context = len(tokenizer.tokenize(text.context.rstrip()))
-        else:
+        # White space belongs to the following word, so it is scored together with the continuation.
+        context, whole = (text.context or "").rstrip(), (text.context or "") + text.continuation
+        num_context = len(tokenizer.tokenize(context)) if context else 0
+        tokens = tokenizer.tokenize(whole) if whole else []
+        if not num_context:
             if (end_of_document := getattr(tokenizer, "eod", None)) is None:
                 raise UserError(
                     "the tokenizer has no end-of-document id, which must precede a text without context; "
                     'give the text a "context"'
                 )
-            tokens = [end_of_document, *(tokenizer.tokenize(text.continuation) if text.continuation else [])]
-            num_context = 1
+            tokens, num_context = [end_of_document, *tokens], 1
         yield from windows(number, tokens, num_context, length)
 
 

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 from support.training_lines import iteration_line, validation_line
+from torch.utils.tensorboard import SummaryWriter
 
+from maskmoe.run_report.events import EventHistory
 from maskmoe.run_report.history import History, Series
 from maskmoe.run_report.logs import log_files, read_logs
 
@@ -56,6 +58,17 @@ def test_resumed_run_replaces_what_it_abandoned():
     assert curves["lm loss"].means.tolist() == [1.0] * 7 + [2.0]
     assert curves["lm loss validation"].steps.tolist() == [5]
     assert history.num_starts == 2
+
+
+def test_loss_of_the_test_set_does_not_replace_that_of_the_validation_set(tmp_path):
+    """Megatron writes both by the same tag, for the same iteration. A later start may repeat the iteration."""
+    tag = "lm loss validation"
+    for losses in ([(2, 3.0), (4, 2.5), (4, 2.7)], [(4, 2.4), (4, 2.6)]):
+        with SummaryWriter(tmp_path) as writer:
+            for step, loss in losses:
+                writer.add_scalar(tag, loss, step)
+        history = EventHistory(tmp_path).update()
+        assert history.series[tag].newest == pytest.approx(losses[-2])
 
 
 def test_logs_are_read_where_there_are_no_events(tmp_path):

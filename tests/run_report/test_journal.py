@@ -8,6 +8,7 @@ import sys
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from maskmoe import journal
 from maskmoe.journal import FOLDER, Entry, Journal, Kind, read_journal
 
 ENTRY = {"kind": "saved", "text": "saved", "time": 1.0, "host": "a", "iteration": 7, "facts": {"seconds": 0.5}}
@@ -15,12 +16,12 @@ JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda 
 
 
 def test_entries_of_several_processes_are_read_in_the_order_of_their_times(tmp_path):
-    journal = Journal(tmp_path)
-    journal.write(Kind.STARTED, "2 ranks train", ranks=2)
+    own = Journal(tmp_path)
+    own.write(Kind.STARTED, "2 ranks train", ranks=2)
     program = "import sys, pathlib; from maskmoe.journal import *; "
     program += "Journal(pathlib.Path(sys.argv[1])).write(Kind.SAVED, 'saved', 20, seconds=0.5, is_local=False)"
     subprocess.run([sys.executable, "-c", program, tmp_path], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
-    journal.write(Kind.ENDED, "the run failed", 23, exit_code=1)
+    own.write(Kind.ENDED, "the run failed", 23, exit_code=1)
     entries = read_journal(tmp_path)
     assert [(entry.kind, entry.text, entry.iteration, dict(entry.facts)) for entry in entries] == [
         (Kind.STARTED, "2 ranks train", None, {"ranks": 2}),
@@ -35,6 +36,15 @@ def test_journal_that_cannot_be_written_loses_entries_only(tmp_path):
     Journal(tmp_path).write(Kind.SAVED, "saved")
     Journal(None).write(Kind.SAVED, "saved")
     assert read_journal(tmp_path) == []
+
+
+def test_newest_entries_of_a_long_journal_are_read(tmp_path, monkeypatch):
+    journal_file = tmp_path / FOLDER / "a-1.jsonl"
+    journal_file.parent.mkdir()
+    lines = [json.dumps(ENTRY | {"iteration": iteration, "time": float(iteration)}) for iteration in range(100)]
+    journal_file.write_text("\n".join(lines))
+    monkeypatch.setattr(journal, "_MAX_BYTES", 3 * len(lines[-1]) + 10)
+    assert [entry.iteration for entry in read_journal(tmp_path)] == [97, 98, 99]
 
 
 @example({"iteration": float("inf")}, b"")

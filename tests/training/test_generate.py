@@ -140,6 +140,9 @@ class TestSampleNextToken:
     def test_temperature_0_takes_the_most_probable(self):
         assert self.draw(temperature=0, top_k=0) == {1}
 
+    def test_smallest_temperature_takes_the_most_probable(self):
+        assert self.draw(temperature=1e-42, top_k=0) == {1}
+
     def test_top_k_bounds_the_choice(self):
         assert self.draw(temperature=5, top_k=2) == {1, 3}
 

@@ -105,6 +105,15 @@ def test_text_follows_the_end_of_a_document():
         assert window.tokens == (0, ord("a"), ord("b"))
 
 
+@pytest.mark.parametrize("length", [2, 8])
+def test_white_space_is_no_context_that_predicts_a_token(length):
+    """White space belongs to the continuation, and the first token of both follows the end of a document."""
+    found = list(token_windows([Text("\n", "acd")], Letters, length))
+    assert [token for window in found for token in window.tokens[-window.num_scored :]] == list(map(ord, "\nacd"))
+    assert found[0].tokens[0] == Letters.eod
+    assert all(window.num_scored < len(window.tokens) for window in found)
+
+
 @pytest.mark.parametrize(
     ("lines", "error"),
     [
