@@ -115,7 +115,7 @@ def read_journal(run_folder: Path) -> list[Entry]:
 def _read(path: Path) -> Iterator[Entry]:
     try:
         with open_regular(path) as stream:
-            # Of a longer file, only the end is read; it may begin within a line.
+            # Read only the end of a longer file. The end may begin within a line.
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - _MAX_BYTES))
             lines = stream.read(_MAX_BYTES).splitlines()
     except (UnusableFile, OSError):
