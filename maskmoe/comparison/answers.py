@@ -1,6 +1,6 @@
 """State the findings of a comparison in sentences: one answer for each question that a reader has."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from operator import methodcaller
 from typing import NamedTuple
@@ -142,16 +142,16 @@ def summarize_routers(results: Results) -> list[RouterSummary]:
         weights = [history.first_weight for history in histories]
         changes = [history.routable_fluctuation for history in histories if history.routable_fluctuation]
         experts = {
-            band.name: _mean([value for history in histories for value in history.distinct_experts[band.name]])
+            band.name: mean_of_known(value for history in histories for value in history.distinct_experts[band.name])
             for band in results.bands
         }
         summary = RouterSummary(
             variant.title,
             len(histories),
-            first_weight=_mean([value for rows in weights for value in rows[0]]),
-            last_weight=_mean([value for rows in weights for value in rows[-1]]),
-            first_change=_mean([value for rows in changes for value in rows[0]]),
-            last_change=_mean([value for rows in changes for value in rows[-1]]),
+            first_weight=mean_of_known(value for rows in weights for value in rows[0]),
+            last_weight=mean_of_known(value for rows in weights for value in rows[-1]),
+            first_change=mean_of_known(value for rows in changes for value in rows[0]),
+            last_change=mean_of_known(value for rows in changes for value in rows[-1]),
             experts=experts,
         )
         summaries.append(summary)
@@ -238,6 +238,7 @@ def _enumerate(parts: list[str]) -> str:
     return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def mean_of_known(values: Iterable[float | None]) -> float:
+    """Return the mean of the values that exist; nan if there is none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else float("nan")

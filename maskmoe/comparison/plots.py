@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskmoe.comparison.answers import common_iterations, curve_differences, differences_during_training
+from maskmoe.comparison.answers import (
+    common_iterations,
+    curve_differences,
+    differences_during_training,
+    mean_of_known,
+)
 from maskmoe.comparison.results import (
     Estimate,
     Results,
@@ -283,10 +288,10 @@ def _entropy(results: Results, variants: Histories) -> "Figure":
 def _fluctuation(results: Results, variants: Histories) -> "Figure":
     figure, ((left, right),) = _frame(2, 5.5, 4.5, sharey=True)
     for name, histories in variants.items():
-        of_all = _mean(history.fluctuation for history in histories)
-        of_routable = _mean(history.routable_fluctuation for history in histories)
-        for axes, shares in ((left, of_all), (right, of_routable)):
-            percent = 100 * shares.mean(axis=1)
+        of_all = [history.fluctuation for history in histories]
+        of_routable = [history.routable_fluctuation for history in histories]  # None in layers without a choice
+        for axes, runs in ((left, of_all), (right, of_routable)):
+            percent = [100 * mean_of_known(itertools.chain(*layers)) for layers in zip(*runs, strict=True)]
             axes.plot(histories[0].iterations[1:], percent, marker=".", **_styles(results)[name])
     left.set(title="all tokens", xlabel="iteration", ylabel="% whose expert changed since the last checkpoint")
     right.set(title="tokens with two or more visible experts", xlabel="iteration", ylim=(0, None))

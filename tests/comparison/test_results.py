@@ -181,8 +181,9 @@ def test_grid_of_many_values(tmp_path):
     assert "99.5%" in report
 
 
-def test_legends_fit_into_their_figures(monkeypatch, tmp_path):
-    """Many variants with long titles make a figure higher, and their names stay whole."""
+@pytest.fixture
+def figures(monkeypatch):
+    """Return a list that gets all figures that are drawn."""
     figures = []
 
     def remember(width, height):
@@ -191,6 +192,32 @@ def test_legends_fit_into_their_figures(monkeypatch, tmp_path):
 
     new_figure = plots.new_figure
     monkeypatch.setattr(plots, "new_figure", remember)
+    return figures
+
+
+@pytest.mark.filterwarnings("error")
+def test_fluctuation_of_layers_without_a_choice(figures, tmp_path):
+    """Plot and table have the mean over the layers in which tokens have a choice, as in models with hash layers."""
+    results = synthetic_results()
+    runs = []
+    for run in results.runs:
+        if run.variant == "smoe":
+            rows = [[None, *row[1:]] for row in run.routing.routable_fluctuation]
+            run = run.model_copy(update={"routing": run.routing.model_copy(update={"routable_fluctuation": rows})})
+        runs.append(run)
+    results = results.model_copy(update={"runs": runs})
+    plots.draw_plots(results, tmp_path)
+    titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
+    (right,) = [figure.axes[1] for figure, of_axes in zip(figures, titles, strict=True) if "all tokens" in of_axes]
+    lines = {line.get_label(): line.get_ydata() for line in right.lines}
+    rows = np.array([run.routing.routable_fluctuation for run in results.runs_of("smoe")], dtype=float)
+    assert lines["Smoe"] == pytest.approx(100 * rows[:, :, 1:].mean(axis=(0, 2)))  # [runs, checkpoints, layers]
+    for row in summarize_routers(results):
+        assert lines[row.title][[0, -1]] == pytest.approx([100 * row.first_change, 100 * row.last_change])
+
+
+def test_legends_fit_into_their_figures(figures, tmp_path):
+    """Many variants with long titles make a figure higher, and their names stay whole."""
     results = synthetic_results()
     variants, runs = list(results.variants), list(results.runs)
     for number in range(16):
