@@ -303,8 +303,8 @@ def sum_over_ranks(values: Tensor, *, by_tensor_rank: bool = False) -> Tensor:
 
     Args:
         values: Zeros on ranks that have nothing to add, such as ranks that are not on the last pipeline stage.
-        by_tensor_rank: Whether the ranks of a tensor-parallel group hold values of different tokens, as under sequence
-            parallelism. By default they hold equal values, of which the first rank's count.
+        by_tensor_rank: Whether the values of all ranks of a tensor-parallel group count. By default they are equal, and
+            the values of the first rank count.
     """
     if mpu.get_tensor_model_parallel_rank() != 0 and not by_tensor_rank:
         values.zero_()

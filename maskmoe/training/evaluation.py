@@ -203,9 +203,13 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
     columns = (tokens / tokens[-1], mean_losses, mean_losses.exp(), tokens.long())
     rows = zip((*bands.names, "all"), *(column.tolist() for column in columns), strict=True)
     *band_results, overall = (BandResult(*row) for row in rows)
+    # Without sequence parallelism, the ranks of a tensor-parallel group route the same tokens. With planned dispatch, a
+    # rank routes the tokens of its experts only. So add up all ranks, and divide by the ranks with the same tokens.
+    num_copies = 1 if args.sequence_parallel else args.tensor_model_parallel_size
+    loads = sum_over_ranks(counts, by_tensor_rank=True) // num_copies
     expert_load = [
         ExpertLoad(layer, float(load.max() / load.double().mean()), load.tolist())
-        for layer, load in enumerate(sum_over_ranks(counts, by_tensor_rank=args.sequence_parallel).cpu(), start=1)
+        for layer, load in enumerate(loads.cpu(), start=1)
         if load.any()
     ]
     of_all = (overall.loss, overall.perplexity, overall.tokens)

@@ -158,6 +158,18 @@ def test_each_rank_counts_its_part_of_the_sequence(evaluate, results):
     assert [sum(load["tokens_per_expert"]) for load in loads] == [sum(load["tokens_per_expert"]) for load in expected]
 
 
+def test_planned_tokens_of_tensor_parallel_ranks_count_once(evaluate):
+    """The mask allows plans. Both ranks hold all tokens, and each routes the tokens of its experts."""
+    layout = "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1 --expert-model-parallel-size 2"
+    one_rank, two_ranks = (
+        evaluate(f"planned on {ranks}", flags, ranks, run="experts of one rank")[0]
+        for ranks, flags in ((1, ""), (2, layout))
+    )
+    for load, expected in zip(two_ranks["expert_load"], one_rank["expert_load"], strict=True):
+        # Two experts of a token may have scores that are equal up to rounding.
+        assert load["tokens_per_expert"] == pytest.approx(expected["tokens_per_expert"], abs=2)
+
+
 @pytest.mark.slow
 def test_documents_are_kept_apart_if_the_flag_is_given(evaluate):
     """The data loader's masks say the same; the documents end with the id that the masks look for."""
