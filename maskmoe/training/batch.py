@@ -49,7 +49,7 @@ _TENSORS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 """The tensors of a micro-batch, which have the names of `GPTDataset`."""
 
 
-def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
+def get_batch(data_iterator: Iterator[dict[str, Any]] | None, micro_batch_size: int) -> Batch:
     """Return the next micro-batch, complete on every pipeline stage.
 
     Megatron's `get_batch` gives no tokens to later stages. Here every stage reads the data, which costs no
@@ -57,6 +57,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
 
     Args:
         data_iterator: Samples; None on ranks that are not the first of their tensor-parallel group.
+        micro_batch_size: Number of samples in each micro-batch.
     """
     args = get_args()
     has_documents = args.dataloader_inter_document_masking
@@ -72,7 +73,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> Batch:
         broadcast_group=cast(torch.distributed.ProcessGroup, mpu.get_tensor_model_parallel_group()),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         # Megatron leaves tensors out on later stages of a pipeline, so report a pipeline of one stage.
@@ -272,7 +273,7 @@ def losses_of_all(
 
     def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         """Run one micro-batch forward; return the losses and a function that keeps them with the micro-batch."""
-        batch = get_batch(data_iterator)
+        batch = get_batch(data_iterator, args.micro_batch_size)
         # In a step that is filled up, samples beyond the last one are padding for the routers. All ranks pass a mask in
         # that step, since they dispatch together.
         is_padding = None

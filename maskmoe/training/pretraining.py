@@ -74,10 +74,11 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module, before: Iterab
     """
     for call in before:
         call()
-    set_iteration_of_visible_experts(get_args(), model)
+    args = get_args()
+    set_iteration_of_visible_experts(args, model)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator)
+    batch = get_batch(data_iterator, args.micro_batch_size if model.training else args.eval_micro_batch_size)
     timers("batch-generator").stop()
     return token_losses(model, batch), partial(loss_function, batch.loss_mask)
 

@@ -82,6 +82,9 @@ RUNS = {
         continues="start, distributed optimizer",
         description="Two ranks share the batch and the optimizer states; communication overlaps computation.",
     ),
+    "tensor 2, larger micro-batches in evaluation": Run(
+        f"{TENSOR_2} --eval-micro-batch-size 4 --exit-interval 5", ranks=2, continues="start"
+    ),
     "tensor 2, expert parallel 2": Run(
         TENSOR_EXPERT_2, ranks=2, continues="start", description="Attention is divided among 2 ranks, experts are not."
     ),

@@ -101,6 +101,13 @@ def test_new_layers_of_a_hybrid_model_start_beside_the_layers_of_a_gpt_model(run
     assert 1e-4 < run.difference(reference, ["lm loss"]) < 1e-2
 
 
+@pytest.mark.runs("reference", "tensor 2, larger micro-batches in evaluation")
+def test_validation_has_micro_batches_of_its_own(runs):
+    reference, run = runs
+    assert list(run.curves["lm loss validation"]) == [5]
+    assert run.difference(reference) < FP32_ORDER_OF_SUMS
+
+
 @pytest.mark.runs("second rank without tokens, on 1", "second rank without tokens")
 def test_rank_without_tokens_agrees_with_single_process(runs):
     reference, run = runs
