@@ -80,7 +80,8 @@ class CheckpointSaver:
             if is_first:
                 self._clear_folder(settings, save)
             torch.distributed.barrier()
-            self._save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+            with _hiding_retain_interval(settings):
+                self._save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
             if is_first and not settings.async_save:
                 self._remove_outdated(settings, save)
         if settings.async_save:
@@ -95,13 +96,15 @@ class CheckpointSaver:
             blocking: wait until the files of all saves are written.
             terminate: end the process that writes.
         """
+        settings = get_args()
         finished: list[_Save] = []
         with _adding_time(finished):
-            self._finalize(blocking=blocking, terminate=terminate)
+            with _hiding_retain_interval(settings):
+                self._finalize(blocking=blocking, terminate=terminate)
             while len(self._unfinished) > _num_unfinished():
                 finished.append(self._unfinished.popleft())
             if finished and finished[-1].is_local and torch.distributed.get_rank() == 0:
-                self._remove_outdated(get_args(), finished[-1])
+                self._remove_outdated(settings, finished[-1])
         for save in finished:
             self._record(save, is_asynchronous=True)
 
@@ -141,6 +144,21 @@ def _adding_time(saves: list[_Save]) -> Iterator[None]:
     yield
     for save in saves:
         save.seconds += (time.perf_counter() - start) / len(saves)
+
+
+@contextmanager
+def _hiding_retain_interval(settings: Namespace) -> Iterator[None]:
+    """Hide `--save-retain-interval` from Megatron during the block if `--keep-last-checkpoints` is given.
+
+    When a save is complete, Megatron removes the checkpoint before it unless it is a multiple of this interval.
+    """
+    interval = settings.save_retain_interval
+    if settings.keep_last_checkpoints is not None:
+        settings.save_retain_interval = None
+    try:
+        yield
+    finally:
+        settings.save_retain_interval = interval
 
 
 def _folder(settings: Namespace, save: _Save) -> Path:

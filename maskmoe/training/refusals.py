@@ -250,10 +250,13 @@ REFUSALS = (
         lambda args: _rewinds(args) and args.non_persistent_save_interval,
     ),
     Refusal(
-        "--spike-action rewind with --keep-last-checkpoints 1",
-        "The newest checkpoint may hold the updates that the run goes back for, and no other checkpoint would be left. "
-        "Keep at least 2.",
-        lambda args: _rewinds(args) and args.keep_last_checkpoints == 1,
+        "--spike-action rewind with --keep-last-checkpoints 1, or with --save-retain-interval alone",
+        "The newest checkpoint may hold the updates that the run goes back for, and the checkpoint before it would be "
+        "removed. Pass --keep-last-checkpoints 2 or more.",
+        lambda args: (
+            _rewinds(args)
+            and (args.keep_last_checkpoints == 1 or (args.save_retain_interval and args.keep_last_checkpoints is None))
+        ),
     ),
     Refusal(
         "--spike-action skip with --qk-clip or --optimizer-cuda-graph",

@@ -212,10 +212,10 @@ def test_old_checkpoints_are_removed(workplace, tmp_path):
 
 @pytest.mark.slow
 def test_old_checkpoints_are_removed_but_those_to_retain(workplace, tmp_path):
-    flags = "--save-interval 2 --keep-last-checkpoints 2 --save-retain-interval 4 --exit-interval 11 --async-save"
+    flags = "--save-interval 2 --keep-last-checkpoints 2 --save-retain-interval 4 --exit-interval 11"
     outcome = workplace.run(Run(flags, saves=True), tmp_path / "run")
     assert outcome.exit_codes == (0,), outcome.report()
-    assert saved_iterations(outcome.checkpoints) == [11, 8, 4]
+    assert saved_iterations(outcome.checkpoints) == [11, 10, 8, 4]
 
 
 @pytest.mark.runs(SAVED)
