@@ -103,8 +103,9 @@ class CheckpointSaver:
                 self._finalize(blocking=blocking, terminate=terminate)
             while len(self._unfinished) > _num_unfinished():
                 finished.append(self._unfinished.popleft())
-            if finished and finished[-1].is_local and torch.distributed.get_rank() == 0:
-                self._remove_outdated(settings, finished[-1])
+            if torch.distributed.get_rank() == 0:
+                for save in finished:
+                    self._remove_outdated(settings, save)
         for save in finished:
             self._record(save, is_asynchronous=True)
 

@@ -203,16 +203,18 @@ def test_run_resumes_from_the_newest_sound_checkpoint(runs, copy, workplace, tmp
         check_all(checkpoint_path(copy, iteration))
 
 
-def test_old_checkpoints_are_removed(workplace, tmp_path):
-    flags = "--save-interval 2 --keep-last-checkpoints 2 --exit-interval 9"
+@pytest.mark.parametrize("flags", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
+def test_old_checkpoints_are_removed(workplace, tmp_path, flags):
+    flags += " --save-interval 2 --keep-last-checkpoints 2 --exit-interval 9"
     outcome = workplace.run(Run(flags, saves=True), tmp_path / "run")
     assert outcome.exit_codes == (0,), outcome.report()
     assert saved_iterations(outcome.checkpoints) == [9, 8]
 
 
 @pytest.mark.slow
-def test_old_checkpoints_are_removed_but_those_to_retain(workplace, tmp_path):
-    flags = "--save-interval 2 --keep-last-checkpoints 2 --save-retain-interval 4 --exit-interval 11"
+@pytest.mark.parametrize("flags", ["", "--async-save"])
+def test_old_checkpoints_are_removed_but_those_to_retain(workplace, tmp_path, flags):
+    flags += " --save-interval 2 --keep-last-checkpoints 2 --save-retain-interval 4 --exit-interval 11"
     outcome = workplace.run(Run(flags, saves=True), tmp_path / "run")
     assert outcome.exit_codes == (0,), outcome.report()
     assert saved_iterations(outcome.checkpoints) == [11, 10, 8, 4]
