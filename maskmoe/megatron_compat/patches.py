@@ -6,6 +6,7 @@ patch here knows other rooms of this package. The patches that concern checkpoin
 """
 
 import argparse
+import copy
 import importlib
 import logging
 from collections.abc import Callable, Mapping
@@ -177,10 +178,44 @@ def count_predicted_tokens_of_all_context_ranks() -> None:
     replace(multi_token_prediction, "roll_tensor", roll)
 
 
+def weigh_predicted_tokens_of_all_context_ranks() -> None:
+    """Give all tokens of multi-token prediction one weight under context parallelism with `--calculate-per-token-loss`.
+
+    Replaces: `process_mtp_loss` in `megatron.core.models.gpt.gpt_model` and in
+        `megatron.core.models.hybrid.hybrid_model`.
+    Why: Megatron divides all gradients by the number of tokens that the main loss counts. So the stock function
+        multiplies the mean loss of multi-token prediction by this number, but it takes the number of one
+        context-parallel rank. A loss mask leaves different numbers on the ranks. The replacement multiplies the
+        coefficient of the loss by the mean number of the ranks instead.
+    Can go: When gradients of multi-token prediction with `--calculate-per-token-loss` and a loss mask are the same for
+        every context-parallel size.
+    """
+    from megatron.core.models.gpt import gpt_model
+    from megatron.core.models.hybrid import hybrid_model
+
+    stock_process: Any = gpt_model.process_mtp_loss
+
+    def process(
+        *, loss_mask: torch.Tensor | None, config: Any, cp_group: torch.distributed.ProcessGroup, **arguments: Any
+    ) -> torch.Tensor:
+        # Without a loss mask, ranks have equal numbers of tokens.
+        if config.calculate_per_token_loss and loss_mask is not None and cp_group.size() > 1:
+            num_tokens = loss_mask.sum()
+            torch.distributed.all_reduce(num_tokens, group=cp_group)
+            config = copy.copy(config)
+            config.calculate_per_token_loss = False
+            config.mtp_loss_scaling_factor *= num_tokens / cp_group.size()
+        return stock_process(loss_mask=loss_mask, config=config, cp_group=cp_group, **arguments)
+
+    replace(gpt_model, "process_mtp_loss", process)
+    replace(hybrid_model, "process_mtp_loss", process)
+
+
 EVERY_PROCESS = (
     *(let_megatron_log, use_compiled_helpers_of_wheel, make_optimizer_state_loadable),
     recompute_without_transformer_engine,
     count_predicted_tokens_of_all_context_ranks,
+    weigh_predicted_tokens_of_all_context_ranks,
 )
 """The patches that `prepare_process` applies."""
 

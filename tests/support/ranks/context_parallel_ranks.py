@@ -15,6 +15,7 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 import torch
+from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -110,6 +111,40 @@ def normalization_deviations(world: ProcessGroup) -> tuple[float, float]:
     )
 
 
+def weights_of_prediction(mask: Tensor, cp_group: ProcessGroup) -> Tensor:
+    """Return the weights [sequence, batch] that a loss per token of multi-token prediction gives to a rank's tokens."""
+    losses = torch.zeros(*mask.shape, 1, requires_grad=True)
+    settings: Any = SimpleNamespace(
+        mtp_num_layers=1, mtp_detach_heads=False, mtp_loss_scaling_factor=0.3, calculate_per_token_loss=True
+    )
+    arguments: dict[str, Any] = {
+        "hidden_states": torch.cat([torch.zeros_like(losses), losses]),
+        "labels": torch.zeros(mask.t().shape, dtype=torch.long),
+        "loss_mask": mask.t().contiguous(),
+        "output_layer": lambda hidden, **_: (hidden, None),
+        "output_weight": None,
+        "runtime_gather_output": None,
+        "is_training": False,
+        "compute_language_model_loss": lambda labels, logits: logits.squeeze(-1).t(),
+        "config": settings,
+        "cp_group": cp_group,
+    }
+    gpt_model.process_mtp_loss(**arguments).sum().backward()
+    assert losses.grad is not None
+    return losses.grad.squeeze(-1)
+
+
+def weights_deviation(world: ProcessGroup, alone: ProcessGroup) -> float:
+    """Return the largest difference of the weights from one rank's; one rank counts no token of the main loss."""
+    torch.manual_seed(0)
+    mask = (torch.rand(SEQUENCE, BATCH) < 0.5).float()
+    chunk = SEQUENCE // world.size() // 2
+    mask[:chunk] = mask[-chunk:] = 0
+    mask[chunk] = 1
+    expected = weights_of_prediction(mask, alone)
+    return (weights_of_prediction(part_of_rank(mask, world), world) - part_of_rank(expected, world)).abs().max().item()
+
+
 def main() -> None:
     folder, rank, num_ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
@@ -118,6 +153,7 @@ def main() -> None:
     world: Any = torch.distributed.group.WORLD
     deviations = {name: deviation(world, alone, **case) for name, case in CASES.items()}
     deviations["tokens of multi-token prediction"], deviations["loss"] = normalization_deviations(world)
+    deviations["weights of multi-token prediction"] = weights_deviation(world, alone)
     (folder / f"rank{rank}.json").write_text(json.dumps(deviations))
     torch.distributed.destroy_process_group()
 
