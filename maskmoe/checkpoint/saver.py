@@ -62,7 +62,7 @@ class CheckpointSaver:
         self._last_saved: int | None = None  # the iteration of the last persistent checkpoint
 
     def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
-        """Save a checkpoint, as Megatron's `save_checkpoint` does.
+        """Save a checkpoint, as Megatron's `save_checkpoint` does, unless the checkpoint exists already.
 
         Args:
             iteration: the iteration to save.
@@ -71,7 +71,7 @@ class CheckpointSaver:
             **kwargs: further arguments of Megatron's function.
         """
         settings = get_args()
-        if not non_persistent_ckpt and _is_saved(settings, iteration):
+        if not non_persistent_ckpt and (self._has_saved_last(settings, iteration) or _is_saved(settings, iteration)):
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
         save = _Save(iteration, non_persistent_ckpt)
@@ -82,6 +82,8 @@ class CheckpointSaver:
             torch.distributed.barrier()
             with _hiding_retain_interval(settings):
                 self._save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+            if not save.is_local:
+                self._last_saved = iteration
             if is_first and not settings.async_save:
                 self._remove_outdated(settings, save)
         if settings.async_save:
@@ -109,6 +111,14 @@ class CheckpointSaver:
         for save in finished:
             self._record(save, is_asynchronous=True)
 
+    def _has_saved_last(self, settings: Namespace, iteration: int) -> bool:
+        """Return whether the run has saved its last iteration, which Megatron saves again after training.
+
+        Megatron also saves an earlier iteration again if a gradient is NaN in the step after it. That checkpoint holds
+        the state of Megatron's search for the cause, so do not leave it out.
+        """
+        return iteration == self._last_saved == settings.train_iters
+
     def _clear_folder(self, settings: Namespace, save: _Save) -> None:
         """Remove what a save would write over, and checkpoints that are no longer wanted."""
         folder = _folder(settings, save)
@@ -119,7 +129,6 @@ class CheckpointSaver:
         else:
             shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
             self._remove_outdated(settings, save)
-            self._last_saved = save.iteration
 
     def _remove_outdated(self, settings: Namespace, save: _Save) -> None:
         """Remove the checkpoints that a run does not keep beside its newest one."""

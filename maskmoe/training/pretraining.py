@@ -290,6 +290,10 @@ def train(
     keep_checkpoints_whole(lambda: leaving.after(entering_all(while_saving)), Journal(folder_on_first_rank))
     if args.override_opt_param_scheduler and has_one_learning_rate(args):
         override_learning_rates()
+    config = pretrain_cfg_container_from_args(args, model_config)
+    # After training, Megatron saves unless the last iteration is a multiple of this interval. But an iteration that is
+    # passed over is not saved, multiple or not. So always save: `CheckpointSaver` leaves out a checkpoint that exists.
+    config.checkpoint.save_interval = sys.maxsize
     # Train. Each context manager handles one way in which the run may end early.
     console.load("building the model")
     with (
@@ -300,7 +304,7 @@ def train(
         handling_early_ends(args, data_files, leaving),
     ):
         pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
+            config,
             build_datasets,
             ModelType.encoder_or_decoder,
             partial(forward_step, before=before_each),

@@ -20,9 +20,10 @@ from support.training import Run
 from torch.distributed import HashStore
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
-from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, saved_iterations
+from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, read_tracker, saved_iterations
 from maskmoe.conversion.config_mapping import _FIXED_ARGS
 from maskmoe.errors import UserError
+from maskmoe.journal import Kind, read_journal
 from maskmoe.training.changed_settings import find_changed_settings
 from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.rank_store import RankStore
@@ -201,6 +202,23 @@ def test_run_resumes_from_the_newest_sound_checkpoint(runs, copy, workplace, tmp
     assert outcome.difference(undisturbed) == 0
     for iteration in (7, 14, 21):
         check_all(checkpoint_path(copy, iteration))
+
+
+@pytest.mark.parametrize(
+    ("passed", "saved"),
+    [("3 7 8", [4, 8]), pytest.param("4", [8], marks=pytest.mark.slow)],
+    ids=["the last iterations", "an iteration between"],
+)
+def test_the_last_iteration_is_saved_once(workplace, tmp_path, passed, saved):
+    """Megatron saves no iteration that it passes over."""
+    flags = f"--train-iters 8 --save-interval 4 --iterations-to-skip {passed}"
+    outcome = workplace.run(Run(flags, saves=True), tmp_path / "run")
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert outcome.iterations == [step for step in range(1, 9) if str(step) not in passed]
+    entries = [entry for entry in read_journal(outcome.checkpoints) if entry.kind is Kind.SAVED]
+    assert [entry.iteration for entry in entries] == saved
+    assert read_tracker(outcome.checkpoints) == 8
+    check_all(checkpoint_path(outcome.checkpoints, 8))
 
 
 @pytest.mark.parametrize("flags", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
