@@ -10,6 +10,8 @@ from itertools import chain
 from typing import NamedTuple
 
 from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -93,6 +95,16 @@ def _divides_matrices(args: Namespace) -> bool:
 def _pattern_has(symbol: str, args: Namespace) -> bool:
     """Return whether the pattern of a hybrid model has a symbol."""
     return symbol in (args.hybrid_layer_pattern or "")
+
+
+def _predicts_before_last_rank(args: Namespace) -> bool:
+    """Return whether a layout puts multi-token prediction on another pipeline rank than the last."""
+    try:
+        chunks = PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout or "")
+    except AssertionError:
+        return False  # Megatron reports a layout that it cannot parse.
+    num_ranks = args.pipeline_model_parallel_size
+    return any(LayerType.mtp in chunk and number % num_ranks < num_ranks - 1 for number, chunk in enumerate(chunks))
 
 
 def _flex_backend(args: Namespace) -> str | None:
@@ -449,6 +461,12 @@ REFUSALS = (
             and (args.expert_tensor_parallel_size or args.tensor_model_parallel_size) > 1
             and args.add_bias_linear
         ),
+    ),
+    Refusal(
+        "--pipeline-model-parallel-layout with m on another pipeline rank than the last",
+        "Multi-token prediction has a copy of the embedding, but Megatron-Core adds up the gradients of copies on the "
+        "first and on the last rank only. Put m into the last chunk, as in 'Et*3|tmL'.",
+        _predicts_before_last_rank,
     ),
     Refusal(
         "--mla-down-proj-fusion with --transformer-impl local",

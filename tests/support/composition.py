@@ -240,6 +240,9 @@ TABLE: dict[str, Works | Refused] = {
     "multi-token prediction by one repeated layer": Works(
         "2 ranks", ("--mtp-use-repeated-layer",), tuple(COMPARED["repeated prediction"])
     ),
+    "multi-token prediction on another pipeline rank than the last": Refused(
+        "--mtp-num-layers 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|ttt|m|L"
+    ),
     "multi-latent attention": Works(
         "2, 4 and 8 ranks, also with context parallel; one layer against transformers' DeepSeek-V3",
         ("--multi-latent-attention",),

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from contextlib import nullcontext
 from itertools import chain
 
 import pytest
@@ -237,6 +238,23 @@ def test_flag_that_a_run_does_not_have_is_noticed(flag):
 def test_flags_that_are_not_refused_have_no_reason():
     with pytest.raises(LookupError, match="--num-layers 2 is not refused"):
         reason_of_refusal("--num-layers 2")
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout", "is_refused"),
+    [
+        (2, "Et*3|tmL", False),
+        (2, "Et|t|tt|mL", False),
+        (2, "Et|t|t|tm|m|L", True),
+        (3, "Et*3|tm|L", True),
+        (1, "Et*4mL", False),
+        (2, "E?|mL", False),  # left to Megatron
+    ],
+)
+def test_multi_token_prediction_must_be_on_the_last_pipeline_rank(num_ranks, layout, is_refused):
+    flags = f"--pipeline-model-parallel-size {num_ranks} --pipeline-model-parallel-layout {layout}"
+    with nullcontext() if is_refused else pytest.raises(LookupError):
+        assert "with m on another pipeline rank than the last" in reason_of_refusal(flags)
 
 
 def test_compared_runs_are_of_one_model():
