@@ -19,7 +19,7 @@ from megatron.training import checkpointing
 from torch.distributed.checkpoint import default_planner, filesystem
 
 from maskmoe.checkpoint.unpickling import read_layout, read_object
-from maskmoe.checkpoint.writer_process import get_write_results_queue, immune_children, write_for_rank
+from maskmoe.checkpoint.writer_process import get_write_results_queue, start_writer, write_for_rank
 from maskmoe.journal import Journal
 from maskmoe.megatron_compat.replacing import replace
 
@@ -47,14 +47,14 @@ def unpickle_data_only() -> None:
 def tie_writers_to_their_rank() -> None:
     """Let the processes of asynchronous saving end with their rank, not earlier and not later.
 
-    Replaces: `PersistentAsyncCaller._get_process` and `async_loop`, and `filesystem_async.get_write_results_queue`.
+    Replaces: `PersistentAsyncCaller._get_process` and `async_loop`, the queues of `PersistentAsyncCaller`, and
+        `filesystem_async.get_write_results_queue`.
     Why: A signal that asks for a last checkpoint goes to the whole process group and would kill the writer before it
         has written the checkpoint. When the rank is killed, the writer would stay and might write into the folder that
-        the rank's successor saves to.
-    Can go: When Megatron-Core blocks these signals in its writers and ends them with their rank.
+        the rank's successor saves to. When the writer is killed, the rank would wait for the writer forever.
+    Can go: When Megatron-Core blocks these signals in its writers, ends them with their rank, and notices their end.
     """
-    # A context manager made by `contextmanager` also decorates functions, which then run inside the context.
-    replace(PersistentAsyncCaller, "_get_process", staticmethod(immune_children()(PersistentAsyncCaller._get_process)))
+    replace(PersistentAsyncCaller, "_get_process", staticmethod(start_writer))
     replace(PersistentAsyncCaller, "async_loop", staticmethod(write_for_rank))
     replace(filesystem_async, "get_write_results_queue", get_write_results_queue)
 
@@ -135,7 +135,11 @@ EVERY_PROCESS = (
 """The patches that `prepare_process` applies."""
 
 
-def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager], journal: Journal) -> None:
+def keep_checkpoints_whole(
+    while_saving: Callable[[], AbstractContextManager],
+    while_waiting: Callable[[], AbstractContextManager],
+    journal: Journal,
+) -> None:
     """Save into empty folders only, record a digest of every file, and record every save; for processes that train.
 
     Replaces: `TorchDistSaveShardedStrategy` and `cleanup_old_non_persistent_checkpoint` in
@@ -149,6 +153,7 @@ def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager], j
 
     Args:
         while_saving: Returns a context manager that is entered around each save.
+        while_waiting: Returns a context manager that is entered while training waits for asynchronous saves.
         journal: Gets an entry for each checkpoint.
     """
     # Processes that do not train need not spend the time to import these modules.
@@ -157,7 +162,8 @@ def keep_checkpoints_whole(while_saving: Callable[[], AbstractContextManager], j
     from maskmoe.checkpoint.saver import CheckpointSaver
     from maskmoe.checkpoint.saving import SealedSaveStrategy
 
-    saver = CheckpointSaver(training.save_checkpoint, training.maybe_finalize_async_save, while_saving, journal)
+    functions = training.save_checkpoint, training.maybe_finalize_async_save
+    saver = CheckpointSaver(*functions, while_saving, while_waiting, journal)
     replace(checkpointing, "TorchDistSaveShardedStrategy", SealedSaveStrategy)
     replace(checkpointing, "cleanup_old_non_persistent_checkpoint", lambda *args, **kwargs: None)
     replace(training, "save_checkpoint", saver.save)

@@ -5,7 +5,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class CheckpointSaver:
         save_checkpoint: Megatron's function of this name.
         finalize: Megatron's `maybe_finalize_async_save`.
         while_saving: makes a context manager that is entered around each save.
+        while_waiting: makes a context manager that is entered while training waits for asynchronous saves.
         journal: gets an entry for each checkpoint on the first rank.
     """
 
@@ -53,10 +54,11 @@ class CheckpointSaver:
         save_checkpoint: Callable[..., None],
         finalize: Callable[..., None],
         while_saving: Callable[[], AbstractContextManager],
+        while_waiting: Callable[[], AbstractContextManager],
         journal: Journal,
     ) -> None:
         self._save_checkpoint, self._finalize = save_checkpoint, finalize
-        self._while_saving, self._journal = while_saving, journal
+        self._while_saving, self._while_waiting, self._journal = while_saving, while_waiting, journal
         self._unfinished: deque[_Save] = deque()
         self._has_saved_non_persistent = False
         self._last_saved: int | None = None  # the iteration of the last persistent checkpoint
@@ -100,7 +102,8 @@ class CheckpointSaver:
         """
         settings = get_args()
         finished: list[_Save] = []
-        with _adding_time(finished):
+        waits = blocking and bool(self._unfinished)
+        with self._while_waiting() if waits else nullcontext(), _adding_time(finished):
             with _hiding_retain_interval(settings):
                 self._finalize(blocking=blocking, terminate=terminate)
             while len(self._unfinished) > _num_unfinished():

@@ -287,7 +287,9 @@ def train(
         spike_watch = SpikeWatch(args.spike_action, detector, warnings, Rewinder(args, run.rewinds))
         watch_steps(spike_watch.wrap)
         while_saving.append(spike_watch.sharing_history)
-    keep_checkpoints_whole(lambda: leaving.after(entering_all(while_saving)), Journal(folder_on_first_rank))
+    keep_checkpoints_whole(
+        lambda: leaving.after(entering_all(while_saving)), watchdog.paused, Journal(folder_on_first_rank)
+    )
     if args.override_opt_param_scheduler and has_one_learning_rate(args):
         override_learning_rates()
     config = pretrain_cfg_container_from_args(args, model_config)

@@ -249,7 +249,7 @@ prepare_process()
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
 from maskmoe.journal import Journal
 
-keep_checkpoints_whole(contextlib.nullcontext, Journal(None))
+keep_checkpoints_whole(contextlib.nullcontext, contextlib.nullcontext, Journal(None))
 from maskmoe.training.megatron_patches import pass_batches_of_every_chunk, watch_steps
 
 pass_batches_of_every_chunk()

@@ -119,6 +119,60 @@ def test_writer_ends_with_its_rank(start_faulty):
     assert alive == []
 
 
+def writer_of(rank: int) -> psutil.Process:
+    """Return the process that writes the checkpoints of a rank: a child of the fork server, the rank's child."""
+    (writer,) = (child for child in psutil.Process(rank).children(recursive=True) if child.ppid() != rank)
+    return writer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_writing", [False, True])
+def test_killed_writer_ends_the_run(start_faulty, tmp_path, is_writing):
+    """The rank fails in the next iteration if the writer was writing, else in the next save."""
+    with start_faulty("slow-save" if is_writing else "none", "--async-save", rank=0, ranks=1) as processes:
+        processes.wait_until((checkpoint_path(tmp_path / "save", 7) / "__0_0.distcp").exists)
+        if not is_writing:
+            processes.wait_until(lambda: read_tracker(tmp_path / "save") == 7)
+        writer_of(processes.pids[0]).kill()
+        outcome = processes.wait()
+    assert outcome.exit_codes == (1,), outcome.report()
+    error = (
+        r"^error: the process that writes checkpoints has died \(host \S+, process \d+, exit code -9\); .*start the run"
+    )
+    assert re.search(error, outcome.errors[0], re.M | re.I), outcome.report()
+    assert outcome.iterations[-1] < 14 or not is_writing
+    assert read_tracker(tmp_path / "save") == (None if is_writing else 7)
+
+
+@pytest.mark.slow
+@UNDISTURBED
+def test_run_with_killed_writer_is_started_again(runs, start_faulty):
+    (undisturbed,) = runs
+    with start_faulty(flags="--async-save", torchrun=True, restarts=1) as processes:
+        processes.wait_for_iteration(9)
+        writer_of(processes.pid_of_rank(1)).kill()
+        outcome = processes.wait()
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert "error: the process that writes checkpoints has died" in processes.output
+    assert "at iteration 7" in processes.output
+    assert outcome.difference(undisturbed) == 0
+
+
+@pytest.mark.slow
+def test_long_write_at_the_end_is_no_hang(start_faulty, tmp_path):
+    """After the last iteration, the run waits for the checkpoint of the iteration before."""
+    timeout = 2
+    flags = f"--async-save --hang-timeout {timeout} --train-iters 8 --eval-iters 0"
+    with start_faulty("slow-save", flags, rank=0, ranks=1) as processes:
+        processes.wait_for_iteration(8)
+        start = time.monotonic()
+        processes.wait_until(lambda: read_tracker(tmp_path / "save") == 7)
+        assert time.monotonic() - start > 2 * timeout
+        outcome = processes.wait()
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert damages_in(tmp_path / "save") == {7: None, 8: None}
+
+
 @pytest.mark.parametrize(
     ("number", "ranks", "flags"),
     [
