@@ -102,8 +102,8 @@ class Journal:
 def read_journal(run_folder: Path) -> list[Entry]:
     """Return the entries of a run in the order of their times; without a journal, an empty list.
 
-    A line that a killed process has left unfinished, and a file that cannot be read, are skipped. Only the last 16 MiB of
-    a file are read.
+    A line that a killed process has left unfinished, and a file that cannot be read, are skipped. Only the last 16 MiB
+    of a file are read.
 
     Args:
         run_folder: The run folder.
