@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,11 @@ from support.waiting import wait_until
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.interruption import EXIT_REQUEUE
 from maskmoe.journal import Kind, read_journal
+from maskmoe.launch.elastic import membership
 from maskmoe.launch.elastic import run as elastic_run
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
-from maskmoe.launch.elastic.membership import Member
+from maskmoe.launch.elastic.membership import Member, Membership
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import NodeRange, parse_options
 
@@ -34,6 +37,19 @@ layouts:
   4: {expert-model-parallel-size: 4}
 """
 MEMBERS = [Member(f"id{number}", f"host{number}", number, float(number), "", 0, 1) for number in range(6)]
+
+
+@contextmanager
+def failing(folder: Path) -> Iterator[None]:
+    """Put a file in the place of a folder during the block, so that reading the folder fails."""
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    folder.touch()
+    try:
+        yield
+    finally:
+        folder.unlink()
+        aside.rename(folder)
 
 
 # ---- Launchers -------------------------------------------------------------------------------------------------------
@@ -183,6 +199,21 @@ def test_too_few_nodes(new_run):
     assert "1 node of 2 to 3 came within 1 s; start the command on more nodes" in launcher.output
 
 
+def test_file_system_that_fails_for_a_while_or_for_good(new_run):
+    run = new_run("1:2")
+    launcher = run.start("a", "--node-timeout", "5")
+    launcher.wait_for_output("waiting for 1 to 2 nodes")
+    with failing(run.folder / "elastic"):
+        time.sleep(0.5)
+    other = run.start("b")
+    run.wait_for_nodes(1, 2)
+    other.kill()
+    with failing(run.folder / "elastic"):
+        run.say("go-back-1")
+        assert launcher.wait() == 2
+    assert f"error: cannot use {run.folder}: Not a directory; choose another --run-dir" in launcher.output
+
+
 def test_run_without_checkpoints_is_refused(tmp_path):
     run = Run(tmp_path, "1:2")
     (tmp_path / "model.yaml").write_text("num-layers: 2")
@@ -212,6 +243,39 @@ def test_only_one_of_many_launchers_writes_a_generation(tmp_path):
     (winner,) = [generation for is_written, generation in written if is_written]
     assert Generations(tmp_path).newest() == winner
     assert [path.name for path in tmp_path.iterdir()] == ["generation-000001.json"]
+
+
+def test_launcher_is_not_gone_while_the_folder_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(membership, "_BEAT_SECONDS", 1e6)  # the test looks instead of the threads
+    folder = tmp_path / "members"
+    with Membership(folder, "localhost", 1, 60) as here, Membership(folder, "localhost", 1, 60) as other:
+        here._look()
+        with failing(folder), pytest.raises(NotADirectoryError):
+            here._look()
+        assert not here.is_gone(other.me.id)
+        with monkeypatch.context() as context:
+            context.setattr(os, "listdir", lambda _: [])  # a cache of a network file system is behind
+            here._look()
+        assert not here.is_gone(other.me.id)
+        other.leave()
+        here._look()
+        assert here.is_gone(other.me.id)
+
+
+def test_generations_are_not_missing_while_the_folder_cannot_be_read(tmp_path):
+    generations = Generations(tmp_path / "elastic")
+    (tmp_path / "elastic").mkdir()
+    generations.write(Generation(1, tuple(MEMBERS), 7, {}))
+    generations.end(1, 0)
+    with failing(tmp_path / "elastic"):
+        for read in (generations.newest_number, generations.newest, lambda: generations.exit_code(1)):
+            with pytest.raises(NotADirectoryError):
+                read()
+    assert generations.exit_code(1) == 0
+    # A file that cannot be read is not damaged.
+    (tmp_path / "elastic" / "generation-000002.json").symlink_to("generation-000002.json")
+    with pytest.raises(OSError, match="symbolic links"):
+        generations.newest()
 
 
 @given(st.binary(max_size=60))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from maskmoe.launch.model_file import Flags
 from maskmoe.outputs import atomic_output
 from maskmoe.untrusted import UnusableFile, read_json_bytes
 
-_PREFIX, _SUFFIX = "generation-", ".json"
+_NAME = re.compile(r"generation-(?P<number>[0-9]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,27 @@ class Generations:
         self._folder = folder
 
     def newest_number(self) -> int:
-        """Return the number of the newest generation; 0 if there is none."""
-        numbers = (path.name[len(_PREFIX) : -len(_SUFFIX)] for path in self._folder.glob(f"{_PREFIX}*{_SUFFIX}"))
-        return max((int(number) for number in numbers if number.isdecimal()), default=0)
+        """Return the number of the newest generation; 0 if there is none.
+
+        Raises:
+            OSError: the folder cannot be listed.
+        """
+        # `Path.glob` would find nothing in a folder that cannot be read.
+        names = (_NAME.fullmatch(name) for name in os.listdir(self._folder))
+        return max((int(name["number"]) for name in names if name), default=0)
 
     def newest(self) -> Generation | None:
         """Return the newest generation; None if there is none.
 
         Raises:
             RunFailure: its file is damaged.
+            OSError: the folder or the file cannot be read.
         """
         number = self.newest_number()
         if not number:
             return None
         try:
-            return Generation.parse(json.loads(read_json_bytes(self._path(number))))
+            return Generation.parse(_read_json(self._path(number)))
         except (UnusableFile, ValueError, TypeError, KeyError) as error:
             raise RunFailure(
                 f"{self._path(number)} is damaged: stop the launchers of all nodes, remove {self._folder}, and start "
@@ -117,9 +124,13 @@ class Generations:
             path.write_text(str(exit_code))
 
     def exit_code(self, number: int) -> int | None:
-        """Return the exit code with which the run ended in a generation; None if the run continues."""
-        with suppress(UnusableFile, ValueError):
-            return int(read_json_bytes(self._end_path(number)))
+        """Return the exit code with which the run ended in a generation; None if the run continues.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with suppress(FileNotFoundError, UnusableFile, ValueError, TypeError):
+            return int(_read_json(self._end_path(number)))
         return None
 
     def leave_file(self, number: int) -> Path:
@@ -127,10 +138,25 @@ class Generations:
         return self._folder / f"leave-{number:06d}"
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{_PREFIX}{number:06d}{_SUFFIX}"
+        return self._folder / f"generation-{number:06d}.json"
 
     def _end_path(self, number: int) -> Path:
         return self._folder / f"end-{number:06d}"
+
+
+def _read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        UnusableFile: the file is damaged.
+        OSError: the file cannot be read, perhaps only for a while.
+    """
+    try:
+        return json.loads(read_json_bytes(path))
+    except UnusableFile as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def leading_member(newest: Generation | None, known: Sequence[Member]) -> Member:

@@ -16,7 +16,7 @@ from maskmoe.errors import UserError
 from maskmoe.folder_lock import Holder
 from maskmoe.launch.network import listen
 from maskmoe.outputs import atomic_output
-from maskmoe.untrusted import UnusableFile, read_bounded
+from maskmoe.untrusted import UnusableFile, check_regular, read_bounded
 
 _BEAT_SECONDS = 2.0
 _CONNECT_SECONDS = 5.0
@@ -207,9 +207,18 @@ class Membership:
             os.close(descriptor)
 
     def _look(self) -> None:
-        """Read the files of all other launchers."""
-        ids = {path.stem for path in self._folder.glob(f"*{_MEMBER}")} - {self.me.id}
-        for id in ids:
+        """Read the files of all other launchers.
+
+        Raises:
+            OSError: the folder cannot be listed. All launchers count as before.
+        """
+        # `Path.glob` would return an empty list for a folder that cannot be read.
+        listed = {name.removesuffix(_MEMBER) for name in os.listdir(self._folder) if name.endswith(_MEMBER)}
+        for id in (listed | self._sightings.keys()) - {self.me.id}:
+            if id not in listed and self._is_removed(id):
+                with self._lock:
+                    del self._sightings[id]
+                continue
             beat, reaches = self._read_beat(id)
             with self._lock:
                 sighting = self._sightings.get(id)
@@ -224,9 +233,14 @@ class Membership:
                     sighting.reached_at = time.monotonic()
             with self._lock:
                 self._sightings[id] = sighting
-        with self._lock:
-            for id in self._sightings.keys() - ids:
-                del self._sightings[id]
+
+    def _is_removed(self, id: str) -> bool:
+        """Return whether a launcher's file is gone. Opening a file asks the server; a listing may come from a cache."""
+        try:
+            check_regular(self._path(id, _MEMBER))
+        except UnusableFile as error:
+            return isinstance(error.__cause__, FileNotFoundError)
+        return False
 
     def _read_member(self, id: str) -> Member | None:
         try:

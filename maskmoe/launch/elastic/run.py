@@ -58,7 +58,8 @@ class ElasticRun:
         self._nodes = Membership(folder / "members", options.address, processes, options.node_timeout)
         self._report: str | None = None
         self._trained = 0  # the newest generation in which this node has trained
-        self._ended_before = 0  # the newest generation if the run had ended before this launcher came
+        # The newest generation if the run had ended before this launcher came, else 0; None until that is known.
+        self._ended_before: int | None = None
         self._next_look = 0.0
         self._is_ending = False
         self._lost: set[str] = set()  # the ids of launchers whose loss has been reported
@@ -73,9 +74,6 @@ class ElasticRun:
         self._supervisor.listen()
         try:
             with self._nodes:
-                newest = self._generations.newest()
-                if newest is not None and self._generations.exit_code(newest.number) is not None:
-                    self._ended_before = newest.number
                 while True:
                     outcome = self._next_generation()
                     if isinstance(outcome, Generation):
@@ -94,37 +92,49 @@ class ElasticRun:
 
         Returns:
             The generation, or the exit code of this launcher if the run ends before.
+
+        Raises:
+            OSError: the file system has failed for as long as a launcher may be silent.
         """
         begin = changed = time.monotonic()
         known: list[Member] = []
         has_said = False
+        failing_since: float | None = None
         while not self._supervisor.is_stopped:
-            running = self._running()
-            if isinstance(running, int):
-                return running
-            if running is not None and running.number > self._trained and running.node_rank(self._nodes.me) is not None:
-                return running
-            if known != (known := self._nodes.known()):
-                changed = time.monotonic()
-            leader = leading_member(running, known)
-            self._nodes.follow(leader)
-            if not has_said and time.monotonic() - begin > _POLL_SECONDS:
-                has_said = True
-                _say(self._describe_wait(running, leader))
-            if leader == self._nodes.me:
-                if generation := self._propose(running, is_quiet=time.monotonic() - changed > _LAST_CALL_SECONDS):
-                    return generation
-                if time.monotonic() - begin > self._options.rendezvous_timeout:
-                    return self._give_up()
+            try:
+                running = self._running()
+                if isinstance(running, int):
+                    return running
+                if running is not None and running.number > self._trained and self._nodes.me in running.members:
+                    return running
+                if known != (known := self._nodes.known()):
+                    changed = time.monotonic()
+                leader = leading_member(running, known)
+                self._nodes.follow(leader)
+                if not has_said and time.monotonic() - begin > _POLL_SECONDS:
+                    has_said = True
+                    _say(self._describe_wait(running, leader))
+                if leader == self._nodes.me:
+                    if generation := self._propose(running, is_quiet=time.monotonic() - changed > _LAST_CALL_SECONDS):
+                        return generation
+                    if time.monotonic() - begin > self._options.rendezvous_timeout:
+                        return self._give_up()
+                failing_since = None
+            except OSError:
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > self._options.node_timeout:
+                    raise
             time.sleep(_POLL_SECONDS)
         return EXIT_REQUEUE
 
     def _running(self) -> Generation | int | None:
         """Return the generation that runs, None if none runs, or the exit code of the run if it has ended."""
         newest = self._generations.newest()
+        code = None if newest is None else self._generations.exit_code(newest.number)
+        if self._ended_before is None:
+            self._ended_before = 0 if newest is None or code is None else newest.number
         if newest is None or newest.number == self._ended_before:
             return None
-        code = self._generations.exit_code(newest.number)
         return newest if code is None else code
 
     def _propose(self, running: Generation | None, is_quiet: bool) -> Generation | None:
@@ -335,8 +345,9 @@ class ElasticRun:
         while time.monotonic() < deadline and not self._supervisor.is_stopped:
             if self._must_end(generation) or any(self._nodes.is_gone(member.id) for member in generation.members):
                 return True
-            if self._generations.exit_code(generation.number) is not None:
-                return False
+            with suppress(OSError):  # the file system may fail for a while
+                if self._generations.exit_code(generation.number) is not None:
+                    return False
             time.sleep(_POLL_SECONDS)
         return self._supervisor.is_stopped
 
