@@ -1,4 +1,4 @@
-"""Lets only one training run at a time write to a folder, also across the nodes of a shared file system.
+"""Lets only one run or conversion at a time write to a folder, also across the nodes of a shared file system.
 
 The holder has a POSIX lock on a file in the folder. The kernel frees the lock when the holder ends, however it ends,
 and child processes do not inherit the lock. Network file systems with a lock service show the lock to all nodes. For
@@ -26,7 +26,7 @@ from maskmoe.errors import UserError
 from maskmoe.untrusted import UnusableFile, open_regular
 
 LOCK_NAME = ".run.lock"
-"""Name of the lock file in the folder of the checkpoints."""
+"""Name of the lock file in a locked folder."""
 
 _HEARTBEAT_SECONDS = 10.0
 _STALE_SECONDS = 35.0  # three heartbeats and some time for the caches of a network file system
@@ -259,5 +259,6 @@ def _read(lock: int) -> Holder | None:
 def _refusal(path: Path, holder: Holder | None) -> UserError:
     who = "a process that has just started" if holder is None else f"process {holder.pid} on host {holder.host}"
     return UserError(
-        f"another run ({who}) trains in {path.parent}; wait until it ends, stop it, or choose another folder"
+        f"another run or conversion ({who}) is writing to {path.parent}; wait until it ends, stop it, or choose "
+        "another folder"
     )

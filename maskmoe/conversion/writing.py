@@ -1,7 +1,6 @@
 """Writes files of tensors block by block, verifies every write, and resumes conversions that were interrupted."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from maskmoe.checkpoint.integrity import FileRecord
 from maskmoe.conversion.blocks import Block, TensorSource
 from maskmoe.errors import UserError
+from maskmoe.folder_lock import LOCK_NAME, locked_folder
 from maskmoe.outputs import atomic_output
 from maskmoe.untrusted import UnusableFile, read_json_bytes
 
@@ -65,8 +65,8 @@ class OutputFolder:
     """A folder that a conversion fills; a journal in the folder marks it as unfinished until `complete` is called.
 
     The folder must be new or empty, or hold the finished files of the same conversion, which was interrupted. Use the
-    object as a context manager: it locks the folder against other conversions, and removes its content on leaving if
-    no file was finished.
+    object as a context manager: it locks the folder against other processes, and removes its content on leaving if no
+    file was finished.
 
     Args:
         path: the folder.
@@ -91,33 +91,38 @@ class OutputFolder:
         self._job = json.loads(json.dumps(job))  # as the journal gives it back
         self._journal = path / JOURNAL
         self._journal_lock = Lock()
+        self._session = self._fill()
 
     def __enter__(self) -> Self:
-        self._is_new = not self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another conversion is writing to {self.path}") from error
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
-        try:
-            if any(self.path.iterdir()):
-                self._resume()
-            self._save()
-        except BaseException:
-            os.close(self._lock)
-            raise
+        self._session.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._lock)
-        if self._journal.exists() and not self.finished:
-            for path in self.path.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if self._is_new:
-                self.path.rmdir()
+    def __exit__(self, *exception: Any) -> None:
+        self._session.__exit__(*exception)
+
+    @contextmanager
+    def _fill(self) -> Iterator[None]:
+        """Lock the folder and keep its journal during the block; then remove what is of no use to a later start."""
+        is_new = not self.path.exists()
+        try:
+            with locked_folder(self.path):
+                if self._content():
+                    self._resume()
+                self._save()
+                try:
+                    yield
+                finally:
+                    if self._journal.exists() and not self.finished:
+                        for path in self._content():
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        finally:
+            if is_new:
+                with suppress(OSError):  # the folder has content, or another conversion has locked it meanwhile
+                    self.path.rmdir()
+
+    def _content(self) -> list[Path]:
+        """Return what is in the folder besides the lock file."""
+        return [path for path in self.path.iterdir() if path.name != LOCK_NAME]
 
     def record(self, name: str, record: FileRecord) -> None:
         """Add a finished file to the journal; can be called on any thread."""

@@ -19,6 +19,7 @@ from maskmoe.conversion.blocks import Block, FiniteSource, MemorySource
 from maskmoe.conversion.safetensors_files import plan_safetensors
 from maskmoe.conversion.writing import JOURNAL, OutputFolder, write_files
 from maskmoe.errors import UserError
+from maskmoe.folder_lock import LOCK_NAME
 
 JOB = {"dtype": None, "source": "digest"}
 TENSORS = {f"t{number}": torch.full((1000,), float(number)) for number in range(6)}
@@ -167,14 +168,43 @@ def test_other_folders_are_left_alone(tmp_path):
     with pytest.raises(UserError, match="whole is not empty; name a new folder"):
         write(tmp_path / "whole", MemorySource(TENSORS))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to .*file: File exists"):
+    with pytest.raises(UserError, match=r"cannot lock .*file: File exists; choose another --save"):
         write(tmp_path / "file", MemorySource(TENSORS))
 
 
 def test_one_conversion_at_a_time(tmp_path):
-    with OutputFolder(tmp_path / "out", JOB), pytest.raises(UserError, match="another conversion is writing to"):
-        write(tmp_path / "out", MemorySource(TENSORS))
+    with start_slow_conversion(tmp_path / "out") as process:
+        wait_for(tmp_path / "out" / JOURNAL, process)
+        expected = (
+            rf"another run or conversion \(process {process.pid} on host .*\) is writing to {tmp_path}/out; [^\n]*$"
+        )
+        with pytest.raises(UserError, match=expected):
+            write(tmp_path / "out", MemorySource(TENSORS))
+        assert process.wait() == 0
+    assert sorted(os.listdir(tmp_path / "out")) == [*shards(tmp_path / "out"), JOURNAL]
     write(tmp_path / "out", MemorySource(TENSORS))
+
+
+def test_conversion_on_another_host_keeps_its_files(tmp_path):
+    """This host sees only the heartbeat of the other host: its locks are invisible on some network file systems."""
+    folder = tmp_path / "out"
+    with pytest.raises(InterruptedReadError):
+        write(folder, FailingSource(TENSORS, fails_at="t3"))
+    (folder / ".model-00002-of-00003.safetensors.0.tmp").touch()
+    (folder / LOCK_NAME).write_text(json.dumps({"host": "node7", "pid": 4711, "started": 1.0}))
+    before = sorted(os.listdir(folder))
+    heartbeat = threading.Timer(1.0, os.utime, [folder / LOCK_NAME])
+    heartbeat.start()
+    with pytest.raises(UserError, match="process 4711 on host node7"):
+        write(folder, MemorySource(TENSORS))
+    heartbeat.join()
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_folder_with_the_lock_of_a_killed_conversion_is_new(tmp_path):
+    (tmp_path / LOCK_NAME).touch()
+    write(tmp_path, MemorySource(TENSORS))
+    assert sorted(os.listdir(tmp_path)) == shards(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["a byte changes", "a byte is lost"])
@@ -183,7 +213,7 @@ def test_file_that_does_not_hold_the_written_bytes(tmp_path, monkeypatch, fault)
 
     def faulty(descriptor, size, position):
         content = read_from_disk(descriptor, size, position)
-        return content[:-1] + (bytes([content[-1] ^ 1]) if fault == "a byte changes" else b"")
+        return content[:-1] + (bytes(byte ^ 1 for byte in content[-1:]) if fault == "a byte changes" else b"")
 
     monkeypatch.setattr(writing.os, "pread", faulty)
     with pytest.raises(UserError, match="does not hold what was written to it"):
@@ -250,14 +280,22 @@ with OutputFolder(Path(sys.argv[1]), {"dtype": None, "source": "digest"}) as out
 """
 
 
-def test_killed_conversion_resumes(tmp_path):
-    folder = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", SLOW_CONVERSION, str(folder)], stderr=subprocess.DEVNULL)
+def start_slow_conversion(folder):
+    return subprocess.Popen([sys.executable, "-c", SLOW_CONVERSION, str(folder)], stderr=subprocess.DEVNULL)
+
+
+def wait_for(path, process):
     deadline = time.monotonic() + 60
-    while not (folder / "model-00002-of-00003.safetensors").exists():
+    while not path.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_killed_conversion_resumes(tmp_path):
+    folder = tmp_path / "out"
+    process = start_slow_conversion(folder)
+    wait_for(folder / "model-00002-of-00003.safetensors", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert json.loads((folder / JOURNAL).read_text())["finished"]
