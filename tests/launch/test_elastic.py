@@ -142,6 +142,22 @@ def test_lost_leader(new_run):
     assert [other.wait() for other in others] == [0, 0]
 
 
+def test_nodes_that_have_waited_for_long_take_over(new_run):
+    run = new_run("1:2")
+    training = run.start_two()
+    run.wait_for_nodes(1, 2)
+    waiting = [run.start(host, "--rendezvous-timeout", "5") for host in "cd"]
+    for launcher in waiting:
+        launcher.wait_for_output("the run trains already")
+    time.sleep(5)
+    for launcher in training:
+        launcher.kill()
+    # They still wait for each other.
+    assert run.wait_for_nodes(2, 2) == "expert-model-parallel-size=2"
+    run.say("finish")
+    assert [launcher.wait() for launcher in waiting] == [0, 0]
+
+
 def test_node_that_is_cut_off_is_left_out_and_taken_in_again(new_run):
     run = new_run("1:2")
     first, second = run.start_two()
@@ -212,6 +228,14 @@ def test_file_system_that_fails_for_a_while_or_for_good(new_run):
         run.say("go-back-1")
         assert launcher.wait() == 2
     assert f"error: cannot use {run.folder}: Not a directory; choose another --run-dir" in launcher.output
+
+
+def test_enough_nodes_start_at_the_latest_after_the_timeout(new_run):
+    run = new_run("1:2")
+    launcher = run.start("a", "--rendezvous-timeout", "1")
+    run.wait_for_nodes(1, 1)
+    run.say("finish")
+    assert launcher.wait() == 0
 
 
 def test_run_without_checkpoints_is_refused(tmp_path):

@@ -96,7 +96,7 @@ class ElasticRun:
         Raises:
             OSError: the file system has failed for as long as a launcher may be silent.
         """
-        begin = changed = time.monotonic()
+        arrived = begin = changed = time.monotonic()
         known: list[Member] = []
         has_said = False
         failing_since: float | None = None
@@ -111,14 +111,18 @@ class ElasticRun:
                     changed = time.monotonic()
                 leader = leading_member(running, known)
                 self._nodes.follow(leader)
-                if not has_said and time.monotonic() - begin > _POLL_SECONDS:
+                if not has_said and time.monotonic() - arrived > _POLL_SECONDS:
                     has_said = True
                     _say(self._describe_wait(running, leader))
                 if leader == self._nodes.me:
-                    if generation := self._propose(running, is_quiet=time.monotonic() - changed > _LAST_CALL_SECONDS):
+                    is_late = time.monotonic() - begin > self._options.rendezvous_timeout
+                    is_quiet = time.monotonic() - changed > _LAST_CALL_SECONDS
+                    if generation := self._propose(running, is_quiet or is_late):
                         return generation
-                    if time.monotonic() - begin > self._options.rendezvous_timeout:
+                    if is_late:
                         return self._give_up()
+                elif running is not None and leader in running.members:
+                    begin = time.monotonic()  # a node may wait without limit while other nodes train
                 failing_since = None
             except OSError:
                 failing_since = failing_since or time.monotonic()
@@ -137,12 +141,12 @@ class ElasticRun:
             return None
         return newest if code is None else code
 
-    def _propose(self, running: Generation | None, is_quiet: bool) -> Generation | None:
+    def _propose(self, running: Generation | None, may_start: bool) -> Generation | None:
         """Write the next generation, as the leader; return None if it is too early.
 
         Args:
             running: the generation that has just run, in which this node may have trained.
-            is_quiet: whether no node has come or gone for a while.
+            may_start: whether the run may start on fewer than all nodes.
 
         Raises:
             UserError: no number of nodes passes the check.
@@ -155,7 +159,7 @@ class ElasticRun:
             if not all(self._nodes.is_cut_off(member.id) for member in missing):
                 return None
             self._report_loss(missing)
-        elif len(ready) < self._options.nodes.most and not is_quiet:
+        elif len(ready) < self._options.nodes.most and not may_start:
             return None
         if not self._chooser.count(_ranks_of(ready)):
             return None
