@@ -20,11 +20,13 @@ from support.waiting import wait_until
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.interruption import EXIT_REQUEUE
 from maskmoe.journal import Kind, read_journal
+from maskmoe.launch.devices import Devices
 from maskmoe.launch.elastic import membership
 from maskmoe.launch.elastic import run as elastic_run
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member, Membership
+from maskmoe.launch.elastic.run import ElasticRun
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import NodeRange, parse_options
 
@@ -300,6 +302,38 @@ def test_generations_are_not_missing_while_the_folder_cannot_be_read(tmp_path):
     (tmp_path / "elastic" / "generation-000002.json").symlink_to("generation-000002.json")
     with pytest.raises(OSError, match="symbolic links"):
         generations.newest()
+
+
+@pytest.mark.parametrize("before", ["none", "lost", "ended"])
+def test_generation_that_another_launcher_writes_during_the_check_stays(tmp_path, monkeypatch, before):
+    model = tmp_path / "model.yaml"
+    model.write_text("save-interval: 10")
+    arguments = ["--nodes", "1:2", "--run-dir", str(tmp_path), "--address", "localhost", str(model)]
+    options = parse_options("pretrain.sh", arguments, {})
+    generations = Generations(tmp_path / "elastic")
+    (tmp_path / "elastic").mkdir()
+    first = 1 if before == "none" else 2
+    winner = Generation(first, (MEMBERS[1],), 7, {})
+
+    def check(*arguments, **options):
+        assert generations.write(winner)
+        return subprocess.CompletedProcess([], 0, "")
+
+    monkeypatch.setattr(elastic_run, "check", check)
+    launcher = ElasticRun(options, ModelFile.read(model, {}), 1, Devices(0, 1))
+    with launcher._nodes:
+        if before != "none":
+            generations.write(Generation(1, (MEMBERS[0],), 7, {}))
+        if before == "ended":
+            generations.end(1, 0)
+        running = launcher._running()
+        assert (running is None) == (before != "lost")
+        assert launcher._propose(running, may_start=True) is None
+        assert generations.newest() == winner
+        # The next attempt sees the other launcher's generation.
+        after = launcher._propose(launcher._running(), may_start=True)
+        assert after == generations.newest()
+        assert (after.number, after.members) == (first + 1, (launcher._nodes.me,))
 
 
 @given(st.binary(max_size=60))

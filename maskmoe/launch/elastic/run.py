@@ -142,7 +142,7 @@ class ElasticRun:
         return newest if code is None else code
 
     def _propose(self, running: Generation | None, may_start: bool) -> Generation | None:
-        """Write the next generation, as the leader; return None if it is too early.
+        """Write the next generation, as the leader; return None if it is too early, or another launcher has written it.
 
         Args:
             running: the generation that has just run, in which this node may have trained.
@@ -167,7 +167,10 @@ class ElasticRun:
         if self._supervisor.is_stopped:
             return None
         members = tuple(ready[: choice.nodes])
-        generation = Generation(self._generations.newest_number() + 1, members, _free_port(), choice.flags)
+        # The number follows the generation that this choice is based on. If another launcher has written a generation
+        # meanwhile, this one cannot be written.
+        number = (running.number if running is not None else self._ended_before or 0) + 1
+        generation = Generation(number, members, _free_port(), choice.flags)
         if not self._generations.write(generation):
             return None
         self._announce(running, generation)
