@@ -3,12 +3,13 @@
 import errno
 import io
 import os
+import resource
 import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from maskmoe.command_line import one_line
 from maskmoe.errors import RunFailure, UserError
@@ -25,6 +26,7 @@ _ERRORS_OF_PATHS = {
     *(errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.ETXTBSY, errno.EXDEV),
 }
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
 
 # Seconds that all other ranks of a node wait before they report an error, so that only the first rank reports it.
 _REPORT_DELAY = 10
@@ -33,12 +35,13 @@ _REPORT_DELAY = 10
 def run_tool(main: Callable[[], None]) -> None:
     """Run `main`, and report its `UserError` or `RunFailure` in one line on stderr.
 
-    An error of the operating system about a path of the command line, and a full disk, are reported in one line, too,
-    except in a rank of a run, which may have begun and is then restarted. All other exceptions are errors of the
-    program, and keep their traceback. The process exits with code 2 for bad input, as argparse does for bad flags, with
-    1 for a failed run, with 130 after Ctrl-C, and silently with 141 if nobody reads its output any more.
+    An error of the operating system about a path of the command line, a full disk, and too many open files are reported
+    in one line, too, except in a rank of a run, which may have begun and is then restarted. All other exceptions are
+    errors of the program, and keep their traceback. The process exits with code 2 for bad input, as argparse does for
+    bad flags, with 1 for a failed run, with 130 after Ctrl-C, and silently with 141 if nobody reads its output.
     """
     _print_every_character()
+    _allow_open_files()
     try:
         with _describing_paths():
             try:
@@ -86,13 +89,20 @@ def _print_every_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _allow_open_files() -> None:
+    """Allow this process as many open files as the system permits: Megatron keeps files of every dataset open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 @contextmanager
 def _describing_paths() -> Iterator[None]:
     """Turn an error of the operating system into one that names the path of the command line, or the full disk.
 
     Raises:
         UserError: a path of the command line cannot be used.
-        RunFailure: a disk is full.
+        RunFailure: a disk is full, or too many files are open.
     """
     try:
         yield
@@ -108,6 +118,8 @@ def _describing_paths() -> Iterator[None]:
         if error.errno in _FULL_DISK:
             place = f" for {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
             raise RunFailure(f"no space is left on the disk{place}") from error
+        if error.errno in _TOO_MANY_FILES:
+            raise RunFailure(f"{error.strerror}; raise the limit (ulimit -Hn, or fs.file-max of the host)") from error
         path = _path_of_command_line(error, sys.argv[1:])
         if path is None:
             raise

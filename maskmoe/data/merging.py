@@ -2,7 +2,6 @@
 
 import glob
 import re
-import resource
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -101,7 +100,6 @@ def merge_datasets(
             written.
     """
     merges = _find_datasets(names, output_prefix, json_keys)
-    _allow_open_files()
     outputs = [path for output in merges for path in (*dataset_files(output), merge_record_path(output))]
     inputs = [path for prefixes in merges.values() for prefix in prefixes for path in dataset_files(prefix)]
     check_outputs(outputs, inputs, force)
@@ -229,9 +227,3 @@ def _check_shards(prefixes: Sequence[str]) -> None:
                 f"shards {other} and {prefix} were made of different input files, or with different settings or "
                 "tokenizers: make all shards again"
             )
-
-
-def _allow_open_files() -> None:
-    """Allow this process as many open files as the system permits: shuffling keeps a file of each dataset open."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -156,18 +156,22 @@ def count_token_frequency(
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"--vocab-size must be 1 to {MAX_VOCAB_SIZE}, not {vocab_size}")
     prefixes, weights = parse_data_path(data_path)
-    indices = [read_index(prefix) for prefix in prefixes]
-    datasets = tuple(_identify(index) for index in indices)
+    datasets: list[CountedDataset] = []
+    dtypes: list[np.dtype] = []
+    for prefix in prefixes:
+        index = read_index(prefix)  # keeps a file open, so keep only what is needed of the index
+        datasets.append(_identify(index))
+        dtypes.append(index.dtype)
     tokenizer = _common_tokenizer(prefixes, vocab_size)
 
     # Divide the datasets into spans: many for an even load and a smooth bar, but few enough to bound the overhead.
     total_bytes = sum(dataset["bin_bytes"] for dataset in datasets)
     span_bytes = max(_MIN_SPAN_BYTES, total_bytes // _MAX_SPANS)
     spans = []
-    for number, index in enumerate(indices):
-        step = span_bytes // index.dtype.itemsize
-        for first in range(0, index.num_tokens, step):
-            spans.append(_Span(number, index.prefix, index.dtype, first, min(step, index.num_tokens - first)))
+    for number, (prefix, dataset, dtype) in enumerate(zip(prefixes, datasets, dtypes, strict=True)):
+        num_tokens, step = dataset["num_tokens"], span_bytes // dtype.itemsize
+        for first in range(0, num_tokens, step):
+            spans.append(_Span(number, prefix, dtype, first, min(step, num_tokens - first)))
 
     # Count each span, and add up the counts of each dataset.
     counts = np.zeros((len(prefixes), vocab_size), dtype=np.int64)
@@ -178,7 +182,7 @@ def count_token_frequency(
         for span, counts_of_span in zip(spans, span_counts, strict=True):
             counts[span.dataset] += counts_of_span
             bar.update(span.num_tokens * span.dtype.itemsize)
-    return TokenFrequency(counts, tuple(weights), datasets, tokenizer)
+    return TokenFrequency(counts, tuple(weights), tuple(datasets), tokenizer)
 
 
 def _identify(index: DatasetIndex) -> CountedDataset:

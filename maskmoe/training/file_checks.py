@@ -214,13 +214,17 @@ def _check_parts(args: Namespace) -> None:
         parts = dataset_config.convert_split_vector_to_split_matrix(split)
     if parts is None:
         return
-    lengths_by_prefix = {prefix: read_index(prefix).sequence_lengths for prefix in (blend[0] if blend else ())}
     validates = args.full_validation or args.eval_iters > 0
-    for name, part, is_needed in zip(("training", "validation", "test"), parts, (True, validates, False), strict=True):
+    names = ("training", "validation", "test")
+    for name, part, is_needed in zip(names, parts, (True, validates, False), strict=True):
         if part is None and is_needed:
             hint = " or pass --eval-iters 0" if name == "validation" else ""
             raise UserError(f"there are no {name} data; give them a share in --split or a path of their own{hint}")
-        for prefix, lengths in lengths_by_prefix.items() if part else ():
+    for prefix in blend[0] if blend else ():
+        lengths = read_index(prefix).sequence_lengths  # keeps a file open, so go through the datasets only once
+        for name, part in zip(names, parts, strict=True):
+            if part is None:
+                continue
             first, last = (round(bound * len(lengths)) for bound in part)
             if not lengths[first:last].any():
                 raise UserError(

@@ -52,6 +52,19 @@ def test_full_disk_is_a_failure_of_the_run(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: no space is left on the disk for out\n"
 
 
+def test_too_many_open_files_are_a_failure_of_the_run(monkeypatch, capsys):
+    assert report_of(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), monkeypatch) == 1
+    expected = "error: Too many open files; raise the limit (ulimit -Hn, or fs.file-max of the host)\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_command_may_open_as_many_files_as_the_system_permits():
+    program = "from resource import *; from maskmoe.cli import run_tool; limit = lambda: getrlimit(RLIMIT_NOFILE)\n"
+    program += "setrlimit(RLIMIT_NOFILE, (50, 100)); run_tool(lambda: print(*limit()))"
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert output.stdout == "100 100\n"
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from support.open_files import few_open_files
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
@@ -75,6 +76,13 @@ def test_workers_change_nothing(tmp_path, monkeypatch):
     assert together.digest == alone.digest
     with pytest.raises(UserError, match="at least 1 worker"):
         count_token_frequency(prefixes, 100, workers=0)
+
+
+def test_few_files_are_open_at_a_time(tmp_path):
+    prefixes = [write_dataset(tmp_path / str(number), [number] * 3) for number in range(40)]
+    with few_open_files():
+        frequency = count_token_frequency(prefixes, 40, workers=1)
+    assert frequency.counts.tolist() == (3 * np.eye(40, dtype=int)).tolist()
 
 
 def test_unweighted_datasets_add_up(tmp_path):
