@@ -36,6 +36,7 @@ _POLL_SECONDS = 0.5
 _MAX_BYTES = 4096
 _IS_HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FLOCK = "hhqqi0q"  # the struct flock of Linux: type, whence, start, length, process
 
 
@@ -47,21 +48,28 @@ class Holder:
         host: name of its host.
         pid: its process id on that host.
         started: when the process started, in seconds since the epoch, which tells it from a later process of this id.
+        pid_namespace: the boot of the machine and the namespace in which the process has its id; empty if unknown.
+            Hosts may have equal names: pods in the network of their host, or containers with a fixed name.
     """
 
     host: str
     pid: int
     started: float
+    pid_namespace: str = ""
 
     @classmethod
     def this_process(cls) -> Self:
         """Return the holder that this process would be."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), _pid_namespace())
 
     @property
     def is_here(self) -> bool:
-        """Whether the process ran on this host."""
-        return self.host == socket.gethostname()
+        """Whether the process ran on this host, so that its id shows whether it still runs.
+
+        A holder without a namespace, in a lock file of an earlier version, counts as a process of another host, whose
+        heartbeat shows whether it runs. Hosts that do not know their own namespace are told apart by their names.
+        """
+        return (self.host, self.pid_namespace) == (socket.gethostname(), _pid_namespace())
 
     @property
     def is_alive(self) -> bool:
@@ -251,9 +259,18 @@ def _read(lock: int) -> Holder | None:
     """Return the process that a lock file names, or None."""
     try:
         content = json.loads(os.pread(lock, _MAX_BYTES, 0))
-        return Holder(str(content["host"]), int(content["pid"]), float(content["started"]))
+        host, pid, started = str(content["host"]), int(content["pid"]), float(content["started"])
+        return Holder(host, pid, started, str(content.get("pid_namespace", "")))
     except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return None
+
+
+def _pid_namespace() -> str:
+    """Return what tells the process ids that this process sees from those of other hosts; empty if unknown."""
+    try:
+        return f"{_BOOT_ID.read_text().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
 
 
 def _refusal(path: Path, holder: Holder | None) -> UserError:

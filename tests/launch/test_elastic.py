@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -286,6 +287,19 @@ def test_launcher_is_not_gone_while_the_folder_cannot_be_read(tmp_path, monkeypa
         other.leave()
         here._look()
         assert here.is_gone(other.me.id)
+
+
+def test_launcher_of_another_host_with_the_name_of_this_host_is_not_gone(tmp_path):
+    """Its process id belongs to no process of this host."""
+    with Membership(tmp_path, "localhost", 1, 60) as here:
+        ended = replace(here.me, id="ended", started=1.0)
+        other = replace(ended, id="other", pid_namespace="another machine")
+        for member in (ended, other):
+            (tmp_path / f"{member.id}.json").write_text(json.dumps(asdict(member)))
+            (tmp_path / f"{member.id}.beat").write_text("1 ")
+        here._look()
+        assert here.is_gone("ended")
+        assert not here.is_gone("other")
 
 
 def test_generations_are_not_missing_while_the_folder_cannot_be_read(tmp_path):

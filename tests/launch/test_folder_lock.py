@@ -76,8 +76,8 @@ def test_a_look_does_not_free_or_take_the_lock(holder: subprocess.Popen, tmp_pat
         lock(tmp_path)
 
 
-def leave_lock_of(folder: Path, host: str, pid: int = 4711, started: float = 1.0) -> None:
-    (folder / LOCK_NAME).write_text(json.dumps({"host": host, "pid": pid, "started": started}))
+def leave_lock_of(folder: Path, host: str, pid: int = 4711, started: float = 1.0, **others: str) -> None:
+    (folder / LOCK_NAME).write_text(json.dumps({"host": host, "pid": pid, "started": started, **others}))
 
 
 def test_lock_of_another_host_without_heartbeat_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +96,32 @@ def test_lock_of_another_host_with_heartbeat_is_held(tmp_path: Path, monkeypatch
     timer.join()
 
 
+@pytest.mark.parametrize("others", [{}, {"pid_namespace": "another machine"}], ids=["unknown", "known"])
+@pytest.mark.parametrize("touches", [True, False])
+def test_lock_of_another_host_with_the_name_of_this_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: dict[str, str], touches: bool
+) -> None:
+    monkeypatch.setattr(folder_lock, "_STALE_SECONDS", 3.0)
+    monkeypatch.setattr(folder_lock, "_try_lock", lambda _: None)
+    leave_lock_of(tmp_path, os.uname().nodename, **others)
+    if touches:
+        timer = threading.Timer(1.0, os.utime, [tmp_path / LOCK_NAME])
+        timer.start()
+        with pytest.raises(UserError, match="process 4711 on host"):
+            lock(tmp_path)
+        timer.join()
+    else:
+        lock(tmp_path)
+
+
+def test_host_name_alone_tells_hosts_apart_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = Holder(os.uname().nodename, 4711, 1.0)
+    assert not holder.is_here
+    monkeypatch.setattr(folder_lock, "_BOOT_ID", Path("/proc/missing"))
+    assert holder.is_here
+    assert Holder.this_process().is_here
+
+
 def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "_HEARTBEAT_SECONDS", 0.05)
     with locked_folder(tmp_path):
@@ -108,7 +134,9 @@ def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alive: bool) -> None:
     monkeypatch.setattr(folder_lock, "_try_lock", lambda _: None)
     parent = folder_lock.psutil.Process(os.getppid())
-    leave_lock_of(tmp_path, os.uname().nodename, parent.pid, parent.create_time() if is_alive else 1.0)
+    started = parent.create_time() if is_alive else 1.0
+    namespace = Holder.this_process().pid_namespace
+    leave_lock_of(tmp_path, os.uname().nodename, parent.pid, started, pid_namespace=namespace)
     if is_alive:
         with pytest.raises(UserError, match=f"process {parent.pid} on host"):
             lock(tmp_path)

@@ -36,6 +36,7 @@ class Member:
         address: the address at which other nodes reach the host.
         port: the port at which the launcher listens, which shows whether the network connects two nodes.
         ranks: number of ranks that the node can run.
+        pid_namespace: see `Holder`.
     """
 
     id: str
@@ -45,17 +46,18 @@ class Member:
     address: str
     port: int
     ranks: int
+    pid_namespace: str = ""
 
     @classmethod
     def this_process(cls, address: str, port: int, ranks: int) -> Self:
         """Return the member that this process is."""
         holder = Holder.this_process()
-        return cls(uuid.uuid4().hex, holder.host, holder.pid, holder.started, address, port, ranks)
+        return cls(uuid.uuid4().hex, address=address, port=port, ranks=ranks, **asdict(holder))
 
     @property
     def has_ended(self) -> bool:
         """Whether the launcher ran on this host and has ended."""
-        holder = Holder(self.host, self.pid, self.started)
+        holder = Holder(self.host, self.pid, self.started, self.pid_namespace)
         return holder.is_here and not holder.is_alive
 
 
