@@ -5,8 +5,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from maskmoe.comparison.comparison import Comparison
@@ -34,10 +35,12 @@ class Submission:
     Attributes:
         jobs: numbers of the jobs; the last job continues the comparison.
         todo: names of the runs that the jobs were to train and to evaluate, by `train` and `evaluate`.
+        cluster: the cluster of the jobs; empty if sbatch named none.
     """
 
     jobs: tuple[str, ...]
     todo: dict[str, list[str]]
+    cluster: str = ""
 
     @classmethod
     def read(cls, comparison: Comparison) -> "Submission":
@@ -55,6 +58,15 @@ class Submission:
     def is_continued_here(self) -> bool:
         """Whether this process belongs to the last of the jobs."""
         return bool(self.jobs) and os.environ.get("SLURM_JOB_ID") == self.jobs[-1]
+
+    @property
+    def cluster_option(self) -> tuple[str, ...]:
+        """The option by which Slurm's commands find the cluster of the jobs."""
+        return (f"--clusters={self.cluster}",) if self.cluster else ()
+
+    def scancel(self, jobs: Sequence[str]) -> str:
+        """Return the command line that ends jobs, the last one first."""
+        return shlex.join(("scancel", *self.cluster_option, *reversed(jobs)))
 
 
 def _submission_file(comparison: Comparison) -> Path:
@@ -74,11 +86,11 @@ def refuse_while_jobs_are_queued(comparison: Comparison) -> None:
         return
     states = "PENDING,RUNNING,SUSPENDED,CONFIGURING"
     command = ("squeue", "--noheader", "--format=%F", f"--states={states}", f"--user={os.getuid()}")
-    listed = _output(*command, failure="cannot ask Slurm for its queue: ").split()
+    listed = _output(*command, *submission.cluster_option, failure="cannot ask Slurm for its queue: ").split()
     if queued := [job for job in submission.jobs if job in listed]:
         raise UserError(
-            f"jobs of this comparison are in Slurm's queue, and go on by themselves; to end the jobs: "
-            f"scancel {' '.join(reversed(queued))}"
+            "jobs of this comparison are in Slurm's queue, and go on by themselves; to end the jobs: "
+            + submission.scancel(queued)
         )
 
 
@@ -132,7 +144,8 @@ class _Phase:
 
     Attributes:
         name: `tuning` or `runs`.
-        folder: folder with a link to the folder of each run, named by the number of the run's element.
+        folder: folder with a link to the folder of each run, named by the number of the run's element. Every submission
+            has its own folder, because elements of an earlier array may still be there.
         to_train: elements whose training is not complete.
         to_evaluate: elements with stages after training, whether or not their training is complete.
     """
@@ -141,6 +154,32 @@ class _Phase:
     folder: Path
     to_train: list[int]
     to_evaluate: list[int]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A job that is yet to be submitted.
+
+    Attributes:
+        name: name of the job for people.
+        command: the command that submits the job.
+        script: the shell script of the job, which `command` reads from standard input, because Linux limits the length
+            of a word of a command; None if `command` names a file.
+        condition: the condition of the job's dependency, such as `afterany`.
+        after: names of the jobs that the condition is about.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    script: str | None = None
+    condition: str = ""
+    after: tuple[str, ...] = ()
+
+    def words(self, numbers: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the command with the dependency on other jobs, whose numbers are given by their names."""
+        if not self.after:
+            return self.command
+        return (*self.command, f"--dependency={':'.join((self.condition, *(numbers[name] for name in self.after)))}")
 
 
 @dataclass(frozen=True)
@@ -172,7 +211,8 @@ class SlurmJobs:
         Raises:
             RunFailure: a mask cannot be made, or this is the job that continues the comparison, and the other jobs have
                 not finished any run.
-            UserError: Slurm refuses a job, or another command works on a run.
+            UserError: Slurm refuses a job, or another command works on a run. The message names the jobs that were
+                submitted before.
         """
         phase = self._phase(runs)
         parts = {"train": phase.to_train, "evaluate": phase.to_evaluate}
@@ -186,26 +226,34 @@ class SlurmJobs:
         # The variables that Slurm has set for this job must not reach the jobs that are submitted.
         kept = [name for name in os.environ if name == "SLURM_CONF" or not name.startswith("SLURM_")]
         environment = {name: os.environ[name] for name in kept}
-        numbers: list[str] = []
-
-        def submit(_name: str, command: Sequence[str]) -> str:
-            printed = _output(*command, env=environment, failure="the job was not submitted: ")
+        submission = Submission((), todo)
+        numbers: dict[str, str] = {}
+        for job in self._jobs(phase):
+            # Jobs that depend on each other must be on the same cluster.
+            command = (*job.words(numbers), *submission.cluster_option)
+            try:
+                printed = _output(*command, script=job.script, env=environment, failure="the job was not submitted: ")
+            except UserError as error:
+                if not submission.jobs:
+                    raise
+                hint = f"to end the jobs that were submitted before: {submission.scancel(submission.jobs)}"
+                raise UserError(f"{error}; {hint}") from error
             # sbatch prints `NUMBER;CLUSTER` if there are several clusters.
-            numbers.append(printed.strip().partition(";")[0])
+            numbers[job.name], _, cluster = printed.strip().partition(";")
+            submission = Submission(tuple(numbers.values()), todo, cluster)
             # Every job is recorded at once: a later job may be refused.
-            write_record(Submission(tuple(numbers), todo), _submission_file(self.comparison), indent=2)
-            return numbers[-1]
-
-        self._make_jobs(phase, submit)
-        line.print(f"submitted jobs {', '.join(numbers)}; the last job continues when the other jobs have ended")
+            write_record(submission, _submission_file(self.comparison), indent=2)
+        listed = ", ".join(submission.jobs)
+        line.print(f"submitted jobs {listed}; the last job continues when the other jobs have ended")
 
     def show(self) -> None:
-        """Print sbatch's command lines of the next phase, without changing anything."""
+        """Print sbatch's command lines and scripts of the next phase, without changing anything."""
         comparison = self.comparison
         runs = comparison.unfinished(comparison.tuning_runs()) or comparison.unfinished(comparison.whole_runs())
         if runs:
             _check_submit_script()
-            self._make_jobs(self._phase(runs), _show)
+            for job in self._jobs(self._phase(runs)):
+                _show(job)
 
     def _phase(self, runs: Sequence[Run]) -> _Phase:
         """Return the phase of unfinished runs."""
@@ -213,11 +261,11 @@ class SlurmJobs:
         plans = [self.comparison.plan(run) for run in runs]
         to_train = [element for element, plan in enumerate(plans, start=1) if plan.train in plan.unfinished]
         to_evaluate = [element for element, run in enumerate(runs, start=1) if run.is_analyzed]
-        return _Phase(name, self.comparison.folder / "slurm" / name, to_train, to_evaluate)
+        folders = (self.comparison.folder / "slurm" / f"{name}-{number}" for number in count(1))
+        return _Phase(name, next(folder for folder in folders if not folder.exists()), to_train, to_evaluate)
 
     def _prepare(self, phase: _Phase, runs: Sequence[Run], line: ProgressLine) -> None:
         """Make masks, model files, and the links through which the elements of job arrays find their runs."""
-        shutil.rmtree(phase.folder, ignore_errors=True)
         phase.folder.mkdir(parents=True)
         for element, run in enumerate(runs, start=1):
             plan = self.comparison.plan(run)
@@ -228,24 +276,21 @@ class SlurmJobs:
             plan.files.slurm.mkdir(exist_ok=True)
             (phase.folder / str(element)).symlink_to(os.path.relpath(plan.files.folder, phase.folder))
 
-    def _make_jobs(self, phase: _Phase, submit: Callable[[str, Sequence[str]], str]) -> None:
-        """Make the command lines of all jobs of a phase.
-
-        Args:
-            phase: the phase.
-            submit: submits a job. Takes the job's name for people and the command that submits the job; returns the
-                job's number, which the command lines of later jobs contain.
-        """
-        numbers: list[str] = []
-        if phase.to_train:
-            numbers.append(submit("TRAINING", self._training(phase)))
+    def _jobs(self, phase: _Phase) -> list[_Job]:
+        """Return all jobs of a phase, in the order in which they are submitted."""
         trained_first = [element for element in phase.to_evaluate if element in phase.to_train]
         trained_already = [element for element in phase.to_evaluate if element not in phase.to_train]
+        jobs = []
+        if phase.to_train:
+            jobs.append(_Job("TRAINING", self._training(phase)))
         if trained_first:
-            numbers.append(submit("EVALUATION", self._evaluation(phase, trained_first, numbers[0])))
+            command = (*self._evaluation(phase, trained_first), "--kill-on-invalid-dep=yes")
+            jobs.append(_Job("EVALUATION", command, self._evaluation_script(phase), "aftercorr", ("TRAINING",)))
         if trained_already:
-            numbers.append(submit("REST", self._evaluation(phase, trained_already, None)))
-        submit("NEXT", self._continuation(phase, numbers))
+            jobs.append(_Job("REST", self._evaluation(phase, trained_already), self._evaluation_script(phase)))
+        # The last job runs whether or not the jobs before it succeed.
+        command, script = self._continuation(phase), self._continuation_script()
+        return [*jobs, _Job("NEXT", command, script, "afterany", tuple(job.name for job in jobs))]
 
     def _training(self, phase: _Phase) -> tuple[str, ...]:
         """Return the command that submits the array that trains."""
@@ -257,40 +302,32 @@ class SlurmJobs:
             *("--run-dir", f"{phase.folder}/%a", "--", f"{phase.folder}/%a/run.yaml"),
         )
 
-    def _evaluation(self, phase: _Phase, elements: Sequence[int], after: str | None) -> tuple[str, ...]:
-        """Return the command that submits the array that runs all stages after training, each element on one node.
+    def _evaluation(self, phase: _Phase, elements: Sequence[int]) -> tuple[str, ...]:
+        """Return the command that submits an array that runs all stages after training, each element on one node."""
+        return (
+            *("sbatch", "--parsable", *self._array(phase, "evaluate", elements)),
+            *("--requeue", "--open-mode=append", f"--chdir={self.cwd}"),
+            *(*self.options.sbatch, "--nodes=1", "--ntasks-per-node=1"),
+        )
 
-        Args:
-            phase: the phase.
-            elements: elements of the phase.
-            after: number of the job that trains the elements; None if the elements are trained already.
-        """
-        dependency = (f"--dependency=aftercorr:{after}", "--kill-on-invalid-dep=yes") if after else ()
+    def _evaluation_script(self, phase: _Phase) -> str:
+        """Return the script of the array that runs all stages after training."""
         # The link of the element leads to the folder of the run, whose path is the name of the run.
         link = f'{shlex.quote(str(phase.folder))}/"$SLURM_ARRAY_TASK_ID"'
         run = f'"$(realpath --relative-to={shlex.quote(str(self.comparison.folder))} {link})"'
-        return (
-            *("sbatch", "--parsable", *self._array(phase, "evaluate", elements), *dependency),
-            *("--requeue", "--open-mode=append", f"--chdir={self.cwd}"),
-            *(*self.options.sbatch, "--nodes=1", "--ntasks-per-node=1"),
-            f"--wrap=exec {shlex.join(self._python(*_COMPARE, *self.arguments, '--run'))} {run}",
-        )
+        return _script(f"{shlex.join(self._python(*_COMPARE, *self.arguments, '--run'))} {run}")
 
-    def _continuation(self, phase: _Phase, after: Sequence[str]) -> tuple[str, ...]:
-        """Return the command that submits the job that continues the comparison.
-
-        Args:
-            phase: the phase.
-            after: numbers of the jobs that must have ended before, whether or not the jobs succeed.
-        """
-        name = f"{self.comparison.suite.name}-{phase.name}-next"
-        command = (sys.executable, *_COMPARE, *self.arguments, "--slurm", "--", *self.options.words)
+    def _continuation(self, phase: _Phase) -> tuple[str, ...]:
+        """Return the command that submits the job that continues the comparison."""
         return (
-            *("sbatch", "--parsable", f"--job-name={name}", f"--dependency=afterany:{':'.join(after)}"),
+            *("sbatch", "--parsable", f"--job-name={self.comparison.suite.name}-{phase.name}-next"),
             *("--open-mode=append", f"--output={self.comparison.folder}/slurm/%j.log", f"--chdir={self.cwd}"),
             *(*self.options.for_any_job, "--nodes=1", "--ntasks=1"),
-            f"--wrap=exec {shlex.join(command)}",
         )
+
+    def _continuation_script(self) -> str:
+        """Return the script of the job that continues the comparison."""
+        return _script(shlex.join((sys.executable, *_COMPARE, *self.arguments, "--slurm", "--", *self.options.words)))
 
     def _array(self, phase: _Phase, what: str, elements: Sequence[int]) -> tuple[str, ...]:
         """Return the options of a job array: its name, its elements, and the log of each element."""
@@ -322,13 +359,18 @@ class SlurmJobs:
         return ("apptainer", "exec", "--no-home", "--nv", "--pwd", str(self.cwd), *binds, options.image, *python)
 
 
-def _show(name: str, command: Sequence[str]) -> str:
-    """Print sbatch's command line and return the job's name, which stands for the number of the job."""
-    if command[0] == str(SUBMIT_SCRIPT):
-        print(_output(command[0], "--dry-run", *command[1:]), end="")
+def _script(command: str) -> str:
+    """Return the shell script of a job that runs a command line."""
+    return f"#!/bin/sh\nexec {command}\n"
+
+
+def _show(job: _Job) -> None:
+    """Print the command line that submits a job; names of other jobs stand for their numbers."""
+    words = job.words({name: name for name in job.after})
+    if job.script is None:
+        print(_output(words[0], "--dry-run", *words[1:]), end="")
     else:
-        print(shlex.join(command))
-    return name
+        print(f"{shlex.join(words)} <<'END'\n{job.script}END")
 
 
 def check_slurm() -> None:
@@ -347,9 +389,22 @@ def _check_submit_script() -> None:
         raise UserError(f"--slurm: {SUBMIT_SCRIPT} is missing: start launch/compare.sh of a checkout of the repository")
 
 
-def _output(*command: str, failure: str = "", env: Mapping[str, str] | None = None) -> str:
-    """Return what a command prints; raise a UserError with its last words if the command fails."""
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+def _output(*command: str, failure: str = "", script: str | None = None, env: Mapping[str, str] | None = None) -> str:
+    """Return what a command prints.
+
+    Args:
+        command: the command.
+        failure: what has failed, the beginning of the error.
+        script: standard input of the command; by default the standard input of this process.
+        env: environment of the command; by default the environment of this process.
+
+    Raises:
+        UserError: the command cannot be started, or fails. The message ends with the command's last words.
+    """
+    try:
+        result = subprocess.run(command, input=script, env=env, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"{failure}cannot start {command[0]}: {error.strerror}") from error
     if result.returncode != 0:
         raise UserError(failure + (result.stderr.strip().splitlines() or ["no reason given"])[-1])
     return result.stdout

@@ -1,5 +1,6 @@
 """A comparison in Slurm jobs: the command lines, by a stand-in for sbatch, and the trainings that jobs complete."""
 
+import errno
 import json
 import os
 import shlex
@@ -34,14 +35,15 @@ flags: {num-layers: 1, hidden-size: 8, seq-length: 16, train-iters: 4, global-ba
 learning-rates: {values: [1e-3, 1e-2], iterations: 2}
 variants: {one: {}, two: {}}
 """
-# Appends its arguments and the variables of Slurm to a file, and numbers jobs from 11.
+# Appends its arguments, the variables of Slurm and the script to a file, and numbers jobs from 11.
 SBATCH = """#!/usr/bin/env python3
 import json, os, sys
 path = os.environ["SBATCH_CALLS"]
 calls = open(path).readlines() if os.path.exists(path) else []
 variables = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+script = None if "--" in sys.argv else sys.stdin.read()  # pretrain.sbatch has arguments after `--`
 with open(path, "a") as stream:
-    print(json.dumps([sys.argv[1:], variables]), file=stream)
+    print(json.dumps([sys.argv[1:], variables, script]), file=stream)
 print(f"{11 + len(calls)};cluster")
 """
 ITERATION = (
@@ -68,6 +70,12 @@ def calls(tmp_path, monkeypatch):
         return [json.loads(line)[0] for line in (tmp_path / "calls").read_text().splitlines()]
 
     return calls
+
+
+@pytest.fixture
+def scripts(calls, tmp_path):
+    """Return a function that returns the scripts of all calls of sbatch, None for a call with a file."""
+    return lambda: [json.loads(line)[2] for line in (tmp_path / "calls").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -138,10 +146,16 @@ def options_of(call: list[str]) -> dict[str, str]:
     return dict(word.removeprefix("--").partition("=")[::2] for word in call if word.startswith("--") and "=" in word)
 
 
-def test_tuning_is_an_array_and_a_job_that_continues(comparison, calls):
+def command_of(script: str) -> list[str]:
+    """Return the command line of a script."""
+    assert script.startswith("#!/bin/sh\nexec ")
+    return shlex.split(script, comments=True)[1:]
+
+
+def test_tuning_is_an_array_and_a_job_that_continues(comparison, calls, scripts):
     submit(comparison)
     training, continuation = calls()
-    phase = comparison.folder / "slurm" / "tuning"
+    phase = comparison.folder / "slurm" / "tuning-1"
     options = options_of(training)
     assert (options["array"], options["nodes"], options["partition"]) == ("1,2,3,4", "2", "p")
     assert options["output"] == f"{phase}/%a/slurm/%j.log"
@@ -156,7 +170,7 @@ def test_tuning_is_an_array_and_a_job_that_continues(comparison, calls):
     options = options_of(continuation)
     assert options["dependency"] == "afterany:11"
     assert (options["partition"], options["nodes"], options["ntasks"]) == ("p", "1", "1")
-    assert shlex.split(options["wrap"])[1:] == [
+    assert command_of(scripts()[1]) == [
         *(sys.executable, "-P", "-m", "maskmoe", "compare", "pair.yaml", "--run-dir", "its folder"),
         *("--slurm", "--", "--nodes=2", "--partition=p"),
     ]
@@ -175,7 +189,7 @@ def test_losses_are_read_from_the_logs_of_jobs(comparison, calls):
     assert RunRecord(comparison.plan(tuned).files.record)["train"].seconds == 3.0
 
 
-def test_each_whole_run_is_evaluated_after_its_training(comparison, calls):
+def test_each_whole_run_is_evaluated_after_its_training(comparison, calls, scripts):
     for run in comparison.runs_of_next_phase():
         finish_stages(comparison, run)
     submit(comparison, throttle=1)
@@ -187,7 +201,7 @@ def test_each_whole_run_is_evaluated_after_its_training(comparison, calls):
     assert "--kill-on-invalid-dep=yes" in evaluation
     assert options_of(continuation)["dependency"] == "afterany:11:12"
     # The name of the second element's run, as the shell of the job expands the name.
-    script = options["wrap"].replace("exec ", "printf '%s\\n' ", 1)
+    script = scripts()[1].replace("exec ", "printf '%s\\n' ", 1)
     words = os.popen(f"SLURM_ARRAY_TASK_ID=2; {script}").read().splitlines()
     assert words[-2:] == ["--run", "runs/two.seed-1"]
 
@@ -264,8 +278,10 @@ def test_jobs_do_not_inherit_the_variables_of_this_job(comparison, calls, monkey
 
 def test_nothing_else_starts_while_jobs_are_in_the_queue(comparison, calls, tmp_path, monkeypatch):
     submit(comparison)
-    program(tmp_path / "bin", "squeue", "#!/bin/sh\nprintf '11\\n12\\n99\\n'\n")
-    with pytest.raises(UserError, match=r"in Slurm's queue, and go on by themselves; to end the jobs: scancel 12 11$"):
+    # Only another cluster than the default one has the jobs.
+    script = "#!/bin/sh\ncase $* in *--clusters=cluster) printf '11\\n12\\n99\\n' ;; esac\n"
+    program(tmp_path / "bin", "squeue", script)
+    with pytest.raises(UserError, match=r"; to end the jobs: scancel --clusters=cluster 12 11$"):
         refuse_while_jobs_are_queued(comparison)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     refuse_while_jobs_are_queued(comparison)
@@ -275,6 +291,63 @@ def test_nothing_else_starts_while_jobs_are_in_the_queue(comparison, calls, tmp_
     program(tmp_path / "bin", "squeue", "#!/bin/sh\necho 'squeue: error: no controller' >&2\nexit 1\n")
     with pytest.raises(UserError, match="queue: squeue: error: no controller"):
         refuse_while_jobs_are_queued(comparison)
+
+
+def test_submission_without_a_cluster(comparison, calls, tmp_path):
+    (comparison.folder / "slurm").mkdir()
+    (comparison.folder / "slurm" / "submission.json").write_text('{"jobs": ["11", "12"], "todo": {}}')
+    program(tmp_path / "bin", "squeue", "#!/bin/sh\ncase $* in *--clusters*) ;; *) printf '11\\n12\\n' ;; esac\n")
+    with pytest.raises(UserError, match=r"in Slurm's queue, and go on by themselves; to end the jobs: scancel 12 11$"):
+        refuse_while_jobs_are_queued(comparison)
+
+
+def test_jobs_of_a_submission_are_on_one_cluster(comparison, calls):
+    submit(comparison, words=("--nodes=2", "--clusters=cluster,other"))
+    assert [options_of(call)["clusters"] for call in calls()] == ["cluster,other", "cluster"]
+
+
+def test_an_old_array_keeps_its_runs(comparison, calls):
+    submit(comparison)
+    first = comparison.folder / "slurm" / "tuning-1"
+    before = {link.name: link.resolve() for link in first.iterdir()}
+    finish_stages(comparison, comparison.runs_of_next_phase()[0])
+    submit(comparison)
+    assert {link.name: link.resolve() for link in first.iterdir()} == before
+    assert options_of(calls()[2])["output"] == f"{first.with_name('tuning-2')}/%a/slurm/%j.log"
+
+
+def test_long_command_line(comparison, calls, scripts):
+    """A word of a command has at most 128 KiB on Linux."""
+    for run in comparison.runs_of_next_phase():
+        finish_stages(comparison, run)
+    inputs = tuple(f"/corpus/{'x' * 120}/train-{number:05d}.parquet" for number in range(1200))
+    jobs = replace(make_jobs(comparison), arguments=("pair.yaml", "--input", *inputs))
+    jobs.submit(next_runs(comparison), ProgressLine(sys.stdout))
+    _, evaluation, continuation = scripts()
+    for script in (evaluation, continuation):
+        words = command_of(script)
+        assert words[words.index("--input") + 1 :][: len(inputs)] == list(inputs)
+
+
+def test_jobs_that_were_submitted_before_a_failure_are_named(comparison, calls, tmp_path):
+    script = "#!/bin/sh\ncase $* in *-next*) echo 'sbatch: error: limit' >&2; exit 1 ;; esac\n"
+    program(tmp_path / "bin", "numbering-sbatch", SBATCH)
+    program(tmp_path / "bin", "sbatch", script + 'exec numbering-sbatch "$@"\n')
+    expected = (
+        "the job was not submitted: sbatch: error: limit; to end the jobs that were submitted before: "
+        "scancel --clusters=cluster 11"
+    )
+    with pytest.raises(UserError, match=f"^{expected}$"):
+        submit(comparison)
+
+
+def test_sbatch_that_cannot_be_started(comparison, calls, tmp_path, monkeypatch):
+    def start(*_words, **_options):
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+
+    monkeypatch.setattr("subprocess.run", start)
+    with pytest.raises(UserError, match=r"^the job was not submitted: cannot start \S+: Argument list too long$"):
+        submit(comparison)
 
 
 def test_refusal_of_sbatch_is_reported(comparison, calls, tmp_path):
@@ -370,14 +443,14 @@ def test_bad_options_are_refused(words, message):
         ("apptainer", ["apptainer", "exec"], "--bind="),
     ],
 )
-def test_evaluation_runs_in_the_container_of_training(comparison, calls, kind, start, mount):
+def test_evaluation_runs_in_the_container_of_training(comparison, calls, scripts, kind, start, mount):
     for run in comparison.runs_of_next_phase():
         finish_stages(comparison, run)
     submit(comparison, words=("--container", kind, "--image", "an image", "--mount", "/more"))
-    training, evaluation, continuation = calls()
+    training = calls()[0]
     mounts = [training[i + 1] for i, word in enumerate(training) if word == "--mount"]
     assert mounts == ["/more", "/data"]
-    words = shlex.split(options_of(evaluation)["wrap"])[1:]
+    words = command_of(scripts()[1])
     assert words[:2] == start
     bound = ",".join(word.removeprefix(mount) for word in words if word.startswith(mount)).split(",")
     folder = comparison.folder
@@ -386,7 +459,7 @@ def test_evaluation_runs_in_the_container_of_training(comparison, calls, kind, s
     python = words.index("env")
     assert words[python : python + 5] == ["env", f"PYTHONPATH={ROOT}", "python3", "-P", "-m"]
     # Nothing is submitted from within a container.
-    assert shlex.split(options_of(continuation)["wrap"])[1] == sys.executable
+    assert command_of(scripts()[2])[0] == sys.executable
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -404,13 +477,14 @@ def main(monkeypatch, suite_path, tmp_path):
 def test_dry_run_prints_the_command_lines_and_writes_nothing(main, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     main("--slurm", "--dry-run", "--jobs", "2", "--", "--nodes=2", "--gpus-per-node=8")
-    training, continuation = map(shlex.split, capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    training, continuation = shlex.split(lines[0]), shlex.split(lines[1])
     assert training[0] == continuation[0] == "sbatch"
     assert {"--array=1,2,3,4%2", "--nodes=2", "--gpus-per-node=8"} <= set(training)
     assert "--dependency=afterany:TRAINING" in continuation
     assert "--gpus-per-node=8" not in continuation
-    again = shlex.split(options_of(continuation)["wrap"])
-    assert again[6:] == [
+    assert (continuation[-1], lines[2], lines[4:]) == ("<<END", "#!/bin/sh", ["END"])
+    assert command_of("\n".join(lines[2:4]))[5:] == [
         *(str(tmp_path / "pair.yaml"), "--run-dir", str(tmp_path / "new"), "--jobs", "2"),
         *("--slurm", "--", "--nodes=2", "--gpus-per-node=8"),
     ]
