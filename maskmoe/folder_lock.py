@@ -67,7 +67,7 @@ class Holder:
         """Whether the process ran on this host, so that its id shows whether it still runs.
 
         A holder without a namespace, in a lock file of an earlier version, counts as a process of another host, whose
-        heartbeat shows whether it runs. Hosts that do not know their own namespace are told apart by their names.
+        heartbeat shows whether it runs. On hosts that do not know their own namespace, only the names are compared.
         """
         return (self.host, self.pid_namespace) == (socket.gethostname(), _pid_namespace())
 

@@ -44,7 +44,7 @@ MEMBERS = [Member(f"id{number}", f"host{number}", number, float(number), "", 0, 
 
 @contextmanager
 def failing(folder: Path) -> Iterator[None]:
-    """Put a file in the place of a folder during the block, so that reading the folder fails."""
+    """Replace a folder by a file during the block, so that reading the folder fails."""
     aside = folder.with_name("aside")
     folder.rename(aside)
     folder.touch()
