@@ -5,15 +5,17 @@ Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says 
 
 import pickle
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron.core.dist_checkpointing import gpt_checkpoint_interop
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor, gpt_checkpoint_interop
+from megatron.core.dist_checkpointing.exchange_utils import ShardDistribution, exchange_loaded_tensors_gather_object
+from megatron.core.dist_checkpointing.strategies import filesystem_async, fully_parallel
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.training import checkpointing
 from torch.distributed.checkpoint import default_planner, filesystem
@@ -22,6 +24,8 @@ from maskmoe.checkpoint.unpickling import read_layout, read_object
 from maskmoe.checkpoint.writer_process import get_write_results_queue, start_writer, write_for_rank
 from maskmoe.journal import Journal
 from maskmoe.megatron_compat.replacing import replace
+
+_SHORT_INTEGERS = (torch.int16, torch.uint16)
 
 
 def unpickle_data_only() -> None:
@@ -128,9 +132,42 @@ def load_the_chosen_checkpoint() -> None:
     replace(checkpointing, "_get_non_persistent_iteration", get_iteration)
 
 
+def exchange_short_integers() -> None:
+    """Let `--ckpt-fully-parallel-load` load routing masks.
+
+    Replaces: `exchange_by_distribution` in `megatron.core.dist_checkpointing.strategies.fully_parallel`.
+    Why: Each rank loads a part of the tensors and sends it to the other ranks. NCCL and gloo cannot send integers of 16
+        bits, of which a routing mask consists. The replacement sends them as objects; a mask has a few MiB.
+    Can go: When Megatron sends tensors of all types.
+    """
+    exchange_stock = fully_parallel.exchange_by_distribution
+
+    @wraps(exchange_stock)
+    def exchange(
+        loaded: Mapping[Any, torch.Tensor],
+        unloaded: Mapping[Any, ShardedTensor],
+        distribution: ShardDistribution,
+        group: torch.distributed.ProcessGroup | None = None,
+        exchange_algo: str = "broadcast",
+    ) -> dict[Any, torch.Tensor]:
+        short = {id for id, shard in distribution.shard_to_metadata.items() if shard.dtype in _SHORT_INTEGERS}
+        of_others = {id: rank for id, rank in distribution.main_rank_for_shard.items() if id not in short}
+        others = exchange_stock(
+            {id: tensor for id, tensor in loaded.items() if id not in short},
+            {id: shard for id, shard in unloaded.items() if id not in short},
+            distribution._replace(main_rank_for_shard=of_others),
+            group,
+            exchange_algo,
+        )
+        own = {id: tensor.cpu() for id, tensor in loaded.items() if id in short}
+        return others | exchange_loaded_tensors_gather_object(own, {}, distribution, group)
+
+    replace(fully_parallel, "exchange_by_distribution", exchange)
+
+
 EVERY_PROCESS = (
     *(unpickle_data_only, tie_writers_to_their_rank, load_either_implementation),
-    *(load_gpt_checkpoints_into_hybrid_models, load_the_chosen_checkpoint),
+    *(load_gpt_checkpoints_into_hybrid_models, load_the_chosen_checkpoint, exchange_short_integers),
 )
 """The patches that `prepare_process` applies."""
 

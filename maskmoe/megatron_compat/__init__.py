@@ -28,7 +28,8 @@ def prepare_process() -> None:
                 "driver is too old: update the driver, or set the environment variable CUDA_VISIBLE_DEVICES to nothing "
                 "to use the CPU"
             )
-        cpu.install()
+        if not cpu.is_installed():
+            cpu.install()
     # This module imports megatron, so it must come after the CPU adapter.
     from maskmoe.checkpoint import megatron_patches
 

@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -37,13 +37,20 @@ _M_MMAP_MAX = -4
 _KEPT_BYTES = 2**30
 
 
+PACKAGES_FOR_GPUS = ("transformer_engine", "apex", "amp_C")
+"""Packages from which Megatron would take optimizers and functions of many tensors, whose kernels need a GPU."""
+
+
 def is_installed() -> bool:
     """Report whether `torch.cuda` is mapped to the CPU in this process."""
     return torch.cuda.current_device is _current_device
 
 
-def install() -> None:
+def install(hidden: Iterable[str] = PACKAGES_FOR_GPUS) -> None:
     """Map `torch.cuda` to the CPU and switch off what cannot run there.
+
+    Args:
+        hidden: packages that cannot be imported afterwards, unless they were imported before.
 
     Raises:
         RuntimeError: CUDA is present, or megatron was imported already.
@@ -55,6 +62,9 @@ def install() -> None:
     for owner, replacements in _REPLACEMENTS.items():
         for name, replacement in replacements.items():
             replace(owner, name, replacement)
+    modules: dict[str, Any] = sys.modules
+    for name in hidden:
+        modules.setdefault(name, None)  # which makes the import fail
     _keep_freed_memory()
     _adapt_megatron()
 

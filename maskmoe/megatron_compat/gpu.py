@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SOFTMAX_MODULES = ("scaled_masked_softmax_cuda", "scaled_upper_triang_masked_softmax_cuda")
+_PERMUTATION_VERSION = "2.6.0"
 _PERMUTATION_KERNELS = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
     *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
@@ -20,7 +21,8 @@ class GpuPackages:
 
     Attributes:
         transformer_engine: Transformer Engine can be imported.
-        permutation: Transformer Engine has the kernels that permute tokens (version 2.1 or newer).
+        permutation: Transformer Engine has the kernels that permute tokens, and its map of rows begins with the places
+            of each row's copies (version 2.6 or newer).
         gradient_accumulation: Apex has the kernels that add a product to a gradient.
         masked_softmax: Apex has the kernels of masked softmax.
     """
@@ -36,10 +38,12 @@ class GpuPackages:
         # These modules import megatron, so they must come after `prepare_process`.
         from megatron.core.tensor_parallel import layers
         from megatron.core.transformer.moe import moe_utils
+        from megatron.core.utils import is_te_min_version
 
         return cls(
             transformer_engine=moe_utils.HAVE_TE,
-            permutation=all(getattr(moe_utils, name) is not None for name in _PERMUTATION_KERNELS),
+            permutation=is_te_min_version(_PERMUTATION_VERSION)
+            and all(getattr(moe_utils, name) is not None for name in _PERMUTATION_KERNELS),
             gradient_accumulation=layers._grad_accum_fusion_available,
             masked_softmax=all(importlib.util.find_spec(name) is not None for name in _SOFTMAX_MODULES),
         )

@@ -78,7 +78,7 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         action="store_false",
         dest="moe_permute_fusion",
         help="do not permute tokens by Transformer Engine's kernels, which are the default on a GPU with Transformer "
-        "Engine 2.1 or newer",
+        "Engine 2.6 or newer",
     )
     group.add_argument(
         "--verbose",

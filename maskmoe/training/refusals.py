@@ -514,6 +514,11 @@ def unavailable_settings(args: Namespace, packages: GpuPackages) -> Iterator[str
     for setting in () if packages.transformer_engine else _NEED_TRANSFORMER_ENGINE:
         if _is_given(setting, args):
             yield f"{setting} needs Transformer Engine, which is not installed: install it, or leave the flag out"
+    if packages.transformer_engine and not packages.permutation and args.moe_permute_fusion:
+        yield (
+            "--moe-permute-fusion needs Transformer Engine 2.6 or newer, but the installed version is older: install a "
+            "newer version, or leave the flag out"
+        )
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:

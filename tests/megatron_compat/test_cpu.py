@@ -1,13 +1,16 @@
 """The CPU adapter maps torch.cuda to the CPU."""
 
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
 from support.launchers import RANK_SCRIPTS
+from support.paths import python_path
 
 from maskmoe.megatron_compat import cpu
 
@@ -23,6 +26,29 @@ def test_refuses_to_come_after_megatron() -> None:
     result = run_python("import megatron.core\nfrom maskmoe.megatron_compat import cpu\ncpu.install()")
     assert result.returncode != 0
     assert "RuntimeError: the CPU adapter must be installed before megatron is imported" in result.stderr
+
+
+def test_packages_for_gpus_are_not_used(tmp_path: Path) -> None:
+    """An image for GPUs may also run on a CPU. Packages that were imported before stay, as stubs in tests do."""
+    for name in ("transformer_engine", "apex"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("imported = True\n")
+        (tmp_path / name / "optimizers.py").write_text("FusedAdam = FusedSGD = None\n")
+    program = """
+        import sys
+        if len(sys.argv) > 1:
+            import apex
+        from maskmoe.megatron_compat import prepare_process
+        prepare_process()
+        import torch
+        from megatron.core import optimizer
+        print(optimizer.Adam is torch.optim.AdamW, "apex" in sys.modules and sys.modules["apex"] is not None)
+    """
+    environment = {**os.environ, "PYTHONPATH": python_path(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    for arguments, printed in (((), "True False"), (("first",), "False True")):
+        command = [sys.executable, "-c", dedent(program), *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+        assert result.stdout.split("\n")[-2] == printed
 
 
 def test_gpus_that_torch_cannot_use_are_refused() -> None:

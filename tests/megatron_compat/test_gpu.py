@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+from megatron.core import utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
 from megatron.training.arguments import parse_args
@@ -36,6 +37,7 @@ def on_a_gpu(monkeypatch):
     def pretend(packages: GpuPackages) -> None:
         monkeypatch.setattr(cpu, "is_installed", lambda: False)
         monkeypatch.setattr(moe_utils, "HAVE_TE", packages.transformer_engine)
+        monkeypatch.setattr(utils, "is_te_min_version", lambda version: packages.permutation)
         for name in gpu._PERMUTATION_KERNELS:
             monkeypatch.setattr(moe_utils, name, print if packages.permutation else None)
         monkeypatch.setattr(layers, "_grad_accum_fusion_available", packages.gradient_accumulation)
@@ -112,6 +114,13 @@ def test_a_flag_that_needs_transformer_engine_is_refused_without_it(on_a_gpu, pa
         check_supported(parse(*flags.split()))
     on_a_gpu(GpuPackages())
     check_supported(parse(*flags.split()))
+
+
+def test_old_transformer_engine_does_not_permute(on_a_gpu, parse) -> None:
+    on_a_gpu(GpuPackages(permutation=False))
+    with pytest.raises(UserError, match=r"^--moe-permute-fusion needs Transformer Engine 2\.6 or newer, .*$"):
+        check_supported(parse("--moe-permute-fusion"))
+    check_supported(parse())
 
 
 def test_every_flag_that_needs_transformer_engine_is_known(parse) -> None:

@@ -221,6 +221,19 @@ def test_the_last_iteration_is_saved_once(workplace, tmp_path, passed, saved):
     check_all(checkpoint_path(outcome.checkpoints, 8))
 
 
+@pytest.mark.runs(SAVED)
+@pytest.mark.parametrize("algorithm", ["broadcast", "gather_rounds"])
+def test_ranks_share_the_work_of_loading(runs, copy, workplace, tmp_path, algorithm):
+    """The ranks send each other also the routing mask, whose integers of 16 bits no collective can send."""
+    shutil.rmtree(checkpoint_path(copy, 21))
+    (copy / TRACKER).write_text("14")
+    flags = f"{EXPERT_2} --load {copy} --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo {algorithm}"
+    outcome = workplace.run(Run(flags, ranks=2), tmp_path / "run")
+    assert outcome.exit_codes == (0, 0), outcome.report()
+    assert outcome.iterations == list(range(15, 22))
+    assert outcome.difference(runs[0]) == 0
+
+
 @pytest.mark.parametrize("flags", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
 def test_old_checkpoints_are_removed(workplace, tmp_path, flags):
     flags += " --save-interval 2 --keep-last-checkpoints 2 --exit-interval 9"

@@ -61,13 +61,8 @@ def training_commands(context: Context) -> list[Command]:
     Initial weights depend on the device, so all runs start from one checkpoint.
     """
     folder = context.folder("training")
-    # Transformer Engine would give optimizers for GPUs to the runs on the CPU, so these cannot import it.
-    hidden = folder / "hidden" / "transformer_engine"
-    hidden.mkdir(parents=True, exist_ok=True)
-    (hidden / "__init__.py").write_text('raise ModuleNotFoundError("Transformer Engine needs a GPU")\n')
-    path = f"{hidden.parent}:{context.root / 'tools'}"
     threads = str(max(1, context.devices.num_cores // 2))
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(context.root / "tools"), "OMP_NUM_THREADS": threads}
 
     start = _train(context, "start", ("--exit-interval", "1"), on_cpu)
     continues = (

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
-from maskmoe.megatron_compat import prepare_process
+from maskmoe.megatron_compat import cpu, prepare_process
 
+cpu.install(hidden=())
 prepare_process()
 import torch
 from support.rank_program import run_as_rank
