@@ -28,6 +28,9 @@ from maskmoe.untrusted import UnusableFile, open_regular
 LOCK_NAME = ".run.lock"
 """Name of the lock file in a locked folder."""
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""Error numbers of a file system without locks."""
+
 _HEARTBEAT_SECONDS = 10.0
 _STALE_SECONDS = 35.0  # three heartbeats and some time for the caches of a network file system
 _END_SECONDS = 20.0  # which the processes of a run that has just ended may take
@@ -35,7 +38,6 @@ _LOOK_SECONDS = 1.0
 _POLL_SECONDS = 0.5
 _MAX_BYTES = 4096
 _IS_HELD = (errno.EACCES, errno.EAGAIN)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FLOCK = "hhqqi0q"  # the struct flock of Linux: type, whence, start, length, process
 
@@ -205,7 +207,7 @@ def _try_lock(lock: int) -> bool | None:
     except OSError as error:
         if error.errno in _IS_HELD:
             return False
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             return None
         raise
     return True
@@ -217,7 +219,7 @@ def _is_locked(lock: int) -> bool | None:
     try:
         answer = fcntl.fcntl(lock, fcntl.F_GETLK, question)
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             return None
         raise
     return struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -13,6 +13,7 @@ import psutil
 
 from maskmoe.child_process import is_alive, send_signal
 from maskmoe.errors import UserError
+from maskmoe.folder_lock import NO_LOCKS, locked_folder
 
 _SECONDS_TO_GIVE_UP = 30.0
 
@@ -28,6 +29,9 @@ processes of a command have ended, even if the command itself was killed.
 def locked(path: Path, seconds_to_end: float = 10.0) -> Iterator[RunLock]:
     """Hold a lock file during the block.
 
+    On a file system without `flock`, `locked_folder` lets only one command at a time work in the folder. Processes that
+    a killed command has left behind are then neither found nor ended.
+
     Args:
         path: path of the file, which is created if missing.
         seconds_to_end: how many seconds the processes that a killed command has left behind may take to end. After
@@ -36,8 +40,13 @@ def locked(path: Path, seconds_to_end: float = 10.0) -> Iterator[RunLock]:
     Raises:
         UserError: another command works in the folder.
     """
-    with open(path, "a+", encoding="utf-8", errors="replace") as lock:
-        _acquire(lock, path.parent, seconds_to_end)
+    with open(path, "a+", encoding="utf-8", errors="replace") as lock, ExitStack() as stack:
+        try:
+            _acquire(lock, path.parent, seconds_to_end)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            stack.enter_context(locked_folder(path.parent))
         # The file holds the number of the process that owns the lock.
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)

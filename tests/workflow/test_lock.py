@@ -1,5 +1,6 @@
 """Only one command at a time works in a folder."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -22,6 +23,35 @@ def test_lock_is_free_after_the_block(tmp_path):
     for _ in range(2):
         with locked(path):
             assert path.read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_flock(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    path = tmp_path / ".lock"
+    with locked(path):
+        assert path.read_text() == f"{os.getpid()}\n"
+    assert os.listdir(tmp_path) == [".lock"]
+    program = "import sys; from pathlib import Path; from maskmoe.folder_lock import locked_folder\n"
+    program += "with locked_folder(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"process {other.pid} on host .* is writing to {tmp_path};"), locked(path):
+            pytest.fail("two commands work in the folder")
+        other.stdin.close()
+
+
+def test_error_of_the_lock_file_is_raised(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path / ".lock"):
+        pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux finds the processes that hold a lock")
