@@ -21,6 +21,7 @@ writes to runs/ are kept.
                        UCX, NVSHMEM and W&B, are always passed.
   --build              build the image first, from docker/Dockerfile or docker/Dockerfile.cpu; COMMAND is then optional
   --base-image NAME    build on this image; required for GPUs, where it is NVIDIA's PyTorch image
+  --extras LIST        build with these optional parts, see launch/setup.sh --help (default: hf)
   --engine NAME        docker or podman (default: the first that is installed)
   --dry-run            only print the command line
 END
@@ -96,7 +97,7 @@ build() {
     # BuildKit and buildah use the host's network only with --network host; pip may need a proxy or a mirror there.
     [[ $engine != podman ]] || arguments+=(--format docker --layers)
     run "$engine" build --file "$root/$file" --tag "$image" --network host \
-        --build-arg "VERSION=$version" \
+        --build-arg "VERSION=$version" --build-arg "EXTRAS=$extras" \
         --build-arg "REVISION=$(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)" \
         "${arguments[@]}" "$root"
 }
@@ -125,7 +126,7 @@ set_options() {
     $cpu || add_gpus
     options+=("--volume=$run_dir:$HOME_IN_IMAGE/runs")
     if [[ $code == checkout ]]; then
-        for folder in launch maskmoe tools; do
+        for folder in launch maskmoe tests tools; do
             options+=("--volume=$root/$folder:$HOME_IN_IMAGE/$folder:ro")
         done
     fi
@@ -149,7 +150,7 @@ add_mount() {
 
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$root/maskmoe/__init__.py")
 run_dir=$root/runs mounts=() environment=() code=checkout cpu=false gpus='' image='' shm_size='' build=false
-base_image='' engine='' dry_run=false
+base_image='' extras=hf engine='' dry_run=false
 while (($#)); do
     case $1 in
         --cpu) cpu=true ;;
@@ -159,7 +160,7 @@ while (($#)); do
             usage
             exit
             ;;
-        --run-dir | --mount | --code | --gpus | --image | --shm-size | --env | --base-image | --engine)
+        --run-dir | --mount | --code | --gpus | --image | --shm-size | --env | --base-image | --extras | --engine)
             (($# > 1)) || fail "$1 needs a value (see launch/docker.sh --help)"
             case $1 in
                 --run-dir) run_dir=$(realpath -m -- "$2") ;;

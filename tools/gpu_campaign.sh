@@ -7,7 +7,7 @@ unset CDPATH
 #   tools/gpu_campaign.sh --output DIR [--only STEP…] [--minutes M]
 #
 # Without a GPU, all steps are tried on the CPU and nothing is measured. MaskMoE must be installed with the extra `dev`:
-# by launch/setup.sh, or for the python3 on PATH, as in the container images.
+# by launch/setup.sh, or for the python3 on PATH, as in an image built by launch/docker.sh --build --extras dev,hf.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$root/.venv/bin/python

@@ -63,7 +63,7 @@ def test_mounts(tmp_path):
         "--engine", "docker", "--run-dir", tmp_path / "new", "--mount", data, "--mount", f"{tmp_path}:rw", "true"
     )
     volumes = [word.removeprefix("--volume=") for word in words if word.startswith("--volume=")]
-    code = [f"{ROOT}/{folder}:{HOME}/{folder}:ro" for folder in ("launch", "maskmoe", "tools")]
+    code = [f"{ROOT}/{folder}:{HOME}/{folder}:ro" for folder in ("launch", "maskmoe", "tests", "tools")]
     assert volumes == [f"{tmp_path}/new:{HOME}/runs", *code, f"{data}:{data}:ro", f"{tmp_path}:{tmp_path}:rw"]
     assert not (tmp_path / "new").exists()  # a dry run creates nothing
 
@@ -112,7 +112,7 @@ def test_build():
     command = docker("--dry-run", "--engine", "docker", "--cpu", "--build", "--base-image", "some:base").splitlines()
     assert len(command) == 1
     assert f"--file {ROOT}/docker/Dockerfile.cpu --tag {IMAGE} " in command[0]
-    assert f"--build-arg VERSION={maskmoe.__version__} " in command[0]
+    assert f"--build-arg VERSION={maskmoe.__version__} --build-arg EXTRAS=hf " in command[0]
     assert "BASE_IMAGE=some:base" in command[0]
 
 
