@@ -1,6 +1,6 @@
 """Blocks of tensors, tensors in memory and in files that are read in blocks, and views of such tensors."""
 
-from bisect import bisect_left
+from bisect import bisect, bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,6 +122,25 @@ class TensorSource(Protocol):
         ...
 
 
+class _CopyIndex:
+    """Finds the copies that fill a block of a tensor without looking at all copies.
+
+    Args:
+        copies: fill the tensor exactly once.
+    """
+
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        self._copies = copies
+        self._cells = _Cells([copy.target for copy in copies])
+        self._numbers = np.zeros(self._cells.shape, np.int32)  # number of the copy that fills each cell
+        for number, copy in enumerate(copies):
+            self._numbers[self._cells.of(copy.target)] = number
+
+    def find(self, block: Block) -> Iterator[Copy]:
+        """Return the copies that fill elements of a block, in the given order."""
+        return (self._copies[number] for number in np.unique(self._numbers[self._cells.of(block)]))
+
+
 class RearrangedSource:
     """A view of another source's tensors under other names and shapes.
 
@@ -136,13 +155,15 @@ class RearrangedSource:
 
     def __init__(self, source: TensorSource, shapes: Mapping[str, tuple[int, ...]], copies: Iterable[Copy]) -> None:
         self._source = source
-        self._copies: dict[str, list[Copy]] = defaultdict(list)
+        copies_by_tensor: dict[str, list[Copy]] = defaultdict(list)
         for copy in copies:
-            self._copies[copy.target.tensor].append(copy)
-        check_cover(shapes, (copy.target for tensor_copies in self._copies.values() for copy in tensor_copies))
+            copies_by_tensor[copy.target.tensor].append(copy)
+        check_cover(shapes, (copy.target for tensor_copies in copies_by_tensor.values() for copy in tensor_copies))
         self.tensors: dict[str, TensorSpec] = {}
+        self._copies: dict[str, _CopyIndex] = {}
         for name, shape in shapes.items():
-            dtype, *others = {source.tensors[copy.source.tensor].dtype for copy in self._copies[name]}
+            self._copies[name] = _CopyIndex(copies_by_tensor[name])
+            dtype, *others = {source.tensors[copy.source.tensor].dtype for copy in copies_by_tensor[name]}
             if others:
                 types = sorted(map(str, (dtype, *others)))
                 raise CoverageError(f"{name} would be filled from tensors of different types: {types}")
@@ -152,7 +173,7 @@ class RearrangedSource:
         """See `TensorSource.read`."""
         parts = [
             (part, self._source.read(copy.source_of(part)).reshape(part.sizes))
-            for copy in self._copies[block.tensor]
+            for copy in self._copies[block.tensor].find(block)
             if (part := block.intersection(copy.target))
         ]
         if len(parts) == 1:  # the copies cover the tensor exactly, so this part is the whole block
@@ -329,18 +350,35 @@ def check_cover(shapes: Mapping[str, tuple[int, ...]], blocks: Iterable[Block]) 
             raise CoverageError(f"{name} {list(shape)} is not covered exactly once")
 
 
-def _times_covered(whole: Block, parts: Sequence[Block]) -> np.ndarray:
-    """Return how many of its parts cover each cell of a tensor, int32 [cells in each dimension].
+class _Cells:
+    """The cells into which the edges of blocks divide their tensor; a block covers each cell completely or not at all.
 
-    The edges of all parts divide the tensor into cells. A part covers each cell completely or not at all.
+    Args:
+        blocks: blocks of one tensor; at least one.
+
+    Attributes:
+        shape: number of cells in each dimension.
     """
-    extents_by_dimension = zip(*(block.slices for block in (whole, *parts)), strict=True)
-    edges = [
-        sorted({edge for extent in extents for edge in (extent.start, extent.stop)}) for extents in extents_by_dimension
-    ]
-    counts = np.zeros([len(positions) - 1 for positions in edges], np.int32)
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        extents_by_dimension = zip(*(block.slices for block in blocks), strict=True)
+        self._edges = [
+            sorted({edge for extent in extents for edge in (extent.start, extent.stop)})
+            for extents in extents_by_dimension
+        ]
+        self.shape = tuple(len(edges) - 1 for edges in self._edges)
+
+    def of(self, block: Block) -> tuple[slice, ...]:
+        """Return indices that select the cells that hold a block, whose edges may lie inside cells."""
+        firsts = (bisect(edges, start) - 1 for edges, start in zip(self._edges, block.offsets, strict=True))
+        stops = map(bisect_left, self._edges, map(add, block.offsets, block.sizes))
+        return tuple(map(slice, firsts, stops))
+
+
+def _times_covered(whole: Block, parts: Sequence[Block]) -> np.ndarray:
+    """Return how many of its parts cover each cell of a tensor, int32 [cells in each dimension]."""
+    cells = _Cells((whole, *parts))
+    counts = np.zeros(cells.shape, np.int32)
     for part in parts:
-        starts = map(bisect_left, edges, part.offsets)
-        stops = map(bisect_left, edges, map(add, part.offsets, part.sizes))
-        counts[tuple(map(slice, starts, stops))] += 1
+        counts[cells.of(part)] += 1
     return counts

@@ -118,6 +118,20 @@ def test_no_more_is_read_than_asked_for(data):
     assert stacked.elements_read == block.num_elements
 
 
+def test_only_copies_that_fill_a_block_are_compared_with_it(monkeypatch):
+    cells = [Block("stacked", (layer, expert, 0), (1, 1, 2)) for layer in range(10) for expert in range(20)]
+    tensors = {f"{cell.offsets}": torch.randn(2) for cell in cells}
+    copies = [Copy(Block.whole(f"{cell.offsets}", (2,)), cell) for cell in cells]
+    view = RearrangedSource(MemorySource(tensors), {"stacked": (10, 20, 2)}, copies)
+    compared, intersection = [], Block.intersection
+    monkeypatch.setattr(
+        Block, "intersection", lambda block, other: compared.append(other) or intersection(block, other)
+    )
+    for cell in cells:
+        assert torch.equal(view.read(cell).view(-1), tensors[f"{cell.offsets}"])
+    assert compared == cells
+
+
 @settings(max_examples=200)
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), st.lists(blocks_of("t", shape), max_size=5))))
 def test_a_cover_is_exact_or_refused(case):
