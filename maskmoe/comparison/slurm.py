@@ -61,7 +61,7 @@ class Submission:
 
     @property
     def cluster_option(self) -> tuple[str, ...]:
-        """The option by which Slurm's commands find the cluster of the jobs."""
+        """The option that names the cluster of the jobs to Slurm's commands."""
         return (f"--clusters={self.cluster}",) if self.cluster else ()
 
     def scancel(self, jobs: Sequence[str]) -> str:
