@@ -181,7 +181,7 @@ def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
     run = parse_and_check_args(add_pretraining_arguments)
-    if run.is_complete:
+    if run.is_complete and not _saves_elsewhere(run.args):
         return
     check_launched()
     model_config = model_config_from_args(run.args)
@@ -193,6 +193,11 @@ def main() -> None:
         mend_tracker(run.args, ranks)
         set_abandoned_aside(run.args, ranks, run.rewinds)
         train(run, model_config, ranks, let_signals_save)
+
+
+def _saves_elsewhere(args: Namespace) -> bool:
+    """Return whether the run saves into another folder than it loads from, for example in another layout of ranks."""
+    return args.save is not None and Path(args.load).resolve() != Path(args.save).resolve()
 
 
 def _folders_to_lock(args: Namespace) -> list[Path]:

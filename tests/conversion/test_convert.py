@@ -123,8 +123,8 @@ def test_command_line_and_the_loss_that_megatron_evaluates(checkpoints, run_cli,
     assert to_megatron.returncode == 0, to_megatron.stderr
     flags = to_megatron.stdout.splitlines()[-1].split("--use-checkpoint-args")[1]
     assert flags.strip() == "--vocab-size 500"
-    for load in (checkpoints("rich"), tmp_path / "megatron"):
-        output = tmp_path / "evaluation.json"
+    for number, load in enumerate((checkpoints("rich"), tmp_path / "megatron")):
+        output = tmp_path / f"evaluation{number}.json"
         workplace.run(
             "maskmoe.training.evaluate",
             f"--load {load} --use-checkpoint-args {flags} --data-path data --split 90,10,0 --eval-output {output}",
