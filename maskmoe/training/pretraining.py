@@ -49,6 +49,7 @@ from maskmoe.training.run_warnings import RunWarnings
 from maskmoe.training.saved_arguments import save_arguments
 from maskmoe.training.setup import (
     CheckedRun,
+    embedding_ranks_of,
     leaving_process_groups,
     model_config_from_args,
     parse_and_check_args,
@@ -315,5 +316,6 @@ def train(
             build_datasets,
             ModelType.encoder_or_decoder,
             partial(forward_step, before=before_each),
+            get_embedding_ranks=embedding_ranks_of(model_config),
             store=ranks.for_process_groups,
         )

@@ -97,14 +97,18 @@ def _pattern_has(symbol: str, args: Namespace) -> bool:
     return symbol in (args.hybrid_layer_pattern or "")
 
 
-def _predicts_before_last_rank(args: Namespace) -> bool:
-    """Return whether a layout puts multi-token prediction on another pipeline rank than the last."""
+def _hides_prediction(args: Namespace) -> bool:
+    """Return whether a layout puts multi-token prediction where Megatron-Core misses its copy of the embedding.
+
+    Megatron-Core looks for copies in the first chunk of the first pipeline rank, and in the last chunk of each other
+    rank.
+    """
     try:
         chunks = PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout or "")
     except AssertionError:
         return False  # Megatron reports a layout that it cannot parse.
-    num_ranks = args.pipeline_model_parallel_size
-    return any(LayerType.mtp in chunk and number % num_ranks < num_ranks - 1 for number, chunk in enumerate(chunks))
+    searched = {0, *range(len(chunks) - args.pipeline_model_parallel_size + 1, len(chunks))}
+    return any(LayerType.mtp in chunk and number not in searched for number, chunk in enumerate(chunks))
 
 
 def _flex_backend(args: Namespace) -> str | None:
@@ -463,10 +467,10 @@ REFUSALS = (
         ),
     ),
     Refusal(
-        "--pipeline-model-parallel-layout with m on another pipeline rank than the last",
-        "Multi-token prediction has a copy of the embedding, but Megatron-Core adds up the gradients of copies on the "
-        "first and on the last rank only. Put m into the last chunk, as in 'Et*3|tmL'.",
-        _predicts_before_last_rank,
+        "--pipeline-model-parallel-layout with m in a chunk that is neither the first nor a rank's last chunk",
+        "Multi-token prediction has a copy of the embedding. Megatron-Core looks for copies only in the first chunk of "
+        "the first pipeline rank, and in the last chunks of the other ranks. Put m into one of these chunks.",
+        _hides_prediction,
     ),
     Refusal(
         "--mla-down-proj-fusion with --transformer-impl local",

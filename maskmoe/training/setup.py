@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training.argument_utils import (
     gpt_config_from_args,
     hybrid_config_from_args,
@@ -231,14 +232,34 @@ def load_model(args: Namespace) -> torch.nn.Module:
     ranks = RankStore.from_environment()
     ranks.wait_for_all("checks")
     resume.mend_tracker(args, ranks)
-    initialize_megatron(store=ranks.for_process_groups)
+    config = model_config_from_args(args)
+    initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.for_process_groups)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+        cfg_container=pretrain_cfg_container_from_args(args, config),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     set_iteration_of_visible_experts(args, model[0])
     return model[0]
+
+
+def embedding_ranks_of(config: MaskMoEModelConfig) -> Callable[[list[int]], list[int]]:
+    """Return a function from the ranks of a pipeline to those ranks that have a copy of the embedding.
+
+    These ranks are the first, the last if embedding and output layer share their weights, and all ranks with layers of
+    multi-token prediction. Megatron adds up the gradients of the copies. The function is that of `pretrain_gpt.py` of
+    Megatron-LM; by default, Megatron-Core takes the first and the last rank.
+    """
+
+    def embedding_ranks(ranks: list[int]) -> list[int]:
+        found = {ranks[0]}
+        if config.share_embeddings_and_output_weights:
+            found.add(ranks[-1])
+        if config.mtp_num_layers:
+            found.update(get_mtp_ranks(ranks, config.transformer))
+        return sorted(found)
+
+    return embedding_ranks
 
 
 def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:

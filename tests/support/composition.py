@@ -32,6 +32,7 @@ COMPARED = {
         "rich, tensor 2, expert parallel 2",
         "rich, pipeline 2",
         "rich, interleaved pipeline",
+        "rich, prediction before the last rank",
         "rich, context parallel 2, expert parallel 2",
         "rich, context parallel 2, tensor 2, expert parallel 2",
         "rich, context parallel 2, pipeline 2",
@@ -240,7 +241,10 @@ TABLE: dict[str, Works | Refused] = {
     "multi-token prediction by one repeated layer": Works(
         "2 ranks", ("--mtp-use-repeated-layer",), tuple(COMPARED["repeated prediction"])
     ),
-    "multi-token prediction on another pipeline rank than the last": Refused(
+    "multi-token prediction on another pipeline rank than the last": Works(
+        "3 ranks", ("--pipeline-model-parallel-layout",), ("rich, prediction before the last rank",)
+    ),
+    "multi-token prediction in a chunk between others": Refused(
         "--mtp-num-layers 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|ttt|m|L"
     ),
     "multi-latent attention": Works(

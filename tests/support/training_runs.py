@@ -379,6 +379,11 @@ RUNS |= model_in_layouts(
         "rich, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
         "rich, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
         "rich, interleaved pipeline": (2, INTERLEAVED, "A pipeline of 2 ranks with 2 chunks each."),
+        "rich, prediction before the last rank": (
+            3,
+            "--pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Et*3|tm|L",
+            "Multi-token prediction and the output layer are on different ranks of a pipeline.",
+        ),
         "rich, context parallel 2, expert parallel 2": (
             2,
             f"{CONTEXT_2} {EXPERT_2}",
