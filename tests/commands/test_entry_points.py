@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.launch import Launch
-from support.paths import ROOT
+from support.paths import ROOT, python_path
 from support.runs import make_laptop_data, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
@@ -37,6 +37,7 @@ def run_stub(tmp_path) -> Iterator[Callable[..., Launch]]:
     started: list[Launch] = []
 
     def run_stub(*arguments: str, saves_checkpoints: bool = True, **environment: str) -> Launch:
+        environment["PYTHONPATH"] = python_path(tmp_path)
         command = [sys.executable, "-c", RUN.format(saves_checkpoints=saves_checkpoints), *arguments]
         started.append(Launch(command, tmp_path, tmp_path / "run", environment))
         return started[-1]

@@ -36,7 +36,8 @@ SCRIPTS_OF_SUBCOMMANDS = {
 FOREIGN_FLAGS = {
     "lm_eval": {"--model", "--model_args", "--tasks", "--batch_size"},
     "mkdocs": {"--strict"},
-    "sbatch": {"--array", "--dependency", "--exclusive", "--gpus-per-node", "--nodes", "--time"},
+    "zstd": {"--long"},
+    "sbatch": {"--array", "--clusters", "--dependency", "--exclusive", "--gpus-per-node", "--nodes", "--time"},
     "torchrun": {"--max-restarts", "--nproc-per-node", "--shutdown-timeout", "--standalone"},
     "pip": {"--no-deps", "--require-hashes"},
     "curl": {"--data", "--header", "--silent"},

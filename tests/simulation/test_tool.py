@@ -30,12 +30,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, *changes: object) -> subprocess.CompletedProcess:
-    """Run on a small case; `changes` are further flags, which override earlier flags."""
-    arguments = [
-        *("--data-path", "text", "--routing-mask", "mask.safetensors", "--topk", 2, "--hidden-size", 64),
-        *("--tokens-per-rank", 50, "--num-gpus", 16, 8, 64, "--gpus-per-node", 4, *changes),
-    ]
-    return run_tool("simulate_dispatch", *arguments, cwd=folder)
+    """Run on a small case; `changes` are further flags, which override the flags of the case."""
+    lists = {"--data-path": ["text"], "--topk": [2], "--num-gpus": [16, 8, 64]}
+    case = [word for flag, values in lists.items() if flag not in changes for word in (flag, *values)]
+    case += ["--routing-mask", "mask.safetensors", "--hidden-size", 64, "--tokens-per-rank", 50, "--gpus-per-node", 4]
+    return run_tool("simulate_dispatch", *case, *changes, cwd=folder)
 
 
 def test_outputs(folder):

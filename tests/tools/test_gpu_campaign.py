@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -269,15 +268,11 @@ def test_a_missing_loss_differs() -> None:
     assert largest_difference(losses, {}) == math.inf
 
 
-def test_runs_on_the_cpu_see_neither_gpus_nor_transformer_engine(tmp_path: Path) -> None:
+def test_runs_on_the_cpu_see_no_gpus(tmp_path: Path) -> None:
     start, on_cpu, on_gpu, with_engine = training_commands(make_context(tmp_path, num_gpus=2))
     for command in (start, on_cpu):
         assert command.environment["CUDA_VISIBLE_DEVICES"] == ""
         assert "--bf16" not in command.words
-        environment = os.environ | command.environment
-        program = [sys.executable, "-c", "import transformer_engine"]
-        completed = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
-        assert "ModuleNotFoundError: Transformer Engine needs a GPU" in completed.stderr
     for command in (on_gpu, with_engine):
         assert command.environment == {}
         assert "--bf16" in command.words
