@@ -84,8 +84,7 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
 
     Readers see the old file or the complete new file, never a partial file. The file has the permissions that the umask
-    gives to new files. SIGTERM and SIGHUP count as failures, see
-    `unwinding_on_signals`.
+    gives to new files. SIGTERM and SIGHUP count as failures, see `unwinding_on_signals`.
 
     Raises:
         UserError: `path` is a folder or a device, or the folder of `path` does not exist or is not writable.

@@ -11,6 +11,7 @@ from hypothesis import settings
 from support.launchers import RunRanks, run_script_as_ranks
 from support.places import num_gpus
 
+from maskmoe.interruption import SIGNALS_THAT_END
 from maskmoe.megatron_compat import prepare_process
 
 # Tests must not fail because a busy machine is slow.
@@ -38,6 +39,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not num_gpus():
         pytest.skip("this machine has no GPU that torch finds")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Restore the handlers of signals that a launcher, run in this process, has replaced."""
+    before = {number: signal.getsignal(number) for number in SIGNALS_THAT_END}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

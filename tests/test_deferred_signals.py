@@ -1,18 +1,10 @@
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
 import pytest
 
 from maskmoe.deferred_signals import deferring_signals
-
-
-@pytest.fixture(autouse=True)
-def default_handler() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt: a launcher that another test ran in this process may have left a handler."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_and(finish: Callable[[], None]) -> None:
