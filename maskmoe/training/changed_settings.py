@@ -23,6 +23,7 @@ from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
 from maskmoe.training.data_order import epochs_of_training_data, training_samples
 from maskmoe.training.resume import ADJUSTABLE_ARGUMENTS
+from maskmoe.training.rewinds import loads_what_it_saves
 
 _PAGE = "docs/extending.md"
 # Values of Megatron's scheduler that a flag sets alone, and the flag. All other values are numbers of samples.
@@ -319,7 +320,7 @@ def _notes_of_finetuning(args: Namespace, checkpoint: Path) -> Iterator[str]:
         f"--finetune: only the weights of checkpoint {checkpoint} are loaded; iterations, optimizer, schedule, random "
         "state and data begin anew"
     )
-    if args.save is not None and Path(args.save).resolve() == Path(args.load).resolve():
+    if loads_what_it_saves(args):
         yield (
             f"--finetune with --save in the folder of --load, {args.load}: each start begins at iteration 0 again; "
             f"pass another --save, or --pretrained-checkpoint instead of --finetune ({_PAGE})"

@@ -42,6 +42,7 @@ from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.resume import checkpoint_to_load, mend_tracker, saved_spike_history
 from maskmoe.training.rewinding import Rewinder, set_abandoned_aside
+from maskmoe.training.rewinds import loads_what_it_saves
 from maskmoe.training.router_metrics import HybridMetricsTracker
 from maskmoe.training.routing_log import RoutingLog
 from maskmoe.training.run_report import RunReport, choose_event_folder
@@ -182,7 +183,8 @@ def main() -> None:
     """Pretrain as the command line says."""
     # Check everything before any process group exists.
     run = parse_and_check_args(add_pretraining_arguments)
-    if run.is_complete and not _saves_elsewhere(run.args):
+    # A complete run still saves into another folder than it loads from, for example in another layout of ranks.
+    if run.is_complete and (run.args.save is None or loads_what_it_saves(run.args)):
         return
     check_launched()
     model_config = model_config_from_args(run.args)
@@ -194,11 +196,6 @@ def main() -> None:
         mend_tracker(run.args, ranks)
         set_abandoned_aside(run.args, ranks, run.rewinds)
         train(run, model_config, ranks, let_signals_save)
-
-
-def _saves_elsewhere(args: Namespace) -> bool:
-    """Return whether the run saves into another folder than it loads from, for example in another layout of ranks."""
-    return args.save is not None and Path(args.load).resolve() != Path(args.save).resolve()
 
 
 def _folders_to_lock(args: Namespace) -> list[Path]:
