@@ -6,6 +6,7 @@ processes on different hosts never write to the same file.
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ FOLDER = "journal"
 """Name of the journal's folder in a run folder."""
 
 _MAX_BYTES = 1 << 24
+
+_PROCESS = secrets.token_hex(4)  # hosts may have equal names and use equal process ids, such as containers
 
 Fact = str | int | float | bool
 """A value that an entry carries."""
@@ -94,7 +97,7 @@ class Journal:
         entry = Entry(kind, text, time.time(), socket.gethostname(), iteration, facts)
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+            path = self._folder / f"{socket.gethostname()}-{os.getpid()}-{_PROCESS}.jsonl"
             with open(path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
 

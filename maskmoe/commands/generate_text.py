@@ -12,6 +12,8 @@ from maskmoe.model_config import read_model_config
 from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
 
+_MIN_TEMPERATURE = 1e-6
+
 
 def main() -> None:
     """Print each prompt with its continuation, which is computed on a GPU if there is one.
@@ -112,7 +114,9 @@ class Continuation:
         self._ends = {*end} if isinstance(end, list) else {end}
         self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
         if arguments.temperature > 0:
-            self._options |= {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
+            # Logits that are divided by the smallest temperatures become infinite.
+            temperature = max(arguments.temperature, _MIN_TEMPERATURE)
+            self._options |= {"do_sample": True, "temperature": temperature, "top_k": arguments.top_k}
 
     def of(self, prompts: list[list[int]]) -> list[str]:
         """Return each prompt with its continuation.

@@ -90,9 +90,9 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     Raises:
         UserError: Megatron refuses the schedule of the run; or a dataset cannot be read.
     """
-    if args.skip_train or args.step_batch_size_schedule is not None:
+    if args.step_batch_size_schedule is not None:
         return ChangedSettings()
-    schedule = schedule_of(args)
+    schedule = None if args.skip_train else schedule_of(args)
     iteration = None if checkpoint is None else iteration_of(checkpoint)
     if checkpoint is None or iteration is None:  # a converted checkpoint has weights only
         return ChangedSettings()
@@ -100,6 +100,8 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     saved = state.get("args")
     if saved is None:
         return ChangedSettings()
+    if schedule is None:  # nothing is trained
+        return ChangedSettings(notes=tuple(_notes_of_function(args, saved)))
     if args.finetune:
         return ChangedSettings(notes=tuple(_notes_of_finetuning(args, checkpoint)))
     if args.override_ckpt_iteration is not None:
@@ -236,8 +238,7 @@ class _Resumption:
                 f"{self.iteration + 1} on"
             )
         yield from self._notes_of_data()
-        if changed := self._changes(_FUNCTION_ARGUMENTS):
-            yield f"the checkpoint's weights were trained with other settings: {changed}"
+        yield from _notes_of_function(args, self.saved)
 
     def _notes_of_data(self) -> Iterator[str]:
         """Yield a note if the training data, or their order, are not those of the checkpoint's run."""
@@ -275,20 +276,7 @@ class _Resumption:
 
     def _changes(self, names: tuple[str, ...]) -> str:
         """Describe the arguments whose values differ from the checkpoint's; empty if there are none."""
-        changed = []
-        for name in names:
-            if not hasattr(self.saved, name) or not hasattr(self.args, name):
-                continue
-            before, now = getattr(self.saved, name), getattr(self.args, name)
-            if name in ("lr_decay_iters", "lr_decay_samples") and now is None:
-                continue  # Megatron derives the value from --train-iters or --train-samples
-            if name.endswith("data_path"):
-                before, now = _absolute(before), _absolute(now)
-            if before != now:
-                changed.append(
-                    _change(f"--{name.replace('_', '-')}", getattr(self.saved, name), getattr(self.args, name))
-                )
-        return "; ".join(changed)
+        return _changes(self.args, self.saved, names)
 
     def _saved_schedule(self) -> OptimizerParamScheduler:
         """Return the schedule of the checkpoint."""
@@ -325,6 +313,28 @@ def _notes_of_finetuning(args: Namespace, checkpoint: Path) -> Iterator[str]:
             f"--finetune with --save in the folder of --load, {args.load}: each start begins at iteration 0 again; "
             f"pass another --save, or --pretrained-checkpoint instead of --finetune ({_PAGE})"
         )
+
+
+def _notes_of_function(args: Namespace, saved: Namespace) -> Iterator[str]:
+    """Yield a note if the checkpoint's weights compute something else than in the run that saved them."""
+    if changed := _changes(args, saved, _FUNCTION_ARGUMENTS):
+        yield f"the checkpoint's weights were trained with other settings: {changed}"
+
+
+def _changes(args: Namespace, saved: Namespace, names: tuple[str, ...]) -> str:
+    """Describe the arguments whose values differ from those in the checkpoint; empty if there are none."""
+    changed = []
+    for name in names:
+        if not hasattr(saved, name) or not hasattr(args, name):
+            continue
+        before, now = getattr(saved, name), getattr(args, name)
+        if name in ("lr_decay_iters", "lr_decay_samples") and now is None:
+            continue  # Megatron derives the value from --train-iters or --train-samples
+        if name.endswith("data_path"):
+            before, now = _absolute(before), _absolute(now)
+        if before != now:
+            changed.append(_change(f"--{name.replace('_', '-')}", getattr(saved, name), getattr(args, name)))
+    return "; ".join(changed)
 
 
 def _change(flag: str, before: object, now: object) -> str:

@@ -26,14 +26,14 @@ class Numbers:
         return " ".join(map(str, tokens))
 
 
-def continuation(ends: object = None) -> generate_text.Continuation:
+def continuation(ends: object = None, temperature: float = 0) -> generate_text.Continuation:
     torch.manual_seed(0)
     model = make_model().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)  # so that texts differ
     model.generation_config.eos_token_id = ends
-    return generate_text.Continuation(Namespace(max_new_tokens=8, temperature=0, top_k=50), Numbers(), model)
+    return generate_text.Continuation(Namespace(max_new_tokens=8, temperature=temperature, top_k=50), Numbers(), model)
 
 
 def test_batch_equals_single_prompts():
@@ -56,6 +56,10 @@ def test_texts_of_a_batch_end_on_their_own():
     assert texts == [text for prompt in PROMPTS for text in continued.of([prompt])]
     assert str(end) not in texts[0].split()[len(PROMPTS[0]) :]
     assert len(texts[0].split()) <= len(PROMPTS[0]) + 2
+
+
+def test_smallest_temperature_takes_the_most_probable():
+    assert continuation(temperature=1e-42).of(PROMPTS) == continuation().of(PROMPTS)
 
 
 def test_prompts_of_a_file(tmp_path, monkeypatch, capsys):

@@ -238,6 +238,7 @@ def test_checkout_that_cannot_be_used(project, missing, problem):
         assert project.install("Megatron-LM", expect=2)[-1] == f"tests: error: {problem.format(root=project.root)}"
 
 
+@pytest.mark.slow
 def test_without_pytest_arguments_the_sources_are_compared_first(project):
     project.make_venv()
     write_wheel(project.index)

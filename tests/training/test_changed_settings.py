@@ -72,6 +72,7 @@ NOTES = {
     "--data-path ended": ["another order (--data-path data in the checkpoint, ended in this run)"],
     f"--train-iters 99 {OVERRIDE}": ["shuffles all epochs of a dataset together (data: ", "for 168 samples", "for 792"],
     "--moe-router-topk 3": ["trained with other settings: --moe-router-topk 2 in the checkpoint, 3 in this run"],
+    "--skip-train --lr 1 --rotary-base 500000": ["other settings: --rotary-base 10000 in the checkpoint, 500000 in"],
     f"--train-iters 7 {OVERRIDE}": ["has reached --train-iters 7: nothing is left to train"],
     f"--train-iters 5 {OVERRIDE}": ["has reached --train-iters 5: nothing is left to train"],
     "--finetune --lr 1": ["only the weights of checkpoint"],
@@ -87,6 +88,7 @@ QUIET = (
     "--moe-aux-loss-coeff 0.1",
     "--data-path ./data",
     "--num-layers 4 --log-interval 5",
+    "--skip-train --lr 1 --seed 7",
 )
 
 

@@ -93,9 +93,8 @@ def test_watch_does_not_change_the_training(run_spiky):
     assert differences(run_spiky(EXPERT_2, "12", ranks=2), unwatched) == set()
 
 
-@pytest.mark.parametrize(
-    ("flags", "ranks"), [("", 1), pytest.param(f"{EXPERT_2} --spike-action skip", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "ranks"), [("", 1), (f"{EXPERT_2} --spike-action skip", 2)])
 def test_undisturbed_run_is_not_reported(run_spiky, flags, ranks):
     outcome = run_spiky(flags, ranks=ranks)
     assert outcome.exit_codes == (0,) * ranks, outcome.report()
