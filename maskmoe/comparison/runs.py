@@ -95,7 +95,7 @@ def next_tuning_runs(suite: Suite, losses: Mapping[str, float | None]) -> tuple[
 
 
 def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> dict[str, str]:
-    """Return the learning rate of every variant: the rate with the smallest held-out loss.
+    """Return the learning rate of every variant: the rate with the smallest held-out loss, times the variant's factor.
 
     Args:
         suite: the suite.
@@ -106,7 +106,7 @@ def choose_learning_rates(suite: Suite, losses: Mapping[str, float | None]) -> d
         tuned = suite.variants[variant.tuned_as]
         of_rates = {rate: losses.get(Run(tuned, 0, rate, "tuning").name) for rate in suite.learning_rates.values}
         known = {rate: _comparable(loss) for rate, loss in of_rates.items()}
-        chosen[variant.name] = min(known, key=known.__getitem__)
+        chosen[variant.name] = variant.learning_rate(min(known, key=known.__getitem__))
     return chosen
 
 

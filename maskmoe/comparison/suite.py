@@ -44,7 +44,7 @@ _INHERITED_KEYS = _MERGED_KEYS | {
     *("data", "model", "seeds", "learning-rates", "checkpoints", "keep-checkpoints", "probe-tokens"),
 }
 # A file and a key name the suite and its variants. The role of a variant follows from its keys.
-_FIELDS_WITHOUT_KEY = {"name", "role", "base", "curve", "point"}
+_FIELDS_WITHOUT_KEY = {"name", "role", "base", "curve", "point", "rate_factor"}
 
 
 def _to_list(value: object) -> object:
@@ -131,6 +131,7 @@ class Variant(_Section):
         layouts: further flags by number of ranks, see `ModelFile`.
         vocab_size: size of the vocabulary, instead of the vocabulary of the suite's data.
         tuned_as: name of the variant whose learning rate is used; the own name if the variant is tuned itself.
+        rate_factor: factor of that learning rate.
         equals: for a limit, name of the variant whose losses must be reproduced to the last bit; else None.
         until: iteration at which training stops early; None to train to the end.
         seeds: seeds of the variant's runs.
@@ -145,6 +146,7 @@ class Variant(_Section):
     layouts: LayoutSection = {}
     vocab_size: str = ""
     tuned_as: str = ""
+    rate_factor: float = 1
     equals: str | None = None
     until: PositiveInt | None = None
     seeds: Seeds = ()
@@ -158,6 +160,10 @@ class Variant(_Section):
     def is_tuned(self) -> bool:
         """Whether the variant's own learning rate is searched."""
         return self.tuned_as == self.name
+
+    def learning_rate(self, tuned: str) -> str:
+        """Return the largest learning rate of the variant's runs, from the rate of the variant `tuned_as`."""
+        return tuned if self.rate_factor == 1 else f"{float(tuned) * self.rate_factor:.6g}"
 
     def number(self, flag: str) -> float | None:
         """Return the value of a flag of the mask; None if the mask does not have the flag."""
@@ -180,6 +186,7 @@ class Point(_Section):
         flags: flags of training that replace those of the variants.
         mask: flags of `maskmoe mask` that replace those of the masks that no preset makes.
         vocab_size: size of the vocabulary, instead of the vocabulary of the suite's data.
+        learning_rate_factor: factor of the variants' learning rates. Shorter training favours larger rates.
         seeds: seeds of the point; by default those of the curve.
         same_as: name of the curve, a hyphen, and the value of another point that has this setting; no runs are added.
     """
@@ -187,6 +194,7 @@ class Point(_Section):
     flags: FlagSection = {}
     mask: FlagSection = {}
     vocab_size: Annotated[str, AfterValidator(_check_number)] = ""
+    learning_rate_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
     seeds: Seeds = ()
     same_as: str = ""
 
@@ -396,6 +404,7 @@ class Suite(_Section):
                     "mask": mask,
                     "flags": override(base.flags, _without_flags_of_experts(point.flags, base)),
                     "vocab_size": point.vocab_size,
+                    "rate_factor": point.learning_rate_factor,
                     "seeds": point.seeds or curve.seeds or self.seeds,
                 }
                 yield base.model_copy(update=update)

@@ -60,7 +60,7 @@ curves:
     of: [dense, smoe, maskmoe]
     points:
       8: {flags: {num-experts: 8}, mask: {frequent-visible-experts: 3}}
-      16: {flags: {num-experts: 16}, seeds: [2]}
+      16: {flags: {num-experts: 16}, seeds: [2], learning-rate-factor: 4}
   vocabulary:
     title: vocabulary
     main-value: 300
@@ -84,6 +84,9 @@ def test_a_curve_has_variants_in_further_settings(suite_file):
     assert variants["smoe.experts-8"].mask == suite.variants["smoe"].mask
     assert "num-experts" not in variants["dense.experts-8"].flags
     assert (more.seeds, variants["smoe.experts-16"].seeds) == ((1, 2), (2,))
+    rates = choose_learning_rates(suite, {"tuning/smoe.lr-1e-3": 1.0, "tuning/maskmoe.lr-1e-2": 1.0})
+    assert (rates["smoe.experts-8"], rates["maskmoe.experts-8"]) == ("1e-3", "1e-2")
+    assert (rates["smoe.experts-16"], rates["maskmoe.experts-16"]) == ("0.004", "0.04")
     assert variants["maskmoe.vocabulary-400"].vocab_size == "400"
     assert suite.curves["vocabulary"].variant_at("vocabulary", "300", "maskmoe") == "maskmoe.experts-8"
     assert [run.variant.role for run in whole_runs(suite, choose_learning_rates(suite, {}))][-10:] == ["curve"] * 10
@@ -221,6 +224,11 @@ def test_a_run_saves_its_checkpoints_evenly_and_the_last_at_its_end(
             "curves.a.points: .*at least 1",
         ),
         ("data:", "curves: {a: {title: a, main-value: 1, of: smoe, points: {x: {}}}}\ndata:", "'x' is not a number"),
+        (
+            "data:",
+            "curves: {a: {title: a, of: smoe, points: {1: {learning-rate-factor: 0}}}}\ndata:",
+            "learning-rate-factor: should be greater than 0",
+        ),
         ("baselines: [smoe, hash]", "baselines: [moe]", "moe is not a variant of the suite"),
         ("train-iters: 40, ", "", "has no train-iters"),
         ("num-layers: 2,", "num-layers: 2, seed: 3,", "seed is decided by the comparison"),
