@@ -241,6 +241,16 @@ def test_report_without_runs_is_written(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_report_names_the_rates_that_no_trial_had():
+    results = synthetic_results()
+    variants = [
+        variant.model_copy(update={"learning_rate": "0.016"}) if variant.name == "smoe.size-50" else variant
+        for variant in results.variants
+    ]
+    text = render_report(results.model_copy(update={"variants": variants, "learning_rates": ["4e-3", "8e-3"]}), {})
+    assert "Variants whose rate is a multiple of their method's rate:\n\n- smoe.size-50: 0.016\n" in text
+
+
 def test_behaviour_of_the_routers_is_summarized():
     rows = {row.title: row for row in summarize_routers(synthetic_results())}
     assert set(rows) == {"Smoe", "Maskmoe"}
