@@ -23,7 +23,7 @@ from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 from maskmoe.workflow.training_log import TrainingHistory
 
 # The analysis of routing computes in transformers' format, which lacks what these flags of training do.
-_ANALYSIS_LACKS = {"home-expert-logit", "visible-experts-warmup-iters", "routing-weight"}
+_ANALYSIS_LACKS = {"home-expert-logit", "visible-experts-warmup-iters"}
 
 
 class RunPlan:

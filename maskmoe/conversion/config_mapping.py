@@ -36,7 +36,6 @@ _FIXED_ARGS: dict[str, Any] = {
     "qk_l2_norm": False,
     "quick_geglu": False,
     "rotary_interleaved": False,
-    "routing_weight": "probability",
     "softmax_type": "vanilla",
     "squared_relu": False,
     "swiglu": True,
@@ -365,7 +364,6 @@ def _default_args() -> dict[str, Any]:
     of_maskmoe = {
         "moe_aux_loss_tokens": "all",
         "qk_layernorm_all_heads": False,
-        "routing_weight": "probability",
         "home_expert_logit": 0.0,
         "visible_experts_warmup_iters": 0,
     }

@@ -52,15 +52,6 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         "visible experts. Needs a mask built with --home-experts (default: 0)",
     )
     group.add_argument(
-        "--routing-weight",
-        choices=["probability", "scaled", "one"],
-        default="probability",
-        help="the weight of a selected expert: its probability; its probability times V / min(k, V) for V visible "
-        "experts, which is 1 for k = 1 as long as the router is undecided; or exactly 1 (for k > 1, weights with the "
-        "sum 1), with the gradient of the probability's logarithm. Ids with one visible expert have weight 1 in any "
-        "case (default: probability)",
-    )
-    group.add_argument(
         "--qk-layernorm-all-heads",
         action="store_true",
         help="with --qk-layernorm, normalise queries and keys over all heads together, as OLMoE does, instead of each "

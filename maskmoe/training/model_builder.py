@@ -20,7 +20,6 @@ from maskmoe.transformer.hybrid_layer_specs import get_maskmoe_hybrid_stack_spec
 from maskmoe.transformer.hybrid_model import DenseHybridModel, MaskMoEHybridModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.router_sums import AuxLossTokens
-from maskmoe.transformer.routing_weight import RoutingWeight
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
@@ -42,9 +41,6 @@ class RoutingSettings:
 
     visible_experts_warmup_iters: int = 0
     """The first iterations, in which every id sees only its home expert, see `VisibleExperts`."""
-
-    routing_weight: RoutingWeight = "probability"
-    """The weight of a selected expert, see `MaskMoERouter`."""
 
     qk_layernorm_all_heads: bool = False
     """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
@@ -153,10 +149,7 @@ class MaskMoEGPTModelBuilder(StageBuilder, GPTModelBuilder):
         """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""
         settings = self._model_config
         config = settings.transformer
-        described = (
-            *(config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads),
-            settings.routing_weight,
-        )
+        described = config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads
         return {
             "transformer_layer_spec": get_maskmoe_decoder_block_spec(*described),
             "mtp_block_spec": get_maskmoe_mtp_block_spec(*described) if config.mtp_num_layers else None,
@@ -176,8 +169,5 @@ class MaskMoEHybridModelBuilder(StageBuilder, HybridModelBuilder):
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's layers, multi-token prediction included."""
         settings = self._model_config
-        described = (
-            *(visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads),
-            settings.routing_weight,
-        )
+        described = visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads
         return {"hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(settings.transformer, *described)}

@@ -413,20 +413,6 @@ REFUSALS = (
         lambda args: args.cross_entropy_loss_fusion and not args.bf16,
     ),
     Refusal(
-        "--routing-weight scaled or one without --moe-router-pre-softmax",
-        "The weights are made from probabilities among all visible experts; scores of sigmoid, and softmax over the "
-        "selected experts, are already normalised.",
-        lambda args: (
-            args.routing_weight != "probability"
-            and not (args.moe_router_pre_softmax and args.moe_router_score_function == "softmax")
-        ),
-    ),
-    Refusal(
-        "--routing-weight one with --moe-router-topk-scaling-factor",
-        "The weights would add up to 1 whatever the factor is.",
-        lambda args: args.routing_weight == "one" and args.moe_router_topk_scaling_factor is not None,
-    ),
-    Refusal(
         "--qk-layernorm-all-heads without --qk-layernorm and --normalization RMSNorm",
         "The flag changes the RMSNorms of --qk-layernorm, so it needs both.",
         lambda args: args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm"),

@@ -280,7 +280,6 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
         config.routing_mask = Path(cast(Path, args.routing_mask or checkpoint))
         config.replaced_routing_mask = checkpoint if may_change_mask(args) else None
     config.aux_loss_tokens = args.moe_aux_loss_tokens
-    config.routing_weight = args.routing_weight
     config.home_expert_logit = args.home_expert_logit
     config.visible_experts_warmup_iters = args.visible_experts_warmup_iters
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads

@@ -20,7 +20,6 @@ from maskmoe.transformer.backends.torch_norm import TorchNorm
 from maskmoe.transformer.hybrid_stack import MaskMoEHybridStack
 from maskmoe.transformer.layer_specs import backend_arguments, with_maskmoe_modules
 from maskmoe.transformer.router_sums import AuxLossTokens
-from maskmoe.transformer.routing_weight import RoutingWeight
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 _ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
@@ -33,7 +32,6 @@ def get_maskmoe_hybrid_stack_spec(
     aux_loss_tokens: AuxLossTokens = "all",
     vp_stage: int | None = None,
     qk_layernorm_all_heads: bool = False,
-    routing_weight: RoutingWeight = "probability",
 ) -> ModuleSpec:
     """Return a spec like Megatron-Core's `hybrid_stack_spec`, with MaskMoE layers in place of MoE layers.
 
@@ -66,9 +64,7 @@ def get_maskmoe_hybrid_stack_spec(
             Any, get_gpt_mtp_block_spec(config, last, backend["use_transformer_engine"], vp_stage=vp_stage)
         )
     stack = ModuleSpec(MaskMoEHybridStack, params={"final_norm": block.layer_norm}, submodules=submodules)
-    stack = with_maskmoe_modules(
-        stack, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads, routing_weight
-    )
+    stack = with_maskmoe_modules(stack, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
     # These layers have no counterpart in a GPT model.
     stack.submodules.gdn_layer = get_gated_delta_net_layer_spec(config)
     stack.submodules.mamba_layer = _mamba_layer(config)

@@ -39,7 +39,6 @@ from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.router_sums import AuxLossTokens
-from maskmoe.transformer.routing_weight import RoutingWeight
 from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -61,7 +60,6 @@ def get_maskmoe_decoder_block_spec(
     aux_loss_tokens: AuxLossTokens = "all",
     vp_stage: int | None = None,
     qk_layernorm_all_heads: bool = False,
-    routing_weight: RoutingWeight = "probability",
 ) -> TransformerBlockSubmodules:
     """Return the spec of `get_gpt_decoder_block_spec` with MaskMoE layers in place of MoE layers.
 
@@ -71,10 +69,9 @@ def get_maskmoe_decoder_block_spec(
         aux_loss_tokens: tokens that load-balancing losses count, see `MaskMoERouter`.
         vp_stage: virtual pipeline stage.
         qk_layernorm_all_heads: normalize queries and keys over all heads, see `AllHeadsRMSNorm`.
-        routing_weight: the weight of a selected expert, see `MaskMoERouter`.
     """
     block = get_gpt_decoder_block_spec(config, vp_stage=vp_stage, **backend_arguments(config))
-    return with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads, routing_weight)
+    return with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
 
 
 def get_maskmoe_mtp_block_spec(
@@ -83,7 +80,6 @@ def get_maskmoe_mtp_block_spec(
     aux_loss_tokens: AuxLossTokens = "all",
     vp_stage: int | None = None,
     qk_layernorm_all_heads: bool = False,
-    routing_weight: RoutingWeight = "probability",
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """Return the spec of `get_gpt_mtp_block_spec`, which repeats the last decoder layer, with MaskMoE layers.
 
@@ -97,7 +93,7 @@ def get_maskmoe_mtp_block_spec(
         use_transformer_engine=backend["use_transformer_engine"],
         vp_stage=vp_stage,
     )
-    return with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads, routing_weight)
+    return with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
 
 
 def backend_arguments(config: TransformerConfig) -> dict[str, Any]:
@@ -115,7 +111,6 @@ def with_maskmoe_modules(
     visible_experts: VisibleExperts | None,
     aux_loss_tokens: AuxLossTokens = "all",
     qk_layernorm_all_heads: bool = False,
-    routing_weight: RoutingWeight = "probability",
 ) -> Any:
     """Return the spec with MaskMoE's layers, routers, experts and norms; see `get_maskmoe_decoder_block_spec`."""
     heads, query_groups = config.num_attention_heads, config.num_query_groups
@@ -124,12 +119,7 @@ def with_maskmoe_modules(
     def substitute(node: Any) -> Any:
         if isinstance(node, MoESubmodules):
             assert visible_experts is not None
-            router: Any = partial(
-                MaskMoERouter,
-                visible_experts=visible_experts,
-                aux_loss_tokens=aux_loss_tokens,
-                routing_weight=routing_weight,
-            )
+            router: Any = partial(MaskMoERouter, visible_experts=visible_experts, aux_loss_tokens=aux_loss_tokens)
             return replace(node, router=router)
         if isinstance(node, SelfAttentionSubmodules) and qk_layernorm_all_heads:
             assert query_groups is not None  # `TransformerConfig` sets the default.

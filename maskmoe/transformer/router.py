@@ -19,7 +19,6 @@ from maskmoe.transformer.router_losses import attach_losses
 from maskmoe.transformer.router_sums import AuxLossTokens, LossSums, MaskedLogitsSums
 from maskmoe.transformer.routing_replay import REPLAYS, next_choice, record_choice, select_replayed
 from maskmoe.transformer.routing_statistics import RoutingStatistics, sum_tokens
-from maskmoe.transformer.routing_weight import RoutingWeight, weights_of_probs
 from maskmoe.transformer.selection import MaskedLogits, preference_scores, raise_home_logits, select_experts
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts, VisibleExpertsReference
@@ -36,8 +35,7 @@ class MaskMoERouter(TopKRouter):
     2. Set the logits of invisible experts to -inf.
     3. Attach the z-loss and the load-balancing losses, all over the masked logits.
     4. Select the top `min(k, V)` of the V visible experts (or of those in the chosen groups), or repeat a recorded
-       choice, see `routing_replay`. Weigh the selected experts with the configured score function, and scale the
-       weights as `routing_weight` says. Losses and statistics see the weights before they are scaled.
+       choice, see `routing_replay`. Weigh the selected experts with the configured score function.
     5. [Optional] Drop the tokens that exceed the experts' capacity.
 
     On GPUs, one Triton kernel does steps 2 to 4, see `kernels.routing`. With float64 logits, a capacity factor or
@@ -53,7 +51,6 @@ class MaskMoERouter(TopKRouter):
         is_mtp_layer: the router belongs to a layer of multi-token prediction.
         visible_experts: the model's routing mask.
         aux_loss_tokens: tokens that load-balancing losses count: `all`, or only `routable` ones (V ≥ 2).
-        routing_weight: the weight of a selected expert, see `weights_of_probs`.
 
     Attributes:
         statistics: sums over the tokens that were routed in training.
@@ -67,11 +64,9 @@ class MaskMoERouter(TopKRouter):
         *,
         visible_experts: VisibleExperts,
         aux_loss_tokens: AuxLossTokens = "all",
-        routing_weight: RoutingWeight = "probability",
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.aux_loss_tokens: AuxLossTokens = aux_loss_tokens
-        self.routing_weight: RoutingWeight = routing_weight
         assert self.num_experts is not None
         self.statistics = RoutingStatistics(self.num_experts)
         self._mask = VisibleExpertsReference(visible_experts)
@@ -150,7 +145,6 @@ class MaskMoERouter(TopKRouter):
         )
         # If k > V, invisible experts with weight 0 fill up to k. Remove them from the map.
         routing_map = routing_map & visible
-        probs = self._weigh(probs, token_ids)
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(
                 probs,
@@ -220,13 +214,6 @@ class MaskMoERouter(TopKRouter):
             return logits
         return raise_home_logits(logits, self.visible_experts.homes(token_ids.ids.flatten(), self.table), home_logit)
 
-    def _weigh(self, probs: Tensor, token_ids: TokenIds) -> Tensor:
-        """Return the weights of the selected experts from their probabilities, [tokens, experts] each."""
-        if self.routing_weight == "probability":
-            return probs
-        visible = self.visible_experts(token_ids.ids.flatten(), self.table).experts
-        return weights_of_probs(probs, visible.sum(dim=-1), self.topk, self.routing_weight)
-
     def _mask_logits(self, logits: Tensor, token_ids: TokenIds) -> MaskedLogits:
         """Look up the visible sets of the tokens and mask the logits [sequence, batch, experts]."""
         visible = self.visible_experts(token_ids.ids.flatten(), self.table)
@@ -261,7 +248,7 @@ class MaskMoERouter(TopKRouter):
                 self.local_tokens_per_expert += sums.tokens_per_expert
             if self.is_recording:
                 self.statistics.add_tokens(sums.statistics)
-        return self._weigh(probs, token_ids), routed.routing_map
+        return probs, routed.routing_map
 
     def _call_kernel(self, logits: Tensor, token_ids: TokenIds, has_sums: bool) -> "Routed":
         """Call `kernels.routing.route_tokens` with the settings of this router."""

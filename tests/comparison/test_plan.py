@@ -15,7 +15,6 @@ from maskmoe.launch.devices import Devices
         ("moe-z-loss-coeff: 1e-3", True),
         ("home-expert-logit: 6", False),
         ("visible-experts-warmup-iters: 5", False),
-        ("routing-weight: one", False),
     ],
 )
 def test_routing_that_cannot_be_analyzed_is_left_out(suite_file, tmp_path, flags, is_analyzed):

@@ -674,26 +674,6 @@ RUNS |= model_in_layouts(
     mask="homes.safetensors",
 )
 RUNS |= model_in_layouts(
-    "routing weight one",
-    "--routing-weight one --moe-router-topk 1 --moe-router-pre-softmax --moe-z-loss-coeff 1e-3",
-    {
-        "routing weight one, resumed": (1, "", "Resumed on one process."),
-        "routing weight one, full recompute, expert parallel 2": (
-            2,
-            f"{EXPERT_2} {FULL_RECOMPUTE}",
-            "Experts on 2 ranks, with planned dispatch; every layer is recomputed.",
-        ),
-    },
-    description="Selected experts have weight 1.",
-    mask="rank_local.safetensors",
-)
-RUNS |= model_in_layouts(
-    "scaled routing weight",
-    "--routing-weight scaled --moe-router-pre-softmax",
-    {"scaled routing weight, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks.")},
-    description="The weights of selected experts are scaled by V / min(k, V).",
-)
-RUNS |= model_in_layouts(
     "packed documents",
     f"{RICH} --moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 3e-2 "
     f"--mtp-num-layers 2 {PACKED}",

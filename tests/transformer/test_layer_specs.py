@@ -177,7 +177,7 @@ def test_specs_of_transformer_engine_keep_its_modules() -> None:
     assert first.mlp.func is MaskMoELayer
     submodules = first.mlp.keywords["submodules"]
     assert submodules.router.func is MaskMoERouter
-    own = {"visible_experts": visible_experts, "aux_loss_tokens": "all", "routing_weight": "probability"}
+    own = {"visible_experts": visible_experts, "aux_loss_tokens": "all"}
     assert submodules.router.keywords == own
     assert submodules.experts.keywords["submodules"].linear is _TransformerEngineNorm
     assert second.linear is TorchNorm
