@@ -192,8 +192,8 @@ class Comparison:
                     f"{short_path(found.file)} is a part of the run {part.run}, which the suite {self.suite.name} does "
                     "not have"
                 )
-            rates = map(run.variant.learning_rate, self.suite.learning_rates.values)
-            if run.kind == "whole" and part.learning_rate in rates:
+            possible = map(run.variant.learning_rate, self.suite.learning_rates.values)
+            if run.kind == "whole" and part.learning_rate in possible:
                 run = replace(run, learning_rate=part.learning_rate)
             check_settings(found, self.suite, run)
         self.check_text()

@@ -31,6 +31,7 @@ class VariantResult(BaseModel, frozen=True):
         mask: flags of `maskmoe mask`; None for a model without experts.
         parameters: numbers of parameters; None if the variant differs from another variant only in its mask.
         learning_rate: learning rate of the variant's runs.
+        rate_factor: see `Variant`.
         tuning: held-out loss by learning rate, if the variant was tuned itself; None if training diverged.
         tokens: number of tokens that each run was trained on.
         tokens_per_iteration: number of tokens in a step of training.
@@ -42,6 +43,7 @@ class VariantResult(BaseModel, frozen=True):
     mask: Flags | None
     parameters: Parameters | None
     learning_rate: str
+    rate_factor: float
     tuning: dict[str, float | None]
     tokens: int
     tokens_per_iteration: int

@@ -243,11 +243,11 @@ def test_report_without_runs_is_written(tmp_path):
 
 def test_report_names_the_rates_that_no_trial_had():
     results = synthetic_results()
+    scaled = {"learning_rate": "0.016", "rate_factor": 4}
     variants = [
-        variant.model_copy(update={"learning_rate": "0.016"}) if variant.name == "smoe.size-50" else variant
-        for variant in results.variants
+        variant.model_copy(update=scaled) if variant.name == "smoe.size-50" else variant for variant in results.variants
     ]
-    text = render_report(results.model_copy(update={"variants": variants, "learning_rates": ["4e-3", "8e-3"]}), {})
+    text = render_report(results.model_copy(update={"variants": variants}), {})
     assert "Variants whose rate is a multiple of their method's rate:\n\n- smoe.size-50: 0.016\n" in text
 
 

@@ -69,6 +69,7 @@ def _variant(name, title, role, mask, parameters, tuning):
     settings = {
         "parameters": parameters,
         "learning_rate": "4e-3",
+        "rate_factor": 1,
         "tuning": tuning,
         "tokens": 1000,
         "tokens_per_iteration": 10,
