@@ -106,6 +106,13 @@ class Comparison:
                 return unfinished
         return self.unfinished(self.whole_runs())
 
+    def runs_to_start(self) -> tuple[Run, ...]:
+        """Return the unfinished runs that wait for no other run, in the order in which they should be started.
+
+        All other runs wait for the checks. A whole run waits for the tuning runs that choose its learning rate.
+        """
+        return self.unfinished(self.check_runs()) or self.unfinished((*self.tuning_runs(), *self.whole_runs()))
+
     def known_runs(self) -> tuple[Run, ...]:
         """Return all selected runs that are known by now. A whole run is known once its learning rate is chosen."""
         return (*self.check_runs(), *self.tuning_runs(), *self.whole_runs())

@@ -4,8 +4,8 @@ import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from maskmoe.comparison.comparison import Comparison
@@ -62,13 +62,12 @@ def _train(
             run_stages(data, line)
         comparison.check_text()
         while runs := next_runs(comparison):
-            line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
-            if slurm is not None and runs[0].kind != "check":
+            only_checks = runs[0].kind == "check"
+            if slurm is not None and not only_checks:
+                _print_runs(runs, line)
                 slurm.submit(runs, line)
                 return True
-            _finish_runs(comparison, runs, arguments, jobs, line, lock)
-            if left := comparison.unfinished(runs):
-                raise RunFailure(f"{left[0].name} was finished, but its settings or files have changed since")
+            _finish_runs(_RunQueue(comparison, only_checks), arguments, jobs, line, lock)
             check_active_parameters(comparison.parameters())
     return False
 
@@ -78,16 +77,21 @@ class _ActiveRun:
     """A process that finishes one run.
 
     Attributes:
-        name: name of the run.
+        run: the run.
         process: the process.
         start: when the process was started.
         last_line: the newest line that the process has printed.
     """
 
-    name: str
+    run: Run
     process: StageProcess
     start: float
     last_line: str = "starts"
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.run.name
 
     def has_ended(self) -> bool:
         """Return whether the process has ended, and read the lines that the process has printed."""
@@ -97,45 +101,90 @@ class _ActiveRun:
         return has_ended
 
 
-def _finish_runs(
-    comparison: Comparison, runs: Sequence[Run], arguments: Sequence[str], jobs: int, line: ProgressLine, lock: RunLock
-) -> None:
+@dataclass
+class _RunQueue:
+    """The runs that can be started, in order.
+
+    Attributes:
+        comparison: the comparison.
+        only_checks: whether the queue has only the checks.
+        waiting: runs that can be started.
+        known: names of all runs that were ever in the queue.
+    """
+
+    comparison: Comparison
+    only_checks: bool
+    waiting: deque[Run] = field(default_factory=deque)
+    known: set[str] = field(default_factory=set)
+
+    def find_runs(self, started: Collection[str], line: ProgressLine) -> None:
+        """Find the runs that can be started by now, and print the names of new runs.
+
+        Tuning runs come before whole runs. Tuning runs stay in the queue if results of other runs make them needless,
+        so that the tuning runs of a suite do not depend on the number of jobs.
+
+        Args:
+            started: names of the runs that were started before.
+            line: shows the names.
+        """
+        tuning = {run.name: run for run in self.waiting if run.kind == "tuning"}
+        found = {run.name: run for run in self.comparison.runs_to_start() if run.name not in started}
+        runs = (tuning | found).values()
+        self.waiting = deque(run for run in runs if not self.only_checks or run.kind == "check")
+        if new := [run for run in self.waiting if run.name not in self.known]:
+            _print_runs(new, line)
+            self.known.update(run.name for run in new)
+
+
+def _print_runs(runs: Sequence[Run], line: ProgressLine) -> None:
+    line.print(f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
+
+
+def _finish_runs(queue: _RunQueue, arguments: Sequence[str], jobs: int, line: ProgressLine, lock: RunLock) -> None:
     """Finish runs, at most `jobs` at a time, each in a process of its own. A failed run does not stop the other runs.
 
     Raises:
-        RunFailure: at least one run failed. The message names all runs that failed.
+        RunFailure: at least one run failed, whose name the message contains; or a finished run is unfinished again.
     """
+    comparison = queue.comparison
     command = (sys.executable, "-P", "-m", "maskmoe", "compare", *arguments, "--run")
-    waiting, active, ended = deque(runs), list[_ActiveRun](), list[_ActiveRun]()
+    active, ended = list[_ActiveRun](), list[_ActiveRun]()
     start = time.monotonic()
     try:
-        while waiting or active:
+        queue.find_runs((), line)
+        while queue.waiting or active:
             # Start as many runs as may run at a time.
-            while waiting and len(active) < jobs:
-                name = waiting.popleft().name
-                log = comparison.folder / name / "progress.log"
+            while queue.waiting and len(active) < jobs:
+                next_run = queue.waiting.popleft()
+                log = comparison.folder / next_run.name / "progress.log"
                 log.parent.mkdir(parents=True, exist_ok=True)
-                active.append(_ActiveRun(name, StageProcess((*command, name), {}, log, lock), time.monotonic()))
+                process = StageProcess((*command, next_run.name), {}, log, lock)
+                active.append(_ActiveRun(next_run, process, time.monotonic()))
             time.sleep(_POLL_SECONDS)
-            # Report the runs that have ended.
+            # Report the runs that have ended, and find the runs that have waited for them.
             for run in [run for run in active if run.has_ended()]:
                 active.remove(run)
                 ended.append(run)
+                total = len(ended) + len(active) + len(queue.waiting)
                 verdict = "FAILED" if run.process.exit_code else "done"
                 seconds = format_seconds(time.monotonic() - run.start)
-                line.print(f"[{len(ended)}/{len(runs)}] {run.name} {verdict} in {seconds}")
+                line.print(f"[{len(ended)}/{total}] {run.name} {verdict} in {seconds}")
+                queue.find_runs({run.name for run in (*active, *ended)}, line)
             # Show the state of the others.
+            left = len(active) + len(queue.waiting)
             pace = (time.monotonic() - start) / max(1, len(ended))
-            eta = f" · ETA {format_seconds(pace * (len(runs) - len(ended)))}" if ended else ""
+            eta = f" · ETA {format_seconds(pace * left)}" if ended else ""
             states = " · ".join(f"{run.name}: {run.last_line}" for run in active)
-            line.update(f"{len(ended)}/{len(runs)} runs{eta} · {states}")
+            line.update(f"{len(ended)}/{len(ended) + left} runs{eta} · {states}")
     except BaseException:
         line.print("stopping")
         for run in active:
             run.process.stop()
         raise
     if failed := [f"{run.name}: {run.last_line}" for run in ended if run.process.exit_code]:
-        raise RunFailure(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+        raise RunFailure(f"{len(failed)} of {len(ended)} runs failed: {'; '.join(failed)}")
+    if unfinished := comparison.unfinished(run.run for run in ended):
+        raise RunFailure(f"{unfinished[0].name} was finished, but its settings or files have changed since")
 
 
 def finish_run(comparison: Comparison, name: str) -> None:
