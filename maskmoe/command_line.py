@@ -121,6 +121,10 @@ class Parser(OneLineParser):
             _refuse_repeated_lists(self, words)
         return super().parse_known_args(words, namespace)
 
+    def option_names(self) -> frozenset[str]:
+        """Return the names of all options, with their dashes."""
+        return frozenset(self._option_string_actions)
+
 
 def refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Refuse flags that a complete parser does not know. Words after `--` and a command line with `--help` may be any.

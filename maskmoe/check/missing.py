@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from maskmoe.data.tokenizer import TOKENIZER_TYPES
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 ASSUMED_VOCAB_SIZE = 32_000
@@ -20,7 +21,7 @@ class MissingInput(NamedTuple):
     Attributes:
         what: tokenizer, dataset or routing mask.
         flags: the flags that would name the input.
-        commands: the command lines that make the input.
+        commands: the command lines that make the input; none if no command of `maskmoe` makes it.
     """
 
     what: str
@@ -28,7 +29,8 @@ class MissingInput(NamedTuple):
     commands: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"no {self.what}: pass {self.flags}, made by: {' && '.join(self.commands)}"
+        made_by = f", made by: {' && '.join(self.commands)}" if self.commands else ""
+        return f"no {self.what}: pass {self.flags}{made_by}"
 
 
 def missing_inputs(args: Namespace, vocab_size: int, has_checkpoint: bool) -> Iterator[MissingInput]:
@@ -46,7 +48,12 @@ def missing_inputs(args: Namespace, vocab_size: int, has_checkpoint: bool) -> It
         yield MissingInput(
             "tokenizer", f"--tokenizer-type {tokenizer_type} --tokenizer-model {tokenizer}", (_line(*words),)
         )
-    if not names_dataset(args):
+    if not names_dataset(args) and tokenizer_type not in TOKENIZER_TYPES:
+        # `maskmoe preprocess` does not know Megatron's other tokenizers.
+        yield MissingInput(
+            "dataset", f"--data-path with a dataset that was made with {tokenizer_type}, or --mock-data", ()
+        )
+    elif not names_dataset(args):
         words = ("preprocess", "--input", "TEXT.jsonl", "--tokenizer-type", tokenizer_type)
         words += ("--tokenizer-model", tokenizer or "MODEL", "--output-prefix", _DATASET_PREFIX, "--append-eod")
         yield MissingInput("dataset", f"--data-path {_DATASET} --split 99,1,0", (_line(*words),))

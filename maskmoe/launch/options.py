@@ -102,6 +102,10 @@ class Options(argparse.Namespace):
         return self.run_dir / "logs" / f"node{node_rank or 0}"
 
 
+_OPTIONS_OF_TRAINING = frozenset(("--verbose", "--help", "-h"))
+"""Options of the launcher that training has, too, so that they may follow the model file."""
+
+
 def parse_options(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
     """Parse the launcher's options.
 
@@ -113,7 +117,12 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     Raises:
         UserError: a value is invalid, or several nodes lack a rendezvous or a node rank.
     """
-    options = _parser(program, environment).parse_args(arguments, namespace=Options())
+    parser = _parser(program, environment)
+    options = parser.parse_args(arguments, namespace=Options())
+    names = {word.partition("=")[0]: None for word in options.flags}
+    own = parser.option_names() - _OPTIONS_OF_TRAINING
+    if misplaced := [name for name in names if name in own]:
+        raise UserError(f"{misplaced[0]} is an option of {program}: write it before {options.model}")
     options.run_dir = (options.run_dir or runs_folder() / options.model.stem).absolute()
     options.address = options.address or socket.gethostname()
     options.rendezvous_id = options.rendezvous_id or options.run_dir.name

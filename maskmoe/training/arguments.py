@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 
 from maskmoe import ranges
 from maskmoe.check.assumed_cluster import add_assumed_cluster_arguments
@@ -77,6 +78,16 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="print everything that Megatron prints, such as all arguments, to the console. By default this goes to "
         "files in the run folder: logs/rankN.log and args.yaml",
     )
+    replace_help(
+        parser,
+        {
+            "--moe-token-dispatcher-type": "how tokens reach their experts (default: alltoall)",
+            "--eval-interval": "iterations between two evaluations on the validation set (default: 1000)",
+            "--hybrid-layer-pattern": "the layers of a hybrid model, one symbol for each: M (Mamba), G (gated delta "
+            "net), * (attention), + (multi-latent attention), - (MLP), E (MoE). | separates pipeline stages, and / "
+            "precedes the layers of multi-token prediction. For example: M-ME|M-*E/*E",
+        },
+    )
     parser.set_defaults(
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
@@ -88,6 +99,18 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     defaults = cpu.argument_defaults() if cpu.is_installed() else GpuPackages.installed().argument_defaults()
     parser.set_defaults(**defaults)
     return parser
+
+
+def replace_help(parser: argparse.ArgumentParser, texts: Mapping[str, str]) -> None:
+    """Replace the help of Megatron's flags that have another default or other values here.
+
+    Args:
+        parser: the parser; flags that it does not have are ignored.
+        texts: the new help by flag.
+    """
+    for action in parser._actions:
+        for flag in texts.keys() & set(action.option_strings):
+            action.help = texts[flag]
 
 
 def may_change_mask(args: argparse.Namespace) -> bool:

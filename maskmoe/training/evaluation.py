@@ -21,6 +21,7 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
+from maskmoe.training.arguments import replace_help
 from maskmoe.training.batch import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.console import console
 from maskmoe.training.setup import (
@@ -128,8 +129,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     for flag, meaning in files.items():
         group.add_argument(flag, metavar="FILE", help=meaning)
     add_force_argument(group)
-    # Without `--eval-iters`, the whole split is evaluated.
     parser.set_defaults(eval_iters=0)
+    replace_help(parser, {"--eval-iters": "number of batches to evaluate (default: 0, all samples of the split)"})
     parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
     return parser
 

@@ -1,7 +1,6 @@
 """Writes the arguments of a run to `args.yaml`, a model file that starts the same run."""
 
 import os
-import shlex
 import uuid
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,14 @@ from pathlib import Path
 
 from maskmoe.launch.model_file import flags_to_yaml, split_flags
 from maskmoe.launch.run_folder import ARGUMENTS
+
+_FOLDERS = frozenset(
+    (
+        *("save", "load", "tensorboard-dir", "wandb-save-dir", "data-cache-path"),
+        *("non-persistent-global-ckpt-dir", "non-persistent-local-ckpt-dir"),
+    )
+)
+"""The flags of the folders that a run writes; `--load` is usually the folder of `--save`."""
 
 
 def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
@@ -31,20 +38,22 @@ def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
 def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
     """Return the text of `args.yaml`: the flags of the command line, then all arguments as comments.
 
-    Paths in the run folder are written with `${RUN_DIR}`, so that another run with this file has its own folders.
+    Paths in the run folder are written with `${RUN_DIR}`, so that another run with this file has its own folders. For
+    this, the relative paths of folders that the run writes become absolute.
 
     Args:
         args: the validated arguments.
         words: the command line of this process, without the program.
         folder: the run folder.
     """
-    flags = {name: tuple(map(_escape, values)) for name, values in split_flags(words).items()}
-    flags = {name: tuple(_in_run_folder(value, folder) for value in values) for name, values in flags.items()}
-    command = f"launch/pretrain.sh {shlex.quote(ARGUMENTS)}"
+    flags = split_flags(words)
+    flags |= {name: tuple(map(os.path.abspath, flags[name])) for name in _FOLDERS & flags.keys()}
+    flags = {name: tuple(_in_run_folder(_escape(value), folder) for value in values) for name, values in flags.items()}
+    command = f"launch/pretrain.sh --run-dir DIR {ARGUMENTS}"
     values: Mapping[str, object] = vars(args)
     return "\n".join(
         (
-            f"# The flags of a run, as a model file: `{command} --run-dir DIR` starts another run with the same flags.",
+            f"# The flags of a run, as a model file: `{command}` starts another run with the same flags.",
             f"# Relative paths are relative to {os.getcwd()}",
             flags_to_yaml(flags).rstrip("\n"),
             "",
@@ -61,6 +70,6 @@ def _escape(value: str) -> str:
 
 def _in_run_folder(value: str, folder: Path) -> str:
     """Return a value in which the path of the run folder, if the value begins with it, is a variable."""
-    start = _escape(str(folder))
+    start = _escape(str(folder.absolute()))
     is_inside = value == start or value.startswith(start + os.sep)
     return "${RUN_DIR}" + value.removeprefix(start) if is_inside else value

@@ -29,7 +29,7 @@ from maskmoe.check.command import requested_check
 from maskmoe.check.cost import TrainingCost
 from maskmoe.check.layout import Layout
 from maskmoe.check.memory import MemoryReport, StageMemory
-from maskmoe.check.missing import MissingInput
+from maskmoe.check.missing import MissingInput, missing_inputs
 from maskmoe.check.parameters import PARTS, Chunk, ExpertUse, ModelParameters
 from maskmoe.check.report import Report
 from maskmoe.check.save_interval import Duration, SaveInterval
@@ -620,6 +620,24 @@ def test_missing_inputs_are_errors_that_come_last():
     content = report.to_json()
     assert (content["can_start"], content["errors"]) == (False, ["an error", line])
     assert content["missing"] == [{"what": "dataset", "flags": "--data-path P", "commands": [*missing.commands]}]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [
+        ("NullTokenizer", "pass --data-path with a dataset that was made with NullTokenizer, or --mock-data"),
+        (
+            "HuggingFaceTokenizer",
+            "preprocess --input TEXT.jsonl --tokenizer-type HuggingFaceTokenizer",
+        ),
+    ],
+)
+def test_only_tokenizers_of_preprocess_lead_to_its_command(tokenizer, expected):
+    paths = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path")
+    unset = dict.fromkeys((*paths, "per_split_data_args_path", "mock_data", "num_experts", "tokenizer_model"))
+    (missing,) = missing_inputs(SimpleNamespace(tokenizer_type=tokenizer, **unset), 4096, has_checkpoint=False)
+    assert expected in str(missing)
+    assert str(missing).startswith("no dataset: pass --data-path")
 
 
 def files_and_times(folder: Path) -> dict[Path, int]:

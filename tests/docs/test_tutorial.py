@@ -23,7 +23,10 @@ def script() -> str:
     """The commands of the page after the set-up, as one script with smaller numbers."""
     set_up, *steps = bash_blocks(DOCS / "tutorial.md")
     assert set_up.text == "bash launch/setup.sh --extras hf\nsource .venv/bin/activate\n"
-    text = "".join(step.text for step in steps)
+    # Other pages continue with the tutorial's files.
+    converting, *_ = bash_blocks(DOCS / "converting.md")
+    (widening,) = (block for block in bash_blocks(DOCS / "method.md") if "mask widen" in block.text)
+    text = "".join(step.text for step in (*steps, converting, widening))
     for number, smaller in SMALLER.items():
         assert number in text
         text = text.replace(number, smaller)
@@ -37,6 +40,7 @@ def test_tutorial_runs_in_an_empty_folder(script: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     folder = tmp_path / "runs" / "by-hand"
     files = ["mask.safetensors", "checkpoints", "evaluation.json", "tensorboard", "model/config.json", "dispatch.json"]
+    files += ["model-bf16/config.json", "../../wider.safetensors"]
     assert [name for name in [*files, "routing/routing.json"] if not (folder / name).exists()] == []
     assert "no errors found" in result.stdout
     assert re.search(r"validation loss at iteration 4", result.stdout)

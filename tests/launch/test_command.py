@@ -1,5 +1,6 @@
 """The launcher's options, and the command line that it builds from them."""
 
+import re
 import shlex
 import socket
 
@@ -10,7 +11,7 @@ from maskmoe.errors import UserError
 from maskmoe.launch.command import RUN_ENVIRONMENT, Command, run_flags, standalone_command, torchrun_command
 from maskmoe.launch.model_file import split_flags
 from maskmoe.launch.network import Route, listen, route_to, wait_for
-from maskmoe.launch.options import NodeRange, Options, parse_options
+from maskmoe.launch.options import NodeRange, Options, _parser, parse_options
 
 
 def parse(arguments: str, environment: dict[str, str] | None = None) -> Options:
@@ -105,6 +106,20 @@ def test_default_folders_lie_in_the_run_folder():
 def test_bad_options_are_refused(arguments, environment, reason):
     with pytest.raises(UserError, match=reason):
         parse(arguments, environment)
+
+
+@pytest.mark.parametrize("word", ["--run-dir", "--nodes=2", "--dry-run", "--no-check", "--check"])
+def test_option_after_the_model_file_is_named(word):
+    flag = word.partition("=")[0]
+    with pytest.raises(UserError, match=f"^{flag} is an option of launch/pretrain.sh: write it before model.yaml$"):
+        parse(f"model.yaml --lr 1e-3 {word} 2")
+
+
+def test_no_option_of_the_launcher_is_a_flag_of_training():
+    flags = set(re.findall(r"^  (--[\w-]+)", (ROOT / "maskmoe/training/help/pretrain.txt").read_text(), re.MULTILINE))
+    assert "--lr" in flags
+    for name in _parser("launch/pretrain.sh", {}).option_names() & flags - {"--check"}:
+        parse(f"model.yaml {name}")
 
 
 def test_word_that_is_not_a_flag_is_refused():

@@ -285,6 +285,21 @@ def test_saved_arguments_are_a_model_file(tmp_path):
     assert split_flags(flag_words(read)) == expected
 
 
+def test_saved_arguments_with_relative_paths_do_not_write_into_the_folder_of_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--save", "run/checkpoints", "--load", "../elsewhere", "--tensorboard-dir", "run/tensorboard"]
+    words += ["--data-path", "run/data", "--data-cache-path", "cache"]
+    (tmp_path / "args.yaml").write_text(arguments_text(Namespace(), words, Path("run")))
+    read = ModelFile.read(tmp_path / "args.yaml", {"RUN_DIR": "/other"}).flags_for(1)
+    assert split_flags(flag_words(read)) == {
+        "save": ("/other/checkpoints",),
+        "load": (str(tmp_path.parent / "elsewhere"),),
+        "tensorboard-dir": ("/other/tensorboard",),
+        "data-path": ("run/data",),
+        "data-cache-path": (str(tmp_path / "cache"),),
+    }
+
+
 @pytest.mark.parametrize(
     ("save", "variable", "folder"),
     [
