@@ -4,8 +4,10 @@ Python decodes a byte that is not valid UTF-8, in a name or on the command line,
 escapes such as `\ud800` for half of a pair.
 """
 
+import json
 import os
 import re
+from typing import Any
 
 from maskmoe.errors import UserError
 
@@ -31,6 +33,12 @@ def refuse_surrogates(text: str, what: str) -> None:
         raise UserError(
             f"{what} has an invalid byte or half of a surrogate pair ({found[0]!a}), which is not text: correct it"
         )
+
+
+def printable_texts(value: Any) -> Any:
+    r"""Return a JSON value whose texts have half of a surrogate pair written as `\udcff`, for records."""
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(_HALF_OF_PAIR.sub(lambda half: rf"\\u{ord(half[0]):x}", text))
 
 
 def printable_name(path: str | os.PathLike[str]) -> str:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
 def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `upcycle_settings` reads, and `--routing-mask`."""
     group = parser.add_argument_group("experts")
-    mask = "routing mask made by build_routing_mask.py for the model's vocabulary (vocab_size in config.json)"
+    mask = "routing mask made by maskmoe mask for the model's vocabulary (vocab_size in config.json)"
     group.add_argument("--routing-mask", type=Path, required=True, metavar="F", help=mask)
     experts = "experts in each MoE layer"
     group.add_argument("--num-experts", type=ranges.EXPERTS, required=True, metavar="N", help=experts)
@@ -178,7 +179,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(f"written {arguments.save}")
     else:
         print(f"written {arguments.save}; load it with")
-        print(" ".join(["  --load", str(arguments.save), "--use-checkpoint-args", *flags]))
+        print(" ".join(["  --load", shlex.quote(str(arguments.save)), "--use-checkpoint-args", *flags]))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from maskmoe.checkpoint.integrity import check_content, check_structure
+from maskmoe.checkpoint.integrity import check_structure
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.blocks import CastSource, FiniteSource, JoinedSource, TensorSource
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags
-from maskmoe.conversion.huggingface_models import open_model, write_huggingface
+from maskmoe.conversion.huggingface_models import check_files, open_model, write_huggingface
 from maskmoe.conversion.hybrid_models import is_hybrid, with_pattern
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
@@ -133,7 +133,7 @@ def _output_folder(
     }
     del job["save"], job["verify"]
 
-    verify = partial(check_content, source) if settings.verify else lambda: None
+    verify = partial(check_files, source) if settings.verify else lambda: None
     return OutputFolder(settings.save, job, verify)
 
 

@@ -2,13 +2,14 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
-from maskmoe.checkpoint.integrity import Manifest
+from maskmoe.checkpoint.integrity import Damage, Manifest, check_content
 from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import check_mask, check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
@@ -70,6 +71,21 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     return OpenedModel(source, config, _read_args(folder / _ARGS_FILE))
 
 
+def check_files(folder: Path) -> None:
+    """Compare the files of a model or of a checkpoint with the digests that were saved with them.
+
+    Raises:
+        Damage: the first file that differs from its digest.
+    """
+    try:
+        check_content(folder)
+    except Damage as damage:
+        if not (folder / CONFIG_FILE).exists():
+            raise
+        hint = "if the model was saved again after its export, pass --no-verify-checkpoint"
+        raise Damage(damage.checkpoint, f"{damage.fault}; {hint}") from damage
+
+
 def _read_args(path: Path) -> Namespace | None:
     """Return Megatron's arguments of an exported model; None for a model that was never Megatron's.
 
@@ -105,7 +121,7 @@ def write_huggingface(
     Raises:
         UserError: a file cannot be written, or the tokenizer cannot be read or has no equal in transformers.
     """
-    special_ids = export_tokenizer(tokenizer_type, tokenizer_model, output.path)
+    special_ids = _special_ids(model.config, export_tokenizer(tokenizer_type, tokenizer_model, output.path))
     # Write the tensors.
     tensors = model.source.tensors
     weights = {name: tensors[name] for name in tensor_shapes(model.config)}
@@ -121,9 +137,10 @@ def write_huggingface(
     dtype = str(weights[next(iter(weights))].dtype).removeprefix("torch.")
     names = {"architectures": [MaskMoEForCausalLM.__name__], "auto_map": AUTO_MAP, "dtype": dtype}
     config = make_config(MaskMoEConfig, model.config | special_ids | names)
+    generation = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
     with reporting_full_disk(output.path):
         export_code(output.path)
-        GenerationConfig(**special_ids).save_pretrained(output.path)
+        generation.save_pretrained(output.path)
         for name, (_, index) in plans.items():
             if index:
                 write_record(index, output.path / f"{name}{INDEX_SUFFIX}", indent=2)
@@ -134,6 +151,20 @@ def write_huggingface(
         with atomic_output(output.path / CONFIG_FILE) as path:
             path.write_text(config.to_json_string())
     output.complete()
+
+
+def _special_ids(config: Mapping[str, Any], of_tokenizer: Mapping[str, int | None]) -> dict[str, Any]:
+    """Return the ids with which texts begin and end that replace those of a model.
+
+    Args:
+        config: the fields of the model's `MaskMoEConfig`.
+        of_tokenizer: the ids of the tokenizer by the same names; the model keeps its own for an id that is None.
+    """
+    special_ids = {name: id_ for name, id_ in of_tokenizer.items() if id_ is not None}
+    ends = config.get("eos_token_id")
+    if isinstance(ends, list) and special_ids.get("eos_token_id") in ends:  # a text may have several ends
+        del special_ids["eos_token_id"]
+    return special_ids
 
 
 def _json_values(args: Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from maskmoe.conversion.megatron_models import is_optimizer
 from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
 from maskmoe.conversion.safetensors_files import SafetensorsSource, has_safetensors
+from maskmoe.conversion.tensor_mapping import EXPERT_NORMS
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.conversion.writing import JOURNAL
 from maskmoe.errors import UserError
@@ -41,6 +42,8 @@ _PARTS = {
     "other": r"",
     _MTP: r"",
 }
+# Names of the number of experts in the configurations of all families.
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Megatron's arguments have the suffix `_parallel_size`.
 _LAYOUT = {"TP": "tensor_model", "PP": "pipeline_model", "EP": "expert_model", "CP": "context", "DP": "data"}
 
@@ -103,12 +106,13 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
         model: TensorSource = SafetensorsSource(path)
         if has_safetensors(path, MTP_FILE):
             model = JoinedSource(model, SafetensorsSource(path, MTP_FILE))
+        num_experts = next((config[name] for name in _NUM_EXPERTS if config.get(name)), None)
         return _inspect(
             path,
             model,
             verify,
             num_layers=config.get("num_hidden_layers"),
-            experts=(config.get("num_experts_per_tok"), config.get("num_experts") or config.get("num_local_experts")),
+            experts=(config.get("num_experts_per_tok"), num_experts),
             format=f"transformers ({config.get('model_type')})",
             iteration=None,
             layout={},
@@ -160,7 +164,7 @@ def _inspect(
     for name, spec in source.tensors.items():
         if is_optimizer(name):
             optimizer_bytes += spec.num_bytes
-        elif not name.startswith(mask_prefix):
+        elif not name.startswith(mask_prefix) and not _is_second_norm(name, source):
             part = _part_of(name, num_layers)
             parameters[part] += prod(spec.shape)
             bytes_by_dtype[str(spec.dtype).removeprefix("torch.")] += spec.num_bytes
@@ -180,6 +184,12 @@ def _inspect(
         digests=digests,
         **known,
     )
+
+
+def _is_second_norm(name: str, source: TensorSource) -> bool:
+    """Return whether a tensor repeats a norm of the same checkpoint, under the name of Transformer Engine's modules."""
+    first, second = EXPERT_NORMS
+    return name.endswith(second) and name.replace(second, first) in source.tensors
 
 
 def _part_of(name: str, num_layers: int | None) -> str:

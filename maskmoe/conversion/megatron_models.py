@@ -27,9 +27,10 @@ from maskmoe.conversion.hybrid_models import is_hybrid
 from maskmoe.conversion.model_tensors import check_tensors, make_config, read_mask, routing_mask_tensors
 from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.conversion.tensor_mapping import EMBEDDING, EXPERT_NORMS, PADDING_PREFIX, MegatronLayout, map_tensors
+from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, plan_torch_dist
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
-from maskmoe.data.tokenizer import load_tokenizer
+from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.outputs import atomic_output
@@ -38,6 +39,8 @@ from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
 # Entry of a converted checkpoint's common state: the configuration of the transformers model.
 _CONFIG = "huggingface_config"
+# Types of tokenizers that have as many ids as Megatron's `--vocab-size` says.
+_SIZED_TOKENIZERS = (WITHOUT_TEXT, "TikTokenizer")
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 # Megatron's loader requires an entry `_extra_state` for each of these modules, local or of Transformer Engine. The
 # entries hold the state of FP8 training and are empty here.
@@ -74,7 +77,7 @@ def open_megatron(
     args = common.get("args")
     if not isinstance(args, Namespace):
         raise UserError(f"{checkpoint} holds no arguments of Megatron, which say what its tensors are")
-    args = Namespace(**vars(args) | dict(changed_args or {}))
+    original_args, args = args, Namespace(**vars(args) | dict(changed_args or {}))
     # Add the routing mask to a checkpoint that has none.
     source: TensorSource = stored
     has_mask = f"{CHECKPOINT_PREFIX}row_of_id" in source.tensors
@@ -89,10 +92,9 @@ def open_megatron(
         )
     # Describe the model, and map its tensors.
     mask = read_mask(source, CHECKPOINT_PREFIX)
-    vocab_size = mask.vocab_size if mask else getattr(args, "vocab_size", None)
-    if vocab_size is None:
-        vocab_size = load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
-    config = common.get(_CONFIG, {}) | config_from_args(args, vocab_size)
+    config = common.get(_CONFIG, {})
+    vocab_size = mask.vocab_size if mask else config.get("vocab_size") or _vocab_size(original_args, args)
+    config |= config_from_args(args, vocab_size)
     config["routing_mask"] = routing_mask_tensors(mask)[1] if mask else None
     weights = {name: spec for name, spec in source.tensors.items() if not is_optimizer(name)}
     try:
@@ -159,6 +161,27 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
             path.write_text(json.dumps(MARKER))
         write_tracker(output.path, RELEASE)
     output.complete()
+
+
+def _vocab_size(original_args: Namespace, args: Namespace) -> int:
+    """Return the number of ids of a model that has no routing mask and was trained by Megatron.
+
+    Args:
+        original_args: Megatron's arguments in the checkpoint.
+        args: these arguments with the tokenizer that the user passed.
+
+    Returns:
+        the number of the tokenizer's ids; for a tokenizer that cannot be read, the number of rows including padding.
+
+    Raises:
+        UserError: the file of the tokenizer is missing or damaged.
+    """
+    # Other tokenizers ignore `--vocab-size`.
+    if original_args.tokenizer_type in _SIZED_TOKENIZERS and original_args.vocab_size:
+        return original_args.vocab_size
+    if args.tokenizer_type in TOKENIZER_TYPES:
+        return load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
+    return args.padded_vocab_size
 
 
 def _layout(source: TensorSource, config: Mapping[str, Any], is_hybrid: bool) -> MegatronLayout:

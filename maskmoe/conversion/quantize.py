@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, set_seed
 
-from maskmoe.checkpoint.integrity import FileRecord, Manifest, check_content
-from maskmoe.conversion.huggingface_models import open_model
+from maskmoe.checkpoint.integrity import FileRecord, Manifest
+from maskmoe.conversion.huggingface_models import check_files, open_model
 from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
 from maskmoe.conversion.safetensors_files import SafetensorsSource
@@ -84,7 +84,7 @@ def quantize_model(load: Path, save: Path, text: Path | None = None, verify: boo
     open_model(load)  # refuses a model that is quantized or incomplete
     if lies_inside(save, load):
         raise UserError(f"{save} lies inside the folder that is converted; name a folder elsewhere")
-    check = partial(check_content, load) if verify else lambda: None
+    check = partial(check_files, load) if verify else lambda: None
     with OutputFolder(save, {"quantize": str(load.resolve()), "text": text and str(text)}, check) as output:
         output.check()
         # Measure the original model.

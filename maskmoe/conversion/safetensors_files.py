@@ -17,6 +17,7 @@ from maskmoe.conversion.blocks import Block, StoredTensor, TensorSpec, row_major
 from maskmoe.conversion.writing import BLOCK_BYTES, PlannedFile
 from maskmoe.errors import UserError
 from maskmoe.json_files import first_problem
+from maskmoe.surrogates import has_surrogates
 from maskmoe.untrusted import check_name, check_regular, read_json_bytes, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
@@ -42,6 +43,8 @@ def has_safetensors(folder: Path, single_file: str) -> bool:
 class SafetensorsSource:
     """Provides the tensors of a folder with `model.safetensors`, or with several files and their index.
 
+    A folder with both is read as transformers reads it: the index is ignored.
+
     Args:
         folder: the folder of the model.
         single_file: the name of the file if there is only one. The index of several files has this name and the
@@ -57,7 +60,9 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
         index_file = folder / f"{single_file}{INDEX_SUFFIX}"
-        index = _read_index(index_file) if os.path.lexists(index_file) else None
+        # The single file comes first, as in transformers, which leaves an older index when it saves again.
+        has_index = os.path.lexists(index_file) and not (folder / single_file).exists()
+        index = _read_index(index_file) if has_index else None
         names = [index_file.name.removesuffix(INDEX_SUFFIX)] if index is None else sorted(set(index.values()))
         self.files = [index_file.parent / name for name in names]
         for name in () if index is None else names:
@@ -148,6 +153,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     """
     if not os.path.lexists(path):
         raise UserError(f"{path} is missing")
+    if has_surrogates(str(path)):
+        raise UserError(f"{str(path)!a} cannot be read, since the name is not valid UTF-8; rename the folder")
     check_regular(path)
     try:
         with safe_open(path, framework="pt"):  # raises if the header contradicts itself or the file is too short

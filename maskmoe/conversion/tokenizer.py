@@ -118,6 +118,8 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
         probes.extend(_probes_of_all_pieces(tokenizer))
     else:
         exported = _load_transformers_tokenizer(tokenizer.model_path)
+        if exported.eos_token_id is None and tokenizer.eod_id is not None:  # training takes the end from other settings
+            exported.eos_token = exported.convert_ids_to_tokens(tokenizer.eod_id)
     _check_same_ids(tokenizer, exported, probes)
     exported.save_pretrained(folder)
     return {"bos_token_id": exported.bos_token_id, "eos_token_id": exported.eos_token_id}

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from maskmoe.conversion.blocks import Block, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import LOCK_NAME, locked_folder
 from maskmoe.outputs import atomic_output
+from maskmoe.surrogates import printable_texts
 from maskmoe.untrusted import UnusableFile, read_json_bytes
 
 BLOCK_BYTES = 16 << 20
@@ -88,7 +88,7 @@ class OutputFolder:
         self.path = path
         self.check = check
         self.finished: dict[str, FileRecord] = {}
-        self._job = json.loads(json.dumps(job))  # as the journal gives it back
+        self._job = printable_texts(job)  # as the journal gives it back; names of files may not be UTF-8
         self._journal = path / JOURNAL
         self._journal_lock = Lock()
         self._session = self._fill()

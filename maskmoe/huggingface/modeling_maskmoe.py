@@ -8,7 +8,8 @@ Change both places together; tests/huggingface/test_routing.py compares them.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,10 @@ class MaskMoERoutingMask(nn.Module):
     complete from the start: every id sees every expert.
 
     Attributes:
-        row_of_id: int16 or int32 [tables, vocab], the row of `visible_bits` for each id.
+        row_of_id: int32 [tables, vocab], the row of `visible_bits` for each id. Files hold the rows as `stored_dtype`.
         visible_bits: uint8 [tables, rows, ceil(N / 8)], expert e at bit `e % 8` of byte `e // 8`.
         metadata: uint8 [n], a JSON text with the mask's digest and what the mask was made from.
+        stored_dtype: int16 or int32, the type of `row_of_id` in files and in the digest.
     """
 
     def __init__(self, config: MaskMoEConfig) -> None:
@@ -55,8 +57,9 @@ class MaskMoERoutingMask(nn.Module):
         sizes = config.routing_mask
         assert sizes is not None  # the configuration of a model with experts has one
         tables, num_bytes = sizes["num_tables"], -(-config.num_experts // 8)
-        row_dtype = getattr(torch, sizes["row_dtype"])
-        self.register_buffer("row_of_id", torch.empty(tables, config.vocab_size, dtype=row_dtype))
+        self.stored_dtype: torch.dtype = getattr(torch, sizes["row_dtype"])
+        # Data parallelism broadcasts buffers, and neither NCCL nor gloo broadcasts int16.
+        self.register_buffer("row_of_id", torch.empty(tables, config.vocab_size, dtype=torch.int32))
         self.register_buffer("visible_bits", torch.empty(tables, sizes["num_rows"], num_bytes, dtype=torch.uint8))
         self.register_buffer("metadata", torch.empty(sizes["metadata_bytes"], dtype=torch.uint8))
         self.must_be_loaded = sizes["metadata_bytes"] > 0
@@ -86,10 +89,11 @@ class MaskMoERoutingMask(nn.Module):
         buffers, names = dict(self.named_buffers()), set()
         for name, value in weights:
             buffer = buffers[name]
-            if (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
+            dtype = self.stored_dtype if name == "row_of_id" else buffer.dtype
+            if (value.shape, value.dtype) != (buffer.shape, dtype):
                 raise ValueError(
                     f"the routing mask does not fit config.json: {name} is {value.dtype} {list(value.shape)}, expected "
-                    f"{buffer.dtype} {list(buffer.shape)}; export the model again"
+                    f"{dtype} {list(buffer.shape)}; export the model again"
                 )
             buffer.copy_(value)
             names.add(name)
@@ -115,6 +119,16 @@ class MaskMoERoutingMask(nn.Module):
         rows = self.row_of_id[:, token_ids].long()  # [tables, tokens]
         tables = torch.arange(len(rows), device=rows.device).unsqueeze(-1)
         return self.visible_bits[tables, rows]
+
+    @contextmanager
+    def holding_stored_rows(self) -> Iterator[None]:
+        """Hold `row_of_id` as `stored_dtype` during the block, so that the block saves the mask as it was loaded."""
+        rows = self.row_of_id
+        self.row_of_id = rows.to(self.stored_dtype)
+        try:
+            yield
+        finally:
+            self.row_of_id = rows
 
     def _check_loaded(self) -> None:
         # The first elements suffice. A JSON text has no byte 0, and every visible set of a mask has an expert.
@@ -233,6 +247,7 @@ class MaskMoESparseMoeBlock(nn.Module):
     def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
         super().__init__()
         self.table = config.routing_table(layer_idx)
+        self.num_experts = config.num_experts  # PEFT may wrap the router in a module with another `num_experts`
         self.gate = MaskMoETopKRouter(config)
         self.experts = MaskMoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None
@@ -252,7 +267,7 @@ class MaskMoESparseMoeBlock(nn.Module):
             [batch, sequence, hidden].
         """
         tokens = hidden_states.flatten(0, 1)
-        visible = unpack_bits(visible_bits[self.table], self.gate.num_experts)
+        visible = unpack_bits(visible_bits[self.table], self.num_experts)
         _, weights, indices = self.gate(tokens, visible)
         # Shared experts come first, since the experts of a server may overwrite their input.
         shared = None
@@ -393,10 +408,28 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
                 check_digest(module, (model.config.routing_mask or {}).get("sha256"))
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model as transformers does, for all Auto classes; servers load the class of `AutoModel`."""
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model as transformers does, for all Auto classes; servers load the class of `AutoModel`.
+
+        The routing mask is saved as it was loaded, also from a given state dict.
+        """
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
+        with ExitStack() as stack:
+            stack.enter_context(_original_name(type(self)))
+            for name, module in self.named_modules():
+                if isinstance(module, MaskMoERoutingMask):
+                    stack.enter_context(module.holding_stored_rows())
+                    rows = f"{name}.row_of_id"
+                    if state_dict is not None and rows in state_dict:
+                        state_dict = {**state_dict, rows: state_dict[rows].to(module.stored_dtype)}
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Choose how experts are computed; by default a quantized model computes them one after another.
@@ -590,6 +623,22 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
             )
 
 
+@contextmanager
+def _original_name(model_class: type) -> Iterator[None]:
+    """Give a class that torch has derived from a model's class the name and module of this class during the block.
+
+    FSDP2 replaces the class of a model by such a class. transformers copies the file of the class's module beside the
+    weights and writes the class's name to `config.json`.
+    """
+    original = next(base for base in model_class.__mro__ if not base.__module__.startswith("torch."))
+    name, module = model_class.__name__, model_class.__module__
+    model_class.__name__, model_class.__module__ = original.__name__, original.__module__
+    try:
+        yield
+    finally:
+        model_class.__name__, model_class.__module__ = name, module
+
+
 def share_of_step(
     labels: Tensor, num_items_in_batch: Tensor | int | None = None, shift_labels: Tensor | None = None, **_: Any
 ) -> Tensor:
@@ -662,11 +711,13 @@ def check_digest(mask: MaskMoERoutingMask, expected: str | None = None) -> None:
             envelope = json.loads(json.loads(bytes(mask.metadata.tolist()))["maskmoe"])
             record = json.dumps(envelope["record"], sort_keys=True, separators=(",", ":"), allow_nan=False)
             digest = hashlib.sha256(record.encode())
-            for name, tensor in (("row_of_id", mask.row_of_id), ("visible_bits", mask.visible_bits)):
+            rows = mask.row_of_id.to(mask.stored_dtype)
+            for name, tensor in (("row_of_id", rows), ("visible_bits", mask.visible_bits)):
                 array = np.ascontiguousarray(tensor.cpu().numpy())
                 digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
                 digest.update(array)
             is_intact = digest.hexdigest() == envelope["sha256"] and expected in (None, digest.hexdigest())
+            is_intact = is_intact and bool((rows == mask.row_of_id).all())  # no row was too large for its stored type
         except (KeyError, TypeError, ValueError, RecursionError):
             is_intact = False
     if not is_intact:

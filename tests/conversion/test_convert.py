@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.paths import ROOT
+from support.tiny_maskmoe import NUM_LAYERS, make_config
 from transformers import AutoModelForCausalLM
 
-import maskmoe.huggingface  # noqa: F401  registers the model
 from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
@@ -22,7 +23,9 @@ from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_hugg
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, plan_torch_dist
 from maskmoe.conversion.writing import JOURNAL, OutputFolder, write_files
+from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
+from maskmoe.huggingface import MaskMoEForCausalLM
 
 # Neither Megatron nor transformers loads a model without these files.
 MARKERS = ("latest_checkpointed_iteration.txt", "metadata.json", "config.json")
@@ -93,8 +96,8 @@ def test_all_weights_are_in_the_transformers_model(exported, run):
     loaded = load_file(exported(run) / "model.safetensors")
     assert loaded.keys() | ({"lm_head.weight"} if run == "rich" else set()) == state.keys()
     for name, tensor in loaded.items():
-        assert tensor.dtype == state[name].dtype
-        assert torch.equal(tensor, state[name])
+        assert state[name].dtype == (torch.int32 if name.endswith("row_of_id") else tensor.dtype)
+        assert torch.equal(tensor.to(state[name].dtype), state[name])
 
 
 @pytest.mark.slow
@@ -236,6 +239,82 @@ def test_mask_and_nan_on_request(checkpoints, workplace, exported, tmp_path):
     assert load_file(tmp_path / "with nan" / "model.safetensors")["model.layers.1.mlp.gate.weight"].isnan().all()
 
 
+ROWS, PADDED_ROWS, TOKENIZER_IDS = 310, 384, 300
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """The folder of a dense model in transformers' format, with a tokenizer of fewer ids than rows beside it."""
+    dense = {"vocab_size": ROWS, "mlp_layer_types": ["dense"] * NUM_LAYERS, "bos_token_id": 1, "eos_token_id": [2, 5]}
+    MaskMoEForCausalLM(make_config(**dense)).save_pretrained(tmp_path / "dense")
+    text = ["sphinx of black quartz judge my vow "] * 20
+    (tmp_path / "dense/tokenizer.model").write_bytes(train_tokenizer(text, TOKENIZER_IDS, num_threads=1))
+    return tmp_path / "dense"
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+SENTENCEPIECE, NULL = "SentencePieceTokenizer", "NullTokenizer"
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "vocab_size", "passed", "expected"),
+    [
+        (NULL, ROWS, None, ROWS),
+        (NULL, ROWS, SENTENCEPIECE, ROWS),
+        ("TikTokenizer", ROWS, NULL, ROWS),
+        ("TikTokenizer", None, NULL, PADDED_ROWS),
+        ("Llama2Tokenizer", ROWS, NULL, PADDED_ROWS),
+        (SENTENCEPIECE, None, None, TOKENIZER_IDS),
+        (SENTENCEPIECE, ROWS, None, TOKENIZER_IDS),
+        (SENTENCEPIECE, None, NULL, PADDED_ROWS),
+    ],
+)
+def test_vocabulary_of_a_dense_checkpoint(dense, tmp_path, trained_with, vocab_size, passed, expected):
+    """Checkpoints of training do not say how many ids the model has, and some tokenizers ignore `--vocab-size`."""
+    tokenizer = {"tokenizer_type": trained_with, "tokenizer_model": str(dense / "tokenizer.model")}
+
+    def change(tensors, common):
+        del common["huggingface_config"]
+        common["args"] = Namespace(**vars(common["args"]) | tokenizer | {"vocab_size": vocab_size})
+
+    huggingface_to_megatron(Settings(load=dense, save=tmp_path / "run"))
+    checkpoint = rewrite(tmp_path / "run/release", tmp_path / "trained", change)
+    model = tokenizer["tokenizer_model"] if passed == SENTENCEPIECE else None
+    settings = Settings(load=checkpoint, save=tmp_path / "out", tokenizer_type=passed, tokenizer_model=model)
+    megatron_to_huggingface(settings)
+    assert config_of(tmp_path / "out")["vocab_size"] == expected
+    assert load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].shape[0] == expected
+
+
+@pytest.mark.parametrize("tokenizer_type", [SENTENCEPIECE, NULL])
+def test_a_dense_model_keeps_rows_without_ids(dense, tmp_path, tokenizer_type):
+    """The embeddings of Qwen have more rows than its tokenizer has ids."""
+    model = str(dense / "tokenizer.model") if tokenizer_type == SENTENCEPIECE else None
+    settings = Settings(load=dense, save=tmp_path / "run", tokenizer_type=tokenizer_type, tokenizer_model=model)
+    huggingface_to_megatron(settings)
+    megatron_to_huggingface(Settings(load=tmp_path / "run", save=tmp_path / "back"))
+    assert_same_tensors(*(load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "back")))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_type", "ends", "expected"),
+    [(NULL, 2, (1, 2)), (NULL, [2, 5], (1, [2, 5])), (SENTENCEPIECE, [2, 5], (2, [2, 5])), (SENTENCEPIECE, 5, (2, 2))],
+)
+def test_ids_that_begin_and_end_texts(dense, tmp_path, tokenizer_type, ends, expected):
+    """Ids of the tokenizer replace the ids of the model; without a tokenizer the model keeps its ids."""
+    (dense / "config.json").write_text(json.dumps(config_of(dense) | {"eos_token_id": ends}))
+    model = str(dense / "tokenizer.model") if tokenizer_type == SENTENCEPIECE else None
+    settings = Settings(load=dense, save=tmp_path / "run", tokenizer_type=tokenizer_type, tokenizer_model=model)
+    huggingface_to_megatron(settings)
+    megatron_to_huggingface(Settings(load=tmp_path / "run", save=tmp_path / "back"))
+    generation = json.loads((tmp_path / "back/generation_config.json").read_text())
+    for settings in (config_of(tmp_path / "back"), generation):
+        assert (settings["bos_token_id"], settings["eos_token_id"]) == expected
+
+
 def edit(folder, change):
     """Change the tensors of a transformers model, and remove its digests."""
     tensors = load_file(folder / "model.safetensors")
@@ -302,6 +381,25 @@ def test_bad_input_on_the_command_line(exported, run_cli, tmp_path):
         assert result.returncode == 2
         assert re.search(rf"^error: .*{message}", result.stderr, re.MULTILINE)
         assert "Traceback" not in result.stderr
+
+
+def test_the_flags_that_load_the_result_can_be_pasted(dense, run_cli, tmp_path):
+    result = run_cli("hf-to-megatron", "--load", dense, "--save", tmp_path / "my run")
+    assert result.returncode == 0, result.stderr
+    flags = shlex.split(result.stdout.splitlines()[-1])
+    assert flags[:3] == ["--load", str(tmp_path / "my run"), "--use-checkpoint-args"]
+
+
+def test_model_that_transformers_saves_into_the_exported_folder(exported, tmp_path):
+    shutil.copytree(exported("rich"), tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(7.0)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"was saved; if the model was saved again .* pass --no-verify-checkpoint$"):
+        huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "refused"))
+    huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "back", verify=False))
+    assert (tensors_of(tmp_path / "back/release")["decoder.final_layernorm.weight"] == 7.0).all()
 
 
 def test_result_inside_the_source(exported):

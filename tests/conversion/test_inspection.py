@@ -58,16 +58,32 @@ def test_model_has_the_checkpoints_parameters_without_padding(checkpoints, model
     assert sum(found.parameters.values()) == loaded.num_parameters()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "llama"])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "deepseek_v3", "llama"])
 def test_models_of_other_families(name, tmp_path):
     original = save_model(name, tmp_path)
     found = inspect_checkpoint(tmp_path)
     assert found.format == f"transformers ({name})"
-    assert sum(found.parameters.values()) == original.num_parameters()
+    biases = sum(buffer.numel() for key, buffer in original.named_buffers() if key.endswith("score_correction_bias"))
+    assert sum(found.parameters.values()) == original.num_parameters() + biases  # which are buffers in transformers
+    num_idle = 0 if name == "llama" else 6 - original.config.num_experts_per_tok
+    of_expert = found.parameters.get("experts", 0) // 6
+    assert found.active_parameters == sum(found.parameters.values()) - num_idle * of_expert
     assert "other" not in found.parameters
     assert ("experts" in found.parameters) == (name != "llama")
     assert found.integrity == "complete; not verified, since it was saved without digests"
     assert found.routing_mask is None
+
+
+def test_a_converted_checkpoint_has_the_models_parameters(tmp_path):
+    """The checkpoint holds each norm before experts under two names."""
+    original = save_model("mixtral", tmp_path / "model")
+    huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "megatron"))
+    found, checkpoint = inspect_checkpoint(tmp_path / "model"), inspect_checkpoint(tmp_path / "megatron")
+    padding = (128 - original.config.vocab_size) * original.config.hidden_size
+    assert sum(checkpoint.parameters.values()) == original.num_parameters() + 2 * padding
+    assert checkpoint.active_parameters == found.active_parameters + 2 * padding
+    assert checkpoint.parameters["norms"] == found.parameters["norms"]
+    assert checkpoint.bytes_by_dtype == {"float32": 4 * sum(checkpoint.parameters.values())}
 
 
 def test_multi_token_prediction_is_a_part_of_its_own(tmp_path):
@@ -78,7 +94,7 @@ def test_multi_token_prediction_is_a_part_of_its_own(tmp_path):
     checkpoint, model = (inspect_checkpoint(tmp_path / name) for name in ("megatron", "model"))
     num_parameters = sum(tensor.numel() for tensor in layer.values())
     assert model.parameters.pop("multi-token prediction") == num_parameters
-    assert checkpoint.parameters["multi-token prediction"] >= num_parameters  # which holds a norm twice
+    assert checkpoint.parameters["multi-token prediction"] == num_parameters
     biases = 2 * 6  # parameters in Megatron, buffers in transformers
     assert sum(model.parameters.values()) == original.num_parameters() + biases
     assert model.active_parameters == sum(model.parameters.values()) - model.parameters["experts"] * 2 // 6

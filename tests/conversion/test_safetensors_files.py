@@ -1,6 +1,7 @@
 """Safetensors files that we read and write, compared with the library's own code."""
 
 import json
+import os
 from argparse import ArgumentTypeError
 
 import pytest
@@ -84,6 +85,18 @@ def test_missing_shard(sharded):
         SafetensorsSource(sharded.parent)
 
 
+@pytest.mark.parametrize("are_shards_left", [True, False])
+def test_the_index_of_an_older_model_is_ignored(sharded, are_shards_left):
+    """Transformers leaves the index in the folder when it saves a model again in one file."""
+    save_file({"new": torch.ones(3)}, sharded / "model.safetensors")
+    if not are_shards_left:
+        for shard in sharded.glob("model-*.safetensors"):
+            shard.unlink()
+    source = SafetensorsSource(sharded)
+    assert source.tensors.keys() == {"new"}
+    assert source.files == [sharded / "model.safetensors"]
+
+
 @pytest.mark.parametrize("keep", [-1, 100, 4, 0])
 def test_damaged_shard(sharded, keep):
     path = sharded / "model-00001-of-00003.safetensors"
@@ -107,6 +120,15 @@ def test_index_that_contradicts_the_files(sharded):
         index_file.write_text(content)
         with pytest.raises(UserError, match=r"index\.json is damaged"):
             SafetensorsSource(sharded)
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"model\xff")
+    folder.mkdir()
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\\udcff/model.safetensors' cannot be read, since the name is not valid"):
+        SafetensorsSource(folder)
 
 
 def test_unknown_type(tmp_path):

@@ -84,6 +84,23 @@ def test_hugging_face_tokenizer_is_copied(tmp_path):
     assert first == second
 
 
+@pytest.mark.parametrize(
+    ("name", "token"), [("tokenizer_config.json", "sep_token"), ("special_tokens_map.json", "eos_token")]
+)
+def test_special_ids_of_a_hugging_face_tokenizer(name, token, tmp_path):
+    """Transformers does not read the end of text from these settings, with which documents end in training data."""
+    (tmp_path / "tokenizer.model").write_bytes(MODELS["like Llama's"]())
+    export_tokenizer("SentencePieceTokenizer", tmp_path / "tokenizer.model", tmp_path / "first")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first/tokenizer.json").rename(tmp_path / "second/tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", token: "</s>"}
+    (tmp_path / "second" / name).write_text(json.dumps(settings))
+    assert load_tokenizer("HuggingFaceTokenizer", tmp_path / "second").eod_id == 2
+    special = export_tokenizer("HuggingFaceTokenizer", tmp_path / "second", tmp_path / "third")
+    assert special == {"bos_token_id": None, "eos_token_id": 2}
+    assert AutoTokenizer.from_pretrained(tmp_path / "third").eos_token_id == 2
+
+
 def test_model_that_cannot_be_expressed_is_refused(tmp_path):
     """Transformers has no equal of a model whose pieces are whole words."""
     (tmp_path / "tokenizer.model").write_bytes(train_foreign(model_type="word", vocab_size=30))

@@ -172,6 +172,17 @@ def test_other_folders_are_left_alone(tmp_path):
         write(tmp_path / "file", MemorySource(TENSORS))
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    """The job of an interrupted conversion may name files whose names have bytes that are not text."""
+    first, second = ({"source": {os.fsdecode(b"note\xff.txt" + end): [0, 0]}} for end in (b"\xfe", b"\xfd"))
+    with pytest.raises(InterruptedReadError):
+        write(tmp_path / "out", FailingSource(TENSORS, fails_at="t3"), first)
+    with pytest.raises(UserError, match=r"other settings \(source\)"):
+        write(tmp_path / "out", MemorySource(TENSORS), second)
+    write(tmp_path / "out", MemorySource(TENSORS), first)
+    assert_whole(tmp_path / "out")
+
+
 def test_one_conversion_at_a_time(tmp_path):
     with start_slow_conversion(tmp_path / "out") as process:
         wait_for(tmp_path / "out" / JOURNAL, process)

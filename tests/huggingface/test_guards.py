@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.launchers import RANK_SCRIPTS
 from support.tiny_maskmoe import VARIANTS, make_config, make_model, mask_tensors, random_ids, random_mask
 from torch import nn
 
 from maskmoe.huggingface import AUTO_MAP, MaskMoEForCausalLM
+from maskmoe.huggingface.modeling_maskmoe import check_digest
 
 NAMES = ("row_of_id", "visible_bits", "metadata")
 
@@ -77,6 +79,36 @@ def test_a_model_that_is_saved_again_keeps_all_auto_classes(tmp_path: Path) -> N
     MaskMoEForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     for folder in ("first", "second"):
         assert json.loads((tmp_path / folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_a_model_that_is_saved_again_keeps_its_bytes(tmp_path: Path) -> None:
+    """The rows of the routing mask are wider in memory than in files, and the digest is of the stored type."""
+    make_model().save_pretrained(tmp_path / "first")
+    model = MaskMoEForCausalLM.from_pretrained(tmp_path / "first")
+    assert model.model.routing_mask.row_of_id.dtype == torch.int32
+    model.save_pretrained(tmp_path / "second")
+    model.save_pretrained(tmp_path / "third", state_dict=model.state_dict())
+    assert model.model.routing_mask.row_of_id.dtype == torch.int32
+    first, *others = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second", "third"))
+    assert others == [first, first]
+
+
+def test_a_row_that_its_stored_type_cannot_hold_is_noticed() -> None:
+    mask = make_model().model.routing_mask
+    mask.row_of_id[0, 0] += 1 << 16
+    with pytest.raises(ValueError, match="altered"):
+        check_digest(mask)
+
+
+def test_a_model_that_is_saved_under_fsdp_carries_its_code(run_ranks, tmp_path: Path) -> None:
+    """FSDP2 replaces the model's class by a class that torch defines."""
+    make_model().save_pretrained(tmp_path / "model")
+    run_ranks(RANK_SCRIPTS / "fsdp_export_ranks.py", tmp_path)
+    original, saved = tmp_path / "model", tmp_path / "saved"
+    assert {path.name for path in saved.iterdir()} == {path.name for path in original.iterdir()}
+    assert json.loads((saved / "config.json").read_text())["auto_map"] == AUTO_MAP
+    for name in ("modeling_maskmoe.py", "configuration_maskmoe.py", "model.safetensors"):
+        assert (saved / name).read_bytes() == (original / name).read_bytes()
 
 
 def test_a_norm_over_all_heads_refuses_some_heads() -> None:

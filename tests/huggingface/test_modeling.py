@@ -443,8 +443,8 @@ def test_bfloat16_leaves_the_mask_alone(variant, tmp_path) -> None:
         assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
         for name, value in mask_tensors(random_mask()).items():
             buffer = half.model.routing_mask.get_buffer(name)
-            assert buffer.dtype == value.dtype
-            assert torch.equal(buffer, value)
+            assert buffer.dtype == (torch.int32 if name == "row_of_id" else value.dtype)
+            assert torch.equal(buffer, value.to(buffer.dtype))
     for name, buffer in loaded.named_buffers():
         if name.endswith("e_score_correction_bias"):
             assert buffer.dtype == torch.float32
@@ -486,6 +486,24 @@ def test_model_without_a_mask_is_refused(tmp_path) -> None:
     )
     with pytest.raises(ValueError, match=r"no routing mask: model\.routing_mask\.row_of_id"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_an_adapter_of_the_router_obeys_the_mask() -> None:
+    """PEFT wraps the router in a module that counts experts by the dimensions of the weight."""
+    peft = pytest.importorskip("peft")
+    model, token_ids = make_model(), random_ids(2, 10)
+    expected = model(token_ids, output_router_logits=True)
+    adapters = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["gate.weight"])
+    adapted = peft.get_peft_model(model, adapters).eval()
+    assert_alike(adapted(token_ids).logits, expected.logits)  # new adapters change nothing
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+    outputs = adapted(token_ids, output_router_logits=True)
+    assert not torch.equal(outputs.router_logits[0], expected.router_logits[0])
+    for logits, original in zip(outputs.router_logits, expected.router_logits, strict=True):
+        assert torch.equal(logits.isneginf(), original.isneginf())
 
 
 def test_new_model_sees_all_experts() -> None:
@@ -584,6 +602,6 @@ def test_shared_table_and_wide_rows() -> None:
     model = make_model(mask)
     wide = MaskMoEForCausalLM(make_config(mask, routing_mask=model.config.routing_mask | {"row_dtype": "int32"})).eval()
     wide.load_state_dict(model.state_dict())
-    assert wide.model.routing_mask.row_of_id.dtype == torch.int32
+    assert wide.model.routing_mask.stored_dtype == torch.int32
     token_ids = random_ids(2, 10)
     assert torch.equal(wide(token_ids).logits, model(token_ids).logits)

@@ -1,56 +1,41 @@
-"""transformers' Trainer, on one process: the gradients of a step do not depend on how its samples are divided."""
-
-from pathlib import Path
+"""transformers' Trainer: the gradients of a step do not depend on how its samples are divided."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.launchers import RANK_SCRIPTS
+from support.ranks.trainer_ranks import NUM_SAMPLES, train_one_step
 from support.tiny_maskmoe import make_model, random_ids
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
-class KeepGradients(TrainerCallback):
-    """Keeps the gradients with which the optimizer makes its step."""
-
-    def __init__(self) -> None:
-        self.gradients: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, *_args, model, **_) -> None:
-        self.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def train_one_step(folder: Path, samples: Tensor, batch_size: int, **settings) -> tuple[float, dict[str, Tensor]]:
-    """Return the loss and the gradients of a step on all samples, in micro-batches of `batch_size`."""
-    keep = KeepGradients()
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=len(samples) // batch_size,
-        max_steps=1,
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    data = [{"input_ids": sample.tolist(), "labels": sample.tolist()} for sample in samples]
-    model = make_model(**settings)
-    result = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[keep]).train()
-    return result.training_loss, keep.gradients
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The order of additions differs: 1e-5 of the largest gradient of a parameter is allowed."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        tolerance = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 1.0])
 def test_gradient_accumulation_changes_nothing(coefficient, tmp_path) -> None:
-    """All micro-batches are equal, so that the load-balancing loss of a micro-batch is that of the step.
-
-    The order of additions differs: 1e-5 of the largest gradient of a parameter is allowed.
-    """
+    """All micro-batches are equal, so that the load-balancing loss of a micro-batch is that of the step."""
     samples = random_ids(2, 10).repeat(4, 1)
     settings = {"output_router_logits": True, "router_aux_loss_coef": coefficient}
-    loss, gradients = train_one_step(tmp_path, samples, 8, **settings)
-    accumulated_loss, accumulated = train_one_step(tmp_path, samples, 2, **settings)
+    _, loss, gradients = train_one_step(make_model(**settings), tmp_path, samples, 8)
+    _, accumulated_loss, accumulated = train_one_step(make_model(**settings), tmp_path, samples, 2, accumulation=4)
     assert accumulated_loss == pytest.approx(loss, rel=1e-6)
-    for name, gradient in gradients.items():
-        tolerance = 1e-5 * float(gradient.abs().max())
-        torch.testing.assert_close(accumulated[name], gradient, rtol=0, atol=tolerance, msg=name)
+    assert_same_gradients(accumulated, gradients)
+
+
+def test_data_parallelism_changes_nothing(run_ranks, tmp_path) -> None:
+    """DistributedDataParallel broadcasts all buffers. The saved model has the types of the original."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    run_ranks(RANK_SCRIPTS / "trainer_ranks.py", tmp_path)
+    _, _, gradients = train_one_step(model, tmp_path / "alone", random_ids(NUM_SAMPLES, 10), NUM_SAMPLES)
+    assert_same_gradients(load_file(tmp_path / "gradients.safetensors"), gradients)
+    original, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "saved"))
+    for name, tensor in original.items():
+        assert saved[name].dtype == tensor.dtype
+        assert "routing_mask" not in name or torch.equal(saved[name], tensor)
