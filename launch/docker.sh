@@ -13,14 +13,14 @@ writes to runs/ are kept.
   --run-dir DIR        mount DIR as runs/ (default: the runs/ of this checkout)
   --mount PATH[:MODE]  mount PATH at the same path; MODE is ro (default) or rw. For data, models and masks.
   --code image         use the image's own Python code and scripts (default: those of this checkout)
-  --cpu                use the image for CPUs (default if nvidia-smi shows no GPU)
+  --cpu                use the image for CPUs (default if nvidia-smi shows no GPU, except with --build --base-image)
   --gpus LIST          use these GPUs, for instance 0,1 (default: all)
   --image NAME         use this image (default: maskmoe:VERSION or maskmoe-cpu:VERSION)
   --shm-size SIZE      give the container its own /dev/shm, for instance 16g (default: share the host's)
   --env NAME[=VALUE]   set an environment variable. The launcher's variables except RUN_DIR, and those of NCCL, gloo,
                        UCX, NVSHMEM and W&B, are always passed.
   --build              build the image first, from docker/Dockerfile or docker/Dockerfile.cpu; COMMAND is then optional
-  --base-image NAME    build on this image; required for GPUs, where it is NVIDIA's PyTorch image
+  --base-image NAME    build on this image; required for GPUs, where it is NVIDIA's PyTorch image, 26.02 or newer
   --extras LIST        build with these optional parts, see launch/setup.sh --help (default: hf)
   --engine NAME        docker or podman (default: the first that is installed)
   --dry-run            only print the command line
@@ -104,16 +104,21 @@ build() {
 
 # Sets the array options to the options of the container.
 set_options() {
-    local name folder
+    local name folder user
     # After a stop request, a run needs time for its last checkpoint.
     options=(--rm --network=host "--user=$(id -u):$(id -g)" "--stop-timeout=${SHUTDOWN_TIMEOUT:-600}")
     # The caller's user has no home and no name in the image, but caches of Python packages need both.
-    options+=(--env=HOME=/tmp "--env=USER=$(id -un)")
+    # Outside the image the user may have no name either; then id prints the number and fails.
+    user=$(id -un 2>/dev/null) || user=$(id -u)
+    options+=(--env=HOME=/tmp "--env=USER=$user")
     if [[ $engine == podman ]] && ((EUID > 0)); then
         options+=(--userns=keep-id)
     fi
     if [[ -t 0 && -t 1 ]]; then
         options+=(--interactive --tty)
+    elif [[ ! -t 0 && -e /dev/fd/0 && ! /dev/fd/0 -ef /dev/null ]]; then
+        # Standard input is a pipe or a file. An engine in the background must not read from a terminal.
+        options+=(--interactive)
     fi
     if [[ -n $shm_size ]]; then
         options+=("--shm-size=$shm_size")
@@ -192,7 +197,8 @@ if [[ -z $engine ]]; then
 fi
 [[ $engine == docker || $engine == podman ]] || fail "--engine must be docker or podman, not $engine"
 $dry_run || type -P "$engine" >/dev/null || fail "$engine is not installed: install it, or choose another --engine"
-$cpu || [[ -n $gpus ]] || has_gpus || cpu=true
+# A machine that builds the image for GPUs often has no GPU.
+$cpu || [[ -n $gpus ]] || { $build && [[ -n $base_image ]]; } || has_gpus || cpu=true
 gpus=${gpus:-all}
 image=${image:-$($cpu && echo maskmoe-cpu || echo maskmoe):$version}
 
@@ -200,4 +206,7 @@ image=${image:-$($cpu && echo maskmoe-cpu || echo maskmoe):$version}
 (($#)) || exit 0
 $dry_run || mkdir -p -- "$run_dir"
 set_options
-run "$engine" run "${options[@]}" "$image" "$@"
+command=("$engine" run "${options[@]}" "$image" "$@")
+# The engine replaces this script, so that signals to this process reach the engine, which passes them to the run.
+$dry_run || exec "${command[@]}"
+run "${command[@]}"

@@ -32,6 +32,8 @@ class Kind(StrEnum):
     """The kinds of entries.
 
     Attributes:
+        LAUNCHED: The launcher of the first node runs torchrun, whose ranks may fail before they train. Facts: `ranks`,
+            `nodes`.
         STARTED: The ranks begin to train. Facts: `ranks`, `nodes`, and the parallel sizes.
         ENDED: The ranks have ended. Facts: `exit_code`.
         SAVED: A checkpoint was saved. Facts: `seconds` for which training stood still, `is_local`, `is_asynchronous`.
@@ -41,6 +43,7 @@ class Kind(StrEnum):
         REWOUND: The ranks end, and the next start goes back. Facts: `first`, the first iteration that it passes over.
     """
 
+    LAUNCHED = "launched"
     STARTED = "started"
     ENDED = "ended"
     SAVED = "saved"

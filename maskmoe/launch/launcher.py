@@ -11,11 +11,11 @@ from maskmoe.interruption import EXIT_REQUEUE, handle_signals_that_end
 from maskmoe.journal import Journal
 from maskmoe.launch.command import Command, run_flags, torchrun_command
 from maskmoe.launch.devices import Devices, find_devices
-from maskmoe.launch.elastic.run import ElasticRun, check_node_counts
+from maskmoe.launch.elastic.run import ElasticRun, check_node_counts, first_command
 from maskmoe.launch.model_file import Flags, ModelFile, split_flags
 from maskmoe.launch.network import route_to, wait_for
 from maskmoe.launch.options import Options, parse_options
-from maskmoe.launch.preparation import check, record_end, record_start
+from maskmoe.launch.preparation import check, record_end, record_launch, record_start
 from maskmoe.launch.supervisor import Supervisor
 from maskmoe.wording import counted
 
@@ -48,9 +48,16 @@ def launch(program: str, arguments: Sequence[str]) -> None:
             "--gpus-per-node for another",
             file=sys.stderr,
         )
-    if options.nodes.is_elastic and not options.dry_run:
+    if options.nodes.is_elastic:
         if options.check_only:
             sys.exit(check_node_counts(options, model, processes))
+        if options.dry_run:
+            print(first_command(options, model, processes))
+            print(
+                "note: the command is that of the first node; the nodes choose the first node and PORT when they meet",
+                file=sys.stderr,
+            )
+            return
         assert devices is not None
         sys.exit(ElasticRun(options, model, processes, devices).run())
     flags = run_flags(options, model.flags_for(ranks), split_flags(options.flags))
@@ -96,7 +103,9 @@ def _run(options: Options, flags: Flags, processes: int, devices: Devices | None
     else:
         print(f"launch: starting {counted(processes, 'rank')}; everything is in {options.run_dir}")
         sys.stdout.flush()
+    # The launcher of the first node writes for all launchers, so that the journal has each start once.
+    journal = Journal(None if options.node_rank else options.run_dir)
+    record_launch(journal, processes * options.nodes.most, options.nodes.most)
     code = Supervisor(options.shutdown_timeout).run(command)
-    if not options.node_rank:
-        record_end(Journal(options.run_dir), code)
+    record_end(journal, code)
     return code

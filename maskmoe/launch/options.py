@@ -39,14 +39,15 @@ class Meeting:
     Attributes:
         nodes: the number of nodes.
         node_rank: the number of this node, from 0; None if the run has one node and no number was given.
-        endpoint: host and port at which the nodes meet; None for a single node without an endpoint.
+        endpoint: host and port, or a word that stands for a port, at which the nodes meet; None for a single node
+            without an endpoint.
         name: the name of the meeting, equal on all nodes.
         timeout: how long the nodes wait for each other, in seconds.
     """
 
     nodes: int
     node_rank: int | None
-    endpoint: tuple[str, int] | None
+    endpoint: tuple[str, int | str] | None
     name: str
     timeout: int
 
@@ -140,7 +141,7 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     return options
 
 
-def _parser(program: str, environment: Mapping[str, str]) -> argparse.ArgumentParser:
+def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     parser = Parser(
         prog=program,
         usage=f"{program} [options] MODEL.yaml [Megatron's flags…]",

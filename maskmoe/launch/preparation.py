@@ -13,6 +13,7 @@ from maskmoe.launch.command import RUN_ENVIRONMENT, Command, unset_variables
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import Flags, flag_words, override
 from maskmoe.launch.options import Options
+from maskmoe.wording import counted
 
 
 def check(
@@ -57,6 +58,18 @@ def record_start(options: Options, log_folder: Path, command: Command, report: s
             (options.run_dir / "check.txt").write_text(report, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot make {log_folder}: {error.strerror}; choose another --run-dir") from error
+
+
+def record_launch(journal: Journal, ranks: int, nodes: int) -> None:
+    """Write into the run's journal that torchrun starts the ranks, which may fail before they write anything.
+
+    Args:
+        journal: the journal.
+        ranks: the number of ranks of the run.
+        nodes: the number of nodes of the run.
+    """
+    text = f"the launcher starts {counted(ranks, 'rank')} on {counted(nodes, 'node')}"
+    journal.write(Kind.LAUNCHED, text, ranks=ranks, nodes=nodes)
 
 
 def record_end(journal: Journal, exit_code: int) -> None:

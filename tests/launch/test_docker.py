@@ -37,15 +37,26 @@ def dry_run(*arguments: object, **environment: str) -> list[str]:
     return shlex.split(docker("--dry-run", *arguments, **environment).splitlines()[-1])
 
 
+def replace_program(folder: Path, name: str, script: str) -> dict[str, str]:
+    """Write a shell script to a folder, and return environment variables with which it replaces a program."""
+    program = folder / "bin" / name
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/bash\n{script}\n")
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+
 @pytest.fixture
 def with_gpus(tmp_path) -> dict[str, str]:
     """Return environment variables with which nvidia-smi shows two GPUs."""
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
     # The pause reveals a reader that closes the pipe after the first line.
-    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\nsleep 0.1\necho 'GPU 1: NVIDIA H100'\n")
-    program.chmod(0o755)
-    return {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    return replace_program(tmp_path, "nvidia-smi", "echo 'GPU 0: NVIDIA H100'; sleep 0.1; echo 'GPU 1: NVIDIA H100'")
+
+
+@pytest.fixture
+def without_gpus(tmp_path) -> dict[str, str]:
+    """Return environment variables with which nvidia-smi fails."""
+    return replace_program(tmp_path, "nvidia-smi", "exit 9")
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -75,6 +86,13 @@ def test_code_of_the_image_is_not_mounted_over():
 
 def test_files_belong_to_the_caller():
     assert f"--user={os.getuid()}:{os.getgid()}" in dry_run("--engine", "docker", "true")
+
+
+def test_caller_needs_no_name(tmp_path):
+    # For a user without a name, id prints the number and fails.
+    script = "echo 4321; [[ $1 != -un ]] || { echo 'id: cannot find name for user ID 4321' >&2; exit 1; }"
+    words = dry_run("--engine", "docker", "true", **replace_program(tmp_path, "id", script))
+    assert {"--user=4321:4321", "--env=USER=4321"} <= set(words)
 
 
 def test_memory():
@@ -115,6 +133,56 @@ def test_build():
     assert f"--file {ROOT}/docker/Dockerfile.cpu --tag {IMAGE} " in command[0]
     assert f"--build-arg VERSION={maskmoe.__version__} --build-arg EXTRAS=hf " in command[0]
     assert "BASE_IMAGE=some:base" in command[0]
+
+
+def test_build_on_a_base_image_is_for_gpus(without_gpus):
+    options = ("--dry-run", "--engine", "podman", "--build")
+    gpu = docker(*options, "--base-image", "some:base", **without_gpus)
+    assert f"--file {ROOT}/docker/Dockerfile --tag maskmoe:{maskmoe.__version__} " in gpu
+    assert f"--file {ROOT}/docker/Dockerfile.cpu --tag {IMAGE} " in docker(*options, **without_gpus)
+
+
+def test_signals_reach_the_engine(tmp_path):
+    engine = replace_program(
+        tmp_path, "podman", "trap 'echo stopped; exit 75' TERM; echo ready; for _ in {1..100}; do sleep 0.1; done"
+    )
+    command = [ROOT / "launch" / "docker.sh", "--engine", "podman", "--cpu", "--run-dir", tmp_path / "runs", "true"]
+    with subprocess.Popen(
+        command, env=os.environ | engine, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.stdout.readline() == "stopped\n"
+    assert process.returncode == 75
+
+
+def test_input_reaches_the_command(tmp_path):
+    command = [ROOT / "launch" / "docker.sh", "--engine", "podman", "--cpu", "--run-dir", tmp_path / "runs", "true"]
+    engine = replace_program(tmp_path, "podman", '[[ " $* " != *" --interactive "* ]] || cat')
+    output = subprocess.check_output(command, env=os.environ | engine, input="some text", text=True)
+    assert output == "some text"
+
+
+@pytest.mark.parametrize(
+    ("redirections", "options"),
+    [
+        ("", {"--interactive", "--tty"}),
+        ("| cat", set()),
+        ("</dev/null", set()),
+        ("<&-", set()),
+        ("<<<text", {"--interactive"}),
+        ("<<<text | cat", {"--interactive"}),
+    ],
+)
+def test_options_for_standard_input(redirections, options):
+    """Run in a terminal, except for the redirections."""
+    line = f"{ROOT}/launch/docker.sh --dry-run --engine docker --cpu true {redirections}"
+    terminal, own_end = os.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as reader:
+        subprocess.run(["bash", "-c", line], stdin=own_end, stdout=own_end, check=True)
+        os.close(own_end)
+        words = shlex.split(reader.read(65536).decode())
+    assert {"--interactive", "--tty"} & set(words) == options
 
 
 @pytest.mark.parametrize(
@@ -300,10 +368,13 @@ def test_exit_codes_and_signals_pass(podman, image):
     podman.docker("bash", "-c", "exit 75", expect=75)
     program = "trap 'exit 75' TERM; echo ready; while :; do sleep 0.1; done"
     command = [ROOT / "launch" / "docker.sh", "--engine", "podman", "--cpu", "bash", "-c", program]
-    with subprocess.Popen(command, env=os.environ | podman.environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        podman("stop", "--latest")
-    assert process.returncode == 75
+    for stop in (subprocess.Popen.terminate, lambda _: podman("stop", "--latest")):
+        with subprocess.Popen(
+            command, env=os.environ | podman.environment, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout.readline() == "ready\n"
+            stop(process)
+        assert process.returncode == 75
 
 
 @pytest.mark.docker
@@ -375,8 +446,30 @@ def test_image_for_gpus_keeps_the_torch_of_its_base(podman, image, tmp_path):
     assert "nvidia-smi fails" in result.stderr
 
 
+# A base image with the metadata of an old torch and of Transformer Engine.
+OLD_BASE = """
+FROM {base}
+RUN cd "$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && mkdir torch && \\
+    for package in torch-2.10.0 transformer_engine-2.9.0; do \\
+        mkdir "$package.dist-info" && printf 'Metadata-Version: 2.1\\nName: %s\\nVersion: %s\\n' \\
+            "${{package%-*}}" "${{package#*-}}" >"$package.dist-info/METADATA"; \\
+    done
+"""
+
+
 @pytest.mark.docker
-def test_base_image_without_torch_is_refused(podman):
-    options = ("--engine", "podman", "--gpus", "all", "--image", "localhost/maskmoe-test-none", "--build")
-    errors = docker(*options, "--base-image", podman.make_base_image(), expect=1, **podman.environment)
+def test_base_image_without_a_usable_torch_is_refused(podman, tmp_path):
+    options = ("--engine", "podman", "--image", "localhost/maskmoe-test-none", "--build", "--base-image")
+    errors = docker(*options, podman.make_base_image(), expect=1, **podman.environment)
     assert "No package metadata was found for torch" in errors
+    (tmp_path / "Dockerfile").write_text(OLD_BASE.format(base=podman.make_base_image()))
+    podman("build", "--tag", "localhost/maskmoe-test-old-base", tmp_path)
+    result = subprocess.run(
+        [ROOT / "launch" / "docker.sh", *options, "localhost/maskmoe-test-old-base"],
+        env=os.environ | podman.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "setup: error: the base image has no torch 2.11 or newer" in result.stderr
+    assert "installing" not in result.stdout + result.stderr

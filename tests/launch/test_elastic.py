@@ -130,6 +130,7 @@ def test_lost_and_returned_node(new_run):
     assert (first.wait(), back.wait()) == (0, 0)
     kinds = [entry.kind for entry in read_journal(run.folder)]
     assert kinds.count(Kind.NODES) == 5
+    assert kinds.count(Kind.LAUNCHED) == 3
 
 
 def test_lost_leader(new_run):
@@ -248,6 +249,22 @@ def test_run_without_checkpoints_is_refused(tmp_path):
         assert launcher.wait() == 2
     assert "error: --nodes 1:2 needs --save-interval" in launcher.output
     assert not run.folder.exists()
+
+
+def test_dry_run_prints_the_command_of_the_first_node(tmp_path):
+    model = tmp_path / "model.yaml"
+    model.write_text("layouts: {4: {expert-model-parallel-size: 4}}")
+    command = [sys.executable, "-m", "maskmoe.launch", "--dry-run", "--nodes", "1:3", "--gpus-per-node", "2"]
+    command += ["--address", "localhost", "--run-dir", tmp_path / "run", model]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: --nodes 1:3 needs --save-interval")
+    # Three nodes have six ranks, for which the model file has no layout.
+    line = subprocess.check_output([*command, "--save-interval", "10"], text=True)
+    assert " --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:PORT --rdzv-id run.1 " in line
+    assert f" --log-dir {tmp_path}/run/logs/node0 " in line
+    assert line.endswith(" --expert-model-parallel-size 4 --save-interval 10\n")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- Parts -----------------------------------------------------------------------------------------------------------

@@ -12,15 +12,15 @@ from maskmoe.errors import UserError
 from maskmoe.folder_lock import check_unlocked
 from maskmoe.interruption import EXIT_REQUEUE, LEAVE_FILE
 from maskmoe.journal import Journal, Kind
-from maskmoe.launch.command import run_flags, torchrun_command
+from maskmoe.launch.command import Command, run_flags, torchrun_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member, Membership
 from maskmoe.launch.model_file import Flags, ModelFile, split_flags
 from maskmoe.launch.network import listen, route_to, wait_for
-from maskmoe.launch.options import Meeting, Options
-from maskmoe.launch.preparation import check, record_end, record_start
+from maskmoe.launch.options import DEFAULT_PORT, Meeting, Options
+from maskmoe.launch.preparation import check, record_end, record_launch, record_start
 from maskmoe.launch.supervisor import Supervisor
 from maskmoe.wording import counted
 
@@ -261,6 +261,8 @@ class ElasticRun:
         command = replace(command, environment={**command.environment, LEAVE_FILE: str(leave_file)})
         record_start(self._options, self._options.log_folder(node_rank), command, None if node_rank else self._report)
         _say(f"starting {counted(self._nodes.me.ranks, 'rank')}; everything is in {self._options.run_dir}")
+        if not node_rank:
+            record_launch(self._journal, generation.ranks, len(generation.members))
         code = self._supervisor.run(command, must_end=lambda: self._must_end(generation))
         if not node_rank and not self._is_ending:
             record_end(self._journal, code)
@@ -378,6 +380,27 @@ def layout_chooser(options: Options, model: ModelFile, check: Callable[[Flags, i
     if "save-interval" not in complete(model.flags):
         raise UserError(f"--nodes {options.nodes} needs --save-interval, because the run continues from checkpoints")
     return LayoutChooser(model, options.nodes, complete, check)
+
+
+def first_command(options: Options, model: ModelFile, processes: int) -> Command:
+    """Return the command of the first node when all nodes are there, as if this node were the first.
+
+    `PORT` in the command stands for the port that the first node chooses when the nodes meet. The command does not set
+    `LEAVE_FILE`, because no launcher asks its ranks to leave.
+
+    Args:
+        options: the launcher's options.
+        model: the model file.
+        processes: the number of ranks of each node.
+
+    Raises:
+        UserError: the run saves no checkpoints, or no number of nodes has a layout.
+    """
+    choice = layout_chooser(options, model, lambda _flags, _ranks: True).choose([processes] * options.nodes.most)
+    name, endpoint = f"{options.rendezvous_id}.1", (options.address, "PORT")
+    meeting = replace(options.meeting, nodes=choice.nodes, node_rank=0, endpoint=endpoint, name=name)
+    route = route_to(options.address, DEFAULT_PORT)
+    return torchrun_command(options, meeting, choice.flags, processes, route, os.environ)
 
 
 def check_node_counts(options: Options, model: ModelFile, processes: int) -> int:
