@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     sources = parser.add_mutually_exclusive_group(required=True)
     add_text_arguments(parser, ", encoded in the given order", "text; each key gets a dataset of its own", sources)
+    parser.set_defaults(json_keys=None)  # --merge of datasets refuses keys
     sources.add_argument(
         "--merge",
         nargs="+",
@@ -115,6 +116,8 @@ def _encode(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> Sequen
         if settings[name] is None:
             parser.error(f"the following arguments are required: --{name.replace('_', '-')}")
     del settings["merge"]
+    if settings["json_keys"] is None:
+        del settings["json_keys"]
     shard = settings.pop("shard")
     options = pop_reading_options(settings)
     return preprocess(

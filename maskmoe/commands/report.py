@@ -29,8 +29,10 @@ def main() -> None:
         check_outputs([arguments.output], inputs_of_run(arguments.run, arguments.tensorboard_dir), arguments.force)
 
     # Only now, since these imports take time and `--help` does not need them.
+    from maskmoe.folder_lock import look_at_lock
     from maskmoe.run_report.page import REPORT, write_page
     from maskmoe.run_report.sources import read_run
+    from maskmoe.run_status.checkpoints import find_checkpoints
 
     history = read_run(arguments.run, arguments.tensorboard_dir)
     if not history.series:
@@ -38,5 +40,9 @@ def main() -> None:
             f"{arguments.run} holds neither TensorBoard's event files nor logs of a training: pass --tensorboard-dir"
         )
     path = arguments.output or arguments.run / REPORT
-    write_page(history, arguments.run.resolve().name, path)
+    # A run locks the folder of its checkpoints. Without such a folder, it is unknown whether the run trains.
+    folder = find_checkpoints(arguments.run, history.texts)
+    lock = None if folder is None else look_at_lock(folder)
+    is_running = None if folder is None else lock is not None and lock.is_alive
+    write_page(history, arguments.run.resolve().name, path, is_running)
     print(f"written {path}")

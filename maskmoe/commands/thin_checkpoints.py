@@ -18,7 +18,11 @@ from maskmoe.errors import UserError
 
 
 def main() -> None:
-    """Remove the old checkpoints of the run that the command line names."""
+    """Remove the old checkpoints of the run that the command line names.
+
+    Raises:
+        UserError: the folder holds no sound checkpoint, or a checkpoint cannot be removed. Then all others are removed.
+    """
     parser = command_parser(__doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of Megatron checkpoints")
     keep = "number of checkpoints to keep (default: %(default)s)"
@@ -37,5 +41,9 @@ def main() -> None:
     if choice.checkpoint is None:
         raise UserError(f"--load {arguments.load} holds no checkpoint")
     keep, retain_interval = arguments.keep_last_checkpoints, arguments.save_retain_interval
-    for checkpoint in remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration):
+    removal = remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration)
+    for checkpoint in removal.removed:
         print(f"removed  {checkpoint}")
+    if removal.remaining:
+        checkpoint, reason = next(iter(removal.remaining.items()))
+        raise UserError(f"cannot remove {checkpoint}: {reason}; solve this, and run the command again")

@@ -258,7 +258,9 @@ def _check_columns(source: Input, schema: "pyarrow.Schema", keys: Sequence[str])
         if count != 1:
             listed = ", ".join(schema.names[:20]) + (", …" if len(schema.names) > 20 else "")
             problem = f"no column {key!r}" if count == 0 else f"{count} columns {key!r}"
-            raise UserError(f"input {source.name} has {problem}; its columns are {listed}: choose with --json-keys")
+            raise UserError(
+                f"input {source.name} has {problem}; its columns are {listed}: choose with --json-keys or --json-key"
+            )
         if not _is_text(schema.field(key).type):
             raise UserError(f"input {source.name}: column {key!r} has the type {schema.field(key).type}, not text")
 

@@ -315,7 +315,7 @@ def _parse_line(line: str, json_keys: Sequence[str], location: str) -> list[str]
     texts = []
     for key in json_keys:
         if key not in values:
-            raise UserError(f"{location}: no key {key!r}; choose the keys that hold the text with --json-keys")
+            raise UserError(f"{location}: no key {key!r}; choose the keys of the text with --json-keys or --json-key")
         text = values[key]
         if not isinstance(text, str):
             raise UserError(f"{location}: the value of {key!r} is not text")

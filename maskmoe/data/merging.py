@@ -73,7 +73,7 @@ def read_merge_record(prefix: str | Path) -> MergeRecord:
 def merge_datasets(
     names: Sequence[str],
     output_prefix: str,
-    json_keys: Sequence[str] = ("text",),
+    json_keys: Sequence[str] | None = None,
     shuffle_seed: int | None = None,
     force: bool = False,
 ) -> list[IndexedDatasetWriter]:
@@ -87,7 +87,7 @@ def merge_datasets(
             each key `PREFIX_KEY_document`, or for all its shards `PREFIX-I-of-N_KEY_document` in order.
         output_prefix: Prefix of the joined dataset; or its start, to which `_KEY_document` is added, if `names` are
             output prefixes, too.
-        json_keys: Keys of the datasets, if `names` are output prefixes.
+        json_keys: Keys of the datasets, if `names` are output prefixes; None for `text`.
         shuffle_seed: Seed of a random order of all documents, the same for all keys. None keeps the order.
         force: Whether to replace earlier datasets of these names.
 
@@ -96,17 +96,18 @@ def merge_datasets(
 
     Raises:
         UserError: A dataset is missing, damaged, or given twice; the datasets differ in tokenizer or dtype; shards are
-            missing, or are not of one text; or an output is an input, or exists and `force` is false. Then nothing is
-            written.
+            missing, or are not of one text; `names` are prefixes of datasets, and keys are given; or an output is an
+            input, or exists and `force` is false. Then nothing is written.
     """
     merges = _find_datasets(names, output_prefix, json_keys)
     outputs = [path for output in merges for path in (*dataset_files(output), merge_record_path(output))]
     inputs = [path for prefixes in merges.values() for prefix in prefixes for path in dataset_files(prefix)]
     check_outputs(outputs, inputs, force)
+    checked = {output: _check_datasets(prefixes, shuffle_seed is not None) for output, prefixes in merges.items()}
     writers, parts = [], []
     with ExitStack() as stack:
         for output, prefixes in merges.items():
-            dtype, tokenizer = _check_datasets(prefixes, shuffle_seed is not None)
+            dtype, tokenizer = checked[output]
             writer = stack.enter_context(IndexedDatasetWriter(output, dtype, tokenizer))
             if shuffle_seed is None:
                 copy_in_order(prefixes, writer)
@@ -116,6 +117,8 @@ def merge_datasets(
                 raise UserError(f"the {len(prefixes)} datasets hold no tokens: there is nothing to train on")
             writers.append(writer)
             parts.append(tuple(map(_part, prefixes)))
+        # Leaving the context replaces the earlier datasets, which these records describe.
+        for output in merges:
             merge_record_path(output).unlink(missing_ok=True)
     for writer, parts_of_writer in zip(writers, parts, strict=True):
         record = MergeRecord(read_index(writer.prefix).idx_sha256, parts_of_writer)
@@ -128,11 +131,14 @@ def _part(prefix: str) -> DatasetPart:
     return DatasetPart(index.idx_sha256, index.bin_bytes)
 
 
-def _find_datasets(names: Sequence[str], output_prefix: str, json_keys: Sequence[str]) -> dict[str, list[str]]:
+def _find_datasets(names: Sequence[str], output_prefix: str, json_keys: Sequence[str] | None) -> dict[str, list[str]]:
     """Return the prefixes of the datasets to join, for the prefix of each joined dataset."""
-    if any(idx_path(name).is_file() for name in names):
+    dataset = next((name for name in names if idx_path(name).is_file()), None)
+    if dataset is not None:
+        if json_keys is not None:
+            raise UserError(f"--json-keys is for output prefixes, but {dataset} is a dataset: leave --json-keys out")
         return {output_prefix: list(names)}
-    outputs = {key: f"{output_prefix}_{key}_document" for key in json_keys}
+    outputs = {key: f"{output_prefix}_{key}_document" for key in json_keys or ("text",)}
     return {
         output: [prefix for name in names for prefix in _datasets_of_key(name, key, output)]
         for key, output in outputs.items()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from maskmoe.data.arrow_files import sizes_of_pieces
 from maskmoe.data.corpus import is_compressed
-from maskmoe.data.inputs import Input
+from maskmoe.data.inputs import STANDARD_INPUT, Input
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 
@@ -85,9 +85,12 @@ def take_shard(inputs: Sequence[Input], shard: Shard) -> list[Input]:
     """Return the inputs, or parts of inputs, that belong to a shard; the list may be empty.
 
     Raises:
-        UserError: The size of an input is unknown, or a Parquet or Arrow file is damaged.
+        UserError: An input is a pipe or standard input, or a Parquet or Arrow file is damaged.
     """
     for source in inputs:
+        # Standard input may begin in the middle of a file, but shards are ranges of the whole file.
+        if source.path == STANDARD_INPUT:
+            raise UserError("--shard needs files, but an input is standard input: name the file")
         if source.num_bytes is None:
             raise UserError(f"--shard needs files, but input {source.name} is a pipe")
     ends = list(accumulate(source.num_bytes or 0 for source in inputs))

@@ -161,7 +161,8 @@ class EventHistory:
 
     def _measure_time(self, loss: Scalar) -> None:
         before, self._newest_loss = self._newest_loss, loss
-        if before is not None and loss.step > before.step:
+        # The clock may be set back between two records.
+        if before is not None and loss.step > before.step and loss.seconds > before.seconds:
             self.history.append(CLOCK_TIME, loss.step, (loss.seconds - before.seconds) / (loss.step - before.step))
 
 

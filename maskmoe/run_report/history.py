@@ -37,22 +37,29 @@ class Series:
     """Collects one scalar. When there are too many points, each two neighbours become one point.
 
     Attributes:
-        num_not_finite: number of values that are NaN or infinite; they have no point.
         newest: the newest iteration and its value, which may be NaN; None if the value was removed.
     """
 
     def __init__(self) -> None:
-        self.num_not_finite = 0
         self.newest: tuple[int, float] | None = None
         self._width = 1  # values of a full point
         self._points: list[list[float]] = []  # last iteration, number of values, sum, smallest, largest
+        self._not_finite: list[tuple[int, int, int]] = []  # first iteration, last iteration, number of values
+
+    @property
+    def num_not_finite(self) -> int:
+        """Number of values that are NaN or infinite; they have no point."""
+        return sum(number for _, _, number in self._not_finite)
 
     def append(self, step: int, value: float) -> None:
         """Add the value of an iteration. A value of the newest iteration replaces the earlier value."""
         self.remove_from(step)
         self.newest = step, value
         if not math.isfinite(value):
-            self.num_not_finite += 1
+            if len(self._not_finite) == _MOST_POINTS:
+                ranges = zip(self._not_finite[::2], self._not_finite[1::2], strict=True)
+                self._not_finite = [(old[0], new[1], old[2] + new[2]) for old, new in ranges]
+            self._not_finite.append((step, step, 1))
             return
         if self._points and self._points[-1][1] < self._width:
             _, number, total, low, high = self._points[-1]
@@ -68,11 +75,17 @@ class Series:
         self._points.append([step, 1, value, value, value])
 
     def remove_from(self, step: int) -> None:
-        """Remove the points that cover this iteration or later ones."""
+        """Remove the points that cover this iteration or later ones, and the values that are not finite from it on."""
         if self.newest is not None and self.newest[0] >= step:
             self.newest = None
         while self._points and self._points[-1][0] >= step:
             self._points.pop()
+        while self._not_finite and self._not_finite[-1][1] >= step:
+            first, last, number = self._not_finite.pop()
+            if first < step:
+                # Only the first and the last iteration of the values are known, so assume equal distances.
+                kept = math.ceil(number * (step - first) / (last - first + 1))
+                self._not_finite.append((first, step - 1, kept))
 
     def curve(self) -> Curve:
         """Return all points."""

@@ -30,14 +30,14 @@ _COLUMNS = {
 }
 
 
-def write_page(history: History, name: str, path: Path, is_running: bool = False) -> None:
+def write_page(history: History, name: str, path: Path, is_running: bool | None = False) -> None:
     """Write the page of a run; the page replaces an older one at once.
 
     Args:
         history: what the run has logged; it may be empty.
         name: the name of the run.
         path: the file.
-        is_running: whether browsers reload the page, because it will be replaced.
+        is_running: whether the run trains, so that browsers reload the page; None if unknown.
 
     Raises:
         UserError: the file cannot be written.
@@ -52,8 +52,9 @@ def write_page(history: History, name: str, path: Path, is_running: bool = False
         "newest": history.newest and time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(history.newest)),
         "num_starts": history.num_starts,
         "num_not_finite": num_not_finite,
+        "is_running": is_running,
         "reload_seconds": RELOAD_SECONDS if is_running else None,
-        "summary": summarize(Progress.of(history, curves), is_running),
+        "summary": summarize(Progress.of(history, curves), bool(is_running)),
         "plots": draw_plots(curves, speed),
         "table": _table(curves, speed),
         "facts": describe_run(history.texts),

@@ -15,7 +15,8 @@ class RunStart:
     """One start of a run; what is unknown is None.
 
     Attributes:
-        began: when the ranks began to train, in seconds since 1970.
+        began: when the ranks began to train, or when the launcher started them if they have not begun, in seconds since
+            1970.
         ended: when they ended.
         first_iteration: the first iteration that this start has logged.
         last_iteration: the last iteration that this start has logged.
@@ -67,14 +68,21 @@ class _Draft:
     """The entries of one start.
 
     Attributes:
-        began: the entry of the first rank; None if the journal has lost it.
+        began: the entry of the first rank; None if the ranks have not begun to train, or the journal has lost it.
+        launched: the entry of the launcher; None without a launcher, and after torchrun has started the ranks again.
         ends: the entries of the launchers of all nodes.
         nodes: changes of the nodes after the beginning.
     """
 
     began: Entry | None
+    launched: Entry | None = None
     ends: list[Entry] = field(default_factory=list)
     nodes: list[Entry] = field(default_factory=list)
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the ranks of the launcher may still begin to train."""
+        return self.launched is not None and self.began is None and not self.ends
 
     def finish(self, is_last: bool) -> RunStart:
         """Return the start.
@@ -94,11 +102,12 @@ class _Draft:
             causes = []
         else:
             causes = [_WITHOUT_END, *causes]
+        first = self.began or self.launched
         return RunStart(
-            began=None if self.began is None else self.began.time,
+            began=None if first is None else first.time,
             ended=None if end is None else end.time,
             last_iteration=None if end is None else end.iteration,
-            text=self.began.text if self.began else "",
+            text=first.text if first else "",
             end="; ".join(causes),
             exit_code=code,
             is_recorded=True,
@@ -108,8 +117,13 @@ class _Draft:
 def _drafts(entries: Sequence[Entry]) -> list[_Draft]:
     drafts: list[_Draft] = []
     for entry in entries:
-        if entry.kind is Kind.STARTED:
-            drafts.append(_Draft(entry))
+        if entry.kind is Kind.LAUNCHED:
+            drafts.append(_Draft(None, entry))
+        elif entry.kind is Kind.STARTED:
+            if drafts and drafts[-1].is_starting:
+                drafts[-1].began = entry
+            else:
+                drafts.append(_Draft(entry))
         elif entry.kind is Kind.ENDED:
             if not drafts:
                 drafts.append(_Draft(None))

@@ -27,7 +27,8 @@ class StageProgress:
         self._seq_length = seq_length
         self._clock = clock
         self._start = clock()
-        # The first and the newest record of training, each with the time at which it was read.
+        # The first and the newest record of training, each with the time at which it was read. After ranks went back,
+        # the first record since then.
         self._records: list[tuple[IterationRecord, float]] = []
         self._validation: ValidationRecord | None = None
 
@@ -42,7 +43,8 @@ class StageProgress:
         if isinstance(record, ValidationRecord):
             self._validation = record
         elif isinstance(record, IterationRecord):
-            self._records = [*self._records[:1], (record, self._clock())]
+            went_back = bool(self._records) and record.iteration <= self._records[-1][0].iteration
+            self._records = [*([] if went_back else self._records[:1]), (record, self._clock())]
 
     def __str__(self) -> str:
         if not self._records:

@@ -115,9 +115,12 @@ def test_lines_of_a_part_are_located(tmp_path: Path) -> None:
         documents(part)
 
 
-def test_a_pipe_cannot_be_divided() -> None:
-    with pytest.raises(UserError, match="--shard needs files, but input standard input"):
-        take_shard([Input("-", "jsonl", None)], Shard(0, 2))
+def test_pipes_and_standard_input_cannot_be_divided(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--shard needs files, but input pipe is a pipe"):
+        take_shard([Input("pipe", "jsonl", None)], Shard(0, 2))
+    path = write(tmp_path / "a.jsonl", ["a"] * 100)
+    with pytest.raises(UserError, match="--shard needs files, but an input is standard input: name the file"):
+        take_shard([Input("-", "jsonl", path.stat().st_size)], Shard(0, 2))
 
 
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0", "1/2/3", " 0/2", "٠/٢"])
@@ -236,6 +239,32 @@ def test_datasets_that_differ_are_not_joined(tmp_path: Path, second: dict, messa
     # The name of the tokenizer's file does not matter.
     names[1] = str(write_documents(tmp_path / "c", [[2]], tokenizer=record(model="other")))
     merge_datasets(names, f"{tmp_path}/merged")
+
+
+@pytest.mark.parametrize("problem", ["differ", "hold no tokens"])
+def test_a_refused_merging_keeps_the_records_of_earlier_datasets(tmp_path: Path, problem: str) -> None:
+    for name in ("a", "b"):
+        for key in ("x", "y"):
+            write_documents(tmp_path / f"{name}_{key}_document", [[1]])
+    arguments = ([f"{tmp_path}/a", f"{tmp_path}/b"], f"{tmp_path}/merged", ["x", "y"])
+    merge_datasets(*arguments)
+    write_documents(tmp_path / "a_y_document", [])
+    write_documents(tmp_path / "b_y_document", [], dtype=np.int32 if problem == "differ" else np.uint16)
+    before = {path: path.read_bytes() for path in tmp_path.glob("merged*")}
+    assert len(before) == 6
+    with pytest.raises(UserError, match=problem):
+        merge_datasets(*arguments, force=True)
+    assert {path: path.read_bytes() for path in tmp_path.glob("merged*")} == before
+
+
+def test_keys_are_refused_with_prefixes_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [str(write_documents(tmp_path / f"{name}_text_document", [[1]])) for name in "ab"]
+    for keys in ("nokey", "text"):
+        flags = ["--merge", *names, "--json-keys", keys, "--output-prefix", f"{tmp_path}/merged"]
+        monkeypatch.setattr(sys, "argv", ["x", *flags])
+        with pytest.raises(UserError, match=r"--json-keys is for output prefixes, but .*a_text_document is a d"):
+            preprocess_data.main()
+    assert not list(tmp_path.glob("merged*"))
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -18,6 +18,7 @@ from support.runs import free_port, read_losses
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.interruption import EXIT_REQUEUE
+from maskmoe.journal import Kind, read_journal
 from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, standalone_command
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
@@ -102,6 +103,12 @@ def assert_quiet(launch: Launch, last: str) -> None:
     assert "in billions" in log
 
 
+def kinds_of_starts(launch: Launch) -> list[Kind]:
+    """Return the kinds of the entries that a run's journal has about its starts."""
+    kinds = (entry.kind for entry in read_journal(launch.run_dir))
+    return [kind for kind in kinds if kind in (Kind.LAUNCHED, Kind.STARTED, Kind.ENDED)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_signalled_run_saves_and_resumes(start, undisturbed, number):
     name = f"signalled-{number.name}"
@@ -125,6 +132,7 @@ def test_signalled_run_saves_and_resumes(start, undisturbed, number):
     logs = sorted((launch.run_dir / "logs" / "node0").glob("*/attempt_0/*/stdout.log"))
     assert len(logs) == 4
     assert all(log.stat().st_size for log in logs)
+    assert kinds_of_starts(launch) == [Kind.LAUNCHED, Kind.STARTED, Kind.ENDED] * 2
 
 
 @pytest.mark.parametrize("way", ["launcher", pytest.param("rank", marks=pytest.mark.slow)])
@@ -229,6 +237,7 @@ def test_two_nodes_are_one_job(start, undisturbed):
     assert codes == (0, 0), first.output[-4000:] + second.output[-4000:]
     assert read_losses(first.run_dir) == undisturbed
     assert {path.name for path in (first.run_dir / "logs").iterdir()} >= {"node0", "node1"}
+    assert kinds_of_starts(first) == [Kind.LAUNCHED, Kind.STARTED, Kind.ENDED] * 2
 
 
 @pytest.mark.slow

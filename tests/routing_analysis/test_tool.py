@@ -10,6 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.paths import ROOT
 from support.small_series import ITERATIONS, NUM_EXPERTS, SPLIT, TRAINING, VOCAB_SIZE
@@ -272,6 +274,24 @@ def test_results_stay_as_they_were(analysed_series, workplace, monkeypatch, caps
         run(*SERIES, "--output-dir", "series", "--force", "--seq-length", 33)
     assert {path: path.read_bytes() for path in analysed_series.iterdir()} == before
     assert "--seq-length is 33" in capsys.readouterr().err
+
+
+def test_text_that_cannot_be_read(workplace, checkpoints, monkeypatch, capsys):
+    """The advice must hold for this command, whose flags of the text differ from those of preprocess."""
+    monkeypatch.chdir(workplace.folder)
+    Path("body.jsonl").write_text('{"body": "a"}\n')
+    pq.write_table(pa.table({"body": ["a"]}), "body.parquet")
+    Path("saved").mkdir(exist_ok=True)
+    Path("saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for name, advice in (
+        ("body.jsonl", "choose the keys of the text with --json-keys or --json-key"),
+        ("body.parquet", "choose with --json-keys or --json-key"),
+        ("saved", "or name the files of one if the command has no such flag"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run("--load", "checkpoints", "--ckpt-step", ITERATIONS[0], "--input", name, "--output-dir", "bad")
+        assert end.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].endswith(advice)
 
 
 def test_split_of_files(workplace, monkeypatch, capsys):

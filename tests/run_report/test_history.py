@@ -7,9 +7,10 @@ import pytest
 from support.training_lines import iteration_line, validation_line
 from torch.utils.tensorboard import SummaryWriter
 
-from maskmoe.run_report.events import EventHistory
+from maskmoe.run_report.events import CLOCK_TIME, EventHistory
 from maskmoe.run_report.history import History, Series
 from maskmoe.run_report.logs import log_files, read_logs
+from maskmoe.run_report.progress import Progress, tokens_per_second
 
 
 def test_few_values_are_kept_as_they_are():
@@ -60,13 +61,56 @@ def test_resumed_run_replaces_what_it_abandoned():
     assert history.num_starts == 2
 
 
+def test_values_that_are_not_finite_are_forgotten_if_they_are_repeated():
+    history = History()
+    history.start(1)
+    for step in range(1, 10):
+        history.append("lm loss", step, math.nan if step in (3, 7, 8, 9) else 1.0)
+    history.start(8)
+    assert history.series["lm loss"].num_not_finite == 2
+    history.append("lm loss", 8, 1.0)
+    history.append("lm loss", 9, math.inf)
+    history.append("lm loss", 9, math.inf)
+    assert history.series["lm loss"].num_not_finite == 3
+
+
+def test_many_values_that_are_not_finite_need_little_memory():
+    series = Series()
+    for step in range(10, 50_001, 10):
+        series.append(step, math.nan)
+    assert series.num_not_finite == 5000
+    assert len(series._not_finite) <= 1024
+    for step, expected in ((40_001, 4000), (20_010, 2000), (10, 0)):
+        series.remove_from(step)
+        assert series.num_not_finite == pytest.approx(expected, abs=1)
+
+
+def test_clock_that_is_set_back_gives_no_time_of_an_iteration(tmp_path):
+    """Neither the time that is left nor the speed may follow from a negative time."""
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_text("train_iters", "20", 0)
+        writer.add_text("seq_length", "32", 0)
+        for step in range(1, 11):
+            seconds = 10_000 + 2 * step - (3600 if step > 5 else 0)
+            writer.add_scalar("lm loss", 1.0, step, walltime=seconds)
+            writer.add_scalar("batch-size", 16, step, walltime=seconds)
+    history = EventHistory(tmp_path).update()
+    curves = history.curves()
+    assert curves[CLOCK_TIME].steps.tolist() == [2, 3, 4, 5, 7, 8, 9, 10]
+    assert Progress.of(history, curves).seconds_left == pytest.approx(20)
+    assert tokens_per_second(curves, 32).means.max() == pytest.approx(16 * 32 / 2)
+
+
 def test_loss_of_the_test_set_does_not_replace_that_of_the_validation_set(tmp_path):
     """Megatron writes both by the same tag, for the same iteration. A later start may repeat the iteration."""
     tag = "lm loss validation"
-    for losses in ([(2, 3.0), (4, 2.5), (4, 2.7)], [(4, 2.4), (4, 2.6)]):
-        with SummaryWriter(tmp_path) as writer:
+    for number, losses in enumerate([[(2, 3.0), (4, 2.5), (4, 2.7)], [(4, 2.4), (4, 2.6)]]):
+        with SummaryWriter(tmp_path / "new") as writer:
             for step, loss in losses:
                 writer.add_scalar(tag, loss, step)
+        # The names of event files begin with the time in seconds, in which their order is that of the starts.
+        (new,) = (tmp_path / "new").iterdir()
+        new.rename(tmp_path / f"events.out.tfevents.{number}")
         history = EventHistory(tmp_path).update()
         assert history.series[tag].newest == pytest.approx(losses[-2])
 

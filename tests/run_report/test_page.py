@@ -1,14 +1,17 @@
 """The page of a run has the values that the run has logged, and loads nothing from elsewhere."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 from support.report_pages import Page
+from support.run_folders import write_checkpoint
 from support.training_lines import iteration_line, validation_line
 
 from maskmoe.commands import report
 from maskmoe.errors import UserError
+from maskmoe.folder_lock import LOCK_NAME
 
 
 @pytest.fixture
@@ -34,9 +37,25 @@ def test_page_of_a_resumed_run(maskmoe_report, resumed_run, capsys):
     assert page.titles == ["Loss", "Speed", "Learning rate", "Memory", "Load by layer"]
     assert "15 of 20" in page.text
     assert "after 2 starts" in page.text
-    assert "Training is not running." in page.text
+    assert "Training is" not in page.text  # the run folder has neither checkpoints nor a lock
     assert "http://" not in path.read_text()
     assert "https://" not in path.read_text()
+
+
+def test_page_says_whether_the_run_trains(maskmoe_report, resumed_run):
+    path = resumed_run / "report.html"
+    lock = resumed_run / "checkpoints" / LOCK_NAME
+    write_checkpoint(lock.parent, 12)
+    maskmoe_report(resumed_run)
+    page = Page(path)
+    assert "Training is not running." in page.text
+    assert "time left" not in page.text
+    # A lock of another host counts as held if it was touched a short time ago.
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
+    maskmoe_report(resumed_run)
+    page = Page(path)
+    assert "Training is running." in page.text
+    assert "time left" in page.text
 
 
 def test_settings_are_shown_as_they_are(maskmoe_report, resumed_run):

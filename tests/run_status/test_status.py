@@ -168,6 +168,59 @@ def test_start_without_an_end_was_killed(tmp_path):
     assert status.liveness.state is State.LOST
 
 
+@pytest.mark.parametrize(
+    ("end", "failure", "ends"),
+    [
+        (75, 1, ["stopped on request with exit code 75", "rank 0 failed with exit code 1"]),
+        (0, 2, ["complete", "refused with exit code 2"]),
+        (None, 1, ["the processes were killed, or a host failed", "rank 0 failed with exit code 1"]),
+    ],
+)
+def test_start_that_fails_before_training_is_a_start_of_its_own(tmp_path, end, failure, ends):
+    now = time.time()
+    launched = "the launcher starts 2 ranks on 1 node"
+    first = [
+        (Kind.LAUNCHED, now - 5020, launched, None, {"ranks": 2}),
+        (Kind.STARTED, now - 5000, "2 ranks train", 0, {"ranks": 2}),
+    ]
+    if end is not None:
+        first.append((Kind.ENDED, now - 4000, ends[0].partition(" with")[0], 9, {"exit_code": end}))
+    # torchrun reports the rank that failed, and then the launcher reports the end.
+    second = [
+        (Kind.LAUNCHED, now - 500, launched, None, {"ranks": 2}),
+        (Kind.ENDED, now - 490, ends[1].partition(" with")[0], None, {"exit_code": failure}),
+        (Kind.ENDED, now - 480, "the run failed", None, {"exit_code": failure}),
+    ]
+    write_journal(tmp_path, *first, *second)
+    status = read_status(tmp_path)
+    assert [(start.text, start.end) for start in status.starts] == [("2 ranks train", ends[0]), (launched, ends[1])]
+    assert [start.began for start in status.starts] == [now - 5000, now - 500]
+    assert [start.exit_code for start in status.starts] == [end, failure]
+    assert status.liveness.reason == ends[1]
+    assert "starts      2" in render_text(status)
+
+
+def test_launch_and_its_ranks_are_one_start(tmp_path):
+    """After a failure, in training or before, torchrun starts the ranks again. The next launch may not train yet."""
+    now = time.time()
+    launched = (Kind.LAUNCHED, now - 100, "the launcher starts 2 ranks on 1 node", None, {"ranks": 2})
+    started = [(Kind.STARTED, now - seconds, f"{seconds} s ago", 0, {"ranks": 2}) for seconds in (90, 70, 30)]
+    failed = [(Kind.ENDED, now - seconds, "a rank failed", None, {"exit_code": 1}) for seconds in (80, 60, 20)]
+    write_journal(tmp_path, launched, started[0], failed[0], started[1], failed[1], failed[2])
+    assert [start.text for start in read_status(tmp_path).starts] == ["90 s ago", "70 s ago"]
+    again = (Kind.LAUNCHED, now - 50, "again", None, {"ranks": 2})
+    write_journal(tmp_path, launched, failed[0], started[1], failed[1], again, name="a-1")
+    status = read_status(tmp_path)
+    assert [(start.text, bool(start.end)) for start in status.starts] == [
+        ("the launcher starts 2 ranks on 1 node", True),
+        ("70 s ago", True),
+        ("again", False),
+    ]
+    assert status.liveness.state is State.RUNNING
+    write_journal(tmp_path, launched, failed[0], started[1], failed[1], again, started[2])
+    assert [start.text for start in read_status(tmp_path).starts][1:] == ["70 s ago", "30 s ago"]
+
+
 def test_launchers_of_all_nodes_report_one_end(tmp_path):
     now = time.time()
     started = (Kind.STARTED, now - 50, "4 ranks train on 2 nodes", 0, {"ranks": 4})

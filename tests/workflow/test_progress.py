@@ -53,6 +53,18 @@ def test_resumed_training_estimates_by_the_iterations_since_the_start(progress, 
     assert "ETA 1:20" in str(progress)
 
 
+@pytest.mark.parametrize("iteration", [2, 4])
+def test_training_that_goes_back_estimates_by_the_iterations_since_then(progress, clock, iteration):
+    """Ranks that start again repeat iterations: the first one that was logged, or earlier ones."""
+    progress.read(iteration_line(4))
+    clock.now += 50
+    progress.read(iteration_line(iteration))
+    assert "ETA ?" in str(progress)
+    clock.now += 20
+    progress.read(iteration_line(iteration + 2))
+    assert f"ETA {format_seconds(10 * (20 - iteration - 2))}" in str(progress)
+
+
 def test_loss_that_is_not_a_number_is_shown(progress):
     progress.read(iteration_line(10, "NAN"))
     assert "loss is not a number" in str(progress)
