@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from maskmoe.check.assumed_gpu import AssumedGpu, assumed_gpu
 from maskmoe.check.parameters import ModelParameters
+from maskmoe.training.batch_sizes import trained_samples
 
 _PASSES = 3  # a forward pass, and the gradients of inputs and of weights
 _PER_PRODUCT = 2  # multiply and add
@@ -56,11 +57,10 @@ def compute_cost(args: Namespace, config: TransformerConfig, model: ModelParamet
         model: the parameters of the model.
     """
     counter = _ForwardFlops(args, config, model)
-    samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
     return TrainingCost(
         flops_per_token=_PASSES * counter.total,
         recomputed_flops_per_token=counter.recomputed,
-        tokens=samples * args.seq_length,
+        tokens=trained_samples(args) * args.seq_length,
         gpu=assumed_gpu(args),
     )
 

@@ -20,7 +20,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer
 
 from maskmoe.check.cost import compute_cost
-from maskmoe.check.layout import Layout
+from maskmoe.check.layout import Layout, size_errors
 from maskmoe.check.memory import compute_memory
 from maskmoe.check.missing import ASSUMED_VOCAB_SIZE, MissingInput, missing_inputs, names_dataset
 from maskmoe.check.parameters import count_parameters
@@ -44,7 +44,13 @@ from maskmoe.training.layer_division import layer_errors
 from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
-from maskmoe.training.resume import check_pretrained_model, check_same_model, further_checkpoint_args
+from maskmoe.training.required_flags import missing_flags, missing_sizes
+from maskmoe.training.resume import (
+    check_not_missing,
+    check_pretrained_model,
+    check_same_model,
+    further_checkpoint_args,
+)
 from maskmoe.training.rewinding import check_may_resume, describe_rewinds, own_rewinds
 from maskmoe.training.setup import ArgumentsProvider, find_routing_mask, megatrons_checks, model_config_from_args
 
@@ -98,9 +104,10 @@ class Inspection:
             load_args_from_checkpoint(args)
         # Settings, sizes and files, by our own rules.
         layout = Layout.from_args(args)
-        divides = not any(layout.errors())
+        errors_of_sizes = list(size_errors(args))
+        self._add(missing_flags(args, checkpoint is not None))
         self._add(chain(unavailable_settings(args, self._packages), unsupported_settings(args)))
-        self._add(chain(pattern_errors(args), layout.errors(), layer_errors(args)))
+        self._add(chain(pattern_errors(args), errors_of_sizes, layer_errors(args)))
         if not self._has_unreadable_layers():
             self._notes += ignored_flags(args)
         if missing := self._packages.describe_missing():
@@ -112,6 +119,11 @@ class Inspection:
         # Megatron's rules. The remaining checks use the validated arguments if there are some.
         validated = self._validate(layout)
         args = validated or args
+        if validated is not None and not errors_of_sizes:
+            # Validation derives further sizes, such as the model chunks of a --pipeline-model-parallel-layout.
+            errors_of_sizes += size_errors(validated)
+            self._add(errors_of_sizes)
+        divides = not errors_of_sizes
         has_tokenizer = self._make_tokenizer(args)
         assumed_size = None if has_tokenizer else self._assume_vocabulary(args, mask)
         if has_tokenizer and mask is not None and args.num_experts and args.num_layers:
@@ -211,6 +223,7 @@ class Inspection:
                 non_persistent=non_persistent_folder(args, args.load),
             )
             self._notes += [f"checkpoint {damage}" for damage in choice.rejected]
+            check_not_missing(args, choice.checkpoint)
             if choice.checkpoint is None:
                 self._notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")
             elif choice.iteration is not None:
@@ -234,16 +247,20 @@ class Inspection:
     def _validate(self, layout: Layout) -> Namespace | None:
         """Let Megatron validate a copy of the arguments, with numbers of ranks and samples that divide.
 
+        A missing micro-batch size or interval between checkpoints is filled in, so that other errors are found, too.
+
         Returns:
             The validated arguments; None if Megatron refuses them.
         """
-        if any(chain(pattern_errors(self._args), layer_errors(self._args))):
+        if any(chain(missing_sizes(self._args), pattern_errors(self._args), layer_errors(self._args))):
             # Megatron would only report the same errors in other words.
             return None
         args, repaired = deepcopy(self._args), layout.repaired()
         args.world_size, args.global_batch_size = repaired.ranks, args.global_batch_size and repaired.global_batch
+        args.micro_batch_size, args.save_interval = repaired.micro_batch, args.save_interval or 1
         with self._collecting(), megatrons_checks():
             validate_args(args)
+            args.save_interval = self._args.save_interval
             return args
         return None
 

@@ -21,6 +21,7 @@ from maskmoe.check.memory import bytes_of_parameter
 from maskmoe.check.parameters import ModelParameters
 from maskmoe.interruption import EXIT_REQUEUE
 from maskmoe.journal import Entry, Fact, Kind, read_journal
+from maskmoe.training.batch_sizes import training_iterations
 
 _DAY = 24 * 3600.0
 _MOST_SAVES = 100  # the newest, from which times are measured
@@ -186,7 +187,7 @@ def recommend_save_interval(
         step,
         cluster,
         shortest_seconds=writing if args.async_save and not save.is_measured else 0.0,
-        last_iteration=args.train_iters or 0,
+        last_iteration=training_iterations(args),
         given=args.save_interval,
         failures=history.failures,
         days=history.days,

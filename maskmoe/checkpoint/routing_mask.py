@@ -18,7 +18,7 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
     """Read a routing mask.
 
     Args:
-        source: a file made by tools/build_routing_mask.py, a `torch_dist` checkpoint, or the folder of the checkpoints
+        source: a file made by `maskmoe mask`, a `torch_dist` checkpoint, or the folder of the checkpoints
             of a run. The newest sound checkpoint of a folder is read.
 
     Raises:

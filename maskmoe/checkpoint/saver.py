@@ -9,13 +9,23 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from megatron.training import async_utils, print_rank_0
+from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
+from megatron.training import async_utils, checkpointing, print_rank_0
 from megatron.training.checkpointing import get_loaded_iteration
+from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.non_persistent import keep_newest, make_room, non_persistent_folder
-from maskmoe.checkpoint.series import checkpoint_path, remove_old_checkpoints
+from maskmoe.checkpoint.series import (
+    checkpoint_path,
+    next_version,
+    read_tracker,
+    remove_next_versions,
+    remove_old_checkpoints,
+    replace_by_next_version,
+)
 from maskmoe.journal import Journal, Kind
 from maskmoe.megatron_compat.globals import get_args
 
@@ -27,12 +37,24 @@ class _Save:
     Attributes:
         iteration: the saved iteration.
         is_local: whether the checkpoint is a non-persistent one.
+        is_again: whether the save makes the next version of a checkpoint, which stays until then.
         seconds: the time for which training has stood still because of this save.
     """
 
     iteration: int
     is_local: bool
+    is_again: bool = False
     seconds: float = 0.0
+
+
+class SaveError(Exception):
+    """A rank failed to save a checkpoint; the message is that of `describe_failures`."""
+
+
+def describe_failures(error: CheckpointException) -> str:
+    """Return what the ranks report about a save or a load that has failed."""
+    causes = sorted({str(cause) for cause, _ in error.failures.values()})
+    return "; ".join(causes) or "another rank reports the cause"
 
 
 class CheckpointSaver:
@@ -71,21 +93,44 @@ class CheckpointSaver:
             *args: further arguments of Megatron's function.
             non_persistent_ckpt: whether to save a non-persistent checkpoint.
             **kwargs: further arguments of Megatron's function.
+
+        Raises:
+            SaveError: a rank failed to save.
         """
         settings = get_args()
-        if not non_persistent_ckpt and (self._has_saved_last(settings, iteration) or _is_saved(settings, iteration)):
+        if not non_persistent_ckpt and (self._has_saved(iteration) or _is_saved(settings, iteration)):
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
-        save = _Save(iteration, non_persistent_ckpt)
+        if non_persistent_ckpt or iteration != self._last_saved:
+            self._begin(_Save(iteration, non_persistent_ckpt), *args, **kwargs)
+            return
+        # Save the iteration again, beside its checkpoint. Wait first, since the checkpoint may still be written.
+        self.finalize(blocking=True)
+        checkpoint = checkpoint_path(settings.save, iteration)
+        with mock.patch.object(checkpointing, "get_checkpoint_name", return_value=str(next_version(checkpoint))):
+            self._begin(_Save(iteration, is_local=False, is_again=True), *args, **kwargs)
+        self.finalize(blocking=True)
+        if torch.distributed.get_rank() == 0:
+            replace_by_next_version(checkpoint)
+
+    def _begin(self, save: _Save, *args: Any, **kwargs: Any) -> None:
+        """Begin a save, which is complete afterwards unless it is asynchronous.
+
+        Args:
+            save: the save.
+            *args: the arguments of Megatron's function after the iteration.
+            **kwargs: further arguments of Megatron's function.
+        """
+        settings = get_args()
         is_first = torch.distributed.get_rank() == 0
         with self._while_saving(), _adding_time([save]):
             if is_first:
                 self._clear_folder(settings, save)
             torch.distributed.barrier()
-            with _hiding_retain_interval(settings):
-                self._save_checkpoint(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+            with _marking_failures(), _hiding_retain_interval(settings):
+                self._save_checkpoint(save.iteration, *args, non_persistent_ckpt=save.is_local, **kwargs)
             if not save.is_local:
-                self._last_saved = iteration
+                self._last_saved = save.iteration
             if is_first and not settings.async_save:
                 self._remove_outdated(settings, save)
         if settings.async_save:
@@ -99,12 +144,15 @@ class CheckpointSaver:
         Args:
             blocking: wait until the files of all saves are written.
             terminate: end the process that writes.
+
+        Raises:
+            SaveError: a rank failed to save.
         """
         settings = get_args()
         finished: list[_Save] = []
         waits = blocking and bool(self._unfinished)
         with self._while_waiting() if waits else nullcontext(), _adding_time(finished):
-            with _hiding_retain_interval(settings):
+            with _marking_failures(), _hiding_retain_interval(settings):
                 self._finalize(blocking=blocking, terminate=terminate)
             while len(self._unfinished) > _num_unfinished():
                 finished.append(self._unfinished.popleft())
@@ -114,13 +162,15 @@ class CheckpointSaver:
         for save in finished:
             self._record(save, is_asynchronous=True)
 
-    def _has_saved_last(self, settings: Namespace, iteration: int) -> bool:
-        """Return whether the run has saved its last iteration, which Megatron saves again after training.
+    def _has_saved(self, iteration: int) -> bool:
+        """Return whether the run has saved an iteration that Megatron saves again.
 
-        Megatron also saves an earlier iteration again if a gradient is NaN in the step after it. That checkpoint holds
-        the state of Megatron's search for the cause, so do not leave it out.
+        Megatron saves after the last iteration, and before the batch size changes, even if the iteration is saved
+        already. It also saves an iteration again if a gradient is NaN in the step after it. That checkpoint holds the
+        state of Megatron's search for the cause, so do not leave it out.
         """
-        return iteration == self._last_saved == settings.train_iters
+        is_searching = get_rerun_state_machine().state is not RerunState.NOT_RUNNING_YET
+        return iteration == self._last_saved and not is_searching
 
     def _clear_folder(self, settings: Namespace, save: _Save) -> None:
         """Remove what a save would write over, and checkpoints that are no longer wanted."""
@@ -130,7 +180,9 @@ class CheckpointSaver:
             make_room(folder, save.iteration, loaded)
             self._has_saved_non_persistent = True
         else:
-            shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
+            remove_next_versions(folder)
+            if not save.is_again:
+                shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
             self._remove_outdated(settings, save)
 
     def _remove_outdated(self, settings: Namespace, save: _Save) -> None:
@@ -160,13 +212,26 @@ def _adding_time(saves: list[_Save]) -> Iterator[None]:
 
 
 @contextmanager
-def _hiding_retain_interval(settings: Namespace) -> Iterator[None]:
-    """Hide `--save-retain-interval` from Megatron during the block if `--keep-last-checkpoints` is given.
+def _marking_failures() -> Iterator[None]:
+    """Turn the exception of a failed save, with which a failed load ends, too, into a `SaveError`."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise SaveError(describe_failures(error)) from error
 
-    When a save is complete, Megatron removes the checkpoint before it unless it is a multiple of this interval.
+
+@contextmanager
+def _hiding_retain_interval(settings: Namespace) -> Iterator[None]:
+    """Hide `--save-retain-interval` from Megatron during the block if Megatron should not, or cannot, apply it.
+
+    When a save is complete, Megatron removes the checkpoint in the tracker file unless it is a multiple of this
+    interval. With `--keep-last-checkpoints`, old checkpoints are removed here. If the tracker file names no iteration,
+    as in the folder of an imported model, Megatron fails.
     """
     interval = settings.save_retain_interval
-    if settings.keep_last_checkpoints is not None:
+    if interval is not None and (
+        settings.keep_last_checkpoints is not None or not isinstance(read_tracker(settings.save), int)
+    ):
         settings.save_retain_interval = None
     try:
         yield

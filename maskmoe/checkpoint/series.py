@@ -1,9 +1,10 @@
 """Finds, chooses and removes checkpoints of one run in Megatron's folder `--save`."""
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from maskmoe.checkpoint.integrity import (
@@ -21,6 +22,7 @@ from maskmoe.untrusted import UnusableFile, read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_TRACKER_BYTES = 100
+_NEXT = "next_"
 RELEASE = "release"
 """Megatron's name of a checkpoint that no training run saved, such as a converted checkpoint."""
 
@@ -41,6 +43,19 @@ class Choice:
     def iteration(self) -> int | None:
         """Return the iteration of the checkpoint; None for a `release` checkpoint, or without a checkpoint."""
         return None if self.checkpoint is None else iteration_of(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The outcome of removing checkpoints.
+
+    Attributes:
+        removed: the folders that are gone.
+        remaining: the folders that could not be removed, each with the reason. Some of their files may be gone.
+    """
+
+    removed: list[Path] = field(default_factory=list)
+    remaining: dict[Path, str] = field(default_factory=dict)
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -97,6 +112,7 @@ def choose_checkpoint(
     step: int | None = None,
     check: Callable[[Path], None] = check_structure,
     non_persistent: Path | None = None,
+    flag: str = "--load",
 ) -> Choice:
     """Choose the newest sound checkpoint in a folder, or in the folder of the run's non-persistent checkpoints.
 
@@ -107,10 +123,11 @@ def choose_checkpoint(
     iteration, the persistent one is chosen.
 
     Args:
-        folder: the folder in Megatron's `--load`.
+        folder: the folder in Megatron's `--load` or `--pretrained-checkpoint`.
         step: Megatron's `--ckpt-step`, the only iteration to choose; None to choose among all.
         check: raises `Damage` if a checkpoint is not sound.
         non_persistent: the folder of the non-persistent checkpoints, which need no tracker file; None without them.
+        flag: the flag that names the folder.
 
     Raises:
         UserError: the folder has checkpoints, or a record of one, but none is sound.
@@ -134,7 +151,7 @@ def choose_checkpoint(
     if step is None and rejected and all(isinstance(damage, Abandoned) for damage in rejected):
         return Choice(None, tuple(rejected))
     reasons = "; ".join(map(str, rejected)) or f"{TRACKER} names none that exists"
-    raise UserError(f"--load {folder} holds no sound checkpoint: {reasons}")
+    raise UserError(f"{flag} {folder} holds no sound checkpoint: {reasons}")
 
 
 def locate_checkpoint(path: Path) -> Path:
@@ -193,8 +210,32 @@ def newest_sound(folder: str | Path) -> int | None:
     return None
 
 
+def next_version(checkpoint: Path) -> Path:
+    """Return the folder into which a checkpoint is saved again, so that the checkpoint stays meanwhile."""
+    return checkpoint.with_name(f"{_NEXT}{checkpoint.name}")
+
+
+def replace_by_next_version(checkpoint: Path) -> None:
+    """Replace a checkpoint by its next version, which is complete, by two renames."""
+    replaced = checkpoint.with_name(f"replaced_{checkpoint.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    checkpoint.rename(replaced)
+    next_version(checkpoint).rename(checkpoint)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_next_versions(folder: str | Path) -> None:
+    """Remove the next versions of checkpoints that interrupted saves have left."""
+    for version in Path(folder).glob(f"{_NEXT}iter_*"):
+        shutil.rmtree(version, ignore_errors=True)
+
+
 def remove_unfinished_checkpoints(folder: str | Path) -> None:
-    """Remove unfinished checkpoints that are newer than the checkpoint in the tracker file, which failed saves left."""
+    """Remove unfinished checkpoints that are newer than the checkpoint in the tracker file, which failed saves left.
+
+    Unfinished next versions of checkpoints are removed, too.
+    """
+    remove_next_versions(folder)
     newest = read_tracker(folder)
     for iteration in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, iteration)
@@ -205,7 +246,7 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
 
 def remove_old_checkpoints(
     folder: str | Path, keep: int | None, retain_interval: int | None = None, newest: int | None = None
-) -> list[Path]:
+) -> Removal:
     """Remove all checkpoints that are older than the newest `keep` sound checkpoints.
 
     Args:
@@ -216,11 +257,12 @@ def remove_old_checkpoints(
             beyond them, so they neither count nor are removed. None counts all checkpoints.
 
     Returns:
-        The folders of the removed checkpoints.
+        The checkpoints that were removed, and the checkpoints that stay although they should have been removed.
     """
+    removal = Removal()
     if keep is None:
-        return []
-    kept, removed = 0, []
+        return removal
+    kept = 0
     for iteration in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, iteration)
         if newest is not None and iteration > newest:
@@ -230,6 +272,22 @@ def remove_old_checkpoints(
                 check_structure(checkpoint)
                 kept += 1
         elif not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            removed.append(checkpoint)
-    return removed
+            reason = _remove(checkpoint)
+            if reason is None:
+                removal.removed.append(checkpoint)
+            else:
+                removal.remaining[checkpoint] = reason
+    return removal
+
+
+def _remove(checkpoint: Path) -> str | None:
+    """Remove as much of a checkpoint as possible; return why its folder stays, None if the folder is gone."""
+    reasons: list[str] = []
+
+    def note(_function: object, _path: str, error: BaseException) -> None:
+        reasons.append(getattr(error, "strerror", None) or str(error))
+
+    shutil.rmtree(checkpoint, onexc=note)
+    if not os.path.lexists(checkpoint):
+        return None
+    return reasons[0] if reasons else "another process writes to it"

@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     _add(probe, "--batch-size B", "windows in a batch (default: %(default)s)", type=ranges.BATCH_SIZE)
 
     measures = parser.add_argument_group("statistics")
-    counts = "token counts for the frequency bands, made by tools/count_token_frequency.py (default: the probe's)"
+    counts = "token counts for the frequency bands, made by maskmoe count (default: the probe's)"
     _add(measures, "--token-frequency F", counts, type=Path)
     factors = "capacity factors for the share of dropped assignments (default: 1 1.25 1.5 2)"
     _add(measures, "--capacity-factors C", factors, type=ranges.CAPACITY_FACTOR, nargs="+")

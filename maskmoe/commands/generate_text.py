@@ -1,4 +1,4 @@
-"""Continue texts with a model in transformers' format, such as convert_checkpoint.py writes."""
+"""Continue texts with a model in transformers' format, such as maskmoe convert writes."""
 
 import argparse
 from pathlib import Path

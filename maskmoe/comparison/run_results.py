@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from maskmoe.json_files import read_json
 from maskmoe.workflow.training_log import IterationRecord, ValidationRecord
@@ -131,12 +131,12 @@ class Band(BaseModel, frozen=True):
     Attributes:
         name: name of the band.
         share: share of the band in all held-out tokens.
-        loss: mean loss in nats per token.
+        loss: mean loss in nats per token; NaN, in the file null, if the text has no token of the band.
     """
 
     name: str
     share: float
-    loss: float
+    loss: Annotated[float, BeforeValidator(lambda loss: math.nan if loss is None else loss)]
 
 
 class HeldOut(BaseModel, frozen=True):

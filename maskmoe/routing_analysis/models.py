@@ -83,7 +83,7 @@ def find_models(paths: Sequence[Path], steps: Sequence[int] = ()) -> tuple[Model
             if model_type != MaskMoEConfig.model_type:
                 raise UserError(
                     f"{path} is a model of type {model_type!r}, not {MaskMoEConfig.model_type!r}; convert it with "
-                    "tools/convert_checkpoint.py hf-to-megatron"
+                    "maskmoe convert hf-to-megatron"
                 )
             models.append(ModelSource(path, str(path)))
         elif checkpoints := [path] if (path / LAYOUT_FILE).is_file() else _checkpoints_of_run(path, steps):

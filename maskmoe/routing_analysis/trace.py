@@ -83,6 +83,6 @@ class RoutingTrace:
             raise UserError(f"cannot read trace of routing {path}: {error.strerror or error}") from error
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(
-                f"{path} is not a trace of routing, or is damaged; make it with tools/analyze_routing.py --save-traces"
+                f"{path} is not a trace of routing, or is damaged; make it with maskmoe analyze --save-traces"
             ) from error
         return trace

@@ -27,7 +27,7 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group.add_argument(
         "--routing-mask",
         metavar="FILE",
-        help="routing mask made by tools/build_routing_mask.py. It may be left out when a checkpoint is loaded: "
+        help="routing mask made by maskmoe mask. It may be left out when a checkpoint is loaded: "
         "every checkpoint holds its routing mask",
     )
     group.add_argument(

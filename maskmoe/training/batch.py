@@ -1,7 +1,7 @@
 """Datasets, micro-batches with the token ids on every pipeline stage, and the losses of their tokens."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.training.console import console, progress_bar
+from maskmoe.training.data_order import samples_to_request
 from maskmoe.training.fill_in_middle import FillInMiddleDataset, token_settings
 from maskmoe.transformer.packed_documents import PackedDocuments
 
@@ -112,14 +113,14 @@ def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = N
     """Build the train, validation and test datasets on the first tensor-parallel rank of every pipeline stage.
 
     Args:
-        num_samples: Number of samples of each dataset; None for one epoch.
+        num_samples: Number of samples of each dataset that Megatron asks for; None for one epoch.
         vp_stage: Unused; part of the signature that `pretrain` asks for.
 
     Returns:
         The datasets; None for a dataset without a share, and on ranks that do not read data.
     """
     console.load("building the datasets")
-    return _build(num_samples, *get_blend_and_blend_per_split(get_args()))
+    return _build(samples_to_request(get_args(), num_samples), *get_blend_and_blend_per_split(get_args()))
 
 
 # Megatron's training loop calls the function on all ranks, not only on the first stage, if the attribute is set.
@@ -159,7 +160,7 @@ def build_whole_split(split: Split) -> Dataset | None:
 
 
 def _build(
-    num_samples: list[int] | list[None], blend: Blend | None, blend_per_split: list[Blend | None] | None
+    num_samples: Sequence[int | None], blend: Blend | None, blend_per_split: list[Blend | None] | None
 ) -> list[GPTDataset | None]:
     """Build the datasets of all splits, see `build_datasets`, of one blend or of a blend for each split."""
     args = get_args()

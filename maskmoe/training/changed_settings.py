@@ -5,7 +5,6 @@ every rank after the start, ignores without a word, or changes as a side effect:
 weight decay, the optimizer, the order of the data, and what routing computes.
 """
 
-import math
 from argparse import Namespace
 from collections.abc import Iterator
 from copy import copy
@@ -21,7 +20,9 @@ from megatron.training import training
 
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
+from maskmoe.training.batch_sizes import BatchSizes, training_iterations
 from maskmoe.training.data_order import epochs_of_training_data, training_samples
+from maskmoe.training.required_flags import missing_schedule
 from maskmoe.training.resume import ADJUSTABLE_ARGUMENTS
 from maskmoe.training.rewinds import loads_what_it_saves
 
@@ -90,8 +91,6 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     Raises:
         UserError: Megatron refuses the schedule of the run; or a dataset cannot be read.
     """
-    if args.step_batch_size_schedule is not None:
-        return ChangedSettings()
     schedule = None if args.skip_train else schedule_of(args)
     iteration = None if checkpoint is None else iteration_of(checkpoint)
     if checkpoint is None or iteration is None:  # a converted checkpoint has weights only
@@ -114,8 +113,10 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
     """Return the scheduler that Megatron would make, without an optimizer.
 
     Raises:
-        UserError: Megatron refuses the schedule.
+        UserError: a flag of the schedule is missing, or Megatron refuses the schedule.
     """
+    for error in missing_schedule(args):
+        raise UserError(error)
     args = copy(args)  # Megatron completes the arguments
     if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
         raise UserError(
@@ -123,7 +124,10 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
             "--use-checkpoint-opt-param-scheduler the checkpoint's: pass one of the two"
         )
     optimizer: Any = SimpleNamespace(param_groups=[])
-    with mock.patch.object(training, "get_args", return_value=args):
+    with (
+        mock.patch.object(training, "get_args", return_value=args),
+        mock.patch.object(training, "update_train_iters"),  # needs global variables, and the scheduler counts samples
+    ):
         try:
             return training.get_optimizer_param_scheduler(optimizer)
         except AssertionError as error:
@@ -173,11 +177,19 @@ class _Resumption:
     @property
     def is_complete(self) -> bool:
         """Whether training ends at or before the iteration of the checkpoint."""
-        return self.iteration >= (self.args.train_iters or math.inf)
+        return self.iteration >= training_iterations(self.args)
 
     def errors(self) -> Iterator[str]:
         """Yield an error for each change with which the run would fail, or that the run would ignore."""
         args = self.args
+        yield from self._errors_of_length()
+        # A complete run loads its checkpoint only to save it in another folder.
+        loads = not self.is_complete or (args.save is not None and not loads_what_it_saves(args))
+        if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and loads:
+            yield (
+                f"checkpoint {self.checkpoint} was saved with --no-save-optim and holds no state of the optimizer: "
+                f"pass --no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
+            )
         if args.no_load_optim or self.state is None:
             return
         precision = () if args.use_distributed_optimizer else _PRECISION_ARGUMENTS
@@ -207,13 +219,31 @@ class _Resumption:
                 f"--use-mup, whose parameters have several learning rates: {self._changes(('lr', 'min_lr'))}"
             )
 
+    def _errors_of_length(self) -> Iterator[str]:
+        """Yield an error if Megatron would compute a wrong last iteration from `--train-samples`.
+
+        Megatron computes the last iteration as if all iterations had had the batch sizes of this run.
+        """
+        args, samples = self.args, getattr(self.saved, "consumed_train_samples", None)
+        if args.train_samples is None or samples is None or args.override_ckpt_iteration is not None:
+            return
+        iterations = BatchSizes.from_args(args).iterations(samples)
+        if iterations != self.iteration and not args.decrease_batch_size_if_needed:
+            yield (
+                f"checkpoint {self.checkpoint} has read {samples:,} samples in {self.iteration} iterations, which are "
+                f"{iterations} iterations with this run's batch sizes, so training would not end at --train-samples "
+                f"{args.train_samples}: pass a --step-batch-size-schedule that begins with the checkpoint's batch "
+                f"sizes, or --train-iters ({_PAGE})"
+            )
+
     def notes(self) -> Iterator[str]:
         """Yield a note for each change that takes effect."""
         args = self.args
         if self.is_complete:
+            flag = "--train-iters" if args.train_samples is None else "--train-samples"
             yield (
-                f"checkpoint {self.checkpoint} has reached --train-iters {args.train_iters}: nothing is left to train; "
-                f"to train on, pass more --train-iters ({_PAGE})"
+                f"checkpoint {self.checkpoint} has reached {flag} {args.train_samples or args.train_iters}: nothing is "
+                f"left to train; to train on, pass more {flag} ({_PAGE})"
             )
             return
         if args.no_load_optim:
@@ -232,7 +262,7 @@ class _Resumption:
                 f"the schedule changes: the learning rate was {_rate(before, at)} in the checkpoint and is "
                 f"{self._next_and_last(self.schedule)}"
             )
-        if changed := self._changes(("global_batch_size",)):
+        if changed := self._changes(("global_batch_size", "step_batch_size_schedule")):
             yield (
                 f"{changed}: schedules count samples, and iterations have another number of samples from iteration "
                 f"{self.iteration + 1} on"
@@ -249,7 +279,8 @@ class _Resumption:
         if changed := self._changes(_DATA_ARGUMENTS):
             yield f"the training data are in another order ({changed}): {consequence}"
             return
-        before, now = (training_samples(args) for args in (self.saved, self.args))
+        before = training_samples(self.saved, iteration_of(self.checkpoint) or 0, consumed)
+        now = training_samples(self.args, self.iteration, consumed)
         if before == now or self.args.mock_data:
             return
         old, new = (epochs_of_training_data(self.args, number) for number in (before, now))
@@ -285,16 +316,19 @@ class _Resumption:
         schedule.lr_wsd_decay_style = getattr(self.saved, "lr_wsd_decay_style", None)
         if (iterations := getattr(self.saved, "lr_wsd_decay_iters", None)) is not None:
             schedule.wsd_decay_steps = iterations * self.saved.global_batch_size
+        elif (samples := getattr(self.saved, "lr_wsd_decay_samples", None)) is not None:
+            schedule.wsd_decay_steps = samples
         return schedule
 
     def _next_and_last(self, schedule: OptimizerParamScheduler) -> str:
         """Name the learning rates of a schedule in the run's next and last iteration."""
-        at, batch = (self.state or {}).get("num_steps", 0), self.args.global_batch_size
-        remaining = (self.args.train_iters or self.iteration) - self.iteration
-        following = f"{_rate(schedule, at + batch)} in iteration {self.iteration + 1}"
-        if remaining < 1:
+        batches, last = BatchSizes.from_args(self.args), training_iterations(self.args)
+        # The state counts samples, but not those of iterations that were passed over.
+        begin = (self.state or {}).get("num_steps", 0) - batches.samples(self.iteration)
+        following = f"{_rate(schedule, begin + batches.samples(self.iteration + 1))} in iteration {self.iteration + 1}"
+        if last <= self.iteration:
             return following
-        return f"{following}, {_rate(schedule, at + remaining * batch)} in the last, {self.iteration + remaining}"
+        return f"{following}, {_rate(schedule, begin + batches.samples(last))} in the last, {last}"
 
 
 def has_one_learning_rate(args: Namespace) -> bool:
@@ -328,13 +362,24 @@ def _changes(args: Namespace, saved: Namespace, names: tuple[str, ...]) -> str:
         if not hasattr(saved, name) or not hasattr(args, name):
             continue
         before, now = getattr(saved, name), getattr(args, name)
-        if name in ("lr_decay_iters", "lr_decay_samples") and now is None:
-            continue  # Megatron derives the value from --train-iters or --train-samples
+        if _is_derived(args, saved, name):
+            continue
         if name.endswith("data_path"):
             before, now = _absolute(before), _absolute(now)
         if before != now:
             changed.append(_change(f"--{name.replace('_', '-')}", getattr(saved, name), getattr(args, name)))
     return "; ".join(changed)
+
+
+def _is_derived(args: Namespace, saved: Namespace, name: str) -> bool:
+    """Return whether Megatron derives a differing argument from other arguments."""
+    if name in ("lr_decay_iters", "lr_decay_samples"):
+        return getattr(args, name) is None  # from --train-iters or --train-samples
+    if name == "train_iters":
+        return args.train_samples is not None and getattr(saved, "train_samples", None) is not None
+    if name == "global_batch_size":  # from --micro-batch-size
+        return any(getattr(each, "step_batch_size_schedule", None) is not None for each in (args, saved))
+    return False
 
 
 def _change(flag: str, before: object, now: object) -> str:

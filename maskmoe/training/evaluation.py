@@ -7,6 +7,7 @@ the experts in every layer. `--eval-iters N` evaluates the first N batches of `-
 
 import argparse
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class BandResult:
     share: float
     """Share of the band in all tokens, from 0 to 1."""
     loss: float
-    """Mean loss in nats per token."""
+    """Mean loss in nats per token; NaN for a band without tokens."""
     perplexity: float
     tokens: int
 
@@ -119,12 +120,12 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     split = "which split of --data-path to evaluate, every sample once: weights of datasets have no effect"
     group.add_argument("--eval-split", choices=_SPLITS, default="valid", help=split)
     files = {
-        "--token-frequency": "token counts made by tools/count_token_frequency.py, which define the frequency bands; "
+        "--token-frequency": "token counts made by maskmoe count, which define the frequency bands; "
         "if the flag is left out, the tokens of --data-path are counted",
         "--eval-texts": "score texts instead of a dataset: JSON lines with a text, or with a context and a "
         "continuation, of which the continuation is scored; the log-likelihoods equal the ones that "
         "lm-evaluation-harness computes",
-        "--eval-output": "also write the results as JSON",
+        "--eval-output": "also write the results as JSON; the loss of a band without tokens is null",
     }
     for flag, meaning in files.items():
         group.add_argument(flag, metavar="FILE", help=meaning)
@@ -228,4 +229,14 @@ def main() -> None:
             console.end_of_loading()
         results: Evaluation | TextScores = evaluate(args, model) if texts is None else score_texts(args, model, texts)
         print_rank_0(results.table())
-        write_on_first_rank(args.eval_output, json.dumps(asdict(results), indent=2) + "\n")
+        content = _without_nan(asdict(results))
+        write_on_first_rank(args.eval_output, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace the numbers for which JSON has no form by None, for example the loss of a band without tokens."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

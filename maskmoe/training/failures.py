@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import math
 import multiprocessing
 import os
 import shutil
@@ -11,20 +12,23 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import rerun_state_machine
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.non_persistent import non_persistent_folder
+from maskmoe.checkpoint.saver import SaveError, describe_failures
 from maskmoe.checkpoint.series import newest_sound, read_tracker, remove_unfinished_checkpoints
 from maskmoe.errors import RunFailure
 from maskmoe.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.megatron_compat.globals import get_signal_handler
 from maskmoe.training.console import console
 from maskmoe.training.leaving import LeaveAfterSave
+from maskmoe.training.resume import checkpoint_to_load, pretrained_to_load
 
 # If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these
 # codes.
@@ -75,6 +79,51 @@ class DataFiles:
                 )
 
 
+def check_first_step(args: Namespace, train_step: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Return a function like Megatron's `train_step` that fails if the first step has a NaN or infinite result.
+
+    Megatron repeats every step whose loss or gradient is NaN or infinite, except for the first step of a process. The
+    update of the first step is applied, and the next checkpoint would hold the weights.
+
+    Args:
+        args: Megatron's arguments.
+        train_step: Megatron's function, wrapped or not.
+
+    Raises:
+        RunFailure: The returned function raises it on all ranks, before anything is saved.
+    """
+    is_first = True
+
+    @wraps(train_step)
+    def checked(*step: Any, **options: Any) -> tuple:
+        nonlocal is_first
+        results = train_step(*step, **options)
+        if is_first:
+            is_first = False
+            _check_is_finite(args, results)
+        return results
+
+    return checked
+
+
+def _check_is_finite(args: Namespace, results: tuple) -> None:
+    """Check the loss and the gradient norm in the results of `train_step`; a collective call. Raises RunFailure."""
+    losses, is_skipped, _, should_exit, _, grad_norm, *_ = results
+    values = [float(value) for value in (*losses.values(), grad_norm) if value is not None]
+    # A skipped update, as after an overflow of fp16, has not changed the weights.
+    is_bad = not (should_exit or is_skipped or all(map(math.isfinite, values)))
+    # Only the last pipeline stage has the loss.
+    is_bad_on_any = torch.tensor(int(is_bad), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(is_bad_on_any, op=torch.distributed.ReduceOp.MAX)
+    if is_bad_on_any:
+        raise RunFailure(
+            f"the loss or gradient of iteration {args.curr_iteration + 1} was NaN or infinite. It is the first "
+            "iteration since the start, which Megatron does not repeat, so nothing is saved: start the run again, if "
+            "possible on other devices; if this happens again, look for the fault in the data and the model. "
+            f"{_newest_checkpoint(args)}"
+        )
+
+
 def save_on_signals(args: Namespace) -> Callable[[], object]:
     """Make Megatron save a checkpoint on every signal of `SIGNALS_THAT_SAVE`, not only on `--exit-signal`.
 
@@ -102,8 +151,8 @@ def save_on_signals(args: Namespace) -> Callable[[], object]:
 def handling_early_ends(args: Namespace, data_files: DataFiles, leaving: LeaveAfterSave) -> Iterator[None]:
     """Explain why the block ends early, exit with the right code, and end the workers of the data loaders.
 
-    A failed save and a changed data file are explained in one line, which also names the newest checkpoint. If the
-    block ends because of a signal, or because the launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
+    A failed save, a failed load and a changed data file are explained in one line. If the block ends because of a
+    signal, or because the launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
 
     Args:
         args: Megatron's arguments.
@@ -116,9 +165,11 @@ def handling_early_ends(args: Namespace, data_files: DataFiles, leaving: LeaveAf
     """
     try:
         yield
+    except SaveError as error:
+        raise _save_failure(args, str(error)) from error
     except CheckpointException as error:
-        causes = {str(cause) for cause, _ in error.failures.values()}
-        raise _save_failure(args, "; ".join(sorted(causes)) or "another rank reports the cause") from error
+        checkpoint = checkpoint_to_load(args) or pretrained_to_load(args)
+        raise RunFailure(f"cannot load {checkpoint}: {describe_failures(error)}") from error
     except OSError as error:
         if error.errno not in _DISK_ERRORS or not args.save:
             raise
@@ -171,7 +222,10 @@ def _describe_stop(args: Namespace) -> str:
     newest = read_tracker(args.save) if args.save else None
     if newest is None:
         return "stopped: nothing was saved" + ("" if args.save else ", because --save is not given")
-    return f"stopped: saved iteration {newest} in {args.save}; the same command resumes"
+    resumption = "the same command resumes"
+    if args.no_save_optim and not args.no_load_optim:
+        resumption = "without the optimizer (--no-save-optim), so --no-load-optim is needed to resume"
+    return f"stopped: saved iteration {newest} in {args.save}; {resumption}"
 
 
 def _describe_completion(args: Namespace) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import tempfile
 from argparse import Namespace
@@ -24,6 +25,7 @@ from maskmoe.routing_mask.frequency import parse_data_path
 from maskmoe.routing_mask.home_experts import check_has_homes
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import may_change_mask
+from maskmoe.untrusted import MAX_JSON_BYTES, UnusableFile, read_bounded, read_json_bytes
 
 _CHUNK_TOKENS = 1 << 24
 # Types whose model is a file or folder on this machine, or that need no model but must not be given a missing one.
@@ -188,13 +190,51 @@ def data_prefixes(args: Namespace) -> list[str]:
 
 
 def _check_data_paths(args: Namespace) -> None:
-    """Check that the flags name datasets, in a form that can be read. Raises UserError."""
+    """Check that the flags, or the files in the flags, name datasets, in a form that can be read. Raises UserError."""
     paths = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
     given = [path for path in paths if path is not None]
     for path in given:
         parse_data_path(path)
+    if args.data_args_path is not None:
+        _check_data_args(args.data_args_path)
+    if args.per_split_data_args_path is not None:
+        _check_per_split_data_args(args.per_split_data_args_path)
     if not (given or args.data_args_path or args.per_split_data_args_path or args.mock_data):
-        raise UserError("no dataset: pass --data-path PREFIX, made by tools/preprocess_data.py")
+        raise UserError("no dataset: pass --data-path PREFIX, made by maskmoe preprocess")
+
+
+def _check_data_args(path: str) -> None:
+    """Check that the file in `--data-args-path` holds the words of a `--data-path`. Raises UserError."""
+    source = f"--data-args-path {path}"
+    try:
+        words = read_bounded(path, MAX_JSON_BYTES).decode().split()
+    except UnusableFile as error:
+        raise UserError(f"{source} {error.reason}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not a text file in UTF-8") from error
+    parse_data_path(words, source)
+
+
+def _check_per_split_data_args(path: str) -> None:
+    """Check that the file in `--per-split-data-args-path` holds a `--data-path` for each split. Raises UserError."""
+    source = f"--per-split-data-args-path {path}"
+    try:
+        content = json.loads(read_json_bytes(path))
+    except UnusableFile as error:
+        raise UserError(f"{source} {error.reason}") from error
+    for split in ("train", "valid", "test"):
+        if not isinstance(content, dict) or split not in content:
+            raise UserError(f"{source} has no entry {split!r}; give it a list of PREFIX… or WEIGHT PREFIX …, or null")
+        words = content[split].split() if isinstance(content[split], str) else content[split]
+        if words is None:
+            continue
+        if not isinstance(words, list):
+            raise UserError(f"{source}: {split} must be a list of PREFIX… or WEIGHT PREFIX …, or null")
+        _, weights = parse_data_path([str(word) for word in words], f"{source}: {split}")
+        # A weight may be a number.
+        for prefix in words if weights[0] is None else words[1::2]:
+            if not isinstance(prefix, str):
+                raise UserError(f"{source}: {split} holds {prefix!r} where a prefix is expected")
 
 
 def _check_parts(args: Namespace) -> None:

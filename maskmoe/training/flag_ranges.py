@@ -274,12 +274,24 @@ def _contradictions(args: Namespace) -> Iterator[str]:
         for name in ("min_lr", "lr_warmup_init"):
             if (smaller := getattr(args, name)) > args.lr:
                 yield f"{_flag(name)} {smaller:g} is above --lr {args.lr:g}"
+    yield from _contradictory_units(args)
     for unit in ("iters", "samples"):
         warmup, total = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"train_{unit}")
         decay = getattr(args, f"lr_decay_{unit}")
         if warmup and (steps := decay or total) is not None and warmup >= steps:
             of = f"--lr-decay-{unit}" if decay else f"--train-{unit}"
             yield f"--lr-warmup-{unit} {warmup} must be less than {of} {steps}"
+
+
+def _contradictory_units(args: Namespace) -> Iterator[str]:
+    """Yield an error for each length in iterations of a run whose length is in samples, and the other way round."""
+    if args.train_iters is not None and args.train_samples is not None:
+        yield f"--train-iters {args.train_iters} and --train-samples {args.train_samples}: pass one of the two"
+        return
+    unit, other = ("iters", "samples") if args.train_samples is None else ("samples", "iters")
+    for name in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+        if length := getattr(args, f"{name}_{other}"):
+            yield f"{_flag(f'{name}_{other}')} {length} with --train-{unit}: pass {_flag(f'{name}_{unit}')} instead"
 
 
 def _flag(name: str) -> str:

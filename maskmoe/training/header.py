@@ -16,8 +16,9 @@ from maskmoe.check.parameters import ExpertUse
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.routing_mask.words import describe_visible_experts
+from maskmoe.training.batch_sizes import BatchSizes, trained_samples, training_iterations
 from maskmoe.training.console import console
-from maskmoe.training.resume import checkpoint_to_load
+from maskmoe.training.resume import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.run_report import log_facts
 from maskmoe.wording import counted
 
@@ -107,17 +108,15 @@ def describe_run(
         dispatch: how tokens reach their experts, in words; None for a model without experts.
     """
     layout = Layout.from_args(args)
-    checkpoint = checkpoint_to_load(args)
     fields = {
         "model": _describe_model(args),
         "parameters": _describe_parameters(args, mask, counts),
         "layout": describe_layout(layout),
-        "step": f"{layout.global_batch:,} samples × {layout.seq_length:,} = {layout.tokens_per_step:,} tokens, in "
-        f"micro-batches of {layout.micro_batch}; {args.train_iters:,} iterations",
+        "step": _describe_step(args, layout),
         "dispatch": dispatch,
         "mask": f"{describe_visible_experts(mask)}; digest {mask.digest[:16]}…" if mask else None,
         "data": _describe_data(args),
-        "start": f"resumes from {checkpoint}" if checkpoint else "from random weights",
+        "start": describe_start(args),
         "folder": _describe_folder(args, folder),
     }
     return {label: text for label, text in fields.items() if text}
@@ -128,6 +127,26 @@ def describe_layout(layout: Layout) -> str:
     return (
         f"{counted(layout.ranks, 'rank')}: TP {layout.tensor} · PP {layout.pipeline} · CP {layout.context} · "
         f"DP {layout.data} · EP {layout.expert} · ETP {layout.expert_tensor}"
+    )
+
+
+def describe_start(args: Namespace) -> str:
+    """Return where the weights of a run come from, in words."""
+    if checkpoint := checkpoint_to_load(args):
+        return f"resumes from {checkpoint}"
+    pretrained = pretrained_to_load(args)
+    return f"from the weights of {pretrained}" if pretrained else "from random weights"
+
+
+def _describe_step(args: Namespace, layout: Layout) -> str:
+    sizes = BatchSizes.from_args(args).sizes
+    samples, tokens = (
+        " to ".join(dict.fromkeys(f"{size * factor:,}" for size in (sizes[0], sizes[-1])))
+        for factor in (1, layout.seq_length)
+    )
+    return (
+        f"{samples} samples × {layout.seq_length:,} = {tokens} tokens, in micro-batches of {layout.micro_batch}; "
+        f"{training_iterations(args):,} iterations"
     )
 
 
@@ -153,7 +172,7 @@ def _describe_parameters(args: Namespace, mask: RoutingMask | None, counts: Para
 
 
 def _describe_data(args: Namespace) -> str:
-    tokens = f"{args.train_iters * args.global_batch_size * args.seq_length:,} tokens in all"
+    tokens = f"{trained_samples(args) * args.seq_length:,} tokens in all"
     if args.mock_data:
         return f"mock data; {tokens}"
     # A blend alternates weights and paths.

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator
+from math import isqrt
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
 
@@ -33,14 +34,14 @@ def _errors_of_number(args: Namespace) -> Iterator[str]:
     layers_of_stage, chunk = layers // stages, args.num_layers_per_virtual_pipeline_stage
     if layers % stages:
         yield (
-            f"--num-layers {layers} is not divisible by --pipeline-model-parallel-size {stages}: {_divisors(layers)} "
+            f"--num-layers {layers} is not divisible by --pipeline-model-parallel-size {stages}: {divisors(layers)} "
             "would fit, or stages of different length by --decoder-first-pipeline-num-layers, "
             "--decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout"
         )
     elif chunk and layers_of_stage % chunk:
         yield (
             f"the {layers_of_stage} layers of a pipeline stage are not divisible by "
-            f"--num-layers-per-virtual-pipeline-stage {chunk}: {_divisors(layers_of_stage)} would fit"
+            f"--num-layers-per-virtual-pipeline-stage {chunk}: {divisors(layers_of_stage)} would fit"
         )
 
 
@@ -62,7 +63,7 @@ def _errors_of_segments(args: Namespace) -> Iterator[str]:
         elif segments % stages:
             yield (
                 f"--hybrid-layer-pattern is divided into {segments} model chunks, which "
-                f"--pipeline-model-parallel-size {stages} does not divide: {_divisors(segments)} would fit, or another "
+                f"--pipeline-model-parallel-size {stages} does not divide: {divisors(segments)} would fit, or another "
                 "number of |"
             )
         return
@@ -82,5 +83,7 @@ def num_segments(args: Namespace) -> int:
     return get_hybrid_total_pipeline_segment_count(args.hybrid_layer_pattern or "")
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
+def divisors(number: int) -> str:
+    """Return the divisors of a number in ascending order, for people: `1, 2, 4`."""
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return ", ".join(map(str, sorted({*small, *(number // size for size in small)})))

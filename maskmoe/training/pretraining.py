@@ -30,12 +30,19 @@ from maskmoe.megatron_compat.globals import get_args, get_timers, open_writers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
+from maskmoe.training.batch_sizes import training_iterations
 from maskmoe.training.changed_settings import has_one_learning_rate
 from maskmoe.training.collapse_watch import CollapseWatch
 from maskmoe.training.console import console
-from maskmoe.training.failures import DataFiles, handling_early_ends, reporting_end, save_on_signals
+from maskmoe.training.failures import (
+    DataFiles,
+    check_first_step,
+    handling_early_ends,
+    reporting_end,
+    save_on_signals,
+)
 from maskmoe.training.file_checks import data_prefixes
-from maskmoe.training.header import describe_layout, show_header
+from maskmoe.training.header import describe_layout, describe_start, show_header
 from maskmoe.training.leaving import LeaveAfterSave
 from maskmoe.training.megatron_patches import pass_batches_of_every_chunk, watch_steps
 from maskmoe.training.model_builder import MaskMoEModelConfig
@@ -148,8 +155,10 @@ def _open_run_folder(args: Namespace, folder: Path | None) -> Path | None:
     console.open_log(folder)
     console.shows_timers = args.timing_log_level > 0
     if folder is not None and args.rank == 0:
+        # Megatron computes the number of iterations of --train-samples later.
+        complete = Namespace(**vars(args) | {"train_iters": training_iterations(args)})
         try:
-            save_arguments(args, sys.argv[1:], folder)
+            save_arguments(complete, sys.argv[1:], folder)
         except OSError as error:
             console.say(f"note: cannot write {folder / ARGUMENTS}: {error.strerror}")
         _record_start(args, folder)
@@ -167,7 +176,7 @@ def _record_start(args: Namespace, folder: Path) -> None:
     checkpoint = checkpoint_to_load(args)
     Journal(folder).write(
         Kind.STARTED,
-        f"{describe_layout(layout)}; {f'resumes from {checkpoint}' if checkpoint else 'from random weights'}",
+        f"{describe_layout(layout)}; {describe_start(args)}",
         args.ckpt_step if checkpoint else 0,
         ranks=layout.ranks,
         tensor=layout.tensor,
@@ -290,6 +299,8 @@ def train(
         spike_watch = SpikeWatch(args.spike_action, detector, warnings, Rewinder(args, run.rewinds))
         watch_steps(spike_watch.wrap)
         while_saving.append(spike_watch.sharing_history)
+    if args.check_for_nan_in_loss_and_grad:
+        watch_steps(partial(check_first_step, args))
     keep_checkpoints_whole(
         lambda: leaving.after(entering_all(while_saving)), watchdog.paused, Journal(folder_on_first_rank)
     )

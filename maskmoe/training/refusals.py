@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from itertools import chain
 from typing import NamedTuple
 
+import torch
 from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -77,7 +78,7 @@ def _captured_moe_parts(args: Namespace) -> str:
 
 def _upcycling_command(args: Namespace) -> str:
     """Return the command that does what Megatron's upcycling would do with these arguments."""
-    words = ["tools/convert_checkpoint.py", "upcycle", "--load", args.load or "DENSE_CHECKPOINT"]
+    words = ["maskmoe", "convert", "upcycle", "--load", args.load or "DENSE_CHECKPOINT"]
     words += ["--save", args.save or "MOE_CHECKPOINT", "--routing-mask", args.routing_mask or "MASK"]
     words += ["--num-experts", args.num_experts or "N", "--topk", args.moe_router_topk]
     words += ["--moe-layer-freq", str(args.moe_layer_freq).replace(" ", "")] if args.moe_layer_freq != 1 else []
@@ -155,6 +156,10 @@ _ALWAYS_REFUSED = {
     "with their MoE layers, also with --cuda-graph-modules attn. A CUDA graph needs fixed shapes, but the number of "
     "rows that a rank sends to experts varies. Use --cuda-graph-impl transformer_engine --cuda-graph-modules attn.",
     "--cache-mla-latents": "Megatron-Core's training forbids the cache, and evaluation and generation keep no cache.",
+    "--position-embedding-type mrope": "The embedding needs three positions for each token, of time, height and width, "
+    "but a token of a text has one position. Use rope.",
+    "--freeze-all-layers": "Megatron-Core does not freeze a model that MaskMoE builds, and would train it. To compute "
+    "losses without training, use maskmoe evaluate.",
     "--sft": "Megatron-Core's dataset fills up each sample with one id, and does not report these tokens as padding. "
     "The routing mask sends all of them to the few experts that the id sees. Tokenize the conversations first, and "
     "use --dataloader-inter-document-masking, which packs them without padding.",
@@ -162,6 +167,8 @@ _ALWAYS_REFUSED = {
     "require. Expert-parallel ranks would wait for each other forever, because they exchange tokens in every "
     "micro-batch. Use --context-parallel-size.",
     "--spec": "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
+    "--rampup-batch-size": "Megatron-Core 0.19 ignores the flag, and all batches would have the full size. Use "
+    "--step-batch-size-schedule.",
     "--yaml-cfg": "Megatron-Core replaces all arguments by the content of the file, those of MaskMoE included, and "
     "leaves out its checks. Use launch/pretrain.sh with a model file.",
     "--perform-rl-step": "The Python package megatron-core 0.19 lacks megatron.rl, on which the flag depends.",
@@ -227,11 +234,6 @@ REFUSALS = (
         lambda args: _pattern_has("*", args) and args.multi_latent_attention,
     ),
     Refusal(
-        "--hybrid-layer-pattern with --position-embedding-type mrope",
-        "Megatron-Core's HybridModel has no such embedding and would train without positions. Use rope.",
-        lambda args: args.hybrid_layer_pattern is not None and args.position_embedding_type == "mrope",
-    ),
-    Refusal(
         "--hybrid-layer-pattern without / with --mtp-num-layers",
         "Multi-token prediction is a part of the pattern: append /*E for each predicted token.",
         lambda args: args.hybrid_layer_pattern is not None and not _pattern_has("/", args) and args.mtp_num_layers,
@@ -243,6 +245,50 @@ REFUSALS = (
         lambda args: (
             args.non_persistent_ckpt_type is None
             and _is_given("--non-persistent-save-interval or --non-persistent-global-ckpt-dir", args)
+        ),
+    ),
+    Refusal(
+        "--step-batch-size-schedule without --train-samples",
+        "Megatron-Core converts --train-iters into samples, for the data and for the learning rate, by the size of one "
+        "micro-batch on each data-parallel rank.",
+        lambda args: args.step_batch_size_schedule is not None and args.train_samples is None and not args.skip_train,
+    ),
+    Refusal(
+        "--step-batch-size-schedule with --override-ckpt-iteration, --phase-transition-iterations or "
+        "--decrease-batch-size-if-needed",
+        "Megatron-Core computes the samples of these flags as if all batches had one size.",
+        lambda args: (
+            args.step_batch_size_schedule is not None
+            and _is_given(
+                "--override-ckpt-iteration, --phase-transition-iterations or --decrease-batch-size-if-needed", args
+            )
+        ),
+    ),
+    Refusal(
+        "--step-batch-size-schedule with --pipeline-model-parallel-size above 1 and --cuda-graph-impl "
+        "transformer_engine",
+        "The graphs of a pipeline stage are for one number of micro-batches.",
+        lambda args: (
+            args.step_batch_size_schedule is not None
+            and args.pipeline_model_parallel_size > 1
+            and _is_given("--cuda-graph-impl transformer_engine or --external-cuda-graph", args)
+        ),
+    ),
+    Refusal(
+        "--full-validation without --multiple-validation-sets",
+        "Megatron-Core fails at the first validation, because it expects the numbers of batches of several sets. Pass "
+        "both flags, also for one set.",
+        lambda args: args.full_validation and not args.multiple_validation_sets,
+    ),
+    Refusal(
+        "--full-validation with --tensor-model-parallel-size or --pipeline-model-parallel-size above 1, without "
+        "--eval-micro-batch-size 1",
+        "Megatron-Core reads micro-batches of one sample, but the other ranks of a tensor-parallel or pipeline group "
+        "expect micro-batches of the given size.",
+        lambda args: (
+            args.full_validation
+            and max(args.tensor_model_parallel_size, args.pipeline_model_parallel_size) > 1
+            and (args.eval_micro_batch_size or args.micro_batch_size) != 1
         ),
     ),
     Refusal(
@@ -459,6 +505,18 @@ REFUSALS = (
         _hides_prediction,
     ),
     Refusal(
+        "--save-tokens-per-expert-interval with --transformer-impl local, without --moe-grouped-gemm, or with "
+        "--use-transformer-engine-op-fuser",
+        "Megatron-Core counts the rows of Transformer Engine's grouped linear layers, and would write nothing.",
+        lambda args: (
+            _is_given("--save-tokens-per-expert-interval", args)
+            and (
+                _is_given("--transformer-impl local or --use-transformer-engine-op-fuser", args)
+                or not args.moe_grouped_gemm
+            )
+        ),
+    ),
+    Refusal(
         "--mla-down-proj-fusion with --transformer-impl local",
         "The local modules compress queries and keys by separate projections: leave the flag out.",
         lambda args: args.transformer_impl == "local" and args.mla_down_proj_fusion,
@@ -481,6 +539,8 @@ _NEED_TRANSFORMER_ENGINE = (
     *("--tp-comm-overlap", "--te-rng-tracker", "--use-transformer-engine-op-fuser", "--qk-clip"),
     "--log-max-attention-logit",
 )
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def check_supported(args: Namespace) -> None:
@@ -547,9 +607,15 @@ def unsupported_settings(args: Namespace) -> Iterator[str]:
             yield f"{refusal.flag} is not supported. {refusal.reason}{remedy}"
     if refusal := check_gated_delta_net(args, uses_fla()):
         yield refusal
-    # The remaining errors are sizes that contradict the number of experts.
     if not args.num_experts:
         return
+    jitter, dtype = args.moe_input_jitter_eps, "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    if jitter and jitter <= (smallest := torch.finfo(_DTYPES[dtype]).eps / 2):
+        yield (
+            f"--moe-input-jitter-eps {jitter:g} vanishes in {dtype}, where 1 + {jitter:g} is 1: use more than "
+            f"{smallest:g}, or leave the flag out"
+        )
+    # The remaining errors are sizes that contradict the number of experts.
     num_experts, topk = args.num_experts, args.moe_router_topk
     if topk > num_experts:
         yield f"--moe-router-topk {topk} is more than --num-experts {num_experts}"

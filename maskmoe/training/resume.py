@@ -4,6 +4,7 @@ import json
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hyb
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from maskmoe.checkpoint.gpt_twins import without_new_layers
-from maskmoe.checkpoint.integrity import Damage, check_content
+from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
 from maskmoe.checkpoint.non_persistent import non_persistent_folder
 from maskmoe.checkpoint.series import (
     RELEASE,
@@ -30,6 +31,7 @@ from maskmoe.training.rank_store import RankStore
 from maskmoe.training.rewinding import check_may_resume
 from maskmoe.training.rewinds import NO_REWINDS, Rewinds
 
+_Check = Callable[[Path], None]
 # Sizes of multi-latent attention.
 _LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 # Settings of YaRN for which Megatron has no flags; its configuration of multi-latent attention takes them from the
@@ -107,13 +109,44 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
     """
     if args.load is None:
         return None
-    if ranks.rank > 0:
-        return _answer_first_rank(ranks)
-    questions = (f"checkpoint/{number}" for number in count())
 
-    def check(checkpoint: Path) -> None:
+    def choose(verify: _Check) -> Path | None:
+        def check(checkpoint: Path) -> None:
+            check_may_resume(args, rewinds, checkpoint)
+            verify(checkpoint)
+
+        choice = choose_checkpoint(args.load, args.ckpt_step, check, non_persistent_folder(args, args.load))
+        chosen = choice.checkpoint
+        warnings = [f"checkpoint {damage}" for damage in choice.rejected]
+        if choice.rejected:
+            warnings.append(f"resuming from {chosen}" if chosen else "starting from the beginning")
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        return chosen
+
+    return _choose_with_all_ranks("checkpoint", args, ranks, choose)
+
+
+def _choose_with_all_ranks(
+    name: str, args: Namespace, ranks: RankStore, choose: Callable[[_Check], Path | None]
+) -> Path | None:
+    """Return the checkpoint that the first rank chooses, while all ranks verify the candidates together.
+
+    Args:
+        name: Name of the choice, for the messages between the ranks.
+        args: Megatron's arguments, with `verify_checkpoint`.
+        ranks: The ranks of the run; all of them must call this function.
+        choose: Chooses; its argument raises `Damage` for a checkpoint whose content is not what was saved.
+
+    Raises:
+        UserError: The first rank finds no checkpoint to choose.
+    """
+    if ranks.rank > 0:
+        return _answer_first_rank(name, ranks)
+    questions = (f"{name}/{number}" for number in count())
+
+    def verify(checkpoint: Path) -> None:
         """Raise `Damage` if a checkpoint is damaged; asks all ranks to verify their shares of its files."""
-        check_may_resume(args, rewinds, checkpoint)
         if args.verify_checkpoint:
             question = next(questions)
             ranks.broadcast(question, json.dumps(["verify", str(checkpoint)]))
@@ -122,13 +155,7 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
 
     answer = ["error", "choosing the checkpoint failed on the first rank"]
     try:
-        choice = choose_checkpoint(args.load, args.ckpt_step, check, non_persistent_folder(args, args.load))
-        chosen = choice.checkpoint
-        warnings = [f"checkpoint {damage}" for damage in choice.rejected]
-        if choice.rejected:
-            warnings.append(f"resuming from {chosen}" if chosen else "starting from the beginning")
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        chosen = choose(verify)
         answer = ["chosen", str(chosen or "")]
         return chosen
     except UserError as error:
@@ -139,17 +166,34 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
         ranks.broadcast(next(questions), json.dumps(answer))
 
 
-def mend_tracker(args: Namespace, ranks: RankStore) -> None:
-    """Rewrite an unusable tracker of `--load` on the first rank, since Megatron cannot load a checkpoint with it.
+def check_not_missing(args: Namespace, checkpoint: Path | None) -> None:
+    """Check that there is a checkpoint if `--exit-on-missing-checkpoint` asks for one. Raises UserError.
 
-    If a non-persistent checkpoint was chosen, the tracker cannot name it and is removed. Call this when no rank can
-    refuse the run any more.
+    Args:
+        args: Megatron's arguments.
+        checkpoint: The checkpoint in `--load`; None if there is none.
+    """
+    is_missing = args.load is not None and checkpoint is None and args.pretrained_checkpoint is None
+    if is_missing and args.exit_on_missing_checkpoint:
+        cure = "leave --exit-on-missing-checkpoint out to start from the beginning"
+        raise UserError(f"--load {args.load} holds no checkpoint: {cure}")
+
+
+def mend_tracker(args: Namespace, ranks: RankStore) -> None:
+    """Rewrite a tracker of `--load` on the first rank if Megatron cannot load the chosen checkpoint with it.
+
+    Megatron reads an unusable tracker with an error. If the tracker says `RELEASE`, Megatron ignores `--ckpt-step` and
+    loads that checkpoint. If a non-persistent checkpoint was chosen, an unusable tracker cannot name it and is removed.
+    Call this when no rank can refuse the run any more.
 
     Args:
         args: Megatron's arguments, with the iteration of the chosen checkpoint in `args.ckpt_step`.
         ranks: The ranks of the run.
     """
-    if ranks.rank > 0 or args.load is None or args.ckpt_step is None or read_tracker(args.load) is not None:
+    if ranks.rank > 0 or args.load is None or args.ckpt_step is None:
+        return
+    tracked = read_tracker(args.load)
+    if isinstance(tracked, int) or (tracked == RELEASE and args.loads_non_persistent):
         return
     if not args.loads_non_persistent:
         write_tracker(args.load, args.ckpt_step)
@@ -159,7 +203,8 @@ def mend_tracker(args: Namespace, ranks: RankStore) -> None:
         outcome = "it is removed"
     else:
         return
-    print(f"warning: the tracker file in {args.load} was unusable; {outcome}", file=sys.stderr, flush=True)
+    fault = f"named {RELEASE}" if tracked == RELEASE else "was unusable"
+    print(f"warning: the tracker file in {args.load} {fault}; {outcome}", file=sys.stderr, flush=True)
 
 
 def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
@@ -187,13 +232,13 @@ def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
     return args
 
 
-def _answer_first_rank(ranks: RankStore) -> Path | None:
+def _answer_first_rank(name: str, ranks: RankStore) -> Path | None:
     """Verify a share of every checkpoint that the first rank asks for, and return its choice.
 
-    This is the part of `find_checkpoint` that all ranks but the first run.
+    This is the part of `_choose_with_all_ranks` that all ranks but the first run.
     """
     for number in count():
-        question = f"checkpoint/{number}"
+        question = f"{name}/{number}"
         kind, text = json.loads(ranks.broadcast(question))
         if kind == "error":
             raise UserError(text)
@@ -222,6 +267,16 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     return checkpoint if checkpoint.exists() else None
 
 
+def pretrained_to_load(args: Namespace) -> Path | None:
+    """Return the checkpoint in `--pretrained-checkpoint` whose weights the run begins with; None if it does not.
+
+    Args:
+        args: Megatron's arguments, after `find_checkpoint` has chosen a checkpoint.
+    """
+    folder = args.pretrained_checkpoint
+    return None if folder is None or checkpoint_to_load(args) is not None else _loaded_by_megatron(args, Path(folder))
+
+
 def saved_spike_history(args: Namespace) -> dict[str, list[float]] | None:
     """Return the losses and norms of the steps before the checkpoint to load; None if the checkpoint holds none.
 
@@ -234,22 +289,62 @@ def saved_spike_history(args: Namespace) -> dict[str, list[float]] | None:
     return getattr(load_common_state_dict(checkpoint).get("args"), "spike_history", None)
 
 
-def check_pretrained_model(args: Namespace, checkpoint: Path | None) -> None:
-    """Check that the model in `--pretrained-checkpoint` is the model of this run, if the run begins with its weights.
+def check_pretrained_model(args: Namespace, checkpoint: Path | None, ranks: RankStore | None = None) -> None:
+    """Check the checkpoint in `--pretrained-checkpoint` if the run begins with its weights.
 
     Args:
         args: Arguments that Megatron has validated.
         checkpoint: The checkpoint in `--load`, which Megatron prefers; None if there is none.
+        ranks: The ranks of the run, which verify the content of the files together; all of them must call this
+            function. None compares only the sizes.
 
     Raises:
-        UserError: There is no sound checkpoint, or it holds another model.
+        UserError: There is no sound checkpoint, Megatron would load another one, or it holds another model.
     """
     if checkpoint is not None or args.pretrained_checkpoint is None:
         return
-    pretrained = choose_checkpoint(args.pretrained_checkpoint).checkpoint
+
+    def choose(verify: _Check) -> Path | None:
+        def check(candidate: Path) -> None:
+            check_structure(candidate)
+            verify(candidate)
+
+        return _choose_pretrained(args, check)
+
+    if ranks is None:
+        pretrained = _choose_pretrained(args, check_structure)
+    else:
+        pretrained = _choose_with_all_ranks("pretrained checkpoint", args, ranks, choose)
     if pretrained is None:
         raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint")
     check_same_model(Namespace(**vars(args) | {"finetune": True}), pretrained)
+
+
+def _choose_pretrained(args: Namespace, check: _Check) -> Path | None:
+    """Return the newest sound checkpoint in `--pretrained-checkpoint`; None if the folder has no checkpoint.
+
+    Raises:
+        UserError: There are checkpoints, but none is sound, or Megatron would load another one.
+    """
+    folder = Path(args.pretrained_checkpoint)
+    choice = choose_checkpoint(folder, args.ckpt_step, check, flag="--pretrained-checkpoint")
+    chosen = choice.checkpoint
+    if chosen is not None and chosen != _loaded_by_megatron(args, folder):
+        faults = "; ".join(map(str, choice.rejected)) or f"the file names {read_tracker(folder) or 'none'}"
+        iteration = RELEASE if choice.iteration is None else choice.iteration
+        raise UserError(
+            f"--pretrained-checkpoint {folder}: Megatron loads the checkpoint that {TRACKER} names, but {faults}. To "
+            f"load {chosen}, write {iteration} into this file"
+        )
+    return chosen
+
+
+def _loaded_by_megatron(args: Namespace, folder: Path) -> Path | None:
+    """Return the checkpoint that Megatron loads from `--pretrained-checkpoint`; None if the tracker is unusable."""
+    tracked = read_tracker(folder)
+    if tracked is None or tracked == RELEASE:
+        return None if tracked is None else folder / RELEASE
+    return checkpoint_path(folder, int(args.ckpt_step or tracked))
 
 
 def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
         words: the command line of this process, without the program.
         folder: the run folder.
     """
-    flags = split_flags(words)
-    flags |= {name: tuple(map(os.path.abspath, flags[name])) for name in _FOLDERS & flags.keys()}
+    flags = dict(split_flags(words))
+    flags |= {name: tuple(os.path.abspath(value) for value in flags[name]) for name in _FOLDERS & flags.keys()}
     flags = {name: tuple(_in_run_folder(_escape(value), folder) for value in values) for name, values in flags.items()}
     command = f"launch/pretrain.sh --run-dir DIR {ARGUMENTS}"
     values: Mapping[str, object] = vars(args)

@@ -23,6 +23,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from maskmoe.check.layout import size_errors
 from maskmoe.checkpoint.non_persistent import is_non_persistent
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import iteration_of
@@ -45,6 +46,7 @@ from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.refusals import check_supported
+from maskmoe.training.required_flags import missing_flags
 from maskmoe.training.rewinding import describe_rewinds, shared_rewinds
 from maskmoe.training.rewinds import Rewinds
 from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
@@ -99,6 +101,7 @@ def parse_and_check_args(
     ranks = RankStore.from_environment()
     rewinds = shared_rewinds(args, ranks)
     checkpoint = resume.find_checkpoint(args, ranks, rewinds)
+    resume.check_not_missing(args, checkpoint)
     if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
         # Pass the choice to Megatron by `--ckpt-step`, as a user would.
         args.ckpt_step = chosen["ckpt_step"] = iteration
@@ -113,7 +116,7 @@ def parse_and_check_args(
         check_ranges(args)
     # Check settings and files, before and after Megatron validates and completes the arguments.
     check_supported(args)
-    for error in chain(pattern_errors(args), layer_errors(args)):
+    for error in chain(missing_flags(args, checkpoint is not None), pattern_errors(args), layer_errors(args)):
         raise UserError(error)
     for note in ignored_flags(args):
         console.say(f"note: {note}")
@@ -128,11 +131,13 @@ def parse_and_check_args(
     with megatrons_checks():
         validate_args(args)
         set_globals_without_writers(args)
+    for error in size_errors(args):
+        raise UserError(error)
     args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint
     if checkpoint is not None:
         resume.check_same_model(args, checkpoint)
         take_schedule_of_checkpoint(args, checkpoint)
-    resume.check_pretrained_model(args, checkpoint)
+    resume.check_pretrained_model(args, checkpoint, ranks)
     if args.loads_non_persistent:
         args.pretrained_checkpoint = None  # Megatron would prefer it if there is no persistent checkpoint
     if mask is not None:
@@ -174,9 +179,7 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
         return None
     masks = [read_routing_mask(source) for source in (args.routing_mask, checkpoint) if source is not None]
     if not masks:
-        raise UserError(
-            "no routing mask: pass --routing-mask FILE, made by tools/build_routing_mask.py, or --load a checkpoint"
-        )
+        raise UserError("no routing mask: pass --routing-mask FILE, made by maskmoe mask, or --load a checkpoint")
     own, of_checkpoint = masks[0], masks[-1]
     if may_change_mask(args):
         report(f"routing mask: {_describe_change(of_checkpoint, own, args.expert_model_parallel_size)}")
@@ -278,6 +281,9 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
         # `find_routing_mask` refuses a run without a mask.
         checkpoint = resume.checkpoint_to_load(args)
         config.routing_mask = Path(cast(Path, args.routing_mask or checkpoint))
+        if not config.transformer.gated_linear_unit:
+            # The fused activation functions that also weigh the rows of an expert are gated.
+            config.transformer.bias_activation_fusion = False
         config.replaced_routing_mask = checkpoint if may_change_mask(args) else None
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     config.home_expert_logit = args.home_expert_logit

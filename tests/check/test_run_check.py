@@ -19,15 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
+from megatron.training.arguments import parse_args
 from support.launchers import RANK_SCRIPTS, run_script_as_ranks
 from support.paths import ROOT
 from support.runs import free_port
+from support.training import without_flags
 
 from maskmoe.check.assumed_cluster import AssumedCluster
 from maskmoe.check.assumed_gpu import AssumedGpu
 from maskmoe.check.command import requested_check
 from maskmoe.check.cost import TrainingCost
-from maskmoe.check.layout import Layout
+from maskmoe.check.layout import Layout, size_errors
 from maskmoe.check.memory import MemoryReport, StageMemory
 from maskmoe.check.missing import MissingInput, missing_inputs
 from maskmoe.check.parameters import PARTS, Chunk, ExpertUse, ModelParameters
@@ -42,6 +44,8 @@ from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.refusals import unsupported_settings
 
 SCRIPT = RANK_SCRIPTS / "run_check_ranks.py"
 
@@ -206,6 +210,10 @@ MODEL_FILES = ("12l-768d-maskmoe", "mixtral-8x7b", "fine-grained-22b", "qwen3-ne
 # bytes for an element of a dropout mask, and a GPU keeps one byte.
 FORWARD_FACTOR = 1.15
 
+INTERLEAVED = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
+TENSOR_2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"
+INSTANCES = "--num-distributed-optimizer-instances"
 # Flags of a run on 8 ranks, and the parts of its only error.
 ERRORS = {
     "--num-expert 8": ["unknown flag --num-expert (nearest: --num-experts)"],
@@ -234,7 +242,53 @@ ERRORS = {
     "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 2": [
         "the remaining 2 layers of --hybrid-layer-pattern cannot be divided evenly among 3 pipeline stages"
     ],
+    f"{INTERLEAVED} --global-batch-size 24": [
+        "--global-batch-size 24 gives a rank 3 micro-batches",
+        "groups of 2",
+        "at least 2 in the last; 16 or 32 would fit",
+    ],
+    f"{INTERLEAVED} --eval-iters 1 --eval-global-batch-size 24": ["--eval-global-batch-size 24", "16 or 32 would fit"],
+    f"{INTERLEAVED} --eval-iters 1 --eval-micro-batch-size 4": ["--eval-global-batch-size 16", "; 32 would fit"],
+    f"{INTERLEAVED} {GROUP} 1": [f"{GROUP} 1 is less than --pipeline-model-parallel-size 2: pass 2 or more"],
+    f"{INTERLEAVED} {GROUP} 3": [
+        "--global-batch-size 16 gives a rank 2 micro-batches",
+        "groups of 3",
+        "; 24 would fit",
+    ],
+    "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|tL --global-batch-size 24": [
+        "--global-batch-size 24 gives a rank 3 micro-batches"
+    ],
+    "--group-query-attention --num-query-groups 3": [
+        "--num-attention-heads 4 is not divisible by --num-query-groups 3: 1, 2, 4 would fit"
+    ],
+    "--group-query-attention --num-query-groups 8": ["is not divisible by --num-query-groups 8: 1, 2, 4 would fit"],
+    f"{TENSOR_2} --seq-length 63": [
+        "--seq-length 63 is not divisible by --tensor-model-parallel-size 2, as --sequence-parallel needs; 62 or 64"
+    ],
+    f"{TENSOR_2} --seq-length 60 --tensor-model-parallel-size 4 --context-parallel-size 2": [
+        "--seq-length 60 is not divisible by --tensor-model-parallel-size 4 × --context-parallel-size 2 = 8",
+        "56 or 64 would fit",
+    ],
+    f"{INSTANCES} 4 --expert-model-parallel-size 8": [
+        f"{INSTANCES} 4 must divide data parallel size × context parallel size = 8 and the experts' data parallel size",
+        "size 1: 1 would fit",
+    ],
+    f"{DISTRIBUTED} {INSTANCES} 3": ["= 8 and the experts' data parallel size 8: 1, 2, 4, 8 would fit"],
+    "--save elsewhere": ["no interval between checkpoints: --save needs --save-interval"],
+    "--train-samples 10": ["--train-iters 1 and --train-samples 10: pass one of the two"],
+    "--lr-decay-samples 10": ["--lr-decay-samples 10 with --train-iters: pass --lr-decay-iters instead"],
     "--load save/nowhere --ckpt-step 3": ["holds no sound checkpoint: save/nowhere/iter_0000003 does not exist"],
+}
+# Flags of `BASE` that no run may lack, and the errors without the flags.
+MISSING = {
+    "--lr": "no learning rate: pass --lr",
+    "--train-iters": "no length of training: pass --train-iters or --train-samples",
+    "--micro-batch-size": "no micro-batch size: pass --micro-batch-size",
+    "--seq-length": "no sequence length: pass --seq-length",
+    "--num-layers": "no number of layers: pass --num-layers, or --hybrid-layer-pattern",
+    "--hidden-size": "no hidden size: pass --hidden-size",
+    "--num-attention-heads": "no number of attention heads: pass --num-attention-heads",
+    "--max-position-embeddings": "no number of positions: pass --max-position-embeddings, at least --seq-length",
 }
 MANY_RANKS = "more ranks than there are GPUs"
 # Flags that a pattern overrides, and the note that says so.
@@ -329,7 +383,10 @@ def reports(bench) -> dict[str, Any]:
     ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
     libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
     libraries["another GPU"] = f"{LLAMA} {BF16} --assumed-mfu 0.5 --assumed-peak-tflops 100"
-    cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | libraries | {MANY_RANKS: ""}
+    base = [*shlex.split(BASE), "--routing-mask", "shared.safetensors"]
+    missing = {f"without {flag}": without_flags(base, flag) for flag in MISSING}
+    missing["without required flags"] = [*without_flags(base, " ".join(MISSING)), "--save", "elsewhere", "--sft"]
+    cases = ARCHITECTURES | hybrids() | FORWARD | layouts | errors | twins | libraries | missing | {MANY_RANKS: ""}
     return bench.run("report", cases, ranks=ranks)[0]
 
 
@@ -667,6 +724,88 @@ def test_error(flags, reports):
         assert part in error
 
 
+@pytest.mark.parametrize("flag", MISSING)
+def test_missing_flag(flag, reports):
+    assert reports[f"without {flag}"]["errors"] == [MISSING[flag]]
+
+
+def test_missing_flags_are_reported_with_all_other_errors(reports):
+    errors = reports["without required flags"]["errors"]
+    save, other = (error for error in errors if error not in MISSING.values())
+    assert len(errors) == len(MISSING) + 2
+    assert save == "no interval between checkpoints: --save needs --save-interval"
+    assert other.startswith("--sft is not supported.")
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--train-iters", "--micro-batch-size"])
+def test_model_is_measured_without_flags_that_do_not_change_it(flag, reports):
+    assert reports[f"without {flag}"]["parameters"] == reports["tied embeddings, biases, no gate"]["parameters"]
+
+
+def test_no_memory_is_reported_for_an_optimizer_that_ranks_cannot_share(reports):
+    for flags in (flags for flags in ERRORS if INSTANCES in flags):
+        assert (reports[flags]["memory"], reports[flags]["layout"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "errors"),
+    [
+        (1, "'0:2 256:4 512:8' --train-samples 24", []),
+        (
+            1,
+            "'0:2 256:4 512:8' --train-samples 26",
+            ["--train-samples 26 ends within a step of {}; 24 or 32 would fit"],
+        ),
+        (1, "'0:4' --train-samples 3", ["--train-samples 3 ends within a step of {}; 4 would fit"]),
+        (
+            1,
+            "'0:4 512:2' --train-samples 8",
+            ["{} has batch size 2 after 4: Megatron-Core's batches cannot become smaller"],
+        ),
+        (
+            2,
+            "'0:4 256:6' --train-samples 10",
+            ["{} 6 is not divisible by --micro-batch-size 2 × data parallel size 2 = 4; 4 or 8 would fit"],
+        ),
+        (2, f"'0:4 256:8' --train-samples 12 {INTERLEAVED}", []),
+        (2, f"'0:2 128:8' --train-samples 10 {INTERLEAVED}", ["{} 2 gives a rank 1 micro-batches a step, "]),
+        (
+            2,
+            f"'0:4' --train-samples 4 {INTERLEAVED} --eval-iters 1",
+            ["--eval-global-batch-size 2 gives a rank 1 micro-batches a step, "],
+        ),
+        (1, "4 --train-samples 4", ["{} '4' cannot be read: "]),
+        (1, "'0:4' --train-iters 4", ["{} without --train-samples is not supported. "]),
+        (
+            1,
+            "'0:4' --train-samples 4 --override-ckpt-iteration 3",
+            ["{} with --override-ckpt-iteration, --phase-transition-iterations or --decrease-batch-size-if-needed is "],
+        ),
+    ],
+)
+def test_schedule_of_batch_sizes(ranks, flags, errors, monkeypatch):
+    words = without_flags(shlex.split(BASE), "--global-batch-size --train-iters")
+    schedule = "--step-batch-size-schedule"
+    monkeypatch.setattr(sys, "argv", ["pretrain", *words, schedule, *shlex.split(flags)])
+    args = parse_args(add_maskmoe_arguments)
+    args.world_size = ranks
+    found = [*size_errors(args), *unsupported_settings(args)]
+    assert len(found) == len(errors)
+    for error, expected in zip(found, errors, strict=True):
+        assert error.startswith(expected.format(schedule))
+
+
+def test_fewer_samples_than_one_step(monkeypatch):
+    words = without_flags(shlex.split(BASE), "--train-iters")
+    monkeypatch.setattr(sys, "argv", ["pretrain", *words, "--train-samples", "7"])
+    args = parse_args(add_maskmoe_arguments)
+    args.world_size = 1
+    (error,) = size_errors(args)
+    assert error == (
+        "--train-samples 7 is less than the 8 samples of one step (--global-batch-size): nothing would be trained"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed")
 def test_a_machine_with_gpus_is_judged_by_its_packages(bench):
@@ -791,8 +930,15 @@ def test_text_of_a_report():
 SIZES = st.integers(1, 12)
 
 
-@given(ranks=st.integers(1, 300), sizes=st.tuples(*[SIZES] * 5), batch=st.integers(1, 300), micro_batch=SIZES)
-def test_sizes_that_divide(ranks, sizes, batch, micro_batch):
+@given(
+    ranks=st.integers(1, 300),
+    sizes=st.tuples(*[SIZES] * 5),
+    batch=st.integers(1, 300),
+    micro_batch=SIZES,
+    chunks=st.integers(1, 2),
+    group=SIZES,
+)
+def test_sizes_that_divide(ranks, sizes, batch, micro_batch, chunks, group):
     tensor, pipeline, context, expert, expert_tensor = sizes
     layout = Layout(
         ranks=ranks,
@@ -801,8 +947,8 @@ def test_sizes_that_divide(ranks, sizes, batch, micro_batch):
         context=context,
         expert=expert,
         expert_tensor=expert_tensor,
-        virtual_pipeline=1,
-        micro_batch_group=pipeline,
+        virtual_pipeline=chunks,
+        micro_batch_group=group,
         micro_batch=micro_batch,
         global_batch=batch,
         seq_length=8,
@@ -810,7 +956,8 @@ def test_sizes_that_divide(ranks, sizes, batch, micro_batch):
     dense, experts = tensor * pipeline * context, expert_tensor * expert * pipeline
     divides = ranks % dense == 0 and ranks % experts == 0
     errors = list(layout.errors())
-    assert bool(errors) == (not divides or batch % (micro_batch * (ranks // dense)) != 0)
+    step = micro_batch * (ranks // dense)
+    assert bool(errors) == (not divides or batch % step != 0 or not starts(batch // step, pipeline, chunks, group))
     repaired = layout.repaired()
     assert not list(repaired.errors())
     assert repaired.ranks >= ranks
@@ -821,6 +968,16 @@ def test_sizes_that_divide(ranks, sizes, batch, micro_batch):
         assert f"{repaired.ranks} ranks would fit" in errors[0]
         if len(fitting) > 1:
             assert f"{fitting[-2]} or {fitting[-1]} ranks" in errors[0]
+    elif batch % step == 0 and errors and group >= pipeline:
+        sizes = range(step, repaired.global_batch + 1, step)
+        fitting = [size for size in sizes if starts(size // step, pipeline, chunks, group)]
+        assert fitting[-1] == repaired.global_batch
+        assert f"{' or '.join(map(str, fitting[-2:]))} would fit" in errors[0]
+
+
+def starts(micro_batches: int, stages: int, chunks: int, group: int) -> bool:
+    """Return whether Megatron's interleaved schedule accepts a number of micro-batches, by its own conditions."""
+    return chunks == 1 or (stages <= group <= micro_batches and not 0 < micro_batches % group < stages)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3])

@@ -1,14 +1,19 @@
-"""The choice between persistent and non-persistent checkpoints, compared with a choice by definition."""
+"""The choice between persistent and non-persistent checkpoints, compared with a choice by definition; and removal."""
 
+import errno
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.run_folders import write_checkpoint
 
 from maskmoe.checkpoint.integrity import Damage, Unfinished
-from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, iteration_of
+from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, iteration_of, saved_iterations
+from maskmoe.commands import thin_checkpoints
 from maskmoe.errors import UserError
 
 STATES = ("sound", "damaged", "unfinished", "missing")
@@ -109,3 +114,26 @@ def test_a_released_checkpoint_is_older_than_non_persistent_ones(root):
     assert of_run.choose() == of_run.path(LOCAL, 1)
     del of_run.states[LOCAL, 1]
     assert of_run.choose() == root / PERSISTENT / "release"
+
+
+def test_thinning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
+    for iteration in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, iteration)
+    unlink, protected = os.unlink, [(checkpoint_path(tmp_path, iteration)) for iteration in (2, 3)]
+    inodes = [(folder / "__0_0.distcp").stat().st_ino for folder in protected]
+
+    def refuse(path, *, dir_fd=None):
+        if os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_ino in inodes:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(sys, "argv", ["maskmoe thin", "--load", str(tmp_path)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(UserError) as error:
+            thin_checkpoints.main()
+    assert str(error.value).startswith(f"cannot remove {protected[1]}: Permission denied; ")
+    assert capsys.readouterr().out == f"removed  {checkpoint_path(tmp_path, 1)}\n"
+    assert saved_iterations(tmp_path) == [4, 3, 2]
+    thin_checkpoints.main()
+    assert saved_iterations(tmp_path) == [4]

@@ -150,6 +150,13 @@ def test_further_held_out_texts_are_read_from_their_files(tmp_path):
     assert evaluation.held_out("nothing") is None
 
 
+def test_band_without_tokens_is_read(tmp_path):
+    content = {"loss": 2.0, "bands": [{"name": "top 40 %", "share": 0.0, "loss": None}], "expert_load": []}
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    (band,) = Evaluation.read(tmp_path / "evaluation.json", {}, None).bands
+    assert math.isnan(band.loss)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=3),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.paths import ROOT
 
+from maskmoe.commands.build_routing_mask import parse_arguments
 from maskmoe.errors import UserError
 from maskmoe.launch import launcher
 from maskmoe.launch.model_file import ModelFile, flag_words, override, split_flags
@@ -108,6 +110,19 @@ def test_model_file_alone_is_measured_and_what_is_missing_is_named(path, answers
         (named,) = re.findall(r"--num-layers (\d+)", " ".join(alone["missing"]["routing mask"]))
         (in_header,) = re.findall(r"--num-layers (\d+) ", path.read_text())
         assert named == in_header
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODELS if "num-experts" in read(path).flags], ids=lambda path: path.stem
+)
+def test_command_in_the_header_builds_a_mask_for_the_model(path, monkeypatch):
+    """The command is one of the installed program."""
+    header = path.read_text().replace(" \\\n#", "")
+    (words,) = (shlex.split(line[1:]) for line in header.splitlines() if line.startswith("#") and "--output" in line)
+    assert words[:2] == ["maskmoe", "mask"]
+    monkeypatch.setattr(sys, "argv", words[1:])
+    arguments = parse_arguments()
+    assert str(arguments.num_experts) == read(path).flags["num-experts"][0]
 
 
 @pytest.mark.parametrize("size", SIZES)

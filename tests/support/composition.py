@@ -438,9 +438,7 @@ TABLE: dict[str, Works | Refused] = {
     "sparse attention of DeepSeek-V3.2": Refused("--hybrid-layer-pattern DEDE"),
     "hybrid models without MoE layers, with experts": Refused("--hybrid-layer-pattern *-*-"),
     "latent attention by its flag in hybrid models": Refused("--hybrid-layer-pattern *E*E --multi-latent-attention"),
-    "multimodal rotary embeddings in hybrid models": Refused(
-        "--hybrid-layer-pattern *E*E --position-embedding-type mrope"
-    ),
+    "multimodal rotary embeddings": Refused("--position-embedding-type mrope"),
     "multi-token prediction by its flag in hybrid models": Refused("--hybrid-layer-pattern *E*E --mtp-num-layers 1"),
     "fully sharded data parallel": Refused("--use-torch-fsdp2"),
     "fully sharded data parallel of Megatron": Refused("--use-megatron-fsdp"),

@@ -264,9 +264,9 @@ def reference_groups(
 ) -> Tensor:
     """Return which of the visible experts `seen` are in the chosen groups, as indices into `seen`."""
     group_of_seen = (seen // (num_experts // num_groups)).tolist()
-    score = {
-        group: sum(sorted(preference[[g == group for g in group_of_seen]].tolist(), reverse=True)[: topk // group_topk])
-        for group in set(group_of_seen)
-    }
+    places, smallest, score = topk // group_topk, float(preference.min()), {}
+    for group in set(group_of_seen):
+        best = sorted(preference[[g == group for g in group_of_seen]].tolist(), reverse=True)[:places]
+        score[group] = sum(best) + smallest * (places - len(best))
     chosen = sorted(score, key=score.get, reverse=True)[:group_topk]
     return torch.tensor([i for i, group in enumerate(group_of_seen) if group in chosen], device=seen.device)

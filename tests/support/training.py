@@ -64,7 +64,7 @@ class Run:
         restarts: How often torchrun may restart the ranks.
         rank_0_hosts_store: The store of the ranks is in rank 0, as without torchrun.
         logs_scalars: Whether the run writes TensorBoard events.
-        omits: A flag of `SETTINGS` that is left out.
+        omits: Flags of `SETTINGS` that are left out, with their values.
         sees_gpus: Whether the processes see the GPUs of this machine.
         description: Describes the run in words.
     """
@@ -232,5 +232,13 @@ class Workplace:
         flags += ["--routing-mask", run.mask] if run.mask else []
         flags += ["--load", str(load)] if load else []
         flags += ["--save", str(folder / "save")] if run.saves else []
-        flags = [flag for flag in flags if flag != run.omits]
-        return [*flags, *shlex.split(run.flags)]
+        return [*without_flags(flags, run.omits or ""), *shlex.split(run.flags)]
+
+
+def without_flags(words: Sequence[str], omitted: str) -> list[str]:
+    """Return the words of a command line without the flags in `omitted`, and without their values."""
+    kept, is_kept = [], True
+    for word in words:
+        is_kept = word not in omitted.split() if word.startswith("--") else is_kept
+        kept += [word] if is_kept else []
+    return kept

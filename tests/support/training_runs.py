@@ -10,6 +10,8 @@ from support.launchers import TESTS
 from support.training import Run
 
 DISTRIBUTED = "--use-distributed-optimizer"
+# Each parameter is a bucket of its own, so a module that reads it too early reads the weights of the step before.
+GATHERED = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1"
 EXPERT_2 = "--expert-model-parallel-size 2"
 PIPELINE_2 = "--pipeline-model-parallel-size 2"
 TENSOR_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -25,6 +27,11 @@ UNTIL_8 = "--exit-interval 8"
 UNTIL_12 = "--exit-interval 12"
 UNTIL_10 = "--exit-interval 10"
 FROM_7 = f"{UNTIL_12} --ckpt-step 7"
+BLEND_12 = "--data-path 1 data --train-iters 12"
+IN_ITERATIONS = "--train-iters --lr-warmup-iters"
+SAMPLES = "--train-samples 80 --lr-warmup-samples 24 --eval-global-batch-size 8"
+# The first 4 iterations have 4 samples, the remaining 8 iterations have 8 samples. Thresholds are in tokens.
+GROWING_BATCHES = f"{SAMPLES} --step-batch-size-schedule '0:4 512:8'"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
 CONTIGUOUS_IDS = (str(TESTS / "training" / "pretrain_with_contiguous_ids.py"),)
@@ -42,6 +49,17 @@ RUNS = {
     "start, distributed optimizer": Run(f"--exit-interval 1 {DISTRIBUTED}", saves=True),
     "reference": Run(description="One process, 21 iterations."),
     "resumed from start": Run(continues="start", mask=None),
+    # Lengths in samples.
+    "length in samples": Run("--train-samples 170 --lr-warmup-samples 24 --lr-decay-samples 168", omits=IN_ITERATIONS),
+    "batches before they grow": Run(f"{SAMPLES} --global-batch-size 4 --exit-interval 4", omits=IN_ITERATIONS),
+    "growing batches": Run(
+        f"{GROWING_BATCHES} --save-interval 4 --async-save", saves=True, omits=f"{IN_ITERATIONS} --global-batch-size"
+    ),
+    "growing batches, resumed": Run(
+        f"{GROWING_BATCHES} --ckpt-step 4",
+        continues="growing batches",
+        omits=f"{IN_ITERATIONS} --global-batch-size",
+    ),
     # Layouts.
     "expert parallel 2": Run(
         EXPERT_2,
@@ -153,6 +171,18 @@ RUNS = {
         f"{DROPOUT} {FROM_7} --lr 1e-3 --weight-decay 0.5 --use-checkpoint-opt-param-scheduler", continues="fp32"
     ),
     "shortened": Run(f"{DROPOUT} {FROM_7} --train-iters 18 --override-opt-param-scheduler", continues="fp32"),
+    # A blend, even of one dataset, has exactly the requested samples.
+    "evaluated often": Run(f"{BLEND_12} --eval-interval 1", saves=True),
+    "evaluated often, then seldom": Run(
+        f"{BLEND_12} --ckpt-step 7 --eval-interval 4 --eval-iters 2", continues="evaluated often"
+    ),
+    "evaluated often, then at the end": Run(
+        f"{BLEND_12} --ckpt-step 7 --eval-interval 100", continues="evaluated often"
+    ),
+    "smaller batch": Run(
+        f"{BLEND_12} --ckpt-step 7 --eval-iters 0 --global-batch-size 4 --override-opt-param-scheduler",
+        continues="evaluated often",
+    ),
     "bf16": Run(f"--bf16 {DROPOUT} {UNTIL_12}", saves=True),
     "bf16, resumed": Run(f"--bf16 {DROPOUT} {FROM_7}", continues="bf16"),
     "fp32, distributed optimizer": Run(f"{DISTRIBUTED} {DROPOUT} {UNTIL_12}", ranks=2, saves=True),
@@ -262,6 +292,9 @@ RUNS = {
     ),
     "planned dispatch, distributed optimizer": Run(
         f"{EXPERT_2} {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True, mask="rank_local.safetensors"
+    ),
+    "planned dispatch, gathered parameters": Run(
+        f"{EXPERT_2} {GATHERED} {UNTIL_8}", ranks=2, mask="rank_local.safetensors"
     ),
     "dispatch without plans, on 1": Run(
         f"--change-routing-mask {DISTRIBUTED} {FROM_7}", continues="planned dispatch, distributed optimizer"
@@ -444,7 +477,12 @@ RUNS |= model_in_layouts(
             8,
             f"{TENSOR_2} --expert-tensor-parallel-size 1 --expert-model-parallel-size 4 {PIPELINE_2}",
             "Tensor, expert, pipeline and data parallel on 8 ranks.",
-        )
+        ),
+        "data parallel rich, gathered parameters": (
+            2,
+            f"{EXPERT_2} {GATHERED} --moe-shared-expert-overlap",
+            "Parameters are gathered during the forward pass, in which shared experts compute while tokens travel.",
+        ),
     },
     description="Grouped-query attention, one dense layer, gated shared experts, two balancing losses and z-loss.",
 )
@@ -819,6 +857,11 @@ RUNS |= model_in_layouts(
             2,
             f"{PIPELINE_2} --hybrid-layer-pattern GEGE|GE*E",
             "A pipeline of 2 stages.",
+        ),
+        "gated delta net, gathered parameters": (
+            2,
+            f"{EXPERT_2} {GATHERED}",
+            "Parameters are gathered during the forward pass.",
         ),
         "gated delta net, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
         "gated delta net, context parallel 2, expert parallel 2": (

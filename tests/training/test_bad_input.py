@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from megatron.training.arguments import parse_args
 from megatron.training.global_vars import destroy_global_vars
 from support.datasets import write_documents
 from support.masks import build_mask, count_ids
+from support.training import Run
+from support.training_runs import IN_ITERATIONS
 
 from maskmoe.cli import run_tool
 from maskmoe.command_line import refuse_unknown_flags
@@ -79,6 +82,16 @@ MORE_CASES = {
     "setting without support": ("--moe-router-fusion", MASK, ["--moe-router-fusion"]),
     "setting that Megatron refuses": ("--pipeline-model-parallel-size 2", MASK, ["world size (1)"]),
     "layers that stages do not divide": ("--pipeline-model-parallel-size 3", MASK, ["--num-layers 4 is not divisible"]),
+    "heads that query groups do not divide": (
+        "--num-attention-heads 4 --group-query-attention --num-query-groups 3",
+        MASK,
+        ["--num-attention-heads 4 is not divisible by --num-query-groups 3: 1, 2, 4 would fit"],
+    ),
+    "more optimizers than ranks": (
+        "--num-distributed-optimizer-instances 2",
+        MASK,
+        ["--num-distributed-optimizer-instances 2 must divide"],
+    ),
     "two kinds of attention": (
         "--hybrid-layer-pattern *E*E/+E",
         MASK,
@@ -161,22 +174,104 @@ def test_bad_input_ends_the_process(case, refusals, refusal):
         assert part in message
 
 
+@pytest.fixture
+def error_of(workplace, tmp_path, monkeypatch) -> Callable[[Run], str]:
+    """Check a run in this process, and return its error."""
+
+    def error_of(run: Run) -> str:
+        monkeypatch.chdir(workplace.folder)
+        monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
+        try:
+            with pytest.raises(UserError) as error:
+                parse_and_check_args(add_pretraining_arguments)
+        finally:
+            destroy_global_vars()
+            unset_num_microbatches_calculator()
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return error_of
+
+
 @pytest.mark.parametrize("case", ALL_CASES)
-def test_bad_input_is_found_by_the_checks(case, workplace, bad_files, refusal, tmp_path, monkeypatch):
+def test_bad_input_is_found_by_the_checks(case, bad_files, refusal, error_of):
     flags, mask, parts = ALL_CASES[case]
-    run = replace(refusal.run, flags=flags, mask=mask, saves="--save" not in flags)
-    monkeypatch.chdir(workplace.folder)
-    monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
-    try:
-        with pytest.raises(UserError) as error:
-            parse_and_check_args(add_pretraining_arguments)
-    finally:
-        destroy_global_vars()
-        unset_num_microbatches_calculator()
-    message = str(error.value)
-    assert "\n" not in message
+    message = error_of(replace(refusal.run, flags=flags, mask=mask, saves="--save" not in flags))
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty; give PREFIX… or WEIGHT PREFIX …"),
+        (b"\xff\xfe", "is not a text file in UTF-8"),
+        (b"-1 data", ": blend weight -1 is not a positive number"),
+        (b"1 data data ended", " has weights for some datasets, but 'data' stands where a weight is expected"),
+    ],
+)
+def test_bad_file_of_data_paths(content, message, refusal, error_of, tmp_path):
+    path = tmp_path / "paths.txt"
+    if content is not None:
+        path.write_bytes(content)
+    error = error_of(replace(refusal.run, omits="--data-path", flags=f"--data-args-path {path}"))
+    assert error.startswith(f"--data-args-path {path}")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("", "is damaged (Invalid JSON"),
+        ("{'train': 1}", "is damaged (Invalid JSON"),
+        ('["data"]', "has no entry 'train'; give it a list of PREFIX… or WEIGHT PREFIX …, or null"),
+        ('{"train": ["data"], "valid": null}', "has no entry 'test'"),
+        ('{"train": 5, "valid": null, "test": null}', ": train must be a list of PREFIX… or WEIGHT PREFIX …, or null"),
+        ('{"train": "data", "valid": [], "test": null}', ": valid is empty"),
+        ('{"train": [0.5, "data", 0.5, 7], "valid": null, "test": null}', ": train holds 7 where a prefix is expected"),
+        ('{"train": [1, "data", "ended", "data"], "valid": null, "test": null}', "train has weights for some datasets"),
+        ('{"train": [0.5, "data", 0.5, "ended"], "valid": null, "test": null}', "there are no validation data"),
+    ],
+)
+def test_bad_file_of_data_paths_per_split(content, message, refusal, error_of, tmp_path):
+    path = tmp_path / "paths.json"
+    if content is not None:
+        path.write_text(content)
+    error = error_of(replace(refusal.run, omits="--data-path", flags=f"--per-split-data-args-path {path}"))
+    assert error.startswith(f"--per-split-data-args-path {path}") or message.startswith("there are no")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--lr", "no learning rate: pass --lr"),
+        ("--train-iters", "no length of training: pass --train-iters or --train-samples"),
+        ("--micro-batch-size", "no micro-batch size: pass --micro-batch-size"),
+        ("--seq-length", "no sequence length: pass --seq-length"),
+        ("--save-interval", "no interval between checkpoints: --save needs --save-interval"),
+        ("--num-layers", "no number of layers: pass --num-layers, or --hybrid-layer-pattern"),
+    ],
+)
+def test_missing_flag_is_named(flag, message, refusal, error_of):
+    assert error_of(replace(refusal.run, omits=flag)) == message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--train-samples 7", "--train-samples 7 is less than the 8 samples of one step"),
+        (
+            "--train-samples 16 --lr-warmup-iters 3",
+            "--lr-warmup-iters 3 with --train-samples: pass --lr-warmup-samples",
+        ),
+        ("--train-samples 16 --rampup-batch-size 2 2 8", "--rampup-batch-size is not supported. "),
+    ],
+)
+def test_length_in_samples_that_cannot_be_trained(flags, message, refusal, error_of):
+    assert error_of(replace(refusal.run, flags=flags, omits=IN_ITERATIONS)).startswith(message)
 
 
 @pytest.mark.parametrize(

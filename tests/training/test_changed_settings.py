@@ -5,6 +5,7 @@ The checkpoint is from iteration 7 of a run of 21 iterations with 8 samples each
 """
 
 import math
+import re
 import sys
 from argparse import Namespace
 from types import SimpleNamespace
@@ -13,18 +14,21 @@ import numpy as np
 import pytest
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.training import training as megatron_training
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import destroy_global_vars
 from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
+from support.training_runs import IN_ITERATIONS
 
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.data.indexed_dataset import read_index
 from maskmoe.errors import UserError
-from maskmoe.training import pretraining
+from maskmoe.training import changed_settings, pretraining
 from maskmoe.training.changed_settings import ChangedSettings, find_changed_settings, take_schedule_of_checkpoint
-from maskmoe.training.data_order import Epochs, epochs_of_training_data
+from maskmoe.training.data_order import Epochs, epochs_of_training_data, samples_to_request
 from maskmoe.training.flag_ranges import check_ranges
 from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.setup import add_maskmoe_arguments
@@ -97,8 +101,8 @@ def changed(runs, workplace, monkeypatch):
     """Find the changes of a run with further flags; the first run of the test saved the checkpoint."""
     checkpoint = checkpoint_path(runs[0].checkpoints, 7)
 
-    def changed(flags: str) -> ChangedSettings:
-        run = Run(f"--hidden-dropout 0.1 --attention-dropout 0.1 --distributed-backend gloo {flags}")
+    def changed(flags: str, omits: str | None = None) -> ChangedSettings:
+        run = Run(f"--hidden-dropout 0.1 --attention-dropout 0.1 --distributed-backend gloo {flags}", omits=omits)
         words = workplace.flags(run, workplace.folder / "unused", runs[0].checkpoints)
         monkeypatch.setattr(sys, "argv", ["pretrain", *words])
         monkeypatch.chdir(workplace.folder)
@@ -145,10 +149,71 @@ def test_other_changes_need_no_word(changed, flags):
     assert changed(flags) == ChangedSettings()
 
 
+SAMPLES = "--lr-warmup-samples 24 --train-samples"
+SCHEDULE = "--step-batch-size-schedule"
+
+
+@pytest.mark.runs("fp32")
+def test_equal_length_in_samples_needs_no_word(changed):
+    assert changed(f"{SAMPLES} 168", IN_ITERATIONS) == ChangedSettings()
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.parametrize(
+    ("flags", "errors", "notes", "is_complete"),
+    [
+        (f"{SAMPLES} 240", ("--train-samples None in the checkpoint, 240 in this run", "in the last, 30"), (), False),
+        (f"{SAMPLES} 240 {OVERRIDE}", (), ("in iteration 8, 0.0002 in the last, 30",), False),
+        (f"{SAMPLES} 56 {OVERRIDE}", (), ("has reached --train-samples 56", "pass more --train-samples"), True),
+        (
+            f"{SAMPLES} 168 --global-batch-size 16",
+            ("has read 56 samples in 7 iterations, which are 3 iterations", "--step-batch-size-schedule"),
+            (),
+            False,
+        ),
+        # The batches grow after the checkpoint.
+        (
+            f"{SAMPLES} 168 {SCHEDULE} '0:8 1792:16'",
+            (),
+            (f"{SCHEDULE} None in the checkpoint, 0:8 1792:16 in this run: schedules count samples",),
+            False,
+        ),
+        (
+            f"{SAMPLES} 184 {SCHEDULE} '0:8 1792:16' {OVERRIDE}",
+            (),
+            ("in iteration 8, 0.0002 in the last, 15", "another number of samples from iteration 8 on"),
+            False,
+        ),
+        (f"{SAMPLES} 168 {SCHEDULE} '0:4 1792:16'", ("which are 14 iterations",), (), False),
+    ],
+)
+def test_changed_length_in_samples(changed, flags, errors, notes, is_complete):
+    found = changed(flags, f"{IN_ITERATIONS} --global-batch-size" if SCHEDULE in flags else IN_ITERATIONS)
+    assert len(found.errors) == bool(errors)
+    for part in errors:
+        assert part in found.errors[0]
+    for part in notes:
+        assert part in " ".join(found.notes)
+    assert found.is_complete == is_complete
+
+
 @pytest.mark.runs("fp32")
 def test_finetuning_in_the_folder_of_the_checkpoint_is_warned_of(changed, runs):
     notes = changed(f"--finetune --save {runs[0].checkpoints}").notes
     assert "each start begins at iteration 0 again" in notes[1]
+
+
+@pytest.mark.runs("fp32")
+def test_checkpoint_without_an_optimizer_is_refused(changed, runs, monkeypatch):
+    """Megatron fails for lack of the state."""
+    saved = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))["args"]
+    state = {"args": Namespace(**vars(saved) | {"no_save_optim": True})}
+    monkeypatch.setattr(changed_settings, "load_common_state_dict", lambda checkpoint: state)
+    (error,) = changed("").errors
+    assert "iter_0000007 was saved with --no-save-optim and holds no state of the optimizer: pass --no-load" in error
+    for flags in ("--no-load-optim", "--finetune", "--skip-train", "--train-iters 7"):
+        assert changed(flags).errors == ()
+    assert len(changed("--train-iters 7 --save elsewhere").errors) == 1
 
 
 # ---- What real runs do -----------------------------------------------------------------------------------------------
@@ -195,6 +260,14 @@ def test_shortened_run_has_the_same_data_and_an_earlier_end(runs):
     assert shortened.curves["lm loss"][10] != unchanged.curves["lm loss"][10]
     expected = {iteration: cosine(iteration, 2e-3, 2e-4, 18) for iteration in range(8, 13)}
     assert rates_of(shortened) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.runs("evaluated often", "smaller batch")
+def test_run_with_a_smaller_batch_has_samples_left(runs):
+    """The checkpoint has consumed 56 samples, and 12 iterations of the new batch are 48 samples."""
+    before, smaller = runs
+    assert smaller.iterations == list(range(8, 13))
+    assert smaller.curves["lm loss"][8] != before.curves["lm loss"][8]  # of half as many samples
 
 
 LONGER = "--train-iters 30 --hidden-dropout 0.1 --attention-dropout 0.1"
@@ -244,6 +317,20 @@ def test_refusal_of_a_run_is_one_line(runs, start, refusal):
 
 
 @pytest.mark.slow
+def test_run_without_saved_optimizer_says_how_to_resume(workplace, tmp_path):
+    flags = f"--no-save-optim --save {tmp_path}/save --load {tmp_path}/save --eval-iters 0"
+    stopped = workplace.run(Run(f"{flags} --exit-interval 2"), tmp_path / "stopped")
+    assert stopped.exit_codes == (0,), stopped.report()
+    expected = r"^stopped: saved iteration 2 in \S+; without the optimizer \(--no-save-optim\), so --no-load-optim is"
+    assert re.search(expected, (stopped.folder / "out0.log").read_text(), re.MULTILINE)
+    refused = workplace.run(Run(f"{flags} --exit-interval 4"), tmp_path / "refused")
+    assert refused.exit_codes == (2,), refused.report()
+    resumed = workplace.run(Run(f"{flags} --exit-interval 4 --no-load-optim"), tmp_path / "resumed")
+    assert resumed.iterations == [3, 4]
+    assert "saved iteration 4" in (resumed.folder / "out0.log").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.runs("fp32")
 def test_complete_run_ends_at_once(runs, start):
     run = Run(f"{COMPLETE} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
@@ -288,6 +375,33 @@ def test_epochs_tell_which_numbers_of_samples_have_the_same_order(workplace, mon
     for one, our_one in orders.values():
         for other, our_other in orders.values():
             assert (one == other) == (our_one == our_other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "validation"),
+    [
+        ({}, 168, 40),
+        ({"consumed_valid_samples": 0}, 168, 40),
+        ({"global_batch_size": 4, "eval_global_batch_size": 4}, 56 + 14 * 4, 20 + 4),
+        ({"global_batch_size": 16, "eval_global_batch_size": 16}, 336, 80),
+        ({"eval_interval": 100}, 168, 8 + 8),
+        ({"eval_iters": 0}, 168, 9),
+        ({"eval_interval": 2, "start_eval_at_iter": 6}, 168, 64),
+        ({"eval_interval": 2, "start_eval_at_iter": 7, "consumed_valid_samples": 16}, 168, 64 + 16),
+        ({"train_samples": 170}, 170, 40),
+        ({"skip_train": True, "consumed_valid_samples": 100}, 168, 8),
+        ({"full_validation": True}, 168, None),
+    ],
+)
+def test_requested_samples_last_to_the_end(monkeypatch, changes, training, validation):
+    """The checkpoint is from iteration 7 of a run of 21 iterations with 8 samples each, evaluated in iteration 5."""
+    args = Namespace(iteration=7, train_iters=21, train_samples=None, global_batch_size=8, consumed_train_samples=56)
+    vars(args).update(eval_interval=5, eval_iters=1, eval_global_batch_size=8, consumed_valid_samples=8)
+    vars(args).update(start_eval_at_iter=None, skip_train=False, full_validation=False)
+    vars(args).update({"phase_transition_iterations": None} | changes)
+    monkeypatch.setattr(megatron_training, "get_args", lambda: args)
+    requested = megatron_training.get_train_valid_test_num_samples()
+    assert samples_to_request(args, requested) == [training, validation, requested[2]]
 
 
 def test_epochs_of_a_blend_follow_its_weights(workplace, monkeypatch):

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,19 +13,33 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.core.rerun_state_machine import RerunState
 from megatron.training import checkpointing
 from megatron.training.global_vars import destroy_global_vars
 from support.paths import ROOT
 from support.training import Run
 from torch.distributed import HashStore
+from torch.distributed.checkpoint.api import CheckpointException
 
+from maskmoe.checkpoint import saver
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
-from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, read_tracker, saved_iterations
+from maskmoe.checkpoint.series import (
+    RELEASE,
+    TRACKER,
+    checkpoint_path,
+    choose_checkpoint,
+    read_tracker,
+    saved_iterations,
+    write_tracker,
+)
 from maskmoe.conversion.config_mapping import _FIXED_ARGS
-from maskmoe.errors import UserError
-from maskmoe.journal import Kind, read_journal
+from maskmoe.errors import RunFailure, UserError
+from maskmoe.journal import Journal, Kind, read_journal
 from maskmoe.training.changed_settings import find_changed_settings
+from maskmoe.training.failures import DataFiles, handling_early_ends
+from maskmoe.training.leaving import LeaveAfterSave
 from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import (
@@ -160,6 +175,40 @@ def test_unusable_tracker(copy, content, files_and_times, capsys):
 
 
 @pytest.mark.runs(SAVED)
+def test_iteration_beside_an_imported_model_is_loaded(copy, capsys):
+    """Megatron loads the imported model, whatever --ckpt-step says, as long as the tracker names it."""
+    checkpoint_path(copy, 14).rename(copy / RELEASE)
+    write_tracker(copy, RELEASE)
+    args, ranks = Namespace(load=str(copy), ckpt_step=7, verify_checkpoint=True), RankStore(HashStore(), 0, 1)
+    args.non_persistent_ckpt_type, args.loads_non_persistent = None, False
+    assert find_checkpoint(args, ranks) == checkpoint_path(copy, 7)
+    mend_tracker(args, ranks)
+    assert read_tracker(copy) == 7
+    assert f"the tracker file in {copy} named release; it names iteration 7 now" in capsys.readouterr().err
+    write_tracker(copy, RELEASE)
+    args.loads_non_persistent = True
+    mend_tracker(args, ranks)
+    assert read_tracker(copy) == RELEASE
+    args.ckpt_step, args.loads_non_persistent = None, False
+    mend_tracker(args, ranks)
+    assert read_tracker(copy) == RELEASE
+
+
+@pytest.mark.runs(SAVED)
+def test_imported_model_is_trained_with_a_retain_interval(copy, workplace, tmp_path):
+    checkpoint_path(copy, 21).rename(copy / RELEASE)
+    for iteration in (7, 14):
+        shutil.rmtree(checkpoint_path(copy, iteration))
+    write_tracker(copy, RELEASE)
+    flags = f"--load {copy} --save {copy} --save-interval 2 --save-retain-interval 4 --exit-interval 6 --eval-iters 0"
+    outcome = workplace.run(Run(flags), tmp_path / "run")
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert outcome.iterations == [1, 2, 3, 4, 5, 6]
+    assert saved_iterations(copy) == [6, 4]
+    assert read_tracker(copy) == 6
+
+
+@pytest.mark.runs(SAVED)
 def test_unfinished_first_save_is_not_a_checkpoint(copy, tmp_path):
     first = tmp_path / "first"
     shutil.copytree(checkpoint_path(copy, 7), checkpoint_path(first, 7))
@@ -219,6 +268,58 @@ def test_the_last_iteration_is_saved_once(workplace, tmp_path, passed, saved):
     assert [entry.iteration for entry in entries] == saved
     assert read_tracker(outcome.checkpoints) == 8
     check_all(checkpoint_path(outcome.checkpoints, 8))
+
+
+@pytest.mark.parametrize("flags", ["--async-save", pytest.param("", marks=pytest.mark.slow)])
+def test_checkpoint_is_saved_again_with_the_search_for_a_fault(workplace, tmp_path, flags):
+    """The gradient of the iteration after the save is NaN, also when Megatron repeats the step."""
+    flags = f"{flags} --save-interval 4 --keep-last-checkpoints 1 --eval-iters 0"
+    fault = {"FAULT": "nan-always", "FAULT_RANK": "0", "FAULT_ITERATION": "5", "FAULT_FOLDER": str(tmp_path)}
+    run = Run(flags, saves=True, program=(str(Path(__file__).with_name("pretrain_with_fault.py")),))
+    with workplace.start(run, tmp_path / "run", environment=fault) as processes:
+        outcome = processes.wait()
+    assert outcome.exit_codes == (16,), outcome.report()
+    assert outcome.errors[0].rstrip().endswith("The newest checkpoint is of iteration 4")
+    entries = [entry for entry in read_journal(outcome.checkpoints) if entry.kind is Kind.SAVED]
+    assert [entry.iteration for entry in entries] == [4, 4]
+    assert [path.name for path in outcome.checkpoints.glob("*iter_*")] == ["iter_0000004"]
+    checkpoint = checkpoint_path(outcome.checkpoints, 4)
+    check_all(checkpoint)
+    assert load_common_state_dict(checkpoint)["rerun_state_machine"]["state"] == RerunState.WILL_RERUN_FROM_CHECKPOINT
+
+
+def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
+    settings = Namespace(save=str(tmp_path), load=None, async_save=False, keep_last_checkpoints=1)
+    settings.save_retain_interval, machine = None, Namespace(state=RerunState.NOT_RUNNING_YET)
+    monkeypatch.setattr(saver, "get_args", lambda: settings)
+    monkeypatch.setattr(saver, "get_rerun_state_machine", lambda: machine)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    content = iter(("first", "not saved", "second", OSError("the disk is full"), "third"))
+
+    def save_checkpoint(iteration: int, **_: object) -> None:
+        """Write as Megatron's function does, but fail after the file is written if the content is an error."""
+        folder = Path(checkpointing.get_checkpoint_name(settings.save, iteration, return_base_dir=True))
+        folder.mkdir()
+        (folder / "content").write_text(str(item := next(content)))
+        if isinstance(item, OSError):
+            raise item
+
+    own = saver.CheckpointSaver(save_checkpoint, lambda **_: None, nullcontext, nullcontext, Journal(None))
+    saved = checkpoint_path(tmp_path, 4) / "content"
+    own.save(4)
+    own.save(4)
+    assert saved.read_text() == "first"
+    next(content)
+    machine.state = RerunState.WILL_RERUN_FROM_CHECKPOINT
+    own.save(4)
+    assert saved.read_text() == "second"
+    with pytest.raises(OSError, match="full"):
+        own.save(4)
+    assert saved.read_text() == "second"
+    own.save(4)
+    assert saved.read_text() == "third"
+    assert list(tmp_path.iterdir()) == [saved.parent]
 
 
 @pytest.mark.runs(SAVED)
@@ -510,6 +611,53 @@ def test_optimizer_state_of_a_gpt_model_needs_names(runs, parse, monkeypatch):
     check_same_model(replace_fields(args, no_load_optim=True), checkpoint)
     with pytest.raises(UserError, match=r"holds a GPT model, and its optimizer .* --dist-ckpt-optim-fully-reshardable"):
         check_same_model(args, checkpoint)
+
+
+@pytest.mark.runs(SAVED)
+def test_damaged_pretrained_checkpoint_is_refused(copy, parse):
+    """Megatron loads the checkpoint that the tracker names, sound or not."""
+    flags = f"--pretrained-checkpoint {copy}"
+    parse(flags)
+    flip(checkpoint_path(copy, 21) / "__0_0.distcp")
+    advice = rf"To load {copy}/iter_0000014, write 14 into this file"
+    with pytest.raises(UserError, match=rf"but {copy}/iter_0000021 __0_0\.distcp does not have the content.*{advice}"):
+        parse(flags)
+    parse(f"{flags} --no-verify-checkpoint")
+    truncate(checkpoint_path(copy, 21) / "__0_0.distcp")
+    with pytest.raises(UserError, match=rf"iter_0000021 __0_0\.distcp has \d+ of \d+ bytes\. {advice}"):
+        parse(f"{flags} --no-verify-checkpoint")
+    write_tracker(copy, 14)
+    parse(flags)
+    (copy / TRACKER).unlink()
+    with pytest.raises(UserError, match=rf"but {copy}/iter_0000021 __0_0\.distcp has .*{advice}"):
+        parse(flags)
+    shutil.rmtree(checkpoint_path(copy, 21))
+    with pytest.raises(UserError, match=rf"{TRACKER} names, but the file names none\. {advice}"):
+        parse(flags)
+
+
+@pytest.mark.runs(SAVED)
+def test_pretrained_checkpoint_is_named(copy, workplace, tmp_path):
+    run = Run(f"{EXPERT_2} --pretrained-checkpoint {copy} --exit-interval 1 --eval-iters 0", ranks=2, saves=True)
+    outcome = workplace.run(run, tmp_path / "run")
+    assert outcome.exit_codes == (0, 0), outcome.report()
+    start = f"from the weights of {copy}/iter_0000021"
+    assert re.search(rf"^start +{start}$", (outcome.folder / "out0.log").read_text(), re.MULTILINE)
+    (entry,) = (entry for entry in read_journal(outcome.checkpoints) if entry.kind is Kind.STARTED)
+    assert entry.text.endswith(f"; {start}")
+
+
+@pytest.mark.runs(SAVED)
+def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
+    """Megatron raises the same exception for both."""
+    monkeypatch.setattr("multiprocessing.active_children", list)  # which would be ended
+    error = CheckpointException("failed", {0: (OSError("Input/output error"), traceback.extract_stack())})
+    args = Namespace(load=str(copy), ckpt_step=21, loads_non_persistent=False, pretrained_checkpoint=None)
+    with (
+        pytest.raises(RunFailure, match=rf"^cannot load {copy}/iter_0000021: Input/output error$"),
+        handling_early_ends(args, DataFiles([]), LeaveAfterSave(RankStore(HashStore(), 0, 1))),
+    ):
+        raise error
 
 
 def replace_fields(args: Namespace, **fields) -> Namespace:

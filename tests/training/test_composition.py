@@ -101,6 +101,23 @@ def test_new_layers_of_a_hybrid_model_start_beside_the_layers_of_a_gpt_model(run
     assert 1e-4 < run.difference(reference, ["lm loss"]) < 1e-2
 
 
+@pytest.mark.parametrize(
+    (),
+    [
+        pytest.param(marks=[pytest.mark.runs(*pair), *marks], id=pair[1])
+        for pair, *marks in (
+            (("planned dispatch, distributed optimizer", "planned dispatch, gathered parameters"),),
+            (("data parallel rich", "data parallel rich, gathered parameters"), pytest.mark.slow),
+            (("gated delta net", "gated delta net, gathered parameters"), pytest.mark.slow),
+        )
+    ],
+)
+def test_every_module_waits_for_its_gathered_parameters(runs):
+    reference, run = runs
+    assert run.iterations[-1] == 8
+    assert run.difference(reference) < FP32_ORDER_OF_SUMS
+
+
 @pytest.mark.runs("reference", "tensor 2, larger micro-batches in evaluation")
 def test_validation_has_micro_batches_of_its_own(runs):
     reference, run = runs

@@ -1,8 +1,9 @@
-"""The console of a rank, its log, and the saved arguments."""
+"""The console of a rank, its header, its log, and the saved arguments."""
 
 import io
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -12,10 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.launch.model_file import ModelFile, flag_words, split_flags
 from maskmoe.launch.run_folder import run_folder
+from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.console import Console
+from maskmoe.training.header import ParameterCounts, describe_run
+from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.saved_arguments import arguments_text
 
 ITERATION = (
@@ -269,6 +274,38 @@ def test_process_ends_after_all_exit_handlers():
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert (process.returncode, process.stderr) == (0, "thread\nhandler\n")
+
+
+MODEL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --mock-data
+    --padded-vocab-size 256 --micro-batch-size 2 --lr 1e-3 --distributed-backend gloo
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "tokens"),
+    [
+        ("--global-batch-size 8 --train-iters 5", "8 samples × 16 = 128 tokens", "640"),
+        ("--global-batch-size 8 --train-samples 40", "8 samples × 16 = 128 tokens", "640"),
+        # An incomplete batch is left out.
+        ("--global-batch-size 8 --train-samples 47", "8 samples × 16 = 128 tokens", "640"),
+        # Three iterations of 4 samples, and two of 1,000 samples.
+        (
+            "--step-batch-size-schedule '0:4 160:1000' --train-samples 2012",
+            "4 to 1,000 samples × 16 = 64 to 16,000 tokens",
+            "32,192",
+        ),
+    ],
+)
+def test_header_describes_steps_and_length(flags, step, tokens, monkeypatch):
+    """Megatron computes the iterations of --train-samples only after the header."""
+    monkeypatch.setattr(sys, "argv", ["pretrain", *shlex.split(f"{MODEL} {flags}")])
+    args = parse_args(lambda parser: add_pretraining_arguments(add_maskmoe_arguments(parser)))
+    args.rank, args.world_size = 0, 1
+    validate_args(args)
+    header = describe_run(args, None, None, ParameterCounts(1000, 0, 0), None)
+    assert header["step"] == f"{step}, in micro-batches of 2; 5 iterations"
+    assert header["data"] == f"mock data; {tokens} tokens in all"
 
 
 def test_saved_arguments_are_a_model_file(tmp_path):

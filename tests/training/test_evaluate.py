@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.datasets import predictable_ids, write_documents
 from support.launchers import Outcome
+from support.masks import count_ids
 from support.training import VOCAB_SIZE
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index
@@ -109,6 +110,19 @@ def test_bands_make_up_the_whole(results):
     assert [band["name"] for band in bands] == ["top 40 %", "next 50 %", "last 10 %"]
     assert math.isclose(weighted, evaluation["loss"], rel_tol=1e-9)
     assert math.isclose(evaluation["perplexity"], math.exp(evaluation["loss"]))
+
+
+def test_band_without_tokens_has_no_loss(workplace, execute):
+    """The only id of the counts makes up the first band, and no id is left for the second."""
+    write_documents(workplace.folder / "one_id", [np.full(120, 3)], np.int32)
+    count_ids(workplace.folder / "one_id", VOCAB_SIZE).save(workplace.folder / "one_id.safetensors")
+    outcome = execute("band without tokens", "--token-frequency one_id.safetensors --eval-iters 1", 1)
+    assert outcome.exit_codes == (0,), outcome.report()
+    text = (outcome.folder / "evaluation.json").read_text()
+    assert not re.search("NaN|Infinity", text)  # which JSON does not have
+    first, second, last = json.loads(text)["bands"]
+    assert (second["loss"], second["perplexity"], second["tokens"]) == (None, None, 0)
+    assert first["loss"] > 0 < last["loss"]
 
 
 def test_expert_load_is_what_the_mask_allows(results, workplace):

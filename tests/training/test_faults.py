@@ -16,7 +16,7 @@ from support.launchers import CPU_ENVIRONMENT
 from support.training import Run, TrainingProcesses
 
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
-from maskmoe.checkpoint.series import checkpoint_path, read_tracker, saved_iterations
+from maskmoe.checkpoint.series import checkpoint_path, read_tracker, saved_iterations, write_tracker
 from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
 
 PROGRAM = str(Path(__file__).with_name("pretrain_with_fault.py"))
@@ -244,6 +244,34 @@ def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, verd
     assert error.endswith(f"The newest checkpoint is of iteration {newest}")
     assert outcome.iterations[-1] == 9
     assert read_tracker(tmp_path / "save") == newest
+
+
+@UNDISTURBED
+@pytest.mark.parametrize("flags", ["--spike-action none", pytest.param("", marks=pytest.mark.slow)])
+def test_nan_in_the_first_step_is_not_saved(runs, start_faulty, tmp_path, flags):
+    """Megatron does not repeat the first step of a process, and applies its update."""
+    save = tmp_path / "save"
+    shutil.copytree(checkpoint_path(runs[0].checkpoints, 7), checkpoint_path(save, 7))
+    write_tracker(save, 7)
+    flags = f"{flags} --save-interval 1 --keep-last-checkpoints 1"
+    with start_faulty("nan-always", flags, iteration=8) as processes:
+        outcome = processes.wait(all_end=True)
+    assert outcome.exit_codes == (1, 1), outcome.report()
+    error = re.search(r"^error: (.*)$", outcome.errors[0], re.MULTILINE)[1]
+    assert error.startswith("the loss or gradient of iteration 8 was NaN or infinite. It is the first iteration since")
+    assert error.endswith("The newest checkpoint is of iteration 7")
+    assert damages_in(save) == {7: None}
+
+
+@pytest.mark.slow
+def test_overflow_in_the_first_step_skips_the_update(start_faulty, tmp_path):
+    """A constant loss scale keeps Megatron's check for NaN, and an update that is skipped leaves the weights sound."""
+    flags = "--fp16 --loss-scale 1024 --exit-interval 2 --eval-iters 0"
+    with start_faulty("nan-always", flags, rank=0, iteration=1, ranks=1) as processes:
+        outcome = processes.wait()
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert (tmp_path / "fault-happened").exists()
+    assert read_tracker(tmp_path / "save") == 2
 
 
 @pytest.mark.parametrize(

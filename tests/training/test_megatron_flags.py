@@ -27,6 +27,7 @@ BASE = [*MODEL, *FOR_FLEX, "--transformer-impl", "transformer_engine", "--cuda-g
 NEEDED = {
     "--reset-attention-mask": ["--transformer-impl", "local"],
     "--fim-data": ["--tokenizer-type", "HuggingFaceTokenizer"],
+    "--full-validation": ["--multiple-validation-sets"],
 }
 
 
@@ -125,12 +126,13 @@ def test_graphs_of_moe_layers_are_refused_and_named(
 def test_upcycling_is_answered_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [*MODEL, "--moe-use-upcycling"]
     (error,) = unsupported_settings(parser().parse_args(flags))
-    command = "tools/convert_checkpoint.py upcycle --load DENSE_CHECKPOINT --save MOE_CHECKPOINT"
+    command = "maskmoe convert upcycle --load DENSE_CHECKPOINT --save MOE_CHECKPOINT"
     assert error.endswith(f": {command} --routing-mask mask.safetensors --num-experts 8 --topk 2")
     flags += ["--load", "dense", "--save", "new runs/moe", "--moe-router-topk", "4", "--moe-layer-freq", "[0]+[1]*3"]
     (error,) = unsupported_settings(parser().parse_args([*flags, "--moe-upcycling-granularity", "2"]))
     words = shlex.split(error.split("The command is: ")[1])
-    monkeypatch.setattr(sys, "argv", words)
+    assert words[:2] == ["maskmoe", "convert"]
+    monkeypatch.setattr(sys, "argv", words[1:])
     parsed = parse_arguments()
     assert (parsed.command, parsed.load, parsed.save) == ("upcycle", Path("dense"), Path("new runs/moe"))
     assert (parsed.num_experts, parsed.topk, parsed.granularity) == (8, 4, 2)
@@ -151,6 +153,39 @@ def test_muon_is_divided_only_with(missing: str) -> None:
     for flags in (["--optimizer", "muon", "--use-distributed-optimizer"], ["--optimizer", "dist_muon"]):
         assert not refusals(flags)
         assert any(missing in error for error in unsupported_settings(parser().parse_args([*kept, *flags])))
+
+
+@pytest.mark.parametrize(
+    ("flags", "writes"),
+    [
+        ("--moe-grouped-gemm", True),
+        ("", False),
+        ("--moe-grouped-gemm --transformer-impl local", False),
+        ("--moe-grouped-gemm --use-transformer-engine-op-fuser", False),
+    ],
+)
+def test_counts_of_experts_are_refused_where_megatron_would_not_write_them(flags: str, writes: bool) -> None:
+    assert bool(refusals(["--save-tokens-per-expert-interval", "10", *flags.split()])) is not writes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps", "vanishes"),
+    [
+        ("--bf16", "1e-3", True),
+        ("--bf16", "3.9e-3", True),  # 1 - eps does not round to 1, but 1 + eps does
+        ("--bf16", "4e-3", False),
+        ("--bf16", "0", False),
+        ("--fp16", "4e-4", True),
+        ("--fp16", "1e-3", False),
+        ("--bf16", "1e-2", False),
+    ],
+)
+def test_jitter_that_vanishes_in_the_dtype_of_the_input_is_refused(dtype: str, eps: str, vanishes: bool) -> None:
+    flags = [*MODEL, dtype, "--moe-input-jitter-eps", eps]
+    errors = list(unsupported_settings(parser().parse_args(flags)))
+    assert [error.split(":")[0] for error in errors] == [
+        f"--moe-input-jitter-eps {float(eps):g} vanishes in {dtype[2:]}, where 1 + {float(eps):g} is 1"
+    ] * vanishes
 
 
 def test_deferred_weight_gradients_are_refused_where_data_parallelism_misses_them() -> None:

@@ -136,6 +136,8 @@ REFUSED = {
     f"--data-path {UNUSABLE_IDS}": "token id 599 at position 57",
     "--data-path nowhere": "nowhere",
     "--num-attention-heads 3": "invalid settings",
+    "--full-validation": "--full-validation without --multiple-validation-sets is not supported",
+    "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2": "without --eval-micro-batch-size",
     "": "not started as a rank",  # all checks have passed
 }
 
@@ -151,6 +153,17 @@ def test_refused_training(refuse, unusable_dataset, monkeypatch, flags):
 def test_refused_training_without_a_sound_checkpoint(refuse, run_folder):
     run_folder.damage()
     assert "no sound checkpoint" in refuse("")
+
+
+@pytest.mark.runs("fp32")
+def test_missing_checkpoint_of_refused_training(refuse, run_folder, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    load = f"--load {run_folder.path}/nowhere"
+    flag = "--exit-on-missing-checkpoint"
+    assert refuse(f"{load} {flag}").startswith(f"{load} holds no checkpoint: leave {flag} out")
+    # These runs are refused only because no launcher has started them.
+    for accepted in (flag, load, f"{load} {flag} --pretrained-checkpoint {run_folder.checkpoints}"):
+        assert "not started as a rank" in refuse(accepted)
 
 
 @pytest.mark.runs("fp32")

@@ -46,6 +46,21 @@ def test_resume_is_bit_equal(runs, pair):
     assert resumed.difference(uninterrupted) == 0
 
 
+@pytest.mark.parametrize(
+    "pair",
+    pairs(
+        ("evaluated often", "evaluated often, then seldom"),
+        slow=(("evaluated often", "evaluated often, then at the end"),),
+    ),
+)
+def test_resume_with_fewer_evaluations(runs, pair):
+    """The checkpoint has consumed more validation data than its run would have with the new flags."""
+    often, seldom = runs
+    assert seldom.iterations == list(range(8, 13))
+    assert seldom.difference(often, ["lm loss"]) == 0
+    assert 12 in seldom.curves["lm loss validation"]
+
+
 # The other direction, from 1 to 2, is in test_composition.py: "expert parallel 2" loads the checkpoint of one process.
 @pytest.mark.parametrize(
     "pair",

@@ -1,11 +1,15 @@
-"""The table of training runs: every name that a test uses is in the table, and every run is used."""
+"""The table of training runs, in which every name that a test uses is found, and runs whose length is in samples."""
 
 import ast
 
 import pytest
 from support.composition import BF16, COMPARED, COMPARED_IN_BF16
 from support.paths import TESTS
+from support.runs import read_scalars
 from support.training_runs import RUNS
+
+from maskmoe.journal import Kind, read_journal
+from maskmoe.run_status.logged import LogReader
 
 MODULES = sorted((TESTS / "training").glob("test_*.py"))
 TREES = {path.name: ast.parse(path.read_text()) for path in MODULES}
@@ -54,3 +58,33 @@ def test_every_run_is_used():
     compared = {*rows, *(name for names in rows.values() for name in names)}
     continued = {run.continues for run in RUNS.values()}
     assert set(RUNS) - literals - compared - continued == set()
+
+
+@pytest.mark.runs("reference", "length in samples")
+def test_length_in_samples_is_the_length_in_iterations(runs):
+    """170 samples are 21 iterations of 8 samples; Megatron leaves an incomplete batch out."""
+    reference, in_samples = runs
+    assert in_samples.iterations == reference.iterations == list(range(1, 22))
+    assert in_samples.difference(reference) == 0
+    output = (in_samples.folder / "out0.log").read_text()
+    assert "micro-batches of 2; 21 iterations\n" in output
+    assert "complete: 21 iterations, loss" in output
+    progress = LogReader(in_samples.folder, None, lambda _: None).read().progress  # what `maskmoe status` shows
+    assert (progress.iteration, progress.total) == (21, 21)
+
+
+@pytest.mark.slow
+@pytest.mark.runs("batches before they grow", "growing batches", "growing batches, resumed")
+def test_growing_batches(runs):
+    """Megatron saves before the batch size changes, here an iteration that is due anyway; it is saved only once."""
+    before, growing, resumed = runs
+    assert before.iterations == [1, 2, 3, 4]
+    assert before.difference(growing) == 0
+    assert growing.iterations == list(range(1, 13))
+    assert [event.value for event in read_scalars(growing.folder)["batch-size"]] == [4] * 4 + [8] * 8
+    assert resumed.iterations == list(range(5, 13))
+    assert resumed.difference(growing) == 0
+    saved = [entry.iteration for entry in read_journal(growing.checkpoints) if entry.kind is Kind.SAVED]
+    assert saved == [4, 8, 12]
+    output = (growing.folder / "out0.log").read_text()
+    assert "4 to 8 samples × 32 = 128 to 256 tokens, in micro-batches of 2; 12 iterations\n" in output
