@@ -213,8 +213,8 @@ class MaskMoETopKRouter(nn.Module):
     def _keep_best_groups(self, candidates: Tensor, num_groups: int, topk_group: int) -> Tensor:
         """Set candidates [tokens, experts] outside the best groups to -inf (DeepSeek-V3, arXiv 2412.19437).
 
-        The score of a group is the sum of its `k / topk_group` best candidates, or of all its candidates if it has
-        fewer. A group without candidates is never chosen before a group with candidates.
+        The score of a group is the sum of its `k / topk_group` best candidates. If it has fewer, the token's smallest
+        candidate takes the missing places. A group without candidates is never chosen before a group with candidates.
 
         Args:
             candidates: float32 [tokens, experts], -inf for experts that cannot be selected.
@@ -224,7 +224,8 @@ class MaskMoETopKRouter(nn.Module):
         grouped = candidates.unflatten(-1, (num_groups, -1))  # [tokens, groups, experts of a group]
         best = grouped.topk(self.top_k // topk_group, dim=-1).values
         is_missing = best == _INVISIBLE
-        group_scores = best.masked_fill(is_missing, 0.0).sum(dim=-1)
+        smallest = candidates.masked_fill(candidates == _INVISIBLE, -_INVISIBLE).amin(dim=-1)  # [tokens]
+        group_scores = torch.where(is_missing, smallest[:, None, None], best).sum(dim=-1)
         group_scores = group_scores.masked_fill(is_missing.all(dim=-1), _INVISIBLE)
         chosen = group_scores.topk(topk_group, dim=-1, sorted=False).indices
         is_outside = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen, False)

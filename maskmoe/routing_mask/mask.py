@@ -16,6 +16,7 @@ from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe, Vocabulary, 
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import CountedDataset, TokenFrequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
+from maskmoe.wording import counted
 
 # Fewer assignments than this take less time than starting worker processes.
 FEW_ASSIGNMENTS = 1 << 20
@@ -233,7 +234,7 @@ class RoutingMask(SealedTensors):
             vocab_size: Number of ids of the model's tokenizer, without padding.
             num_experts: Number of experts in each MoE layer.
             layers: The feed-forward layers of the model. A mask has a table for each of them, or for each MoE layer
-                only. A shared table fits any model.
+                only. A mask with `shared_table`, or in which every id sees every expert, fits any number of layers.
             expert_model_parallel_size: Expert-parallel ranks of the run; None skips the check, for example if a single
                 process evaluates.
 
@@ -247,8 +248,10 @@ class RoutingMask(SealedTensors):
         differences = [
             f"its {name} is {own}, the model's is {needed}; " for name, (own, needed) in sizes.items() if own != needed
         ]
-        if not (self.is_shared or self.num_layers in (layers.num_moe_layers, len(layers.has_experts))):
-            differences.append(f"it is for {self.num_layers} MoE layers, the model has {layers}; ")
+        # A mask for one layer also has one table, but was not made for several layers.
+        fits_any_layers = self.is_shared and (self.provenance.shared_table or self.min_visible == self.num_experts)
+        if not (fits_any_layers or self.num_layers in (layers.num_moe_layers, len(layers.has_experts))):
+            differences.append(f"it is for {counted(self.num_layers, 'MoE layer')}, the model has {layers}; ")
         if differences:
             cure = "build a routing mask for this model or change the model"
             raise UserError(f"routing mask does not fit: {''.join(differences)}{cure}")

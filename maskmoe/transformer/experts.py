@@ -5,7 +5,6 @@ from functools import partial
 from typing import cast
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_geglu import quick_gelu, weighted_bias_quick_geglu_impl
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,6 +19,7 @@ from torch.nn.functional import silu
 
 from maskmoe.transformer.backends.linear_in_turns import linear_in_turns
 from maskmoe.transformer.backends.swiglu import is_plain_swiglu, swiglu
+from maskmoe.transformer.gathered_parameters import is_wait_for_parameters, wait_for_parameters
 from maskmoe.transformer.kernels import launching
 
 
@@ -82,8 +82,7 @@ class GroupedMLP(SequentialMLP):
         # Wait until data parallelism has gathered the weights, as a call of each linear layer would.
         for expert in experts:
             for layer in _linear_layers(expert):
-                for hook in layer._forward_pre_hooks.values():
-                    hook(layer, ())
+                wait_for_parameters(layer)
         compute = _compute_grouped if runs_kernels else _compute_in_turns
         return compute(rows, tokens_per_expert, probs, experts), None
 
@@ -136,11 +135,10 @@ def _is_as_built(expert: MLP) -> bool:
 def _has_hooks(module: torch.nn.Module) -> bool:
     """Return whether a module has hooks besides those of `DistributedDataParallel`.
 
-    The hooks of `DistributedDataParallel` wait until parameters are gathered and ignore the input, so `GroupedMLP` can
-    call them without calling the module.
+    `GroupedMLP` calls the hooks of `DistributedDataParallel` without calling the module, see `wait_for_parameters`.
     """
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks) or any(
-        hook.__module__ != DistributedDataParallel.__module__ for hook in module._forward_pre_hooks.values()
+        not is_wait_for_parameters(hook) for hook in module._forward_pre_hooks.values()
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from maskmoe.transformer.token_ids import gather_sequence, split_sequence
@@ -21,9 +22,9 @@ class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
     """
 
     def __init__(self, *args: Any, hybrid_submodules: HybridStackSubmodules | None = None, **kwargs: Any) -> None:
-        if hybrid_submodules is not None:
-            # `HybridStack` does not pass `is_mtp_layer` to MoE layers.
-            moe_layer: Any = hybrid_submodules.moe_layer
+        if hybrid_submodules is not None and isinstance(hybrid_submodules.moe_layer, ModuleSpec):
+            # `HybridStack` does not pass `is_mtp_layer` to MoE layers. A model without experts has no spec of them.
+            moe_layer = hybrid_submodules.moe_layer
             moe_layer = replace(moe_layer, params={**moe_layer.params, "is_mtp_layer": True})
             hybrid_submodules = replace(hybrid_submodules, moe_layer=moe_layer)
         super().__init__(*args, hybrid_submodules=hybrid_submodules, **kwargs)

@@ -122,8 +122,13 @@ class PackingModel(torch.nn.Module):
         if embedding is None or self.config.apply_rope_fusion:
             yield
             return
-        # The rotary embedding is [positions, 1, 1, channels].
-        hook = embedding.register_forward_hook(lambda module, args, rope: rope[position_ids.flatten()])
+        positions = position_ids.flatten()
+
+        def select(module: torch.nn.Module, args: Any, rope: Tensor | tuple[Tensor, float]) -> Any:
+            # The rotary embedding is [positions, 1, 1, channels]. YaRN returns its scale, too.
+            return (rope[0][positions], *rope[1:]) if isinstance(rope, tuple) else rope[positions]
+
+        hook = embedding.register_forward_hook(select)
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from maskmoe.transformer.gathered_parameters import wait_for_parameters
 from maskmoe.transformer.kernels import launching
 from maskmoe.transformer.router_losses import attach_losses
 from maskmoe.transformer.router_sums import AuxLossTokens, LossSums, MaskedLogitsSums
@@ -111,7 +112,8 @@ class MaskMoERouter(TopKRouter):
                 capacity factor drops some.
         """
         self._maintain_float32_expert_bias()
-        logits = self.gating(self.apply_input_jitter(input))
+        # Megatron-Core fails with a jitter of 0.
+        logits = self.gating(self.apply_input_jitter(input) if self.config.moe_input_jitter_eps else input)
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
         if self.config.moe_router_force_biased is not None:
@@ -175,6 +177,7 @@ class MaskMoERouter(TopKRouter):
         tokens = hidden_states.flatten(0, 1)
         if not self._has_losses():
             return tokens
+        wait_for_parameters(self)
         logits = self._raise_home_logits(self.gating(hidden_states), token_ids)
         if self._runs_kernel(logits):
             sums: LossSums | None = self._call_kernel(logits, token_ids, has_sums=True).sums
@@ -263,7 +266,7 @@ class MaskMoERouter(TopKRouter):
             num_groups=config.moe_router_num_groups or 1,
             group_topk=config.moe_router_group_topk or 0,
             counts_all=self.aux_loss_tokens == "all",
-            has_z_loss=config.moe_z_loss_coeff is not None,
+            has_z_loss=bool(config.moe_z_loss_coeff),
         )
         num_sequences = logits.shape[1] if self.get_aux_loss_coeff("seq_aux_loss") > 0 else 1
         tables = self.visible_experts.tensors_of_table(self.table)
@@ -271,7 +274,7 @@ class MaskMoERouter(TopKRouter):
 
     def _has_losses(self) -> bool:
         """Return whether this forward pass computes any loss."""
-        return self.is_recording and (self.is_aux_loss_enabled() or self.config.moe_z_loss_coeff is not None)
+        return self.is_recording and (self.is_aux_loss_enabled() or bool(self.config.moe_z_loss_coeff))
 
     def _maintain_float32_expert_bias(self) -> None:
         """Keep the expert bias in float32, as the overridden method does, and the token counts, too.

@@ -47,7 +47,7 @@ def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums, num_se
     # Compute the z-loss first and attach it last: autograd then adds its gradient last, as in `TopKRouter`.
     z_loss_coeff = router.config.moe_z_loss_coeff
     z_loss = None
-    if z_loss_coeff is not None:
+    if z_loss_coeff:
         z_loss = masked_z_loss(sums, z_loss_coeff / router.tp_cp_group.size())
 
     activation = _attach_local_loss(router, "aux_loss", activation, sums, 1)

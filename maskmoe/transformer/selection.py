@@ -121,8 +121,9 @@ def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_top
     """Return bool [tokens, experts], True for experts outside the groups that are chosen for a token.
 
     Groups are chosen as in group-limited routing (DeepSeek-V3, arXiv 2412.19437): the score of a group is the sum of
-    its `topk / group_topk` largest scores, or of all its visible experts' scores if fewer are visible. A group without
-    a visible expert is chosen only if there are not enough other groups.
+    its `topk / group_topk` largest scores. If fewer of its experts are visible, the smallest visible score of the token
+    takes the missing places, so that a constant that is added to all scores changes no choice. A group without a
+    visible expert is chosen only if there are not enough other groups.
 
     Args:
         scores: [tokens, experts], -inf for invisible experts.
@@ -132,9 +133,10 @@ def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_top
     """
     num_tokens, num_experts = scores.shape
     best = scores.view(num_tokens, num_groups, -1).topk(topk // group_topk, dim=-1).values
-    invisible = best == float("-inf")
-    group_scores = best.masked_fill(invisible, 0.0).sum(dim=-1)  # [tokens, groups]
-    group_scores = group_scores.masked_fill(invisible.all(dim=-1), float("-inf"))
+    missing = best == float("-inf")
+    smallest = scores.masked_fill(scores == float("-inf"), float("inf")).amin(dim=-1)  # [tokens]
+    group_scores = torch.where(missing, smallest[:, None, None], best).sum(dim=-1)  # [tokens, groups]
+    group_scores = group_scores.masked_fill(missing.all(dim=-1), float("-inf"))
     chosen_groups = group_scores.topk(group_topk, dim=-1, sorted=False).indices
     outside = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen_groups, False)
     return outside.repeat_interleave(num_experts // num_groups, dim=1)

@@ -149,6 +149,7 @@ def cases(draw, scales: tuple[float, ...] = (1.0,)) -> Case:
 @example(Case(seed=0, topk=2, normalised=False))
 @example(Case(seed=1, topk=6, scoring_func="sigmoid", has_bias=True))
 @example(Case(seed=2, topk=4, scoring_func="sqrtsoftplus", has_bias=True, groups=(3, 2)))
+@example(Case(seed=2, topk=4, groups=(3, 2)))
 @settings(max_examples=60, derandomize=True)
 def test_routes_as_the_megatron_router(case: Case) -> None:
     router = case.router()

@@ -8,7 +8,7 @@ import pytest
 from megatron.core import utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu, gpu
@@ -17,6 +17,7 @@ from maskmoe.training import setup
 from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.console import Console
 from maskmoe.training.refusals import check_supported, unavailable_settings
+from maskmoe.training.setup import model_config_from_args
 
 # Megatron's defaults that fail without Transformer Engine or Apex, and the values that work.
 WITHOUT_PACKAGES = {
@@ -89,6 +90,26 @@ def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
         "moe_permute_fusion": True,
     }
     check_supported(args)
+
+
+@pytest.mark.parametrize("packages", [NOTHING, GpuPackages()], ids=["without packages", "with all packages"])
+@pytest.mark.parametrize(
+    ("flags", "fuses"),
+    [
+        ("", False),
+        ("--quick-geglu", True),
+        ("--swiglu", True),
+        ("--num-experts 0", True),
+    ],
+)
+def test_only_gated_activations_of_experts_are_fused(on_a_gpu, parse, packages, flags, fuses) -> None:
+    """Megatron's default for MLPs with biases is a fused GELU, which cannot weigh the rows of experts."""
+    on_a_gpu(packages)
+    sizes = "--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8"
+    sizes += " --micro-batch-size 1 --vocab-size 100"
+    args = validate_args(parse(*f"--routing-mask mask.safetensors {sizes} {flags}".split()))
+    assert args.bias_gelu_fusion
+    assert model_config_from_args(args).transformer.bias_activation_fusion is fuses
 
 
 def test_transformer_engine_without_apex(on_a_gpu, parse) -> None:

@@ -207,6 +207,17 @@ def test_check_fits_of_shared_and_rank_local_masks(zipf_frequency):
         assert mask.rank_of_rows(divisor) is not None
     with pytest.raises(UserError, match="expert parallel size 4, the run's is 8"):
         mask.check_fits(**model, expert_model_parallel_size=8)
+    for recipe in (MaskRecipe.from_preset("smoe", 8, 1), MaskRecipe.from_preset("smoe", 8, 3)):
+        build_routing_mask(recipe, vocab_size=200).check_fits(**model)
+
+
+def test_mask_for_one_layer_does_not_fit_several():
+    mask = build_routing_mask(MaskRecipe.from_preset("hash", 8, 1), vocab_size=200)
+    model = {"vocab_size": 200, "num_experts": 8}
+    mask.check_fits(**model, layers=FeedForwardLayers((True,)))
+    mask.check_fits(**model, layers=FeedForwardLayers.of_pattern("*-*E"))
+    with pytest.raises(UserError, match="it is for 1 MoE layer, the model has 24"):
+        mask.check_fits(**model, layers=FeedForwardLayers((True,) * 24))
 
 
 def test_expected_load_against_a_loop(mask, zipf_frequency):

@@ -43,6 +43,7 @@ TWINS = {
     ),
     "dense first": Twins("*-*E"),
     "dense only": Twins("*-*-"),
+    "dense only, prediction": Twins("*-*-/*-"),
     "latent attention": Twins(
         "+E+E", {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 8}
     ),

@@ -44,6 +44,8 @@ def groups(expert_parallel: int = 2, expert_tensor_parallel: int = 1) -> SimpleN
 def test_kind_of_dispatch() -> None:
     assert choose_dispatch(make_config(4), groups(), is_rank_local=False) is DispatchKind.ONE_COPY
     assert choose_dispatch(make_config(4), groups(), is_rank_local=True) is DispatchKind.PLANNED
+    no_jitter = make_config(4, moe_input_jitter_eps=0.0)
+    assert choose_dispatch(no_jitter, groups(), is_rank_local=True) is DispatchKind.PLANNED
     for settings in (
         {"moe_expert_capacity_factor": 1.0},
         {"moe_input_jitter_eps": 0.1},

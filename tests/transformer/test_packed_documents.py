@@ -44,6 +44,16 @@ BOUNDS = [[0, 1, 6, 13, 16], [0, 16]]
 FP32_ORDER_OF_SUMS = 2e-5
 MODELS: dict[str, dict[str, Any]] = {
     "rope": {},
+    "YaRN": {
+        "position_embedding_type": "yarn",
+        "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 8,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_mscale": 1.0,
+        "yarn_mscale_all_dim": 0.0,
+        "yarn_correction_range_round_to_int": True,
+    },
     "learned positions": {"position_embedding_type": "learned_absolute"},
     "grouped queries": {"num_attention_heads": 4, "num_query_groups": 2},
     "bias of attention": {"add_qkv_bias": True, "softmax_type": "learnable"},
@@ -64,7 +74,9 @@ def build_model(
     position_embedding_type: str = "rope", pre_process: bool = True, post_process: bool = True, **settings: Any
 ) -> MaskMoEGPTModel:
     torch.manual_seed(0)
+    yarn = {name: settings.pop(name) for name in [*settings] if name.startswith("yarn_")}
     config = make_config(num_layers=NUM_LAYERS, hidden_size=16, **settings)
+    vars(config).update(yarn)  # which are no fields of the configuration
     visible_experts = make_visible_experts(config, MASK)
     return MaskMoEGPTModel(
         config,

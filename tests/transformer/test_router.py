@@ -230,6 +230,17 @@ def test_all_visible_equals_stock_on_many_tokens() -> None:
     check_equals_stock(make_config(12, 4, **LOSSES), "frequent", shape=(4097, 3))
 
 
+@pytest.mark.parametrize("setting", ["moe_z_loss_coeff", "moe_input_jitter_eps"])
+def test_zero_is_like_none(setting) -> None:
+    mask = make_mask(random_visible_sets(0, 1, 20, 6))
+    hidden, ids = torch.randn(10, 2, 8, device=DEVICE), torch.arange(20, device=DEVICE).view(10, 2)
+    zero, none = (
+        make_router(make_config(6, 2, moe_aux_loss_coeff=1e-2, **{setting: value}), mask) for value in (0.0, None)
+    )
+    none.load_state_dict(zero.state_dict())
+    assert_bit_equal(route(zero, hidden, TokenIds(ids)), route(none, hidden, TokenIds(ids)))
+
+
 @pytest.mark.parametrize("mode", ["eval", "no_grad"])
 def test_no_losses_outside_training(mode) -> None:
     router = make_router(make_config(**LOSSES), all_visible_mask("frequent", 20, 4))
@@ -365,6 +376,18 @@ def test_follows_the_method(case: Case) -> None:
     if router.enable_expert_bias:
         real = slice(None) if is_padding is None else ~is_padding
         assert torch.equal(router.local_tokens_per_expert.long(), routing_map[real].sum(dim=0))
+
+
+@settings(max_examples=100)
+@given(case=cases(), scores=st.sampled_from(["softmax_before", "softmax_after"]), constant=st.integers(-100, 100))
+@example(case=Case(0, 12, 4, (20, 3), "softmax_after", "all", groups=(3, 2)), scores="softmax_after", constant=-9)
+def test_a_constant_added_to_all_logits_changes_no_choice(case: Case, scores: str, constant: int) -> None:
+    """Softmax does not change, so neither do experts and groups. Sums of these logits are exact."""
+    case = replace(case, scores=scores)
+    router, logits = case.router(), (4 * case.logits(scale=2)).round() / 4
+    results = [router.routing(shifted, case.token_ids) for shifted in (logits, logits + constant)]
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 @settings(max_examples=250)

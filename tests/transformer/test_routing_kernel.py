@@ -109,6 +109,7 @@ def check_equals_torch(case: Case) -> None:
 # Several blocks of tokens, numbers of experts that are no powers of two, group-limited routing as in DeepSeek-V3.
 @example(case=Case(1, 512, 16, (3, 2), "softmax_before", "all"))
 @example(case=Case(2, 100, 6, (20, 3), "softmax_after", "routable", has_padding=True))
+@example(case=Case(6, 16, 8, (20, 3), "softmax_after", "all", groups=(4, 2)))
 @example(case=Case(3, 256, 8, (5, 2), "sigmoid_with_bias", "all", groups=(8, 4)))
 @example(case=Case(4, 3, 2, (90, 2), "sqrtsoftplus", "all", has_padding=True))
 def test_equals_plain_torch(case: Case) -> None:

@@ -99,6 +99,23 @@ def test_zero_centred_weights_are_added_to_one(norm_class: type, dtype: torch.dt
         torch.testing.assert_close(one.float(), other, **tolerance)
 
 
+@pytest.mark.parametrize("norm_class", NORMS)
+@pytest.mark.parametrize("is_zero_centred", [False, True], ids=["", "zero-centred"])
+def test_residuals_in_fp32_are_cast_to_the_parameters(norm_class: type, is_zero_centred: bool) -> None:
+    """The next linear layer takes bf16, and the gradient of the residual stays in fp32."""
+    settings = {"normalization": norm_class.__name__, "layernorm_zero_centered_gamma": is_zero_centred}
+    norm, plain = (
+        TorchNorm(make_config(**settings, fp32_residual_connection=is_fp32), 64).to(DEVICE, torch.bfloat16)
+        for is_fp32 in (True, False)
+    )
+    hidden = (5 * torch.randn(7, 2, 64, device=DEVICE)).requires_grad_()
+    found, expected = results(norm, hidden), results(plain, hidden.detach().bfloat16().requires_grad_())
+    assert found[0].dtype == torch.bfloat16
+    assert found[1].dtype == torch.float32
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+
+
 def test_refuses_a_norm_that_torch_lacks() -> None:
     config = make_config()
     config.normalization = "L2Norm"

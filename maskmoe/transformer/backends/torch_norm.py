@@ -85,6 +85,9 @@ class TorchNorm:
     Under sequence parallelism, the gradient of the norm's weight covers only this rank's part of the sequence. Marking
     the parameters `sequence_parallel` makes Megatron-Core's `finalize_model_grads` add the gradients of all ranks.
 
+    With `fp32_residual_connection`, the norm casts its input to the dtype of its parameters, which the next linear
+    layer needs. Transformer Engine's norm does the same.
+
     This is a class because Megatron-Core's `build_module` does not call functions.
 
     Args:
@@ -107,4 +110,11 @@ class TorchNorm:
         norm = norm_class(hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # pyrefly: ignore[missing-attribute]
+        if config.fp32_residual_connection:
+            norm.register_forward_pre_hook(_cast_to_parameters)
         return norm
+
+
+def _cast_to_parameters(norm: torch.nn.Module, args: tuple[Tensor]) -> Tensor:
+    """Cast the input of a norm to the dtype of its parameters; a forward pre-hook."""
+    return args[0].to(next(norm.parameters()).dtype)

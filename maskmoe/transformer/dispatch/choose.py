@@ -46,7 +46,7 @@ def choose_dispatch(
     # group-limited routing.
     can_plan = (
         config.moe_expert_capacity_factor is None
-        and config.moe_input_jitter_eps is None
+        and not config.moe_input_jitter_eps
         and not config.moe_router_force_load_balancing
         and config.moe_router_force_biased is None
         and not config.moe_enable_routing_replay

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
+from maskmoe.transformer.gathered_parameters import wait_for_parameters
 from maskmoe.transformer.token_ids import TokenIds
 
 
@@ -32,6 +33,9 @@ class StockDispatcher:
         """Choose experts and send one row for each; see `Dispatcher`."""
         layer = self._layer
         probs, routing_map = router(hidden_states, token_ids)
+        if layer.shared_expert_overlap and layer.shared_experts is not None:
+            # The overlap calls the steps of the shared experts, but not the module that holds the weight of the gate.
+            wait_for_parameters(layer.shared_experts)
         rows, weights = layer.preprocess(hidden_states, probs, routing_map)  # pyrefly: ignore[not-iterable]
         rows, weights = layer.dispatch(rows, weights)
         if layer.config.overlap_dispatch_backward_with_experts_wgrad:

@@ -314,13 +314,16 @@ def _route_kernel(
         preference += tl.load(expert_bias + experts, mask=experts < N, other=0.0)
     candidates = visible
     if GROUP_TOPK > 0:
-        # The score of a group is the sum of its best visible experts' scores.
+        # The score of a group is the sum of its best visible experts' scores. The token's smallest visible score takes
+        # the places for which the group has too few visible experts.
+        smallest = tl.min(tl.where(visible, preference, float("inf")), axis=1, keep_dims=True)
         group_of_expert = experts // (N // NUM_GROUPS)
         group_scores = tl.zeros_like(values)
         for group in range(NUM_GROUPS):
             in_group = group_of_expert == group
             best = _select(preference, experts, visible & in_group, K // GROUP_TOPK)
-            score = tl.sum(tl.where(best, preference, 0.0), axis=1, keep_dims=True)
+            num_missing = K // GROUP_TOPK - tl.sum(best.to(tl.float32), axis=1, keep_dims=True)
+            score = tl.sum(tl.where(best, preference, 0.0), axis=1, keep_dims=True) + num_missing * smallest
             group_scores = tl.where(in_group, score, group_scores)
         candidates = _select(group_scores, group_of_expert, visible, GROUP_TOPK)
     selected = _select(preference, experts, candidates, K)
