@@ -41,11 +41,11 @@ fail() {
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # Select the tests and the Debian packages that they need. Most tests keep one core busy, so two processes share the
-# default tests. They start with the tests of training, which take longest.
+# default tests. They start with the tests of training, which take longest. The slowest tests are listed at the end.
 not_elsewhere="not slurm and not docker and not te and not serving and not tracking"
 selected="not slow and $not_elsewhere" checks=true
 packages=() python=.venv/bin/python megatron=
-two_workers=(--numprocesses 2 --no-loadscope-reorder) workers=()
+two_workers=(--numprocesses 2 --no-loadscope-reorder --durations=25 --durations-min=4) workers=()
 (($#)) || workers=("${two_workers[@]}")
 case ${1:-} in
     --all)

@@ -270,7 +270,8 @@ def test_the_last_iteration_is_saved_once(workplace, tmp_path, passed, saved):
     check_all(checkpoint_path(outcome.checkpoints, 8))
 
 
-@pytest.mark.parametrize("flags", ["--async-save", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--async-save", ""])
 def test_checkpoint_is_saved_again_with_the_search_for_a_fault(workplace, tmp_path, flags):
     """The gradient of the iteration after the save is NaN, also when Megatron repeats the step."""
     flags = f"{flags} --save-interval 4 --keep-last-checkpoints 1 --eval-iters 0"
