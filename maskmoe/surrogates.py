@@ -36,7 +36,7 @@ def refuse_surrogates(text: str, what: str) -> None:
 
 
 def printable_texts(value: Any) -> Any:
-    r"""Return a JSON value whose texts have half of a surrogate pair written as `\udcff`, for records."""
+    r"""Return a JSON value in whose texts each half of a surrogate pair is an escape such as `\udcff`, for records."""
     text = json.dumps(value, ensure_ascii=False)
     return json.loads(_HALF_OF_PAIR.sub(lambda half: rf"\\u{ord(half[0]):x}", text))
 

@@ -27,7 +27,7 @@ class Layout:
         virtual_pipeline: number of model chunks on each pipeline stage; 1 unless the pipeline is interleaved.
         micro_batch_group: number of micro-batches that an interleaved pipeline computes before it turns to the next
             chunk.
-        micro_batch, global_batch: numbers of samples; of the batch sizes of a schedule, the largest.
+        micro_batch, global_batch: numbers of samples; `global_batch` is the largest batch size of a schedule.
         seq_length: number of tokens in a sample.
     """
 
@@ -155,19 +155,22 @@ class Layout:
             yield (
                 f"{batch_flag} {self.global_batch} gives a rank {micro_batches} micro-batches a step, which an "
                 f"interleaved pipeline cannot divide into groups of {group} ({_GROUP}, by default "
-                f"--pipeline-model-parallel-size) with at least {self.pipeline} in the last; {fitting} would fit"
+                f"--pipeline-model-parallel-size) with at least {self.pipeline} in the last group; {fitting} would fit"
             )
 
     @property
     def _enough_for_groups(self) -> int:
-        """Return the smallest number of micro-batches from this layout's on that an interleaved pipeline can divide."""
+        """Return `micro_batches`, or the next larger number of micro-batches that an interleaved pipeline can group.
+
+        All groups but the last have `micro_batch_group` micro-batches. The last group needs one for each stage or more.
+        """
         groups, rest = divmod(self.micro_batches, self.micro_batch_group)
         if not groups:
             return self.micro_batch_group
         return self.micro_batches + (self.pipeline - rest if 0 < rest < self.pipeline else 0)
 
     def repaired(self) -> "Layout":
-        """Return the layout with the next larger numbers of ranks and samples, and group of micro-batches, that fit."""
+        """Return the layout with the next larger ranks, global batch and group of micro-batches that fit."""
         group = max(self.micro_batch_group, self.pipeline)
         layout = replace(self, ranks=_round_up(self.ranks, self.ranks_step), micro_batch_group=group)
         step = layout.micro_batch * layout.data
@@ -178,7 +181,7 @@ class Layout:
 def size_errors(args: Namespace) -> Iterator[str]:
     """Yield an error for each size of a run that does not divide, with the nearest sizes that would.
 
-    Megatron itself checks ranks and batches before it trains. The other errors end its first step.
+    Megatron itself refuses wrong ranks and batches before training. The other errors make Megatron's first step fail.
 
     Args:
         args: parsed arguments; Megatron need not have validated them.
@@ -203,7 +206,7 @@ def _largest_batch(args: Namespace) -> int:
 
 
 def _errors_of_schedule(args: Namespace, layout: Layout) -> Iterator[str]:
-    """Yield an error for each size in `--step-batch-size-schedule` that does not fit, and if the run ends in a step."""
+    """Yield an error for each bad size in `--step-batch-size-schedule`, and for a run that ends within a step."""
     try:
         batches = BatchSizes.from_args(args)
     except UserError as error:
@@ -213,7 +216,10 @@ def _errors_of_schedule(args: Namespace, layout: Layout) -> Iterator[str]:
         yield from replace(layout, global_batch=size).errors(_SCHEDULE)
     for before, after in pairwise(batches.sizes):
         if after < before:
-            yield f"{_SCHEDULE} has batch size {after} after {before}: Megatron-Core's batches cannot become smaller"
+            yield (
+                f"{_SCHEDULE} has batch size {after} after {before}: Megatron-Core's batches cannot become smaller, so "
+                "pass sizes in ascending order"
+            )
     if args.train_samples is not None:
         iterations = batches.iterations(args.train_samples)
         below, above = batches.samples(iterations), batches.samples(iterations + 1)
@@ -223,16 +229,16 @@ def _errors_of_schedule(args: Namespace, layout: Layout) -> Iterator[str]:
 
 
 def _errors_of_length(args: Namespace, layout: Layout) -> Iterator[str]:
-    """Yield an error if `--train-samples` are too few for one step."""
+    """Yield an error if `--train-samples` is less than the samples of one step."""
     if args.train_samples is not None and args.train_samples < layout.global_batch:
         yield (
             f"--train-samples {args.train_samples} is less than the {layout.global_batch} samples of one step "
-            "(--global-batch-size): nothing would be trained"
+            f"(--global-batch-size): pass {layout.global_batch} or more"
         )
 
 
 def _errors_of_evaluation(args: Namespace, layout: Layout) -> Iterator[str]:
-    """Yield an error if an interleaved pipeline cannot divide the batches of evaluation, if they have their own size.
+    """Yield an error if evaluation has a batch size of its own, which an interleaved pipeline cannot divide.
 
     Megatron itself reports a batch that its ranks do not divide.
     """

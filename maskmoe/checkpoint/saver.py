@@ -37,13 +37,13 @@ class _Save:
     Attributes:
         iteration: the saved iteration.
         is_local: whether the checkpoint is a non-persistent one.
-        is_again: whether the save makes the next version of a checkpoint, which stays until then.
+        is_repeated: whether the iteration has a checkpoint already, which stays until its next version is complete.
         seconds: the time for which training has stood still because of this save.
     """
 
     iteration: int
     is_local: bool
-    is_again: bool = False
+    is_repeated: bool = False
     seconds: float = 0.0
 
 
@@ -104,17 +104,17 @@ class CheckpointSaver:
         if non_persistent_ckpt or iteration != self._last_saved:
             self._begin(_Save(iteration, non_persistent_ckpt), *args, **kwargs)
             return
-        # Save the iteration again, beside its checkpoint. Wait first, since the checkpoint may still be written.
+        # Save the iteration again, beside its checkpoint. Wait first, because an asynchronous save may still write it.
         self.finalize(blocking=True)
         checkpoint = checkpoint_path(settings.save, iteration)
         with mock.patch.object(checkpointing, "get_checkpoint_name", return_value=str(next_version(checkpoint))):
-            self._begin(_Save(iteration, is_local=False, is_again=True), *args, **kwargs)
+            self._begin(_Save(iteration, is_local=False, is_repeated=True), *args, **kwargs)
         self.finalize(blocking=True)
         if torch.distributed.get_rank() == 0:
             replace_by_next_version(checkpoint)
 
     def _begin(self, save: _Save, *args: Any, **kwargs: Any) -> None:
-        """Begin a save, which is complete afterwards unless it is asynchronous.
+        """Call Megatron's function for a save; an asynchronous save is complete only when `finalize` has recorded it.
 
         Args:
             save: the save.
@@ -163,11 +163,11 @@ class CheckpointSaver:
             self._record(save, is_asynchronous=True)
 
     def _has_saved(self, iteration: int) -> bool:
-        """Return whether the run has saved an iteration that Megatron saves again.
+        """Return whether the run has saved an iteration and need not save the iteration again.
 
         Megatron saves after the last iteration, and before the batch size changes, even if the iteration is saved
-        already. It also saves an iteration again if a gradient is NaN in the step after it. That checkpoint holds the
-        state of Megatron's search for the cause, so do not leave it out.
+        already. Megatron also saves an iteration again if a gradient is NaN in the next step. This second checkpoint
+        holds the state of Megatron's search for the cause, so do not leave it out.
         """
         is_searching = get_rerun_state_machine().state is not RerunState.NOT_RUNNING_YET
         return iteration == self._last_saved and not is_searching
@@ -181,7 +181,7 @@ class CheckpointSaver:
             self._has_saved_non_persistent = True
         else:
             remove_next_versions(folder)
-            if not save.is_again:
+            if not save.is_repeated:
                 shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
             self._remove_outdated(settings, save)
 
@@ -213,7 +213,7 @@ def _adding_time(saves: list[_Save]) -> Iterator[None]:
 
 @contextmanager
 def _marking_failures() -> Iterator[None]:
-    """Turn the exception of a failed save, with which a failed load ends, too, into a `SaveError`."""
+    """Raise `SaveError` instead of `CheckpointException`, which Megatron also raises for failed loads."""
     try:
         yield
     except CheckpointException as error:
@@ -222,11 +222,11 @@ def _marking_failures() -> Iterator[None]:
 
 @contextmanager
 def _hiding_retain_interval(settings: Namespace) -> Iterator[None]:
-    """Hide `--save-retain-interval` from Megatron during the block if Megatron should not, or cannot, apply it.
+    """Hide `--save-retain-interval` from Megatron during the block if Megatron should not or cannot apply the interval.
 
-    When a save is complete, Megatron removes the checkpoint in the tracker file unless it is a multiple of this
-    interval. With `--keep-last-checkpoints`, old checkpoints are removed here. If the tracker file names no iteration,
-    as in the folder of an imported model, Megatron fails.
+    When a save is complete, Megatron removes the checkpoint in the tracker file unless its iteration is a multiple of
+    this interval. With `--keep-last-checkpoints`, `CheckpointSaver` removes old checkpoints instead. If the tracker
+    file names no iteration, as in the folder of an imported model, Megatron fails.
     """
     interval = settings.save_retain_interval
     if interval is not None and (

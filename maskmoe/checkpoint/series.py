@@ -22,7 +22,7 @@ from maskmoe.untrusted import UnusableFile, read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_TRACKER_BYTES = 100
-_NEXT = "next_"
+_NEXT, _REPLACED = "next_", "replaced_"
 RELEASE = "release"
 """Megatron's name of a checkpoint that no training run saved, such as a converted checkpoint."""
 
@@ -211,21 +211,32 @@ def newest_sound(folder: str | Path) -> int | None:
 
 
 def next_version(checkpoint: Path) -> Path:
-    """Return the folder into which a checkpoint is saved again, so that the checkpoint stays meanwhile."""
+    """Return the folder into which an iteration is saved again while its checkpoint stays."""
     return checkpoint.with_name(f"{_NEXT}{checkpoint.name}")
 
 
 def replace_by_next_version(checkpoint: Path) -> None:
-    """Replace a checkpoint by its next version, which is complete, by two renames."""
-    replaced = checkpoint.with_name(f"replaced_{checkpoint.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    checkpoint.rename(replaced)
-    next_version(checkpoint).rename(checkpoint)
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Replace a checkpoint by its next version, which must be complete, by two renames.
+
+    `finish_replacements` completes a replacement that was interrupted.
+    """
+    checkpoint.rename(checkpoint.with_name(f"{_REPLACED}{checkpoint.name}"))
+    finish_replacements(checkpoint.parent)
+
+
+def finish_replacements(folder: str | Path) -> None:
+    """Complete the replacements of checkpoints by their next versions, of which the first rename is done."""
+    for replaced in Path(folder).glob(f"{_REPLACED}iter_*"):
+        checkpoint = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+        version = next_version(checkpoint)
+        if not checkpoint.exists():
+            (version if version.exists() else replaced).rename(checkpoint)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_next_versions(folder: str | Path) -> None:
     """Remove the next versions of checkpoints that interrupted saves have left."""
+    finish_replacements(folder)
     for version in Path(folder).glob(f"{_NEXT}iter_*"):
         shutil.rmtree(version, ignore_errors=True)
 
@@ -290,4 +301,4 @@ def _remove(checkpoint: Path) -> str | None:
     shutil.rmtree(checkpoint, onexc=note)
     if not os.path.lexists(checkpoint):
         return None
-    return reasons[0] if reasons else "another process writes to it"
+    return reasons[0] if reasons else "another process writes to this folder"

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     sources = parser.add_mutually_exclusive_group(required=True)
     add_text_arguments(parser, ", encoded in the given order", "text; each key gets a dataset of its own", sources)
-    parser.set_defaults(json_keys=None)  # --merge of datasets refuses keys
+    parser.set_defaults(json_keys=None)  # distinguishes keys that the user gives, which --merge of datasets refuses
     sources.add_argument(
         "--merge",
         nargs="+",

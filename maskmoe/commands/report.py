@@ -40,7 +40,7 @@ def main() -> None:
             f"{arguments.run} holds neither TensorBoard's event files nor logs of a training: pass --tensorboard-dir"
         )
     path = arguments.output or arguments.run / REPORT
-    # A run locks the folder of its checkpoints. Without such a folder, it is unknown whether the run trains.
+    # A run holds a lock in the folder of its checkpoints. Without such a folder, it is unknown whether the run trains.
     folder = find_checkpoints(arguments.run, history.texts)
     lock = None if folder is None else look_at_lock(folder)
     is_running = None if folder is None else lock is not None and lock.is_alive

@@ -21,7 +21,8 @@ def main() -> None:
     """Remove the old checkpoints of the run that the command line names.
 
     Raises:
-        UserError: the folder holds no sound checkpoint, or a checkpoint cannot be removed. Then all others are removed.
+        UserError: the folder holds no sound checkpoint, or some old checkpoint cannot be removed. All other old
+            checkpoints are removed nevertheless.
     """
     parser = command_parser(__doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of Megatron checkpoints")
@@ -46,4 +47,4 @@ def main() -> None:
         print(f"removed  {checkpoint}")
     if removal.remaining:
         checkpoint, reason = next(iter(removal.remaining.items()))
-        raise UserError(f"cannot remove {checkpoint}: {reason}; solve this, and run the command again")
+        raise UserError(f"cannot remove {checkpoint}: {reason}; remove the cause and run the command again")

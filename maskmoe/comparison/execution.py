@@ -108,7 +108,7 @@ class _RunQueue:
     Attributes:
         comparison: the comparison.
         only_checks: whether the queue has only the checks.
-        waiting: runs that can be started.
+        waiting: runs that can be started and are not started yet.
         known: names of all runs that were ever in the queue.
     """
 
@@ -117,11 +117,11 @@ class _RunQueue:
     waiting: deque[Run] = field(default_factory=deque)
     known: set[str] = field(default_factory=set)
 
-    def find_runs(self, started: Collection[str], line: ProgressLine) -> None:
-        """Find the runs that can be started by now, and print the names of new runs.
+    def update(self, started: Collection[str], line: ProgressLine) -> None:
+        """Set `waiting` to the runs that can be started by now, and print the names of new runs.
 
-        Tuning runs come before whole runs. Tuning runs stay in the queue if results of other runs make them needless,
-        so that the tuning runs of a suite do not depend on the number of jobs.
+        Tuning runs come before whole runs. Tuning runs stay in the queue even if results of other runs make them
+        unnecessary, so that the tuning runs of a suite do not depend on the number of jobs.
 
         Args:
             started: names of the runs that were started before.
@@ -144,14 +144,15 @@ def _finish_runs(queue: _RunQueue, arguments: Sequence[str], jobs: int, line: Pr
     """Finish runs, at most `jobs` at a time, each in a process of its own. A failed run does not stop the other runs.
 
     Raises:
-        RunFailure: at least one run failed, whose name the message contains; or a finished run is unfinished again.
+        RunFailure: at least one run failed, and the message names all runs that failed; or the settings or files of a
+            finished run have changed.
     """
     comparison = queue.comparison
     command = (sys.executable, "-P", "-m", "maskmoe", "compare", *arguments, "--run")
     active, ended = list[_ActiveRun](), list[_ActiveRun]()
     start = time.monotonic()
     try:
-        queue.find_runs((), line)
+        queue.update((), line)
         while queue.waiting or active:
             # Start as many runs as may run at a time.
             while queue.waiting and len(active) < jobs:
@@ -161,7 +162,7 @@ def _finish_runs(queue: _RunQueue, arguments: Sequence[str], jobs: int, line: Pr
                 process = StageProcess((*command, next_run.name), {}, log, lock)
                 active.append(_ActiveRun(next_run, process, time.monotonic()))
             time.sleep(_POLL_SECONDS)
-            # Report the runs that have ended, and find the runs that have waited for them.
+            # Report the runs that have ended, and add the runs that have waited for these runs to the queue.
             for run in [run for run in active if run.has_ended()]:
                 active.remove(run)
                 ended.append(run)
@@ -169,8 +170,8 @@ def _finish_runs(queue: _RunQueue, arguments: Sequence[str], jobs: int, line: Pr
                 verdict = "FAILED" if run.process.exit_code else "done"
                 seconds = format_seconds(time.monotonic() - run.start)
                 line.print(f"[{len(ended)}/{total}] {run.name} {verdict} in {seconds}")
-                queue.find_runs({run.name for run in (*active, *ended)}, line)
-            # Show the state of the others.
+                queue.update({run.name for run in (*active, *ended)}, line)
+            # Show the state of the active runs.
             left = len(active) + len(queue.waiting)
             pace = (time.monotonic() - start) / max(1, len(ended))
             eta = f" · ETA {format_seconds(pace * left)}" if ended else ""
@@ -184,7 +185,10 @@ def _finish_runs(queue: _RunQueue, arguments: Sequence[str], jobs: int, line: Pr
     if failed := [f"{run.name}: {run.last_line}" for run in ended if run.process.exit_code]:
         raise RunFailure(f"{len(failed)} of {len(ended)} runs failed: {'; '.join(failed)}")
     if unfinished := comparison.unfinished(run.run for run in ended):
-        raise RunFailure(f"{unfinished[0].name} was finished, but its settings or files have changed since")
+        raise RunFailure(
+            f"{unfinished[0].name} was finished, but its settings or files have changed since; start the command again "
+            "to repeat the run"
+        )
 
 
 def finish_run(comparison: Comparison, name: str) -> None:

@@ -74,8 +74,10 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
 def check_files(folder: Path) -> None:
     """Compare the files of a model or of a checkpoint with the digests that were saved with them.
 
+    For a model, the error names `--no-verify-checkpoint`, because transformers may have saved the model again.
+
     Raises:
-        Damage: the first file that differs from its digest.
+        Damage: a file is missing or differs from its digest.
     """
     try:
         check_content(folder)
@@ -154,11 +156,11 @@ def write_huggingface(
 
 
 def _special_ids(config: Mapping[str, Any], of_tokenizer: Mapping[str, int | None]) -> dict[str, Any]:
-    """Return the ids with which texts begin and end that replace those of a model.
+    """Return the ids with which texts begin and end, as far as the tokenizer's ids replace the model's ids.
 
     Args:
         config: the fields of the model's `MaskMoEConfig`.
-        of_tokenizer: the ids of the tokenizer by the same names; the model keeps its own for an id that is None.
+        of_tokenizer: the tokenizer's ids, by the same names as in `config`. If an id is None, the model keeps its own.
     """
     special_ids = {name: id_ for name, id_ in of_tokenizer.items() if id_ is not None}
     ends = config.get("eos_token_id")

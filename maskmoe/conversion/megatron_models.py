@@ -171,12 +171,12 @@ def _vocab_size(original_args: Namespace, args: Namespace) -> int:
         args: these arguments with the tokenizer that the user passed.
 
     Returns:
-        the number of the tokenizer's ids; for a tokenizer that cannot be read, the number of rows including padding.
+        the number of the tokenizer's ids; for a type that MaskMoE cannot read, the number of rows including padding.
 
     Raises:
         UserError: the file of the tokenizer is missing or damaged.
     """
-    # Other tokenizers ignore `--vocab-size`.
+    # All other types of tokenizers ignore `--vocab-size`.
     if original_args.tokenizer_type in _SIZED_TOKENIZERS and original_args.vocab_size:
         return original_args.vocab_size
     if args.tokenizer_type in TOKENIZER_TYPES:

@@ -88,7 +88,7 @@ class OutputFolder:
         self.path = path
         self.check = check
         self.finished: dict[str, FileRecord] = {}
-        self._job = printable_texts(job)  # as the journal gives it back; names of files may not be UTF-8
+        self._job = printable_texts(job)  # equals what the journal holds; names of files may not be valid UTF-8
         self._journal = path / JOURNAL
         self._journal_lock = Lock()
         self._session = self._fill()

@@ -94,8 +94,8 @@ def _choose_split(folder: Path, splits: Sequence[str], split: str | None) -> str
     listed = ", ".join(splits)
     if split is None and len(splits) != 1:
         raise UserError(
-            f"input {folder} has the splits {listed}; choose one with --dataset-split, or name the files of one if the "
-            "command has no such flag"
+            f"input {folder} has the splits {listed}; choose one with --dataset-split or, if the command lacks this "
+            "flag, name the files of one split"
         )
     if split is not None and split not in splits:
         raise UserError(f"input {folder} has no split {split!r}; its splits are {listed}")

@@ -213,8 +213,9 @@ class MaskMoETopKRouter(nn.Module):
     def _keep_best_groups(self, candidates: Tensor, num_groups: int, topk_group: int) -> Tensor:
         """Set candidates [tokens, experts] outside the best groups to -inf (DeepSeek-V3, arXiv 2412.19437).
 
-        The score of a group is the sum of its `k / topk_group` best candidates. If it has fewer, the token's smallest
-        candidate takes the missing places. A group without candidates is never chosen before a group with candidates.
+        The score of a group is the sum of its `k / topk_group` best candidates. If a group has fewer candidates, the
+        token's smallest candidate takes the missing places. A group without candidates is never chosen before a group
+        with candidates.
 
         Args:
             candidates: float32 [tokens, experts], -inf for experts that cannot be selected.
@@ -248,7 +249,7 @@ class MaskMoESparseMoeBlock(nn.Module):
     def __init__(self, config: MaskMoEConfig, layer_idx: int) -> None:
         super().__init__()
         self.table = config.routing_table(layer_idx)
-        self.num_experts = config.num_experts  # PEFT may wrap the router in a module with another `num_experts`
+        self.num_experts = config.num_experts  # PEFT may wrap `gate` in a module with another `num_experts`
         self.gate = MaskMoETopKRouter(config)
         self.experts = MaskMoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None
@@ -419,7 +420,7 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
     ) -> None:
         """Save the model as transformers does, for all Auto classes; servers load the class of `AutoModel`.
 
-        The routing mask is saved as it was loaded, also from a given state dict.
+        The rows of the routing mask are saved in their stored type, also from a given `state_dict`.
         """
         self.config.auto_map = dict(AUTO_MAP)
         with ExitStack() as stack:

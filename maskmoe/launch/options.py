@@ -39,8 +39,8 @@ class Meeting:
     Attributes:
         nodes: the number of nodes.
         node_rank: the number of this node, from 0; None if the run has one node and no number was given.
-        endpoint: host and port, or a word that stands for a port, at which the nodes meet; None for a single node
-            without an endpoint.
+        endpoint: host and port at which the nodes meet; a dry run may have a word in place of the port. None for a
+            single node without an endpoint.
         name: the name of the meeting, equal on all nodes.
         timeout: how long the nodes wait for each other, in seconds.
     """
@@ -116,13 +116,13 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
         environment: the environment variables, which stand in for flags that are not given.
 
     Raises:
-        UserError: a value is invalid, or several nodes lack a rendezvous or a node rank.
+        UserError: a value is invalid, an option follows the model file, or several nodes lack a rendezvous or a node
+            rank.
     """
     parser = _parser(program, environment)
     options = parser.parse_args(arguments, namespace=Options())
-    names = {word.partition("=")[0]: None for word in options.flags}
     own = parser.option_names() - _OPTIONS_OF_TRAINING
-    if misplaced := [name for name in names if name in own]:
+    if misplaced := [name for word in options.flags if (name := word.partition("=")[0]) in own]:
         raise UserError(f"{misplaced[0]} is an option of {program}: write it before {options.model}")
     options.run_dir = (options.run_dir or runs_folder() / options.model.stem).absolute()
     options.address = options.address or socket.gethostname()

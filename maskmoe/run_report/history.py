@@ -75,7 +75,7 @@ class Series:
         self._points.append([step, 1, value, value, value])
 
     def remove_from(self, step: int) -> None:
-        """Remove the points that cover this iteration or later ones, and the values that are not finite from it on."""
+        """Remove the points that cover this iteration or later ones, and the non-finite values of these iterations."""
         if self.newest is not None and self.newest[0] >= step:
             self.newest = None
         while self._points and self._points[-1][0] >= step:

@@ -118,7 +118,7 @@ def _drafts(entries: Sequence[Entry]) -> list[_Draft]:
     drafts: list[_Draft] = []
     for entry in entries:
         if entry.kind is Kind.LAUNCHED:
-            drafts.append(_Draft(None, entry))
+            drafts.append(_Draft(began=None, launched=entry))
         elif entry.kind is Kind.STARTED:
             if drafts and drafts[-1].is_starting:
                 drafts[-1].began = entry

@@ -102,11 +102,11 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
 
 
 def replace_help(parser: argparse.ArgumentParser, texts: Mapping[str, str]) -> None:
-    """Replace the help of Megatron's flags that have another default or other values here.
+    """Replace the help texts of Megatron's flags that have another default or other values in MaskMoE.
 
     Args:
-        parser: the parser; flags that it does not have are ignored.
-        texts: the new help by flag.
+        parser: the parser of the flags. Flags that the parser lacks are ignored.
+        texts: the new help texts by flag.
     """
     for action in parser._actions:
         for flag in texts.keys() & set(action.option_strings):

@@ -15,8 +15,9 @@ class BatchSizes(NamedTuple):
     """The numbers of samples in the iterations of a run.
 
     Attributes:
-        phases: for each phase of training, the number of samples that are read before it at least, and the number of
-            samples in each of its iterations. A run without `--step-batch-size-schedule` has one phase.
+        phases: for each phase of training, the smallest number of samples that are read before the phase begins, and
+            the number of samples in an iteration of the phase. A run without `--step-batch-size-schedule` has one
+            phase.
     """
 
     phases: tuple[tuple[int, int], ...]
@@ -47,7 +48,7 @@ class BatchSizes(NamedTuple):
         return tuple(size for _, size in self.phases)
 
     def iterations(self, samples: int) -> int:
-        """Return the number of whole iterations for which a number of samples is enough."""
+        """Return the number of whole iterations, from the beginning of a run, for which these samples are enough."""
         iterations = 0
         for size, most in self._lengths():
             of_phase = min(samples // size, most)
@@ -57,7 +58,7 @@ class BatchSizes(NamedTuple):
         return iterations
 
     def samples(self, iterations: int) -> int:
-        """Return the number of samples that the first iterations of a run read."""
+        """Return the number of samples that this number of iterations reads, from the beginning of a run."""
         samples = 0
         for size, most in self._lengths():
             of_phase = min(iterations, most)

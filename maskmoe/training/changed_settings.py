@@ -21,7 +21,7 @@ from megatron.training import training
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
 from maskmoe.training.batch_sizes import BatchSizes, training_iterations
-from maskmoe.training.data_order import epochs_of_training_data, training_samples
+from maskmoe.training.data_order import epochs_of_training_data, requested_training_samples
 from maskmoe.training.required_flags import missing_schedule
 from maskmoe.training.resume import ADJUSTABLE_ARGUMENTS
 from maskmoe.training.rewinds import loads_what_it_saves
@@ -112,6 +112,9 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
 def schedule_of(args: Namespace) -> OptimizerParamScheduler:
     """Return the scheduler that Megatron would make, without an optimizer.
 
+    Args:
+        args: arguments that Megatron has validated.
+
     Raises:
         UserError: a flag of the schedule is missing, or Megatron refuses the schedule.
     """
@@ -126,7 +129,8 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
     optimizer: Any = SimpleNamespace(param_groups=[])
     with (
         mock.patch.object(training, "get_args", return_value=args),
-        mock.patch.object(training, "update_train_iters"),  # needs global variables, and the scheduler counts samples
+        # The function needs Megatron's global variables, and the scheduler counts samples, not iterations.
+        mock.patch.object(training, "update_train_iters"),
     ):
         try:
             return training.get_optimizer_param_scheduler(optimizer)
@@ -183,7 +187,7 @@ class _Resumption:
         """Yield an error for each change with which the run would fail, or that the run would ignore."""
         args = self.args
         yield from self._errors_of_length()
-        # A complete run loads its checkpoint only to save it in another folder.
+        # A complete run loads its checkpoint only to save the checkpoint in another folder.
         loads = not self.is_complete or (args.save is not None and not loads_what_it_saves(args))
         if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and loads:
             yield (
@@ -253,7 +257,7 @@ class _Resumption:
             )
         elif args.use_checkpoint_opt_param_scheduler and self.state is not None:
             saved = self._saved_schedule()
-            if saved.lr_decay_steps < training_samples(args) and saved.lr_decay_style != "constant":
+            if saved.lr_decay_steps < requested_training_samples(args) and saved.lr_decay_style != "constant":
                 yield f"the checkpoint's schedule of the learning rate is kept: {self._next_and_last(saved)}"
         elif self._changed_schedule() or self._changes(_NOT_SAVED_BY_SCHEDULER):
             before = self._saved_schedule()
@@ -279,8 +283,8 @@ class _Resumption:
         if changed := self._changes(_DATA_ARGUMENTS):
             yield f"the training data are in another order ({changed}): {consequence}"
             return
-        before = training_samples(self.saved, iteration_of(self.checkpoint) or 0, consumed)
-        now = training_samples(self.args, self.iteration, consumed)
+        before = requested_training_samples(self.saved, iteration_of(self.checkpoint) or 0, consumed)
+        now = requested_training_samples(self.args, self.iteration, consumed)
         if before == now or self.args.mock_data:
             return
         old, new = (epochs_of_training_data(self.args, number) for number in (before, now))
@@ -323,7 +327,7 @@ class _Resumption:
     def _next_and_last(self, schedule: OptimizerParamScheduler) -> str:
         """Name the learning rates of a schedule in the run's next and last iteration."""
         batches, last = BatchSizes.from_args(self.args), training_iterations(self.args)
-        # The state counts samples, but not those of iterations that were passed over.
+        # The state of the scheduler counts samples, except the samples of iterations that were passed over.
         begin = (self.state or {}).get("num_steps", 0) - batches.samples(self.iteration)
         following = f"{_rate(schedule, begin + batches.samples(self.iteration + 1))} in iteration {self.iteration + 1}"
         if last <= self.iteration:

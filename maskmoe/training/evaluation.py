@@ -234,7 +234,7 @@ def main() -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """Replace the numbers for which JSON has no form by None, for example the loss of a band without tokens."""
+    """Return a value in which None replaces NaN and infinite numbers, for which JSON has no form."""
     if isinstance(value, dict):
         return {name: _without_nan(part) for name, part in value.items()}
     if isinstance(value, list):

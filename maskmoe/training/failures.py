@@ -83,7 +83,7 @@ def check_first_step(args: Namespace, train_step: Callable[..., tuple]) -> Calla
     """Return a function like Megatron's `train_step` that fails if the first step has a NaN or infinite result.
 
     Megatron repeats every step whose loss or gradient is NaN or infinite, except for the first step of a process. The
-    update of the first step is applied, and the next checkpoint would hold the weights.
+    update of the first step is applied, and the next checkpoint would hold the damaged weights.
 
     Args:
         args: Megatron's arguments.
@@ -110,7 +110,7 @@ def _check_is_finite(args: Namespace, results: tuple) -> None:
     """Check the loss and the gradient norm in the results of `train_step`; a collective call. Raises RunFailure."""
     losses, is_skipped, _, should_exit, _, grad_norm, *_ = results
     values = [float(value) for value in (*losses.values(), grad_norm) if value is not None]
-    # A skipped update, as after an overflow of fp16, has not changed the weights.
+    # A skipped update, for example after an overflow in fp16, has not changed the weights.
     is_bad = not (should_exit or is_skipped or all(map(math.isfinite, values)))
     # Only the last pipeline stage has the loss.
     is_bad_on_any = torch.tensor(int(is_bad), device=torch.cuda.current_device())
@@ -169,7 +169,9 @@ def handling_early_ends(args: Namespace, data_files: DataFiles, leaving: LeaveAf
         raise _save_failure(args, str(error)) from error
     except CheckpointException as error:
         checkpoint = checkpoint_to_load(args) or pretrained_to_load(args)
-        raise RunFailure(f"cannot load {checkpoint}: {describe_failures(error)}") from error
+        raise RunFailure(
+            f"cannot load {checkpoint}: {describe_failures(error)}; remove the cause and start the run again"
+        ) from error
     except OSError as error:
         if error.errno not in _DISK_ERRORS or not args.save:
             raise

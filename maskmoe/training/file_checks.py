@@ -224,14 +224,14 @@ def _check_per_split_data_args(path: str) -> None:
         raise UserError(f"{source} {error.reason}") from error
     for split in ("train", "valid", "test"):
         if not isinstance(content, dict) or split not in content:
-            raise UserError(f"{source} has no entry {split!r}; give it a list of PREFIX… or WEIGHT PREFIX …, or null")
+            raise UserError(f"{source} has no entry {split!r}; add a list of PREFIX… or WEIGHT PREFIX …, or null")
         words = content[split].split() if isinstance(content[split], str) else content[split]
         if words is None:
             continue
         if not isinstance(words, list):
             raise UserError(f"{source}: {split} must be a list of PREFIX… or WEIGHT PREFIX …, or null")
         _, weights = parse_data_path([str(word) for word in words], f"{source}: {split}")
-        # A weight may be a number.
+        # A weight may be a number, but a prefix must be a text.
         for prefix in words if weights[0] is None else words[1::2]:
             if not isinstance(prefix, str):
                 raise UserError(f"{source}: {split} holds {prefix!r} where a prefix is expected")

@@ -84,6 +84,6 @@ def num_segments(args: Namespace) -> int:
 
 
 def divisors(number: int) -> str:
-    """Return the divisors of a number in ascending order, for people: `1, 2, 4`."""
+    """Return the divisors of a number in ascending order, as text for messages: `1, 2, 4`."""
     small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
     return ", ".join(map(str, sorted({*small, *(number // size for size in small)})))

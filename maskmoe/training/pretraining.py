@@ -155,7 +155,7 @@ def _open_run_folder(args: Namespace, folder: Path | None) -> Path | None:
     console.open_log(folder)
     console.shows_timers = args.timing_log_level > 0
     if folder is not None and args.rank == 0:
-        # Megatron computes the number of iterations of --train-samples later.
+        # Megatron computes the number of iterations from --train-samples later, so add the number here.
         complete = Namespace(**vars(args) | {"train_iters": training_iterations(args)})
         try:
             save_arguments(complete, sys.argv[1:], folder)

@@ -21,6 +21,7 @@ from maskmoe.checkpoint.series import (
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
+    finish_replacements,
     read_tracker,
     remove_tracker,
     write_tracker,
@@ -29,7 +30,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.rewinding import check_may_resume
-from maskmoe.training.rewinds import NO_REWINDS, Rewinds
+from maskmoe.training.rewinds import NO_REWINDS, Rewinds, loads_what_it_saves
 
 _Check = Callable[[Path], None]
 # Sizes of multi-latent attention.
@@ -111,6 +112,9 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
         return None
 
     def choose(verify: _Check) -> Path | None:
+        if loads_what_it_saves(args):
+            finish_replacements(args.load)
+
         def check(checkpoint: Path) -> None:
             check_may_resume(args, rewinds, checkpoint)
             verify(checkpoint)
@@ -136,7 +140,8 @@ def _choose_with_all_ranks(
         name: Name of the choice, for the messages between the ranks.
         args: Megatron's arguments, with `verify_checkpoint`.
         ranks: The ranks of the run; all of them must call this function.
-        choose: Chooses; its argument raises `Damage` for a checkpoint whose content is not what was saved.
+        choose: Returns the chosen checkpoint. The argument of this function is a function that raises `Damage` for a
+            checkpoint whose content is not what was saved.
 
     Raises:
         UserError: The first rank finds no checkpoint to choose.
@@ -182,9 +187,9 @@ def check_not_missing(args: Namespace, checkpoint: Path | None) -> None:
 def mend_tracker(args: Namespace, ranks: RankStore) -> None:
     """Rewrite a tracker of `--load` on the first rank if Megatron cannot load the chosen checkpoint with it.
 
-    Megatron reads an unusable tracker with an error. If the tracker says `RELEASE`, Megatron ignores `--ckpt-step` and
-    loads that checkpoint. If a non-persistent checkpoint was chosen, an unusable tracker cannot name it and is removed.
-    Call this when no rank can refuse the run any more.
+    Megatron fails with an unusable tracker. If the tracker names `RELEASE`, Megatron ignores `--ckpt-step` and loads
+    the checkpoint `RELEASE`. If a non-persistent checkpoint was chosen, the tracker cannot name this checkpoint, so an
+    unusable tracker is removed. Call this when no rank can refuse the run any more.
 
     Args:
         args: Megatron's arguments, with the iteration of the chosen checkpoint in `args.ckpt_step`.
@@ -268,7 +273,7 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
 
 
 def pretrained_to_load(args: Namespace) -> Path | None:
-    """Return the checkpoint in `--pretrained-checkpoint` whose weights the run begins with; None if it does not.
+    """Return the checkpoint in `--pretrained-checkpoint` with whose weights the run begins; None if there is none.
 
     Args:
         args: Megatron's arguments, after `find_checkpoint` has chosen a checkpoint.
@@ -299,7 +304,8 @@ def check_pretrained_model(args: Namespace, checkpoint: Path | None, ranks: Rank
             function. None compares only the sizes.
 
     Raises:
-        UserError: There is no sound checkpoint, Megatron would load another one, or it holds another model.
+        UserError: There is no sound checkpoint, Megatron would load another checkpoint than the newest sound one, or
+            the checkpoint holds another model.
     """
     if checkpoint is not None or args.pretrained_checkpoint is None:
         return
@@ -324,7 +330,7 @@ def _choose_pretrained(args: Namespace, check: _Check) -> Path | None:
     """Return the newest sound checkpoint in `--pretrained-checkpoint`; None if the folder has no checkpoint.
 
     Raises:
-        UserError: There are checkpoints, but none is sound, or Megatron would load another one.
+        UserError: There are checkpoints, but none is sound, or Megatron would load another checkpoint.
     """
     folder = Path(args.pretrained_checkpoint)
     choice = choose_checkpoint(folder, args.ckpt_step, check, flag="--pretrained-checkpoint")
@@ -342,8 +348,10 @@ def _choose_pretrained(args: Namespace, check: _Check) -> Path | None:
 def _loaded_by_megatron(args: Namespace, folder: Path) -> Path | None:
     """Return the checkpoint that Megatron loads from `--pretrained-checkpoint`; None if the tracker is unusable."""
     tracked = read_tracker(folder)
-    if tracked is None or tracked == RELEASE:
-        return None if tracked is None else folder / RELEASE
+    if tracked is None:
+        return None
+    if tracked == RELEASE:
+        return folder / RELEASE
     return checkpoint_path(folder, int(args.ckpt_step or tracked))
 
 

@@ -38,8 +38,8 @@ def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
 def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
     """Return the text of `args.yaml`: the flags of the command line, then all arguments as comments.
 
-    Paths in the run folder are written with `${RUN_DIR}`, so that another run with this file has its own folders. For
-    this, the relative paths of folders that the run writes become absolute.
+    Paths in the run folder are written with `${RUN_DIR}`, so that another run with this file has its own folders.
+    Relative paths of folders that the run writes are made absolute first.
 
     Args:
         args: the validated arguments.

@@ -282,7 +282,7 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
         checkpoint = resume.checkpoint_to_load(args)
         config.routing_mask = Path(cast(Path, args.routing_mask or checkpoint))
         if not config.transformer.gated_linear_unit:
-            # The fused activation functions that also weigh the rows of an expert are gated.
+            # Megatron-Core's fused activation functions that also weigh the rows of an expert exist only with a gate.
             config.transformer.bias_activation_fusion = False
         config.replaced_routing_mask = checkpoint if may_change_mask(args) else None
     config.aux_loss_tokens = args.moe_aux_loss_tokens

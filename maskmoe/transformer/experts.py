@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from maskmoe.transformer.backends.linear_in_turns import linear_in_turns
 from maskmoe.transformer.backends.swiglu import is_plain_swiglu, swiglu
-from maskmoe.transformer.gathered_parameters import is_wait_for_parameters, wait_for_parameters
+from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
 from maskmoe.transformer.kernels import launching
 
 
@@ -138,7 +138,7 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     `GroupedMLP` calls the hooks of `DistributedDataParallel` without calling the module, see `wait_for_parameters`.
     """
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks) or any(
-        not is_wait_for_parameters(hook) for hook in module._forward_pre_hooks.values()
+        not waits_for_parameters(hook) for hook in module._forward_pre_hooks.values()
     )
 
 

@@ -1,4 +1,4 @@
-"""Parameters that are read without a call of the module that holds them."""
+"""Waits for gathered parameters that are read without a call of the module that holds them."""
 
 from megatron.core.distributed import DistributedDataParallel
 from torch.nn import Module
@@ -14,10 +14,10 @@ def wait_for_parameters(module: Module) -> None:
         module: a module whose parameters are read without calling it.
     """
     for hook in module._forward_pre_hooks.values():
-        if is_wait_for_parameters(hook):
+        if waits_for_parameters(hook):
             hook(module, ())
 
 
-def is_wait_for_parameters(hook: object) -> bool:
-    """Return whether a forward pre-hook is the one in which `DistributedDataParallel` waits for parameters."""
+def waits_for_parameters(hook: object) -> bool:
+    """Return whether a forward pre-hook is the hook of `DistributedDataParallel` that waits for parameters."""
     return getattr(hook, "__module__", None) == DistributedDataParallel.__module__

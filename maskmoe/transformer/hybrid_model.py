@@ -25,7 +25,8 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 class ScaledRopeHybridModel(HybridModel):
     """`HybridModel` that can scale rotary embeddings as Llama 3 does, like `GPTModel`.
 
-    Layers with a convolution also wait for its parameters, which Megatron-Core reads without calling the convolution.
+    Gated delta nets and Mamba layers also wait for the gathered parameters of their convolution, which Megatron-Core
+    reads without calling the convolution.
 
     Args:
         args: positional arguments of `HybridModel`.
@@ -50,7 +51,7 @@ class ScaledRopeHybridModel(HybridModel):
             )
         mixers: list[Any] = [each for each in self.modules() if isinstance(each, GatedDeltaNet | MambaMixer)]
         for mixer in mixers:
-            # Wait in the order in which the parameters are gathered.
+            # The convolution follows `in_proj`, so wait in the order in which the parameters are gathered.
             mixer.in_proj.register_forward_hook(partial(_wait_after_call, mixer.conv1d))
 
 

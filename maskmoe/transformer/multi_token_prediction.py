@@ -23,7 +23,7 @@ class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
 
     def __init__(self, *args: Any, hybrid_submodules: HybridStackSubmodules | None = None, **kwargs: Any) -> None:
         if hybrid_submodules is not None and isinstance(hybrid_submodules.moe_layer, ModuleSpec):
-            # `HybridStack` does not pass `is_mtp_layer` to MoE layers. A model without experts has no spec of them.
+            # `HybridStack` does not pass `is_mtp_layer` to MoE layers. Without experts, there is no spec of MoE layers.
             moe_layer = hybrid_submodules.moe_layer
             moe_layer = replace(moe_layer, params={**moe_layer.params, "is_mtp_layer": True})
             hybrid_submodules = replace(hybrid_submodules, moe_layer=moe_layer)

@@ -125,7 +125,7 @@ class PackingModel(torch.nn.Module):
         positions = position_ids.flatten()
 
         def select(module: torch.nn.Module, args: Any, rope: Tensor | tuple[Tensor, float]) -> Any:
-            # The rotary embedding is [positions, 1, 1, channels]. YaRN returns its scale, too.
+            # The rotary embedding is [positions, 1, 1, channels]. YaRN's embedding returns a scale, too.
             return (rope[0][positions], *rope[1:]) if isinstance(rope, tuple) else rope[positions]
 
         hook = embedding.register_forward_hook(select)

@@ -121,8 +121,8 @@ def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_top
     """Return bool [tokens, experts], True for experts outside the groups that are chosen for a token.
 
     Groups are chosen as in group-limited routing (DeepSeek-V3, arXiv 2412.19437): the score of a group is the sum of
-    its `topk / group_topk` largest scores. If fewer of its experts are visible, the smallest visible score of the token
-    takes the missing places, so that a constant that is added to all scores changes no choice. A group without a
+    its `topk / group_topk` largest scores. If a group has fewer visible experts, the token's smallest visible score
+    takes the missing places. A constant that is added to all scores therefore changes no choice. A group without a
     visible expert is chosen only if there are not enough other groups.
 
     Args:

@@ -27,8 +27,8 @@ class StageProgress:
         self._seq_length = seq_length
         self._clock = clock
         self._start = clock()
-        # The first and the newest record of training, each with the time at which it was read. After ranks went back,
-        # the first record since then.
+        # The first and the newest record of training, each with the time at which the record was read. If the ranks
+        # have gone back to an earlier iteration, the records before that are left out.
         self._records: list[tuple[IterationRecord, float]] = []
         self._validation: ValidationRecord | None = None
 

@@ -245,7 +245,7 @@ ERRORS = {
     f"{INTERLEAVED} --global-batch-size 24": [
         "--global-batch-size 24 gives a rank 3 micro-batches",
         "groups of 2",
-        "at least 2 in the last; 16 or 32 would fit",
+        "at least 2 in the last group; 16 or 32 would fit",
     ],
     f"{INTERLEAVED} --eval-iters 1 --eval-global-batch-size 24": ["--eval-global-batch-size 24", "16 or 32 would fit"],
     f"{INTERLEAVED} --eval-iters 1 --eval-micro-batch-size 4": ["--eval-global-batch-size 16", "; 32 would fit"],
@@ -801,9 +801,7 @@ def test_fewer_samples_than_one_step(monkeypatch):
     args = parse_args(add_maskmoe_arguments)
     args.world_size = 1
     (error,) = size_errors(args)
-    assert error == (
-        "--train-samples 7 is less than the 8 samples of one step (--global-batch-size): nothing would be trained"
-    )
+    assert error == "--train-samples 7 is less than the 8 samples of one step (--global-batch-size): pass 8 or more"
 
 
 @pytest.mark.slow

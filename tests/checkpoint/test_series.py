@@ -1,7 +1,8 @@
-"""The choice between persistent and non-persistent checkpoints, compared with a choice by definition; and removal."""
+"""The choice among checkpoints of both kinds, compared with a choice by definition, and the removal of checkpoints."""
 
 import errno
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,17 @@ from hypothesis import strategies as st
 from support.run_folders import write_checkpoint
 
 from maskmoe.checkpoint.integrity import Damage, Unfinished
-from maskmoe.checkpoint.series import TRACKER, checkpoint_path, choose_checkpoint, iteration_of, saved_iterations
+from maskmoe.checkpoint.series import (
+    TRACKER,
+    checkpoint_path,
+    choose_checkpoint,
+    finish_replacements,
+    iteration_of,
+    next_version,
+    remove_next_versions,
+    replace_by_next_version,
+    saved_iterations,
+)
 from maskmoe.commands import thin_checkpoints
 from maskmoe.errors import UserError
 
@@ -114,6 +125,31 @@ def test_a_released_checkpoint_is_older_than_non_persistent_ones(root):
     assert of_run.choose() == of_run.path(LOCAL, 1)
     del of_run.states[LOCAL, 1]
     assert of_run.choose() == root / PERSISTENT / "release"
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_interrupted_replacement_of_a_checkpoint_is_finished(tmp_path, monkeypatch, renames):
+    checkpoint = checkpoint_path(tmp_path, 4)
+    for folder, content in ((checkpoint, "old"), (next_version(checkpoint), "new")):
+        folder.mkdir()
+        (folder / "file").write_text(content)
+    actions = iter([Path.rename] * renames)
+
+    def interrupted(*args, **_options):
+        """Do the given number of renames, then stop."""
+        for action in actions:
+            return action(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", interrupted)
+        patched.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            replace_by_next_version(checkpoint)
+    finish_replacements(tmp_path)
+    assert (checkpoint / "file").read_text() == ("new" if renames else "old")
+    remove_next_versions(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
 def test_thinning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch, capsys):

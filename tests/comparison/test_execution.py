@@ -86,7 +86,7 @@ def test_trials_come_before_whole_runs(comparison, events):
 
 @pytest.mark.parametrize("jobs", [1, 4])
 def test_trials_do_not_depend_on_the_number_of_jobs(comparison, events, jobs):
-    """While only the trial of 1e-3 is known, both neighbours are to be tried. The better 1e-4 makes 1e-2 needless."""
+    """While only the trial of 1e-3 is known, both neighbours must be tried. The better 1e-4 makes 1e-2 unnecessary."""
     for run in tuning_runs(comparison.suite):
         if run.learning_rate == "1e-3":
             finish(comparison, run)

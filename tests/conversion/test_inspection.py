@@ -64,7 +64,7 @@ def test_models_of_other_families(name, tmp_path):
     found = inspect_checkpoint(tmp_path)
     assert found.format == f"transformers ({name})"
     biases = sum(buffer.numel() for key, buffer in original.named_buffers() if key.endswith("score_correction_bias"))
-    assert sum(found.parameters.values()) == original.num_parameters() + biases  # which are buffers in transformers
+    assert sum(found.parameters.values()) == original.num_parameters() + biases  # biases are buffers in transformers
     num_idle = 0 if name == "llama" else 6 - original.config.num_experts_per_tok
     of_expert = found.parameters.get("experts", 0) // 6
     assert found.active_parameters == sum(found.parameters.values()) - num_idle * of_expert

@@ -286,7 +286,7 @@ def test_text_that_cannot_be_read(workplace, checkpoints, monkeypatch, capsys):
     for name, advice in (
         ("body.jsonl", "choose the keys of the text with --json-keys or --json-key"),
         ("body.parquet", "choose with --json-keys or --json-key"),
-        ("saved", "or name the files of one if the command has no such flag"),
+        ("saved", "or, if the command lacks this flag, name the files of one split"),
     ):
         with pytest.raises(SystemExit) as end:
             run("--load", "checkpoints", "--ckpt-step", ITERATIONS[0], "--input", name, "--output-dir", "bad")

@@ -226,7 +226,7 @@ def test_bad_file_of_data_paths(content, message, refusal, error_of, tmp_path):
         (None, "does not exist"),
         ("", "is damaged (Invalid JSON"),
         ("{'train': 1}", "is damaged (Invalid JSON"),
-        ('["data"]', "has no entry 'train'; give it a list of PREFIX… or WEIGHT PREFIX …, or null"),
+        ('["data"]', "has no entry 'train'; add a list of PREFIX… or WEIGHT PREFIX …, or null"),
         ('{"train": ["data"], "valid": null}', "has no entry 'test'"),
         ('{"train": 5, "valid": null, "test": null}', ": train must be a list of PREFIX… or WEIGHT PREFIX …, or null"),
         ('{"train": "data", "valid": [], "test": null}', ": valid is empty"),

@@ -267,7 +267,7 @@ def test_run_with_a_smaller_batch_has_samples_left(runs):
     """The checkpoint has consumed 56 samples, and 12 iterations of the new batch are 48 samples."""
     before, smaller = runs
     assert smaller.iterations == list(range(8, 13))
-    assert smaller.curves["lm loss"][8] != before.curves["lm loss"][8]  # of half as many samples
+    assert smaller.curves["lm loss"][8] != before.curves["lm loss"][8]  # the mean over half as many samples
 
 
 LONGER = "--train-iters 30 --hidden-dropout 0.1 --attention-dropout 0.1"

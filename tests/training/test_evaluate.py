@@ -119,7 +119,7 @@ def test_band_without_tokens_has_no_loss(workplace, execute):
     outcome = execute("band without tokens", "--token-frequency one_id.safetensors --eval-iters 1", 1)
     assert outcome.exit_codes == (0,), outcome.report()
     text = (outcome.folder / "evaluation.json").read_text()
-    assert not re.search("NaN|Infinity", text)  # which JSON does not have
+    assert not re.search("NaN|Infinity", text)  # JSON has neither
     first, second, last = json.loads(text)["bands"]
     assert (second["loss"], second["perplexity"], second["tokens"]) == (None, None, 0)
     assert first["loss"] > 0 < last["loss"]

@@ -1,4 +1,4 @@
-"""The table of training runs, in which every name that a test uses is found, and runs whose length is in samples."""
+"""The table of training runs has exactly the runs that tests use. Runs may have a length in samples."""
 
 import ast
 

@@ -76,7 +76,7 @@ def build_model(
     torch.manual_seed(0)
     yarn = {name: settings.pop(name) for name in [*settings] if name.startswith("yarn_")}
     config = make_config(num_layers=NUM_LAYERS, hidden_size=16, **settings)
-    vars(config).update(yarn)  # which are no fields of the configuration
+    vars(config).update(yarn)  # these settings are not fields of the configuration's class
     visible_experts = make_visible_experts(config, MASK)
     return MaskMoEGPTModel(
         config,

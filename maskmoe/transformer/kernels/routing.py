@@ -314,8 +314,8 @@ def _route_kernel(
         preference += tl.load(expert_bias + experts, mask=experts < N, other=0.0)
     candidates = visible
     if GROUP_TOPK > 0:
-        # The score of a group is the sum of its best visible experts' scores. The token's smallest visible score takes
-        # the places for which the group has too few visible experts.
+        # The score of a group is the sum of its best visible experts' scores. If the group has too few visible experts,
+        # the token's smallest visible score takes the missing places.
         smallest = tl.min(tl.where(visible, preference, float("inf")), axis=1, keep_dims=True)
         group_of_expert = experts // (N // NUM_GROUPS)
         group_scores = tl.zeros_like(values)
