@@ -14,8 +14,8 @@ from typing import NamedTuple
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from maskmoe.check.layout import Layout
 from maskmoe.check.parameters import Chunk
+from maskmoe.training.layout import Layout
 from maskmoe.transformer.backends.attention import SHORTEST_BLOCK, padded_width
 from maskmoe.transformer.backends.gated_delta_rule import CHUNK
 from maskmoe.transformer.backends.swiglu import is_plain_swiglu

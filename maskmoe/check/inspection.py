@@ -20,7 +20,6 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer
 
 from maskmoe.check.cost import compute_cost
-from maskmoe.check.layout import Layout, size_errors
 from maskmoe.check.memory import compute_memory
 from maskmoe.check.missing import ASSUMED_VOCAB_SIZE, MissingInput, missing_inputs, names_dataset
 from maskmoe.check.parameters import count_parameters
@@ -42,6 +41,7 @@ from maskmoe.training.changed_settings import find_changed_settings, take_schedu
 from maskmoe.training.flag_ranges import range_errors
 from maskmoe.training.layer_division import layer_errors
 from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
+from maskmoe.training.layout import Layout, size_errors
 from maskmoe.training.model_builder import MaskMoEModelConfig
 from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
 from maskmoe.training.required_flags import missing_flags, missing_sizes

@@ -25,10 +25,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from maskmoe.check.layout import Layout
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+from maskmoe.training.layout import Layout
 from maskmoe.training.model_builder import (
     MaskMoEGPTModelBuilder,
     MaskMoEHybridModelBuilder,

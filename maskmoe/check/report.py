@@ -9,13 +9,13 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from maskmoe.check.assumed_gpu import format_gpu_hours
 from maskmoe.check.cost import TrainingCost
-from maskmoe.check.layout import Layout
 from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.check.missing import MissingInput
 from maskmoe.check.parameters import Chunk, ModelParameters
 from maskmoe.check.save_interval import SaveInterval
 from maskmoe.templates import render_template
 from maskmoe.training.layer_pattern import KINDS
+from maskmoe.training.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import torch
 from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
-from maskmoe.check.layout import Layout
 from maskmoe.check.parameters import ExpertUse
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.routing_mask.words import describe_visible_experts
 from maskmoe.training.batch_sizes import BatchSizes, trained_samples, training_iterations
 from maskmoe.training.console import console
+from maskmoe.training.layout import Layout
 from maskmoe.training.resume import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.run_report import log_facts
 from maskmoe.wording import counted

@@ -20,7 +20,6 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe import ranges
-from maskmoe.check.layout import Layout
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.errors import UserError
 from maskmoe.folder_lock import locked_folder
@@ -43,6 +42,7 @@ from maskmoe.training.failures import (
 )
 from maskmoe.training.file_checks import data_prefixes
 from maskmoe.training.header import describe_layout, describe_start, show_header
+from maskmoe.training.layout import Layout
 from maskmoe.training.leaving import LeaveAfterSave
 from maskmoe.training.megatron_patches import pass_batches_of_every_chunk, watch_steps
 from maskmoe.training.model_builder import MaskMoEModelConfig

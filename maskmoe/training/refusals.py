@@ -609,12 +609,7 @@ def unsupported_settings(args: Namespace) -> Iterator[str]:
         yield refusal
     if not args.num_experts:
         return
-    jitter, dtype = args.moe_input_jitter_eps, "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    if jitter and jitter <= (smallest := torch.finfo(_DTYPES[dtype]).eps / 2):
-        yield (
-            f"--moe-input-jitter-eps {jitter:g} vanishes in {dtype}, where 1 + {jitter:g} is 1: use more than "
-            f"{smallest:g}, or leave the flag out"
-        )
+    yield from _errors_of_jitter(args)
     # The remaining errors are sizes that contradict the number of experts.
     num_experts, topk = args.num_experts, args.moe_router_topk
     if topk > num_experts:
@@ -635,4 +630,14 @@ def unsupported_settings(args: Namespace) -> Iterator[str]:
         yield (
             f"--moe-router-topk {topk} experts cannot be chosen from --moe-router-group-topk {group_topk} groups of "
             f"{num_experts // num_groups} experts with at least one from each group"
+        )
+
+
+def _errors_of_jitter(args: Namespace) -> Iterator[str]:
+    """Yield an error if the jitter of the router's input is too small for the dtype of the input."""
+    jitter, dtype = args.moe_input_jitter_eps, "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    if jitter and jitter <= (smallest := torch.finfo(_DTYPES[dtype]).eps / 2):
+        yield (
+            f"--moe-input-jitter-eps {jitter:g} vanishes in {dtype}, where 1 + {jitter:g} is 1: use more than "
+            f"{smallest:g}, or leave the flag out"
         )

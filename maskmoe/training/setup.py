@@ -23,7 +23,6 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
-from maskmoe.check.layout import size_errors
 from maskmoe.checkpoint.non_persistent import is_non_persistent
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import iteration_of
@@ -43,6 +42,7 @@ from maskmoe.training.console import console
 from maskmoe.training.flag_ranges import check_ranges
 from maskmoe.training.layer_division import layer_errors
 from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
+from maskmoe.training.layout import size_errors
 from maskmoe.training.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.refusals import check_supported

@@ -1,6 +1,11 @@
 """Waits for gathered parameters that are read without a call of the module that holds them."""
 
+from functools import partial
+from typing import Any
+
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.ssm.mamba_mixer import MambaMixer
 from torch.nn import Module
 
 
@@ -16,6 +21,23 @@ def wait_for_parameters(module: Module) -> None:
     for hook in module._forward_pre_hooks.values():
         if waits_for_parameters(hook):
             hook(module, ())
+
+
+def wait_for_convolutions(model: Module) -> None:
+    """Let the mixers of a model wait for the parameters of their convolution, which they read without calling it.
+
+    Args:
+        model: a model that may have gated delta nets or Mamba layers.
+    """
+    mixers: list[Any] = [each for each in model.modules() if isinstance(each, GatedDeltaNet | MambaMixer)]
+    for mixer in mixers:
+        # The convolution follows `in_proj`, so wait in the order in which the parameters are gathered.
+        mixer.in_proj.register_forward_hook(partial(_wait_after_call, mixer.conv1d))
+
+
+def _wait_after_call(other: Module, *_unused: object) -> None:
+    """Wait until the parameters of another module are gathered; a forward hook if `other` is bound."""
+    wait_for_parameters(other)
 
 
 def waits_for_parameters(hook: object) -> bool:

@@ -2,31 +2,27 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet
-from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
-from torch.nn import Module
 
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.backends.cross_entropy import CrossEntropyOfOneCopy
-from maskmoe.transformer.gathered_parameters import wait_for_parameters
+from maskmoe.transformer.gathered_parameters import wait_for_convolutions
 from maskmoe.transformer.model_mixin import RoutesByTokenId
 from maskmoe.transformer.packed_documents import PackingModel
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
-class ScaledRopeHybridModel(HybridModel):
-    """`HybridModel` that can scale rotary embeddings as Llama 3 does, like `GPTModel`.
+class CompletedHybridModel(HybridModel):
+    """`HybridModel` with what Megatron-Core leaves out: scaled rotary embeddings, and waiting for convolutions.
 
-    Gated delta nets and Mamba layers also wait for the gathered parameters of their convolution, which Megatron-Core
-    reads without calling the convolution.
+    Rotary embeddings can be scaled as Llama 3 does, like those of `GPTModel`. Gated delta nets and Mamba layers wait
+    until the parameters of their convolution are gathered, see `wait_for_convolutions`.
 
     Args:
         args: positional arguments of `HybridModel`.
@@ -49,17 +45,14 @@ class ScaledRopeHybridModel(HybridModel):
                 use_cpu_initialization=self.config.use_cpu_initialization,
                 cp_group=self.pg_collection.cp,
             )
-        mixers: list[Any] = [each for each in self.modules() if isinstance(each, GatedDeltaNet | MambaMixer)]
-        for mixer in mixers:
-            # The convolution follows `in_proj`, so wait in the order in which the parameters are gathered.
-            mixer.in_proj.register_forward_hook(partial(_wait_after_call, mixer.conv1d))
+        wait_for_convolutions(self)
 
 
-class DenseHybridModel(PackingModel, CrossEntropyOfOneCopy, ScaledRopeHybridModel):
+class DenseHybridModel(PackingModel, CrossEntropyOfOneCopy, CompletedHybridModel):
     """`HybridModel` without experts, with packed documents and the loss of `MaskMoEHybridModel`."""
 
 
-class _HybridModelWithIds(RoutesByTokenId, CrossEntropyOfOneCopy, ScaledRopeHybridModel):
+class _HybridModelWithIds(RoutesByTokenId, CrossEntropyOfOneCopy, CompletedHybridModel):
     """`HybridModel` that passes token ids to all layers, those of multi-token prediction included."""
 
     def forward(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -116,11 +109,6 @@ class MaskMoEHybridModel(PackingModel, _HybridModelWithIds):
         predictions: Any = self.mtp.layers if self.mtp_process else ()
         for depth, prediction in enumerate(predictions):
             _number(prediction.mtp_model_layer.layers, pattern, before=depth * _num_feed_forward(pattern))
-
-
-def _wait_after_call(other: Module, *unused: object) -> None:
-    """Wait until the parameters of another module are gathered; a forward hook if `other` is bound."""
-    wait_for_parameters(other)
 
 
 def _number(layers: Iterable[Any], pattern: str, before: int) -> None:

@@ -29,7 +29,6 @@ from maskmoe.check.assumed_cluster import AssumedCluster
 from maskmoe.check.assumed_gpu import AssumedGpu
 from maskmoe.check.command import requested_check
 from maskmoe.check.cost import TrainingCost
-from maskmoe.check.layout import Layout, size_errors
 from maskmoe.check.memory import MemoryReport, StageMemory
 from maskmoe.check.missing import MissingInput, missing_inputs
 from maskmoe.check.parameters import PARTS, Chunk, ExpertUse, ModelParameters
@@ -45,6 +44,7 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
 from maskmoe.training.arguments import add_maskmoe_arguments
+from maskmoe.training.layout import Layout, size_errors
 from maskmoe.training.refusals import unsupported_settings
 
 SCRIPT = RANK_SCRIPTS / "run_check_ranks.py"

@@ -31,7 +31,13 @@ def finish(comparison, run):
 
 
 @pytest.fixture
-def events(comparison, monkeypatch):
+def failing():
+    """Names of the runs that fail."""
+    return set()
+
+
+@pytest.fixture
+def events(comparison, failing, monkeypatch):
     """Replace processes by stand-ins, of which the trials of `slow` end late; return what happens, in order."""
     events = []
 
@@ -55,17 +61,15 @@ def events(comparison, monkeypatch):
         def stop(self):
             pass
 
-    failing = set()
     monkeypatch.setattr(execution, "StageProcess", Process)
     monkeypatch.setattr(execution, "_POLL_SECONDS", 0)
     monkeypatch.setattr(execution, "run_stages", lambda data, line: None)
     monkeypatch.setattr(execution, "report", lambda comparison, arguments: "report")
-    return {"events": events, "failing": failing}
+    return events
 
 
 def test_whole_run_waits_only_for_the_trials_of_its_variant(comparison, events):
     execution.compare(comparison, (), jobs=4)
-    events = events["events"]
     assert events.index("start runs/quick.seed-1") < events.index("end tuning/slow.lr-1e-3")
     assert events.index("start runs/slow.seed-1") > events.index("end tuning/slow.lr-1e-4")
     assert comparison.learning_rates() == {"quick": "1e-4", "slow": "1e-4"}
@@ -74,13 +78,13 @@ def test_whole_run_waits_only_for_the_trials_of_its_variant(comparison, events):
 
 def test_all_other_runs_wait_for_the_checks(comparison, events):
     execution.compare(comparison, (), jobs=4)
-    checks = [number for number, event in enumerate(events["events"]) if "checks/" in event]
+    checks = [number for number, event in enumerate(events) if "checks/" in event]
     assert checks == [0, 1, 2, 3]
 
 
 def test_trials_come_before_whole_runs(comparison, events):
     execution.compare(comparison, (), jobs=1)
-    started = [event.removeprefix("start ") for event in events["events"] if event.startswith("start ")]
+    started = [event.removeprefix("start ") for event in events if event.startswith("start ")]
     assert [name.partition("/")[0] for name in started] == ["checks"] * 2 + ["tuning"] * 6 + ["runs"] * 2
 
 
@@ -91,13 +95,13 @@ def test_trials_do_not_depend_on_the_number_of_jobs(comparison, events, jobs):
         if run.learning_rate == "1e-3":
             finish(comparison, run)
     execution.compare(comparison, (), jobs=jobs)
-    trials = {event for event in events["events"] if event.startswith("start tuning")}
+    trials = {event for event in events if event.startswith("start tuning")}
     assert trials == {f"start tuning/{name}.lr-{rate}" for name in ("quick", "slow") for rate in ("1e-4", "1e-2")}
 
 
-def test_failed_run_does_not_stop_the_runs_of_other_variants(comparison, events):
-    events["failing"].add("tuning/slow.lr-1e-3")
+def test_failed_run_does_not_stop_the_runs_of_other_variants(comparison, events, failing):
+    failing.add("tuning/slow.lr-1e-3")
     with pytest.raises(RunFailure, match=r"1 of 7 runs failed: tuning/slow.lr-1e-3: out of memory"):
         execution.compare(comparison, (), jobs=4)
-    assert "end runs/quick.seed-1" in events["events"]
-    assert not any("runs/slow" in event for event in events["events"])
+    assert "end runs/quick.seed-1" in events
+    assert not any("runs/slow" in event for event in events)
