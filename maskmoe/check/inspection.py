@@ -27,7 +27,7 @@ from maskmoe.check.report import Report
 from maskmoe.check.save_interval import recommend_save_interval
 from maskmoe.checkpoint.non_persistent import is_non_persistent, non_persistent_folder
 from maskmoe.checkpoint.routing_mask import read_routing_mask
-from maskmoe.checkpoint.series import choose_checkpoint
+from maskmoe.checkpoint.series import choose_checkpoint, iteration_of
 from maskmoe.command_line import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.launch.run_folder import run_folder
@@ -104,7 +104,8 @@ class Inspection:
             load_args_from_checkpoint(args)
         # Settings, sizes and files, by our own rules.
         layout = Layout.from_args(args)
-        errors_of_sizes = list(size_errors(args))
+        iteration = 0 if checkpoint is None else iteration_of(checkpoint) or 0
+        errors_of_sizes = list(size_errors(args, iteration))
         self._add(missing_flags(args, checkpoint is not None))
         self._add(chain(unavailable_settings(args, self._packages), unsupported_settings(args)))
         self._add(chain(pattern_errors(args), errors_of_sizes, layer_errors(args)))
@@ -121,7 +122,7 @@ class Inspection:
         args = validated or args
         if validated is not None and not errors_of_sizes:
             # Validation derives further sizes, such as the model chunks of a --pipeline-model-parallel-layout.
-            errors_of_sizes += size_errors(validated)
+            errors_of_sizes += size_errors(validated, iteration)
             self._add(errors_of_sizes)
         divides = not errors_of_sizes
         has_tokenizer = self._make_tokenizer(args)

@@ -152,7 +152,8 @@ class CheckpointSaver:
         finished: list[_Save] = []
         waits = blocking and bool(self._unfinished)
         with self._while_waiting() if waits else nullcontext(), _adding_time(finished):
-            with _marking_failures(), _hiding_retain_interval(settings):
+            hiding = _hiding_retain_interval(settings) if self._unfinished else nullcontext()
+            with _marking_failures(), hiding:
                 self._finalize(blocking=blocking, terminate=terminate)
             while len(self._unfinished) > _num_unfinished():
                 finished.append(self._unfinished.popleft())
@@ -224,14 +225,13 @@ def _marking_failures() -> Iterator[None]:
 def _hiding_retain_interval(settings: Namespace) -> Iterator[None]:
     """Hide `--save-retain-interval` from Megatron during the block if Megatron should not or cannot apply the interval.
 
-    When a save is complete, Megatron removes the checkpoint in the tracker file unless its iteration is a multiple of
-    this interval. With `--keep-last-checkpoints`, `CheckpointSaver` removes old checkpoints instead. If the tracker
-    file names no iteration, as in the folder of an imported model, Megatron fails.
+    When a save is complete, Megatron's first rank removes the checkpoint in the tracker file unless its iteration is a
+    multiple of this interval. With `--keep-last-checkpoints`, `CheckpointSaver` removes old checkpoints instead. If the
+    tracker file names no iteration, as in the folder of an imported model, Megatron fails.
     """
     interval = settings.save_retain_interval
-    if interval is not None and (
-        settings.keep_last_checkpoints is not None or not isinstance(read_tracker(settings.save), int)
-    ):
+    is_applied = interval is not None and settings.save is not None and torch.distributed.get_rank() == 0
+    if is_applied and (settings.keep_last_checkpoints is not None or not isinstance(read_tracker(settings.save), int)):
         settings.save_retain_interval = None
     try:
         yield

@@ -120,7 +120,8 @@ def choose_checkpoint(
     usable tracker file, which an interrupted save may leave behind, the search starts with the newest checkpoint. A
     folder in which only the first save of a run was interrupted counts as a folder without checkpoints. A folder in
     which the run has gone back beyond all checkpoints does so, too. If both kinds have a sound checkpoint of the same
-    iteration, the persistent one is chosen.
+    iteration, the persistent one is chosen. A kill may have stopped `replace_by_next_version` between its two renames,
+    so the search first completes the second rename.
 
     Args:
         folder: the folder in Megatron's `--load` or `--pretrained-checkpoint`.
@@ -132,6 +133,7 @@ def choose_checkpoint(
     Raises:
         UserError: the folder has checkpoints, or a record of one, but none is sound.
     """
+    finish_replacements(folder)
     rejected: list[Damage] = []
     candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
     if non_persistent is not None:
@@ -222,21 +224,32 @@ def replace_by_next_version(checkpoint: Path) -> None:
     """
     checkpoint.rename(checkpoint.with_name(f"{_REPLACED}{checkpoint.name}"))
     finish_replacements(checkpoint.parent)
+    _remove_replaced(checkpoint.parent)
 
 
 def finish_replacements(folder: str | Path) -> None:
-    """Complete the replacements of checkpoints by their next versions, of which the first rename is done."""
+    """Complete the replacements of checkpoints by their next versions, of which the first rename is done.
+
+    Several processes may do this at the same time.
+    """
     for replaced in Path(folder).glob(f"{_REPLACED}iter_*"):
         checkpoint = replaced.with_name(replaced.name.removeprefix(_REPLACED))
         version = next_version(checkpoint)
         if not checkpoint.exists():
-            (version if version.exists() else replaced).rename(checkpoint)
+            with suppress(OSError):
+                (version if version.exists() else replaced).rename(checkpoint)
+
+
+def _remove_replaced(folder: Path) -> None:
+    """Remove the checkpoints that were replaced by their next versions."""
+    for replaced in folder.glob(f"{_REPLACED}iter_*"):
         shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_next_versions(folder: str | Path) -> None:
     """Remove the next versions of checkpoints that interrupted saves have left."""
     finish_replacements(folder)
+    _remove_replaced(Path(folder))
     for version in Path(folder).glob(f"{_NEXT}iter_*"):
         shutil.rmtree(version, ignore_errors=True)
 

@@ -254,6 +254,8 @@ class RoutingMask(SealedTensors):
             differences.append(f"it is for {counted(self.num_layers, 'MoE layer')}, the model has {layers}; ")
         if differences:
             cure = "build a routing mask for this model or change the model"
+            if self.is_shared and not fits_any_layers:
+                cure += "; --shared-table builds one table for all layers"
             raise UserError(f"routing mask does not fit: {''.join(differences)}{cure}")
         if expert_model_parallel_size is None:
             return

@@ -1,5 +1,6 @@
 """Computes how many iterations a run has, and how many samples they read."""
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ class BatchSizes(NamedTuple):
     def sizes(self) -> tuple[int, ...]:
         """The number of samples in an iteration of each phase."""
         return tuple(size for _, size in self.phases)
+
+    def sizes_from(self, iteration: int) -> tuple[int, ...]:
+        """Return the number of samples in an iteration of each phase that is not over after some iterations."""
+        begin = self.samples(iteration)
+        ends = [*(begin_of_next for begin_of_next, _ in self.phases[1:]), math.inf]
+        return tuple(size for size, end in zip(self.sizes, ends, strict=True) if end > begin)
 
     def iterations(self, samples: int) -> int:
         """Return the number of whole iterations, from the beginning of a run, for which these samples are enough."""

@@ -178,16 +178,24 @@ class Layout:
         return replace(layout, global_batch=layout._enough_for_groups * step) if self.virtual_pipeline > 1 else layout
 
 
-def size_errors(args: Namespace) -> Iterator[str]:
+def size_errors(args: Namespace, iteration: int = 0) -> Iterator[str]:
     """Yield an error for each size of a run that does not divide, with the nearest sizes that would.
 
     Megatron itself refuses wrong ranks and batches before training. The other errors make Megatron's first step fail.
 
     Args:
         args: parsed arguments; Megatron need not have validated them.
+        iteration: the iteration from which the run resumes. Batch sizes of earlier iterations may be any.
     """
     layout = Layout.from_args(args)
-    yield from layout.errors() if args.step_batch_size_schedule is None else _errors_of_schedule(args, layout)
+    if args.decrease_batch_size_if_needed and layout.ranks % layout.ranks_step == 0:
+        # Megatron uses the next smaller batch that the ranks divide.
+        step = layout.micro_batch * layout.data
+        layout = replace(layout, global_batch=layout.global_batch // step * step or layout.global_batch)
+    if args.step_batch_size_schedule is None:
+        yield from layout.errors()
+    else:
+        yield from _errors_of_schedule(args, layout, iteration)
     if not args.skip_train and args.step_batch_size_schedule is None:
         yield from _errors_of_length(args, layout)
     if layout.ranks % layout.ranks_step == 0:
@@ -205,14 +213,14 @@ def _largest_batch(args: Namespace) -> int:
     return args.global_batch_size or 0
 
 
-def _errors_of_schedule(args: Namespace, layout: Layout) -> Iterator[str]:
+def _errors_of_schedule(args: Namespace, layout: Layout, iteration: int) -> Iterator[str]:
     """Yield an error for each bad size in `--step-batch-size-schedule`, and for a run that ends within a step."""
     try:
         batches = BatchSizes.from_args(args)
     except UserError as error:
         yield str(error)
         return
-    for size in sorted(set(batches.sizes)):
+    for size in sorted(set(batches.sizes_from(iteration))):
         yield from replace(layout, global_batch=size).errors(_SCHEDULE)
     for before, after in pairwise(batches.sizes):
         if after < before:

@@ -21,7 +21,6 @@ from maskmoe.checkpoint.series import (
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
-    finish_replacements,
     read_tracker,
     remove_tracker,
     write_tracker,
@@ -30,7 +29,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.rewinding import check_may_resume
-from maskmoe.training.rewinds import NO_REWINDS, Rewinds, loads_what_it_saves
+from maskmoe.training.rewinds import NO_REWINDS, Rewinds
 
 _Check = Callable[[Path], None]
 # Sizes of multi-latent attention.
@@ -112,9 +111,6 @@ def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REW
         return None
 
     def choose(verify: _Check) -> Path | None:
-        if loads_what_it_saves(args):
-            finish_replacements(args.load)
-
         def check(checkpoint: Path) -> None:
             check_may_resume(args, rewinds, checkpoint)
             verify(checkpoint)

@@ -70,6 +70,8 @@ def _escape(value: str) -> str:
 
 def _in_run_folder(value: str, folder: Path) -> str:
     """Return a value in which the path of the run folder, if the value begins with it, is a variable."""
-    start = _escape(str(folder.absolute()))
-    is_inside = value == start or value.startswith(start + os.sep)
-    return "${RUN_DIR}" + value.removeprefix(start) if is_inside else value
+    for path in (folder.absolute(), os.path.abspath(folder)):  # with and without `..`
+        start = _escape(str(path))
+        if value == start or value.startswith(start + os.sep):
+            return "${RUN_DIR}" + value.removeprefix(start)
+    return value

@@ -131,7 +131,7 @@ def parse_and_check_args(
     with megatrons_checks():
         validate_args(args)
         set_globals_without_writers(args)
-    for error in size_errors(args):
+    for error in size_errors(args, 0 if checkpoint is None else iteration_of(checkpoint) or 0):
         raise UserError(error)
     args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint
     if checkpoint is not None:

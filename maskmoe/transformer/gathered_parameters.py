@@ -5,7 +5,6 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
-from megatron.core.ssm.mamba_mixer import MambaMixer
 from torch.nn import Module
 
 
@@ -24,12 +23,14 @@ def wait_for_parameters(module: Module) -> None:
 
 
 def wait_for_convolutions(model: Module) -> None:
-    """Let the mixers of a model wait for the parameters of their convolution, which they read without calling it.
+    """Let gated delta nets wait for the parameters of their convolution, which they read without calling it.
+
+    Mamba layers hold these parameters themselves, so a call of the layer waits for them.
 
     Args:
-        model: a model that may have gated delta nets or Mamba layers.
+        model: a model that may have gated delta nets.
     """
-    mixers: list[Any] = [each for each in model.modules() if isinstance(each, GatedDeltaNet | MambaMixer)]
+    mixers: list[Any] = [each for each in model.modules() if isinstance(each, GatedDeltaNet)]
     for mixer in mixers:
         # The convolution follows `in_proj`, so wait in the order in which the parameters are gathered.
         mixer.in_proj.register_forward_hook(partial(_wait_after_call, mixer.conv1d))

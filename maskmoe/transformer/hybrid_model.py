@@ -21,8 +21,8 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 class CompletedHybridModel(HybridModel):
     """`HybridModel` with what Megatron-Core leaves out: scaled rotary embeddings, and waiting for convolutions.
 
-    Rotary embeddings can be scaled as Llama 3 does, like those of `GPTModel`. Gated delta nets and Mamba layers wait
-    until the parameters of their convolution are gathered, see `wait_for_convolutions`.
+    Rotary embeddings can be scaled as Llama 3 does, like those of `GPTModel`. Gated delta nets wait until the
+    parameters of their convolution are gathered, see `wait_for_convolutions`.
 
     Args:
         args: positional arguments of `HybridModel`.

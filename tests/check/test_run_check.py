@@ -795,6 +795,25 @@ def test_schedule_of_batch_sizes(ranks, flags, errors, monkeypatch):
         assert error.startswith(expected.format(schedule))
 
 
+def test_batch_sizes_before_a_checkpoint_may_be_any(monkeypatch):
+    words = without_flags(shlex.split(BASE), "--global-batch-size --train-iters")
+    flags = ["--step-batch-size-schedule", "0:2 256:4 512:8", "--train-samples", "24"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *words, *flags])
+    args = parse_args(add_maskmoe_arguments)
+    args.world_size = 2
+    assert [error.partition(" is ")[0] for error in size_errors(args)] == ["--step-batch-size-schedule 2"]
+    assert len(list(size_errors(args, iteration=1))) == 1
+    assert list(size_errors(args, iteration=2)) == []
+
+
+def test_batch_that_megatron_may_decrease_need_not_fit(monkeypatch):
+    for flags, fits in (([], False), (["--decrease-batch-size-if-needed"], True)):
+        monkeypatch.setattr(sys, "argv", ["pretrain", *shlex.split(BASE), *flags])
+        args = parse_args(add_maskmoe_arguments)
+        args.world_size = 3
+        assert (list(size_errors(args)) == []) == fits
+
+
 def test_fewer_samples_than_one_step(monkeypatch):
     words = without_flags(shlex.split(BASE), "--train-iters")
     monkeypatch.setattr(sys, "argv", ["pretrain", *words, "--train-samples", "7"])

@@ -337,6 +337,14 @@ def test_saved_arguments_with_relative_paths_do_not_write_into_the_folder_of_the
     }
 
 
+def test_saved_arguments_of_a_run_folder_with_dots_are_those_of_another_run(tmp_path):
+    folder = tmp_path / "work" / ".." / "run"
+    text = arguments_text(Namespace(), ["--save", str(folder / "checkpoints"), "--note", str(folder / "a")], folder)
+    (tmp_path / "args.yaml").write_text(text)
+    read = ModelFile.read(tmp_path / "args.yaml", {"RUN_DIR": "/other"}).flags_for(1)
+    assert split_flags(flag_words(read)) == {"save": ("/other/checkpoints",), "note": ("/other/a",)}
+
+
 @pytest.mark.parametrize(
     ("save", "variable", "folder"),
     [
