@@ -123,7 +123,8 @@ def _state(
     if lock is None and newest is not None and newest.is_recorded and newest.ended is None:
         if age is not None and age < _patience(progress):
             return State.RUNNING, "its journal has no end, and it wrote something a short time ago"
-        if not progress.is_complete:
+        # A run that locks its checkpoints leaves the lock behind when it is killed. Torchrun writes no end.
+        if not progress.is_complete and not has_checkpoints:
             return State.LOST, "its journal has no end, but it has written nothing for a while"
     if progress.is_complete:
         return State.FINISHED, "all iterations are done"
