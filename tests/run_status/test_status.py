@@ -170,7 +170,7 @@ def test_start_without_an_end_was_killed(tmp_path):
 
 def test_run_under_torchrun_that_has_released_its_lock_is_ended(tmp_path):
     """Only launchers write the end of a run."""
-    (tmp_path / "checkpoints").mkdir()
+    write_checkpoint(tmp_path / "checkpoints", 4)
     write_journal(tmp_path, (Kind.STARTED, time.time() - 5000, "2 ranks train", 0, {"ranks": 2}))
     liveness = read_status(tmp_path).liveness
     assert (liveness.state, liveness.reason) == (State.ENDED, "no process holds the lock")
