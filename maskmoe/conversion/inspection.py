@@ -16,7 +16,7 @@ from maskmoe.conversion.megatron_models import is_optimizer
 from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
 from maskmoe.conversion.safetensors_files import SafetensorsSource, has_safetensors
-from maskmoe.conversion.tensor_mapping import EXPERT_NORMS
+from maskmoe.conversion.tensor_mapping import local_norm_name
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.conversion.writing import JOURNAL
 from maskmoe.errors import UserError
@@ -188,8 +188,8 @@ def _inspect(
 
 def _is_second_norm(name: str, source: TensorSource) -> bool:
     """Return whether a tensor repeats a norm of the same checkpoint, under the name of Transformer Engine's modules."""
-    first, second = EXPERT_NORMS
-    return name.endswith(second) and name.replace(second, first) in source.tensors
+    local_name = local_norm_name(name)
+    return local_name != name and local_name in source.tensors
 
 
 def _part_of(name: str, num_layers: int | None) -> str:

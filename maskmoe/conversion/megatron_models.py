@@ -26,7 +26,14 @@ from maskmoe.conversion.config_mapping import config_from_args, is_stacked
 from maskmoe.conversion.hybrid_models import is_hybrid
 from maskmoe.conversion.model_tensors import check_tensors, make_config, read_mask, routing_mask_tensors
 from maskmoe.conversion.opened_model import OpenedModel
-from maskmoe.conversion.tensor_mapping import EMBEDDING, EXPERT_NORMS, PADDING_PREFIX, MegatronLayout, map_tensors
+from maskmoe.conversion.tensor_mapping import (
+    EMBEDDING,
+    EXPERT_NORMS,
+    PADDING_PREFIX,
+    MegatronLayout,
+    local_norm_name,
+    map_tensors,
+)
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, plan_torch_dist
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
@@ -100,8 +107,7 @@ def open_megatron(
     try:
         mapping = map_tensors(config, _layout(source, config, is_hybrid(args)))
         # A checkpoint may hold a norm a second time, under the name that Transformer Engine's modules load.
-        local_norm, transformer_engine_norm = EXPERT_NORMS
-        aliases = {name for name in weights if name.replace(transformer_engine_norm, local_norm) in mapping.megatron}
+        aliases = {name for name in weights if local_norm_name(name) in mapping.megatron}
         check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
         view = RearrangedSource(source, mapping.huggingface, mapping.copies)
     except CoverageError as error:

@@ -1,12 +1,11 @@
 """The status of a run at one moment."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from maskmoe.journal import Entry
+from maskmoe.json_files import json_values
 from maskmoe.run_report.history import Curve
 from maskmoe.run_report.progress import Progress
 from maskmoe.run_status.checkpoints import Checkpoints
@@ -58,17 +57,4 @@ class Status:
         """
         content = {name: value for name, value in self.__dict__.items() if name != "curves"}
         progress = {**asdict(self.progress), "seconds_left": self.progress.seconds_left}
-        return _plain({**content, "progress": progress})
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON values."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json_values({**content, "progress": progress})

@@ -7,9 +7,8 @@ the experts in every layer. `--eval-iters N` evaluates the first N batches of `-
 
 import argparse
 import json
-import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from maskmoe.command_line import add_force_argument
 from maskmoe.errors import UserError
+from maskmoe.json_files import json_values
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
@@ -229,14 +229,5 @@ def main() -> None:
             console.end_of_loading()
         results: Evaluation | TextScores = evaluate(args, model) if texts is None else score_texts(args, model, texts)
         print_rank_0(results.table())
-        content = _without_nan(asdict(results))
-        write_on_first_rank(args.eval_output, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    """Return a value in which None replaces NaN and infinite numbers, for which JSON has no form."""
-    if isinstance(value, dict):
-        return {name: _without_nan(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        content = json.dumps(json_values(results), indent=2, allow_nan=False)
+        write_on_first_rank(args.eval_output, content + "\n")
