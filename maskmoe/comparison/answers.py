@@ -1,12 +1,22 @@
 """State the findings of a comparison in sentences: one answer for each question that a reader has."""
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import groupby
 from operator import methodcaller
 from typing import NamedTuple
 
 from maskmoe.comparison.results import CurveResult, Estimate, Results, VariantResult, paired_difference
 from maskmoe.comparison.run_results import RunResult
+
+_VERDICTS = {
+    "Better": "{} is better on",
+    "Worse": "{} is worse on",
+    "Not resolved": "The difference is not resolved on",
+    "": "One seed resolves nothing on",
+}
+"""How a sentence about further held-out texts begins, by the verdict; `{}` stands for the method's title."""
+
+_SIGNS = {"Better": "below", "Worse": "above"}
 
 
 class Answer(NamedTuple):
@@ -32,17 +42,23 @@ def answers(results: Results) -> list[Answer]:
     found = [_answer_better(results, method, baseline) for baseline in baselines]
     found += [_answer_where(results, method, baselines), _answer_when(results, method, baselines)]
     found += [_answer_curve(results, method, baselines, curve) for curve in results.curves]
-    if results.grid_base:
-        found.append(_answer_grid(results))
+    found.append(_answer_grid(results, baselines))
     return [answer for answer in found if answer.sentences]
 
 
 def _answer_better(results: Results, method: VariantResult, baseline: VariantResult) -> Answer:
     sentences = []
-    for held_out in (None, *results.further):
-        if difference := paired_difference(results, method.name, baseline.name, loss_on(held_out)):
-            text = "On held-out text of the same kind" if held_out is None else f"On the held-out text “{held_out}”"
-            sentences.append(f"{text}, {_compare(method.title, baseline.title, difference)}.")
+    if difference := paired_difference(results, method.name, baseline.name, loss_on(None)):
+        sentences.append(f"On held-out text of the same kind, {_compare(method.title, baseline.title, difference)}.")
+    others = {
+        name: difference
+        for name in results.further
+        if (difference := paired_difference(results, method.name, baseline.name, loss_on(name)))
+    }
+    for verdict, beginning in _VERDICTS.items():
+        parts = [f"“{name}” ({each:+.4f})" for name, each in others.items() if each.verdict == verdict]
+        if parts:
+            sentences.append(f"{beginning.format(method.title)} {_enumerate(parts)}.")
     return Answer(f"Is {method.title} better than {baseline.title}?", sentences)
 
 
@@ -67,19 +83,26 @@ def _answer_when(results: Results, method: VariantResult, baselines: list[Varian
         points = differences_during_training(results, method, baseline)
         if len(points) < 2:
             continue
-        turns = [
-            f"after {iteration * method.tokens_per_iteration / 1e6:.1f} million tokens the sign is "
-            f"{'−' if later.mean < 0 else '+'}"
-            for (_, earlier), (iteration, later) in pairwise(points)
-            if (earlier.mean < 0) != (later.mean < 0)
-        ]
+        tokens = {iteration: f"{iteration * method.tokens_per_iteration / 1e6:.1f}" for iteration, _ in points}
         (first, start), (last, end) = points[0], points[-1]
-        sentence = (
-            f"{method.title} − {baseline.title} goes from {start:+.4f} after "
-            f"{first * method.tokens_per_iteration / 1e6:.1f} million tokens to {end:+.4f} after "
-            f"{last * method.tokens_per_iteration / 1e6:.1f} million"
+        sentences.append(
+            f"{method.title} − {baseline.title} goes from {start:+.4f} after {tokens[first]} million tokens to "
+            f"{end:+.4f} after {tokens[last]} million."
         )
-        sentences.append(f"{sentence}; {_enumerate(turns) if turns else 'the sign is always the same'}.")
+        if end.num > 1:
+            spans = [
+                f"{_SIGNS[verdict]} 0 {_describe_span([tokens[iteration] for iteration in span])} million tokens"
+                for verdict, span in _spans_of_verdicts(points)
+                if verdict in _SIGNS
+            ]
+            sentences.append(
+                f"The difference is resolved {_enumerate(spans)}." if spans else "The difference is never resolved."
+            )
+        if method.learning_rate != baseline.learning_rate:
+            sentences.append(
+                f"The learning rates differ ({method.title} {method.learning_rate}, {baseline.title} "
+                f"{baseline.learning_rate}), so differences before the end are also those of the rates."
+            )
     return Answer("How does the difference change during training?", sentences, "overview")
 
 
@@ -100,13 +123,21 @@ def _answer_curve(
     return Answer(f"Does the {curve.name} matter?", sentences, f"curve_{curve.name}")
 
 
-def _answer_grid(results: Results) -> Answer:
-    runs = results.grid_runs()
-    (mass, number), best = min(runs.items(), key=lambda item: item[1].loss)
-    sentences = [
-        f"The smallest loss is {best.loss:.4f}, at P = {100 * mass:g}% and V_f = {number:.0f}; the largest is "
-        f"{max(run.loss for run in runs.values()):.4f}. Each point has one seed, so small differences mean nothing."
-    ]
+def _answer_grid(results: Results, baselines: list[VariantResult]) -> Answer:
+    sentences = []
+    better: list[set[tuple[float, float]]] = []  # for each baseline, the points that are better beyond error
+    for baseline in baselines:
+        differences = grid_differences(results, baseline)
+        if not differences:
+            continue
+        place, best = min(differences.items(), key=lambda item: item[1].mean)
+        sentences.append(f"The difference to {baseline.title} is lowest at {_describe_place(place)}: {best:+.4f}.")
+        better.append({place for place, difference in differences.items() if difference.verdict == "Better"})
+    if better:
+        titles = _enumerate([baseline.title for baseline in baselines])
+        places = [_describe_place(place) for place in sorted(set.intersection(*better))]
+        subject = f"{_enumerate(places)} {'is' if len(places) == 1 else 'are'}" if places else "No P and V_f is"
+        sentences.append(f"{subject} better than {titles} beyond error.")
     return Answer("Which P and V_f are best?", sentences, "grid")
 
 
@@ -179,6 +210,15 @@ def common_iterations(runs: Iterable[RunResult]) -> list[int]:
     return sorted(set.intersection(*(set(run.validation.iterations) for run in runs)))
 
 
+def grid_differences(results: Results, baseline: VariantResult) -> dict[tuple[float, float], Estimate]:
+    """Return how the variants of the grid differ from a baseline, by P and V_f, ascending."""
+    return {
+        place: difference
+        for place, variant in results.grid_variants.items()
+        if (difference := paired_difference(results, variant.name, baseline.name, loss_on(None)))
+    }
+
+
 def curve_differences(results: Results, curve: CurveResult) -> dict[str, list[tuple[float, Estimate]]]:
     """Return how the method differs from each baseline along a curve, by value; only for at least two values."""
     if results.variant(results.method) is None:
@@ -219,12 +259,26 @@ def _change(results: Results, method: str, baseline: str, curve: CurveResult) ->
 def _compare(name: str, other: str, difference: Estimate) -> str:
     """Say whether a loss is smaller than another one, given their difference."""
     if difference.num < 2:
-        return f"one seed has a difference of {difference.mean:+.4f}, which resolves nothing"
-    low, high = difference.interval
-    numbers = f"{difference.mean:+.4f} nats, 95 % interval {low:+.4f} to {high:+.4f}, {difference.num} seeds"
+        return f"one seed has a difference of {difference:+.4f}, which resolves nothing"
+    numbers = f"{difference:+.4f} nats, {difference.num} seeds"
     if not difference.is_resolved:
         return f"the difference of {name} and {other} is not resolved ({numbers})"
     return f"{name} is {'better' if difference.mean < 0 else 'worse'} than {other} ({numbers})"
+
+
+def _spans_of_verdicts(points: list[tuple[int, Estimate]]) -> list[tuple[str, list[int]]]:
+    """Return the verdicts of differences, each with the consecutive iterations that have it."""
+    spans = groupby(points, key=lambda point: point[1].verdict)
+    return [(verdict, [iteration for iteration, _ in span]) for verdict, span in spans]
+
+
+def _describe_span(tokens: list[str]) -> str:
+    return f"from {tokens[0]} to {tokens[-1]}" if len(tokens) > 1 else f"at {tokens[0]}"
+
+
+def _describe_place(place: tuple[float, float]) -> str:
+    mass, number = place
+    return f"P = {100 * mass:g} % with V_f = {number:.0f}"
 
 
 def _describe_change(change: Estimate) -> str:

@@ -1,7 +1,7 @@
 """The plots of a comparison."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from maskmoe.comparison.answers import (
     common_iterations,
     curve_differences,
     differences_during_training,
+    grid_differences,
     mean_of_known,
 )
 from maskmoe.comparison.results import (
@@ -49,6 +50,7 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     with_choice = {name: of_runs for name, of_runs in histories.items() if of_runs[0].has_choice}
     changing = {name: of_runs for name, of_runs in with_choice.items() if of_runs[0].fluctuation}
     tuned = [variant for variant in main if len(variant.tuning) > 1]
+    gridded = [each for each in results.baseline_variants if len(grid_differences(results, each)) > 1]
     # Each plot has a name, a caption, a function that draws it, and what the function draws, if there is any.
     plots: list[tuple[str, str, Callable[[Results, Any], Figure], Any]] = [
         ("overview", "Loss on held-out text by the number of training tokens", _overview, overview_variants(results)),
@@ -58,7 +60,7 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
         ("entropy", "How undecided the routers are: entropy of their choice, by layer", _entropy, with_choice),
         ("fluctuation", "Routing fluctuation: tokens of a fixed text whose expert changes", _fluctuation, changing),
         ("distinct_experts", "Number of experts that process the occurrences of one id", _distinct_experts, histories),
-        ("grid", "Perplexity over P and V_f", _grid, results.of_role("grid") if results.grid_base else []),
+        ("grid", "Difference to the baselines by P and V_f", _grid, gridded),
         ("learning_rates", "Choice of the learning rate", _learning_rates, tuned),
     ]
     plots += [
@@ -176,6 +178,15 @@ def _draw_band(axes: "Axes", places: np.ndarray, estimates: list[Estimate], styl
     axes.fill_between(places, means - errors, means + errors, color=style["color"], alpha=0.18, linewidth=0)
 
 
+def _draw_error_bars(
+    axes: "Axes", places: Sequence[float], estimates: Sequence[Estimate], style: dict[str, Any]
+) -> None:
+    """Draw means as a line with markers, and their 95 % intervals as bars."""
+    means = [estimate.mean for estimate in estimates]
+    errors = [estimate.half_width for estimate in estimates]  # nan for one seed: there is no bar
+    axes.errorbar(places, means, yerr=errors, capsize=3, marker="o", **style)
+
+
 def _curve(results: Results, differences: dict[str, list[tuple[float, Estimate]]]) -> "Figure":
     styles = _styles(results)
     method = results.variant(results.method)
@@ -183,9 +194,8 @@ def _curve(results: Results, differences: dict[str, list[tuple[float, Estimate]]
     figure, ((axes,),) = _frame(1, 7, 4.5)
     for name, points in differences.items():
         values, estimates = zip(*points, strict=True)
-        means, errors = zip(*((each.mean, each.half_width) for each in estimates), strict=True)
         label = f"{method.title} − {styles[name]['label']}"
-        axes.errorbar(values, means, yerr=errors, capsize=3, marker="o", **{**styles[name], "label": label})
+        _draw_error_bars(axes, values, estimates, {**styles[name], "label": label})
     axes.axhline(0, color="#8a8a8a", linewidth=1)
     values = sorted({value for points in differences.values() for value, _ in points})
     axes.set(ylabel="difference of the losses, with 95 % interval", xscale="log")
@@ -316,20 +326,23 @@ def _distinct_experts(results: Results, variants: Histories) -> "Figure":
     return _with_legend(figure, axes)
 
 
-def _grid(results: Results, _points: list[VariantResult]) -> "Figure":
-    seed, runs = results.grid_seed, results.grid_runs()
+def _grid(results: Results, baselines: list[VariantResult]) -> "Figure":
     assert results.grid_base is not None
-    figure, ((axes,),) = _frame(1, 7.5, 4.8)
-    for index, num_visible in enumerate(sorted({num_visible for _, num_visible in runs})):
-        curve = {mass: run.loss for (mass, number), run in runs.items() if number == num_visible}
-        label = f"{results.grid_base.title}, V_f = {num_visible:.0f}"
-        percent, perplexity = 100 * np.array([*curve]), np.exp([*curve.values()])
-        axes.plot(percent, perplexity, color=_COLORS[(4 + index) % len(_COLORS)], marker="o", label=label)
-    for baseline, dashes in zip(results.baseline_variants, itertools.cycle(("--", ":", "-.")), strict=False):
-        for run in results.runs_of(baseline.name, seed):
-            axes.axhline(np.exp(run.loss), **{**_styles(results)[baseline.name], "linestyle": dashes})
-    axes.set(xlabel="P (% of the text that frequent ids make up)", ylabel=f"perplexity, seed {seed}")
-    return _with_legend(figure, axes)
+    numbers = sorted({number for _, number in results.grid_variants})
+    figure, all_axes = _frame(len(baselines), 6, 4.2, sharey=True)
+    for axes, baseline in zip(all_axes.flat, baselines, strict=False):
+        differences = grid_differences(results, baseline)
+        for index, num_visible in enumerate(numbers):
+            curve = {100 * mass: each for (mass, number), each in differences.items() if number == num_visible}
+            style = {"color": _COLORS[(4 + index) % len(_COLORS)], "label": f"V_f = {num_visible:.0f}"}
+            _draw_error_bars(axes, list(curve), list(curve.values()), style)
+        axes.axhline(0, color="#8a8a8a", linewidth=1)
+        axes.set(
+            title=f"{results.grid_base.title} − {baseline.title}",
+            xlabel="P (% of the text that frequent ids make up)",
+        )
+    all_axes[0, 0].set_ylabel("difference of the losses, with 95 % interval")
+    return _with_legend(figure, all_axes[0, 0])
 
 
 def _learning_rates(results: Results, tuned: list[VariantResult]) -> "Figure":
@@ -338,7 +351,7 @@ def _learning_rates(results: Results, tuned: list[VariantResult]) -> "Figure":
         points = sorted((float(rate), loss) for rate, loss in variant.tuning.items() if loss is not None)
         rates, losses = zip(*points, strict=True) if points else ((), ())
         axes.plot(rates, losses, marker="o", **_styles(results)[variant.name])
-    axes.set(xlabel="largest learning rate", ylabel="held-out loss of a short run", xscale="log")
+    axes.set(xlabel="learning rate (largest of a run)", ylabel="held-out loss at the end of a trial", xscale="log")
     tried = sorted({float(rate) for variant in tuned for rate in variant.tuning})
     axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
     axes.set_xticks([], minor=True)

@@ -1,7 +1,7 @@
 """The results of a comparison: collected from the parts of its runs, and compared seed by seed."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.parts import Part, count_equal
 from maskmoe.comparison.run_results import Band, RunResult
-from maskmoe.comparison.runs import tuning_runs
+from maskmoe.comparison.runs import Run, tuning_runs
 from maskmoe.comparison.selection import Selection
 from maskmoe.comparison.suite import Curve, Role, Suite, Variant
 from maskmoe.errors import UserError
@@ -112,7 +112,7 @@ class Results(BaseModel, frozen=True):
         variants: variants with finished runs, in order.
         runs: finished runs.
         limits: finished limits.
-        unfinished: names of unfinished runs.
+        unfinished: seeds of the unfinished runs by variant.
         commits: commits of the code of the runs, shortened; `+` marks a checkout with uncommitted changes.
         learning_rates: learning rates that the suite tries.
     """
@@ -126,7 +126,7 @@ class Results(BaseModel, frozen=True):
     variants: list[VariantResult]
     runs: list[RunResult]
     limits: list[LimitResult]
-    unfinished: list[str]
+    unfinished: dict[str, list[int]]
     commits: list[str] = []
     learning_rates: list[str] = []
     grid_of: str = ""
@@ -164,19 +164,15 @@ class Results(BaseModel, frozen=True):
         return self.variant(self.grid_of) if self.grid_of and self.of_role("grid") else None
 
     @property
-    def grid_seed(self) -> int:
-        """The seed of the runs in the grid's table and plot. There must be a grid."""
-        return self.runs_of(self.of_role("grid")[0].name)[0].seed
-
-    def grid_runs(self) -> dict[tuple[float, float], RunResult]:
-        """Return the runs of the grid's seed by P and V_f, ascending. There must be a `grid_base`."""
-        assert self.grid_base is not None
-        runs = {
-            (variant.number("frequent-mass"), variant.number("frequent-visible-experts")): run
+    def grid_variants(self) -> dict[tuple[float, float], VariantResult]:
+        """The grid's variants, with the one that the grid varies, by P and V_f, ascending."""
+        if self.grid_base is None:
+            return {}
+        variants = {
+            (variant.number("frequent-mass"), variant.number("frequent-visible-experts")): variant
             for variant in (self.grid_base, *self.of_role("grid"))
-            for run in self.runs_of(variant.name, self.grid_seed)
         }
-        return dict(sorted(runs.items(), key=lambda item: item[0]))
+        return dict(sorted(variants.items(), key=lambda item: item[0]))
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,7 @@ class Estimate:
     def __format__(self, form: str) -> str:
         """Format the mean and, if there are several values, half of the width of the 95 % interval after `±`."""
         error = f" ± {format(self.half_width, form.removeprefix('+'))}" if self.num > 1 else ""
-        return f"{format(self.mean, form)}{error}"
+        return f"{format(self.mean, form).replace('-', '−')}{error}"
 
 
 def paired_difference(
@@ -317,11 +313,19 @@ def collect_results(suite: Suite, parts: Mapping[str, Part], command: str) -> Re
         variants=[_variant(suite, variant, parts) for name, variant in suite.variants.items() if name in with_runs],
         runs=runs,
         limits=_compare_limits(suite, parts),
-        unfinished=[run.name for run in whole_runs if run.name not in parts],
+        unfinished=_unfinished_seeds(run for run in whole_runs if run.name not in parts),
         commits=sorted(set(commits)),
         learning_rates=list(suite.learning_rates.values),
         grid_of=suite.grid.of if suite.grid else "",
     )
+
+
+def _unfinished_seeds(runs: Iterable[Run]) -> dict[str, list[int]]:
+    """Return the seeds of runs by variant."""
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        seeds.setdefault(run.variant.name, []).append(run.seed)
+    return seeds
 
 
 def _variant(suite: Suite, variant: Variant, parts: Mapping[str, Part]) -> VariantResult:

@@ -276,8 +276,8 @@ def test_report_from_parts_alone(compare, folder, tmp_path):
     _, _, to_smoe = report.partition("## Difference to smoe")
     for held_out, factor in (("held-out text of the suite", 1), ("held-out text: stories", 2)):
         table = to_smoe.partition(f"smoe: {held_out}")[2]
-        (mean,) = re.findall(r"\| hash +\| +\**([-+][\d.]+)", table.partition("###")[0].partition("##")[0])
-        assert float(mean) == pytest.approx(factor * (-0.06 - EFFECTS["smoe"]), abs=1e-4)
+        (mean,) = re.findall(r"\| hash +\| +\**([−+][\d.]+)", table.partition("###")[0].partition("##")[0])
+        assert float(mean.replace("−", "-")) == pytest.approx(factor * (-0.06 - EFFECTS["smoe"]), abs=1e-4)
     assert "2 iterations, the same to the last bit" in report
     assert "at commit 0123456789ab;" in report
 

@@ -12,7 +12,7 @@ from scipy import stats
 from support.synthetic import EFFECTS, synthetic_results
 
 from maskmoe.comparison import plots
-from maskmoe.comparison.answers import answers, summarize_routers
+from maskmoe.comparison.answers import answers, grid_differences, summarize_routers
 from maskmoe.comparison.fairness import Parameters, check_active_parameters
 from maskmoe.comparison.report import render_report, write_report
 from maskmoe.comparison.results import Estimate, Results, differences_to, paired_difference
@@ -42,6 +42,7 @@ def test_estimate_is_printed_with_half_of_its_interval():
     half_width = stats.t.ppf(0.975, 2) / math.sqrt(3)
     assert f"{estimate:+.3f}" == f"+2.000 ± {half_width:.3f}"
     assert f"{Estimate.of([1.0]):.1f}" == "1.0"
+    assert f"{Estimate.of([-1.0, -2.0, -3.0]):.3f}" == f"−2.000 ± {half_width:.3f}"
 
 
 def test_differences_of_a_further_held_out_text():
@@ -86,7 +87,7 @@ def test_report_states_the_effects_of_the_synthetic_results(tmp_path):
     for name, effect in EFFECTS.items():
         if name != "smoe":
             row = re.search(rf"\| {name.capitalize()} +\|(.*)", to_smoe)[1]
-            mean = float(re.search(r"[+-][\d.]+", row)[0])
+            mean = float(re.search(r"[+−][\d.]+", row)[0].replace("−", "-"))
             assert mean == pytest.approx(effect, abs=0.01)
             assert "**" in row
     assert "Better: Hash-balanced; Maskmoe." in to_smoe
@@ -100,36 +101,79 @@ def test_report_states_the_effects_of_the_synthetic_results(tmp_path):
         Image.open(tmp_path / "report" / image).verify()
 
 
+def _answers(results):
+    """Return the answers by question."""
+    return {answer.question: " ".join(answer.sentences) for answer in answers(results)}
+
+
 def test_report_answers_the_questions_of_a_reader():
     """The sentences state the effects from which the synthetic losses are made."""
-    found = {answer.question: " ".join(answer.sentences) for answer in answers(synthetic_results())}
+    found = _answers(synthetic_results())
     better = found["Is Maskmoe better than Smoe?"]
-    assert re.match(r"On held-out text of the same kind, Maskmoe is better than Smoe \(-0\.0[78]", better)
-    assert re.search(r"“stories”, Maskmoe is better than Smoe \(-0\.1[567]", better)
-    assert "better than Hash-balanced (-0.0" in found["Is Maskmoe better than Hash-balanced?"]
+    assert re.match(r"On held-out text of the same kind, Maskmoe is better than Smoe \(−0\.0[78]", better)
+    assert re.search(r"Maskmoe is better on “stories” \(−0\.1[567]", better)
+    assert "better than Hash-balanced (−0.0" in found["Is Maskmoe better than Hash-balanced?"]
     of_size = found["Does the size matter?"]
-    numbers = r"\+0\.0[12]\d+ ± [\d.]+ at 50 and -0\.0[78]\d+ ± [\d.]+ at 100"
+    numbers = r"\+0\.0[12]\d+ ± [\d.]+ at 50 and −0\.0[78]\d+ ± [\d.]+ at 100"
     assert re.search(rf"− Smoe is {numbers}; from the first to the last it falls by 0\.(09|10)", of_size)
-    assert "P = 20% and V_f = 2" in found["Which P and V_f are best?"]
-    assert "the sign is always the same" in found["How does the difference change during training?"]
+    of_grid = found["Which P and V_f are best?"]
+    assert "The difference to Smoe is lowest at P = 20 % with V_f = 2: −0.0" in of_grid
+    assert "P = 20 % with V_f = 2 is better than Smoe and Hash-balanced beyond error." in of_grid
+    during = found["How does the difference change during training?"]
+    assert during.count("The difference is resolved below 0 from 1.0 to 4.0 million tokens.") == 2
+    assert "learning rates" not in during
 
 
-def test_report_says_when_the_sign_of_a_difference_changes():
+def test_report_says_during_which_training_a_difference_is_resolved():
     results = synthetic_results()
     for run in results.runs:
         if run.variant == "maskmoe":
             run.validation.losses[0] += 1
-    found = {answer.question: " ".join(answer.sentences) for answer in answers(results)}
-    during = found["How does the difference change during training?"]
-    assert "to Smoe" not in during
-    assert during.count("after 0.0 million tokens the sign is −") == 2
+            run.validation.losses[2] += run.seed - 2
+    during = _answers(results)["How does the difference change during training?"]
+    spans = "above 0 at 1.0 million tokens, below 0 at 2.0 million tokens and below 0 at 4.0"
+    assert during.count(f"The difference is resolved {spans} million tokens.") == 2
+
+
+def test_report_says_that_rates_differ():
+    results = synthetic_results()
+    variants = [
+        variant.model_copy(update={"learning_rate": "8e-3"}) if variant.name == "smoe" else variant
+        for variant in results.variants
+    ]
+    during = _answers(results.model_copy(update={"variants": variants}))
+    text = during["How does the difference change during training?"]
+    assert text.count("The learning rates differ (Maskmoe 4e-3, Smoe 8e-3)") == text.count("learning rates") == 1
+
+
+def test_points_of_the_grid_are_compared_seed_by_seed():
+    """A point that is better than one baseline, or with one seed, is not called better."""
+    results = synthetic_results()
+    point = results.of_role("grid")[0]
+    (run,) = results.runs_of(point.name)
+    losses = {each.seed: each.loss for each in results.runs_of("hash-balanced")}
+    of_seeds = [run.model_copy(update={"seed": seed, "loss": loss - 0.01}) for seed, loss in losses.items()]
+    others = [each for each in results.runs if each.variant != point.name]
+    results = results.model_copy(update={"runs": [*others, *of_seeds]})
+    found = grid_differences(results, results.variant("hash-balanced"))
+    assert found[0.1, 2].mean == pytest.approx(-0.01)
+    assert [each.num for each in found.values()] == [3, 3, 1]
+    places = "P = 10 % with V_f = 2 and P = 20 % with V_f = 2 are better than Smoe and Hash-balanced beyond error."
+    assert places in _answers(results)["Which P and V_f are best?"]
+    worse = [each.model_copy(update={"loss": each.loss + 1}) for each in results.runs if each.variant == "maskmoe"]
+    runs = [each for each in results.runs if each.variant != "maskmoe"] + worse
+    of_one = _answers(results.model_copy(update={"runs": runs}))["Which P and V_f are best?"]
+    assert of_one.endswith("P = 10 % with V_f = 2 is better than Smoe and Hash-balanced beyond error.")
+    noisy = _answers(synthetic_results(noise=0.5))["Which P and V_f are best?"]
+    assert noisy.endswith("No P and V_f is better than Smoe and Hash-balanced beyond error.")
 
 
 def test_what_is_not_resolved_is_called_so():
     found = {answer.question: answer.sentences[0] for answer in answers(synthetic_results(noise=0.5))}
     assert "is not resolved" in found["Is Maskmoe better than Smoe?"]
     one_seed = answers(synthetic_results(seeds=(1,)))
-    assert "one seed has a difference of -0.0" in one_seed[0].sentences[0]
+    assert "One seed resolves nothing on “stories” (−0.1" in one_seed[0].sentences[1]
+    assert "one seed has a difference of −0.0" in one_seed[0].sentences[0]
 
 
 @pytest.mark.parametrize(
@@ -177,8 +221,8 @@ def test_grid_of_many_values(tmp_path):
     results = results.model_copy(update=update)
     assert results.grid_base == own
     report = write_report(results, tmp_path).read_text()
-    assert "Wide; seed 1 only" in report
-    assert "99.5%" in report
+    assert "## P and V_f\n\nWide." in report
+    assert "99.5 %" in report
 
 
 @pytest.fixture
@@ -276,10 +320,10 @@ def test_one_seed_is_no_verdict():
 
 def test_unfinished_runs_are_named():
     results = synthetic_results()
-    some = Results(**{**results.__dict__, "unfinished": ["runs/smoe.seed-9"]})
+    some = Results(**{**results.__dict__, "unfinished": {"smoe": [9], "dense": [2, 3]}})
     text = render_report(some, {})
-    assert "1 runs are missing" in text
-    assert text.endswith("## Unfinished runs\n\nruns/smoe.seed-9.\n")
+    assert "3 runs are missing" in text
+    assert text.endswith("## Unfinished runs\n\n- smoe: seed 9\n- dense: seeds 2, 3\n")
 
 
 CHECK = """\

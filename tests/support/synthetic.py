@@ -60,7 +60,7 @@ def synthetic_results(seeds=(1, 2, 3), noise=0.004):
             LimitResult(title="All visible", equals="smoe", seed=1, iterations=20, num_equal=20),
             LimitResult(title="One visible", equals="hash-balanced", seed=1, iterations=20, num_equal=19),
         ],
-        unfinished=[],
+        unfinished={},
         grid_of="maskmoe",
     )
 
@@ -72,7 +72,7 @@ def _variant(name, title, role, mask, parameters, tuning):
         "rate_factor": 1,
         "tuning": tuning,
         "tokens": 1000,
-        "tokens_per_iteration": 10,
+        "tokens_per_iteration": 10_000,
     }
     return VariantResult(name=name, title=title, role=role, mask=mask, **settings)
 
