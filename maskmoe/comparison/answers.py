@@ -152,6 +152,7 @@ class RouterSummary(NamedTuple):
         first_change: share of these tokens whose expert changes between the first two checkpoints; nan if unknown.
         last_change: share of these tokens whose expert changes between the last two checkpoints; nan if unknown.
         experts: experts that an id's occurrences are sent to at the last checkpoint, by band.
+        id_information: mutual information of id and expert at the last checkpoint, over all tokens, in nats.
     """
 
     title: str
@@ -161,6 +162,7 @@ class RouterSummary(NamedTuple):
     first_change: float
     last_change: float
     experts: dict[str, float]
+    id_information: float
 
 
 def summarize_routers(results: Results) -> list[RouterSummary]:
@@ -184,6 +186,7 @@ def summarize_routers(results: Results) -> list[RouterSummary]:
             first_change=mean_of_known(value for rows in changes for value in rows[0]),
             last_change=mean_of_known(value for rows in changes for value in rows[-1]),
             experts=experts,
+            id_information=mean_of_known(value for history in histories for value in history.id_information),
         )
         summaries.append(summary)
     return summaries

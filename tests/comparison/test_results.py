@@ -302,6 +302,7 @@ def test_behaviour_of_the_routers_is_summarized():
     assert rows["Smoe"].first_weight == pytest.approx(np.mean([run.routing.first_weight[0] for run in runs]))
     assert rows["Smoe"].last_change == pytest.approx(np.mean([run.routing.routable_fluctuation[-1] for run in runs]))
     assert rows["Smoe"].experts["top 40 %"] == 1.75
+    assert rows["Smoe"].id_information == 1.0
 
 
 def test_effects_below_the_noise_are_not_resolved():
