@@ -56,7 +56,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=[],
         type=Path,
         metavar="DIR",
-        help="folders with parts, for example parts/ of another machine's run folder: their runs are finished",
+        help="folders with parts, for example parts/ of another machine's run folder: their runs are finished, and so "
+        "are runs with the same settings and text as a run of another suite there",
     )
     pieces.add_argument(
         "--only",
@@ -125,7 +126,7 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
         for size in {variant.vocab_size for variant in suite.variants.values()} - {""}
         if "data-path" not in flags
     }
-    merged = read_parts(options.merge)
+    merged = read_parts(options.merge, suite.name)
     devices = find_devices()
     comparison = Comparison(suite, folder, data, devices, merged, selection=selection, vocabularies=vocabularies)
     comparison.check_merged_parts()
@@ -135,7 +136,7 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
 def _state(comparison: Comparison, run: Run) -> str:
     if comparison.unfinished([run]):
         return "to do"
-    return "merged" if run.name in comparison.merged else "finished"
+    return "merged" if comparison.is_merged(run) else "finished"
 
 
 def main() -> None:

@@ -7,9 +7,18 @@ from pathlib import Path
 
 from maskmoe.comparison.data import Data, MissingData
 from maskmoe.comparison.fairness import Parameters
-from maskmoe.comparison.parts import FoundPart, Part, Parts, check_same_text, check_settings, settings_of
+from maskmoe.comparison.parts import (
+    FoundPart,
+    MergedParts,
+    Part,
+    Parts,
+    check_same_text,
+    check_settings,
+    identity_of,
+    settings_of,
+)
 from maskmoe.comparison.plan import RunPlan
-from maskmoe.comparison.recording import make_part, text_digests
+from maskmoe.comparison.recording import make_part, num_exact_losses, text_digests
 from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, next_tuning_runs, tuning_runs
 from maskmoe.comparison.selection import Selection
 from maskmoe.comparison.suite import Suite
@@ -32,7 +41,7 @@ class Comparison:
         folder: folder of all files.
         data: dataset of all runs, except for the variants with a vocabulary of their own.
         devices: devices of this machine.
-        merged: parts of runs that were finished elsewhere, by the runs' names; see `check_merged_parts`.
+        merged: parts of runs that were finished elsewhere; see `check_merged_parts`.
         recorded: parts of runs that are repeated here, by the runs' names; see `rerun`.
         selection: the runs that are trained.
         vocabularies: datasets of the variants with a vocabulary of their own, by its size.
@@ -42,7 +51,7 @@ class Comparison:
     folder: Path
     data: Data
     devices: Devices
-    merged: Parts = field(default_factory=dict)
+    merged: MergedParts = field(default_factory=MergedParts)
     recorded: Parts = field(default_factory=dict)
     selection: Selection = field(default_factory=Selection)
     vocabularies: Mapping[str, Data] = field(default_factory=dict)
@@ -56,7 +65,7 @@ class Comparison:
         recorded = {name: found for name, found in self.finished_parts().items() if found.part.kind == "whole"}
         if recorded.keys().isdisjoint(run.name for run in self.selection.whole_runs(self.suite)):
             raise UserError("--rerun: no selected run is finished; name the folders of recorded parts by --merge")
-        return replace(self, folder=self.folder / "rerun", merged={}, recorded=recorded)
+        return replace(self, folder=self.folder / "rerun", merged=MergedParts(), recorded=recorded)
 
     def plan(self, run: Run) -> RunPlan:
         """Return the stages of a run."""
@@ -81,13 +90,17 @@ class Comparison:
         Raises:
             UserError: there is a merged part and a different part of this machine.
         """
-        merged, own = self.merged.get(run.name), self._own_part(run)
+        merged, own = self.merged.own.get(run.name), self._own_part(run)
         if merged and own and merged.part.text_of_file != own.part.text_of_file:
             raise UserError(
                 f"{short_path(merged.file)} and {short_path(own.file)} are different parts of the run {run.name}; "
                 "remove one of the files (--rerun compares a repeated run with its part)"
             )
-        return merged or own
+        return merged or own or self._part_of_other_suite(run)
+
+    def is_merged(self, run: Run) -> bool:
+        """Return whether a run was finished elsewhere."""
+        return run.name in self.merged.own or self._part_of_other_suite(run) is not None
 
     def write_part(self, run: Run) -> None:
         """Write the part of a run whose stages are all finished."""
@@ -118,7 +131,7 @@ class Comparison:
         return (*self.check_runs(), *self.tuning_runs(), *self.whole_runs())
 
     @property
-    def is_merged(self) -> bool:
+    def is_all_merged(self) -> bool:
         """Whether all selected runs were finished elsewhere, so that nothing is to be done here."""
         return not self._variants_of_this_machine()
 
@@ -176,23 +189,23 @@ class Comparison:
         runs = (*tuning_runs(self.suite), *replace(self, selection=Selection()).whole_runs())
         found = {run.name: part for run in runs if (part := self.find_part(run))}
         # Also report merged runs whose learning rate cannot be chosen here, because tuning runs are missing.
-        return {**self.merged, **found}
+        return {**self.merged.own, **found}
 
     def parameters(self) -> dict[str, Parameters]:
         """Return the numbers of parameters of all main variants that are checked here or were checked elsewhere."""
         main = {variant.name for variant in self.suite.of_role("main")}
-        merged = {found.part.variant: found.part.parameters for found in self.merged.values()}
-        found = {name: parameters for name, parameters in merged.items() if parameters} | self._checked_parameters()
+        recorded = {found.part.variant: found.part.parameters for found in self.finished_parts().values()}
+        found = {name: parameters for name, parameters in recorded.items() if parameters} | self._checked_parameters()
         return {name: parameters for name, parameters in found.items() if name in main}
 
     def check_merged_parts(self) -> None:
-        """Check that the merged parts belong to this suite as it is now, to one text, and to the chosen learning rates.
+        """Check that the merged parts of this suite have its settings, one text, and the chosen learning rates.
 
         Raises:
             UserError: a part is refused. The message names its file and the reason.
         """
         runs = {run.name: run for run in (*tuning_runs(self.suite), *Selection().whole_runs(self.suite))}
-        for found in self.merged.values():
+        for found in self.merged.own.values():
             run, part = runs.get(found.part.run), found.part
             if run is None:
                 raise UserError(
@@ -205,7 +218,7 @@ class Comparison:
             check_settings(found, self.suite, run)
         self.check_text()
         rates = self.learning_rates()
-        for found in self.merged.values():
+        for found in self.merged.own.values():
             part = found.part
             if part.kind == "whole" and rates.get(part.variant, part.learning_rate) != part.learning_rate:
                 raise UserError(
@@ -214,19 +227,52 @@ class Comparison:
                 )
 
     def check_text(self) -> None:
-        """Check that the merged parts of one vocabulary belong to one text, and to that of this machine if it exists.
+        """Check that this suite's merged parts of a vocabulary belong to one text: to this machine's if it exists.
 
         Raises:
             UserError: a part belongs to another text.
         """
-        parts = [*self.merged.values(), *self.recorded.values()]
         for vocab_size in {variant.vocab_size for variant in self.suite.variants.values()}:
-            data = self.vocabularies.get(vocab_size, None if vocab_size else self.data)
-            of_size = [found for found in parts if self.suite.variants[found.part.variant].vocab_size == vocab_size]
-            if not of_size:
-                continue
-            ours = text_digests(data) if data is not None and _exists(data) else None
-            check_same_text(of_size, ours, f"the data in {short_path(data.files.folder)}" if data else "")
+            data = self._existing_data(vocab_size)
+            our_name = f"the data in {short_path(data.files.folder)}" if data else ""
+            check_same_text(self._parts_of_vocabulary(vocab_size), text_digests(data) if data else None, our_name)
+
+    def _part_of_other_suite(self, run: Run) -> FoundPart | None:
+        """Return the part of another suite's run with equal settings and text, as the run's part; None without one.
+
+        A part without exact losses is of no use for a run whose losses a limit must reproduce.
+        """
+        text = self._text_of(run.variant.vocab_size) if self.merged.others else None
+        if text is None:
+            return None
+        settings = settings_of(self.suite, run)
+        found = self.merged.others.get(identity_of(run.kind, run.is_analyzed, settings, text))
+        if found is None or (num_exact_losses(self.suite, run) and not found.part.exact_losses.iterations):
+            return None
+        own = {
+            "suite": self.suite.name,
+            "run": run.name,
+            "variant": run.variant.name,
+            "learning_rate": run.learning_rate,
+            "settings": settings,
+        }
+        return FoundPart(found.file, found.part.model_copy(update=own))
+
+    def _text_of(self, vocab_size: str) -> Mapping[str, str] | None:
+        """Return the digests of the text of a vocabulary; None if neither its data nor a merged part exists."""
+        if data := self._existing_data(vocab_size):
+            return text_digests(data)
+        return next((found.part.text for found in self._parts_of_vocabulary(vocab_size)), None)
+
+    def _existing_data(self, vocab_size: str) -> Data | None:
+        """Return the dataset of a vocabulary; None if its files do not exist."""
+        data = self.vocabularies.get(vocab_size, None if vocab_size else self.data)
+        return data if data is not None and _exists(data) else None
+
+    def _parts_of_vocabulary(self, vocab_size: str) -> list[FoundPart]:
+        """Return this suite's merged and recorded parts of the variants with a vocabulary."""
+        parts = (*self.merged.own.values(), *self.recorded.values())
+        return [found for found in parts if self.suite.variants[found.part.variant].vocab_size == vocab_size]
 
     def _tuning_losses(self) -> dict[str, float | None]:
         """Return the held-out losses of all finished tuning runs by name; None if training diverged."""
@@ -250,8 +296,10 @@ class Comparison:
 
     def _variants_of_this_machine(self) -> set[str]:
         """Return the names of the variants that have selected runs without a merged part."""
+        merged = {*self.merged.own, *(run.name for run in self.whole_runs() if self._part_of_other_suite(run))}
+        merged |= {run.name for run in self.tuning_runs() if self._part_of_other_suite(run)}
         runs = (*self.tuning_runs(), *self.selection.whole_runs(self.suite))
-        here = {run.name: run.variant.name for run in runs if run.name not in self.merged}
+        here = {run.name: run.variant.name for run in runs if run.name not in merged}
         return {name for run, name in here.items() if not self.recorded or run in self.recorded}
 
     def _checked_parameters(self) -> dict[str, Parameters]:

@@ -44,7 +44,7 @@ def compare(comparison: Comparison, arguments: Sequence[str], jobs: int | None, 
     refuse_while_jobs_are_queued(comparison)
     line = ProgressLine(sys.stdout, interval=60.0)
     with working_in(comparison.folder, line):
-        if not comparison.is_merged and _train(comparison, arguments, jobs, slurm, line):
+        if not comparison.is_all_merged and _train(comparison, arguments, jobs, slurm, line):
             return
         line.print(rerun_table(comparison) if comparison.recorded else report(comparison, arguments))
 

@@ -6,6 +6,8 @@ machines, and its report can be made again from the parts alone.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -161,6 +163,22 @@ class FoundPart(NamedTuple):
 Parts = Mapping[str, FoundPart]
 """Parts by the names of their runs."""
 
+Identity = tuple[str, bool, frozenset[tuple[str, tuple[str | Decimal, ...]]], frozenset[tuple[str, str]]]
+"""Kind, whether the run is analyzed, settings and text: runs with equal identities have the same result."""
+
+
+@dataclass(frozen=True)
+class MergedParts:
+    """Parts of runs that were finished elsewhere.
+
+    Attributes:
+        own: parts of the suite's runs, by name.
+        others: parts of the runs of other suites, by identity. A run of the suite with the same identity is finished.
+    """
+
+    own: Parts = field(default_factory=dict)
+    others: Mapping[Identity, FoundPart] = field(default_factory=dict)
+
 
 def settings_of(suite: Suite, run: Run) -> dict[str, str]:
     """Return what decides the result of a run, besides the text: flags by name, each as one text.
@@ -180,26 +198,57 @@ def settings_of(suite: Suite, run: Run) -> dict[str, str]:
     }
 
 
-def read_parts(folders: Iterable[Path]) -> Parts:
+def identity_of(kind: str, is_analyzed: bool, settings: Mapping[str, str], text: Mapping[str, str]) -> Identity:
+    """Return all that decides a run's result. Numbers are compared by value: 1e-2 equals 0.01.
+
+    Args:
+        kind: see `Run`.
+        is_analyzed: see `Run`.
+        settings: see `settings_of`.
+        text: see `text_digests`.
+    """
+    values = {name: tuple(map(_number_or_word, words.split())) for name, words in settings.items()}
+    return kind, is_analyzed, frozenset(values.items()), frozenset(text.items())
+
+
+def _number_or_word(word: str) -> Decimal | str:
+    """Return the exact value of a finite number, and any other word unchanged."""
+    try:
+        number = Decimal(word)
+    except InvalidOperation:
+        return word
+    return number if number.is_finite() else word
+
+
+def read_parts(folders: Iterable[Path], suite: str) -> MergedParts:
     """Read all parts in some folders and their subfolders.
+
+    Args:
+        folders: the folders.
+        suite: name of the suite whose parts are wanted by name.
 
     Raises:
         UserError: a folder does not exist or holds no part, a file is not a part, or two different parts are of one
             run.
     """
-    parts: dict[str, FoundPart] = {}
+    own: dict[str, FoundPart] = {}
+    others: dict[Identity, FoundPart] = {}
     for folder in folders:
         check_folder(folder, "--merge")
         files = sorted(folder.rglob("*.json"))
         if not files:
             raise UserError(f"--merge {folder} holds no parts; name a folder such as runs/SUITE/parts")
         for file in files:
-            found = FoundPart(file, Part.read(file))
-            add_part(parts, found)
-    return parts
+            part = Part.read(file)
+            if part.suite == suite:
+                _add_part(own, FoundPart(file, part))
+            else:
+                identity = identity_of(part.kind, part.evaluation is not None, part.settings, part.text)
+                others.setdefault(identity, FoundPart(file, part))
+    return MergedParts(own, others)
 
 
-def add_part(parts: dict[str, FoundPart], found: FoundPart) -> None:
+def _add_part(parts: dict[str, FoundPart], found: FoundPart) -> None:
     """Add a part to others.
 
     Raises:

@@ -57,7 +57,7 @@ def make_part(suite: Suite, plan: RunPlan, text: dict[str, str], parameters: Par
         tokens_per_second=_tokens_per_second(history, suite.seq_length),
         training=Curve.of(history.iterations).thinned(),
         validation=Curve.of(history.validations),
-        exact_losses=_exact_losses(files.tensorboard, _num_exact_losses(suite, run)),
+        exact_losses=_exact_losses(files.tensorboard, num_exact_losses(suite, run)),
         evaluation=Evaluation.read(files.evaluation, plan.further_evaluations, routing) if run.is_analyzed else None,
     )
 
@@ -118,7 +118,7 @@ def _tokens_per_second(history: TrainingHistory, seq_length: int) -> float:
     return samples * seq_length / history.training_seconds if history.training_seconds else 0.0
 
 
-def _num_exact_losses(suite: Suite, run: Run) -> int:
+def num_exact_losses(suite: Suite, run: Run) -> int:
     """Return how many losses of a run the limits need, at most 500: the own losses of a limit, or those it equals."""
     variant = run.variant
     if run.kind != "whole":

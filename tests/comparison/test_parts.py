@@ -19,12 +19,12 @@ from support.synthetic import BEST_RATE, EFFECTS, TEXT, runs_of, synthetic_part,
 from maskmoe.commands import compare as command
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.execution import report
-from maskmoe.comparison.parts import FoundPart, Part, check_settings, count_equal, first_difference
+from maskmoe.comparison.parts import FoundPart, Part, check_settings, count_equal, first_difference, identity_of
 from maskmoe.comparison.report import render_report
 from maskmoe.comparison.rerun import rerun_table
 from maskmoe.comparison.results import collect_results
 from maskmoe.comparison.run_results import Band, Curve, Evaluation, HeldOut
-from maskmoe.comparison.runs import tuning_runs
+from maskmoe.comparison.runs import tuning_runs, whole_runs
 from maskmoe.comparison.selection import Selection
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
@@ -295,6 +295,88 @@ def test_report_of_150_parts_takes_less_than_a_minute(suite_file, compare, tmp_p
     arguments = command.parse_arguments([*words_of(suite, tmp_path / "many"), "--report"])
     report(command.open_comparison(arguments), [])
     assert time.monotonic() - start < 60
+
+
+# ---- Parts of other suites -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def others(suite_text, tmp_path):
+    """A folder with the parts of another suite, which has other names, and other words for the same numbers."""
+    text = suite_text.replace("maskmoe-uniform: ", "masked: ").replace(
+        "values: [1e-2, 1e-3]", "values: [0.010, 1.0e-3]"
+    )
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    other = Suite.read(path, {})
+    rates = dict.fromkeys(other.variants, "0.010")
+    write_parts(other, tmp_path / "others", (*tuning_runs(other), *whole_runs(other, rates)))
+    return tmp_path / "others"
+
+
+def keep_only(folder, *names):
+    for path in folder.rglob("*.json"):
+        if str(path.relative_to(folder)) not in names:
+            path.unlink()
+
+
+def states_of(listed):
+    """Return the states of the runs, as `--list` prints them, by name."""
+    lines = [line for line in listed.splitlines() if not line.startswith("cost ")]
+    return {line[10:]: line[:10].strip() for line in lines}
+
+
+def test_runs_of_another_suite_with_equal_settings_are_finished(suite, compare, folder, others, tmp_path):
+    """One part of the own suite says which text is meant."""
+    compare("--merge", folder, "--report", "--output", tmp_path / "own")
+    keep_only(folder, "tuning/smoe.lr-1e-2.json")
+    states = states_of(compare("--merge", folder, others, "--list"))
+    assert states == {run.name: "merged" for run in runs_of(suite)}
+    assert "report: " in compare("--merge", folder, others)
+    assert not (tmp_path / "run" / "data").exists()
+    merged, own = [without_command((tmp_path / path / "README.md").read_text()) for path in ("run/report", "own")]
+    assert merged == own
+
+
+def test_part_of_another_suite_needs_the_same_settings_and_text(compare, folder, others):
+    keep_only(folder, "tuning/smoe.lr-1e-2.json")
+    parts = others / "tuning"
+    change(parts / "dense.lr-0.010.json", text=TEXT | {"split": "8,2,0"})
+    content = json.loads((parts / "hash.lr-0.010.json").read_text())
+    change(parts / "hash.lr-0.010.json", settings=content["settings"] | {"weight-decay": "0.1"})
+    states = states_of(compare("--merge", folder, others, "--list"))
+    assert states["tuning/dense.lr-1e-2"] == states["tuning/hash.lr-1e-2"] == "to do"
+    assert states["tuning/dense.lr-1e-3"] == states["tuning/maskmoe.lr-1e-2"] == "merged"
+
+
+def test_part_of_another_suite_needs_a_known_text(compare, others):
+    """Without a text here, nothing says that the texts are equal."""
+    assert set(states_of(compare("--merge", others, "--list")).values()) == {"to do"}
+
+
+def test_part_of_another_suite_needs_the_losses_of_a_limit(compare, folder, others):
+    keep_only(folder, *(f"tuning/{path.name}" for path in (folder / "tuning").iterdir()))
+    for number in (1, 2):
+        change(others / "runs" / f"smoe.seed-{number}.json", exact_losses=Curve().model_dump())
+    states = states_of(compare("--merge", folder, others, "--list"))
+    assert states["runs/smoe.seed-1"] == "to do"  # `all-visible` has seed 1
+    assert states["runs/smoe.seed-2"] == states["runs/dense.seed-1"] == "merged"
+
+
+def test_repeated_run_may_be_one_of_another_suite(suite, folder, others):
+    keep_only(folder, *(f"tuning/{path.name}" for path in (folder / "tuning").iterdir()))
+    comparison = open_([*words_of(suite, folder), str(others), "--rerun", "--only", "maskmoe", "--seeds", "2"])
+    assert [run.name for run in comparison.whole_runs()] == ["runs/maskmoe.seed-2"]
+    assert comparison.recorded["runs/maskmoe.seed-2"].part.learning_rate == "1e-2"
+
+
+@given(number=st.decimals(allow_nan=False, allow_infinity=False, places=3), digits=st.integers(0, 3))
+def test_identity_compares_numbers_by_value(number, digits):
+    words = [str(number), f"{number:E}", f"{number}" + "0" * digits]
+    identities = {identity_of("whole", True, {"lr": f"a {word}"}, {}) for word in words}
+    assert len(identities) == 1
+    assert identity_of("whole", True, {"lr": f"a {number + 1}"}, {}) not in identities
+    assert identity_of("whole", True, {"name": "1e-2 x"}, {}) != identity_of("whole", True, {"name": "1e-2 y"}, {})
 
 
 # ---- Refusals --------------------------------------------------------------------------------------------------------

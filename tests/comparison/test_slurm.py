@@ -331,11 +331,11 @@ def test_merged_part_that_differs_from_the_part_of_this_machine_is_refused(compa
     finish_stages(comparison, run)
     part = Part.read(comparison.part_file(run))
     part.write(tmp_path / "merged" / "same.json")
-    merged = replace(comparison, merged=read_parts([tmp_path / "merged"]))
+    merged = replace(comparison, merged=read_parts([tmp_path / "merged"], comparison.suite.name))
     merged.check_merged_parts()
     assert merged.find_part(run).part == part
     part.model_copy(update={"seconds": 1.0}).write(tmp_path / "merged" / "same.json")
-    merged = replace(comparison, merged=read_parts([tmp_path / "merged"]))
+    merged = replace(comparison, merged=read_parts([tmp_path / "merged"], comparison.suite.name))
     with pytest.raises(UserError, match=r"same.json and .*one.lr-1e-3.json are different parts of the run") as error:
         merged.check_merged_parts()
     assert "\n" not in str(error.value)
@@ -350,7 +350,7 @@ def test_merged_part_of_another_text_than_the_data_here_is_refused(comparison, t
     with pytest.raises(
         UserError, match=r"part.json belongs to another text than the data in .*: dataset.bin is e3b0c4"
     ):
-        replace(comparison, merged=read_parts([tmp_path / "merged"])).check_merged_parts()
+        replace(comparison, merged=read_parts([tmp_path / "merged"], comparison.suite.name)).check_merged_parts()
 
 
 def test_a_run_evaluated_on_gpus_is_finished_where_there_are_none(comparison):

@@ -125,7 +125,7 @@ TEXT = {"split": "9,1,0", "dataset.bin": "ab" * 32, "tokenizer": "cd" * 32}
 def synthetic_part(suite, run, **changes):
     """Return the part of a run of a suite; tuning runs favour `BEST_RATE`, and limits reproduce what they must."""
     effect = EFFECTS.get(run.variant.name, -0.06)
-    loss = 2.3 + effect + 0.02 * run.seed + (run.learning_rate != BEST_RATE)
+    loss = 2.3 + effect + 0.02 * run.seed + (float(run.learning_rate) != float(BEST_RATE))
     losses = [loss + 1.0 / (1 + i) for i in range(len(ITERATIONS))]
     rng = np.random.default_rng(run.seed)
     routing = _routing(has_choice=True, rng=rng) if run.variant.has_experts else None
