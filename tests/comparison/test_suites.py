@@ -8,6 +8,8 @@ from support.paths import ROOT
 from maskmoe.check.assumed_gpu import AssumedGpu
 from maskmoe.comparison.cost import describe_cost, flops_per_token, suite_cost
 from maskmoe.comparison.data import open_data
+from maskmoe.comparison.parts import identity_of, settings_of
+from maskmoe.comparison.recording import num_exact_losses
 from maskmoe.comparison.runs import check_runs, choose_learning_rates, training_flags, tuning_runs, whole_runs
 from maskmoe.comparison.suite import Suite
 from maskmoe.data.text_sources import TextSources
@@ -133,6 +135,22 @@ def test_cost_of_suites_for_gpus(name):
     assert total.split()[:3] == ["cost", "all", str(len(runs))]
     assert total.endswith(f"{hours:,.0f} GPU-hours")
     assert "50% of 500 TFLOP/s" in assumption
+
+
+def test_runs_of_small_are_not_trained_again_for_per_layer():
+    """The tuning runs, and the whole runs of SMoE, Hash and MaskMoE, are equal, so the parts of `small` count."""
+    runs = {}
+    for name in ("small", "per-layer"):
+        suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
+        rates = dict.fromkeys(suite.variants, suite.learning_rates.values[0])
+        runs[name] = {
+            identity_of(run.kind, run.is_analyzed, settings_of(suite, run), {}): num_exact_losses(suite, run)
+            for run in (*tuning_runs(suite), *whole_runs(suite, rates))
+        }
+    small, per_layer = runs.values()
+    common = small.keys() & per_layer.keys()
+    assert (len(common), len(per_layer)) == (21, 29)
+    assert all(small[identity] >= per_layer[identity] for identity in common)
 
 
 def test_cost_of_a_suite_for_a_laptop_is_not_stated():
