@@ -115,12 +115,12 @@ def _answer_curve(
         if baseline.name not in differences:
             continue
         values = _enumerate([f"{difference:+.4f} at {value:g}" for value, difference in differences[baseline.name]])
-        sentence = f"By {curve.title}, {method.title} − {baseline.title} is {values}"
+        sentence = f"{method.title} − {baseline.title} is {values}"
         change = _change(results, method.name, baseline.name, curve)
         if change and change.num > 1:
             sentence += f"; from the first to the last it {_describe_change(change)}"
         sentences.append(f"{sentence}.")
-    return Answer(f"Does the {curve.name} matter?", sentences, f"curve_{curve.name}")
+    return Answer(f"How does the difference change over {curve.title}?", sentences, f"curve_{curve.name}")
 
 
 def _answer_grid(results: Results, baselines: list[VariantResult]) -> Answer:

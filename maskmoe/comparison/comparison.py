@@ -1,19 +1,22 @@
 """A comparison: a suite in its folder, with the state of its runs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from maskmoe.comparison.data import Data, MissingData
 from maskmoe.comparison.fairness import Parameters
 from maskmoe.comparison.parts import (
     FoundPart,
+    Identity,
     MergedParts,
     Part,
     Parts,
     check_same_text,
     check_settings,
+    has_settings,
     identity_of,
     settings_of,
 )
@@ -21,7 +24,7 @@ from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.recording import make_part, num_exact_losses, text_digests
 from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, next_tuning_runs, tuning_runs
 from maskmoe.comparison.selection import Selection
-from maskmoe.comparison.suite import Suite
+from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.errors import UserError
 from maskmoe.launch.devices import Devices
 from maskmoe.paths import short_path
@@ -33,8 +36,9 @@ class Comparison:
     """A suite whose runs are trained in a folder, or were trained elsewhere.
 
     A run is finished if its part exists: a merged part, or the part that this machine has written after the run's last
-    stage, with the settings that the suite has now and of the text of this machine. The files of a finished run are not
-    needed any more, and its folder may be moved.
+    stage, with the settings that the suite has now and of the text of this machine. The part of an equal run, which has
+    the same settings and text, counts as well. The files of a finished run are not needed any more, and its folder may
+    be moved.
 
     Attributes:
         suite: the suite.
@@ -96,11 +100,12 @@ class Comparison:
                 f"{short_path(merged.file)} and {short_path(own.file)} are different parts of the run {run.name}; "
                 "remove one of the files (--rerun compares a repeated run with its part)"
             )
-        return merged or own or self._part_of_other_suite(run)
+        return merged or own or self._part_of_equal_run(run)
 
     def is_merged(self, run: Run) -> bool:
-        """Return whether a run was finished elsewhere."""
-        return run.name in self.merged.own or self._part_of_other_suite(run) is not None
+        """Return whether a run, or an equal run, was finished elsewhere."""
+        found = self.find_part(run)
+        return found is not None and not found.file.is_relative_to(self.folder / "parts")
 
     def write_part(self, run: Run) -> None:
         """Write the part of a run whose stages are all finished."""
@@ -109,8 +114,9 @@ class Comparison:
         make_part(self.suite, self.plan(run), text, parameters).write(self.part_file(run))
 
     def unfinished(self, runs: Iterable[Run]) -> tuple[Run, ...]:
-        """Return the runs among the given ones that are unfinished, in order."""
-        return tuple(run for run in runs if self._is_unfinished(run))
+        """Return the runs among the given ones that are unfinished, in order; of equal runs, only the first."""
+        unfinished = {self._identity(run): run for run in reversed([*runs]) if self._is_unfinished(run)}
+        return tuple(reversed(unfinished.values()))
 
     def runs_of_next_phase(self) -> tuple[Run, ...]:
         """Return the unfinished runs of the first phase that has any: checks, learning rates, whole runs."""
@@ -237,26 +243,55 @@ class Comparison:
             our_name = f"the data in {short_path(data.files.folder)}" if data else ""
             check_same_text(self._parts_of_vocabulary(vocab_size), text_digests(data) if data else None, our_name)
 
-    def _part_of_other_suite(self, run: Run) -> FoundPart | None:
-        """Return the part of another suite's run with equal settings and text, as the run's part; None without one.
+    def _part_of_equal_run(self, run: Run) -> FoundPart | None:
+        """Return the part of a run with equal settings and text, of this suite or another one, as the run's part.
 
         A part without exact losses is of no use for a run whose losses a limit must reproduce.
         """
-        text = self._text_of(run.variant.vocab_size) if self.merged.others else None
-        if text is None:
+        if run.kind == "check":
             return None
+        for found in self._parts_of_equal_runs(run):
+            if found.part.exact_losses.iterations or not num_exact_losses(self.suite, run):
+                own = {
+                    "suite": self.suite.name,
+                    "run": run.name,
+                    "variant": run.variant.name,
+                    "learning_rate": run.learning_rate,
+                    "settings": settings_of(self.suite, run),
+                }
+                return FoundPart(found.file, found.part.model_copy(update=own))
+        return None
+
+    def _parts_of_equal_runs(self, run: Run) -> Iterator[FoundPart]:
+        """Yield the parts of other runs with equal settings and text, of this suite and then of other suites."""
+        for variant in self._equal_variants[run.variant.name]:
+            other = replace(run, variant=variant)
+            found = self.merged.own.get(other.name) or self._own_part(other)
+            if found and has_settings(found.part, settings_of(self.suite, run)):
+                yield found
+        if not self.merged.others or (text := self._text_of(run.variant.vocab_size)) is None:
+            return
         settings = settings_of(self.suite, run)
-        found = self.merged.others.get(identity_of(run.kind, run.is_analyzed, settings, text))
-        if found is None or (num_exact_losses(self.suite, run) and not found.part.exact_losses.iterations):
-            return None
-        own = {
-            "suite": self.suite.name,
-            "run": run.name,
-            "variant": run.variant.name,
-            "learning_rate": run.learning_rate,
-            "settings": settings,
+        if found := self.merged.others.get(identity_of(run.kind, run.is_analyzed, settings, text)):
+            yield found
+
+    @cached_property
+    def _equal_variants(self) -> dict[str, list[Variant]]:
+        """For each variant, the other variants whose runs are equal if their seeds and learning rates are equal."""
+        groups: dict[Identity, list[Variant]] = {}
+        for variant in self.suite.variants.values():
+            identity = self._identity(Run(variant, 0, "1", "whole"))
+            groups.setdefault(identity, []).append(variant)
+        return {
+            variant.name: [other for other in group if other is not variant]
+            for group in groups.values()
+            for variant in group
         }
-        return FoundPart(found.file, found.part.model_copy(update=own))
+
+    def _identity(self, run: Run) -> Identity:
+        """Return what decides the result of a run of this suite; a check is a run of its own."""
+        own = {"vocab-size": run.variant.vocab_size, "check": run.name if run.kind == "check" else ""}
+        return identity_of(run.kind, run.is_analyzed, settings_of(self.suite, run), own)
 
     def _text_of(self, vocab_size: str) -> Mapping[str, str] | None:
         """Return the digests of the text of a vocabulary; None if neither its data nor a merged part exists."""
@@ -290,14 +325,15 @@ class Comparison:
         # A damaged part is written again.
         with suppress(UserError):
             part = Part.read(file)
-            if part.settings == settings_of(self.suite, run) and (not _exists(data) or part.text == text_digests(data)):
+            is_same = has_settings(part, settings_of(self.suite, run))
+            if is_same and (not _exists(data) or part.text == text_digests(data)):
                 return FoundPart(file, part)
         return None
 
     def _variants_of_this_machine(self) -> set[str]:
         """Return the names of the variants that have selected runs without a merged part."""
-        merged = {*self.merged.own, *(run.name for run in self.whole_runs() if self._part_of_other_suite(run))}
-        merged |= {run.name for run in self.tuning_runs() if self._part_of_other_suite(run)}
+        merged = {run.name for run in (*self.tuning_runs(), *self.whole_runs()) if self.is_merged(run)}
+        merged |= self.merged.own.keys()  # learning rates need not be chosen here yet
         runs = (*self.tuning_runs(), *self.selection.whole_runs(self.suite))
         here = {run.name: run.variant.name for run in runs if run.name not in merged}
         return {name for run, name in here.items() if not self.recorded or run in self.recorded}

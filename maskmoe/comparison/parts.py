@@ -211,6 +211,12 @@ def identity_of(kind: str, is_analyzed: bool, settings: Mapping[str, str], text:
     return kind, is_analyzed, frozenset(values.items()), frozenset(text.items())
 
 
+def has_settings(part: Part, settings: Mapping[str, str]) -> bool:
+    """Return whether a part has the given settings; numbers are compared by value."""
+    theirs, ours = (identity_of("", False, each, {}) for each in (part.settings, settings))
+    return theirs == ours
+
+
 def _number_or_word(word: str) -> Decimal | str:
     """Return the exact value of a finite number, and any other word unchanged."""
     try:

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from maskmoe.comparison.fairness import Parameters
-from maskmoe.comparison.parts import Part, count_equal
+from maskmoe.comparison.parts import Part, count_equal, identity_of
 from maskmoe.comparison.run_results import Band, RunResult
 from maskmoe.comparison.runs import Run, tuning_runs
 from maskmoe.comparison.selection import Selection
@@ -111,6 +111,7 @@ class Results(BaseModel, frozen=True):
         curves: curves with finished runs.
         variants: variants with finished runs, in order.
         runs: finished runs.
+        training_seconds: durations of the trainings; a training may be that of several runs, which are equal.
         limits: finished limits.
         unfinished: seeds of the unfinished runs by variant.
         commits: commits of the code of the runs, shortened; `+` marks a checkout with uncommitted changes.
@@ -125,6 +126,7 @@ class Results(BaseModel, frozen=True):
     curves: list[CurveResult]
     variants: list[VariantResult]
     runs: list[RunResult]
+    training_seconds: list[float]
     limits: list[LimitResult]
     unfinished: dict[str, list[int]]
     commits: list[str] = []
@@ -300,6 +302,11 @@ def collect_results(suite: Suite, parts: Mapping[str, Part], command: str) -> Re
         if [band.name for band in run.bands] != [band.name for band in runs[0].bands]:
             names = f"{runs[0].variant} with seed {runs[0].seed} and {run.variant} with seed {run.seed}"
             raise UserError(f"the runs {names} have different frequency bands; evaluate both with the same version")
+    seconds = {
+        identity_of(part.kind, part.evaluation is not None, part.settings, part.text): part.seconds
+        for part in finished
+        if part.result
+    }
     origins = [part.origin for part in parts.values()]
     commits = [f"{origin.commit[:12]}{'+' if origin.is_dirty else ''}" for origin in origins if origin.commit]
     with_runs = {run.variant for run in runs}
@@ -312,6 +319,7 @@ def collect_results(suite: Suite, parts: Mapping[str, Part], command: str) -> Re
         curves=[_curve(name, curve, with_runs) for name, curve in suite.curves.items()],
         variants=[_variant(suite, variant, parts) for name, variant in suite.variants.items() if name in with_runs],
         runs=runs,
+        training_seconds=list(seconds.values()),
         limits=_compare_limits(suite, parts),
         unfinished=_unfinished_seeds(run for run in whole_runs if run.name not in parts),
         commits=sorted(set(commits)),

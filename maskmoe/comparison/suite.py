@@ -188,7 +188,6 @@ class Point(_Section):
         vocab_size: size of the vocabulary, instead of the vocabulary of the suite's data.
         learning_rate_factor: factor of the variants' learning rates. Shorter training favours larger rates.
         seeds: seeds of the point; by default those of the curve.
-        same_as: name of the curve, a hyphen, and the value of another point that has this setting; no runs are added.
     """
 
     flags: FlagSection = {}
@@ -196,7 +195,6 @@ class Point(_Section):
     vocab_size: Annotated[str, AfterValidator(_check_number)] = ""
     learning_rate_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
     seeds: Seeds = ()
-    same_as: str = ""
 
 
 class Curve(_Section):
@@ -224,7 +222,7 @@ class Curve(_Section):
             value: value of the point.
             base: name of the main variant.
         """
-        return f"{base}.{self.points[value].same_as or f'{name}-{value}'}"
+        return f"{base}.{name}-{value}"
 
 
 class LearningRates(_Section):
@@ -323,12 +321,6 @@ class Suite(_Section):
         main = dict(variants)
         variants |= {variant.name: variant for variant in self._grid_variants(main)}
         variants |= {variant.name: variant for variant in self._curve_variants(main)}
-        for name, curve in self.curves.items():
-            for value, base in itertools.product(curve.points, curve.of):
-                if curve.variant_at(name, value, base) not in variants:
-                    raise ValueError(
-                        f"curves.{name}.points.{value}: no curve has a point {curve.points[value].same_as}"
-                    )
         baselines = self.baselines or (next(iter(variants)),)
         _check_references(variants, baselines)
         main = [variant for variant in variants.values() if variant.role == "main"]
@@ -389,8 +381,6 @@ class Suite(_Section):
         """Yield the variants of each curve in each of its settings."""
         for name, curve in self.curves.items():
             for (value, point), base_name in itertools.product(curve.points.items(), curve.of):
-                if point.same_as:
-                    continue
                 base = variants.get(base_name)
                 if base is None or base.role != "main":
                     raise ValueError(f"curves.{name}: `of: {base_name}` must name a variant that is compared")

@@ -321,7 +321,7 @@ def keep_only(folder, *names):
 
 
 def states_of(listed):
-    """Return the states of the runs, as `--list` prints them, by name."""
+    """Return the states of runs by name, in order, from the lines of `--list`."""
     lines = [line for line in listed.splitlines() if not line.startswith("cost ")]
     return {line[10:]: line[:10].strip() for line in lines}
 
@@ -361,6 +361,35 @@ def test_part_of_another_suite_needs_the_losses_of_a_limit(compare, folder, othe
     states = states_of(compare("--merge", folder, others, "--list"))
     assert states["runs/smoe.seed-1"] == "to do"  # `all-visible` has seed 1
     assert states["runs/smoe.seed-2"] == states["runs/dense.seed-1"] == "merged"
+
+
+EQUAL_POINTS = """
+curves:
+  length: {title: iterations, of: maskmoe, points: {20: &short {flags: {train-iters: 20}}}}
+  again: {title: again, of: [smoe, maskmoe], seeds: [2], points: {1: *short}}
+  other-text: {title: ids, of: maskmoe, points: {400: {flags: {train-iters: 20}, vocab-size: 400}}}
+"""
+
+
+def test_equal_runs_of_a_suite_are_trained_once(suite_file, folder, tmp_path):
+    """Two points of curves have the same setting. A third point has another text."""
+    path = suite_file(replace={"data:": f"{EQUAL_POINTS}\ndata:"})
+    suite = Suite.read(path, {})
+    comparison = open_(words_of(suite, folder))
+    curves = {run.name for run in comparison.whole_runs() if run.variant.role == "curve"}
+    assert len(curves) == 6
+    unfinished = {run.name for run in comparison.unfinished(comparison.whole_runs())}
+    assert curves - unfinished == {"runs/maskmoe.again-1.seed-2"}
+    (run,) = [run for run in comparison.whole_runs() if run.name == "runs/maskmoe.length-20.seed-2"]
+    synthetic_part(suite, run).write(folder / f"{run.name}.json")
+    comparison = open_(words_of(suite, folder))
+    unfinished = {run.name for run in comparison.unfinished(comparison.whole_runs())}
+    assert curves - unfinished == {"runs/maskmoe.again-1.seed-2", run.name}
+    parts = {name: found.part for name, found in comparison.finished_parts().items()}
+    assert parts["runs/maskmoe.again-1.seed-2"].result.loss == parts[run.name].result.loss
+    results = collect_results(suite, parts, "command")
+    assert len(results.runs) == len(results.training_seconds) + 1
+    assert "maskmoe.other-text-400" in results.unfinished
 
 
 def test_repeated_run_may_be_one_of_another_suite(suite, folder, others):

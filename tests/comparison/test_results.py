@@ -113,7 +113,7 @@ def test_report_answers_the_questions_of_a_reader():
     assert re.match(r"On held-out text of the same kind, Maskmoe is better than Smoe \(−0\.0[78]", better)
     assert re.search(r"Maskmoe is better on “stories” \(−0\.1[567]", better)
     assert "better than Hash-balanced (−0.0" in found["Is Maskmoe better than Hash-balanced?"]
-    of_size = found["Does the size matter?"]
+    of_size = found["How does the difference change over size of something?"]
     numbers = r"\+0\.0[12]\d+ ± [\d.]+ at 50 and −0\.0[78]\d+ ± [\d.]+ at 100"
     assert re.search(rf"− Smoe is {numbers}; from the first to the last it falls by 0\.(09|10)", of_size)
     of_grid = found["Which P and V_f are best?"]
@@ -187,7 +187,11 @@ def test_report_of_a_part_of_the_runs_leaves_out_what_cannot_be_compared(missing
         "variants": [variant for variant in results.variants if variant.name not in missing],
     }
     text = write_report(results.model_copy(update=some), tmp_path).read_text()
-    assert ("## Does the size matter?" in text) == (tmp_path / "curve_size.png").exists() == (missing == set())
+    assert (
+        ("## How does the difference change over size of something?" in text)
+        == (tmp_path / "curve_size.png").exists()
+        == (missing == set())
+    )
     assert ("## P and V_f" in text) == ("maskmoe" not in missing)
 
 

@@ -56,6 +56,7 @@ def synthetic_results(seeds=(1, 2, 3), noise=0.004):
         curves=[CurveResult(name="size", title="size of something", points=points)],
         variants=variants,
         runs=runs,
+        training_seconds=[run.seconds for run in runs],
         limits=[
             LimitResult(title="All visible", equals="smoe", seed=1, iterations=20, num_equal=20),
             LimitResult(title="One visible", equals="hash-balanced", seed=1, iterations=20, num_equal=19),
