@@ -11,7 +11,7 @@ SUITE = """
 data: {vocab-size: 300}
 flags: {num-layers: 1, hidden-size: 8, seq-length: 16, train-iters: 4, global-batch-size: 2}
 learning-rates: {values: [1e-4, 1e-3, 1e-2, 1e-1], iterations: 2}
-variants: {quick: {}, slow: {}}
+variants: {quick: {}, slow: {flags: {weight-decay: 0.2}}}
 """
 # Held-out losses of the trials. The best rate is 1e-4.
 LOSSES = {"1e-4": "2.1", "1e-3": "2.2", "1e-2": "2.3", "1e-1": "2.4"}

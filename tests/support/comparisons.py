@@ -13,7 +13,7 @@ SUITE = """
 data: {vocab-size: 300}
 flags: {num-layers: 1, hidden-size: 8, seq-length: 16, train-iters: 4, global-batch-size: 2}
 learning-rates: {values: [1e-3, 1e-2], iterations: 2}
-variants: {one: {}, two: {}}
+variants: {one: {}, two: {flags: {weight-decay: 0.2}}}
 """
 ITERATION = (
     "[rank0]:  [2026-01-01 00:00:00.000000] iteration {0:8d}/       2 | consumed samples: 4 | elapsed time per "
