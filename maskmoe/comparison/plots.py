@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
         (
             f"curve_{curve.name}",
             f"Difference to the baselines by {curve.title}",
-            _curve,
+            partial(_curve, curve.title),
             curve_differences(results, curve),
         )
         for curve in results.curves
@@ -187,7 +188,7 @@ def _draw_error_bars(
     axes.errorbar(places, means, yerr=errors, capsize=3, marker="o", **style)
 
 
-def _curve(results: Results, differences: dict[str, list[tuple[float, Estimate]]]) -> "Figure":
+def _curve(title: str, results: Results, differences: dict[str, list[tuple[float, Estimate]]]) -> "Figure":
     styles = _styles(results)
     method = results.variant(results.method)
     assert method is not None
@@ -198,7 +199,7 @@ def _curve(results: Results, differences: dict[str, list[tuple[float, Estimate]]
         _draw_error_bars(axes, values, estimates, {**styles[name], "label": label})
     axes.axhline(0, color="#8a8a8a", linewidth=1)
     values = sorted({value for points in differences.values() for value, _ in points})
-    axes.set(ylabel="difference of the losses, with 95 % interval", xscale="log")
+    axes.set(xlabel=title, ylabel="difference of the losses, with 95 % interval", xscale="log")
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.set_xticks([], minor=True)
     axes.legend(frameon=False)

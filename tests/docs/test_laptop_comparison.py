@@ -1,0 +1,31 @@
+"""The reports of the laptop comparison are those of the recorded parts."""
+
+import re
+import sys
+
+import pytest
+from support.documentation import DOCS
+from support.paths import ROOT
+
+from maskmoe.commands import compare as command
+
+PARTS = "docs/comparison-laptop/parts"
+
+
+@pytest.mark.parametrize(("suite", "folder"), [("laptop", "."), ("laptop-options", "options")])
+def test_report_is_that_of_the_parts(suite, folder, tmp_path, monkeypatch):
+    """`maskmoe compare SUITE --merge PARTS --report --output FOLDER` changes nothing, and needs no text."""
+    monkeypatch.chdir(ROOT)
+    words = ["--merge", PARTS, "--packages", tmp_path, "--run-dir", tmp_path / "run", "--report"]
+    words = [f"launch/suites/{suite}.yaml", *words, "--output", tmp_path / "report"]
+    monkeypatch.setattr(sys, "argv", ["maskmoe compare", *map(str, words)])
+    command.main()
+    committed = DOCS / "comparison-laptop" / folder
+    new = tmp_path / "report"
+    assert {path.name for path in new.iterdir()} == {path.name for path in committed.iterdir() if path.is_file()}
+    assert _without_command(new) == _without_command(committed)
+
+
+def _without_command(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"```bash\n.*?```", "", text, flags=re.DOTALL)
