@@ -47,7 +47,7 @@ class StageFiles:
         self.tokenizer_model = folder / "tokenizer.model"
         self.dataset_stem = folder / "dataset"
         self.dataset_prefix = folder / f"dataset_{json_key}_document"
-        self.dataset = tuple(Path(f"{self.dataset_prefix}{end}") for end in (".bin", ".idx", ".tokenizer.json"))
+        self.dataset = dataset_files(self.dataset_prefix)
         self.token_frequency = folder / "token_frequency.safetensors"
         # One model, its training and its evaluation.
         self.model_file = folder / "run.yaml"
@@ -84,3 +84,8 @@ class StageFiles:
     def checkpoint(self, iteration: int) -> Path:
         """Return the folder of one checkpoint, as Megatron names the folder."""
         return self.checkpoints / f"iter_{iteration:07d}"
+
+
+def dataset_files(prefix: Path) -> tuple[Path, ...]:
+    """Return the files that `maskmoe preprocess` makes of a dataset: tokens, index, and a record of the tokenizer."""
+    return tuple(Path(f"{prefix}{end}") for end in (".bin", ".idx", ".tokenizer.json"))

@@ -77,7 +77,12 @@ def test_stages_make_the_text_of_packages_and_its_held_out_sets(packaged_suite, 
     data = open_packaged(packaged_suite, folder, packages=(str(tmp_path / "wheels"),))
     assert all(record.is_finished(make_stage()) for make_stage in data.stages)
     description.write_text(description.read_text().replace("2000", "3000"))
-    assert not record.is_finished(open_packaged(packaged_suite, folder).corpus())
+    (tmp_path / "wheels").rename(tmp_path / "packages")
+    data = open_packaged(packaged_suite, folder)
+    assert not record.is_finished(data.corpus())
+    run_stages(data, ProgressLine(io.StringIO()))
+    again = text_digests(data)
+    assert {name for name in digests if again[name] != digests[name]} >= {"dataset.bin", "prose.bin", "code.bin"}
 
 
 def test_command_line_replaces_the_text_of_packages(packaged_suite, tmp_path):
