@@ -37,8 +37,9 @@ def compare(*arguments):
 
 
 def without_origin(report):
-    """Return a report without its first lines, which state durations, machines, commits and the command."""
-    return report.partition("## What is compared")[2]
+    """Return a report without the lines that state durations, machines, commits and the command."""
+    before, _, after = report.partition("## What is compared")
+    return before + after.partition("\n```\n\n")[2]
 
 
 def is_finished(run, stage):
