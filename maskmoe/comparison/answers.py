@@ -125,19 +125,18 @@ def _answer_curve(
 
 def _answer_grid(results: Results, baselines: list[VariantResult]) -> Answer:
     sentences = []
-    better: list[set[tuple[float, float]]] = []  # for each baseline, the points that are better beyond error
+    better: dict[str, set[tuple[float, float]]] = {}  # by the baseline's title, the points that are better beyond error
     for baseline in baselines:
         differences = grid_differences(results, baseline)
         if not differences:
             continue
         place, best = min(differences.items(), key=lambda item: item[1].mean)
         sentences.append(f"The difference to {baseline.title} is lowest at {_describe_place(place)}: {best:+.4f}.")
-        better.append({place for place, difference in differences.items() if difference.verdict == "Better"})
+        better[baseline.title] = {place for place, each in differences.items() if each.verdict == "Better"}
     if better:
-        titles = _enumerate([baseline.title for baseline in baselines])
-        places = [_describe_place(place) for place in sorted(set.intersection(*better))]
+        places = [_describe_place(place) for place in sorted(set.intersection(*better.values()))]
         subject = f"{_enumerate(places)} {'is' if len(places) == 1 else 'are'}" if places else "No P and V_f is"
-        sentences.append(f"{subject} better than {titles} beyond error.")
+        sentences.append(f"{subject} better than {_enumerate([*better])} beyond error.")
     return Answer("Which P and V_f are best?", sentences, "grid")
 
 

@@ -239,9 +239,11 @@ class Comparison:
             UserError: a part belongs to another text.
         """
         for vocab_size in {variant.vocab_size for variant in self.suite.variants.values()}:
-            data = self._existing_data(vocab_size)
-            our_name = f"the data in {short_path(data.files.folder)}" if data else ""
-            check_same_text(self._parts_of_vocabulary(vocab_size), text_digests(data) if data else None, our_name)
+            # Without parts, spare the digests: reading a large dataset takes minutes.
+            if parts := self._parts_of_vocabulary(vocab_size):
+                data = self._existing_data(vocab_size)
+                our_name = f"the data in {short_path(data.files.folder)}" if data else ""
+                check_same_text(parts, text_digests(data) if data else None, our_name)
 
     def _part_of_equal_run(self, run: Run) -> FoundPart | None:
         """Return the part of a run with equal settings and text, of this suite or another one, as the run's part.
@@ -250,28 +252,28 @@ class Comparison:
         """
         if run.kind == "check":
             return None
-        for found in self._parts_of_equal_runs(run):
+        settings = settings_of(self.suite, run)
+        for found in self._parts_of_equal_runs(run, settings):
             if found.part.exact_losses.iterations or not num_exact_losses(self.suite, run):
                 own = {
                     "suite": self.suite.name,
                     "run": run.name,
                     "variant": run.variant.name,
                     "learning_rate": run.learning_rate,
-                    "settings": settings_of(self.suite, run),
+                    "settings": settings,
                 }
                 return FoundPart(found.file, found.part.model_copy(update=own))
         return None
 
-    def _parts_of_equal_runs(self, run: Run) -> Iterator[FoundPart]:
+    def _parts_of_equal_runs(self, run: Run, settings: Mapping[str, str]) -> Iterator[FoundPart]:
         """Yield the parts of other runs with equal settings and text, of this suite and then of other suites."""
         for variant in self._equal_variants[run.variant.name]:
             other = replace(run, variant=variant)
             found = self.merged.own.get(other.name) or self._own_part(other)
-            if found and has_settings(found.part, settings_of(self.suite, run)):
+            if found and has_settings(found.part, settings):
                 yield found
         if not self.merged.others or (text := self._text_of(run.variant.vocab_size)) is None:
             return
-        settings = settings_of(self.suite, run)
         if found := self.merged.others.get(identity_of(run.kind, run.is_analyzed, settings, text)):
             yield found
 

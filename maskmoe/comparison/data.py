@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.data.text_sources import TextSources
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
 from maskmoe.paths import runs_folder
-from maskmoe.workflow.files import StageFiles, dataset_files
+from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.split import choose_split
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 
@@ -39,7 +40,7 @@ class HeldOutSet:
     @property
     def dataset(self) -> tuple[Path, ...]:
         """Files of the dataset."""
-        return dataset_files(self.data.held_out_prefix(self.name))
+        return tuple(dataset_files(self.data.held_out_prefix(self.name)))
 
     @property
     def flags(self) -> Flags:

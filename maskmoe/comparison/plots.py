@@ -51,7 +51,8 @@ def draw_plots(results: Results, folder: Path) -> dict[str, str]:
     with_choice = {name: of_runs for name, of_runs in histories.items() if of_runs[0].has_choice}
     changing = {name: of_runs for name, of_runs in with_choice.items() if of_runs[0].fluctuation}
     tuned = [variant for variant in main if len(variant.tuning) > 1]
-    gridded = [each for each in results.baseline_variants if len(grid_differences(results, each)) > 1]
+    others = [each for each in results.baseline_variants if each != results.grid_base]
+    gridded = {each.title: found for each in others if len(found := grid_differences(results, each)) > 1}
     # Each plot has a name, a caption, a function that draws it, and what the function draws, if there is any.
     plots: list[tuple[str, str, Callable[[Results, Any], Figure], Any]] = [
         ("overview", "Loss on held-out text by the number of training tokens", _overview, overview_variants(results)),
@@ -327,19 +328,18 @@ def _distinct_experts(results: Results, variants: Histories) -> "Figure":
     return _with_legend(figure, axes)
 
 
-def _grid(results: Results, baselines: list[VariantResult]) -> "Figure":
+def _grid(results: Results, found: dict[str, dict[tuple[float, float], Estimate]]) -> "Figure":
     assert results.grid_base is not None
     numbers = sorted({number for _, number in results.grid_variants})
-    figure, all_axes = _frame(len(baselines), 6, 4.2, sharey=True)
-    for axes, baseline in zip(all_axes.flat, baselines, strict=False):
-        differences = grid_differences(results, baseline)
+    figure, all_axes = _frame(len(found), 6, 4.2, sharey=True)
+    for axes, (baseline, differences) in zip(all_axes.flat, found.items(), strict=False):
         for index, num_visible in enumerate(numbers):
             curve = {100 * mass: each for (mass, number), each in differences.items() if number == num_visible}
             style = {"color": _COLORS[(4 + index) % len(_COLORS)], "label": f"V_f = {num_visible:.0f}"}
             _draw_error_bars(axes, list(curve), list(curve.values()), style)
         axes.axhline(0, color="#8a8a8a", linewidth=1)
         axes.set(
-            title=f"{results.grid_base.title} − {baseline.title}",
+            title=f"{results.grid_base.title} − {baseline}",
             xlabel="P (% of the text that frequent ids make up)",
         )
     all_axes[0, 0].set_ylabel("difference of the losses, with 95 % interval")

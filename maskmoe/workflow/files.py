@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from maskmoe.data.indexed_dataset import dataset_files
+
 
 class StageFiles:
     """The files of a folder of stages: a folder in which text becomes a dataset, or a model is trained, or both.
@@ -47,7 +49,7 @@ class StageFiles:
         self.tokenizer_model = folder / "tokenizer.model"
         self.dataset_stem = folder / "dataset"
         self.dataset_prefix = folder / f"dataset_{json_key}_document"
-        self.dataset = dataset_files(self.dataset_prefix)
+        self.dataset = tuple(dataset_files(self.dataset_prefix))
         self.token_frequency = folder / "token_frequency.safetensors"
         # One model, its training and its evaluation.
         self.model_file = folder / "run.yaml"
@@ -84,8 +86,3 @@ class StageFiles:
     def checkpoint(self, iteration: int) -> Path:
         """Return the folder of one checkpoint, as Megatron names the folder."""
         return self.checkpoints / f"iter_{iteration:07d}"
-
-
-def dataset_files(prefix: Path) -> tuple[Path, ...]:
-    """Return the files that `maskmoe preprocess` makes of a dataset: tokens, index, and a record of the tokenizer."""
-    return tuple(Path(f"{prefix}{end}") for end in (".bin", ".idx", ".tokenizer.json"))

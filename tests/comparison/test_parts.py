@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from support.comparisons import without_command
 from support.synthetic import BEST_RATE, EFFECTS, TEXT, runs_of, synthetic_part, write_parts
 
 from maskmoe.commands import compare as command
@@ -260,10 +261,6 @@ def test_report_of_two_halves_is_the_report_of_the_whole(suite, compare, folder,
     compare("--merge", tmp_path / "half", "--report", "--output", tmp_path / "new")
     assert "**Unfinished**" in (tmp_path / "new" / "README.md").read_text()
     assert "**Unfinished**" not in report
-
-
-def without_command(report):
-    return re.sub(r"```bash\n.*?```", "", report, flags=re.DOTALL)
 
 
 def test_report_from_parts_alone(compare, folder, tmp_path):

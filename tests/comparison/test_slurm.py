@@ -341,6 +341,13 @@ def test_merged_part_that_differs_from_the_part_of_this_machine_is_refused(compa
     assert "\n" not in str(error.value)
 
 
+def test_data_are_not_read_if_no_part_names_a_text(comparison, monkeypatch):
+    """The digests of a large dataset take minutes, which a command such as `--list` must not wait for."""
+    monkeypatch.setattr("maskmoe.comparison.comparison.text_digests", lambda data: pytest.fail("the data are read"))
+    comparison.check_merged_parts()
+    comparison.check_text()
+
+
 def test_merged_part_of_another_text_than_the_data_here_is_refused(comparison, tmp_path):
     run = comparison.runs_of_next_phase()[0]
     finish_stages(comparison, run)

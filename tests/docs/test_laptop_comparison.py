@@ -1,9 +1,9 @@
 """The reports of the laptop comparison are those of the recorded parts."""
 
-import re
 import sys
 
 import pytest
+from support.comparisons import without_command
 from support.documentation import DOCS
 from support.paths import ROOT
 
@@ -23,9 +23,5 @@ def test_report_is_that_of_the_parts(suite, folder, tmp_path, monkeypatch):
     committed = DOCS / "comparison-laptop" / folder
     new = tmp_path / "report"
     assert {path.name for path in new.iterdir()} == {path.name for path in committed.iterdir() if path.is_file()}
-    assert _without_command(new) == _without_command(committed)
-
-
-def _without_command(folder):
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"```bash\n.*?```", "", text, flags=re.DOTALL)
+    made, kept = [without_command((path / "README.md").read_text(encoding="utf-8")) for path in (new, committed)]
+    assert made == kept

@@ -1,6 +1,7 @@
 """Comparisons whose runs are finished without any training."""
 
 import json
+import re
 from pathlib import Path
 
 from maskmoe.comparison.comparison import Comparison
@@ -56,3 +57,8 @@ def leave_by_job(comparison, run, job="21", loss="2.5"):
     (logs / "attempt0.n2.log").write_text("\n".join([*map(ITERATION.format, (1, 2)), VALIDATION.format(loss), ""]))
     (files.slurm / f"{job}.finished").touch()
     files.checkpoint(2).mkdir(parents=True)
+
+
+def without_command(report):
+    """Return a report without the command that made it."""
+    return re.sub(r"```bash\n.*?```", "", report, flags=re.DOTALL)
