@@ -24,7 +24,6 @@ from maskmoe.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, MaskRecipe
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.home_experts import load_of_homes, with_home_experts
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
 from maskmoe.routing_mask.words import describe_visible_experts
 
@@ -93,12 +92,6 @@ def parse_arguments() -> argparse.Namespace:
         "else balanced)",
     )
     method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
-    method.add_argument(
-        "--home-experts",
-        action="store_true",
-        help="also choose a home among the visible experts of each frequent id, balanced by --token-frequency, for "
-        "--home-expert-logit and --visible-experts-warmup-iters of training",
-    )
     add_seed_argument(method, "the random choices")
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
     add_force_argument(parser)
@@ -201,8 +194,6 @@ def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks
         if is_frequent.any() and not is_frequent.all():
             print(f"frequent share   {occurrences[is_frequent].sum() / occurrences.sum():.2%} of all occurrences")
         print(f"expert load      {describe_imbalance(load)}")
-        if mask.home_of_row is not None:
-            print(f"load of homes    {describe_imbalance(load_of_homes(mask, occurrences))}")
         if num_ranks:
             print(f"rank load        {describe_imbalance(load, num_ranks)}")
         warn_of_overload(mask, occurrences)
@@ -262,10 +253,6 @@ def main() -> None:
         else:
             source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
             mask = build_routing_mask(recipe_from(arguments), **source, workers=arguments.workers, progress=True)
-        if arguments.home_experts:
-            if frequency is None:
-                raise UserError("home experts are balanced by the frequency of each id; give --token-frequency")
-            mask = with_home_experts(mask, frequency)
         mask.save(temporary)
     print_summary(mask, frequency, num_ranks)
     print(f"written          {arguments.output}")

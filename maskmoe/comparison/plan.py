@@ -22,9 +22,6 @@ from maskmoe.workflow.record import RunRecord
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 from maskmoe.workflow.training_log import TrainingHistory
 
-# The analysis of routing computes in transformers' format, which lacks what these flags of training do.
-_ANALYSIS_LACKS = {"home-expert-logit", "visible-experts-warmup-iters"}
-
 
 class RunPlan:
     """The stages of one run.
@@ -58,15 +55,10 @@ class RunPlan:
             return (*mask, self.check)
         if not self.run.is_analyzed:
             return (*mask, self.train)
-        routing = (self.routing,) if self.analyzes_routing else ()
+        routing = (self.routing,) if self.run.variant.has_experts else ()
         thin = () if self._suite.keep_checkpoints == "all" else (self.thin,)
         further = (partial(self.evaluate_on, held_out) for held_out in self._data.held_out)
         return (*mask, self.train, self.evaluate, *further, *routing, *thin)
-
-    @property
-    def analyzes_routing(self) -> bool:
-        """Whether the run's routing is analyzed; the analysis needs a model that transformers' format can express."""
-        return self.run.variant.has_experts and _ANALYSIS_LACKS.isdisjoint(self._flags)
 
     @property
     def unfinished(self) -> tuple[StageMaker, ...]:
@@ -98,7 +90,7 @@ class RunPlan:
         Raises:
             UserError: the analysis has changed since checkpoints were removed.
         """
-        if not (self.run.is_analyzed and self.analyzes_routing and self.files.record.exists()):
+        if not (self.run.is_analyzed and self.run.variant.has_experts and self.files.record.exists()):
             return
         record, routing = RunRecord(self.files.record), self.routing()
         has_all = all(self.files.checkpoint(iteration).exists() for iteration in self._saved)
@@ -199,7 +191,7 @@ class RunPlan:
 
     def thin(self) -> Stage:
         """Remove all checkpoints but the last."""
-        routing = (self.files.routing,) if self.analyzes_routing else ()
+        routing = (self.files.routing,) if self.run.variant.has_experts else ()
         command = maskmoe_command("thin", "--load", self.files.checkpoints)
         return Stage("thin", command, inputs=(self.files.evaluation, *routing), outputs=())
 

@@ -40,7 +40,7 @@ def make_part(suite: Suite, plan: RunPlan, text: dict[str, str], parameters: Par
     """
     run, files, history = plan.run, plan.files, plan.history()
     assert run.kind != "check"
-    routing = files.routing / "routing.json" if plan.analyzes_routing else None
+    routing = files.routing / "routing.json" if run.variant.has_experts else None
     return Part(
         suite=suite.name,
         run=run.name,

@@ -13,7 +13,7 @@ from maskmoe.comparison.parts import Part, count_equal, identity_of
 from maskmoe.comparison.run_results import Band, RunResult
 from maskmoe.comparison.runs import Run, tuning_runs
 from maskmoe.comparison.selection import Selection
-from maskmoe.comparison.suite import Curve, Role, Suite, Variant
+from maskmoe.comparison.suite import Curve, Role, Suite, Variant, variant_at_point
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
 
@@ -358,7 +358,7 @@ def _variant(suite: Suite, variant: Variant, parts: Mapping[str, Part]) -> Varia
 
 def _curve(name: str, curve: Curve, with_runs: set[str]) -> CurveResult:
     """Return the points of a curve whose variants have finished runs."""
-    points = {float(value): {base: curve.variant_at(name, value, base) for base in curve.of} for value in curve.points}
+    points = {float(value): {base: variant_at_point(name, value, base) for base in curve.of} for value in curve.points}
     if curve.main_value:
         points[float(curve.main_value)] = {base: base for base in curve.of}
     found = {

@@ -214,16 +214,6 @@ class Curve(_Section):
     seeds: Seeds = ()
     points: Annotated[dict[Number, Point], Field(min_length=1)]
 
-    def variant_at(self, name: str, value: str, base: str) -> str:
-        """Return the name of the variant that is a main variant in the setting of a point.
-
-        Args:
-            name: name of this curve.
-            value: value of the point.
-            base: name of the main variant.
-        """
-        return f"{base}.{name}-{value}"
-
 
 class LearningRates(_Section):
     """The learning rates.
@@ -388,7 +378,7 @@ class Suite(_Section):
                 if mask is not None and "preset" not in mask:
                     mask = override(mask, point.mask)
                 update = {
-                    "name": curve.variant_at(name, value, base.name),
+                    "name": variant_at_point(name, value, base.name),
                     "title": f"{base.title}, {curve.title} {value}",
                     "role": "curve",
                     "mask": mask,
@@ -398,6 +388,17 @@ class Suite(_Section):
                     "seeds": point.seeds or curve.seeds or self.seeds,
                 }
                 yield base.model_copy(update=update)
+
+
+def variant_at_point(curve: str, value: str, base: str) -> str:
+    """Return the name of the variant that is the main variant `base` in the setting of a curve's point.
+
+    Args:
+        curve: name of the curve.
+        value: value of the point.
+        base: name of the main variant.
+    """
+    return f"{base}.{curve}-{value}"
 
 
 def _without_flags_of_experts(flags: Flags, base: Variant) -> Flags:

@@ -24,7 +24,6 @@ _FIXED_ARGS: dict[str, Any] = {
     "experimental_attention_variant": None,
     "glu_linear_offset": 0.0,
     "heterogeneous_layers_config_path": None,
-    "home_expert_logit": 0.0,
     "hybrid_layer_pattern": None,
     "layernorm_zero_centered_gamma": False,
     "linear_attention_freq": None,
@@ -40,7 +39,6 @@ _FIXED_ARGS: dict[str, Any] = {
     "squared_relu": False,
     "swiglu": True,
     "use_mup": False,
-    "visible_experts_warmup_iters": 0,
     "window_size": None,
 }
 # Names of other values in errors, for arguments whose flag would mislead.
@@ -361,10 +359,4 @@ def _inexpressible(args: Namespace) -> list[str]:
 def _default_args() -> dict[str, Any]:
     """Return the defaults of all arguments; checkpoints of older versions, or without experts, may lack some."""
     defaults = vars(add_megatron_arguments(ArgumentParser(allow_abbrev=False)).parse_args([]))
-    of_maskmoe = {
-        "moe_aux_loss_tokens": "all",
-        "qk_layernorm_all_heads": False,
-        "home_expert_logit": 0.0,
-        "visible_experts_warmup_iters": 0,
-    }
-    return defaults | _YARN_WITHOUT_FLAGS | of_maskmoe
+    return defaults | _YARN_WITHOUT_FLAGS | {"moe_aux_loss_tokens": "all", "qk_layernorm_all_heads": False}

@@ -104,13 +104,7 @@ def expert_projections(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int,
 
 
 def routing_mask_tensors(mask: RoutingMask, prefix: str = ROUTING_MASK_PREFIX) -> tuple[MemorySource, dict[str, Any]]:
-    """Return a routing mask as tensors with prefixed names, and as the field `routing_mask` of `MaskMoEConfig`.
-
-    Raises:
-        UserError: the mask has home experts.
-    """
-    if mask.home_of_row is not None:
-        raise UserError("a model whose routing mask has home experts cannot be converted")
+    """Return a routing mask as tensors with prefixed names, and as the field `routing_mask` of `MaskMoEConfig`."""
     buffers = buffers_of_routing_mask(mask)
     field = {
         "num_tables": len(mask.row_of_id),

@@ -88,8 +88,6 @@ class RoutingMask(SealedTensors):
         num_layers: Number of layers that the mask is for: the feed-forward layers of the model, or its MoE layers.
             There is one table for each layer, or one table for all layers.
         provenance: The settings and data that the mask was made from.
-        home_of_row: The home expert of each row of `visible_bits`, int16 (int32 if the experts do not fit)
-            `[tables, rows]`; the home of row i < N is expert i. None for a mask without home experts.
 
     Raises:
         UserError: The parts do not fit together, or an id sees no expert.
@@ -103,12 +101,9 @@ class RoutingMask(SealedTensors):
     num_experts: int
     num_layers: int
     provenance: MaskProvenance
-    home_of_row: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("row_of_id", "visible_bits", "home_of_row"):
-            if getattr(self, name) is None:
-                continue
+        for name in ("row_of_id", "visible_bits"):
             array = np.ascontiguousarray(getattr(self, name)).view()
             array.flags.writeable = False
             object.__setattr__(self, name, array)
@@ -136,21 +131,7 @@ class RoutingMask(SealedTensors):
         smallest = self.row_sizes[:, num_experts:].min(initial=2)
         if smallest == 0:
             return "a visible set is empty"
-        if smallest == 1:
-            return "a visible set of one expert is stored as one of several"
-        return self._find_problem_of_homes()
-
-    def _find_problem_of_homes(self) -> str | None:
-        """Return a description of the first inconsistency of the home experts, or None if they are valid."""
-        homes, bits, num_experts = self.home_of_row, self.visible_bits, self.num_experts
-        if homes is None:
-            return None
-        if homes.dtype not in (np.int16, np.int32) or homes.shape != bits.shape[:2]:
-            return f"home experts {homes.dtype} {homes.shape} for {len(bits)} tables of {bits.shape[1]} rows"
-        if homes.min() < 0 or homes.max() >= num_experts:
-            return f"a home expert is outside 0 to {num_experts - 1}"
-        byte_of_home = np.take_along_axis(bits, homes[..., None] // 8, axis=2)[..., 0]  # [tables, rows]
-        return None if (byte_of_home >> homes % 8 & 1).all() else "a home expert is not visible"
+        return "a visible set of one expert is stored as one of several" if smallest == 1 else None
 
     @cached_property
     def row_sizes(self) -> np.ndarray:
@@ -165,8 +146,7 @@ class RoutingMask(SealedTensors):
     @property
     def nbytes(self) -> int:
         """Size in bytes in memory; the file on disk has a short header in addition."""
-        homes = 0 if self.home_of_row is None else self.home_of_row.nbytes
-        return self.row_of_id.nbytes + self.visible_bits.nbytes + homes
+        return self.row_of_id.nbytes + self.visible_bits.nbytes
 
     @cached_property
     def min_visible(self) -> int:
@@ -310,13 +290,11 @@ class RoutingMask(SealedTensors):
         return replace(self, row_of_id=row_of_id, vocab_size=vocab_size)
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the tables, and the record without home experts and fields of the provenance that have no value.
+        """Return the tables, and the record without the optional fields of the provenance that have no value.
 
         The digests of masks without these fields therefore do not depend on the fields.
         """
         tables, record = super().parts()
-        if self.home_of_row is None:
-            del record["home_of_row"]
         for name in _OPTIONAL_FIELDS:
             if not record["provenance"][name]:
                 del record["provenance"][name]
@@ -375,8 +353,7 @@ def build_routing_mask(
         rows_of_ids, bits = zip(*bar, strict=True)
     row_of_id, visible_bits = stack_tables(rows_of_ids, bits, recipe.num_experts)
     settings: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    sizes: dict[str, Any] = {"vocab_size": len(occurrences)}
-    sizes |= {name: settings.pop(name) for name in ("num_experts", "num_layers")}
+    sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
     if frequency is not None:
         settings["counts_digest"] = frequency.digest
         settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}

@@ -46,11 +46,8 @@ def widen_routing_mask(
         The wider mask, whose provenance records `mask`; `mask` itself if no visible set grows.
 
     Raises:
-        UserError: The settings would narrow the mask, do not fit it, or depend on counts that are not given; or the
-            mask has home experts.
+        UserError: The settings would narrow the mask, do not fit it, or depend on counts that are not given.
     """
-    if mask.home_of_row is not None:
-        raise UserError("a mask with home experts cannot be widened; build the wider mask with --home-experts")
     recipe = _widened_recipe(mask, frequency, frequent_mass, frequent_visible_experts, seed)
     made_from = mask.provenance
     occurrences = np.zeros(mask.vocab_size) if frequency is None else frequency.occurrences

@@ -146,5 +146,4 @@ def _num_places(routing: Routing, layout: Layout) -> int:
 def _one_layer(mask: RoutingMask, layer: int) -> RoutingMask:
     """Return a mask with a single layer of the given mask; layers count from 0."""
     row_of_id, visible_bits = mask.table_of_layer(layer)
-    tables = {"row_of_id": row_of_id[None], "visible_bits": visible_bits[None], "home_of_row": None}
-    return replace(mask, **tables, num_layers=1)
+    return replace(mask, row_of_id=row_of_id[None], visible_bits=visible_bits[None], num_layers=1)

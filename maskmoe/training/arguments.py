@@ -37,22 +37,6 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="average the load-balancing loss over all tokens, or over the tokens with two or more visible experts",
     )
     group.add_argument(
-        "--home-expert-logit",
-        type=float,
-        default=0.0,
-        metavar="H",
-        help="for ids with V >= 2 visible experts, add H to the logit of the id's home expert. At the start, this "
-        "expert is chosen with weight e^H / (e^H + V - 1). Needs a mask built with --home-experts (default: 0)",
-    )
-    group.add_argument(
-        "--visible-experts-warmup-iters",
-        type=int,
-        default=0,
-        metavar="ITERATIONS",
-        help="for this many iterations from the beginning of training, each id sees only its home expert, then all its "
-        "visible experts. Needs a mask built with --home-experts (default: 0)",
-    )
-    group.add_argument(
         "--qk-layernorm-all-heads",
         action="store_true",
         help="with --qk-layernorm, normalise queries and keys over all heads together, as OLMoE does, instead of each "

@@ -12,8 +12,6 @@ from maskmoe.training.run_warnings import RunWarnings
 class CollapseWatch:
     """Takes the records of a routing log on the last rank, and warns of what has collapsed and recovered.
 
-    Nothing is judged in the warm-up of visible experts, in which each id sees only its home expert.
-
     Args:
         args: Megatron's arguments.
         mask: The routing mask.
@@ -23,7 +21,6 @@ class CollapseWatch:
     def __init__(self, args: Namespace, mask: RoutingMask, warnings: RunWarnings) -> None:
         reachable = reachable_experts(mask, FeedForwardLayers.of_args(args))
         self._collapse = RoutingCollapse(args.collapse_intervals, reachable, args.expert_model_parallel_size)
-        self._first_iteration = args.visible_experts_warmup_iters + args.log_interval
         self._warnings = warnings
 
     def __call__(self, record: RoutingRecord, iteration: int) -> None:
@@ -33,8 +30,6 @@ class CollapseWatch:
             record: The routing of the last log interval.
             iteration: The last iteration of the interval, counted from 1.
         """
-        if iteration < self._first_iteration:
-            return
         entropies = record.by_layer["routing_entropy"]
         layers = {
             layer: LayerRouting(tokens, entropies.get(layer)) for layer, tokens in record.tokens_per_expert.items()

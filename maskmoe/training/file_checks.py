@@ -22,7 +22,6 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import parse_data_path
-from maskmoe.routing_mask.home_experts import check_has_homes
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import may_change_mask
 from maskmoe.untrusted import MAX_JSON_BYTES, UnusableFile, read_bounded, read_json_bytes
@@ -111,7 +110,7 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         mask: the routing mask of the run.
 
     Raises:
-        UserError: a size or the tokenizer differs; the message names both values. Or the mask lacks home experts.
+        UserError: a size or the tokenizer differs; the message names both values.
     """
     vocab_size = get_tokenizer().vocab_size
     has_sizes_of_checkpoint = args.routing_mask is None or may_change_mask(args)
@@ -126,10 +125,6 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         # A rank-local mask works with any layout; its expert-parallel size matters only for the speed of training.
         expert_model_parallel_size=None if args.skip_train else args.expert_model_parallel_size,
     )
-    if args.home_expert_logit:
-        check_has_homes(mask, "--home-expert-logit")
-    if args.visible_experts_warmup_iters:
-        check_has_homes(mask, "--visible-experts-warmup-iters")
     if mask.provenance.tokenizer is not None:
         _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
 

@@ -107,7 +107,7 @@ _SETTINGS: tuple[tuple[WholeNumber | Number, str], ...] = (
     (
         _COUNT,
         """
-        visible_experts_warmup_iters spike_rewind_margin spike_max_rewinds collapse_intervals
+        spike_rewind_margin spike_max_rewinds collapse_intervals
         eval_iters lr_warmup_iters lr_warmup_samples start_eval_at_iter iterations_to_skip rampup_batch_size ckpt_step
         override_ckpt_iteration manual_gc_interval cuda_graph_warmup_steps profile_step_start profile_step_end
         profile_ranks wgrad_deferral_limit flight_recorder_trace_buffer_size min_offloaded_tensor_size
@@ -134,7 +134,7 @@ _SETTINGS: tuple[tuple[WholeNumber | Number, str], ...] = (
         """
         weight_decay start_weight_decay end_weight_decay clip_grad moe_aux_loss_coeff moe_z_loss_coeff
         moe_router_bias_update_rate mtp_loss_scaling_factor init_method_std embedding_init_method_std
-        home_expert_logit dsa_indexer_loss_coeff mscale mscale_all_dim min_loss_scale logits_load_kd_loss_alpha
+        dsa_indexer_loss_coeff mscale mscale_all_dim min_loss_scale logits_load_kd_loss_alpha
         """,
     ),
     (

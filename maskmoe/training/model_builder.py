@@ -36,12 +36,6 @@ class RoutingSettings:
     aux_loss_tokens: AuxLossTokens = "all"
     """Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`."""
 
-    home_expert_logit: float = 0.0
-    """Added to the logits of home experts, see `VisibleExperts`."""
-
-    visible_experts_warmup_iters: int = 0
-    """The first iterations, in which every id sees only its home expert, see `VisibleExperts`."""
-
     qk_layernorm_all_heads: bool = False
     """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
 
@@ -119,16 +113,7 @@ class StageBuilder:
         if settings.replaced_routing_mask is not None:
             of_checkpoint = read_routing_mask(settings.replaced_routing_mask)
             replaced = of_checkpoint if of_checkpoint.digest != mask.digest else None
-        return VisibleExperts(
-            settings.transformer,
-            mask,
-            pg_collection,
-            vp_stage,
-            replaced,
-            self.feed_forward_layers(),
-            home_logit=settings.home_expert_logit,
-            warmup_iters=settings.visible_experts_warmup_iters,
-        )
+        return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced, self.feed_forward_layers())
 
     def feed_forward_layers(self) -> FeedForwardLayers | None:
         """Return the feed-forward layers of the whole model; None for those of a `GPTModel`."""

@@ -65,7 +65,6 @@ from maskmoe.training.setup import (
 from maskmoe.training.spike_watch import SpikeWatch
 from maskmoe.training.spikes import SpikeDetector
 from maskmoe.training.step_time import StepTime
-from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import take_run_id
 from maskmoe.training.watch_arguments import add_watch_arguments
 from maskmoe.training.watchdog import Watchdog
@@ -84,7 +83,6 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module, before: Iterab
     for call in before:
         call()
     args = get_args()
-    set_iteration_of_visible_experts(args, model)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, args.micro_batch_size if model.training else args.eval_micro_batch_size)

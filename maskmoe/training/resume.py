@@ -55,8 +55,6 @@ _MODEL_ARGUMENTS = (
     *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
     *("num_experts", "moe_ffn_hidden_size", "moe_router_enable_expert_bias", "moe_latent_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
-    "home_expert_logit",
-    "visible_experts_warmup_iters",
     *("position_embedding_type", "max_position_embeddings", "untie_embeddings_and_output_weights"),
     *_LATENT_SIZES,
 )
@@ -85,8 +83,6 @@ _ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
     *_FUNCTION_ARGUMENTS,
     *ADJUSTABLE_ARGUMENTS,
     *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads", "moe_shared_expert_gate"),
-    "home_expert_logit",
-    "visible_experts_warmup_iters",
     *("multi_latent_attention", *_LATENT_SIZES),
     *_GATED_DELTA_NET_SIZES,
     *_YARN_WITHOUT_FLAGS,

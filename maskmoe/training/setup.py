@@ -49,7 +49,6 @@ from maskmoe.training.refusals import check_supported
 from maskmoe.training.required_flags import missing_flags
 from maskmoe.training.rewinding import describe_rewinds, shared_rewinds
 from maskmoe.training.rewinds import Rewinds
-from maskmoe.training.visible_experts_warmup import set_iteration_of_visible_experts
 from maskmoe.training.wandb_run import wandb_defaults
 from maskmoe.transformer.visible_experts import check_same_mask
 
@@ -242,7 +241,6 @@ def load_model(args: Namespace) -> torch.nn.Module:
         cfg_container=pretrain_cfg_container_from_args(args, config),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
-    set_iteration_of_visible_experts(args, model[0])
     return model[0]
 
 
@@ -286,8 +284,6 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
             config.transformer.bias_activation_fusion = False
         config.replaced_routing_mask = checkpoint if may_change_mask(args) else None
     config.aux_loss_tokens = args.moe_aux_loss_tokens
-    config.home_expert_logit = args.home_expert_logit
-    config.visible_experts_warmup_iters = args.visible_experts_warmup_iters
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default
     return config

@@ -20,7 +20,7 @@ from maskmoe.transformer.router_losses import attach_losses
 from maskmoe.transformer.router_sums import AuxLossTokens, LossSums, MaskedLogitsSums
 from maskmoe.transformer.routing_replay import REPLAYS, next_choice, record_choice, select_replayed
 from maskmoe.transformer.routing_statistics import RoutingStatistics, sum_tokens
-from maskmoe.transformer.selection import MaskedLogits, preference_scores, raise_home_logits, select_experts
+from maskmoe.transformer.selection import MaskedLogits, preference_scores, select_experts
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts, VisibleExpertsReference
 
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 class MaskMoERouter(TopKRouter):
     """The router of MaskMoE (arXiv 2407.09816): Megatron-Core's `TopKRouter` under a routing mask.
 
-    1. Compute the logits as `TopKRouter` does. [Optional] Raise the logits of home experts, which all further steps
-       and losses see.
+    1. Compute the logits as `TopKRouter` does.
     2. Set the logits of invisible experts to -inf.
     3. Attach the z-loss and the load-balancing losses, all over the masked logits.
     4. Select the top `min(k, V)` of the V visible experts (or of those in the chosen groups), or repeat a recorded
@@ -125,7 +124,6 @@ class MaskMoERouter(TopKRouter):
     ) -> tuple[Tensor, Tensor]:
         """Choose among the visible experts by logits [sequence, batch, experts]; see `forward`."""
         attaches_losses = attaches_losses and self._has_losses()
-        logits = self._raise_home_logits(logits, token_ids)
         if self._runs_kernel(logits):
             return self._route_by_kernel(logits, token_ids, attaches_losses)
         masked = self._mask_logits(logits, token_ids)
@@ -178,7 +176,7 @@ class MaskMoERouter(TopKRouter):
         if not self._has_losses():
             return tokens
         wait_for_parameters(self)
-        logits = self._raise_home_logits(self.gating(hidden_states), token_ids)
+        logits = self.gating(hidden_states)
         if self._runs_kernel(logits):
             sums: LossSums | None = self._call_kernel(logits, token_ids, has_sums=True).sums
             assert sums is not None
@@ -209,13 +207,6 @@ class MaskMoERouter(TopKRouter):
         if replay is not None:
             record_choice(replay, selected, visible)
         return selected
-
-    def _raise_home_logits(self, logits: Tensor, token_ids: TokenIds) -> Tensor:
-        """Return the logits [sequence, batch, experts] with those of home experts raised, if there is a home logit."""
-        home_logit = self.visible_experts.home_logit
-        if not home_logit:
-            return logits
-        return raise_home_logits(logits, self.visible_experts.homes(token_ids.ids.flatten(), self.table), home_logit)
 
     def _mask_logits(self, logits: Tensor, token_ids: TokenIds) -> MaskedLogits:
         """Look up the visible sets of the tokens and mask the logits [sequence, batch, experts]."""
@@ -269,7 +260,8 @@ class MaskMoERouter(TopKRouter):
             has_z_loss=bool(config.moe_z_loss_coeff),
         )
         num_sequences = logits.shape[1] if self.get_aux_loss_coeff("seq_aux_loss") > 0 else 1
-        tables = self.visible_experts.tensors_of_table(self.table)
+        mask = self.visible_experts
+        tables = mask.row_of_id[self.table], mask.visible_bits[self.table]
         return route_tokens(logits, token_ids, *tables, rule, self.expert_bias, num_sequences, has_sums)
 
     def _has_losses(self) -> bool:

@@ -50,18 +50,6 @@ class MaskedLogits:
         return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # Megatron-Core adds the same 1e-20.
 
 
-def raise_home_logits(logits: Tensor, homes: Tensor, amount: float) -> Tensor:
-    """Add a constant to the logit of each token's home expert, so that the home is chosen until the router learns.
-
-    Args:
-        logits: [sequence, batch, experts].
-        homes: int64 [sequence * batch], the home expert of each token; -1: no logit of the token is raised.
-        amount: the constant.
-    """
-    is_home = homes.view(*logits.shape[:-1], 1) == torch.arange(logits.shape[-1], device=logits.device)
-    return logits + amount * is_home.to(logits.dtype)
-
-
 def preference_scores(logits: MaskedLogits, pre_softmax: bool, expert_bias: Tensor | None) -> Tensor:
     """Return the scores [tokens, experts] that rank the experts, as Megatron-Core does.
 

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.home_experts import check_has_homes
 from maskmoe.routing_mask.mask import RoutingMask
 
 # The name of the mask's module inside the model, hence the prefix of the mask's tensors in every checkpoint.
 CHECKPOINT_PREFIX = "routing_mask."
 _BUFFERS = ("row_of_id", "visible_bits", "metadata")
-_OPTIONAL_BUFFERS = ("home_of_row",)
 
 
 @dataclass(frozen=True)
@@ -50,26 +48,16 @@ class VisibleExperts(MegatronModule):
         vp_stage: the model chunk of this rank that holds the instance, if the pipeline is interleaved.
         replaces: the other mask that the checkpoint to load was made with; None if it was made with `mask`.
         layers: the feed-forward layers of the model; by default those of a `GPTModel` with this configuration.
-        home_logit: H, which routers add to the logit of an id's home expert, see `homes`.
-        warmup_iters: the first training iterations, in which every id sees only its home expert.
 
     Attributes:
         layers: the feed-forward layers of the model.
-        home_logit: H.
         is_rank_local: whether the visible experts of every id are on one expert-parallel rank.
-        min_visible: the smallest number of visible experts of any id in any iteration.
-        iteration: the training iteration, counted from 0, whose visible sets are looked up. Only the number of warm-up
-            iterations gives the value a meaning. Training sets the value before each micro-batch, so it is equal for
-            all micro-batches of an iteration and for recomputation. Whoever loads a checkpoint sets it, too.
-
-    Raises:
-        UserError: there is a home logit or a warm-up, but the mask has no home experts.
+        min_visible: the smallest number of visible experts of any id.
     """
 
     row_of_id: Tensor
     visible_bits: Tensor
     metadata: Tensor
-    home_of_row: Tensor
     bit_values: Tensor
     rank_of_row: Tensor
     num_visible_of_row: Tensor
@@ -82,8 +70,6 @@ class VisibleExperts(MegatronModule):
         vp_stage: int | None = None,
         replaces: RoutingMask | None = None,
         layers: FeedForwardLayers | None = None,
-        home_logit: float = 0.0,
-        warmup_iters: int = 0,
     ) -> None:
         super().__init__(config)
         self.layers = layers or FeedForwardLayers.of_frequency(
@@ -93,16 +79,9 @@ class VisibleExperts(MegatronModule):
         self.vp_stage = vp_stage or 0
         self.num_experts = mask.num_experts
         self.vocab_size = mask.vocab_size
-        self.min_visible = 1 if warmup_iters else mask.min_visible
+        self.min_visible = mask.min_visible
         self.digest = mask.digest
         self._replaces = replaces
-        self.home_logit = home_logit
-        if home_logit:
-            check_has_homes(mask, "--home-expert-logit")
-        self._warmup_iters = warmup_iters
-        self.iteration: int | None = None
-        if warmup_iters:
-            check_has_homes(mask, "--visible-experts-warmup-iters")
         for name, buffer in buffers_of_routing_mask(mask).items():
             self.register_buffer(name, buffer)
         ep_size = config.expert_model_parallel_size
@@ -119,27 +98,6 @@ class VisibleExperts(MegatronModule):
         """Return the table of a MoE layer by its number among the feed-forward layers, counting from 1."""
         return self.layers.table(number, num_tables=len(self.row_of_id))
 
-    @property
-    def shows_homes_only(self) -> bool:
-        """Whether every id sees only its home expert in this iteration.
-
-        Raises:
-            RuntimeError: there is a warm-up, but `iteration` is not set.
-        """
-        if not self._warmup_iters:
-            return False
-        if self.iteration is None:
-            raise RuntimeError("visible experts depend on the training iteration, but nothing has set the iteration")
-        return self.iteration < self._warmup_iters
-
-    def tensors_of_table(self, table: int) -> tuple[Tensor, Tensor]:
-        """Return `row_of_id` [vocab] and `visible_bits` [rows, bytes] of a table in this iteration."""
-        row_of_id = self.row_of_id[table]
-        if self.shows_homes_only:
-            # Row i < N is the set {i}, so an expert's number is also the number of the row.
-            row_of_id = self.home_of_row[table].index_select(0, row_of_id.int())
-        return row_of_id, self.visible_bits[table]
-
     def forward(self, token_ids: Tensor, table: int) -> VisibleSets:
         """Look up visible sets.
 
@@ -147,29 +105,13 @@ class VisibleExperts(MegatronModule):
             token_ids: int64 [tokens], each smaller than the mask's vocabulary size.
             table: the table to read, see `table_of_layer`.
         """
-        row_of_id, visible_bits = self.tensors_of_table(table)
-        rows = row_of_id.index_select(0, token_ids).long()  # [tokens]
-        visible_bytes = visible_bits.index_select(0, rows)  # uint8 [tokens, bytes]
+        rows = self.row_of_id[table].index_select(0, token_ids).long()  # [tokens]
+        visible_bytes = self.visible_bits[table].index_select(0, rows)  # uint8 [tokens, bytes]
         bits = visible_bytes.unsqueeze(-1).bitwise_and(self.bit_values)  # 0 or the value of the bit
         experts = bits.flatten(-2)[..., : self.num_experts].bool()
         # Rows below N are sets of one expert, so a larger row means two or more visible experts.
         routable = rows >= self.num_experts if self.min_visible == 1 else None
         return VisibleSets(experts=experts, routable=routable)
-
-    def homes(self, token_ids: Tensor, table: int) -> Tensor:
-        """Look up home experts; only for a mask that has home experts.
-
-        Args:
-            token_ids: int64 [tokens].
-            table: the table to read.
-
-        Returns:
-            int64 [tokens], the home expert of each token's id; -1 for an id with one visible expert.
-        """
-        row_of_id, _ = self.tensors_of_table(table)
-        rows = row_of_id.index_select(0, token_ids).long()  # [tokens]
-        homes = self.home_of_row[table].index_select(0, rows).long()
-        return homes.masked_fill(rows < self.num_experts, -1)
 
     def rank_and_size(self, token_ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Return rank and number of the visible experts of each id; only for a rank-local mask.
@@ -183,8 +125,6 @@ class VisibleExperts(MegatronModule):
         """
         tables = tables.view(-1, 1, 1)
         rows = self.row_of_id[tables, token_ids].long()
-        if self.shows_homes_only:
-            rows = self.home_of_row[tables, rows].long()
         return self.rank_of_row[tables, rows].long(), self.num_visible_of_row[tables, rows].long()
 
     def sharded_state_dict(
@@ -216,9 +156,8 @@ class VisibleExperts(MegatronModule):
         Raises:
             UserError: the checkpoint was made with another routing mask.
         """
-        names = (*_BUFFERS, *_OPTIONAL_BUFFERS)
-        loaded = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        if loaded.keys() >= set(_BUFFERS):
+        loaded = {name: state_dict[prefix + name] for name in _BUFFERS if prefix + name in state_dict}
+        if len(loaded) == len(_BUFFERS):
             expected = self.digest if self._replaces is None else self._replaces.digest
             check_same_mask(expected, routing_mask_from_buffers(loaded).digest)
             if self._replaces is not None:
@@ -242,8 +181,7 @@ def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
     """Convert a routing mask to tensors, by the names of the buffers of `VisibleExperts`.
 
     Returns:
-        `row_of_id` [tables, vocab], `visible_bits` [tables, rows, bytes], `metadata`, JSON text as uint8 [bytes], and
-        `home_of_row` [tables, rows] if the mask has home experts.
+        `row_of_id` [tables, vocab], `visible_bits` [tables, rows, bytes], and `metadata`, JSON text as uint8 [bytes].
     """
     tensors, metadata = mask.to_tensors()
     buffers = {name: torch.from_numpy(array) for name, array in tensors.items()}

@@ -1,29 +1,10 @@
 """The stages of a run."""
 
-import pytest
-
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.runs import choose_learning_rates, whole_runs
 from maskmoe.comparison.suite import Suite
 from maskmoe.launch.devices import Devices
-
-
-@pytest.mark.parametrize(
-    ("flags", "is_analyzed"),
-    [
-        ("moe-z-loss-coeff: 1e-3", True),
-        ("home-expert-logit: 6", False),
-        ("visible-experts-warmup-iters: 5", False),
-    ],
-)
-def test_routing_that_cannot_be_analyzed_is_left_out(suite_file, tmp_path, flags, is_analyzed):
-    suite = Suite.read(suite_file(replace={"maskmoe: {mask: {}}": f"maskmoe: {{mask: {{}}, flags: {{{flags}}}}}"}), {})
-    (run, *_) = [run for run in whole_runs(suite, choose_learning_rates(suite, {})) if run.variant.name == "maskmoe"]
-    plan = RunPlan(suite, run, open_data(suite.data, tmp_path, 16), tmp_path / "run", Devices(0, 2))
-    names = [make_stage.__name__ for make_stage in plan.stages]
-    assert names[:3] == ["mask", "train", "evaluate"]
-    assert ("routing" in names) == is_analyzed
 
 
 def test_evaluation_gets_the_weights_of_a_blend(suite_file, tmp_path, monkeypatch):

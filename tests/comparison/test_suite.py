@@ -88,7 +88,6 @@ def test_a_curve_has_variants_in_further_settings(suite_file):
     assert (rates["smoe.experts-8"], rates["maskmoe.experts-8"]) == ("1e-3", "1e-2")
     assert (rates["smoe.experts-16"], rates["maskmoe.experts-16"]) == ("0.004", "0.04")
     assert variants["maskmoe.vocabulary-400"].vocab_size == "400"
-    assert suite.curves["vocabulary"].variant_at("vocabulary", "400", "maskmoe") == "maskmoe.vocabulary-400"
     assert [run.variant.role for run in whole_runs(suite, choose_learning_rates(suite, {}))][-10:] == ["curve"] * 10
 
 

@@ -197,8 +197,6 @@ def plain_args(**changes):
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
         ({"rotary_interleaved": True}, "--rotary-interleaved"),
         ({"moe_latent_size": 4}, "--moe-latent-size"),
-        ({"home_expert_logit": 6.0}, "--home-expert-logit 6.0"),
-        ({"visible_experts_warmup_iters": 10}, "--visible-experts-warmup-iters 10"),
         ({"attention_output_gate": True, "window_size": (3, 3)}, "--attention-output-gate, --window-size"),
     ],
 )

@@ -10,8 +10,6 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.home_experts import with_home_experts
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
@@ -48,13 +46,6 @@ def make_mask(visible: np.ndarray, num_layers: int | None = None) -> RoutingMask
         num_layers=num_layers or tables,
         provenance=MaskProvenance("uniform", 0.5, 2, seed=0, shared_table=tables == 1 and (num_layers or 1) > 1),
     )
-
-
-def with_homes(mask: RoutingMask) -> RoutingMask:
-    """Return the mask with home experts, balanced by random counts."""
-    counts = np.random.default_rng(5).integers(1, 100, (1, mask.vocab_size))
-    dataset = {"name": "text", "num_tokens": int(counts.sum()), "idx_sha256": "0" * 64, "bin_bytes": 0}
-    return with_home_experts(mask, TokenFrequency(counts, (None,), (dataset,), None))
 
 
 def random_visible_sets(
@@ -107,9 +98,9 @@ def process_groups() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def make_visible_experts(config: TransformerConfig, mask: RoutingMask, **settings: Any) -> VisibleExperts:
-    """Put a mask on the device; `settings` are arguments of `VisibleExperts`."""
-    return VisibleExperts(config, mask, process_groups(), **settings).to(DEVICE)
+def make_visible_experts(config: TransformerConfig, mask: RoutingMask) -> VisibleExperts:
+    """Put a mask on the device."""
+    return VisibleExperts(config, mask, process_groups()).to(DEVICE)
 
 
 def make_router(config: TransformerConfig, mask: RoutingMask, layer_number: int = 1, **settings: Any) -> MaskMoERouter:
@@ -132,11 +123,9 @@ def make_layer(
     return layer
 
 
-def make_model(
-    config: TransformerConfig, mask: RoutingMask, sequence_length: int = 16, **settings: Any
-) -> MaskMoEGPTModel:
-    """Build a GPT model on the device; `settings` are arguments of `VisibleExperts`."""
-    visible_experts = make_visible_experts(config, mask, **settings)
+def make_model(config: TransformerConfig, mask: RoutingMask, sequence_length: int = 16) -> MaskMoEGPTModel:
+    """Build a GPT model on the device."""
+    visible_experts = make_visible_experts(config, mask)
     return MaskMoEGPTModel(
         config,
         get_maskmoe_decoder_block_spec(config, visible_experts),

@@ -15,7 +15,6 @@ from support.runs import free_port, read_scalars
 
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
-from maskmoe.routing_mask.home_experts import with_home_experts
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
 from maskmoe.routing_mask.widening import widen_routing_mask
 
@@ -144,8 +143,7 @@ class Workplace:
             `three_layers.safetensors`, `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors`,
             `starving.safetensors` (all tokens go to the first 4 experts), `rank_local.safetensors` (for two expert-
             parallel ranks), `wider.safetensors` (`mask.safetensors`, widened) and `hash_layers.safetensors` (two hash
-            layers with V = 2 below layers with all experts) and `homes.safetensors` (`rank_local.safetensors` with home
-            experts).
+            layers with V = 2 below layers with all experts).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -175,9 +173,7 @@ class Workplace:
         build_routing_mask(hash_layers, frequency=frequency, workers=1).save(folder / "hash_layers.safetensors")
         # The provenance of a uniform mask: the check of the expert-parallel size does not apply, as for a mask that
         # happens to be rank-local.
-        rank_local = replace(rank_local, provenance=mask.provenance)
-        rank_local.save(folder / "rank_local.safetensors")
-        with_home_experts(rank_local, frequency).save(folder / "homes.safetensors")
+        replace(rank_local, provenance=mask.provenance).save(folder / "rank_local.safetensors")
 
     def run(self, run: Run, folder: Path, load: Path | None = None, timeout: float = TIMEOUT) -> TrainingOutcome:
         """Run a training run to its end; if a process fails or the run hangs, all its processes are killed."""

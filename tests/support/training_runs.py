@@ -676,42 +676,6 @@ RUNS |= model_in_layouts(
     mask="rank_local.safetensors",
 )
 RUNS |= model_in_layouts(
-    "home experts",
-    "--home-expert-logit 3 --moe-z-loss-coeff 1e-3",
-    {
-        "home experts, resumed": (1, "", "Resumed on one process."),
-        "home experts, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks, with planned dispatch."),
-        "home experts, tensor 2, expert parallel 2, all-gather": (
-            2,
-            f"{TENSOR_EXPERT_2} {ALL_GATHER}",
-            "Tensor and expert parallel on 2 ranks, without planned dispatch.",
-        ),
-    },
-    description="The logits of home experts are raised.",
-    mask="homes.safetensors",
-)
-RUNS |= model_in_layouts(
-    "warm-up of visible experts",
-    "--visible-experts-warmup-iters 6 --moe-z-loss-coeff 1e-3",
-    {
-        "warm-up of visible experts, resumed": (1, "", "Resumed on one process before the end of the warm-up."),
-        "warm-up of visible experts, full recompute": (1, FULL_RECOMPUTE, "Every layer is recomputed."),
-        "warm-up of visible experts, pipeline 2, full recompute": (
-            2,
-            f"{PIPELINE_2} {FULL_RECOMPUTE}",
-            "A pipeline of 2 stages; every layer is recomputed.",
-        ),
-        "warm-up of visible experts, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks, with planned dispatch."),
-        "warm-up of visible experts, tensor 2, expert parallel 2, room for all": (
-            2,
-            f"{TENSOR_EXPERT_2} --moe-expert-capacity-factor 8",
-            "Tensor and expert parallel on 2 ranks; a capacity that drops no token rules out planned dispatch.",
-        ),
-    },
-    description="Every id sees its home expert only, until iteration 6.",
-    mask="homes.safetensors",
-)
-RUNS |= model_in_layouts(
     "packed documents",
     f"{RICH} --moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 3e-2 "
     f"--mtp-num-layers 2 {PACKED}",
