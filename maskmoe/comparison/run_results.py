@@ -160,7 +160,7 @@ class Evaluation(HeldOut, frozen=True):
 
     Attributes:
         load: for each layer with experts, the number of held-out tokens that each expert got.
-        routing: routing of each checkpoint; None for a model without experts, or if the routing was not analyzed.
+        routing: routing of each checkpoint; None for a model without experts.
         further: losses of further held-out texts by the names of the texts.
     """
 
@@ -181,8 +181,7 @@ class Evaluation(HeldOut, frozen=True):
         Args:
             evaluation: the evaluation on the suite's held-out text.
             further: the evaluations on further held-out texts, by the names of the texts.
-            routing: `routing.json` of `maskmoe analyze`; None for a model without experts, or if the routing was not
-                analyzed.
+            routing: `routing.json` of `maskmoe analyze`; None for a model without experts.
 
         Raises:
             UserError: a file cannot be read.
