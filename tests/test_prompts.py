@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 from argparse import ArgumentParser
 
 import pytest
@@ -160,10 +159,17 @@ def test_interrupt_ends_only_the_text_in_progress(loop, capfd):
         assert not loop.is_interrupted
 
 
-def test_waiting_for_a_prompt_has_a_limit(loop):
-    assert [loop.next(), loop.next(), loop.next()] == ["first", "second", None]
-    with pytest.raises(TimeoutError):
-        loop.next(0.01)
+def test_waiting_for_a_prompt_has_a_limit(start_loop):
+    reader, writer = os.pipe()
+    loop = start_loop(reader)
+    with open(writer, "wb", buffering=0) as typed:
+        typed.write(b"first\n\nsec")
+        assert loop.next(60) == "first"
+        with pytest.raises(TimeoutError):
+            loop.next(0.01)
+        typed.write(b"ond\nlast")
+        assert loop.next(60) == "second"
+    assert [loop.next(60), loop.next(60), loop.next(60)] == ["last", None, None]
 
 
 def test_typed_lines_that_are_not_text_are_refused(start_loop, capfd):
@@ -174,9 +180,16 @@ def test_typed_lines_that_are_not_text_are_refused(start_loop, capfd):
     assert all(line.startswith("error: the prompt has an invalid byte") for line in errors)
 
 
-def test_input_that_cannot_be_read_ends_the_loop(start_loop, tmp_path, monkeypatch):
-    reported = threading.Event()
-    monkeypatch.setattr(threading, "excepthook", lambda _: reported.set())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.text()), has_line_end=st.booleans(), byte_order_mark=st.booleans())
+def test_each_line_that_is_not_empty_is_a_prompt(start_loop, lines, has_line_end, byte_order_mark):
+    lines = [part for line in lines for part in line.removeprefix("\ufeff").split("\n")]
+    text = "\n".join(lines) + "\n" * has_line_end
+    loop = start_loop(text.encode("utf-8-sig" if byte_order_mark else "utf-8"))
+    assert [*iter(loop.next, None)] == [prompt for line in lines if (prompt := line.rstrip("\r"))]
+
+
+def test_input_that_cannot_be_read_is_refused(start_loop, tmp_path):
     loop = start_loop(os.open(tmp_path / "typed", os.O_WRONLY | os.O_CREAT))
-    assert loop.next(10) is None
-    assert reported.wait(10)
+    with pytest.raises(UserError, match=r"^cannot read prompts from stdin: Bad file descriptor$"):
+        loop.next()

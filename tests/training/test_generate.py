@@ -202,8 +202,9 @@ def test_prompts_of_a_file_and_of_a_person(workplace, start_by_name):
     assert [*of_file] == ["1 2 3", "4", "5 6 7 8 9"]
 
     words = [sys.executable, "-m", "maskmoe", "generate", "--nproc-per-node", "2", "--interactive", *load]
+    words += ["--expert-model-parallel-size", "2"]
     typed = subprocess.run(
-        [*words, "--expert-model-parallel-size", "2"],
+        words,
         input="\n".join(["1 2 3", " ".join(["1"] * 40), "a word", "5 6 7 8 9"]) + "\n",
         capture_output=True,
         text=True,
@@ -214,3 +215,11 @@ def test_prompts_of_a_file_and_of_a_person(workplace, start_by_name):
     assert typed.stdout.splitlines() == [of_file["1 2 3"], of_file["5 6 7 8 9"]]
     assert "error: the prompt does not suit the tokenizer: it cannot be read" in typed.stderr
     assert "error: 40 prompt tokens and 6 new ones exceed the model's 32 positions" in typed.stderr
+
+    with (folder / "unreadable").open("wb") as unreadable:
+        failed = subprocess.run(
+            words, stdin=unreadable, capture_output=True, text=True, timeout=200, cwd=workplace.folder
+        )
+    assert failed.returncode == 2
+    assert failed.stderr.count("error: ") == 1
+    assert "error: cannot read prompts from stdin: Bad file descriptor" in failed.stderr
