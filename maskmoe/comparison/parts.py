@@ -250,7 +250,9 @@ def read_parts(folders: Iterable[Path], suite: str) -> MergedParts:
                 _add_part(own, FoundPart(file, part))
             else:
                 identity = identity_of(part.kind, part.evaluation is not None, part.settings, part.text)
-                others.setdefault(identity, FoundPart(file, part))
+                # The losses of a limit are only in the parts of a suite that has a limit.
+                if identity not in others or not others[identity].part.exact_losses.iterations:
+                    others[identity] = FoundPart(file, part)
     return MergedParts(own, others)
 
 

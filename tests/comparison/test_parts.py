@@ -353,11 +353,16 @@ def test_part_of_another_suite_needs_a_known_text(compare, others):
 
 def test_part_of_another_suite_needs_the_losses_of_a_limit(compare, folder, others):
     keep_only(folder, *(f"tuning/{path.name}" for path in (folder / "tuning").iterdir()))
+    complete = (others / "runs" / "smoe.seed-1.json").read_bytes()
     for number in (1, 2):
         change(others / "runs" / f"smoe.seed-{number}.json", exact_losses=Curve().model_dump())
     states = states_of(compare("--merge", folder, others, "--list"))
     assert states["runs/smoe.seed-1"] == "to do"  # `all-visible` has seed 1
     assert states["runs/smoe.seed-2"] == states["runs/dense.seed-1"] == "merged"
+    (others / "runs" / "smoe.seed-1.of-a-third-suite.json").write_bytes(complete)
+    assert states_of(compare("--merge", folder, others, "--list"))["runs/smoe.seed-1"] == "merged"
+    (others / "runs" / "a.json").write_bytes(complete)
+    assert states_of(compare("--merge", folder, others, "--list"))["runs/smoe.seed-1"] == "merged"
 
 
 EQUAL_POINTS = """
