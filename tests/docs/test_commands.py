@@ -89,8 +89,8 @@ def flags_in(*files: str) -> frozenset[str]:
 
 
 @cache
-def benchmark_flags() -> frozenset[str]:
-    return flags_in(*(str(path.relative_to(ROOT)) for path in (ROOT / "tools" / "benchmarks").glob("*.py")))
+def script_flags() -> frozenset[str]:
+    return flags_in(*(str(path.relative_to(ROOT)) for path in (ROOT / "tools").glob("*/*.py")))
 
 
 def unknown_flags(words: list[str]) -> set[str]:
@@ -113,10 +113,10 @@ def unknown_flags(words: list[str]) -> set[str]:
     if program in FOREIGN_FLAGS:
         scripts = [word for word in arguments if word.endswith(".py")]
         assert all((ROOT / script).is_file() for script in scripts)
-        return flags_of(arguments) - FOREIGN_FLAGS[program] - (benchmark_flags() if scripts else set())
+        return flags_of(arguments) - FOREIGN_FLAGS[program] - (script_flags() if scripts else set())
     if program == "python":
         assert (ROOT / arguments[0]).is_file(), arguments[0]
-        return flags_of(arguments) - benchmark_flags()
+        return flags_of(arguments) - script_flags()
 
     assert os.access(ROOT / program, os.X_OK), f"{program} is not a script of the repository"
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
@@ -170,7 +170,7 @@ def test_unknown_flags_are_found(command: str, unknown: set[str]) -> None:
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_in_text_exist(page: Path) -> None:
-    known = megatron_flags() | benchmark_flags() | flags_in("tests/run.sh", "tools/gpu_campaign.sh")
+    known = megatron_flags() | script_flags() | flags_in("tests/run.sh", "tools/gpu_campaign.sh")
     known |= {flag for flags in documented_flags().values() for flag in flags}
     known |= {flag for flags in FOREIGN_FLAGS.values() for flag in flags}
     known |= flags_in("maskmoe/training/help/pretrain.txt")  # --help-all, which is in no parser

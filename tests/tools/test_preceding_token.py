@@ -1,0 +1,75 @@
+"""The study of attention to the preceding token."""
+
+import json
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from studies import preceding_token
+from support.paths import ROOT
+
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.errors import UserError
+
+MODEL = ROOT / "tests" / "compatibility" / "artefacts" / "model"
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30))
+def test_repeated_pairs(ids):
+    window = torch.tensor([ids, ids])
+    pairs = [*pairwise(ids)]
+    expected = [pair in pairs[:position] for position, pair in enumerate(pairs)]
+    assert preceding_token.repeated_pairs(window[:, :-1], window[:, 1:]).tolist() == [expected, expected]
+
+
+def test_attention_to_preceding():
+    attention = torch.zeros(2, 2, 3, 3)  # the second head attends to nothing but the preceding token
+    attention[:, 0] = torch.eye(3)
+    attention[:, 1, 1:, :2] = torch.eye(2)
+    assert preceding_token.attention_to_preceding(attention).tolist() == [0, 1]
+
+
+def write_dataset(prefix, tokens):
+    with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16), None) as writer:
+        writer.add_document(np.array(tokens, np.uint16))
+
+
+def test_models_are_measured(tmp_path, monkeypatch, capsys):
+    """Plain transformers, with one window at a time, finds the same losses and attention."""
+    from transformers import AutoModelForCausalLM
+
+    import maskmoe.huggingface  # noqa: F401 (registers the model)
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="eager", dtype=torch.float32).eval()
+    length = model.config.max_position_embeddings + 1
+    tokens = np.random.default_rng(1).integers(0, 4, 3 * length)
+    write_dataset(tmp_path / "text", tokens)
+    words = ["--models", MODEL, "--datasets", tmp_path / "text", "--windows", 3, "--output", tmp_path / "result.json"]
+    monkeypatch.setattr(sys, "argv", ["preceding_token.py", *map(str, words)])
+    preceding_token.main()
+    (found,) = json.loads((tmp_path / "result.json").read_text())
+    assert found["model"] == "model"
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{found['repeated']:8.3f}" in capsys.readouterr().out
+
+    losses, attention = {True: [], False: []}, []
+    for window in tokens.reshape(3, length).tolist():
+        outputs = model(torch.tensor([window[:-1]]), output_attentions=True)
+        logarithms, pairs = outputs.logits[0].log_softmax(-1), [*pairwise(window)]
+        for position, pair in enumerate(pairs):
+            losses[pair in pairs[:position]].append(-logarithms[position, pair[1]].item())
+        attention += [outputs.attentions[0][0, :, i, i - 1].tolist() for i in range(1, length - 1)]
+    assert found["repeated"] == pytest.approx(np.mean(losses[True]), rel=1e-5)
+    assert found["other"] == pytest.approx(np.mean(losses[False]), rel=1e-5)
+    assert found["attention"] == pytest.approx(np.mean(attention, axis=0).max(), rel=1e-5)
+    assert found["repeated_share"] == pytest.approx(len(losses[True]) / (3 * (length - 1)))
+
+
+def test_short_dataset_is_refused(tmp_path):
+    write_dataset(tmp_path / "text", range(20))
+    with pytest.raises(UserError, match=r"text has 20 tokens, 3 windows need 21; lower --windows"):
+        preceding_token.read_windows([str(tmp_path / "text")], 3, 7)
