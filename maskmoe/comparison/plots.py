@@ -200,11 +200,11 @@ def _curve(title: str, results: Results, differences: dict[str, list[tuple[float
         _draw_error_bars(axes, values, estimates, {**styles[name], "label": label})
     axes.axhline(0, color="#8a8a8a", linewidth=1)
     values = sorted({value for points in differences.values() for value, _ in points})
-    axes.set(xlabel=title, ylabel="difference of the losses, with 95 % interval", xscale="log")
+    scale = "log" if values[0] > 0 else "linear"
+    axes.set(xlabel=title, ylabel="difference of the losses, with 95 % interval", xscale=scale)
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.set_xticks([], minor=True)
-    axes.legend(frameon=False)
-    return figure
+    return _with_legend(figure, axes)
 
 
 def _loss_curves(results: Results, baseline: VariantResult) -> "Figure":

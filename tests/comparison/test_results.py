@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 from support.synthetic import EFFECTS, synthetic_results
@@ -193,6 +194,25 @@ def test_report_of_a_part_of_the_runs_leaves_out_what_cannot_be_compared(missing
         == (missing == set())
     )
     assert ("## P and V_f" in text) == ("maskmoe" not in missing)
+
+
+def test_curve_that_starts_at_0_is_drawn_whole(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+
+    def record(figure, path, **options):
+        figures.append(figure)
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    results = synthetic_results()
+    (curve,) = results.curves
+    first, *others = curve.points
+    points = [first.model_copy(update={"value": 0}), *others]
+    plots.draw_plots(results.model_copy(update={"curves": [curve.model_copy(update={"points": points})]}), tmp_path)
+    (axes,) = figures[-1].axes
+    left, right = axes.get_xlim()
+    assert left < 0 < others[-1].value < right
+    assert axes.get_xticks().tolist() == [0, *(point.value for point in others)]
 
 
 def test_report_of_one_checkpoint_of_each_run(tmp_path):
