@@ -217,8 +217,8 @@ class PromptLoop:
 class _StdinLines:
     """The lines of stdin, read when they are asked for.
 
-    `sys.stdin` may fail at a byte that is not valid UTF-8, and cannot stop to wait. Here such a byte becomes half of a
-    surrogate pair, and waiting has a limit.
+    Reading `sys.stdin` may fail at a byte that is not valid UTF-8, and has no time limit. Here such a byte becomes half
+    of a surrogate pair, and waiting may have a limit.
     """
 
     def __init__(self) -> None:

@@ -183,7 +183,7 @@ def test_typed_lines_that_are_not_text_are_refused(start_loop, capfd):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(st.text()), has_line_end=st.booleans(), byte_order_mark=st.booleans())
 def test_each_line_that_is_not_empty_is_a_prompt(start_loop, lines, has_line_end, byte_order_mark):
-    lines = [part for line in lines for part in line.removeprefix("\ufeff").split("\n")]
+    lines = [part for line in lines for part in line.lstrip("\ufeff").split("\n")]
     text = "\n".join(lines) + "\n" * has_line_end
     loop = start_loop(text.encode("utf-8-sig" if byte_order_mark else "utf-8"))
     assert [*iter(loop.next, None)] == [prompt for line in lines if (prompt := line.rstrip("\r"))]
