@@ -46,9 +46,9 @@ def test_models_are_measured(tmp_path, monkeypatch, capsys):
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="eager", dtype=torch.float32).eval()
     length = model.config.max_position_embeddings + 1
-    tokens = np.random.default_rng(1).integers(0, 4, 3 * length)
+    tokens = np.random.default_rng(1).integers(0, 4, 3 * length + 2)
     write_dataset(tmp_path / "text", tokens)
-    words = ["--models", MODEL, "--datasets", tmp_path / "text", "--windows", 3, "--output", tmp_path / "result.json"]
+    words = ["--models", MODEL, "--datasets", tmp_path / "text", "--output", tmp_path / "result.json"]
     monkeypatch.setattr(sys, "argv", ["preceding_token.py", *map(str, words)])
     preceding_token.main()
     (found,) = json.loads((tmp_path / "result.json").read_text())
@@ -57,7 +57,7 @@ def test_models_are_measured(tmp_path, monkeypatch, capsys):
     assert f"{found['repeated']:8.3f}" in capsys.readouterr().out
 
     losses, attention = {True: [], False: []}, []
-    for window in tokens.reshape(3, length).tolist():
+    for window in tokens[: 3 * length].reshape(3, length).tolist():
         outputs = model(torch.tensor([window[:-1]]), output_attentions=True)
         logarithms, pairs = outputs.logits[0].log_softmax(-1), [*pairwise(window)]
         for position, pair in enumerate(pairs):
@@ -70,6 +70,6 @@ def test_models_are_measured(tmp_path, monkeypatch, capsys):
 
 
 def test_short_dataset_is_refused(tmp_path):
-    write_dataset(tmp_path / "text", range(20))
-    with pytest.raises(UserError, match=r"text has 20 tokens, 3 windows need 21; lower --windows"):
-        preceding_token.read_windows([str(tmp_path / "text")], 3, 7)
+    write_dataset(tmp_path / "text", range(6))
+    with pytest.raises(UserError, match=r"text has 6 tokens, fewer than a window of 7; use a longer text"):
+        preceding_token.read_windows([str(tmp_path / "text")], 7)

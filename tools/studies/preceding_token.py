@@ -55,18 +55,19 @@ class Measurement:
         return self.model.partition(".seed-")[0]
 
 
-def read_windows(prefixes: Iterable[str], num: int, length: int) -> torch.Tensor:
-    """Return the first windows of each dataset, int64 [datasets * num, length].
+def read_windows(prefixes: Iterable[str], length: int) -> torch.Tensor:
+    """Return all windows of some datasets, without the tokens at the ends that fill no window; int64 [windows, length].
 
     Raises:
-        UserError: a dataset is damaged or has too few tokens.
+        UserError: a dataset is damaged or has no whole window.
     """
     windows = []
     for prefix in prefixes:
         tokens = open_tokens(prefix)
-        if len(tokens) < num * length:
-            raise UserError(f"{prefix} has {len(tokens)} tokens, {num} windows need {num * length}; lower --windows")
-        windows.append(tokens[: num * length].astype(np.int64).reshape(num, length))
+        if len(tokens) < length:
+            raise UserError(f"{prefix} has {len(tokens)} tokens, fewer than a window of {length}; use a longer text")
+        whole = tokens[: len(tokens) // length * length]
+        windows.append(whole.astype(np.int64).reshape(-1, length))
     return torch.from_numpy(np.concatenate(windows))
 
 
@@ -142,7 +143,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=Path, required=True, metavar="DIR", help="exported models")
     parser.add_argument("--datasets", nargs="+", required=True, metavar="PREFIX", help="tokenized held-out texts")
-    parser.add_argument("--windows", type=int, default=250, help="windows of each dataset, as long as the context")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="file of the figures")
     arguments = parser.parse_args()
     print("attention  repeated  other  model")
@@ -150,7 +150,7 @@ def main() -> None:
     for folder in tqdm(arguments.models, unit="model", disable=None):
         model = load_exported_model(folder, load_exported_tokenizer(folder))
         length = model.config.max_position_embeddings + 1
-        found = measure(folder.name, model, read_windows(arguments.datasets, arguments.windows, length))
+        found = measure(folder.name, model, read_windows(arguments.datasets, length))
         measurements.append(found)
         tqdm.write(f"{found.attention:9.2f}  {found.repeated:8.3f}  {found.other:5.3f}  {found.model}")
     with atomic_output(arguments.output) as path:
