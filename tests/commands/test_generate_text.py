@@ -8,13 +8,12 @@ from argparse import Namespace
 
 import pytest
 import torch
-from support.paths import ROOT
+from support.paths import EXPORTED_MODEL as MODEL
 from support.tiny_maskmoe import make_model
 
 from maskmoe.commands import generate_text
 from maskmoe.errors import UserError
 
-MODEL = ROOT / "tests" / "compatibility" / "artefacts" / "model"
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 1, 4, 1], [2, 7]]
 
 

@@ -10,12 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from studies import preceding_token
-from support.paths import ROOT
+from support.datasets import write_documents
+from support.paths import EXPORTED_MODEL
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.errors import UserError
-
-MODEL = ROOT / "tests" / "compatibility" / "artefacts" / "model"
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=30))
@@ -33,22 +31,19 @@ def test_attention_to_preceding():
     assert preceding_token.attention_to_preceding(attention).tolist() == [0, 1]
 
 
-def write_dataset(prefix, tokens):
-    with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16), None) as writer:
-        writer.add_document(np.array(tokens, np.uint16))
-
-
 def test_models_are_measured(tmp_path, monkeypatch, capsys):
     """Plain transformers, with one window at a time, finds the same losses and attention."""
     from transformers import AutoModelForCausalLM
 
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        EXPORTED_MODEL, attn_implementation="eager", dtype=torch.float32
+    ).eval()
     length = model.config.max_position_embeddings + 1
     tokens = np.random.default_rng(1).integers(0, 4, 3 * length + 2)
-    write_dataset(tmp_path / "text", tokens)
-    words = ["--models", MODEL, "--datasets", tmp_path / "text", "--output", tmp_path / "result.json"]
+    write_documents(tmp_path / "text", [tokens])
+    words = ["--models", EXPORTED_MODEL, "--datasets", tmp_path / "text", "--output", tmp_path / "result.json"]
     monkeypatch.setattr(sys, "argv", ["preceding_token.py", *map(str, words)])
     preceding_token.main()
     (found,) = json.loads((tmp_path / "result.json").read_text())
@@ -70,6 +65,6 @@ def test_models_are_measured(tmp_path, monkeypatch, capsys):
 
 
 def test_short_dataset_is_refused(tmp_path):
-    write_dataset(tmp_path / "text", range(6))
+    write_documents(tmp_path / "text", [range(6)])
     with pytest.raises(UserError, match=r"text has 6 tokens, fewer than a window of 7; use a longer text"):
         preceding_token.read_windows([str(tmp_path / "text")], 7)

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from maskmoe.cli import run_tool
 from maskmoe.comparison.plots import new_figure, tidy
-from maskmoe.data.indexed_dataset import open_tokens
+from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.exported_model import load_exported_model, load_exported_tokenizer
-from maskmoe.outputs import atomic_output
+from maskmoe.outputs import atomic_output, check_outputs
 
 _BATCH = 50  # windows
 
@@ -129,9 +129,8 @@ def draw(measurements: Sequence[Measurement], path: Path) -> None:
     for group in dict.fromkeys(each.group for each in measurements):
         points = [(each.attention, each.repeated) for each in measurements if each.group == group]
         axes.scatter(*zip(*points, strict=True), label=group, alpha=0.8)
-    axes.set_xlabel("attention to the preceding token in the first layer")
-    axes.set_ylabel("loss of repeated pairs (nats per token)")
-    axes.set_xlim(left=0)
+    x_label, y_label = "attention to the preceding token in the first layer", "loss of repeated pairs (nats per token)"
+    axes.set(xlabel=x_label, ylabel=y_label, xlim=(0, None))
     axes.legend(frameon=False)
     tidy(axes)
     with atomic_output(path) as temporary:
@@ -145,6 +144,9 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", required=True, metavar="PREFIX", help="tokenized held-out texts")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="file of the figures")
     arguments = parser.parse_args()
+    picture = arguments.output.with_suffix(".png")
+    inputs = [*arguments.models, *(path for prefix in arguments.datasets for path in dataset_files(prefix))]
+    check_outputs([arguments.output, picture], inputs, force=True)
     print("attention  repeated  other  model")
     measurements = []
     for folder in tqdm(arguments.models, unit="model", disable=None):
@@ -155,7 +157,7 @@ def main() -> None:
         tqdm.write(f"{found.attention:9.2f}  {found.repeated:8.3f}  {found.other:5.3f}  {found.model}")
     with atomic_output(arguments.output) as path:
         path.write_text(json.dumps([asdict(each) for each in measurements], indent=1) + "\n", encoding="utf-8")
-    draw(measurements, arguments.output.with_suffix(".png"))
+    draw(measurements, picture)
 
 
 if __name__ == "__main__":
