@@ -33,7 +33,7 @@ def run(page: str, render: Callable[[], str], description: str) -> None:
         sys.exit(f"docs/{page} is stale; run: python {Path(sys.argv[0]).resolve().relative_to(DOCS.parent)}")
 
 
-def fill(template: str, **values: str) -> str:
+def fill(template: str, **values: object) -> str:
     """Return the text of a template in this folder with its values filled in."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

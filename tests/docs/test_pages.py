@@ -9,7 +9,7 @@ import pytest
 from support.documentation import DOCS, README, anchors, links, pages
 from support.paths import ROOT
 
-GENERATED = ("flags.py", "help.py", "combinations.py", "patches.py", "internals.py")
+GENERATED = ("flags.py", "help.py", "combinations.py", "patches.py", "internals.py", "laptop.py")
 
 
 def test_readme_is_short() -> None:
@@ -39,6 +39,14 @@ def test_generated_page_is_up_to_date(script: str) -> None:
     command = [sys.executable, str(DOCS / "generators" / script), "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_readme_has_the_figures_of_the_comparison() -> None:
+    page = (DOCS / "comparison-laptop.md").read_text(encoding="utf-8")
+    _, _, table = README.read_text(encoding="utf-8").partition("| held-out loss |")
+    rows = [line for line in table.partition("\n\n")[0].splitlines()[2:] if line]
+    assert len(rows) == 6
+    assert [row for row in rows if row not in page] == []
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:
