@@ -23,9 +23,6 @@ from maskmoe.comparison.run_results import RunResult
 ROOT = pages.DOCS.parent
 REPORTS = pages.DOCS / "comparison-laptop"
 
-METHODS = {"smoe": "SMoE", "hash-balanced": "Hash, balanced", "maskmoe": "MaskMoE"}
-BASELINES = {"smoe": "SMoE", "hash-balanced": "Hash"}
-
 Value = Callable[[RunResult], float | None]
 
 
@@ -69,17 +66,18 @@ class SuiteFigures:
         assert estimate is not None, f"{variant} and {baseline} have no common seeds"
         return format_difference(estimate)
 
-    def curve(self, name: str, **choice: Any) -> str:
-        """Return a table's rows with the losses of the methods, and their differences, at all points of a curve."""
-        (points,) = [curve.points for curve in self.results.curves if curve.name == name]
-        rows = [
-            [title, *(self.mean(point.variants[method], **choice) for point in points)]
-            for method, title in METHODS.items()
-        ]
-        for baseline, title in BASELINES.items():
-            pairs = [(point.variants["maskmoe"], point.variants[baseline]) for point in points]
-            rows.append([f"MaskMoE − {title}", *(self.difference(*pair, **choice) for pair in pairs)])
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    def losses_along(self, curve: str, method: str, **choice: Any) -> str:
+        """Return a table's cells with the mean losses of a method at all points of a curve."""
+        return " | ".join(self.mean(variants[method], **choice) for variants in self.points_of(curve))
+
+    def differences_along(self, curve: str, baseline: str, **choice: Any) -> str:
+        """Return a table's cells with the differences of MaskMoE to a baseline at all points of a curve."""
+        points = self.points_of(curve)
+        return " | ".join(self.difference(names["maskmoe"], names[baseline], **choice) for names in points)
+
+    def points_of(self, curve: str) -> list[dict[str, str]]:
+        """Return the names of the variants at the points of a curve, by the names of the main variants."""
+        return [point.variants for found in self.results.curves if found.name == curve for point in found.points]
 
     def bands(self, variant: str, baseline: str) -> str:
         """Return a table's cells with the differences in all frequency bands."""
