@@ -4,7 +4,7 @@ import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,6 +102,63 @@ class _ActiveRun:
 
 
 @dataclass
+class _RunProcesses:
+    """The processes of runs, of which at most `jobs` are active at a time.
+
+    Attributes:
+        folder: folder of the comparison.
+        command: command line that finishes the run whose name follows.
+        jobs: number of runs at a time.
+        lock: the lock of the folder, which the processes inherit.
+        active: runs whose process is active.
+        ended: runs whose process has ended, in this order.
+        start_time: when the first process could be started.
+    """
+
+    folder: Path
+    command: tuple[str, ...]
+    jobs: int
+    lock: RunLock
+    active: list[_ActiveRun] = field(default_factory=list)
+    ended: list[_ActiveRun] = field(default_factory=list)
+    start_time: float = field(default_factory=time.monotonic)
+
+    @property
+    def started(self) -> set[str]:
+        """Names of all runs that were started."""
+        return {run.name for run in (*self.active, *self.ended)}
+
+    def start(self, waiting: deque[Run]) -> None:
+        """Take as many runs out of the waiting ones as may run by now, and start their processes."""
+        while waiting and len(self.active) < self.jobs:
+            run = waiting.popleft()
+            log = self.folder / run.name / "progress.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            process = StageProcess((*self.command, run.name), {}, log, self.lock)
+            self.active.append(_ActiveRun(run, process, time.monotonic()))
+
+    def take_ended(self) -> Iterator[_ActiveRun]:
+        """Move the runs whose process has ended from `active` to `ended`, and yield each."""
+        for run in [run for run in self.active if run.has_ended()]:
+            self.active.remove(run)
+            self.ended.append(run)
+            yield run
+
+    def describe(self, num_waiting: int) -> str:
+        """Return a line with the number of ended runs, the estimated remaining time, and the state of active runs."""
+        left = len(self.active) + num_waiting
+        pace = (time.monotonic() - self.start_time) / max(1, len(self.ended))
+        eta = f" · ETA {format_seconds(pace * left)}" if self.ended else ""
+        states = " · ".join(f"{run.name}: {run.last_line}" for run in self.active)
+        return f"{len(self.ended)}/{len(self.ended) + left} runs{eta} · {states}"
+
+    def stop(self) -> None:
+        """Stop the active processes."""
+        for run in self.active:
+            run.process.stop()
+
+
+@dataclass
 class _RunQueue:
     """The runs that can be started, in order.
 
@@ -149,39 +206,26 @@ def _finish_runs(queue: _RunQueue, arguments: Sequence[str], jobs: int, line: Pr
     """
     comparison = queue.comparison
     command = (sys.executable, "-P", "-m", "maskmoe", "compare", *arguments, "--run")
-    active, ended = list[_ActiveRun](), list[_ActiveRun]()
-    start = time.monotonic()
+    processes = _RunProcesses(comparison.folder, command, jobs, lock)
     try:
         queue.update((), line)
-        while queue.waiting or active:
-            # Start as many runs as may run at a time.
-            while queue.waiting and len(active) < jobs:
-                next_run = queue.waiting.popleft()
-                log = comparison.folder / next_run.name / "progress.log"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                process = StageProcess((*command, next_run.name), {}, log, lock)
-                active.append(_ActiveRun(next_run, process, time.monotonic()))
+        while queue.waiting or processes.active:
+            processes.start(queue.waiting)
             time.sleep(_POLL_SECONDS)
             # Report the runs that have ended, and add the runs that have waited for these runs to the queue.
-            for run in [run for run in active if run.has_ended()]:
-                active.remove(run)
-                ended.append(run)
-                total = len(ended) + len(active) + len(queue.waiting)
+            for run in processes.take_ended():
+                num_ended = len(processes.ended)
+                total = num_ended + len(processes.active) + len(queue.waiting)
                 verdict = "FAILED" if run.process.exit_code else "done"
                 seconds = format_seconds(time.monotonic() - run.start)
-                line.print(f"[{len(ended)}/{total}] {run.name} {verdict} in {seconds}")
-                queue.update({run.name for run in (*active, *ended)}, line)
-            # Show the state of the active runs.
-            left = len(active) + len(queue.waiting)
-            pace = (time.monotonic() - start) / max(1, len(ended))
-            eta = f" · ETA {format_seconds(pace * left)}" if ended else ""
-            states = " · ".join(f"{run.name}: {run.last_line}" for run in active)
-            line.update(f"{len(ended)}/{len(ended) + left} runs{eta} · {states}")
+                line.print(f"[{num_ended}/{total}] {run.name} {verdict} in {seconds}")
+                queue.update(processes.started, line)
+            line.update(processes.describe(len(queue.waiting)))
     except BaseException:
         line.print("stopping")
-        for run in active:
-            run.process.stop()
+        processes.stop()
         raise
+    ended = processes.ended
     if failed := [f"{run.name}: {run.last_line}" for run in ended if run.process.exit_code]:
         raise RunFailure(f"{len(failed)} of {len(ended)} runs failed: {'; '.join(failed)}")
     if unfinished := comparison.unfinished(run.run for run in ended):

@@ -27,6 +27,7 @@ from maskmoe.journal import Journal, Kind
 from maskmoe.launch.run_folder import ARGUMENTS, run_folder
 from maskmoe.megatron_compat.globals import get_args, get_timers, open_writers
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.arguments import add_check_argument
 from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.batch_sizes import training_iterations
@@ -270,10 +271,7 @@ def train(
     folder_on_first_rank = folder if ranks.rank == 0 else None
     warnings = RunWarnings(folder)
     if args.num_experts:
-        collapse_watch = CollapseWatch(args, run.mask, warnings) if run.mask and args.collapse_intervals else None
-        model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval, collapse_watch)
-        if args.hybrid_layer_pattern is not None:
-            set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
+        _log_routing(args, run.mask, model_config, warnings)
     model_config.pre_wrap_hooks.append(
         lambda chunks: show_header(args, run.mask, _open_run_folder(args, folder), chunks)
     )
@@ -293,10 +291,7 @@ def train(
     pass_batches_of_every_chunk()
     while_saving = [watchdog.paused]
     if args.spike_action != "none":
-        detector = SpikeDetector(args.spike_window, args.spike_deviations, saved_spike_history(args))
-        spike_watch = SpikeWatch(args.spike_action, detector, warnings, Rewinder(args, run.rewinds))
-        watch_steps(spike_watch.wrap)
-        while_saving.append(spike_watch.sharing_history)
+        while_saving.append(_watch_spikes(run, warnings).sharing_history)
     if args.check_for_nan_in_loss_and_grad:
         watch_steps(partial(check_first_step, args))
     keep_checkpoints_whole(
@@ -325,3 +320,22 @@ def train(
             get_embedding_ranks=embedding_ranks_of(model_config),
             store=ranks.for_process_groups,
         )
+
+
+def _log_routing(
+    args: Namespace, mask: RoutingMask | None, model_config: MaskMoEModelConfig, warnings: RunWarnings
+) -> None:
+    """Let each step log its routing, and warn if the routing collapses."""
+    collapse_watch = CollapseWatch(args, mask, warnings) if mask and args.collapse_intervals else None
+    model_config.transformer.finalize_model_grads_func = RoutingLog(args.log_interval, collapse_watch)
+    if args.hybrid_layer_pattern is not None:
+        set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(args), args.num_layers))
+
+
+def _watch_spikes(run: CheckedRun, warnings: RunWarnings) -> SpikeWatch:
+    """Let each step look for a spike of the loss, and return what looks for spikes."""
+    args = run.args
+    detector = SpikeDetector(args.spike_window, args.spike_deviations, saved_spike_history(args))
+    spike_watch = SpikeWatch(args.spike_action, detector, warnings, Rewinder(args, run.rewinds))
+    watch_steps(spike_watch.wrap)
+    return spike_watch
