@@ -150,12 +150,13 @@ def format_difference(estimate: Estimate) -> str:
 def render() -> str:
     """Return the page."""
     folder = REPORTS / "attention"
-    return pages.fill(
+    page = pages.fill(
         "comparison-laptop.md.j2",
         long=SuiteFigures("laptop"),
         short=SuiteFigures("laptop-options"),
         attention={path.stem: AttentionFigures(path) for path in folder.glob("*.json")},
     )
+    return pages.wrap(page)  # the figures have changed the lengths of the lines
 
 
 if __name__ == "__main__":

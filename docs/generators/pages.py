@@ -4,6 +4,7 @@ import argparse
 import difflib
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -38,6 +39,30 @@ def fill(template: str, **values: object) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.get_template(template).render(values)
+
+
+def wrap(text: str) -> str:
+    """Break the paragraphs and list items of a page into lines of at most 120 characters; keep its other blocks."""
+    blocks = re.split(r"(^```.*?^```$|\n\n)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(map(wrap_block, blocks))
+
+
+def wrap_block(block: str) -> str:
+    """Break a paragraph or the items of a list into lines; return headings, tables, pictures and code as they are."""
+    if re.match(r"[#|!`\n]|$", block):
+        return block
+    items = re.split(r"\n(?=- )", block.rstrip("\n"))
+    filled = (
+        textwrap.fill(
+            " ".join(item.split()),
+            width=120,
+            subsequent_indent="  " if item.startswith("- ") else "",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for item in items
+    )
+    return "\n".join(filled) + "\n" * block.endswith("\n")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
