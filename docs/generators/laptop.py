@@ -8,7 +8,7 @@ belongs to an option that was removed and has no parts.
 
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,13 +17,11 @@ import pages
 
 from maskmoe.commands.compare import open_comparison, parse_arguments
 from maskmoe.comparison.answers import RouterSummary, summarize_routers
-from maskmoe.comparison.results import Estimate, Results, collect_results, paired_difference
-from maskmoe.comparison.run_results import RunResult
+from maskmoe.comparison.execution import results_of
+from maskmoe.comparison.results import Estimate, loss_on, paired_difference
 
 ROOT = pages.DOCS.parent
 REPORTS = pages.DOCS / "comparison-laptop"
-
-Value = Callable[[RunResult], float | None]
 
 
 class SuiteFigures:
@@ -34,8 +32,7 @@ class SuiteFigures:
         with TemporaryDirectory() as folder:
             words = [str(ROOT / "launch" / "suites" / f"{name}.yaml"), "--run-dir", folder, "--packages", folder]
             comparison = open_comparison(parse_arguments([*words, "--merge", str(REPORTS / "parts")]))
-            parts = {name: found.part for name, found in comparison.finished_parts().items()}
-            self.results: Results = collect_results(comparison.suite, parts, "")
+            self.results = results_of(comparison, command="")
 
     def loss(self, variant: str, **choice: Any) -> str:
         """Return the mean loss of a variant's runs with its interval; the choice is that of `difference`."""
@@ -47,7 +44,7 @@ class SuiteFigures:
 
     def estimate(self, variant: str, seeds: Collection[int] = (), **choice: Any) -> Estimate:
         """Return the mean loss of a variant's runs; the choice is that of `difference`."""
-        losses = [value_of(**choice)(run) for run in self.results.runs_of(variant) if not seeds or run.seed in seeds]
+        losses = [loss_on(**choice)(run) for run in self.results.runs_of(variant) if not seeds or run.seed in seeds]
         return Estimate.of([loss for loss in losses if loss is not None])
 
     def difference(self, variant: str, baseline: str, seeds: Collection[int] = (), **choice: Any) -> str:
@@ -57,9 +54,9 @@ class SuiteFigures:
             variant: name of the variant.
             baseline: name of the variant whose loss is subtracted.
             seeds: seeds to which the difference is restricted; all seeds if empty.
-            choice: the losses, see `value_of`.
+            choice: the losses, see `loss_on`.
         """
-        value = value_of(**choice)
+        value = loss_on(**choice)
         estimate = paired_difference(
             self.results, variant, baseline, lambda run: value(run) if not seeds or run.seed in seeds else None
         )
@@ -85,7 +82,9 @@ class SuiteFigures:
 
     def texts(self, variant: str, baseline: str) -> str:
         """Return a table's cells with the differences on all held-out texts."""
-        return " | ".join(self.difference(variant, baseline, text=text) for text in (None, "prose", "code", "other"))
+        return " | ".join(
+            self.difference(variant, baseline, held_out=text) for text in (None, "prose", "code", "other")
+        )
 
     def router(self, variant: str) -> RouterSummary:
         """Return how the routers of a main variant behave."""
@@ -98,8 +97,8 @@ class SuiteFigures:
         found = self.results.variant(variant)
         assert found is not None, variant
         losses = {rate: loss for rate, loss in found.tuning.items() if loss is not None}
-        texts = {rate: f"{loss:.3f}" for rate, loss in losses.items()}
-        texts |= {rate: f"**{texts[rate]}**" for rate in [min(losses, key=lambda rate: losses[rate])]}
+        lowest = min(losses.values())
+        texts = {rate: f"**{loss:.3f}**" if loss == lowest else f"{loss:.3f}" for rate, loss in losses.items()}
         return " | ".join(texts.get(rate, "") for rate in rates)
 
 
@@ -112,33 +111,25 @@ class AttentionFigures:
             entry["model"]: entry for entry in json.loads(file.read_text(encoding="utf-8"))
         }
 
-    def values(self, group: str, key: str) -> dict[int, float]:
-        """Return a quantity of all models of a group by seed."""
-        return {
-            int(name.partition(".seed-")[2]): model[key]
-            for name, model in self.models.items()
-            if name.startswith(f"{group}.seed-")
-        }
+    def values(self, group: str, key: str, seeds: Collection[int] = ()) -> dict[int, float]:
+        """Return a quantity of a group's models by seed, of all seeds or of some."""
+        names = [name for name in self.models if name.startswith(f"{group}.seed-")]
+        by_seed = {int(name.partition(".seed-")[2]): self.models[name][key] for name in names}
+        return {seed: value for seed, value in by_seed.items() if not seeds or seed in seeds}
 
     def mean(self, group: str, key: str = "attention", digits: int = 2, seeds: Collection[int] = ()) -> str:
         """Return the mean of a quantity over the models of a group, of all seeds or of some."""
-        found = [value for seed, value in self.values(group, key).items() if not seeds or seed in seeds]
-        return f"{Estimate.of(found).mean:.{digits}f}"
+        return f"{Estimate.of([*self.values(group, key, seeds).values()]).mean:.{digits}f}"
 
     def range(self, group: str, seeds: Collection[int] = ()) -> str:
         """Return the least and the greatest attention of a group's models, of all seeds or of some."""
-        found = [value for seed, value in self.values(group, "attention").items() if not seeds or seed in seeds]
+        found = self.values(group, "attention", seeds).values()
         return f"{min(found):.2f} to {max(found):.2f}"
 
     def difference(self, group: str, baseline: str, key: str) -> str:
         """Return the mean difference of a loss between two groups over their common seeds, bold if it is resolved."""
         own, theirs = self.values(group, key), self.values(baseline, key)
         return format_difference(Estimate.of([own[seed] - theirs[seed] for seed in sorted(own.keys() & theirs)]))
-
-
-def value_of(text: str | None = None, band: str | None = None) -> Value:
-    """Return a function that returns the loss of a run on a held-out text, over all tokens or over one band."""
-    return lambda run: losses.loss_of(band) if (losses := run.held_out(text)) else None
 
 
 def format_difference(estimate: Estimate) -> str:

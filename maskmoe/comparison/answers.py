@@ -1,11 +1,11 @@
 """State the findings of a comparison in sentences: one answer for each question that a reader has."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import groupby
 from operator import methodcaller
 from typing import NamedTuple
 
-from maskmoe.comparison.results import CurveResult, Estimate, Results, VariantResult, paired_difference
+from maskmoe.comparison.results import CurveResult, Estimate, Results, VariantResult, loss_on, paired_difference
 from maskmoe.comparison.run_results import RunResult
 
 _VERDICTS = {
@@ -66,9 +66,7 @@ def _answer_where(results: Results, method: VariantResult, baselines: list[Varia
     sentences = []
     for baseline in baselines:
         by_band = {
-            band.name: paired_difference(
-                results, method.name, baseline.name, lambda run, name=band.name: run.loss_of(name)
-            )
+            band.name: paired_difference(results, method.name, baseline.name, loss_on(band=band.name))
             for band in results.bands
         }
         parts = [f"{estimate:+.4f} for ids of the {name}" for name, estimate in by_band.items() if estimate]
@@ -189,11 +187,6 @@ def summarize_routers(results: Results) -> list[RouterSummary]:
         )
         summaries.append(summary)
     return summaries
-
-
-def loss_on(held_out: str | None) -> Callable[[RunResult], float | None]:
-    """Return a function that returns the loss of a run on a held-out text, None if the run does not have it."""
-    return lambda run: losses.loss if (losses := run.held_out(held_out)) else None
 
 
 def differences_during_training(

@@ -12,7 +12,7 @@ from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.fairness import check_active_parameters
 from maskmoe.comparison.report import write_report
 from maskmoe.comparison.rerun import rerun_table
-from maskmoe.comparison.results import collect_results
+from maskmoe.comparison.results import Results, collect_results
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.slurm import SlurmJobs, next_runs, record_training, refuse_while_jobs_are_queued
 from maskmoe.errors import RunFailure
@@ -275,6 +275,19 @@ def report(comparison: Comparison, arguments: Sequence[str], folder: Path | None
         UserError: the parts do not fit together.
     """
     command = shlex.join(["launch/compare.sh", *arguments])
-    parts = {name: found.part for name, found in comparison.finished_parts().items()}
-    path = write_report(collect_results(comparison.suite, parts, command), folder or comparison.folder / "report")
+    path = write_report(results_of(comparison, command), folder or comparison.folder / "report")
     return f"report: {short_path(path)}"
+
+
+def results_of(comparison: Comparison, command: str) -> Results:
+    """Collect the results of all finished runs.
+
+    Args:
+        comparison: the comparison.
+        command: command that the report states.
+
+    Raises:
+        UserError: the parts do not fit together.
+    """
+    parts = {name: found.part for name, found in comparison.finished_parts().items()}
+    return collect_results(comparison.suite, parts, command)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from maskmoe.comparison.answers import answers, loss_on, summarize_routers
+from maskmoe.comparison.answers import answers, summarize_routers
 from maskmoe.comparison.markdown import render
 from maskmoe.comparison.plots import draw_plots, overview_variants
-from maskmoe.comparison.results import Estimate, Results, VariantResult, differences_to, paired_difference
+from maskmoe.comparison.results import Estimate, Results, VariantResult, differences_to, loss_on, paired_difference
 from maskmoe.comparison.run_results import RunResult
 from maskmoe.outputs import atomic_output
 

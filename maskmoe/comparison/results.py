@@ -254,6 +254,16 @@ def paired_difference(
     return Estimate.of(pairs) if pairs else None
 
 
+def loss_on(held_out: str | None = None, band: str | None = None) -> Callable[[RunResult], float | None]:
+    """Return a function that returns the loss of a run on a held-out text, None if the run does not have it.
+
+    Args:
+        held_out: name of a further held-out text; None for the suite's held-out text.
+        band: name of a frequency band; None for all tokens.
+    """
+    return lambda run: losses.loss_of(band) if (losses := run.held_out(held_out)) else None
+
+
 class Difference(NamedTuple):
     """How a variant differs from a baseline: its losses minus the baseline's, over all tokens, then over each band."""
 
@@ -269,14 +279,10 @@ def differences_to(results: Results, baseline: VariantResult, held_out: str | No
         baseline: the baseline.
         held_out: name of a further held-out text; None for the suite's held-out text.
     """
-
-    def loss_of(band: str | None) -> Callable[[RunResult], float | None]:
-        return lambda run: losses.loss_of(band) if (losses := run.held_out(held_out)) else None
-
     differences = []
     for variant in results.of_role("main"):
         estimates = [
-            paired_difference(results, variant.name, baseline.name, loss_of(band))
+            paired_difference(results, variant.name, baseline.name, loss_on(held_out, band))
             for band in (None, *(band.name for band in results.bands))
         ]
         if variant != baseline and (found := [estimate for estimate in estimates if estimate]):
