@@ -64,13 +64,16 @@ class SuiteFigures:
         return format_difference(estimate)
 
     def losses_along(self, curve: str, method: str, **choice: Any) -> str:
-        """Return a table's cells with the mean losses of a method at all points of a curve."""
-        return " | ".join(self.mean(variants[method], **choice) for variants in self.points_of(curve))
+        """Return a table's cells with the mean losses of a method at all points of a curve; empty without runs."""
+        names = [variants[method] for variants in self.points_of(curve)]
+        return " | ".join(self.mean(name, **choice) if self.results.runs_of(name) else "" for name in names)
 
     def differences_along(self, curve: str, baseline: str, **choice: Any) -> str:
-        """Return a table's cells with the differences of MaskMoE to a baseline at all points of a curve."""
-        points = self.points_of(curve)
-        return " | ".join(self.difference(names["maskmoe"], names[baseline], **choice) for names in points)
+        """Return a table's cells with the differences of MaskMoE to a baseline at all points; empty without runs."""
+        pairs = [(variants["maskmoe"], variants[baseline]) for variants in self.points_of(curve)]
+        return " | ".join(
+            self.difference(*pair, **choice) if all(map(self.results.runs_of, pair)) else "" for pair in pairs
+        )
 
     def points_of(self, curve: str) -> list[dict[str, str]]:
         """Return the names of the variants at the points of a curve, by the names of the main variants."""
