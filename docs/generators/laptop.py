@@ -65,18 +65,16 @@ class SuiteFigures:
 
     def losses_along(self, curve: str, method: str, **choice: Any) -> str:
         """Return a table's cells with the mean losses of a method at all points of a curve; empty without runs."""
-        names = [variants[method] for variants in self.points_of(curve)]
-        return " | ".join(self.mean(name, **choice) if self.results.runs_of(name) else "" for name in names)
+        names = [variants.get(method) for variants in self.points_of(curve)]
+        return " | ".join(self.mean(name, **choice) if name else "" for name in names)
 
     def differences_along(self, curve: str, baseline: str, **choice: Any) -> str:
         """Return a table's cells with the differences of MaskMoE to a baseline at all points; empty without runs."""
-        pairs = [(variants["maskmoe"], variants[baseline]) for variants in self.points_of(curve)]
-        return " | ".join(
-            self.difference(*pair, **choice) if all(map(self.results.runs_of, pair)) else "" for pair in pairs
-        )
+        pairs = [(variants["maskmoe"], variants.get(baseline)) for variants in self.points_of(curve)]
+        return " | ".join(self.difference(own, theirs, **choice) if theirs else "" for own, theirs in pairs)
 
     def points_of(self, curve: str) -> list[dict[str, str]]:
-        """Return the names of the variants at the points of a curve, by the names of the main variants."""
+        """Return the names of the variants with runs at the points of a curve, by the names of the main variants."""
         return [point.variants for found in self.results.curves if found.name == curve for point in found.points]
 
     def bands(self, variant: str, baseline: str) -> str:

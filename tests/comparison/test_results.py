@@ -349,6 +349,8 @@ def test_unfinished_runs_are_named():
     text = render_report(some, {})
     assert "3 runs are missing" in text
     assert text.endswith("## Unfinished runs\n\n- smoe: seed 9\n- dense: seeds 2, 3\n")
+    one = Results(**{**results.__dict__, "unfinished": {"smoe": [9]}})
+    assert "\n\n**Unfinished**: 1 run is missing" in render_report(one, {})
 
 
 CHECK = """\
