@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ def json_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@cache
+def type_adapter[T](kind: type[T]) -> TypeAdapter[T]:
+    """Return the adapter of a type. A process makes each adapter once, because making one takes milliseconds."""
+    return TypeAdapter(kind)
+
+
 def read_record[T](kind: type[T], path: Path, advice: str) -> T:
     """Read a JSON file that `write_record` has written.
 
@@ -67,7 +74,7 @@ def read_record[T](kind: type[T], path: Path, advice: str) -> T:
         UserError: the file cannot be read or is damaged.
     """
     try:
-        return TypeAdapter(kind).validate_json(read_json_bytes(path))
+        return type_adapter(kind).validate_json(read_json_bytes(path))
     except UnusableFile as error:
         raise UserError(f"{error}; {advice}" if os.path.lexists(path) else str(error)) from error
     except ValidationError as error:
@@ -77,7 +84,7 @@ def read_record[T](kind: type[T], path: Path, advice: str) -> T:
 def write_record(record: object, path: Path, indent: int | None = None) -> None:
     """Write a dataclass as a JSON file, which replaces an older file atomically."""
     # A loss may be NaN, which `dump_json` would write as null.
-    content = TypeAdapter(type(record)).dump_python(record)
+    content = type_adapter(type(record)).dump_python(record)
     separators = (",", ":") if indent is None else None
     with atomic_output(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent, separators=separators) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from maskmoe.errors import UserError
+from maskmoe.json_files import type_adapter
 from maskmoe.outputs import atomic_output
 from maskmoe.untrusted import UnusableFile, check_regular
 
@@ -72,7 +73,7 @@ class SealedTensors:
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the tensors, and the record."""
-        values = TypeAdapter(type(self)).dump_python(self)
+        values = type_adapter(type(self)).dump_python(self)
         tensors = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         return tensors, {name: value for name, value in values.items() if name not in tensors}
 
@@ -145,7 +146,7 @@ class SealedTensors:
         if not is_intact:
             raise UserError(f"{source} was altered or damaged: its content does not match its digest; build it again")
         try:
-            value = TypeAdapter(cls).validate_python({**record, **tensors})
+            value = type_adapter(cls).validate_python({**record, **tensors})
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
         except (TypeError, ValueError) as error:

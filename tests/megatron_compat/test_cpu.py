@@ -250,7 +250,7 @@ def test_command_line_defaults_are_flags_of_megatron() -> None:
 
 
 def test_uneven_collectives_equal_the_reference(run_ranks, tmp_path: Path) -> None:
-    run_ranks(RANK_SCRIPTS / "uneven_collectives_ranks.py", tmp_path)
+    run_ranks(RANK_SCRIPTS / "uneven_collectives_ranks.py", tmp_path, are_preloaded=False)
 
 
 def test_collectives_of_one_rank_do_not_reach_gloo() -> None:

@@ -25,14 +25,12 @@ class Request(NamedTuple):
     """A Python process.
 
     Attributes:
-        module: the module that runs as the main program.
-        arguments: the arguments of the module.
+        program: Python's arguments: `-m MODULE ARGUMENTS…`, or `SCRIPT ARGUMENTS…`.
         working_folder: the working directory.
         environment: all environment variables.
     """
 
-    module: str
-    arguments: list[str]
+    program: list[str]
     working_folder: str
     environment: dict[str, str]
 
@@ -80,7 +78,7 @@ def start(request: Request, answer: int, out: int, err: int) -> Request:
 
 
 def become(request: Request, out: int, err: int) -> None:
-    """Give this process a group of its own, and the output, folder, variables and arguments of a request."""
+    """Give this process a group of its own, and the output, folder and variables of a request."""
     os.setpgid(0, 0)
     for source, target in ((out, 1), (err, 2)):
         os.dup2(source, target)
@@ -88,8 +86,20 @@ def become(request: Request, out: int, err: int) -> None:
     os.chdir(request.working_folder)
     os.environ.clear()
     os.environ.update(request.environment)
-    sys.path[0] = request.working_folder
-    sys.argv[1:] = request.arguments
+
+
+def run(program: list[str]) -> None:
+    """Run a program as Python does with these arguments."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [folder for folder in folders if folder and folder not in sys.path]
+    if program[0] == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv[1:] = program[2:]
+        runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(program[0]).resolve().parent)
+        sys.argv[1:] = program[1:]
+        runpy.run_path(program[0], run_name="__main__")
 
 
 if __name__ == "__main__":
@@ -97,4 +107,4 @@ if __name__ == "__main__":
     import_training()
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     if request is not None:
-        runpy.run_module(request.module, run_name="__main__", alter_sys=True)
+        run(request.program)

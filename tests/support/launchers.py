@@ -106,8 +106,8 @@ class RankProcesses:
         environment: Further variables of all processes.
         rendezvous: Kept alive as long as the processes.
         sees_gpus: Whether the processes see the GPUs of this machine.
-        are_preloaded: Whether modules run in forks of a process that has imported what training imports, unless the
-            processes see GPUs.
+        are_preloaded: Whether the processes are forks of a process that has imported what training imports. Processes
+            that see GPUs never are.
 
     Attributes:
         folder: Holds the logs.
@@ -131,10 +131,8 @@ class RankProcesses:
         for rank, variables in enumerate(environments):
             with open(folder / f"out{rank}.log", "w") as out, open(folder / f"err{rank}.log", "w") as err:
                 every_variable = {**os.environ, **common, **(environment or {}), **variables}
-                if are_preloaded and program[0] == "-m" and not sees_gpus:
-                    process = preloaded_python().start(
-                        program[1], program[2:], working_folder, every_variable, out, err
-                    )
+                if are_preloaded and not sees_gpus:
+                    process = preloaded_python().start(program, working_folder, every_variable, out, err)
                 else:
                     process = subprocess.Popen(
                         [sys.executable, *program],
@@ -244,15 +242,24 @@ def run_script_as_ranks(
     world_size: int = 2,
     timeout: float = TIMEOUT,
     sees_gpus: bool = False,
+    are_preloaded: bool = True,
 ) -> None:
     """Run `python SCRIPT FOLDER ARGUMENTS…` as ranks of one group, on the CPU unless they see GPUs.
 
     The script joins the group with `init_method=f"file://{FOLDER}/rendezvous"` and may import `support` and the modules
-    of the benchmarks. A rank that fails or hangs fails the test.
+    of the benchmarks. A rank that fails or hangs fails the test. A script that does something before Megatron-Core is
+    imported must not be preloaded, see `RankProcesses`.
     """
     program = [str(script), str(folder), *map(str, arguments)]
     environment = {"PYTHONPATH": python_path(TESTS, BENCHMARKS)}
-    with start_ranks(program, folder, ranks=world_size, environment=environment, sees_gpus=sees_gpus) as processes:
+    with start_ranks(
+        program,
+        folder,
+        ranks=world_size,
+        environment=environment,
+        sees_gpus=sees_gpus,
+        are_preloaded=are_preloaded,
+    ) as processes:
         outcome = processes.wait(timeout=timeout)
     if any(outcome.exit_codes):
         pytest.fail(f"a rank failed or hung\n{outcome.report()}")

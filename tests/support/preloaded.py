@@ -49,7 +49,7 @@ class ForkedProcess:
 
 
 class PreloadedPython:
-    """Runs modules in forks of a process that has imported what training imports. It ends with this process.
+    """Runs programs in forks of a process that has imported what training imports. It ends with this process.
 
     Args:
         environment: variables of the process while it imports.
@@ -69,24 +69,22 @@ class PreloadedPython:
 
     def start(
         self,
-        module: str,
-        arguments: Sequence[str],
+        program: Sequence[str],
         working_folder: Path,
         environment: Mapping[str, str],
         out: IO[str],
         err: IO[str],
     ) -> ForkedProcess:
-        """Start `python -m MODULE ARGUMENTS…`.
+        """Start `python PROGRAM…`.
 
         Args:
-            module: the module.
-            arguments: its arguments.
+            program: Python's arguments: `-m MODULE ARGUMENTS…`, or `SCRIPT ARGUMENTS…`.
             working_folder: working directory of the process.
             environment: all variables of the process.
             out: file of standard output.
             err: file of standard error.
         """
-        request = fork_server.Request(module, [*arguments], str(working_folder), {**environment})
+        request = fork_server.Request([*program], str(working_folder), {**environment})
         ours, theirs = socket.socketpair()
         with ours, theirs:
             descriptors = [theirs.fileno(), out.fileno(), err.fileno()]

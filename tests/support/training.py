@@ -65,6 +65,8 @@ class Run:
         logs_scalars: Whether the run writes TensorBoard events.
         omits: Flags of `SETTINGS` that are left out, with their values.
         sees_gpus: Whether the processes see the GPUs of this machine.
+        imports_first: Whether the program begins with the import of Megatron-Core. Then its processes may be preloaded,
+            see `RankProcesses`.
         description: Describes the run in words.
     """
 
@@ -80,6 +82,7 @@ class Run:
     logs_scalars: bool = True
     omits: str | None = None
     sees_gpus: bool = False
+    imports_first: bool = True
     description: str = ""
 
 
@@ -177,7 +180,7 @@ class Workplace:
 
     def run(self, run: Run, folder: Path, load: Path | None = None, timeout: float = TIMEOUT) -> TrainingOutcome:
         """Run a training run to its end; if a process fails or the run hangs, all its processes are killed."""
-        with self.start(run, folder, load, are_preloaded=True) as processes:
+        with self.start(run, folder, load, are_preloaded=run.imports_first) as processes:
             processes.wait(timeout=timeout)
             return processes.outcome()
 

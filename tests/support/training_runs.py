@@ -252,11 +252,16 @@ RUNS = {
         f"{DISTRIBUTED} {TRANSFORMER_ENGINE} --moe-grouped-gemm --exit-interval 4",
         continues="start, distributed optimizer",
         program=STUB_TRANSFORMER_ENGINE,
+        imports_first=False,
         saves=True,
     ),
     "on Transformer Engine, then local": Run(f"{DISTRIBUTED} {UNTIL_8}", continues="on Transformer Engine"),
     "on Transformer Engine, experts one by one": Run(
-        f"{TRANSFORMER_ENGINE} {UNTIL_8}", continues="start", program=STUB_TRANSFORMER_ENGINE, saves=True
+        f"{TRANSFORMER_ENGINE} {UNTIL_8}",
+        continues="start",
+        program=STUB_TRANSFORMER_ENGINE,
+        imports_first=False,
+        saves=True,
     ),
     "on Transformer Engine, experts one by one, then local": Run(
         UNTIL_12, continues="on Transformer Engine, experts one by one"
@@ -846,6 +851,7 @@ RUNS |= {
         f"{TRANSFORMER_ENGINE} {UNTIL_8} --hybrid-layer-pattern *E*E*E*E",
         continues="start",
         program=STUB_TRANSFORMER_ENGINE,
+        imports_first=False,
         saves=True,
     ),
     "hybrid on Transformer Engine, then local": Run(

@@ -9,7 +9,7 @@ from support.ranks.deferred_gradients_ranks import MASKS
 @pytest.fixture(scope="module")
 def ranks(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("deferred_gradients")
-    run_ranks(RANK_SCRIPTS / "deferred_gradients_ranks.py", folder)
+    run_ranks(RANK_SCRIPTS / "deferred_gradients_ranks.py", folder, are_preloaded=False)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -127,7 +127,8 @@ def test_parallel_layouts_equal_one_rank(num_ranks: int, run_ranks: RunRanks, tm
 def test_checkpoints_are_exchanged_with_transformer_engine(provider: str, run_ranks: RunRanks, tmp_path: Path) -> None:
     layer = make_gated_delta_net()
     save(layer, tmp_path / "local")
-    run_ranks(RANK_SCRIPTS / "gated_delta_net_transformer_engine_ranks.py", tmp_path, provider, world_size=1)
+    script = RANK_SCRIPTS / "gated_delta_net_transformer_engine_ranks.py"
+    run_ranks(script, tmp_path, provider, world_size=1, are_preloaded=False)
     again = load(tmp_path / "transformer_engine")
     for (name, parameter), found in zip(layer.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(found, parameter), name

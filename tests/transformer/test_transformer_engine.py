@@ -48,7 +48,7 @@ def built(request, run_ranks: RunRanks, one_rank: None, tmp_path_factory: pytest
         flags = huggingface_to_megatron(Settings(load=folder / name / "original", save=folder / name / "converted"))
         (folder / name / "flags.json").write_text(json.dumps(flags))
         save_as_release(*load_converted_model(folder / name / "converted", flags), folder / name / "local")
-    run_ranks(RANK_SCRIPTS / "transformer_engine_ranks.py", folder, request.param, world_size=1)
+    run_ranks(RANK_SCRIPTS / "transformer_engine_ranks.py", folder, request.param, world_size=1, are_preloaded=False)
     layouts = json.loads((folder / "layouts.json").read_text())
     return Built({name: Described(**values) for name, values in layouts.items()}, folder, request.param == "stub")
 
@@ -130,7 +130,7 @@ def test_checkpoints_are_exchanged_with_local_models(name: str, built: Built, on
 
 @pytest.mark.te
 def test_fused_permutation_takes_0_to_3_experts_per_token(run_ranks: RunRanks, tmp_path: Path) -> None:
-    run_ranks(RANK_SCRIPTS / "triton_permutation_ranks.py", tmp_path, world_size=1)
+    run_ranks(RANK_SCRIPTS / "triton_permutation_ranks.py", tmp_path, world_size=1, are_preloaded=False)
     results = torch.load(tmp_path / "results.pt")
     hidden, routing_map, probs = results["hidden"], results["routing_map"], results["probs"]
     # Rows are ordered by expert, then by token.
