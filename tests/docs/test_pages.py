@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.documentation import DOCS, README, anchors, links, pages
+from support.launchers import start_ranks
 from support.paths import ROOT
 
 GENERATED = ("flags.py", "help.py", "combinations.py", "patches.py", "internals.py", "laptop.py")
@@ -35,10 +36,11 @@ def test_every_page_begins_with_a_command() -> None:
 
 
 @pytest.mark.parametrize("script", GENERATED)
-def test_generated_page_is_up_to_date(script: str) -> None:
-    command = [sys.executable, str(DOCS / "generators" / script), "--check"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_generated_page_is_up_to_date(script: str, tmp_path: Path) -> None:
+    program = [str(DOCS / "generators" / script), "--check"]
+    with start_ranks(program, tmp_path, working_folder=ROOT, are_preloaded=True) as processes:
+        outcome = processes.wait()
+    assert outcome.exit_codes == (0,), outcome.report()
 
 
 def test_readme_has_the_figures_of_the_comparison() -> None:
