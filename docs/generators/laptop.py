@@ -64,14 +64,13 @@ class SuiteFigures:
         return format_difference(estimate)
 
     def losses_along(self, curve: str, method: str, **choice: Any) -> str:
-        """Return a table's cells with the mean losses of a method at all points of a curve; empty without runs."""
-        names = [variants.get(method) for variants in self.points_of(curve)]
-        return " | ".join(self.mean(name, **choice) if name else "" for name in names)
+        """Return a table's cells with the mean losses of a method at all points of a curve."""
+        return " | ".join(self.mean(variants[method], **choice) for variants in self.points_of(curve))
 
     def differences_along(self, curve: str, baseline: str, **choice: Any) -> str:
-        """Return a table's cells with the differences of MaskMoE to a baseline at all points; empty without runs."""
-        pairs = [(variants["maskmoe"], variants.get(baseline)) for variants in self.points_of(curve)]
-        return " | ".join(self.difference(own, theirs, **choice) if theirs else "" for own, theirs in pairs)
+        """Return a table's cells with the differences of MaskMoE to a baseline at all points of a curve."""
+        pairs = [(variants["maskmoe"], variants[baseline]) for variants in self.points_of(curve)]
+        return " | ".join(self.difference(own, theirs, **choice) for own, theirs in pairs)
 
     def points_of(self, curve: str) -> list[dict[str, str]]:
         """Return the names of the variants with runs at the points of a curve, by the names of the main variants."""
