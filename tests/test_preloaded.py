@@ -3,11 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.launchers import CPU_ENVIRONMENT, preloaded_python
+from support.launchers import CPU_ENVIRONMENT, preloaded_python, start_python
 from support.paths import python_path
 from support.preloaded import ForkedProcess
 
@@ -37,16 +36,7 @@ def start(tmp_path: Path):
     ) -> ForkedProcess | subprocess.Popen:
         program = (*program, argument)
         with open(tmp_path / f"{name}.out", "w") as out, open(tmp_path / f"{name}.err", "w") as err:
-            if is_preloaded:
-                return preloaded_python().start(program, tmp_path, environment, out, err)
-            return subprocess.Popen(
-                [sys.executable, *program],
-                cwd=tmp_path,
-                env=environment,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+            return start_python(program, tmp_path, environment, out, err, is_preloaded)
 
     return start
 

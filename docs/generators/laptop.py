@@ -69,8 +69,8 @@ class SuiteFigures:
 
     def differences_along(self, curve: str, baseline: str, **choice: Any) -> str:
         """Return a table's cells with the differences of MaskMoE to a baseline at all points of a curve."""
-        pairs = [(variants["maskmoe"], variants[baseline]) for variants in self.points_of(curve)]
-        return " | ".join(self.difference(own, theirs, **choice) for own, theirs in pairs)
+        points = self.points_of(curve)
+        return " | ".join(self.difference(names["maskmoe"], names[baseline], **choice) for names in points)
 
     def points_of(self, curve: str) -> list[dict[str, str]]:
         """Return the names of the variants with runs at the points of a curve, by the names of the main variants."""

@@ -193,13 +193,13 @@ def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
     Raises:
         UserError: The record exists but is not valid.
     """
-    from pydantic import TypeAdapter  # imported late: making datasets does not need it
+    from maskmoe.json_files import type_adapter  # imported late: making datasets does not need pydantic
 
     path = tokenizer_record_path(prefix)
     if not os.path.lexists(path):
         return None
     try:
-        return TypeAdapter(TokenizerRecord).validate_json(read_json_bytes(path), strict=True)
+        return type_adapter(TokenizerRecord).validate_json(read_json_bytes(path), strict=True)
     except ValueError as error:
         raise UserError(f"{path} is not a tokenizer record; delete it or make the dataset again") from error
 

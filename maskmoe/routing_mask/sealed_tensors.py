@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self, TypedDict
 
 import numpy as np
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -33,9 +33,6 @@ class _Envelope(TypedDict):
     version: int
     record: dict[str, Any]
     sha256: str
-
-
-_ENVELOPE = TypeAdapter(_Envelope)
 
 
 def _canonical_json(value: Any) -> str:
@@ -134,7 +131,7 @@ class SealedTensors:
             UserError: The content is of another kind or version, damaged or altered.
         """
         try:
-            envelope = _ENVELOPE.validate_json((metadata or {})[METADATA_KEY], strict=True)
+            envelope = type_adapter(_Envelope).validate_json((metadata or {})[METADATA_KEY], strict=True)
             kind, record, digest = envelope["kind"], envelope["record"], envelope["sha256"]
             is_intact = content_digest(tensors, record) == digest
         except (KeyError, TypeError, ValueError) as error:
