@@ -1,6 +1,6 @@
 """Runs the program `maskmoe` as `python -m maskmoe`."""
 
-from maskmoe.commands.main import main
+from maskmoe.command_line.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,8 +11,8 @@ from hypothesis import settings
 from support.launchers import RunRanks, run_script_as_ranks
 from support.places import num_gpus
 
-from maskmoe.interruption import SIGNALS_THAT_END
 from maskmoe.megatron_compat import prepare_process
+from maskmoe.processes.interruption import SIGNALS_THAT_END
 
 # Tests must not fail because a busy machine is slow.
 settings.register_profile("untimed", deadline=None)

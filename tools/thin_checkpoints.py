@@ -1,7 +1,7 @@
 """Runs `maskmoe thin` from a checkout; `--help` shows the arguments."""
 
-from maskmoe.cli import run_tool
-from maskmoe.commands.thin_checkpoints import main
+from maskmoe.command_line.run_tool import run_tool
+from maskmoe.command_line.thin_checkpoints import main
 
 if __name__ == "__main__":
     run_tool(main)

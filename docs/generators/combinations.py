@@ -3,7 +3,7 @@
 python docs/generators/combinations.py [--check]
 
 The first table comes from tests/support/composition.py, whose rows name their tests. The second table comes from
-`maskmoe.training.refusals`. The text around the tables is in combinations.md.j2.
+`maskmoe.training.settings.refusals`. The text around the tables is in combinations.md.j2.
 """
 
 import sys
@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 class Refusal(Protocol):
-    """A refusal as `maskmoe.training.refusals` defines it."""
+    """A refusal as `maskmoe.training.settings.refusals` defines it."""
 
     flag: str
     reason: str
@@ -49,7 +49,7 @@ def tested_combinations() -> Iterator[tuple[str, str]]:
 
 def render_from_code() -> str:
     """Return the page, made from the tests and the refusals."""
-    from maskmoe.training.refusals import REFUSALS
+    from maskmoe.training.settings.refusals import REFUSALS
 
     return render(tested_combinations(), REFUSALS)
 

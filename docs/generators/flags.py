@@ -13,7 +13,7 @@ from unittest import mock
 
 import pages
 
-from maskmoe.commands.registry import SUBCOMMANDS, Subcommand
+from maskmoe.command_line.registry import SUBCOMMANDS, Subcommand
 from maskmoe.megatron_compat import prepare_process
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -58,10 +58,10 @@ def section(subcommand: Subcommand) -> str:
 
 def megatron_providers() -> dict[str, tuple[Provider, ...]]:
     """Return the functions that add MaskMoE's flags to Megatron's parser, by subcommand."""
-    from maskmoe.training.arguments import add_maskmoe_arguments
-    from maskmoe.training.evaluation import add_evaluation_arguments
-    from maskmoe.training.generation import add_generation_arguments
+    from maskmoe.training.loop.evaluation import add_evaluation_arguments
+    from maskmoe.training.loop.generation import add_generation_arguments
     from maskmoe.training.pretraining import add_pretraining_arguments
+    from maskmoe.training.settings.arguments import add_maskmoe_arguments
 
     return {
         "pretrain": (add_maskmoe_arguments, add_pretraining_arguments),

@@ -15,7 +15,7 @@ from typing import Any
 
 import pages
 
-from maskmoe.commands.compare import open_comparison, parse_arguments
+from maskmoe.command_line.compare import open_comparison, parse_arguments
 from maskmoe.comparison.answers import RouterSummary, summarize_routers
 from maskmoe.comparison.execution import results_of
 from maskmoe.comparison.results import Estimate, loss_on, paired_difference

@@ -15,10 +15,10 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from maskmoe.check.parameters import Chunk
-from maskmoe.training.layout import Layout
-from maskmoe.transformer.backends.attention import SHORTEST_BLOCK, padded_width
-from maskmoe.transformer.backends.gated_delta_rule import CHUNK
-from maskmoe.transformer.backends.swiglu import is_plain_swiglu
+from maskmoe.training.settings.layout import Layout
+from maskmoe.transformer.torch_modules.attention import SHORTEST_BLOCK, padded_width
+from maskmoe.transformer.torch_modules.gated_delta_rule import CHUNK
+from maskmoe.transformer.torch_modules.swiglu import is_plain_swiglu
 
 _FP32_BYTES = 4
 _ID_BYTES = 8

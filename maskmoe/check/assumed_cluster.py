@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-from maskmoe import ranges
+from maskmoe.command_line import ranges
 
 RANKS_PER_NODE = 8
 # Both figures are those of "The Llama 3 Herd of Models" (arXiv 2407.21783, sections 3.3.1 and 3.3.4): 419 unexpected

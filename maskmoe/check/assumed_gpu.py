@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-from maskmoe import ranges
+from maskmoe.command_line import ranges
 
 PEAK_TFLOPS = 989.0  # of an H100 SXM in bf16, without sparsity
 UTILIZATION = 0.35

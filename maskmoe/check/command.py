@@ -10,11 +10,11 @@ from contextlib import redirect_stdout
 
 from maskmoe.check.inspection import Inspection
 from maskmoe.check.report import Report
-from maskmoe.cli import EXIT_BAD_INPUT
-from maskmoe.command_line import OneLineParser
+from maskmoe.command_line.parser import OneLineParser
+from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
-from maskmoe.training.arguments import add_check_argument
-from maskmoe.training.setup import ArgumentsProvider
+from maskmoe.training.settings.arguments import add_check_argument
+from maskmoe.training.settings.setup import ArgumentsProvider
 
 
 def requested_check() -> Namespace:

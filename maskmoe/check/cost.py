@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from maskmoe.check.assumed_gpu import AssumedGpu, assumed_gpu
 from maskmoe.check.parameters import ModelParameters
-from maskmoe.training.batch_sizes import trained_samples
+from maskmoe.training.settings.batch_sizes import trained_samples
 
 _PASSES = 3  # a forward pass, and the gradients of inputs and of weights
 _PER_PRODUCT = 2  # multiply and add

@@ -28,31 +28,36 @@ from maskmoe.check.save_interval import recommend_save_interval
 from maskmoe.checkpoint.non_persistent import is_non_persistent, non_persistent_folder
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint, iteration_of
-from maskmoe.command_line import refuse_unknown_flags
+from maskmoe.command_line.parser import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training import file_checks
-from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.changed_settings import find_changed_settings, take_schedule_of_checkpoint
-from maskmoe.training.flag_ranges import range_errors
-from maskmoe.training.layer_division import layer_errors
-from maskmoe.training.layer_pattern import ignored_flags, pattern_errors
-from maskmoe.training.layout import Layout, size_errors
-from maskmoe.training.model_builder import MaskMoEModelConfig
-from maskmoe.training.refusals import missing_libraries, unavailable_settings, unsupported_settings
-from maskmoe.training.required_flags import missing_flags, missing_sizes
-from maskmoe.training.resume import (
+from maskmoe.training.loop.model_builder import MaskMoEModelConfig
+from maskmoe.training.resume.choose_checkpoint import (
     check_not_missing,
     check_pretrained_model,
     check_same_model,
     further_checkpoint_args,
 )
-from maskmoe.training.rewinding import check_may_resume, describe_rewinds, own_rewinds
-from maskmoe.training.setup import ArgumentsProvider, find_routing_mask, megatrons_checks, model_config_from_args
+from maskmoe.training.resume.rewinding import check_may_resume, describe_rewinds, own_rewinds
+from maskmoe.training.settings import file_checks
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.changed_settings import find_changed_settings, take_schedule_of_checkpoint
+from maskmoe.training.settings.flag_ranges import range_errors
+from maskmoe.training.settings.layer_division import layer_errors
+from maskmoe.training.settings.layer_pattern import ignored_flags, pattern_errors
+from maskmoe.training.settings.layout import Layout, size_errors
+from maskmoe.training.settings.refusals import missing_libraries, unavailable_settings, unsupported_settings
+from maskmoe.training.settings.required_flags import missing_flags, missing_sizes
+from maskmoe.training.settings.setup import (
+    ArgumentsProvider,
+    find_routing_mask,
+    megatrons_checks,
+    model_config_from_args,
+)
 
 # Reading the token ids of a larger dataset would take more than a few seconds.
 _MOST_BYTES_READ = 1 << 30

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from maskmoe.check.activations import ActivationModel
 from maskmoe.check.parameters import ModelParameters
-from maskmoe.training.layout import Layout
+from maskmoe.training.settings.layout import Layout
 
 # The purposes of memory, and how the report for people calls them. `ActivationModel` estimates the second group.
 EXACT = {

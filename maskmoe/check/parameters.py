@@ -28,17 +28,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
-from maskmoe.training.layout import Layout
-from maskmoe.training.model_builder import (
+from maskmoe.training.loop.model_builder import (
     MaskMoEGPTModelBuilder,
     MaskMoEHybridModelBuilder,
     MaskMoEHybridModelConfig,
     MaskMoEModelConfig,
     StageBuilder,
 )
-from maskmoe.transformer.backends.attention import TorchDotProductAttention
+from maskmoe.training.settings.layout import Layout
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
+from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 PARTS = ("embedding", "output layer", "layers without routed experts", "routed experts", "multi-token prediction")

@@ -13,9 +13,9 @@ from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.check.missing import MissingInput
 from maskmoe.check.parameters import Chunk, ModelParameters
 from maskmoe.check.save_interval import SaveInterval
-from maskmoe.templates import render_template
-from maskmoe.training.layer_pattern import KINDS
-from maskmoe.training.layout import Layout
+from maskmoe.files.templates import render_template
+from maskmoe.training.settings.layer_pattern import KINDS
+from maskmoe.training.settings.layout import Layout
 
 
 @dataclass(frozen=True)

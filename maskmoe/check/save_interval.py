@@ -18,10 +18,10 @@ from maskmoe.check.assumed_cluster import RANKS_PER_NODE, AssumedCluster, assume
 from maskmoe.check.cost import TrainingCost
 from maskmoe.check.memory import bytes_of_parameter
 from maskmoe.check.parameters import ModelParameters
-from maskmoe.interruption import EXIT_REQUEUE
-from maskmoe.journal import Entry, Fact, Kind, read_journal
-from maskmoe.training.batch_sizes import training_iterations
-from maskmoe.training.layout import Layout
+from maskmoe.launch.journal import Entry, Fact, Kind, read_journal
+from maskmoe.processes.interruption import EXIT_REQUEUE
+from maskmoe.training.settings.batch_sizes import training_iterations
+from maskmoe.training.settings.layout import Layout
 
 _DAY = 24 * 3600.0
 _MOST_SAVES = 100  # the newest, from which times are measured

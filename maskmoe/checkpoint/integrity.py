@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output
-from maskmoe.untrusted import UnusableFile, check_name, open_regular, read_json_bytes, resolve_inside
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.untrusted import UnusableFile, check_name, open_regular, read_json_bytes, resolve_inside
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata

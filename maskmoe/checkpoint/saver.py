@@ -26,7 +26,7 @@ from maskmoe.checkpoint.series import (
     remove_old_checkpoints,
     replace_by_next_version,
 )
-from maskmoe.journal import Journal, Kind
+from maskmoe.launch.journal import Journal, Kind
 from maskmoe.megatron_compat.globals import get_args
 
 

@@ -16,9 +16,9 @@ from maskmoe.checkpoint.integrity import (
     check_structure,
 )
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output
-from maskmoe.paths import check_folder
-from maskmoe.untrusted import UnusableFile, read_bounded
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.paths import check_folder
+from maskmoe.files.untrusted import UnusableFile, read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_TRACKER_BYTES = 100

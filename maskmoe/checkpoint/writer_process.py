@@ -24,10 +24,10 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-from maskmoe.child_process import end_with_parent
 from maskmoe.errors import RunFailure
-from maskmoe.interruption import SIGNALS_THAT_SAVE
 from maskmoe.megatron_compat.replacing import replace
+from maskmoe.processes.child_process import end_with_parent
+from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
 
 _RANK_PROCESS = "MASKMOE_RANK_PROCESS"
 _CHECK_PERIOD = 1.0  # seconds

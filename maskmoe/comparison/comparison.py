@@ -26,8 +26,8 @@ from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, next
 from maskmoe.comparison.selection import Selection
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.errors import UserError
+from maskmoe.files.paths import short_path
 from maskmoe.launch.devices import Devices
-from maskmoe.paths import short_path
 from maskmoe.workflow.process import read_log
 
 

@@ -9,8 +9,8 @@ from typing import NoReturn
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.data.text_sources import TextSources
 from maskmoe.errors import UserError
+from maskmoe.files.paths import runs_folder
 from maskmoe.launch.model_file import Flags
-from maskmoe.paths import runs_folder
 from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.split import choose_split
 from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command

@@ -16,7 +16,7 @@ from maskmoe.comparison.results import Results, collect_results
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.slurm import SlurmJobs, next_runs, record_training, refuse_while_jobs_are_queued
 from maskmoe.errors import RunFailure
-from maskmoe.paths import short_path
+from maskmoe.files.paths import short_path
 from maskmoe.workflow.lock import RunLock, locked
 from maskmoe.workflow.process import StageProcess
 from maskmoe.workflow.progress import ProgressLine, format_seconds

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from operator import methodcaller
 
-from maskmoe.templates import render_template
+from maskmoe.files.templates import render_template
 
 
 def render(template: str, **values: object) -> str:

@@ -18,10 +18,10 @@ from maskmoe.comparison.run_results import Curve, Evaluation, RunResult
 from maskmoe.comparison.runs import Run, training_flags
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_record
+from maskmoe.files.json_files import read_record
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.paths import check_folder, short_path
 from maskmoe.launch.model_file import Flags
-from maskmoe.outputs import atomic_output
-from maskmoe.paths import check_folder, short_path
 
 # These flags change the speed of a run or the files that it keeps, and none of its results.
 _FLAGS_WITHOUT_EFFECT = {"num-workers", "keep-last-checkpoints"}

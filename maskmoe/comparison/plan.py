@@ -11,11 +11,11 @@ from maskmoe.comparison.data import Data, HeldOutSet, dataset_prefixes
 from maskmoe.comparison.runs import Run, checkpoint_iterations, training_flags
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.paths import short_path
 from maskmoe.launch.command import standalone_command
 from maskmoe.launch.devices import DEVICE_FLAGS, Devices
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
-from maskmoe.outputs import atomic_output
-from maskmoe.paths import short_path
 from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.process import read_log
 from maskmoe.workflow.record import RunRecord

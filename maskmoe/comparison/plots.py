@@ -22,7 +22,7 @@ from maskmoe.comparison.results import (
     differences_to,
 )
 from maskmoe.comparison.run_results import RoutingHistory, RunResult
-from maskmoe.outputs import atomic_output
+from maskmoe.files.outputs import atomic_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ import numpy as np
 from maskmoe.comparison.markdown import render
 from maskmoe.comparison.plots import new_figure, tidy
 from maskmoe.comparison.quickstart import QuickstartPlan
-from maskmoe.json_files import read_json
-from maskmoe.outputs import atomic_output
+from maskmoe.files.json_files import read_json
+from maskmoe.files.outputs import atomic_output
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.workflow.progress import format_seconds
 from maskmoe.workflow.record import RunRecord

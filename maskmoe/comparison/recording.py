@@ -17,9 +17,9 @@ from maskmoe.comparison.run_results import Curve, Evaluation
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_record, write_record
+from maskmoe.files.json_files import read_record, write_record
+from maskmoe.files.paths import SUBMIT_SCRIPT
 from maskmoe.launch.devices import Devices
-from maskmoe.paths import SUBMIT_SCRIPT
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.workflow.record import RunRecord, files_digest
 from maskmoe.workflow.training_log import TrainingHistory

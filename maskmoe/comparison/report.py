@@ -10,7 +10,7 @@ from maskmoe.comparison.markdown import render
 from maskmoe.comparison.plots import draw_plots, overview_variants
 from maskmoe.comparison.results import Estimate, Results, VariantResult, differences_to, loss_on, paired_difference
 from maskmoe.comparison.run_results import RunResult
-from maskmoe.outputs import atomic_output
+from maskmoe.files.outputs import atomic_output
 
 
 def write_report(results: Results, folder: Path) -> Path:

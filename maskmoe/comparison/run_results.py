@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-from maskmoe.json_files import read_json
+from maskmoe.files.json_files import read_json
 from maskmoe.workflow.training_log import IterationRecord, ValidationRecord
 
 _MAX_POINTS = 200

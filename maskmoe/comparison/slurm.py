@@ -15,8 +15,8 @@ from maskmoe.comparison.plan import RunPlan
 from maskmoe.comparison.runs import Run
 from maskmoe.comparison.slurm_options import SlurmOptions
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.json_files import read_record, write_record
-from maskmoe.paths import SUBMIT_SCRIPT, short_path
+from maskmoe.files.json_files import read_record, write_record
+from maskmoe.files.paths import SUBMIT_SCRIPT, short_path
 from maskmoe.workflow.failure import explain_failure
 from maskmoe.workflow.lock import locked
 from maskmoe.workflow.process import read_log

@@ -27,9 +27,9 @@ from pydantic import (
 )
 
 from maskmoe.errors import UserError
-from maskmoe.json_files import first_problem
+from maskmoe.files.json_files import first_problem
+from maskmoe.files.untrusted import read_words
 from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, parse_layouts
-from maskmoe.untrusted import read_words
 
 Role = Literal["main", "grid", "curve", "limit"]
 

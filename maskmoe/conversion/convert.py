@@ -21,7 +21,7 @@ from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_t
 from maskmoe.conversion.upcycle import upcycle
 from maskmoe.conversion.writing import OutputFolder
 from maskmoe.errors import UserError
-from maskmoe.outputs import lies_inside
+from maskmoe.files.outputs import lies_inside
 from maskmoe.routing_mask.mask import RoutingMask
 
 _DTYPES = dict(zip(DTYPE_NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))

@@ -14,6 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource, row_major_blocks
+from maskmoe.conversion.model_config import read_model_config
 from maskmoe.conversion.model_tensors import (
     Shapes,
     check_tensors,
@@ -27,7 +28,6 @@ from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.conversion.writing import BLOCK_BYTES
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
-from maskmoe.model_config import read_model_config
 from maskmoe.routing_mask.mask import RoutingMask
 
 # Old files hold these tensors besides the parameters; models compute them from the configuration.

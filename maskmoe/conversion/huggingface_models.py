@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content
 from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.families import open_huggingface
+from maskmoe.conversion.model_config import read_model_config
 from maskmoe.conversion.model_tensors import check_mask, check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.safetensors_files import (
@@ -25,11 +26,10 @@ from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.errors import UserError
-from maskmoe.foreign_libraries import reading
+from maskmoe.files.foreign_libraries import reading
+from maskmoe.files.json_files import check_finite, read_json, write_record
+from maskmoe.files.outputs import atomic_output
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
-from maskmoe.json_files import check_finite, read_json, write_record
-from maskmoe.model_config import read_model_config
-from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.mask import RoutingMask
 
 # Files beside an exported model with the data that only Megatron needs.

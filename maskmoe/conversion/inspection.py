@@ -13,6 +13,7 @@ from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.huggingface_models import MTP_FILE
 from maskmoe.conversion.megatron_models import is_optimizer
+from maskmoe.conversion.model_config import read_model_config
 from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
 from maskmoe.conversion.safetensors_files import SafetensorsSource, has_safetensors
@@ -20,9 +21,8 @@ from maskmoe.conversion.tensor_mapping import local_norm_name
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.conversion.writing import JOURNAL
 from maskmoe.errors import UserError
-from maskmoe.model_config import read_model_config
+from maskmoe.files.templates import render_template
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.templates import render_template
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
 # Layers of multi-token prediction form a part of their own, since transformers does not compute them.

@@ -39,8 +39,8 @@ from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource,
 from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output
 from maskmoe.huggingface import MaskMoEConfig
-from maskmoe.outputs import atomic_output
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 

@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, set
 
 from maskmoe.checkpoint.integrity import FileRecord, Manifest
 from maskmoe.conversion.huggingface_models import check_files, open_model
+from maskmoe.conversion.model_config import read_model_config
 from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
 from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.conversion.tokenizer import TOKENIZER_FILES
 from maskmoe.conversion.writing import OutputFolder
 from maskmoe.errors import UserError
+from maskmoe.files.json_files import write_record
+from maskmoe.files.outputs import lies_inside
 from maskmoe.huggingface import MaskMoEConfig
-from maskmoe.json_files import write_record
-from maskmoe.model_config import read_model_config
-from maskmoe.outputs import lies_inside
 
 REPORT_FILE = "quantization.json"
 """Name of the file beside a quantized model with what `QuantizationReport` holds."""

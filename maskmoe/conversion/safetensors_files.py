@@ -16,9 +16,9 @@ from torch import Tensor
 from maskmoe.conversion.blocks import Block, StoredTensor, TensorSpec, row_major_blocks
 from maskmoe.conversion.writing import BLOCK_BYTES, PlannedFile
 from maskmoe.errors import UserError
-from maskmoe.json_files import first_problem
-from maskmoe.surrogates import has_surrogates
-from maskmoe.untrusted import check_name, check_regular, read_json_bytes, resolve_inside
+from maskmoe.files.json_files import first_problem
+from maskmoe.files.surrogates import has_surrogates
+from maskmoe.files.untrusted import check_name, check_regular, read_json_bytes, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"

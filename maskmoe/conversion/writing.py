@@ -19,10 +19,10 @@ from tqdm import tqdm
 from maskmoe.checkpoint.integrity import FileRecord
 from maskmoe.conversion.blocks import Block, TensorSource
 from maskmoe.errors import UserError
-from maskmoe.folder_lock import LOCK_NAME, locked_folder
-from maskmoe.outputs import atomic_output
-from maskmoe.surrogates import printable_texts
-from maskmoe.untrusted import UnusableFile, read_json_bytes
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.surrogates import printable_texts
+from maskmoe.files.untrusted import UnusableFile, read_json_bytes
+from maskmoe.processes.folder_lock import LOCK_NAME, locked_folder
 
 BLOCK_BYTES = 16 << 20
 """Upper bound of a block's size when tensors are read or written block by block."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from maskmoe.data.arrow_files import RowBlock, parse_rows, read_arrow, read_parquet
 from maskmoe.data.inputs import Input, compression_of_name, find_inputs
 from maskmoe.errors import UserError
-from maskmoe.surrogates import refuse_surrogates
+from maskmoe.files.surrogates import refuse_surrogates
 
 DOCUMENT_BYTES = 1 << 20
 """Size in bytes beyond which a plain text file is divided into several documents."""

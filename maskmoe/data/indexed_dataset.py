@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output
-from maskmoe.untrusted import check_regular, read_json_bytes
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.untrusted import check_regular, read_json_bytes
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -193,7 +193,7 @@ def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
     Raises:
         UserError: The record exists but is not valid.
     """
-    from maskmoe.json_files import type_adapter  # imported late: making datasets does not need pydantic
+    from maskmoe.files.json_files import type_adapter  # imported late: making datasets does not need pydantic
 
     path = tokenizer_record_path(prefix)
     if not os.path.lexists(path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from maskmoe.data.saved_datasets import find_cached_dataset, find_saved_dataset
 from maskmoe.errors import UserError
-from maskmoe.surrogates import refuse_surrogates
+from maskmoe.files.surrogates import refuse_surrogates
 
 FORMATS = ("jsonl", "text", "parquet", "arrow")
 STANDARD_INPUT = "-"

@@ -21,8 +21,8 @@ from maskmoe.data.indexed_dataset import (
 from maskmoe.data.sharding import ShardRecord, shard_record_path
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_record, write_record
-from maskmoe.outputs import check_outputs
+from maskmoe.files.json_files import read_record, write_record
+from maskmoe.files.outputs import check_outputs
 
 _SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})(.*)", re.DOTALL)
 

@@ -11,8 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import chain, islice
 
-from maskmoe.deferred_signals import deferring_signals
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.processes.deferred_signals import deferring_signals
 
 _TASKS_PER_WORKER = 16
 

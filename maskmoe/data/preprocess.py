@@ -21,8 +21,8 @@ from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.sharding import Shard, ShardRecord, shard_record_path, take_shard
 from maskmoe.data.tokenizer import Tokenizer, TokenizerRecord, load_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.json_files import write_record
-from maskmoe.outputs import check_outputs
+from maskmoe.files.json_files import write_record
+from maskmoe.files.outputs import check_outputs
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_json
+from maskmoe.files.json_files import read_json
 
 _NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
 _ENTRIES_LOOKED_AT = 1000

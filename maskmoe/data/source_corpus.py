@@ -24,9 +24,9 @@ from maskmoe.data.default_corpus import MAX_FILE_BYTES, MIN_FILE_BYTES, is_writt
 from maskmoe.data.text_sources import Source, TextSources
 from maskmoe.data.wheels import read_members, read_wheel
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output
-from maskmoe.paths import short_path
-from maskmoe.untrusted import UnusableFile
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.paths import short_path
+from maskmoe.files.untrusted import UnusableFile
 
 _CLEANERS: dict[str, Callable[[str], str]] = {
     "html-breaks": lambda text: re.sub(r"<br ?/?>", "\n", text),

@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveInt, ValidationError, model_validator
 
 from maskmoe.errors import UserError
-from maskmoe.json_files import first_problem
-from maskmoe.untrusted import read_words
+from maskmoe.files.json_files import first_problem
+from maskmoe.files.untrusted import read_words
 
 _MAX_BYTES = 1 << 40
 _DOMAIN = re.compile(r"[a-z][a-z0-9-]{0,39}")

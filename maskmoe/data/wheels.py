@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from maskmoe.untrusted import UnusableFile, check_name, read_bounded
+from maskmoe.files.untrusted import UnusableFile, check_name, read_bounded
 
 _MAX_WHEEL_BYTES = 256 << 20
 _MAX_MEMBERS = 100_000

@@ -2,7 +2,7 @@
 
 import sys
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.launch.launcher import launch
 
 if __name__ == "__main__":

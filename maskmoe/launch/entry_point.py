@@ -6,12 +6,12 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from typing import NoReturn
 
-from maskmoe import ranges
+from maskmoe.command_line import ranges
 from maskmoe.errors import UserError
 from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, standalone_command, unset_variables
 from maskmoe.launch.devices import find_devices
 from maskmoe.launch.supervisor import Supervisor
-from maskmoe.prompts import INTERACTIVE_FLAG
+from maskmoe.training.loop.prompts import INTERACTIVE_FLAG
 
 _PROCESSES_FLAG = "--nproc-per-node"
 _SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")

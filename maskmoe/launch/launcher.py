@@ -5,19 +5,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskmoe.cli import EXIT_BAD_INPUT
-from maskmoe.folder_lock import check_unlocked
-from maskmoe.interruption import EXIT_REQUEUE, handle_signals_that_end
-from maskmoe.journal import Journal
+from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
+from maskmoe.files.wording import counted
 from maskmoe.launch.command import Command, run_flags, torchrun_command
 from maskmoe.launch.devices import Devices, find_devices
 from maskmoe.launch.elastic.run import ElasticRun, check_node_counts, first_command
+from maskmoe.launch.journal import Journal
 from maskmoe.launch.model_file import Flags, ModelFile, split_flags
 from maskmoe.launch.network import route_to, wait_for
 from maskmoe.launch.options import Options, parse_options
 from maskmoe.launch.preparation import check, record_end, record_launch, record_start
 from maskmoe.launch.supervisor import Supervisor
-from maskmoe.wording import counted
+from maskmoe.processes.folder_lock import check_unlocked
+from maskmoe.processes.interruption import EXIT_REQUEUE, handle_signals_that_end
 
 
 def launch(program: str, arguments: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from maskmoe.errors import UserError
-from maskmoe.untrusted import read_words
+from maskmoe.files.untrusted import read_words
 
 LAYOUTS = "layouts"
 _OMITTED_VALUES = ("false", "null", "~", "")

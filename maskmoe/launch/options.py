@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe import ranges
-from maskmoe.command_line import Parser
+from maskmoe.command_line import ranges
+from maskmoe.command_line.parser import Parser
 from maskmoe.errors import UserError
-from maskmoe.paths import runs_folder
+from maskmoe.files.paths import runs_folder
 
 DEFAULT_PORT = 29400
 

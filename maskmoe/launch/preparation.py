@@ -5,15 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from maskmoe.cli import EXIT_BAD_INPUT
+from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
-from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
-from maskmoe.journal import Journal, Kind
+from maskmoe.files.wording import counted
 from maskmoe.launch.command import RUN_ENVIRONMENT, Command, unset_variables
 from maskmoe.launch.devices import Devices
+from maskmoe.launch.journal import Journal, Kind
 from maskmoe.launch.model_file import Flags, flag_words, override
 from maskmoe.launch.options import Options
-from maskmoe.wording import counted
+from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 
 def check(

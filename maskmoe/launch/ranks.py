@@ -18,9 +18,9 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE, EXIT_REWIND
-from maskmoe.journal import Journal, Kind
+from maskmoe.launch.journal import Journal, Kind
 from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
+from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE, EXIT_REWIND
 
 _EXPLAINED = (2, EXIT_REQUEUE, EXIT_HANG, EXIT_REWIND)
 _ON_REQUEST = (2, EXIT_REQUEUE, EXIT_REWIND)  # bad input, which is not tried again, a stop, and a rewind

@@ -10,9 +10,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from maskmoe.errors import UserError
+from maskmoe.files.untrusted import UnusableFile, check_regular
 from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
-from maskmoe.untrusted import UnusableFile, check_regular
 
 ASSIGNMENT = "expert-table"
 _LAYER = "{layer}"

@@ -17,9 +17,9 @@ from maskmoe.data.merging import merge_record_path, read_merge_record
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
+from maskmoe.files.surrogates import printable_name
 from maskmoe.routing_mask.assignment import count_frequent, ids_by_frequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
-from maskmoe.surrogates import printable_name
 
 DEFAULT_BAND_EDGES = (0.4, 0.9, 1.0)
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from maskmoe.errors import UserError
-from maskmoe.json_files import type_adapter
-from maskmoe.outputs import atomic_output
-from maskmoe.untrusted import UnusableFile, check_regular
+from maskmoe.files.json_files import type_adapter
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.untrusted import UnusableFile, check_regular
 
 METADATA_KEY = "maskmoe"
 VERSION = 1

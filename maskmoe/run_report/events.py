@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maskmoe.files.untrusted import UnusableFile, check_regular
 from maskmoe.run_report.history import History
-from maskmoe.untrusted import UnusableFile, check_regular
 
 _PATTERN = "events.out.tfevents.*"
 # Megatron logs most scalars twice; the x axis of a tag with this end is the number of samples.

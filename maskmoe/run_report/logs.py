@@ -7,8 +7,8 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from maskmoe.files.untrusted import UnusableFile, open_regular
 from maskmoe.run_report.history import History
-from maskmoe.untrusted import UnusableFile, open_regular
 from maskmoe.workflow.training_log import IterationRecord, ValidationRecord, parse_line
 
 VALIDATION = "lm loss validation"

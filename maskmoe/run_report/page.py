@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from maskmoe.outputs import atomic_output
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.templates import render_template
 from maskmoe.run_report.facts import Arguments, all_arguments, describe_run
 from maskmoe.run_report.figures import draw_plots
 from maskmoe.run_report.history import Curve, History
 from maskmoe.run_report.progress import Progress, tokens_per_second
-from maskmoe.templates import render_template
 from maskmoe.workflow.progress import format_seconds
 
 REPORT = "report.html"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from maskmoe.outputs import atomic_output
+from maskmoe.files.outputs import atomic_output
 
 
 def find_or_make_id(path: Path, make: Callable[[], str]) -> str:

@@ -28,10 +28,10 @@ from maskmoe.checkpoint.series import (
     iteration_of,
     saved_iterations,
 )
-from maskmoe.command_line import one_line
+from maskmoe.command_line.parser import one_line
 from maskmoe.errors import UserError
-from maskmoe.folder_lock import LOCK_NAME
 from maskmoe.launch.run_folder import CHECKPOINTS
+from maskmoe.processes.folder_lock import LOCK_NAME
 
 
 class Soundness(StrEnum):

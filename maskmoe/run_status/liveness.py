@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from maskmoe.command_line import one_line
-from maskmoe.folder_lock import LockState, look_at_lock
-from maskmoe.journal import Entry, Kind
+from maskmoe.command_line.parser import one_line
+from maskmoe.launch.journal import Entry, Kind
+from maskmoe.processes.folder_lock import LockState, look_at_lock
 from maskmoe.run_report.progress import Progress
 from maskmoe.run_status.starts import RunStart
 from maskmoe.workflow.progress import format_seconds

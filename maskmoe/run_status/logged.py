@@ -6,13 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from maskmoe.files.untrusted import UnusableFile, read_bounded
 from maskmoe.launch.run_folder import ARGUMENTS
 from maskmoe.run_report.events import EventHistory
 from maskmoe.run_report.history import History
 from maskmoe.run_report.logs import log_files, read_logs
 from maskmoe.run_report.progress import Progress
 from maskmoe.run_report.sources import find_event_folder
-from maskmoe.untrusted import UnusableFile, read_bounded
 
 # The scalars that the status shows.
 _WANTED = re.compile(

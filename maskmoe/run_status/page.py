@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from maskmoe.outputs import atomic_output
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.templates import render_template
 from maskmoe.run_report.figures import draw_plots
 from maskmoe.run_report.page import summarize
 from maskmoe.run_report.progress import tokens_per_second
 from maskmoe.run_status.liveness import State
 from maskmoe.run_status.status import Status
 from maskmoe.run_status.words import describe_alarms, filters, format_time
-from maskmoe.templates import render_template
 
 _MOST_EVENTS = 200  # of the journal, the newest
 

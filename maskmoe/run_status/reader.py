@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from maskmoe.command_line import one_line
+from maskmoe.command_line.parser import one_line
 from maskmoe.errors import UserError
-from maskmoe.journal import FOLDER, Entry, Kind, read_journal
+from maskmoe.launch.journal import FOLDER, Entry, Kind, read_journal
 from maskmoe.launch.run_folder import ARGUMENTS
 from maskmoe.run_report.facts import Arguments
 from maskmoe.run_status.checkpoints import CheckpointReader, find_checkpoints

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from maskmoe.journal import Entry, Kind
+from maskmoe.launch.journal import Entry, Kind
 from maskmoe.run_report.history import Start
 
 _SECONDS_OF_CLOCKS = 1.0  # the clocks of two hosts may differ so much

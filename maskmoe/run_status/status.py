@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from maskmoe.journal import Entry
-from maskmoe.json_files import json_values
+from maskmoe.files.json_files import json_values
+from maskmoe.launch.journal import Entry
 from maskmoe.run_report.history import Curve
 from maskmoe.run_report.progress import Progress
 from maskmoe.run_status.checkpoints import Checkpoints

@@ -3,11 +3,11 @@
 import textwrap
 from collections.abc import Sequence
 
+from maskmoe.files.templates import render_template
 from maskmoe.run_report.progress import HELD_OUT_LOSS, LOSS
 from maskmoe.run_status.plot import UNICODE, Glyphs, choose_layers, draw_bar, draw_curves
 from maskmoe.run_status.status import Status
 from maskmoe.run_status.words import describe_alarms, describe_speed, filters
-from maskmoe.templates import render_template
 
 WIDTH = 80
 _BAR_WIDTH, _LOAD_BAR_WIDTH, _PLOT_HEIGHT = 20, 24, 8

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from maskmoe.journal import Entry
-from maskmoe.paths import short_path
+from maskmoe.files.paths import short_path
+from maskmoe.launch.journal import Entry
 from maskmoe.run_status.checkpoints import Checkpoints, SavedCheckpoint
 from maskmoe.run_status.liveness import State
 from maskmoe.run_status.starts import RunStart

@@ -1,16 +1,16 @@
-"""Entry point: `torchrun … -m maskmoe.training.generate`, see `maskmoe.training.generation`."""
+"""Entry point: `torchrun … -m maskmoe.training.generate`, see `maskmoe.training.loop.generation`."""
 
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from maskmoe.errors import UserError
-from maskmoe.training.console import console
-from maskmoe.training.rank_process import run_rank
+from maskmoe.training.loop.rank_process import run_rank
+from maskmoe.training.watch.console import console
 
 
 def main() -> None:
-    """Prepare the process, then run `maskmoe.training.generation`."""
+    """Prepare the process, then run `maskmoe.training.loop.generation`."""
     check_prompt_is_given(sys.argv[1:])
     console.load("importing PyTorch and Megatron-Core")
     # Only now, since these imports take seconds and the first line should not wait for them.
@@ -18,7 +18,7 @@ def main() -> None:
 
     prepare_process()
     console.route_logging()
-    from maskmoe.training import generation
+    from maskmoe.training.loop import generation
 
     generation.main()
 

@@ -3,8 +3,8 @@
 With `--check` the entry point reports on the run instead of starting it, see `maskmoe.check`.
 """
 
-from maskmoe.training.console import console, hide_foreign_warnings
-from maskmoe.training.rank_process import run_rank
+from maskmoe.training.loop.rank_process import run_rank
+from maskmoe.training.watch.console import console, hide_foreign_warnings
 
 
 def main() -> None:

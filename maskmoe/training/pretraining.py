@@ -19,56 +19,56 @@ from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from maskmoe import ranges
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
+from maskmoe.command_line import ranges
 from maskmoe.errors import UserError
-from maskmoe.folder_lock import locked_folder
-from maskmoe.journal import Journal, Kind
+from maskmoe.launch.journal import Journal, Kind
 from maskmoe.launch.run_folder import ARGUMENTS, run_folder
 from maskmoe.megatron_compat.globals import get_args, get_timers, open_writers
+from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.arguments import add_check_argument
-from maskmoe.training.batch import build_datasets, get_batch, loss_function, token_losses
-from maskmoe.training.batch_sizes import training_iterations
-from maskmoe.training.changed_settings import has_one_learning_rate
-from maskmoe.training.collapse_watch import CollapseWatch
-from maskmoe.training.console import console
-from maskmoe.training.failures import (
-    DataFiles,
-    check_first_step,
-    handling_early_ends,
-    reporting_end,
-    save_on_signals,
-)
-from maskmoe.training.file_checks import data_prefixes
-from maskmoe.training.header import describe_layout, describe_start, show_header
-from maskmoe.training.layout import Layout
-from maskmoe.training.leaving import LeaveAfterSave
-from maskmoe.training.megatron_patches import pass_batches_of_every_chunk, watch_steps
-from maskmoe.training.model_builder import MaskMoEModelConfig
-from maskmoe.training.rank_store import RankStore, check_launched
-from maskmoe.training.resume import checkpoint_to_load, mend_tracker, saved_spike_history
-from maskmoe.training.rewinding import Rewinder, set_abandoned_aside
-from maskmoe.training.rewinds import loads_what_it_saves
-from maskmoe.training.router_metrics import HybridMetricsTracker
-from maskmoe.training.routing_log import RoutingLog
-from maskmoe.training.run_report import RunReport, choose_event_folder
-from maskmoe.training.run_warnings import RunWarnings
-from maskmoe.training.saved_arguments import save_arguments
-from maskmoe.training.setup import (
+from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
+from maskmoe.training.loop.megatron_patches import pass_batches_of_every_chunk, watch_steps
+from maskmoe.training.loop.model_builder import MaskMoEModelConfig
+from maskmoe.training.loop.rank_store import RankStore, check_launched
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, mend_tracker, saved_spike_history
+from maskmoe.training.resume.rewinding import Rewinder, set_abandoned_aside
+from maskmoe.training.resume.rewinds import loads_what_it_saves
+from maskmoe.training.settings.arguments import add_check_argument
+from maskmoe.training.settings.batch_sizes import training_iterations
+from maskmoe.training.settings.changed_settings import has_one_learning_rate
+from maskmoe.training.settings.file_checks import data_prefixes
+from maskmoe.training.settings.layout import Layout
+from maskmoe.training.settings.saved_arguments import save_arguments
+from maskmoe.training.settings.setup import (
     CheckedRun,
     embedding_ranks_of,
     leaving_process_groups,
     model_config_from_args,
     parse_and_check_args,
 )
-from maskmoe.training.spike_watch import SpikeWatch
-from maskmoe.training.spikes import SpikeDetector
-from maskmoe.training.step_time import StepTime
-from maskmoe.training.wandb_run import take_run_id
-from maskmoe.training.watch_arguments import add_watch_arguments
-from maskmoe.training.watchdog import Watchdog
+from maskmoe.training.settings.watch_arguments import add_watch_arguments
+from maskmoe.training.watch.collapse_watch import CollapseWatch
+from maskmoe.training.watch.console import console
+from maskmoe.training.watch.failures import (
+    DataFiles,
+    check_first_step,
+    handling_early_ends,
+    reporting_end,
+    save_on_signals,
+)
+from maskmoe.training.watch.header import describe_layout, describe_start, show_header
+from maskmoe.training.watch.leaving import LeaveAfterSave
+from maskmoe.training.watch.router_metrics import HybridMetricsTracker
+from maskmoe.training.watch.routing_log import RoutingLog
+from maskmoe.training.watch.run_report import RunReport, choose_event_folder
+from maskmoe.training.watch.run_warnings import RunWarnings
+from maskmoe.training.watch.spike_watch import SpikeWatch
+from maskmoe.training.watch.spikes import SpikeDetector
+from maskmoe.training.watch.step_time import StepTime
+from maskmoe.training.watch.wandb_run import take_run_id
+from maskmoe.training.watch.watchdog import Watchdog
 
 _DATA_FILES_A_STEP = 8
 

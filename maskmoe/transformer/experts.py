@@ -17,10 +17,10 @@ from megatron.core.typed_torch import apply_module
 from torch import Tensor
 from torch.nn.functional import silu
 
-from maskmoe.transformer.backends.linear_in_turns import linear_in_turns
-from maskmoe.transformer.backends.swiglu import is_plain_swiglu, swiglu
 from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
 from maskmoe.transformer.kernels import launching
+from maskmoe.transformer.torch_modules.linear_in_turns import linear_in_turns
+from maskmoe.transformer.torch_modules.swiglu import is_plain_swiglu, swiglu
 
 
 class GroupedMLP(SequentialMLP):

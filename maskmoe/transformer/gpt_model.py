@@ -5,9 +5,9 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from maskmoe.transformer.backends.cross_entropy import CrossEntropyOfOneCopy
 from maskmoe.transformer.model_mixin import RoutesByTokenId
 from maskmoe.transformer.packed_documents import PackingModel
+from maskmoe.transformer.torch_modules.cross_entropy import CrossEntropyOfOneCopy
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 

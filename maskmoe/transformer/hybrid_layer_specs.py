@@ -15,11 +15,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from maskmoe.transformer.backends.gated_delta_net import get_gated_delta_net_layer_spec
-from maskmoe.transformer.backends.torch_norm import TorchNorm
 from maskmoe.transformer.hybrid_stack import MaskMoEHybridStack
 from maskmoe.transformer.layer_specs import backend_arguments, with_maskmoe_modules
 from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.torch_modules.gated_delta_net import get_gated_delta_net_layer_spec
+from maskmoe.transformer.torch_modules.torch_norm import TorchNorm
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 _ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")

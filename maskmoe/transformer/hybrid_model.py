@@ -11,10 +11,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.transformer.backends.cross_entropy import CrossEntropyOfOneCopy
 from maskmoe.transformer.gathered_parameters import wait_for_convolutions
 from maskmoe.transformer.model_mixin import RoutesByTokenId
 from maskmoe.transformer.packed_documents import PackingModel
+from maskmoe.transformer.torch_modules.cross_entropy import CrossEntropyOfOneCopy
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 

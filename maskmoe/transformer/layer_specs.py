@@ -28,17 +28,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
-from maskmoe.transformer.backends.attention import TorchDotProductAttention
-from maskmoe.transformer.backends.latent_attention import LocalMLASelfAttention, keys_of_checkpoint
-from maskmoe.transformer.backends.mlp import TorchMLP, TorchSharedExpertMLP
-from maskmoe.transformer.backends.replicated_linear import ReplicatedLinear
-from maskmoe.transformer.backends.torch_norm import TorchNorm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.torch_modules.all_heads_norm import AllHeadsRMSNorm
+from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
+from maskmoe.transformer.torch_modules.latent_attention import LocalMLASelfAttention, keys_of_checkpoint
+from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP
+from maskmoe.transformer.torch_modules.replicated_linear import ReplicatedLinear
+from maskmoe.transformer.torch_modules.torch_norm import TorchNorm
 from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 from maskmoe.transformer.visible_experts import VisibleExperts
 

@@ -13,12 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.megatron_compat.patches import building_replicated_linears_of
-from maskmoe.transformer.backends.replicated_linear import ReplicatedLinear
 from maskmoe.transformer.dispatch.choose import build_dispatcher, choose_dispatch
 from maskmoe.transformer.dispatch.flex import MaskMoEFlexTokenDispatcher
 from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import unpack_token_ids
+from maskmoe.transformer.torch_modules.replicated_linear import ReplicatedLinear
 
 
 class MaskMoELayer(MoELayer):

@@ -11,9 +11,9 @@ from typing import TextIO
 
 import psutil
 
-from maskmoe.child_process import is_alive, send_signal
 from maskmoe.errors import UserError
-from maskmoe.folder_lock import NO_LOCKS, locked_folder
+from maskmoe.processes.child_process import is_alive, send_signal
+from maskmoe.processes.folder_lock import NO_LOCKS, locked_folder
 
 _SECONDS_TO_GIVE_UP = 30.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from maskmoe.child_process import end_with_parent, send_signal
+from maskmoe.processes.child_process import end_with_parent, send_signal
 from maskmoe.workflow.lock import RunLock
 
 _SECONDS_TO_END = 45.0  # torchrun gives its workers 30 seconds

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from maskmoe.json_files import read_record, write_record
+from maskmoe.files.json_files import read_record, write_record
 from maskmoe.workflow.stage import Stage
 
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.child_process import send_signal
 from maskmoe.errors import UserError
-from maskmoe.outputs import atomic_output, unwinding_on_signals
-from maskmoe.paths import short_path
+from maskmoe.files.outputs import atomic_output, unwinding_on_signals
+from maskmoe.files.paths import short_path
+from maskmoe.processes.child_process import send_signal
 from maskmoe.workflow.failure import explain_failure
 from maskmoe.workflow.lock import RunLock, locked, other_holders
 from maskmoe.workflow.process import StageProcess

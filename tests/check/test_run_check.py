@@ -43,9 +43,9 @@ from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
-from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.layout import Layout, size_errors
-from maskmoe.training.refusals import unsupported_settings
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.layout import Layout, size_errors
+from maskmoe.training.settings.refusals import unsupported_settings
 
 SCRIPT = RANK_SCRIPTS / "run_check_ranks.py"
 

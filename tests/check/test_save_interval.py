@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from maskmoe.check.assumed_cluster import NODE_MTBF_DAYS, AssumedCluster
 from maskmoe.check.save_interval import Duration, History, SaveInterval, recommend_save_interval
-from maskmoe.interruption import EXIT_REQUEUE
-from maskmoe.journal import Entry, Journal, Kind
+from maskmoe.launch.journal import Entry, Journal, Kind
+from maskmoe.processes.interruption import EXIT_REQUEUE
 
 DAY = 24 * 3600
 POSITIVE = st.floats(1e-3, 1e4)

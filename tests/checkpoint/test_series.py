@@ -24,7 +24,7 @@ from maskmoe.checkpoint.series import (
     replace_by_next_version,
     saved_iterations,
 )
-from maskmoe.commands import thin_checkpoints
+from maskmoe.command_line import thin_checkpoints
 from maskmoe.errors import UserError
 
 STATES = ("sound", "damaged", "unfinished", "missing")

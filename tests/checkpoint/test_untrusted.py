@@ -11,21 +11,21 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from maskmoe.analysis.routing.trace import RoutingTrace
 from maskmoe.checkpoint.integrity import Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import TRACKER, read_tracker, saved_iterations
 from maskmoe.comparison.suite import Suite
+from maskmoe.conversion.model_config import read_model_config
 from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.data.indexed_dataset import read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.json_files import read_json, read_record
+from maskmoe.files.json_files import read_json, read_record
+from maskmoe.files.untrusted import MAX_YAML_BYTES, UnusableFile, read_bounded, read_words, resolve_inside
 from maskmoe.launch.model_file import ModelFile
-from maskmoe.model_config import read_model_config
-from maskmoe.routing_analysis.trace import RoutingTrace
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.untrusted import MAX_YAML_BYTES, UnusableFile, read_bounded, read_words, resolve_inside
 
 SHA256 = "0" * 64
 HUGE = "a number of many digits"

@@ -17,7 +17,7 @@ from scipy import stats
 from support.comparisons import without_command
 from support.synthetic import BEST_RATE, EFFECTS, TEXT, runs_of, synthetic_part, write_parts
 
-from maskmoe.commands import compare as command
+from maskmoe.command_line import compare as command
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.execution import report
 from maskmoe.comparison.parts import FoundPart, Part, check_settings, count_equal, first_difference, identity_of

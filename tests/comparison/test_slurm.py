@@ -12,7 +12,7 @@ import pytest
 from support.comparisons import SUITE, finish_stages, leave_by_job, make_comparison
 from support.paths import ROOT
 
-from maskmoe.commands import compare as command
+from maskmoe.command_line import compare as command
 from maskmoe.comparison.parts import Part, read_parts
 from maskmoe.comparison.slurm import (
     SlurmJobs,

@@ -9,8 +9,8 @@ WITHOUT_HEAVY_MODULES = """
 import sys
 sys.modules |= dict.fromkeys(("megatron", "torch", "transformers"))  # importing them raises an ImportError
 sys.argv[0] = "convert"
-from maskmoe.cli import run_tool
-from maskmoe.commands.{module} import main
+from maskmoe.command_line.run_tool import run_tool
+from maskmoe.command_line.{module} import main
 run_tool(main)
 """
 

@@ -18,6 +18,10 @@ from support.hybrid_twins import copy_parameters
 from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
 from support.small_moe import make_mask, random_visible_sets
 
+from maskmoe.analysis.routing.models import common_shape, find_models, model_folder
+from maskmoe.analysis.routing.probe import Probe
+from maskmoe.analysis.routing.recording import load_decoder, record_routing
+from maskmoe.analysis.routing.settings import AnalysisSettings
 from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
@@ -28,10 +32,6 @@ from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
-from maskmoe.routing_analysis.models import common_shape, find_models, model_folder
-from maskmoe.routing_analysis.probe import Probe
-from maskmoe.routing_analysis.recording import load_decoder, record_routing
-from maskmoe.routing_analysis.settings import AnalysisSettings
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.hybrid_model import DenseHybridModel, MaskMoEHybridModel

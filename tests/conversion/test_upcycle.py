@@ -18,7 +18,7 @@ from support.foreign_models import (
     save_model,
 )
 
-from maskmoe.commands.convert_checkpoint import add_upcycle_arguments, upcycle_settings
+from maskmoe.command_line.convert_checkpoint import add_upcycle_arguments, upcycle_settings
 from maskmoe.conversion.blocks import Block, CastSource, TensorSource, row_major_blocks
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import tensor_shapes

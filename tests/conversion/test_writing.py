@@ -19,7 +19,7 @@ from maskmoe.conversion.blocks import Block, FiniteSource, MemorySource
 from maskmoe.conversion.safetensors_files import plan_safetensors
 from maskmoe.conversion.writing import JOURNAL, OutputFolder, write_files
 from maskmoe.errors import UserError
-from maskmoe.folder_lock import LOCK_NAME
+from maskmoe.processes.folder_lock import LOCK_NAME
 
 JOB = {"dtype": None, "source": "digest"}
 TENSORS = {f"t{number}": torch.full((1000,), float(number)) for number in range(6)}

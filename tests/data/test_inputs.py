@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from maskmoe.commands import preprocess_data, train_tokenizer
+from maskmoe.command_line import preprocess_data, train_tokenizer
 from maskmoe.data import corpus
 from maskmoe.data.corpus import parse_block, progress_bar, read_blocks, read_documents
 from maskmoe.data.indexed_dataset import open_tokens

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.datasets import write_documents
 
-from maskmoe.commands import count_token_frequency as count_command
-from maskmoe.commands import preprocess_data
+from maskmoe.command_line import count_token_frequency as count_command
+from maskmoe.command_line import preprocess_data
 from maskmoe.data import corpus, indexed_dataset
 from maskmoe.data.corpus import parse_block, read_blocks
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens, read_index

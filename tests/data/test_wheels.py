@@ -13,7 +13,7 @@ from support.wheels import make_wheel, refusal_of
 
 from maskmoe.data import wheels
 from maskmoe.data.wheels import read_members, read_wheel
-from maskmoe.untrusted import UnusableFile
+from maskmoe.files.untrusted import UnusableFile
 
 
 def read(path: Path, *patterns: str) -> list[tuple[str, bytes]]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-PACKAGES = ("maskmoe.data", "maskmoe.routing_mask", "maskmoe.simulation")
+PACKAGES = ("maskmoe.data", "maskmoe.routing_mask", "maskmoe.analysis.dispatch_cost")
 COMMANDS = (
     "make_corpus",
     "train_tokenizer",
@@ -35,7 +35,7 @@ def test_packages_import_no_heavy_library(package: str) -> None:
 
 
 def test_commands_start_without_heavy_libraries() -> None:
-    modules = [f"maskmoe.commands.{name}" for name in COMMANDS]
+    modules = [f"maskmoe.command_line.{name}" for name in COMMANDS]
     assert imported(modules, (*HEAVY, "sentencepiece", "tokenizers")) == set()
 
 

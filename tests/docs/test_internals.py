@@ -247,10 +247,10 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
-from maskmoe.journal import Journal
+from maskmoe.launch.journal import Journal
 
 keep_checkpoints_whole(contextlib.nullcontext, contextlib.nullcontext, Journal(None))
-from maskmoe.training.megatron_patches import pass_batches_of_every_chunk, watch_steps
+from maskmoe.training.loop.megatron_patches import pass_batches_of_every_chunk, watch_steps
 
 pass_batches_of_every_chunk()
 watch_steps(lambda train_step: train_step)

@@ -7,7 +7,7 @@ from support.comparisons import without_command
 from support.documentation import DOCS
 from support.paths import ROOT
 
-from maskmoe.commands import compare as command
+from maskmoe.command_line import compare as command
 
 PARTS = "docs/comparison-laptop/parts"
 

@@ -9,17 +9,17 @@ import socket
 import sys
 from pathlib import Path
 
-from maskmoe import ranges
-from maskmoe.cli import run_tool
-from maskmoe.interruption import EXIT_REQUEUE
+from maskmoe.command_line import ranges
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.launch import launcher
 from maskmoe.launch.command import Command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.elastic import membership, run
+from maskmoe.processes.interruption import EXIT_REQUEUE
 
 RANKS = """
 import os, pathlib, signal, sys, time
-from maskmoe.interruption import leave_exit_code
+from maskmoe.processes.interruption import leave_exit_code
 folder, generation, node_rank = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 stopped = folder / f"stopped-{generation}"
 signal.signal(signal.SIGTERM, lambda *_: stopped.touch())

@@ -19,8 +19,6 @@ from support.launch import Launch
 from support.waiting import wait_until
 
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.interruption import EXIT_REQUEUE
-from maskmoe.journal import Kind, read_journal
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.elastic import membership
 from maskmoe.launch.elastic import run as elastic_run
@@ -28,8 +26,10 @@ from maskmoe.launch.elastic.generation import Generation, Generations, leading_m
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member, Membership
 from maskmoe.launch.elastic.run import ElasticRun
+from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import NodeRange, parse_options
+from maskmoe.processes.interruption import EXIT_REQUEUE
 
 PROGRAM = Path(__file__).parent / "elastic_node.py"
 MODEL = """

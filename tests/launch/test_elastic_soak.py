@@ -27,7 +27,7 @@ from support.training import SETTINGS, Workplace
 from maskmoe.checkpoint.integrity import check_content
 from maskmoe.checkpoint.series import checkpoint_path, finished_iterations
 from maskmoe.errors import UserError
-from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
+from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 FAULTS = int(os.environ.get("SOAK_FAULTS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.paths import ROOT
 
-from maskmoe.commands.build_routing_mask import parse_arguments
+from maskmoe.command_line.build_routing_mask import parse_arguments
 from maskmoe.errors import UserError
 from maskmoe.launch import launcher
 from maskmoe.launch.model_file import ModelFile, flag_words, override, split_flags

@@ -18,7 +18,7 @@ from support.paths import ROOT
 from support.training_lines import iteration_line, validation_line
 from support.waiting import wait_until
 
-from maskmoe.commands.quickstart import parse_settings
+from maskmoe.command_line.quickstart import parse_settings
 from maskmoe.comparison import quickstart_report
 from maskmoe.comparison.quickstart import QuickstartPlan, quickstart_suite
 from maskmoe.comparison.quickstart_report import draw_loss_curve, write_report

@@ -7,7 +7,7 @@ import pytest
 from support.launch import Launch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from maskmoe.journal import Kind, read_journal
+from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.launch.ranks import describe, find_cause
 from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
 

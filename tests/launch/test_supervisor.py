@@ -8,7 +8,7 @@ import psutil
 import pytest
 from support.launch import Launch
 
-from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
+from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 SUPERVISE = """
 import sys
@@ -20,7 +20,7 @@ switches = [word == "True" for word in sys.argv[4:]]
 sys.exit(supervisor.Supervisor(shutdown_timeout, *switches).run(Command((sys.executable, "-c", program), {})))
 """
 READY = "print('ready', flush=True)"
-LEAVE_EXIT_CODE = "from maskmoe.interruption import leave_exit_code; leave_exit_code({code})"
+LEAVE_EXIT_CODE = "from maskmoe.processes.interruption import leave_exit_code; leave_exit_code({code})"
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from megatron.training.arguments import parse_args, validate_args
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu, gpu
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training import setup
-from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.console import Console
-from maskmoe.training.refusals import check_supported, unavailable_settings
-from maskmoe.training.setup import model_config_from_args
+from maskmoe.training.settings import setup
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.refusals import check_supported, unavailable_settings
+from maskmoe.training.settings.setup import model_config_from_args
+from maskmoe.training.watch.console import Console
 
 # Megatron's defaults that fail without Transformer Engine or Apex, and the values that work.
 WITHOUT_PACKAGES = {

@@ -8,8 +8,8 @@ import sys
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from maskmoe import journal
-from maskmoe.journal import FOLDER, Entry, Journal, Kind, read_journal
+from maskmoe.launch import journal
+from maskmoe.launch.journal import FOLDER, Entry, Journal, Kind, read_journal
 
 ENTRY = {"kind": "saved", "text": "saved", "time": 1.0, "host": "a", "iteration": 7, "facts": {"seconds": 0.5}}
 JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner), max_leaves=4)
@@ -18,7 +18,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda 
 def test_entries_of_several_processes_are_read_in_the_order_of_their_times(tmp_path):
     own = Journal(tmp_path)
     own.write(Kind.STARTED, "2 ranks train", ranks=2)
-    program = "import sys, pathlib; from maskmoe.journal import *; "
+    program = "import sys, pathlib; from maskmoe.launch.journal import *; "
     program += "Journal(pathlib.Path(sys.argv[1])).write(Kind.SAVED, 'saved', 20, seconds=0.5, is_local=False)"
     subprocess.run([sys.executable, "-c", program, tmp_path], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
     own.write(Kind.ENDED, "the run failed", 23, exit_code=1)

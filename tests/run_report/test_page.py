@@ -9,9 +9,9 @@ from support.report_pages import Page
 from support.run_folders import write_checkpoint
 from support.training_lines import iteration_line, validation_line
 
-from maskmoe.commands import report
+from maskmoe.command_line import report
 from maskmoe.errors import UserError
-from maskmoe.folder_lock import LOCK_NAME
+from maskmoe.processes.folder_lock import LOCK_NAME
 
 
 @pytest.fixture
@@ -94,5 +94,5 @@ def test_damaged_event_file_is_read_up_to_the_damage(maskmoe_report, resumed_run
 
 
 def test_needs_no_torch():
-    check = "import maskmoe.run_report.follow, maskmoe.commands.report, sys; assert 'torch' not in sys.modules"
+    check = "import maskmoe.run_report.follow, maskmoe.command_line.report, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -5,7 +5,7 @@ import time
 import pytest
 from support.run_folders import write_checkpoint, write_events, write_journal
 
-from maskmoe.journal import Kind
+from maskmoe.launch.journal import Kind
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from support.training_lines import iteration_line, validation_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from maskmoe.commands import status as command
+from maskmoe.command_line import status as command
 from maskmoe.errors import UserError
-from maskmoe.journal import Kind
+from maskmoe.launch.journal import Kind
 from maskmoe.run_status.checkpoints import Soundness
 from maskmoe.run_status.liveness import State
 from maskmoe.run_status.text import WIDTH, render_text
@@ -27,7 +27,7 @@ from maskmoe.run_status.text import WIDTH, render_text
 HOLD_LOCK = """
 import sys, time
 from pathlib import Path
-from maskmoe.folder_lock import locked_folder
+from maskmoe.processes.folder_lock import locked_folder
 with locked_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
@@ -385,7 +385,7 @@ def test_silent_run_is_reported(run, hold_lock):
 
 def test_start_succeeds_while_the_status_is_read(run, hold_lock):
     """Another process reads the lock all the time while runs start; none is refused or delayed."""
-    program = "import sys; from pathlib import Path; from maskmoe.folder_lock import look_at_lock\n"
+    program = "import sys; from pathlib import Path; from maskmoe.processes.folder_lock import look_at_lock\n"
     program += "print(1, flush=True)\nwhile True: look_at_lock(Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     reader = subprocess.Popen(
@@ -394,7 +394,7 @@ def test_start_succeeds_while_the_status_is_read(run, hold_lock):
     reader.stdout.readline()
     try:
         lock_once = (
-            "import sys, time; from pathlib import Path; from maskmoe.folder_lock import locked_folder\n"
+            "import sys, time; from pathlib import Path; from maskmoe.processes.folder_lock import locked_folder\n"
             "for _ in range(200):\n"
             "    with locked_folder(Path(sys.argv[1])): pass\n"
         )
@@ -482,7 +482,7 @@ def test_large_run_is_read_without_torch(tmp_path):
     for iteration in range(500, 10_001, 500):
         write_checkpoint(tmp_path / "checkpoints", iteration)
     program = (
-        "import sys; from maskmoe.commands import status\n"
+        "import sys; from maskmoe.command_line import status\n"
         "sys.argv = ['status', sys.argv[1]]; status.main()\n"
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules and 'matplotlib' not in sys.modules"
     )

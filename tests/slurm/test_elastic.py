@@ -14,8 +14,8 @@ from support.paths import ROOT
 from support.runs import LAPTOP_VOCAB_SIZE
 from support.waiting import wait_until
 
-from maskmoe.interruption import EXIT_REQUEUE
-from maskmoe.journal import Kind, read_journal
+from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.transformer.dispatch.kind import DispatchKind
 
 pytestmark = pytest.mark.slurm

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
+from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 SCRIPT = ROOT / "launch" / "slurm" / "pretrain.sbatch"
 BAD_INPUT = 2

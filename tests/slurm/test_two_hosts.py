@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from maskmoe.interruption import EXIT_REQUEUE
+from maskmoe.processes.interruption import EXIT_REQUEUE
 
 pytestmark = pytest.mark.slurm
 

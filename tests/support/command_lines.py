@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from maskmoe.cli import run_tool
-from maskmoe.commands.main import dispatch
+from maskmoe.command_line.main import dispatch
+from maskmoe.command_line.run_tool import run_tool
 
 TRAINING = {"pretrain": "maskmoe.training.pretrain", "evaluate": "maskmoe.training.evaluate"}
 TRAINING |= {"generate": "maskmoe.training.generate"}
@@ -87,8 +87,8 @@ def run_command(*words: object, starts_ranks: bool = False) -> Outcome:
 
 def parse_training(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line of training and check its numbers, as a run and `--check` do first. Raises UserError."""
-    from maskmoe.command_line import refuse_unknown_flags
-    from maskmoe.training.flag_ranges import check_ranges
+    from maskmoe.command_line.parser import refuse_unknown_flags
+    from maskmoe.training.settings.flag_ranges import check_ranges
 
     refuse_unknown_flags(parser, words)
     args = parser.parse_args(words)

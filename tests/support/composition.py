@@ -455,8 +455,8 @@ def reason_of_refusal(flags: str) -> str:
     # These modules import megatron, so they come after `prepare_process()`.
     from megatron.training.arguments import add_megatron_arguments
 
-    from maskmoe.training.arguments import add_maskmoe_arguments
-    from maskmoe.training.refusals import check_supported
+    from maskmoe.training.settings.arguments import add_maskmoe_arguments
+    from maskmoe.training.settings.refusals import check_supported
 
     parser = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     try:

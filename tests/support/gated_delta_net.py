@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from maskmoe.transformer.backends.gated_delta_net import get_gated_delta_net_layer_spec
+from maskmoe.transformer.torch_modules.gated_delta_net import get_gated_delta_net_layer_spec
 
 HIDDEN, EPSILON = 16, 1e-6
 SIZES = {

@@ -13,8 +13,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
-from maskmoe.transformer.backends.latent_attention import LocalMLASelfAttention
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.torch_modules.latent_attention import LocalMLASelfAttention
 
 EPSILON = 1e-6
 SIZES = {"q_lora_rank": 10, "kv_lora_rank": 6, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 5}

@@ -12,9 +12,9 @@ from megatron.training import checkpointing
 from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.checkpoint.series import RELEASE, write_tracker
-from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.resume import further_checkpoint_args
-from maskmoe.training.setup import model_config_from_args
+from maskmoe.training.resume.choose_checkpoint import further_checkpoint_args
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.setup import model_config_from_args
 
 TRAINING = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3"
 """Flags without which Megatron accepts no others."""

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
-from maskmoe.journal import FOLDER
+from maskmoe.launch.journal import FOLDER
 from maskmoe.run_status.checkpoints import CheckpointReader
 from maskmoe.run_status.reader import StatusReader
 from maskmoe.run_status.status import Status

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
+from maskmoe.analysis.dispatch_cost.routing import Choice, VisibleTable
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask, count_token_frequency
 from maskmoe.routing_mask.mask import MaskProvenance
-from maskmoe.simulation.routing import Choice, VisibleTable
 
 VOCAB_SIZE = 100
 

@@ -10,7 +10,7 @@ import pytest
 from support.runs import read_scalars
 from support.training import Run, Workplace
 
-from maskmoe.commands import log_to_mlflow
+from maskmoe.command_line import log_to_mlflow
 
 pytestmark = pytest.mark.tracking
 

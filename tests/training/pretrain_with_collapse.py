@@ -12,7 +12,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 from megatron.training import get_args
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.pretraining import main
 from maskmoe.transformer.router import MaskMoERouter
 

@@ -7,10 +7,10 @@ chunks in Megatron's zigzag order.
 from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.pretraining import main
-from maskmoe.transformer.backends.attention import gather_zigzag
 from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.torch_modules.attention import gather_zigzag
 
 pack_for_layers = MaskMoEGPTModel.pack_for_layers
 

@@ -8,7 +8,7 @@ prepare_process()
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.training import get_args
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.pretraining import main
 
 ITERATION = int(os.environ["WITHOUT_UPDATE"])

@@ -13,9 +13,9 @@ import torch
 from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
 
-from maskmoe.cli import run_tool
-from maskmoe.training import refusals
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.pretraining import main
+from maskmoe.training.settings import refusals
 
 ALLOWED = ("--use-megatron-fsdp", "--ckpt-format other than torch_dist")
 

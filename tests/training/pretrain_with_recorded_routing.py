@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from megatron.training import get_args
 
-from maskmoe.cli import run_tool
-from maskmoe.training import routing_log
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.pretraining import main
+from maskmoe.training.watch import routing_log
 from maskmoe.transformer.router import MaskMoERouter
 
 micro_batches = defaultdict(list)

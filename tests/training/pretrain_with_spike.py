@@ -11,7 +11,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 from megatron.training import get_args
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training import pretraining
 
 SPIKES = {int(iteration) for iteration in os.environ.get("SPIKES", "").split(",") if iteration}

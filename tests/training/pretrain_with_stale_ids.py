@@ -7,7 +7,7 @@ hidden states. During recomputation in a pipeline, the variable holds the ids of
 from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.pretraining import main
 from maskmoe.transformer.model_mixin import RoutesByTokenId
 from maskmoe.transformer.moe_layer import MaskMoELayer

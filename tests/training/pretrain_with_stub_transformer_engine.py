@@ -14,7 +14,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import torch
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.pretraining import main
 
 if __name__ == "__main__":

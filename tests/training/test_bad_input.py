@@ -20,16 +20,16 @@ from support.masks import build_mask, count_ids
 from support.training import Run
 from support.training_runs import IN_ITERATIONS
 
-from maskmoe.cli import run_tool
-from maskmoe.command_line import refuse_unknown_flags
+from maskmoe.command_line.parser import refuse_unknown_flags
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
-from maskmoe.training.arguments import add_maskmoe_arguments
 from maskmoe.training.pretraining import add_pretraining_arguments
-from maskmoe.training.refusals import check_supported, missing_libraries, unsupported_settings
-from maskmoe.training.setup import parse_and_check_args
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.refusals import check_supported, missing_libraries, unsupported_settings
+from maskmoe.training.settings.setup import parse_and_check_args
 
 SENTENCE_PIECE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model"
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from maskmoe.errors import UserError
-from maskmoe.training.batch_sizes import BatchSizes, trained_samples, training_iterations
+from maskmoe.training.settings.batch_sizes import BatchSizes, trained_samples, training_iterations
 
 SEQ_LENGTH = 16
 

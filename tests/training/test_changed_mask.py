@@ -8,12 +8,12 @@ from support.training import TrainingOutcome
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
-from maskmoe.commands.widen_routing_mask import read_mask
+from maskmoe.command_line.widen_routing_mask import read_mask
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, build_routing_mask
 from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.widening import widen_routing_mask
-from maskmoe.training.setup import find_routing_mask
+from maskmoe.training.settings.setup import find_routing_mask
 
 # See test_composition.py.
 FP32_ORDER_OF_SUMS = 2e-6

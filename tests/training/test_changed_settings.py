@@ -26,12 +26,17 @@ from support.training_runs import IN_ITERATIONS
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.data.indexed_dataset import read_index
 from maskmoe.errors import UserError
-from maskmoe.training import changed_settings, pretraining
-from maskmoe.training.changed_settings import ChangedSettings, find_changed_settings, take_schedule_of_checkpoint
-from maskmoe.training.data_order import Epochs, epochs_of_training_data, samples_to_request
-from maskmoe.training.flag_ranges import check_ranges
+from maskmoe.training import pretraining
 from maskmoe.training.pretraining import add_pretraining_arguments
-from maskmoe.training.setup import add_maskmoe_arguments
+from maskmoe.training.settings import changed_settings
+from maskmoe.training.settings.changed_settings import (
+    ChangedSettings,
+    find_changed_settings,
+    take_schedule_of_checkpoint,
+)
+from maskmoe.training.settings.data_order import Epochs, epochs_of_training_data, samples_to_request
+from maskmoe.training.settings.flag_ranges import check_ranges
+from maskmoe.training.settings.setup import add_maskmoe_arguments
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 # Changes that Megatron refuses on every rank, or would ignore, and parts of the one line that a run ends with.

@@ -36,20 +36,20 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.conversion.config_mapping import _FIXED_ARGS
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.journal import Journal, Kind, read_journal
-from maskmoe.training.changed_settings import find_changed_settings
-from maskmoe.training.failures import DataFiles, handling_early_ends
-from maskmoe.training.leaving import LeaveAfterSave
+from maskmoe.launch.journal import Journal, Kind, read_journal
+from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.pretraining import add_pretraining_arguments
-from maskmoe.training.rank_store import RankStore
-from maskmoe.training.resume import (
+from maskmoe.training.resume.choose_checkpoint import (
     check_same_model,
     find_checkpoint,
     further_checkpoint_args,
     mend_tracker,
     take_settings_of_checkpoint,
 )
-from maskmoe.training.setup import parse_and_check_args
+from maskmoe.training.settings.changed_settings import find_changed_settings
+from maskmoe.training.settings.setup import parse_and_check_args
+from maskmoe.training.watch.failures import DataFiles, handling_early_ends
+from maskmoe.training.watch.leaving import LeaveAfterSave
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
 EXPERT_2 = "--expert-model-parallel-size 2"
@@ -470,7 +470,9 @@ def test_checkpoint_of_another_tokenizer_is_refused(runs, parse, monkeypatch):
     (run,) = runs
     args = parse(f"--load {run.checkpoints}")
     saved = replace_fields(args, tokenizer_sha256="a" * 64, tokenizer_model="theirs.model")
-    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    monkeypatch.setattr(
+        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+    )
     args = replace_fields(args, tokenizer_sha256="b" * 64, tokenizer_model="ours.model")
     with pytest.raises(UserError, match=r"theirs\.model, sha256 aaaaaaaaaaaa…\) than .* ours\.model \(bbbbbbbbbbbb…"):
         check_same_model(args, checkpoint_path(run.checkpoints, 21))
@@ -481,7 +483,9 @@ def test_settings_without_flags_are_taken_from_the_checkpoint(runs, parse, monke
     (run,) = runs
     args = parse(f"--load {run.checkpoints}")
     saved = replace_fields(args, beta_fast=16)
-    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    monkeypatch.setattr(
+        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+    )
     checkpoint = checkpoint_path(run.checkpoints, 21)
     with pytest.raises(UserError, match="beta_fast 16, for which Megatron has no flag: pass --use-checkpoint-args"):
         check_same_model(args, checkpoint)
@@ -511,7 +515,9 @@ def test_function_of_a_model_is_taken_from_the_checkpoint(runs, parse, monkeypat
     (run,) = runs
     args = parse(f"--load {run.checkpoints}")
     saved = replace_fields(args, **{name: another(getattr(args, name)) for name in FUNCTION})
-    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    monkeypatch.setattr(
+        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+    )
     state = {"args": saved, "iteration": 21}
     monkeypatch.setattr(checkpointing, "_load_base_checkpoint", lambda *_, **__: (state, "", False, None))
     checkpoint = checkpoint_path(run.checkpoints, 21)
@@ -549,7 +555,7 @@ def test_optimizer_state_of_the_other_implementation_needs_names(runs, parse, mo
     def load_state(checkpoint: Path) -> dict:
         return {"args": saved, "content_metadata": {"distrib_optim_sharding_type": next(formats)}}
 
-    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", load_state)
+    monkeypatch.setattr("maskmoe.training.resume.choose_checkpoint.load_common_state_dict", load_state)
     checkpoint = checkpoint_path(run.checkpoints, 21)
     for accepted in (args, saved, replace_fields(args, no_load_optim=True)):
         check_same_model(accepted, checkpoint)
@@ -580,7 +586,9 @@ def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(runs, parse, monke
     (run,) = runs
     args = parse(f"--load {run.checkpoints}")
     saved = replace_fields(args, hybrid_layer_pattern="*E*E|*E*E/*E", mtp_num_layers=1, num_layers=8)
-    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    monkeypatch.setattr(
+        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+    )
     checkpoint = checkpoint_path(run.checkpoints, 21)
     with pytest.raises(UserError, match=r"cannot be loaded into a GPT model: pass --hybrid-layer-pattern '\*E\*E\|"):
         check_same_model(args, checkpoint)
@@ -601,7 +609,9 @@ def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(runs, parse, monke
 )
 def test_bounds_of_stages_are_taken_from_a_checkpoint_if_they_fit(stages, evaluates, expected, monkeypatch):
     saved = Namespace(hybrid_layer_pattern="*E|*E|*E|*E/*E")
-    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: {"args": saved})
+    monkeypatch.setattr(
+        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+    )
     args = Namespace(pipeline_model_parallel_size=stages, skip_train=evaluates)
     assert further_checkpoint_args(args, Path("checkpoint")) == {"hybrid_layer_pattern": expected}
 
@@ -613,7 +623,7 @@ def test_optimizer_state_of_a_gpt_model_needs_names(runs, parse, monkeypatch):
     saved = replace_fields(saved, no_load_optim=False)
     args = replace_fields(saved, hybrid_layer_pattern="*E*E*E*E", num_layers=8)
     state = {"args": saved, "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}}
-    monkeypatch.setattr("maskmoe.training.resume.load_common_state_dict", lambda checkpoint: state)
+    monkeypatch.setattr("maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: state)
     checkpoint = checkpoint_path(run.checkpoints, 21)
     check_same_model(replace_fields(args, no_load_optim=True), checkpoint)
     with pytest.raises(UserError, match=r"holds a GPT model, and its optimizer .* --dist-ckpt-optim-fully-reshardable"):

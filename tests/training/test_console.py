@@ -17,11 +17,11 @@ from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.launch.model_file import ModelFile, flag_words, split_flags
 from maskmoe.launch.run_folder import run_folder
-from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.console import Console
-from maskmoe.training.header import ParameterCounts, describe_run
 from maskmoe.training.pretraining import add_pretraining_arguments
-from maskmoe.training.saved_arguments import arguments_text
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.saved_arguments import arguments_text
+from maskmoe.training.watch.console import Console
+from maskmoe.training.watch.header import ParameterCounts, describe_run
 
 ITERATION = (
     " [2026-01-01 00:00:00] iteration        5/      20 | consumed samples:           40 | elapsed time per iteration "
@@ -229,8 +229,8 @@ def test_full_disk_ends_the_log_but_not_the_run(console, emit, stdout, tmp_path,
 
 PROGRAM = """
 import sys
-from maskmoe.training.console import console
-from maskmoe.training.rank_process import run_rank
+from maskmoe.training.watch.console import console
+from maskmoe.training.loop.rank_process import run_rank
 def main():
     print("Megatron says why")
     {end}

@@ -9,9 +9,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
-from maskmoe.training.setup import model_config_from_args
+from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.setup import model_config_from_args
 from maskmoe.transformer.gpt_model import DenseGPTModel
 
 VOCAB_SIZE = 128

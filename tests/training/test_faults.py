@@ -17,7 +17,7 @@ from support.training import Run, TrainingProcesses
 
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
 from maskmoe.checkpoint.series import checkpoint_path, read_tracker, saved_iterations, write_tracker
-from maskmoe.interruption import EXIT_HANG, EXIT_REQUEUE
+from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 PROGRAM = str(Path(__file__).with_name("pretrain_with_fault.py"))
 EXPERT_2 = "--expert-model-parallel-size 2"

@@ -13,8 +13,8 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetC
 from support.datasets import predictable_ids, write_character_tokenizer, write_documents
 
 from maskmoe.errors import UserError
-from maskmoe.training import fill_in_middle
-from maskmoe.training.fill_in_middle import FillInMiddleDataset, check_tokens, token_settings
+from maskmoe.training.loop import fill_in_middle
+from maskmoe.training.loop.fill_in_middle import FillInMiddleDataset, check_tokens, token_settings
 
 VOCAB_SIZE, SAMPLE = 300, 400
 PREFIX, MIDDLE, SUFFIX, PAD, END = range(VOCAB_SIZE - 5, VOCAB_SIZE)

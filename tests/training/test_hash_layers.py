@@ -17,8 +17,8 @@ from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.data.indexed_dataset import open_tokens, read_index
 from maskmoe.routing_mask.assignment import HashLayers
-from maskmoe.training.model_builder import MaskMoEGPTModelBuilder
-from maskmoe.training.setup import model_config_from_args
+from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder
+from maskmoe.training.settings.setup import model_config_from_args
 
 # See test_composition.py.
 FP32_ORDER_OF_SUMS = 2e-6

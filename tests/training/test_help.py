@@ -10,7 +10,7 @@ import pytest
 from support.launchers import Outcome, start_ranks
 
 from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
-from maskmoe.training.rank_process import help_page
+from maskmoe.training.loop.rank_process import help_page
 
 ENTRY_POINTS = ("pretrain", "evaluate", "generate")
 

@@ -9,7 +9,7 @@ from support.open_files import few_open_files
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.errors import UserError
-from maskmoe.training.file_checks import check_data
+from maskmoe.training.settings.file_checks import check_data
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from megatron.training.arguments import add_megatron_arguments
 
-from maskmoe.commands.convert_checkpoint import parse_arguments, upcycle_settings
-from maskmoe.training import refusals as refusals_module
-from maskmoe.training.arguments import add_maskmoe_arguments
-from maskmoe.training.refusals import missing_libraries, unsupported_settings
+from maskmoe.command_line.convert_checkpoint import parse_arguments, upcycle_settings
+from maskmoe.training.settings import refusals as refusals_module
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.refusals import missing_libraries, unsupported_settings
 
 REVIEWED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("megatron_flags.yaml").read_text(encoding="utf-8"))
 # The flex dispatcher needs bf16 and expert-parallel ranks.

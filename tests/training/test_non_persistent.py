@@ -14,9 +14,9 @@ from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.non_persistent import check_separate_folder, make_room, non_persistent_folder
 from maskmoe.checkpoint.series import TRACKER, checkpoint_path, saved_iterations
 from maskmoe.errors import UserError
-from maskmoe.journal import Kind, read_journal
-from maskmoe.training.rank_store import RankStore
-from maskmoe.training.resume import mend_tracker
+from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.resume.choose_checkpoint import mend_tracker
 
 PROGRAM = (str(Path(__file__).with_name("pretrain_with_fault.py")),)
 FLAGS = "--non-persistent-ckpt-type global --non-persistent-save-interval 3"

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from maskmoe.training.rank_store import RankStore, _meet
+from maskmoe.training.loop.rank_store import RankStore, _meet
 
 WORLD_SIZE = 3
 

@@ -21,9 +21,11 @@ from support.training import PRETRAIN, VOCAB_SIZE, Run
 
 from maskmoe.checkpoint.series import TRACKER
 from maskmoe.errors import UserError
-from maskmoe.folder_lock import LOCK_NAME, locked_folder
-from maskmoe.interruption import SIGNALS_THAT_SAVE
-from maskmoe.training import evaluation, generation, pretraining, wandb_run
+from maskmoe.processes.folder_lock import LOCK_NAME, locked_folder
+from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
+from maskmoe.training import pretraining
+from maskmoe.training.loop import evaluation, generation
+from maskmoe.training.watch import wandb_run
 
 SECOND_RANK_LACKS_DATA = """
 import os, runpy, sys

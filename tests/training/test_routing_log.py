@@ -9,8 +9,8 @@ import torch
 from support.runs import read_scalars
 
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training import routing_log
-from maskmoe.training.routing_log import RoutingLog, RoutingRecord
+from maskmoe.training.watch import routing_log
+from maskmoe.training.watch.routing_log import RoutingLog, RoutingRecord
 
 # Entropies and gradients are fp32 sums, whose order depends on the layout. Loads and shares are counts.
 FP32_ORDER_OF_SUMS = 2e-5

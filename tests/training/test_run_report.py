@@ -12,13 +12,13 @@ from megatron.training.global_vars import destroy_global_vars
 from support.report_pages import check_page
 from torch.utils.tensorboard import SummaryWriter
 
-from maskmoe.command_line import OneLineParser
+from maskmoe.command_line.parser import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat.globals import open_writers
-from maskmoe.training import wandb_run
 from maskmoe.training.pretraining import add_pretraining_arguments
-from maskmoe.training.run_report import RunReport, choose_event_folder, tolerate_write_errors
+from maskmoe.training.watch import wandb_run
+from maskmoe.training.watch.run_report import RunReport, choose_event_folder, tolerate_write_errors
 
 
 @pytest.mark.runs("expert parallel 2, undisturbed")

@@ -11,9 +11,9 @@ from support.training import Run, TrainingOutcome
 from support.training_runs import DISTRIBUTED, EXPERT_2, INTERLEAVED, PIPELINE_2, TENSOR_2
 
 from maskmoe.checkpoint.series import read_tracker, saved_iterations
-from maskmoe.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, EXIT_REWIND, read_exit_code
-from maskmoe.journal import Kind, read_journal
-from maskmoe.training.rewinds import FILE_NAME, read_rewinds
+from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.processes.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, EXIT_REWIND, read_exit_code
+from maskmoe.training.resume.rewinds import FILE_NAME, read_rewinds
 
 SPIKE = (str(TESTS / "training" / "pretrain_with_spike.py"),)
 IDLE_OPTIMIZER = (str(TESTS / "training" / "pretrain_with_idle_optimizer.py"),)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskmoe.errors import UserError
-from maskmoe.training.rewinds import FILE_NAME, Rewind, Rewinds, read_rewinds
-from maskmoe.training.spikes import RobustWindow, SpikeDetector
+from maskmoe.training.resume.rewinds import FILE_NAME, Rewind, Rewinds, read_rewinds
+from maskmoe.training.watch.spikes import RobustWindow, SpikeDetector
 
 VALUES = st.floats(-1e6, 1e6)
 POSITIVE = st.floats(1e-3, 1e3)

@@ -8,7 +8,7 @@ from support.paths import TESTS
 from support.runs import read_scalars
 from support.training_runs import RUNS
 
-from maskmoe.journal import Kind, read_journal
+from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.run_status.logged import LogReader
 
 MODULES = sorted((TESTS / "training").glob("test_*.py"))

@@ -9,11 +9,11 @@ import pytest
 from torch.distributed import HashStore
 
 from maskmoe.errors import RunFailure
-from maskmoe.interruption import is_last_attempt
-from maskmoe.training.failures import DataFiles
+from maskmoe.processes.interruption import is_last_attempt
+from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.pretraining import add_pretraining_arguments, hang_timeout
-from maskmoe.training.rank_store import RankStore
-from maskmoe.training.watchdog import Sighting, Watchdog, find_culprits, waits_for_others
+from maskmoe.training.watch.failures import DataFiles
+from maskmoe.training.watch.watchdog import Sighting, Watchdog, find_culprits, waits_for_others
 
 WAITING = Sighting(
     rank=0, where="host a, process 1", steps=7, at="distributed.py:1 in all_reduce", waits=True, time=3.0

@@ -9,8 +9,8 @@ from support.ranks.all_heads_norm_ranks import EPSILON, HEAD_DIM, NUM_HEADS, hea
 from support.small_moe import make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 
-from maskmoe.transformer.backends.all_heads_norm import AllHeadsRMSNorm
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.torch_modules.all_heads_norm import AllHeadsRMSNorm
 
 SCRIPT = RANK_SCRIPTS / "all_heads_norm_ranks.py"
 NUM_RANKS = 2

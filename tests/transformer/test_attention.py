@@ -14,8 +14,8 @@ from support.small_moe import DEVICE, make_config, process_groups
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskmoe.transformer.backends import attention as attention_module
-from maskmoe.transformer.backends.attention import TorchDotProductAttention
+from maskmoe.transformer.torch_modules import attention as attention_module
+from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 
 SEQUENCE, BATCH, HEADS, CHANNELS = 24, 2, 4, 8
 # The modules add in another order. In bf16, the stock module also rounds the scores and the probabilities.

@@ -12,8 +12,8 @@ from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, make_config, make_mask, make_model, process_groups, random_visible_sets
 from torch import Tensor
 
-from maskmoe.transformer.backends import cross_entropy
-from maskmoe.transformer.backends.cross_entropy import vocab_parallel_cross_entropy
+from maskmoe.transformer.torch_modules import cross_entropy
+from maskmoe.transformer.torch_modules.cross_entropy import vocab_parallel_cross_entropy
 
 SCRIPT = RANK_SCRIPTS / "cross_entropy_ranks.py"
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,7 +10,7 @@ import torch
 from support.small_moe import DEVICE, make_config, make_mask, make_visible_experts, random_visible_sets
 from torch import Tensor
 
-from maskmoe.training.watchdog import waits_for_others
+from maskmoe.training.watch.watchdog import waits_for_others
 from maskmoe.transformer.dispatch.plan import DispatchPlan, DispatchPlanner
 from maskmoe.transformer.token_ids import TokenIds
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
 from maskmoe.megatron_compat import cpu
-from maskmoe.transformer.backends import gated_delta_net
-from maskmoe.transformer.backends.gated_delta_rule import CHUNK, chunked_gated_delta_rule
 from maskmoe.transformer.packed_documents import PackedDocuments
+from maskmoe.transformer.torch_modules import gated_delta_net
+from maskmoe.transformer.torch_modules.gated_delta_rule import CHUNK, chunked_gated_delta_rule
 from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
 # fp32 sums are added in another order. The bound is relative to the largest value of each tensor.

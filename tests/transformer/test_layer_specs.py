@@ -23,13 +23,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from support.small_moe import make_config, make_mask, make_model, make_visible_experts, random_visible_sets
 
 from maskmoe.transformer import layer_specs
-from maskmoe.transformer.backends.attention import TorchDotProductAttention
-from maskmoe.transformer.backends.mlp import TorchMLP, TorchSharedExpertMLP
-from maskmoe.transformer.backends.torch_norm import TorchNorm
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
+from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP
+from maskmoe.transformer.torch_modules.torch_norm import TorchNorm
 from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
 PATTERNS = [1, 2, [0, 1, 1, 0], [1, 0, 0, 0]]

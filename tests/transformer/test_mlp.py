@@ -13,9 +13,9 @@ from support.small_moe import random_visible_sets as visible_sets
 from torch import Tensor
 from torch.nn.functional import silu
 
-from maskmoe.transformer.backends.mlp import TorchMLP, TorchSharedExpertMLP
-from maskmoe.transformer.backends.swiglu import swiglu
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP
+from maskmoe.transformer.torch_modules.swiglu import swiglu
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -31,11 +31,11 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.data import default_collate
 
-from maskmoe.transformer.backends import attention as attention_module
-from maskmoe.transformer.backends.attention import TorchDotProductAttention
 from maskmoe.transformer.gpt_model import DenseGPTModel, MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.packed_documents import PackedDocuments
+from maskmoe.transformer.torch_modules import attention as attention_module
+from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 
 NUM_LAYERS, VOCAB_SIZE, SEQUENCE = 2, 40, 16
 MASK = make_mask(random_visible_sets(6, NUM_LAYERS + 2, VOCAB_SIZE, 4))

@@ -7,7 +7,7 @@ from support.small_moe import DEVICE, make_config
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
-from maskmoe.transformer.backends.torch_norm import TorchNorm
+from maskmoe.transformer.torch_modules.torch_norm import TorchNorm
 
 NORMS = [torch.nn.LayerNorm, torch.nn.RMSNorm]
 # Sums over features and tokens are added in another order.

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.runner import run_to_end
 from maskmoe.workflow.stage import Stage

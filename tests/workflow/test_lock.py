@@ -35,7 +35,7 @@ def test_file_system_without_flock(tmp_path, monkeypatch, number):
     with locked(path):
         assert path.read_text() == f"{os.getpid()}\n"
     assert os.listdir(tmp_path) == [".lock"]
-    program = "import sys; from pathlib import Path; from maskmoe.folder_lock import locked_folder\n"
+    program = "import sys; from pathlib import Path; from maskmoe.processes.folder_lock import locked_folder\n"
     program += "with locked_folder(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

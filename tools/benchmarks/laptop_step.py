@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 from zipf import zipf_mask, zipf_probabilities
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import MaskRecipe

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from maskmoe.outputs import atomic_output
+from maskmoe.files.outputs import atomic_output
 
 _TO_FLOOR = " to the floor"
 _COLORS = {"stock": "#b0b0b0", "ours": "#2f6fb0", "floor": "#e0a030"}

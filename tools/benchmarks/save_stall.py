@@ -21,9 +21,9 @@ import harness
 import yaml
 from laptop_step import ROOT, TIME, run_training, write_inputs
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import UserError
-from maskmoe.journal import Kind, read_journal
+from maskmoe.launch.journal import Kind, read_journal
 
 MODEL = ROOT / "launch" / "models" / "laptop.yaml"
 STEPS = 100

@@ -9,7 +9,7 @@ import importlib.util
 from functools import partial
 from pathlib import Path
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure, UserError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from device_meter import device_cost_of
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat import cpu, prepare_process
 

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from maskmoe.cli import run_tool
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.plots import new_figure, tidy
+from maskmoe.conversion.exported_model import load_exported_model, load_exported_tokenizer
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
-from maskmoe.exported_model import load_exported_model, load_exported_tokenizer
-from maskmoe.outputs import atomic_output, check_outputs
+from maskmoe.files.outputs import atomic_output, check_outputs
 
 _BATCH = 50  # windows
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from maskmoe.errors import RunFailure
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.untrusted import UnusableFile, read_json_bytes
 from maskmoe.launch.elastic.membership import Member
 from maskmoe.launch.model_file import Flags
-from maskmoe.outputs import atomic_output
-from maskmoe.untrusted import UnusableFile, read_json_bytes
 
 _NAME = re.compile(r"generation-(?P<number>[0-9]+)\.json")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Self
 
 from maskmoe.errors import UserError
-from maskmoe.folder_lock import Holder
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.untrusted import UnusableFile, check_regular, read_bounded
 from maskmoe.launch.network import listen
-from maskmoe.outputs import atomic_output
-from maskmoe.untrusted import UnusableFile, check_regular, read_bounded
+from maskmoe.processes.folder_lock import Holder
 
 _BEAT_SECONDS = 2.0
 _CONNECT_SECONDS = 5.0

@@ -7,22 +7,22 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from maskmoe.cli import EXIT_BAD_INPUT
+from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
-from maskmoe.folder_lock import check_unlocked
-from maskmoe.interruption import EXIT_REQUEUE, LEAVE_FILE
-from maskmoe.journal import Journal, Kind
+from maskmoe.files.wording import counted
 from maskmoe.launch.command import Command, run_flags, torchrun_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member, Membership
+from maskmoe.launch.journal import Journal, Kind
 from maskmoe.launch.model_file import Flags, ModelFile, split_flags
 from maskmoe.launch.network import listen, route_to, wait_for
 from maskmoe.launch.options import DEFAULT_PORT, Meeting, Options
 from maskmoe.launch.preparation import check, record_end, record_launch, record_start
 from maskmoe.launch.supervisor import Supervisor
-from maskmoe.wording import counted
+from maskmoe.processes.folder_lock import check_unlocked
+from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE
 
 FOLDER = "elastic"
 """Name of the folder in a run folder in which launchers meet."""

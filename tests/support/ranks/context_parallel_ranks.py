@@ -24,9 +24,9 @@ from support.small_moe import make_config
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.training.batch import weight_of_rank
-from maskmoe.transformer.backends import attention as attention_module
-from maskmoe.transformer.backends.attention import TorchDotProductAttention
+from maskmoe.training.loop.batch import weight_of_rank
+from maskmoe.transformer.torch_modules import attention as attention_module
+from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 
 SEQUENCE, BATCH, HEADS, CHANNELS = 48, 2, 4, 8
 CASES: dict[str, dict[str, Any]] = {

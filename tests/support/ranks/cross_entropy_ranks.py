@@ -14,7 +14,7 @@ from support.rank_program import run_as_rank
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.transformer.backends.cross_entropy import vocab_parallel_cross_entropy
+from maskmoe.transformer.torch_modules.cross_entropy import vocab_parallel_cross_entropy
 
 VOCAB_SIZE = 64
 

@@ -1,0 +1,1 @@
+"""How checkpoints route a text, and what dispatch costs on clusters."""

@@ -1,0 +1,214 @@
+"""Reads the probe text, which all models of a series route."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import batched, chain, islice
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+
+from maskmoe.analysis.routing.settings import SPLITS
+from maskmoe.data.corpus import read_documents
+from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
+from maskmoe.data.tokenizer import HuggingFaceTokenizer
+from maskmoe.errors import UserError
+
+_TOKENIZER_FILE = "tokenizer.json"
+_DOCUMENTS_AT_A_TIME = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The token ids of a probe text, and how they are cut into windows.
+
+    Attributes:
+        token_ids: int64 [tokens].
+        seq_length: number of tokens in a window; the last window may have fewer.
+        batch_size: number of windows in a batch.
+        source: the origin of the text, for people.
+        pieces: the vocabulary's piece of every id that occurs; empty without a tokenizer.
+    """
+
+    token_ids: np.ndarray
+    seq_length: int
+    batch_size: int
+    source: str
+    pieces: Mapping[int, str]
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Yield the windows in order, int64 [batch, sequence]; a shorter last window is a batch of its own."""
+        num_whole = len(self.token_ids) // self.seq_length
+        whole, remaining = np.split(self.token_ids, [num_whole * self.seq_length])
+        windows = whole.reshape(num_whole, self.seq_length)
+        for start in range(0, num_whole, self.batch_size):
+            yield windows[start : start + self.batch_size]
+        if len(remaining):
+            yield remaining[None]
+
+
+@dataclass(frozen=True)
+class DatasetText:
+    """Windows that are spread evenly over an indexed dataset, or over one split of a dataset.
+
+    Attributes:
+        prefix: the path of the dataset without `.bin` and `.idx`.
+        split: the value of Megatron's `--split`; None for the whole dataset.
+        eval_split: the name of the split, one of `SPLITS`.
+    """
+
+    prefix: str
+    split: str | None = None
+    eval_split: str = "valid"
+
+    @property
+    def source(self) -> str:
+        """Return the origin of the text, for people."""
+        return self.prefix if self.split is None else f"{self.prefix} ({self.eval_split} of --split {self.split})"
+
+    def read(
+        self, num_tokens: int, seq_length: int, vocab_size: int, model: Path, tokenizer_sha256: str | None = None
+    ) -> np.ndarray:
+        """Return tokens from all over the dataset, int64 [at most num_tokens].
+
+        Args:
+            num_tokens: number of tokens to read.
+            seq_length: number of tokens in a window.
+            vocab_size: number of token ids of the model.
+            model: the folder with the tokenizer of the model.
+            tokenizer_sha256: digest of the tokenizer file of the model; None if it is unknown.
+
+        Raises:
+            UserError: the text cannot be read, has no tokens, or does not fit the model.
+        """
+        record = read_tokenizer_record(self.prefix)
+        if record is not None and (record.vocab_size > vocab_size or tokenizer_sha256 not in (None, record.sha256)):
+            raise UserError(
+                f"dataset {self.prefix} was made with another tokenizer ({record.model}, {record.vocab_size:,} ids) "
+                f"than that of the model of {vocab_size:,} ids"
+            )
+        token_ids = spread_windows(self._tokens(), num_tokens, seq_length).astype(np.int64)
+        if not len(token_ids):
+            raise UserError(f"{self.source} holds no tokens; choose another --eval-split or --split")
+        is_foreign = (token_ids < 0) | (token_ids >= vocab_size)
+        if is_foreign.any():
+            raise UserError(
+                f"dataset {self.prefix} holds token id {token_ids[is_foreign.argmax()]}, but the model has "
+                f"{vocab_size:,} ids; it was made with another tokenizer"
+            )
+        return token_ids
+
+    def _tokens(self) -> np.ndarray:
+        """Return all tokens of the split, in the dtype of the dataset."""
+        tokens = open_tokens(self.prefix)
+        if self.split is None:
+            return tokens
+        lengths = read_index(self.prefix).sequence_lengths
+        sequences = split_sequences(self.split, self.eval_split, len(lengths))
+        start = lengths[: sequences.start].sum(dtype=np.int64)
+        return tokens[start : start + lengths[sequences.start : sequences.stop].sum(dtype=np.int64)]
+
+
+def spread_windows(tokens: np.ndarray, num_tokens: int, seq_length: int) -> np.ndarray:
+    """Return windows that are spread evenly over a text, so that no single document dominates.
+
+    Args:
+        tokens: all tokens of the text, [tokens].
+        num_tokens: number of tokens to take.
+        seq_length: number of tokens in a window; the last window may be shorter.
+
+    Returns:
+        The tokens of the windows, [min(num_tokens, tokens)].
+    """
+    if len(tokens) <= num_tokens:
+        return tokens
+    num_windows = -(-num_tokens // seq_length)
+    last_start = max(0, len(tokens) - seq_length)
+    starts = np.linspace(0, last_start, num_windows).round().astype(np.int64)
+    return np.concatenate([tokens[start : start + seq_length] for start in starts])[:num_tokens]
+
+
+def split_sequences(split: str, eval_split: str, num_sequences: int) -> range:
+    """Return the sequences of a dataset that Megatron's `--split` assigns to a split.
+
+    Args:
+        split: the value of `--split`, such as "95,5,0".
+        eval_split: the name of the split, one of `SPLITS`.
+        num_sequences: number of sequences in the dataset.
+
+    Raises:
+        UserError: `split` is not valid, or assigns no sequences to the split.
+    """
+    try:
+        with np.errstate(invalid="raise"):  # the sum of the numbers may be 0
+            shares = parse_and_normalize_split(split)
+        bounds = convert_split_vector_to_split_matrix(shares)[SPLITS.index(eval_split)]
+    except (AssertionError, ValueError, FloatingPointError) as error:
+        raise UserError(f"--split {split} must be up to three numbers, not all 0, such as 95,5,0") from error
+    if bounds is None:
+        raise UserError(f"--split {split} leaves nothing for --eval-split {eval_split}")
+    # Round like `BlendedMegatronDatasetBuilder`.
+    return range(*(round(bound * float(num_sequences)) for bound in bounds))
+
+
+@dataclass(frozen=True)
+class FileText:
+    """The first tokens of text files, by the tokenizer of the model; an end-of-document id follows each document.
+
+    Attributes:
+        paths: files with JSON lines or plain text.
+        json_key: the key of the text in JSON lines.
+    """
+
+    paths: Sequence[Path]
+    json_key: str = "text"
+
+    @property
+    def source(self) -> str:
+        """Return the origin of the text, for people."""
+        return ", ".join(map(str, self.paths))
+
+    def read(
+        self, num_tokens: int, seq_length: int, vocab_size: int, model: Path, tokenizer_sha256: str | None = None
+    ) -> np.ndarray:
+        """Return the first tokens of the files, see `DatasetText.read`.
+
+        The digest is not compared: the folder holds the model's own tokenizer, often converted from another format.
+        """
+        if not (model / _TOKENIZER_FILE).is_file():
+            raise UserError("--input needs a tokenizer, but the model has none; pass token ids with --data-path")
+        tokenizer = HuggingFaceTokenizer(model)
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer of {model} has {tokenizer.vocab_size:,} ids, but the model only {vocab_size:,}"
+            )
+        # Encode small batches of documents until there are enough tokens.
+        end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
+        documents = batched(read_documents(self.paths, self.json_key), _DOCUMENTS_AT_A_TIME)
+        encoded = (ids.tolist() + end for batch in documents for ids in tokenizer.encode_batch(list(batch)))
+        token_ids = np.fromiter(islice(chain.from_iterable(encoded), num_tokens), np.int64)
+        if not len(token_ids):
+            raise UserError(f"{self.source} has no text")
+        return token_ids
+
+
+ProbeText = DatasetText | FileText
+
+
+def read_pieces(model: Path, token_ids: np.ndarray) -> dict[int, str]:
+    """Return the vocabulary's piece of every id that occurs.
+
+    Args:
+        model: the folder with the tokenizer of the model; without a tokenizer the result is empty.
+        token_ids: int64 [tokens].
+    """
+    path = model / _TOKENIZER_FILE
+    if not path.is_file():
+        return {}
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    pieces = {number: tokenizer.id_to_token(number) for number in np.unique(token_ids).tolist()}
+    return {number: piece for number, piece in pieces.items() if piece is not None}

@@ -1,0 +1,193 @@
+r"""Measure how a checkpoint, or a series of checkpoints, routes a fixed probe text.
+
+The command runs every model over the same tokens. It measures the load of the experts and the assignments that a
+capacity would drop, the entropy of the routers, the ids of each expert, the number of experts of each id, the experts
+that are chosen together, and the changes from each checkpoint to the next.
+
+Examples:
+  %(prog)s --load runs/a/checkpoints --data-path data/web_text_document --split 95,5,0 \
+    --token-frequency counts.safetensors --output-dir runs/a/routing
+  %(prog)s --load runs/a/model --input README.md --output-dir routing
+
+files in --output-dir:
+  routing.json           all numbers but the tables of ids and of pairs of experts; lists over the layers with experts
+  load.csv               assignments by checkpoint, layer, frequency band and expert
+  drops.csv              share of the assignments that a capacity would drop, by capacity factor
+  entropy.csv            entropy, its bound, and mutual information of experts with ids and the next layer's experts
+  specialisation.csv     the most frequent ids of each expert
+  coactivation.csv       share of the tokens with a pair of experts, in a layer or in consecutive layers, for the last
+                         checkpoint
+  fluctuation.csv        share of the experts that changed since the previous checkpoint
+  distinct_experts.csv   number of experts of each id that occurs often enough
+  *.png                  plots of load, entropy, fluctuation, coactivation and distinct experts, as far as there is
+                         something to show
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from maskmoe.analysis.routing.settings import SPLITS, AnalysisSettings
+from maskmoe.command_line import ranges
+from maskmoe.command_line.arguments import command_parser
+from maskmoe.command_line.parser import add_force_argument, split
+from maskmoe.command_line.progress import say_loading
+from maskmoe.data.indexed_dataset import dataset_files
+from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output, check_outputs, lies_inside, unwinding_on_signals
+from maskmoe.files.paths import check_folder
+from maskmoe.routing_mask.frequency import TokenFrequency
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line of this process.
+
+    Raises:
+        UserError: two flags contradict each other.
+    """
+    parser = command_parser(__doc__)
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--load",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="the models of the series, in order: Megatron checkpoints, models in transformers' format, or folders of "
+        "Megatron checkpoints, which stand for all their checkpoints",
+    )
+    _add(models, "--ckpt-step I", "use only these iterations of a folder", type=ranges.ITERATION, nargs="+", default=())
+    _add(models, "--tokenizer-type T", "type of the tokenizer (default: the checkpoint's; NullTokenizer: no tokenizer)")
+    _add(models, "--tokenizer-model F", "file of the tokenizer (default: the checkpoint's)")
+    folder = "folder in which Megatron checkpoints are converted (default: the system's)"
+    _add(models, "--scratch-dir DIR", folder, type=Path)
+
+    probe = parser.add_argument_group("probe text")
+    text = probe.add_mutually_exclusive_group(required=True)
+    _add(text, "--data-path P", "prefix of a dataset; P.bin and P.idx exist")
+    _add(text, "--input F", "text files (.jsonl, .txt, also .gz and .zst) to tokenize", type=Path, nargs="+")
+    _add(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", type=split)
+    probe.add_argument(
+        "--eval-split", choices=SPLITS, default="valid", help="the part of --split to use (default: %(default)s)"
+    )
+    _add(probe, "--json-key K", "key of the text in JSON lines (default: %(default)s)", default="text")
+    tokens = "number of tokens, from all over --data-path or from the beginning of --input (default: %(default)s)"
+    _add(probe, "--tokens T", tokens, type=ranges.TOKENS)
+    _add(probe, "--seq-length S", "tokens in a window (default: the model's)", type=ranges.SEQ_LENGTH)
+    _add(probe, "--batch-size B", "windows in a batch (default: %(default)s)", type=ranges.BATCH_SIZE)
+
+    measures = parser.add_argument_group("statistics")
+    counts = "token counts for the frequency bands, made by maskmoe count (default: the probe's)"
+    _add(measures, "--token-frequency F", counts, type=Path)
+    factors = "capacity factors for the share of dropped assignments (default: 1 1.25 1.5 2)"
+    _add(measures, "--capacity-factors C", factors, type=ranges.CAPACITY_FACTOR, nargs="+")
+    shared = "tokens that share a capacity (default: the tokens of a batch)"
+    _add(measures, "--micro-batch-tokens T", shared, type=ranges.TOKENS)
+    occurrences = "occurrences in the probe from which an id counts in distinct_experts.csv (default: %(default)s)"
+    _add(measures, "--min-occurrences O", occurrences, type=ranges.OCCURRENCES)
+    _add(measures, "--top-ids R", "ids to list for each expert (default: %(default)s)", type=ranges.LISTED_IDS)
+
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--save-traces", action="store_true", help="also write the routing of every token, trace_1.safetensors, …"
+    )
+    add_force_argument(parser)
+    arguments = parser.parse_args()
+    if arguments.input is not None and arguments.split is not None:
+        raise UserError("--split is for --data-path; --input is used from its beginning")
+    return arguments
+
+
+def _add(group: argparse._ActionsContainer, usage: str, text: str, **options: Any) -> None:
+    """Add an argument with a value, by default the value that `AnalysisSettings` has.
+
+    Args:
+        group: the group of the argument.
+        usage: the flag and the name of its value, such as `--tokens T`.
+        text: the help text.
+        options: further options of argparse.
+    """
+    flag, metavar = usage.split()
+    options.setdefault("default", getattr(AnalysisSettings, flag.removeprefix("--").replace("-", "_"), None))
+    group.add_argument(flag, metavar=metavar, help=text, **options)
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Make a folder for the results, unless it exists; remove a new folder if it is empty at the end.
+
+    Raises:
+        UserError: the folder cannot be made, or is not writable.
+    """
+    is_new = not path.exists()
+    try:
+        path.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to --output-dir {path}: {error.strerror}") from error
+    try:
+        yield path
+    finally:
+        if is_new:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def check_output_folder(arguments: argparse.Namespace) -> None:
+    """Check that the results do not go into a folder that is analysed.
+
+    Raises:
+        UserError: `--output-dir` is a folder of `--load`, or lies inside.
+    """
+    for source in arguments.load:
+        if lies_inside(arguments.output_dir, source):
+            raise UserError(f"--output-dir {arguments.output_dir} lies inside --load {source}; name a folder elsewhere")
+
+
+def _inputs(arguments: argparse.Namespace) -> list[Path]:
+    """Return the files and folders that the command reads."""
+    dataset = dataset_files(arguments.data_path) if arguments.data_path else ()
+    files = [path for path in (arguments.token_frequency, arguments.tokenizer_model) if path]
+    return [*arguments.load, *(arguments.input or ()), *dataset, *map(Path, files)]
+
+
+def main() -> None:
+    """Run the analysis that the command line describes, write its files and print its table."""
+    arguments = parse_arguments()
+    check_output_folder(arguments)
+    for path in arguments.load:
+        check_folder(path, "--load")
+    frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
+    settings = AnalysisSettings(**{name: getattr(arguments, name) for name in AnalysisSettings.__dataclass_fields__})
+
+    say_loading("importing PyTorch and Megatron-Core")
+    # The analysis needs torch and Megatron, `--help` does not.
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    from maskmoe.analysis.routing.analysis import analyze
+    from maskmoe.analysis.routing.models import find_models
+    from maskmoe.analysis.routing.probe import DatasetText, FileText
+    from maskmoe.analysis.routing.report import result_files, terminal_table, write_results
+
+    if arguments.input is None:
+        text = DatasetText(arguments.data_path, arguments.split, arguments.eval_split)
+    else:
+        text = FileText(tuple(arguments.input), arguments.json_key)
+    say_loading("finding the models and the text")
+    models = find_models(arguments.load, arguments.ckpt_step)
+    with unwinding_on_signals(), output_folder(arguments.output_dir) as folder, ExitStack() as outputs:
+        numbers = range(1, len(models) + 1) if arguments.save_traces else ()
+        trace_files = [folder / f"trace_{number}.safetensors" for number in numbers]
+        check_outputs([*result_files(folder), *trace_files], _inputs(arguments), arguments.force)
+        # Temporary files become the traces when the analysis has succeeded.
+        temporary = [outputs.enter_context(atomic_output(path)) for path in trace_files]
+        analysis = analyze(models, text, settings, frequency, temporary, progress=True)
+        written, not_drawn = write_results(analysis, folder)
+    print(*terminal_table(analysis), "", *(f"written  {path}" for path in [*written, *trace_files]), sep="\n")
+    for name, reason in not_drawn.items():
+        print(f"no {name}: {reason}")

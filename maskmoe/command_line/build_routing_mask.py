@@ -1,0 +1,258 @@
+r"""Build a routing mask: the experts that each token id may use (its "visible" experts) in each layer.
+
+The most frequent ids, which together make up a share P of all occurrences, see V_f experts each. Every other id sees
+one expert. The mask is fixed before training.
+
+Example:
+  %(prog)s --token-frequency counts.safetensors --num-experts 64 --num-layers 24 \
+    --frequent-mass 0.4 --frequent-visible-experts 8 --assignment balanced --seed 1 --output mask.safetensors
+"""
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.arguments import add_seed_argument, add_workers_argument, command_parser
+from maskmoe.command_line.parser import add_force_argument
+from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, MaskRecipe
+from maskmoe.routing_mask.expert_table import ExpertTable
+from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
+from maskmoe.routing_mask.words import describe_visible_experts
+
+_HASH_LAYERS = ("hash_layers", "hash_visible_experts", "hash_assignment")
+_METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = command_parser(__doc__)
+    vocabulary = parser.add_argument_group("vocabulary (give one)").add_mutually_exclusive_group(required=True)
+    counts = "file of token counts, counted in the training data"
+    vocabulary.add_argument("--token-frequency", type=Path, metavar="F", help=counts)
+    size = "number of ids of the tokenizer, for masks that need no counts"
+    vocabulary.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help=size)
+    vocabulary.add_argument(
+        "--expert-table",
+        metavar="F[:TENSOR]",
+        help="a table that already names the experts of every id, of shape [vocab, k] for all layers or "
+        "[layers, vocab, k]: a .npy file, or a tensor of a safetensors file or of a folder of such files. {layer} in "
+        "TENSOR stands for the number of a layer; then each layer has a tensor [vocab, k], and in layers without a "
+        "tensor every id sees all experts. Example for DeepSeek-V4: FOLDER:model.layers.{layer}.mlp.gate.tid2eid",
+    )
+
+    model = parser.add_argument_group("model")
+    experts = "experts in each MoE layer"
+    model.add_argument("--num-experts", type=ranges.EXPERTS, required=True, metavar="N", help=experts)
+    layers = "transformer layers, with and without experts"
+    model.add_argument("--num-layers", type=ranges.LAYERS, required=True, metavar="L", help=layers)
+    model.add_argument(
+        "--expert-model-parallel-size",
+        type=ranges.RANKS,
+        metavar="E",
+        help="number of expert-parallel ranks; required for rank-local assignment, otherwise it only adds the load of "
+        "the ranks to the summary",
+    )
+
+    method = parser.add_argument_group("method")
+    mass = "the most frequent ids that together make up this share (0 to 1) of all occurrences are the frequent ids"
+    method.add_argument("--frequent-mass", type=ranges.SHARE, metavar="P", help=mass)
+    visible = "experts that each frequent id sees, 2 to N"
+    method.add_argument("--frequent-visible-experts", type=ranges.EXPERTS, metavar="V_f", help=visible)
+    method.add_argument(
+        "--assignment",
+        choices=ASSIGNMENTS,
+        help="uniform: experts are drawn at random; balanced: ids are placed by descending count on the least-loaded "
+        "experts; rank-local: like balanced, but all experts of an id are on one expert-parallel rank",
+    )
+    method.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="build a baseline: smoe (every id sees all experts), hash (every id sees one random expert), "
+        "hash-balanced (every id sees one expert, placed by count), top-k-hash (every id sees "
+        "--frequent-visible-experts experts)",
+    )
+    first = "the first L transformer layers are hash layers: every id sees equally many experts there, and the other "
+    hashed = f"{first}flags apply to the other layers only; 0: none"
+    method.add_argument("--hash-layers", type=ranges.HASH_LAYERS, metavar="L", help=hashed)
+    number = "experts that every id sees in a hash layer; with k of them, the table picks the k experts and the router "
+    seen = f"{number}only weights them (default: 1)"
+    method.add_argument("--hash-visible-experts", type=ranges.EXPERTS, metavar="V", help=seen)
+    method.add_argument(
+        "--hash-assignment",
+        choices=ASSIGNMENTS,
+        help="how the experts of hash layers are chosen (default: rank-local with --assignment rank-local, "
+        "else balanced)",
+    )
+    method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
+    add_seed_argument(method, "the random choices")
+    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_force_argument(parser)
+    add_workers_argument(parser)
+    return parser.parse_args()
+
+
+def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
+    """Return the recipe that the flags describe.
+
+    Raises:
+        UserError: Flags are missing or contradict each other.
+    """
+    given = {name: value for name in _METHOD if (value := getattr(arguments, name)) is not None}
+    common: dict[str, Any] = {"seed": arguments.seed, "shared_table": arguments.shared_table}
+    if arguments.assignment == "rank-local":
+        if arguments.expert_model_parallel_size is None:
+            raise UserError("--assignment rank-local needs --expert-model-parallel-size")
+        common["expert_model_parallel_size"] = arguments.expert_model_parallel_size
+    if arguments.preset:
+        recipe = MaskRecipe.from_preset(
+            arguments.preset, arguments.num_experts, arguments.num_layers, **given, **common
+        )
+    else:
+        optional = {"frequent_visible_experts"} if arguments.frequent_mass == 0 else set()
+        if missing := [name for name in _METHOD if name not in given.keys() | optional]:
+            raise UserError(f"{_flags(missing)} missing; give all of them, or a --preset")
+        recipe = MaskRecipe(arguments.num_experts, arguments.num_layers, **given, **common)
+    return _with_hash_layers(recipe, arguments)
+
+
+def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> MaskRecipe:
+    """Return the recipe with the hash layers that the flags describe.
+
+    Without hash layers this is `recipe` itself. If all layers are hash layers, it is the recipe of a baseline.
+
+    Raises:
+        UserError: Flags contradict each other.
+    """
+    if arguments.hash_layers is None:
+        if hashed := [name for name in _HASH_LAYERS if getattr(arguments, name) is not None]:
+            raise UserError(f"{_flags(hashed)} without --hash-layers")
+        return recipe
+    visible = 1 if arguments.hash_visible_experts is None else arguments.hash_visible_experts
+    assignment = arguments.hash_assignment or ("rank-local" if recipe.assignment == "rank-local" else "balanced")
+    if arguments.hash_layers == 0:
+        return recipe
+    if arguments.hash_layers < recipe.num_layers:
+        return replace(recipe, hash_layers=HashLayers(arguments.hash_layers, visible, assignment))
+    if arguments.hash_layers > recipe.num_layers:
+        raise UserError(f"--hash-layers {arguments.hash_layers}: the model has {recipe.num_layers} layers")
+    sizes: dict[str, Any] = {"num_experts": recipe.num_experts, "num_layers": recipe.num_layers, "seed": recipe.seed}
+    sizes["shared_table"] = recipe.shared_table
+    if assignment == "rank-local":
+        sizes["expert_model_parallel_size"] = recipe.expert_model_parallel_size
+    if visible > 1:
+        return MaskRecipe.from_preset("top-k-hash", assignment=assignment, frequent_visible_experts=visible, **sizes)
+    if assignment == "rank-local":
+        return MaskRecipe(assignment=assignment, frequent_mass=0.0, **sizes)
+    return MaskRecipe.from_preset("hash" if assignment == "uniform" else "hash-balanced", **sizes)
+
+
+def mask_from_table(arguments: argparse.Namespace) -> RoutingMask:
+    """Return the mask that `--expert-table` describes.
+
+    Raises:
+        UserError: The table cannot be used, or a flag is given that the table already decides.
+    """
+    given = [name for name in (*_METHOD, "preset", *_HASH_LAYERS) if getattr(arguments, name) is not None]
+    if arguments.shared_table:
+        given.append("shared_table")
+    if given:
+        raise UserError(f"--expert-table already decides the experts of each id; leave {_flags(given)} out")
+    table = ExpertTable.read(arguments.expert_table, arguments.num_layers)
+    if repeats := table.num_ids_with_repeats:
+        print(f"WARNING: {repeats:,} ids name an expert more than once; they see each named expert once")
+    return table.to_mask(arguments.num_experts, arguments.num_layers)
+
+
+def _inputs(arguments: argparse.Namespace) -> list[Path]:
+    """Return the files and folders that the command reads."""
+    table = arguments.expert_table and Path(ExpertTable.path_of(arguments.expert_table))
+    return [path for path in (arguments.token_frequency, table) if path]
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None) -> None:
+    """Print size, visible experts, expected load and digest of the mask, and a warning if it cannot be balanced."""
+    is_frequent = mask.num_visible_beyond_hash_layers > 1
+    tables = "one table for all layers" if mask.is_shared else f"{mask.num_layers} tables"
+    size = f"{mask.nbytes / 2**20:.2f} MiB"
+    print(f"mask             {mask.vocab_size:,} ids · {mask.num_experts} experts · {tables} · {size}")
+    print(f"visible experts  {describe_visible_experts(mask)}")
+    if frequency is not None:
+        occurrences = frequency.occurrences
+        load = expected_expert_load(mask, occurrences)
+        if is_frequent.any() and not is_frequent.all():
+            print(f"frequent share   {occurrences[is_frequent].sum() / occurrences.sum():.2%} of all occurrences")
+        print(f"expert load      {describe_imbalance(load)}")
+        if num_ranks:
+            print(f"rank load        {describe_imbalance(load, num_ranks)}")
+        warn_of_overload(mask, occurrences)
+    print(f"digest           {mask.digest}")
+
+
+def describe_imbalance(load: np.ndarray, num_ranks: int | None = None) -> str:
+    """Return a text with maximum over mean of the load, over all tables.
+
+    Args:
+        load: The load of each expert, `[tables, N]`.
+        num_ranks: Number of ranks, of which each has an equal share of consecutive experts. The text is then about the
+            load of the ranks.
+    """
+    if num_ranks is not None:
+        load = load.reshape(len(load), num_ranks, -1).sum(axis=2)
+    imbalance = load.max(axis=1) / load.mean(axis=1)
+    spread = f"{imbalance.min():.3f} / {np.median(imbalance):.3f} / {imbalance.max():.3f}"
+    return f"expected max/mean {spread} (min / median / max over tables)"
+
+
+def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
+    """Print a warning with a cure if single ids are too frequent for a balanced load."""
+    ids = overloading_ids(mask, occurrences)
+    if not len(ids):
+        return
+    worst = ids[0]
+    others = f" ({len(ids) - 1:,} more ids are too frequent as well)" if len(ids) > 1 else ""
+    share, num_visible = occurrences[worst] / occurrences.sum(), mask.fewest_visible_of_id[worst]
+    needed = max(2, math.ceil(share * mask.num_experts))
+    num_ranks, hashed = mask.provenance.expert_model_parallel_size, mask.provenance.hash_layers
+    if num_ranks and share > 1 / num_ranks:
+        cure = f"use fewer than {num_ranks} expert-parallel ranks, or another assignment"
+    elif hashed and num_visible == hashed.visible_experts:
+        cure = f"use --hash-visible-experts of at least {needed}, or no hash layers"
+    elif num_visible == 1:
+        cure = f"make it frequent (a larger --frequent-mass) with --frequent-visible-experts of at least {needed}"
+    else:
+        cure = f"give frequent ids at least {needed} experts (--frequent-visible-experts)"
+    print(
+        f"WARNING: balance is impossible: id {worst} alone has {share:.2%} of all occurrences and sees {num_visible} "
+        f"of {mask.num_experts} experts{others}; {cure}, or use fewer experts"
+    )
+
+
+def main() -> None:
+    """Build the mask, write it and print a summary."""
+    arguments = parse_arguments()
+    num_ranks = arguments.expert_model_parallel_size
+    if num_ranks is not None and arguments.num_experts % num_ranks:
+        raise UserError(f"{arguments.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
+    check_outputs([arguments.output], _inputs(arguments), arguments.force)
+    frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
+    with atomic_output(arguments.output) as temporary:
+        if arguments.expert_table:
+            mask = mask_from_table(arguments)
+        else:
+            source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
+            mask = build_routing_mask(recipe_from(arguments), **source, workers=arguments.workers, progress=True)
+        mask.save(temporary)
+    print_summary(mask, frequency, num_ranks)
+    print(f"written          {arguments.output}")

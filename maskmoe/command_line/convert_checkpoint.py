@@ -1,0 +1,235 @@
+"""Move models between Megatron's checkpoints and transformers' format, or make MoE models of dense ones."""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import shlex
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.parser import Parser, add_force_argument
+from maskmoe.command_line.progress import say_loading
+from maskmoe.conversion.settings import (
+    DERIVED_PATTERN,
+    DTYPE_NAMES,
+    NO_PATTERN,
+    Settings,
+    UpcycleSettings,
+    parse_size,
+)
+from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output, check_outputs, unwinding_on_signals
+from maskmoe.files.paths import check_folder
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line; `command` in the result is the name of the subcommand."""
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help in {
+        "megatron-to-hf": "convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
+        "hf-to-megatron": "convert a transformers model into a checkpoint that training starts from",
+        "upcycle": "make a MaskMoE model of a dense model, whose MLPs become experts",
+        "quantize": "store the weights of an exported model's layers in int8 (needs torchao)",
+        "inspect": "report what a checkpoint or model holds and whether it is intact",
+    }.items():
+        _add_arguments(commands.add_parser(name, help=help), name)
+    return parser.parse_args()
+
+
+def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the arguments of the subcommand `name`."""
+    if name == "inspect":
+        folder = "folder of a model, of a checkpoint, or of a run's checkpoints"
+        parser.add_argument("checkpoint", type=Path, metavar="DIR", help=folder)
+        parser.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
+        add_force_argument(parser)
+    elif name == "quantize":
+        folder, text = "folder of an exported model", "text to compute the losses on (default: the model samples text)"
+        parser.add_argument("--load", type=Path, required=True, metavar="DIR", help=folder)
+        parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="new folder for the result")
+        parser.add_argument("--text", type=Path, metavar="F", help=text)
+    else:
+        _add_conversion_arguments(parser)
+    if name == "megatron-to-hf":
+        parser.set_defaults(hybrid_layer_pattern=None)
+    elif name not in ("inspect", "quantize"):
+        pattern = (
+            "write a checkpoint of a HybridModel with this pattern, in which | may divide pipeline stages; "
+            f"{DERIVED_PATTERN}: with the pattern of the model's layers; {NO_PATTERN}: of a GPTModel (default: of the "
+            "class that the model was exported from, else of a GPTModel)"
+        )
+        parser.add_argument("--hybrid-layer-pattern", metavar="P", help=pattern)
+    if name == "upcycle":
+        formats = {"choices": ("megatron", "hf"), "default": "megatron"}
+        parser.add_argument("--save-format", **formats, help="format of the result (default: %(default)s)")
+        add_upcycle_arguments(parser)
+    elif name not in ("inspect", "quantize"):
+        parser.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask for a model that holds none")
+    verification = "do not compare files with the digests that were saved with them"
+    parser.add_argument("--no-verify-checkpoint", action="store_false", dest="verify", help=verification)
+
+
+def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
+    folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR"}
+    size: dict[str, Any] = {"type": parse_size, "default": Settings.max_shard_size, "metavar": "SIZE"}
+    target = "new folder for the result, or the folder of an interrupted conversion to resume"
+    kind = "type of the tokenizer (default: the checkpoint's), as Megatron's flag; NullTokenizer for none"
+    file = "file of the tokenizer (default: the checkpoint's); export refuses another file than that of training"
+    parser.add_argument("--load", **folder, help="folder to convert: a model, a checkpoint, or a run's checkpoints")
+    parser.add_argument("--save", **folder, help=target)
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: as they are stored)")
+    parser.add_argument("--max-shard-size", **size, help="upper bound of a file's size, such as 5GB (default)")
+    parser.add_argument("--tokenizer-type", metavar="T", help=kind)
+    parser.add_argument("--tokenizer-model", metavar="F", help=file)
+    parser.add_argument("--allow-nan", action="store_true", help="convert weights that are NaN or infinite, too")
+
+
+def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `upcycle_settings` reads, and `--routing-mask`."""
+    group = parser.add_argument_group("experts")
+    mask = "routing mask made by maskmoe mask for the model's vocabulary (vocab_size in config.json)"
+    group.add_argument("--routing-mask", type=Path, required=True, metavar="F", help=mask)
+    experts = "experts in each MoE layer"
+    group.add_argument("--num-experts", type=ranges.EXPERTS, required=True, metavar="N", help=experts)
+    group.add_argument("--shared-expert", action="store_true", help="give each MoE layer a shared expert, too")
+    layers = "which layers get experts, as Megatron's flag: one in FREQ layers, or a list such as [0]+[1]*23"
+    frequency: dict[str, Any] = {"default": UpcycleSettings.moe_layer_freq, "metavar": "FREQ"}
+    group.add_argument("--moe-layer-freq", **frequency, help=f"{layers} (default: all layers)")
+    flags = {
+        "topk": ("K", ranges.EXPERTS, "experts of a token"),
+        "granularity": (
+            "G",
+            ranges.GRANULARITY,
+            "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies",
+        ),
+        "noise": ("S", ranges.NOISE, "standard deviation of relative noise on the experts' weights"),
+        "reinit_share": (
+            "R",
+            ranges.SHARE,
+            "share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5",
+        ),
+        "seed": ("S", ranges.SEED, "seed of routers, noise and new features"),
+    }
+    for name, (metavar, kind, help) in flags.items():
+        default, text = getattr(UpcycleSettings, name), f"{help} (default: %(default)s)"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=text)
+
+
+def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:
+    """Return the settings that the flags of `add_upcycle_arguments` describe; needs a prepared process.
+
+    Raises:
+        UserError: the settings contradict each other.
+    """
+    frequency = arguments.moe_layer_freq
+    if isinstance(frequency, str):
+        frequency = _parse_layer_frequency(frequency)
+    return UpcycleSettings(**_field_values(UpcycleSettings, arguments) | {"moe_layer_freq": frequency})
+
+
+def _field_values(settings: type, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the flags that have the names of a dataclass's fields."""
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(settings)}
+
+
+def _parse_layer_frequency(text: str) -> int | list[int]:
+    """Parse `--moe-layer-freq` as Megatron does.
+
+    Raises:
+        UserError: the text is not a layer pattern.
+    """
+    from megatron.training.arguments import moe_freq_type
+
+    from maskmoe.training.settings.flag_ranges import check_pattern
+
+    with suppress(argparse.ArgumentTypeError, SyntaxError, TypeError, ValueError, MemoryError):
+        frequency = moe_freq_type(check_pattern(text))
+        is_valid = set(frequency) <= {0, 1} if isinstance(frequency, list) else frequency >= 1
+        if is_valid:
+            return frequency
+    raise UserError(f"--moe-layer-freq {text!r} is neither 1 or more nor a list of 0 and 1, such as [0]+[1]*23")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    """Run a conversion, and print where the result is and how training loads it."""
+    from maskmoe.checkpoint.routing_mask import read_routing_mask
+    from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
+    from maskmoe.conversion.upcycle import changes_of_function
+
+    settings, flags = Settings(**_field_values(Settings, arguments)), None
+    mask = read_routing_mask(arguments.routing_mask) if arguments.routing_mask else None
+    if arguments.command == "megatron-to-hf":
+        megatron_to_huggingface(settings, mask)
+    elif arguments.command == "hf-to-megatron":
+        flags = huggingface_to_megatron(settings, mask)
+    else:
+        assert mask is not None  # upcycle requires --routing-mask
+        recipe, to_megatron = upcycle_settings(arguments), arguments.save_format == "megatron"
+        load_flags = upcycle_model(settings, recipe, mask, to_megatron)
+        flags = load_flags if to_megatron else None
+        if changes := changes_of_function(recipe, mask):
+            print(f"the model does not compute what the dense model computes: {'; '.join(changes)}")
+        else:
+            print("the model computes what the dense model computes")
+    if flags is None:
+        print(f"written {arguments.save}")
+    else:
+        print(f"written {arguments.save}; load it with")
+        print(" ".join(["  --load", shlex.quote(str(arguments.save)), "--use-checkpoint-args", *flags]))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from maskmoe.conversion.inspection import inspect_checkpoint
+
+    inspection = inspect_checkpoint(arguments.checkpoint, arguments.verify)
+    print(inspection.table())
+    if arguments.json:
+        with atomic_output(arguments.json) as path:
+            path.write_text(json.dumps(dataclasses.asdict(inspection), indent=2) + "\n")
+
+
+def _import_torchao() -> None:
+    """Import torchao, which must come before the CPU adapter: torchao asks CUDA for its version.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    try:
+        importlib.import_module("torchao.prototype.safetensors.safetensors_support")  # transformers imports it, too
+    except ImportError as error:
+        raise UserError(f"quantize needs torchao ({error}): pip install torchao") from error
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from maskmoe.conversion.quantize import quantize_model
+
+    report = quantize_model(arguments.load, arguments.save, arguments.text, arguments.verify)
+    print(report.summary())
+    print(f"written {arguments.save}")
+
+
+def main() -> None:
+    """Run the subcommand that the command line names."""
+    arguments = parse_arguments()
+    if arguments.command == "inspect":
+        check_folder(arguments.checkpoint)
+        if arguments.json:
+            check_outputs([arguments.json], [arguments.checkpoint], arguments.force)
+    else:
+        check_folder(arguments.load, "--load")
+    say_loading("importing PyTorch and Megatron-Core")
+    if arguments.command == "quantize":
+        _import_torchao()
+    # Only now, since torch and Megatron take seconds to import and `--help` needs neither.
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    if arguments.command == "inspect":
+        _inspect(arguments)
+    else:
+        with unwinding_on_signals():
+            _quantize(arguments) if arguments.command == "quantize" else _convert(arguments)

@@ -1,0 +1,85 @@
+r"""Count the occurrences of each token id in the training data.
+
+A routing mask is built from these counts. Counts of several datasets, for instance of the shards of one text, can be
+joined.
+
+Example:
+  %(prog)s --data-path 0.7 data/web_text_document 0.3 data/books_text_document \
+    --vocab-size 32000 --output counts.safetensors
+  %(prog)s --merge counts-0.safetensors counts-1.safetensors --output counts.safetensors
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.arguments import add_workers_argument, command_parser
+from maskmoe.command_line.parser import add_force_argument
+from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.routing_mask.assignment import ids_by_frequency
+from maskmoe.routing_mask.frequency import (
+    TokenFrequency,
+    count_token_frequency,
+    files_of_data_path,
+    merge_token_frequencies,
+)
+
+
+def print_summary(frequency: TokenFrequency) -> None:
+    """Print the datasets, the most frequent ids and the digest of the counts."""
+    occurrences = frequency.occurrences
+    for dataset, weight in zip(frequency.datasets, frequency.weights, strict=True):
+        blend = "" if weight is None else f" · blend weight {weight:g}"
+        print(f"dataset          {dataset['name']}: {dataset['num_tokens']:,} tokens{blend}")
+    never_seen = int((occurrences == 0).sum())
+    print(f"tokens           {frequency.num_tokens:,}")
+    print(f"ids never seen   {never_seen:,} of {frequency.vocab_size:,} ({never_seen / frequency.vocab_size:.1%})")
+    most_frequent = ids_by_frequency(occurrences)[:5]
+    shares = ", ".join(f"{token} ({occurrences[token] / occurrences.sum():.2%})" for token in most_frequent)
+    print(f"most frequent    {shares}")
+    print(f"digest           {frequency.digest}")
+
+
+def _count(arguments: Namespace) -> TokenFrequency:
+    if arguments.merge is None:
+        return count_token_frequency(arguments.data_path, arguments.vocab_size, arguments.workers, progress=True)
+    joined = None if arguments.data_path is None else arguments.data_path[0]
+    return merge_token_frequencies(arguments.merge, joined)
+
+
+def main() -> None:
+    """Count, write the counts and print a summary."""
+    parser = command_parser(__doc__)
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        metavar="P",
+        help="the value of Megatron's --data-path in training, so that the counts follow the same blend: dataset "
+        "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
+    )
+    size = "number of ids of the tokenizer, without padding"
+    parser.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help=size)
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        metavar="COUNTS",
+        help="add up counts that this command has written, instead of counting; with --data-path P, the result is the "
+        "counts of P, which maskmoe preprocess --merge has joined from the counted datasets",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_force_argument(parser)
+    add_workers_argument(parser)
+    arguments = parser.parse_args()
+    if arguments.merge is None and (arguments.data_path is None or arguments.vocab_size is None):
+        parser.error("give --data-path and --vocab-size, or --merge")
+    if arguments.merge is not None and (arguments.vocab_size is not None or arguments.workers is not None):
+        parser.error("--vocab-size and --workers do not apply to --merge")
+    if arguments.merge is not None and len(arguments.data_path or ()) > 1:
+        parser.error("--merge takes the prefix of one joined dataset as --data-path")
+    inputs = files_of_data_path(arguments.data_path) if arguments.data_path is not None else []
+    check_outputs([arguments.output], [*inputs, *(arguments.merge or ())], arguments.force)
+    with atomic_output(arguments.output) as temporary:
+        frequency = _count(arguments)
+        frequency.save(temporary)
+    print_summary(frequency)
+    print(f"written          {arguments.output}")

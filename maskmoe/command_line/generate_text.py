@@ -1,0 +1,154 @@
+"""Continue texts with a model in transformers' format, such as maskmoe convert writes."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.parser import Parser, add_force_argument
+from maskmoe.command_line.progress import say_loading
+from maskmoe.conversion.model_config import read_model_config
+from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.training.loop.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
+
+_MIN_TEMPERATURE = 1e-6
+
+
+def main() -> None:
+    """Print each prompt with its continuation, which is computed on a GPU if there is one.
+
+    Raises:
+        UserError: the model or the file of prompts is missing or damaged, a prompt is empty or too long for the model,
+            or a number is out of range.
+    """
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
+    add_prompt_arguments(parser)
+    add("--max-new-tokens", type=ranges.NEW_TOKENS, default=64, metavar="N", help="stop after N new tokens")
+    add(
+        "--temperature",
+        type=ranges.TEMPERATURE,
+        default=0.8,
+        help="divide logits by this; 0 takes the most probable token",
+    )
+    add("--top-k", type=ranges.TOP_K, default=50, help="sample among the K most probable tokens; 0 for all")
+    add("--seed", type=ranges.SEED, default=1234, help="seed of the sampling")
+    add("--output", type=Path, metavar="FILE", help="also write the text to a file")
+    add_force_argument(parser)
+    arguments = parser.parse_args()
+    if not (arguments.model / "config.json").is_file():
+        raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
+    positions = read_positions(arguments.model / "config.json")
+    if arguments.output is not None:
+        if arguments.interactive:
+            raise UserError("--output does not apply to --interactive, which writes to the terminal")
+        inputs = [path for path in (arguments.model, arguments.prompts_file) if path is not None]
+        check_outputs([arguments.output], inputs, arguments.force)
+    prompts = Prompts(arguments)
+
+    say_loading("importing PyTorch and transformers")
+    # Only now, since these imports take seconds and `--help` does not need them.
+    import torch
+    from transformers import set_seed
+
+    from maskmoe.conversion.exported_model import load_exported_model, load_exported_tokenizer
+
+    tokenizer = load_exported_tokenizer(arguments.model)
+    prompts_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts.texts]
+    for prompt_ids in prompts_ids:
+        check_prompt(prompt_ids, arguments.max_new_tokens, positions)
+    say_loading("reading the model")
+    model = load_exported_model(arguments.model, tokenizer)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    continuation = Continuation(arguments, tokenizer, model)
+    set_seed(arguments.seed)
+    if arguments.interactive:
+        loop = PromptLoop()
+        while (prompt := loop.next()) is not None:
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            try:
+                check_prompt(prompt_ids, arguments.max_new_tokens, positions)
+            except UserError as error:
+                loop.refuse(error)
+                continue
+            with loop.answering():
+                continuation.show(prompt_ids, loop)
+        return
+    texts = (text for batch in prompts.batches() for text in continuation.of(prompts_ids[batch]))
+    text = prompts.output([*texts])
+    print(text)
+    if arguments.output is not None:
+        with atomic_output(arguments.output) as path:
+            path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_positions(path: Path) -> int | None:
+    """Return the number of positions of a model; None if the model names no limit.
+
+    Args:
+        path: the model's `config.json`.
+
+    Raises:
+        UserError: the file is damaged, or its number of positions is no positive whole number.
+    """
+    positions = read_model_config(path).get("max_position_embeddings")
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise UserError(f"{path}: max_position_embeddings is {positions!r}, not a positive whole number")
+    return positions
+
+
+class Continuation:
+    """Continues texts with a model of transformers.
+
+    Args:
+        arguments: the arguments of the command line.
+        tokenizer: the model's tokenizer.
+        model: the model.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, tokenizer: Any, model: Any) -> None:
+        self._tokenizer, self._model = tokenizer, model
+        end = model.generation_config.eos_token_id
+        self._ends = {*end} if isinstance(end, list) else {end}
+        self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+        if arguments.temperature > 0:
+            # Logits that are divided by the smallest temperatures become infinite.
+            temperature = max(arguments.temperature, _MIN_TEMPERATURE)
+            self._options |= {"do_sample": True, "temperature": temperature, "top_k": arguments.top_k}
+
+    def of(self, prompts: list[list[int]]) -> list[str]:
+        """Return each prompt with its continuation.
+
+        Args:
+            prompts: the token ids of each prompt, at least one.
+        """
+        import torch
+
+        # Pad on the left, because the model adds tokens on the right. The mask hides the padding, so any id serves.
+        longest = max(map(len, prompts))
+        paddings = [longest - len(ids) for ids in prompts]
+        device = self._model.device
+        tokens = torch.tensor([[0] * width + ids for width, ids in zip(paddings, prompts, strict=True)], device=device)
+        is_real = torch.arange(longest, device=device) >= torch.tensor(paddings, device=device).unsqueeze(1)
+        rows = self._model.generate(tokens, attention_mask=is_real.long(), pad_token_id=0, **self._options).tolist()
+        return [self._decode(row[width:], longest - width) for row, width in zip(rows, paddings, strict=True)]
+
+    def show(self, prompt: list[int], loop: PromptLoop) -> None:
+        """Write a prompt with its continuation while it grows, until Ctrl-C."""
+        import torch
+
+        def show_and_decide(tokens: Any, _scores: Any, **_: Any) -> Any:
+            loop.show(self._decode(tokens[0].tolist(), len(prompt)))
+            return torch.full((1,), loop.is_interrupted, dtype=torch.bool, device=tokens.device)
+
+        tokens = torch.tensor([prompt], device=self._model.device)
+        options = {**self._options, "attention_mask": torch.ones_like(tokens), "pad_token_id": 0}
+        self._model.generate(tokens, **options, stopping_criteria=[show_and_decide])
+
+    def _decode(self, tokens: list[int], num_prompt_tokens: int) -> str:
+        """Return the text of a prompt and of its continuation up to the token that ends a text."""
+        new = tokens[num_prompt_tokens:]
+        length = next((index for index, token in enumerate(new) if token in self._ends), len(new))
+        return self._tokenizer.decode(tokens[: num_prompt_tokens + length], skip_special_tokens=True)

@@ -1,0 +1,138 @@
+r"""Encode text into a dataset that Megatron-Core trains on, or join the datasets of many machines.
+
+The output is PREFIX_text_document.bin with the token ids, PREFIX_text_document.idx with the documents, and
+PREFIX_text_document.tokenizer.json with the identity of the tokenizer.
+
+A file that ends in .jsonl, .json or .ndjson holds one JSON object on each line, and each line is a document. A row of a
+Parquet file (.parquet), of an Arrow file (.arrow, .feather) or of a dataset saved by Hugging Face's datasets is a
+document, too. All other files are plain text: divided at --document-separator if it is given, else one document each,
+or several of about 1 MiB if the file is larger. JSON lines and plain text may be compressed with gzip or zstd. The
+flags have the names of Megatron-LM's.
+
+Example:
+  %(prog)s --input corpus.jsonl --tokenizer-type SentencePieceTokenizer \
+    --tokenizer-model tokenizer.model --output-prefix data/corpus --append-eod --shuffle-seed 1
+
+  two machines, then one of them:
+  %(prog)s --shard 0/2 --input *.parquet --tokenizer-type HuggingFaceTokenizer \
+    --tokenizer-model tokenizer.json --output-prefix data/corpus --append-eod
+  %(prog)s --shard 1/2 --input *.parquet --tokenizer-type HuggingFaceTokenizer \
+    --tokenizer-model tokenizer.json --output-prefix data/corpus --append-eod
+  %(prog)s --merge data/corpus --output-prefix data/corpus --shuffle-seed 1
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.arguments import (
+    add_text_arguments,
+    add_workers_argument,
+    command_parser,
+    pop_reading_options,
+)
+from maskmoe.command_line.parser import add_force_argument
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.merging import merge_datasets
+from maskmoe.data.preprocess import preprocess
+from maskmoe.data.sharding import Shard
+from maskmoe.data.tokenizer import TOKENIZER_TYPES
+
+# Flags that say how text is encoded, with their values if they are not given: --merge, which encodes nothing, refuses
+# them.
+_FLAGS_OF_ENCODING = {
+    "input_format": None,
+    "document_separator": None,
+    "dataset_split": None,
+    "tokenizer_type": None,
+    "tokenizer_model": None,
+    "append_eod": False,
+    "shard": None,
+    "workers": None,
+}
+
+
+def main() -> None:
+    """Encode or join, and print the size of each dataset."""
+    parser = _parser()
+    settings = vars(parser.parse_args())
+    started = time.perf_counter()
+    datasets = _encode(parser, settings) if settings["merge"] is None else _merge(parser, settings)
+    seconds = time.perf_counter() - started
+    for data in datasets:
+        rate = data.num_tokens / seconds
+        print(f"{data.prefix}: {data.num_documents} documents, {data.num_tokens} tokens, {rate:.0f} tokens/s")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__)
+    sources = parser.add_mutually_exclusive_group(required=True)
+    add_text_arguments(parser, ", encoded in the given order", "text; each key gets a dataset of its own", sources)
+    parser.set_defaults(json_keys=None)  # distinguishes keys that the user gives, which --merge of datasets refuses
+    sources.add_argument(
+        "--merge",
+        nargs="+",
+        metavar="PREFIX",
+        help="join datasets in the given order instead of encoding text: prefixes of datasets (without .bin and .idx), "
+        "or the --output-prefix of shards, which stands for all of them in order",
+    )
+    kind = "type of the tokenizer, as in training"
+    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help=kind)
+    parser.add_argument(
+        "--tokenizer-model",
+        metavar="MODEL",
+        help="a SentencePiece .model file; or the tokenizer.json of a Hugging Face tokenizer, or the folder that holds "
+        "it",
+    )
+    outputs = (
+        "start of the output paths PREFIX_KEY_document.{bin,idx,tokenizer.json}; --merge of prefixes of datasets "
+        "writes PREFIX.{bin,idx,tokenizer.json}"
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=outputs)
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
+    parser.add_argument(
+        "--shuffle-seed",
+        type=ranges.SEED,
+        metavar="S",
+        help="write the documents in a random order that depends only on this seed and their number, so that the last "
+        "documents, which Megatron's --split holds out, resemble the documents before them; needs twice the disk space "
+        "while it runs (default: keep the order of the input)",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="encode part I of N parts of about equal size, with I from 0 to N - 1; the output prefix becomes "
+        "PREFIX-I-of-N with five digits each",
+    )
+    add_force_argument(parser)
+    add_workers_argument(parser)
+    return parser
+
+
+def _encode(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> Sequence[IndexedDatasetWriter]:
+    for name in ("tokenizer_type", "tokenizer_model"):
+        if settings[name] is None:
+            parser.error(f"the following arguments are required: --{name.replace('_', '-')}")
+    del settings["merge"]
+    if settings["json_keys"] is None:
+        del settings["json_keys"]
+    shard = settings.pop("shard")
+    options = pop_reading_options(settings)
+    return preprocess(
+        settings.pop("input"), options=options, shard=None if shard is None else Shard.parse(shard), **settings
+    )
+
+
+def _merge(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> Sequence[IndexedDatasetWriter]:
+    for name, absent in _FLAGS_OF_ENCODING.items():
+        if settings[name] != absent:
+            parser.error(f"--{name.replace('_', '-')} is for --input, and does not apply to --merge")
+    return merge_datasets(
+        settings["merge"],
+        settings["output_prefix"],
+        settings["json_keys"],
+        settings["shuffle_seed"],
+        settings["force"],
+    )

@@ -1,0 +1,144 @@
+"""Runs the main function of a command-line tool and reports its errors."""
+
+import errno
+import io
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from maskmoe.command_line.parser import one_line
+from maskmoe.errors import RunFailure, UserError
+from maskmoe.files.surrogates import has_surrogates
+from maskmoe.processes.interruption import EXIT_REQUEUE, EXIT_REWIND, is_last_attempt, leave_exit_code
+
+EXIT_RUN_FAILURE = 1
+EXIT_BAD_INPUT = 2
+_EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+# Errors of the operating system that say something about a path, not about the program.
+_ERRORS_OF_PATHS = {
+    *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.ETXTBSY, errno.EXDEV),
+}
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
+
+# Seconds that all other ranks of a node wait before they report an error, so that only the first rank reports it.
+_REPORT_DELAY = 10
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run `main`, and report its `UserError` or `RunFailure` in one line on stderr.
+
+    An error of the operating system about a path of the command line, a full disk, and too many open files are reported
+    in one line, too, except in a rank of a run, which may have begun and is then restarted. All other exceptions are
+    errors of the program, and keep their traceback. The process exits with code 2 for bad input, as argparse does for
+    bad flags, with 1 for a failed run, with 130 after Ctrl-C, and silently with 141 if nobody reads its output.
+    """
+    _print_every_character()
+    _allow_open_files()
+    try:
+        with _describing_paths():
+            try:
+                main()
+            finally:
+                _flush_output()
+    except (UserError, RunFailure) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler may save, but no state is left to save
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # The first rank of the node usually fails with the same error. Torchrun then ends this rank while it waits.
+            time.sleep(_REPORT_DELAY)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        code = EXIT_RUN_FAILURE if isinstance(error, RunFailure) else EXIT_BAD_INPUT
+    except SystemExit as exit_request:
+        code = exit_request.code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        if not _is_output_closed():
+            raise
+        code = _EXIT_BROKEN_PIPE
+    else:
+        return
+    try:
+        _flush_output()
+    except OSError:
+        # The interpreter would try again when it exits, and report its failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
+        leave_exit_code(code)
+    elif code == EXIT_REWIND and is_last_attempt():
+        leave_exit_code(EXIT_REQUEUE)  # torchrun does not start the ranks again, so its caller must
+    sys.exit(code)
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:  # it is None if the parent process has closed it
+        sys.stdout.flush()
+
+
+def _print_every_character() -> None:
+    """Let the output replace characters that it cannot encode, such as bytes of a file's name that are not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _allow_open_files() -> None:
+    """Allow this process as many open files as the system permits: Megatron keeps files of every dataset open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@contextmanager
+def _describing_paths() -> Iterator[None]:
+    """Turn an error of the operating system into one that names the path of the command line, or the full disk.
+
+    Raises:
+        UserError: a path of the command line cannot be used.
+        RunFailure: a disk is full, or too many files are open.
+    """
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        # Python writes a byte that is no UTF-8 as a surrogate; text files and JSON cannot hold it.
+        word = next(filter(has_surrogates, sys.argv[1:]), None)
+        if word is None:
+            raise
+        raise UserError(f"{word!a} on the command line is not valid UTF-8: rename the file") from error
+    except OSError as error:
+        if "RANK" in os.environ:
+            raise
+        if error.errno in _FULL_DISK:
+            place = f" for {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+            raise RunFailure(f"no space is left on the disk{place}") from error
+        if error.errno in _TOO_MANY_FILES:
+            raise RunFailure(f"{error.strerror}; raise the limit (ulimit -Hn, or fs.file-max of the host)") from error
+        path = _path_of_command_line(error, sys.argv[1:])
+        if path is None:
+            raise
+        raise UserError(f"cannot use {path}: {error.strerror}") from error
+
+
+def _path_of_command_line(error: OSError, words: Sequence[str]) -> str | None:
+    """Return the path that an error is about; None unless a word of the command line is this path or its beginning."""
+    if error.errno not in _ERRORS_OF_PATHS or not isinstance(error.filename, str | bytes):
+        return None
+    path = os.fsdecode(error.filename)
+    values = (word.partition("=")[2] if word.startswith("--") else word for word in words)
+    if any(os.path.abspath(path).startswith(os.path.abspath(value)) for value in values if value):
+        return path
+    return None
+
+
+def _is_output_closed() -> bool:
+    """Return whether the reader of this process's output has closed it, as `head` does."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

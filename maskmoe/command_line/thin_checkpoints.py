@@ -1,0 +1,50 @@
+"""Remove all checkpoints of a finished run but the newest sound checkpoints.
+
+Checkpoints that are newer than the one from which the run would resume stay, too: they are damaged, or the run has gone
+back beyond them.
+
+Use this command when the series of checkpoints is no longer needed. Training with --keep-last-checkpoints keeps fewer
+checkpoints from the start.
+
+Example:
+  %(prog)s --load runs/a/checkpoints
+"""
+
+from pathlib import Path
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.arguments import command_parser
+from maskmoe.errors import UserError
+
+
+def main() -> None:
+    """Remove the old checkpoints of the run that the command line names.
+
+    Raises:
+        UserError: the folder holds no sound checkpoint, or some old checkpoint cannot be removed. All other old
+            checkpoints are removed nevertheless.
+    """
+    parser = command_parser(__doc__)
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of Megatron checkpoints")
+    keep = "number of checkpoints to keep (default: %(default)s)"
+    parser.add_argument("--keep-last-checkpoints", type=ranges.CHECKPOINTS, default=1, metavar="K", help=keep)
+    retain = "also keep the checkpoints at multiples of this iteration (default: none)"
+    parser.add_argument("--save-retain-interval", type=ranges.ITERATIONS, metavar="N", help=retain)
+    arguments = parser.parse_args()
+
+    # Reading checkpoints needs torch and Megatron, `--help` does not.
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    from maskmoe.checkpoint.series import choose_checkpoint, remove_old_checkpoints
+
+    choice = choose_checkpoint(arguments.load)
+    if choice.checkpoint is None:
+        raise UserError(f"--load {arguments.load} holds no checkpoint")
+    keep, retain_interval = arguments.keep_last_checkpoints, arguments.save_retain_interval
+    removal = remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration)
+    for checkpoint in removal.removed:
+        print(f"removed  {checkpoint}")
+    if removal.remaining:
+        checkpoint, reason = next(iter(removal.remaining.items()))
+        raise UserError(f"cannot remove {checkpoint}: {reason}; remove the cause and run the command again")

@@ -1,0 +1,72 @@
+"""Train a SentencePiece tokenizer on text.
+
+The output is PREFIX.model, the tokenizer, and PREFIX.vocab, a readable list of its tokens. The tokenizer keeps every
+character and all white space. Characters that are too rare for a token of their own are encoded as bytes.
+
+The inputs are those of `maskmoe preprocess`: JSON lines (.jsonl, .json, .ndjson), Parquet (.parquet), Arrow (.arrow,
+.feather) and plain text, saved datasets of Hugging Face, pipes and standard input.
+
+Example:
+  %(prog)s --input corpus.jsonl --vocab-size 32000 --output-prefix tokenizer
+"""
+
+from collections.abc import Iterator, Sequence
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.arguments import (
+    add_seed_argument,
+    add_text_arguments,
+    command_parser,
+    pop_reading_options,
+)
+from maskmoe.command_line.parser import add_force_argument
+from maskmoe.data.corpus import parse_block, progress_bar, read_blocks
+from maskmoe.data.inputs import Input, find_inputs
+from maskmoe.data.tokenizer_training import train_tokenizer, vocabulary_lines
+from maskmoe.files.outputs import atomic_output, check_outputs
+
+
+def read_with_progress(inputs: Sequence[Input], json_keys: Sequence[str]) -> Iterator[str]:
+    """Yield all documents under all keys while a progress bar shows the bytes that were read."""
+    with progress_bar(inputs, "reading") as bar:
+        for block in read_blocks(inputs, json_keys, bar):
+            for texts in parse_block(block, json_keys):
+                yield from texts
+        bar.set_description("training")
+
+
+def main() -> None:
+    """Train the tokenizer and write its files."""
+    parser = command_parser(__doc__)
+    add_text_arguments(parser, " to train on", "the text")
+    size = "number of token ids, including 3 special ids and 256 ids for bytes"
+    parser.add_argument("--vocab-size", type=ranges.TOKENIZER_SIZE, required=True, metavar="V", help=size)
+    outputs = "path of the output files without .model and .vocab"
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=outputs)
+    algorithm = "algorithm of the tokenizer (default: %(default)s)"
+    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help=algorithm)
+    parser.add_argument(
+        "--character-coverage",
+        type=ranges.CHARACTER_COVERAGE,
+        default=0.9995,
+        metavar="SHARE",
+        help="share of the characters in the text (0.98 to 1) that is covered by characters with a token of their own; "
+        "other characters are encoded as bytes (default: %(default)s)",
+    )
+    lines = "train on at most N lines, drawn at random; limits the memory (default: %(default)s)"
+    parser.add_argument("--max-lines", type=ranges.LINES, default=10_000_000, metavar="N", help=lines)
+    threads = "threads (default: %(default)s)"
+    parser.add_argument("--num-threads", type=ranges.THREADS, default=16, metavar="T", help=threads)
+    add_seed_argument(parser, "the drawn lines")
+    add_force_argument(parser)
+    settings = vars(parser.parse_args())
+    prefix, names = settings.pop("output_prefix"), settings.pop("input")
+    inputs = find_inputs(names, pop_reading_options(settings))
+    outputs = [f"{prefix}.model", f"{prefix}.vocab"]
+    check_outputs(outputs, [*names, *(source.path for source in inputs)], settings.pop("force"))
+    # No output is open during the training, which a signal ends at once.
+    model = train_tokenizer(read_with_progress(inputs, settings.pop("json_keys")), **settings)
+    with atomic_output(outputs[0]) as model_path, atomic_output(outputs[1]) as vocab_path:
+        model_path.write_bytes(model)
+        vocab_path.write_text("".join(vocabulary_lines(model)), encoding="utf-8")
+    print(f"{prefix}.model: {settings['model_type']}, {settings['vocab_size']} ids")

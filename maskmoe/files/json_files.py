@@ -1,0 +1,103 @@
+"""Reads JSON files, which pydantic validates, and writes JSON files."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from maskmoe.command_line.parser import one_line
+from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.untrusted import UnusableFile, read_json_bytes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object whose content is not known in advance.
+
+    Raises:
+        UserError: the file cannot be read, or does not contain a JSON object.
+    """
+    return read_record(dict[str, Any], path, "replace the file by an intact copy")
+
+
+def check_finite(content: object, path: Path) -> None:
+    """Refuse NaN and infinity anywhere in the content of a JSON file; Python reads and writes both. Raises UserError.
+
+    Args:
+        content: the content of the file.
+        path: the file.
+    """
+    places: list[tuple[str, object]] = [("", content)]
+    while places:
+        place, value = places.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: {place} must be a finite number, not {value}")
+        if isinstance(value, dict):
+            places += [(f"{place}.{key}" if place else str(key), part) for key, part in value.items()]
+        elif isinstance(value, list):
+            places += [(f"{place}.{index}", part) for index, part in enumerate(value)]
+
+
+def json_values(value: Any) -> Any:
+    """Return a dataclass, or a value with dataclasses in it, as JSON values; null replaces NaN and infinity."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: json_values(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {str(name): json_values(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@cache
+def type_adapter[T](kind: type[T]) -> TypeAdapter[T]:
+    """Return the adapter of a type. A process makes each adapter once, because making one takes milliseconds."""
+    return TypeAdapter(kind)
+
+
+def read_record[T](kind: type[T], path: Path, advice: str) -> T:
+    """Read a JSON file that `write_record` has written.
+
+    Args:
+        kind: dataclass of the content.
+        path: the file.
+        advice: what the user can do about a damaged file.
+
+    Raises:
+        UserError: the file cannot be read or is damaged.
+    """
+    try:
+        return type_adapter(kind).validate_json(read_json_bytes(path))
+    except UnusableFile as error:
+        raise UserError(f"{error}; {advice}" if os.path.lexists(path) else str(error)) from error
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({first_problem(error)}); {advice}") from error
+
+
+def write_record(record: object, path: Path, indent: int | None = None) -> None:
+    """Write a dataclass as a JSON file, which replaces an older file atomically."""
+    # A loss may be NaN, which `dump_json` would write as null.
+    content = type_adapter(type(record)).dump_python(record)
+    separators = (",", ":") if indent is None else None
+    with atomic_output(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, separators=separators) + "\n", encoding="utf-8")
+
+
+def first_problem(error: ValidationError) -> str:
+    """Describe the first problem of a validation on one line: its place, then what is wrong."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        message = "is missing"
+    elif message.startswith("Input should"):
+        value = f", not {problem['input']}" if isinstance(problem["input"], str | int | float) else ""
+        message = message.removeprefix("Input ") + value
+    return one_line(f"{place}: {message}" if place else message)

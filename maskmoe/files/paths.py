@@ -1,0 +1,39 @@
+"""The folders and scripts that MaskMoE uses by default, and short names for paths."""
+
+from pathlib import Path
+
+from maskmoe.errors import UserError
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+SUBMIT_SCRIPT = _CHECKOUT / "launch" / "slurm" / "submit.sh"
+"""The script that submits training to Slurm. The script exists only in a checkout of the repository."""
+
+
+def runs_folder() -> Path:
+    """Return the folder in which runs are kept by default.
+
+    The folder is `runs` in the checkout if this code lies in one, else `runs` in the current folder.
+    """
+    is_checkout = (_CHECKOUT / "launch" / "pretrain.sh").exists()
+    return (_CHECKOUT if is_checkout else Path.cwd()) / "runs"
+
+
+def check_folder(path: Path, flag: str = "") -> None:
+    """Check that a folder exists.
+
+    Args:
+        path: the folder.
+        flag: the flag that names the folder, for the error.
+
+    Raises:
+        UserError: the path does not exist, or is not a folder.
+    """
+    if not path.is_dir():
+        raise UserError(f"{flag} {path} does not exist, or is not a folder".lstrip())
+
+
+def short_path(path: Path | str) -> str:
+    """Return the path relative to the current folder if the path lies inside, else the path unchanged."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,145 @@
+"""The journal of a run: what happened to the run, one JSON object a line, in files of its run folder.
+
+The launchers of all nodes and the first rank write to the journal. Each process appends to a file of its own, so
+processes on different hosts never write to the same file.
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from maskmoe.files.untrusted import UnusableFile, open_regular
+
+FOLDER = "journal"
+"""Name of the journal's folder in a run folder."""
+
+_MAX_BYTES = 1 << 24
+
+_PROCESS = secrets.token_hex(4)  # hosts may have equal names and use equal process ids, such as containers
+
+Fact = str | int | float | bool
+"""A value that an entry carries."""
+
+
+class Kind(StrEnum):
+    """The kinds of entries.
+
+    Attributes:
+        LAUNCHED: The launcher of the first node runs torchrun, whose ranks may fail before they train. Facts: `ranks`,
+            `nodes`.
+        STARTED: The ranks begin to train. Facts: `ranks`, `nodes`, and the parallel sizes.
+        ENDED: The ranks have ended. Facts: `exit_code`.
+        SAVED: A checkpoint was saved. Facts: `seconds` for which training stood still, `is_local`, `is_asynchronous`.
+        WARNED: Something deserves a look, such as a spike of the loss.
+        STEP_TIME: How long a step takes. Facts: `seconds`, `ranks`.
+        NODES: A node was lost, has left, waits, or was taken in.
+        REWOUND: The ranks end, and the next start goes back. Facts: `first`, the first iteration that it passes over.
+    """
+
+    LAUNCHED = "launched"
+    STARTED = "started"
+    ENDED = "ended"
+    SAVED = "saved"
+    WARNED = "warned"
+    STEP_TIME = "step_time"
+    NODES = "nodes"
+    REWOUND = "rewound"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One event of a run.
+
+    Attributes:
+        kind: The kind of event.
+        text: The event in words, on one line.
+        time: Seconds since 1970 on the clock of the host that wrote the entry.
+        host: Name of this host.
+        iteration: The last finished iteration when the event happened; None if unknown.
+        facts: Values that programs read.
+    """
+
+    kind: Kind
+    text: str
+    time: float
+    host: str
+    iteration: int | None = None
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+
+
+class Journal:
+    """Appends entries to this process's file of a run's journal.
+
+    An entry that cannot be written is lost without an error: a full disk must not end a run because of its journal.
+
+    Args:
+        run_folder: The run folder; None drops all entries.
+    """
+
+    def __init__(self, run_folder: Path | None) -> None:
+        self._folder = None if run_folder is None else run_folder / FOLDER
+
+    def write(self, kind: Kind, text: str, iteration: int | None = None, **facts: Fact) -> None:
+        """Append an entry.
+
+        Args:
+            kind: The kind of event.
+            text: The event in words, on one line.
+            iteration: The last finished iteration.
+            **facts: Values that programs read, see `Kind`.
+        """
+        if self._folder is None:
+            return
+        entry = Entry(kind, text, time.time(), socket.gethostname(), iteration, facts)
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"{socket.gethostname()}-{os.getpid()}-{_PROCESS}.jsonl"
+            with open(path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+
+
+def read_journal(run_folder: Path) -> list[Entry]:
+    """Return the entries of a run in the order of their times; without a journal, an empty list.
+
+    A line that a killed process has left unfinished, and a file that cannot be read, are skipped. Only the last 16 MiB
+    of a file are read.
+
+    Args:
+        run_folder: The run folder.
+    """
+    entries = (entry for path in (run_folder / FOLDER).glob("*.jsonl") for entry in _read(path))
+    return sorted(entries, key=lambda entry: entry.time)
+
+
+def _read(path: Path) -> Iterator[Entry]:
+    try:
+        with open_regular(path) as stream:
+            # Read only the end of a longer file. The end may begin within a line.
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _MAX_BYTES))
+            lines = stream.read(_MAX_BYTES).splitlines()
+    except (UnusableFile, OSError):
+        return
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            yield _parse(json.loads(line))
+
+
+def _parse(content: dict) -> Entry:
+    """Return the entry in the content of a line. Raises an error of a wrong type, value or key if it holds none."""
+    iteration = content["iteration"]
+    facts = {str(name): value for name, value in dict(content["facts"]).items() if isinstance(value, Fact)}
+    return Entry(
+        kind=Kind(content["kind"]),
+        text=" ".join(str(content["text"]).split()),
+        time=float(content["time"]),
+        host=str(content["host"]),
+        iteration=None if iteration is None else int(iteration),
+        facts=facts,
+    )

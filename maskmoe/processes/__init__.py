@@ -1,0 +1,1 @@
+"""Processes of a run: their locks, their signals, and the lives of child processes."""

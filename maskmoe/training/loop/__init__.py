@@ -1,0 +1,1 @@
+"""What happens in every step of training, evaluation and generation: batches, the model, and the ranks."""

@@ -1,0 +1,233 @@
+"""Evaluate a checkpoint: `torchrun … -m maskmoe.training.evaluate --load DIR --use-checkpoint-args --data-path P`.
+
+Prints the loss and perplexity of the validation split, overall and by the frequency of the input token, and the load of
+the experts in every layer. `--eval-iters N` evaluates the first N batches of `--global-batch-size` samples only. With
+`--eval-texts F.jsonl`, the command scores the texts of that file instead.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.datasets.utils import Split
+from megatron.training import print_rank_0
+from torch import Tensor
+
+from maskmoe.command_line.parser import add_force_argument
+from maskmoe.errors import UserError
+from maskmoe.files.json_files import json_values
+from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
+from maskmoe.training.loop.batch import build_whole_split, losses_of_all, sum_over_ranks
+from maskmoe.training.loop.text_scoring import TextScores, read_texts, score_texts
+from maskmoe.training.settings.arguments import replace_help
+from maskmoe.training.settings.setup import (
+    check_output,
+    leaving_process_groups,
+    load_model,
+    parse_and_check_args,
+    write_on_first_rank,
+)
+from maskmoe.training.watch.console import console
+from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.token_ids import TokenIds
+
+_SPLITS = tuple(Split.__members__)
+
+
+@dataclass(frozen=True)
+class BandResult:
+    """The loss of the tokens whose input id is in one frequency band."""
+
+    name: str
+    share: float
+    """Share of the band in all tokens, from 0 to 1."""
+    loss: float
+    """Mean loss in nats per token; NaN for a band without tokens."""
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """The distribution of the tokens of one layer over its experts."""
+
+    layer: int
+    """Number of the layer in the whole model, from 1. Layers of multi-token prediction follow the decoder's layers."""
+    max_over_mean: float
+    """Tokens of the expert with the most tokens, divided by the mean over all experts."""
+    tokens_per_expert: list[int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All results of one evaluation."""
+
+    loss: float
+    """Mean loss in nats per token."""
+    perplexity: float
+    tokens: int
+    bands: list[BandResult]
+    expert_load: list[ExpertLoad]
+    seconds: float
+    tokens_per_second: float
+
+    def table(self) -> str:
+        """Return the results as text for the terminal."""
+        bands = (*self.bands, BandResult("all", 1.0, self.loss, self.perplexity, self.tokens))
+        loads = ", ".join(f"{load.layer}: {load.max_over_mean:.2f}" for load in self.expert_load)
+        rows = [
+            f"{'input tokens':<14}{'share':>8}{'tokens':>12}{'loss':>9}{'perplexity':>13}",
+            *(f"{b.name:<14}{b.share:>8.1%}{b.tokens:>12,}{b.loss:>9.4f}{b.perplexity:>13.2f}" for b in bands),
+            f"\nexpert load, max/mean by layer: {loads}" if loads else "",
+            f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s",
+        ]
+        return "\n".join(rows)
+
+
+def count_tokens_of_experts(model: torch.nn.Module, num_layers: int, num_experts: int) -> Tensor:
+    """Return counts [layers, experts] to which routers add the tokens that they send to each expert, without padding.
+
+    Each rank counts the tokens that it routes.
+
+    Args:
+        model: This rank's part of the model, whose routers get a forward hook.
+        num_layers: Number of feed-forward layers of the whole model, multi-token prediction included.
+        num_experts: Number of experts of a layer; 0 for a model without experts.
+    """
+    counts = torch.zeros(num_layers, num_experts, dtype=torch.long, device=torch.cuda.current_device())
+
+    def count(router: MaskMoERouter, inputs: tuple[Tensor, TokenIds], outputs: tuple[Tensor, Tensor]) -> None:
+        is_padding = inputs[1].is_padding  # [sequence, batch]
+        _, routing_map = outputs  # [tokens, experts]
+        if is_padding is not None:
+            routing_map = routing_map & ~is_padding.reshape(-1, 1)
+        counts[router.number_in_model - 1] += routing_map.sum(dim=0)
+
+    for module in model.modules():
+        if isinstance(module, MaskMoERouter):
+            module.register_forward_hook(count)
+    return counts
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `evaluation` group, and defaults for the settings of training that Megatron requires."""
+    group = parser.add_argument_group(title="evaluation")
+    split = "which split of --data-path to evaluate, every sample once: weights of datasets have no effect"
+    group.add_argument("--eval-split", choices=_SPLITS, default="valid", help=split)
+    files = {
+        "--token-frequency": "token counts made by maskmoe count, which define the frequency bands; "
+        "if the flag is left out, the tokens of --data-path are counted",
+        "--eval-texts": "score texts instead of a dataset: JSON lines with a text, or with a context and a "
+        "continuation, of which the continuation is scored; the log-likelihoods equal the ones that "
+        "lm-evaluation-harness computes",
+        "--eval-output": "also write the results as JSON; the loss of a band without tokens is null",
+    }
+    for flag, meaning in files.items():
+        group.add_argument(flag, metavar="FILE", help=meaning)
+    add_force_argument(group)
+    parser.set_defaults(eval_iters=0)
+    replace_help(parser, {"--eval-iters": "number of batches to evaluate (default: 0, all samples of the split)"})
+    parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
+    return parser
+
+
+def read_frequency_bands(args: argparse.Namespace, vocab_size: int) -> FrequencyBands:
+    """Return the frequency bands of the token counts in `--token-frequency` or, without the flag, of the data.
+
+    Args:
+        args: Megatron's arguments.
+        vocab_size: Number of ids of the tokenizer.
+
+    Raises:
+        UserError: The counts are for another vocabulary, or there are neither counts nor a data path to count.
+    """
+    if args.token_frequency is not None:
+        frequency = TokenFrequency.load(args.token_frequency)
+    elif args.data_path is not None:
+        frequency = count_token_frequency(args.data_path, vocab_size, workers=1, progress=False)
+    else:
+        raise UserError("pass --token-frequency FILE, which defines the frequency bands")
+    if frequency.vocab_size != vocab_size:
+        raise UserError(
+            f"--token-frequency {args.token_frequency} counts {frequency.vocab_size} ids, the model has {vocab_size}"
+        )
+    return FrequencyBands(frequency.occurrences)
+
+
+def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
+    """Run the model over the split; a collective call, which returns equal results on all ranks.
+
+    Args:
+        args: Megatron's arguments; `eval_iters` is the number of global batches, 0 for the whole split.
+        model: This rank's part of the model.
+
+    Raises:
+        UserError: The split is empty, or nothing defines the frequency bands.
+    """
+    bands = read_frequency_bands(args, get_tokenizer().vocab_size)
+    band_of_id = torch.from_numpy(bands.band_of_id).cuda()
+    dataset: Any = build_whole_split(Split[args.eval_split])
+    num_samples = [len(dataset) if dataset is not None else 0]
+    torch.distributed.broadcast_object_list(num_samples, src=0)
+    if num_samples == [0]:
+        raise UserError(
+            f"no dataset has a sample in the {args.eval_split} split; give it a larger share in --split, or choose "
+            "another --eval-split"
+        )
+    limit = args.eval_iters * args.global_batch_size
+    if 0 < limit < num_samples[0]:
+        console.say(f"note: --eval-iters {args.eval_iters}: {limit:,} of {num_samples[0]:,} samples are evaluated")
+        num_samples = [limit]
+    console.end_of_loading()
+
+    # Add up the losses and the tokens of each band.
+    num_layers = len(FeedForwardLayers.of_args(args).has_experts)
+    counts = count_tokens_of_experts(model, num_layers, args.num_experts or 0)
+    sums = torch.zeros(len(bands.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    sample = None if dataset is None else dataset.__getitem__
+    start = time.perf_counter()
+    for _, batch, losses in losses_of_all(args, model, sample, num_samples[0], "evaluating"):
+        mask = batch.loss_mask.double()
+        values = torch.stack([losses.double() * mask, mask], dim=-1)  # [batch, sequence, 2]
+        sums.index_add_(0, band_of_id[batch.tokens].flatten(), values.flatten(0, 1))
+    sum_over_ranks(sums)
+    seconds = time.perf_counter() - start
+
+    # Summarise each band, and all tokens.
+    sums = torch.cat([sums, sums.sum(dim=0, keepdim=True)])
+    total_losses, tokens = sums.T
+    mean_losses = total_losses / tokens
+    columns = (tokens / tokens[-1], mean_losses, mean_losses.exp(), tokens.long())
+    rows = zip((*bands.names, "all"), *(column.tolist() for column in columns), strict=True)
+    *band_results, overall = (BandResult(*row) for row in rows)
+    # Without sequence parallelism, the ranks of a tensor-parallel group route the same tokens. With planned dispatch, a
+    # rank routes the tokens of its experts only. So add up all ranks, and divide by the ranks with the same tokens.
+    num_copies = 1 if args.sequence_parallel else args.tensor_model_parallel_size
+    loads = sum_over_ranks(counts, by_tensor_rank=True) // num_copies
+    expert_load = [
+        ExpertLoad(layer, float(load.max() / load.double().mean()), load.tolist())
+        for layer, load in enumerate(loads.cpu(), start=1)
+        if load.any()
+    ]
+    of_all = (overall.loss, overall.perplexity, overall.tokens)
+    return Evaluation(*of_all, band_results, expert_load, seconds, tokens_per_second=overall.tokens / seconds)
+
+
+def main() -> None:
+    """Evaluate as the command line says."""
+    args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None).args
+    check_output(args.eval_output, args)
+    texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
+    with leaving_process_groups():
+        model = load_model(args)
+        if texts is not None:
+            console.end_of_loading()
+        results: Evaluation | TextScores = evaluate(args, model) if texts is None else score_texts(args, model, texts)
+        print_rank_0(results.table())
+        content = json.dumps(json_values(results), indent=2, allow_nan=False)
+        write_on_first_rank(args.eval_output, content + "\n")

@@ -1,0 +1,213 @@
+"""Continue prompts: `torchrun … -m maskmoe.training.generate --load DIR --use-checkpoint-args --prompt TEXT`."""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.training import print_rank_0
+from torch import Tensor
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.parser import add_force_argument
+from maskmoe.errors import UserError
+from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.training.loop.prompt_ids import tokenize_text
+from maskmoe.training.loop.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
+from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.settings.setup import (
+    check_output,
+    leaving_process_groups,
+    load_model,
+    parse_and_check_args,
+    write_on_first_rank,
+)
+from maskmoe.training.watch.console import console, progress_bar
+
+_LONGEST_SILENCE = 600.0  # seconds between two messages of the first rank, which other ranks await for an hour
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `generation` group, and defaults for the settings of training that Megatron requires."""
+    # Megatron has an old --batch-size, which it refuses.
+    group = parser.add_argument_group(title="generation", conflict_handler="resolve")
+    add_prompt_arguments(group)
+    temperature = "divides the logits before a token is drawn; 0 always takes the most probable token"
+    for flag, kind, default, meaning in (
+        ("--max-new-tokens", ranges.NEW_TOKENS, 64, "stop after this many tokens, or at the end of the text"),
+        ("--temperature", ranges.TEMPERATURE, 0.8, temperature),
+        ("--top-k", ranges.TOP_K, 50, "draw among this many of the most probable tokens; 0: all"),
+    ):
+        group.add_argument(flag, type=kind, default=default, help=meaning)
+    group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
+    add_force_argument(group)
+    parser.set_defaults(batch_size=None, micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
+    return parser
+
+
+def check_generation(args: argparse.Namespace) -> None:
+    """Refuse settings with which no text can be generated.
+
+    Raises:
+        UserError: Names the setting.
+    """
+    if args.pipeline_model_parallel_size > 1 or args.sequence_parallel or args.context_parallel_size > 1:
+        raise UserError("generation works with tensor and expert parallelism, not with pipelines or split sequences")
+    if args.interactive and args.sample_output:
+        raise UserError("--sample-output does not apply to --interactive, which writes to the terminal")
+    if args.prompts_file and args.prompts_per_batch > 1 and args.moe_expert_capacity_factor is not None:
+        raise UserError("--moe-expert-capacity-factor lets the texts of a batch change each other: use --batch-size 1")
+
+
+def tokenize_prompt(args: argparse.Namespace, prompt: str) -> list[int]:
+    """Return the token ids of a prompt, at least one.
+
+    Raises:
+        UserError: The tokenizer refuses the prompt, the prompt has no token, or the text would be longer than the
+            model's positions.
+    """
+    prompt_ids = tokenize_text(prompt, "the prompt")
+    check_prompt(prompt_ids, args.max_new_tokens, args.max_position_embeddings)
+    return prompt_ids
+
+
+def sample_next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """Draw the next token.
+
+    Args:
+        logits: [vocab].
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Draw among this many of the most probable tokens; 0 draws among all.
+        generator: Random generator on the CPU, in the same state on all ranks.
+
+    Returns:
+        The id of the token, int64 [1].
+    """
+    if temperature == 0:
+        return logits.argmax().view(1)
+    logits = logits.float().cpu()
+    logits = (logits - logits.max()) / temperature  # no logit becomes infinite
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    return torch.multinomial(torch.softmax(logits, dim=0), 1, generator=generator)
+
+
+@torch.no_grad()
+def generate(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    after_token: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Return the token ids of prompts and their continuations; a collective call with equal results on all ranks.
+
+    The model computes the whole texts again for every token. This needs no cache, and is fast enough for short samples.
+    A text does not depend on the other texts: shorter texts are padded on the right, where no layer looks at, and
+    each text has its own random generator, which starts from `--seed`.
+
+    Args:
+        args: Megatron's arguments and the arguments of generation.
+        model: This rank's part of the model.
+        prompts: Token ids of the prompts, which `tokenize_prompt` has accepted.
+        after_token: Called with the first text after each new token; returns whether to stop, equally on all ranks.
+    """
+    tokenizer, device = get_tokenizer(), torch.cuda.current_device()
+    model.eval()
+    texts = [list(prompt) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(args.seed) for _ in texts]
+    unfinished = list(range(len(texts)))
+    steps = range(args.max_new_tokens)
+    for _ in progress_bar(steps, "generating", "token") if after_token is None else steps:
+        lengths = [len(texts[index]) for index in unfinished]
+        padded = [texts[index] + [0] * (max(lengths) - len(texts[index])) for index in unfinished]
+        tokens = torch.tensor(padded, device=device)  # [texts, longest]
+        position_ids = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        logits = model(tokens, position_ids, None)  # [texts, longest, vocab / tensor-parallel ranks]
+        last = torch.tensor(lengths, device=device) - 1
+        logits = gather_from_tensor_model_parallel_region(logits[torch.arange(len(lengths), device=device), last])
+        # Ids beyond the tokenizer's vocabulary pad the embedding, and have no visible experts.
+        next_tokens = [
+            sample_next_token(row[: tokenizer.vocab_size], args.temperature, args.top_k, generators[index]).to(device)
+            for row, index in zip(logits, unfinished, strict=True)
+        ]
+        # Ranks may differ in the last bit of a logit, but must continue with the same tokens.
+        new = torch.cat(next_tokens)
+        torch.distributed.broadcast(new, src=0)
+        for index, token in zip(unfinished, new.tolist(), strict=True):
+            texts[index].append(token)
+        unfinished = [index for index in unfinished if texts[index][-1] != tokenizer.eod]
+        if not unfinished or (after_token is not None and after_token(texts[0])):
+            break
+    has_ended = [
+        len(text) > len(prompt) and text[-1] == tokenizer.eod for text, prompt in zip(texts, prompts, strict=True)
+    ]
+    return [text[:-1] if ended else text for text, ended in zip(texts, has_ended, strict=True)]
+
+
+def run_prompt_loop(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Continue the prompts that the first rank reads from stdin, until their end; a collective call.
+
+    Args:
+        args: Megatron's arguments and the arguments of generation.
+        model: This rank's part of the model.
+    """
+    loop = PromptLoop() if args.rank == 0 else None
+    for prompt in _prompts_of_first_rank(loop):
+        try:
+            prompt_ids = tokenize_prompt(args, prompt)
+        except UserError as error:
+            if loop is not None:
+                loop.refuse(error)
+            continue
+        with nullcontext() if loop is None else loop.answering():
+            generate(args, model, [prompt_ids], partial(_show_text, loop))
+
+
+def _prompts_of_first_rank(loop: PromptLoop | None) -> Iterator[str]:
+    """Yield the prompts on all ranks; `loop` is None on all ranks but the first."""
+    ranks = RankStore.from_environment()
+    for number in itertools.count():
+        message = ""
+        if loop is not None:
+            try:
+                message = json.dumps({"prompt": loop.next(_LONGEST_SILENCE)})
+            except TimeoutError:
+                message = json.dumps({})  # the ranks do not wait for ever
+        received = json.loads(ranks.broadcast(f"prompt {number}", message))
+        if received.get("prompt", "") is None:
+            return
+        if received:
+            yield received["prompt"]
+
+
+def _show_text(loop: PromptLoop | None, tokens: list[int]) -> bool:
+    """Show a growing text on the first rank; return whether Ctrl-C ends the text, equally on all ranks."""
+    stop = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
+    if loop is not None:
+        loop.show(get_tokenizer().detokenize(tokens))
+        stop += loop.is_interrupted
+    torch.distributed.broadcast(stop, src=0)
+    return bool(stop.item())
+
+
+def main() -> None:
+    """Generate as the command line says."""
+    args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False).args
+    check_generation(args)
+    prompts = Prompts(args)
+    check_output(args.sample_output, args)
+    prompts_ids = [tokenize_prompt(args, prompt) for prompt in prompts.texts]
+    with leaving_process_groups():
+        model = load_model(args)
+        console.end_of_loading()
+        if args.interactive:
+            run_prompt_loop(args, model)
+            return
+        tokens = [text for batch in prompts.batches() for text in generate(args, model, prompts_ids[batch])]
+        output = prompts.output([get_tokenizer().detokenize(text) for text in tokens])
+        print_rank_0(output)
+        write_on_first_rank(args.sample_output, output + "\n")

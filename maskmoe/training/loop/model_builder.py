@@ -1,0 +1,158 @@
+"""Builds the model from its configuration, with the interface of Megatron's model builders."""
+
+from dataclasses import dataclass, fields
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.pipeline_parallel import utils as pipeline
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+
+from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.transformer.gpt_model import DenseGPTModel, MaskMoEGPTModel
+from maskmoe.transformer.hybrid_layer_specs import get_maskmoe_hybrid_stack_spec
+from maskmoe.transformer.hybrid_model import DenseHybridModel, MaskMoEHybridModel
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
+from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.visible_experts import VisibleExperts
+
+
+@dataclass(kw_only=True)
+class RoutingSettings:
+    """The settings that MaskMoE adds to Megatron's configuration of a model."""
+
+    routing_mask: Path | None = None
+    """File of the routing mask, or a checkpoint that holds the mask. Ignored for a model without experts."""
+
+    replaced_routing_mask: Path | None = None
+    """The checkpoint to load if it may hold another routing mask, which `routing_mask` replaces."""
+
+    aux_loss_tokens: AuxLossTokens = "all"
+    """Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`."""
+
+    qk_layernorm_all_heads: bool = False
+    """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
+
+
+@dataclass(kw_only=True)
+class MaskMoEGPTModelConfig(GPTModelConfig, RoutingSettings):
+    """`GPTModelConfig` for a model with a routing mask, or for a model without experts to compare with."""
+
+    builder: ClassVar[str] = "maskmoe.training.loop.model_builder.MaskMoEGPTModelBuilder"
+
+
+@dataclass(kw_only=True)
+class MaskMoEHybridModelConfig(HybridModelConfig, RoutingSettings):
+    """`HybridModelConfig` for a model with a routing mask, or for a model without experts to compare with."""
+
+    builder: ClassVar[str] = "maskmoe.training.loop.model_builder.MaskMoEHybridModelBuilder"
+
+    rope_scaling: bool = False
+    """Scale rotary embeddings as Llama 3 does."""
+
+    rope_scaling_factor: float = 8.0
+    """Divides low frequencies of rotary embeddings, as in Llama 3."""
+
+
+MaskMoEModelConfig = MaskMoEGPTModelConfig | MaskMoEHybridModelConfig
+
+_ROPE_SCALING = {"rope_scaling", "rope_scaling_factor"}
+"""Arguments of our hybrid models, and of the stock `GPTModel`."""
+
+
+class StageBuilder:
+    """Mixin that builds one pipeline stage of a model with a routing mask, or of a model without experts."""
+
+    _model_config: Any  # one of the configurations above; Megatron declares their base class
+    _stock_class: type
+    _classes: tuple[type, type]  # without and with experts
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> Any:
+        """Build one pipeline stage; arguments as for `GPTModelBuilder.build_model`."""
+        settings = self._model_config
+        config = settings.transformer
+        # Without an interleaved pipeline `vp_stage` and `vp_size` are None, which Megatron accepts but does not
+        # annotate.
+        virtual: Any = (vp_stage, config.virtual_pipeline_model_parallel_size)
+        is_first = pipeline.is_vp_first_stage(*virtual) and pipeline.is_pp_first_stage(pg_collection.pp)
+        is_last = pipeline.is_vp_last_stage(*virtual) and pipeline.is_pp_last_stage(pg_collection.pp)
+        visible_experts = self.visible_experts(pg_collection, vp_stage) if config.num_moe_experts else None
+        specs = self.layer_specs(visible_experts, vp_stage)
+        dense, masked = self._classes
+        model = partial(masked, visible_experts=visible_experts) if visible_experts else dense
+        # Megatron's configuration names most settings like the arguments of the model.
+        parameters = signature(self._stock_class).parameters.keys() | _ROPE_SCALING
+        shared = {field.name for field in fields(settings)} & parameters - specs.keys()
+        return model(
+            config=config,
+            max_sequence_length=settings.seq_length,
+            pre_process=is_first if pre_process is None else pre_process,
+            post_process=is_last if post_process is None else post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            **specs,
+            **{name: getattr(settings, name) for name in shared},
+        )
+
+    def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
+        """Return the routing mask of the run, which the routers of one pipeline stage share."""
+        settings = self._model_config
+        mask, replaced = read_routing_mask(settings.routing_mask), None
+        if settings.replaced_routing_mask is not None:
+            of_checkpoint = read_routing_mask(settings.replaced_routing_mask)
+            replaced = of_checkpoint if of_checkpoint.digest != mask.digest else None
+        return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced, self.feed_forward_layers())
+
+    def feed_forward_layers(self) -> FeedForwardLayers | None:
+        """Return the feed-forward layers of the whole model; None for those of a `GPTModel`."""
+        return None
+
+    def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
+        """Return the specs of one stage's layers by the names of the model's arguments."""
+        raise NotImplementedError
+
+
+class MaskMoEGPTModelBuilder(StageBuilder, GPTModelBuilder):
+    """Builds a `MaskMoEGPTModel`, or a `DenseGPTModel` if the model has no experts."""
+
+    _stock_class = GPTModel
+    _classes = (DenseGPTModel, MaskMoEGPTModel)
+
+    def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
+        """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""
+        settings = self._model_config
+        config = settings.transformer
+        described = config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads
+        return {
+            "transformer_layer_spec": get_maskmoe_decoder_block_spec(*described),
+            "mtp_block_spec": get_maskmoe_mtp_block_spec(*described) if config.mtp_num_layers else None,
+        }
+
+
+class MaskMoEHybridModelBuilder(StageBuilder, HybridModelBuilder):
+    """Builds a `MaskMoEHybridModel`, or a `DenseHybridModel` if the model has no experts."""
+
+    _stock_class = HybridModel
+    _classes = (DenseHybridModel, MaskMoEHybridModel)
+
+    def feed_forward_layers(self) -> FeedForwardLayers:
+        """Return the feed-forward layers of the whole model."""
+        return FeedForwardLayers.of_pattern(self._model_config.hybrid_layer_pattern)
+
+    def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
+        """Return the specs of one stage's layers, multi-token prediction included."""
+        settings = self._model_config
+        described = visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads
+        return {"hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(settings.transformer, *described)}

@@ -1,0 +1,98 @@
+"""Runs an entry point as a rank: its console, its help, and its end."""
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+
+from maskmoe.command_line.run_tool import run_tool
+from maskmoe.errors import RunFailure, UserError
+from maskmoe.training.watch.console import console
+
+_HELP_FLAGS = {"-h", "--help"}
+_FULL_HELP_FLAG = "--help-all"
+# The report of `--check`, and the help, are the output of the process.
+_UNROUTED_FLAGS = {"--check", _FULL_HELP_FLAG}
+
+
+def run_rank(main: Callable[[], None], name: str) -> None:
+    """Run the entry point of this process, which is a rank, and exit with its exit code.
+
+    `--help` prints a page at once, without importing PyTorch and Megatron-Core, which takes seconds. `--help-all`
+    prints the help of the parser itself, with all of Megatron's flags.
+
+    Args:
+        main: does the work of the entry point.
+        name: name of the entry point, such as `pretrain`.
+    """
+    flags = {word.partition("=")[0] for word in sys.argv[1:]}
+    if _HELP_FLAGS & flags:
+        print(help_page(name), end="")
+        return
+    # Exit handlers run in the reverse order of their registration: register first, to run last.
+    end = _End()
+    atexit.register(end.exit)
+    if not _UNROUTED_FLAGS & flags:
+        console.route(sys.stdout if name == "pretrain" else sys.stderr)
+    if _FULL_HELP_FLAG in flags:
+        sys.argv[1:] = ["--help"]
+    try:
+        run_tool(lambda: _run_with_last_lines(main))
+        end.code = 0
+    except SystemExit as exit_request:
+        end.code = exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
+        raise
+    except BaseException:
+        end.code = 1
+        raise
+
+
+def help_page(name: str) -> str:
+    """Return the help of an entry point, which docs/generators/help.py writes from the parser.
+
+    Args:
+        name: name of the entry point.
+    """
+    return files("maskmoe.training").joinpath("help", f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _run_with_last_lines(main: Callable[[], None]) -> None:
+    """Run the entry point; if it ends without an explanation of ours, show the newest lines that were only logged."""
+    try:
+        main()
+    except (UserError, RunFailure):
+        raise
+    except SystemExit as exit_request:
+        if exit_request.code not in (None, 0):
+            console.show_last_lines()
+        raise
+    except BaseException:
+        console.show_last_lines()
+        raise
+    finally:
+        console.finish()
+
+
+class _End:
+    """Ends the process after all exit handlers.
+
+    Threads of gloo and NCCL live on when Python has finished. The destructors of the C++ libraries, which would run
+    then, can abort the process although all work is done. So end the process without them.
+
+    Attributes:
+        code: the exit code; None if the process ends in a way that `run_rank` did not see.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+
+    def exit(self) -> None:
+        """End this process with its exit code. A process that was forked from this one ends as usual."""
+        if self.code is None:
+            return
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(self.code)

@@ -1,0 +1,1 @@
+"""How a run resumes: which checkpoint it starts from, and what it passes over."""

@@ -1,0 +1,411 @@
+"""Compares the settings of a run with the settings of the checkpoint that the run resumes from.
+
+`maskmoe.training.resume.choose_checkpoint` compares models and tokenizers. This module judges everything else that
+Megatron refuses on every rank after the start, ignores without a word, or changes as a side effect: the schedules of
+learning rate and weight decay, the optimizer, the order of the data, and what routing computes.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.training import training
+
+from maskmoe.checkpoint.series import iteration_of
+from maskmoe.errors import UserError, reason_of
+from maskmoe.training.resume.choose_checkpoint import ADJUSTABLE_ARGUMENTS
+from maskmoe.training.resume.rewinds import loads_what_it_saves
+from maskmoe.training.settings.batch_sizes import BatchSizes, training_iterations
+from maskmoe.training.settings.data_order import epochs_of_training_data, requested_training_samples
+from maskmoe.training.settings.required_flags import missing_schedule
+
+_PAGE = "docs/extending.md"
+# Values of Megatron's scheduler that a flag sets alone, and the flag. All other values are numbers of samples.
+_FLAG_OF_VALUE = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_decay_style": "--lr-decay-style",
+    "start_wd": "--start-weight-decay",
+    "end_wd": "--end-weight-decay",
+    "wd_incr_style": "--weight-decay-incr-style",
+}
+# Arguments from which Megatron computes the scheduler's numbers of samples.
+_LENGTHS = (
+    *("train_iters", "train_samples", "global_batch_size", "lr_decay_iters", "lr_decay_samples"),
+    *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+)
+# Arguments of the schedule that Megatron never takes from a checkpoint.
+_NOT_SAVED_BY_SCHEDULER = ("lr_warmup_init", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
+_SCHEDULE_ARGUMENTS = (
+    *("lr", "min_lr", "lr_decay_style", *_LENGTHS[3:], *_NOT_SAVED_BY_SCHEDULER),
+    *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
+# Arguments that decide which state an optimizer has. With another value, Megatron fails on every rank.
+_OPTIMIZER_ARGUMENTS = ("optimizer", "use_distributed_optimizer")
+# The distributed optimizer has the same state in every precision.
+_PRECISION_ARGUMENTS = ("bf16", "fp16")
+# Arguments whose values an optimizer loads with its state. Megatron ignores the values of the command line.
+_LOADED_WITH_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
+# Arguments that decide the order of the training data.
+_DATA_ARGUMENTS = (
+    *("data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "mock_data", "split"),
+    *("seq_length", "seed", "dataloader_type", "fim_data"),
+)
+# Arguments that change what the checkpoint's weights compute.
+_FUNCTION_ARGUMENTS = (
+    *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
+    *("rotary_base", "rotary_percent"),
+    *ADJUSTABLE_ARGUMENTS,
+)
+
+
+@dataclass(frozen=True)
+class ChangedSettings:
+    """The differences between a run and the run that saved its checkpoint.
+
+    Attributes:
+        errors: the changes with which the run would fail, or that it would ignore; one line each.
+        notes: the changes that take effect, one line each.
+        is_complete: whether the checkpoint has reached the end of training, so that nothing is left to train.
+    """
+
+    errors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    is_complete: bool = False
+
+
+def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSettings:
+    """Compare the settings of a run with those of the checkpoint that it resumes from.
+
+    Args:
+        args: arguments that Megatron has validated.
+        checkpoint: the checkpoint; None if the run starts from the beginning.
+
+    Raises:
+        UserError: Megatron refuses the schedule of the run; or a dataset cannot be read.
+    """
+    schedule = None if args.skip_train else schedule_of(args)
+    iteration = None if checkpoint is None else iteration_of(checkpoint)
+    if checkpoint is None or iteration is None:  # a converted checkpoint has weights only
+        return ChangedSettings()
+    state = load_common_state_dict(checkpoint)
+    saved = state.get("args")
+    if saved is None:
+        return ChangedSettings()
+    if schedule is None:  # nothing is trained
+        return ChangedSettings(notes=tuple(_notes_of_function(args, saved)))
+    if args.finetune:
+        return ChangedSettings(notes=tuple(_notes_of_finetuning(args, checkpoint)))
+    if args.override_ckpt_iteration is not None:
+        iteration = args.override_ckpt_iteration
+    resumption = _Resumption(args, checkpoint, saved, state.get("opt_param_scheduler"), schedule, iteration)
+    return ChangedSettings(tuple(resumption.errors()), tuple(resumption.notes()), resumption.is_complete)
+
+
+def schedule_of(args: Namespace) -> OptimizerParamScheduler:
+    """Return the scheduler that Megatron would make, without an optimizer.
+
+    Args:
+        args: arguments that Megatron has validated.
+
+    Raises:
+        UserError: a flag of the schedule is missing, or Megatron refuses the schedule.
+    """
+    for error in missing_schedule(args):
+        raise UserError(error)
+    args = copy(args)  # Megatron completes the arguments
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        raise UserError(
+            "--override-opt-param-scheduler takes the schedule of the command line, "
+            "--use-checkpoint-opt-param-scheduler the checkpoint's: pass one of the two"
+        )
+    optimizer: Any = SimpleNamespace(param_groups=[])
+    with (
+        mock.patch.object(training, "get_args", return_value=args),
+        # The function needs Megatron's global variables, and the scheduler counts samples, not iterations.
+        mock.patch.object(training, "update_train_iters"),
+    ):
+        try:
+            return training.get_optimizer_param_scheduler(optimizer)
+        except AssertionError as error:
+            raise UserError(
+                f"Megatron refuses the schedule of the learning rate or the weight decay: {reason_of(error)}"
+            ) from error
+
+
+def take_schedule_of_checkpoint(args: Namespace, checkpoint: Path) -> None:
+    """With `--use-checkpoint-opt-param-scheduler`, set all arguments of the schedule to those of the checkpoint.
+
+    Megatron itself loads the schedule, but then fails if the learning rates of the command line differ, and applies
+    the weight decay of the command line in the first iteration.
+
+    Args:
+        args: arguments that Megatron has validated; they are changed.
+        checkpoint: the checkpoint to resume from.
+    """
+    if not args.use_checkpoint_opt_param_scheduler or args.finetune or args.no_load_optim:
+        return
+    saved = load_common_state_dict(checkpoint).get("args", Namespace())
+    for name in _SCHEDULE_ARGUMENTS:
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+
+
+@dataclass(frozen=True)
+class _Resumption:
+    """A run that resumes from a checkpoint with its iteration.
+
+    Attributes:
+        args: the arguments of the run.
+        checkpoint: the checkpoint.
+        saved: the arguments in the checkpoint.
+        state: the state of the scheduler in the checkpoint; None if the checkpoint has none.
+        schedule: the scheduler of the run.
+        iteration: the iteration from which the run continues.
+    """
+
+    args: Namespace
+    checkpoint: Path
+    saved: Namespace
+    state: dict[str, Any] | None
+    schedule: OptimizerParamScheduler
+    iteration: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether training ends at or before the iteration of the checkpoint."""
+        return self.iteration >= training_iterations(self.args)
+
+    def errors(self) -> Iterator[str]:
+        """Yield an error for each change with which the run would fail, or that the run would ignore."""
+        args = self.args
+        yield from self._errors_of_length()
+        # A complete run loads its checkpoint only to save the checkpoint in another folder.
+        loads = not self.is_complete or (args.save is not None and not loads_what_it_saves(args))
+        if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and loads:
+            yield (
+                f"checkpoint {self.checkpoint} was saved with --no-save-optim and holds no state of the optimizer: "
+                f"pass --no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
+            )
+        if args.no_load_optim or self.state is None:
+            return
+        precision = () if args.use_distributed_optimizer else _PRECISION_ARGUMENTS
+        if changed := self._changes((*_OPTIMIZER_ARGUMENTS, *precision)):
+            yield (
+                f"checkpoint {self.checkpoint} holds the state of another optimizer: {changed}; pass the checkpoint's "
+                f"setting, or --no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
+            )
+        if changed := self._changes(_LOADED_WITH_OPTIMIZER):
+            yield (
+                f"Megatron would load these settings with the optimizer of checkpoint {self.checkpoint} and ignore the "
+                f"command line: {changed}; pass the checkpoint's setting, or --no-load-optim to begin with a new "
+                f"optimizer and a new schedule ({_PAGE})"
+            )
+        differences = self._changed_schedule()
+        if differences and not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+            ours, theirs = self._next_and_last(self.schedule), self._next_and_last(self._saved_schedule())
+            yield (
+                f"checkpoint {self.checkpoint} was saved with another schedule of learning rate and weight decay "
+                f"({differences}): pass --override-opt-param-scheduler to continue by this run's schedule (learning "
+                f"rate {ours}), --use-checkpoint-opt-param-scheduler to keep the checkpoint's ({theirs}), or "
+                f"--finetune with another --save to start anew from the weights ({_PAGE})"
+            )
+        elif args.override_opt_param_scheduler and self._changes(("lr", "min_lr")) and not has_one_learning_rate(args):
+            yield (
+                "--override-opt-param-scheduler cannot change --lr or --min-lr of a run with --decoupled-lr or "
+                f"--use-mup, whose parameters have several learning rates: {self._changes(('lr', 'min_lr'))}"
+            )
+
+    def _errors_of_length(self) -> Iterator[str]:
+        """Yield an error if Megatron would compute a wrong last iteration from `--train-samples`.
+
+        Megatron computes the last iteration as if all iterations had had the batch sizes of this run.
+        """
+        args, samples = self.args, getattr(self.saved, "consumed_train_samples", None)
+        if args.train_samples is None or samples is None or args.override_ckpt_iteration is not None:
+            return
+        iterations = BatchSizes.from_args(args).iterations(samples)
+        if iterations != self.iteration and not args.decrease_batch_size_if_needed:
+            yield (
+                f"checkpoint {self.checkpoint} has read {samples:,} samples in {self.iteration} iterations, which are "
+                f"{iterations} iterations with this run's batch sizes, so training would not end at --train-samples "
+                f"{args.train_samples}: pass a --step-batch-size-schedule that begins with the checkpoint's batch "
+                f"sizes, or --train-iters ({_PAGE})"
+            )
+
+    def notes(self) -> Iterator[str]:
+        """Yield a note for each change that takes effect."""
+        args = self.args
+        if self.is_complete:
+            flag = "--train-iters" if args.train_samples is None else "--train-samples"
+            yield (
+                f"checkpoint {self.checkpoint} has reached {flag} {args.train_samples or args.train_iters}: nothing is "
+                f"left to train; to train on, pass more {flag} ({_PAGE})"
+            )
+            return
+        if args.no_load_optim:
+            yield (
+                f"--no-load-optim: a new optimizer continues at iteration {self.iteration}, and the schedule of the "
+                "learning rate begins anew"
+            )
+        elif args.use_checkpoint_opt_param_scheduler and self.state is not None:
+            saved = self._saved_schedule()
+            if saved.lr_decay_steps < requested_training_samples(args) and saved.lr_decay_style != "constant":
+                yield f"the checkpoint's schedule of the learning rate is kept: {self._next_and_last(saved)}"
+        elif self._changed_schedule() or self._changes(_NOT_SAVED_BY_SCHEDULER):
+            before = self._saved_schedule()
+            at = self.state["num_steps"] if self.state else 0
+            yield (
+                f"the schedule changes: the learning rate was {_rate(before, at)} in the checkpoint and is "
+                f"{self._next_and_last(self.schedule)}"
+            )
+        if changed := self._changes(("global_batch_size", "step_batch_size_schedule")):
+            yield (
+                f"{changed}: schedules count samples, and iterations have another number of samples from iteration "
+                f"{self.iteration + 1} on"
+            )
+        yield from self._notes_of_data()
+        yield from _notes_of_function(args, self.saved)
+
+    def _notes_of_data(self) -> Iterator[str]:
+        """Yield a note if the training data, or their order, are not those of the checkpoint's run."""
+        consumed = getattr(self.saved, "consumed_train_samples", 0)
+        consequence = (
+            f"the run continues at sample {consumed:,} of the new order, so it may repeat samples and leave samples out"
+        )
+        if changed := self._changes(_DATA_ARGUMENTS):
+            yield f"the training data are in another order ({changed}): {consequence}"
+            return
+        before = requested_training_samples(self.saved, iteration_of(self.checkpoint) or 0, consumed)
+        now = requested_training_samples(self.args, self.iteration, consumed)
+        if before == now or self.args.mock_data:
+            return
+        old, new = (epochs_of_training_data(self.args, number) for number in (before, now))
+        if changed := [prefix for prefix in new if old.get(prefix) != new[prefix]]:
+            prefix = changed[0]
+            yield (
+                f"the training data are in another order, because Megatron shuffles all epochs of a dataset together "
+                f"({prefix}: {_describe(old[prefix])} for {before:,} samples, {_describe(new[prefix])} for {now:,}): "
+                f"{consequence}"
+            )
+
+    def _changed_schedule(self) -> str:
+        """Name the flags of the schedule whose values Megatron compares and finds different; empty if none is."""
+        if self.state is None or self.args.use_checkpoint_opt_param_scheduler:
+            return ""
+        ours = self.schedule.state_dict()
+        differing = [name for name in ours if name != "num_steps" and ours[name] != self.state.get(name, ours[name])]
+        flags = [
+            _change(_FLAG_OF_VALUE[name], self.state[name], ours[name]) for name in differing if name in _FLAG_OF_VALUE
+        ]
+        if set(differing) - set(_FLAG_OF_VALUE):
+            flags.append(self._changes(_LENGTHS) or "lengths in samples")
+        return "; ".join(flags)
+
+    def _changes(self, names: tuple[str, ...]) -> str:
+        """Describe the arguments whose values differ from the checkpoint's; empty if there are none."""
+        return _changes(self.args, self.saved, names)
+
+    def _saved_schedule(self) -> OptimizerParamScheduler:
+        """Return the schedule of the checkpoint."""
+        schedule = copy(self.schedule)
+        vars(schedule).update(self.state or {})
+        schedule.lr_wsd_decay_style = getattr(self.saved, "lr_wsd_decay_style", None)
+        if (iterations := getattr(self.saved, "lr_wsd_decay_iters", None)) is not None:
+            schedule.wsd_decay_steps = iterations * self.saved.global_batch_size
+        elif (samples := getattr(self.saved, "lr_wsd_decay_samples", None)) is not None:
+            schedule.wsd_decay_steps = samples
+        return schedule
+
+    def _next_and_last(self, schedule: OptimizerParamScheduler) -> str:
+        """Name the learning rates of a schedule in the run's next and last iteration."""
+        batches, last = BatchSizes.from_args(self.args), training_iterations(self.args)
+        # The state of the scheduler counts samples, except the samples of iterations that were passed over.
+        begin = (self.state or {}).get("num_steps", 0) - batches.samples(self.iteration)
+        following = f"{_rate(schedule, begin + batches.samples(self.iteration + 1))} in iteration {self.iteration + 1}"
+        if last <= self.iteration:
+            return following
+        return f"{following}, {_rate(schedule, begin + batches.samples(last))} in the last, {last}"
+
+
+def has_one_learning_rate(args: Namespace) -> bool:
+    """Return whether all parameters have the learning rate in `--lr`."""
+    return getattr(args, "decoupled_lr", None) is None and not getattr(args, "use_mup", False)
+
+
+def _notes_of_finetuning(args: Namespace, checkpoint: Path) -> Iterator[str]:
+    """Yield what `--finetune` takes from a checkpoint, and a warning if a restart would lose the progress."""
+    yield (
+        f"--finetune: only the weights of checkpoint {checkpoint} are loaded; iterations, optimizer, schedule, random "
+        "state and data begin anew"
+    )
+    if loads_what_it_saves(args):
+        yield (
+            f"--finetune with --save in the folder of --load, {args.load}: each start begins at iteration 0 again; "
+            f"pass another --save, or --pretrained-checkpoint instead of --finetune ({_PAGE})"
+        )
+
+
+def _notes_of_function(args: Namespace, saved: Namespace) -> Iterator[str]:
+    """Yield a note if the checkpoint's weights compute something else than in the run that saved them."""
+    if changed := _changes(args, saved, _FUNCTION_ARGUMENTS):
+        yield f"the checkpoint's weights were trained with other settings: {changed}"
+
+
+def _changes(args: Namespace, saved: Namespace, names: tuple[str, ...]) -> str:
+    """Describe the arguments whose values differ from those in the checkpoint; empty if there are none."""
+    changed = []
+    for name in names:
+        if not hasattr(saved, name) or not hasattr(args, name):
+            continue
+        before, now = getattr(saved, name), getattr(args, name)
+        if _is_derived(args, saved, name):
+            continue
+        if name.endswith("data_path"):
+            before, now = _absolute(before), _absolute(now)
+        if before != now:
+            changed.append(_change(f"--{name.replace('_', '-')}", getattr(saved, name), getattr(args, name)))
+    return "; ".join(changed)
+
+
+def _is_derived(args: Namespace, saved: Namespace, name: str) -> bool:
+    """Return whether Megatron derives a differing argument from other arguments."""
+    if name in ("lr_decay_iters", "lr_decay_samples"):
+        return getattr(args, name) is None  # from --train-iters or --train-samples
+    if name == "train_iters":
+        return args.train_samples is not None and getattr(saved, "train_samples", None) is not None
+    if name == "global_batch_size":  # from --micro-batch-size
+        return any(getattr(each, "step_batch_size_schedule", None) is not None for each in (args, saved))
+    return False
+
+
+def _change(flag: str, before: object, now: object) -> str:
+    return f"{flag} {_text(before)} in the checkpoint, {_text(now)} in this run"
+
+
+def _text(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _absolute(words: list[str] | None) -> list[str] | None:
+    """Return the words of `--data-path` with absolute paths; weights become paths, too, which is harmless."""
+    return None if words is None else [str(Path(word).resolve()) for word in words]
+
+
+def _describe(epochs: Any) -> str:
+    number = f"{epochs.number} epoch{'s' if epochs.number > 1 else ''}"
+    return f"{number}, the last by itself" if epochs.last_is_separate else number
+
+
+def _rate(schedule: OptimizerParamScheduler, samples: int) -> str:
+    """Return the learning rate of a schedule after a number of samples, for people."""
+    schedule = copy(schedule)
+    schedule.num_steps = samples
+    return f"{schedule.get_lr({}):.3g}"

@@ -1,0 +1,58 @@
+"""Command line arguments of the watches over loss, gradient norm and routing."""
+
+from argparse import ArgumentParser
+
+
+def add_watch_arguments(parser: ArgumentParser) -> None:
+    """Add the group of the watches to Megatron's parser; `maskmoe.training.settings.flag_ranges` has the ranges."""
+    group = parser.add_argument_group(title="spikes and silent faults")
+    group.add_argument(
+        "--spike-action",
+        choices=["report", "skip", "rewind", "none"],
+        default="report",
+        help="report: report each step whose loss or gradient norm is off, which means far from the values of the "
+        "steps before. skip: if a value is too high, also do not apply the step's update. rewind: if a value is too "
+        "high, also go back to the newest sound checkpoint before the step, and pass over its batch. none: do not "
+        "judge steps (default: report)",
+    )
+    group.add_argument(
+        "--spike-deviations",
+        type=float,
+        default=15.0,
+        metavar="D",
+        help="a value is off if it is more than D robust deviations above or below the median of the steps before. A "
+        "robust deviation is 1.4826 times the median absolute deviation, and at least 0.5%% of the median (default: "
+        "15)",
+    )
+    group.add_argument(
+        "--spike-window",
+        type=int,
+        default=128,
+        metavar="STEPS",
+        help="the number of steps before that a step is compared with; with fewer than half of them, no step is judged "
+        "(default: 128)",
+    )
+    group.add_argument(
+        "--spike-rewind-margin",
+        type=int,
+        default=4,
+        metavar="STEPS",
+        help="with --spike-action rewind, also pass over the batches of this many steps before the step that is off, "
+        "and go back to a checkpoint before all of them, because a bad update shows in the steps after it (default: 4)",
+    )
+    group.add_argument(
+        "--spike-max-rewinds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="with --spike-action rewind, go back at most this many times in a run; afterwards steps are only reported "
+        "(default: 3)",
+    )
+    group.add_argument(
+        "--collapse-intervals",
+        type=int,
+        default=10,
+        metavar="N",
+        help="report an expert or an expert-parallel rank that got no token in N log intervals in a row, and a MoE "
+        "layer whose routing entropy was 0 in all of them; 0: never (default: 10)",
+    )

@@ -1,0 +1,313 @@
+"""Decides which lines of a rank reach the console, and writes all other lines to the rank's log file.
+
+Megatron prints about a thousand lines before the first iteration: all arguments, the names of all parameters, and
+notices that are not about the run. They go to `logs/rankN.log` in the run folder. The lines of iterations, errors,
+tracebacks, and everything that is written to stderr or by libraries in C++ reach the console unchanged.
+
+This module imports nothing that takes long, because it prints the first line of a run.
+"""
+
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from maskmoe.workflow.training_log import IterationRecord, ValidationRecord, parse_line
+
+VERBOSE_FLAG = "--verbose"
+_PACKAGE = str(Path(__file__).parents[2]) + os.sep
+_MOST_PENDING_LINES = 20_000
+_LAST_LINES = 15
+_HEARTBEAT = 10.0  # seconds without a line after which a rank that loads says that it is still loading
+
+# The line that says what a run starts from, which Megatron prints before the first iteration.
+_SHOWN_WHILE_LOADING = re.compile(r"\s*(\[[^]]*\] )?successfully loaded checkpoint|error\b", re.IGNORECASE)
+# Lines that Megatron prints during training and that repeat, or say nothing about the run.
+_HIDDEN_WHILE_TRAINING = re.compile(
+    r"""\s*$ | -+$
+    | (Number\ of|Total\ number\ of)\ .*parameters\b.*\ in\ billions | Number\ of\ parameters\ in\ most\ loaded\ shard
+    | compute_activation_memory | Activation\ memory\ footprint | Theoretical\ memory\ footprints
+    | \[Rank\ \d+\]\ \((before|after)\ save_checkpoint | \[[^]]*\]\ datetime: | Evaluating\ (on|iter)\b
+    | Overwriting\ rerun_state_machine | done\ with\ setup | training\ \.\.\.$ | (saving|saved)\ .*tokens_per_expert
+    """,
+    re.VERBOSE,
+)
+_HIDDEN_WARNINGS_WHILE_TRAINING = re.compile(
+    r"Result validation enabled|(Setting )?RerunStateMachine (mode|initialized)|MCore's async save is deprecated"
+)
+_TIMERS = "megatron.core.timers"
+
+
+class Console:
+    """The console of one rank, and the log file that takes what the console does not show.
+
+    Until `route` is called, everything reaches the console.
+
+    Attributes:
+        shows_timers: whether the table of Megatron's timers reaches the console.
+        iteration: the newest iteration of which a line was printed; None on ranks that print no such lines.
+        validation: the newest validation loss that was printed, or None.
+    """
+
+    def __init__(self) -> None:
+        self.shows_timers = False
+        self.iteration: IterationRecord | None = None
+        self.validation: ValidationRecord | None = None
+        self._stdout = self._progress = sys.stdout
+        self._is_rank = self._is_routed = self._is_training = False
+        self._log: TextIO | None = None
+        self._pending: deque[str] = deque(maxlen=_MOST_PENDING_LINES)
+        self._lock = threading.RLock()
+        self._phase = ""
+        self._start = self._last_line = time.monotonic()
+        self._is_loaded = threading.Event()
+
+    @property
+    def log_file(self) -> str | None:
+        """The path of the log file; None if there is none."""
+        return self._log.name if self._log else None
+
+    def route(self, progress: TextIO) -> None:
+        """Start to route what this process prints, logs and warns of.
+
+        With `--verbose` on the command line, everything reaches the console.
+
+        Args:
+            progress: the stream for progress lines: stdout or stderr.
+        """
+        self._stdout, self._progress, self._is_rank = sys.stdout, progress, True
+        if VERBOSE_FLAG in sys.argv[1:]:
+            return
+        self._is_routed = True
+        sys.stdout = _LineRouter(self, sys.stdout)
+        warnings.showwarning = self._take_warning
+        self.route_logging()
+
+    def route_logging(self) -> None:
+        """Route the root logger; call this again after imports that give the root logger handlers of their own."""
+        if self._is_routed:
+            logging.basicConfig(handlers=[_LogHandler(self)], level=logging.INFO, force=True)
+
+    def open_log(self, folder: Path | None) -> None:
+        """Write the log to `FOLDER/logs/rankN.log` from now on, with the lines so far.
+
+        Args:
+            folder: the run folder; None if the run has none.
+        """
+        if not self._is_routed or folder is None:
+            return
+        path = folder / "logs" / f"rank{os.environ.get('RANK', '0')}.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until the process ends
+        except OSError as error:
+            self.say(f"note: cannot write {path}: {error.strerror}; the log of this rank is not kept")
+            return
+        with self._lock:
+            self._log = log
+            lines = [f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n"]
+            lines += self._pending
+            self._pending.clear()
+            self._write_log(log, lines)
+
+    def say(self, line: str, rank: int = 0) -> None:
+        """Print a line of our own on one rank.
+
+        Args:
+            line: the line, or several lines.
+            rank: the rank that prints; the last rank for -1.
+        """
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if int(os.environ.get("RANK", "0")) == rank % ranks:
+            self._show(line + "\n", self._progress)
+
+    def load(self, phase: str) -> None:
+        """Say what the run does before its first iteration, and repeat this while it takes long; only in a rank.
+
+        Args:
+            phase: what the run does, such as "building the model".
+        """
+        if phase == self._phase or not self._is_rank or os.environ.get("RANK", "0") != "0":
+            return
+        self._phase = phase
+        self.say(f"loading: {phase}")
+        if not any(thread.name == "console" for thread in threading.enumerate()):
+            threading.Thread(target=self._beat, name="console", daemon=True).start()
+
+    def end_of_loading(self) -> None:
+        """Note that the first iteration, or the work on a result, begins; further calls change nothing.
+
+        If progress goes to stderr, then stdout is for the result, and from now on gets what is printed, unchanged.
+        """
+        self._is_training = True
+        self._is_loaded.set()
+        if self._is_routed and self._progress is not self._stdout:
+            sys.stdout = self._stdout
+
+    def finish(self) -> None:
+        """Take the last line even if it has no end; the process is about to end."""
+        if isinstance(sys.stdout, _LineRouter):
+            sys.stdout.finish()
+        self._is_loaded.set()
+
+    def show_last_lines(self) -> None:
+        """Print the newest lines that were not shown to stderr: they may say why the process ends while it loads."""
+        if self._is_training or not self._is_routed:
+            return
+        with self._lock:
+            if self._log is not None:
+                lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            else:
+                lines = list(self._pending)
+            self._show("".join(lines[-_LAST_LINES:]), sys.stderr)
+
+    def take_line(self, line: str) -> None:
+        """Show or log one line that was printed to stdout.
+
+        Args:
+            line: the line with its end.
+        """
+        if self._is_training:
+            is_shown = not _HIDDEN_WHILE_TRAINING.match(line)
+        else:
+            is_shown = _SHOWN_WHILE_LOADING.match(line) is not None
+        if not is_shown:
+            self._keep(line)
+            return
+        record = parse_line(line)
+        if isinstance(record, IterationRecord):
+            self.iteration = record
+        elif isinstance(record, ValidationRecord):
+            self.validation = record
+        self._show(line, self._progress)
+
+    def take_log(self, record: logging.LogRecord, text: str) -> None:
+        """Show or log the text of a record of Python's logging; errors, and our own warnings, are always shown."""
+        is_ours = record.name.partition(".")[0] == "maskmoe"
+        least = logging.WARNING if is_ours or self._is_training else logging.ERROR
+        is_hidden = self._is_training and _HIDDEN_WARNINGS_WHILE_TRAINING.search(text)
+        is_timer = record.name == _TIMERS and self.shows_timers
+        if is_timer or (record.levelno >= least and not is_hidden):
+            self._show(text + "\n", self._progress)
+        else:
+            self._keep(text + "\n")
+
+    def _take_warning(
+        self, message: Any, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+    ) -> None:
+        text = warnings.formatwarning(message, category, filename, lineno)
+        if filename.startswith(_PACKAGE):
+            self._show(text, sys.stderr)
+        else:
+            self._keep(text)
+
+    def _show(self, text: str, stream: TextIO) -> None:
+        with self._lock:
+            self._last_line = time.monotonic()
+            stream.write(text)
+            stream.flush()
+
+    def _keep(self, text: str) -> None:
+        with self._lock:
+            if self._log is not None:
+                self._write_log(self._log, [text])
+            else:
+                self._pending.append(text)
+
+    def _write_log(self, log: TextIO, lines: Iterable[str]) -> None:
+        """Write lines to the log. A full disk ends the log, but must not end the run."""
+        try:
+            log.writelines(lines)
+        except OSError as error:
+            with suppress(OSError):  # closing the log tries to write the lines again
+                log.close()
+            self._log = None
+            self.say(f"note: cannot write {log.name}: {error.strerror}; the log of this rank ends here")
+
+    def _beat(self) -> None:
+        while not self._is_loaded.wait(_HEARTBEAT / 10):
+            if time.monotonic() - self._last_line >= _HEARTBEAT:
+                self.say(f"loading: {self._phase} ({time.monotonic() - self._start:.0f} s)")
+
+
+class _LineRouter:
+    """Replaces `sys.stdout` and hands complete lines to the console.
+
+    Args:
+        console: takes the lines.
+        stream: the stream that was `sys.stdout`, which answers all other questions, such as for the encoding.
+    """
+
+    def __init__(self, console: Console, stream: TextIO) -> None:
+        self._console = console
+        self._stream = stream
+        self._unfinished = threading.local()
+
+    def write(self, text: str) -> int:
+        """Take text; a line is handed on when it is complete. Lines of several threads are not mixed."""
+        *lines, rest = (getattr(self._unfinished, "text", "") + text).split("\n")
+        self._unfinished.text = rest
+        for line in lines:
+            self._console.take_line(line + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: complete lines are flushed at once, and the rest of a line cannot be judged yet."""
+
+    def finish(self) -> None:
+        """Hand on the line that this thread has begun."""
+        if getattr(self._unfinished, "text", ""):
+            self.write("\n")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _LogHandler(logging.Handler):
+    """Hands the records of Python's logging to the console, in the format of `logging.basicConfig`."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record."""
+        try:
+            self._console.take_log(record, self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+console = Console()
+"""The console of this process; like `sys.stdout`, there is one."""
+
+
+def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> Iterable[Step]:
+    """Return the steps with a progress bar on stderr, on the first rank; without a terminal, with a line now and then.
+
+    Args:
+        steps: what to iterate over.
+        description: label of the bar.
+        unit: name of a step.
+    """
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else _HEARTBEAT
+    is_first = os.environ.get("RANK", "0") == "0"
+    return tqdm(steps, desc=description, unit=unit, mininterval=interval, disable=not is_first)
+
+
+def hide_foreign_warnings() -> None:
+    """Ignore the warnings of other packages, in a process that Megatron spawned and that prints for itself."""
+    if VERBOSE_FLAG not in sys.argv[1:]:
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(?!maskmoe\b)")

@@ -1,0 +1,211 @@
+"""The lines at the start of a run that say what the run is."""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.transformer.module import MegatronModule
+
+from maskmoe.check.parameters import ExpertUse
+from maskmoe.files.wording import counted
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.routing_mask.words import describe_visible_experts
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
+from maskmoe.training.settings.batch_sizes import BatchSizes, trained_samples, training_iterations
+from maskmoe.training.settings.layout import Layout
+from maskmoe.training.watch.console import console
+from maskmoe.training.watch.run_report import log_facts
+
+_LABEL_WIDTH = 12
+_LABELS_OF_PAGE = ("parameters", "dispatch", "mask", "data")  # of the lines that report.html shows, too
+_MOST_NAMED_DATASETS = 2
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """The parameters of the whole model, over all ranks.
+
+    Attributes:
+        total: all parameters.
+        routed: parameters of routed experts, without those of multi-token prediction.
+        multi_token_prediction: parameters of multi-token prediction.
+    """
+
+    total: int
+    routed: int
+    multi_token_prediction: int
+
+    @classmethod
+    def of_model(cls, chunks: Sequence[MegatronModule]) -> "ParameterCounts":
+        """Count the parameters of the model that all ranks hold together; a collective call.
+
+        Args:
+            chunks: this rank's model chunks, not wrapped.
+        """
+        data, expert_data = mpu.get_data_parallel_world_size(with_context_parallel=True), _expert_data_size()
+        tensor = mpu.get_tensor_model_parallel_world_size()
+        expert_tensor = mpu.get_expert_tensor_parallel_world_size() or 1
+        # A rank counts its share of each parameter that several ranks hold, so that the shares add up to whole numbers.
+        sums = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+        for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
+            if getattr(parameter, "shared", False):
+                continue  # a copy of the embedding on the last pipeline stage
+            if is_routed := ".mlp.experts." in name:
+                is_divided = parameter.dim() > 1 or "linear_fc1" in name
+                holders = expert_data * (1 if is_divided else expert_tensor)
+            else:
+                holders = data * (1 if getattr(parameter, "tensor_model_parallel", False) else tensor)
+            share, is_prediction = parameter.numel() / holders, name.startswith("mtp.")
+            sums += torch.tensor([share, share * (is_routed and not is_prediction), share * is_prediction]).to(sums)
+        torch.distributed.all_reduce(sums)
+        return cls(*(round(number) for number in sums.tolist()))
+
+    def active(self, share_of_experts: float) -> int:
+        """Return how many parameters a token passes through, multi-token prediction left out.
+
+        Args:
+            share_of_experts: the share of a layer's experts that the token uses.
+        """
+        return round(self.total - self.multi_token_prediction - self.routed * (1 - share_of_experts))
+
+
+def show_header(
+    args: Namespace, mask: RoutingMask | None, folder: Path | None, chunks: list[MegatronModule]
+) -> list[MegatronModule]:
+    """Print the header on the first rank; a collective call, in the form of Megatron's hooks for new models.
+
+    Args:
+        args: Megatron's validated arguments.
+        mask: the routing mask; None for a model without experts.
+        folder: the run folder, or None.
+        chunks: this rank's model chunks, which are returned.
+    """
+    counts = ParameterCounts.of_model(chunks)
+    dispatch = getattr(chunks[0], "dispatch_kind", None)
+    fields = describe_run(args, mask, folder, counts, dispatch and dispatch.value)
+    console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
+    log_facts({label: fields[label] for label in _LABELS_OF_PAGE if label in fields})
+    console.load("reading the checkpoint" if checkpoint_to_load(args) else "setting up the optimizer")
+    return chunks
+
+
+def describe_run(
+    args: Namespace, mask: RoutingMask | None, folder: Path | None, counts: ParameterCounts, dispatch: str | None
+) -> dict[str, str]:
+    """Return the lines of the header by their labels, at most 15.
+
+    Args:
+        args: Megatron's validated arguments.
+        mask: the routing mask; None for a model without experts.
+        folder: the run folder, or None.
+        counts: the parameters of the model.
+        dispatch: how tokens reach their experts, in words; None for a model without experts.
+    """
+    layout = Layout.from_args(args)
+    fields = {
+        "model": _describe_model(args),
+        "parameters": _describe_parameters(args, mask, counts),
+        "layout": describe_layout(layout),
+        "step": _describe_step(args, layout),
+        "dispatch": dispatch,
+        "mask": f"{describe_visible_experts(mask)}; digest {mask.digest[:16]}…" if mask else None,
+        "data": _describe_data(args),
+        "start": describe_start(args),
+        "folder": _describe_folder(args, folder),
+    }
+    return {label: text for label, text in fields.items() if text}
+
+
+def describe_layout(layout: Layout) -> str:
+    """Return the numbers of ranks of a run in words: `2 ranks: TP 1 · PP 1 · CP 1 · DP 2 · EP 2 · ETP 1`."""
+    return (
+        f"{counted(layout.ranks, 'rank')}: TP {layout.tensor} · PP {layout.pipeline} · CP {layout.context} · "
+        f"DP {layout.data} · EP {layout.expert} · ETP {layout.expert_tensor}"
+    )
+
+
+def describe_start(args: Namespace) -> str:
+    """Return where the weights of a run come from, in words."""
+    if checkpoint := checkpoint_to_load(args):
+        return f"resumes from {checkpoint}"
+    pretrained = pretrained_to_load(args)
+    return f"from the weights of {pretrained}" if pretrained else "from random weights"
+
+
+def _describe_step(args: Namespace, layout: Layout) -> str:
+    sizes = BatchSizes.from_args(args).sizes
+    samples, tokens = (
+        " to ".join(dict.fromkeys(f"{size * factor:,}" for size in (sizes[0], sizes[-1])))
+        for factor in (1, layout.seq_length)
+    )
+    return (
+        f"{samples} samples × {layout.seq_length:,} = {tokens} tokens, in micro-batches of {layout.micro_batch}; "
+        f"{training_iterations(args):,} iterations"
+    )
+
+
+def _describe_model(args: Namespace) -> str:
+    layers = FeedForwardLayers.of_args(args)
+    kind = "GPT" if args.hybrid_layer_pattern is None else f"hybrid {args.hybrid_layer_pattern}"
+    experts = f"; {args.num_experts} experts in {sum(layers.decoder)}, top-{args.moe_router_topk}"
+    return (
+        f"{kind}, {args.num_layers} layers{experts if args.num_experts else ''}; hidden size {args.hidden_size:,}, "
+        f"{args.num_attention_heads} heads, vocabulary {args.padded_vocab_size:,}"
+    )
+
+
+def _describe_parameters(args: Namespace, mask: RoutingMask | None, counts: ParameterCounts) -> str:
+    total = f"{_short(counts.total)} total ({counts.total:,})"
+    if not args.num_experts:
+        return total
+    use = ExpertUse.from_mask(mask, args.moe_router_topk, FeedForwardLayers.of_args(args))
+    active = counts.active(use.mean / args.num_experts)
+    return (
+        f"{total}, {_short(active)} active ({active:,}) at {use.mean:.3g} expert{'s' if use.mean != 1 else ''} a token"
+    )
+
+
+def _describe_data(args: Namespace) -> str:
+    tokens = f"{trained_samples(args) * args.seq_length:,} tokens in all"
+    if args.mock_data:
+        return f"mock data; {tokens}"
+    # A blend alternates weights and paths.
+    paths = [word for word in args.data_path or () if not _is_number(word)]
+    if not paths:
+        return f"as --train-data-path and the like say; {tokens}"
+    named = ", ".join(paths[:_MOST_NAMED_DATASETS])
+    more = f" and {len(paths) - _MOST_NAMED_DATASETS} more" if len(paths) > _MOST_NAMED_DATASETS else ""
+    return f"{named}{more}, split {args.split}; {tokens}"
+
+
+def _describe_folder(args: Namespace, folder: Path | None) -> str:
+    if folder is None:
+        return "none: without --save, nothing is saved and arguments and logs are not written"
+    logs = f"{Path('logs')}{os.sep}rank*.log" if console.log_file else "no log files with --verbose"
+    return f"{folder}: args.yaml, {logs}; checkpoints in {args.save}"
+
+
+def _short(number: int) -> str:
+    """Return a number with three digits and a unit: 2.17 M, 1.71 B."""
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} k"
+
+
+def _is_number(word: Any) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _expert_data_size() -> int:
+    return torch.distributed.get_world_size(mpu.get_expert_data_parallel_group())

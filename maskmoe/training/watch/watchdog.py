@@ -1,0 +1,205 @@
+"""Ends a run in which a rank hangs, and names that rank.
+
+A rank that hangs stops all other ranks, which wait for it in a collective. So the rank to blame is a rank that shows no
+sign of life, or a rank that stands still outside of a collective.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple, NoReturn
+
+import torch
+
+from maskmoe.processes.interruption import EXIT_HANG, is_last_attempt, leave_exit_code
+from maskmoe.training.loop.rank_store import RankStore
+
+_WAITING_PACKAGES = tuple(f"{os.path.dirname(torch.__file__)}/{package}/" for package in ("distributed", "autograd"))
+# Calls in which Python waits for the result of a collective, or for a GPU that is in a collective.
+_WAITING_CALLS = (".wait(", "barrier(", ".synchronize(", ".item(", ".cpu(", ".tolist(")
+_MAX_NAMED_RANKS = 8
+_JOIN_TIMEOUT = 5.0  # seconds
+
+
+class Sighting(NamedTuple):
+    """The state of a rank, as its watchdog reports it.
+
+    Attributes:
+        rank: The rank.
+        where: Host and process of the rank, for the message.
+        steps: Number of micro-batches that the rank has begun.
+        at: Innermost Python call of the training thread, for the message.
+        waits: Whether this call waits for other ranks.
+        time: When the rank reported this, in seconds on a clock of its own.
+    """
+
+    rank: int
+    where: str
+    steps: int
+    at: str
+    waits: bool
+    time: float
+
+
+class Watchdog:
+    """Watches over this rank in a thread of its own, and reports the rank's state to the watchdogs of other ranks.
+
+    If the rank begins no micro-batch for `timeout` seconds, the watchdog prints which rank is to blame and ends the
+    process with `EXIT_HANG`. The first watchdog that reaches a verdict shares it, so that all ranks end. Time counts
+    from the first micro-batch: everything before has timeouts of its own.
+
+    Args:
+        ranks: The ranks of the run.
+        timeout: Seconds.
+    """
+
+    def __init__(self, ranks: RankStore, timeout: float) -> None:
+        self._timeout = timeout
+        self._period = min(timeout / 10, 10.0)
+        self._ranks = ranks.beside()
+        self._trainer = threading.get_ident()
+        self._steps = 0
+        self._last_step: float | None = None
+        self._last_contact = time.monotonic()
+        self._is_over = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Run the threads of the watchdog during the block.
+
+        A thread that waits for the store while the interpreter exits would abort the process, so end the threads
+        before.
+        """
+        threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._guard)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._last_step = None
+            self._is_over.set()
+            for thread in threads:
+                thread.join(_JOIN_TIMEOUT)
+
+    def step(self) -> None:
+        """Note that a micro-batch begins."""
+        self._steps += 1
+        self._last_step = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count time during work of any length, such as saving, until the next micro-batch begins."""
+        self._last_step = None
+        yield
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self._period):
+            try:
+                self._report()
+                verdict = self._ranks.peek("verdict")
+                if verdict is None and self._stands_still():
+                    verdict = self._judge()
+            except RuntimeError:  # the connection to the store broke, which `_guard` handles
+                return
+            if verdict is not None:
+                self._print(*json.loads(verdict))
+                self._wait_for_others()
+                _end()
+            self._last_contact = time.monotonic()
+
+    def _guard(self) -> None:
+        """End this rank if the store does not answer because its host hangs; without torchrun the host is rank 0."""
+        while not self._is_over.wait(self._period):
+            silence = time.monotonic() - self._last_contact
+            if self._stands_still() and silence > max(self._timeout, 8 * self._period):
+                self._print([], f"no micro-batch was begun, and the store of the ranks was silent, for {silence:.0f} s")
+                _end()
+
+    def _stands_still(self) -> bool:
+        last_step = self._last_step
+        return last_step is not None and time.monotonic() - last_step > self._timeout
+
+    def _report(self) -> None:
+        call = traceback.extract_stack(sys._current_frames()[self._trainer], limit=1)[-1]
+        where = f"host {socket.gethostname()}, process {os.getpid()}"
+        at = f"{call.filename}:{call.lineno} in {call.name}"
+        rank = self._ranks.rank
+        sighting = Sighting(rank, where, self._steps, at, waits_for_others(call), time.monotonic())
+        self._ranks.store.set(f"sighting/{rank}", json.dumps(sighting))
+
+    def _judge(self) -> str | None:
+        """Return the verdict of this rank or of a faster rank; None if training continues after all."""
+        before = self._read()
+        for _ in range(3):
+            self._is_over.wait(self._period)
+            self._report()
+        if not self._stands_still():
+            return None
+        culprits, reason = find_culprits(before, self._read())
+        message = f"no micro-batch was begun for {self._timeout:g} s: {reason}"
+        return self._ranks.store.compare_set("verdict", "", json.dumps([culprits, message])).decode()
+
+    def _read(self) -> list[Sighting]:
+        messages = (self._ranks.peek(f"sighting/{rank}") for rank in range(self._ranks.world_size))
+        return [Sighting(*json.loads(message)) for message in messages if message is not None]
+
+    def _print(self, culprits: list[int], message: str) -> None:
+        if self._ranks.rank in culprits or os.environ.get("LOCAL_RANK", "0") == "0" or not culprits:
+            print(f"error: {message}", file=sys.stderr)
+        if self._ranks.rank in culprits or not culprits:
+            stack = "".join(traceback.format_stack(sys._current_frames()[self._trainer]))
+            print(f"rank {self._ranks.rank} stands at\n{stack}", file=sys.stderr)
+        sys.stderr.flush()
+
+    def _wait_for_others(self) -> None:
+        """Wait until all living ranks have read the verdict: the end of a rank breaks the collectives of the others."""
+        deadline = time.monotonic() + 2 * self._period
+        with suppress(RuntimeError):
+            self._ranks.store.set(f"heard/{self._ranks.rank}", "")
+            all_heard = [f"heard/{rank}" for rank in range(self._ranks.world_size)]
+            while time.monotonic() < deadline and not self._ranks.store.check(all_heard):
+                time.sleep(0.01)
+
+
+def _end() -> NoReturn:
+    """End the process at once, with `EXIT_HANG`."""
+    if is_last_attempt():
+        leave_exit_code(EXIT_HANG)
+    os._exit(EXIT_HANG)
+
+
+def find_culprits(before: Sequence[Sighting], after: Sequence[Sighting]) -> tuple[list[int], str]:
+    """Find the ranks that hold up the run.
+
+    Args:
+        before: The last sighting of each rank, ordered by rank.
+        after: The last sighting of each rank some periods later.
+
+    Returns:
+        The ranks to blame, which may be none, and a sentence about them.
+    """
+    times = {seen.rank: seen.time for seen in before}
+    most_steps = max((seen.steps for seen in after), default=0)
+    suspects = {
+        "shows no sign of life; it was last seen at": [s for s in after if times.get(s.rank) == s.time],
+        "stands still while the others wait for it, at": [s for s in after if not s.waits],
+        "is behind the others, at": [s for s in after if s.steps < most_steps],
+    }
+    for what, culprits in suspects.items():
+        if culprits:
+            named = [f"rank {seen.rank} ({seen.where}) {what} {seen.at}" for seen in culprits[:_MAX_NAMED_RANKS]]
+            if len(culprits) > len(named):
+                named.append(f"and {len(culprits) - len(named)} more ranks")
+            return [seen.rank for seen in culprits], "; ".join(named)
+    return [], f"all {len(after)} ranks wait for each other; where each stands follows"
+
+
+def waits_for_others(call: traceback.FrameSummary) -> bool:
+    """Report whether the innermost Python call of a rank waits for other ranks."""
+    return call.filename.startswith(_WAITING_PACKAGES) or any(wait in (call.line or "") for wait in _WAITING_CALLS)

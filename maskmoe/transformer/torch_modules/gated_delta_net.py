@@ -1,0 +1,162 @@
+"""Gated delta net, layer `G` of hybrid models, also without the package `fla` and without Transformer Engine."""
+
+import copy
+import inspect
+from argparse import Namespace
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import get_backend
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.ssm.gated_delta_net import HAVE_FLA, GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+
+from maskmoe.megatron_compat import cpu
+from maskmoe.megatron_compat.patches import building_gated_delta_net_without_fla
+from maskmoe.transformer.torch_modules.gated_delta_rule import chunked_gated_delta_rule
+from maskmoe.transformer.torch_modules.torch_norm import TorchNorm
+from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
+
+_EPSILON = 1e-6  # of fla's `l2norm`
+_SIZES = (
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
+)
+
+
+class TorchGatedDeltaNet(GatedDeltaNet):
+    """`GatedDeltaNet` in plain torch, with the parameters and checkpoints of the stock class.
+
+    The stock class needs fla. The convolution is the one that the stock class computes in deterministic mode. Packed
+    documents are refused, as in that mode.
+
+    Args: those of `GatedDeltaNet`.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        with building_gated_delta_net_without_fla():
+            super().__init__(config, *args, **kwargs)
+        self.config = copy.copy(config)
+        self.config.deterministic_mode = True
+
+    def _setup_variant_attrs(self) -> None:
+        super()._setup_variant_attrs()
+        self.gated_delta_rule = chunked_gated_delta_rule  # pyrefly: ignore[bad-assignment]  # names of arguments
+
+    # Megatron-Core compiles these methods, which needs a compiler on every machine.
+    _apply_gated_norm = inspect.unwrap(GatedDeltaNet._apply_gated_norm)
+    _compute_g_and_beta = inspect.unwrap(GatedDeltaNet._compute_g_and_beta)
+
+    def _prepare_input_for_gated_delta_rule(  # pyrefly: ignore[bad-override-mutable-attribute]
+        self, qkv: Tensor, gate: Tensor, batch: int, seq_len: int, *gate_feats: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Divide the output of the convolution into heads, and normalize queries and keys.
+
+        Args:
+            qkv: [batch, sequence, channels of all heads of this rank].
+            gate: returned unchanged.
+            batch: unused, as the next argument.
+            seq_len: unused, because the tensors have these sizes.
+            gate_feats: returned unchanged.
+
+        Returns:
+            fp32 queries and keys [batch, sequence, key heads, channels]; values [batch, sequence, value heads, value
+            channels]; `gate`; and `gate_feats`.
+        """
+        key_channels, value_channels = self.qk_dim_local_tp // self.cp_size, self.v_dim_local_tp // self.cp_size
+        query, key, value = qkv.split([key_channels, key_channels, value_channels], dim=-1)
+        query, key = (part.unflatten(-1, (-1, self.key_head_dim)).float() for part in (query, key))
+        if self.use_qk_l2norm:
+            query, key = _l2_normalize(query), _l2_normalize(key)
+        return query, key, value.unflatten(-1, (-1, self.value_head_dim)), gate, *gate_feats
+
+
+def _l2_normalize(heads: Tensor) -> Tensor:
+    """Scale heads [..., channels] to length 1."""
+    return heads * torch.rsqrt(heads.square().sum(dim=-1, keepdim=True) + _EPSILON)
+
+
+def uses_fla() -> bool:
+    """Return whether layers are computed by fla, whose kernels need a GPU."""
+    return HAVE_FLA and not cpu.is_installed()
+
+
+def get_gated_delta_net_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Return the spec of a transformer layer with a gated delta net and without MLP.
+
+    With Transformer Engine and fla, the modules are those of Megatron-Core's `hybrid_stack_spec`. Local modules save
+    the norm before the layer by the name that it has in a checkpoint of Transformer Engine.
+
+    Args:
+        config: the model's configuration; `transformer_impl` selects Transformer Engine or local modules.
+    """
+    backend = get_backend(config.transformer_impl)
+    is_local = config.transformer_impl == "local"
+    norm: Any = TorchNorm if is_local else backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    projection: Any = backend.column_parallel_linear() if is_local else backend.column_parallel_layer_norm_linear()
+    attention = ModuleSpec(
+        GatedDeltaNet if uses_fla() else TorchGatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(in_proj=projection, out_norm=norm, out_proj=backend.row_parallel_linear()),
+    )
+    bias_dropout_add: Any = get_bias_dropout_add
+    return ModuleSpec(
+        MaskMoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm if is_local else IdentityOp,
+            self_attention=attention,
+            self_attn_bda=bias_dropout_add,
+            sharded_state_dict_keys_map={"input_layernorm.": "self_attention.in_proj.layer_norm_"} if is_local else {},
+        ),
+    )
+
+
+def check_gated_delta_net(args: Namespace, has_fla: bool) -> str | None:
+    """Return why a pattern with a gated delta net cannot have the given settings; None if it can.
+
+    Args:
+        args: parsed arguments; Megatron need not have validated them.
+        has_fla: whether the machines that train have GPUs and fla.
+    """
+    if Symbols.GDN not in (args.hybrid_layer_pattern or ""):
+        return None
+    for name in _SIZES:
+        if not getattr(args, name):
+            return f"--{name.replace('_', '-')} must be above 0 for layers G of --hybrid-layer-pattern"
+    key_heads, value_heads = args.linear_num_key_heads, args.linear_num_value_heads
+    if value_heads % key_heads:
+        return f"--linear-num-value-heads {value_heads} is not divisible by --linear-num-key-heads {key_heads}"
+    ranks = args.tensor_model_parallel_size * args.context_parallel_size
+    if key_heads % ranks:
+        return (
+            f"--linear-num-key-heads {key_heads} is not divisible by the {ranks} ranks of --tensor-model-parallel-size "
+            "and --context-parallel-size, which divide the heads of layers G"
+        )
+    if not args.swiglu:
+        return (
+            "Layers G of --hybrid-layer-pattern need --swiglu. They apply the activation function of the MLPs to their "
+            "convolution, and fla computes SiLU only."
+        )
+    if args.cuda_graph_impl != "none":
+        return (
+            "--cuda-graph-impl is not supported with layers G of --hybrid-layer-pattern. Graphs of attention would "
+            "capture these layers, too, whose delta rule in plain torch runs a loop that depends on the sequence."
+        )
+    if args.dataloader_inter_document_masking:
+        if has_fla and args.transformer_impl == "transformer_engine" and not args.deterministic_mode:
+            return None
+        return (
+            "--dataloader-inter-document-masking is not supported with layers G of --hybrid-layer-pattern in plain "
+            "torch, which pass their state from document to document. It needs the package fla and --transformer-impl "
+            "transformer_engine, without --deterministic-mode."
+        )
+    if args.reset_attention_mask:
+        return (
+            "--reset-attention-mask is not supported with layers G of --hybrid-layer-pattern, which ignore the mask "
+            "and pass their state from document to document. Leave the flag out."
+        )
+    return None

@@ -1,0 +1,80 @@
+"""Multi-latent attention for models without Transformer Engine."""
+
+from collections.abc import Mapping
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.typed_torch import apply_module
+from torch import Tensor
+
+from maskmoe.megatron_compat.patches import building_replicated_linears_of
+from maskmoe.transformer.torch_modules.replicated_linear import ReplicatedLinear
+
+
+class LocalMLASelfAttention(MLASelfAttention):
+    """`MLASelfAttention` of local modules that computes what Transformer Engine's modules compute.
+
+    Transformer Engine normalizes inside the projections, and this class before them. `keys_of_checkpoint` maps the
+    norms' names, so that checkpoints can be exchanged. The spec's down projections must be `ReplicatedLinear`.
+
+    Args: those of `MLASelfAttention`.
+    """
+
+    def __init__(
+        self,
+        config: MLATransformerConfig,
+        submodules: MLASelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.padding,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        with building_replicated_linears_of(ReplicatedLinear, multi_latent_attention):
+            super().__init__(
+                config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection, pp_layer_offset, name
+            )
+        if config.q_lora_rank is None:
+            self.q_layernorm = submodules.q_layernorm(
+                hidden_size=config.hidden_size, config=config, eps=config.layernorm_epsilon
+            )
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict:
+        """Return the norms and projections of the spec; the stock method demands projections that normalize."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Compress queries, and keys with values; queries without compression are normalized hidden states.
+
+        Args:
+            hidden_states: [sequence, batch, hidden].
+
+        Returns:
+            the input of the queries' up-projection or, with compression, of its norm; and the compressed keys and
+            values beside the keys' positional part [sequence, batch, kv_lora_rank + qk_pos_emb_head_dim].
+        """
+        q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
+        if self.config.q_lora_rank is None:
+            q_compressed = apply_module(self.q_layernorm)(q_compressed)
+        return q_compressed, kv_combined
+
+
+def keys_of_checkpoint(config: MLATransformerConfig) -> Mapping[str, str]:
+    """Map the names of the norms to their names in a checkpoint of a model on Transformer Engine.
+
+    Args:
+        config: the model's configuration.
+
+    Returns:
+        a `sharded_state_dict_keys_map` of a transformer layer.
+    """
+    query_projection = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
+    return {
+        "self_attention.q_layernorm.": f"self_attention.{query_projection}.layer_norm_",
+        "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+    }

@@ -1,0 +1,152 @@
+"""Finding the models of a series, and refusing models that cannot be one."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from support.small_series import ITERATIONS, VOCAB_SIZE
+from support.tiny_maskmoe import make_config, make_model, random_mask
+
+from maskmoe.analysis.routing.models import (
+    ModelShape,
+    ModelSource,
+    common_shape,
+    find_models,
+    model_folder,
+    tokenizer_folder,
+)
+from maskmoe.analysis.routing.settings import AnalysisSettings
+from maskmoe.data.tokenizer_training import train_tokenizer
+from maskmoe.errors import UserError
+from maskmoe.huggingface import MaskMoEForCausalLM
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    """A model in transformers' format."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    make_model(random_mask()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def series(checkpoints, tmp_path) -> Path:
+    """A copy of the checkpoints that a test may damage."""
+    return Path(shutil.copytree(checkpoints, tmp_path / "series"))
+
+
+def test_all_checkpoints_in_order(checkpoints):
+    models = find_models([checkpoints])
+    assert [model.iteration for model in models] == list(ITERATIONS)
+    assert [model.name for model in models] == [f"iteration {iteration}" for iteration in ITERATIONS]
+    assert all(model.is_megatron and model.path.parent == checkpoints for model in models)
+    shape, max_seq_length = common_shape(models)
+    assert shape == ModelShape(VOCAB_SIZE, layers=(1, 3), num_experts=4, topk=2)
+    assert max_seq_length == 32
+
+
+def test_chosen_checkpoints_and_other_formats(checkpoints, tiny_model):
+    single = checkpoints / "iter_0000004"
+    models = find_models([tiny_model, checkpoints, single], [6, 2])
+    assert models == (
+        ModelSource(tiny_model, str(tiny_model)),
+        ModelSource(checkpoints / "iter_0000006", f"{checkpoints} iteration 6", 6, True),
+        ModelSource(checkpoints / "iter_0000002", f"{checkpoints} iteration 2", 2, True),
+        ModelSource(single, f"{checkpoints} iteration 4", 4, True),
+    )
+
+
+def test_an_unfinished_save_is_left_out(series):
+    (series / "iter_0000008").mkdir()
+    assert [model.iteration for model in find_models([series])] == list(ITERATIONS)
+
+
+def test_damaged_checkpoints(series):
+    next((series / "iter_0000004").glob("*.distcp")).unlink()
+    with pytest.raises(UserError, match=r"iter_0000004 .* is missing; choose sound checkpoints with --ckpt-step"):
+        find_models([series])
+    assert len(find_models([series], [2, 6])) == 2
+
+
+def test_altered_content_is_found_when_it_is_converted(series, tmp_path):
+    (model,) = find_models([series], [2])
+    file = max((series / "iter_0000002").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "scratch").mkdir()
+    with (
+        pytest.raises(UserError, match="iter_0000002"),
+        model_folder(model, AnalysisSettings(scratch_dir=tmp_path / "scratch")),
+    ):
+        pass
+    assert not any((tmp_path / "scratch").iterdir())
+
+
+def test_paths_that_are_no_models(tmp_path, tiny_model):
+    for path, steps, words in (
+        (tmp_path / "nowhere", (), "does not exist"),
+        (tmp_path, (), "neither Megatron checkpoints nor a model"),
+        (tiny_model, (3,), "--ckpt-step chooses among the checkpoints of a folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            find_models([path], steps)
+
+
+def test_missing_step(checkpoints):
+    with pytest.raises(UserError, match="iter_0000003 does not exist"):
+        find_models([checkpoints], [3])
+
+
+def test_models_that_differ(checkpoints, tiny_model):
+    models = find_models([checkpoints, tiny_model], [2])
+    both = f"{re.escape(str(models[0].path))} has .*{re.escape(str(tiny_model))} has 60 token ids"
+    with pytest.raises(UserError, match=both):
+        common_shape(models)
+
+
+def test_models_without_experts_and_of_other_types(tmp_path):
+    for name, fields, words in (
+        ("dense", make_config(num_experts=0).to_dict(), "has no routed experts"),
+        ("foreign", {"model_type": "mixtral"}, "of type 'mixtral', not 'maskmoe'; convert it"),
+        ("odd", make_config().to_dict() | {"scoring_func": "odd"}, "odd/config.json: not a configuration .*odd"),
+    ):
+        MaskMoEForCausalLM(make_config(num_experts=0)).save_pretrained(tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(UserError, match=words):
+            common_shape(find_models([tmp_path / name]))
+    (tmp_path / "dense/config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is damaged"):
+        common_shape(find_models([tmp_path / "dense"]))
+
+
+def test_tokenizers(checkpoints, tmp_path):
+    (model,) = find_models([checkpoints / "iter_0000002"])
+    with pytest.raises(UserError, match=r"tokenizer.model of .* does not exist; pass --tokenizer-model"):
+        # The arguments in the checkpoint have a path relative to the folder of the run.
+        tokenizer_folder(model, AnalysisSettings()).__enter__()
+    tokenizer = str(checkpoints.parent / "tokenizer.model")
+    digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    assert model.open().args.tokenizer_sha256 == digest
+    with tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_model=tokenizer)) as folder:
+        assert (folder / "tokenizer.json").is_file()
+        assert folder.parent == tmp_path
+    with tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_type="NullTokenizer")) as folder:
+        assert not any(folder.iterdir())
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer(["other words than those of training"], vocab_size=280, num_threads=1))
+    with pytest.raises(UserError, match=rf"{other} of .* is not the file .* \(sha256 {digest[:12]}…\)"):
+        tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_model=str(other))).__enter__()
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_scratch_folder_that_cannot_be(checkpoints, tmp_path):
+    (model,) = find_models([checkpoints / "iter_0000002"])
+    with (
+        pytest.raises(UserError, match="choose another --scratch-dir"),
+        model_folder(model, AnalysisSettings(scratch_dir=tmp_path / "nowhere")),
+    ):
+        pass

@@ -1,0 +1,162 @@
+"""The token ids of probe texts."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.tokenizers import MegatronTokenizer
+from support.small_series import SPLIT, VOCAB_SIZE
+
+from maskmoe.analysis.routing.probe import (
+    DatasetText,
+    FileText,
+    Probe,
+    read_pieces,
+    split_sequences,
+    spread_windows,
+)
+from maskmoe.analysis.routing.settings import SPLITS
+from maskmoe.conversion.tokenizer import export_tokenizer
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens, read_index
+from maskmoe.data.tokenizer import SentencePieceTokenizer
+from maskmoe.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(workplace) -> Path:
+    """A folder with the tokenizer, like the folder of an exported model."""
+    folder = workplace.folder / "tokenizer"
+    folder.mkdir()
+    export_tokenizer("SentencePieceTokenizer", workplace.folder / "tokenizer.model", folder)
+    return folder
+
+
+def test_batches_are_windows_in_order():
+    probe = Probe(np.arange(23), 5, 3, "numbers", {})
+    batches = list(probe.batches())
+    assert [batch.shape for batch in batches] == [(3, 5), (1, 5), (1, 3)]
+    assert np.concatenate([batch.ravel() for batch in batches]).tolist() == list(range(23))
+
+
+def megatron_splits(folder: Path, prefix: Path, split: str) -> list[np.ndarray | None]:
+    """Return the sequences that Megatron's builder of datasets assigns to train, valid and test."""
+    tokenizer = MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=VOCAB_SIZE)
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=4,
+        blend=([str(prefix)], None),
+        split=split,
+        path_to_cache=str(folder),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config)
+    return [dataset and dataset.indices for dataset in builder.build()]
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(1, 97), min_size=1, max_size=3).map(lambda shares: ",".join(map(str, shares))),
+    st.sampled_from([7, 41, 150]),
+)
+def test_splits_are_megatrons(tmp_path, split, num_documents):
+    prefix = tmp_path / f"data{num_documents}"
+    if not Path(f"{prefix}.idx").exists():
+        with IndexedDatasetWriter(prefix, np.uint16) as dataset:
+            for number in range(num_documents):
+                dataset.add_document(np.full(30, number))
+    for name, sequences in zip(SPLITS, megatron_splits(tmp_path, prefix, split), strict=True):
+        text = DatasetText(str(prefix), split, name)
+        if sequences is None:
+            with pytest.raises(UserError, match="leaves nothing"):
+                split_sequences(split, name, num_documents)
+        elif len(sequences):
+            tokens = text.read(10**6, 8, VOCAB_SIZE, tmp_path)
+            assert np.array_equal(tokens, np.repeat(sequences, 30))
+
+
+def test_dataset(workplace):
+    prefix = str(workplace.folder / "data")
+    tokens, lengths = open_tokens(prefix), read_index(prefix).sequence_lengths
+    whole = DatasetText(prefix)
+    assert np.array_equal(whole.read(len(tokens), 8, VOCAB_SIZE, workplace.folder), tokens)
+    start = lengths[: round(0.7 * len(lengths))].sum()
+    valid = DatasetText(prefix, SPLIT).read(50, 50, VOCAB_SIZE, workplace.folder)
+    assert valid.dtype == np.int64
+    assert np.array_equal(valid, tokens[start : start + 50])
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 40))
+def test_windows_are_whole_ordered_and_reach_the_end(num_all, num_tokens, seq_length):
+    tokens = spread_windows(np.arange(num_all), num_tokens, seq_length)
+    assert len(tokens) == min(num_tokens, num_all)
+    windows = [tokens[start : start + seq_length] for start in range(0, len(tokens), seq_length)]
+    if num_all > num_tokens:
+        assert all((np.diff(window) == 1).all() for window in windows)
+        starts = [window[0] for window in windows]
+        assert starts == sorted(starts)
+        assert starts[0] == 0
+        if len(windows) > 1:
+            assert starts[-1] == num_all - seq_length
+    else:
+        assert tokens.tolist() == list(range(num_all))
+
+
+@pytest.mark.parametrize("split", ["a,b", "", "0,0,0", "1,2,3,4", "-"])
+def test_senseless_splits(split):
+    with pytest.raises(UserError, match="--split"):
+        split_sequences(split, "train", 10)
+
+
+def test_files(workplace, model, tmp_path):
+    """Documents from JSON lines, plain text and compressed text; the end-of-document id follows each document."""
+    documents = ["def one():", "  return 'naïve'\n", "", "two\n"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in documents[:3]))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(documents[3].encode()))
+    text = FileText([tmp_path / "a.jsonl", tmp_path / "b.txt.gz"], "body")
+    tokenizer = SentencePieceTokenizer(workplace.folder / "tokenizer.model")
+    expected = [number for ids in tokenizer.encode_batch(documents) for number in (*ids.tolist(), tokenizer.eod_id)]
+    assert text.read(10**6, 8, VOCAB_SIZE, model).tolist() == expected
+    assert text.read(7, 8, VOCAB_SIZE, model).tolist() == expected[:7]
+
+
+def test_pieces(workplace, model, tmp_path):
+    tokenizer = SentencePieceTokenizer(workplace.folder / "tokenizer.model")
+    ids = np.array([400, 3, 400, 299])
+    assert read_pieces(model, ids) == {number: tokenizer.processor.id_to_piece(number) for number in (3, 299, 400)}
+    assert read_pieces(tmp_path, ids) == {}
+
+
+def test_what_does_not_fit(workplace, model, tmp_path):
+    prefix = str(workplace.folder / "data")
+    for text, words in (
+        (DatasetText("nowhere"), "nowhere.idx does not exist"),
+        (FileText([tmp_path / "nowhere.txt"]), "nowhere.txt does not exist"),
+        (DatasetText(prefix, "100,0,0"), "leaves nothing for --eval-split valid"),
+    ):
+        with pytest.raises(UserError, match=words):
+            text.read(10, 8, VOCAB_SIZE, model)
+    for vocab_size, digest in ((60, None), (VOCAB_SIZE, "0" * 64)):
+        with pytest.raises(UserError, match=rf"another tokenizer \(tokenizer.model, {VOCAB_SIZE} ids\) than"):
+            DatasetText(prefix).read(10, 8, vocab_size, model, digest)
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{prefix}.{suffix}", tmp_path / f"unrecorded.{suffix}")
+    unrecorded = DatasetText(str(tmp_path / "unrecorded"))
+    with pytest.raises(UserError, match=r"holds token id .* made with another tokenizer"):
+        unrecorded.read(1000, 8, 60, tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="has no text"):
+        FileText([tmp_path / "empty.txt"]).read(10, 8, VOCAB_SIZE, model)
+    with pytest.raises(UserError, match="needs a tokenizer"):
+        FileText([workplace.folder / "text.txt"]).read(10, 8, VOCAB_SIZE, tmp_path)
+    with pytest.raises(UserError, match=f"has {VOCAB_SIZE} ids, but the model only 60"):
+        FileText([workplace.folder / "text.txt"]).read(10, 8, 60, model)

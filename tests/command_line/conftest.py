@@ -1,0 +1,91 @@
+"""Fixtures: a folder with one small file or folder of each kind that commands read."""
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.command_lines import forget_megatrons_globals, run_command
+from support.paths import ROOT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from maskmoe.data.tokenizer_training import train_tokenizer
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.frequency import count_token_frequency
+from maskmoe.routing_mask.mask import build_routing_mask
+
+VOCAB_SIZE = 400
+
+
+@pytest.fixture(scope="session")
+def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, tokenizers, a dataset, counts, a mask, an exported model and its Megatron checkpoint."""
+    from support.tiny_maskmoe import make_model  # needs the prepared process
+
+    folder = tmp_path_factory.mktemp("workshop")
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
+    (folder / "text.txt").write_text(text)
+    (folder / "loop").symlink_to("loop")
+    (folder / "tokenizer.model").write_bytes(train_tokenizer([text], vocab_size=VOCAB_SIZE, num_threads=1))
+    write_huggingface_tokenizer(folder / "huggingface", text)
+    tokenizer = HuggingFaceTokenizer(folder / "huggingface")
+    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE), tokenizer.record()) as dataset:
+        for ids in tokenizer.encode_batch(text.split("\n\n")):
+            dataset.add_document(np.append(ids, tokenizer.eod_id))
+    frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
+    frequency.save(folder / "counts.safetensors")
+    recipe = MaskRecipe(4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=1)
+    mask = build_routing_mask(recipe, frequency=frequency)
+    mask.save(folder / "mask.safetensors")
+    make_model(mask, num_hidden_layers=2).save_pretrained(folder / "model")
+    for path in (folder / "huggingface").iterdir():
+        shutil.copy(path, folder / "model")
+    shutil.copy(ROOT / "launch" / "models" / "laptop.yaml", folder / "laptop.yaml")
+    shutil.copy(ROOT / "launch" / "suites" / "laptop.yaml", folder / "suite.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        converted = run_command("convert", "hf-to-megatron", "--load", "model", "--save", "checkpoints")
+    assert converted.code == 0, converted.errors
+    assert SentencePieceTokenizer(folder / "tokenizer.model").vocab_size == tokenizer.vocab_size == VOCAB_SIZE
+    return folder
+
+
+def write_huggingface_tokenizer(folder: Path, text: str) -> None:
+    """Train a byte-level BPE tokenizer and write its files as transformers does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}'
+    (folder / "tokenizer_config.json").write_text(settings)
+
+
+@pytest.fixture
+def workshop(original_workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The shared folder, which is the current folder; tests change nothing in it."""
+    monkeypatch.chdir(original_workshop)
+    forget_megatrons_globals()
+    yield original_workshop
+    forget_megatrons_globals()
+
+
+@pytest.fixture(scope="session")
+def training_parser() -> argparse.ArgumentParser:
+    """The parser of `maskmoe pretrain`, which takes a while to make."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from maskmoe.training.pretraining import add_pretraining_arguments
+    from maskmoe.training.settings.arguments import add_maskmoe_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return add_pretraining_arguments(add_maskmoe_arguments(parser))

@@ -1,0 +1,444 @@
+"""Bad values, files and folders on the command lines of all tools: one line of error, exit code 2, nothing written."""
+
+from types import SimpleNamespace
+
+import pytest
+from support.command_lines import TRAINING, forget_megatrons_globals, parse_training, refuse_all, run_command
+
+from maskmoe.errors import UserError
+
+LONG_NAME = "n" * 5000
+
+# A command line of each command whose values the cases replace; all of its files exist.
+COMMANDS = {
+    "corpus": "--output OUT",
+    "tokenizer": "--input text.txt --vocab-size 400 --output-prefix OUT",
+    "preprocess": "--input text.txt --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
+    " --output-prefix OUT",
+    "count": "--data-path data --vocab-size 400 --output OUT",
+    "mask": "--token-frequency counts.safetensors --num-experts 4 --num-layers 2 --frequent-mass 0.4"
+    " --frequent-visible-experts 3 --assignment balanced --output OUT",
+    "mask widen": "--routing-mask mask.safetensors --token-frequency counts.safetensors --frequent-visible-experts 4"
+    " --output OUT",
+    "convert megatron-to-hf": "--load checkpoints --save OUT",
+    "convert hf-to-megatron": "--load model --save OUT",
+    "convert upcycle": "--load model --save OUT --routing-mask mask.safetensors --num-experts 4",
+    "convert inspect": "model --json OUT",
+    "sample": "--model model --prompt import --output OUT",
+    "analyze": "--load model --data-path data --output-dir OUT",
+    "simulate": "--data-path data --routing-mask mask.safetensors --topk 2 --hidden-size 32 --output OUT",
+    "thin": "--load checkpoints",
+    "status": "--html OUT checkpoints",
+    "report": "--output OUT checkpoints",
+    "mlflow": "checkpoints",
+    "quickstart": "--input text.txt --run-dir OUT",
+    "compare": "suite.yaml --input text.txt --run-dir OUT",
+    "launch": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
+    "check": "--run-dir OUT --gpus-per-node 1 laptop.yaml",
+    "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --eval-output OUT",
+    "generate": "--load checkpoints --use-checkpoint-args --prompt import --sample-output OUT",
+}
+RUN = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 40 --seq-length 32 --lr 1e-3"
+    " --max-position-embeddings 32 --position-embedding-type rope --num-experts 4 --moe-ffn-hidden-size 24"
+    " --moe-router-topk 1 --routing-mask mask.safetensors --micro-batch-size 2 --global-batch-size 4 --train-iters 2"
+    " --data-path data --split 90,10,0 --tokenizer-type HuggingFaceTokenizer --tokenizer-model huggingface --save OUT"
+    " --save-interval 1"
+)
+COMMANDS |= {"pretrain": RUN}
+
+NOT_WHOLE = ("0", "-1", "1.5", "nan", "inf", "²", "٣", "1_0", "9" * 5000, "1" + "0" * 30, "")
+NOT_COUNT = ("-1", "1.5", "nan", "²", "1e3", "1" + "0" * 30)
+NOT_SHARE = ("-0.1", "1.1", "nan", "inf", "-inf", "1e400", "half", "")
+NOT_POSITIVE = ("0", "-1", "nan", "inf", "x")
+
+# The words that each flag of a command must refuse.
+BAD_NUMBERS = {
+    "corpus": {"--max-bytes": NOT_WHOLE, "--seed": NOT_COUNT},
+    "tokenizer": {
+        "--vocab-size": (*NOT_WHOLE, "1", "2", "259", "1000000000"),
+        "--num-threads": (*NOT_WHOLE, "1025"),
+        "--character-coverage": (*NOT_SHARE, "0", "0.5", "0.97"),
+        "--max-lines": NOT_WHOLE,
+        "--seed": (*NOT_COUNT, "4294967296"),
+    },
+    "preprocess": {"--workers": (*NOT_WHOLE, "100000"), "--shuffle-seed": NOT_COUNT},
+    "count": {"--vocab-size": (*NOT_WHOLE, "1000000000"), "--workers": NOT_WHOLE},
+    "mask": {
+        "--num-experts": (*NOT_WHOLE, "1000000000"),
+        "--num-layers": (*NOT_WHOLE, "1000000"),
+        "--frequent-mass": NOT_SHARE,
+        "--frequent-visible-experts": NOT_WHOLE,
+        "--expert-model-parallel-size": NOT_WHOLE,
+        "--hash-layers": NOT_COUNT,
+        "--seed": NOT_COUNT,
+        "--workers": NOT_WHOLE,
+    },
+    "mask widen": {
+        "--frequent-mass": NOT_SHARE,
+        "--frequent-visible-experts": NOT_WHOLE,
+        "--seed": NOT_COUNT,
+        "--workers": NOT_WHOLE,
+    },
+    "convert megatron-to-hf": {"--max-shard-size": ("0", "-1", "nan", "x", "5 apples", "²GB", "1e400GB")},
+    "convert upcycle": {
+        "--num-experts": NOT_WHOLE,
+        "--topk": NOT_WHOLE,
+        "--granularity": NOT_WHOLE,
+        "--noise": ("-1", "nan", "inf", "x"),
+        "--reinit-share": NOT_SHARE,
+        "--seed": NOT_COUNT,
+        "--moe-layer-freq": ("0", "-1", "x", "[2]", "[1]**9", "[1]*9999999999", "()", "[" * 3000),
+    },
+    "sample": {
+        "--max-new-tokens": NOT_WHOLE,
+        "--temperature": ("-1", "nan", "inf", "x"),
+        "--top-k": NOT_COUNT,
+        "--seed": (*NOT_COUNT, "-1", "4294967296"),
+    },
+    "analyze": {
+        "--ckpt-step": NOT_COUNT,
+        "--tokens": NOT_WHOLE,
+        "--seq-length": NOT_WHOLE,
+        "--batch-size": NOT_WHOLE,
+        "--capacity-factors": NOT_POSITIVE,
+        "--micro-batch-tokens": NOT_WHOLE,
+        "--min-occurrences": NOT_WHOLE,
+        "--top-ids": NOT_WHOLE,
+        "--split": ("abc", "-1,2,3", "0,0,0", "nan,1,1", "inf,1,1", "1,2,3,4", "5e-1,1,1", ""),
+    },
+    "simulate": {
+        "--layer": (*NOT_WHOLE, "3"),
+        "--tokens-per-rank": NOT_WHOLE,
+        "--seed": NOT_COUNT,
+        "--topk": NOT_WHOLE,
+        "--hidden-size": NOT_WHOLE,
+        "--bytes-per-element": (*NOT_WHOLE, "65"),
+        "--num-gpus": NOT_WHOLE,
+        "--gpus-per-node": NOT_WHOLE,
+        "--expert-model-parallel-size": NOT_WHOLE,
+        "--intra-node-bandwidth": NOT_POSITIVE,
+        "--intra-node-latency": ("-1", "nan", "inf", "x"),
+        "--inter-node-bandwidth": NOT_POSITIVE,
+        "--inter-node-latency": ("-1", "nan", "inf", "x"),
+    },
+    "thin": {"--keep-last-checkpoints": NOT_WHOLE},
+    "status": {"--watch": ("0", "0.5", "-1", "nan", "inf", "1e10", "x", "")},
+    "mlflow": {"--follow": ("0", "0.5", "-1", "nan", "inf", "1e10", "x", "")},
+    "quickstart": {
+        "--vocab-size": (*NOT_WHOLE, "100"),
+        "--num-layers": NOT_WHOLE,
+        "--hidden-size": (*NOT_WHOLE, "33"),
+        "--num-experts": (*NOT_WHOLE, "1"),
+        "--frequent-mass": NOT_SHARE,
+        "--frequent-visible-experts": (*NOT_WHOLE, "1", "9"),
+        "--seq-length": (*NOT_WHOLE, "31"),
+        "--global-batch-size": NOT_WHOLE,
+        "--train-iters": NOT_WHOLE,
+        "--lr": NOT_POSITIVE,
+        "--seed": NOT_COUNT,
+    },
+    "compare": {"--jobs": NOT_WHOLE, "--vocab-size": NOT_WHOLE, "--split": ("abc", "-1,2,3", "0,0,0")},
+    "launch": {
+        "--nodes": NOT_WHOLE,
+        "--node-rank": (*NOT_COUNT, "1"),
+        "--gpus-per-node": NOT_WHOLE,
+        "--rendezvous": ("host:0", "host:65536", "host:²", ":1", "host:x"),
+        "--rendezvous-timeout": NOT_WHOLE,
+        "--max-restarts": NOT_COUNT,
+        "--shutdown-timeout": NOT_WHOLE,
+    },
+    "generate": {"--max-new-tokens": NOT_WHOLE, "--temperature": ("-1", "nan", "inf", "x"), "--top-k": NOT_COUNT},
+}
+
+
+def command_line(command: str, **replaced: str) -> list[str]:
+    """Return a command line of `COMMANDS`, with other values of flags; flags are written without dashes in front."""
+    words = COMMANDS[command].split()
+    positional = command in ("launch", "check", "status", "report", "mlflow")
+    for name, value in replaced.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in words:
+            words[words.index(flag) + 1] = value
+        else:
+            words = [f"{flag}={value}", *words] if positional else [*words, f"{flag}={value}"]
+    return [*command.split(), *words]
+
+
+@pytest.mark.parametrize("command", BAD_NUMBERS)
+def test_number_out_of_range(workshop, command):
+    cases = [(flag, word) for flag, words in BAD_NUMBERS[command].items() for word in words]
+    refuse_all(workshop, [(command_line(command, **{flag[2:]: word}), [flag]) for flag, word in cases])
+
+
+# Values that are in the range of their flag, but contradict the model or another flag, with words of the error.
+CONTRADICTIONS = [
+    ("mask", "frequent_visible_experts", "5", "2 to 4 of 4 experts, not 5"),
+    ("mask", "frequent_visible_experts", "1", "2 to 4 of 4 experts, not 1"),
+    ("mask", "expert_model_parallel_size", "3", "4 experts cannot be divided over 3"),
+    ("mask", "hash_layers", "3", "3"),
+    ("mask widen", "frequent_visible_experts", "5", "2 to 4 of 4 experts, not 5"),
+    ("mask widen", "frequent_visible_experts", "1", "1"),
+    ("simulate", "topk", "5", "top-k must be 1 to 4"),
+    ("simulate", "expert_model_parallel_size", "1", "at least 2 ranks"),
+    ("tokenizer", "vocab_size", "300", "--vocab-size"),
+    ("tokenizer", "vocab_size", "16000000", "--vocab-size"),
+    ("count", "vocab_size", "5", "data"),
+    ("analyze", "seq_length", "4096", "--seq-length"),
+    ("convert upcycle", "num_experts", "8", "only a model without experts can be upcycled"),
+    ("quickstart", "frequent_visible_experts", "9", "--num-experts 8"),
+    ("launch", "nodes", "2", "--rendezvous"),
+    ("launch", "node_rank", "1", "--node-rank 1"),
+]
+
+
+def test_number_that_contradicts_another(workshop):
+    refuse_all(workshop, [(command_line(name, **{flag: word}), [text]) for name, flag, word, text in CONTRADICTIONS])
+
+
+def test_number_of_processes_of_a_training_command(workshop):
+    for word in (*NOT_WHOLE, "100000"):
+        for command in TRAINING:
+            run_command(command, "--nproc-per-node", word, starts_ranks=True).assert_refused("--nproc-per-node")
+
+
+# Values of Megatron's flags, most of which Megatron accepts, or reports after it has built the model.
+BAD_FLAGS = {
+    flag: words.split()
+    for flag, words in {
+        "--train-iters": "0 -1 1.5 abc nan",
+        "--hidden-size": "0 -32 1e3 99999999",
+        "--num-layers": "0 -1 1000000",
+        "--num-attention-heads": "0 -4",
+        "--ffn-hidden-size": "0 -1",
+        "--kv-channels": "0",
+        "--num-query-groups": "0",
+        "--seq-length": "0 -5",
+        "--max-position-embeddings": "0 -5",
+        "--log-interval": "0 -1",
+        "--eval-interval": "0 -1",
+        "--eval-iters": "-1 x",
+        "--save-interval": "0 -1",
+        "--hang-timeout": "-5 0 nan inf",
+        "--keep-last-checkpoints": "0 -1 1.5",
+        "--micro-batch-size": "0 -1",
+        "--global-batch-size": "0 -4",
+        "--hidden-dropout": "-0.1 1.5 nan",
+        "--attention-dropout": "-0.1 1.5 inf",
+        "--clip-grad": "nan -1 inf",
+        "--adam-beta1": "2 -0.1 nan",
+        "--adam-beta2": "2 nan",
+        "--adam-eps": "0 -1 nan",
+        "--weight-decay": "-1 nan inf",
+        "--lr": "nan -1 inf abc 1e400",
+        "--min-lr": "1 -1 nan",
+        "--lr-warmup-init": "1 nan",
+        "--lr-warmup-iters": "2 5 -1",
+        "--lr-warmup-fraction": "2 -0.5 nan",
+        "--lr-decay-iters": "0 -1",
+        "--lr-decay-style": "cosinus",
+        "--moe-router-topk": "0 -1 5",
+        "--num-experts": "0 -1 1.5 99999999",
+        "--moe-ffn-hidden-size": "0 -1",
+        "--moe-aux-loss-coeff": "-1 nan",
+        "--moe-z-loss-coeff": "-1 nan",
+        "--moe-expert-capacity-factor": "0 -1 nan",
+        "--moe-input-jitter-eps": "nan -1 2",
+        "--moe-layer-freq": "abc 0.5 [1]**9 [1]*99999999 [1",
+        "--moe-router-load-balancing-type": "none_such",
+        "--tensor-model-parallel-size": "0 -1 x",
+        "--pipeline-model-parallel-size": "0 -1",
+        "--expert-model-parallel-size": "0 -1",
+        "--context-parallel-size": "0 -1",
+        "--vocab-size": "0 -1",
+        "--make-vocab-size-divisible-by": "0 -1",
+        "--norm-epsilon": "0 -1 nan inf",
+        "--init-method-std": "nan -1 inf",
+        "--rotary-base": "0 -1",
+        "--rotary-percent": "nan 2 -1",
+        "--seed": "-1 4294967296 nan",
+        "--num-workers": "-1 100000",
+        "--split": "abc -1,2,3 0,0,0 1,2,3,4 nan,1,1",
+        "--exit-signal": "SIGNONE",
+        "--attention-backend": "none_such",
+        "--transformer-impl": "none_such",
+        "--optimizer": "none_such",
+        "--window-size": "a,b",
+        "--distributed-timeout-minutes": "0 -1",
+        "--train-samples": "0 -1",
+        "--profile-step-start": "-1",
+        "--non-persistent-save-interval": "0",
+        "--num-layer": "2",
+    }.items()
+}
+FLAG_CASES = [(flag, word) for flag, words in BAD_FLAGS.items() for word in words]
+
+
+def test_value_of_a_flag_of_megatron(training_parser, workshop):
+    """Sizes that contradict others are found after the ranges, by the tests below."""
+    for flag, word in FLAG_CASES:
+        if (flag, word) != ("--moe-router-topk", "5"):
+            with pytest.raises(UserError, match=flag):
+                parse_training(training_parser, command_line("pretrain", **{flag[2:]: word})[1:])
+
+
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_run_refuses_a_value_of_a_flag_of_megatron(workshop, every):
+    cases = [(command_line("pretrain", **{flag[2:]: word}), [flag]) for flag, word in FLAG_CASES[::every]]
+    refuse_all(workshop, cases)
+
+
+def test_check_refuses_what_a_run_refuses(workshop):
+    """Only the last lines matter: `--check` prints a report before its errors."""
+    failed = []
+    for flag, word in FLAG_CASES[::19]:
+        outcome = run_command(*command_line("pretrain", **{flag[2:]: word}), "--check")
+        lines = outcome.errors.splitlines()
+        if outcome.code != 2 or not lines or not all(line.startswith("error: ") and flag in line for line in lines):
+            failed.append((flag, word, outcome.code, outcome.errors[-300:]))
+    assert not failed
+
+
+FILE, FOLDER, OUTPUT, OUTPUT_FOLDER, PREFIX = "a file", "a folder", "an output", "an output folder", "a prefix"
+BAD_PATHS = {
+    FILE: ("nowhere", "nowhere/x", "model", "text.txt/x", LONG_NAME, "/dev/null/x", "\udcff", "loop", "/dev/null"),
+    FOLDER: ("nowhere", "nowhere/x", "text.txt", "text.txt/x", LONG_NAME, "/dev/null/x", "loop", "huggingface"),
+    OUTPUT: ("nowhere/x", "model", "text.txt/x", LONG_NAME, "/dev/null/x", "/proc/x", "loop/x"),
+    OUTPUT_FOLDER: ("text.txt", "text.txt/x", LONG_NAME, "/dev/null/x", "/proc/x", "loop/x"),
+    PREFIX: ("nowhere/x", "text.txt/x", LONG_NAME, "/dev/null/x", "/proc/x", "loop/x"),
+}
+# The paths on the command lines of `COMMANDS`.
+PATHS = {
+    "corpus": {"output": OUTPUT, "sources": FILE},
+    "tokenizer": {"input": FILE, "output_prefix": PREFIX},
+    "preprocess": {"input": FILE, "tokenizer_model": FILE, "output_prefix": PREFIX},
+    "count": {"data_path": FILE, "output": OUTPUT},
+    "mask": {"token_frequency": FILE, "output": OUTPUT},
+    "mask widen": {"routing_mask": FILE, "token_frequency": FILE, "output": OUTPUT},
+    "convert megatron-to-hf": {"load": FOLDER, "save": OUTPUT_FOLDER},
+    "convert hf-to-megatron": {"load": FOLDER, "save": OUTPUT_FOLDER},
+    "convert inspect": {"json": OUTPUT},
+    "sample": {"model": FOLDER, "output": OUTPUT},
+    "analyze": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "output_dir": OUTPUT_FOLDER},
+    "simulate": {"data_path": FILE, "routing_mask": FILE, "output": OUTPUT, "plot": OUTPUT},
+    "thin": {"load": FOLDER},
+    "status": {"html": OUTPUT, "json": OUTPUT, "tensorboard_dir": FOLDER},
+    "report": {"output": OUTPUT, "tensorboard_dir": FOLDER},
+    "mlflow": {"tensorboard_dir": FOLDER},
+    "quickstart": {"input": FILE, "run_dir": OUTPUT_FOLDER},
+    "compare": {"input": FILE},
+    "evaluate": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "routing_mask": FILE, "eval_texts": FILE},
+    "generate": {"load": FOLDER, "routing_mask": FILE},
+    "pretrain": {"data_path": FILE, "routing_mask": FILE, "tokenizer_model": FILE, "save": OUTPUT_FOLDER}
+    | {"tensorboard_dir": OUTPUT_FOLDER},
+}
+
+
+SLOW = ("evaluate", "generate", "pretrain")
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PATHS]
+)
+def test_path_that_cannot_be_used(workshop, command):
+    paths = [(flag, path) for flag, kind in PATHS[command].items() for path in BAD_PATHS[kind]]
+    if command == "quickstart":  # it makes its folder as its first stage does
+        paths = [(flag, path) for flag, path in paths if path != "/proc/x"]
+    if "tokenizer_model" in PATHS[command] and command != "preprocess":
+        paths.remove(("tokenizer_model", "model"))  # the folder of a tokenizer
+    refuse_all(workshop, [(command_line(command, **{flag: path}), []) for flag, path in paths])
+
+
+PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions", "a\udcff": "--prompt has an invalid byte"}
+
+
+def test_prompt_that_the_model_cannot_take(workshop):
+    for prompt, words in PROMPTS.items():
+        refuse_all(workshop, [(command_line(command, prompt=prompt), [words]) for command in ("generate", "sample")])
+        forget_megatrons_globals()
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("400", "0 to 399"), ("-1", "token id -1"), ("one", "NullTokenizer")])
+def test_prompt_of_ids_that_the_vocabulary_lacks(monkeypatch, prompt, words):
+    from maskmoe.training.loop import prompt_ids
+
+    tokenizer = SimpleNamespace(tokenize=lambda text: [int(word) for word in text.split()], vocab_size=400)
+    monkeypatch.setattr(prompt_ids, "get_tokenizer", lambda: tokenizer)
+    assert prompt_ids.tokenize_text("0 399") == [0, 399]
+    with pytest.raises(UserError, match=words):
+        prompt_ids.tokenize_text(prompt)
+
+
+@pytest.mark.parametrize("command", ["pretrain", pytest.param("evaluate", marks=pytest.mark.slow)])
+def test_rank_without_a_launcher(workshop, command, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    refuse_all(workshop, [(command_line(command), ["torchrun", "MASTER_ADDR"])], after_progress=True)
+
+
+def test_file_in_first_place_that_cannot_be_used(workshop):
+    commands = {
+        "launch --dry-run": BAD_PATHS[FILE],
+        "check": BAD_PATHS[FILE],
+        "compare --run-dir OUT": BAD_PATHS[FILE],
+        "convert inspect": BAD_PATHS[FOLDER],
+        "status": BAD_PATHS[FOLDER],
+        "report": BAD_PATHS[FOLDER],
+        "mlflow": BAD_PATHS[FOLDER],
+    }
+    refuse_all(workshop, [([*name.split(), path], []) for name, paths in commands.items() for path in paths])
+
+
+MISSING_FOLDERS = {
+    "convert megatron-to-hf": "load",
+    "convert hf-to-megatron": "load",
+    "convert upcycle": "load",
+    "analyze": "load",
+    "sample": "model",
+}
+
+
+def test_missing_folder_is_found_before_packages_are_loaded(workshop):
+    for command, flag in MISSING_FOLDERS.items():
+        outcome = run_command(*command_line(command, **{flag: "nowhere"}))
+        outcome.assert_refused(f"--{flag} nowhere")
+        assert outcome.errors == outcome.messages()
+
+
+# Mistakes in words, with words of the error.
+MISTAKES = [
+    ("tokenizer --vocab-siz 5", "unknown flag --vocab-siz (nearest: --vocab-size)"),
+    ("tokenizer --vocab 5", "unknown flag --vocab"),
+    ("tokenizer --vocab-size", "--vocab-size: expected one argument"),
+    ("tokenizer", "the following arguments are required: --input"),
+    ("tokenizer --model-type bbpe", "--model-type: invalid choice: 'bbpe'"),
+    ("mask --preset smo", "--preset: invalid choice: 'smo'"),
+    ("mask --token-frequency a --vocab-size 5", "--vocab-size: not allowed with argument --token-frequency"),
+    ("corpus --output OUT --packages a", "--packages: only together with --sources"),
+    ("corpus --output OUT --sources a --max-bytes 5", "--max-bytes: not allowed with argument --sources"),
+    ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
+    ("count --merge a --output b --merge=c", "--merge is given 2 times: write all its values after one --merge"),
+    ("sample --model model --prompt a stray", "unrecognized arguments: stray"),
+    ("convert", "the following arguments are required: command"),
+    ("convert megatron-to-hf --lode x", "unknown flag --lode (nearest: --load)"),
+    ("convert to-hf", "invalid choice: 'to-hf'"),
+    ("analyze --load model --output-dir OUT", "--data-path --input is required"),
+    ("simulate --topk", "--topk: expected at least one argument"),
+    ("thin --load", "--load: expected one argument"),
+    ("compare suite.yaml --list --report", "not allowed with argument"),
+    ("launch --node 2 laptop.yaml", "--node"),
+    ("launch laptop.yaml stray", "stray"),
+    ("pretrain --num-layer 2", "unknown flag --num-layer (nearest: --num-layers)"),
+    ("pretrain stray", "unrecognized arguments: stray"),
+    ("pretrain --lr", "--lr: expected one argument"),
+    ("pretrain --check x", "--check must be a whole number, not 'x'"),
+    ("pretrain --check 1000000007", "--check must be at most"),
+    ("pretrain --json", "--check"),
+    ("generate", "one of the arguments --prompt --prompts-file --interactive is required"),
+    ("evaluate --eval-split tests", "--eval-split: invalid choice: 'tests'"),
+    ("evaluate --load nowhere --use-checkpoint-args", "--load nowhere holds no checkpoint"),
+    ("generate --prompt a --load huggingface --use-checkpoint-args", "--load huggingface holds no"),
+]
+
+
+def test_mistake_in_words(workshop):
+    refuse_all(workshop, [(line.split(), [words]) for line, words in MISTAKES])

@@ -1,0 +1,157 @@
+"""Every number on a command line has a declared range, and every flag of Megatron that is a number has one, too."""
+
+import argparse
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+
+from maskmoe.command_line.parser import Number, OneLineParser, WholeNumber, split
+from maskmoe.command_line.registry import SUBCOMMANDS, Subcommand
+
+TRAINING = ("pretrain", "evaluate", "generate")
+
+
+class ParserFound(BaseException):
+    """Carries a parser out of the function that made it."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser = parser
+
+
+def parser_of(subcommand: Subcommand) -> argparse.ArgumentParser:
+    def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        raise ParserFound(parser)
+
+    module = importlib.import_module(subcommand.module)
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+        mock.patch.object(sys, "argv", [f"maskmoe {subcommand.name}"]),
+        mock.patch("signal.signal"),
+        pytest.raises(ParserFound) as found,
+    ):
+        module.main()
+    return found.value.parser
+
+
+def with_subparsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+OWN = [subcommand for subcommand in SUBCOMMANDS if subcommand.name not in TRAINING]
+
+
+@pytest.mark.parametrize("subcommand", OWN, ids=lambda subcommand: subcommand.name)
+def test_parser_reports_in_one_line_and_each_number_has_a_range(subcommand):
+    numbers = 0
+    for parser in with_subparsers(parser_of(subcommand)):
+        assert isinstance(parser, OneLineParser)
+        assert not parser.allow_abbrev
+        for action in parser._actions:
+            assert action.type not in (int, float, complex), action.option_strings
+            if isinstance(action.type, WholeNumber | Number) and action.default not in (None, ()):
+                numbers += 1
+                defaults = action.default if isinstance(action.default, list | tuple) else [action.default]
+                for default in defaults:
+                    action.type(str(default))  # the default is in the range
+    without_defaults = (
+        "compare",
+        "mask widen",
+        "check",
+        "launch",
+        "preprocess",
+        "count",
+        "convert",
+        "status",
+        "report",
+        "mlflow",
+    )
+    assert numbers or subcommand.name in without_defaults
+
+
+@pytest.fixture(scope="module")
+def megatron_parser() -> argparse.ArgumentParser:
+    from megatron.training.arguments import add_megatron_arguments
+
+    from maskmoe.training.loop.evaluation import add_evaluation_arguments
+    from maskmoe.training.loop.generation import add_generation_arguments
+    from maskmoe.training.pretraining import add_pretraining_arguments
+    from maskmoe.training.settings.arguments import add_maskmoe_arguments
+
+    parser = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    return add_generation_arguments(add_evaluation_arguments(add_pretraining_arguments(parser)))
+
+
+def test_each_number_of_megatron_has_a_range_or_may_be_any(megatron_parser, training_parser):
+    """The parser of generation replaces an old flag of Megatron, which the parser of training still has."""
+    from maskmoe.training.settings.flag_ranges import RANGES, UNBOUNDED
+
+    actions = [*megatron_parser._actions, *training_parser._actions]
+    whole = {action.dest for action in actions if action.type is int and not action.choices}
+    assert not whole - RANGES.keys() - UNBOUNDED
+    known = {action.dest for action in actions}
+    assert RANGES.keys() <= known
+    assert known >= UNBOUNDED
+    assert not RANGES.keys() & UNBOUNDED
+
+
+def test_defaults_of_megatron_are_in_their_ranges(megatron_parser):
+    from maskmoe.training.settings.flag_ranges import range_errors
+
+    args = argparse.Namespace(
+        **{action.dest: megatron_parser.get_default(action.dest) for action in megatron_parser._actions}
+    )
+    assert not list(range_errors(args))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_of_megatron_may_be_infinite(megatron_parser, value):
+    from maskmoe.training.settings.flag_ranges import range_errors
+
+    names = [action.dest for action in megatron_parser._actions if action.type is float]
+    assert len(names) > 90
+    args = argparse.Namespace(split=None, **dict.fromkeys(names, value))
+    assert len(list(range_errors(args))) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("word", "is_valid"),
+    [("1", True), ("7", True), ("+3", True), ("007", True), ("0", False), ("8", False), ("-1", False), ("1.0", False)]
+    + [(word, False) for word in ("", " 1", "1 ", "²", "٣", "1_0", "0x1", "1e0", "one", "9" * 9999)],
+)
+def test_whole_number(word, is_valid):
+    if is_valid:
+        assert WholeNumber(1, 7)(word) == int(word)
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match="must be"):
+            WholeNumber(1, 7)(word)
+
+
+@pytest.mark.parametrize(
+    ("word", "is_valid"),
+    [("0.5", True), ("1", True), ("1e-3", True), (".5", True), ("0", False), ("-1", False), ("1.5", False)]
+    + [(word, False) for word in ("", "nan", "inf", "-inf", "1e999", "٠.٥", "1_0", "half")],
+)
+def test_number(word, is_valid):
+    if is_valid:
+        assert Number(0, 1, is_above=True)(word) == float(word)
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match="must be"):
+            Number(0, 1, is_above=True)(word)
+
+
+@pytest.mark.parametrize("word", ["99,1,0", "969, 30, 1", "95,5", "100", "0.9,0.05,0.05", "98/1/1", "[90,10,0]"])
+def test_split(word):
+    assert split(word) == word
+
+
+@pytest.mark.parametrize("word", ["", "abc", "-1,2,3", "0,0,0", "1,2,3,4", "nan,1,1", "1e3,1,1", "1,,1", "1..2,3"])
+def test_bad_split(word):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be three shares"):
+        split(word)

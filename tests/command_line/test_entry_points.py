@@ -1,0 +1,117 @@
+"""`maskmoe pretrain`, `evaluate` and `generate`: how they start ranks, and the exit codes that they return."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+from support.launch import Launch
+from support.paths import ROOT, python_path
+from support.runs import make_laptop_data, read_losses
+
+from maskmoe.checkpoint.series import read_tracker
+from maskmoe.errors import UserError
+from maskmoe.launch.entry_point import split_processes
+from maskmoe.launch.model_file import ModelFile, flag_words
+from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
+
+# An entry point that prints its ranks and arguments, and exits with the code in its first argument.
+STUB = """
+import os, sys, time
+from maskmoe.processes.interruption import leave_exit_code
+print("rank", os.environ.get("RANK"), "of", os.environ.get("WORLD_SIZE"), sys.argv[1:], flush=True)
+if sys.argv[1] == "wait":
+    time.sleep(1000)
+code = int(sys.argv[1]) if sys.argv[1].isdecimal() else 0
+if code > 1:
+    leave_exit_code(code)
+sys.exit(code)
+"""
+RUN = "import sys; from maskmoe.launch.entry_point import run_entry_point; run_entry_point('stub', {saves_checkpoints})"
+
+
+@pytest.fixture
+def run_stub(tmp_path) -> Iterator[Callable[..., Launch]]:
+    """Run the stub by `run_entry_point`."""
+    (tmp_path / "stub.py").write_text(STUB)
+    started: list[Launch] = []
+
+    def run_stub(*arguments: str, saves_checkpoints: bool = True, **environment: str) -> Launch:
+        environment["PYTHONPATH"] = python_path(tmp_path)
+        command = [sys.executable, "-c", RUN.format(saves_checkpoints=saves_checkpoints), *arguments]
+        started.append(Launch(command, tmp_path, tmp_path / "run", environment))
+        return started[-1]
+
+    yield run_stub
+    for launch in started:
+        launch.kill()
+
+
+def test_ranks_are_started_by_torchrun(run_stub):
+    launch = run_stub("--nproc-per-node", "2", "0", "--lr", "1")
+    assert launch.wait() == 0, launch.output
+    lines = sorted(line for line in launch.output.splitlines() if line.startswith("rank"))
+    assert lines == [f"rank {rank} of 2 ['0', '--lr', '1']" for rank in range(2)]
+
+
+# tests/launch/test_supervisor.py passes the remaining codes through the supervisor, without torchrun.
+@pytest.mark.parametrize(
+    "code", [1, EXIT_HANG, *(pytest.param(code, marks=pytest.mark.slow) for code in (2, EXIT_REQUEUE))]
+)
+def test_exit_code_is_passed_through(run_stub, code):
+    launch = run_stub(str(code))
+    assert launch.wait() == code, launch.output
+    assert "rank 0 of 1" in launch.output
+
+
+@pytest.mark.parametrize(("saves_checkpoints", "code"), [(True, EXIT_REQUEUE), (False, 128 + signal.SIGTERM)])
+def test_signal_stops_the_ranks(run_stub, saves_checkpoints, code):
+    launch = run_stub("wait", saves_checkpoints=saves_checkpoints)
+    launch.wait_for_output("rank 0 of 1")
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == code, launch.output
+
+
+def test_rank_of_torchrun_runs_the_entry_point_itself(run_stub):
+    launch = run_stub("3", RANK="5", WORLD_SIZE="8")
+    assert launch.wait() == 3
+    assert launch.output == "rank 5 of 8 ['3']\n"
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--check", "--check=8"])
+def test_help_and_check_need_no_ranks(run_stub, flag):
+    launch = run_stub("--nproc-per-node=2", "0", flag)
+    assert launch.wait() == 0
+    assert launch.output == f"rank None of None ['0', '{flag}']\n"
+
+
+def test_number_of_processes_is_read_only_in_front():
+    assert split_processes(["--nproc-per-node", "8", "--lr", "1"]) == (8, ["--lr", "1"])
+    assert split_processes(["--nproc-per-node=8"]) == (8, [])
+    assert split_processes(["--lr", "1", "--nproc-per-node", "8"]) == (None, ["--lr", "1", "--nproc-per-node", "8"])
+    assert split_processes([]) == (None, [])
+
+
+@pytest.mark.parametrize("words", [["--nproc-per-node"], ["--nproc-per-node", "two"], ["--nproc-per-node=0"]])
+def test_bad_number_of_processes_is_refused(words):
+    with pytest.raises(UserError, match="--nproc-per-node needs a positive whole number"):
+        split_processes(words)
+
+
+@pytest.mark.slow
+def test_laptop_model_is_trained_and_evaluated(tmp_path):
+    model = ModelFile.read(ROOT / "launch" / "models" / "laptop.yaml", {})
+    data = make_laptop_data(tmp_path, num_documents=100).split()
+    short = "--train-iters 3 --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
+    folders = f"--save {tmp_path}/checkpoints --tensorboard-dir {tmp_path}/tensorboard --expert-model-parallel-size 2"
+
+    def run(*words: str) -> None:
+        with Launch([sys.executable, "-m", "maskmoe", *words], tmp_path, tmp_path, {}) as launch:
+            assert launch.wait() == 0, launch.output[-4000:]
+
+    run("pretrain", "--nproc-per-node", "2", *flag_words(model.flags), *data, *short.split(), *folders.split())
+    assert list(read_losses(tmp_path)) == [1, 2, 3]
+    assert read_tracker(tmp_path / "checkpoints") == 3
+    output = tmp_path / "evaluation.json"
+    run("evaluate", "--load", f"{tmp_path}/checkpoints", "--use-checkpoint-args", *data, "--eval-output", str(output))
+    assert output.exists()

@@ -1,0 +1,112 @@
+"""`maskmoe sample`: texts of a batch equal the texts of single prompts."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from support.paths import EXPORTED_MODEL as MODEL
+from support.tiny_maskmoe import make_model
+
+from maskmoe.command_line import generate_text
+from maskmoe.errors import UserError
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 1, 4, 1], [2, 7]]
+
+
+class Numbers:
+    """A tokenizer whose text is the ids."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return " ".join(map(str, tokens))
+
+
+def continuation(ends: object = None, temperature: float = 0) -> generate_text.Continuation:
+    torch.manual_seed(0)
+    model = make_model().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # so that texts differ
+    model.generation_config.eos_token_id = ends
+    return generate_text.Continuation(Namespace(max_new_tokens=8, temperature=temperature, top_k=50), Numbers(), model)
+
+
+def test_batch_equals_single_prompts():
+    continued = continuation()
+    texts = continued.of(PROMPTS)
+    assert texts == [text for prompt in PROMPTS for text in continued.of([prompt])]
+    assert [text.split()[: len(prompt)] for text, prompt in zip(texts, PROMPTS, strict=True)] == [
+        [str(token) for token in prompt] for prompt in PROMPTS
+    ]
+    assert {len(text.split()) - len(prompt) for text, prompt in zip(texts, PROMPTS, strict=True)} == {8}
+    assert len({tuple(text.split()[-4:]) for text in texts}) > 1
+
+
+def test_texts_of_a_batch_end_on_their_own():
+    """The end of one text is another's ordinary token."""
+    first = continuation().of(PROMPTS[:1])[0].split()
+    end = int(first[len(PROMPTS[0]) + 2])
+    continued = continuation(ends=[end])
+    texts = continued.of(PROMPTS)
+    assert texts == [text for prompt in PROMPTS for text in continued.of([prompt])]
+    assert str(end) not in texts[0].split()[len(PROMPTS[0]) :]
+    assert len(texts[0].split()) <= len(PROMPTS[0]) + 2
+
+
+def test_smallest_temperature_takes_the_most_probable():
+    assert continuation(temperature=1e-42).of(PROMPTS) == continuation().of(PROMPTS)
+
+
+def test_prompts_of_a_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "import os", "id": 1}\n{"prompt": "def f(x):\\n    return"}\n')
+    words = f"sample --model {MODEL} --prompts-file {tmp_path}/prompts.jsonl --temperature 0 --max-new-tokens 4"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--output", str(tmp_path / "texts.jsonl")])
+    generate_text.main()
+    first, second = map(json.loads, (tmp_path / "texts.jsonl").read_text().splitlines())
+    assert first.keys() == {"prompt", "id", "text"}
+    assert first["text"].startswith("import os")
+    assert second["text"].startswith("def f(x):\n    return")
+    assert capsys.readouterr().out == (tmp_path / "texts.jsonl").read_text()
+
+
+def test_typed_bytes_that_are_not_text_are_refused():
+    """The standard streams raise errors at such bytes, as in most locales."""
+    words = f"-m maskmoe sample --model {MODEL} --temperature 0 --max-new-tokens 2 --interactive"
+    process = subprocess.run(
+        [sys.executable, *words.split()],
+        input=b"import os\ncaf\xe9\ndef f\n",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    first, second = process.stdout.decode().splitlines()
+    assert first.startswith("import os")
+    assert second.startswith("def f")
+    assert b"error: the prompt has an invalid byte" in process.stderr
+
+
+@pytest.mark.parametrize("words", ["--prompt a --prompts-file b", "", "--interactive --prompt a"])
+def test_needs_one_source_of_prompts(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(MODEL), *words.split()])
+    with pytest.raises(UserError, match=r"not allowed with|one of the arguments --prompt --prompts-file --interactive"):
+        generate_text.main()
+
+
+def test_typed_prompts_have_no_output_file(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(MODEL), "--interactive", "--output", "text.txt"])
+    with pytest.raises(UserError, match="--output does not apply to --interactive"):
+        generate_text.main()
+
+
+def test_file_of_prompts_is_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("import os\n")
+    files = f"--prompts-file {tmp_path}/prompts.txt --output {tmp_path}/prompts.txt --force"
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(MODEL), *files.split()])
+    with pytest.raises(UserError, match="it is an input of this command"):
+        generate_text.main()
+    assert (tmp_path / "prompts.txt").read_text() == "import os\n"

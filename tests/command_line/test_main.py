@@ -1,0 +1,91 @@
+"""The program `maskmoe`: its help, its errors, and the subcommand that it runs."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+import maskmoe
+from maskmoe.command_line import main as program
+from maskmoe.command_line.registry import SUBCOMMANDS, Subcommand
+
+
+def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "maskmoe", *words], cwd=cwd, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_names_each_subcommand_without_importing_torch(tmp_path):
+    check = "import sys; from maskmoe.command_line.main import help_text; print(help_text())\n"
+    check += "assert 'torch' not in sys.modules"
+    output = subprocess.check_output([sys.executable, "-P", "-c", check], cwd=tmp_path, text=True)
+    assert output == run("--help", cwd=tmp_path).stdout
+    listed = [line.strip().partition("  ")[0] for line in output.splitlines() if line.startswith("  ")]
+    assert listed == [subcommand.name for subcommand in SUBCOMMANDS]
+
+
+def test_version():
+    assert run("--version").stdout == f"maskmoe {maskmoe.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("pretain",), "error: unknown subcommand pretain (nearest: pretrain); maskmoe --help lists the subcommands"),
+        ((), "error: which subcommand? (maskmoe --help lists the subcommands)"),
+        (("check",), "error: the following arguments are required: MODEL.yaml (see maskmoe check --help)"),
+        (("launch", "nowhere.yaml"), "error: the model file nowhere.yaml does not exist"),
+        (("pretrain", "--nproc-per-node", "0"), "error: --nproc-per-node needs a positive whole number, not '0'"),
+    ],
+)
+def test_bad_command_line_is_refused_in_one_line(words, error):
+    completed = run(*words)
+    assert (completed.returncode, completed.stderr) == (2, error + "\n")
+
+
+def test_subcommand_shows_its_name_in_its_help():
+    completed = run("corpus", "--help")
+    assert completed.returncode == 0
+    assert completed.stdout.startswith("usage: maskmoe corpus ")
+
+
+@pytest.mark.parametrize("name", ["record", "record again"])
+def test_subcommand_gets_its_arguments(name, tmp_path, monkeypatch):
+    """The module of a subcommand runs with the subcommand's name as the program's name."""
+    for module in ("record", "record_again"):
+        (tmp_path / f"{module}er.py").write_text(f"import sys\ndef main():\n    print({module!r}, sys.argv)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    subcommands = (
+        Subcommand("record", "recorder", "print sys.argv"),
+        Subcommand("record again", "record_againer", "print sys.argv"),
+    )
+    monkeypatch.setattr(program, "SUBCOMMANDS", subcommands)
+    monkeypatch.setattr(sys, "argv", ["maskmoe", *name.split(), "--a", "b"])
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *values: printed.append(values))
+    program.main()
+    assert printed == [(name.replace(" ", "_"), [f"maskmoe {name}", "--a", "b"])]
+
+
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS, ids=lambda subcommand: subcommand.name)
+def test_module_of_each_subcommand_has_a_main_function(subcommand):
+    """The source is parsed, because importing all modules takes many seconds."""
+    spec = importlib.util.find_spec(subcommand.module)
+    assert spec is not None
+    assert spec.origin is not None
+    functions = [node for node in ast.parse(Path(spec.origin).read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert [function.name for function in functions].count("main") == 1
+
+
+def test_each_tool_runs_a_subcommand():
+    modules = {subcommand.module for subcommand in SUBCOMMANDS}
+    tools = sorted((ROOT / "tools").glob("*.py"))
+    assert tools
+    for tool in tools:
+        assert f"maskmoe.command_line.{tool.stem}" in modules
+        assert f"from maskmoe.command_line.{tool.stem} import main" in tool.read_text()

@@ -1,0 +1,214 @@
+"""Every command that writes files refuses an output that is an input, or that exists, and changes no file then."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from support.datasets import write_documents
+
+from maskmoe.command_line.registry import SUBCOMMANDS
+from maskmoe.data.tokenizer_training import train_tokenizer
+from maskmoe.errors import UserError
+from maskmoe.processes.child_process import is_alive
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.frequency import count_token_frequency
+from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.workflow.stage import maskmoe_command
+
+MODULES = {subcommand.name: subcommand.module for subcommand in SUBCOMMANDS}
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, a tokenizer, a dataset, counts and a mask."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer([TEXT], VOCAB_SIZE))
+    write_documents(folder / "data", [np.arange(64) % VOCAB_SIZE], np.dtype(np.uint16))
+    (folder / "data.parts.json").write_text("{}")
+    count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1).save(folder / "counts")
+    build_routing_mask(MaskRecipe.from_preset("hash", 4, 2, seed=0), vocab_size=VOCAB_SIZE).save(folder / "mask")
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with copies of the files."""
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    name = next(name for name in sorted(MODULES, key=len, reverse=True) if command.startswith(f"{name} "))
+    monkeypatch.setattr(sys, "argv", [f"maskmoe {name}", *command.removeprefix(name).split()])
+    import_module(MODULES[name]).main()
+
+
+TOKENIZE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
+SIMULATE = "simulate --data-path data --routing-mask mask --hidden-size 8 --num-gpus 8 --tokens-per-rank 4 --topk 1"
+
+# Commands whose output OUT is one of their inputs.
+OUTPUTS_THAT_ARE_INPUTS = {
+    "dataset of count": ("count --data-path data --vocab-size 300 --output OUT", "data.bin data.idx"),
+    "parts of count": ("count --merge counts --data-path data --output OUT", "counts data.idx data.parts.json"),
+    "counts of mask": ("mask --token-frequency counts --num-experts 4 --num-layers 2 --frequent-mass 0.4 "
+                       "--frequent-visible-experts 2 --assignment balanced --output OUT", "counts"),
+    "table of mask": ("mask --expert-table table.npy --num-experts 4 --num-layers 2 --output OUT", "table.npy"),
+    "mask of widen": ("mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.5 "
+                      "--frequent-visible-experts 2 --output OUT", "mask counts"),
+    "inputs of simulate": (f"{SIMULATE} --output OUT", "data.bin data.idx mask"),
+    "plot of simulate": (f"{SIMULATE} --plot OUT", "data.bin mask"),
+}  # fmt: skip
+CASES = [(command, name) for command, names in OUTPUTS_THAT_ARE_INPUTS.values() for name in names.split()]
+
+
+@pytest.mark.parametrize("force", ["", " --force"])
+@pytest.mark.parametrize(("command", "name"), CASES)
+def test_an_input_is_not_overwritten(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, force: str
+) -> None:
+    np.save(folder / "table.npy", np.zeros((VOCAB_SIZE, 1), np.int64))
+    (folder / "sub").mkdir()
+    (folder / "link").symlink_to(name)
+    os.link(folder / name, folder / "hard")
+    before = contents(folder)
+    for output in (name, f"sub/../{name}", "link", "hard", str(folder / name)):
+        with pytest.raises(UserError, match="it is an input of this command"):
+            run(monkeypatch, command.replace("OUT", output) + force)
+    assert contents(folder) == before
+
+
+def test_an_analysis_is_not_written_into_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "checkpoints").mkdir()
+    for output in ("checkpoints", "checkpoints/routing"):
+        with pytest.raises(UserError, match="lies inside --load checkpoints"):
+            run(monkeypatch, f"analyze --load checkpoints --data-path data --output-dir {output}")
+    assert not any((folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("command", ["report run --output OUT", "status run --html OUT", "status run --json OUT"])
+def test_a_page_is_not_written_over_the_files_of_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for name in ("tensorboard/events.out.tfevents.1", "logs/rank0.log", "out.log"):
+        path = folder / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("precious")
+        with pytest.raises(UserError, match=r"it belongs to the input|it is an input"):
+            run(monkeypatch, command.replace("OUT", f"run/{name}") + " --force")
+        assert path.read_text() == "precious"
+
+
+def test_inputs_of_text_commands_are_not_overwritten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "a_text_document.bin").write_text(TEXT)
+    other_model = TOKENIZE.replace("tokenizer.model", "a_text_document.bin")
+    before = contents(folder)
+    for command in (
+        f"preprocess --input a_text_document.bin {TOKENIZE} --output-prefix a --force",
+        f"preprocess --input text.txt {other_model} --output-prefix a --force",
+        "tokenizer --input tokenizer.model --vocab-size 300 --output-prefix tokenizer --force",
+    ):
+        with pytest.raises(UserError, match="it is an input of this command"):
+            run(monkeypatch, command)
+    assert contents(folder) == before
+
+
+# Commands, and the first file that each writes.
+WRITERS = {
+    "corpus --output OUT --max-bytes 100000": "OUT",
+    "tokenizer --input text.txt --vocab-size 300 --output-prefix OUT": "OUT.model",
+    f"preprocess --input text.txt {TOKENIZE} --output-prefix OUT --workers 1": "OUT_text_document.bin",
+    "count --data-path data --vocab-size 300 --output OUT --workers 1": "OUT",
+    "mask --vocab-size 300 --preset hash --num-experts 4 --num-layers 2 --output OUT --workers 1": "OUT",
+    "mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.5 --frequent-visible-experts 2 "
+    "--output OUT --workers 1": "OUT",
+    f"{SIMULATE} --output OUT": "OUT",
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_an_existing_output_needs_force(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    output = folder / WRITERS[command]
+    output.write_text("precious")
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"cannot write {WRITERS[command]}: it exists; .*--force"):
+        run(monkeypatch, command)
+    assert contents(folder) == before
+    run(monkeypatch, f"{command} --force")
+    assert output.read_bytes() != b"precious"
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [("text text", "names 'text' twice"), ("../../x", "must not contain '/'"), ("text a/b", "must not contain '/'")],
+)
+def test_keys_that_cannot_name_files(folder: Path, monkeypatch: pytest.MonkeyPatch, keys: str, problem: str) -> None:
+    before = contents(folder)
+    with pytest.raises(UserError, match=problem):
+        run(monkeypatch, f"preprocess --input text.txt --json-keys {keys} {TOKENIZE} --output-prefix out")
+    assert contents(folder) == before
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("children", [2, 3], ids=["while workers start", "with a worker"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_no_temporary_file(folder: Path, number: signal.Signals, children: int) -> None:
+    (folder / "large.txt").write_text(f"{TEXT}\n" * 20_000)
+    words = f"--input large.txt {TOKENIZE} --output-prefix out --workers 2 --shuffle-seed 1"
+    process = subprocess.Popen(maskmoe_command("preprocess", *words.split()), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list(folder.glob(".unshuffled*/.*.tmp")))
+    # multiprocessing's resource tracker and its fork server come before the workers.
+    wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= children)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert errors == ""
+    assert not list(folder.glob(".*"))
+    wait_until(lambda: not any(is_alive(child.pid) for child in started))
+
+
+def test_workers_end_with_a_killed_command(folder: Path) -> None:
+    (folder / "large.txt").write_text(f"{TEXT}\n" * 20_000)
+    words = f"--input large.txt {TOKENIZE} --output-prefix out --workers 2"
+    process = subprocess.Popen(maskmoe_command("preprocess", *words.split()))
+    wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 4)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(is_alive(child.pid) for child in children))
+
+
+def test_a_signal_ends_the_training_of_a_tokenizer_at_once(folder: Path) -> None:
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnop "), 20_000_000)
+    (folder / "large.txt").write_text("".join(letters))
+    words = "--input large.txt --vocab-size 8000 --output-prefix out"
+    process = subprocess.Popen(maskmoe_command("tokenizer", *words.split()))
+    wait_until(lambda: psutil.Process(process.pid).cpu_times().user > 1.5)
+    process.terminate()
+    assert process.wait(5) == -signal.SIGTERM
+    assert not list(folder.glob("*out*"))
+    assert not list(folder.glob(".*"))

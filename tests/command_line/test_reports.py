@@ -1,0 +1,131 @@
+"""How `run_tool` reports errors of the operating system, long and unprintable words, and a closed output."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+from support.paths import ROOT
+
+from maskmoe.command_line.parser import Parser, one_line
+from maskmoe.command_line.run_tool import run_tool
+from maskmoe.errors import RunFailure, UserError
+
+
+def report_of(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    """Return the exit code with which `run_tool` ends for an exception and a command line."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["maskmoe", *words])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        run_tool(fail)
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.ENOENT,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ELOOP,
+    ],
+)
+@pytest.mark.parametrize("word", ["data/run", "--load=data/run", "./data"])
+def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, word):
+    error = OSError(number, os.strerror(number), "data/run/config.json")
+    assert report_of(error, monkeypatch, word) == 2
+    assert capsys.readouterr().err == f"error: cannot use data/run/config.json: {os.strerror(number)}\n"
+
+
+def test_full_disk_is_a_failure_of_the_run(monkeypatch, capsys):
+    assert report_of(OSError(errno.ENOSPC, "No space", "out"), monkeypatch) == 1
+    assert capsys.readouterr().err == "error: no space is left on the disk for out\n"
+
+
+def test_too_many_open_files_are_a_failure_of_the_run(monkeypatch, capsys):
+    assert report_of(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), monkeypatch) == 1
+    expected = "error: Too many open files; raise the limit (ulimit -Hn, or fs.file-max of the host)\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_command_may_open_as_many_files_as_the_system_permits():
+    program = "from resource import *; from maskmoe.command_line.run_tool import run_tool\n"
+    program += "limit = lambda: getrlimit(RLIMIT_NOFILE); setrlimit(RLIMIT_NOFILE, (50, 100))\n"
+    program += "run_tool(lambda: print(*limit()))"
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert output.stdout == "100 100\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", "/usr/lib/of/ours"),
+        OSError(errno.EIO, "Input/output error", "data"),
+        OSError("without a number"),
+        ValueError("ours"),
+        BrokenPipeError(errno.EPIPE, "of a child"),
+        UnicodeEncodeError("utf-8", "a", 0, 1, "ours"),
+    ],
+)
+def test_error_of_the_program_keeps_its_traceback(monkeypatch, error):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["maskmoe", "data"])
+    with pytest.raises(type(error)):
+        run_tool(fail)
+
+
+def test_rank_keeps_the_traceback_of_a_path(monkeypatch):
+    def fail() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "data")
+
+    monkeypatch.setattr(sys, "argv", ["maskmoe", "data"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(FileNotFoundError):
+        run_tool(fail)
+
+
+@pytest.mark.parametrize("kind", [UserError, RunFailure])
+def test_error_is_one_short_line(monkeypatch, capsys, kind):
+    report_of(kind(f"first\nsecond\x1b[31m {'n' * 5000} end"), monkeypatch)
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: first second\\x1b[31m nnn")
+    assert printed.endswith("nnn end\n")
+    assert len(printed) < 400
+
+
+def test_one_line_keeps_an_ordinary_message():
+    message = "--vocab-size must be at most 5, not 6 (naïve ▁ 中文)"
+    assert one_line(message) == message
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "errors"),
+    [("| true", 141, ""), ("> /dev/full", 1, "error: no space is left on the disk\n"), ("| cat > /dev/null", 0, "")],
+)
+def test_output_that_nobody_reads(redirection, code, errors):
+    program = "from maskmoe.command_line.run_tool import run_tool\n"
+    program += "run_tool(lambda: [print('line' * 100) for _ in range(10**5)])"
+    command = f'"$0" -c "$1" {redirection}; exit ${{PIPESTATUS[0]}}'
+    words = ["bash", "-c", command, sys.executable, program]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (code, errors)
+
+
+def test_value_with_dashes_and_a_space_is_no_flag():
+    parser = Parser()
+    parser.add_argument("--prompt")
+    assert parser.parse_args(["--prompt", "-- import x"]).prompt == "-- import x"
+    with pytest.raises(UserError, match=r"^unknown flag --prompts \(nearest: --prompt\)"):
+        parser.parse_args(["--prompts", "a b"])
