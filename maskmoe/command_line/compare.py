@@ -1,35 +1,30 @@
 """Train all variants of a suite alike, with several seeds, and report how the variants differ.
 
-Trials choose the learning rates first. If the command is interrupted, start the same command again to resume. After
-the suite file has changed, only the affected runs are repeated. Each finished run leaves a part, a small file. Parts of
-other machines count as finished runs (--merge), so that a suite can be trained in pieces.
+If the command is interrupted, start the same command again to resume. The results are lines of one table; a run that
+has a line there is not trained again. Tables of other machines can be merged.
 """
 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskmoe.check.assumed_gpu import add_assumed_gpu_arguments, assumed_gpu
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser, split
 from maskmoe.comparison.comparison import Comparison
-from maskmoe.comparison.cost import describe_cost
-from maskmoe.comparison.data import open_data
-from maskmoe.comparison.execution import compare, finish_run, report
-from maskmoe.comparison.parts import read_parts
-from maskmoe.comparison.runs import Run
-from maskmoe.comparison.selection import Selection
-from maskmoe.comparison.slurm import SlurmJobs, check_slurm
-from maskmoe.comparison.slurm_options import SlurmOptions
+from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.run import Run
+from maskmoe.comparison.slurm import submission, submit
+from maskmoe.comparison.stage import POLL_SECONDS, StageFolder
+from maskmoe.comparison.status_line import StatusLine
 from maskmoe.comparison.suite import Suite
+from maskmoe.comparison.table import read_table
 from maskmoe.errors import UserError
-from maskmoe.files.paths import runs_folder
+from maskmoe.files.paths import runs_folder, short_path
 from maskmoe.launch.devices import find_devices
-from maskmoe.launch.model_file import override
-
-_DATA_OPTIONS = ("input", "packages", "data-path", "split", "tokenizer-type", "tokenizer-model", "vocab-size")
+from maskmoe.processes.folder_lock import locked_folder
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -37,106 +32,67 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         usage="%(prog)s SUITE.yaml [options] [--slurm -- options of launch/slurm/submit.sh and sbatch]",
         description=__doc__,
-        epilog="The run folder gets data/, checks/, tuning/ and runs/ with a folder for each run, parts/ with a small "
-        "file for each finished run, and report/ with README.md and its plots.",
+        epilog="The run folder gets data/, runs/ with a folder for each run, results.jsonl with a line for each "
+        "finished run, and report/ with README.md, losses.png and losses.csv.",
     )
     parser.add_argument("suite", type=Path, metavar="SUITE.yaml", help="a suite file, as in launch/suites/")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of all files [runs/SUITE]")
-    parser.add_argument(
-        "--jobs",
-        type=ranges.PROCESSES,
-        metavar="J",
-        help="runs at a time [one for each core; with GPUs, one; in Slurm jobs, no limit]",
-    )
+    table = "table of the results [results.jsonl in the run folder]"
+    parser.add_argument("--table", type=Path, metavar="FILE", help=table)
+    jobs = "runs at a time [one for each core; with GPUs, one; in Slurm, no limit]"
+    parser.add_argument("--jobs", type=ranges.PROCESSES, metavar="J", help=jobs)
     pieces = parser.add_argument_group("pieces of a suite")
-    pieces.add_argument(
-        "--merge",
-        nargs="+",
-        action="extend",
-        default=[],
-        type=Path,
-        metavar="DIR",
-        help="folders with parts, for example parts/ of another machine's run folder: their runs are finished, and so "
-        "are runs with the same settings and text as a run of another suite there",
-    )
-    pieces.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="finish only runs whose name, or whose variant's name, matches a shell pattern, and the runs that choose "
-        "their learning rates",
-    )
+    merged = "tables of other machines, whose results are added to the table first"
+    pieces.add_argument("--merge", nargs="+", default=[], type=Path, metavar="FILE", help=merged)
+    patterns = "finish only runs whose variant or name matches a shell pattern"
+    pieces.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help=patterns)
     pieces.add_argument("--seeds", nargs="+", default=[], type=ranges.SEED, metavar="N", help="finish only these seeds")
-    pieces.add_argument(
-        "--rerun",
-        action="store_true",
-        help="repeat finished runs in rerun/ of the run folder, with the same learning rates, and print how their "
-        "losses differ; give --only and --seeds, too",
-    )
+    compared = "at the end, print how the losses differ from those of the same runs in another table"
+    pieces.add_argument("--compare-with", type=Path, metavar="FILE", help=compared)
     data = parser.add_argument_group("data, which replace the suite's data")
     data.add_argument("--input", nargs="+", metavar="FILE", help="text files: JSON lines or plain text")
-    packages = "folder of the wheels that the suite's text is made of [runs/text]"
-    data.add_argument("--packages", metavar="DIR", help=packages)
+    held_out = "further text files to evaluate on, each with a name"
+    data.add_argument("--held-out", nargs="+", type=_named_file, metavar="NAME=FILE", help=held_out)
     data.add_argument("--data-path", nargs="+", metavar="P", help="an existing dataset, as Megatron's --data-path")
     data.add_argument("--split", type=split, metavar="A,B,C", help="Megatron's --split of --data-path")
     data.add_argument("--tokenizer-type", metavar="T", help="tokenizer of --data-path [SentencePieceTokenizer]")
     data.add_argument("--tokenizer-model", metavar="F", help="tokenizer file of --data-path")
     data.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help="number of ids of the tokenizer")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--list", action="store_true", help="only list the runs, which are finished, and the cost")
+    action.add_argument("--list", action="store_true", help="only list the runs, and which are finished")
     action.add_argument("--report", action="store_true", help="only write the report of the finished runs")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder of the report of --report [report in the run folder]"
-    )
-    action.add_argument("--run", metavar="NAME", help="only finish one run, named as by --list")
-    action.add_argument(
-        "--slurm",
-        action="store_true",
-        help="train and evaluate in Slurm jobs, which get the options after `--` (--nodes=2 --gpus-per-node=8 …); one "
-        "of the jobs continues the comparison, until the report is written",
-    )
-    add_assumed_gpu_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="only print sbatch's command lines of --slurm")
+    action.add_argument("--run", type=Path, metavar="DIR", help="only finish the run whose folder is named")
+    jobs_help = "train and evaluate in one Slurm job array, which gets the options after `--` (--nodes=2 …)"
+    action.add_argument("--slurm", action="store_true", help=jobs_help)
+    parser.add_argument("--dry-run", action="store_true", help="only print the command that --slurm would run")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the report [report in the run folder]")
     return parser.parse_args(arguments)
+
+
+def _named_file(word: str) -> tuple[str, str]:
+    name, equals, path = word.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, not {word!r}")
+    return name, path
 
 
 def open_comparison(options: argparse.Namespace) -> Comparison:
     """Return the comparison that the command line names.
 
     Raises:
-        UserError: the suite, its data or a merged part cannot be used, or no run is selected.
+        UserError: the suite or its data cannot be used.
     """
-    suite = Suite.read(options.suite, os.environ)
-    given = {name: vars(options)[name.replace("-", "_")] for name in _DATA_OPTIONS}
-    own = {name: tuple(words) if isinstance(words, list) else (str(words),) for name, words in given.items() if words}
-    folder = (options.run_dir or runs_folder() / suite.name).absolute()
-    flags = override(suite.data, own)
-    data = open_data(flags, folder / "data", suite.seq_length)
-    selection = Selection(options.only, options.seeds)
-    selection.check(suite)
-    selected = {run.variant.vocab_size for run in selection.whole_runs(suite)} - {""}
-    if selected and "data-path" in flags:
-        raise UserError(
-            f"runs with a vocabulary of {min(selected, key=int)} need text, not a dataset: name text by --input, or "
-            "choose other runs by --only"
-        )
-    vocabularies = {
-        size: open_data(override(flags, {"vocab-size": (size,)}), folder / f"data-{size}", suite.seq_length)
-        for size in {variant.vocab_size for variant in suite.variants.values()} - {""}
-        if "data-path" not in flags
-    }
-    merged = read_parts(options.merge, suite.name)
-    devices = find_devices()
-    comparison = Comparison(suite, folder, data, devices, merged, selection=selection, vocabularies=vocabularies)
-    comparison.check_merged_parts()
-    return comparison.rerun() if options.rerun else comparison
-
-
-def _state(comparison: Comparison, run: Run) -> str:
-    if comparison.unfinished([run]):
-        return "to do"
-    return "merged" if comparison.is_merged(run) else "finished"
+    suite, name = Suite.read(options.suite, os.environ), options.suite.stem
+    section = suite.data
+    given = {key: getattr(options, key) for key in type(section).model_fields if getattr(options, key, None)}
+    for key in ("input", "data_path", "held_out"):
+        if key in given:
+            given[key] = dict(given[key]) if key == "held_out" else tuple(given[key])
+    section = section.model_copy(update={key: str(of) if key == "vocab_size" else of for key, of in given.items()})
+    folder = (options.run_dir or runs_folder() / name).absolute()
+    data = Dataset.of(section, folder / "data", suite.seq_length)
+    table = (options.table or folder / "results.jsonl").absolute()
+    return Comparison(suite, name, folder, table, data, find_devices())
 
 
 def main() -> None:
@@ -147,30 +103,67 @@ def main() -> None:
     options = parse_arguments(arguments)
     if not options.slurm and (options.dry_run or slurm_words):
         raise UserError(f"{'--dry-run' if options.dry_run else 'options after `--`'}: only together with --slurm")
-    if options.output and not options.report:
-        raise UserError("--output: only together with --report")
-    if options.rerun and options.report:
-        raise UserError("--rerun and --report exclude each other: leave out --report to repeat runs")
-    comparison = open_comparison(options)
+    comparison, line = open_comparison(options), StatusLine(sys.stdout)
+    runs = comparison.selected(options.only, options.seeds)
+    if options.merge:
+        comparison.add(result for table in options.merge for result in read_table(table))
     if options.list:
-        for run in comparison.known_runs():
-            print(f"{_state(comparison, run):<10}{run.name}")
-        for line in describe_cost(comparison.suite, assumed_gpu(options), options.vocab_size):
-            print(line)
-    elif options.report:
-        print(report(comparison, arguments, options.output))
+        finished = comparison.results()
+        for run in runs:
+            print(f"{'finished' if run.title in finished else 'to do':<10}{run.title}")
     elif options.run:
-        finish_run(comparison, options.run)
-    elif options.slurm:
-        own = tuple(word for word in arguments if word not in ("--slurm", "--dry-run"))
-        datasets = comparison.datasets_of_this_machine()
-        merged = (*map(Path.absolute, options.merge), *([comparison.folder.parent] if options.rerun else []))
-        inputs = (options.suite.absolute().parent, *merged, *(folder for data in datasets for folder in data.folders))
-        jobs = SlurmJobs(comparison, SlurmOptions.parse(slurm_words), inputs, own, options.jobs, Path.cwd())
-        if options.dry_run:
-            jobs.show()
-        else:
-            check_slurm()
-            compare(comparison, own, None, jobs)
+        _finish_one(comparison, options.run, line)
     else:
-        compare(comparison, arguments, options.jobs)
+        if not options.report:
+            with locked_folder(comparison.folder):
+                unfinished = _finish(comparison, runs, options, arguments, slurm_words, line)
+            if unfinished:
+                return
+        line.print(f"report: {short_path(comparison.report(options.output))}")
+    if options.compare_with:
+        line.print("\n".join(comparison.compare_with(options.compare_with, runs)))
+
+
+def _finish(
+    comparison: Comparison,
+    runs: Sequence[Run],
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    slurm_words: Sequence[str],
+    line: StatusLine,
+) -> bool:
+    """Finish the unfinished runs, here or in Slurm; return whether Slurm's jobs are still to finish them."""
+    if not options.dry_run:
+        comparison.make_data(line)
+    comparison.collect()
+    finished = comparison.results()
+    waiting = [run for run in runs if run.title not in finished]
+    if not options.slurm:
+        comparison.check(waiting, line)
+        default = 1 if comparison.devices.num_gpus else comparison.devices.num_cores
+        comparison.finish_all(waiting, options.jobs or default, line)
+        return False
+    own = [word for word in arguments if word not in ("--slurm", "--dry-run")]
+    command = submission(comparison, waiting, own, slurm_words, options.jobs)
+    if options.dry_run:
+        print(" ".join(command))
+        return True
+    comparison.check(waiting, line)
+    for run in waiting:
+        run.prepare()
+        folder = StageFolder(run.folder)
+        folder.run(run.stages_before_training(), line)
+        folder.begin(run.training_stage())
+    line.print(submit(comparison, waiting, command).strip())
+    return True
+
+
+def _finish_one(comparison: Comparison, folder: Path, line: StatusLine) -> None:
+    """Finish the run with a folder, which may be named by a link."""
+    run = next((run for run in comparison.runs if run.folder.resolve() == folder.resolve()), None)
+    if run is None:
+        raise UserError(f"--run: {folder} is not the folder of a run of the suite")
+    with locked_folder(run.folder):
+        for state in comparison.finish(run):
+            line.update(state)
+            time.sleep(POLL_SECONDS)

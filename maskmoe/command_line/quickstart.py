@@ -7,6 +7,7 @@ start the same command again to resume. After a change of settings, only the aff
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,15 +15,17 @@ from pydantic import ValidationError
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser
-from maskmoe.comparison.quickstart import QuickstartPlan, Settings, quickstart_suite
+from maskmoe.comparison.held_out import check_text
+from maskmoe.comparison.quickstart import Quickstart, Settings, quickstart_suite
 from maskmoe.comparison.quickstart_report import write_report
+from maskmoe.comparison.stage import StageFolder
+from maskmoe.comparison.status_line import StatusLine
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem
 from maskmoe.files.paths import runs_folder
 from maskmoe.launch.devices import find_devices
+from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
-from maskmoe.workflow.runner import run_to_end
-from maskmoe.workflow.split import check_text
 
 
 def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
@@ -38,8 +41,10 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     )
     suite = quickstart_suite()
     (variant,) = suite.variants.values()
-    defaults = {**suite.data, **variant.flags, **(variant.mask or {}), "lr": suite.learning_rates.values}
+    assert variant.mask != "none"
+    defaults = {**variant.flags, **variant.mask}
     parser.set_defaults(**{flag.replace("-", "_"): words[0] for flag, words in defaults.items() if words})
+    parser.set_defaults(vocab_size=suite.data.vocab_size)
     parser.set_defaults(seed=variant.seeds[0])
 
     def add(
@@ -51,7 +56,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     text = "text to train on: JSON lines (.jsonl) or plain text, also .gz and .zst "
     text += "[sources and documentation of the installed Python and its packages]"
     files.add_argument("--input", nargs="+", type=Path, default=(), metavar="FILE", help=text)
-    files.add_argument("--json-key", default="text", metavar="KEY", help="key that holds the text in JSON lines [text]")
+    keys = "key that holds the text in JSON lines [text]"
+    files.add_argument("--json-keys", default="text", metavar="KEY", help=keys)
     run_dir = runs_folder() / "quickstart"
     files.add_argument("--run-dir", type=Path, default=run_dir, metavar="DIR", help="all files [runs/quickstart]")
 
@@ -86,6 +92,13 @@ def main() -> None:
     """Run the command."""
     settings = parse_settings()
     if settings.input:
-        check_text(settings.input, settings.json_key, settings.seq_length)
-    plan = QuickstartPlan(settings, find_devices())
-    run_to_end(plan, lambda record: write_report(plan, record))
+        check_text(settings.input, settings.json_keys, settings.seq_length)
+    quickstart = Quickstart(settings, find_devices())
+    line = StatusLine(sys.stdout)
+    with locked_folder(settings.run_dir):
+        folder = StageFolder(settings.run_dir)
+        data = tuple(quickstart.data.stages())
+        folder.run(data, line)
+        stages = (*data, *quickstart.model_stages())
+        folder.run(stages, line)
+        line.print(write_report(quickstart, {stage.name: folder.seconds(stage) or 0.0 for stage in stages}))

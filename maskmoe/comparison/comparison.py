@@ -1,351 +1,187 @@
-"""A comparison: a suite in its folder, with the state of its runs."""
+"""Runs a comparison: makes the data, finishes the runs side by side, and keeps the table of their results."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+import json
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
-from maskmoe.comparison.data import Data, MissingData
-from maskmoe.comparison.fairness import Parameters
-from maskmoe.comparison.parts import (
-    FoundPart,
-    Identity,
-    MergedParts,
-    Part,
-    Parts,
-    check_same_text,
-    check_settings,
-    has_settings,
-    identity_of,
-    settings_of,
-)
-from maskmoe.comparison.plan import RunPlan
-from maskmoe.comparison.recording import make_part, num_exact_losses, text_digests
-from maskmoe.comparison.runs import Run, check_runs, choose_learning_rates, next_tuning_runs, tuning_runs
-from maskmoe.comparison.selection import Selection
-from maskmoe.comparison.suite import Suite, Variant
-from maskmoe.errors import UserError
-from maskmoe.files.paths import short_path
+from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.report import write_report
+from maskmoe.comparison.run import Run, runs_of
+from maskmoe.comparison.stage import POLL_SECONDS, StageFolder
+from maskmoe.comparison.status_line import StatusLine
+from maskmoe.comparison.suite import Suite
+from maskmoe.comparison.table import RunResult, merge, read_table, training_seconds, write_table
+from maskmoe.errors import RunFailure, UserError
 from maskmoe.launch.devices import Devices
-from maskmoe.workflow.process import read_log
+
+_RESULT = "result.jsonl"
+_MAX_PARAMETER_SHARE = 0.02  # by which the active parameters of two variants may differ
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A suite whose runs are trained in a folder, or were trained elsewhere.
+    """A suite whose runs are trained in a folder.
 
-    A run is finished if its part exists: a merged part, or the part that this machine has written after the run's last
-    stage, with the settings that the suite has now and of the text of this machine. The part of an equal run, which has
-    the same settings and text, counts as well. The files of a finished run are not needed any more, and its folder may
-    be moved.
+    A run is finished if the table has its result: a line with the settings that the suite has now, of the text of this
+    machine. The folder of a finished run is not needed any more.
 
     Attributes:
         suite: the suite.
+        name: name of the suite.
         folder: folder of all files.
-        data: dataset of all runs, except for the variants with a vocabulary of their own.
+        table: file with the results; it may lie elsewhere and have results of other suites and machines.
+        data: the dataset of all runs.
         devices: devices of this machine.
-        merged: parts of runs that were finished elsewhere; see `check_merged_parts`.
-        recorded: parts of runs that are repeated here, by the runs' names; see `rerun`.
-        selection: the runs that are trained.
-        vocabularies: datasets of the variants with a vocabulary of their own, by its size.
     """
 
     suite: Suite
+    name: str
     folder: Path
-    data: Data
+    table: Path
+    data: Dataset
     devices: Devices
-    merged: MergedParts = field(default_factory=MergedParts)
-    recorded: Parts = field(default_factory=dict)
-    selection: Selection = field(default_factory=Selection)
-    vocabularies: Mapping[str, Data] = field(default_factory=dict)
-
-    def rerun(self) -> "Comparison":
-        """Return a comparison that repeats the selected finished whole runs in a folder of its own.
-
-        Raises:
-            UserError: no selected whole run is finished.
-        """
-        recorded = {name: found for name, found in self.finished_parts().items() if found.part.kind == "whole"}
-        if recorded.keys().isdisjoint(run.name for run in self.selection.whole_runs(self.suite)):
-            raise UserError("--rerun: no selected run is finished; name the folders of recorded parts by --merge")
-        return replace(self, folder=self.folder / "rerun", merged=MergedParts(), recorded=recorded)
-
-    def plan(self, run: Run) -> RunPlan:
-        """Return the stages of a run."""
-        return RunPlan(self.suite, run, self.data_of(run.variant.name), self.folder / run.name, self.devices)
-
-    def data_of(self, variant: str) -> Data:
-        """Return the dataset of a variant."""
-        return self.vocabularies.get(self.suite.variants[variant].vocab_size, self.data)
-
-    def datasets_of_this_machine(self) -> list[Data]:
-        """Return the datasets of all runs that are trained here, each once."""
-        datasets = {id(data): data for data in map(self.data_of, sorted(self._variants_of_this_machine()))}
-        return list(datasets.values())
-
-    def part_file(self, run: Run) -> Path:
-        """Return the path of the part that this machine writes when the run is finished."""
-        return self.folder / "parts" / f"{run.name}.json"
-
-    def find_part(self, run: Run) -> FoundPart | None:
-        """Return the part of a run; None if the run is unfinished.
-
-        Raises:
-            UserError: there is a merged part and a different part of this machine.
-        """
-        merged, own = self.merged.own.get(run.name), self._own_part(run)
-        if merged and own and merged.part.text_of_file != own.part.text_of_file:
-            raise UserError(
-                f"{short_path(merged.file)} and {short_path(own.file)} are different parts of the run {run.name}; "
-                "remove one of the files (--rerun compares a repeated run with its part)"
-            )
-        return merged or own or self._part_of_equal_run(run)
-
-    def is_merged(self, run: Run) -> bool:
-        """Return whether a run, or an equal run, was finished elsewhere."""
-        found = self.find_part(run)
-        return found is not None and not found.file.is_relative_to(self.folder / "parts")
-
-    def write_part(self, run: Run) -> None:
-        """Write the part of a run whose stages are all finished."""
-        parameters = self._checked_parameters().get(run.variant.name)
-        text = text_digests(self.data_of(run.variant.name))
-        make_part(self.suite, self.plan(run), text, parameters).write(self.part_file(run))
-
-    def unfinished(self, runs: Iterable[Run]) -> tuple[Run, ...]:
-        """Return the runs among the given ones that are unfinished, in order; of equal runs, only the first."""
-        unfinished = {self._identity(run): run for run in reversed([*runs]) if self._is_unfinished(run)}
-        return tuple(reversed(unfinished.values()))
-
-    def runs_of_next_phase(self) -> tuple[Run, ...]:
-        """Return the unfinished runs of the first phase that has any: checks, learning rates, whole runs."""
-        for runs in (self.check_runs(), self.tuning_runs()):
-            if unfinished := self.unfinished(runs):
-                return unfinished
-        return self.unfinished(self.whole_runs())
-
-    def runs_to_start(self) -> tuple[Run, ...]:
-        """Return the unfinished runs that wait for no other run, in the order in which they should be started.
-
-        All other runs wait for the checks. A whole run waits for the tuning runs that choose its learning rate.
-        """
-        return self.unfinished(self.check_runs()) or self.unfinished((*self.tuning_runs(), *self.whole_runs()))
-
-    def known_runs(self) -> tuple[Run, ...]:
-        """Return all selected runs that are known by now. A whole run is known once its learning rate is chosen."""
-        return (*self.check_runs(), *self.tuning_runs(), *self.whole_runs())
-
-    @property
-    def is_all_merged(self) -> bool:
-        """Whether all selected runs were finished elsewhere, so that nothing is to be done here."""
-        return not self._variants_of_this_machine()
-
-    def check_runs(self) -> tuple[Run, ...]:
-        """Return the checks of all variants that have a selected run without a merged part."""
-        here = self._variants_of_this_machine()
-        return tuple(run for run in check_runs(self.suite) if run.variant.name in here)
-
-    def tuning_runs(self) -> tuple[Run, ...]:
-        """Return the tuning runs that are selected, or on which selected runs depend; none if runs are repeated.
-
-        Tuning runs that the search of learning rates has not reached are left out, unless their own names are selected.
-        """
-        if self.recorded:
-            return ()
-        losses = self._tuning_losses()
-        reached = losses.keys() | {run.name for run in next_tuning_runs(self.suite, losses)}
-        runs = self.selection.tuning_runs(self.suite)
-        return tuple(run for run in runs if run.name in reached or self.selection.names(run))
-
-    def whole_runs(self) -> tuple[Run, ...]:
-        """Return all selected runs that are compared, without those whose learning rate is not chosen yet.
-
-        Repeated runs have the learning rates of the recorded runs.
-        """
-        runs = self.selection.whole_runs(self.suite)
-        if self.recorded:
-            rates = {name: found.part.learning_rate for name, found in self.recorded.items()}
-        else:
-            of_variants = self.learning_rates()
-            rates = {run.name: of_variants[run.variant.name] for run in runs if run.variant.name in of_variants}
-        return tuple(replace(run, learning_rate=rates[run.name]) for run in runs if run.name in rates)
-
-    def find_run(self, name: str) -> Run:
-        """Return the run with the name.
-
-        Raises:
-            UserError: no run has the name.
-        """
-        tuning = () if self.recorded else tuning_runs(self.suite)
-        for run in (*self.check_runs(), *tuning, *self.whole_runs()):
-            if run.name == name:
-                return run
-        raise UserError(f"the suite has no run {name}; --list shows all runs")
-
-    def learning_rates(self) -> dict[str, str]:
-        """Return the learning rate of every variant for which no more tuning run is needed."""
-        losses = self._tuning_losses()
-        waiting = {run.variant.name for run in next_tuning_runs(self.suite, losses)}
-        rates = choose_learning_rates(self.suite, losses)
-        return {name: rate for name, rate in rates.items() if self.suite.variants[name].tuned_as not in waiting}
-
-    def finished_parts(self) -> dict[str, FoundPart]:
-        """Return the parts of all finished runs of the suite, whether or not the runs are selected."""
-        runs = (*tuning_runs(self.suite), *replace(self, selection=Selection()).whole_runs())
-        found = {run.name: part for run in runs if (part := self.find_part(run))}
-        # Also report merged runs whose learning rate cannot be chosen here, because tuning runs are missing.
-        return {**self.merged.own, **found}
-
-    def parameters(self) -> dict[str, Parameters]:
-        """Return the numbers of parameters of all main variants that are checked here or were checked elsewhere."""
-        main = {variant.name for variant in self.suite.of_role("main")}
-        recorded = {found.part.variant: found.part.parameters for found in self.finished_parts().values()}
-        found = {name: parameters for name, parameters in recorded.items() if parameters} | self._checked_parameters()
-        return {name: parameters for name, parameters in found.items() if name in main}
-
-    def check_merged_parts(self) -> None:
-        """Check that the merged parts of this suite have its settings, one text, and the chosen learning rates.
-
-        Raises:
-            UserError: a part is refused. The message names its file and the reason.
-        """
-        runs = {run.name: run for run in (*tuning_runs(self.suite), *Selection().whole_runs(self.suite))}
-        for found in self.merged.own.values():
-            run, part = runs.get(found.part.run), found.part
-            if run is None:
-                raise UserError(
-                    f"{short_path(found.file)} is a part of the run {part.run}, which the suite {self.suite.name} does "
-                    "not have"
-                )
-            possible = map(run.variant.learning_rate, self.suite.learning_rates.values)
-            if run.kind == "whole" and part.learning_rate in possible:
-                run = replace(run, learning_rate=part.learning_rate)
-            check_settings(found, self.suite, run)
-        self.check_text()
-        rates = self.learning_rates()
-        for found in self.merged.own.values():
-            part = found.part
-            if part.kind == "whole" and rates.get(part.variant, part.learning_rate) != part.learning_rate:
-                raise UserError(
-                    f"{short_path(found.file)} was made with other settings than the suite {self.suite.name} has now: "
-                    f"lr is {part.learning_rate}, not {rates[part.variant]}, which the tuning runs choose"
-                )
-
-    def check_text(self) -> None:
-        """Check that this suite's merged parts of a vocabulary belong to one text: to this machine's if it exists.
-
-        Raises:
-            UserError: a part belongs to another text.
-        """
-        for vocab_size in {variant.vocab_size for variant in self.suite.variants.values()}:
-            # Without parts, spare the digests: reading a large dataset takes minutes.
-            if parts := self._parts_of_vocabulary(vocab_size):
-                data = self._existing_data(vocab_size)
-                our_name = f"the data in {short_path(data.files.folder)}" if data else ""
-                check_same_text(parts, text_digests(data) if data else None, our_name)
-
-    def _part_of_equal_run(self, run: Run) -> FoundPart | None:
-        """Return the part of a run with equal settings and text, of this suite or another one, as the run's part.
-
-        A part without exact losses is of no use for a run whose losses a limit must reproduce.
-        """
-        if run.kind == "check":
-            return None
-        settings = settings_of(self.suite, run)
-        for found in self._parts_of_equal_runs(run, settings):
-            if found.part.exact_losses.iterations or not num_exact_losses(self.suite, run):
-                own = {
-                    "suite": self.suite.name,
-                    "run": run.name,
-                    "variant": run.variant.name,
-                    "learning_rate": run.learning_rate,
-                    "settings": settings,
-                }
-                return FoundPart(found.file, found.part.model_copy(update=own))
-        return None
-
-    def _parts_of_equal_runs(self, run: Run, settings: Mapping[str, str]) -> Iterator[FoundPart]:
-        """Yield the parts of other runs with equal settings and text, of this suite and then of other suites."""
-        for variant in self._equal_variants[run.variant.name]:
-            other = replace(run, variant=variant)
-            found = self.merged.own.get(other.name) or self._own_part(other)
-            if found and has_settings(found.part, settings):
-                yield found
-        if not self.merged.others or (text := self._text_of(run.variant.vocab_size)) is None:
-            return
-        if found := self.merged.others.get(identity_of(run.kind, run.is_analyzed, settings, text)):
-            yield found
 
     @cached_property
-    def _equal_variants(self) -> dict[str, list[Variant]]:
-        """For each variant, the other variants whose runs are equal if their seeds and learning rates are equal."""
-        groups: dict[Identity, list[Variant]] = {}
-        for variant in self.suite.variants.values():
-            identity = self._identity(Run(variant, 0, "1", "whole"))
-            groups.setdefault(identity, []).append(variant)
-        return {
-            variant.name: [other for other in group if other is not variant]
-            for group in groups.values()
-            for variant in group
+    def runs(self) -> tuple[Run, ...]:
+        """All runs of the suite, in the order in which they are trained."""
+        return runs_of(self.suite, self.folder, self.data, self.devices)
+
+    def selected(self, patterns: Sequence[str], seeds: Sequence[int]) -> tuple[Run, ...]:
+        """Return the runs whose variant or name matches one of the shell patterns, with one of the seeds.
+
+        Args:
+            patterns: shell patterns; none selects all.
+            seeds: seeds; none selects all.
+
+        Raises:
+            UserError: no run is selected.
+        """
+        found = [
+            run
+            for run in self.runs
+            if (not seeds or run.seed in seeds)
+            and (not patterns or any(fnmatchcase(name, each) for each in patterns for name in (run.name, run.title)))
+        ]
+        if not found:
+            raise UserError("no run of the suite has such a name and seed; --list shows all runs")
+        return tuple(found)
+
+    def results(self, table: Path | None = None) -> dict[str, RunResult]:
+        """Return the results of the suite's runs by the titles of the runs, from its table or another one.
+
+        Raises:
+            UserError: a table is damaged, or a run has two different results.
+        """
+        known = {
+            (result.seed, frozenset(result.settings.items())): result for result in read_table(table or self.table)
         }
+        text = self.data.digests() if self.data.token_frequency.exists() else None
+        found = {}
+        for run in self.runs:
+            result = known.get((run.seed, frozenset(run.settings.items())))
+            if result is not None and text in (None, result.text):
+                # An equal run of another suite may have another name.
+                found[run.title] = result.model_copy(update={"suite": self.name, "variant": run.name})
+        return found
 
-    def _identity(self, run: Run) -> Identity:
-        """Return what decides the result of a run of this suite; a check is a run of its own."""
-        own = {"vocab-size": run.variant.vocab_size, "check": run.name if run.kind == "check" else ""}
-        return identity_of(run.kind, run.is_analyzed, settings_of(self.suite, run), own)
+    def make_data(self, line: StatusLine) -> None:
+        """Make the dataset and its token counts, unless they exist."""
+        StageFolder(self.data.folder).run(tuple(self.data.stages()), line)
 
-    def _text_of(self, vocab_size: str) -> Mapping[str, str] | None:
-        """Return the digests of the text of a vocabulary; None if neither its data nor a merged part exists."""
-        if data := self._existing_data(vocab_size):
-            return text_digests(data)
-        return next((found.part.text for found in self._parts_of_vocabulary(vocab_size)), None)
+    def check(self, runs: Iterable[Run], line: StatusLine) -> None:
+        """Check the settings of each variant before any of them trains.
 
-    def _existing_data(self, vocab_size: str) -> Data | None:
-        """Return the dataset of a vocabulary; None if its files do not exist."""
-        data = self.vocabularies.get(vocab_size, None if vocab_size else self.data)
-        return data if data is not None and _exists(data) else None
+        Raises:
+            UserError: settings are refused, or variants have different numbers of active parameters.
+        """
+        active: dict[str, dict[str, int]] = {}
+        for run in {run.name: run for run in runs}.values():
+            run.prepare()
+            stage, folder = run.check_stage(), StageFolder(run.folder)
+            folder.run((*run.stages_before_training(), stage), line)
+            report = folder.log(stage.name).read_text(encoding="utf-8")
+            parameters = json.loads(report[report.index("{\n") : report.rindex("\n}") + 2])["parameters"]
+            active.setdefault(run.variant.setting, {})[run.name] = parameters["active"]
+            line.print(f"{run.name}: {parameters['active']:,} active parameters of {parameters['total']:,}")
+        for of_setting in active.values():
+            least, most = min(of_setting, key=of_setting.__getitem__), max(of_setting, key=of_setting.__getitem__)
+            if of_setting[most] > of_setting[least] * (1 + _MAX_PARAMETER_SHARE):
+                raise UserError(
+                    f"{least} has {of_setting[least]:,} active parameters and {most} has {of_setting[most]:,}: give "
+                    "all variants of a suite about equal sizes"
+                )
 
-    def _parts_of_vocabulary(self, vocab_size: str) -> list[FoundPart]:
-        """Return this suite's merged and recorded parts of the variants with a vocabulary."""
-        parts = (*self.merged.own.values(), *self.recorded.values())
-        return [found for found in parts if self.suite.variants[found.part.variant].vocab_size == vocab_size]
+    def finish(self, run: Run) -> Generator[str]:
+        """Train and evaluate a run, and write its result into its folder; yield the state again and again."""
+        run.prepare()
+        folder, training = StageFolder(run.folder), run.training_stage()
+        # A job of Slurm may have completed the training.
+        if any((run.folder / "slurm").glob("*.finished")) and folder.has_begun(training):
+            folder.end(training, training_seconds(run.tensorboard))
+        for state in folder.finish(run.stages()):
+            yield f"{run.title}: {state}"
+        write_table(run.folder / _RESULT, [RunResult.of(self.name, run)])
 
-    def _tuning_losses(self) -> dict[str, float | None]:
-        """Return the held-out losses of all finished tuning runs by name; None if training diverged."""
-        found = {run.name: self.find_part(run) for run in tuning_runs(self.suite)}
-        return {name: part.part.validation.last_loss for name, part in found.items() if part}
+    def collect(self) -> None:
+        """Add the results in the folders of runs to the table."""
+        self.add(result for run in self.runs for result in read_table(run.folder / _RESULT))
 
-    def _is_unfinished(self, run: Run) -> bool:
-        return bool(self.plan(run).unfinished) if run.kind == "check" else self.find_part(run) is None
+    def add(self, results: Iterable[RunResult]) -> None:
+        """Add results to the table. A result that the table has already is not added again."""
+        known = read_table(self.table)
+        merged = merge([*known, *results])
+        if len(merged) > len(known):
+            self.table.parent.mkdir(parents=True, exist_ok=True)
+            write_table(self.table, merged)
 
-    def _own_part(self, run: Run) -> FoundPart | None:
-        """Return the part that this machine has written, unless a setting of the run or the text has changed since."""
-        file, data = self.part_file(run), self.data_of(run.variant.name)
-        if not file.exists():
-            return None
-        # A damaged part is written again.
-        with suppress(UserError):
-            part = Part.read(file)
-            is_same = has_settings(part, settings_of(self.suite, run))
-            if is_same and (not _exists(data) or part.text == text_digests(data)):
-                return FoundPart(file, part)
-        return None
+    def finish_all(self, runs: Sequence[Run], jobs: int, line: StatusLine) -> None:
+        """Finish runs, at most `jobs` at a time. A failed run does not stop the others.
 
-    def _variants_of_this_machine(self) -> set[str]:
-        """Return the names of the variants that have selected runs without a merged part."""
-        merged = {run.name for run in (*self.tuning_runs(), *self.whole_runs()) if self.is_merged(run)}
-        merged |= self.merged.own.keys()  # learning rates need not be chosen here yet
-        runs = (*self.tuning_runs(), *self.selection.whole_runs(self.suite))
-        here = {run.name: run.variant.name for run in runs if run.name not in merged}
-        return {name for run, name in here.items() if not self.recorded or run in self.recorded}
+        Raises:
+            RunFailure: a run failed; the message names all of them.
+        """
+        waiting, active, failed, start = list(runs), dict[str, Generator[str]](), [], time.monotonic()
+        states: dict[str, str] = {}
+        try:
+            while waiting or active:
+                while waiting and len(active) < jobs:
+                    run = waiting.pop(0)
+                    active[run.title] = self.finish(run)
+                for title, work in [*active.items()]:
+                    try:
+                        states[title] = next(work)
+                        continue
+                    except StopIteration:
+                        verdict = "done"
+                        self.collect()
+                    except (UserError, RunFailure) as error:
+                        verdict = "FAILED"
+                        failed.append(f"{title}: {error}")
+                    del active[title], states[title]
+                    ended = len(runs) - len(waiting) - len(active)
+                    hours = (time.monotonic() - start) / 3600
+                    rest = hours / ended * (len(runs) - ended)
+                    line.print(f"[{ended}/{len(runs)}] {title} {verdict} after {hours:.2f} h; {rest:.1f} h remain")
+                line.update(" · ".join(states.values()))
+                time.sleep(POLL_SECONDS)
+        finally:
+            for work in active.values():
+                work.close()
+        if failed:
+            raise RunFailure(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
-    def _checked_parameters(self) -> dict[str, Parameters]:
-        """Return the numbers of parameters of all variants that were checked here."""
-        logs = {run.variant.name: self.plan(run).files.log("check") for run in check_runs(self.suite)}
-        found = {name: Parameters.from_check(read_log(log)) for name, log in logs.items() if log.exists()}
-        return {name: parameters for name, parameters in found.items() if parameters}
+    def report(self, folder: Path | None = None) -> Path:
+        """Write the page of all finished runs, by default into the folder `report`; return its path."""
+        return write_report(self.suite, self.name, [*self.results().values()], folder or self.folder / "report")
 
-
-def _exists(data: Data) -> bool:
-    return not isinstance(data, MissingData) and all(path.exists() for path in data.inputs)
+    def compare_with(self, table: Path, runs: Iterable[Run]) -> Iterator[str]:
+        """Yield a line for each run with its loss here, its loss in another table, and their difference."""
+        own, recorded = self.results(), self.results(table)
+        yield f"{'run':30} {'here':>8} {'recorded':>8} {'difference':>10}"
+        for title in (run.title for run in runs if run.title in own and run.title in recorded):
+            here, there = own[title].losses[0].loss, recorded[title].losses[0].loss
+            yield f"{title:30} {here:8.4f} {there:8.4f} {here - there:+10.4f}"

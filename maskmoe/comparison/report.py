@@ -1,69 +1,129 @@
-"""The report of a comparison: Markdown with plots, made from its results alone."""
+"""The page of a comparison, made from the table of results alone: tables, a dot for each run, and a CSV file."""
 
-import math
-from collections.abc import Sequence
-from functools import partial
+import csv
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maskmoe.comparison.answers import answers, summarize_routers
-from maskmoe.comparison.markdown import render
-from maskmoe.comparison.plots import draw_plots, overview_variants
-from maskmoe.comparison.results import Estimate, Results, VariantResult, differences_to, loss_on, paired_difference
-from maskmoe.comparison.run_results import RunResult
+import numpy as np
+
+from maskmoe.comparison.figures import new_figure, tidy
+from maskmoe.comparison.markdown import markdown_table
+from maskmoe.comparison.run import OWN_TEXT
+from maskmoe.comparison.statistics import mean, paired_difference, unpaired_difference
+from maskmoe.comparison.suite import Suite
+from maskmoe.comparison.table import ALL_TOKENS, RunResult
 from maskmoe.files.outputs import atomic_output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def write_report(results: Results, folder: Path) -> Path:
-    """Write README.md and its plots into a folder, which is created if missing.
+_COLUMNS = ("variant", "seed", "text", "band", "tokens", "loss")
 
-    Returns:
-        the path of README.md.
+
+def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: Path) -> Path:
+    """Write README.md, losses.png and losses.csv of the finished runs of a suite; return the path of README.md.
+
+    Args:
+        suite: the suite.
+        name: name of the suite.
+        results: results of the suite's runs.
+        folder: folder of the files, which is made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plots = draw_plots(results, folder)
+    with atomic_output(folder / "losses.csv") as path, path.open("w", encoding="utf-8", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(_COLUMNS)
+        for result in results:
+            rows.writerows([result.variant, result.seed, *each.model_dump().values()] for each in result.losses)
+    with atomic_output(folder / "losses.png") as path:
+        _draw(suite, results).savefig(path, format="png")
     with atomic_output(folder / "README.md") as path:
-        path.write_text(render_report(results, plots), encoding="utf-8")
+        path.write_text("\n\n".join(_page(suite, name, results)) + "\n", encoding="utf-8")
     return folder / "README.md"
 
 
-def render_report(results: Results, plots: dict[str, str]) -> str:
-    """Return the report in Markdown.
-
-    Args:
-        results: the results.
-        plots: captions of the plots by file name.
-    """
-    return render(
-        "comparison.md.j2",
-        results=results,
-        tokens=max((variant.tokens for variant in results.variants), default=0),
-        loss=lambda runs: Estimate.of([run.loss for run in runs]),
-        further_loss=_further_loss,
-        perplexity=_perplexity,
-        differences_to=differences_to,
-        answers=answers(results),
-        overview=overview_variants(results),
-        routers=summarize_routers(results),
-        method=results.variant(results.method),
-        difference=partial(_difference, results),
-        rates=sorted({rate for variant in results.variants for rate in variant.tuning}, key=float),
-        plots=plots,
+def _page(suite: Suite, name: str, results: Sequence[RunResult]) -> Iterator[str]:
+    """Yield the paragraphs of the page."""
+    planned = sum(len(variant.seeds) for variant in suite.variants.values())
+    commits = ", ".join(sorted({result.origin.get("commit", "")[:12] for result in results}))
+    yield f"# {suite.title}"
+    yield (
+        f"{len(results)} of {planned} runs of the suite `{name}` are finished (commits {commits}). Losses are in nats "
+        "per token of held-out text. ± is half of the 95 % interval over seeds (Student's t; Welch's t for differences "
+        "that are not paired). p is that of a two-sided sign-flip test over pairs of equal seeds. No value is "
+        "corrected for the number of comparisons."
     )
+    yield "![The loss of each run](losses.png)"
+    for setting in dict.fromkeys(variant.setting for variant in suite.variants.values()):
+        names = [name for name, variant in suite.variants.items() if variant.setting == setting]
+        found = {name: [result for result in results if result.variant == name] for name in names}
+        found = {name: of for name, of in found.items() if of}
+        if setting and found:
+            yield f"## {setting}"
+        baselines = [name for name in found if name.removesuffix(f".{setting}") in suite.baselines]
+        for text in dict.fromkeys(each.text for of in found.values() for result in of for each in result.losses):
+            yield from _tables(suite, text, found, baselines)
 
 
-def _difference(results: Results, variant: VariantResult, baseline: VariantResult, held_out: str | None) -> str:
-    """Return the difference of two variants on a held-out text, in bold if it is resolved; empty if there is none."""
-    difference = paired_difference(results, variant.name, baseline.name, loss_on(held_out))
-    if variant == baseline or difference is None:
-        return ""
-    return f"**{difference:+.4f}**" if difference.is_resolved else f"{difference:+.4f}"
+def _tables(
+    suite: Suite, text: str, found: Mapping[str, Sequence[RunResult]], baselines: Sequence[str]
+) -> Iterator[str]:
+    """Yield a table of losses, a table of differences, and a table of the loss of every seed, for one text."""
+    first = next(iter(found.values()))[0]
+    bands = [each.band for each in first.losses if each.text == text]
+    shares = {each.band: each.tokens for each in first.losses if each.text == text}
+    yield f"### Text: {text}, {shares.get(ALL_TOKENS, 0):,} tokens"
+    titles = {name: suite.variants[name].title for name in found}
+
+    rows = [["variant", "runs", *bands]]
+    for name, results in found.items():
+        estimates = [mean([result.loss(text, band) for result in results]) for band in bands]
+        rows.append([titles[name], str(len(results)), *(f"{estimate:.4f}" for estimate in estimates)])
+    yield _table(rows)
+
+    losses = {name: {band: _by_seed(of, text, band) for band in bands} for name, of in found.items()}
+    rows = [["difference", "pairs", *bands, "not paired", "p"]]
+    for name in found:
+        for baseline in (each for each in baselines if each != name):
+            estimates = [paired_difference(losses[name][band], losses[baseline][band]) for band in bands]
+            own, theirs = (list(losses[each][ALL_TOKENS].values()) for each in (name, baseline))
+            title = f"{titles[name]} − {titles[baseline]}"
+            unpaired = f"{unpaired_difference(own, theirs):+.4f}"
+            values = [f"{estimate:+.4f}" for estimate in estimates]
+            rows.append([title, str(estimates[0].n), *values, unpaired, f"{estimates[0].p:.3f}"])
+    if len(rows) > 1:
+        yield _table(rows)
+
+    seeds = sorted({seed for of in losses.values() for seed in of[ALL_TOKENS]})
+    rows = [["seed", *titles.values()]]
+    for seed in seeds:
+        of_seed = [losses[name][ALL_TOKENS].get(seed) for name in found]
+        rows.append([str(seed), *("–" if loss is None else f"{loss:.4f}" for loss in of_seed)])
+    yield _table(rows)
 
 
-def _perplexity(runs: Sequence[RunResult], band: str | None = None) -> Estimate:
-    return Estimate.of([math.exp(run.loss_of(band)) for run in runs])
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return markdown_table("\n".join(" | ".join(row) for row in rows))
 
 
-def _further_loss(runs: Sequence[RunResult], name: str) -> Estimate | None:
-    """Return the loss of a further held-out text over the runs that have it; None if no run has it."""
-    losses = [held_out.loss for run in runs if (held_out := run.held_out(name))]
-    return Estimate.of(losses) if losses else None
+def _by_seed(results: Sequence[RunResult], text: str, band: str) -> dict[int, float]:
+    """Return the losses that exist by seed."""
+    losses = {result.seed: result.loss(text, band) for result in results}
+    return {seed: loss for seed, loss in losses.items() if not np.isnan(loss)}
+
+
+def _draw(suite: Suite, results: Sequence[RunResult]) -> "Figure":
+    """Return a figure with a row for each variant, a dot for each run, and a line at each mean."""
+    names = [name for name in suite.variants if any(result.variant == name for result in results)]
+    figure = new_figure(8, 1.2 + 0.35 * max(1, len(names)))
+    axes = figure.add_subplot()
+    for row, name in enumerate(names):
+        losses = [result.loss(OWN_TEXT) for result in results if result.variant == name]
+        axes.scatter(losses, [row] * len(losses), s=18, alpha=0.6, color="#1f4e9c", linewidths=0)
+        axes.plot([np.mean(losses)] * 2, [row - 0.3, row + 0.3], color="#c0392b")
+    axes.set_yticks(range(len(names)), [suite.variants[name].title for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("loss on held-out text (nats per token); a line marks the mean")
+    tidy(axes)
+    return figure

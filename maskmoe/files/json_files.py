@@ -97,6 +97,8 @@ def first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         message = "is missing"
+    elif problem["type"] == "extra_forbidden":
+        message = "is not a known key"
     elif message.startswith("Input should"):
         value = f", not {problem['input']}" if isinstance(problem["input"], str | int | float) else ""
         message = message.removeprefix("Input ") + value

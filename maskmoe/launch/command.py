@@ -84,7 +84,8 @@ def torchrun_command(
     variables = dict(RUN_ENVIRONMENT)
     if meeting.nodes > 1 and route and route.interface:
         variables |= dict.fromkeys(_INTERFACE_VARIABLES, route.interface)
-    words = _torchrun_words(launcher_words, "maskmoe.training.pretrain", flag_words(flags))
+    program, flags = split_program(flags)
+    words = _torchrun_words(launcher_words, entry_point("pretrain", program), flag_words(flags))
     return Command(words, {**unset_variables(variables, environment), RUN_FOLDER_VARIABLE: str(options.run_dir)})
 
 
@@ -99,7 +100,31 @@ def standalone_command(
         arguments: the entry point's arguments.
         options: further options of torchrun.
     """
-    return _torchrun_words(("--standalone", "--nproc-per-node", str(processes), *options), module, arguments)
+    return standalone_command_of(processes, ("-m", module), arguments, options)
+
+
+def standalone_command_of(
+    processes: int, entry: Iterable[str], arguments: Iterable[str] = (), options: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Return the words that run an entry point, see `entry_point`, as ranks on this machine alone."""
+    return _torchrun_words(("--standalone", "--nproc-per-node", str(processes), *options), entry, arguments)
+
+
+def entry_point(task: str, program: str = "") -> tuple[str, ...]:
+    """Return the words that name what every rank runs.
+
+    Args:
+        task: `pretrain` or `evaluate`.
+        program: a Python file that runs instead of MaskMoE's entry point, with the task as its first argument; empty
+            for MaskMoE's entry point.
+    """
+    return (program, task) if program else ("-m", f"maskmoe.training.{task}")
+
+
+def split_program(flags: Flags) -> tuple[str, Flags]:
+    """Return the program that the key `program` of a model file names, empty if it names none, and all other flags."""
+    (program, *_) = flags.get("program", ("",))
+    return program, {name: words for name, words in flags.items() if name != "program"}
 
 
 def unset_variables(defaults: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
@@ -107,8 +132,8 @@ def unset_variables(defaults: Mapping[str, str], environment: Mapping[str, str])
     return {name: value for name, value in defaults.items() if not environment.get(name)}
 
 
-def _torchrun_words(options: Iterable[str], module: str, arguments: Iterable[str]) -> tuple[str, ...]:
-    return (sys.executable, "-m", "maskmoe.launch.ranks", *options, "-m", module, *arguments)
+def _torchrun_words(options: Iterable[str], entry: Iterable[str], arguments: Iterable[str]) -> tuple[str, ...]:
+    return (sys.executable, "-m", "maskmoe.launch.ranks", *options, *entry, *arguments)
 
 
 def _rendezvous_words(meeting: Meeting, route: Route | None) -> tuple[str, ...]:

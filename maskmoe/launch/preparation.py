@@ -8,7 +8,7 @@ from pathlib import Path
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
 from maskmoe.files.wording import counted
-from maskmoe.launch.command import RUN_ENVIRONMENT, Command, unset_variables
+from maskmoe.launch.command import RUN_ENVIRONMENT, Command, entry_point, split_program, unset_variables
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.journal import Journal, Kind
 from maskmoe.launch.model_file import Flags, flag_words, override
@@ -29,7 +29,8 @@ def check(
     """
     if devices is not None and not devices.num_gpus:
         flags = override({"distributed-backend": ("gloo",)}, flags)
-    words = (sys.executable, "-m", "maskmoe.training.pretrain", "--check", str(ranks), *flag_words(flags))
+    program, flags = split_program(flags)
+    words = (sys.executable, *entry_point("pretrain", program), "--check", str(ranks), *flag_words(flags))
     environment = {**os.environ, **unset_variables(RUN_ENVIRONMENT, os.environ)}
     stdout = None if to_console else subprocess.PIPE
     checked = subprocess.run(words, env=environment, stdout=stdout, text=True, check=False)

@@ -1,38 +1,28 @@
-"""Suite files: the variants and runs that a file describes, and the files that are refused."""
-
-import math
+"""Suite files: the variants that a file describes, the files that are refused, and the suites in launch/suites/."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from support.paths import ROOT
 
-from maskmoe.comparison.runs import (
-    Run,
-    checkpoint_iterations,
-    choose_learning_rates,
-    next_rates,
-    training_flags,
-    tuning_runs,
-    whole_runs,
-)
+from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 
-
-@pytest.fixture
-def suite(suite_file):
-    return Suite.read(suite_file(), {})
+SHIPPED = sorted(path for path in (ROOT / "launch" / "suites").glob("*.yaml") if not path.stem.endswith("-text"))
 
 
-def test_variants_have_the_flags_of_suite_experts_and_their_own(suite):
-    assert suite.variants["dense"].mask is None
+def test_variants_have_the_flags_of_suite_experts_and_their_own(suite_file):
+    suite = Suite.read(suite_file(), {})
+    assert suite.variants["dense"].mask == "none"
     assert "num-experts" not in suite.variants["dense"].flags
     assert suite.variants["smoe"].flags["num-experts"] == ("4",)
     assert suite.variants["hash"].flags["moe-ffn-hidden-size"] == ("32",)
     assert "ffn-hidden-size" not in suite.variants["hash"].flags
+    assert suite.variants["hash"].flags["min-lr"] == ("0.001",)
+    assert [variant.seeds for variant in suite.variants.values()] == [(1, 2)] * 4 + [(2,)]
 
 
-def test_preset_takes_only_the_common_flags_that_it_does_not_decide(suite):
+def test_preset_takes_only_the_common_flags_that_it_does_not_decide(suite_file):
+    suite = Suite.read(suite_file(), {})
     assert suite.variants["smoe"].mask == {"preset": ("smoe",)}
     assert suite.variants["hash"].mask == {"preset": ("hash",), "shared-table": ()}
     assert suite.variants["maskmoe-uniform"].mask == {
@@ -42,212 +32,33 @@ def test_preset_takes_only_the_common_flags_that_it_does_not_decide(suite):
     }
 
 
-def test_grid_omits_the_point_that_is_a_variant_already(suite):
-    assert [variant.name for variant in suite.of_role("grid")] == [
-        "maskmoe.p0.2-v2",
-        "maskmoe.p0.2-v4",
-        "maskmoe.p0.4-v4",
-    ]
-    assert all(variant.tuned_as == "maskmoe" and variant.seeds == (2,) for variant in suite.of_role("grid"))
-    assert suite.variants["maskmoe.p0.2-v4"].number("frequent-visible-experts") == 4
-
-
-CURVES = """
-curves:
-  experts:
-    title: number of experts
-    main-value: 4
-    of: [dense, smoe, maskmoe]
-    points:
-      8: {flags: {num-experts: 8}, mask: {frequent-visible-experts: 3}}
-      16: {flags: {num-experts: 16}, seeds: [2], learning-rate-factor: 4}
-  vocabulary:
-    title: vocabulary
-    main-value: 300
-    of: maskmoe
-    seeds: [1]
-    points: {400: {vocab-size: 400}}
-"""
-
-
-def test_a_curve_has_variants_in_further_settings(suite_file):
-    suite = Suite.read(suite_file(replace={"data:": f"{CURVES}\ndata:"}), {})
-    variants = {variant.name: variant for variant in suite.of_role("curve")}
-    assert list(variants) == [
-        *(f"{name}.experts-{value}" for value in (8, 16) for name in ("dense", "smoe", "maskmoe")),
-        "maskmoe.vocabulary-400",
-    ]
-    more = variants["maskmoe.experts-8"]
-    assert (more.role, more.tuned_as) == ("curve", "maskmoe")
-    assert more.flags["num-experts"] == ("8",)
-    assert more.mask == {**suite.variants["maskmoe"].mask, "frequent-visible-experts": ("3",)}
-    assert variants["smoe.experts-8"].mask == suite.variants["smoe"].mask
-    assert "num-experts" not in variants["dense.experts-8"].flags
-    assert (more.seeds, variants["smoe.experts-16"].seeds) == ((1, 2), (2,))
-    rates = choose_learning_rates(suite, {"tuning/smoe.lr-1e-3": 1.0, "tuning/maskmoe.lr-1e-2": 1.0})
-    assert (rates["smoe.experts-8"], rates["maskmoe.experts-8"]) == ("1e-3", "1e-2")
-    assert (rates["smoe.experts-16"], rates["maskmoe.experts-16"]) == ("0.004", "0.04")
-    assert variants["maskmoe.vocabulary-400"].vocab_size == "400"
-    assert [run.variant.role for run in whole_runs(suite, choose_learning_rates(suite, {}))][-10:] == ["curve"] * 10
+def test_vary_makes_a_variant_of_each_combination(suite_file):
+    vary = "vary: {lr: [1e-2, 2e-2], mask.frequent-mass: [0.2, 0.8], num-experts: 8}\ndata:"
+    suite = Suite.read(suite_file(replace={"data:": vary}), {})
+    assert len(suite.variants) == 5 * 4
+    variant = suite.variants["maskmoe.lr-2e-2.frequent-mass-0.8.num-experts-8"]
+    assert (variant.flags["lr"], variant.flags["min-lr"], variant.flags["num-experts"]) == (
+        ("2e-2",),
+        ("0.002",),
+        ("8",),
+    )
+    assert variant.mask["frequent-mass"] == ("0.8",)
+    # A preset decides its mask, and a dense model has no experts.
+    assert suite.variants["smoe.lr-1e-2.frequent-mass-0.8.num-experts-8"].mask == {"preset": ("smoe",)}
+    assert "num-experts" not in suite.variants["dense.lr-1e-2.frequent-mass-0.2.num-experts-8"].flags
 
 
 def test_a_suite_extends_another_one(suite_file, tmp_path):
-    suite_file()
+    base = Suite.read(suite_file(), {})
     path = tmp_path / "more.yaml"
-    path.write_text("extends: small.yaml\nflags: {train-iters: 7}\nvariants: {other: {mask: {}}}\n")
-    suite, base = Suite.read(path, {}), Suite.read(suite_file(), {})
-    assert (suite.name, suite.title, list(suite.variants)) == ("more", "more", ["other"])
+    path.write_text("extends: small.yaml\nflags: {train-iters: 7}\nvariants: {other: {mask: {}}}\nbaselines: [other]\n")
+    suite = Suite.read(path, {})
+    assert list(suite.variants) == ["other"]
     assert suite.variants["other"].flags == {**base.variants["maskmoe"].flags, "train-iters": ("7",)}
     assert suite.variants["other"].mask == base.variants["maskmoe"].mask
-    assert (suite.seeds, suite.data, suite.learning_rates) == (base.seeds, base.data, base.learning_rates)
     path.with_name("third.yaml").write_text("extends: more.yaml\n")
     with pytest.raises(UserError, match="a suite that extends no other"):
         Suite.read(path.with_name("third.yaml"), {})
-    path.write_text("extends: ../small.yaml\n")
-    with pytest.raises(UserError, match="in the same folder, not"):
-        Suite.read(path, {})
-    path.write_text("extends: nowhere.yaml\n")
-    with pytest.raises(UserError, match=r"nowhere\.yaml"):
-        Suite.read(path, {})
-
-
-def test_the_method_in_question_is_the_last_variant_with_a_choice_of_its_own(suite_file):
-    assert Suite.read(suite_file(), {}).method == "maskmoe-uniform"
-    assert Suite.read(suite_file(replace={"data:": "method: maskmoe\ndata:"}), {}).method == "maskmoe"
-    with pytest.raises(UserError, match="method: nothing is not a variant"):
-        Suite.read(suite_file(replace={"data:": "method: nothing\ndata:"}), {})
-
-
-def test_every_tuned_variant_is_tuned_alike(suite):
-    runs = tuning_runs(suite)
-    assert {(run.variant.name, run.learning_rate, run.seed) for run in runs} == {
-        (name, rate, 1) for name in ("dense", "smoe", "hash", "maskmoe") for rate in ("1e-3", "1e-2")
-    }
-    assert all(training_flags(suite, run)["train-iters"] == ("10",) for run in runs)
-
-
-@given(st.integers(1, 8), st.data())
-def test_search_finds_the_best_rate_between_worse_ones(num_rates, data):
-    rates = [f"{rate}e-3" for rate in range(1, num_rates + 1)]
-    best = data.draw(st.integers(0, num_rates - 1))
-    diverging = data.draw(st.integers(best + 1, num_rates))
-    loss = {rate: None if number >= diverging else 2 + abs(number - best) for number, rate in enumerate(rates)}
-    tried = {}
-    while chosen := next_rates(rates, tried):
-        assert tried.keys().isdisjoint(chosen)
-        tried |= {rate: loss[rate] for rate in chosen}
-    if num_rates == 1:
-        assert not tried
-        return
-    assert min(tried, key=lambda rate: math.inf if tried[rate] is None else tried[rate]) == rates[best]
-    assert {rates[number] for number in (best - 1, best + 1) if 0 <= number < num_rates} <= tried.keys()
-    # From the middle to the rate behind the best one, in one direction.
-    assert len(tried) <= abs(best - (num_rates - 1) / 2) + 3
-
-
-def test_one_learning_rate_needs_no_tuning(suite_file):
-    suite = Suite.read(suite_file(replace={"[1e-2, 1e-3]": "[1e-3]"}), {})
-    assert tuning_runs(suite) == ()
-    assert set(choose_learning_rates(suite, {}).values()) == {"1e-3"}
-
-
-def test_learning_rate_of_the_smallest_loss_is_chosen_for_all_variants_that_use_it(suite):
-    losses = {run.name: 3.0 for run in tuning_runs(suite)}
-    losses["tuning/maskmoe.lr-1e-2"] = 2.0
-    losses["tuning/smoe.lr-1e-3"] = None
-    rates = choose_learning_rates(suite, losses)
-    assert rates["maskmoe"] == rates["maskmoe-uniform"] == rates["maskmoe.p0.2-v2"] == "1e-2"
-    assert rates["smoe"] == rates["all-visible"] == "1e-2"
-    assert rates["dense"] == "1e-3"
-
-
-def test_runs_go_seed_by_seed_and_variants_with_most_seeds_come_first(suite):
-    runs = whole_runs(suite, choose_learning_rates(suite, {}))
-    names = [run.name for run in runs]
-    assert len(set(names)) == len(names)
-    assert names[:5] == [f"runs/{name}.seed-1" for name in ("dense", "smoe", "hash", "maskmoe", "all-visible")]
-    assert names[5:10] == [f"runs/{name}.seed-2" for name in ("dense", "smoe", "hash", "maskmoe", "maskmoe-uniform")]
-    assert all(name.startswith("runs/maskmoe.p") for name in names[10:])
-
-
-def test_runs_of_a_variant_differ_in_their_own_flags(suite):
-    run = Run(suite.variants["maskmoe"], 2, "1e-2", "whole")
-    flags = training_flags(suite, run)
-    own = {"lr": ("1e-2",), "min-lr": ("0.001",), "seed": ("2",), "save-interval": ("5",)}
-    assert flags == suite.variants["maskmoe"].flags | own
-    assert training_flags(suite, Run(suite.variants["all-visible"], 1, "1e-2", "whole"))["exit-interval"] == ("5",)
-    tuning = training_flags(suite, Run(suite.variants["maskmoe"], 1, "1e-2", "tuning"))
-    assert (tuning["train-iters"], tuning["keep-last-checkpoints"]) == (("10",), ("1",))
-
-
-@pytest.mark.parametrize(
-    ("train_iters", "checkpoints", "name", "kind", "saved"),
-    [
-        (40, 8, "maskmoe", "whole", list(range(5, 41, 5))),
-        (43, 8, "maskmoe", "whole", [*range(5, 41, 5), 43]),
-        (40, 100, "maskmoe", "whole", list(range(1, 41))),
-        (40, 8, "maskmoe", "tuning", list(range(1, 11))),
-        (40, 8, "all-visible", "whole", [5]),
-        (40, 13, "all-visible", "whole", [3, 5]),
-        (4, 2, "all-visible", "whole", [2, 4]),
-    ],
-)
-def test_a_run_saves_its_checkpoints_evenly_and_the_last_at_its_end(
-    suite_file, train_iters, checkpoints, name, kind, saved
-):
-    changes = {"data:": f"checkpoints: {checkpoints}\ndata:", "train-iters: 40": f"train-iters: {train_iters}"}
-    suite = Suite.read(suite_file(replace=changes), {})
-    assert checkpoint_iterations(suite, Run(suite.variants[name], 1, "1e-2", kind)) == saved
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("variants:", "variant:", "unknown variant; the known keys are .*variants"),
-        ("title: A small suite", "name: A small suite", "unknown name; the known keys are baselines"),
-        ("maskmoe: {mask: {}}", "maskmoe: {masks: {}}", "variants.maskmoe: unknown masks"),
-        ("learning-rates: {values: [1e-2, 1e-3], ", "learning-rates: {", "learning-rates.values: is missing"),
-        ("frequent-mass: [0.2, 0.4]", "frequent-mass: []", "grid.frequent-mass: .* at least 1 item"),
-        ("tuned-as: maskmoe", "tuned-as: maskmoo", "refers to maskmoo"),
-        ("tuned-as: maskmoe", "tuned-as: all-visible", "refers to all-visible"),
-        ("equals: smoe", "equals: maskmoe-uniform", "not tuned itself"),
-        ("until: 5, seeds: [1]", "until: 5, seeds: [3]", "has seeds that smoe does not have"),
-        ("until: 5", "until: soon", "variants.all-visible.until: should be a valid integer, .*, not soon"),
-        ("seeds: [1, 2]", "seeds: [1, 1]", "seeds must be different"),
-        ("values: [1e-2, 1e-3]", "values: [fast]", "learning-rates.values.0: 'fast' is not a number"),
-        ("of: maskmoe", "of: dense", "must name a variant that has a mask"),
-        ("data:", "curves: {a: {title: a, main-value: 1, of: b, points: {2: {}}}}\ndata:", "curves.a: .*of: b"),
-        (
-            "data:",
-            "curves: {a: {title: a, main-value: 1, of: smoe, points: {}}}\ndata:",
-            "curves.a.points: .*at least 1",
-        ),
-        ("data:", "curves: {a: {title: a, main-value: 1, of: smoe, points: {x: {}}}}\ndata:", "'x' is not a number"),
-        (
-            "data:",
-            "curves: {a: {title: a, of: smoe, points: {1: {learning-rate-factor: 0}}}}\ndata:",
-            "learning-rate-factor: should be greater than 0",
-        ),
-        ("baselines: [smoe, hash]", "baselines: [moe]", "moe is not a variant of the suite"),
-        ("train-iters: 40, ", "", "has no train-iters"),
-        ("num-layers: 2,", "num-layers: 2, seed: 3,", "seed is decided by the comparison"),
-        ("dense: {title", "../dense: {title", "names a folder"),
-        ("data: {vocab-size: 300}", "data: {vocabulary: 300}", "unknown vocabulary"),
-        ("iterations: 10", "iterations: 0", "learning-rates.iterations: should be greater than 0, not 0"),
-        ("data:", "keep-checkpoints: none\ndata:", "keep-checkpoints: should be 'all' or 'last', not none"),
-        ("smoe: {mask", "dense: {mask", "the key dense is repeated"),
-        ("smoe: {mask: {preset: smoe}}", "smoe: {model: nowhere.yaml}", "nowhere.yaml"),
-        (
-            "smoe: {mask",
-            "smoe: {layouts: {eight: {}}, mask",
-            "variants.smoe.layouts: .* maps numbers of ranks to flags",
-        ),
-    ],
-)
-def test_bad_suite_is_refused(suite_file, old, new, message):
-    with pytest.raises(UserError, match=message) as error:
-        Suite.read(suite_file(replace={old: new}), {})
-    assert "\n" not in str(error.value)
 
 
 def test_a_suite_on_top_of_a_model_file_keeps_its_layouts(suite_file, tmp_path):
@@ -256,3 +67,83 @@ def test_a_suite_on_top_of_a_model_file_keeps_its_layouts(suite_file, tmp_path):
     assert suite.variants["smoe"].flags["num-layers"] == ("9",)
     assert suite.variants["smoe"].flags["hidden-size"] == ("32",)
     assert suite.variants["smoe"].layouts[8] == {"bf16": ()}
+
+
+def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
+    data = "data: {vocab-size: 300, input: [a.txt], held-out: {b: b.txt}, data-path: [0.5, c], tokenizer-model: d}"
+    program = {"maskmoe: {mask: {}}": "maskmoe: {mask: {}, program: e.py}"}
+    suite = Suite.read(suite_file(replace={"data: {vocab-size: 300}": data, **program}), {})
+    assert suite.data.input == (str(tmp_path / "a.txt"),)
+    assert suite.data.held_out == {"b": str(tmp_path / "b.txt")}
+    assert suite.data.data_path == ("0.5", str(tmp_path / "c"))
+    assert suite.data.tokenizer_model == str(tmp_path / "d")
+    assert suite.variants["maskmoe"].program == str(tmp_path / "e.py")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("variants:", "variant:", "variants: is missing"),
+        ("title: A small suite", "name: A small suite", "name: is not a known key"),
+        ("maskmoe: {mask: {}}", "maskmoe: {masks: {}}", "variants.maskmoe"),
+        ("maskmoe: {mask: {}}", "maskmoe: {title: MaskMoE}", "variants.maskmoe.mask: is missing"),
+        ("maskmoe: {mask: {}}", "maskmoe: {mask: all}", "variants.maskmoe.mask"),
+        ("min-lr-ratio: 0.1", "min-lr-ratio: small", "min-lr-ratio"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "seeds must be different"),
+        ("seeds: [1, 2]", "seeds: [-1]", "seeds.0: should be greater than or equal to 0"),
+        ("baselines: [smoe, hash]", "baselines: [moe]", "moe is not a variant of the suite"),
+        ("train-iters: 40, ", "", "has no train-iters"),
+        ("num-layers: 2,", "num-layers: 2, seed: 3,", "seed is decided by the comparison"),
+        ("dense: {title", "../dense: {title", "names a folder"),
+        ("data: {vocab-size: 300}", "data: {vocabulary: 300}", "data.vocabulary"),
+        ("smoe: {mask", "dense: {mask", "the key dense is repeated"),
+        ("smoe: {mask: {preset: smoe}}", "smoe: {mask: {preset: smoe}, model: nowhere.yaml}", "nowhere.yaml"),
+        ("smoe: {mask", "smoe: {layouts: {eight: {}}, mask", "variants.smoe.layouts: .* maps numbers of ranks"),
+    ],
+)
+def test_bad_suite_is_refused(suite_file, old, new, message):
+    with pytest.raises(UserError, match=message) as error:
+        Suite.read(suite_file(replace={old: new}), {})
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(params=SHIPPED, ids=lambda path: path.stem)
+def shipped(request):
+    return Suite.read(request.param, {})
+
+
+def test_shipped_variants_are_trained_alike(shipped):
+    """The variants of one setting differ only in the flags of their experts."""
+    own = {"ffn-hidden-size", "num-experts"}
+    for setting in {variant.setting for variant in shipped.variants.values()}:
+        trained = [
+            {name: words for name, words in variant.flags.items() if name not in own and not name.startswith("moe-")}
+            for variant in shipped.variants.values()
+            if variant.setting == setting
+        ]
+        assert all(flags == trained[0] for flags in trained)
+
+
+def test_shipped_routed_and_shared_experts_are_as_wide_as_the_dense_layer(shipped):
+    flags = ("moe-ffn-hidden-size", "moe-shared-expert-intermediate-size")
+    (dense,) = next(iter(shipped.variants.values())).flags["ffn-hidden-size"]
+    for name, variant in shipped.variants.items():
+        if variant.has_experts:
+            widths = [int(width) for flag in flags for width in variant.flags.get(flag, ())]
+            assert sum(widths) == int(dense), name
+
+
+def test_shipped_fixed_routing_has_nothing_to_balance(shipped):
+    for variant in shipped.variants.values():
+        if variant.has_experts and variant.mask.get("preset", ("",))[0].startswith("hash"):
+            assert variant.flags["moe-router-load-balancing-type"] in (("none",), ("aux_loss",))
+
+
+@pytest.mark.parametrize("name", ["small", "large", "per-layer"])
+def test_suites_for_gpus_want_text(name, tmp_path):
+    suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
+    with pytest.raises(UserError, match="the suite brings no text"):
+        Dataset.of(suite.data, tmp_path, suite.seq_length)
+    given = {"data_path": ("0.5", "/data"), "split": "99,1,0", "tokenizer_model": "/model"}
+    data = Dataset.of(suite.data.model_copy(update=given), tmp_path, suite.seq_length)
+    assert data.flags["data-path"] == ("0.5", "/data")

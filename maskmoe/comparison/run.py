@@ -1,0 +1,211 @@
+"""The runs of a suite: one training each, and the stages that make its mask, train it and evaluate it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.stage import Stage, maskmoe_command
+from maskmoe.comparison.suite import Suite, Variant
+from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output
+from maskmoe.launch.command import entry_point, standalone_command_of
+from maskmoe.launch.devices import Devices
+from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
+
+OWN_TEXT = "held-out"
+"""Name of the held-out documents of the training text, beside the further held-out texts of a suite."""
+
+# These flags change the speed of a run or the files that it keeps, and none of its results.
+_FLAGS_WITHOUT_EFFECT = {"num-workers", "keep-last-checkpoints", "save-interval", "log-interval"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a variant in a folder of its own.
+
+    Attributes:
+        name: name of the variant.
+        variant: the variant.
+        seed: seed of the weights, of the order of the data, and of the mask.
+        folder: folder of the run.
+        data: the dataset.
+        devices: devices of this machine.
+    """
+
+    name: str
+    variant: Variant
+    seed: int
+    folder: Path
+    data: Dataset
+    devices: Devices
+
+    @property
+    def title(self) -> str:
+        """Name of the run's folder, which tells the run from all others of the suite."""
+        return f"{self.name}.seed-{self.seed}"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides the result beside the text: flags of training and, beginning with `mask.`, of the mask."""
+        flags = {flag: words for flag, words in self.variant.flags.items() if flag not in _FLAGS_WITHOUT_EFFECT}
+        flags |= {f"{ranks}.{flag}": words for ranks, of in self.variant.layouts.items() for flag, words in of.items()}
+        if self.variant.mask != "none":
+            flags |= {f"mask.{flag}": words for flag, words in self.variant.mask.items()}
+        if self.variant.program:
+            flags["program"] = (Path(self.variant.program).name,)
+        return {flag: " ".join(words) or "true" for flag, words in sorted(flags.items())}
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the run trains on."""
+        return math.prod(
+            int(self.variant.flags[flag][0]) for flag in ("train-iters", "global-batch-size", "seq-length")
+        )
+
+    @property
+    def model_file(self) -> Path:
+        """Model file of the run, which launch/pretrain.sh takes."""
+        return self.folder / "run.yaml"
+
+    @property
+    def routing_mask(self) -> Path:
+        """Routing mask of the run."""
+        return self.folder / "routing_mask.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.folder / "tensorboard"
+
+    def evaluation(self, text: str) -> Path:
+        """Return the result of the evaluation on a held-out text."""
+        return self.folder / f"evaluation-{text}.json"
+
+    def flags(self) -> Flags:
+        """Return all flags of training, without the folders of the run. The dataset must exist."""
+        end = self.variant.flags["train-iters"]
+        mask = {"routing-mask": (str(self.routing_mask),)} if self.variant.has_experts else {}
+        own = {"seed": (str(self.seed),), "data-cache-path": (str(self.folder / "dataset_cache"),)}
+        program = {"program": (self.variant.program,)} if self.variant.program else {}
+        saving = {"save-interval": end, "keep-last-checkpoints": ("1",)}
+        return {**saving, **self.variant.flags, **self.data.flags, **own, **mask, **program}
+
+    def prepare(self) -> None:
+        """Write the model file, unless an equal one exists. The dataset must exist.
+
+        The file keeps its modification time if nothing changes, so that finished stages stay finished.
+        """
+        content = _to_yaml(self.flags())
+        if self.variant.layouts:
+            content[LAYOUTS] = {ranks: _to_yaml(flags) for ranks, flags in self.variant.layouts.items()}
+        text = yaml.safe_dump(content, sort_keys=False, width=120)
+        if not self.model_file.exists() or self.model_file.read_text(encoding="utf-8") != text:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_output(self.model_file) as path:
+                path.write_text(text, encoding="utf-8")
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Return all stages from the mask to the evaluations."""
+        further = (self.evaluation_stage(name) for name in self.data.held_out)
+        return (*self.stages_before_training(), self.training_stage(), self.evaluation_stage(OWN_TEXT), *further)
+
+    def stages_before_training(self) -> tuple[Stage, ...]:
+        """Return the stage that makes the mask, if the model has experts."""
+        return (self.mask_stage(),) if self.variant.has_experts else ()
+
+    def mask_stage(self) -> Stage:
+        """Build the routing mask."""
+        if self.variant.mask == "none":
+            raise UserError(f"the variant {self.name} has no experts, so it has no mask")
+        flags = {
+            "token-frequency": (str(self.data.token_frequency),),
+            "num-experts": self.variant.flags["num-experts"],
+            "num-layers": self.variant.flags["num-layers"],
+            "seed": (str(self.seed),),
+            **self.variant.mask,
+        }
+        command = maskmoe_command("mask", *flag_words(flags), "--output", self.routing_mask)
+        return Stage("mask", command, (self.routing_mask,), (self.data.token_frequency,))
+
+    def check_stage(self) -> Stage:
+        """Check the settings; the log has the report of `--check` as JSON."""
+        backend = () if self.devices.num_gpus else ("--distributed-backend", "gloo")
+        return Stage("check", (*self._launch("--check"), "--json", *backend), (), self._inputs)
+
+    def training_stage(self) -> Stage:
+        """Train the model by `maskmoe launch`, or resume its training."""
+        command = self._launch("--no-check")
+        byproducts = (self.checkpoints, self.tensorboard)
+        return Stage("train", command, (self.last_checkpoint,), self._inputs, byproducts, is_resumable=True)
+
+    def evaluation_stage(self, text: str, processes: int = 0) -> Stage:
+        """Evaluate the trained model on a held-out text, with the frequency bands of the training text.
+
+        Args:
+            text: `OWN_TEXT` or the name of a further held-out text.
+            processes: number of ranks; by default one for each GPU, or one without GPUs.
+        """
+        processes = processes or self.devices.num_gpus or 1
+        num_experts = int(self.variant.flags.get("num-experts", ("1",))[0])
+        flags = {
+            "load": (str(self.checkpoints),),
+            "use-checkpoint-args": (),
+            "expert-model-parallel-size": (str(math.gcd(processes, num_experts)),),
+            **(self.data.flags if text == OWN_TEXT else self.data.held_out_flags(text)),
+            "data-cache-path": (str(self.folder / "dataset_cache"),),
+            "micro-batch-size": self.variant.flags.get("micro-batch-size", ("1",)),
+            "token-frequency": (str(self.data.token_frequency),),
+            "eval-output": (str(self.evaluation(text)),),
+        }
+        words = (*flag_words(flags), *self.devices.megatron_flags)
+        command = standalone_command_of(processes, entry_point("evaluate", self.variant.program), words)
+        inputs = (self.last_checkpoint, *self._inputs)
+        return Stage(f"evaluate-{text}", command, (self.evaluation(text),), inputs, (), self.devices.environment)
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Folder of the checkpoint that completes the training, as Megatron names it."""
+        return self.checkpoints / f"iter_{int(self.variant.flags['train-iters'][0]):07d}"
+
+    @property
+    def _inputs(self) -> tuple[Path, ...]:
+        mask = (self.routing_mask,) if self.variant.has_experts else ()
+        program = (Path(self.variant.program),) if self.variant.program else ()
+        return (self.model_file, *mask, *program, *self.data.files)
+
+    def _launch(self, *options: str) -> tuple[str, ...]:
+        return maskmoe_command("launch", *options, "--run-dir", self.folder, self.model_file)
+
+
+def runs_of(suite: Suite, folder: Path, data: Dataset, devices: Devices) -> tuple[Run, ...]:
+    """Return all runs of a suite seed by seed, so that all variants have one run before any variant has two.
+
+    Args:
+        suite: the suite.
+        folder: folder of all files of the comparison.
+        data: the dataset of all runs.
+        devices: devices of this machine.
+    """
+    runs = []
+    for name, variant in suite.variants.items():
+        for number, seed in enumerate(variant.seeds):
+            runs.append((number, Run(name, variant, seed, folder / "runs" / f"{name}.seed-{seed}", data, devices)))
+    return tuple(run for _, run in sorted(runs, key=lambda item: item[0]))
+
+
+def _to_yaml(flags: Flags) -> dict[str, object]:
+    """Return flags as a model file holds them, see `ModelFile`."""
+
+    def value(words: tuple[str, ...]) -> object:
+        escaped = [word.replace("$", "$$") for word in words]
+        return True if not words else escaped[0] if len(words) == 1 else escaped
+
+    return {name: value(words) for name, words in flags.items()}

@@ -1,0 +1,232 @@
+"""Stages: commands that a user could type, each finished once however often the work is interrupted."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from maskmoe.comparison.failure import explain_failure
+from maskmoe.comparison.status_line import StatusLine
+from maskmoe.errors import RunFailure, UserError
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.paths import short_path
+from maskmoe.processes.child_process import end_with_parent, send_signal
+
+_SECONDS_TO_END = 45.0  # torchrun gives its workers 30 seconds
+_LAST_BYTES = 4096  # of a log, in which its last line is searched
+
+POLL_SECONDS = 0.2
+"""How often the state of running commands is asked for."""
+
+
+def maskmoe_command(*words: object) -> tuple[str, ...]:
+    """Return the command line of a subcommand of `maskmoe`, run by this Python."""
+    return (sys.executable, "-P", "-m", "maskmoe", *map(str, words))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command with the files that it reads and writes.
+
+    Attributes:
+        name: name of the stage, unique in its folder.
+        command: program and arguments.
+        results: files and folders that exist when the command has succeeded.
+        inputs: files and folders that the command reads. The stage is repeated if one of them changes.
+        byproducts: other files and folders that the command writes. They are set aside together with the results.
+        environment: variables that are set in addition to those of this process.
+        is_resumable: whether the command goes on from the files that an interrupted command has left.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    results: tuple[Path, ...]
+    inputs: tuple[Path, ...] = ()
+    byproducts: tuple[Path, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    is_resumable: bool = False
+
+    def __str__(self) -> str:
+        """Return a line that can be pasted into a shell."""
+        return shlex.join([*(f"{name}={value}" for name, value in self.environment.items()), *self.command])
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decides the results: the command, and size and modification time of each input; null if missing."""
+        return {"command": list(self.command), "inputs": {str(path): _version(path) for path in self.inputs}}
+
+
+def _version(path: Path) -> list[int] | None:
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The folder in which stages run.
+
+    The folder `stages/` has a record of each stage: its settings and, once it is finished, its duration. `logs/` has
+    the output of each command, and `commands.sh` all command lines.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    def log(self, stage: str) -> Path:
+        """Return the file with the output of a stage."""
+        return self.path / "logs" / f"{stage}.log"
+
+    def seconds(self, stage: Stage) -> float | None:
+        """Return the duration of a finished stage; None if it is unfinished, or if its settings or results changed."""
+        record = self._read(stage)
+        if record is None or record["settings"] != stage.settings:
+            return None
+        return record["seconds"] if all(path.exists() for path in stage.results) else None
+
+    def finish(self, stages: Sequence[Stage]) -> Generator[str]:
+        """Run the unfinished stages in order; yield the state of the running stage again and again.
+
+        The caller decides how often it asks. Closing the iterator stops the running command.
+
+        Raises:
+            UserError: a stage refused its input. RunFailure: a stage failed.
+        """
+        self._write_commands(stages)
+        for stage in stages:
+            if self.seconds(stage) is None:
+                yield from self._run(stage)
+
+    def run(self, stages: Sequence[Stage], line: StatusLine) -> None:
+        """Run the unfinished stages in order like `finish`, and show their state and their durations."""
+        self._write_commands(stages)
+        for stage in stages:
+            if self.seconds(stage) is not None:
+                continue
+            with closing(self._run(stage)) as work:
+                for state in work:
+                    line.update(state)
+                    time.sleep(POLL_SECONDS)
+            line.print(f"{stage.name} finished in {tqdm.format_interval(self.seconds(stage) or 0)}")
+
+    def _write_commands(self, stages: Sequence[Stage]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_output(self.path / "commands.sh") as path:
+            path.write_text("\n\n".join(["#!/bin/sh", *map(str, stages)]) + "\n", encoding="utf-8")
+
+    def begin(self, stage: Stage) -> None:
+        """Record that a stage starts. Files that it cannot resume from are moved into `previous/`."""
+        if not (stage.is_resumable and self.has_begun(stage)):
+            self._set_aside((*stage.results, *stage.byproducts))
+        self._write(stage, None)
+
+    def end(self, stage: Stage, seconds: float) -> None:
+        """Record that a stage is finished.
+
+        Raises:
+            RunFailure: a result is missing.
+        """
+        if missing := [path for path in stage.results if not path.exists()]:
+            log = short_path(self.log(stage.name))
+            raise RunFailure(f"{stage.name} has not written {short_path(missing[0])} (full output: {log})")
+        self._write(stage, seconds)
+
+    def has_begun(self, stage: Stage) -> bool:
+        """Return whether a stage was started with the settings that it has now."""
+        record = self._read(stage)
+        return record is not None and record["settings"] == stage.settings
+
+    def _run(self, stage: Stage) -> Generator[str]:
+        """Run one stage."""
+        self.begin(stage)
+        log, start = self.log(stage.name), time.monotonic()
+        log.parent.mkdir(exist_ok=True)
+        first_byte = log.stat().st_size if log.exists() else 0
+        process = _start(stage, log)
+        try:
+            while process.poll() is None:
+                elapsed = tqdm.format_interval(time.monotonic() - start)
+                yield f"{stage.name} {elapsed}  {_last_line(log)}"
+        finally:
+            _stop(process)
+        if process.returncode:
+            with open(log, encoding="utf-8", errors="replace") as stream:
+                stream.seek(first_byte)
+                failure = explain_failure(process.returncode, stream.read().splitlines())
+            raise type(failure)(f"{stage.name}: {failure} (full output: {short_path(log)})")
+        self.end(stage, time.monotonic() - start)
+
+    def _set_aside(self, paths: Sequence[Path]) -> None:
+        """Move files and folders into a new folder of `previous/`."""
+        if existing := [path for path in paths if os.path.lexists(path)]:
+            folders = (self.path / "previous" / str(number) for number in count(1))
+            folder = next(folder for folder in folders if not folder.exists())
+            folder.mkdir(parents=True)
+            for path in existing:
+                path.rename(folder / path.name)
+
+    def _record_file(self, stage: Stage) -> Path:
+        return self.path / "stages" / f"{stage.name}.json"
+
+    def _read(self, stage: Stage) -> dict | None:
+        path = self._record_file(stage)
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: delete it to repeat the stage {stage.name}") from error
+
+    def _write(self, stage: Stage, seconds: float | None) -> None:
+        self._record_file(stage).parent.mkdir(exist_ok=True)
+        with atomic_output(self._record_file(stage)) as path:
+            path.write_text(json.dumps({"settings": stage.settings, "seconds": seconds}, indent=1), encoding="utf-8")
+
+
+def _start(stage: Stage, log: Path) -> psutil.Popen:
+    """Start a command in the current folder. On Linux the command ends when this process ends, even if killed."""
+    with open(log, "ab") as output:
+        return psutil.Popen(
+            stage.command,
+            # `python -m` would import the user's files of the current folder before the standard library.
+            env={**os.environ, "PYTHONSAFEPATH": "1", **stage.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C reaches only this process, which then stops the command in good order.
+            start_new_session=True,
+            preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
+        )
+
+
+def _stop(process: psutil.Popen) -> None:
+    """Ask a command to end if it still runs, wait, and kill what remains of its processes."""
+    if process.poll() is not None:
+        return
+    family = [process, *process.children(recursive=True)]
+    process.terminate()
+    try:
+        process.wait(_SECONDS_TO_END)
+    except psutil.TimeoutExpired:
+        pass
+    finally:
+        send_signal(family, signal.SIGKILL)
+        process.wait()
+
+
+def _last_line(log: Path) -> str:
+    """Return the last complete line of a log."""
+    with open(log, "rb") as stream:
+        stream.seek(max(0, log.stat().st_size - _LAST_BYTES))
+        lines = stream.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

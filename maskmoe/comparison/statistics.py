@@ -1,0 +1,82 @@
+"""Means over seeds and differences between variants, with intervals and tests from `scipy.stats`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+_MAX_FLIPS = 100_000  # all sign flips of up to 16 pairs; a random sample of them for more
+_SEED_OF_FLIPS = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval.
+
+    Attributes:
+        n: number of values, or of pairs.
+        mean: the mean; nan without values.
+        low: lower end of the interval; nan if there are too few values.
+        high: upper end of the interval.
+        p: two-sided p-value of a sign-flip test that the mean is 0; nan for means that are no differences of pairs.
+    """
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float = math.nan
+
+    @property
+    def half_width(self) -> float:
+        """Half of the width of the interval."""
+        return (self.high - self.low) / 2
+
+    def __format__(self, form: str) -> str:
+        """Format the mean and, after `±`, half of the width of the interval if it is known."""
+        error = "" if math.isnan(self.half_width) else f" ± {format(self.half_width, form.removeprefix('+'))}"
+        return f"{format(self.mean, form).replace('-', '−')}{error}" if self.n else "–"
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Estimate a mean, with the interval of Student's t."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return Estimate(len(values), float(values[0]) if len(values) else math.nan, math.nan, math.nan)
+    interval = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
+    return Estimate(len(values), float(np.mean(values)), float(interval.low), float(interval.high))
+
+
+def paired_difference(own: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate:
+    """Estimate own − baseline over common seeds, with Student's t and a sign-flip test of the pairs.
+
+    With n pairs, the p-value of the test cannot be below 2 / 2^n. Up to 16 pairs the test is exact.
+
+    Args:
+        own: values by seed.
+        baseline: values by seed.
+    """
+    from scipy import stats
+
+    pairs = [own[seed] - baseline[seed] for seed in sorted(own.keys() & baseline.keys())]
+    estimate = mean(pairs)
+    if len(pairs) < 2:
+        return estimate
+    test = stats.permutation_test(
+        (pairs,), np.mean, permutation_type="samples", n_resamples=_MAX_FLIPS, rng=_SEED_OF_FLIPS, vectorized=True
+    )
+    return Estimate(estimate.n, estimate.mean, estimate.low, estimate.high, float(test.pvalue))
+
+
+def unpaired_difference(own: Sequence[float], baseline: Sequence[float]) -> Estimate:
+    """Estimate own − baseline from independent values, with the interval of Welch's t."""
+    from scipy import stats
+
+    n = min(len(own), len(baseline))
+    if n < 2:
+        return Estimate(n, float(np.mean(own) - np.mean(baseline)) if n else math.nan, math.nan, math.nan)
+    interval = stats.ttest_ind(own, baseline, equal_var=False).confidence_interval(CONFIDENCE)
+    return Estimate(n, float(np.mean(own) - np.mean(baseline)), float(interval.low), float(interval.high))

@@ -1,0 +1,208 @@
+"""The table of results: JSON lines, one line for each finished run, which many machines append to and merge."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ValidationError
+
+from maskmoe.comparison.run import OWN_TEXT, Run
+from maskmoe.errors import UserError
+from maskmoe.files.json_files import first_problem, read_json
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.paths import SUBMIT_SCRIPT
+from maskmoe.routing_mask.mask import RoutingMask
+
+ALL_TOKENS = "all"
+"""Name of the band that contains all tokens."""
+
+_CHECKOUT = SUBMIT_SCRIPT.parents[2]
+_PACKAGES = ("torch", "megatron-core", "numpy", "maskmoe")
+
+Loss = Annotated[float, BeforeValidator(lambda loss: math.nan if loss is None else loss)]
+
+
+class HeldOutLoss(BaseModel, frozen=True, extra="forbid"):
+    """The loss of a trained model on the tokens of one held-out text whose ids belong to one frequency band.
+
+    Attributes:
+        text: name of the text.
+        band: name of the band, or `all`.
+        tokens: number of these tokens.
+        loss: mean loss in nats per token; NaN, in the file null, if the text has no such token.
+    """
+
+    text: str
+    band: str
+    tokens: int
+    loss: Loss
+
+
+class RunResult(BaseModel, frozen=True):
+    """A finished run: one line of the table. Further keys of a line are ignored.
+
+    Attributes:
+        suite: name of the suite.
+        variant: name of the variant.
+        seed: seed of the run.
+        settings: see `Run.settings`.
+        text: digests of the text, see `Dataset.digests`.
+        mask: digest of the routing mask; None for a model without experts.
+        tokens: number of tokens that the run was trained on.
+        losses: losses after training.
+        validation: iteration and loss of a part of the held-out text during training.
+        load: for each layer with experts, the number of held-out tokens that each expert got.
+        seconds: duration of the training without interruptions.
+        origin: commit of the code (`+` marks changes), versions of packages, processor, numbers of cores and GPUs.
+    """
+
+    suite: str
+    variant: str
+    seed: int
+    settings: dict[str, str]
+    text: dict[str, str]
+    mask: str | None
+    tokens: int
+    losses: list[HeldOutLoss]
+    validation: list[tuple[int, float]]
+    load: list[list[int]]
+    seconds: float
+    origin: dict[str, str]
+
+    @property
+    def identity(self) -> str:
+        """What decides the result. Equal runs of several suites have the same identity."""
+        return json.dumps([self.settings, self.seed, self.text], sort_keys=True)
+
+    def loss(self, text: str, band: str = ALL_TOKENS) -> float:
+        """Return the loss on a text and a band; NaN if the run was not evaluated on them."""
+        return next((each.loss for each in self.losses if (each.text, each.band) == (text, band)), math.nan)
+
+    @classmethod
+    def of(cls, suite: str, run: Run) -> Self:
+        """Read the result of a run whose stages are all finished."""
+        evaluations = {text: read_json(run.evaluation(text)) for text in (OWN_TEXT, *run.data.held_out)}
+        losses = []
+        for text, content in evaluations.items():
+            for band in ({**content, "name": ALL_TOKENS}, *content["bands"]):
+                losses.append(HeldOutLoss(text=text, band=band["name"], tokens=band["tokens"], loss=band["loss"]))
+        return cls(
+            suite=suite,
+            variant=run.name,
+            seed=run.seed,
+            settings=run.settings,
+            text=run.data.digests(),
+            mask=RoutingMask.load(run.routing_mask).digest if run.variant.has_experts else None,
+            tokens=run.tokens,
+            losses=losses,
+            validation=[(step, loss) for step, loss in scalars(run.tensorboard, "lm loss validation")],
+            load=[layer["tokens_per_expert"] for layer in evaluations[OWN_TEXT]["expert_load"]],
+            seconds=round(training_seconds(run.tensorboard), 1),
+            origin=_origin(run),
+        )
+
+
+def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
+    """Return steps and values of a scalar in TensorBoard's event files; of a repeated step, the last value."""
+    return sorted({event.step: event.value for event in _events(tensorboard, tag)}.items())
+
+
+def training_seconds(tensorboard: Path) -> float:
+    """Return the duration of a training without interruptions: the number of steps times the median step."""
+    events = _events(tensorboard, "lm loss")
+    steps = [(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in pairwise(events) if b.step > a.step]
+    return median(steps) * events[-1].step if steps else 0.0
+
+
+def _events(tensorboard: Path, tag: str) -> list[Any]:
+    """Return the events of a scalar; each has `step`, `value` and `wall_time`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})
+    events.Reload()
+    tags: Any = events.Tags()
+    return events.Scalars(tag) if tag in tags["scalars"] else []
+
+
+def read_table(path: Path) -> list[RunResult]:
+    """Read a table; an absent file is an empty table.
+
+    Raises:
+        UserError: the file cannot be read, or a line is damaged.
+    """
+    if not path.exists():
+        return []
+    results = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            results.append(RunResult.model_validate_json(line))
+        except ValidationError as error:
+            raise UserError(f"{path}, line {number} is damaged: {first_problem(error)}") from error
+    return results
+
+
+def merge(results: Iterable[RunResult]) -> list[RunResult]:
+    """Return results in which equal runs stand once.
+
+    Raises:
+        UserError: a run has two results with different losses.
+    """
+    merged: dict[str, RunResult] = {}
+    for result in results:
+        known = merged.setdefault(result.identity, result)
+        if str(known.losses) != str(result.losses):  # NaN equals NaN as text
+            raise UserError(
+                f"two results of {result.variant} with seed {result.seed} differ ({known.losses[0].loss} and "
+                f"{result.losses[0].loss}): remove one of the lines"
+            )
+    return list(merged.values())
+
+
+def write_table(path: Path, results: Iterable[RunResult]) -> None:
+    """Replace the file of a table."""
+    with atomic_output(path) as temporary:
+        temporary.write_text("".join(f"{result.model_dump_json()}\n" for result in results), encoding="utf-8")
+
+
+def _origin(run: Run) -> dict[str, str]:
+    packages = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    machine = {"cores": str(run.devices.num_cores), "gpus": str(run.devices.num_gpus), "processor": _processor()}
+    return {"commit": _commit(), **packages, **machine}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+@cache
+def _commit() -> str:
+    """Return the commit of the checkout, with `+` if the package differs from it; empty without a checkout."""
+    git = ("git", "-C", str(_CHECKOUT))
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        commit, changes = (
+            subprocess.run((*git, *words), env=environment, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "maskmoe"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{commit}{'+' if changes else ''}"
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -1,0 +1,191 @@
+"""`maskmoe compare` as a real process: a small suite from text to page, killed on the way, and merged tables."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from support.paths import ROOT
+from support.results import result
+from support.waiting import wait_until
+
+from maskmoe.comparison.comparison import Comparison
+from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.suite import Suite
+from maskmoe.comparison.table import read_table, write_table
+from maskmoe.errors import UserError
+from maskmoe.launch.devices import Devices
+from maskmoe.processes.folder_lock import locked_folder
+
+
+@pytest.fixture
+def comparison(suite_file, tmp_path):
+    """A comparison none of whose runs is finished."""
+    suite = Suite.read(suite_file(), {})
+    data = Dataset(tmp_path / "data", "300", suite.seq_length)
+    return Comparison(suite, "small", tmp_path / "run", tmp_path / "run" / "results.jsonl", data, Devices(0, 2))
+
+
+def finished(comparison, title, loss):
+    """Return the result that a run would have."""
+    (run,) = [run for run in comparison.runs if run.title == title]
+    return result(run.name, run.seed, loss, run.settings)
+
+
+def test_a_run_with_a_line_in_the_table_is_finished(comparison):
+    results = [finished(comparison, "smoe.seed-1", 3.0), finished(comparison, "smoe.seed-2", 3.1)]
+    changed = results[1].model_copy(update={"settings": {**results[1].settings, "clip-grad": "2"}})
+    comparison.add([results[0], changed])
+    assert list(comparison.results()) == ["smoe.seed-1"]
+    comparison.add(results)
+    assert list(comparison.results()) == ["smoe.seed-1", "smoe.seed-2"]
+    assert len(read_table(comparison.table)) == 3
+
+
+def test_an_equal_run_of_another_suite_counts(comparison):
+    other = finished(comparison, "smoe.seed-1", 3.0).model_copy(update={"suite": "large", "variant": "switch"})
+    comparison.add([other])
+    assert comparison.results()["smoe.seed-1"].variant == "smoe"
+
+
+def test_runs_are_selected_by_patterns_and_seeds(comparison):
+    titles = [run.title for run in comparison.selected(["maskmoe*"], [2])]
+    assert titles == ["maskmoe-uniform.seed-2", "maskmoe.seed-2"]
+    with pytest.raises(UserError, match="no run of the suite has such a name"):
+        comparison.selected(["maskmoe"], [3])
+
+
+def test_losses_are_compared_with_another_table(comparison, tmp_path):
+    comparison.add([finished(comparison, "smoe.seed-1", 3.0)])
+    write_table(tmp_path / "recorded.jsonl", [finished(comparison, "smoe.seed-1", 3.25)])
+    _, line = comparison.compare_with(tmp_path / "recorded.jsonl", comparison.runs)
+    assert re.fullmatch(r"smoe.seed-1 +3.0000 +3.2500 +-0.2500", line)
+
+
+SUITE = """
+data: {vocab-size: 300, held-out: {other: other.jsonl}}
+flags:
+  num-layers: 2
+  hidden-size: 32
+  ffn-hidden-size: 64
+  num-attention-heads: 2
+  position-embedding-type: rope
+  normalization: RMSNorm
+  swiglu: true
+  disable-bias-linear: true
+  seq-length: 16
+  max-position-embeddings: 16
+  micro-batch-size: 2
+  global-batch-size: 2
+  train-iters: 40
+  lr: 1e-2
+  eval-interval: 10
+  eval-iters: 2
+  log-interval: 5
+  num-workers: 0
+expert-flags: {num-experts: 4, moe-ffn-hidden-size: 64, moe-router-topk: 1, moe-router-pre-softmax: true}
+baselines: [smoe]
+variants:
+  dense: {mask: none}
+  smoe: {mask: {preset: smoe}}
+  all-visible: {mask: {frequent-mass: 1.0, frequent-visible-experts: 4, assignment: uniform}}
+"""
+
+
+def compare(*arguments):
+    command = [sys.executable, "-P", "-m", "maskmoe", "compare", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def arguments(tmp_path, text, other_text):
+    """The suite above with its text, and the run folder. The suite names the other text."""
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    return (tmp_path / "suite.yaml", "--input", text, "--run-dir", tmp_path / "run")
+
+
+def test_bad_suite_is_one_line(tmp_path):
+    process = compare(tmp_path / "nowhere.yaml")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert output == f"error: the suite {tmp_path / 'nowhere.yaml'} does not exist\n"
+
+
+def test_list_names_all_runs_and_makes_nothing(arguments, tmp_path):
+    output, _ = compare(*arguments, "--list").communicate(timeout=60)
+    assert output.splitlines() == [f"to do     {name}.seed-1" for name in ("dense", "smoe", "all-visible")]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_which_another_command_works_is_refused(arguments, tmp_path):
+    with locked_folder(tmp_path / "run"):
+        process = compare(*arguments)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "another run or conversion" in output
+    assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_suite_continues_to_the_page(arguments, tmp_path):
+    folder = tmp_path / "run"
+    first = compare(*arguments, "--jobs", 2)
+    evaluation = folder / "runs" / "dense.seed-1" / "evaluation-held-out.json"
+    wait_until(evaluation.exists, "the first evaluation", timeout=240, has_ended=lambda: first.poll() is not None)
+    children = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+
+    second = compare(*arguments, "--jobs", 2)
+    output, _ = second.communicate(timeout=400)
+    assert second.returncode == 0, output
+    results = {result.variant: result for result in read_table(folder / "results.jsonl")}
+    assert set(results) == {"dense", "smoe", "all-visible"}
+    assert all([step for step, _ in result.validation] == [10, 20, 30, 40] for result in results.values())
+    assert {each.text for each in results["dense"].losses} == {"held-out", "other"}
+    # All experts visible is SMoE, to the last bit.
+    assert results["all-visible"].losses == results["smoe"].losses
+    assert results["all-visible"].mask != results["smoe"].mask
+    assert results["smoe"].seconds > 0
+    assert results["smoe"].origin["torch"]
+    page = (folder / "report" / "README.md").read_text()
+    assert "3 of 3 runs" in page
+    assert [path.name for path in folder.glob("runs/smoe.seed-1/checkpoints/iter_*")] == ["iter_0000040"]
+
+    # Nothing is trained again, also where only the table is.
+    output, _ = compare(*arguments).communicate(timeout=60)
+    assert re.fullmatch(r"report: .*README.md\n", output)
+    other = (*arguments[:3], "--run-dir", tmp_path / "other", "--report", "--merge", folder / "results.jsonl")
+    output, _ = compare(*other).communicate(timeout=60)
+    assert (tmp_path / "other" / "report" / "README.md").read_text() == page
+
+    # A repeated run has the recorded loss.
+    again = (*arguments[:3], "--run-dir", tmp_path / "again", "--only", "dense")
+    output, _ = compare(*again, "--compare-with", folder / "results.jsonl").communicate(timeout=400)
+    assert re.search(r"^dense.seed-1 +([0-9.]+) +\1 +[+]0.0000$", output, re.MULTILINE), output
+
+
+@pytest.mark.slow
+def test_unequal_variants_are_refused_before_training(arguments, tmp_path):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(SUITE.replace("dense: {mask: none}", "dense: {mask: none, flags: {ffn-hidden-size: 128}}"))
+    process = compare(*arguments)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert "dense has" in output.splitlines()[-1]
+    assert not [*tmp_path.glob("run/runs/*/checkpoints")]
+
+
+def test_settings_that_training_refuses_are_named_before_training(arguments, tmp_path):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(SUITE.replace("num-attention-heads: 2", "num-attention-heads: 3"))
+    process = compare(*arguments, "--only", "dense")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert output.splitlines()[-1].startswith("error: check: ")
+    assert json.loads((tmp_path / "run" / "data" / "stages" / "frequency.json").read_text())["seconds"] > 0

@@ -1,0 +1,284 @@
+"""launch/quickstart.sh: its command line, the commands of its stages, its report, and the whole pipeline."""
+
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.paths import ROOT
+from support.waiting import wait_until
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from maskmoe.command_line.quickstart import parse_settings
+from maskmoe.comparison.quickstart import Quickstart, quickstart_suite
+from maskmoe.comparison.quickstart_report import write_report
+from maskmoe.comparison.run import OWN_TEXT
+from maskmoe.comparison.stage import Stage
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.errors import UserError
+from maskmoe.launch.devices import Devices
+from maskmoe.launch.model_file import ModelFile
+from maskmoe.routing_mask.frequency import TokenFrequency
+
+# ---- Settings and commands -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Make a quickstart on a dataset of two documents."""
+    with IndexedDatasetWriter(tmp_path / "dataset_text_document", np.uint16) as writer:
+        for _ in range(2):
+            writer.add_document(np.zeros(5000, np.uint16))
+
+    def plan(*arguments, num_gpus=0):
+        devices = Devices(num_gpus=num_gpus, num_cores=8)
+        return Quickstart(parse_settings(["--run-dir", str(tmp_path), *arguments]), devices)
+
+    return plan
+
+
+def flags_of(stage: Stage):
+    return dict(itertools.pairwise(stage.command))
+
+
+def evaluation(quickstart: Quickstart):
+    return quickstart.run.evaluation_stage(OWN_TEXT, quickstart.devices.num_processes)
+
+
+def test_training_follows_settings_and_devices(plan):
+    made = plan("--num-experts", "6", "--global-batch-size", "6", "--hidden-size", "64", num_gpus=4)
+    flags = flags_of(made.training_stage())
+    assert flags["--nproc-per-node"] == "4"
+    assert (
+        flags["--expert-model-parallel-size"] == flags_of(made.run.mask_stage())["--expert-model-parallel-size"] == "2"
+    )
+    assert (flags["--micro-batch-size"], flags["--global-batch-size"]) == ("2", "8")
+    assert (flags["--num-attention-heads"], flags["--moe-ffn-hidden-size"]) == ("2", "128")
+    assert "--bf16" in made.training_stage().command
+    on_cpu = plan().training_stage()
+    assert on_cpu.environment == {"OMP_NUM_THREADS": "4"}
+    assert "--bf16" not in on_cpu.command
+    assert flags_of(on_cpu)["--nproc-per-node"] == flags_of(evaluation(plan()))["--nproc-per-node"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "environment"), [(4, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}), (0, {"OMP_NUM_THREADS": "4"})]
+)
+def test_evaluation_suits_the_devices(plan, num_gpus, environment):
+    stage = evaluation(plan(num_gpus=num_gpus))
+    assert flags_of(stage)["--nproc-per-node"] == str(num_gpus or 2)
+    assert stage.environment == environment
+    assert ("--bf16" in stage.command) == bool(num_gpus)
+
+
+def test_settings_reach_their_stages(plan):
+    made = plan("--lr", "0.01", "--seed", "7", "--train-iters", "600", "--frequent-mass", "0.25", "--vocab-size", "500")
+    train, mask = flags_of(made.training_stage()), flags_of(made.run.mask_stage())
+    assert (train["--lr"], train["--min-lr"], train["--seed"]) == ("0.01", "0.0005", "7")
+    assert (train["--train-iters"], train["--save-interval"]) == ("600", "30")
+    assert (train["--eval-interval"], train["--log-interval"]) == ("60", "3")
+    assert (mask["--frequent-mass"], mask["--seed"]) == ("0.25", "7")
+    tokenizer = next(stage for stage in made.data.stages() if stage.name == "tokenizer")
+    assert flags_of(tokenizer)["--vocab-size"] == "500"
+
+
+def test_defaults_are_those_of_the_suite(plan):
+    """The suite file states the flags that follow from other flags, too."""
+    made, (variant,) = plan(), quickstart_suite().variants.values()
+    own = {"expert-model-parallel-size": ("2",), "save-interval": ("40",), "lr": ("0.004",)}
+    assert made.run.variant.flags == {**variant.flags, **own}
+    assert made.run.variant.mask == {**variant.mask, "expert-model-parallel-size": ("2",)}
+
+
+def test_model_file_of_the_laptop_describes_the_same_model():
+    model = ModelFile.read(ROOT / "launch" / "models" / "laptop.yaml", {})
+    (variant,) = quickstart_suite().variants.values()
+    differing = {"lr", "min-lr", "num-workers", "log-interval", "eval-interval", "save-interval"}
+    own = {name: words for name, words in model.flags.items() if name not in differing | {"keep-last-checkpoints"}}
+    assert {name: words for name, words in variant.flags.items() if name not in differing} == own
+
+
+def test_stages_go_from_text_to_a_sample(plan):
+    made = plan("--prompt", "-- import")
+    assert [stage.name for stage in made.data.stages()] == ["corpus", "tokenizer", "dataset", "frequency"]
+    names = [stage.name for stage in made.model_stages()]
+    assert names == ["mask", "train", "evaluate-held-out", "export", "sample"]
+    assert "--prompt=-- import" in made.sample_stage().command
+
+
+def run_quickstart(*arguments, **options):
+    command = [sys.executable, "-P", "-m", "maskmoe", "quickstart", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "missing.jsonl"], "--input: missing.jsonl does not exist"),
+        (["--input", "."], "--input: . is a folder"),
+        (["--run-dir", "file"], "--run-dir: file is a file"),
+        (["--hidden-size", "100"], "--hidden-size: should be a multiple of 32, not 100"),
+        (["--frequent-visible-experts", "9"], "--frequent-visible-experts: must be between 2 and --num-experts 8"),
+        (["--frequent-mass", "1.5"], "--frequent-mass must be at most 1, not 1.5"),
+        (["--train-iters", "0"], "--train-iters must be at least 1, not 0"),
+        (["--lr", "0"], "--lr must be above 0, not 0"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}") as error:
+        parse_settings(arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--train-iters", "many"], "--train-iters must be a whole number, not 'many'"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_code_2(tmp_path, arguments, message):
+    result = run_quickstart(*arguments, "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_script_sets_up_and_passes_its_arguments_on(tmp_path):
+    def script(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+        return path
+
+    quickstart = script("launch/quickstart.sh", (ROOT / "launch" / "quickstart.sh").read_text())
+    script("launch/setup.sh", "echo setup")
+    python = script(".venv/bin/python", 'printf "<%s>" "$@"; [[ $2 != -m ]] || exit 3')
+    run = partial(subprocess.run, [quickstart, "--prompt", "a b"], capture_output=True, text=True, cwd="/")
+    result, check = run(), f"setup\n<-P><{tmp_path}/launch/check_checkout.py><{tmp_path}>"
+    assert (result.stdout, result.returncode) == (f"{check}<-P><-m><maskmoe><quickstart><--prompt><a b>", 3)
+    python.write_text(python.read_text().replace("!= -m", "== -m"))  # the check of the checkout fails
+    result = run()
+    assert (result.stdout, result.returncode) == (check, 3)
+    result = subprocess.run([quickstart, "--help"], capture_output=True, text=True)
+    assert result.stdout.startswith("usage: launch/quickstart.sh")
+    assert result.returncode == 0
+
+
+# ---- The report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(plan):
+    """A quickstart with the files that it leaves when it is finished."""
+    bands = [
+        {"name": "top 40 %", "share": 0.4, "loss": 2.0, "perplexity": math.exp(2.0), "tokens": 4000},
+        {"name": "last 10 %", "share": 0.6, "loss": math.nan, "perplexity": math.nan, "tokens": 0},
+    ]
+    load = {"layer": 2, "max_over_mean": 1.25, "tokens_per_expert": [5000, 3000, 1000, 1000]}
+    evaluation = {"loss": 3.0, "perplexity": math.exp(3.0), "tokens": 10000, "tokens_per_second": 1234.5}
+    finished = plan("--train-iters", "250", "--seq-length", "128")
+    content = {**evaluation, "bands": bands, "expert_load": [load]}
+    finished.run.evaluation(OWN_TEXT).write_text(json.dumps(content))
+    finished.sample.write_text("def f():\n```\n    pass\n")
+    writer = EventFileWriter(str(finished.run.tensorboard))
+    for step in range(1, 251):
+        values = [Summary.Value(tag="lm loss", simple_value=9 - step / 50)]
+        if step % 125 == 0:
+            values.append(Summary.Value(tag="lm loss validation", simple_value=6.5))
+        writer.add_event(Event(step=step, summary=Summary(value=values), wall_time=step / 4))
+    writer.close()
+    counts = np.zeros((1, 4096), np.int64)
+    counts[:, 1:501] = 7
+    dataset = {"name": "dataset", "num_tokens": 3500, "idx_sha256": "0" * 64, "bin_bytes": 7000}
+    TokenFrequency(counts, (None,), (dataset,), None).save(finished.data.token_frequency)
+    return finished
+
+
+def test_report_holds_the_numbers(finished, tmp_path):
+    report = write_report(finished, {"corpus": 1.0, "train": 66.0, "sample": 7.0})
+    for row in (
+        "\n4 layers, width 128, 8 experts in each, 4,096 token ids; the ids that make up 40% of the text see 4 "
+        "experts, all other ids see one (balanced); 2 processes, expert parallel 2.\n",
+        "| top 40 %     |  40.0% |  4,000 | 2.000 |        7.4 |",
+        "| last 10 %    |  60.0% |      0 |     – |          – |",
+        "| all          | 100.0% | 10,000 | 3.000 |       20.1 |",
+        "| 2     |     1.25 |                50 30 10 10 |",
+        # 8 samples of 128 tokens take a quarter of a second.
+        "| training   | 256,000 |    4,096 |",
+        "| evaluation |  10,000 |    1,234 |",
+        "Time: 01:14 (corpus 00:01, train 01:06, sample 00:07).",
+        f"- checkpoint: {tmp_path / 'checkpoints'}\n",
+        f"- loss curve: {tmp_path / 'loss.png'}\n",
+        "````text\ndef f():\n```\n    pass\n````",
+    ):
+        assert row in report
+    assert "token frequencies only: 500.0" in report
+    assert (tmp_path / "report.md").read_text() == report
+    with Image.open(tmp_path / "loss.png") as image:
+        # Both curves are visible: pixels of their colors are there.
+        colors = {color for _, color in image.convert("RGB").getcolors(image.width * image.height)}
+    assert {(0x9D, 0xB4, 0xD6), (0x1F, 0x4E, 0x9C)} <= colors
+
+
+# ---- The whole pipeline ----------------------------------------------------------------------------------------------
+
+
+def write_text(path):
+    sources = sorted(Path(os.__file__).parent.glob("*.py"))[:60]
+    path.write_text("".join(json.dumps({"text": source.read_text()}) + "\n" for source in sources))
+
+
+@pytest.mark.slow
+def test_killed_in_training_and_started_again_it_finishes(tmp_path):
+    text, run_dir = tmp_path / "text.jsonl", tmp_path / "a run"
+    write_text(text)
+    arguments = [
+        *("--input", text, "--run-dir", run_dir, "--vocab-size", 512, "--train-iters", 60, "--hidden-size", 64),
+        *("--num-layers", 2, "--seq-length", 64, "--num-experts", 4, "--frequent-visible-experts", 2),
+    ]
+    command = [sys.executable, "-P", "-m", "maskmoe", "quickstart", *map(str, arguments)]
+    tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    wait_until(
+        lambda: tracker.exists() and tracker.read_text(),
+        "the first checkpoint",
+        has_ended=lambda: first.poll() is not None,
+        report=lambda: first.communicate()[0],
+    )
+    first.kill()
+    first.communicate()
+
+    second = run_quickstart(*arguments, cwd=tmp_path)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "tokenizer finished" not in second.stdout
+    assert "train finished" in second.stdout
+    evaluation = json.loads((run_dir / "evaluation-held-out.json").read_text())
+    assert evaluation["perplexity"] < 300
+    assert len(evaluation["expert_load"]) == 2
+    assert "resum" in (run_dir / "logs" / "train.log").read_text()
+    assert sorted(path.name for path in (run_dir / "checkpoints").glob("iter_*")) == ["iter_0000060"]
+    assert (run_dir / "report.md").read_text() in second.stdout
+    with Image.open(run_dir / "loss.png") as image:
+        image.load()
+    assert json.loads((run_dir / "model" / "config.json").read_text())["architectures"] == ["MaskMoEForCausalLM"]
+
+    third = run_quickstart(*arguments, "--prompt", "-- import", cwd=tmp_path)
+    assert third.returncode == 0
+    assert next(line for line in third.stdout.splitlines() if "finished in" in line).startswith("sample")
+    assert (run_dir / "previous" / "1" / "sample.txt").exists()
+    assert (run_dir / "sample.txt").read_text().startswith("-- import")

@@ -1,0 +1,91 @@
+"""The stages of a run, its model file, and the settings that decide its result."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+
+from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.run import OWN_TEXT, runs_of
+from maskmoe.comparison.suite import Suite
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.launch.devices import Devices
+
+
+@pytest.fixture
+def runs(suite_file, tmp_path):
+    """Return the runs of a suite by title, on a dataset of two documents."""
+    data = Dataset(tmp_path / "data", "300", 16, held_out={"other": tmp_path / "other.jsonl"})
+    data.folder.mkdir()
+    with IndexedDatasetWriter(data.prefix, np.uint16) as writer:
+        for _ in range(2):
+            writer.add_document(np.zeros(5000, np.uint16))
+
+    def runs(num_gpus=0, **changes):
+        suite = Suite.read(suite_file(**changes), {})
+        return {run.title: run for run in runs_of(suite, tmp_path / "run", data, Devices(num_gpus, 2))}
+
+    return runs
+
+
+def test_runs_go_seed_by_seed(runs):
+    assert list(runs()) == [
+        *(f"{name}.seed-1" for name in ("dense", "smoe", "hash", "maskmoe")),
+        "maskmoe-uniform.seed-2",
+        *(f"{name}.seed-2" for name in ("dense", "smoe", "hash", "maskmoe")),
+    ]
+
+
+def test_stages_go_from_the_mask_to_the_evaluations(runs):
+    made = runs()
+    names = ["mask", "train", "evaluate-held-out", "evaluate-other"]
+    assert [stage.name for stage in made["smoe.seed-1"].stages()] == names
+    assert [stage.name for stage in made["dense.seed-1"].stages()] == names[1:]
+
+
+def test_the_seed_is_that_of_the_mask_too(runs):
+    command = runs()["maskmoe.seed-2"].mask_stage().command
+    assert command[command.index("--seed") + 1] == "2"
+    assert command[command.index("--frequent-visible-experts") + 1] == "2"
+
+
+def test_the_model_file_starts_the_run_and_is_rewritten_only_if_it_changes(runs):
+    run = runs()["maskmoe.seed-2"]
+    run.prepare()
+    content = yaml.load(run.model_file.read_text(), yaml.BaseLoader)
+    assert (content["seed"], content["lr"], content["min-lr"]) == ("2", "1e-2", "0.001")
+    assert (content["save-interval"], content["keep-last-checkpoints"]) == ("40", "1")
+    assert content["routing-mask"] == str(run.routing_mask)
+    before = run.model_file.stat().st_mtime_ns
+    run.prepare()
+    assert run.model_file.stat().st_mtime_ns == before
+
+
+def test_settings_are_what_decides_the_result(runs):
+    run = runs()["maskmoe.seed-2"]
+    assert run.settings["mask.frequent-mass"] == "0.4"
+    assert run.tokens == 40 * 2 * 16
+    faster = {**run.variant.flags, "num-workers": ("4",), "save-interval": ("10",)}
+    assert replace(run, variant=run.variant.model_copy(update={"flags": faster})).settings == run.settings
+    other = replace(run, variant=run.variant.model_copy(update={"flags": {**run.variant.flags, "clip-grad": ("2",)}}))
+    assert other.settings != run.settings
+
+
+def test_a_program_trains_and_evaluates(runs, tmp_path):
+    (tmp_path / "own.py").touch()
+    run = runs(replace={"maskmoe: {mask: {}}": "maskmoe: {mask: {}, program: own.py}"})["maskmoe.seed-1"]
+    run.prepare()
+    assert yaml.safe_load(run.model_file.read_text())["program"] == str(tmp_path / "own.py")
+    command = run.evaluation_stage(OWN_TEXT).command
+    assert command[command.index(str(tmp_path / "own.py")) + 1] == "evaluate"
+    assert run.settings["program"] == "own.py"
+    assert tmp_path / "own.py" in run.training_stage().inputs
+
+
+@pytest.mark.parametrize(("num_gpus", "processes", "expert_parallel"), [(0, "1", "1"), (6, "6", "2")])
+def test_evaluation_suits_the_devices(runs, num_gpus, processes, expert_parallel):
+    command = runs(num_gpus)["smoe.seed-1"].evaluation_stage("other").command
+    assert command[command.index("--nproc-per-node") + 1] == processes
+    assert command[command.index("--expert-model-parallel-size") + 1] == expert_parallel
+    assert ("--bf16" in command) == bool(num_gpus)

@@ -1,0 +1,163 @@
+"""Stages run once, resume, and are repeated with what they wrote before kept; their processes end with them."""
+
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from support.waiting import wait_until
+
+from maskmoe.comparison.stage import Stage, StageFolder
+from maskmoe.comparison.status_line import StatusLine
+from maskmoe.errors import RunFailure, UserError
+
+COUNT = """
+import pathlib, sys, time
+output, end = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+print("counting", flush=True)
+step = int(output.read_text()) if output.exists() else 0
+while step < end or end < 0:
+    step += 1
+    output.write_text(str(step))
+    time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return StageFolder(tmp_path / "run")
+
+
+def stage(folder, name="count", program=COUNT, *, end=3, inputs=(), environment=None, is_resumable=False):
+    output = folder.path / f"{name}.out"
+    command = (sys.executable, "-c", program, str(output), str(end))
+    return Stage(name, command, (output,), inputs, (), environment or {}, is_resumable)
+
+
+def run(folder, *stages):
+    return [*folder.finish(stages)]
+
+
+def test_a_finished_stage_does_not_run_again(folder, capsys):
+    both = (stage(folder, "one"), stage(folder, "two", inputs=(folder.path / "one.out",)))
+    assert folder.seconds(both[0]) is None
+    folder.run(both, StatusLine(sys.stdout))
+    assert "one finished in 00:0" in capsys.readouterr().out
+    assert (folder.path / "two.out").read_text() == "3"
+    assert folder.seconds(both[1]) > 0
+    assert run(folder, *both) == []
+    assert folder.log("one").read_text() == "counting\n"
+    assert both[1].command[-1] in (folder.path / "commands.sh").read_text()
+
+
+def test_a_changed_command_repeats_its_stage_and_keeps_the_result(folder):
+    run(folder, stage(folder, end=3))
+    run(folder, stage(folder, end=5))
+    assert (folder.path / "count.out").read_text() == "5"
+    assert (folder.path / "previous" / "1" / "count.out").read_text() == "3"
+
+
+def test_a_changed_input_repeats_its_stage(folder, tmp_path):
+    source = tmp_path / "source"
+    source.write_text("text")
+    run(folder, stage(folder, inputs=(source,)))
+    source.write_text("another text")
+    assert folder.seconds(stage(folder, inputs=(source,))) is None
+
+
+def test_a_lost_result_repeats_its_stage(folder):
+    run(folder, stage(folder))
+    (folder.path / "count.out").unlink()
+    assert folder.seconds(stage(folder)) is None
+
+
+def test_files_of_somebody_else_are_set_aside(folder):
+    folder.path.mkdir()
+    (folder.path / "count.out").write_text("100")
+    run(folder, stage(folder))
+    assert (folder.path / "previous" / "1" / "count.out").read_text() == "100"
+
+
+@pytest.mark.parametrize("is_resumable", [True, False])
+def test_a_stopped_stage_resumes_or_starts_again(folder, is_resumable):
+    endless = stage(folder, end=10**6, is_resumable=is_resumable)
+    count = folder.path / "count.out"
+    work = folder.finish([endless])
+    wait_until(lambda: next(work) and count.exists() and int(count.read_text() or 0) > 20)
+    work.close()
+    before = int(count.read_text())
+    work = folder.finish([endless])
+    wait_until(lambda: next(work) and count.exists() and count.read_text() and int(count.read_text()) != before)
+    assert (int(count.read_text()) > before) == is_resumable
+    work.close()
+    assert (folder.path / "previous").exists() == (not is_resumable)
+
+
+def test_a_stage_has_time_to_end_in_order(folder):
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(3)))\n"
+        "print('ready', flush=True)\ntime.sleep(60)"
+    )
+    work = folder.finish([stage(folder, program=program)])
+    wait_until(lambda: "ready" in next(work))
+    work.close()
+    assert folder.log("count").read_text() == "ready\nsaved\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a parent's end")
+def test_a_stage_ends_with_a_killed_parent(folder):
+    endless = stage(folder, end=-1)
+    program = (
+        "import time; from pathlib import Path; from maskmoe.comparison.stage import Stage, StageFolder\n"
+        f"stage = Stage('count', {endless.command!r}, (Path({str(endless.results[0])!r}),))\n"
+        f"for _ in StageFolder(Path({str(folder.path)!r})).finish([stage]): time.sleep(0.1)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    wait_until(lambda: endless.results[0].exists(), has_ended=lambda: parent.poll() is not None)
+    (child,) = psutil.Process(parent.pid).children()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running()
+
+
+def test_environment_is_extended_and_the_current_folder_hides_no_module(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong module')")
+    program = "import os, pathlib, random, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['A'])"
+    run(folder, stage(folder, program=program, environment={"A": "b c"}))
+    assert (folder.path / "count.out").read_text() == "b c"
+
+
+@pytest.mark.parametrize(
+    ("program", "kind", "message"),
+    [
+        ("import sys; sys.exit('error: the text is empty')", UserError, "count: the text is empty (full output: "),
+        ("raise ValueError('wrong')", RunFailure, "count: ValueError: wrong (full output: "),
+        ("pass", RunFailure, "count has not written "),
+    ],
+)
+def test_a_failure_is_one_line_with_the_log(folder, program, kind, message):
+    with pytest.raises(kind) as error:
+        run(folder, stage(folder, program=program))
+    assert type(error.value) is kind
+    assert str(error.value).startswith(message)
+    assert "count.log" in str(error.value)
+    assert folder.seconds(stage(folder, program=program)) is None
+
+
+def test_only_the_newest_output_explains_a_failure(folder):
+    failing = stage(folder, program="import sys; sys.exit('error: the text is empty')")
+    with pytest.raises(UserError):
+        run(folder, failing)
+    with pytest.raises(RunFailure, match="ValueError: later"):
+        run(folder, stage(folder, program="raise ValueError('later')"))
+
+
+def test_a_damaged_record_is_named(folder):
+    run(folder, stage(folder))
+    (folder.path / "stages" / "count.json").write_text("{")
+    with pytest.raises(UserError, match=r"count\.json is damaged: delete it"):
+        folder.seconds(stage(folder))

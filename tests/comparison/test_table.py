@@ -1,0 +1,81 @@
+"""The table of results: it is read as it was written, merges by content, and damaged lines are named."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.results import result
+
+from maskmoe.comparison.table import merge, read_table, scalars, training_seconds, write_table
+from maskmoe.errors import UserError
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(allow_infinity=False)), max_size=5))
+def test_a_table_is_read_as_it_was_written(tmp_path_factory, runs):
+    results = [result("smoe", seed, loss) for seed, loss in runs]
+    path = tmp_path_factory.mktemp("table") / "results.jsonl"
+    write_table(path, results)
+    assert str(read_table(path)) == str(results)
+    assert len(path.read_text().splitlines()) == len(results)
+
+
+def test_an_absent_table_is_empty(tmp_path):
+    assert read_table(tmp_path / "results.jsonl") == []
+
+
+def test_merging_keeps_equal_runs_once():
+    one, two = result("smoe", 1, 3.0), result("smoe", 2, 3.5)
+    same = one.model_copy(update={"suite": "another", "variant": "renamed", "seconds": 7.0})
+    assert merge([one, two, same, one]) == [one, two]
+    without_tokens = result("smoe", 3, math.nan)
+    assert merge([without_tokens, result("smoe", 3, math.nan)]) == [without_tokens]
+
+
+def test_two_results_of_one_run_are_refused():
+    with pytest.raises(UserError, match=r"two results of smoe with seed 1 differ \(3\.0 and 3\.1\)"):
+        merge([result("smoe", 1, 3.0), result("smoe", 1, 3.1)])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is damaged"),
+        ("[]", "line 2 is damaged"),
+        ('{"suite": "a"}', "line 2 is damaged: variant: is miss"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, message):
+    path = tmp_path / "results.jsonl"
+    write_table(path, [result("smoe", 1, 3.0)])
+    with path.open("a") as stream:
+        stream.write(line)
+    with pytest.raises(UserError, match=message):
+        read_table(path)
+
+
+def test_further_keys_are_ignored(tmp_path):
+    path = tmp_path / "results.jsonl"
+    content = json.loads(result("smoe", 1, 3.0).model_dump_json()) | {"more": 1}
+    path.write_text(json.dumps(content) + "\n")
+    assert read_table(path) == [result("smoe", 1, 3.0)]
+
+
+def test_scalars_of_a_resumed_run(tmp_path):
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    def write(values, start):
+        writer = EventFileWriter(str(tmp_path))
+        for step, loss in values:
+            summary = Summary(value=[Summary.Value(tag="lm loss", simple_value=loss)])
+            writer.add_event(Event(step=step, summary=summary, wall_time=start + step))
+        writer.close()
+
+    write([(1, 8.0), (2, 7.0), (3, 6.0)], 1000)
+    write([(3, 6.5), (4, 6.0)], 9000)
+    assert scalars(tmp_path, "lm loss") == [(1, 8.0), (2, 7.0), (3, 6.5), (4, 6.0)]
+    assert scalars(tmp_path, "nothing") == []
+    assert training_seconds(tmp_path) == 4.0
