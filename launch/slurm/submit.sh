@@ -14,7 +14,7 @@ Submits launch/slurm/pretrain.sbatch, which trains MODEL.yaml on the nodes of a 
                  own in a job array, so Slurm requeues a lost node alone, and the run takes the node in when it returns.
   --chain N      submit N jobs that continue one run one after the other, for clusters that do not requeue jobs
   --dry-run      only print sbatch's command line
-  --train-nodes, --no-node-check, --max-requeues, --container, --image, --mount, --port, --address
+  --train-nodes, --no-node-check, --max-requeues, --container, --image, --mount, --port, --address, --then
                  see launch/slurm/pretrain.sbatch --help
 
 All other options are passed to sbatch; write them as --option=value. For example:
@@ -41,7 +41,7 @@ while (($#)) && [[ $1 != -- ]]; do
             exit
             ;;
         --nodes=*:*) elastic=${1#*=} ;;
-        --run-dir | --chain | --train-nodes | --max-requeues | --container | --image | --mount | --port | --address)
+        --run-dir | --chain | --train-nodes | --max-requeues | --container | --image | --mount | --port | --address | --then)
             (($# > 1)) || fail "$1 needs a value (see launch/slurm/submit.sh --help)"
             case $1 in
                 --run-dir) run_dir=$2 ;;

@@ -143,7 +143,9 @@ def _finish(
         default = 1 if comparison.devices.num_gpus else comparison.devices.num_cores
         comparison.finish_all(waiting, options.jobs or default, line)
         return False
-    own = [word for word in arguments if word not in ("--slurm", "--dry-run")]
+    # The jobs run in another folder.
+    words = (word for word in arguments if word not in ("--slurm", "--dry-run"))
+    own = [str(Path(word).absolute()) if Path(word).exists() else word for word in words]
     command = submission(comparison, waiting, own, slurm_words, options.jobs)
     if options.dry_run:
         print(" ".join(command))

@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.paths import ROOT
+from support.scalars import write_scalars
 from support.waiting import wait_until
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from maskmoe.command_line.quickstart import parse_settings
 from maskmoe.comparison.quickstart import Quickstart, quickstart_suite
@@ -195,13 +193,10 @@ def finished(plan):
     content = {**evaluation, "bands": bands, "expert_load": [load]}
     finished.run.evaluation(OWN_TEXT).write_text(json.dumps(content))
     finished.sample.write_text("def f():\n```\n    pass\n")
-    writer = EventFileWriter(str(finished.run.tensorboard))
-    for step in range(1, 251):
-        values = [Summary.Value(tag="lm loss", simple_value=9 - step / 50)]
-        if step % 125 == 0:
-            values.append(Summary.Value(tag="lm loss validation", simple_value=6.5))
-        writer.add_event(Event(step=step, summary=Summary(value=values), wall_time=step / 4))
-    writer.close()
+    training = [(step, 9 - step / 50) for step in range(1, 251)]
+    held_out = [(step, 6.5) for step in (125, 250)]
+    scalars = {"lm loss": training, "lm loss validation": held_out}
+    write_scalars(finished.run.tensorboard, scalars, seconds=0.25)
     counts = np.zeros((1, 4096), np.int64)
     counts[:, 1:501] = 7
     dataset = {"name": "dataset", "num_tokens": 3500, "idx_sha256": "0" * 64, "bin_bytes": 7000}

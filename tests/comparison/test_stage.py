@@ -19,7 +19,8 @@ print("counting", flush=True)
 step = int(output.read_text()) if output.exists() else 0
 while step < end or end < 0:
     step += 1
-    output.write_text(str(step))
+    output.with_suffix(".new").write_text(str(step))
+    output.with_suffix(".new").replace(output)
     time.sleep(0.01)
 """
 
@@ -84,11 +85,11 @@ def test_a_stopped_stage_resumes_or_starts_again(folder, is_resumable):
     endless = stage(folder, end=10**6, is_resumable=is_resumable)
     count = folder.path / "count.out"
     work = folder.finish([endless])
-    wait_until(lambda: next(work) and count.exists() and int(count.read_text() or 0) > 20)
+    wait_until(lambda: next(work) and count.exists() and int(count.read_text()) > 20)
     work.close()
     before = int(count.read_text())
     work = folder.finish([endless])
-    wait_until(lambda: next(work) and count.exists() and count.read_text() and int(count.read_text()) != before)
+    wait_until(lambda: next(work) and count.exists() and int(count.read_text()) != before)
     assert (int(count.read_text()) > before) == is_resumable
     work.close()
     assert (folder.path / "previous").exists() == (not is_resumable)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.results import result
+from support.scalars import write_scalars
 
 from maskmoe.comparison.table import merge, read_table, scalars, training_seconds, write_table
 from maskmoe.errors import UserError
@@ -63,19 +64,8 @@ def test_further_keys_are_ignored(tmp_path):
 
 
 def test_scalars_of_a_resumed_run(tmp_path):
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    def write(values, start):
-        writer = EventFileWriter(str(tmp_path))
-        for step, loss in values:
-            summary = Summary(value=[Summary.Value(tag="lm loss", simple_value=loss)])
-            writer.add_event(Event(step=step, summary=summary, wall_time=start + step))
-        writer.close()
-
-    write([(1, 8.0), (2, 7.0), (3, 6.0)], 1000)
-    write([(3, 6.5), (4, 6.0)], 9000)
+    write_scalars(tmp_path, {"lm loss": [(1, 8.0), (2, 7.0), (3, 6.0)]}, start=1000)
+    write_scalars(tmp_path, {"lm loss": [(3, 6.5), (4, 6.0)]}, start=9000)
     assert scalars(tmp_path, "lm loss") == [(1, 8.0), (2, 7.0), (3, 6.5), (4, 6.0)]
     assert scalars(tmp_path, "nothing") == []
     assert training_seconds(tmp_path) == 4.0

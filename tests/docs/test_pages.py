@@ -10,7 +10,7 @@ from support.documentation import DOCS, README, anchors, links, pages
 from support.launchers import start_ranks
 from support.paths import ROOT
 
-GENERATED = ("flags.py", "help.py", "combinations.py", "patches.py", "internals.py", "laptop.py")
+GENERATED = ("flags.py", "help.py", "combinations.py", "patches.py", "internals.py")
 
 
 def test_readme_is_short() -> None:
@@ -41,14 +41,6 @@ def test_generated_page_is_up_to_date(script: str, tmp_path: Path) -> None:
     with start_ranks(program, tmp_path, working_folder=ROOT, are_preloaded=True) as processes:
         outcome = processes.wait()
     assert outcome.exit_codes == (0,), outcome.report()
-
-
-def test_readme_has_the_figures_of_the_comparison() -> None:
-    page = (DOCS / "comparison-laptop.md").read_text(encoding="utf-8")
-    _, _, table = README.read_text(encoding="utf-8").partition("| held-out loss |")
-    rows = [line for line in table.partition("\n\n")[0].splitlines()[2:] if line]
-    assert len(rows) == 6
-    assert [row for row in rows if row not in page] == []
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from gpu_campaign.step import Command, Context, Step
 from gpu_campaign.steps import STEPS
 from gpu_campaign.training import ITERATIONS, TOLERANCE, largest_difference, read_training, training_commands
 from support.paths import ROOT
-from support.training_lines import iteration_line
+from support.scalars import write_scalars
 
 from maskmoe.launch.devices import Devices
 
@@ -237,9 +237,9 @@ def write_losses(context: Context, shift: float, backend: str = "gloo") -> None:
         folder.mkdir(parents=True)
         losses = [8 - 0.1 * number for number in range(1, ITERATIONS + 1)]
         losses[-1] += shift if name == "bf16-on-the-CPU" else 0
-        lines = [iteration_line(number, loss, ITERATIONS) for number, loss in enumerate(losses, start=1)]
-        head = f"  distributed_backend ............................. {backend}"
-        (folder / "stdout.log").write_text("\n".join([head, *lines, ""]))
+        tensorboard = context.folder("training") / name / "tensorboard"
+        write_scalars(tensorboard, {"lm loss": [*enumerate(losses, start=1)]})
+        (folder / "stdout.log").write_text(f"  distributed_backend ............................. {backend}\n")
 
 
 @pytest.mark.parametrize(

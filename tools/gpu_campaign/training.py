@@ -1,16 +1,15 @@
 """The steps that make data and train the laptop model, on the CPU and on a GPU."""
 
-import statistics
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from gpu_campaign.results import Cell, Findings, Plot, Table
 from gpu_campaign.step import Command, Context
-from maskmoe.comparison.plots import new_figure, tidy
-from maskmoe.workflow.files import StageFiles
-from maskmoe.workflow.process import read_log
-from maskmoe.workflow.stage import maskmoe_command
-from maskmoe.workflow.training_log import TrainingHistory
+from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.figures import new_figure, tidy
+from maskmoe.comparison.stage import maskmoe_command
+from maskmoe.comparison.table import scalars, training_seconds
 
 ITERATIONS = 30
 TOLERANCE = 0.03
@@ -25,23 +24,31 @@ _WITHOUT_PACKAGES = (
     *("--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion", "--no-moe-permute-fusion"),
 )
 """Flags that need neither Transformer Engine nor Apex."""
-_CORPUS_BYTES, _VOCAB_SIZE = 3_000_000, 4096
+_CORPUS_BYTES, _VOCAB_SIZE, _SEQ_LENGTH = 3_000_000, 4096, 256
 _SHOWN = (1, 5, 10, 15, 20, 25, 30)
 
 
 def data_commands(context: Context) -> list[Command]:
     """Return the commands from the sources of the installed Python to a dataset and a routing mask."""
-    files = StageFiles(context.folder("data"))
-    tokenizer = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", files.tokenizer_model)
+    data = _data(context)
+    tokenizer = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", data.tokenizer_model)
     masking = ("--frequent-mass", "0.4", "--frequent-visible-experts", "4", "--assignment", "balanced")
     lines = (
-        ("corpus", "--output", files.corpus, "--max-bytes", _CORPUS_BYTES),
-        ("tokenizer", "--input", files.corpus, "--vocab-size", _VOCAB_SIZE, "--output-prefix", files.tokenizer_prefix),
-        ("preprocess", "--input", files.corpus, "--append-eod", *tokenizer, "--output-prefix", files.dataset_stem),
-        ("count", "--data-path", files.dataset_prefix, "--vocab-size", _VOCAB_SIZE, "--output", files.token_frequency),
+        ("corpus", "--output", data.corpus, "--max-bytes", _CORPUS_BYTES),
         (
-            *("mask", "--token-frequency", files.token_frequency, "--num-experts", 8, "--num-layers", 4),
-            *(*masking, "--seed", 1, "--output", files.routing_mask),
+            "tokenizer",
+            "--input",
+            data.corpus,
+            "--vocab-size",
+            _VOCAB_SIZE,
+            "--output-prefix",
+            data.folder / "tokenizer",
+        ),
+        ("preprocess", "--input", data.corpus, "--append-eod", *tokenizer, "--output-prefix", data.folder / "dataset"),
+        ("count", "--data-path", data.prefix, "--vocab-size", _VOCAB_SIZE, "--output", data.token_frequency),
+        (
+            *("mask", "--token-frequency", data.token_frequency, "--num-experts", 8, "--num-layers", 4),
+            *(*masking, "--seed", 1, "--output", _mask(context)),
         ),
     )
     return [Command(maskmoe_command(*line, "--force")) for line in lines]  # a step may be repeated
@@ -49,10 +56,16 @@ def data_commands(context: Context) -> list[Command]:
 
 def read_data(context: Context) -> Findings:
     """Return the sizes of dataset and mask."""
-    files = StageFiles(context.folder("data"))
-    return Findings(
-        facts={path.name: f"{path.stat().st_size:,} bytes" for path in (*files.dataset, files.routing_mask)}
-    )
+    files = (*_data(context).files, _mask(context))
+    return Findings(facts={path.name: f"{path.stat().st_size:,} bytes" for path in files})
+
+
+def _data(context: Context) -> Dataset:
+    return Dataset(context.folder("data"), str(_VOCAB_SIZE), _SEQ_LENGTH)
+
+
+def _mask(context: Context) -> Path:
+    return context.folder("data") / "routing_mask.safetensors"
 
 
 def training_commands(context: Context) -> list[Command]:
@@ -87,13 +100,13 @@ def _runs_to_compare(context: Context) -> dict[str, list[str]]:
 
 def _train(context: Context, name: str, flags: tuple[str, ...], environment: Mapping[str, str]) -> Command:
     """Return the command that trains the laptop model on one rank, as a user does."""
-    data, folder = StageFiles(context.folder("data")), context.folder("training")
+    data, folder = _data(context), context.folder("training")
     words = (
         *(str(context.root / "launch" / "pretrain.sh"), "--gpus-per-node", "1", "--max-restarts", "0", "--no-check"),
         *("--run-dir", str(_run_dir(context, name)), str(context.root / "launch" / "models" / "laptop.yaml")),
-        *("--data-path", str(data.dataset_prefix), "--split", "90,10,0", "--data-cache-path", str(folder / "cache")),
+        *("--data-path", str(data.prefix), "--split", "90,10,0", "--data-cache-path", str(folder / "cache")),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data.tokenizer_model)),
-        *("--routing-mask", str(data.routing_mask), "--log-interval", "1", *flags),
+        *("--routing-mask", str(_mask(context)), "--log-interval", "1", *flags),
     )
     return Command(words, environment)
 
@@ -104,8 +117,8 @@ def _run_dir(context: Context, name: str) -> Path:
 
 def read_training(context: Context) -> Findings:
     """Compare the losses of all runs with those of the CPU, iteration by iteration."""
-    histories = {name: _history(context, name) for name in (_REFERENCE, *_runs_to_compare(context))}
-    losses = {name: _losses(history) for name, history in histories.items()}
+    folders = {name: _run_dir(context, name) / "tensorboard" for name in (_REFERENCE, *_runs_to_compare(context))}
+    losses = {name: _losses(folder) for name, folder in folders.items()}
     facts: dict[str, Cell] = {"tolerance (nats)": TOLERANCE}
     problems = []
     backend = "gloo" if context.is_dry_run else "nccl"
@@ -118,9 +131,10 @@ def read_training(context: Context) -> Findings:
         arguments = [*_lines(context, name), *_lines(context, name, "logs/rank0.log")]
         if not any("distributed_backend" in line and line.endswith(f" {backend}") for line in arguments):
             problems.append(f"{name}: the run did not use the backend {backend}")
-    for name, history in histories.items():
-        seconds = [record.seconds for record in history.iterations.values()]
-        facts[f"{name}: seconds an iteration (median)"] = statistics.median(seconds) if seconds else None
+    for name, folder in folders.items():
+        iterations = max(losses[name], default=0)
+        seconds = training_seconds(folder) / iterations if iterations else None
+        facts[f"{name}: seconds an iteration (median)"] = seconds
     picture = context.folder("training") / "losses.png"
     draw_losses(losses, picture)
     rows = tuple((number, *(values.get(number) for values in losses.values())) for number in _SHOWN)
@@ -136,16 +150,12 @@ def read_training(context: Context) -> Findings:
 def _lines(context: Context, name: str, logs_of_run: str = "logs/node0/**/stdout.log") -> list[str]:
     """Return the lines in the logs of a run; by default those that the console shows."""
     logs = sorted(_run_dir(context, name).glob(logs_of_run))
-    return [line for log in logs for line in read_log(log)]
+    return [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
 
 
-def _history(context: Context, name: str) -> TrainingHistory:
-    return TrainingHistory(_lines(context, name))
-
-
-def _losses(history: TrainingHistory) -> dict[int, float]:
+def _losses(tensorboard: Path) -> dict[int, float]:
     """Return finite losses by iteration."""
-    return {number: record.loss for number, record in history.iterations.items() if record.loss is not None}
+    return {step: loss for step, loss in scalars(tensorboard, "lm loss") if math.isfinite(loss)}
 
 
 def largest_difference(reference: Mapping[int, float], losses: Mapping[int, float]) -> float:

@@ -1,0 +1,82 @@
+"""The job array of a comparison, with stand-ins for Slurm's commands; tests/slurm has a real cluster."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from maskmoe.comparison.comparison import Comparison
+from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.slurm import submission, submit
+from maskmoe.comparison.suite import Suite
+from maskmoe.errors import UserError
+from maskmoe.launch.devices import Devices
+
+
+@pytest.fixture
+def comparison(suite_file, tmp_path):
+    """A comparison in a folder whose name has a space."""
+    suite, folder = Suite.read(suite_file(), {}), tmp_path / "a run"
+    data = Dataset(folder / "data", "300", suite.seq_length, text=(tmp_path / "text" / "a.txt",))
+    return Comparison(suite, "small", folder, folder / "results.jsonl", data, Devices(0, 2))
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Put stand-ins for sbatch and squeue on PATH, which print the files `sbatch.out` and `squeue.out`."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sbatch", "squeue"):
+        (programs / name).write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.in\ncat {tmp_path}/{name}.out\n'
+        )
+        (programs / name).chmod(0o755)
+        (tmp_path / f"{name}.out").write_text("")
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return tmp_path
+
+
+def test_each_run_is_an_element_of_one_array(comparison, slurm):
+    runs = comparison.selected(["smoe", "hash"], [])
+    command = submission(comparison, runs, ["suite.yaml", "--jobs", "2"], ["--nodes=2", "--time=1:00"], 2)
+    (slurm / "sbatch.out").write_text("Submitted batch job 7\n")
+    assert submit(comparison, runs, command) == "Submitted batch job 7\n"
+    given = (slurm / "sbatch.in").read_text().splitlines()
+    assert {"--array=1-4%2", "--job-name=small", "--nodes=2", "--time=1:00"} <= set(given)
+    links = comparison.folder / "slurm" / "1"
+    assert given[given.index("--run-dir") + 1] == f"{links}/%a"
+    assert given[-1] == f"{links}/%a/run.yaml"
+    then = shlex.split(given[given.index("--then") + 1])
+    assert then == ["launch/compare.sh", "suite.yaml", "--jobs", "2", "--run", f"{links}/%a"]
+    assert [(links / str(n)).resolve() for n in (1, 2, 3, 4)] == [run.folder for run in runs]
+    mounts = [given[number + 1] for number, word in enumerate(given) if word == "--mount"]
+    assert mounts == [str(comparison.data.folder), str(slurm / "text"), f"{comparison.folder}:rw"]
+
+
+def test_folders_of_programs_are_mounted(comparison):
+    (run, *_) = comparison.runs
+    own = replace(run, variant=run.variant.model_copy(update={"program": "/programs/own.py"}))
+    command = submission(comparison, [own], [], [], None)
+    assert "/programs" in command
+    assert "--array=1-1" in command
+
+
+def test_a_second_array_is_refused_while_the_first_is_queued(comparison, slurm):
+    (slurm / "squeue.out").write_text("7_[1-4] small\n")
+    with pytest.raises(UserError, match="to end them: scancel --name=small"):
+        submit(comparison, comparison.runs, ["sbatch"])
+    assert not Path(comparison.folder / "slurm").exists()
+
+
+def test_without_slurm_the_error_says_so(comparison, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="sbatch is missing"):
+        submit(comparison, comparison.runs, ["sbatch"])
+
+
+def test_a_refusal_of_slurm_is_one_line(comparison, slurm):
+    (slurm / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    command = submission(comparison, comparison.runs, [], ["--partition=none"], None)
+    with pytest.raises(UserError, match="invalid partition"):
+        submit(comparison, comparison.runs, command)
