@@ -75,9 +75,14 @@ class Dataset:
         return self.folder / "corpus.jsonl"
 
     @property
+    def tokenizer_prefix(self) -> Path:
+        """Common start of the names of the files of the tokenizer that is trained on the text."""
+        return self.folder / "tokenizer"
+
+    @property
     def tokenizer_model(self) -> Path:
         """The SentencePiece model that is trained on the text, or the existing dataset's tokenizer."""
-        return Path(self.existing["tokenizer-model"][0]) if self.existing else self.folder / "tokenizer.model"
+        return Path(self.existing["tokenizer-model"][0] if self.existing else f"{self.tokenizer_prefix}.model")
 
     @property
     def prefix(self) -> Path:
@@ -133,9 +138,9 @@ class Dataset:
     def _tokenizer_stage(self, text: Sequence[Path]) -> Stage:
         command = maskmoe_command(
             *("tokenizer", "--input", *text, "--json-keys", self.json_key, "--vocab-size", self.vocab_size),
-            *("--max-lines", _MAX_TOKENIZER_LINES, "--output-prefix", self.folder / "tokenizer"),
+            *("--max-lines", _MAX_TOKENIZER_LINES, "--output-prefix", self.tokenizer_prefix),
         )
-        return Stage("tokenizer", command, (self.tokenizer_model, self.folder / "tokenizer.vocab"), tuple(text))
+        return Stage("tokenizer", command, (self.tokenizer_model, Path(f"{self.tokenizer_prefix}.vocab")), tuple(text))
 
     def _preprocess(self, name: str, text: Sequence[Path], options: Sequence[object] = ()) -> Stage:
         """Return the stage that encodes text into the dataset `name`."""
