@@ -122,7 +122,13 @@ class Quickstart:
     def model_stages(self) -> tuple[Stage, ...]:
         """Return the stages after those of the data. The dataset must exist."""
         evaluation = self.run.evaluation_stage(OWN_TEXT, self.devices.num_processes)
-        return (self.run.mask_stage(), self.training_stage(), evaluation, self.export_stage(), self.sample_stage())
+        return (
+            *self.run.stages_before_training(),
+            self.training_stage(),
+            evaluation,
+            self.export_stage(),
+            self.sample_stage(),
+        )
 
     def training_stage(self) -> Stage:
         """Train the model on all devices of this machine, or resume its training."""

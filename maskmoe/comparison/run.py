@@ -54,6 +54,7 @@ class Run:
         flags |= {f"{ranks}.{flag}": words for ranks, of in self.variant.layouts.items() for flag, words in of.items()}
         if self.variant.mask != "none":
             flags |= {f"mask.{flag}": words for flag, words in self.variant.mask.items()}
+        flags |= {f"widen.{flag}": words for flag, words in self.variant.widen.items()}
         if self.variant.program:
             flags["program"] = (Path(self.variant.program).name,)
         return {flag: " ".join(words) or "true" for flag, words in sorted(flags.items())}
@@ -118,11 +119,16 @@ class Run:
         return (*self.stages_before_training(), self.training_stage(), self.evaluation_stage(OWN_TEXT), *further)
 
     def stages_before_training(self) -> tuple[Stage, ...]:
-        """Return the stage that makes the mask, if the model has experts."""
-        return (self.mask_stage(),) if self.variant.has_experts else ()
+        """Return the stages that make the mask, if the model has experts."""
+        if not self.variant.has_experts:
+            return ()
+        if not self.variant.widen:
+            return (self.mask_stage(self.routing_mask),)
+        narrow = self.folder / "narrow_mask.safetensors"
+        return (self.mask_stage(narrow), self.widening_stage(narrow))
 
-    def mask_stage(self) -> Stage:
-        """Build the routing mask."""
+    def mask_stage(self, output: Path) -> Stage:
+        """Build a routing mask."""
         if self.variant.mask == "none":
             raise UserError(f"the variant {self.name} has no experts, so it has no mask")
         flags = {
@@ -132,8 +138,19 @@ class Run:
             "seed": (str(self.seed),),
             **self.variant.mask,
         }
-        command = maskmoe_command("mask", *flag_words(flags), "--output", self.routing_mask)
-        return Stage("mask", command, (self.routing_mask,), (self.data.token_frequency,))
+        command = maskmoe_command("mask", *flag_words(flags), "--output", output)
+        return Stage("mask", command, (output,), (self.data.token_frequency,))
+
+    def widening_stage(self, narrow: Path) -> Stage:
+        """Let frequent ids of a routing mask see more experts."""
+        flags = {
+            "routing-mask": (str(narrow),),
+            "token-frequency": (str(self.data.token_frequency),),
+            "seed": (str(self.seed),),
+            **self.variant.widen,
+        }
+        command = maskmoe_command("mask", "widen", *flag_words(flags), "--output", self.routing_mask)
+        return Stage("widen", command, (self.routing_mask,), (narrow, self.data.token_frequency))
 
     def check_stage(self) -> Stage:
         """Check the settings; the log has the report of `--check` as JSON."""

@@ -86,6 +86,8 @@ class Variant(_Section):
     Attributes:
         title: name in the report.
         mask: flags of `maskmoe mask`; `none` for a model without experts.
+        widen: flags of `maskmoe mask widen`, which lets frequent ids of that mask see more experts; all other ids keep
+            their expert, so that the variant shares the table of a variant with the same `mask`.
         model: model file with the first flags and the layouts, instead of the suite's model file.
         flags: flags of training, without the seed.
         layouts: further flags by number of ranks, see `ModelFile`.
@@ -98,6 +100,7 @@ class Variant(_Section):
 
     title: str = ""
     mask: FlagSection | Literal["none"]
+    widen: FlagSection = {}
     model: str = ""
     flags: FlagSection = {}
     layouts: LayoutSection = {}

@@ -58,7 +58,9 @@ def test_training_follows_settings_and_devices(plan):
     flags = flags_of(made.training_stage())
     assert flags["--nproc-per-node"] == "4"
     assert (
-        flags["--expert-model-parallel-size"] == flags_of(made.run.mask_stage())["--expert-model-parallel-size"] == "2"
+        flags["--expert-model-parallel-size"]
+        == flags_of(made.run.mask_stage(Path("mask")))["--expert-model-parallel-size"]
+        == "2"
     )
     assert (flags["--micro-batch-size"], flags["--global-batch-size"]) == ("2", "8")
     assert (flags["--num-attention-heads"], flags["--moe-ffn-hidden-size"]) == ("2", "128")
@@ -81,7 +83,7 @@ def test_evaluation_suits_the_devices(plan, num_gpus, environment):
 
 def test_settings_reach_their_stages(plan):
     made = plan("--lr", "0.01", "--seed", "7", "--train-iters", "600", "--frequent-mass", "0.25", "--vocab-size", "500")
-    train, mask = flags_of(made.training_stage()), flags_of(made.run.mask_stage())
+    train, mask = flags_of(made.training_stage()), flags_of(made.run.mask_stage(Path("mask")))
     assert (train["--lr"], train["--min-lr"], train["--seed"]) == ("0.01", "0.0005", "7")
     assert (train["--train-iters"], train["--save-interval"]) == ("600", "30")
     assert (train["--eval-interval"], train["--log-interval"]) == ("60", "3")

@@ -45,9 +45,20 @@ def test_stages_go_from_the_mask_to_the_evaluations(runs):
 
 
 def test_the_seed_is_that_of_the_mask_too(runs):
-    command = runs()["maskmoe.seed-2"].mask_stage().command
+    (stage,) = runs()["maskmoe.seed-2"].stages_before_training()
+    command = stage.command
     assert command[command.index("--seed") + 1] == "2"
     assert command[command.index("--frequent-visible-experts") + 1] == "2"
+
+
+def test_a_widened_mask_shares_the_table_of_the_narrow_one(runs):
+    widened = "maskmoe: {mask: {preset: hash-balanced}, widen: {frequent-mass: 0.4, frequent-visible-experts: 2}}"
+    run = runs(replace={"maskmoe: {mask: {}}": widened})["maskmoe.seed-2"]
+    narrow, wide = run.stages_before_training()
+    assert narrow.results == wide.inputs[:1]
+    assert wide.results == (run.routing_mask,)
+    assert wide.command[wide.command.index("--seed") + 1] == "2"
+    assert run.settings["widen.frequent-mass"] == "0.4"
 
 
 def test_the_model_file_starts_the_run_and_is_rewritten_only_if_it_changes(runs):
