@@ -18,8 +18,10 @@ from maskmoe.processes.interruption import SIGNALS_THAT_END
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# A shell that starts the tests in the background makes them ignore Ctrl-C. The processes under test would inherit this.
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and `nohup` makes them ignore SIGHUP. The
+# processes under test would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure() -> None:
