@@ -204,7 +204,7 @@ def _start(stage: Stage, log: Path) -> psutil.Popen:
             stdout=output,
             stderr=subprocess.STDOUT,
             # Ctrl-C reaches only this process, which then stops the command in good order.
-            start_new_session=True,
+            process_group=0,
             preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
         )
 
