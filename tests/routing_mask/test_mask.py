@@ -220,14 +220,15 @@ def test_mask_for_one_layer_does_not_fit_several():
         mask.check_fits(**model, layers=FeedForwardLayers((True,) * 24))
 
 
-def test_expected_load_against_a_loop(mask, zipf_frequency):
+@pytest.mark.parametrize("topk", [1, 2, 8])
+def test_expected_load_against_a_loop(mask, zipf_frequency, topk):
     occurrences = zipf_frequency(200, 5000).occurrences
     expected = np.zeros((3, 10))
     for layer in range(3):
         for token, visible in enumerate(mask.visible_sets(layer)):
-            expected[layer, visible] += occurrences[token] / visible.sum()
-    np.testing.assert_allclose(expected_expert_load(mask, occurrences), expected)
-    np.testing.assert_allclose(expected.sum(axis=1), 5000)
+            expected[layer, visible] += occurrences[token] * min(topk, visible.sum()) / visible.sum()
+    np.testing.assert_allclose(expected_expert_load(mask, occurrences, topk), expected)
+    assert topk > 1 or expected.sum() == pytest.approx(3 * 5000)
 
 
 def test_ids_that_make_balance_impossible(make_frequency):

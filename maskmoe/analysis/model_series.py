@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskmoe.analysis.routing.settings import AnalysisSettings
+from maskmoe.analysis.analysis_settings import AnalysisSettings
 from maskmoe.checkpoint import series
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure
 from maskmoe.conversion.convert import megatron_to_huggingface
@@ -187,21 +187,10 @@ def tokenizer_folder(model: ModelSource, settings: AnalysisSettings) -> Abstract
 
 @contextmanager
 def _exported(model: ModelSource, settings: AnalysisSettings, export: Callable[[Path], None]) -> Iterator[Path]:
-    """Yield the folder of a model in transformers' format, or a temporary folder that `export` has filled.
-
-    Raises:
-        UserError: the temporary folder cannot be made.
-    """
+    """Yield the folder of a model in transformers' format, or a temporary folder that `export` has filled."""
     if not model.is_megatron:
         yield model.path
         return
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix="analyze_routing_", dir=settings.scratch_dir)
-    except OSError as error:
-        raise UserError(
-            f"cannot make a temporary folder in {settings.scratch_dir or tempfile.gettempdir()}: {error.strerror}; "
-            "choose another --scratch-dir"
-        ) from error
-    with scratch as folder:
+    with tempfile.TemporaryDirectory(prefix="analyze_routing_", dir=settings.scratch_dir) as folder:
         export(Path(folder))
         yield Path(folder)
