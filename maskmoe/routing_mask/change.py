@@ -41,14 +41,13 @@ class MaskChange:
         if differences:
             raise UserError(f"a routing mask can only be replaced by one of equal sizes: {'; '.join(differences)}")
         num_changed = num_grown = 0
-        for table in range(len(old.row_of_id)):
-            before, after = (mask.visible_bits[table, mask.row_of_id[table]] for mask in (old, new))  # [vocab, bytes]
+        for layer in range(old.num_layers):
+            tables = (mask.table_of_layer(layer) for mask in (old, new))
+            before, after = (visible_bits[row_of_id] for row_of_id, visible_bits in tables)  # [vocab, bytes]
             is_changed = (before != after).any(axis=1)
-            num_changed += np.count_nonzero(is_changed)
-            num_grown += np.count_nonzero(is_changed & ((before | after) == after).all(axis=1))
-        # A shared table counts for each of its layers.
-        times = old.num_layers if old.is_shared else 1
-        return cls(old.vocab_size * old.num_layers, int(num_changed) * times, int(num_grown) * times)
+            num_changed += int(np.count_nonzero(is_changed))
+            num_grown += int(np.count_nonzero(is_changed & ((before | after) == after).all(axis=1)))
+        return cls(old.vocab_size * old.num_layers, num_changed, num_grown)
 
     def __str__(self) -> str:
         """Describe the change in one line."""

@@ -16,8 +16,7 @@ VOCAB_SIZE = 100
 def mask_of(visible: np.ndarray) -> RoutingMask:
     """Return the mask of one layer with these visible sets, bool [vocab, N]."""
     vocab_size, num_experts = visible.shape
-    row_of_id, bits = table_of_sets(visible)
-    tables = stack_tables([row_of_id], [bits], num_experts)
+    tables = stack_tables([table_of_sets(visible)], num_experts)
     return RoutingMask(*tables, vocab_size, num_experts, 1, MaskProvenance("uniform", 0.5, 2, seed=0))
 
 
