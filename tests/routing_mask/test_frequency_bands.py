@@ -14,6 +14,8 @@ def test_bands_cover_the_given_shares():
     # Id 1 covers 40 %, and ids 3, 4 and 5 extend this to 90 %. All other ids, id 2 without occurrences included, are
     # in the last band.
     assert bands.band_of_id.tolist() == [2, 0, 2, 1, 1, 1, 2]
+    # One id can fill several bands.
+    assert FrequencyBands(np.array([1.0, 99.0])).band_of_id.tolist() == [2, 0]
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=50).filter(any))
@@ -29,9 +31,3 @@ def test_bands_are_the_shortest_prefixes_by_frequency(counts):
         covered = sum(counts[id] for id in members)
         assert covered >= share * sum(counts) * (1 - 1e-9)
         assert covered - counts[members[-1]] < share * sum(counts)
-
-
-def test_one_id_can_fill_several_bands():
-    bands = FrequencyBands(np.array([1.0, 99.0]))
-
-    assert bands.band_of_id.tolist() == [2, 0]

@@ -1,11 +1,8 @@
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import MaskProvenance, MaskRecipe, RoutingMask, build_routing_mask
@@ -242,59 +239,7 @@ def test_ids_that_make_balance_impossible(make_frequency):
     assert overloading_ids(local_mask, frequency.occurrences).tolist() == [0, 2]
 
 
-@pytest.fixture
-def mask_file(mask, tmp_path):
-    path = tmp_path / "mask.safetensors"
-    mask.save(path)
-    return path
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(position=st.integers(0, 10**6), flip=st.integers(1, 255))
-def test_no_altered_byte_goes_unnoticed(mask, mask_file, position, flip):
-    content = bytearray(mask_file.read_bytes())
-    altered = mask_file.with_name("altered.safetensors")
-    content[position % len(content)] ^= flip
-    altered.write_bytes(content)
-    try:
-        loaded = RoutingMask.load(altered)
-    except UserError:
-        return
-    # A flipped space in the padding of the header changes nothing; whatever loads is the mask itself.
-    assert loaded.digest == mask.digest
-    assert np.array_equal(loaded.row_of_id, mask.row_of_id)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(length=st.integers(0, 10**6), tail=st.binary(max_size=20))
-def test_truncated_files_and_garbage_are_refused(mask_file, length, tail):
-    content = mask_file.read_bytes()
-    damaged = mask_file.with_name("damaged.safetensors")
-    damaged.write_bytes(content[: length % len(content)] + tail)
-    if damaged.read_bytes() == content:
-        return
-    with pytest.raises(UserError, match=r"damaged\.safetensors"):
-        RoutingMask.load(damaged)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    header=st.recursive(
-        st.none() | st.integers() | st.floats() | st.text(),
-        lambda inner: (
-            st.lists(inner)
-            | st.dictionaries(st.sampled_from(["kind", "version", "record", "sha256", "provenance"]), inner)
-        ),
-    )
-)
-def test_any_metadata_but_its_own_is_refused(mask, tmp_path, header):
-    path = tmp_path / "mask.safetensors"
-    save_file(mask.to_tensors()[0], path, metadata={"maskmoe": json.dumps(header)})
-    with pytest.raises(UserError, match=r"mask\.safetensors"):
-        RoutingMask.load(path)
-
-
-def test_files_of_other_kinds_are_refused(mask, mask_file, zipf_frequency, tmp_path):
+def test_files_of_other_kinds_are_refused(mask, zipf_frequency, tmp_path):
     counts = tmp_path / "counts.safetensors"
     zipf_frequency(20, 100).save(counts)
     with pytest.raises(UserError, match="is a token frequency file, expected a routing mask"):
@@ -303,7 +248,7 @@ def test_files_of_other_kinds_are_refused(mask, mask_file, zipf_frequency, tmp_p
         RoutingMask.load(tmp_path / "missing.safetensors")
     with pytest.raises(UserError, match=r"^routing mask file .* is a folder, not a file$"):
         RoutingMask.load(tmp_path)
-    save_file(load_file(mask_file), tmp_path / "bare.safetensors")
+    save_file(mask.to_tensors()[0], tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="not a routing mask file"):
         RoutingMask.load(tmp_path / "bare.safetensors")
     save_file({"weights": np.zeros(3, dtype=np.float16)}, tmp_path / "model.safetensors")
