@@ -30,8 +30,8 @@ class Routing(Enum):
         return cluster.ep_size if self is Routing.RANK_LOCAL else 1
 
 
-def why_impossible(routing: Routing, mask: RoutingMask, cluster: Cluster, topk: int) -> str | None:
-    """Return the reason why a kind of routing is impossible on a cluster with this k, or None."""
+def why_impossible(routing: Routing, mask: RoutingMask, layer: int, cluster: Cluster, topk: int) -> str | None:
+    """Return the reason why a kind of routing is impossible in a layer on a cluster with this k, or None."""
     num_experts, ep_size = mask.num_experts, cluster.ep_size
     if cluster.num_gpus % ep_size:
         return f"{cluster.num_gpus:,} GPUs cannot be divided into groups of {ep_size:,} expert-parallel ranks"
@@ -40,17 +40,11 @@ def why_impossible(routing: Routing, mask: RoutingMask, cluster: Cluster, topk: 
     num_places = routing.num_places(cluster)
     if num_places == 0:
         return f"{ep_size:,} expert-parallel ranks do not fill whole nodes of {cluster.gpus_per_node:,}"
-    available, needed = num_experts // num_places, min(mask.max_visible, max(2, topk))
+    available, needed = num_experts // num_places, min(mask.num_visible_of_layer(layer).max(), max(2, topk))
     if available < needed:
         place = "rank" if routing is Routing.RANK_LOCAL else "node"
         return f"a {place} has {available:,} of the experts, fewer than the {needed:,} that a frequent id needs"
     return None
-
-
-def one_layer(mask: RoutingMask, layer: int) -> RoutingMask:
-    """Return a mask with a single layer of the given mask; layers count from 0."""
-    row_of_id, visible_bits = mask.table_of_layer(layer)
-    return replace(mask, row_of_id=row_of_id[None], visible_bits=visible_bits[None], num_layers=1)
 
 
 @cache
@@ -71,7 +65,8 @@ def mask_of_layer(
         num_places: see `Routing.num_places`.
     """
     if routing is Routing.MASK:
-        return one_layer(mask, layer)
+        row_of_id, visible_bits = mask.table_of_layer(layer)
+        return replace(mask, row_of_id=row_of_id[None], visible_bits=visible_bits[None], num_layers=1)
     if routing is Routing.TOPK:
         recipe = MaskRecipe.from_preset("smoe", mask.num_experts, num_layers=1)
         return build_routing_mask(recipe, frequency=frequency)

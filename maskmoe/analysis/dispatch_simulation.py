@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from maskmoe.analysis.cluster import Cluster, Reach
+from maskmoe.analysis.cluster import Cluster
 from maskmoe.analysis.compared_masks import Routing, mask_of_layer, why_impossible
-from maskmoe.analysis.dispatch_traffic import VisibleLists, Workload, exchanges, rows_to_ranks
+from maskmoe.analysis.dispatch_traffic import Exchange, VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import RoutingMask, TokenFrequency
 from maskmoe.routing_mask.mask import expected_expert_load
@@ -34,7 +34,7 @@ _NAMES = {
 class DispatchCost:
     """Cost of dispatch in one layer and one step of one micro-batch, forward and backward, without recomputation.
 
-    Each figure is a mean over the simulated layers, and NaN if the case is impossible.
+    Each figure is NaN if the case is impossible.
 
     Attributes:
         num_gpus: number of ranks.
@@ -72,7 +72,8 @@ class Simulation:
     """Routes tokens, counts the rows that ranks would send each other, and computes the time of the exchanges.
 
     Attributes:
-        mask: the given routing mask, of all simulated layers.
+        mask: the given routing mask.
+        layer: the layer to simulate, from 0.
         frequency: counts of the ids of the dataset.
         tokens: ids of the whole dataset, integer [dataset tokens].
         workload: sizes of the data.
@@ -83,6 +84,7 @@ class Simulation:
     """
 
     mask: RoutingMask
+    layer: int
     frequency: TokenFrequency
     tokens: np.ndarray
     workload: Workload
@@ -109,29 +111,38 @@ class Simulation:
 
     def _costs(self, topk: int, cluster: Cluster, routing: Routing) -> list[DispatchCost]:
         """Return the costs of all ways to dispatch with one kind of routing."""
+        case = partial(DispatchCost, cluster.num_gpus, cluster.ep_size, topk)
         dispatches = _DISPATCHES[routing]
-        if reason := why_impossible(routing, self.mask, cluster, topk):
-            return [_cost(cluster, topk, routing, dispatch, impossible=reason) for dispatch in dispatches]
-        # Without a mask, all layers are equal.
-        num_layers = 1 if routing is Routing.TOPK else len(self.mask.row_of_id)
-        places = routing.num_places(cluster)
-        masks = [mask_of_layer(routing, self.mask, layer, self.frequency, places) for layer in range(num_layers)]
+        if reason := why_impossible(routing, self.mask, self.layer, cluster, topk):
+            return [case(_name(routing, dispatch), impossible=reason) for dispatch in dispatches]
         # Dispatch is planned only if the destination of every token is known in every layer.
-        if all(mask.rank_of_rows(cluster.ep_size) is not None for mask in masks):
+        mask = mask_of_layer(routing, self.mask, self.layer, self.frequency, routing.num_places(cluster))
+        if (self.mask if routing is Routing.MASK else mask).rank_of_rows(cluster.ep_size) is not None:
             dispatches = [DispatchKind.PLANNED if way is DispatchKind.ONE_COPY else way for way in dispatches]
-        # Route the tokens once for each layer. The random stream depends on the case, not on what else is simulated.
+        # Route the tokens once. The random stream depends on the case, not on what else is simulated.
+        key = (topk, cluster.num_gpus, cluster.ep_size, list(Routing).index(routing), self.layer)
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+        per_expert, per_rank = self.route(cluster, mask, topk, rng)
+        load = cluster.reverse(per_expert).sum(axis=1)  # [ranks]
+        expert_load = expected_expert_load(mask, self.frequency.occurrences, topk)
+        expected_load = expert_load.reshape(cluster.ep_size, -1).sum(axis=1)  # [ranks of a group]
         costs = []
-        for layer, mask in enumerate(masks):
-            key = (topk, cluster.num_gpus, cluster.ep_size, list(Routing).index(routing), layer)
-            rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
-            rows = self.route(cluster, mask, topk, rng)
-            load = expected_expert_load(mask, self.frequency.occurrences, topk).reshape(cluster.ep_size, -1).sum(axis=1)
-            expected = {"expected_load_max_over_mean": float(load.max() / load.mean())}
-            costs.append([self._figures(dispatch, *rows, cluster) | expected for dispatch in dispatches])
-        return [
-            _cost(cluster, topk, routing, dispatch, **_mean(of_layers))
-            for dispatch, *of_layers in zip(dispatches, *costs, strict=True)
-        ]
+        for dispatch in dispatches:
+            rows = per_expert if dispatch is DispatchKind.STOCK else per_rank
+            collectives = exchanges(dispatch, rows, self.workload, cluster)
+            seconds = [cluster.seconds(exchange.rows, exchange.bytes_per_row) for exchange in collectives]
+            cost = case(
+                _name(routing, dispatch),
+                "",
+                *_sent_bytes(cluster, collectives),
+                rows=rows.sum() / cluster.num_gpus,
+                load_max_over_mean=load.max() / load.mean(),
+                expected_load_max_over_mean=expected_load.max() / expected_load.mean(),
+                all_to_all_seconds=seconds[0],
+                seconds=sum(exchange.calls * time for exchange, time in zip(collectives, seconds, strict=True)),
+            )
+            costs.append(cost)
+        return costs
 
     def route(
         self, cluster: Cluster, mask: RoutingMask, topk: int, rng: np.random.Generator
@@ -157,35 +168,15 @@ class Simulation:
         start = rank * len(self.tokens) // num_ranks
         return np.asarray(self.tokens)[np.arange(start, start + self.workload.tokens_per_rank) % len(self.tokens)]
 
-    def _figures(
-        self, dispatch: DispatchKind, per_expert: np.ndarray, per_rank: np.ndarray, cluster: Cluster
-    ) -> dict[str, float]:
-        """Return the figures of one way to dispatch in one layer, by the names of `DispatchCost`."""
-        rows = per_expert if dispatch is DispatchKind.STOCK else per_rank
-        collectives = exchanges(dispatch, rows, self.workload, cluster)
-        # Calls of the opposite direction swap sent and received rows, which have the same mean over ranks.
-        sent_bytes = np.zeros(len(Reach))
-        for exchange in collectives:
-            sent_of_ranks = cluster.sent_by_reach(exchange.rows)  # [ranks, reaches]
-            sent_bytes += exchange.calls * exchange.bytes_per_row * sent_of_ranks.mean(axis=0)
-        seconds = [cluster.seconds(exchange.rows, exchange.bytes_per_row) for exchange in collectives]
-        load = cluster.reverse(per_expert).sum(axis=1)
-        return {
-            "bytes_own": sent_bytes[Reach.OWN],
-            "bytes_node": sent_bytes[Reach.NODE],
-            "bytes_across": sent_bytes[Reach.ACROSS],
-            "rows": rows.sum() / cluster.num_gpus,
-            "load_max_over_mean": load.max() / load.mean(),
-            "all_to_all_seconds": seconds[0],
-            "seconds": sum(exchange.calls * time for exchange, time in zip(collectives, seconds, strict=True)),
-        }
+
+def _sent_bytes(cluster: Cluster, collectives: Sequence[Exchange]) -> list[float]:
+    """Return the bytes that a rank puts into all collectives of a layer by `Reach`, as means over the ranks."""
+    # Calls of the opposite direction swap sent and received rows, which have the same mean over ranks.
+    sent = [cluster.sent_by_reach(exchange.rows).mean(axis=0) for exchange in collectives]  # [reaches] each
+    sizes = [exchange.calls * exchange.bytes_per_row for exchange in collectives]
+    return np.dot(sizes, sent).tolist()
 
 
-def _cost(cluster: Cluster, topk: int, routing: Routing, dispatch: DispatchKind, **result: Any) -> DispatchCost:
-    """Return the cost of a case, whose figures or whose reason to be impossible `result` has."""
-    return DispatchCost(cluster.num_gpus, cluster.ep_size, topk, f"{routing.value}, {_NAMES[dispatch]}", **result)
-
-
-def _mean(figures: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the mean of each figure over the layers."""
-    return {name: float(np.mean([of_layer[name] for of_layer in figures])) for name in figures[0]}
+def _name(routing: Routing, dispatch: DispatchKind) -> str:
+    """Return the name of a kind of routing with a way to dispatch."""
+    return f"{routing.value}, {_NAMES[dispatch]}"

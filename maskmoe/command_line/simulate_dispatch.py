@@ -32,7 +32,6 @@ import argparse
 from pathlib import Path
 
 from maskmoe.analysis.cluster import Cluster, Link
-from maskmoe.analysis.compared_masks import one_layer
 from maskmoe.analysis.dispatch_report import draw_plot, terminal_table, write_costs
 from maskmoe.analysis.dispatch_simulation import Simulation
 from maskmoe.analysis.dispatch_traffic import Workload
@@ -57,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         "--layer",
         type=ranges.LAYER,
         metavar="L",
-        help="layer of the mask, counted from 1 (default: all layers, averaged)",
+        help="layer of the mask, counted from 1 (default: the last layer)",
     )
     source(
         "--tokens-per-rank",
@@ -168,17 +167,17 @@ def main() -> None:
     outputs = [path for path in (arguments.output, arguments.plot) if path]
     check_outputs(outputs, [arguments.routing_mask, *dataset_files(arguments.data_path)], arguments.force)
     mask = RoutingMask.load(arguments.routing_mask)
-    if arguments.layer is not None and not 1 <= arguments.layer <= mask.num_layers:
-        raise UserError(f"--layer is {arguments.layer}, but the routing mask has layers 1 to {mask.num_layers}")
+    layer = mask.num_layers if arguments.layer is None else arguments.layer
+    if layer > mask.num_layers:
+        raise UserError(f"--layer is {layer}, but the routing mask has layers 1 to {mask.num_layers}")
     topks = sorted(set(arguments.topk))
     if topks[-1] > mask.num_experts:
         raise UserError(f"top-k must be 1 to {mask.num_experts}, the number of experts, not {topks[-1]}")
-    simulated = mask if arguments.layer is None else one_layer(mask, arguments.layer - 1)
     sizes = (arguments.tokens_per_rank, arguments.hidden_size, arguments.bytes_per_element)
     workload = Workload(*sizes, mask.num_experts, mask.num_layers)
     tokens = open_tokens(arguments.data_path)
     frequency = count_frequency(arguments.data_path, mask, arguments.routing_mask)
-    simulation = Simulation(simulated, frequency, tokens, workload, arguments.seed)
+    simulation = Simulation(mask, layer - 1, frequency, tokens, workload, arguments.seed)
     costs = simulation.run(clusters, topks, progress=True)
     if arguments.output:
         write_costs(costs, arguments.output)

@@ -30,23 +30,22 @@ class MaskChange:
         Raises:
             UserError: The masks have different sizes, so one model cannot use both.
         """
-        sizes = {
-            "vocabulary size": (old.vocab_size, new.vocab_size),
-            "number of experts": (old.num_experts, new.num_experts),
-            "number of tables": (len(old.row_of_id), len(new.row_of_id)),
-        }
-        differences = [
-            f"its {name} is {ours}, not {theirs}" for name, (theirs, ours) in sizes.items() if ours != theirs
-        ]
-        if differences:
-            raise UserError(f"a routing mask can only be replaced by one of equal sizes: {'; '.join(differences)}")
+        size, new_size = (
+            f"{len(mask.row_of_id)} tables of {mask.vocab_size} ids and {mask.num_experts} experts"
+            for mask in (old, new)
+        )
+        if size != new_size:
+            raise UserError(
+                f"a routing mask can only be replaced by one of equal size: the old one has {size}, "
+                f"the new one {new_size}"
+            )
         num_changed = num_grown = 0
         for layer in range(old.num_layers):
-            tables = (mask.table_of_layer(layer) for mask in (old, new))
-            before, after = (visible_bits[row_of_id] for row_of_id, visible_bits in tables)  # [vocab, bytes]
-            is_changed = (before != after).any(axis=1)
+            table = 0 if old.is_shared else layer
+            sets, new_sets = (mask.visible_bits[table, mask.row_of_id[table]] for mask in (old, new))  # [vocab, bytes]
+            is_changed = (sets != new_sets).any(axis=1)
             num_changed += int(np.count_nonzero(is_changed))
-            num_grown += int(np.count_nonzero(is_changed & ((before | after) == after).all(axis=1)))
+            num_grown += int(np.count_nonzero(is_changed & ((sets | new_sets) == new_sets).all(axis=1)))
         return cls(old.vocab_size * old.num_layers, num_changed, num_grown)
 
     def __str__(self) -> str:

@@ -93,6 +93,10 @@ class TokenFrequency(SealedTensors):
         return (tokens_drawn / tokens) @ self.counts
 
 
+MAX_VOCAB_SIZE = 1 << 24
+"""Upper bound of the number of ids, far above all tokenizers; keeps a wrong number from using all memory."""
+
+
 def parse_data_path(data_path: Sequence[str], source: str = "--data-path") -> tuple[list[str], list[float | None]]:
     """Split Megatron's `--data-path` into dataset prefixes and blend weights; all weights are None if none is given.
 
@@ -149,6 +153,8 @@ def count_token_frequency(
         UserError: A dataset is missing, truncated or empty, or holds an id outside `[0, vocab_size)`; or the recorded
             tokenizers of the datasets differ from each other or have another number of ids than `vocab_size`.
     """
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"--vocab-size must be 1 to {MAX_VOCAB_SIZE}, not {vocab_size}")
     prefixes, weights = parse_data_path(data_path)
     datasets: list[CountedDataset] = []
     dtypes: list[np.dtype] = []

@@ -88,7 +88,6 @@ def test_altered_content_is_found_when_it_is_converted(series, tmp_path):
 
 def test_paths_that_are_no_models(tmp_path, tiny_model):
     for path, steps, words in (
-        (tmp_path / "nowhere", (), "does not exist"),
         (tmp_path, (), "neither Megatron checkpoints nor a model"),
         (tiny_model, (3,), "--ckpt-step chooses among the checkpoints of a folder"),
     ):

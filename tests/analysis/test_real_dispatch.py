@@ -40,7 +40,7 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
     # With at most k visible experts there is nothing to choose, so the simulation selects the same experts.
     mask = make_mask(frequency, num_experts, frequent_visible=TOPK)
     workload = Workload(TOKENS, HIDDEN, 4, num_experts, num_layers=1)
-    simulation = Simulation(mask, frequency, open_tokens(prefix), workload)
+    simulation = Simulation(mask, 0, frequency, open_tokens(prefix), workload)
     token_ids = np.stack([simulation.tokens_of_rank(rank, num_ranks) for rank in range(num_ranks)]).astype(np.int64)
     rng, maps, rows = np.random.default_rng(0), {}, {}
     for routing in (Routing.TOPK, Routing.MASK, Routing.RANK_LOCAL):

@@ -153,6 +153,8 @@ def test_datasets_without_tokens_or_files_are_refused(tmp_path):
     (tmp_path / "truncated.bin").write_bytes(b"1234")
     with pytest.raises(UserError, match="truncated"):
         count_token_frequency([truncated], 100)
+    with pytest.raises(UserError, match="--vocab-size"):
+        count_token_frequency([truncated], 0)
 
 
 def test_tokenizers_must_agree(tmp_path):
