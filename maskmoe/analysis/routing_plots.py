@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -70,11 +71,12 @@ def _fluctuation(analysis: RoutingAnalysis) -> Figure:
     )  # [models, layers]
     figure = Figure(dpi=130, layout="constrained")
     axes = figure.subplots()
-    axes.plot(changed, marker="o", markersize=4)
+    axes.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(analysis.layers))))
+    lines = axes.plot(changed, marker="o", markersize=4)
     axes.set_xticks(range(len(changed)), [model.name for model in analysis.models[1:]], rotation=30, ha="right")
     axes.set_title("Experts that changed since the model before, tokens with V > 1", fontsize="medium")
     axes.set(ylabel="share", ylim=(0, None))
     axes.grid(alpha=0.4)
-    columns = 1 + len(analysis.layers) // 16
-    axes.legend([f"layer {layer}" for layer in analysis.layers], fontsize="x-small", ncols=columns)
+    labels = [f"layer {layer}" for layer in analysis.layers]
+    figure.legend(lines, labels, loc="outside right upper", fontsize="x-small", ncols=1 + len(labels) // 30)
     return figure
