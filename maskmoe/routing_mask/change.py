@@ -30,15 +30,16 @@ class MaskChange:
         Raises:
             UserError: The masks have different sizes, so one model cannot use both.
         """
-        size, new_size = (
-            f"{len(mask.row_of_id)} tables of {mask.vocab_size} ids and {mask.num_experts} experts"
-            for mask in (old, new)
-        )
-        if size != new_size:
-            raise UserError(
-                f"a routing mask can only be replaced by one of equal size: the old one has {size}, "
-                f"the new one {new_size}"
-            )
+        sizes = {
+            "vocabulary size": (old.vocab_size, new.vocab_size),
+            "number of experts": (old.num_experts, new.num_experts),
+            "number of tables": (len(old.row_of_id), len(new.row_of_id)),
+        }
+        differences = [
+            f"its {name} is {after}, not {before}" for name, (before, after) in sizes.items() if after != before
+        ]
+        if differences:
+            raise UserError(f"a routing mask can only be replaced by one of equal sizes: {'; '.join(differences)}")
         num_changed = num_grown = 0
         for layer in range(old.num_layers):
             table = 0 if old.is_shared else layer
