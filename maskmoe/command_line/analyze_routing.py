@@ -1,26 +1,22 @@
 r"""Measure how a checkpoint, or a series of checkpoints, routes a fixed probe text.
 
-The command runs every model over the same tokens. It measures the load of the experts and the assignments that a
-capacity would drop, the entropy of the routers, the ids of each expert, the number of experts of each id, the experts
-that are chosen together, and the changes from each checkpoint to the next.
+The command runs every model over the same tokens. It measures the load of the experts, the entropy of the routers, the
+ids of each expert, the number of experts of each id, and the changes from each checkpoint to the next.
 
 Examples:
   %(prog)s --load runs/a/checkpoints --data-path data/web_text_document --split 95,5,0 \
     --token-frequency counts.safetensors --output-dir runs/a/routing
   %(prog)s --load runs/a/model --input README.md --output-dir routing
 
-files in --output-dir:
-  routing.json           all numbers but the tables of ids and of pairs of experts; lists over the layers with experts
-  load.csv               assignments by checkpoint, layer, frequency band and expert
-  drops.csv              share of the assignments that a capacity would drop, by capacity factor
-  entropy.csv            entropy, its bound, and mutual information of experts with ids and the next layer's experts
-  specialisation.csv     the most frequent ids of each expert
-  coactivation.csv       share of the tokens with a pair of experts, in a layer or in consecutive layers, for the last
-                         checkpoint
-  fluctuation.csv        share of the experts that changed since the previous checkpoint
-  distinct_experts.csv   number of experts of each id that occurs often enough
-  *.png                  plots of load, entropy, fluctuation, coactivation and distinct experts, as far as there is
-                         something to show
+files in --output-dir; each table has the columns checkpoint, iteration and layer, and:
+  layers.csv       load (maximum over mean), entropy and its bound, weight of the best expert, share of tokens that see
+                   one expert, mutual information of ids and experts
+  load.csv         assignments of each expert, by the frequency band of the ids
+  fluctuation.csv  share of the experts that changed since the previous checkpoint, by group of tokens
+  ids.csv          number of experts of each id that occurs often enough
+  top_ids.csv      the most frequent ids of each expert
+  load.png, bands.png, fluctuation.png
+                   load of the experts, their tokens by frequency band, and changes (needs two checkpoints)
 """
 
 import argparse
@@ -30,7 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskmoe.analysis.routing.settings import SPLITS, AnalysisSettings
+from maskmoe.analysis.analysis_settings import SPLITS, AnalysisSettings
 from maskmoe.command_line import ranges
 from maskmoe.command_line.arguments import command_parser
 from maskmoe.command_line.parser import add_force_argument, split
@@ -82,11 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     measures = parser.add_argument_group("statistics")
     counts = "token counts for the frequency bands, made by maskmoe count (default: the probe's)"
     _add(measures, "--token-frequency F", counts, type=Path)
-    factors = "capacity factors for the share of dropped assignments (default: 1 1.25 1.5 2)"
-    _add(measures, "--capacity-factors C", factors, type=ranges.CAPACITY_FACTOR, nargs="+")
-    shared = "tokens that share a capacity (default: the tokens of a batch)"
-    _add(measures, "--micro-batch-tokens T", shared, type=ranges.TOKENS)
-    occurrences = "occurrences in the probe from which an id counts in distinct_experts.csv (default: %(default)s)"
+    occurrences = "occurrences in the probe from which an id counts in ids.csv (default: %(default)s)"
     _add(measures, "--min-occurrences O", occurrences, type=ranges.OCCURRENCES)
     _add(measures, "--top-ids R", "ids to list for each expert (default: %(default)s)", type=ranges.LISTED_IDS)
 
@@ -161,6 +153,8 @@ def main() -> None:
     check_output_folder(arguments)
     for path in arguments.load:
         check_folder(path, "--load")
+    if arguments.scratch_dir:
+        check_folder(arguments.scratch_dir, "--scratch-dir")
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     settings = AnalysisSettings(**{name: getattr(arguments, name) for name in AnalysisSettings.__dataclass_fields__})
 
@@ -169,10 +163,11 @@ def main() -> None:
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
-    from maskmoe.analysis.routing.analysis import analyze
-    from maskmoe.analysis.routing.models import find_models
-    from maskmoe.analysis.routing.probe import DatasetText, FileText
-    from maskmoe.analysis.routing.report import result_files, terminal_table, write_results
+    from maskmoe.analysis.model_series import find_models
+    from maskmoe.analysis.probe_text import DatasetText, FileText
+    from maskmoe.analysis.routing_analysis import analyze
+    from maskmoe.analysis.routing_plots import PLOT_NAMES, write_plots
+    from maskmoe.analysis.routing_tables import TABLE_NAMES, terminal_table, write_tables
 
     if arguments.input is None:
         text = DatasetText(arguments.data_path, arguments.split, arguments.eval_split)
@@ -183,11 +178,10 @@ def main() -> None:
     with unwinding_on_signals(), output_folder(arguments.output_dir) as folder, ExitStack() as outputs:
         numbers = range(1, len(models) + 1) if arguments.save_traces else ()
         trace_files = [folder / f"trace_{number}.safetensors" for number in numbers]
-        check_outputs([*result_files(folder), *trace_files], _inputs(arguments), arguments.force)
+        results = [folder / name for name in (*TABLE_NAMES, *PLOT_NAMES)]
+        check_outputs([*results, *trace_files], _inputs(arguments), arguments.force)
         # Temporary files become the traces when the analysis has succeeded.
         temporary = [outputs.enter_context(atomic_output(path)) for path in trace_files]
         analysis = analyze(models, text, settings, frequency, temporary, progress=True)
-        written, not_drawn = write_results(analysis, folder)
-    print(*terminal_table(analysis), "", *(f"written  {path}" for path in [*written, *trace_files]), sep="\n")
-    for name, reason in not_drawn.items():
-        print(f"no {name}: {reason}")
+        written = [*write_tables(analysis, folder), *write_plots(analysis, folder), *trace_files]
+    print(*terminal_table(analysis), "", *(f"written  {path}" for path in written), sep="\n")

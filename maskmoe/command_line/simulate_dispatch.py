@@ -11,7 +11,8 @@ variants that are compared:
   rank-local mask      a mask made from the frequencies of the data, with all experts of an id on one rank
   node-local mask      a mask made from the frequencies of the data, with all experts of an id on one node
 "Row per expert" sends a hidden state for every selected expert, as Megatron does. "One copy" sends a hidden state once
-to every rank that holds a selected expert. If a variant is impossible, the table gives the reason.
+to every rank that holds a selected expert; it is "planned" if the ids alone decide these ranks. If a variant is
+impossible, the table gives the reason.
 
 columns of the table:
   own, node, across    bytes that a rank sends to itself, to its node and to other nodes in one layer and one step,
@@ -24,17 +25,16 @@ columns of the table:
 
 Example:
   %(prog)s --data-path data/web_text_document --routing-mask mask.safetensors \
-    --topk 8 --hidden-size 4096 --expert-model-parallel-size 64 --output dispatch.json --plot dispatch.png
+    --topk 8 --hidden-size 4096 --expert-model-parallel-size 64 --output dispatch.csv --plot dispatch.png
 """
 
 import argparse
-import json
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from maskmoe.analysis.dispatch_cost import Cluster, Layout, Link, Masks, MicroBatches, Simulation, Workload
-from maskmoe.analysis.dispatch_cost.report import draw_plot, table, to_json
+from maskmoe.analysis.cluster import Cluster, Link
+from maskmoe.analysis.dispatch_report import draw_plot, terminal_table, write_costs
+from maskmoe.analysis.dispatch_simulation import Simulation
+from maskmoe.analysis.dispatch_traffic import Workload
 from maskmoe.command_line import ranges
 from maskmoe.command_line.arguments import add_seed_argument, command_parser
 from maskmoe.command_line.parser import add_force_argument
@@ -42,6 +42,7 @@ from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask import RoutingMask, TokenFrequency, count_token_frequency
+from maskmoe.routing_mask.words import describe_visible_experts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         "--layer",
         type=ranges.LAYER,
         metavar="L",
-        help="layer of the mask, counted from 1 (default: all layers, averaged)",
+        help="layer of the mask, counted from 1 (default: the last layer)",
     )
     source(
         "--tokens-per-rank",
@@ -106,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
         kind = ranges.BANDWIDTH if unit == "GB/s" else ranges.LATENCY
         cluster(flag, type=kind, default=default, metavar=unit, help=f"{meaning} (default: %(default)s)")
 
-    parser.add_argument("--output", type=Path, metavar="F", help="file for the results in bytes and seconds, .json")
+    parser.add_argument("--output", type=Path, metavar="F", help="file for the results in bytes and seconds, .csv")
     parser.add_argument("--plot", type=Path, metavar="F", help="file for a plot of the results, .png")
     add_force_argument(parser)
     return parser.parse_args()
@@ -126,20 +127,29 @@ def count_frequency(data_path: str, mask: RoutingMask, mask_path: Path) -> Token
         ) from error
 
 
-def print_settings(
-    arguments: argparse.Namespace, mask: RoutingMask, batches: MicroBatches, layouts: Sequence[Layout]
-) -> None:
-    """Print the dataset, the mask, the micro-batches and the cluster."""
-    is_frequent = mask.most_visible_of_id > 1
-    sees = f"; {is_frequent.sum():,} of them see {mask.max_visible}" if is_frequent.any() else ""
-    if hashed := mask.provenance.hash_layers:
-        sees += f", and every id sees {hashed.visible_experts} in the first {hashed.num_layers} layers"
-    print(f"dataset          {arguments.data_path}: {len(batches.tokens):,} tokens")
-    if overlapping := [layout.num_gpus for layout in layouts if batches.overlap(layout.num_gpus)]:
-        print(f"                 with {overlapping[0]:,} or more GPUs, some tokens are given to several ranks")
-    print(f"mask             {mask.vocab_size:,} ids{sees} · {mask.num_experts:,} experts · layers: {mask.num_layers}")
+def clusters_of(arguments: argparse.Namespace) -> list[Cluster]:
+    """Return the clusters that the flags describe, by ascending number of GPUs.
+
+    Raises:
+        UserError: The GPUs are not a whole number of nodes, or there are no two expert-parallel ranks.
+    """
+    node_link = Link(arguments.intra_node_bandwidth * 1e9, arguments.intra_node_latency * 1e-6)
+    network_link = Link(arguments.inter_node_bandwidth * 1e9, arguments.inter_node_latency * 1e-6)
+    clusters = []
+    for num_gpus in sorted(set(arguments.num_gpus)):
+        ep_size = min(num_gpus, arguments.expert_model_parallel_size or num_gpus)
+        clusters.append(Cluster(num_gpus, ep_size, arguments.gpus_per_node, node_link, network_link))
+    return clusters
+
+
+def print_settings(arguments: argparse.Namespace, mask: RoutingMask, num_tokens: int) -> None:
+    """Print the dataset, the mask, the micro-batches and the links."""
+    print(f"dataset          {arguments.data_path}: {num_tokens:,} tokens")
+    if max(arguments.num_gpus) * arguments.tokens_per_rank > num_tokens:
+        print(f"                 with more than {num_tokens // arguments.tokens_per_rank:,} GPUs, ranks share tokens")
+    print(f"mask             {mask.num_layers} layers: {describe_visible_experts(mask)}")
     print(
-        f"micro-batch      {batches.tokens_per_rank:,} tokens a rank, "
+        f"micro-batch      {arguments.tokens_per_rank:,} tokens a rank, "
         f"hidden states of {arguments.hidden_size:,} × {arguments.bytes_per_element} bytes"
     )
     print(
@@ -153,47 +163,28 @@ def print_settings(
 def main() -> None:
     """Simulate, write the results and print a table."""
     arguments = parse_arguments()
-    all_num_gpus, ep_size = sorted(set(arguments.num_gpus)), arguments.expert_model_parallel_size
-    ep_sizes = all_num_gpus if ep_size is None else [min(num_gpus, ep_size) for num_gpus in all_num_gpus]
-    layouts = [Layout(*sizes, arguments.gpus_per_node) for sizes in zip(all_num_gpus, ep_sizes, strict=True)]
-    cluster = Cluster(
-        within=Link(arguments.intra_node_bandwidth * 1e9, arguments.intra_node_latency * 1e-6),
-        across=Link(arguments.inter_node_bandwidth * 1e9, arguments.inter_node_latency * 1e-6),
-    )
+    clusters = clusters_of(arguments)
     outputs = [path for path in (arguments.output, arguments.plot) if path]
     check_outputs(outputs, [arguments.routing_mask, *dataset_files(arguments.data_path)], arguments.force)
     mask = RoutingMask.load(arguments.routing_mask)
-    if arguments.layer is not None and not 1 <= arguments.layer <= mask.num_layers:
-        raise UserError(f"--layer is {arguments.layer}, but the routing mask has layers 1 to {mask.num_layers}")
-    layers = range(mask.num_layers) if arguments.layer is None else [arguments.layer - 1]
-    workload = Workload(
-        topks=tuple(sorted(set(arguments.topk))),
-        tokens_per_rank=arguments.tokens_per_rank,
-        hidden_size=arguments.hidden_size,
-        bytes_per_element=arguments.bytes_per_element,
-        num_experts=mask.num_experts,
-        num_layers=mask.num_layers,
-    )
-    batches = MicroBatches(open_tokens(arguments.data_path), arguments.tokens_per_rank)
-    with ExitStack() as stack:
-        output = arguments.output and stack.enter_context(atomic_output(arguments.output))
-        frequency = count_frequency(arguments.data_path, mask, arguments.routing_mask)
-        simulation = Simulation(Masks(mask, layers, frequency), batches, cluster, workload, arguments.seed)
-        results = simulation.run(layouts, progress=True)
-        if output:
-            # All settings that determine the results.
-            settings = {
-                name: value for name, value in vars(arguments).items() if name not in ("output", "plot", "force")
-            }
-            settings |= {"routing_mask": str(arguments.routing_mask), "routing_mask_digest": mask.digest}
-            settings |= {"num_experts": mask.num_experts, "dataset_tokens": len(batches.tokens)}
-            output.write_text(json.dumps(to_json(settings, results), indent=2) + "\n", encoding="utf-8")
-        is_possible = any(result.cost for result in results)
-        if arguments.plot and is_possible:
-            draw_plot(results, stack.enter_context(atomic_output(arguments.plot)))
-    print_settings(arguments, mask, batches, layouts)
-    print(*table(results), sep="\n")
-    for written in filter(None, (arguments.output, arguments.plot if is_possible else None)):
-        print(f"written          {written}")
-    if arguments.plot and not is_possible:
-        print(f"no plot          {arguments.plot}: every variant is impossible, see the table")
+    layer = mask.num_layers if arguments.layer is None else arguments.layer
+    if layer > mask.num_layers:
+        raise UserError(f"--layer is {layer}, but the routing mask has layers 1 to {mask.num_layers}")
+    topks = sorted(set(arguments.topk))
+    if topks[-1] > mask.num_experts:
+        raise UserError(f"top-k must be 1 to {mask.num_experts}, the number of experts, not {topks[-1]}")
+    sizes = (arguments.tokens_per_rank, arguments.hidden_size, arguments.bytes_per_element)
+    workload = Workload(*sizes, mask.num_experts, mask.num_layers)
+    tokens = open_tokens(arguments.data_path)
+    frequency = count_frequency(arguments.data_path, mask, arguments.routing_mask)
+    simulation = Simulation(mask, layer - 1, frequency, tokens, workload, arguments.seed)
+    costs = simulation.run(clusters, topks, progress=True)
+    if arguments.output:
+        write_costs(costs, arguments.output)
+    if arguments.plot:
+        with atomic_output(arguments.plot) as temporary:
+            draw_plot(costs, temporary)
+    print_settings(arguments, mask, len(tokens))
+    print(*terminal_table(costs), sep="\n")
+    for path in outputs:
+        print(f"written          {path}")

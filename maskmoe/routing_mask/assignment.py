@@ -86,16 +86,12 @@ class MaskRecipe:
         """Return a description of the first contradiction, or None if the settings are sound."""
         num_experts, num_ranks = self.num_experts, self.expert_model_parallel_size
         visible, experts_of_rank = self.frequent_visible_experts, num_experts // self.num_ranks
-        if num_experts < 2 or self.num_layers < 1:
-            return f"need at least 2 experts and 1 layer, not {num_experts} and {self.num_layers}"
-        if self.seed < 0:
-            return f"the seed must not be negative, it is {self.seed}"
+        if num_experts < 2:
+            return f"need at least 2 experts, not {num_experts}"
         if self.assignment not in ASSIGNMENTS:
             return f"unknown assignment {self.assignment!r}; choose one of {', '.join(ASSIGNMENTS)}"
         if not 0 <= self.frequent_mass <= 1:
             return f"frequent mass is a share of occurrences between 0 and 1, not {self.frequent_mass}"
-        if num_ranks is not None and num_ranks < 1:
-            return f"expert parallel size must be at least 1, not {num_ranks}"
         if (self.assignment == "rank-local") != (num_ranks is not None):
             return "an expert-parallel size is needed for rank-local assignment, and for no other"
         if num_experts % self.num_ranks:
@@ -117,10 +113,6 @@ class MaskRecipe:
             return f"1 to {self.num_layers - 1} of {self.num_layers} layers can be hash layers, not {hashed.num_layers}"
         if self.shared_table:
             return "hash layers need tables of their own; do not share one table among all layers"
-        if "rank-local" in (self.assignment, hashed.assignment) and self.assignment != hashed.assignment:
-            return f"hash layers cannot be {hashed.assignment} if the other layers are {self.assignment}"
-        if hashed.visible_experts < 1:
-            return f"every id must see at least 1 expert in hash layers, not {hashed.visible_experts}"
         try:
             self.of_table(0)
         except UserError as error:
@@ -236,14 +228,14 @@ class Vocabulary:
         self.num_frequent = len(self.ids) if recipe.all_frequent else covering
 
 
-def assign_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: int) -> tuple[np.ndarray, np.ndarray]:
+def assign_table(recipe: MaskRecipe, occurrences: np.ndarray, table: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose the visible experts of every id in one table.
 
     The random stream depends on `recipe.seed` and `table` only: the same arguments give the same bits.
 
     Args:
-        recipe: The settings, without hash layers; see `MaskRecipe.of_table`.
-        vocabulary: The ids by frequency.
+        recipe: The settings of the mask.
+        occurrences: Occurrences of each id, float64 `[vocab]`.
         table: Index of the table, which selects the random stream.
 
     Returns:
@@ -252,6 +244,8 @@ def assign_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: int) -> tupl
             N - 1 are the sets of one expert. The remaining rows are the sets of the frequent ids: one row for each id,
             or one row for all of them if they see every expert.
     """
+    recipe = recipe.of_table(table)
+    vocabulary = Vocabulary(occurrences, recipe)
     rng = np.random.default_rng(np.random.SeedSequence(recipe.seed, spawn_key=(table,)))
     num_experts, num_frequent = recipe.num_experts, vocabulary.num_frequent
     # Ids that see all experts add the same load to each expert and need no choice, so they are skipped.
@@ -280,24 +274,22 @@ def pack_sets(sets: np.ndarray) -> np.ndarray:
     return np.packbits(sets, axis=-1, bitorder="little")
 
 
-def stack_tables(
-    rows_of_ids: Sequence[np.ndarray], bits_of_tables: Sequence[np.ndarray], num_experts: int
-) -> tuple[np.ndarray, np.ndarray]:
+def stack_tables(tables: Sequence[tuple[np.ndarray, np.ndarray]], num_experts: int) -> tuple[np.ndarray, np.ndarray]:
     """Stack tables with different numbers of rows; tables with fewer rows get rows of all experts, which no id uses.
 
     Args:
-        rows_of_ids: Each id's row in each table, integer `[vocab]` each.
-        bits_of_tables: The visible sets of each table, uint8 `[rows, bytes]` each.
+        tables: Each table's `row_of_id`, integer `[vocab]`, and `visible_bits`, uint8 `[rows, bytes]`.
         num_experts: N, the number of experts in a layer.
 
     Returns:
         `row_of_id` `[tables, vocab]` and `visible_bits` `[tables, rows, bytes]`, see `RoutingMask`.
     """
-    num_rows = max(map(len, bits_of_tables))
-    visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(bits_of_tables), num_rows, 1))
-    for stacked, bits in zip(visible_bits, bits_of_tables, strict=True):
+    num_rows = max(len(bits) for _, bits in tables)
+    row_of_id = np.stack([rows for rows, _ in tables]).astype(row_dtype(num_rows), copy=False)
+    visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(tables), num_rows, 1))
+    for stacked, (_, bits) in zip(visible_bits, tables, strict=True):
         stacked[: len(bits)] = bits
-    return np.stack(rows_of_ids).astype(row_dtype(num_rows), copy=False), visible_bits
+    return row_of_id, visible_bits
 
 
 def table_of_sets(visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -36,19 +36,18 @@ class MaskChange:
             "number of tables": (len(old.row_of_id), len(new.row_of_id)),
         }
         differences = [
-            f"its {name} is {ours}, not {theirs}" for name, (theirs, ours) in sizes.items() if ours != theirs
+            f"its {name} is {after}, not {before}" for name, (before, after) in sizes.items() if after != before
         ]
         if differences:
             raise UserError(f"a routing mask can only be replaced by one of equal sizes: {'; '.join(differences)}")
         num_changed = num_grown = 0
-        for table in range(len(old.row_of_id)):
-            before, after = (mask.visible_bits[table, mask.row_of_id[table]] for mask in (old, new))  # [vocab, bytes]
-            is_changed = (before != after).any(axis=1)
-            num_changed += np.count_nonzero(is_changed)
-            num_grown += np.count_nonzero(is_changed & ((before | after) == after).all(axis=1))
-        # A shared table counts for each of its layers.
-        times = old.num_layers if old.is_shared else 1
-        return cls(old.vocab_size * old.num_layers, int(num_changed) * times, int(num_grown) * times)
+        for layer in range(old.num_layers):
+            table = 0 if old.is_shared else layer
+            sets, new_sets = (mask.visible_bits[table, mask.row_of_id[table]] for mask in (old, new))  # [vocab, bytes]
+            is_changed = (sets != new_sets).any(axis=1)
+            num_changed += int(np.count_nonzero(is_changed))
+            num_grown += int(np.count_nonzero(is_changed & ((sets | new_sets) == new_sets).all(axis=1)))
+        return cls(old.vocab_size * old.num_layers, num_changed, num_grown)
 
     def __str__(self) -> str:
         """Describe the change in one line."""

@@ -35,15 +35,20 @@ class ExpertTable:
     experts: Sequence[np.ndarray | None]
 
     def __post_init__(self) -> None:
-        for table in self._tables():
+        for table in self.tables:
             if table.ndim != 2 or not table.size or not np.issubdtype(table.dtype, np.integer):
                 raise UserError(
                     f"expert table {self.name} must be integers [vocab, k] or [layers, vocab, k], not {table.dtype} "
                     f"{list(table.shape)}"
                 )
-        sizes = sorted({len(table) for table in self._tables()})
+        sizes = sorted({len(table) for table in self.tables})
         if len(sizes) != 1:
             raise UserError(f"expert table {self.name} must have one vocabulary, but it has layers of {sizes} ids")
+
+    @property
+    def tables(self) -> list[np.ndarray]:
+        """The tables of the layers that have one."""
+        return [table for table in self.experts if table is not None]
 
     @classmethod
     def read(cls, location: str, num_layers: int) -> "ExpertTable":
@@ -84,7 +89,7 @@ class ExpertTable:
     @property
     def num_ids_with_repeats(self) -> int:
         """Number of ids that name an expert more than once in at least one layer."""
-        repeats = [(np.diff(np.sort(table, axis=1), axis=1) == 0).any(axis=1) for table in self._tables()]
+        repeats = [(np.diff(np.sort(table, axis=1), axis=1) == 0).any(axis=1) for table in self.tables]
         return int(np.logical_or.reduce(repeats).sum())
 
     def to_mask(self, num_experts: int, num_layers: int) -> RoutingMask:
@@ -99,7 +104,7 @@ class ExpertTable:
         Raises:
             UserError: The table names an expert that does not exist.
         """
-        for table in self._tables():
+        for table in self.tables:
             outside = np.argwhere((table < 0) | (table >= num_experts))
             if len(outside):
                 token_id, column = outside[0]
@@ -107,33 +112,24 @@ class ExpertTable:
                     f"expert table {self.name} gives id {token_id} the expert {table[token_id, column]}, but the "
                     f"experts are 0 to {num_experts - 1}"
                 )
-        vocab_size = len(self._tables()[0])
-        tables = [_table_of_experts(table, vocab_size, num_experts) for table in self.experts]
-        rows_of_ids, bits_of_tables = zip(*tables, strict=True)
-        row_of_id, visible_bits = stack_tables(rows_of_ids, bits_of_tables, num_experts)
-        most = max(table.shape[1] for table in self._tables())
-        digest = hashlib.sha256()
-        for table in self.experts:
-            digest.update(b"-" if table is None else np.ascontiguousarray(table, dtype="<i8").tobytes())
+        vocab_size, most = len(self.tables[0]), max(table.shape[1] for table in self.tables)
+        digest, tables = hashlib.sha256(), []
+        for experts in self.experts:
+            digest.update(b"-" if experts is None else np.ascontiguousarray(experts, dtype="<i8").tobytes())
+            # Without a table, every id sees all experts.
+            visible = np.full((vocab_size, num_experts), experts is None)
+            if experts is not None:
+                np.put_along_axis(visible, experts, True, axis=1)
+            tables.append(table_of_sets(visible))
         provenance = MaskProvenance(
             assignment=ASSIGNMENT,
             frequent_mass=float(most > 1),
             frequent_visible_experts=most if most > 1 else None,
             seed=0,
-            shared_table=len(self.experts) == 1,
+            shared_table=len(tables) == 1,
             expert_table={"name": self.name, "sha256": digest.hexdigest()},
         )
-        return RoutingMask(row_of_id, visible_bits, vocab_size, num_experts, num_layers, provenance)
-
-    def _tables(self) -> list[np.ndarray]:
-        return [table for table in self.experts if table is not None]
-
-
-def _table_of_experts(table: np.ndarray | None, vocab_size: int, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of one layer, see `RoutingMask`."""
-    visible = np.zeros((vocab_size, num_experts), bool)
-    visible[np.arange(vocab_size)[:, None], slice(None) if table is None else table] = True
-    return table_of_sets(visible)
+        return RoutingMask(*stack_tables(tables, num_experts), vocab_size, num_experts, num_layers, provenance)
 
 
 def _read_tensors(path: Path, names: Sequence[str] | None) -> dict[str, np.ndarray]:

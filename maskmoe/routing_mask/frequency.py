@@ -21,8 +21,6 @@ from maskmoe.files.surrogates import printable_name
 from maskmoe.routing_mask.assignment import count_frequent, ids_by_frequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
-DEFAULT_BAND_EDGES = (0.4, 0.9, 1.0)
-
 # np.bincount casts its input to int64 first. A block of this length is 2 MiB after the cast and stays in the cache,
 # which nearly doubles the speed.
 _BLOCK_IDS = 1 << 18
@@ -164,7 +162,7 @@ def count_token_frequency(
         index = read_index(prefix)  # keeps a file open, so keep only what is needed of the index
         datasets.append(_identify(index))
         dtypes.append(index.dtype)
-    tokenizer = _common_tokenizer(prefixes, vocab_size)
+    tokenizer = _common_tokenizer({prefix: read_tokenizer_record(prefix) for prefix in prefixes}, vocab_size)
 
     # Divide the datasets into spans: many for an even load and a smooth bar, but few enough to bound the overhead.
     total_bytes = sum(dataset["bin_bytes"] for dataset in datasets)
@@ -240,41 +238,33 @@ def _count_span(vocab_size: int, span: _Span) -> np.ndarray:
     return counts
 
 
-def _common_tokenizer(prefixes: Sequence[str], vocab_size: int) -> TokenizerRecord | None:
-    """Return the tokenizer that all datasets with a tokenizer record share, or None if no dataset has a record.
+def _common_tokenizer(records: Mapping[str, TokenizerRecord | None], vocab_size: int) -> TokenizerRecord | None:
+    """Return the tokenizer that all datasets share, or None if no dataset has a record of its tokenizer.
 
-    Raises:
-        UserError: The tokenizers differ, or have another number of ids than `vocab_size`.
-    """
-    records = {prefix: record for prefix in prefixes if (record := read_tokenizer_record(prefix)) is not None}
-    if not records:
-        return None
-    first = _only_tokenizer(records, "datasets were made")
-    if first.vocab_size != vocab_size:
-        raise UserError(
-            f"--vocab-size is {vocab_size}, but dataset {next(iter(records))} was made with {first}; "
-            f"give --vocab-size {first.vocab_size}"
-        )
-    return first
-
-
-def _only_tokenizer(records: Mapping[str, TokenizerRecord], subject: str) -> TokenizerRecord:
-    """Return the first of the records, which are equal except for the names of the tokenizers' files.
+    The names of the tokenizers' files may differ.
 
     Args:
-        records: The record of each dataset or file; at least one.
-        subject: Subject and verb of an error.
+        records: The record of each dataset or file of counts.
+        vocab_size: Number of ids that were counted.
 
     Raises:
-        UserError: The tokenizers differ.
+        UserError: The tokenizers differ, or have another number of ids.
     """
-    first_name, first = next(iter(records.items()))
-    for name, record in records.items():
+    known = {name: record for name, record in records.items() if record is not None}
+    if not known:
+        return None
+    first_name, first = next(iter(known.items()))
+    for name, record in known.items():
         if replace(record, model=first.model) != first:
             raise UserError(
-                f"{subject} with different tokenizers: {first_name} with {first}, {name} with {record}; "
+                f"the datasets were made with different tokenizers: {first_name} with {first}, {name} with {record}; "
                 "blend only datasets of one tokenizer"
             )
+    if first.vocab_size != vocab_size:
+        raise UserError(
+            f"--vocab-size is {vocab_size}, but dataset {first_name} was made with {first}; "
+            f"give --vocab-size {first.vocab_size}"
+        )
     return first
 
 
@@ -293,11 +283,12 @@ def merge_token_frequencies(paths: Sequence[str | Path], joined_prefix: str | No
             file has blend weights, which are relative to its own datasets only; or the joined dataset has other parts.
     """
     parts = _load_parts(paths)
+    vocab_size = next(iter(parts.values())).vocab_size
     frequency = TokenFrequency(
         np.concatenate([part.counts for part in parts.values()]),
         tuple(weight for part in parts.values() for weight in part.weights),
         tuple(dataset for part in parts.values() for dataset in part.datasets),
-        _tokenizer_of_parts(parts),
+        _common_tokenizer({path: part.tokenizer for path, part in parts.items()}, vocab_size),
     )
     return frequency if joined_prefix is None else _as_counts_of(joined_prefix, frequency)
 
@@ -313,7 +304,7 @@ def _as_counts_of(prefix: str, parts: TokenFrequency) -> TokenFrequency:
             f"these datasets (they are of {len(counted)} datasets): give the counts of all its parts"
         )
     dataset = _identify(read_index(prefix))
-    tokenizer = _common_tokenizer([prefix], parts.vocab_size)
+    tokenizer = _common_tokenizer({prefix: read_tokenizer_record(prefix)}, parts.vocab_size)
     return TokenFrequency(parts.counts.sum(axis=0, keepdims=True), (None,), (dataset,), tokenizer)
 
 
@@ -339,30 +330,22 @@ def _load_parts(paths: Sequence[str | Path]) -> dict[str, TokenFrequency]:
     return parts
 
 
-def _tokenizer_of_parts(parts: Mapping[str, TokenFrequency]) -> TokenizerRecord | None:
-    records = {path: part.tokenizer for path, part in parts.items() if part.tokenizer is not None}
-    return _only_tokenizer(records, "the datasets were made") if records else None
-
-
 class FrequencyBands:
-    """Bands of token ids: the ids, sorted by descending frequency, are cut where they cover given shares of all tokens.
+    """Bands of token ids: the ids by descending frequency are cut where they cover 40 % and 90 % of all tokens.
 
     Args:
         occurrences: Occurrences of each id, float64 `[vocab]`, see `TokenFrequency.occurrences`.
-        edges: Share of the occurrences that each band and all bands before it cover, ascending. The last share is 1;
-            its band also holds the ids that never occur.
 
     Attributes:
         names: Name of each band, from the band of the most frequent ids on.
-        band_of_id: Band of each id, int64 `[vocab]`.
+        band_of_id: Band of each id, int64 `[vocab]`. The last band also holds the ids that never occur.
     """
 
-    def __init__(self, occurrences: np.ndarray, edges: tuple[float, ...] = DEFAULT_BAND_EDGES) -> None:
+    names = ("top 40 %", "next 50 %", "last 10 %")
+
+    def __init__(self, occurrences: np.ndarray) -> None:
         ids = ids_by_frequency(occurrences)
-        ends = [count_frequent(occurrences[ids], edge) for edge in edges[:-1]]
-        # One id can cover several shares, so a band can be empty: its end is not after its start.
+        ends = [count_frequent(occurrences[ids], share) for share in (0.4, 0.9)]
+        # One id can cover both shares, so a band can be empty: its end is not after its start.
         self.band_of_id = np.empty(len(ids), np.int64)
         self.band_of_id[ids] = np.searchsorted(ends, np.arange(len(ids)), side="right")
-        positions = ["top", *["next"] * (len(edges) - 2), "last"][: len(edges)]
-        shares = np.diff(edges, prepend=0)
-        self.names = tuple(f"{position} {100 * share:.0f} %" for position, share in zip(positions, shares, strict=True))

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
@@ -13,7 +12,7 @@ from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.files.wording import counted
-from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe, Vocabulary, assign_table, pack_sets, stack_tables
+from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe, assign_table, pack_sets, stack_tables
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import CountedDataset, TokenFrequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
@@ -136,7 +135,7 @@ class RoutingMask(SealedTensors):
     @cached_property
     def row_sizes(self) -> np.ndarray:
         """Number of experts in each row, int64 `[tables, rows]`."""
-        return _count_bits(self.visible_bits)
+        return np.bitwise_count(self.visible_bits).sum(axis=-1, dtype=np.int64)
 
     @property
     def is_shared(self) -> bool:
@@ -156,17 +155,12 @@ class RoutingMask(SealedTensors):
     @cached_property
     def max_visible(self) -> int:
         """The largest number of experts that any id sees in any layer."""
-        return int(self.most_visible_of_id.max())
+        return max(int(self.num_visible_of_layer(table).max()) for table in range(len(self.row_of_id)))
 
     @cached_property
     def fewest_visible_of_id(self) -> np.ndarray:
         """The smallest number of experts that each id sees in any layer, int64 `[vocab]`."""
         return np.minimum.reduce([self.num_visible_of_layer(table) for table in range(len(self.row_of_id))])
-
-    @cached_property
-    def most_visible_of_id(self) -> np.ndarray:
-        """The largest number of experts that each id sees in any layer, int64 `[vocab]`."""
-        return np.maximum.reduce([self.num_visible_of_layer(table) for table in range(len(self.row_of_id))])
 
     @property
     def num_visible_beyond_hash_layers(self) -> np.ndarray:
@@ -178,15 +172,19 @@ class RoutingMask(SealedTensors):
 
     def num_visible_of_layer(self, layer: int) -> np.ndarray:
         """Return the number of experts that each id sees in a layer, int64 `[vocab]`; layers count from 0."""
-        row_of_id, visible_bits = self.table_of_layer(layer)
-        return _count_bits(visible_bits)[row_of_id]
+        table = self._table(layer)
+        return self.row_sizes[table, self.row_of_id[table]]
 
     def table_of_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of a layer; layers count from 0."""
-        if not 0 <= layer < self.num_layers:
-            raise IndexError(f"layer {layer} of {self.num_layers}")
-        table = 0 if self.is_shared else layer
+        table = self._table(layer)
         return self.row_of_id[table], self.visible_bits[table]
+
+    def _table(self, layer: int) -> int:
+        """Return the table of a layer; layers count from 0."""
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"the routing mask has layers 0 to {self.num_layers - 1}, but no layer {layer}")
+        return 0 if self.is_shared else layer
 
     def visible_to_any_id(self, table: int) -> np.ndarray:
         """Return whether each expert is visible to any id in a table, bool `[N]`."""
@@ -306,10 +304,6 @@ def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
     return np.unpackbits(visible_bits, axis=-1, count=num_experts, bitorder="little").view(bool)
 
 
-def _count_bits(visible_bits: np.ndarray) -> np.ndarray:
-    return np.bitwise_count(visible_bits).sum(axis=-1, dtype=np.int64)
-
-
 def build_routing_mask(
     recipe: MaskRecipe,
     *,
@@ -341,17 +335,9 @@ def build_routing_mask(
         occurrences = np.zeros(vocab_size)
     if workers is None and recipe.num_tables * len(occurrences) < FEW_ASSIGNMENTS:
         workers = 1
-    # Make the tables of the hash layers, then the other tables: each of the two recipes divides the ids in its own way.
-    num_hashed = recipe.hash_layers.num_layers if recipe.hash_layers else 0
-    parts = (range(num_hashed), range(num_hashed, recipe.num_tables))
-    of_parts = ((recipe.of_table(part.start), part) for part in parts if part)
-    tables = chain.from_iterable(
-        map_in_processes(partial(assign_table, of_part, Vocabulary(occurrences, of_part)), part, workers)
-        for of_part, part in of_parts
-    )
-    with tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", delay=0.5, disable=not progress) as bar:
-        rows_of_ids, bits = zip(*bar, strict=True)
-    row_of_id, visible_bits = stack_tables(rows_of_ids, bits, recipe.num_experts)
+    tables = map_in_processes(partial(assign_table, recipe, occurrences), range(recipe.num_tables), workers)
+    bar = tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", delay=0.5, disable=not progress)
+    row_of_id, visible_bits = stack_tables(list(bar), recipe.num_experts)
     settings: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
     if frequency is not None:

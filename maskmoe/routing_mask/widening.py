@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -50,24 +49,21 @@ def widen_routing_mask(
     """
     recipe = _widened_recipe(mask, frequency, frequent_mass, frequent_visible_experts, seed)
     made_from = mask.provenance
-    occurrences = np.zeros(mask.vocab_size) if frequency is None else frequency.occurrences
+    vocabulary = Vocabulary(np.zeros(mask.vocab_size) if frequency is None else frequency.occurrences, recipe)
     num_tables = len(mask.row_of_id)
-    num_hashed = made_from.hash_layers.num_layers if made_from.hash_layers else 0
-    old_tables = [_Table(number, mask.row_of_id[number], mask.visible_bits[number]) for number in range(num_tables)]
     if workers is None and num_tables * mask.vocab_size < FEW_ASSIGNMENTS:
         workers = 1
-    widen = partial(_widen_table, recipe, Vocabulary(occurrences, recipe))
-    new_tables = map_in_processes(widen, old_tables[num_hashed:], workers)
-    with tqdm(
-        new_tables, total=num_tables - num_hashed, unit="table", desc="widening", delay=0.5, disable=not progress
-    ) as bar:
-        tables = [*old_tables[:num_hashed], *bar]
-    if all(new is None for new in tables[num_hashed:]):
-        return mask
-    tables = [new or old for old, new in zip(old_tables, tables, strict=True)]
-    row_of_id, visible_bits = stack_tables(
-        [table.row_of_id for table in tables], [table.visible_bits for table in tables], mask.num_experts
+    # Hash layers keep their tables.
+    first = made_from.hash_layers.num_layers if made_from.hash_layers else 0
+    old_tables = [mask.table_of_layer(table) for table in range(num_tables)]
+    new_tables = map_in_processes(
+        partial(_widen_table, recipe, vocabulary), list(enumerate(old_tables))[first:], workers
     )
+    bar = tqdm(new_tables, total=num_tables - first, unit="table", desc="widening", delay=0.5, disable=not progress)
+    tables = [*old_tables[:first], *(new or old for old, new in zip(old_tables[first:], bar, strict=True))]
+    if all(new is old for old, new in zip(old_tables, tables, strict=True)):
+        return mask
+    row_of_id, visible_bits = stack_tables(tables, mask.num_experts)
     ancestor: Ancestor = {
         "digest": mask.digest,
         "frequent_mass": made_from.frequent_mass,
@@ -89,14 +85,6 @@ def widen_routing_mask(
     return replace(mask, row_of_id=row_of_id, visible_bits=visible_bits, provenance=provenance)
 
 
-class _Table(NamedTuple):
-    """One table of a mask: its number, and its part of `row_of_id` `[vocab]` and of `visible_bits` `[rows, bytes]`."""
-
-    number: int
-    row_of_id: np.ndarray
-    visible_bits: np.ndarray
-
-
 def _widened_recipe(
     mask: RoutingMask,
     frequency: TokenFrequency | None,
@@ -106,13 +94,15 @@ def _widened_recipe(
 ) -> MaskRecipe:
     """Return the settings of the wider mask outside hash layers; see `widen_routing_mask` for arguments and errors."""
     made_from = mask.provenance
-    old = {"frequent mass": made_from.frequent_mass, "frequent visible experts": made_from.frequent_visible_experts}
-    new = dict(zip(old, (frequent_mass, frequent_visible_experts), strict=True))
-    if all(value is None for value in new.values()):
+    if frequent_mass is None and frequent_visible_experts is None:
         raise UserError("give a larger --frequent-mass or larger --frequent-visible-experts than the mask has")
-    for name, value in new.items():
-        if value is not None and value < (old[name] or 0):
-            raise UserError(f"{name} {value} would narrow the mask, which has {old[name]}; a mask can only be widened")
+    mass = made_from.frequent_mass if frequent_mass is None else frequent_mass
+    visible = frequent_visible_experts or made_from.frequent_visible_experts
+    if mass < made_from.frequent_mass or (visible or 0) < (made_from.frequent_visible_experts or 0):
+        raise UserError(
+            f"frequent mass {mass} and frequent visible experts {visible} would narrow the mask, which has "
+            f"{made_from.frequent_mass} and {made_from.frequent_visible_experts}; a mask can only be widened"
+        )
     assignment = made_from.assignment
     if assignment == EXPERT_TABLE:
         assignment = "uniform" if frequency is None else "balanced"
@@ -120,8 +110,8 @@ def _widened_recipe(
         mask.num_experts,
         mask.num_layers,
         assignment,
-        made_from.frequent_mass if frequent_mass is None else frequent_mass,
-        frequent_visible_experts or made_from.frequent_visible_experts,
+        mass,
+        visible,
         seed,
         made_from.expert_model_parallel_size,
         # The presets without frequent ids describe the mask no longer.
@@ -139,71 +129,44 @@ def _widened_recipe(
     return recipe
 
 
-def _widen_table(recipe: MaskRecipe, vocabulary: Vocabulary, table: _Table) -> _Table | None:
+def _widen_table(
+    recipe: MaskRecipe, vocabulary: Vocabulary, numbered: tuple[int, tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Return the widened table, or None if no visible set grows.
 
+    Ids get experts one after the other, by descending occurrences: the least-loaded experts, with the jitter of
+    `assignment._spread`. Ids without occurrences, and all ids if the recipe is uniform, draw their experts at random.
     The random stream depends on the seed and the table's number only, and differs from that of `assign_table`.
+
+    Args:
+        recipe: the settings of the wider mask.
+        vocabulary: the ids by frequency.
+        numbered: the number of the table, and its `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]`.
     """
-    rng = np.random.default_rng(np.random.SeedSequence(recipe.seed, spawn_key=(table.number, 1)))
-    sets = unpack_bits(table.visible_bits, recipe.num_experts)  # [rows, experts]
-    sizes = sets.sum(axis=1)[table.row_of_id]  # [vocab]
-    # Find the ids that get more experts, and sort them by descending occurrences.
+    number, (row_of_id, visible_bits) = numbered
+    rng = np.random.default_rng(np.random.SeedSequence(recipe.seed, spawn_key=(number, 1)))
+    sets = unpack_bits(visible_bits, recipe.num_experts)  # [rows, experts]
+    visible, sizes = sets[row_of_id], sets.sum(axis=1)[row_of_id]  # [vocab, experts], [vocab]
+    # Find the ids that get more experts.
     target = recipe.frequent_visible_experts or 1
     is_frequent = sizes > 1
     is_frequent[vocabulary.ids[: vocabulary.num_frequent]] = True
     grows = is_frequent & (sizes < target)
-    sorted_grows = grows[vocabulary.ids]
-    ids, occurrences = vocabulary.ids[sorted_grows], vocabulary.occurrences[sorted_grows]
-    if not len(ids):
+    if not grows.any():
         return None
-    # List the experts that each of these ids may get.
-    visible = sets[table.row_of_id]  # [vocab, experts]
-    ranks = visible[ids].reshape(len(ids), recipe.num_ranks, -1).any(axis=2)
-    experts_per_rank = recipe.num_experts // recipe.num_ranks
-    available = np.repeat(ranks, experts_per_rank, axis=1) & ~visible[ids]
-    num_new = target - sizes[ids]
-    # Add experts: by load for ids that occur, at random for all others.
-    num_by_load = 0 if recipe.assignment == "uniform" else np.count_nonzero(occurrences)
-    added = _draw(rng, available, num_new)
-    if num_by_load:
-        shares = np.empty(len(grows))
+    # The load that each id adds to each of its experts, and the load of the experts that are seen already.
+    shares = np.zeros(len(sizes))
+    if recipe.assignment != "uniform":
         shares[vocabulary.ids] = vocabulary.occurrences
         shares /= np.where(grows, target, sizes)
-        loads = np.bincount(table.row_of_id, weights=shares, minlength=len(sets)) @ sets  # of the experts seen before
-        by_load = slice(num_by_load)
-        added[by_load] = _add_least_loaded(rng, loads, shares[ids[by_load]], available[by_load], num_new[by_load])
-    visible[ids] |= added
-    return _Table(table.number, *table_of_sets(visible))
-
-
-def _draw(rng: np.random.Generator, available: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Draw `numbers` `[ids]` of the `available` experts of each id, every subset equally likely; bool `[ids, N]`."""
-    keys = np.where(available, rng.random(available.shape, dtype=np.float32), np.inf)
-    order = keys.argsort(axis=1)
-    drawn = np.zeros_like(available)
-    np.put_along_axis(drawn, order, np.arange(available.shape[1]) < numbers[:, None], axis=1)
-    return drawn
-
-
-def _add_least_loaded(
-    rng: np.random.Generator, loads: np.ndarray, shares: np.ndarray, available: np.ndarray, numbers: np.ndarray
-) -> np.ndarray:
-    """Choose the least-loaded of the available experts for one id after the other; see `_spread` for the jitter.
-
-    Args:
-        rng: Source of randomness.
-        loads: Load of each expert before, `[experts]`; is changed.
-        shares: The load that each id adds to each of its experts, `[ids]`.
-        available: The experts that each id may get, bool `[ids, experts]`.
-        numbers: The number of experts that each id gets, `[ids]`.
-
-    Returns:
-        The chosen experts, bool `[ids, experts]`.
-    """
-    chosen = np.zeros_like(available)
-    for row, (share, candidates, number) in enumerate(zip(shares, available, numbers, strict=True)):
-        priorities = np.where(candidates, loads + LOAD_JITTER * share * rng.random(len(loads)), np.inf)
-        experts = np.argpartition(priorities, number - 1)[:number]
-        chosen[row, experts] = True
-        loads[experts] += share
-    return chosen
+    loads = np.bincount(row_of_id, weights=shares, minlength=len(sets)) @ sets
+    experts_per_rank = recipe.num_experts // recipe.num_ranks
+    for token_id in vocabulary.ids[grows[vocabulary.ids]]:
+        seen, share, noise = visible[token_id], shares[token_id], rng.random(recipe.num_experts)
+        # The id may get further experts of the ranks on which it sees experts.
+        available = np.repeat(seen.reshape(recipe.num_ranks, -1).any(axis=1), experts_per_rank) & ~seen
+        priorities = np.where(available, loads + LOAD_JITTER * share * noise if share else noise, np.inf)
+        added = np.argpartition(priorities, target - sizes[token_id] - 1)[: target - sizes[token_id]]
+        visible[token_id, added] = True
+        loads[added] += share
+    return table_of_sets(visible)

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from maskmoe.analysis.routing.trace import RoutingTrace
 from maskmoe.checkpoint.integrity import Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import TRACKER, read_tracker, saved_iterations
 from maskmoe.comparison.suite import Suite
@@ -175,7 +174,6 @@ READERS_OF_ONE_FILE: dict[str, Callable[[Path], object]] = {
     "suite": lambda path: Suite.read(path, {}),
     "mask": RoutingMask.load,
     "token counts": TokenFrequency.load,
-    "trace": RoutingTrace.load,
     "expert table": lambda path: ExpertTable.read(str(path), 2),
     "SentencePiece": lambda path: load_tokenizer("SentencePieceTokenizer", path),
     "tokenizer.json": lambda path: load_tokenizer("HuggingFaceTokenizer", path),

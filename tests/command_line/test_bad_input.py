@@ -101,8 +101,6 @@ BAD_NUMBERS = {
         "--tokens": NOT_WHOLE,
         "--seq-length": NOT_WHOLE,
         "--batch-size": NOT_WHOLE,
-        "--capacity-factors": NOT_POSITIVE,
-        "--micro-batch-tokens": NOT_WHOLE,
         "--min-occurrences": NOT_WHOLE,
         "--top-ids": NOT_WHOLE,
         "--split": ("abc", "-1,2,3", "0,0,0", "nan,1,1", "inf,1,1", "1,2,3,4", "5e-1,1,1", ""),

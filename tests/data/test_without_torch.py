@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-PACKAGES = ("maskmoe.data", "maskmoe.routing_mask", "maskmoe.analysis.dispatch_cost")
+PACKAGES = ("maskmoe.data", "maskmoe.routing_mask")
 COMMANDS = (
     "make_corpus",
     "train_tokenizer",

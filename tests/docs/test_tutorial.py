@@ -39,9 +39,9 @@ def test_tutorial_runs_in_an_empty_folder(script: str, tmp_path: Path) -> None:
 
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     folder = tmp_path / "runs" / "by-hand"
-    files = ["mask.safetensors", "checkpoints", "evaluation.json", "tensorboard", "model/config.json", "dispatch.json"]
+    files = ["mask.safetensors", "checkpoints", "evaluation.json", "tensorboard", "model/config.json", "dispatch.csv"]
     files += ["model-bf16/config.json", "../../wider.safetensors"]
-    assert [name for name in [*files, "routing/routing.json"] if not (folder / name).exists()] == []
+    assert [name for name in [*files, "routing/layers.csv"] if not (folder / name).exists()] == []
     assert "no errors found" in result.stdout
     assert re.search(r"validation loss at iteration 4", result.stdout)
     assert "next 50 %" in result.stdout  # the table of the evaluation

@@ -1,11 +1,8 @@
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import MaskProvenance, MaskRecipe, RoutingMask, build_routing_mask
@@ -51,11 +48,11 @@ def test_look_up():
         assert row_of_id.shape == (4,)
         assert visible_bits.shape == (5, 1)
     assert (mask.min_visible, mask.max_visible) == (1, 3)
-    assert (mask.fewest_visible_of_id.tolist(), mask.most_visible_of_id.tolist()) == ([1, 2, 1, 1], [1, 2, 3, 2])
+    assert mask.fewest_visible_of_id.tolist() == [1, 2, 1, 1]
     assert not mask.is_shared
     for layer in (-1, 2):
-        with pytest.raises(IndexError):
-            mask.visible_sets(layer)
+        with pytest.raises(IndexError, match=f"layers 0 to 1, but no layer {layer}$"):
+            mask.num_visible_of_layer(layer)
 
 
 def test_a_shared_table_serves_all_layers(zipf_frequency):
@@ -220,14 +217,15 @@ def test_mask_for_one_layer_does_not_fit_several():
         mask.check_fits(**model, layers=FeedForwardLayers((True,) * 24))
 
 
-def test_expected_load_against_a_loop(mask, zipf_frequency):
+@pytest.mark.parametrize("topk", [1, 2, 8])
+def test_expected_load_against_a_loop(mask, zipf_frequency, topk):
     occurrences = zipf_frequency(200, 5000).occurrences
     expected = np.zeros((3, 10))
     for layer in range(3):
         for token, visible in enumerate(mask.visible_sets(layer)):
-            expected[layer, visible] += occurrences[token] / visible.sum()
-    np.testing.assert_allclose(expected_expert_load(mask, occurrences), expected)
-    np.testing.assert_allclose(expected.sum(axis=1), 5000)
+            expected[layer, visible] += occurrences[token] * min(topk, visible.sum()) / visible.sum()
+    np.testing.assert_allclose(expected_expert_load(mask, occurrences, topk), expected)
+    assert topk > 1 or expected.sum() == pytest.approx(3 * 5000)
 
 
 def test_ids_that_make_balance_impossible(make_frequency):
@@ -241,59 +239,7 @@ def test_ids_that_make_balance_impossible(make_frequency):
     assert overloading_ids(local_mask, frequency.occurrences).tolist() == [0, 2]
 
 
-@pytest.fixture
-def mask_file(mask, tmp_path):
-    path = tmp_path / "mask.safetensors"
-    mask.save(path)
-    return path
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(position=st.integers(0, 10**6), flip=st.integers(1, 255))
-def test_no_altered_byte_goes_unnoticed(mask, mask_file, position, flip):
-    content = bytearray(mask_file.read_bytes())
-    altered = mask_file.with_name("altered.safetensors")
-    content[position % len(content)] ^= flip
-    altered.write_bytes(content)
-    try:
-        loaded = RoutingMask.load(altered)
-    except UserError:
-        return
-    # A flipped space in the padding of the header changes nothing; whatever loads is the mask itself.
-    assert loaded.digest == mask.digest
-    assert np.array_equal(loaded.row_of_id, mask.row_of_id)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(length=st.integers(0, 10**6), tail=st.binary(max_size=20))
-def test_truncated_files_and_garbage_are_refused(mask_file, length, tail):
-    content = mask_file.read_bytes()
-    damaged = mask_file.with_name("damaged.safetensors")
-    damaged.write_bytes(content[: length % len(content)] + tail)
-    if damaged.read_bytes() == content:
-        return
-    with pytest.raises(UserError, match=r"damaged\.safetensors"):
-        RoutingMask.load(damaged)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    header=st.recursive(
-        st.none() | st.integers() | st.floats() | st.text(),
-        lambda inner: (
-            st.lists(inner)
-            | st.dictionaries(st.sampled_from(["kind", "version", "record", "sha256", "provenance"]), inner)
-        ),
-    )
-)
-def test_any_metadata_but_its_own_is_refused(mask, tmp_path, header):
-    path = tmp_path / "mask.safetensors"
-    save_file(mask.to_tensors()[0], path, metadata={"maskmoe": json.dumps(header)})
-    with pytest.raises(UserError, match=r"mask\.safetensors"):
-        RoutingMask.load(path)
-
-
-def test_files_of_other_kinds_are_refused(mask, mask_file, zipf_frequency, tmp_path):
+def test_files_of_other_kinds_are_refused(mask, zipf_frequency, tmp_path):
     counts = tmp_path / "counts.safetensors"
     zipf_frequency(20, 100).save(counts)
     with pytest.raises(UserError, match="is a token frequency file, expected a routing mask"):
@@ -302,7 +248,7 @@ def test_files_of_other_kinds_are_refused(mask, mask_file, zipf_frequency, tmp_p
         RoutingMask.load(tmp_path / "missing.safetensors")
     with pytest.raises(UserError, match=r"^routing mask file .* is a folder, not a file$"):
         RoutingMask.load(tmp_path)
-    save_file(load_file(mask_file), tmp_path / "bare.safetensors")
+    save_file(mask.to_tensors()[0], tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="not a routing mask file"):
         RoutingMask.load(tmp_path / "bare.safetensors")
     save_file({"weights": np.zeros(3, dtype=np.float16)}, tmp_path / "model.safetensors")

@@ -1,10 +1,7 @@
 """The settings of an analysis of routing; importing this module needs neither torch nor Megatron."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from maskmoe.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 
@@ -19,33 +16,18 @@ class AnalysisSettings:
         tokens: number of tokens of the probe text.
         seq_length: number of tokens in a window; None for the sequence length of the model.
         batch_size: number of windows in a batch.
-        capacity_factors: capacity factors for which the share of dropped assignments is computed.
-        micro_batch_tokens: number of tokens that share the capacity of the experts; None for the tokens of a batch.
         min_occurrences: number of occurrences in the probe from which an id counts in the statistics of distinct
             experts.
         top_ids: number of ids to list for each expert.
         scratch_dir: the folder in which Megatron checkpoints are converted; None for the default of the system.
         tokenizer_type, tokenizer_model: the values of Megatron's flags; None for the tokenizer of the training run.
-
-    Raises:
-        UserError: a value is out of range; the message names the flag.
     """
 
     tokens: int = 16384
     seq_length: int | None = None
     batch_size: int = 8
-    capacity_factors: Sequence[float] = (1.0, 1.25, 1.5, 2.0)
-    micro_batch_tokens: int | None = None
     min_occurrences: int = 8
     top_ids: int = 10
     scratch_dir: Path | None = None
     tokenizer_type: str | None = None
     tokenizer_model: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        for factor in self.capacity_factors:
-            if not 0 < factor < float("inf"):
-                raise UserError(f"--capacity-factors must be positive numbers, not {factor}")

@@ -10,7 +10,8 @@ import pytest
 from support.small_series import ITERATIONS, VOCAB_SIZE
 from support.tiny_maskmoe import make_config, make_model, random_mask
 
-from maskmoe.analysis.routing.models import (
+from maskmoe.analysis.analysis_settings import AnalysisSettings
+from maskmoe.analysis.model_series import (
     ModelShape,
     ModelSource,
     common_shape,
@@ -18,7 +19,6 @@ from maskmoe.analysis.routing.models import (
     model_folder,
     tokenizer_folder,
 )
-from maskmoe.analysis.routing.settings import AnalysisSettings
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEForCausalLM
@@ -88,7 +88,6 @@ def test_altered_content_is_found_when_it_is_converted(series, tmp_path):
 
 def test_paths_that_are_no_models(tmp_path, tiny_model):
     for path, steps, words in (
-        (tmp_path / "nowhere", (), "does not exist"),
         (tmp_path, (), "neither Megatron checkpoints nor a model"),
         (tiny_model, (3,), "--ckpt-step chooses among the checkpoints of a folder"),
     ):
@@ -141,12 +140,3 @@ def test_tokenizers(checkpoints, tmp_path):
     with pytest.raises(UserError, match=rf"{other} of .* is not the file .* \(sha256 {digest[:12]}…\)"):
         tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_model=str(other))).__enter__()
     assert list(tmp_path.iterdir()) == [other]
-
-
-def test_scratch_folder_that_cannot_be(checkpoints, tmp_path):
-    (model,) = find_models([checkpoints / "iter_0000002"])
-    with (
-        pytest.raises(UserError, match="choose another --scratch-dir"),
-        model_folder(model, AnalysisSettings(scratch_dir=tmp_path / "nowhere")),
-    ):
-        pass

@@ -1,6 +1,6 @@
 """Reads the probe text, which all models of a series route."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched, chain, islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 
-from maskmoe.analysis.routing.settings import SPLITS
+from maskmoe.analysis.analysis_settings import SPLITS
 from maskmoe.data.corpus import read_documents
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import HuggingFaceTokenizer
@@ -30,15 +30,11 @@ class Probe:
         token_ids: int64 [tokens].
         seq_length: number of tokens in a window; the last window may have fewer.
         batch_size: number of windows in a batch.
-        source: the origin of the text, for people.
-        pieces: the vocabulary's piece of every id that occurs; empty without a tokenizer.
     """
 
     token_ids: np.ndarray
     seq_length: int
     batch_size: int
-    source: str
-    pieces: Mapping[int, str]
 
     def batches(self) -> Iterator[np.ndarray]:
         """Yield the windows in order, int64 [batch, sequence]; a shorter last window is a batch of its own."""
@@ -65,11 +61,6 @@ class DatasetText:
     split: str | None = None
     eval_split: str = "valid"
 
-    @property
-    def source(self) -> str:
-        """Return the origin of the text, for people."""
-        return self.prefix if self.split is None else f"{self.prefix} ({self.eval_split} of --split {self.split})"
-
     def read(
         self, num_tokens: int, seq_length: int, vocab_size: int, model: Path, tokenizer_sha256: str | None = None
     ) -> np.ndarray:
@@ -93,7 +84,7 @@ class DatasetText:
             )
         token_ids = spread_windows(self._tokens(), num_tokens, seq_length).astype(np.int64)
         if not len(token_ids):
-            raise UserError(f"{self.source} holds no tokens; choose another --eval-split or --split")
+            raise UserError(f"dataset {self.prefix} holds no tokens; choose another --eval-split or --split")
         is_foreign = (token_ids < 0) | (token_ids >= vocab_size)
         if is_foreign.any():
             raise UserError(
@@ -167,11 +158,6 @@ class FileText:
     paths: Sequence[Path]
     json_key: str = "text"
 
-    @property
-    def source(self) -> str:
-        """Return the origin of the text, for people."""
-        return ", ".join(map(str, self.paths))
-
     def read(
         self, num_tokens: int, seq_length: int, vocab_size: int, model: Path, tokenizer_sha256: str | None = None
     ) -> np.ndarray:
@@ -192,7 +178,7 @@ class FileText:
         encoded = (ids.tolist() + end for batch in documents for ids in tokenizer.encode_batch(list(batch)))
         token_ids = np.fromiter(islice(chain.from_iterable(encoded), num_tokens), np.int64)
         if not len(token_ids):
-            raise UserError(f"{self.source} has no text")
+            raise UserError(f"{', '.join(map(str, self.paths))} has no text")
         return token_ids
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from maskmoe.analysis.routing.probe import Probe
-from maskmoe.analysis.routing.trace import NO_EXPERT, RoutingTrace
+from maskmoe.analysis.probe_text import Probe
+from maskmoe.analysis.routing_trace import NO_EXPERT, RoutingTrace
 from maskmoe.errors import UserError
 from maskmoe.files.foreign_libraries import reading
 from maskmoe.huggingface import MaskMoEForCausalLM, MaskMoEModel
@@ -34,16 +34,13 @@ def load_decoder(folder: Path) -> MaskMoEModel:
 
 
 @torch.inference_mode()
-def record_routing(model: MaskMoEModel, probe: Probe, name: str, iteration: int | None = None) -> RoutingTrace:
+def record_routing(model: MaskMoEModel, probe: Probe) -> RoutingTrace:
     """Record how a model routes all tokens of a probe.
 
     Args:
         model: the decoder of a model with experts.
         probe: the probe text, which the model reads window by window.
-        name: the name of the model in the trace.
-        iteration: the iteration of the model in the trace; None if it is unknown.
     """
-    layers = tuple(number for number, layer in enumerate(model.layers, start=1) if layer.is_sparse)
     recorded = {module: [] for module in model.modules() if isinstance(module, MaskMoETopKRouter)}
 
     def record(
@@ -70,8 +67,7 @@ def record_routing(model: MaskMoEModel, probe: Probe, name: str, iteration: int 
         field: np.stack([np.concatenate([batch[field] for batch in batches]) for batches in recorded.values()])
         for field in ("experts", "weights", "entropy", "num_visible")
     }
-    num_experts = model.config.num_experts
-    return RoutingTrace(probe.token_ids, layers, **arrays, num_experts=num_experts, name=name, iteration=iteration)
+    return RoutingTrace(probe.token_ids, **arrays, num_experts=model.config.num_experts)
 
 
 def selected_experts(indices: Tensor) -> Tensor:

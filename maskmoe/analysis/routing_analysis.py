@@ -1,49 +1,42 @@
 """Measures how each model of a series routes one probe text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from maskmoe.analysis.routing.models import ModelShape, ModelSource, common_shape, model_folder, tokenizer_folder
-from maskmoe.analysis.routing.probe import Probe, ProbeText, read_pieces
-from maskmoe.analysis.routing.recording import load_decoder, record_routing
-from maskmoe.analysis.routing.settings import AnalysisSettings
-from maskmoe.analysis.routing.statistics import measure, repeated_ids
+from maskmoe.analysis.analysis_settings import AnalysisSettings
+from maskmoe.analysis.model_series import ModelSource, common_shape, model_folder, tokenizer_folder
+from maskmoe.analysis.probe_text import Probe, ProbeText, read_pieces
+from maskmoe.analysis.routing_statistics import RoutingStatistics, measure, repeated_ids
+from maskmoe.analysis.trace_recording import load_decoder, record_routing
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
+class RoutingAnalysis:
     """The results of an analysis.
-
-    The sizes are M models, L layers with experts, N experts and B frequency bands.
 
     Attributes:
         models: the models, in the order of the series.
-        shape: the sizes of the models.
-        probe: the probe text.
+        statistics: the statistics of each model.
+        layers: numbers of the layers with experts, from 1.
+        occurrences: occurrences of each id in the probe, int64 [vocab].
         bands: the frequency bands of the ids.
-        settings: the settings of the analysis.
-        micro_batch_tokens: number of tokens that share the capacity of the experts.
-        statistics: the arrays that `measure` returns for a model, by name, with the axis of the models in front.
+        listed_ids: the ids that `RoutingStatistics.distinct` is about, int64 [F].
+        pieces: the vocabulary's piece of every id that occurs; empty without a tokenizer.
     """
 
     models: Sequence[ModelSource]
-    shape: ModelShape
-    probe: Probe
+    statistics: Sequence[RoutingStatistics]
+    layers: tuple[int, ...]
+    occurrences: np.ndarray
     bands: FrequencyBands
-    settings: AnalysisSettings
-    micro_batch_tokens: int
-    statistics: dict[str, np.ndarray]
-
-    def counted_ids(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the F ids that count for distinct experts, their occurrences and their bands, each int64 [F]."""
-        ids, occurrences = repeated_ids(self.probe.token_ids, self.settings.min_occurrences)
-        return ids, occurrences, self.bands.band_of_id[ids]
+    listed_ids: np.ndarray
+    pieces: Mapping[int, str]
 
 
 def analyze(
@@ -53,7 +46,7 @@ def analyze(
     frequency: TokenFrequency | None = None,
     trace_files: Sequence[Path] = (),
     progress: bool = False,
-) -> Analysis:
+) -> RoutingAnalysis:
     """Run each model over a probe text and measure how the model routes the text.
 
     Args:
@@ -75,25 +68,23 @@ def analyze(
     seq_length = settings.seq_length or max_seq_length
     if seq_length > max_seq_length:
         raise UserError(f"--seq-length is {seq_length}, but the model takes at most {max_seq_length} tokens")
-    micro_batch_tokens = settings.micro_batch_tokens or seq_length * settings.batch_size
 
     # The probe: the same token ids for all models.
     with tokenizer_folder(models[0], settings) as folder:
         sha256 = getattr(models[0].open().args, "tokenizer_sha256", None)
         token_ids = text.read(settings.tokens, seq_length, shape.vocab_size, folder, sha256)
-        probe = Probe(token_ids, seq_length, settings.batch_size, text.source, read_pieces(folder, token_ids))
-    occurrences = np.bincount(token_ids, minlength=shape.vocab_size).astype(np.float64)
-    bands = FrequencyBands(occurrences if frequency is None else frequency.occurrences)
+        pieces = read_pieces(folder, token_ids)
+    occurrences = np.bincount(token_ids, minlength=shape.vocab_size)
+    bands = FrequencyBands(occurrences.astype(np.float64) if frequency is None else frequency.occurrences)
 
     # At most two traces are in memory at a time.
-    measured = []
-    before = None
+    statistics, before = [], None
     for position, model in enumerate(tqdm(models, desc="routing the probe", unit="model", disable=not progress)):
         with model_folder(model, settings) as folder:
-            trace = record_routing(load_decoder(folder), probe, model.name, model.iteration)
+            trace = record_routing(load_decoder(folder), Probe(token_ids, seq_length, settings.batch_size))
         if trace_files:
-            trace.save(trace_files[position])
-        measured.append(measure(trace, before or trace, bands, micro_batch_tokens, settings))
+            trace.save(trace_files[position], model.name, shape.layers)
+        statistics.append(measure(trace, before, bands, settings))
         before = trace
-    statistics = {name: np.stack([of_model[name] for of_model in measured]) for name in measured[0]}
-    return Analysis(models, shape, probe, bands, settings, micro_batch_tokens, statistics)
+    listed_ids = repeated_ids(token_ids, settings.min_occurrences)
+    return RoutingAnalysis(models, statistics, shape.layers, occurrences, bands, listed_ids, pieces)

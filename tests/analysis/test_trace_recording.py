@@ -1,24 +1,25 @@
 """The recorded routing equals the routing of the model, computed by hand and by Megatron's routers."""
 
+import json
 import shlex
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file
 from support.small_series import DATA, ITERATIONS
 from support.tiny_maskmoe import NUM_EXPERTS, make_model, random_ids, random_mask
 
-from maskmoe.analysis.routing.models import find_models, model_folder
-from maskmoe.analysis.routing.probe import Probe
-from maskmoe.analysis.routing.recording import load_decoder, record_routing, selected_experts
-from maskmoe.analysis.routing.settings import AnalysisSettings
-from maskmoe.analysis.routing.trace import NO_EXPERT, RoutingTrace
-from maskmoe.errors import UserError
+from maskmoe.analysis.analysis_settings import AnalysisSettings
+from maskmoe.analysis.model_series import common_shape, find_models, model_folder
+from maskmoe.analysis.probe_text import Probe
+from maskmoe.analysis.routing_trace import NO_EXPERT
+from maskmoe.analysis.trace_recording import load_decoder, record_routing, selected_experts
 
 
 def make_probe(num_tokens: int, seq_length: int = 16, batch_size: int = 3) -> Probe:
-    return Probe(random_ids(num_tokens).numpy(), seq_length, batch_size, "random", {})
+    return Probe(random_ids(num_tokens).numpy(), seq_length, batch_size)
 
 
 @pytest.mark.parametrize("topk", [1, 2, 4])
@@ -27,10 +28,10 @@ def test_equals_routing_by_hand(topk, settings):
     """The masks show one to all experts, so some tokens see fewer than k experts."""
     mask, probe = random_mask(), make_probe(100)
     model = make_model(mask, num_experts_per_tok=topk, **settings)
-    trace = record_routing(model.model, probe, "tiny", 7)
+    trace = record_routing(model.model, probe)
 
     layers = [n for n in (1, 2, 3) if settings.get("mlp_layer_types", ["sparse"] * 3)[n - 1] == "sparse"]
-    assert (trace.name, trace.iteration, trace.num_experts, trace.layers) == ("tiny", 7, NUM_EXPERTS, tuple(layers))
+    assert (trace.num_experts, len(trace.experts)) == (NUM_EXPERTS, len(layers))
     logits = [
         model(torch.from_numpy(window[None]), output_router_logits=True).router_logits
         for batch in probe.batches()
@@ -56,7 +57,7 @@ def test_equals_routing_by_hand(topk, settings):
 def test_groups_limit_the_choice():
     """A token with too few visible experts in the chosen groups gets fewer than min(k, V) experts."""
     model = make_model(random_mask(1, 3), n_group=3, topk_group=1)
-    trace = record_routing(model.model, make_probe(64), "tiny")
+    trace = record_routing(model.model, make_probe(64))
     num_chosen = (trace.experts != NO_EXPERT).sum(axis=-1)
     assert (num_chosen < np.minimum(2, trace.num_visible)).any()
     assert (num_chosen == 2).any()
@@ -69,7 +70,7 @@ def test_groups_limit_the_choice():
 def test_entropy_of_other_scores(scoring_func):
     """The entropy is computed from the scores of the visible experts, divided by their sum."""
     model, probe = make_model(random_mask(), scoring_func=scoring_func), make_probe(16)
-    trace = record_routing(model.model, probe, "tiny")
+    trace = record_routing(model.model, probe)
     logits = model(torch.from_numpy(probe.token_ids[None]), output_router_logits=True).router_logits
     for entropy, z in zip(trace.entropy, logits, strict=True):
         for token in range(16):
@@ -89,46 +90,30 @@ def test_weights_that_underflow_stay_choices():
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate.weight.mul_(1e4)
-    trace = record_routing(model.model, make_probe(64), "tiny")
+    trace = record_routing(model.model, make_probe(64))
     assert (trace.weights[..., 1] == 0).any()
     assert (trace.experts != NO_EXPERT).all()
 
 
 def test_batches_do_not_matter():
     model, tokens = make_model().model, make_probe(100)
-    one_by_one = record_routing(model, Probe(tokens.token_ids, 16, 1, "random", {}), "tiny")
-    together = record_routing(model, tokens, "tiny")
+    one_by_one = record_routing(model, Probe(tokens.token_ids, 16, 1))
+    together = record_routing(model, tokens)
     assert np.array_equal(one_by_one.experts, together.experts)
     assert not any(layer.mlp.gate._forward_hooks for layer in model.layers)
 
 
-def test_saved_and_loaded(tmp_path):
-    trace = record_routing(make_model().model, make_probe(40), "iteration 500", 500)
-    trace.save(tmp_path / "trace.safetensors")
-    loaded = RoutingTrace.load(tmp_path / "trace.safetensors")
-    for name, value in vars(trace).items():
-        other = getattr(loaded, name)
-        if isinstance(value, np.ndarray):
-            assert value.dtype == other.dtype
-            assert np.array_equal(value, other)
-        else:
-            assert value == other
-
-
-def test_files_that_are_no_traces(tmp_path):
-    trace = record_routing(make_model().model, make_probe(40), "tiny")
-    trace.save(tmp_path / "trace")
-    (tmp_path / "short").write_bytes((tmp_path / "trace").read_bytes()[:-1])
-    save_file({"experts": trace.experts}, tmp_path / "other")
-    RoutingTrace(**(vars(trace) | {"layers": (1, 2)})).save(tmp_path / "contradictory")
-    for name, words in (
-        ("nowhere", "nowhere does not exist"),
-        ("short", "damaged"),
-        ("other", "not a trace"),
-        ("contradictory", "damaged"),
-    ):
-        with pytest.raises(UserError, match=words):
-            RoutingTrace.load(tmp_path / name)
+def test_saved(tmp_path):
+    trace = record_routing(make_model().model, make_probe(40))
+    trace.save(tmp_path / "trace.safetensors", "iteration 500", (1, 3))
+    tensors = load_file(tmp_path / "trace.safetensors")
+    assert tensors.keys() == {"token_ids", "experts", "weights", "entropy", "num_visible"}
+    for name, saved in tensors.items():
+        assert saved.dtype == getattr(trace, name).dtype
+        assert np.array_equal(saved, getattr(trace, name))
+    with safe_open(tmp_path / "trace.safetensors", framework="numpy") as file:
+        record = {name: json.loads(value) for name, value in file.metadata().items()}
+    assert record == {"checkpoint": "iteration 500", "layers": [1, 3], "num_experts": NUM_EXPERTS}
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +133,11 @@ def routed_by_megatron(workplace, checkpoints) -> dict[int, tuple[np.ndarray, ..
 def test_equals_what_megatron_routed(checkpoints, routed_by_megatron):
     (model,) = find_models([checkpoints], [ITERATIONS[-1]])
     windows = routed_by_megatron[1][0]
-    probe = Probe(windows.reshape(-1), windows.shape[1], 4, "evaluation", {})
+    probe = Probe(windows.reshape(-1), windows.shape[1], 4)
     with model_folder(model, AnalysisSettings()) as folder:
-        trace = record_routing(load_decoder(folder), probe, model.name, model.iteration)
+        trace = record_routing(load_decoder(folder), probe)
     assert not folder.exists()
-    assert trace.layers == tuple(routed_by_megatron) == (1, 3)
+    assert common_shape([model])[0].layers == tuple(routed_by_megatron) == (1, 3)
     assert len(probe.token_ids) > 1000
     for (ids, expected, chosen), experts, weights in zip(
         routed_by_megatron.values(), trace.experts, trace.weights, strict=True

@@ -1,13 +1,13 @@
 """Finds the models of a series, checks that they are alike, and provides them in transformers' format."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskmoe.analysis.routing.settings import AnalysisSettings
+from maskmoe.analysis.analysis_settings import AnalysisSettings
 from maskmoe.checkpoint import series
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure
 from maskmoe.conversion.convert import megatron_to_huggingface
@@ -18,7 +18,6 @@ from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT, choose_tokenizer, export_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.files.paths import check_folder
 from maskmoe.huggingface import MaskMoEConfig
 
 
@@ -77,7 +76,6 @@ def find_models(paths: Sequence[Path], steps: Sequence[int] = ()) -> tuple[Model
     """
     models = []
     for path in paths:
-        check_folder(path, "--load")
         if (path / CONFIG_FILE).is_file():
             model_type = read_model_config(path / CONFIG_FILE).get("model_type")
             if model_type != MaskMoEConfig.model_type:
@@ -155,7 +153,8 @@ def _shape(config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(config["vocab_size"], config["num_experts"], config["num_experts_per_tok"], layers)
 
 
-def model_folder(model: ModelSource, settings: AnalysisSettings) -> AbstractContextManager[Path]:
+@contextmanager
+def model_folder(model: ModelSource, settings: AnalysisSettings) -> Iterator[Path]:
     """Provide the folder of a model in transformers' format.
 
     A Megatron checkpoint is converted to a temporary folder without tokenizer, which is removed at the end.
@@ -163,45 +162,28 @@ def model_folder(model: ModelSource, settings: AnalysisSettings) -> AbstractCont
     Raises:
         UserError: the model cannot be converted, or the disk is full.
     """
+    if not model.is_megatron:
+        yield model.path
+        return
+    with tempfile.TemporaryDirectory(prefix="analyze_routing_", dir=settings.scratch_dir) as folder:
+        megatron_to_huggingface(Settings(load=model.path, save=Path(folder), tokenizer_type=WITHOUT_TEXT))
+        yield Path(folder)
 
-    def convert(folder: Path) -> None:
-        megatron_to_huggingface(Settings(load=model.path, save=folder, tokenizer_type=WITHOUT_TEXT))
 
-    return _exported(model, settings, convert)
-
-
-def tokenizer_folder(model: ModelSource, settings: AnalysisSettings) -> AbstractContextManager[Path]:
+@contextmanager
+def tokenizer_folder(model: ModelSource, settings: AnalysisSettings) -> Iterator[Path]:
     """Provide a folder with the tokenizer of a model in transformers' format; an empty folder for a model without one.
 
     Raises:
         UserError: the tokenizer is not on this machine, the model was trained with another one, or transformers has
             no equivalent.
     """
-
-    def export(folder: Path) -> None:
-        chosen = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
-        export_tokenizer(*choose_tokenizer(model.open().args, Settings(model.path, folder, **chosen)), folder)
-
-    return _exported(model, settings, export)
-
-
-@contextmanager
-def _exported(model: ModelSource, settings: AnalysisSettings, export: Callable[[Path], None]) -> Iterator[Path]:
-    """Yield the folder of a model in transformers' format, or a temporary folder that `export` has filled.
-
-    Raises:
-        UserError: the temporary folder cannot be made.
-    """
     if not model.is_megatron:
         yield model.path
         return
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix="analyze_routing_", dir=settings.scratch_dir)
-    except OSError as error:
-        raise UserError(
-            f"cannot make a temporary folder in {settings.scratch_dir or tempfile.gettempdir()}: {error.strerror}; "
-            "choose another --scratch-dir"
-        ) from error
-    with scratch as folder:
-        export(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="analyze_routing_", dir=settings.scratch_dir) as folder:
+        chosen = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
+        export_tokenizer(
+            *choose_tokenizer(model.open().args, Settings(model.path, Path(folder), **chosen)), Path(folder)
+        )
         yield Path(folder)

@@ -14,7 +14,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.tokenizers import MegatronTokenizer
 from support.small_series import SPLIT, VOCAB_SIZE
 
-from maskmoe.analysis.routing.probe import (
+from maskmoe.analysis.analysis_settings import SPLITS
+from maskmoe.analysis.probe_text import (
     DatasetText,
     FileText,
     Probe,
@@ -22,7 +23,6 @@ from maskmoe.analysis.routing.probe import (
     split_sequences,
     spread_windows,
 )
-from maskmoe.analysis.routing.settings import SPLITS
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens, read_index
 from maskmoe.data.tokenizer import SentencePieceTokenizer
@@ -39,7 +39,7 @@ def model(workplace) -> Path:
 
 
 def test_batches_are_windows_in_order():
-    probe = Probe(np.arange(23), 5, 3, "numbers", {})
+    probe = Probe(np.arange(23), 5, 3)
     batches = list(probe.batches())
     assert [batch.shape for batch in batches] == [(3, 5), (1, 5), (1, 3)]
     assert np.concatenate([batch.ravel() for batch in batches]).tolist() == list(range(23))

@@ -1,0 +1,193 @@
+"""Computes statistics of routing traces, by pure functions of arrays.
+
+The sizes are L layers with experts, T tokens, N experts, k experts of a token, B frequency bands, U distinct ids of a
+probe, of which F occur often enough to be listed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import entr
+
+from maskmoe.analysis.analysis_settings import AnalysisSettings
+from maskmoe.analysis.routing_trace import NO_EXPERT, RoutingTrace
+from maskmoe.routing_mask.frequency import FrequencyBands
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingStatistics:
+    """The statistics of one model. A mean over no tokens is NaN.
+
+    Attributes:
+        load: int64 [L, B, N], number of assignments.
+        entropy: float64 [L], mean entropy of the routers over the tokens that see two or more experts, in nats.
+        entropy_bound: float64 [L], mean of ln V over these tokens, the largest possible mean entropy, in nats.
+        first_weight: float64 [L], mean weight of a token's best expert over these tokens.
+        single_expert_share: float64 [L], share of the tokens that see one expert.
+        id_information: float64 [L], mutual information of the id and the experts of a token, in nats.
+        changed: float64 [2 + B, L], share of its experts that a token changed since the previous model, as means over
+            groups of tokens: all tokens, the tokens that see two or more experts in either model, and the tokens of
+            each frequency band. None for the first model.
+        top_ids: int64 [L, N, R], the ids that each expert gets most often, the most frequent first.
+        top_counts: int64 [L, N, R], number of tokens with these ids that the expert gets; 0 after all ids of an expert.
+        distinct: int64 [L, F], number of experts that the occurrences of an id chose first.
+        effective: float64 [L, F], exp of the entropy of these choices: the number of equally used experts with the
+            same entropy.
+    """
+
+    load: np.ndarray
+    entropy: np.ndarray
+    entropy_bound: np.ndarray
+    first_weight: np.ndarray
+    single_expert_share: np.ndarray
+    id_information: np.ndarray
+    changed: np.ndarray | None
+    top_ids: np.ndarray
+    top_counts: np.ndarray
+    distinct: np.ndarray
+    effective: np.ndarray
+
+
+def measure(
+    trace: RoutingTrace, before: RoutingTrace | None, bands: FrequencyBands, settings: AnalysisSettings
+) -> RoutingStatistics:
+    """Compute all statistics of one model.
+
+    Args:
+        trace: the trace of the model.
+        before: the trace of the previous model of the series; None for the first model.
+        bands: the frequency bands of the ids.
+        settings: the settings of the analysis.
+    """
+    band_of_token = bands.band_of_id[trace.token_ids]
+    routable = trace.is_routable
+    top_ids, top_counts = most_frequent_ids(trace, settings.top_ids)
+    distinct, effective = distinct_experts(trace, settings.min_occurrences)
+    return RoutingStatistics(
+        load=np.stack(
+            [count_choices(experts, band_of_token, len(bands.names), trace.num_experts) for experts in trace.experts]
+        ),
+        entropy=mean_where(trace.entropy, routable),
+        entropy_bound=mean_where(np.log(trace.num_visible, dtype=np.float64), routable),
+        first_weight=mean_where(trace.weights[..., 0], routable),
+        single_expert_share=1 - routable.mean(axis=1),
+        id_information=np.array([mutual_information(choices) for choices in choices_of_ids(trace)]),
+        changed=None if before is None else mean_changes(before, trace, band_of_token, len(bands.names)),
+        top_ids=top_ids,
+        top_counts=top_counts,
+        distinct=distinct,
+        effective=effective,
+    )
+
+
+def count_choices(experts: np.ndarray, group_of_token: np.ndarray, num_groups: int, num_experts: int) -> np.ndarray:
+    """Count how often the tokens of each group chose each expert in one layer.
+
+    Args:
+        experts: int16 [T, k], the chosen experts or `NO_EXPERT`.
+        group_of_token: int64 [T], the group of each token.
+        num_groups: number of groups.
+        num_experts: number of experts, N.
+
+    Returns:
+        int64 [groups, N]; the sum is the number of chosen experts of all tokens.
+    """
+    bins = (group_of_token * num_experts)[:, None] + experts
+    counts = np.bincount(bins[experts != NO_EXPERT], minlength=num_groups * num_experts)
+    return counts.reshape(num_groups, num_experts)
+
+
+def choices_of_ids(trace: RoutingTrace, first_only: bool = False) -> Iterator[np.ndarray]:
+    """Count how often each id chose each expert, int64 [U, N] with ascending ids.
+
+    The tables are large, so this generator yields the table of one layer at a time.
+
+    Args:
+        trace: the routing of tokens with U distinct ids.
+        first_only: whether to count only the best expert of each token.
+    """
+    ids, index = np.unique(trace.token_ids, return_inverse=True)
+    for experts in trace.experts[..., :1] if first_only else trace.experts:
+        yield count_choices(experts, index, len(ids), trace.num_experts)
+
+
+def max_over_mean(load: np.ndarray) -> np.ndarray:
+    """Return the largest load of an expert over the mean, float64 [...] of [..., N]; NaN if no expert has a load."""
+    return _divide(load.max(axis=-1), load.mean(axis=-1))
+
+
+def mean_where(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Return the mean over the counted elements of the last axis, float64 [L] of [L, T]; NaN if none is counted."""
+    counted = np.broadcast_to(counted, values.shape)
+    return _divide(np.where(counted, values, 0).sum(axis=-1, dtype=np.float64), counted.sum(axis=-1))
+
+
+def mutual_information(counts: np.ndarray) -> float:
+    """Return the mutual information of rows and columns of counts [rows, columns], in nats.
+
+    The mutual information is at most the logarithm of the smaller one of the numbers of rows and columns. It is
+    overestimated if rows have few counts.
+    """
+    information = _entropy(counts.sum(axis=1)) + _entropy(counts.sum(axis=0)) - _entropy(counts.ravel())
+    return max(float(information), 0.0)  # rounding may make the difference negative
+
+
+def most_frequent_ids(trace: RoutingTrace, num_top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the R = min(num_top, U) ids that each expert gets most often, and the numbers of tokens with these ids.
+
+    Both results are int64 [L, N, R], see `RoutingStatistics`; equally frequent ids are in ascending order.
+    """
+    ids, counts = [], []
+    for choices in choices_of_ids(trace):
+        index = np.argsort(-choices, axis=0, kind="stable")[:num_top]
+        counts.append(np.take_along_axis(choices, index, axis=0).T)
+        ids.append(np.unique(trace.token_ids)[index].T)
+    return np.stack(ids), np.stack(counts)
+
+
+def repeated_ids(token_ids: np.ndarray, min_occurrences: int) -> np.ndarray:
+    """Return the F ids that occur at least `min_occurrences` times, ascending."""
+    ids, occurrences = np.unique(token_ids, return_counts=True)
+    return ids[occurrences >= min_occurrences]
+
+
+def distinct_experts(trace: RoutingTrace, min_occurrences: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `distinct` and `effective` of `RoutingStatistics` for the F ids of `repeated_ids`."""
+    is_listed = np.isin(np.unique(trace.token_ids), repeated_ids(trace.token_ids, min_occurrences))
+    choices = np.stack([counts[is_listed] for counts in choices_of_ids(trace, first_only=True)])
+    return (choices > 0).sum(axis=-1), np.exp(_entropy(choices))
+
+
+def mean_changes(before: RoutingTrace, after: RoutingTrace, band_of_token: np.ndarray, num_bands: int) -> np.ndarray:
+    """Return the mean changes of groups of tokens from one model to the next, see `RoutingStatistics.changed`."""
+    changed = fluctuation(before, after)
+    groups = [np.ones(len(band_of_token), bool), before.is_routable | after.is_routable]
+    groups += [band_of_token == band for band in range(num_bands)]
+    return np.stack([mean_where(changed, group) for group in groups])
+
+
+def fluctuation(before: RoutingTrace, after: RoutingTrace) -> np.ndarray:
+    """Return which share of its experts each token changed, 1 - |A ∩ B| / max(|A|, |B|), float32 [L, T].
+
+    Args:
+        before: the trace with the experts A of each token.
+        after: the trace of the same tokens and layers with the experts B.
+    """
+    changed = np.empty(before.entropy.shape, np.float32)
+    for layer, (old, new) in enumerate(zip(before.experts, after.experts, strict=True)):
+        is_shared = (old[:, :, None] == new[:, None, :]) & (old != NO_EXPERT)[:, :, None]  # [T, k, k]
+        largest = np.maximum((old != NO_EXPERT).sum(axis=1), (new != NO_EXPERT).sum(axis=1))
+        changed[layer] = 1 - is_shared.sum(axis=(1, 2)) / largest
+    return changed
+
+
+def _entropy(counts: np.ndarray) -> np.ndarray:
+    """Return the entropy of counts, in nats, float64 [...] of [..., n]."""
+    return entr(_divide(counts, counts.sum(axis=-1, keepdims=True))).sum(axis=-1)
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Return the quotient in float64; NaN if the denominator is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(denominator == 0, np.nan, np.float64(numerator) / np.float64(denominator))

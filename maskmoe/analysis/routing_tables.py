@@ -1,0 +1,113 @@
+"""Writes the results of an analysis as tidy CSV files, and as a table for the terminal.
+
+Every file starts with the columns `checkpoint` (the name of the model), `iteration` (empty if it is unknown) and
+`layer` (from 1). Information and entropy are in nats.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskmoe.analysis.routing_analysis import RoutingAnalysis
+from maskmoe.analysis.routing_statistics import RoutingStatistics, max_over_mean, mean_where
+from maskmoe.analysis.tidy_csv import write_csv
+
+_BY_LAYER = ("entropy", "entropy_bound", "first_weight", "single_expert_share", "id_information")
+
+Rows = Iterator[tuple[Any, ...]]
+"""The rows of one model: the position of the layer, and the cells after the column `layer`."""
+
+
+def write_tables(analysis: RoutingAnalysis, folder: Path) -> list[Path]:
+    """Write all tables into an existing folder, and return their paths. Raises UserError if one cannot be written."""
+    for name, (columns, rows_of) in _TABLES.items():
+        rows = (
+            (model.name, model.iteration, analysis.layers[layer], *cells)
+            for model, statistics in zip(analysis.models, analysis.statistics, strict=True)
+            for layer, *cells in rows_of(analysis, statistics)
+        )
+        write_csv(folder / name, ("checkpoint", "iteration", "layer", *columns), rows)
+    return [folder / name for name in TABLE_NAMES]
+
+
+def _layer_rows(analysis: RoutingAnalysis, statistics: RoutingStatistics) -> Rows:
+    """Yield the numbers of each layer."""
+    load = max_over_mean(statistics.load.sum(axis=1))
+    yield from zip(range(len(load)), load, *(getattr(statistics, name) for name in _BY_LAYER), strict=True)
+
+
+def _load_rows(analysis: RoutingAnalysis, statistics: RoutingStatistics) -> Rows:
+    """Yield the assignments of each expert, by the frequency band of the ids."""
+    for (layer, band, expert), assignments in np.ndenumerate(statistics.load):
+        yield layer, analysis.bands.names[band], expert, assignments
+
+
+def _fluctuation_rows(analysis: RoutingAnalysis, statistics: RoutingStatistics) -> Rows:
+    """Yield the changes since the previous model, for each group of tokens."""
+    if statistics.changed is not None:
+        groups = ("all", "routable", *analysis.bands.names)
+        for (group, layer), changed in np.ndenumerate(statistics.changed):
+            yield layer, groups[group], changed
+
+
+def _id_rows(analysis: RoutingAnalysis, statistics: RoutingStatistics) -> Rows:
+    """Yield the numbers of experts of each id that occurs often enough."""
+    for (layer, place), distinct in np.ndenumerate(statistics.distinct):
+        token_id = int(analysis.listed_ids[place])
+        band, occurrences = analysis.bands.names[analysis.bands.band_of_id[token_id]], analysis.occurrences[token_id]
+        piece = analysis.pieces.get(token_id, "")
+        yield layer, token_id, piece, band, occurrences, distinct, statistics.effective[layer, place]
+
+
+def _top_id_rows(analysis: RoutingAnalysis, statistics: RoutingStatistics) -> Rows:
+    """Yield the most frequent ids of each expert, and their share of its tokens over their share of the probe."""
+    load = statistics.load.sum(axis=1)
+    for (layer, expert, rank), tokens in np.ndenumerate(statistics.top_counts):
+        if tokens:
+            token_id = int(statistics.top_ids[layer, expert, rank])
+            share = tokens / load[layer, expert]
+            lift = share / (analysis.occurrences[token_id] / analysis.occurrences.sum())
+            yield layer, expert, rank + 1, token_id, analysis.pieces.get(token_id, ""), tokens, share, lift
+
+
+_TABLES: dict[str, tuple[tuple[str, ...], Callable[[RoutingAnalysis, RoutingStatistics], Rows]]] = {
+    "layers.csv": (("load_max_over_mean", *_BY_LAYER), _layer_rows),
+    "load.csv": (("band", "expert", "assignments"), _load_rows),
+    "fluctuation.csv": (("tokens", "changed"), _fluctuation_rows),
+    "ids.csv": (("id", "piece", "band", "occurrences", "distinct", "effective"), _id_rows),
+    "top_ids.csv": (("expert", "rank", "id", "piece", "tokens", "share", "lift"), _top_id_rows),
+}
+TABLE_NAMES = tuple(_TABLES)
+
+
+def terminal_table(analysis: RoutingAnalysis) -> Iterator[str]:
+    """Yield the lines of a table for the terminal, with a row of means over the layers for each model."""
+    columns = {
+        "load max/mean": ".2f",
+        "entropy": ".3f",
+        "of at most": ".3f",
+        "one expert": ".1%",
+        "id–expert": ".3f",
+        "experts an id": ".2f",
+        "changed": ".1%",
+        "of V > 1": ".1%",
+    }
+    yield "means over the layers; information and entropy in nats, per cent of tokens"
+    yield f"{'model':<28}" + "".join(f"{title:>{len(title) + 3}}" for title in columns)
+    for model, statistics in zip(analysis.models, analysis.statistics, strict=True):
+        shown = [
+            max_over_mean(statistics.load.sum(axis=1)),
+            *(statistics.entropy, statistics.entropy_bound, statistics.single_expert_share, statistics.id_information),
+            statistics.distinct,
+            *(() if statistics.changed is None else statistics.changed[:2]),
+        ]
+        cells = zip(columns.items(), shown, strict=False)  # the first model has no model before it
+        line = "".join(f"{_mean(values):>{len(title) + 3}{form}}" for (title, form), values in cells)
+        yield f"{model.name[-27:]:<28}{line}"
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of the values that are not NaN; NaN if there is none."""
+    return float(mean_where(values.ravel(), ~np.isnan(values.ravel())))

@@ -1,0 +1,276 @@
+"""The command analyze_routing, as a user runs it."""
+
+import csv
+import math
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+from support.paths import ROOT
+from support.small_series import ITERATIONS, NUM_EXPERTS, SPLIT, TRAINING
+from support.tiny_maskmoe import make_model, random_mask
+
+from maskmoe.analysis.model_series import find_models
+from maskmoe.analysis.routing_plots import PLOT_NAMES
+from maskmoe.analysis.routing_tables import TABLE_NAMES
+from maskmoe.conversion.convert import Settings, megatron_to_huggingface
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.routing_mask import RoutingMask, TokenFrequency
+from maskmoe.routing_mask.frequency import FrequencyBands
+
+FILES = {*TABLE_NAMES, *PLOT_NAMES}
+BANDS = ("top 40 %", "next 50 %", "last 10 %")
+SERIES = ("--load", "checkpoints", "--data-path", "data", "--split", SPLIT)
+LAYERS = (1, 3)
+
+
+def read_table(folder: Path, name: str) -> list[dict[str, str]]:
+    with open(folder / name, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def analysed_series(workplace, checkpoints) -> Path:
+    """The folder with the results of the checkpoints of a run."""
+    flags = ("--token-frequency", "counts.safetensors", "--tokens", 1500, "--save-traces")
+    process = workplace.analyze(*SERIES, *flags, "--scratch-dir", ".", "--output-dir", "series")
+    assert process.returncode == 0, process.stderr
+    assert "routing the probe: 100%" in process.stderr
+    table, _, written = process.stdout.partition("\n\n")
+    assert [line.split()[:2] for line in table.splitlines()[2:]] == [["iteration", str(it)] for it in ITERATIONS]
+    folder = workplace.folder / "series"
+    assert {Path(line.split()[1]).name for line in written.splitlines()} == {path.name for path in folder.iterdir()}
+    assert not list(workplace.folder.glob("analyze_routing_*"))
+    return folder
+
+
+def test_files(analysed_series):
+    traces = {f"trace_{number}.safetensors" for number in (1, 2, 3)}
+    assert {path.name for path in analysed_series.iterdir()} == FILES | traces
+    for name in PLOT_NAMES:
+        assert (analysed_series / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_follow_from_the_traces(analysed_series, workplace):
+    """The tables have the right statistics in the right places."""
+    mask = RoutingMask.load(workplace.folder / "mask.safetensors")
+    frequency = TokenFrequency.load(workplace.folder / "counts.safetensors")
+    band_of_id = FrequencyBands(frequency.occurrences).band_of_id
+    tables = {name: read_table(analysed_series, name) for name in TABLE_NAMES}
+    for rows in tables.values():
+        assert {(row["checkpoint"], row["layer"]) for row in rows} <= {
+            (f"iteration {iteration}", str(layer)) for iteration in ITERATIONS for layer in LAYERS
+        }
+        assert all(row["checkpoint"] == f"iteration {row['iteration']}" for row in rows)
+    traces = [load_file(analysed_series / f"trace_{number}.safetensors") for number in (1, 2, 3)]
+    before = None
+    for iteration, trace in zip(ITERATIONS, traces, strict=True):
+        for index, layer in enumerate(LAYERS):
+            rows = {
+                name: [row for row in of_all if (row["iteration"], row["layer"]) == (str(iteration), str(layer))]
+                for name, of_all in tables.items()
+            }
+            experts, ids = trace["experts"][index], trace["token_ids"]
+            assert np.array_equal(trace["num_visible"][index], mask.visible_sets(layer - 1)[ids].sum(axis=1))
+            check_layer(rows, experts, ids, trace["num_visible"][index], trace["entropy"][index], band_of_id)
+            changes = {row["tokens"]: float(row["changed"]) for row in rows["fluctuation.csv"]}
+            assert set(changes) == (set() if before is None else {"all", "routable", *BANDS})
+            if before is not None:
+                pairs = zip(before["experts"][index].tolist(), experts.tolist(), strict=True)
+                sets = [(set(old) - {-1}, set(new) - {-1}) for old, new in pairs]
+                changed = np.array([1 - len(old & new) / max(len(old), len(new)) for old, new in sets])
+                assert changes["all"] == pytest.approx(changed.mean(), abs=1e-5)
+                assert changes["routable"] == pytest.approx(changed[trace["num_visible"][index] > 1].mean(), abs=1e-5)
+                assert changes["top 40 %"] == pytest.approx(changed[band_of_id[ids] == 0].mean(), abs=1e-5)
+                assert changes["routable"] > changes["all"] > 0
+        before = trace
+
+
+def check_layer(
+    rows: dict[str, list[dict[str, str]]],
+    experts: np.ndarray,
+    ids: np.ndarray,
+    num_visible: np.ndarray,
+    entropy: np.ndarray,
+    band_of_id: np.ndarray,
+) -> None:
+    """Compare the rows of a checkpoint and a layer with the trace of the layer."""
+    load = {(row["band"], int(row["expert"])): int(row["assignments"]) for row in rows["load.csv"]}
+    for band, name in enumerate(BANDS):
+        of_band = experts[band_of_id[ids] == band]
+        assert [load[name, expert] for expert in range(NUM_EXPERTS)] == [
+            (of_band == expert).sum() for expert in range(NUM_EXPERTS)
+        ]
+    total = np.bincount(experts[experts >= 0], minlength=NUM_EXPERTS)
+    (layer_row,) = rows["layers.csv"]
+    assert float(layer_row["load_max_over_mean"]) == pytest.approx(total.max() / total.mean(), rel=1e-5)
+    assert float(layer_row["entropy"]) == pytest.approx(entropy[num_visible > 1].mean(), rel=1e-5)
+    assert float(layer_row["entropy"]) < float(layer_row["entropy_bound"]) <= math.log(3) + 1e-5
+    assert float(layer_row["single_expert_share"]) == pytest.approx((num_visible == 1).mean(), abs=1e-6)
+    assert 0 < float(layer_row["id_information"]) <= math.log(NUM_EXPERTS)
+    occurrences = np.bincount(ids)
+    assert [int(row["id"]) for row in rows["ids.csv"]] == np.flatnonzero(occurrences >= 8).tolist()
+    for row in rows["ids.csv"]:
+        token_id = int(row["id"])
+        assert int(row["occurrences"]) == occurrences[token_id]
+        assert row["band"] == BANDS[band_of_id[token_id]]
+        assert int(row["distinct"]) == len(set(experts[ids == token_id, 0].tolist())) >= float(row["effective"]) - 1e-5
+    for row in rows["top_ids.csv"]:
+        token_id, expert = int(row["id"]), int(row["expert"])
+        tokens = (experts[ids == token_id] == expert).sum()
+        assert row["piece"]
+        assert int(row["tokens"]) == tokens
+        assert float(row["share"]) == pytest.approx(tokens / total[expert], rel=1e-5)
+        lift = tokens / total[expert] / (occurrences[token_id] / len(ids))
+        assert float(row["lift"]) == pytest.approx(lift, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_a_hybrid_run(workplace):
+    """The numbers of layers are those of a GPT model with the same layers."""
+    flags = TRAINING.replace("--num-layers 3 --moe-layer-freq [1,0,1]", "--hybrid-layer-pattern *E*-*E")
+    process = workplace.run_python("-m", "maskmoe.training.pretrain", *shlex.split(flags), "--save", "hybrid")
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    load = ("--load", "hybrid", *SERIES[2:], "--ckpt-step", ITERATIONS[-1])
+    process = workplace.analyze(*load, "--tokens", 500, "--save-traces", "--output-dir", "analysis_of_hybrid")
+    assert process.returncode == 0, process.stderr
+    folder = workplace.folder / "analysis_of_hybrid"
+    assert {int(row["layer"]) for row in read_table(folder, "load.csv")} == set(LAYERS)
+    trace = load_file(folder / "trace_1.safetensors")
+    mask = RoutingMask.load(workplace.folder / "mask.safetensors")
+    for index, layer in enumerate(LAYERS):
+        visible = mask.visible_sets(layer - 1)[trace["token_ids"]]
+        assert np.array_equal(trace["num_visible"][index], visible.sum(axis=1))
+
+
+def test_an_exported_model_and_a_text(workplace, checkpoints):
+    tokenizer = str(workplace.folder / "tokenizer.model")
+    megatron_to_huggingface(Settings(load=checkpoints, save=workplace.folder / "exported", tokenizer_model=tokenizer))
+    (exported,) = find_models([workplace.folder / "exported"])
+    of_checkpoint, of_exported = (model.open().args for model in (find_models([checkpoints])[0], exported))
+    assert of_exported.tokenizer_sha256 == of_checkpoint.tokenizer_sha256
+    flags = ("--load", "exported", "--input", "text.txt", "--seq-length", 16, "--tokens", 700, "--batch-size", 5)
+    process = workplace.analyze(*flags, "--output-dir", "of_text")
+    assert process.returncode == 0, process.stderr
+    folder = workplace.folder / "of_text"
+    assert {path.name for path in folder.iterdir()} == FILES - {"fluctuation.png"}
+    assert {(row["checkpoint"], row["iteration"]) for row in read_table(folder, "layers.csv")} == {("exported", "")}
+    assert sum(int(row["assignments"]) for row in read_table(folder, "load.csv") if row["layer"] == "1") > 700
+    assert read_table(folder, "fluctuation.csv") == []
+    assert all(row["piece"] for row in read_table(folder, "ids.csv"))
+
+
+def test_a_model_against_itself(tmp_path, monkeypatch, capsys):
+    """With one layer with experts and no token with a choice, cells without a value are empty."""
+    settings = {"mlp_layer_types": ["dense", "sparse", "dense"], "num_experts_per_tok": 1}
+    make_model(random_mask(1), **settings).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    run("--load", "model", "model", "--data-path", write_data(tmp_path), "--output-dir", "out")
+    changed = {row["tokens"]: row["changed"] for row in read_table(tmp_path / "out", "fluctuation.csv")}
+    assert changed["all"] == "0"
+    assert changed["routable"] == ""
+    row = read_table(tmp_path / "out", "layers.csv")[0]
+    assert (row["layer"], row["entropy"], row["single_expert_share"]) == ("2", "", "1")
+    assert {row["distinct"] for row in read_table(tmp_path / "out", "ids.csv")} == {"1"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert "Warning" not in capsys.readouterr().err
+
+
+def write_data(folder: Path) -> str:
+    """Write a dataset with the ids of the tiny model; return its prefix."""
+    with IndexedDatasetWriter(folder / "tiny", np.uint16) as dataset:
+        dataset.add_document(np.arange(600) % 60)
+    return str(folder / "tiny")
+
+
+def run(*arguments: object) -> None:
+    """Run the command in this process."""
+    tool = ROOT / "tools/analyze_routing.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(tool), *map(str, arguments)])
+        runpy.run_path(str(tool), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--load", "nowhere"), "--load nowhere does not exist"),
+        (("--load", "empty"), "--load empty holds neither Megatron checkpoints nor a model"),
+        (("--ckpt-step", 3), "iter_0000003 does not exist"),
+        (("--data-path", "nowhere"), "nowhere.idx does not exist"),
+        (("--split", "100,0,0"), "leaves nothing for --eval-split valid"),
+        (("--seq-length", 33), "--seq-length is 33, but the model takes at most 32 tokens"),
+        (("--token-frequency", "text.txt"), "text.txt"),
+        (("--token-frequency", "few.safetensors"), "--token-frequency counts 60 ids, the model has 500"),
+        (("--tokenizer-model", "nowhere.model"), "the tokenizer nowhere.model of"),
+        (("--scratch-dir", "nowhere"), "--scratch-dir nowhere does not exist"),
+        (("--output-dir", "no/folder"), "cannot write to --output-dir no/folder: No such file or directory"),
+    ],
+)
+def test_bad_input(workplace, checkpoints, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(workplace.folder)
+    counts = np.array([[600, *[0] * 59]])
+    datasets = ({"name": "d", "num_tokens": 600, "idx_sha256": "0" * 64, "bin_bytes": 1200},)
+    TokenFrequency(counts, (None,), datasets, None).save("few.safetensors")
+    Path("empty").mkdir(exist_ok=True)
+    before = set(workplace.folder.rglob("*"))
+    series = SERIES[2:] if flags[0] == "--load" else SERIES  # the flag may be given only once
+    with pytest.raises(SystemExit) as end:
+        run(*series, "--output-dir", "bad", *flags)
+    assert end.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    (message,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert words in message
+    assert "Traceback" not in errors
+    assert set(workplace.folder.rglob("*")) == before
+
+
+def test_results_stay_as_they_were(analysed_series, workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace.folder)
+    before = {path: path.read_bytes() for path in analysed_series.iterdir()}
+    with pytest.raises(SystemExit):
+        run(*SERIES, "--output-dir", "series", "--force", "--seq-length", 33)
+    assert {path: path.read_bytes() for path in analysed_series.iterdir()} == before
+    assert "--seq-length is 33" in capsys.readouterr().err
+
+
+def test_text_that_cannot_be_read(workplace, checkpoints, monkeypatch, capsys):
+    """The advice must hold for this command, whose flags of the text differ from those of preprocess."""
+    monkeypatch.chdir(workplace.folder)
+    Path("body.jsonl").write_text('{"body": "a"}\n')
+    pq.write_table(pa.table({"body": ["a"]}), "body.parquet")
+    Path("saved").mkdir(exist_ok=True)
+    Path("saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for name, advice in (
+        ("body.jsonl", "choose the keys of the text with --json-keys or --json-key"),
+        ("body.parquet", "choose with --json-keys or --json-key"),
+        ("saved", "or, if the command lacks this flag, name the files of one split"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run("--load", "checkpoints", "--ckpt-step", ITERATIONS[0], "--input", name, "--output-dir", "bad")
+        assert end.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].endswith(advice)
+
+
+def test_split_of_files(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace.folder)
+    with pytest.raises(SystemExit) as end:
+        run("--load", "nowhere", "--input", "text.txt", "--split", "1,1,1", "--output-dir", "bad")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --split is for --data-path")
+
+
+@pytest.mark.parametrize("command", ["analyze_routing", "thin_checkpoints"])
+def test_help_needs_neither_torch_nor_megatron(command, workplace):
+    blocked = "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'megatron'))"
+    code = f"{blocked}; from maskmoe.command_line.{command} import main; main()"
+    process = workplace.run_python("-c", code, "--help")
+    assert process.returncode == 0, process.stderr
+    assert "example" in process.stdout

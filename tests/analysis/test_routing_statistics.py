@@ -1,0 +1,164 @@
+"""The statistics equal a few lines of plain Python, and their invariants hold for random traces."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import entropy as scipy_entropy
+
+from maskmoe.analysis import routing_statistics as statistics
+from maskmoe.analysis.analysis_settings import AnalysisSettings
+from maskmoe.analysis.routing_statistics import RoutingStatistics
+from maskmoe.analysis.routing_trace import NO_EXPERT, RoutingTrace
+from maskmoe.routing_mask.frequency import FrequencyBands
+
+
+def make_trace(
+    seed: int = 0, layers: int = 3, tokens: int = 200, num_experts: int = 6, topk: int = 2, vocab_size: int = 20
+) -> RoutingTrace:
+    """Make random choices among visible experts; an id has the same visible experts in all traces of the same sizes."""
+    sizes = np.random.default_rng(1)
+    num_visible_of_id = sizes.integers(1, num_experts + 1, (layers, vocab_size))
+    num_visible_of_id[:, 0] = 1
+    visible = sizes.random((layers, vocab_size, num_experts)).argsort(axis=-1)  # the first V experts are visible
+    token_ids = sizes.integers(0, vocab_size, tokens)
+    rng = np.random.default_rng(seed)
+    experts = np.full((layers, tokens, topk), NO_EXPERT, np.int16)
+    weights = np.zeros((layers, tokens, topk), np.float32)
+    for layer in range(layers):
+        for token, number in enumerate(token_ids):
+            seen = visible[layer, number, : num_visible_of_id[layer, number]]
+            chosen = rng.permutation(seen)[:topk]
+            experts[layer, token, : len(chosen)] = chosen
+            weights[layer, token, : len(chosen)] = -np.sort(-rng.dirichlet(np.ones(len(chosen))))
+    num_visible = num_visible_of_id[:, token_ids].astype(np.int16)
+    entropy = (rng.random(num_visible.shape) * np.log(num_visible)).astype(np.float32)
+    return RoutingTrace(token_ids, experts, weights, entropy, num_visible, num_experts)
+
+
+examples = settings(max_examples=50)
+traces = st.builds(
+    make_trace,
+    seed=st.integers(0, 1000),
+    layers=st.integers(1, 3),
+    tokens=st.integers(1, 60),
+    num_experts=st.integers(3, 9),
+    topk=st.integers(1, 3),
+    vocab_size=st.integers(1, 12),
+)
+
+
+BANDS = FrequencyBands(np.arange(20, 0, -1).astype(float))
+
+
+def measure(trace: RoutingTrace, before: RoutingTrace | None = None, **settings: int) -> RoutingStatistics:
+    return statistics.measure(trace, before, BANDS, AnalysisSettings(**settings))
+
+
+def num_layers(trace: RoutingTrace) -> int:
+    return len(trace.experts)
+
+
+@examples
+@given(traces)
+def test_load(trace):
+    load = measure(trace).load
+    expected = np.zeros((num_layers(trace), 3, trace.num_experts))
+    for layer, token, place in np.argwhere(trace.experts != NO_EXPERT):
+        expected[layer, BANDS.band_of_id[trace.token_ids[token]], trace.experts[layer, token, place]] += 1
+    assert np.array_equal(load, expected)
+
+
+def test_unevenness_of_load():
+    np.testing.assert_allclose(statistics.max_over_mean(np.array([[2, 2, 2], [6, 0, 0], [0, 0, 0]])), [1, 3, np.nan])
+
+
+def test_entropy():
+    trace = make_trace()
+    found = measure(trace)
+    for layer in range(3):
+        routable = [token for token in range(200) if trace.num_visible[layer, token] > 1]
+        assert found.single_expert_share[layer] == pytest.approx(1 - len(routable) / 200)
+        assert found.entropy[layer] == pytest.approx(np.mean([trace.entropy[layer, token] for token in routable]))
+        bound = np.mean([math.log(trace.num_visible[layer, token]) for token in routable])
+        assert found.entropy_bound[layer] == pytest.approx(bound)
+        weight = np.mean([trace.weights[layer, token, 0] for token in routable])
+        assert found.first_weight[layer] == pytest.approx(weight)
+
+
+def test_entropy_without_choice():
+    found = measure(make_trace(vocab_size=1))
+    assert np.isnan([found.entropy, found.entropy_bound, found.first_weight]).all()
+    assert (found.single_expert_share == 1).all()
+
+
+def information_by_hand(xs: np.ndarray, ys: np.ndarray) -> float:
+    """Return the mutual information of paired observations, in nats."""
+    pairs = Counter(zip(xs.tolist(), ys.tolist(), strict=True))
+    of_x, of_y = Counter(xs.tolist()), Counter(ys.tolist())
+    total = pairs.total()
+    return sum(n / total * math.log(n * total / (of_x[x] * of_y[y])) for (x, y), n in pairs.items())
+
+
+def test_information_by_hand():
+    trace = make_trace()
+    for layer, information in enumerate(measure(trace).id_information):
+        is_chosen = trace.experts[layer] != NO_EXPERT
+        ids = np.repeat(trace.token_ids[:, None], 2, axis=1)[is_chosen]
+        assert information == pytest.approx(information_by_hand(ids, trace.experts[layer][is_chosen]))
+
+
+def test_information_of_a_table_and_of_independence():
+    assert statistics.mutual_information(np.array([[5, 0], [0, 5]])) == pytest.approx(math.log(2))
+    assert statistics.mutual_information(np.array([[1, 2], [2, 4]])) == pytest.approx(0, abs=1e-12)
+
+
+@examples
+@given(traces, st.integers(1, 5))
+def test_top_ids(trace, num_top):
+    found = measure(trace, top_ids=num_top)
+    shape = (num_layers(trace), trace.num_experts, min(num_top, len(set(trace.token_ids.tolist()))))
+    assert found.top_ids.shape == found.top_counts.shape == shape
+    for layer, expert in np.ndindex(*shape[:2]):
+        got = Counter(trace.token_ids[(trace.experts[layer] == expert).any(axis=1)].tolist())
+        expected = sorted(got.items(), key=lambda pair: (-pair[1], pair[0]))[:num_top]
+        pairs = zip(found.top_ids[layer, expert].tolist(), found.top_counts[layer, expert].tolist(), strict=True)
+        assert [pair for pair in pairs if pair[1]] == expected
+
+
+@examples
+@given(st.integers(0, 100), st.integers(0, 100), st.integers(1, 3))
+def test_fluctuation(seed, other_seed, topk):
+    before, after = make_trace(seed, topk=topk, tokens=40), make_trace(other_seed, topk=topk, tokens=40)
+    changed = statistics.fluctuation(before, after)
+    assert np.array_equal(changed, statistics.fluctuation(after, before))
+    assert (statistics.fluctuation(before, before) == 0).all()
+    assert (changed[before.num_visible <= topk] == 0).all()
+    for layer, token in np.ndindex(*changed.shape):
+        old, new = (set(trace.experts[layer, token].tolist()) - {NO_EXPERT} for trace in (before, after))
+        assert changed[layer, token] == pytest.approx(1 - len(old & new) / max(len(old), len(new)))
+    # The means over groups of tokens.
+    found = measure(after, before)
+    assert measure(before).changed is None
+    bands = BANDS.band_of_id[after.token_ids]
+    for layer in range(3):
+        groups = [bands >= 0, after.num_visible[layer] > 1, *(bands == band for band in range(3))]
+        expected = [changed[layer, group].mean() if group.any() else np.nan for group in groups]
+        np.testing.assert_allclose(found.changed[:, layer], expected, atol=1e-6)
+
+
+@examples
+@given(traces, st.integers(1, 6))
+def test_distinct_experts(trace, min_occurrences):
+    occurrences = Counter(trace.token_ids.tolist())
+    ids = sorted(number for number, count in occurrences.items() if count >= min_occurrences)
+    assert statistics.repeated_ids(trace.token_ids, min_occurrences).tolist() == ids
+    found = measure(trace, min_occurrences=min_occurrences)
+    assert found.distinct.shape == found.effective.shape == (num_layers(trace), len(ids))
+    for layer, place in np.ndindex(*found.distinct.shape):
+        choices = Counter(trace.experts[layer, trace.token_ids == ids[place], 0].tolist())
+        assert found.distinct[layer, place] == len(choices)
+        assert found.effective[layer, place] == pytest.approx(math.exp(scipy_entropy(list(choices.values()))))

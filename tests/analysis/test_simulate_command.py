@@ -1,0 +1,80 @@
+"""Runs tools/simulate_dispatch.py as a user does."""
+
+import csv
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
+from support.tools import assert_bad_input, run_tool
+
+from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a dataset, a dataset with an id that is not in the mask, and a mask of two layers."""
+    folder = tmp_path_factory.mktemp("tool")
+    make_mask(count(write_data(folder)), num_experts=32, frequent_visible=4, num_layers=2).save(
+        folder / "mask.safetensors"
+    )
+    with IndexedDatasetWriter(folder / "foreign", np.uint16) as dataset:
+        dataset.add_document(np.arange(VOCAB_SIZE + 1))
+    return folder
+
+
+def run(folder: Path, *changes: object) -> subprocess.CompletedProcess:
+    """Run on a small case; `changes` are further flags, which override the flags of the case."""
+    lists = {"--data-path": ["text"], "--topk": [2], "--num-gpus": [16, 8, 64]}
+    case = [word for flag, values in lists.items() if flag not in changes for word in (flag, *values)]
+    case += ["--routing-mask", "mask.safetensors", "--hidden-size", 64, "--tokens-per-rank", 50, "--gpus-per-node", 4]
+    return run_tool("simulate_dispatch", *case, *changes, cwd=folder)
+
+
+def test_outputs(folder):
+    process = run(folder, "--topk", 2, 4, "--output", "costs.csv", "--plot", "plot.png", "--layer", 2)
+    assert process.returncode == 0, process.stderr
+    assert "top-2" in process.stdout
+    assert "top-4" in process.stdout
+    assert "impossible: 32 experts cannot be divided evenly over 64 expert-parallel ranks" in process.stdout
+    assert process.stdout.endswith("written          costs.csv\nwritten          plot.png\n")
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with open(folder / "costs.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    cases = [(row["topk"], row["num_gpus"]) for row in rows]
+    assert cases == [(k, gpus) for k in "24" for gpus in ("8", "16", "64") for variant in range(6)]
+    for row in rows:
+        assert (row["impossible"] == "") != (row["seconds"] == "")
+        if row["variant"] == "rank-local mask, planned" and row["num_gpus"] == "8":
+            assert row["rows"] == "50"
+
+
+def test_plot_without_a_possible_variant(folder):
+    process = run(folder, "--num-gpus", 64, 128, "--plot", "nothing.png")
+    assert process.returncode == 0, process.stderr
+    assert (folder / "nothing.png").exists()
+
+
+def test_same_seed_same_results(folder):
+    first, second, other = (run(folder, "--seed", seed).stdout for seed in (3, 3, 4))
+    assert first == second != other
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--data-path", "foreign"], ["mask.safetensors", "100 ids", "token 100 has id 100"]),
+        (["--topk", 33], ["top-k must be 1 to 32"]),
+        (["--layer", 3], ["--layer is 3", "layers 1 to 2"]),
+        (["--tokens-per-rank", 3001], ["3,000 tokens"]),
+        (["--num-gpus", 8, 10], ["10 GPUs", "nodes of 4"]),
+        (["--plot", "no/folder/x.png"], ["no/folder/x.png"]),
+    ],
+)
+def test_bad_input(folder, changes, words):
+    before = set(folder.iterdir())
+    process = run(folder, "--output", "bad.csv", *changes)
+    assert_bad_input(process, *words)
+    assert process.stdout == ""
+    assert set(folder.iterdir()) == before
