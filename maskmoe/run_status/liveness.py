@@ -12,8 +12,8 @@ from maskmoe.processes.folder_lock import LockState, look_at_lock
 from maskmoe.run_status.progress import Progress
 
 _MEETING_SECONDS = 300.0  # which nodes may take to start the ranks after one of the nodes was lost
-# A run that writes nothing for this time, and for this number of iterations, is silent. Event files are written every
-# two minutes, and a start may take as long before its first rank locks the folder.
+# A run without a lock that writes nothing for this time, and for this number of iterations, counts as lost. A start may
+# take as long before its first rank locks the folder.
 _SILENT_SECONDS = 120.0
 _SILENT_ITERATIONS = 10
 

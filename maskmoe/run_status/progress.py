@@ -1,19 +1,16 @@
 """Measures how far a run is, and how fast."""
 
-import math
 from dataclasses import dataclass
 from typing import Self
 
 from maskmoe.launch.journal import Fact
 from maskmoe.run_status.arguments import RunArguments
-from maskmoe.run_status.logs import NewestLines
 from maskmoe.run_status.scalars import Logged
 
 LOSS, HELD_OUT_LOSS = "lm loss", "lm loss validation"
 """Megatron's tags of the losses of training and of held-out text."""
 
 _RECENT = 100  # values from which the speed is measured
-_SECONDS_OF_CLOCKS = 1.0  # the clocks of two hosts may differ so much
 
 
 @dataclass(frozen=True)
@@ -39,38 +36,31 @@ class Progress:
     seconds_per_iteration: float | None = None
 
     @classmethod
-    def of(cls, logged: Logged, lines: NewestLines, end_loss: Fact | None, arguments: RunArguments) -> Self:
+    def of(cls, logged: Logged, printed_loss: Fact | None, arguments: RunArguments) -> Self:
         """Measure a run.
-
-        A loss that the run has printed is preferred to the logged one: with a `--log-interval` above 1, Megatron prints
-        the mean over the interval, and logs the loss of the last iteration.
 
         Args:
             logged: the scalars of the run.
-            lines: what the run has printed into its logs.
-            end_loss: the last loss that the run has printed before its end, from the journal; None if it is unknown.
+            printed_loss: the last loss that the run has printed before its end; None if the run has no end. The loss is
+                preferred to the logged one, which with a `--log-interval` above 1 is that of a single iteration, while
+                Megatron prints the mean over the interval.
             arguments: the arguments of the run.
         """
-        total = arguments.number("train_iters")
-        loss, held_out = (
-            (None, None) if value is None else (value.step, value.value)
-            for value in (logged.last(LOSS), logged.last(HELD_OUT_LOSS))
-        )
-        iteration = loss[0]
-        # Logs that are older than the newest event file are those of an earlier start.
-        if lines.changed is not None and lines.changed >= (logged.newest or 0) - _SECONDS_OF_CLOCKS:
-            if (record := lines.iteration) is not None:
-                loss = record.iteration, math.nan if record.loss is None else record.loss
-                iteration, total = max(iteration or 0, record.iteration), total or record.total
-            if lines.validation is not None:
-                held_out = lines.validation.iteration, lines.validation.loss
-        if isinstance(end_loss, float):
-            loss = iteration, end_loss
-        seconds = _seconds_per_iteration(logged)
+        loss, held_out = logged.last(LOSS), logged.last(HELD_OUT_LOSS)
         batch, seq_length = logged.last("batch-size"), arguments.number("seq_length")
-        tokens = None if batch is None or seq_length is None else batch.value * seq_length
-        speed = None if tokens is None or seconds is None else tokens / seconds
-        return cls(iteration, total, loss[1], *held_out, speed, seconds)
+        seconds, speed = _seconds_per_iteration(logged), None
+        if batch is not None and seq_length is not None and seconds is not None:
+            speed = batch.value * seq_length / seconds
+        logged_loss = None if loss is None else loss.value
+        return cls(
+            iteration=None if loss is None else loss.step,
+            total=arguments.number("train_iters"),
+            loss=printed_loss if isinstance(printed_loss, float) else logged_loss,
+            held_out_iteration=None if held_out is None else held_out.step,
+            held_out_loss=None if held_out is None else held_out.value,
+            tokens_per_second=speed,
+            seconds_per_iteration=seconds,
+        )
 
     @property
     def is_complete(self) -> bool:

@@ -16,7 +16,6 @@ from maskmoe.launch.run_folder import ARGUMENTS
 from maskmoe.run_status.arguments import RunArguments
 from maskmoe.run_status.checkpoints import Checkpoints, find_checkpoints, read_checkpoints
 from maskmoe.run_status.liveness import Liveness, read_liveness
-from maskmoe.run_status.logs import read_newest_lines
 from maskmoe.run_status.progress import Progress
 from maskmoe.run_status.scalars import Logged, find_event_folder, read_events
 
@@ -101,13 +100,12 @@ def read_status(run: Path, tensorboard_dir: Path | None = None, verify: bool = F
     arguments = RunArguments.read(run)
     logged = read_events(tensorboard_dir or find_event_folder(run, arguments.path("tensorboard_dir")))
     entries = [_printable(entry) for entry in read_journal(run) if 0 <= entry.time < _MOST_SECONDS]
-    lines = read_newest_lines(run)
     folder = find_checkpoints(run, arguments.path("save"))
     history = _history(entries)
-    progress = Progress.of(logged, lines, history[-1].facts.get("loss") if history else None, arguments)
+    progress = Progress.of(logged, history[-1].facts.get("loss") if history else None, arguments)
     if progress.iteration is None and not entries and folder is None and not (run / ARGUMENTS).is_file():
-        raise UserError(f"{run} is not the folder of a run: it has no event files, journal, logs or checkpoints")
-    signs = (logged.newest, lines.changed, entries[-1].time if entries else None)
+        raise UserError(f"{run} is not the folder of a run: it has no event files, journal or checkpoints")
+    signs = (logged.newest, entries[-1].time if entries else None)
     last_sign = max((seconds for seconds in signs if seconds is not None), default=None)
     return Status(
         name=one_line(run.resolve().name),

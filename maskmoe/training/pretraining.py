@@ -52,7 +52,7 @@ from maskmoe.training.settings.watch_arguments import add_watch_arguments
 from maskmoe.training.watch.collapse_watch import CollapseWatch
 from maskmoe.training.watch.console import console
 from maskmoe.training.watch.end_of_run import recording_end, writing_page
-from maskmoe.training.watch.event_files import choose_event_folder, flushing_events, log_command
+from maskmoe.training.watch.event_files import choose_event_folder, log_command, writing_events
 from maskmoe.training.watch.failures import (
     DataFiles,
     check_first_step,
@@ -309,7 +309,7 @@ def train(
         reporting_end(args),
         watchdog.watching(),
         leaving_process_groups(),
-        flushing_events(),
+        writing_events(),
         handling_early_ends(args, data_files, leaving),
     ):
         pretrain(

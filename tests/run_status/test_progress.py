@@ -1,19 +1,11 @@
-"""How far a run is follows from its scalars, its logs and its journal."""
-
-import math
-import os
-import time
+"""How far a run is follows from its scalars, and its last loss from its journal."""
 
 import pytest
 from support.run_folders import write_arguments, write_events
-from support.training_lines import iteration_line, validation_line
 
 from maskmoe.run_status.arguments import RunArguments
-from maskmoe.run_status.logs import NewestLines, read_newest_lines
 from maskmoe.run_status.progress import Progress
-from maskmoe.run_status.scalars import Logged, read_events
-
-NO_LINES = NewestLines(None, None, None)
+from maskmoe.run_status.scalars import read_events
 
 
 @pytest.fixture
@@ -21,9 +13,7 @@ def measure(tmp_path):
     """Return the progress of a run that has logged 20 iterations of 0.25 s."""
     write_events(tmp_path / "tensorboard")
     write_arguments(tmp_path)
-    return lambda loss=None: Progress.of(
-        read_events(tmp_path / "tensorboard"), read_newest_lines(tmp_path), loss, RunArguments.read(tmp_path)
-    )
+    return lambda loss=None: Progress.of(read_events(tmp_path / "tensorboard"), loss, RunArguments.read(tmp_path))
 
 
 def test_progress_of_event_files(measure):
@@ -35,39 +25,16 @@ def test_progress_of_event_files(measure):
     assert progress.seconds_left == pytest.approx(5)
 
 
-def test_newest_iterations_come_from_the_logs(measure, tmp_path):
-    """Event files are written from time to time only."""
-    (tmp_path / "logs").mkdir()
-    log = tmp_path / "logs" / "out.log"
-    log.write_text(
-        "\n".join([iteration_line(21, "2.5"), f"[rank1]: {iteration_line(22, '2.25')}", validation_line(22)])
-    )
-    progress = measure()
-    assert (progress.iteration, progress.loss, progress.total) == (22, 2.25, 40)
-    assert (progress.held_out_iteration, progress.held_out_loss) == (22, 6.663481)
-    old = time.time() - 3600
-    os.utime(log, (old, old))
-    assert measure().iteration == 20
-
-
 def test_last_loss_is_that_of_the_console(measure):
     """With a log interval above 1, Megatron prints a mean."""
     assert measure(loss=0.5).loss == 0.5
     assert measure(loss="damaged").loss == 0.25
 
 
-def test_run_with_logs_only(tmp_path):
-    (tmp_path / "run.log").write_text("\n".join([iteration_line(1), iteration_line(2, "nan")]))
-    progress = Progress.of(Logged(), read_newest_lines(tmp_path), None, RunArguments())
-    assert (progress.iteration, progress.total) == (2, 20)
-    assert math.isnan(progress.loss)
-    assert progress.seconds_left is None
-
-
 def test_time_between_two_starts_is_not_counted(tmp_path):
     write_events(tmp_path, start=1000)
     write_events(tmp_path, first=21, last=30, start=90_000)
-    progress = Progress.of(read_events(tmp_path), NO_LINES, None, RunArguments())
+    progress = Progress.of(read_events(tmp_path), None, RunArguments())
     assert progress.seconds_per_iteration == pytest.approx(0.25)
 
 

@@ -1,12 +1,13 @@
-"""TensorBoard's event files of a run: their folder, what MaskMoE adds to them, and their last values."""
+"""TensorBoard's event files of a run: their folder, what MaskMoE adds to them, and errors of the disk."""
 
 import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 from megatron.training import get_tensorboard_writer
 
@@ -43,10 +44,34 @@ def log_command() -> None:
 
 
 @contextmanager
-def flushing_events() -> Iterator[None]:
-    """Write the last values to the event files when the block ends: Megatron leaves them in memory."""
+def writing_events() -> Iterator[None]:
+    """Let errors of the disk not end the block, and write the last values when the block ends, on the last rank."""
+    writer = get_tensorboard_writer()
+    if writer:
+        tolerate_write_errors(writer)
     try:
         yield
     finally:
-        if writer := get_tensorboard_writer():
+        if writer:
             writer.flush()
+
+
+def tolerate_write_errors(writer: Any) -> None:
+    """Let a writer of event files warn when a disk is full, and drop the values: training continues without them.
+
+    Args:
+        writer: torch's `SummaryWriter`.
+    """
+    events = writer._get_file_writer().event_writer
+
+    def tolerating(call: Callable[..., None]) -> Callable[..., None]:
+        def tolerant(*arguments: object) -> None:
+            try:
+                call(*arguments)
+            except OSError as error:
+                print(f"warning: TensorBoard's events end here: {error}", file=sys.stderr, flush=True)
+                events.add_event = events.flush = lambda *_: None
+
+        return tolerant
+
+    events.add_event, events.flush = tolerating(events.add_event), tolerating(events.flush)
