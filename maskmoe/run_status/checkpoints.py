@@ -105,7 +105,7 @@ def read_checkpoints(folder: Path | None, arguments: RunArguments, first_abandon
     frequent = non_persistent_folder(Namespace(**{name: arguments.get(name) for name in names}), folder)
     paths = [checkpoint_path(place, step) for place in (folder, frequent) if place for step in saved_iterations(place)]
     paths += [folder / RELEASE] if (folder / RELEASE).is_dir() else []
-    shown = tqdm(paths, "verifying", disable=not verify)
+    shown = tqdm(paths, "verifying", disable=not verify, leave=False)
     damages = {path: _find_damage(path, first_abandoned, verify) for path in shown}
     saved: dict[Path, SavedCheckpoint] = {}
     for path, damage in damages.items():

@@ -108,7 +108,7 @@ def test_large_run_is_read_without_torch(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     text = subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout
     assert "iteration   5,000\n" in text
-    assert "10 checkpoints with" in text
+    assert "checkpoints: 10 with" in text
 
 
 DAMAGES = {
