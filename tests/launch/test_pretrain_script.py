@@ -241,7 +241,7 @@ def test_two_nodes_are_one_job(start, undisturbed):
     assert codes == (0, 0), first.output[-4000:] + second.output[-4000:]
     assert read_losses(first.run_dir) == undisturbed
     assert {path.name for path in (first.run_dir / "logs").iterdir()} >= {"node0", "node1"}
-    assert kinds_of_starts(first) == [Kind.LAUNCHED, Kind.STARTED, Kind.ENDED] * 2
+    assert kinds_of_starts(first) == [Kind.LAUNCHED, Kind.STARTED, Kind.ENDED, Kind.ENDED] * 2
 
 
 @pytest.mark.slow
