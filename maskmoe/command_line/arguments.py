@@ -1,7 +1,6 @@
 """Parsers of the command line, and arguments that several subcommands share."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from maskmoe.command_line import ranges
@@ -70,17 +69,6 @@ def pop_reading_options(settings: dict[str, Any]) -> ReadingOptions:
         None if separator is None else unescape(separator),
         settings.pop("dataset_split"),
     )
-
-
-def inputs_of_run(run: Path, tensorboard_dir: Path | None) -> list[Path]:
-    """Return the files and folders of a run from which its status and its report are made.
-
-    Args:
-        run: the run folder.
-        tensorboard_dir: the folder of the event files, if it is another one.
-    """
-    folders = (run / name for name in ("checkpoints", "tensorboard", "journal", "logs"))
-    return [*folders, *run.glob("*.log"), *([] if tensorboard_dir is None else [tensorboard_dir])]
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:

@@ -41,9 +41,7 @@ NODES = WholeNumber(1, 1 << 20)
 NODE_RANK = WholeNumber(0, 1 << 20)
 PORT = WholeNumber(1, (1 << 16) - 1)
 RESTARTS = WholeNumber(0, 1 << 20)
-INTERVAL = Number(0, 1e9)
 TIMEOUT = Number(0, 1e9, is_above=True)
-PAUSE = Number(1, 1e9)
 SECONDS = WholeNumber(1, 1 << 31)
 NODE_TIMEOUT = WholeNumber(10, 1 << 20)  # five signs of life
 

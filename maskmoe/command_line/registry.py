@@ -38,8 +38,6 @@ SUBCOMMANDS = (
     Subcommand("launch", "maskmoe.command_line.launch", "pretrain a model file on one node or many, with restarts"),
     Subcommand("check", "maskmoe.command_line.check", "check a model file's settings and show what the run needs"),
     Subcommand("status", "maskmoe.command_line.status", "show whether and how a run works, from its run folder"),
-    Subcommand("report", "maskmoe.command_line.report", "write the page with a run's losses, speed and settings"),
-    Subcommand("mlflow", "maskmoe.command_line.log_to_mlflow", "copy what a run has logged to MLflow"),
     Subcommand(
         "convert", "maskmoe.command_line.convert_checkpoint", "convert checkpoints to and from Hugging Face's format"
     ),

@@ -5,30 +5,20 @@ ended, warnings, changes of the nodes, and the checkpoints: whether they are sou
 The run is not disturbed: this command only reads.
 
 Example:
-  %(prog)s runs/laptop --watch 10
+  %(prog)s runs/laptop --html laptop.html
 """
 
 import json
-import sys
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.arguments import command_parser, inputs_of_run
+from maskmoe.command_line.arguments import command_parser
 from maskmoe.command_line.parser import add_force_argument
-from maskmoe.command_line.progress import say_loading
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.outputs import atomic_output, check_outputs, lies_inside
 from maskmoe.files.paths import check_folder
 
-if TYPE_CHECKING:
-    from maskmoe.run_status.status import Status
-    from maskmoe.run_status.watch import Screen
-
-_STDOUT = "-"
+_REPLACEABLE = ("report.html", "status.html", "status.json")  # the only files of a run folder that --force replaces
 
 
 def main() -> None:
@@ -40,10 +30,9 @@ def main() -> None:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_DIR", help="run folder, of a run that works or has ended")
-    add("--tensorboard-dir", type=Path, metavar="DIR", help="folder of the event files, if it is another one")
-    add("--html", type=Path, metavar="FILE", help="also write the status as an HTML page")
-    add("--json", metavar="FILE", help="also write the status as JSON; with -, print JSON instead of the text")
-    add("--watch", type=ranges.PAUSE, metavar="SECONDS", help="update after this time, until the run ends or Ctrl-C")
+    add("--tensorboard-dir", type=Path, metavar="DIR", help="folder of the event files, if the run does not know it")
+    add("--html", type=Path, metavar="FILE", help="also write the status as an HTML page, with plots of the scalars")
+    add("--json", type=Path, metavar="FILE", help="also write the status as JSON")
     meaning = "compare all files of the checkpoints with their digests, which reads all of their bytes"
     add("--verify", action="store_true", help=meaning)
     add_force_argument(parser)
@@ -51,61 +40,45 @@ def main() -> None:
     check_folder(arguments.run)
     if arguments.tensorboard_dir is not None:
         check_folder(arguments.tensorboard_dir, "--tensorboard-dir")
-    outputs = [arguments.html, None if arguments.json == _STDOUT else arguments.json]
-    check_outputs(filter(None, outputs), inputs_of_run(arguments.run, arguments.tensorboard_dir), arguments.force)
+    outputs = [path for path in (arguments.html, arguments.json) if path is not None]
+    check_outputs(outputs, [], arguments.force)
 
     # Only now, since these imports take time and `--help` does not need them.
-    from maskmoe.run_report.events import event_files
-    from maskmoe.run_status.checkpoints import CheckpointReader
-    from maskmoe.run_status.reader import StatusReader
-    from maskmoe.run_status.watch import Screen, follow
+    from maskmoe.run_status.arguments import RunArguments
+    from maskmoe.run_status.scalars import event_files
+    from maskmoe.run_status.status import read_status
+    from maskmoe.run_status.text import render_text
 
     if arguments.tensorboard_dir is not None and not event_files(arguments.tensorboard_dir):
         raise UserError(f"--tensorboard-dir {arguments.tensorboard_dir} holds no event files")
-    checkpoints = CheckpointReader(say_loading, _verification if arguments.verify else None)
-    reader = StatusReader(arguments.run, arguments.tensorboard_dir, checkpoints, say_loading)
-    if arguments.watch is None:
-        _write(reader.read(), arguments, None)
-        return
-    screen = Screen(sys.stdout)
-    follow(reader.read, lambda status: _write(status, arguments, screen), arguments.watch)
+    of_run = RunArguments.read(arguments.run)
+    folders = (of_run.path("save"), of_run.path("tensorboard_dir"), arguments.tensorboard_dir)
+    _check_is_no_file_of_run(outputs, arguments.run, [folder for folder in folders if folder is not None])
+    status = read_status(arguments.run, arguments.tensorboard_dir, arguments.verify)
+    print(render_text(status), end="")
+    if arguments.html is not None:
+        from maskmoe.run_status.page import write_page
+
+        write_page(status, arguments.html)
+    if arguments.json is not None:
+        with atomic_output(arguments.json) as temporary:
+            temporary.write_text(f"{json.dumps(status.to_json())}\n", encoding="utf-8")
 
 
-def _write(status: "Status", arguments: Namespace, screen: "Screen | None") -> None:
-    """Write the files and print the text, or JSON.
+def _check_is_no_file_of_run(outputs: Iterable[Path], run: Path, folders: Iterable[Path]) -> None:
+    """Check that no output replaces a file of a run, or lies in a folder that the run fills.
 
     Args:
-        status: the status.
-        arguments: the command line.
-        screen: shows the text of a run that is watched; None prints the text once.
+        outputs: the files that will be written.
+        run: the run folder.
+        folders: folders of the run elsewhere.
+
+    Raises:
+        UserError: names the output.
     """
-    from maskmoe.run_status.liveness import State
-    from maskmoe.run_status.plot import glyphs_for
-    from maskmoe.run_status.text import render_text
-
-    if arguments.html is not None:
-        from maskmoe.run_status.page import write_status_page
-
-        is_updated = arguments.watch is not None and status.liveness.state is State.RUNNING
-        write_status_page(status, arguments.html, max(1, round(arguments.watch)) if is_updated else None)
-    if arguments.json is not None:
-        content = json.dumps(status.to_json())
-        if arguments.json == _STDOUT:
-            print(content, flush=True)
-            return
-        with atomic_output(Path(arguments.json)) as temporary:
-            temporary.write_text(f"{content}\n", encoding="utf-8")
-    text = render_text(status, glyphs_for(sys.stdout.encoding))
-    if screen is None:
-        print(text, end="")
-    else:
-        screen.show(text)
-
-
-@contextmanager
-def _verification(checkpoint: Path, size: int) -> Iterator[Callable[[int], object]]:
-    """Show how much of a checkpoint is verified, on stderr; yield the function that adds the size of a file."""
-    from tqdm import tqdm
-
-    with tqdm(total=size, desc=f"verifying {checkpoint.name}", unit="B", unit_scale=True, leave=False) as bar:
-        yield bar.update
+    for path in outputs:
+        # Only the run folder itself takes pages: all folders in it are the run's, such as its checkpoints.
+        is_beside = path.resolve().parent == run.resolve()
+        is_in_folder = any(lies_inside(path, folder) for folder in (run, *folders))
+        if (is_in_folder and not is_beside) or (is_beside and path.exists() and path.name not in _REPLACEABLE):
+            raise UserError(f"cannot write {path}: it belongs to the run; name a new file elsewhere")

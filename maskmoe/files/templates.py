@@ -3,12 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
-def render_template(
-    package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable], *base_packages: str
-) -> str:
+def render_template(package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable]) -> str:
     """Return the text of a template.
 
     Args:
@@ -16,10 +14,9 @@ def render_template(
         name: the file name of the template.
         values: the template's variables; a missing one is an error.
         filters: further filters of the template.
-        *base_packages: further packages, with templates that the template extends.
     """
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(each) for each in (package, *base_packages)]),
+        loader=PackageLoader(package),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,20 +1,18 @@
 """Reads the checkpoints of a run, and whether they are sound."""
 
-import math
-import os
-import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
-from enum import StrEnum
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
 
 from maskmoe.checkpoint.integrity import (
     COMPLETION_FILE,
+    MANIFEST_FILE,
     Abandoned,
     Damage,
-    Manifest,
     Unfinished,
     check_by_manifest,
     check_content,
@@ -32,30 +30,15 @@ from maskmoe.command_line.parser import one_line
 from maskmoe.errors import UserError
 from maskmoe.launch.run_folder import CHECKPOINTS
 from maskmoe.processes.folder_lock import LOCK_NAME
+from maskmoe.run_status.arguments import RunArguments
 
+Soundness = Literal["complete", "verified", "unfinished", "damaged", "abandoned"]
+"""The state of a checkpoint, as far as it is known.
 
-class Soundness(StrEnum):
-    """The state of a checkpoint, as far as it is known.
-
-    Attributes:
-        COMPLETE: all files have their full size; their content was not compared.
-        VERIFIED: all files have the content that was saved.
-        UNFINISHED: the checkpoint is being saved, or its saving was interrupted.
-        DAMAGED: a file is missing, has another size or another content.
-        ABANDONED: the next start goes back beyond the checkpoint.
-    """
-
-    COMPLETE = "complete"
-    VERIFIED = "verified"
-    UNFINISHED = "unfinished"
-    DAMAGED = "damaged"
-    ABANDONED = "abandoned"
-
-
-_SOUNDNESS_OF: Mapping[type[Damage], Soundness] = {
-    Unfinished: Soundness.UNFINISHED,
-    Abandoned: Soundness.ABANDONED,
-}
+All files of a complete checkpoint have their full size, and those of a verified one also have the content that was
+saved. An unfinished checkpoint is being saved, or its saving was interrupted. A damaged checkpoint lacks a file, or has
+one that is not as it was saved. The next start goes back beyond an abandoned checkpoint.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,138 +79,78 @@ class Checkpoints:
     problem: str = ""
 
 
-def find_checkpoints(run: Path, texts: Mapping[str, str]) -> Path | None:
+def find_checkpoints(run: Path, save: Path | None) -> Path | None:
     """Return the folder of a run's checkpoints and of its lock; None if there is none.
 
     Args:
         run: the run folder.
-        texts: the arguments that the run has logged.
+        save: the folder in the run's `--save`.
     """
-    save = Path(texts.get("save", ""))
-    places = [run / CHECKPOINTS, run, *([save] if save.is_absolute() else [])]
-    with suppress(OSError, ValueError):
-        return next((place for place in places if has_checkpoint(place) or (place / LOCK_NAME).exists()), None)
-    return None
+    places = (place for place in (run / CHECKPOINTS, run, save) if place is not None)
+    return next((place for place in places if has_checkpoint(place) or (place / LOCK_NAME).exists()), None)
 
 
-@dataclass
-class CheckpointReader:
-    """Reads the checkpoints of a run again and again.
+def read_checkpoints(folder: Path | None, arguments: RunArguments, first_abandoned: float, verify: bool) -> Checkpoints:
+    """Return the checkpoints in a folder. Checkpoints that are removed meanwhile are left out.
 
-    Attributes:
-        on_slow: called with a few words before something that takes seconds.
-        verification: takes the path of a checkpoint and the size of its files, and returns a context in which the
-            checkpoint is verified, with a function that is called with the size of each verified file. None does not
-            verify.
+    Args:
+        folder: the folder of the checkpoints; None if the run has none.
+        arguments: the arguments of the run.
+        first_abandoned: the first iteration beyond which the next start goes back.
+        verify: whether to compare all files with their digests, which reads all of their bytes.
     """
-
-    on_slow: Callable[[str], None]
-    verification: Callable[[Path, int], AbstractContextManager[Callable[[int], object]]] | None = None
-    _verified: dict[tuple[Path, float], Damage | None] = field(default_factory=dict)
-
-    def read(self, folder: Path | None, texts: Mapping[str, str], first_abandoned: float = math.inf) -> Checkpoints:
-        """Return the checkpoints in a folder. Checkpoints that are removed meanwhile are left out.
-
-        Args:
-            folder: the folder of the checkpoints.
-            texts: the arguments that the run has logged.
-            first_abandoned: the first iteration beyond which the next start goes back.
-        """
-        if folder is None:
-            return Checkpoints()
-        frequent = non_persistent_folder(_non_persistent_settings(texts), folder)
-        paths = [checkpoint_path(place, step) for place in (folder, frequent) if place for step in _iterations(place)]
-        if (folder / RELEASE).is_dir():
-            paths.append(folder / RELEASE)
-        damages: dict[Path, Damage] = {}
-        saved = [each for path in paths if (each := self._read(path, first_abandoned, damages)) is not None]
-        saved.sort(key=lambda each: (each.iteration is not None, each.iteration or 0), reverse=True)
-        next_start, problem = _next_start(folder, frequent, saved, damages)
-        return Checkpoints(folder, tuple(saved), next_start, problem)
-
-    def _read(self, path: Path, first_abandoned: float, damages: dict[Path, Damage]) -> SavedCheckpoint | None:
-        """Return a checkpoint, and note its damage; None if the checkpoint is gone."""
-        soundness, fault = Soundness.COMPLETE, ""
-        size = _size(path)
-        try:
-            manifest = Manifest.load(path)
-            is_finished = (path / COMPLETION_FILE).exists()
-            if is_finished and not manifest.has_sizes and "torch" not in sys.modules:
-                self.on_slow(f"{path.name} has no digests, so its layout is read")
-            check_by_manifest(path)
-            if self.verification is not None and manifest.files:
-                self._verify(path, size)
-                soundness = Soundness.VERIFIED
-            if (iteration_of(path) or 0) >= first_abandoned:
-                raise Abandoned(path, "the next start goes back beyond it")
-        except Damage as damage:
-            damages[path] = damage
-            soundness = _SOUNDNESS_OF.get(type(damage), Soundness.DAMAGED)
-            fault = one_line(damage.fault)
-        try:
-            completed = path / COMPLETION_FILE
-            saved = (completed if completed.is_file() else path).stat().st_mtime
-        except OSError:
-            return None
-        return SavedCheckpoint(path, iteration_of(path), size, saved, soundness, fault)
-
-    def _verify(self, path: Path, size: int) -> None:
-        """Compare a checkpoint with its digests, once. Raises Damage."""
-        assert self.verification is not None
-        try:
-            key = path, (path / COMPLETION_FILE).stat().st_mtime
-        except OSError as error:
-            raise Damage(path, f"has no {COMPLETION_FILE} any more") from error
-        if key not in self._verified:
-            self._verified[key] = None
-            try:
-                with self.verification(path, size) as on_checked:
-                    check_content(path, on_checked=on_checked)
-            except Damage as damage:
-                self._verified[key] = damage
-        if (damage := self._verified[key]) is not None:
-            raise damage
-
-
-def _next_start(
-    folder: Path, frequent: Path | None, saved: list[SavedCheckpoint], damages: Mapping[Path, Damage]
-) -> tuple[Path | None, str]:
-    """Return the checkpoint that a restart would load, and why it would be refused."""
+    if folder is None:
+        return Checkpoints()
+    names = ("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")
+    frequent = non_persistent_folder(Namespace(**{name: arguments.get(name) for name in names}), folder)
+    paths = [checkpoint_path(place, step) for place in (folder, frequent) if place for step in saved_iterations(place)]
+    paths += [folder / RELEASE] if (folder / RELEASE).is_dir() else []
+    shown = tqdm(paths, "verifying", disable=not verify, leave=False)
+    damages = {path: _find_damage(path, first_abandoned, verify) for path in shown}
+    saved: dict[Path, SavedCheckpoint] = {}
+    for path, damage in damages.items():
+        with suppress(OSError):  # the checkpoint was removed meanwhile
+            saved[path] = _describe(path, damage, verify)
 
     def check(checkpoint: Path) -> None:
         """Raise the damage of a checkpoint."""
-        if checkpoint in damages:
-            raise damages[checkpoint]
-        if not any(each.path == checkpoint for each in saved):
+        if checkpoint not in saved:
             raise Damage(checkpoint, "does not exist")
+        if (damage := damages[checkpoint]) is not None:
+            raise damage
 
-    # The name of the folder comes from the run's log, so look there only if a checkpoint was found in it.
-    has_frequent = any(each.path.parent == frequent for each in saved)
+    newest_first = sorted(saved.values(), key=lambda each: -1 if each.iteration is None else each.iteration)[::-1]
     try:
-        return choose_checkpoint(folder, None, check, frequent if has_frequent else None).checkpoint, ""
+        next_start = choose_checkpoint(folder, None, check, frequent).checkpoint
+        return Checkpoints(folder, tuple(newest_first), next_start)
     except UserError as error:
-        return None, one_line(error)
+        return Checkpoints(folder, tuple(newest_first), None, one_line(error))
 
 
-def _non_persistent_settings(texts: Mapping[str, str]) -> Namespace:
-    """Return Megatron's arguments of non-persistent checkpoints, which a run logs as text."""
-    names = ("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")
-    return Namespace(**{name: None if (text := texts.get(name, "None")) == "None" else text for name in names})
+def _find_damage(path: Path, first_abandoned: float, verify: bool) -> Damage | None:
+    """Return the first fault of a checkpoint, see `read_checkpoints`; None if it has none."""
+    try:
+        check_by_manifest(path)
+        if verify:
+            check_content(path)
+    except Damage as damage:
+        return damage
+    is_abandoned = (iteration_of(path) or 0) >= first_abandoned
+    return Abandoned(path, "the next start goes back beyond it") if is_abandoned else None
 
 
-def _iterations(folder: Path) -> list[int]:
-    """Return the iterations of the checkpoints in a folder, which may be gone."""
-    with suppress(OSError, ValueError):
-        return saved_iterations(folder)
-    return []
-
-
-def _size(folder: Path) -> int:
-    """Return the size of the files in a folder in bytes; files that are removed meanwhile do not count."""
-    size = 0
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(OSError):
-                if entry.is_file(follow_symlinks=False):
-                    size += entry.stat(follow_symlinks=False).st_size
-    return size
+def _describe(path: Path, damage: Damage | None, verify: bool) -> SavedCheckpoint:
+    """Return a description of a checkpoint. Raises OSError if the checkpoint is gone."""
+    soundness: Soundness = "verified" if verify and (path / MANIFEST_FILE).exists() else "complete"
+    if damage is not None:
+        of_damage: dict[type[Damage], Soundness] = {Unfinished: "unfinished", Abandoned: "abandoned"}
+        soundness = of_damage.get(type(damage), "damaged")
+    completed = path / COMPLETION_FILE
+    return SavedCheckpoint(
+        path=path,
+        iteration=iteration_of(path),
+        size=sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+        saved=(completed if completed.exists() else path).stat().st_mtime,
+        soundness=soundness,
+        fault="" if damage is None else one_line(damage.fault),
+    )

@@ -1,67 +1,52 @@
-"""Shows a status as plain text, 80 characters wide."""
+"""Shows a status as plain text, and has the summary and the filters that the text and the page share."""
 
-import textwrap
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 
 from maskmoe.files.templates import render_template
-from maskmoe.run_report.progress import HELD_OUT_LOSS, LOSS
-from maskmoe.run_status.plot import UNICODE, Glyphs, choose_layers, draw_bar, draw_curves
 from maskmoe.run_status.status import Status
-from maskmoe.run_status.words import describe_alarms, describe_speed, filters
 
-WIDTH = 80
-_BAR_WIDTH, _LOAD_BAR_WIDTH, _PLOT_HEIGHT = 20, 24, 8
-_MOST_LAYERS, _MOST_EVENTS, _MOST_CHECKPOINTS = 12, 6, 8
+_MOST_LINES = 12  # of each list, the newest
 
 
-def render_text(status: Status, glyphs: Glyphs = UNICODE) -> str:
-    """Return a status as text for people; each line has at most 80 characters, unless a single word is longer.
-
-    Args:
-        status: the status.
-        glyphs: the characters of drawings.
-    """
-    loss, held_out = status.curves.get(LOSS), status.curves.get(HELD_OUT_LOSS)
-    progress = status.progress
-    shown = choose_layers([load.expert for load in status.loads], _MOST_LAYERS)
-    values = {
-        "status": status,
-        "alarms": describe_alarms(status),
-        "speed": _wrap_facts(describe_speed(status), glyphs),
-        "bar": "",
-        "share": 0.0,
-        "plot": [] if loss is None else draw_curves(loss, held_out, WIDTH, _PLOT_HEIGHT, glyphs),
-        "glyphs": glyphs,
-        "loads": [status.loads[index] for index in shown],
-        "most_events": _MOST_EVENTS,
-        "most_checkpoints": _MOST_CHECKPOINTS,
-    }
-    if progress.iteration is not None and progress.total:
-        values["share"] = progress.iteration / progress.total
-        values["bar"] = draw_bar(progress.iteration / progress.total, _BAR_WIDTH, glyphs)
-    own_filters = {
-        "wrap": _wrap,
-        # The bar shows how far a load is above 1, and is full at 3.
-        "load_bar": lambda value: "" if value is None else draw_bar((value - 1) / 2, _LOAD_BAR_WIDTH, glyphs),
-    }
-    text = render_template("maskmoe.run_status", "status.txt.j2", values, filters(status) | own_filters)
-    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+def render_text(status: Status) -> str:
+    """Return a status as text for people."""
+    values = {"status": status, "summary": summarize(status), "most": _MOST_LINES}
+    return render_template("maskmoe.run_status", "status.txt.j2", values, FILTERS)
 
 
-def _wrap_facts(facts: Sequence[str], glyphs: Glyphs) -> str:
-    """Join facts on as few lines as possible, without a break inside a fact."""
-    unbroken = (fact.replace(" ", "\xa0") for fact in facts)
-    return _wrap(f" {glyphs.separator} ".join(unbroken)).replace("\xa0", " ")
+def summarize(status: Status) -> dict[str, str]:
+    """Return the values at the top of a status by their names; unknown values are left out."""
+    progress, summary = status.progress, {}
+    if progress.iteration is not None:
+        of_total = f" of {progress.total:,}" if progress.total else ""
+        summary["iteration"] = f"{progress.iteration:,}{of_total}"
+    if progress.loss is not None:
+        summary["loss"] = f"{progress.loss:.4f}"
+    if progress.held_out_loss is not None:
+        summary["held-out"] = f"{progress.held_out_loss:.4f} at iteration {progress.held_out_iteration:,}"
+    speed = []
+    if progress.seconds_per_iteration is not None:
+        speed.append(f"{progress.seconds_per_iteration:.3g} s an iteration")
+    if progress.tokens_per_second is not None:
+        speed.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if speed:
+        summary["speed"] = ", ".join(speed)
+    if status.liveness.state == "running" and progress.seconds_left is not None:
+        seconds = round(progress.seconds_left)
+        summary["ETA"] = f"{timedelta(seconds=seconds)}, {format_time(status.read + seconds)}"
+    return summary
 
 
-def _wrap(text: str, indent: int = 12, first: int | None = None) -> str:
-    """Break a text into lines.
+def format_time(seconds: float) -> str:
+    """Return a time in seconds since 1970 as local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
-    Args:
-        text: the text.
-        indent: blanks before all lines but the first.
-        first: characters that precede the text in the first line; None for `indent`.
-    """
-    lead = indent if first is None else first
-    lines = textwrap.wrap(" " * lead + text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
-    return "\n".join(lines)[lead:]
+
+FILTERS: Mapping[str, Callable] = {
+    "time": format_time,
+    "size": lambda size: f"{size / 2**20:,.1f} MiB",
+    "ratio": lambda value: "-" if value is None else f"{value:.3f}",
+}
+"""The filters that the templates of the text and of the page share."""

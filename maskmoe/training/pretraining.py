@@ -6,7 +6,7 @@ are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a 
 
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -51,6 +51,8 @@ from maskmoe.training.settings.setup import (
 from maskmoe.training.settings.watch_arguments import add_watch_arguments
 from maskmoe.training.watch.collapse_watch import CollapseWatch
 from maskmoe.training.watch.console import console
+from maskmoe.training.watch.end_of_run import recording_end, writing_page
+from maskmoe.training.watch.event_files import choose_event_folder, log_command, writing_events
 from maskmoe.training.watch.failures import (
     DataFiles,
     check_first_step,
@@ -62,7 +64,6 @@ from maskmoe.training.watch.header import describe_layout, describe_start, show_
 from maskmoe.training.watch.leaving import LeaveAfterSave
 from maskmoe.training.watch.router_metrics import HybridMetricsTracker
 from maskmoe.training.watch.routing_log import RoutingLog
-from maskmoe.training.watch.run_report import RunReport, choose_event_folder
 from maskmoe.training.watch.run_warnings import RunWarnings
 from maskmoe.training.watch.spike_watch import SpikeWatch
 from maskmoe.training.watch.spikes import SpikeDetector
@@ -116,17 +117,16 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         "default: half of --distributed-timeout-minutes",
     )
     group.add_argument(
-        "--report-interval",
-        type=ranges.INTERVAL,
-        default=60.0,
-        metavar="SECONDS",
-        help="write the page report.html into the run folder at most this often, and at the end; 0: never "
-        "(default: 60)",
+        "--report",
+        action=BooleanOptionalAction,
+        default=True,
+        help="write event files of TensorBoard and, at the end of the run, the page report.html into the run folder "
+        "(default: on)",
     )
     add_watch_arguments(parser)
     parser.set_defaults(
         exit_signal_handler=True,
-        log_timers_to_tensorboard=True,  # the page shows the time of an iteration
+        log_timers_to_tensorboard=True,  # the status shows the time of an iteration
         # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
         use_persistent_ckpt_worker=True,
         async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
@@ -200,7 +200,7 @@ def main() -> None:
     # A refused run leaves no files, so wait until no rank can refuse the run any more.
     ranks = RankStore.from_environment()
     ranks.wait_for_all("checks")
-    with locked_by_first_rank(_folders_to_lock(run.args), ranks):
+    with writing_page(run.args, ranks), locked_by_first_rank(_folders_to_lock(run.args), ranks):
         mend_tracker(run.args, ranks)
         set_abandoned_aside(run.args, ranks, run.rewinds)
         train(run, model_config, ranks, let_signals_save)
@@ -278,12 +278,11 @@ def train(
     choose_event_folder(args)
     take_run_id(args)
     open_writers(args)
-    report = RunReport(args)
+    log_command()
     before_each = (
         console.end_of_loading,
         let_signals_save,
         watchdog.step,
-        report,
         StepTime(folder_on_first_rank, ranks.world_size),
         partial(data_files.check, _DATA_FILES_A_STEP),
     )
@@ -306,10 +305,11 @@ def train(
     # Train. Each context manager handles one way in which the run may end early.
     console.load("building the model")
     with (
+        recording_end(folder, ranks),
         reporting_end(args),
-        report.following(),
         watchdog.watching(),
         leaving_process_groups(),
+        writing_events(),
         handling_early_ends(args, data_files, leaving),
     ):
         pretrain(

@@ -29,8 +29,6 @@ COMMANDS = {
     "simulate": "--data-path data --routing-mask mask.safetensors --topk 2 --hidden-size 32 --output OUT",
     "thin": "--load checkpoints",
     "status": "--html OUT checkpoints",
-    "report": "--output OUT checkpoints",
-    "mlflow": "checkpoints",
     "quickstart": "--input text.txt --run-dir OUT",
     "compare": "suite.yaml --input text.txt --run-dir OUT",
     "launch": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
@@ -121,8 +119,6 @@ BAD_NUMBERS = {
         "--inter-node-latency": ("-1", "nan", "inf", "x"),
     },
     "thin": {"--keep-last-checkpoints": NOT_WHOLE},
-    "status": {"--watch": ("0", "0.5", "-1", "nan", "inf", "1e10", "x", "")},
-    "mlflow": {"--follow": ("0", "0.5", "-1", "nan", "inf", "1e10", "x", "")},
     "quickstart": {
         "--vocab-size": (*NOT_WHOLE, "100"),
         "--num-layers": NOT_WHOLE,
@@ -153,7 +149,7 @@ BAD_NUMBERS = {
 def command_line(command: str, **replaced: str) -> list[str]:
     """Return a command line of `COMMANDS`, with other values of flags; flags are written without dashes in front."""
     words = COMMANDS[command].split()
-    positional = command in ("launch", "check", "status", "report", "mlflow")
+    positional = command in ("launch", "check", "status")
     for name, value in replaced.items():
         flag = f"--{name.replace('_', '-')}"
         if flag in words:
@@ -321,8 +317,6 @@ PATHS = {
     "simulate": {"data_path": FILE, "routing_mask": FILE, "output": OUTPUT, "plot": OUTPUT},
     "thin": {"load": FOLDER},
     "status": {"html": OUTPUT, "json": OUTPUT, "tensorboard_dir": FOLDER},
-    "report": {"output": OUTPUT, "tensorboard_dir": FOLDER},
-    "mlflow": {"tensorboard_dir": FOLDER},
     "quickstart": {"input": FILE, "run_dir": OUTPUT_FOLDER},
     "compare": {"input": FILE},
     "evaluate": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "routing_mask": FILE, "eval_texts": FILE},
@@ -380,8 +374,6 @@ def test_file_in_first_place_that_cannot_be_used(workshop):
         "compare --run-dir OUT": BAD_PATHS[FILE],
         "convert inspect": BAD_PATHS[FOLDER],
         "status": BAD_PATHS[FOLDER],
-        "report": BAD_PATHS[FOLDER],
-        "mlflow": BAD_PATHS[FOLDER],
     }
     refuse_all(workshop, [([*name.split(), path], []) for name, paths in commands.items() for path in paths])
 

@@ -69,8 +69,6 @@ def test_parser_reports_in_one_line_and_each_number_has_a_range(subcommand):
         "count",
         "convert",
         "status",
-        "report",
-        "mlflow",
     )
     assert numbers or subcommand.name in without_defaults
 

@@ -102,17 +102,23 @@ def test_an_analysis_is_not_written_into_a_checkpoint(folder: Path, monkeypatch:
     assert not any((folder / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("command", ["report run --output OUT", "status run --html OUT", "status run --json OUT"])
-def test_a_page_is_not_written_over_the_files_of_a_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+@pytest.mark.parametrize("flag", ["--html", "--json"])
+def test_a_status_is_not_written_over_the_files_of_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
-    for name in ("tensorboard/events.out.tfevents.1", "logs/rank0.log", "out.log"):
-        path = folder / "run" / name
+    files = [folder / "run" / name for name in ("tensorboard/events.out.tfevents.1", "logs/rank0.log", "args.yaml")]
+    for path in (*files, folder / "save" / "common.pt"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("precious")
-        with pytest.raises(UserError, match=r"it belongs to the input|it is an input"):
-            run(monkeypatch, command.replace("OUT", f"run/{name}") + " --force")
-        assert path.read_text() == "precious"
+        path.write_text(f"# save: {folder / 'save'}\n")
+    (folder / "link").symlink_to("run/args.yaml")
+    for output in (*files, folder / "run/logs/new", folder / "save/common.pt", folder / "save/new", folder / "link"):
+        with pytest.raises(UserError, match="it belongs to the run"):
+            run(monkeypatch, f"status run {flag} {output} --force")
+    assert {path.read_text() for path in files} == {f"# save: {folder / 'save'}\n"}
+    for _ in range(2):  # a page and a status in the run folder may be replaced
+        run(monkeypatch, f"status run {flag} run/status.{flag.removeprefix('--')} --force")
+    with pytest.raises(UserError, match="it exists"):
+        run(monkeypatch, f"status run {flag} run/status.{flag.removeprefix('--')}")
 
 
 def test_inputs_of_text_commands_are_not_overwritten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

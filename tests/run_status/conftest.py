@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from support.run_folders import write_checkpoint, write_events, write_journal
+from support.run_folders import write_arguments, write_checkpoint, write_events, write_journal
 
 from maskmoe.launch.journal import Kind
 
@@ -13,6 +13,7 @@ def run(tmp_path):
     """A run that was restarted once, and then stopped after iteration 20 of 40."""
     folder = tmp_path / "my run"
     write_events(folder / "tensorboard")
+    write_arguments(folder)
     for iteration in (10, 20):
         write_checkpoint(folder / "checkpoints", iteration)
     now = time.time()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -9,29 +10,47 @@ from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
 from maskmoe.launch.journal import FOLDER
-from maskmoe.run_status.checkpoints import CheckpointReader
-from maskmoe.run_status.reader import StatusReader
-from maskmoe.run_status.status import Status
 
 NUM_LAYERS = 3
 
 
-def write_events(folder, first=1, last=20, **texts):
-    """Write the event file of one start of a run."""
-    writer = SummaryWriter(folder)
-    for name, text in {"train_iters": "40", "seq_length": "32", **texts}.items():
-        writer.add_text(name, text, first - 1)
+def write_arguments(folder, text="", **values):
+    """Write the arguments of a run's newest start."""
+    folder.mkdir(exist_ok=True)
+    values = {"train_iters": 40, "seq_length": 32, **values}
+    lines = ["train-iters: '40'", *(f"# {name}: {value}" for name, value in values.items())]
+    (folder / "args.yaml").write_text("\n".join([text, *lines]) + "\n")
+
+
+def write_events(folder, first=1, last=20, start=None):
+    """Write the event file of one start of a run, with an iteration every 0.25 s.
+
+    Args:
+        folder: the folder of the event files.
+        first: the first iteration.
+        last: the last iteration.
+        start: when the start began, in seconds since 1970, by which the files are ordered; None if it ended just now.
+    """
+    start = time.time() - 0.25 * (last - first + 1) if start is None else start
+    writer = SummaryWriter(folder / "new")
+    writer.add_text("maskmoe/command", 'pretrain --lr "1e-3" <b>', first - 1)
+
+    def add(tag, value, step):
+        writer.add_scalar(tag, value, step, walltime=start + 0.25 * (step - first))
+
     for step in range(first, last + 1):
-        writer.add_scalar("lm loss", 5 / step, step)
+        add("lm loss", 5 / step, step)
         writer.add_scalar("lm loss vs samples", 5 / step, 16 * step)
-        writer.add_scalar("batch-size", 16, step)
-        writer.add_scalar("iteration-time", 0.25, step)
+        add("batch-size", 16, step)
         if step % 5 == 0:
-            writer.add_scalar("lm loss validation", 6 / step, step)
+            add("lm loss validation", 6 / step, step)
         for layer in range(NUM_LAYERS):
-            writer.add_scalar(f"moe/expert_load_max_over_mean_layer_{layer}", 1 + layer + step / 100, step)
-            writer.add_scalar(f"moe/rank_load_max_over_mean_layer_{layer}", 1 + layer / 10, step)
+            add(f"moe/expert_load_max_over_mean_layer_{layer}", 1 + layer + step / 100, step)
+            add(f"moe/rank_load_max_over_mean_layer_{layer}", 1 + layer / 10, step)
     writer.close()
+    (new,) = (folder / "new").iterdir()
+    new.rename(folder / f"events.out.tfevents.{start:010.0f}.host")
+    (folder / "new").rmdir()
 
 
 def write_checkpoint(folder, iteration, with_manifest=True):
@@ -57,12 +76,3 @@ def write_journal(folder, *entries, name="a-1"):
         for kind, when, text, iteration, facts in entries
     ]
     (folder / FOLDER / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def read_status(run, verification=None, event_folder=None) -> Status:
-    """Read a status, which must need nothing that takes seconds."""
-
-    def fail(what):
-        raise AssertionError(what)
-
-    return StatusReader(run, event_folder, CheckpointReader(fail, verification), fail).read()

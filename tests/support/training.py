@@ -28,7 +28,7 @@ SETTINGS = f"""
     --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 3
     --data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0
     --eval-iters 1 --eval-interval 5 --save-interval 7 --log-interval 1 --tensorboard-log-interval 1
-    --report-interval 0
+    --no-report
 """
 """Flags of every run, which the flags of a single run override."""
 

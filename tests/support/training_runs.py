@@ -68,7 +68,7 @@ RUNS = {
         torchrun=True,
         description="Experts on 2 ranks, which also share the batch; 2 micro-batches a step.",
     ),
-    "expert parallel 2, undisturbed": Run(f"{EXPERT_2} --report-interval 60", ranks=2, saves=True),
+    "expert parallel 2, undisturbed": Run(f"{EXPERT_2} --report", ranks=2, saves=True),
     "expert parallel 4": Run(
         "--expert-model-parallel-size 4",
         ranks=4,

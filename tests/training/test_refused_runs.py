@@ -104,7 +104,7 @@ def refuse(run_folder, workplace, monkeypatch) -> Iterator[Refuse]:
 
     def refuse(flags: str, main: Callable[[], None] = pretraining.main) -> str:
         if main is pretraining.main:
-            run = Run(f"{run_folder.flags} --report-interval 60 {flags}", logs_scalars=False)
+            run = Run(f"{run_folder.flags} --report {flags}", logs_scalars=False)
             words = workplace.flags(run, run_folder.path)
         else:
             words = shlex.split(

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 from support.launchers import TESTS
-from support.run_folders import read_status
 from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
 from support.training_runs import DISTRIBUTED, EXPERT_2, INTERLEAVED, PIPELINE_2, TENSOR_2
@@ -13,6 +12,7 @@ from support.training_runs import DISTRIBUTED, EXPERT_2, INTERLEAVED, PIPELINE_2
 from maskmoe.checkpoint.series import read_tracker, saved_iterations
 from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, EXIT_REWIND, read_exit_code
+from maskmoe.run_status.status import read_status
 from maskmoe.training.resume.rewinds import FILE_NAME, read_rewinds
 
 SPIKE = (str(TESTS / "training" / "pretrain_with_spike.py"),)

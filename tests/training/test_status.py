@@ -5,12 +5,10 @@ import re
 import signal
 
 import pytest
-from support.run_folders import read_status
 from support.training import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from maskmoe.run_status.checkpoints import Soundness
-from maskmoe.run_status.liveness import State
+from maskmoe.run_status.status import read_status
 
 EXPERT_2 = "--expert-model-parallel-size 2"
 
@@ -20,18 +18,18 @@ def test_status_of_an_ended_run(runs):
     (run,) = runs
     logged = EventAccumulator(str(run.folder / "tensorboard"))
     logged.Reload()
-    status = read_status(run.folder)
-    assert status.liveness.state is State.FINISHED
+    status = read_status(run.checkpoints)
+    assert status.liveness.state == "finished"
     newest = {tag: logged.Scalars(tag)[-1] for tag in logged.Tags()["scalars"]}
-    assert (status.progress.iteration, status.progress.loss) == (21, newest["lm loss"].value)
+    assert (status.progress.iteration, status.progress.loss) == (21, pytest.approx(newest["lm loss"].value, rel=1e-5))
     assert status.progress.held_out_loss == newest["lm loss validation"].value
     assert [load.layer for load in status.loads] == [0, 1, 2, 3]
     for load in status.loads:
         assert load.expert == newest[f"moe/expert_load_max_over_mean_layer_{load.layer}"].value
         assert load.rank == newest[f"moe/rank_load_max_over_mean_layer_{load.layer}"].value
-    assert status.curves["lm loss"].means.tolist() == [each.value for each in logged.Scalars("lm loss")]
+    assert status.logged.scalars["lm loss"] == logged.Scalars("lm loss")
     assert [each.iteration for each in status.checkpoints.saved] == [21, 14, 7]
-    assert {each.soundness for each in status.checkpoints.saved} == {Soundness.COMPLETE}
+    assert {each.soundness for each in status.checkpoints.saved} == {"complete"}
     for each in status.checkpoints.saved:
         assert each.size == sum(path.stat().st_size for path in each.path.iterdir())
     assert status.checkpoints.next_start == run.checkpoints / "iter_0000021"
@@ -45,7 +43,7 @@ def test_status_while_training_and_after_kill(workplace, tmp_path):
         processes.wait_for_iteration(12)
         logged = [int(number) for number in re.findall(r"iteration +(\d+)/ +2000", processes.output)]
         status = read_status(folder)
-        assert status.liveness.state is State.RUNNING
+        assert status.liveness.state == "running"
         assert f"process {processes.pids[0]} " in status.liveness.reason
         assert max(logged) <= status.progress.iteration < 2000
         assert status.progress.seconds_left > 0
@@ -56,8 +54,8 @@ def test_status_while_training_and_after_kill(workplace, tmp_path):
     assert outcome.exit_codes == (-9, -9)
     lines = re.findall(r"iteration +(\d+)/ +2000 .*lm loss: (\S+)", processes.output)
     status = read_status(folder)
-    assert status.liveness.state is State.LOST
+    assert status.liveness.state == "lost"
     assert status.progress.iteration == int(lines[-1][0])
     assert status.progress.loss == pytest.approx(float(lines[-1][1]), rel=1e-5)
-    sound = [each for each in status.checkpoints.saved if each.soundness is Soundness.COMPLETE]
+    sound = [each for each in status.checkpoints.saved if each.soundness == "complete"]
     assert status.checkpoints.next_start == sound[0].path

@@ -9,7 +9,7 @@ from support.runs import read_scalars
 from support.training_runs import RUNS
 
 from maskmoe.launch.journal import Kind, read_journal
-from maskmoe.run_status.logged import LogReader
+from maskmoe.run_status.status import read_status
 
 MODULES = sorted((TESTS / "training").glob("test_*.py"))
 TREES = {path.name: ast.parse(path.read_text()) for path in MODULES}
@@ -69,7 +69,7 @@ def test_length_in_samples_is_the_length_in_iterations(runs):
     output = (in_samples.folder / "out0.log").read_text()
     assert "micro-batches of 2; 21 iterations\n" in output
     assert "complete: 21 iterations, loss" in output
-    progress = LogReader(in_samples.folder, None, lambda _: None).read().progress  # what `maskmoe status` shows
+    progress = read_status(in_samples.folder).progress
     assert (progress.iteration, progress.total) == (21, 21)
 
 

@@ -104,7 +104,7 @@ def main() -> None:
         "save-interval": arguments.save_interval,
         "log-interval": 5,
         "eval-iters": 0,
-        "report-interval": 0,
+        "no-report": True,
     }
     measurements: dict[bool, list[Measurement]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:

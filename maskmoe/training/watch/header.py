@@ -20,10 +20,9 @@ from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretra
 from maskmoe.training.settings.batch_sizes import BatchSizes, trained_samples, training_iterations
 from maskmoe.training.settings.layout import Layout
 from maskmoe.training.watch.console import console
-from maskmoe.training.watch.run_report import log_facts
+from maskmoe.training.watch.event_files import log_facts
 
 _LABEL_WIDTH = 12
-_LABELS_OF_PAGE = ("parameters", "dispatch", "mask", "data")  # of the lines that report.html shows, too
 _MOST_NAMED_DATASETS = 2
 
 
@@ -90,7 +89,7 @@ def show_header(
     dispatch = getattr(chunks[0], "dispatch_kind", None)
     fields = describe_run(args, mask, folder, counts, dispatch and dispatch.value)
     console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
-    log_facts({label: fields[label] for label in _LABELS_OF_PAGE if label in fields})
+    log_facts(fields)
     console.load("reading the checkpoint" if checkpoint_to_load(args) else "setting up the optimizer")
     return chunks
 

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output
 from maskmoe.launch.run_folder import run_folder
-from maskmoe.run_report.run_id import find_or_make_id
 
 RUN_ID = "wandb_run_id"
 """The file of the run folder with the id of the run at Weights & Biases."""
@@ -43,5 +43,10 @@ def take_run_id(args: Namespace) -> None:
     folder = run_folder(args.save, args.tensorboard_dir)
     is_logging = getattr(args, "wandb_project", None) and args.rank == args.world_size - 1
     if folder is not None and is_logging and not os.environ.get("WANDB_RUN_ID"):
-        os.environ["WANDB_RUN_ID"] = find_or_make_id(folder / RUN_ID, lambda: uuid.uuid4().hex[:12])
+        path = folder / RUN_ID
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_output(path) as unfinished:
+                unfinished.write_text(uuid.uuid4().hex[:12] + "\n")
+        os.environ["WANDB_RUN_ID"] = path.read_text().strip()
         os.environ.setdefault("WANDB_RESUME", "allow")

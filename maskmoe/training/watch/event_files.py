@@ -1,0 +1,77 @@
+"""TensorBoard's event files of a run: their folder, what MaskMoE adds to them, and errors of the disk."""
+
+import os
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from megatron.training import get_tensorboard_writer
+
+import maskmoe
+from maskmoe.launch.run_folder import TENSORBOARD, run_folder
+from maskmoe.run_status.scalars import OWN_TEXT
+
+
+def choose_event_folder(args: Namespace) -> None:
+    """Choose the folder `tensorboard` of the run folder for event files if the run has a page and no other folder."""
+    folder = run_folder(args.save, args.tensorboard_dir)
+    if folder is not None and args.report and args.tensorboard_dir is None:
+        args.tensorboard_dir = str(folder / TENSORBOARD)
+
+
+def log_facts(facts: Mapping[str, str]) -> None:
+    """Write settings of the run to TensorBoard, from where they get into the page; on the last rank only."""
+    if writer := get_tensorboard_writer():
+        for name, text in facts.items():
+            writer.add_text(OWN_TEXT + name, text)
+
+
+def log_command() -> None:
+    """Write the command that starts the ranks of the run again, and the versions of the packages, to TensorBoard."""
+    nodes, processes = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    ranks = f"--nnodes {nodes} --nproc-per-node {processes}"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch"))
+    log_facts(
+        {
+            "command": f"torchrun {ranks} -m maskmoe.training.pretrain {shlex.join(sys.argv[1:])}",
+            "versions": f"maskmoe {maskmoe.__version__}, {packages}",
+        }
+    )
+
+
+@contextmanager
+def writing_events() -> Iterator[None]:
+    """Let errors of the disk not end the block, and write the last values when the block ends, on the last rank."""
+    writer = get_tensorboard_writer()
+    if writer:
+        tolerate_write_errors(writer)
+    try:
+        yield
+    finally:
+        if writer:
+            writer.flush()
+
+
+def tolerate_write_errors(writer: Any) -> None:
+    """Let a writer of event files warn when a disk is full, and drop the values: training continues without them.
+
+    Args:
+        writer: torch's `SummaryWriter`.
+    """
+    events = writer._get_file_writer().event_writer
+
+    def tolerating(call: Callable[..., None]) -> Callable[..., None]:
+        def tolerant(*arguments: object) -> None:
+            try:
+                call(*arguments)
+            except OSError as error:
+                print(f"warning: TensorBoard's events end here: {error}", file=sys.stderr, flush=True)
+                events.add_event = events.flush = lambda *_: None
+
+        return tolerant
+
+    events.add_event, events.flush = tolerating(events.add_event), tolerating(events.flush)

@@ -1,0 +1,112 @@
+"""The status names the faults of checkpoints, and the checkpoint that a restart would load."""
+
+import math
+import shutil
+
+import pytest
+from support.run_folders import write_checkpoint
+
+from maskmoe.run_status import checkpoints as module
+from maskmoe.run_status.arguments import RunArguments
+from maskmoe.run_status.checkpoints import find_checkpoints, read_checkpoints
+
+
+def read(folder, first_abandoned=math.inf, verify=False, **arguments):
+    return read_checkpoints(folder, RunArguments(arguments), first_abandoned, verify)
+
+
+def states(checkpoints):
+    return {each.iteration: (each.soundness, each.fault) for each in checkpoints.saved}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for iteration in (10, 20):
+        write_checkpoint(tmp_path, iteration)
+    return tmp_path
+
+
+def test_faults_are_named(folder):
+    for iteration in (30, 40, 50):
+        write_checkpoint(folder, iteration)
+    (folder / "iter_0000050" / "metadata.json").unlink()
+    (folder / "iter_0000040" / "__0_0.distcp").write_bytes(bytes(999))
+    (folder / "iter_0000030" / ".metadata").unlink()
+    checkpoints = read(folder)
+    assert states(checkpoints) == {
+        50: ("unfinished", "was not finished: it has no metadata.json"),
+        40: ("damaged", "__0_0.distcp has 999 of 1000 bytes"),
+        30: ("damaged", ".metadata is missing"),
+        20: ("complete", ""),
+        10: ("complete", ""),
+    }
+    assert checkpoints.next_start == folder / "iter_0000020"
+    assert [each.iteration for each in checkpoints.saved] == [50, 40, 30, 20, 10]
+    newest = checkpoints.saved[3]
+    assert newest.size == sum(path.stat().st_size for path in newest.path.iterdir())
+    shutil.rmtree(folder / "iter_0000020")
+    shutil.rmtree(folder / "iter_0000010")
+    checkpoints = read(folder)
+    assert checkpoints.next_start is None
+    assert "holds no sound checkpoint" in checkpoints.problem
+
+
+def test_flipped_byte_is_found_by_verification(folder):
+    (folder / "iter_0000020" / "__0_0.distcp").write_bytes(bytes(999) + b"1")
+    assert states(read(folder))[20] == ("complete", "")
+    fault = "__0_0.distcp does not have the content that was saved"
+    checkpoints = read(folder, verify=True)
+    assert states(checkpoints) == {20: ("damaged", fault), 10: ("verified", "")}
+    assert checkpoints.next_start == folder / "iter_0000010"
+
+
+def test_flipped_byte_of_a_layout_is_always_found(folder):
+    file = folder / "iter_0000020" / ".metadata"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    assert states(read(folder))[20] == ("damaged", ".metadata does not have the content that was saved")
+
+
+def test_checkpoint_without_digests_is_checked_by_its_layout(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 5, with_manifest=False)
+    assert states(read(tmp_path, verify=True)) == {5: ("complete", "")}
+    (checkpoint / "__0_0.distcp").write_bytes(bytes(10))
+    assert states(read(tmp_path)) == {5: ("damaged", "__0_0.distcp has 10 of at least 1000 bytes")}
+
+
+def test_checkpoint_beyond_which_the_run_goes_back_is_abandoned(folder):
+    checkpoints = read(folder, first_abandoned=14)
+    assert states(checkpoints) == {20: ("abandoned", "the next start goes back beyond it"), 10: ("complete", "")}
+    assert checkpoints.next_start == folder / "iter_0000010"
+
+
+@pytest.mark.parametrize("place", ["non_persistent", "elsewhere"])
+def test_non_persistent_checkpoint_may_be_the_next_start(folder, place):
+    arguments = {"non_persistent_ckpt_type": "global"}
+    if place == "elsewhere":
+        arguments["non_persistent_global_ckpt_dir"] = str(folder / place)
+    frequent = write_checkpoint(folder / place, 25)
+    assert read(folder, **arguments).next_start == frequent
+    assert read(folder).next_start == folder / "iter_0000020"
+    (frequent / "metadata.json").unlink()
+    assert read(folder, **arguments).next_start == folder / "iter_0000020"
+
+
+def test_checkpoints_may_vanish_while_they_are_read(folder, monkeypatch):
+    """A checkpoint is removed right after it was found."""
+
+    def find(_):
+        shutil.rmtree(folder / "iter_0000020", ignore_errors=True)
+        return [20, 10]
+
+    monkeypatch.setattr(module, "saved_iterations", find)
+    assert [each.iteration for each in read(folder).saved] == [10]
+
+
+def test_folder_of_the_checkpoints(tmp_path):
+    save = tmp_path / "elsewhere"
+    assert find_checkpoints(tmp_path, None) is None
+    for folder in (save, tmp_path, tmp_path / "checkpoints"):
+        write_checkpoint(folder, 5)
+        assert find_checkpoints(tmp_path, save) == folder

@@ -1,7 +1,0 @@
-"""Runs `maskmoe mlflow` from a checkout; `--help` shows the arguments."""
-
-from maskmoe.command_line.log_to_mlflow import main
-from maskmoe.command_line.run_tool import run_tool
-
-if __name__ == "__main__":
-    run_tool(main)
