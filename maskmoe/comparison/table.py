@@ -73,7 +73,7 @@ class RunResult(BaseModel, frozen=True):
     mask: str | None
     tokens: int
     losses: list[HeldOutLoss]
-    validation: list[tuple[int, float]]
+    validation: list[tuple[int, Loss]]
     load: list[list[int]]
     seconds: float
     origin: dict[str, str]
