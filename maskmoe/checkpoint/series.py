@@ -156,17 +156,29 @@ def choose_checkpoint(
     raise UserError(f"{flag} {folder} holds no sound checkpoint: {reasons}")
 
 
-def locate_checkpoint(path: Path) -> Path:
-    """Return the folder of a checkpoint: `path` itself, or the newest sound checkpoint if `path` belongs to a run.
+def locate_checkpoint(path: Path, step: int | None = None) -> Path:
+    """Return the folder of a checkpoint: `path` itself, or one of the checkpoints in the folder of a run.
+
+    An older checkpoint never takes the place of a damaged one: the caller would not notice.
+
+    Args:
+        path: the folder of a checkpoint or of a run's checkpoints.
+        step: Megatron's `--ckpt-step`, the iteration to choose; None for the newest.
 
     Raises:
-        UserError: the folder does not exist or holds no checkpoint.
+        UserError: the folder does not exist or holds no checkpoint, or the newest checkpoint is damaged.
     """
     check_folder(path)
-    checkpoint = path if (path / LAYOUT_FILE).exists() else choose_checkpoint(path).checkpoint
-    if checkpoint is None:
+    if (path / LAYOUT_FILE).exists():
+        if step not in (None, iteration_of(path)):
+            raise UserError(f"--ckpt-step {step} chooses among the checkpoints of a run, but {path} is a checkpoint")
+        return path
+    choice = choose_checkpoint(path, step)
+    if choice.checkpoint is None:
         raise UserError(f"there is no checkpoint in {path}")
-    return checkpoint
+    if choice.rejected:
+        raise UserError(f"{choice.rejected[0]}; to use an older checkpoint, name its folder: {choice.checkpoint}")
+    return choice.checkpoint
 
 
 def finished_iterations(folder: str | Path) -> list[int]:

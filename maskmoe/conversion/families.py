@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource, row_major_blocks
+from maskmoe.conversion.blocks import BLOCK_BYTES, Block, Copy, row_major_blocks
 from maskmoe.conversion.model_config import read_model_config
 from maskmoe.conversion.model_tensors import (
     Shapes,
@@ -25,7 +25,7 @@ from maskmoe.conversion.model_tensors import (
 )
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel, with_routing_mask
 from maskmoe.conversion.safetensors_files import SafetensorsSource
-from maskmoe.conversion.writing import BLOCK_BYTES
+from maskmoe.conversion.tensor_sources import RearrangedSource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask

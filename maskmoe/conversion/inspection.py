@@ -10,7 +10,6 @@ from typing import Any
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import locate_checkpoint
-from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.huggingface_models import MTP_FILE
 from maskmoe.conversion.megatron_models import is_optimizer
 from maskmoe.conversion.model_config import read_model_config
@@ -18,9 +17,8 @@ from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
 from maskmoe.conversion.safetensors_files import SafetensorsSource, has_safetensors
 from maskmoe.conversion.tensor_mapping import local_norm_name
+from maskmoe.conversion.tensor_sources import JoinedSource, TensorSource
 from maskmoe.conversion.torch_dist import TorchDistSource
-from maskmoe.conversion.writing import JOURNAL
-from maskmoe.errors import UserError
 from maskmoe.files.templates import render_template
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
@@ -97,10 +95,6 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
     Raises:
         UserError: the folder holds neither, or the tensors cannot be listed.
     """
-    if (path / JOURNAL).exists():
-        raise UserError(
-            f"{path} is the unfinished output of a conversion; start the conversion again with the same settings"
-        )
     if (path / CONFIG_FILE).exists():
         config = read_model_config(path / CONFIG_FILE)
         model: TensorSource = SafetensorsSource(path)

@@ -11,17 +11,9 @@ from typing import Any
 
 import torch
 
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
+from maskmoe.checkpoint.integrity import COMPLETION_FILE, FileRecord, Manifest
 from maskmoe.checkpoint.series import RELEASE, write_tracker
-from maskmoe.conversion.blocks import (
-    Copy,
-    CoverageError,
-    JoinedSource,
-    MemorySource,
-    RearrangedSource,
-    TensorSource,
-    TensorSpec,
-)
+from maskmoe.conversion.blocks import Copy, CoverageError, TensorSpec
 from maskmoe.conversion.config_mapping import config_from_args, is_stacked
 from maskmoe.conversion.hybrid_models import is_hybrid
 from maskmoe.conversion.model_tensors import check_tensors, make_config, read_mask, routing_mask_tensors
@@ -34,12 +26,11 @@ from maskmoe.conversion.tensor_mapping import (
     local_norm_name,
     map_tensors,
 )
+from maskmoe.conversion.tensor_sources import JoinedSource, MemorySource, RearrangedSource, TensorSource
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
-from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, plan_torch_dist
-from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
+from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
@@ -115,17 +106,17 @@ def open_megatron(
     return OpenedModel(view, config, args)
 
 
-def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, max_file_bytes: int) -> None:
+def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_bytes: int) -> None:
     """Write a model as a checkpoint that training starts from, in any layout of ranks.
 
     Args:
         model: the model. If its source does not provide the padding of the vocabulary, the padding is zeros.
         args: Megatron's arguments of the model, which the checkpoint will hold.
-        output: the folder for the checkpoint `release` and for the tracker file that names it.
+        folder: the folder for the checkpoint `release` and for the tracker file that names it.
         max_file_bytes: upper bound of a file's size in bytes.
 
     Raises:
-        UserError: the checkpoint cannot be written.
+        UserError: the model's tensors do not fit into Megatron's.
     """
     # Map the tensors. The padding of the vocabulary is the model's own if it fits, else zeros.
     layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS, is_hybrid(args))
@@ -154,19 +145,11 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
     }
     objects: dict[str, Any] = {COMMON_STATE: [common]}
     objects |= {layout.name(name): [None] for name in _extra_states(model.config, layout)}
-    files, layout_file = plan_torch_dist(view.tensors, objects, max_file_bytes, folder=RELEASE)
-    write_files(view, files, output)
-    # Write the files that turn the files of tensors into a checkpoint, then the tracker that names the checkpoint.
-    checkpoint = output.path / RELEASE
-    with reporting_full_disk(checkpoint):
-        with atomic_output(checkpoint / LAYOUT_FILE) as path:
-            path.write_bytes(layout_file)
-        records = {Path(file.name).name: output.finished[file.name] for file in files}
-        Manifest.of(records | {LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)}).save(checkpoint)
-        with atomic_output(checkpoint / "metadata.json") as path:
-            path.write_text(json.dumps(MARKER))
-        write_tracker(output.path, RELEASE)
-    output.complete()
+    checkpoint = folder / RELEASE
+    files = write_torch_dist(view, objects, checkpoint, max_file_bytes)
+    Manifest.of({file: FileRecord.of(checkpoint / file) for file in files}).save(checkpoint)
+    (checkpoint / COMPLETION_FILE).write_text(json.dumps(MARKER))
+    write_tracker(folder, RELEASE)
 
 
 def _vocab_size(original_args: Namespace, args: Namespace) -> int:

@@ -24,7 +24,7 @@ class Settings:
 
     Attributes:
         load: the folder of the input: a transformers model, a `torch_dist` checkpoint, or the checkpoints of a run, of
-            which the newest sound one is converted.
+            which the newest is converted.
         save: the folder of the result.
         dtype: one of `DTYPE_NAMES`, for all floating point tensors; None keeps the stored types.
         max_shard_size: upper bound of a file's size in bytes, unless one tensor alone is larger.
@@ -35,6 +35,7 @@ class Settings:
         hybrid_layer_pattern: the pattern of a `HybridModel` whose checkpoint is written, `DERIVED_PATTERN`, or
             `NO_PATTERN` for the checkpoint of a `GPTModel`; None selects the class of the model that `load` came from,
             and `GPTModel` if it did not come from Megatron. Ignored if no checkpoint is written.
+        ckpt_step: Megatron's `--ckpt-step`: the iteration to convert of the checkpoints of a run; None for the newest.
     """
 
     load: Path
@@ -46,6 +47,7 @@ class Settings:
     tokenizer_type: str | None = None
     tokenizer_model: str | None = None
     hybrid_layer_pattern: str | None = None
+    ckpt_step: int | None = None
 
 
 @dataclass(frozen=True)

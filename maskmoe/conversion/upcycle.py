@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource, TensorSpec, row_major_blocks
+from maskmoe.conversion.blocks import BLOCK_BYTES, Block, Copy, TensorSpec, row_major_blocks
 from maskmoe.conversion.model_tensors import expert_projections, make_config, mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
 from maskmoe.conversion.settings import UpcycleSettings
-from maskmoe.conversion.writing import BLOCK_BYTES
+from maskmoe.conversion.tensor_sources import RearrangedSource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask

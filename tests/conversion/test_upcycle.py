@@ -19,11 +19,12 @@ from support.foreign_models import (
 )
 
 from maskmoe.command_line.convert_checkpoint import add_upcycle_arguments, upcycle_settings
-from maskmoe.conversion.blocks import Block, CastSource, TensorSource, row_major_blocks
+from maskmoe.conversion.blocks import Block, row_major_blocks
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.conversion.settings import UpcycleSettings
+from maskmoe.conversion.tensor_sources import CastSource, TensorSource
 from maskmoe.conversion.upcycle import changes_of_function, upcycle
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe
