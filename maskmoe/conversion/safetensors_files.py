@@ -156,6 +156,7 @@ def write_safetensors(
         tensors = {name: source.read(Block.whole(name, specs[name].shape)).contiguous() for name in names_in_file}
         with atomic_output(folder / file) as path:
             save_file(tensors, path, metadata={"format": "pt"})
+        del tensors  # before the tensors of the next file are read
     if split.is_sharded:
         file_of = {name: Path(file).name for name, file in split.tensor_to_filename.items()}
         index: dict[str, Any] = {"metadata": split.metadata, "weight_map": file_of}
