@@ -1,10 +1,9 @@
 """Finds, chooses and removes checkpoints of one run in Megatron's folder `--save`."""
 
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from maskmoe.checkpoint.integrity import (
@@ -43,19 +42,6 @@ class Choice:
     def iteration(self) -> int | None:
         """Return the iteration of the checkpoint; None for a `release` checkpoint, or without a checkpoint."""
         return None if self.checkpoint is None else iteration_of(self.checkpoint)
-
-
-@dataclass(frozen=True)
-class Removal:
-    """The outcome of removing checkpoints.
-
-    Attributes:
-        removed: the folders that are gone.
-        remaining: the folders that could not be removed, each with the reason. Some of their files may be gone.
-    """
-
-    removed: list[Path] = field(default_factory=list)
-    remaining: dict[Path, str] = field(default_factory=dict)
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -282,7 +268,7 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
 
 def remove_old_checkpoints(
     folder: str | Path, keep: int | None, retain_interval: int | None = None, newest: int | None = None
-) -> Removal:
+) -> list[Path]:
     """Remove all checkpoints that are older than the newest `keep` sound checkpoints.
 
     Args:
@@ -293,12 +279,11 @@ def remove_old_checkpoints(
             beyond them, so they neither count nor are removed. None counts all checkpoints.
 
     Returns:
-        The checkpoints that were removed, and the checkpoints that stay although they should have been removed.
+        the checkpoints that should be gone; a folder that could not be removed completely is still there.
     """
-    removal = Removal()
     if keep is None:
-        return removal
-    kept = 0
+        return []
+    kept, old = 0, []
     for iteration in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, iteration)
         if newest is not None and iteration > newest:
@@ -308,22 +293,7 @@ def remove_old_checkpoints(
                 check_structure(checkpoint)
                 kept += 1
         elif not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
-            reason = _remove(checkpoint)
-            if reason is None:
-                removal.removed.append(checkpoint)
-            else:
-                removal.remaining[checkpoint] = reason
-    return removal
-
-
-def _remove(checkpoint: Path) -> str | None:
-    """Remove as much of a checkpoint as possible; return why its folder stays, None if the folder is gone."""
-    reasons: list[str] = []
-
-    def note(_function: object, _path: str, error: BaseException) -> None:
-        reasons.append(getattr(error, "strerror", None) or str(error))
-
-    shutil.rmtree(checkpoint, onexc=note)
-    if not os.path.lexists(checkpoint):
-        return None
-    return reasons[0] if reasons else "another process writes to this folder"
+            old.append(checkpoint)
+    for checkpoint in old:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return old

@@ -16,8 +16,8 @@ from maskmoe.checkpoint.integrity import (
     Damage,
     Manifest,
     Unfinished,
-    check_by_manifest,
     check_content,
+    check_structure,
 )
 from maskmoe.checkpoint.non_persistent import non_persistent_folder
 from maskmoe.checkpoint.series import (
@@ -154,7 +154,7 @@ class CheckpointReader:
             is_finished = (path / COMPLETION_FILE).exists()
             if is_finished and not manifest.has_sizes and "torch" not in sys.modules:
                 self.on_slow(f"{path.name} has no digests, so its layout is read")
-            check_by_manifest(path)
+            check_structure(path)
             if self.verification is not None and manifest.files:
                 self._verify(path, size)
                 soundness = Soundness.VERIFIED
