@@ -19,7 +19,7 @@ _LAYER_OF_PREDICTION = re.compile(r"\.mtp_model_layer\.layers\.\d+\.")
 
 
 @dataclass(frozen=True)
-class EquivalentGPTModel:
+class EquivalentGPT:
     """The GPT model that has the attention, MLPs and MoE layers of a hybrid model.
 
     A transformer layer of the GPT model is an attention symbol and the `-` or `E` after it. Mamba and GDN layers have
@@ -80,7 +80,7 @@ class EquivalentGPTModel:
         return GPTCompatLayerMaps(dict(pairs[::2]), dict(pairs[1::2]), new, num_gpt_layers=len(pairs) // 2)
 
 
-def find_equivalent_gpt_model(args: Namespace, saved_args: Namespace, model: object) -> tuple[EquivalentGPTModel | None, bool]:
+def find_equivalent_gpt(args: Namespace, saved_args: Namespace, model: object) -> tuple[EquivalentGPT | None, bool]:
     """Do what Megatron's `_maybe_setup_gpt_to_hybrid_load` does, for every pattern that has an equivalent GPT model.
 
     Args:
@@ -94,7 +94,7 @@ def find_equivalent_gpt_model(args: Namespace, saved_args: Namespace, model: obj
     """
     if args.hybrid_layer_pattern is None or getattr(saved_args, "hybrid_layer_pattern", None) is not None:
         return None, False
-    gpt_model = EquivalentGPTModel.of_pattern(args.hybrid_layer_pattern, has_alike_layers(saved_args))
+    gpt_model = EquivalentGPT.of_pattern(args.hybrid_layer_pattern, has_alike_layers(saved_args))
     has_optimizer = not getattr(saved_args, "no_save_optim", False)
     return gpt_model, has_optimizer and not (args.no_load_optim or args.finetune)
 

@@ -102,9 +102,9 @@ def load_gpt_checkpoints_into_hybrid_models() -> None:
 
     def find_gpt_model(args: Namespace, saved_args: Namespace, model: object) -> tuple:
         # Processes that load no checkpoint need not spend the time to import this module.
-        from maskmoe.checkpoint.gpt_into_hybrid import find_equivalent_gpt_model
+        from maskmoe.checkpoint.gpt_into_hybrid import find_equivalent_gpt
 
-        return find_equivalent_gpt_model(args, saved_args, model)
+        return find_equivalent_gpt(args, saved_args, model)
 
     retarget_stock = gpt_checkpoint_interop.retarget_sharded_state_dict_to_gpt_checkpoint
 

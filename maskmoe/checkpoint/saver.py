@@ -21,7 +21,6 @@ from maskmoe.checkpoint.non_persistent import keep_newest, make_room, non_persis
 from maskmoe.checkpoint.series import (
     checkpoint_path,
     next_version,
-    read_tracker,
     remove_next_versions,
     remove_old_checkpoints,
     replace_by_next_version,
@@ -83,6 +82,7 @@ class CheckpointSaver:
         self._while_saving, self._while_waiting, self._journal = while_saving, while_waiting, journal
         self._unfinished: deque[_Save] = deque()
         self._has_saved_non_persistent = False
+        self._retain_interval: int | None = None
         self._last_saved: int | None = None  # the iteration of the last persistent checkpoint
 
     def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
@@ -98,6 +98,10 @@ class CheckpointSaver:
             SaveError: a rank failed to save.
         """
         settings = get_args()
+        # Hide the interval from Megatron, which may remove the last sound checkpoint if the newest one is damaged, and
+        # which fails if the tracker file names no iteration, as in the folder of an imported model.
+        if settings.save_retain_interval is not None:
+            self._retain_interval, settings.save_retain_interval = settings.save_retain_interval, None
         if not non_persistent_ckpt and (self._has_saved(iteration) or _is_saved(settings, iteration)):
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
@@ -127,7 +131,7 @@ class CheckpointSaver:
             if is_first:
                 self._clear_folder(settings, save)
             torch.distributed.barrier()
-            with _marking_failures(), _hiding_retain_interval(settings):
+            with _marking_failures():
                 self._save_checkpoint(save.iteration, *args, non_persistent_ckpt=save.is_local, **kwargs)
             if not save.is_local:
                 self._last_saved = save.iteration
@@ -152,8 +156,7 @@ class CheckpointSaver:
         finished: list[_Save] = []
         waits = blocking and bool(self._unfinished)
         with self._while_waiting() if waits else nullcontext(), _adding_time(finished):
-            hiding = _hiding_retain_interval(settings) if self._unfinished else nullcontext()
-            with _marking_failures(), hiding:
+            with _marking_failures():
                 self._finalize(blocking=blocking, terminate=terminate)
             while len(self._unfinished) > _num_unfinished():
                 finished.append(self._unfinished.popleft())
@@ -193,7 +196,10 @@ class CheckpointSaver:
             keep_newest(folder)
         else:
             newest = _loaded_iteration() if self._last_saved is None else self._last_saved
-            remove_old_checkpoints(folder, settings.keep_last_checkpoints, settings.save_retain_interval, newest)
+            keep = settings.keep_last_checkpoints
+            if keep is None and self._retain_interval is not None:
+                keep = 1  # Megatron's flag keeps the newest checkpoint and the multiples of the interval
+            remove_old_checkpoints(folder, keep, self._retain_interval, newest)
 
     def _record(self, save: _Save, is_asynchronous: bool) -> None:
         """Write an entry about a checkpoint to the journal."""
@@ -219,24 +225,6 @@ def _marking_failures() -> Iterator[None]:
         yield
     except CheckpointException as error:
         raise SaveError(describe_failures(error)) from error
-
-
-@contextmanager
-def _hiding_retain_interval(settings: Namespace) -> Iterator[None]:
-    """Hide `--save-retain-interval` from Megatron during the block if Megatron should not or cannot apply the interval.
-
-    When a save is complete, Megatron's first rank removes the checkpoint in the tracker file unless its iteration is a
-    multiple of this interval. With `--keep-last-checkpoints`, `CheckpointSaver` removes old checkpoints instead. If the
-    tracker file names no iteration, as in the folder of an imported model, Megatron fails.
-    """
-    interval = settings.save_retain_interval
-    is_applied = interval is not None and settings.save is not None and torch.distributed.get_rank() == 0
-    if is_applied and (settings.keep_last_checkpoints is not None or not isinstance(read_tracker(settings.save), int)):
-        settings.save_retain_interval = None
-    try:
-        yield
-    finally:
-        settings.save_retain_interval = interval
 
 
 def _folder(settings: Namespace, save: _Save) -> Path:

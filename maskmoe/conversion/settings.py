@@ -6,7 +6,6 @@ Importing this module loads neither torch nor Megatron, so that a command line c
 import re
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 from maskmoe.errors import UserError
@@ -88,12 +87,6 @@ class UpcycleSettings:
                 f"--num-experts {self.num_experts} and --topk {self.topk} must be multiples of --granularity "
                 f"{self.granularity}: that many experts make up one copy of the MLP and are chosen together"
             )
-        if not 0 <= self.noise < inf:
-            raise UserError(f"--noise {self.noise} is not a standard deviation; give 0 or more")
-        if not 0 <= self.reinit_share <= 1:
-            raise UserError(f"--reinit-share {self.reinit_share} is not a share; give 0 to 1")
-        if self.seed < 0:
-            raise UserError(f"--seed must not be negative, it is {self.seed}")
 
     def is_sparse(self, num_layers: int) -> list[bool]:
         """Return for each layer whether it gets experts.
