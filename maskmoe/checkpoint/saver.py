@@ -126,8 +126,8 @@ class CheckpointSaver:
             **kwargs: further arguments of Megatron's function.
         """
         settings = get_args()
-        is_first = torch.distributed.get_rank() == 0
-        with self._while_saving(), _adding_time([save]):
+        is_first, start = torch.distributed.get_rank() == 0, time.perf_counter()
+        with self._while_saving():
             if is_first:
                 self._clear_folder(settings, save)
             torch.distributed.barrier()
@@ -137,6 +137,7 @@ class CheckpointSaver:
                 self._last_saved = save.iteration
             if is_first and not settings.async_save:
                 self._remove_outdated(settings, save)
+        save.seconds += time.perf_counter() - start
         if settings.async_save:
             self._unfinished.append(save)
         else:
@@ -152,18 +153,17 @@ class CheckpointSaver:
         Raises:
             SaveError: a rank failed to save.
         """
-        settings = get_args()
-        finished: list[_Save] = []
+        settings, start = get_args(), time.perf_counter()
         waits = blocking and bool(self._unfinished)
-        with self._while_waiting() if waits else nullcontext(), _adding_time(finished):
+        with self._while_waiting() if waits else nullcontext():
             with _marking_failures():
                 self._finalize(blocking=blocking, terminate=terminate)
-            while len(self._unfinished) > _num_unfinished():
-                finished.append(self._unfinished.popleft())
+            finished = [self._unfinished.popleft() for _ in range(len(self._unfinished) - _num_unfinished())]
             if torch.distributed.get_rank() == 0:
                 for save in finished:
                     self._remove_outdated(settings, save)
         for save in finished:
+            save.seconds += (time.perf_counter() - start) / len(finished)
             self._record(save, is_asynchronous=True)
 
     def _has_saved(self, iteration: int) -> bool:
@@ -207,15 +207,6 @@ class CheckpointSaver:
         text = f"{kind} of iteration {save.iteration} saved; training stood still for {save.seconds:.3g} s"
         facts = {"seconds": save.seconds, "is_local": save.is_local, "is_asynchronous": is_asynchronous}
         self._journal.write(Kind.SAVED, text, save.iteration, **facts)
-
-
-@contextmanager
-def _adding_time(saves: list[_Save]) -> Iterator[None]:
-    """Add the time of the block to saves, in equal parts; the block may still append to the list."""
-    start = time.perf_counter()
-    yield
-    for save in saves:
-        save.seconds += (time.perf_counter() - start) / len(saves)
 
 
 @contextmanager
