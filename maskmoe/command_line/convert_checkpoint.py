@@ -47,9 +47,11 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add_force_argument(parser)
     else:
         _add_conversion_arguments(parser)
-    if name == "megatron-to-hf":
-        parser.set_defaults(hybrid_layer_pattern=None)
-    elif name != "inspect":
+        parser.set_defaults(ckpt_step=None, hybrid_layer_pattern=None)
+    if name in ("megatron-to-hf", "upcycle"):
+        step = "iteration to convert of a run's checkpoints, as Megatron's flag (default: the newest, if undamaged)"
+        parser.add_argument("--ckpt-step", type=ranges.ITERATION, metavar="I", help=step)
+    if name in ("hf-to-megatron", "upcycle"):
         pattern = (
             "write a checkpoint of a HybridModel with this pattern, in which | may divide pipeline stages; "
             f"{DERIVED_PATTERN}: with the pattern of the model's layers; {NO_PATTERN}: of a GPTModel (default: of the "
@@ -69,14 +71,12 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR"}
     size: dict[str, Any] = {"type": parse_size, "default": Settings.max_shard_size, "metavar": "SIZE"}
-    step = "iteration to convert of a run's checkpoints, as Megatron's flag (default: the newest, if undamaged)"
     kind = "type of the tokenizer (default: the checkpoint's), as Megatron's flag; NullTokenizer for none"
     file = "file of the tokenizer (default: the checkpoint's); export refuses another file than that of training"
     parser.add_argument("--load", **folder, help="folder to convert: a model, a checkpoint, or a run's checkpoints")
     parser.add_argument("--save", **folder, help="new folder for the result")
-    parser.add_argument("--ckpt-step", type=ranges.ITERATION, metavar="I", help=step)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: as they are stored)")
-    parser.add_argument("--max-shard-size", **size, help="upper bound of a file's size, such as 5GB (default)")
+    parser.add_argument("--max-shard-size", **size, help="upper bound of the weights in a file, such as 5GB (default)")
     parser.add_argument("--tokenizer-type", metavar="T", help=kind)
     parser.add_argument("--tokenizer-model", metavar="F", help=file)
     parser.add_argument("--allow-nan", action="store_true", help="convert weights that are NaN or infinite, too")

@@ -107,7 +107,7 @@ def _open_checkpoint(settings: Settings, mask: RoutingMask | None = None) -> tup
     checkpoint = locate_checkpoint(settings.load, settings.ckpt_step)
     iteration = iteration_of(checkpoint)
     name = checkpoint.name if iteration is None else f"iteration {iteration}"
-    print(f"reading {name} in {checkpoint.parent}", file=sys.stderr)
+    print(f"loading: {name} in {checkpoint.parent}", file=sys.stderr)
     check_structure(checkpoint)
     tokenizer = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
     passed = {name: value for name, value in tokenizer.items() if value is not None}

@@ -414,7 +414,7 @@ def test_newest_checkpoint_that_is_damaged_is_not_replaced_by_an_older_one(check
     older = checkpoint_path(tmp_path / "run", 2)
     for load, step, save in ((tmp_path / "run", 2, tmp_path / "by step"), (older, None, tmp_path / "by folder")):
         megatron_to_huggingface(Settings(load=load, save=save, ckpt_step=step))
-        assert f"reading iteration 2 in {tmp_path / 'run'}" in capsys.readouterr().err
+        assert f"loading: iteration 2 in {tmp_path / 'run'}\n" in capsys.readouterr().err
         assert_same_tensors(*(load_file(folder / "model.safetensors") for folder in (save, exported("rich"))))
     with pytest.raises(UserError, match="--ckpt-step 4 chooses among the checkpoints of a run"):
         megatron_to_huggingface(Settings(load=older, save=tmp_path / "out", ckpt_step=4))
