@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +96,13 @@ class Manifest(BaseModel):
             files={name: record.sha256 for name, record in records.items()},
             sizes={name: record.size for name, record in records.items()},
         )
+
+    @classmethod
+    def of_files(cls, folder: Path, names: Sequence[str]) -> "Manifest":
+        """Read files of a folder, several at a time, and return their manifest."""
+        with ThreadPoolExecutor() as readers:
+            records = readers.map(FileRecord.of, (folder / name for name in names))
+            return cls.of(dict(zip(names, records, strict=True)))
 
     @property
     def has_sizes(self) -> bool:

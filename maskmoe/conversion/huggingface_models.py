@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from maskmoe.checkpoint.integrity import Damage, FileRecord, Manifest, check_content
+from maskmoe.checkpoint.integrity import Damage, Manifest, check_content
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_config import read_model_config
 from maskmoe.conversion.model_tensors import check_mask, check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
@@ -128,7 +128,7 @@ def write_huggingface(
         if names
         for file in write_safetensors(model.source, names, folder, max_file_bytes, single_file)
     ]
-    Manifest.of({file: FileRecord.of(folder / file) for file in files}).save(folder)
+    Manifest.of_files(folder, files).save(folder)
     # Write all other files.
     dtype = str(tensors[next(iter(weights))].dtype).removeprefix("torch.")
     names = {"architectures": [MaskMoEForCausalLM.__name__], "auto_map": AUTO_MAP, "dtype": dtype}

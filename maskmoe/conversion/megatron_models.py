@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from maskmoe.checkpoint.integrity import COMPLETION_FILE, FileRecord, Manifest
+from maskmoe.checkpoint.integrity import COMPLETION_FILE, Manifest
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.conversion.blocks import Copy, CoverageError, TensorSpec
 from maskmoe.conversion.config_mapping import config_from_args, is_stacked
@@ -134,7 +134,7 @@ def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_b
     }
     checkpoint = folder / RELEASE
     files = write_torch_dist(view, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
-    Manifest.of({file: FileRecord.of(checkpoint / file) for file in files}).save(checkpoint)
+    Manifest.of_files(checkpoint, files).save(checkpoint)
     (checkpoint / COMPLETION_FILE).write_text(json.dumps(MARKER))
     write_tracker(folder, RELEASE)
 
