@@ -3,13 +3,9 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from functools import cache
-from math import isclose
+from math import isclose, log
 from typing import Any
 
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
-    _yarn_get_concentration_factor,
-    _yarn_get_mscale,
-)
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
@@ -260,9 +256,7 @@ def _latent_rope_parameters(args: Namespace) -> dict[str, Any]:
         "mscale": args.mscale,
         "mscale_all_dim": args.mscale_all_dim,
         # transformers derives another factor if `mscale_all_dim` is 0.
-        "attention_factor": _yarn_get_concentration_factor(
-            args.rotary_scaling_factor, args.mscale, args.mscale_all_dim
-        ),
+        "attention_factor": _yarn_attention_factor(args.rotary_scaling_factor, args.mscale, args.mscale_all_dim),
     }
 
 
@@ -275,10 +269,10 @@ def _yarn_args(rope: Mapping[str, Any]) -> dict[str, Any]:
     factor, mscale_all_dim = rope["factor"], rope.get("mscale_all_dim") or 0.0
     # Without `attention_factor`, transformers uses `mscale` only along with `mscale_all_dim`.
     mscale = (rope.get("mscale") or 1.0) if mscale_all_dim or "attention_factor" in rope else 1.0
-    attention_factor = _yarn_get_concentration_factor(factor, mscale, mscale_all_dim)
+    attention_factor = _yarn_attention_factor(factor, mscale, mscale_all_dim)
     expected = rope.get("attention_factor")
     if expected is None:
-        expected = attention_factor if rope.get("mscale") or not mscale_all_dim else _yarn_get_mscale(factor)
+        expected = attention_factor if rope.get("mscale") or not mscale_all_dim else _yarn_mscale(factor, 1.0)
     if not isclose(attention_factor, expected) or not rope.get("truncate", True):
         raise UserError(
             "Megatron-Core supports YaRN only with truncate, and with the attention_factor that follows from factor, "
@@ -291,6 +285,15 @@ def _yarn_args(rope: Mapping[str, Any]) -> dict[str, Any]:
         "mscale_all_dim": mscale_all_dim,
         **{name: rope[name] for name, value in _YARN_WITHOUT_FLAGS.items() if (rope.get(name) or value) != value},
     }
+
+
+def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
+    """Return the factor of rotary cosines and sines in YaRN."""
+    return _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _whole_if_possible(base: float) -> float:

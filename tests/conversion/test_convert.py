@@ -362,19 +362,6 @@ def test_damaged_files(checkpoints, exported, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_on_the_command_line(exported, run_cli, tmp_path):
-    (tmp_path / "occupied").mkdir()
-    (tmp_path / "occupied" / "file").write_text("")
-    for arguments, message in (
-        (["megatron-to-hf", "--load", tmp_path / "nowhere", "--save", tmp_path / "out"], "nowhere does not exist"),
-        (["hf-to-megatron", "--load", exported("rich"), "--save", tmp_path / "occupied"], "is not empty; name a new"),
-    ):
-        result = run_cli(*arguments)
-        assert result.returncode == 2
-        assert re.search(rf"^error: .*{message}", result.stderr, re.MULTILINE)
-        assert "Traceback" not in result.stderr
-
-
 def test_the_flags_that_load_the_result_can_be_pasted(dense, run_cli, tmp_path):
     result = run_cli("hf-to-megatron", "--load", dense, "--save", tmp_path / "my run")
     assert result.returncode == 0, result.stderr
