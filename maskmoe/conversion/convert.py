@@ -19,7 +19,7 @@ from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.output_folder import check_output_folder, output_folder
 from maskmoe.conversion.settings import DERIVED_PATTERN, DTYPE_NAMES, Settings, UpcycleSettings
-from maskmoe.conversion.tensor_sources import CastSource, FiniteSource, JoinedSource, ProgressSource, TensorSource
+from maskmoe.conversion.tensor_sources import CastSource, FiniteSource, JoinedSource, TensorSource
 from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer, tokenizer_sha256
 from maskmoe.conversion.upcycle import upcycle
 from maskmoe.errors import UserError
@@ -161,14 +161,12 @@ def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list
 
 
 def _cast_and_check(model: OpenedModel, settings: Settings) -> OpenedModel:
-    """Return a model whose weights are cast to `settings.dtype`, checked to be finite, and shown on a progress bar."""
+    """Return a model whose weights are cast to `settings.dtype` and refused if they are not finite."""
     source: TensorSource = model.source
     if settings.dtype is not None:
         kept = frozenset(name for name in source.tensors if name.endswith(_EXPERT_BIAS))
         source = CastSource(source, _DTYPES[settings.dtype], kept)
-    if not settings.allow_nan:
-        source = FiniteSource(source)
-    return replace(model, source=ProgressSource(source))
+    return replace(model, source=source if settings.allow_nan else FiniteSource(source))
 
 
 def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:

@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from maskmoe.conversion.model_tensors import check_mask, check_tensors, make_con
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
 from maskmoe.conversion.safetensors_files import SINGLE_FILE, SafetensorsSource, has_safetensors, write_safetensors
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
-from maskmoe.conversion.tensor_sources import JoinedSource, TensorSource
+from maskmoe.conversion.tensor_sources import JoinedSource, ProgressSource, TensorSource
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.files.foreign_libraries import reading
@@ -122,11 +123,12 @@ def write_huggingface(
         MTP_FILE: mtp_tensor_shapes(model.config),
         _PADDING_FILE: [name for name in tensors if name.startswith(PADDING_PREFIX)],
     }
+    source = ProgressSource(model.source, chain.from_iterable(contents.values()))
     files = [
         file
         for single_file, names in contents.items()
         if names
-        for file in write_safetensors(model.source, names, folder, max_file_bytes, single_file)
+        for file in write_safetensors(source, names, folder, max_file_bytes, single_file)
     ]
     Manifest.of_files(folder, files).save(folder)
     # Write all other files.

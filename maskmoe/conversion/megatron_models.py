@@ -25,7 +25,7 @@ from maskmoe.conversion.tensor_mapping import (
     local_norm_name,
     map_tensors,
 )
-from maskmoe.conversion.tensor_sources import JoinedSource, MemorySource, RearrangedSource, TensorSource
+from maskmoe.conversion.tensor_sources import JoinedSource, MemorySource, ProgressSource, RearrangedSource, TensorSource
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
@@ -133,7 +133,8 @@ def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_b
         _CONFIG: model.config,
     }
     checkpoint = folder / RELEASE
-    files = write_torch_dist(view, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
+    source = ProgressSource(view, view.tensors)
+    files = write_torch_dist(source, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
     Manifest.of_files(checkpoint, files).save(checkpoint)
     (checkpoint / COMPLETION_FILE).write_text(json.dumps(MARKER))
     write_tracker(folder, RELEASE)

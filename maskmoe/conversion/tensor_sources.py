@@ -151,16 +151,19 @@ class ProgressSource:
 
     Args:
         source: provides the elements.
+        names: the names of the tensors that will be read, each once.
     """
 
-    def __init__(self, source: TensorSource) -> None:
+    def __init__(self, source: TensorSource, names: Iterable[str]) -> None:
         self._source = source
-        self.tensors = source.tensors
-        total = sum(spec.num_bytes for spec in source.tensors.values())
+        self.tensors = {name: source.tensors[name] for name in names}
+        total = sum(spec.num_bytes for spec in self.tensors.values())
         self._bar = tqdm(total=total, desc="converting", unit="B", unit_scale=True, unit_divisor=1024)
 
     def read(self, block: Block) -> Tensor:
         """See `TensorSource.read`."""
         elements = self._source.read(block)
         self._bar.update(elements.nbytes)
+        if self._bar.n == self._bar.total:
+            self._bar.close()
         return elements
