@@ -123,13 +123,11 @@ def write_huggingface(
         MTP_FILE: mtp_tensor_shapes(model.config),
         _PADDING_FILE: [name for name in tensors if name.startswith(PADDING_PREFIX)],
     }
-    source = ProgressSource(model.source, chain.from_iterable(contents.values()))
-    files = [
-        file
-        for single_file, names in contents.items()
-        if names
-        for file in write_safetensors(source, names, folder, max_file_bytes, single_file)
-    ]
+    files: list[str] = []
+    with ProgressSource(model.source, chain.from_iterable(contents.values())) as source:
+        for single_file, names in contents.items():
+            if names:
+                files += write_safetensors(source, names, folder, max_file_bytes, single_file)
     Manifest.of_files(folder, files).save(folder)
     # Write all other files.
     dtype = str(tensors[next(iter(weights))].dtype).removeprefix("torch.")

@@ -133,8 +133,8 @@ def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_b
         _CONFIG: model.config,
     }
     checkpoint = folder / RELEASE
-    source = ProgressSource(view, view.tensors)
-    files = write_torch_dist(source, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
+    with ProgressSource(view, view.tensors) as source:
+        files = write_torch_dist(source, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
     Manifest.of_files(checkpoint, files).save(checkpoint)
     (checkpoint / COMPLETION_FILE).write_text(json.dumps(MARKER))
     write_tracker(folder, RELEASE)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ class FiniteSource:
 
 
 class ProgressSource:
-    """Shows on a progress bar how many bytes of another source have been read.
+    """Shows on a progress bar how many bytes of another source have been read, until its context is left.
 
     Args:
         source: provides the elements.
@@ -160,10 +160,14 @@ class ProgressSource:
         total = sum(spec.num_bytes for spec in self.tensors.values())
         self._bar = tqdm(total=total, desc="converting", unit="B", unit_scale=True, unit_divisor=1024)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
     def read(self, block: Block) -> Tensor:
         """See `TensorSource.read`."""
         elements = self._source.read(block)
         self._bar.update(elements.nbytes)
-        if self._bar.n == self._bar.total:
-            self._bar.close()
         return elements
