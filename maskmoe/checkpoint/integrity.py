@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,6 +97,13 @@ class Manifest(BaseModel):
             sizes={name: record.size for name, record in records.items()},
         )
 
+    @classmethod
+    def of_files(cls, folder: Path, names: Sequence[str]) -> "Manifest":
+        """Read files of a folder, several at a time, and return their manifest."""
+        with ThreadPoolExecutor() as readers:
+            records = readers.map(FileRecord.of, (folder / name for name in names))
+            return cls.of(dict(zip(names, records, strict=True)))
+
     @property
     def has_sizes(self) -> bool:
         """Whether the manifest has the sizes of all files, and the layout among them."""
@@ -162,30 +170,36 @@ def write_manifest(checkpoint: Path) -> None:
 def check_structure(checkpoint: Path) -> None:
     """Check that a checkpoint is complete and that its files have their full size, without reading the tensors.
 
+    A manifest with sizes has the sizes of all files that the layout needs. So the digest of the layout replaces the
+    reading of the layout, which needs torch.
+
     Raises:
         Damage: the first fault that is found.
     """
-    _check_files(checkpoint)
+    # Check the file that marks the checkpoint as complete.
+    if not checkpoint.is_dir():
+        raise Damage(checkpoint, "does not exist")
+    if not os.path.lexists(checkpoint / COMPLETION_FILE):
+        raise Unfinished(checkpoint, f"was not finished: it has no {COMPLETION_FILE}")
+    try:
+        found = json.loads(read_json_bytes(checkpoint / COMPLETION_FILE))["sharded_backend"]
+    except (UnusableFile, ValueError, TypeError, KeyError) as error:
+        raise Damage(checkpoint, f"{COMPLETION_FILE} is damaged") from error
+    if found != _FORMAT:
+        raise Damage(checkpoint, f"is of the format {found!r}, not {_FORMAT}")
+    # Check the sizes in the manifest, then the layout or the sizes in the layout.
+    manifest = Manifest.load(checkpoint)
+    for name in manifest.files:
+        size = _size(checkpoint, name)
+        if size != manifest.sizes.get(name, size):
+            raise Damage(checkpoint, f"{name} has {size} of {manifest.sizes[name]} bytes")
+    if manifest.has_sizes:
+        _check_digest(checkpoint, LAYOUT_FILE, manifest.files[LAYOUT_FILE])
+        return
     for name, needed in _needed_sizes(checkpoint).items():
         size = _size(checkpoint, name)
         if size < needed:
             raise Damage(checkpoint, f"{name} has {size} of at least {needed} bytes")
-
-
-def check_by_manifest(checkpoint: Path) -> None:
-    """Check a checkpoint as `check_structure` does, but without torch if the checkpoint has a manifest with sizes.
-
-    The manifest has the sizes of all files that the layout needs. So the digest of the layout replaces the reading of
-    the layout.
-
-    Raises:
-        Damage: the first fault that is found.
-    """
-    manifest = _check_files(checkpoint)
-    if manifest.has_sizes:
-        _check_digest(checkpoint, LAYOUT_FILE, manifest.files[LAYOUT_FILE])
-    else:
-        check_structure(checkpoint)
 
 
 def check_content(
@@ -219,30 +233,6 @@ def _check_digest(checkpoint: Path, name: str, digest: str) -> int:
     if found.sha256 != digest:
         raise Damage(checkpoint, f"{name} does not have the content that was saved")
     return found.size
-
-
-def _check_files(checkpoint: Path) -> Manifest:
-    """Check that a checkpoint is complete and that its files have the sizes in its manifest, which is returned.
-
-    Raises:
-        Damage: the first fault that is found.
-    """
-    if not checkpoint.is_dir():
-        raise Damage(checkpoint, "does not exist")
-    if not os.path.lexists(checkpoint / COMPLETION_FILE):
-        raise Unfinished(checkpoint, f"was not finished: it has no {COMPLETION_FILE}")
-    try:
-        found = json.loads(read_json_bytes(checkpoint / COMPLETION_FILE))["sharded_backend"]
-    except (UnusableFile, ValueError, TypeError, KeyError) as error:
-        raise Damage(checkpoint, f"{COMPLETION_FILE} is damaged") from error
-    if found != _FORMAT:
-        raise Damage(checkpoint, f"is of the format {found!r}, not {_FORMAT}")
-    manifest = Manifest.load(checkpoint)
-    for name in manifest.files:
-        size = _size(checkpoint, name)
-        if size != manifest.sizes.get(name, size):
-            raise Damage(checkpoint, f"{name} has {size} of {manifest.sizes[name]} bytes")
-    return manifest
 
 
 def read_checkpoint_layout(checkpoint: Path) -> "Metadata":

@@ -80,8 +80,8 @@ def load_either_implementation() -> None:
     ) -> tuple:
         if state is not None and not rank0:
             # Processes that load no checkpoint need not spend the time to import these modules.
-            from maskmoe.checkpoint.implementations import request_saved_names
             from maskmoe.checkpoint.integrity import read_checkpoint_layout
+            from maskmoe.checkpoint.transformer_engine_names import request_saved_names
 
             folder = checkpointing.get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)
             request_saved_names(state, read_checkpoint_layout(Path(folder)).state_dict_metadata.keys())
@@ -91,7 +91,7 @@ def load_either_implementation() -> None:
 
 
 def load_gpt_checkpoints_into_hybrid_models() -> None:
-    """Load every checkpoint of a GPT model into its hybrid twin.
+    """Load every checkpoint of a GPT model into a hybrid model with its layers.
 
     Replaces: `_maybe_setup_gpt_to_hybrid_load` in `megatron.training.checkpointing`, and
         `retarget_sharded_state_dict_to_gpt_checkpoint` in `megatron.core.dist_checkpointing.gpt_checkpoint_interop`.
@@ -100,18 +100,18 @@ def load_gpt_checkpoints_into_hybrid_models() -> None:
     Can go: When `gpt_compatible_layer_maps` accepts these patterns.
     """
 
-    def find_twin(args: Namespace, saved_args: Namespace, model: object) -> tuple:
+    def find_gpt_model(args: Namespace, saved_args: Namespace, model: object) -> tuple:
         # Processes that load no checkpoint need not spend the time to import this module.
-        from maskmoe.checkpoint.gpt_twins import find_gpt_twin
+        from maskmoe.checkpoint.gpt_into_hybrid import find_equivalent_gpt
 
-        return find_gpt_twin(args, saved_args, model)
+        return find_equivalent_gpt(args, saved_args, model)
 
     retarget_stock = gpt_checkpoint_interop.retarget_sharded_state_dict_to_gpt_checkpoint
 
-    def retarget(state: dict[str, Any], twin: Any) -> None:
-        twin.request_names_of_gpt_model(state, retarget_stock)
+    def retarget(state: dict[str, Any], gpt_model: Any) -> None:
+        gpt_model.request_names_of_gpt_model(state, retarget_stock)
 
-    replace(checkpointing, "_maybe_setup_gpt_to_hybrid_load", find_twin)
+    replace(checkpointing, "_maybe_setup_gpt_to_hybrid_load", find_gpt_model)
     replace(gpt_checkpoint_interop, "retarget_sharded_state_dict_to_gpt_checkpoint", retarget)
 
 

@@ -9,7 +9,7 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
-from maskmoe.checkpoint.series import checkpoint_path, remove_old_checkpoints, remove_tracker, saved_iterations
+from maskmoe.checkpoint.series import checkpoint_path, remove_old_checkpoints, saved_iterations
 from maskmoe.errors import UserError
 
 _SUBFOLDER = "non_persistent"  # Megatron's name
@@ -60,9 +60,6 @@ def make_room(folder: Path, iteration: int, loaded: int | None = None) -> None:
     A checkpoint of `iteration` or later is left of an unfinished save, or of a run that went back to an earlier
     iteration. Megatron would keep it as the newest one, and remove the sound one.
 
-    Megatron would also read the tracker file, and remove the persistent checkpoint of its iteration if
-    `--save-retain-interval` does not retain it. So remove the tracker file, which loading does not need.
-
     Args:
         folder: the folder of the non-persistent checkpoints.
         iteration: the iteration that will be saved.
@@ -74,7 +71,6 @@ def make_room(folder: Path, iteration: int, loaded: int | None = None) -> None:
         if (saved >= iteration or (loaded is not None and saved > loaded)) and not checkpoint.is_symlink():
             shutil.rmtree(checkpoint, ignore_errors=True)
     keep_newest(folder)
-    remove_tracker(folder)
 
 
 def keep_newest(folder: Path) -> None:

@@ -21,7 +21,6 @@ from maskmoe.checkpoint.non_persistent import keep_newest, make_room, non_persis
 from maskmoe.checkpoint.series import (
     checkpoint_path,
     next_version,
-    read_tracker,
     remove_next_versions,
     remove_old_checkpoints,
     replace_by_next_version,
@@ -83,6 +82,7 @@ class CheckpointSaver:
         self._while_saving, self._while_waiting, self._journal = while_saving, while_waiting, journal
         self._unfinished: deque[_Save] = deque()
         self._has_saved_non_persistent = False
+        self._retain_interval: int | None = None
         self._last_saved: int | None = None  # the iteration of the last persistent checkpoint
 
     def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
@@ -98,6 +98,10 @@ class CheckpointSaver:
             SaveError: a rank failed to save.
         """
         settings = get_args()
+        # Hide the interval from Megatron, which may remove the last sound checkpoint if the newest one is damaged, and
+        # which fails if the tracker file names no iteration, as in the folder of an imported model.
+        if settings.save_retain_interval is not None:
+            self._retain_interval, settings.save_retain_interval = settings.save_retain_interval, None
         if not non_persistent_ckpt and (self._has_saved(iteration) or _is_saved(settings, iteration)):
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
@@ -122,17 +126,18 @@ class CheckpointSaver:
             **kwargs: further arguments of Megatron's function.
         """
         settings = get_args()
-        is_first = torch.distributed.get_rank() == 0
-        with self._while_saving(), _adding_time([save]):
+        is_first, start = torch.distributed.get_rank() == 0, time.perf_counter()
+        with self._while_saving():
             if is_first:
                 self._clear_folder(settings, save)
             torch.distributed.barrier()
-            with _marking_failures(), _hiding_retain_interval(settings):
+            with _marking_failures():
                 self._save_checkpoint(save.iteration, *args, non_persistent_ckpt=save.is_local, **kwargs)
             if not save.is_local:
                 self._last_saved = save.iteration
             if is_first and not settings.async_save:
                 self._remove_outdated(settings, save)
+        save.seconds += time.perf_counter() - start
         if settings.async_save:
             self._unfinished.append(save)
         else:
@@ -148,19 +153,17 @@ class CheckpointSaver:
         Raises:
             SaveError: a rank failed to save.
         """
-        settings = get_args()
-        finished: list[_Save] = []
+        settings, start = get_args(), time.perf_counter()
         waits = blocking and bool(self._unfinished)
-        with self._while_waiting() if waits else nullcontext(), _adding_time(finished):
-            hiding = _hiding_retain_interval(settings) if self._unfinished else nullcontext()
-            with _marking_failures(), hiding:
+        with self._while_waiting() if waits else nullcontext():
+            with _marking_failures():
                 self._finalize(blocking=blocking, terminate=terminate)
-            while len(self._unfinished) > _num_unfinished():
-                finished.append(self._unfinished.popleft())
+            finished = [self._unfinished.popleft() for _ in range(len(self._unfinished) - _num_unfinished())]
             if torch.distributed.get_rank() == 0:
                 for save in finished:
                     self._remove_outdated(settings, save)
         for save in finished:
+            save.seconds += (time.perf_counter() - start) / len(finished)
             self._record(save, is_asynchronous=True)
 
     def _has_saved(self, iteration: int) -> bool:
@@ -193,7 +196,10 @@ class CheckpointSaver:
             keep_newest(folder)
         else:
             newest = _loaded_iteration() if self._last_saved is None else self._last_saved
-            remove_old_checkpoints(folder, settings.keep_last_checkpoints, settings.save_retain_interval, newest)
+            keep = settings.keep_last_checkpoints
+            if keep is None and self._retain_interval is not None:
+                keep = 1  # Megatron's flag keeps the newest checkpoint and the multiples of the interval
+            remove_old_checkpoints(folder, keep, self._retain_interval, newest)
 
     def _record(self, save: _Save, is_asynchronous: bool) -> None:
         """Write an entry about a checkpoint to the journal."""
@@ -204,39 +210,12 @@ class CheckpointSaver:
 
 
 @contextmanager
-def _adding_time(saves: list[_Save]) -> Iterator[None]:
-    """Add the time of the block to saves, in equal parts; the block may still append to the list."""
-    start = time.perf_counter()
-    yield
-    for save in saves:
-        save.seconds += (time.perf_counter() - start) / len(saves)
-
-
-@contextmanager
 def _marking_failures() -> Iterator[None]:
     """Raise `SaveError` instead of `CheckpointException`, which Megatron also raises for failed loads."""
     try:
         yield
     except CheckpointException as error:
         raise SaveError(describe_failures(error)) from error
-
-
-@contextmanager
-def _hiding_retain_interval(settings: Namespace) -> Iterator[None]:
-    """Hide `--save-retain-interval` from Megatron during the block if Megatron should not or cannot apply the interval.
-
-    When a save is complete, Megatron's first rank removes the checkpoint in the tracker file unless its iteration is a
-    multiple of this interval. With `--keep-last-checkpoints`, `CheckpointSaver` removes old checkpoints instead. If the
-    tracker file names no iteration, as in the folder of an imported model, Megatron fails.
-    """
-    interval = settings.save_retain_interval
-    is_applied = interval is not None and settings.save is not None and torch.distributed.get_rank() == 0
-    if is_applied and (settings.keep_last_checkpoints is not None or not isinstance(read_tracker(settings.save), int)):
-        settings.save_retain_interval = None
-    try:
-        yield
-    finally:
-        settings.save_retain_interval = interval
 
 
 def _folder(settings: Namespace, save: _Save) -> Path:

@@ -3,19 +3,15 @@
 import queue
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from maskmoe.checkpoint.integrity import record_rank, write_manifest
-
-_ALIGNMENT = 64  # bytes, a multiple of the size of every element
 
 
 class SealedSaveStrategy(TorchDistSaveShardedStrategy):
@@ -75,33 +71,10 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
 
 
 def _copy_host_tensors(bucket: tuple) -> tuple:
-    """Return a `WriteBucket` of Megatron-Core in which tensors in host memory are copied into one shared storage.
-
-    A process sends each storage to another process by a connection and a file descriptor of its own. For the hundreds
-    of tensors of a model, this would take longer than to copy them.
-    """
+    """Return a `WriteBucket` of Megatron-Core in which tensors in host memory are replaced by copies."""
     path, storage_key, (bytes_data, tensor_data) = bucket
-    sizes = [tensor.nbytes if tensor.device.type == "cpu" else 0 for _, tensor in tensor_data]
-    starts = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
-    shared = torch.empty(starts[-1], dtype=torch.uint8).share_memory_() if any(sizes) else torch.empty(0)
-    copied = []
-    for (item, tensor), start, size in zip(tensor_data, starts[:-1], sizes, strict=True):
-        copy = shared[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor) if size else tensor
-        copied.append((item, copy))
+    copied = [(item, tensor.clone() if tensor.device.type == "cpu" else tensor) for item, tensor in tensor_data]
     return path, storage_key, (bytes_data, copied)
-
-
-def _with_own_storages(bucket: tuple) -> tuple:
-    """Return a `WriteBucket` whose tensors share no storage, without copying: `torch.save` writes whole storages."""
-    path, storage_key, (bytes_data, tensor_data) = bucket
-    return path, storage_key, (bytes_data, [(item, _with_own_storage(tensor)) for item, tensor in tensor_data])
-
-
-def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    content = tensor.view(-1).view(torch.uint8).numpy()
-    return torch.frombuffer(content, dtype=tensor.dtype).view(tensor.shape)
 
 
 def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any) -> None:
@@ -113,5 +86,5 @@ def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list
         write_buckets: the contents of the files; the first element of each bucket is the path of its file.
         *args: further arguments of `write`.
     """
-    write(rank, [_with_own_storages(bucket) for bucket in write_buckets], *args)
+    write(rank, write_buckets, *args)
     record_rank([Path(bucket[0]) for bucket in write_buckets], rank)

@@ -1,10 +1,9 @@
 """Finds, chooses and removes checkpoints of one run in Megatron's folder `--save`."""
 
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from maskmoe.checkpoint.integrity import (
@@ -43,19 +42,6 @@ class Choice:
     def iteration(self) -> int | None:
         """Return the iteration of the checkpoint; None for a `release` checkpoint, or without a checkpoint."""
         return None if self.checkpoint is None else iteration_of(self.checkpoint)
-
-
-@dataclass(frozen=True)
-class Removal:
-    """The outcome of removing checkpoints.
-
-    Attributes:
-        removed: the folders that are gone.
-        remaining: the folders that could not be removed, each with the reason. Some of their files may be gone.
-    """
-
-    removed: list[Path] = field(default_factory=list)
-    remaining: dict[Path, str] = field(default_factory=dict)
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -156,17 +142,29 @@ def choose_checkpoint(
     raise UserError(f"{flag} {folder} holds no sound checkpoint: {reasons}")
 
 
-def locate_checkpoint(path: Path) -> Path:
-    """Return the folder of a checkpoint: `path` itself, or the newest sound checkpoint if `path` belongs to a run.
+def locate_checkpoint(path: Path, step: int | None = None) -> Path:
+    """Return the folder of a checkpoint: `path` itself, or one of the checkpoints in the folder of a run.
+
+    An older checkpoint never takes the place of a damaged one: the caller would not notice.
+
+    Args:
+        path: the folder of a checkpoint or of a run's checkpoints.
+        step: Megatron's `--ckpt-step`, the iteration to choose; None for the newest.
 
     Raises:
-        UserError: the folder does not exist or holds no checkpoint.
+        UserError: the folder does not exist or holds no checkpoint, or the newest checkpoint is damaged.
     """
     check_folder(path)
-    checkpoint = path if (path / LAYOUT_FILE).exists() else choose_checkpoint(path).checkpoint
-    if checkpoint is None:
+    if (path / LAYOUT_FILE).exists():
+        if step not in (None, iteration_of(path)):
+            raise UserError(f"--ckpt-step {step} chooses among the checkpoints of a run, but {path} is a checkpoint")
+        return path
+    choice = choose_checkpoint(path, step)
+    if choice.checkpoint is None:
         raise UserError(f"there is no checkpoint in {path}")
-    return checkpoint
+    if choice.rejected:
+        raise UserError(f"{choice.rejected[0]}; to use an older checkpoint, name its folder: {choice.checkpoint}")
+    return choice.checkpoint
 
 
 def finished_iterations(folder: str | Path) -> list[int]:
@@ -270,7 +268,7 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
 
 def remove_old_checkpoints(
     folder: str | Path, keep: int | None, retain_interval: int | None = None, newest: int | None = None
-) -> Removal:
+) -> list[Path]:
     """Remove all checkpoints that are older than the newest `keep` sound checkpoints.
 
     Args:
@@ -281,12 +279,11 @@ def remove_old_checkpoints(
             beyond them, so they neither count nor are removed. None counts all checkpoints.
 
     Returns:
-        The checkpoints that were removed, and the checkpoints that stay although they should have been removed.
+        the checkpoints that should be gone; a folder that could not be removed completely is still there.
     """
-    removal = Removal()
     if keep is None:
-        return removal
-    kept = 0
+        return []
+    kept, old = 0, []
     for iteration in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, iteration)
         if newest is not None and iteration > newest:
@@ -296,22 +293,7 @@ def remove_old_checkpoints(
                 check_structure(checkpoint)
                 kept += 1
         elif not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
-            reason = _remove(checkpoint)
-            if reason is None:
-                removal.removed.append(checkpoint)
-            else:
-                removal.remaining[checkpoint] = reason
-    return removal
-
-
-def _remove(checkpoint: Path) -> str | None:
-    """Remove as much of a checkpoint as possible; return why its folder stays, None if the folder is gone."""
-    reasons: list[str] = []
-
-    def note(_function: object, _path: str, error: BaseException) -> None:
-        reasons.append(getattr(error, "strerror", None) or str(error))
-
-    shutil.rmtree(checkpoint, onexc=note)
-    if not os.path.lexists(checkpoint):
-        return None
-    return reasons[0] if reasons else "another process writes to this folder"
+            old.append(checkpoint)
+    for checkpoint in old:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return old

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib
 import json
 import shlex
 from contextlib import suppress
@@ -21,7 +20,7 @@ from maskmoe.conversion.settings import (
     parse_size,
 )
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs, unwinding_on_signals
+from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.files.paths import check_folder
 
 
@@ -33,7 +32,6 @@ def parse_arguments() -> argparse.Namespace:
         "megatron-to-hf": "convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
         "hf-to-megatron": "convert a transformers model into a checkpoint that training starts from",
         "upcycle": "make a MaskMoE model of a dense model, whose MLPs become experts",
-        "quantize": "store the weights of an exported model's layers in int8 (needs torchao)",
         "inspect": "report what a checkpoint or model holds and whether it is intact",
     }.items():
         _add_arguments(commands.add_parser(name, help=help), name)
@@ -47,16 +45,13 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("checkpoint", type=Path, metavar="DIR", help=folder)
         parser.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
         add_force_argument(parser)
-    elif name == "quantize":
-        folder, text = "folder of an exported model", "text to compute the losses on (default: the model samples text)"
-        parser.add_argument("--load", type=Path, required=True, metavar="DIR", help=folder)
-        parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="new folder for the result")
-        parser.add_argument("--text", type=Path, metavar="F", help=text)
     else:
         _add_conversion_arguments(parser)
-    if name == "megatron-to-hf":
-        parser.set_defaults(hybrid_layer_pattern=None)
-    elif name not in ("inspect", "quantize"):
+        parser.set_defaults(ckpt_step=None, hybrid_layer_pattern=None)
+    if name in ("megatron-to-hf", "upcycle"):
+        step = "iteration to convert of a run's checkpoints, as Megatron's flag (default: the newest, if undamaged)"
+        parser.add_argument("--ckpt-step", type=ranges.ITERATION, metavar="I", help=step)
+    if name in ("hf-to-megatron", "upcycle"):
         pattern = (
             "write a checkpoint of a HybridModel with this pattern, in which | may divide pipeline stages; "
             f"{DERIVED_PATTERN}: with the pattern of the model's layers; {NO_PATTERN}: of a GPTModel (default: of the "
@@ -67,7 +62,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         formats = {"choices": ("megatron", "hf"), "default": "megatron"}
         parser.add_argument("--save-format", **formats, help="format of the result (default: %(default)s)")
         add_upcycle_arguments(parser)
-    elif name not in ("inspect", "quantize"):
+    elif name != "inspect":
         parser.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask for a model that holds none")
     verification = "do not compare files with the digests that were saved with them"
     parser.add_argument("--no-verify-checkpoint", action="store_false", dest="verify", help=verification)
@@ -76,13 +71,12 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR"}
     size: dict[str, Any] = {"type": parse_size, "default": Settings.max_shard_size, "metavar": "SIZE"}
-    target = "new folder for the result, or the folder of an interrupted conversion to resume"
     kind = "type of the tokenizer (default: the checkpoint's), as Megatron's flag; NullTokenizer for none"
     file = "file of the tokenizer (default: the checkpoint's); export refuses another file than that of training"
     parser.add_argument("--load", **folder, help="folder to convert: a model, a checkpoint, or a run's checkpoints")
-    parser.add_argument("--save", **folder, help=target)
+    parser.add_argument("--save", **folder, help="new folder for the result")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: as they are stored)")
-    parser.add_argument("--max-shard-size", **size, help="upper bound of a file's size, such as 5GB (default)")
+    parser.add_argument("--max-shard-size", **size, help="upper bound of the weights in a file, such as 5GB (default)")
     parser.add_argument("--tokenizer-type", metavar="T", help=kind)
     parser.add_argument("--tokenizer-model", metavar="F", help=file)
     parser.add_argument("--allow-nan", action="store_true", help="convert weights that are NaN or infinite, too")
@@ -192,26 +186,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
             path.write_text(json.dumps(dataclasses.asdict(inspection), indent=2) + "\n")
 
 
-def _import_torchao() -> None:
-    """Import torchao, which must come before the CPU adapter: torchao asks CUDA for its version.
-
-    Raises:
-        UserError: torchao is not installed.
-    """
-    try:
-        importlib.import_module("torchao.prototype.safetensors.safetensors_support")  # transformers imports it, too
-    except ImportError as error:
-        raise UserError(f"quantize needs torchao ({error}): pip install torchao") from error
-
-
-def _quantize(arguments: argparse.Namespace) -> None:
-    from maskmoe.conversion.quantize import quantize_model
-
-    report = quantize_model(arguments.load, arguments.save, arguments.text, arguments.verify)
-    print(report.summary())
-    print(f"written {arguments.save}")
-
-
 def main() -> None:
     """Run the subcommand that the command line names."""
     arguments = parse_arguments()
@@ -222,8 +196,6 @@ def main() -> None:
     else:
         check_folder(arguments.load, "--load")
     say_loading("importing PyTorch and Megatron-Core")
-    if arguments.command == "quantize":
-        _import_torchao()
     # Only now, since torch and Megatron take seconds to import and `--help` needs neither.
     from maskmoe.megatron_compat import prepare_process
 
@@ -231,5 +203,4 @@ def main() -> None:
     if arguments.command == "inspect":
         _inspect(arguments)
     else:
-        with unwinding_on_signals():
-            _quantize(arguments) if arguments.command == "quantize" else _convert(arguments)
+        _convert(arguments)

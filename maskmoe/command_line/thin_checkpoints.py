@@ -42,9 +42,10 @@ def main() -> None:
     if choice.checkpoint is None:
         raise UserError(f"--load {arguments.load} holds no checkpoint")
     keep, retain_interval = arguments.keep_last_checkpoints, arguments.save_retain_interval
-    removal = remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration)
-    for checkpoint in removal.removed:
-        print(f"removed  {checkpoint}")
-    if removal.remaining:
-        checkpoint, reason = next(iter(removal.remaining.items()))
-        raise UserError(f"cannot remove {checkpoint}: {reason}; remove the cause and run the command again")
+    old = remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration)
+    remaining = [checkpoint for checkpoint in old if checkpoint.exists()]
+    for checkpoint in old:
+        if checkpoint not in remaining:
+            print(f"removed  {checkpoint}")
+    if remaining:
+        raise UserError(f"cannot remove all files of {remaining[0]}; look at who may write there, and try again")

@@ -1,19 +1,16 @@
-"""Blocks of tensors, tensors in memory and in files that are read in blocks, and views of such tensors."""
+"""Blocks of tensors: boxes of elements, the copies between them, and the check that blocks cover tensors exactly."""
 
-from bisect import bisect, bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import add, sub
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from maskmoe.errors import UserError
+BLOCK_BYTES = 16 << 20
+"""Upper bound of a block's size when a tensor is read or written block by block."""
 
 
 class CoverageError(ValueError):
@@ -102,202 +99,6 @@ class Copy:
         return Block(self.source.tensor, tuple(map(add, self.source.offsets, starts)), sizes)
 
 
-class TensorSource(Protocol):
-    """A set of named tensors that are read block by block."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorSpec]:
-        """The tensors' shapes and dtypes by name."""
-        ...
-
-    def read(self, block: Block) -> Tensor:
-        """Read the elements of a block into host memory.
-
-        Returns:
-            a tensor of the shape `block.sizes`.
-
-        Raises:
-            UserError: the elements cannot be read.
-        """
-        ...
-
-
-class _CopyIndex:
-    """Finds the copies that fill a block of a tensor without looking at all copies.
-
-    Args:
-        copies: fill the tensor exactly once.
-    """
-
-    def __init__(self, copies: Sequence[Copy]) -> None:
-        self._copies = copies
-        self._cells = _Cells([copy.target for copy in copies])
-        self._numbers = np.zeros(self._cells.shape, np.int32)  # number of the copy that fills each cell
-        for number, copy in enumerate(copies):
-            self._numbers[self._cells.of(copy.target)] = number
-
-    def find(self, block: Block) -> Iterator[Copy]:
-        """Return the copies that fill elements of a block, in the given order."""
-        return (self._copies[number] for number in np.unique(self._numbers[self._cells.of(block)]))
-
-
-class RearrangedSource:
-    """A view of another source's tensors under other names and shapes.
-
-    Args:
-        source: provides the elements.
-        shapes: shapes of the view's tensors by name.
-        copies: fill each of the view's tensors exactly once. A tensor has the dtype of the tensors that fill it.
-
-    Raises:
-        CoverageError: the copies leave out or repeat an element, or fill a tensor from tensors of different dtypes.
-    """
-
-    def __init__(self, source: TensorSource, shapes: Mapping[str, tuple[int, ...]], copies: Iterable[Copy]) -> None:
-        self._source = source
-        copies_by_tensor: dict[str, list[Copy]] = defaultdict(list)
-        for copy in copies:
-            copies_by_tensor[copy.target.tensor].append(copy)
-        check_cover(shapes, (copy.target for tensor_copies in copies_by_tensor.values() for copy in tensor_copies))
-        self.tensors: dict[str, TensorSpec] = {}
-        self._copies: dict[str, _CopyIndex] = {}
-        for name, shape in shapes.items():
-            self._copies[name] = _CopyIndex(copies_by_tensor[name])
-            dtype, *others = {source.tensors[copy.source.tensor].dtype for copy in copies_by_tensor[name]}
-            if others:
-                types = sorted(map(str, (dtype, *others)))
-                raise CoverageError(f"{name} would be filled from tensors of different types: {types}")
-            self.tensors[name] = TensorSpec(shape, dtype)
-
-    def read(self, block: Block) -> Tensor:
-        """See `TensorSource.read`."""
-        parts = [
-            (part, self._source.read(copy.source_of(part)).reshape(part.sizes))
-            for copy in self._copies[block.tensor].find(block)
-            if (part := block.intersection(copy.target))
-        ]
-        if len(parts) == 1:  # the copies cover the tensor exactly, so this part is the whole block
-            return parts[0][1]
-        result = torch.empty(block.sizes, dtype=self.tensors[block.tensor].dtype)
-        for part, elements in parts:
-            result[part.within(block).slices] = elements
-        return result
-
-
-class MemorySource:
-    """Provides tensors that are in memory.
-
-    Args:
-        tensors: the tensors by name.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._values = tensors
-        self.tensors = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-
-    def read(self, block: Block) -> Tensor:
-        """See `TensorSource.read`."""
-        return self._values[block.tensor][block.slices]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor whose elements lie uncompressed in a file.
-
-    Attributes:
-        path: the file.
-        start: position of the tensor's storage in the file, in bytes.
-        layout: a tensor on the meta device, which has the shape, the strides and the dtype.
-    """
-
-    path: Path
-    start: int
-    layout: Tensor
-
-    def read(self, part: Block) -> Tensor:
-        """Read a block of the tensor.
-
-        The read covers one contiguous range of the file, from the block's first element to its last.
-
-        Returns:
-            a tensor of the shape `part.sizes`.
-
-        Raises:
-            UserError: the file cannot be read, or ends before the block does.
-        """
-        view = self.layout[part.slices]
-        last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
-        num_bytes = (last + 1) * view.itemsize if view.numel() else 0
-        start = self.start + view.storage_offset() * view.itemsize
-        try:
-            content = np.fromfile(self.path, np.uint8, num_bytes, offset=start)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
-        if len(content) < num_bytes:
-            raise UserError(f"{self.path} is damaged: it ends before what it should hold")
-        return torch.from_numpy(content).view(view.dtype).as_strided(view.shape, view.stride())
-
-
-class JoinedSource:
-    """Joins the tensors of several sources.
-
-    Args:
-        sources: the sources; if several have a tensor of one name, the first of them provides the tensor.
-    """
-
-    def __init__(self, *sources: TensorSource) -> None:
-        self._source_of = {name: source for source in reversed(sources) for name in source.tensors}
-        self.tensors = {name: source.tensors[name] for name, source in self._source_of.items()}
-
-    def read(self, block: Block) -> Tensor:
-        """See `TensorSource.read`."""
-        return self._source_of[block.tensor].read(block)
-
-
-class CastSource:
-    """Casts the floating point tensors of another source.
-
-    Args:
-        source: provides the elements.
-        dtype: the dtype of all floating point tensors except `kept`.
-        kept: names of tensors that keep their dtype.
-    """
-
-    def __init__(self, source: TensorSource, dtype: torch.dtype, kept: frozenset[str] = frozenset()) -> None:
-        self._source = source
-        self.tensors = {
-            name: TensorSpec(spec.shape, dtype) if spec.dtype.is_floating_point and name not in kept else spec
-            for name, spec in source.tensors.items()
-        }
-
-    def read(self, block: Block) -> Tensor:
-        """See `TensorSource.read`."""
-        return self._source.read(block).to(self.tensors[block.tensor].dtype)
-
-
-class FiniteSource:
-    """Refuses to read NaN and infinite values from another source.
-
-    Args:
-        source: provides the elements.
-    """
-
-    def __init__(self, source: TensorSource) -> None:
-        self._source = source
-        self.tensors = source.tensors
-
-    def read(self, block: Block) -> Tensor:
-        """See `TensorSource.read`.
-
-        Raises:
-            UserError: an element of the block is NaN or infinite.
-        """
-        elements = self._source.read(block)
-        if elements.is_floating_point() and elements.numel() and not all(map(torch.isfinite, elements.aminmax())):
-            raise UserError(f"{block.tensor} holds NaN or infinite values; pass --allow-nan to convert it nevertheless")
-        return elements
-
-
 def row_major_blocks(name: str, spec: TensorSpec, max_bytes: int) -> Iterator[Block]:
     """Divide a tensor into blocks that are contiguous in memory, in the order of memory.
 
@@ -350,35 +151,16 @@ def check_cover(shapes: Mapping[str, tuple[int, ...]], blocks: Iterable[Block]) 
             raise CoverageError(f"{name} {list(shape)} is not covered exactly once")
 
 
-class _Cells:
-    """The cells into which the edges of blocks divide their tensor; a block covers each cell completely or not at all.
-
-    Args:
-        blocks: blocks of one tensor; at least one.
-
-    Attributes:
-        shape: number of cells in each dimension.
-    """
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        extents_by_dimension = zip(*(block.slices for block in blocks), strict=True)
-        self._edges = [
-            sorted({edge for extent in extents for edge in (extent.start, extent.stop)})
-            for extents in extents_by_dimension
-        ]
-        self.shape = tuple(len(edges) - 1 for edges in self._edges)
-
-    def of(self, block: Block) -> tuple[slice, ...]:
-        """Return indices that select the cells that hold a block, whose edges may lie inside cells."""
-        firsts = (bisect(edges, start) - 1 for edges, start in zip(self._edges, block.offsets, strict=True))
-        stops = map(bisect_left, self._edges, map(add, block.offsets, block.sizes))
-        return tuple(map(slice, firsts, stops))
-
-
 def _times_covered(whole: Block, parts: Sequence[Block]) -> np.ndarray:
-    """Return how many of its parts cover each cell of a tensor, int32 [cells in each dimension]."""
-    cells = _Cells((whole, *parts))
-    counts = np.zeros(cells.shape, np.int32)
+    """Return how many of its parts cover each cell of a tensor, int32 [cells in each dimension].
+
+    The edges of the parts divide the tensor into cells, and a part covers a cell completely or not at all.
+    """
+    extents_by_dimension = list(zip(*(block.slices for block in (whole, *parts)), strict=True))
+    edges = [np.unique([(extent.start, extent.stop) for extent in extents]) for extents in extents_by_dimension]
+    counts = np.zeros([len(values) - 1 for values in edges], np.int32)
     for part in parts:
-        counts[cells.of(part)] += 1
+        firsts = map(np.searchsorted, edges, part.offsets)
+        stops = map(np.searchsorted, edges, map(add, part.offsets, part.sizes))
+        counts[tuple(map(slice, firsts, stops))] += 1
     return counts

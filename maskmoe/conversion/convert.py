@@ -1,25 +1,27 @@
 """Runs the conversions that users ask for: each reads a model from one folder and writes it to another."""
 
 import shutil
+import sys
 from argparse import Namespace
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from maskmoe.checkpoint.integrity import check_structure
-from maskmoe.checkpoint.series import locate_checkpoint
-from maskmoe.conversion.blocks import CastSource, FiniteSource, JoinedSource, TensorSource
+from maskmoe.checkpoint.series import iteration_of, locate_checkpoint
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags
 from maskmoe.conversion.huggingface_models import check_files, open_model, write_huggingface
 from maskmoe.conversion.hybrid_models import is_hybrid, with_pattern
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
+from maskmoe.conversion.output_folder import check_output_folder, output_folder
 from maskmoe.conversion.settings import DERIVED_PATTERN, DTYPE_NAMES, Settings, UpcycleSettings
+from maskmoe.conversion.tensor_sources import CastSource, FiniteSource, JoinedSource, TensorSource
 from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer, tokenizer_sha256
 from maskmoe.conversion.upcycle import upcycle
-from maskmoe.conversion.writing import OutputFolder
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import lies_inside
 from maskmoe.routing_mask.mask import RoutingMask
@@ -48,7 +50,8 @@ def megatron_to_huggingface(settings: Settings, mask: RoutingMask | None = None)
         UserError: the input is bad, or the disk is full.
     """
     checkpoint, model = _open_checkpoint(settings, mask)
-    _save_huggingface(model, settings, _output_folder(settings, checkpoint, mask))
+    with _output(settings, checkpoint) as folder:
+        _save_huggingface(model, settings, folder)
 
 
 def huggingface_to_megatron(settings: Settings, mask: RoutingMask | None = None) -> list[str]:
@@ -65,7 +68,8 @@ def huggingface_to_megatron(settings: Settings, mask: RoutingMask | None = None)
         UserError: the input is bad, or the disk is full.
     """
     model = open_model(settings.load, mask)
-    return _save_megatron(model, settings, _output_folder(settings, settings.load, mask))
+    with _output(settings, settings.load) as folder:
+        return _save_megatron(model, settings, folder)
 
 
 def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask, to_megatron: bool) -> list[str]:
@@ -84,9 +88,9 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
         UserError: the input is bad, or the disk is full.
     """
     if (settings.load / CONFIG_FILE).exists():
-        folder, dense = settings.load, open_model(settings.load)
+        source, dense = settings.load, open_model(settings.load)
     else:
-        folder, dense = _open_checkpoint(settings)
+        source, dense = _open_checkpoint(settings)
     sparse = upcycle(dense, recipe, mask)
     args, dense_args = args_from_config(sparse.config), dense.args or Namespace()
     args.__dict__ |= {name: value for name, value in vars(dense_args).items() if name in _VOCABULARY_ARGS}
@@ -94,73 +98,65 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
     args = with_pattern(args, sparse.config, pattern)
     # The dense model's source provides the padding of the vocabulary.
     sparse = replace(sparse, source=JoinedSource(sparse.source, dense.source), args=args)
-    save = _save_megatron if to_megatron else _save_huggingface
-    return save(sparse, settings, _output_folder(settings, folder, mask, recipe))
+    with _output(settings, source) as folder:
+        return (_save_megatron if to_megatron else _save_huggingface)(sparse, settings, folder)
 
 
 def _open_checkpoint(settings: Settings, mask: RoutingMask | None = None) -> tuple[Path, OpenedModel]:
     """Return the folder of the checkpoint to convert, and its model; the user may pass another tokenizer."""
-    checkpoint = locate_checkpoint(settings.load)
+    checkpoint = locate_checkpoint(settings.load, settings.ckpt_step)
+    iteration = iteration_of(checkpoint)
+    name = checkpoint.name if iteration is None else f"iteration {iteration}"
+    print(f"loading: {name} in {checkpoint.parent}", file=sys.stderr)
     check_structure(checkpoint)
     tokenizer = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
     passed = {name: value for name, value in tokenizer.items() if value is not None}
     return checkpoint, open_megatron(checkpoint, mask, passed)
 
 
-def _output_folder(
-    settings: Settings, source: Path, mask: RoutingMask | None, recipe: UpcycleSettings | None = None
-) -> OutputFolder:
-    """Return the folder for the result, which resumes an interrupted conversion only if nothing has changed.
+@contextmanager
+def _output(settings: Settings, source: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `settings.save`, after a check of the source's digests.
 
     Args:
         settings: the settings of the conversion.
-        source: the folder that is converted.
-        mask: the routing mask that the user passed.
-        recipe: how experts are made, if the model is upcycled.
+        source: the folder that is converted, which may be one of several checkpoints in the folder `settings.load`.
 
     Raises:
-        UserError: the folder lies inside the source.
+        UserError: the result would lie inside the source, the folder has content, the source has changed since it was
+            saved, or the disk is full.
     """
-    # The source may be one of several checkpoints in the folder `--load`.
     if lies_inside(settings.save, settings.load) or lies_inside(settings.save, source):
         raise UserError(f"{settings.save} lies inside the folder that is converted; name a folder elsewhere")
-    files = {str(path.relative_to(source)): path.stat() for path in source.rglob("*") if path.is_file()}
-    job = asdict(settings) | {
-        "load": str(source.resolve()),
-        "recipe": recipe and asdict(recipe),
-        "source": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
-        "routing_mask": mask and mask.digest,
-    }
-    del job["save"], job["verify"]
-
-    verify = partial(check_files, source) if settings.verify else lambda: None
-    return OutputFolder(settings.save, job, verify)
+    check_output_folder(settings.save)
+    if settings.verify:
+        check_files(source)
+    with output_folder(settings.save) as folder:
+        yield folder
 
 
-def _save_huggingface(model: OpenedModel, settings: Settings, output_folder: OutputFolder) -> list[str]:
+def _save_huggingface(model: OpenedModel, settings: Settings, folder: Path) -> list[str]:
     """Write a model in transformers' format; return no flags."""
     tokenizer = choose_tokenizer(model.args, settings)
-    with output_folder as output:
-        write_huggingface(_cast_and_check(model, settings), output, settings.max_shard_size, *tokenizer)
+    write_huggingface(_cast_and_check(model, settings), folder, settings.max_shard_size, *tokenizer)
     return []
 
 
-def _save_megatron(model: OpenedModel, settings: Settings, output_folder: OutputFolder) -> list[str]:
+def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list[str]:
     """Write a model as a checkpoint; return the flags that loading needs."""
-    # Complete Megatron's arguments.
+    # Complete Megatron's arguments. A checkpoint gets its own copy of a tokenizer that lies beside the model.
     args = _megatron_args(model, settings.hybrid_layer_pattern)
     args.tokenizer_type, args.tokenizer_model = choose_tokenizer(model.args, settings, may_replace=True)
+    args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)
+    if args.tokenizer_model == str(settings.load):
+        _copy_tokenizer(settings.load, folder / "tokenizer")
+        args.tokenizer_model = str(settings.save.resolve() / "tokenizer")
     if args.tokenizer_type == WITHOUT_TEXT:
         args.vocab_size = model.config["vocab_size"]
     model = _cast_and_check(model, settings)
     dtype = model.source.tensors["model.embed_tokens.weight"].dtype
     args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-    # Write the checkpoint, with its own copy of a tokenizer that lies beside the model.
-    with output_folder as output:
-        if args.tokenizer_model == str(settings.load):
-            args.tokenizer_model = _copy_tokenizer(settings.load, output.path / "tokenizer")
-        args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)
-        write_megatron(model, args, output, settings.max_shard_size)
+    write_megatron(model, args, folder, settings.max_shard_size)
     return further_flags(args)
 
 
@@ -192,10 +188,9 @@ def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
     return with_pattern(args_from_config(model.config), model.config, pattern)
 
 
-def _copy_tokenizer(load: Path, folder: Path) -> str:
-    """Copy the files of a tokenizer; return the path of the copy."""
-    folder.mkdir(exist_ok=True)
+def _copy_tokenizer(load: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer."""
+    folder.mkdir()
     for name in TOKENIZER_FILES:
         if (load / name).is_file():
             shutil.copy(load / name, folder)
-    return str(folder.resolve())

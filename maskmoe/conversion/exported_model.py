@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from maskmoe.conversion.model_config import read_model_config
+from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.errors import UserError
 from maskmoe.files.foreign_libraries import reading
+from maskmoe.files.untrusted import check_regular
 
 _LISTED_NAMES = 3
 _ADVICE = "export the model again"
@@ -19,13 +20,16 @@ def load_exported_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder, without running code of the folder.
 
     Raises:
-        UserError: the tokenizer is missing or damaged.
+        UserError: the tokenizer is missing or damaged, or a file of the folder is not a regular file.
     """
     from transformers import AutoTokenizer
 
     # Without the registered model, transformers would warn of an unknown type.
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
+    for path in folder.iterdir():
+        if not path.is_dir():
+            check_regular(path)  # transformers would wait for the writer of a pipe
     with reading(f"the tokenizer in {folder}", _ADVICE):
         return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
 
@@ -38,15 +42,18 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
         tokenizer: the tokenizer of the folder.
 
     Raises:
-        UserError: a file is missing or damaged; weights are missing, superfluous, of another shape or type, NaN or
-            infinite; or the tokenizer has ids that the model lacks.
+        UserError: a file is missing or damaged, or lies outside the folder; weights are missing, superfluous, of
+            another shape or type, NaN or infinite; or the tokenizer has ids that the model lacks.
     """
     import torch
     from transformers import AutoModelForCausalLM, logging
 
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
-    config = read_model_config(folder / "config.json")
+    stored = SafetensorsSource(folder).tensors
+    integers = [name for name, spec in stored.items() if not spec.dtype.is_floating_point]
+    if names := [name for name in integers if ".routing_mask." not in name]:
+        raise UserError(f"the model in {folder} has weights that are no floating-point numbers: {_list(names)}")
     logging.set_verbosity_error()  # it would warn of damaged weights, which are refused here
     # A progress bar and a report of damaged weights go to stderr; the errors below name the same weights.
     with (
@@ -65,29 +72,14 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
     ):
         if names := sorted(str(name[0] if isinstance(name, tuple) else name) for name in loading.get(problem) or ()):
             raise UserError(f"the model in {folder} {meaning} {_list(names)}; {_ADVICE}")
-    if "quantization_config" not in config:
-        if names := _names_of_other_types(folder):
-            raise UserError(f"the model in {folder} has weights that are no floating-point numbers: {_list(names)}")
-        if names := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
-            raise UserError(f"the model in {folder} has weights that are NaN or infinite: {_list(names)}")
+    if names := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise UserError(f"the model in {folder} has weights that are NaN or infinite: {_list(names)}")
     if num_ids > model.config.vocab_size:
         raise UserError(
             f"the tokenizer in {folder} has {num_ids} ids, but the model has only {model.config.vocab_size}: they do "
             "not belong together"
         )
     return model.eval()
-
-
-def _names_of_other_types(folder: Path) -> list[str]:
-    """Return the names of the weights, the routing mask aside, that are not stored as floating-point numbers."""
-    from safetensors import safe_open
-
-    names = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
-        names += [name for name, kind in types.items() if "routing_mask." not in name and kind[0] not in "FB"]
-    return names
 
 
 def _list(names: list[str]) -> str:

@@ -6,14 +6,14 @@ Tensors that the settings do not account for, and settings that MaskMoE cannot e
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource, row_major_blocks
+from maskmoe.conversion.blocks import Block, Copy
 from maskmoe.conversion.model_config import read_model_config
 from maskmoe.conversion.model_tensors import (
     Shapes,
@@ -25,7 +25,7 @@ from maskmoe.conversion.model_tensors import (
 )
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel, with_routing_mask
 from maskmoe.conversion.safetensors_files import SafetensorsSource
-from maskmoe.conversion.writing import BLOCK_BYTES
+from maskmoe.conversion.tensor_sources import RearrangedSource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask
@@ -274,10 +274,7 @@ def _copies_of_shared_tensors(source: TensorSource, config: Mapping[str, Any], f
         copies[f"model.layers.{layer}.shared_head.head.weight"] = output
     found = {name: original for name, original in copies.items() if {name, original} <= source.tensors.keys()}
     for name, original in found.items():
-        spec = source.tensors[original]
-        if source.tensors[name] != spec or not all(
-            torch.equal(source.read(replace(block, tensor=name)), source.read(block))
-            for block in row_major_blocks(original, spec, BLOCK_BYTES)
-        ):
+        copy, own = (source.read(Block.whole(each, source.tensors[each].shape)) for each in (name, original))
+        if copy.dtype != own.dtype or not torch.equal(copy, own):
             raise UserError(f"{folder}: MaskMoE cannot express that {name} differs from {original}")
     return set(found)

@@ -4,31 +4,24 @@ import json
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content
-from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_config import read_model_config
 from maskmoe.conversion.model_tensors import check_mask, check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
-from maskmoe.conversion.safetensors_files import (
-    INDEX_SUFFIX,
-    SINGLE_FILE,
-    SafetensorsSource,
-    has_safetensors,
-    plan_safetensors,
-)
+from maskmoe.conversion.safetensors_files import SINGLE_FILE, SafetensorsSource, has_safetensors, write_safetensors
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
+from maskmoe.conversion.tensor_sources import JoinedSource, ProgressSource, TensorSource
 from maskmoe.conversion.tokenizer import export_tokenizer
-from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
 from maskmoe.errors import UserError
 from maskmoe.files.foreign_libraries import reading
 from maskmoe.files.json_files import check_finite, read_json, write_record
-from maskmoe.files.outputs import atomic_output
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -52,8 +45,6 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     config = read_model_config(folder / CONFIG_FILE)
     if config.get("model_type") != MaskMoEConfig.model_type:
         return open_huggingface(folder, mask)
-    if config.get("quantization_config") is not None:
-        raise UserError(f"{folder} holds a quantized model; name the model that it was made from")
     if mask is not None:
         raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
     with reading(f"{folder / CONFIG_FILE} does not describe a model: it", "export the model again"):
@@ -109,50 +100,45 @@ def _read_args(path: Path) -> Namespace | None:
 
 
 def write_huggingface(
-    model: OpenedModel, output: OutputFolder, max_file_bytes: int, tokenizer_type: str, tokenizer_model: str | None
+    model: OpenedModel, folder: Path, max_file_bytes: int, tokenizer_type: str, tokenizer_model: str | None
 ) -> None:
     """Write a model with its configuration, code and tokenizer, and the data that only Megatron needs.
 
     Args:
         model: the model; its source also provides multi-token prediction and may provide the padding of the vocabulary.
-        output: the folder for the files. `config.json` is written last, since transformers loads nothing without it.
+        folder: the folder for the files.
         max_file_bytes: upper bound of the bytes of tensors in a file.
         tokenizer_type: Megatron's `--tokenizer-type`.
         tokenizer_model: Megatron's `--tokenizer-model`.
 
     Raises:
-        UserError: a file cannot be written, or the tokenizer cannot be read or has no equal in transformers.
+        UserError: the tokenizer cannot be read or has no equal in transformers.
     """
-    special_ids = _special_ids(model.config, export_tokenizer(tokenizer_type, tokenizer_model, output.path))
+    special_ids = _special_ids(model.config, export_tokenizer(tokenizer_type, tokenizer_model, folder))
     # Write the tensors.
     tensors = model.source.tensors
-    weights = {name: tensors[name] for name in tensor_shapes(model.config)}
+    weights = tensor_shapes(model.config)
     contents = {
         SINGLE_FILE: weights,
-        MTP_FILE: {name: tensors[name] for name in mtp_tensor_shapes(model.config)},
-        _PADDING_FILE: {name: spec for name, spec in tensors.items() if name.startswith(PADDING_PREFIX)},
+        MTP_FILE: mtp_tensor_shapes(model.config),
+        _PADDING_FILE: [name for name in tensors if name.startswith(PADDING_PREFIX)],
     }
-    plans = {name: plan_safetensors(part, max_file_bytes, name) for name, part in contents.items() if part}
-    files = [file for part_files, _ in plans.values() for file in part_files]
-    write_files(model.source, files, output)
-    # Write all other files, config.json last.
-    dtype = str(weights[next(iter(weights))].dtype).removeprefix("torch.")
+    files: list[str] = []
+    with ProgressSource(model.source, chain.from_iterable(contents.values())) as source:
+        for single_file, names in contents.items():
+            if names:
+                files += write_safetensors(source, names, folder, max_file_bytes, single_file)
+    Manifest.of_files(folder, files).save(folder)
+    # Write all other files.
+    dtype = str(tensors[next(iter(weights))].dtype).removeprefix("torch.")
     names = {"architectures": [MaskMoEForCausalLM.__name__], "auto_map": AUTO_MAP, "dtype": dtype}
     config = make_config(MaskMoEConfig, model.config | special_ids | names)
-    generation = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
-    with reporting_full_disk(output.path):
-        export_code(output.path)
-        generation.save_pretrained(output.path)
-        for name, (_, index) in plans.items():
-            if index:
-                write_record(index, output.path / f"{name}{INDEX_SUFFIX}", indent=2)
-        if model.args is not None:
-            (output.path / _ARGS_FILE).parent.mkdir(exist_ok=True)
-            write_record(_json_values(model.args), output.path / _ARGS_FILE, indent=2)
-        Manifest.of({file.name: output.finished[file.name] for file in files}).save(output.path)
-        with atomic_output(output.path / CONFIG_FILE) as path:
-            path.write_text(config.to_json_string())
-    output.complete()
+    (folder / CONFIG_FILE).write_text(config.to_json_string())
+    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
+    export_code(folder)
+    if model.args is not None:
+        (folder / _ARGS_FILE).parent.mkdir(exist_ok=True)
+        write_record(_json_values(model.args), folder / _ARGS_FILE, indent=2)
 
 
 def _special_ids(config: Mapping[str, Any], of_tokenizer: Mapping[str, int | None]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ All other modules of conversion describe GPT models.
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
@@ -16,9 +16,8 @@ from maskmoe.conversion.settings import DERIVED_PATTERN, NO_PATTERN
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
-_ATTENTION = (Symbols.ATTENTION, Symbols.MLA)
-_FEED_FORWARD = (Symbols.MLP, Symbols.MOE)
-_NAMES = {Symbols.MAMBA: "Mamba", Symbols.GDN: "gated delta net", Symbols.DS_ATTENTION: "sparse attention"}
+# Pairs of attention, plain or multi-latent, and a feed-forward layer, an MLP or experts.
+_LAYERS_OF_GPT = re.compile(r"([*+][-E])+")
 _FLAG = "--hybrid-layer-pattern"
 
 # Sizes of an interleaved pipeline, which the two classes of models describe in different ways.
@@ -39,13 +38,18 @@ def gpt_args(args: Namespace) -> Namespace:
     """Return Megatron's arguments of a hybrid model's GPT twin; for a GPT model, return its arguments.
 
     Raises:
-        UserError: the hybrid model has no twin; names the first layer that a GPT model does not have.
+        UserError: the hybrid model has no twin.
     """
     if not is_hybrid(args):
         return args
     pattern = args.hybrid_layer_pattern
-    if problem := next(_problems(pattern), None):
-        raise UserError(f"a model with {_FLAG} '{pattern}' cannot be expressed in transformers' format: {problem}")
+    symbols = pattern.replace(Symbols.PIPE, "").rstrip(Symbols.MTP_SEPARATOR)
+    decoder, *predictions = symbols.split(Symbols.MTP_SEPARATOR)
+    if not _LAYERS_OF_GPT.fullmatch(decoder) or any(prediction != decoder[-2:] for prediction in predictions):
+        raise UserError(
+            f"a model with {_FLAG} '{pattern}' cannot be expressed in transformers' format: attention (* or +) and "
+            "feed-forward layers (- or E) must alternate, and multi-token prediction must repeat the last two"
+        )
     layers = FeedForwardLayers.of_pattern(pattern)
     return Namespace(
         **vars(args)
@@ -108,28 +112,3 @@ def name_in_hybrid_model(name: str) -> str:
 def _is_feed_forward(module: str) -> bool:
     """Return whether a module of a transformer layer belongs to the second symbol of the layer, `-` or `E`."""
     return module.startswith(_FEED_FORWARD_MODULES)
-
-
-def _problems(pattern: str) -> Iterator[str]:
-    """Yield why a model with a valid pattern has no GPT twin: the problem of each layer, then of the whole."""
-    symbols = pattern.replace(Symbols.PIPE, "").rstrip(Symbols.MTP_SEPARATOR)
-    decoder, *predictions = symbols.split(Symbols.MTP_SEPARATOR)
-    yield from _problems_of_layers(decoder, "")
-    for prediction in predictions[:1]:  # Megatron allows only equal ones
-        yield from _problems_of_layers(prediction, " of multi-token prediction")
-        if prediction != decoder[-2:]:
-            last = f"the decoder's last two, {decoder[-2:]}"
-            yield f"multi-token prediction has the layers {prediction}, but they must repeat {last}"
-
-
-def _problems_of_layers(symbols: str, where: str) -> Iterator[str]:
-    """Yield which layers, of the decoder or of one depth of multi-token prediction, a GPT model does not have."""
-    if not symbols:
-        yield f"there are no layers{where}"
-    for number, symbol in enumerate(symbols, start=1):
-        layer = f"layer {number}{where} is {symbol}"
-        is_last_attention = number == len(symbols) and symbol in _ATTENTION
-        if symbol in _NAMES:
-            yield f"{layer} ({_NAMES[symbol]})"
-        elif symbol not in (_ATTENTION if number % 2 else _FEED_FORWARD) or is_last_attention:
-            yield f"{layer}, but attention (* or +) and feed-forward layers (- or E) must alternate, attention first"

@@ -10,7 +10,6 @@ from typing import Any
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
 from maskmoe.checkpoint.series import locate_checkpoint
-from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.huggingface_models import MTP_FILE
 from maskmoe.conversion.megatron_models import is_optimizer
 from maskmoe.conversion.model_config import read_model_config
@@ -18,9 +17,8 @@ from maskmoe.conversion.model_tensors import ROUTING_MASK_PREFIX, read_mask
 from maskmoe.conversion.opened_model import CONFIG_FILE
 from maskmoe.conversion.safetensors_files import SafetensorsSource, has_safetensors
 from maskmoe.conversion.tensor_mapping import local_norm_name
+from maskmoe.conversion.tensor_sources import JoinedSource, TensorSource
 from maskmoe.conversion.torch_dist import TorchDistSource
-from maskmoe.conversion.writing import JOURNAL
-from maskmoe.errors import UserError
 from maskmoe.files.templates import render_template
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
@@ -64,8 +62,6 @@ class Inspection:
         bytes_by_dtype: bytes of the weights by dtype.
         optimizer_bytes: bytes of the optimizer's state.
         routing_mask: digest, sizes and provenance of the routing mask, see `_describe_mask`; None if there is none.
-        files: sizes in bytes by name.
-        digests: sha256 digests by name, of the files whose digests were saved with them.
     """
 
     path: str
@@ -78,8 +74,6 @@ class Inspection:
     bytes_by_dtype: dict[str, int]
     optimizer_bytes: int
     routing_mask: dict[str, Any] | None
-    files: dict[str, int]
-    digests: dict[str, str]
 
     def table(self) -> str:
         """Return the report as lines of text."""
@@ -97,10 +91,6 @@ def inspect_checkpoint(path: Path, verify: bool = True) -> Inspection:
     Raises:
         UserError: the folder holds neither, or the tensors cannot be listed.
     """
-    if (path / JOURNAL).exists():
-        raise UserError(
-            f"{path} is the unfinished output of a conversion; start the conversion again with the same settings"
-        )
     if (path / CONFIG_FILE).exists():
         config = read_model_config(path / CONFIG_FILE)
         model: TensorSource = SafetensorsSource(path)
@@ -155,7 +145,6 @@ def _inspect(
         known: the attributes of `Inspection` that differ between the formats.
     """
     is_megatron = isinstance(source, TorchDistSource)
-    integrity, digests = _check_integrity(folder, verify, is_megatron)
     mask_prefix = CHECKPOINT_PREFIX if is_megatron else ROUTING_MASK_PREFIX
     mask = read_mask(source, mask_prefix)
     parameters: Counter[str] = Counter()
@@ -172,16 +161,12 @@ def _inspect(
     idle = parameters["experts"] * (num_experts - topk) // num_experts if num_experts and topk else 0
     return Inspection(
         path=str(folder),
-        integrity=integrity,
+        integrity=_check_integrity(folder, verify, is_megatron),
         parameters={part: parameters[part] for part in _PARTS if parameters[part]},
         active_parameters=parameters.total() - parameters[_MTP] - idle if topk or not parameters["experts"] else None,
         bytes_by_dtype=dict(bytes_by_dtype),
         optimizer_bytes=optimizer_bytes,
         routing_mask=_describe_mask(mask) if mask else None,
-        files={
-            str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
-        },
-        digests=digests,
         **known,
     )
 
@@ -200,27 +185,25 @@ def _part_of(name: str, num_layers: int | None) -> str:
     return next(part for part, pattern in _PARTS.items() if re.search(pattern, name))
 
 
-def _check_integrity(folder: Path, verify: bool, is_megatron: bool) -> tuple[str, dict[str, str]]:
-    """Return a sentence that says whether the files of a folder are sound, and the digests that were saved with them.
+def _check_integrity(folder: Path, verify: bool, is_megatron: bool) -> str:
+    """Return a sentence that says whether the files of a folder are sound.
 
     Args:
         folder: the folder of the checkpoint or model.
         verify: compare the files with their digests.
         is_megatron: whether the folder is a `torch_dist` checkpoint.
     """
-    digests: dict[str, str] = {}
     try:
-        digests = Manifest.load(folder).files
         if is_megatron:
             check_structure(folder)
-        if not digests:
-            return "complete; not verified, since it was saved without digests", digests
+        if not Manifest.load(folder).files:
+            return "complete; not verified, since it was saved without digests"
         if not verify:
-            return "complete; not compared with its digests", digests
+            return "complete; not compared with its digests"
         check_content(folder)
     except Damage as damage:
-        return damage.fault, digests
-    return "sound: all files have the content that was saved", digests
+        return damage.fault
+    return "sound: all files have the content that was saved"
 
 
 def _describe_mask(mask: RoutingMask) -> dict[str, Any]:

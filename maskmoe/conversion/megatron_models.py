@@ -3,28 +3,19 @@
 import json
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
+from maskmoe.checkpoint.integrity import COMPLETION_FILE, Manifest
 from maskmoe.checkpoint.series import RELEASE, write_tracker
-from maskmoe.conversion.blocks import (
-    Copy,
-    CoverageError,
-    JoinedSource,
-    MemorySource,
-    RearrangedSource,
-    TensorSource,
-    TensorSpec,
-)
+from maskmoe.conversion.blocks import Copy, CoverageError, TensorSpec
 from maskmoe.conversion.config_mapping import config_from_args, is_stacked
 from maskmoe.conversion.hybrid_models import is_hybrid
-from maskmoe.conversion.model_tensors import check_tensors, make_config, read_mask, routing_mask_tensors
+from maskmoe.conversion.model_tensors import check_tensors, read_mask, routing_mask_tensors
 from maskmoe.conversion.opened_model import OpenedModel
 from maskmoe.conversion.tensor_mapping import (
     EMBEDDING,
@@ -34,13 +25,11 @@ from maskmoe.conversion.tensor_mapping import (
     local_norm_name,
     map_tensors,
 )
+from maskmoe.conversion.tensor_sources import JoinedSource, MemorySource, ProgressSource, RearrangedSource, TensorSource
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
-from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, plan_torch_dist
-from maskmoe.conversion.writing import OutputFolder, reporting_full_disk, write_files
+from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output
-from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
@@ -49,15 +38,6 @@ _CONFIG = "huggingface_config"
 # Types of tokenizers that have as many ids as Megatron's `--vocab-size` says.
 _SIZED_TOKENIZERS = (WITHOUT_TEXT, "TikTokenizer")
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
-# Megatron's loader requires an entry `_extra_state` for each of these modules, local or of Transformer Engine. The
-# entries hold the state of FP8 training and are empty here.
-_ATTENTION_MODULES = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
-_LATENT_ATTENTION_MODULES = (
-    *("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj"),
-    *("linear_proj", "core_attention"),
-)
-_MTP_MODULES = ("enorm", "hnorm", "eh_proj", "final_layernorm")
-_MLP_MODULES = ("linear_fc1", "linear_fc2")
 
 
 def is_optimizer(name: str) -> bool:
@@ -115,17 +95,17 @@ def open_megatron(
     return OpenedModel(view, config, args)
 
 
-def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, max_file_bytes: int) -> None:
+def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_bytes: int) -> None:
     """Write a model as a checkpoint that training starts from, in any layout of ranks.
 
     Args:
         model: the model. If its source does not provide the padding of the vocabulary, the padding is zeros.
         args: Megatron's arguments of the model, which the checkpoint will hold.
-        output: the folder for the checkpoint `release` and for the tracker file that names it.
+        folder: the folder for the checkpoint `release` and for the tracker file that names it.
         max_file_bytes: upper bound of a file's size in bytes.
 
     Raises:
-        UserError: the checkpoint cannot be written.
+        UserError: the model's tensors do not fit into Megatron's.
     """
     # Map the tensors. The padding of the vocabulary is the model's own if it fits, else zeros.
     layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS, is_hybrid(args))
@@ -143,7 +123,7 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
         view = RearrangedSource(JoinedSource(MemorySource(zeros), model.source), mapping.megatron, copies)
     except CoverageError as error:
         raise UserError(f"the model's tensors do not fit into Megatron's: {error}") from error
-    # Write them with the state that Megatron's loader requires.
+    # Write them with the state that Megatron's loader requires. A module whose `_extra_state` is missing keeps its own.
     common = {
         "args": args,
         "checkpoint_version": 3.0,
@@ -152,21 +132,12 @@ def write_megatron(model: OpenedModel, args: Namespace, output: OutputFolder, ma
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
         _CONFIG: model.config,
     }
-    objects: dict[str, Any] = {COMMON_STATE: [common]}
-    objects |= {layout.name(name): [None] for name in _extra_states(model.config, layout)}
-    files, layout_file = plan_torch_dist(view.tensors, objects, max_file_bytes, folder=RELEASE)
-    write_files(view, files, output)
-    # Write the files that turn the files of tensors into a checkpoint, then the tracker that names the checkpoint.
-    checkpoint = output.path / RELEASE
-    with reporting_full_disk(checkpoint):
-        with atomic_output(checkpoint / LAYOUT_FILE) as path:
-            path.write_bytes(layout_file)
-        records = {Path(file.name).name: output.finished[file.name] for file in files}
-        Manifest.of(records | {LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)}).save(checkpoint)
-        with atomic_output(checkpoint / "metadata.json") as path:
-            path.write_text(json.dumps(MARKER))
-        write_tracker(output.path, RELEASE)
-    output.complete()
+    checkpoint = folder / RELEASE
+    with ProgressSource(view, view.tensors) as source:
+        files = write_torch_dist(source, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
+    Manifest.of_files(checkpoint, files).save(checkpoint)
+    (checkpoint / COMPLETION_FILE).write_text(json.dumps(MARKER))
+    write_tracker(folder, RELEASE)
 
 
 def _vocab_size(original_args: Namespace, args: Namespace) -> int:
@@ -208,45 +179,3 @@ def _layout(source: TensorSource, config: Mapping[str, Any], is_hybrid: bool) ->
     prefix = "decoder.layers." if stacked else f"decoder.layers.{layer}."
     norms = tuple(name for name in EXPERT_NORMS if layout.name(prefix + name) in source.tensors)
     return replace(layout, expert_norms=norms[:1] or layout.expert_norms)
-
-
-def _extra_states(config: Mapping[str, Any], layout: MegatronLayout) -> Iterator[str]:
-    """Yield the names of the modules' entries `_extra_state` in a GPT model, each with the suffix of its shard."""
-    yield "decoder.final_layernorm._extra_state/shard_0_1"
-    has_experts = [kind == "sparse" for kind in config["mlp_layer_types"]]
-    for layer, is_sparse in enumerate(has_experts):
-        if layout.is_stacked:
-            yield from _extra_states_of_layer("decoder.layers.", is_sparse, config, layer, len(has_experts))
-        else:
-            yield from _extra_states_of_layer(f"decoder.layers.{layer}.", is_sparse, config)
-    for number in range(make_config(MaskMoEConfig, config).num_mtp_modules):
-        yield from (f"mtp.layers.{number}.{module}._extra_state/shard_0_1" for module in _MTP_MODULES)
-        yield from _extra_states_of_layer(f"mtp.layers.{number}.transformer_layer.", has_experts[-1], config)
-
-
-def _extra_states_of_layer(
-    prefix: str, has_experts: bool, config: Mapping[str, Any], layer: int = 0, num_stacked: int | None = None
-) -> Iterator[str]:
-    """Yield the names of the entries `_extra_state` of a layer's modules, see `_extra_states`.
-
-    Args:
-        prefix: prefix of the names of the layer's tensors.
-        has_experts: whether the layer has experts.
-        config: the fields of `MaskMoEConfig`.
-        layer: number of the layer among stacked layers.
-        num_stacked: number of layers that the checkpoint stacks; None if each layer has its own entries.
-    """
-    shard = f"{layer}_{num_stacked or 1}"
-    index, count = (f"{layer}.", f"{num_stacked}.") if num_stacked else ("", "")
-    is_latent = config["kv_lora_rank"] is not None
-    modules = ["input_layernorm"] if is_latent else []
-    attention_modules = _LATENT_ATTENTION_MODULES if is_latent else _ATTENTION_MODULES
-    modules += [f"self_attention.{module}" for module in attention_modules]
-    modules += ["pre_mlp_layernorm"] if has_experts else [f"mlp.{module}" for module in _MLP_MODULES]
-    if has_experts and config["shared_expert_intermediate_size"]:
-        modules += [f"mlp.shared_experts.{module}" for module in _MLP_MODULES]
-    yield from (f"{prefix}{module}._extra_state/shard_{shard}" for module in modules)
-    if has_experts:
-        for module, expert in product(_MLP_MODULES, range(config["num_experts"])):
-            name = f"{prefix}mlp.experts.experts.{module}._extra_state"
-            yield f"{name}/shard_{index}{expert}_{count}{config['num_experts']}"

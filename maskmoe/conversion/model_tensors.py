@@ -9,7 +9,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from maskmoe.conversion.blocks import Block, MemorySource, TensorSource, TensorSpec
+from maskmoe.conversion.blocks import Block, TensorSpec
+from maskmoe.conversion.tensor_sources import MemorySource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.mask import RoutingMask

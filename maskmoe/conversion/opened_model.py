@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maskmoe.conversion.blocks import JoinedSource, TensorSource
 from maskmoe.conversion.model_tensors import routing_mask_tensors
+from maskmoe.conversion.tensor_sources import JoinedSource, TensorSource
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask

@@ -1,32 +1,33 @@
-"""Reads and plans models in safetensors files, one file or several with an index, as transformers stores them."""
+"""Reads and writes models in safetensors files, one file or several with an index, as transformers stores them."""
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from pydantic import BaseModel, Field, ValidationError
+from huggingface_hub import split_torch_state_dict_into_shards
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import _TYPES
+from safetensors.torch import save_file
 from torch import Tensor
 
-from maskmoe.conversion.blocks import Block, StoredTensor, TensorSpec, row_major_blocks
-from maskmoe.conversion.writing import BLOCK_BYTES, PlannedFile
+from maskmoe.conversion.blocks import Block, TensorSpec
+from maskmoe.conversion.tensor_sources import TensorSource
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import first_problem
-from maskmoe.files.surrogates import has_surrogates
-from maskmoe.files.untrusted import check_name, check_regular, read_json_bytes, resolve_inside
+from maskmoe.files.json_files import read_record, write_record
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.untrusted import check_regular, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
 
 # A tensor of an 8-bit float type means nothing without its scales, which every format stores in another way.
-_DTYPES = {name: dtype for name, dtype in _TYPES.items() if dtype and not name.startswith("F8_")}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_HEADER_ALIGNMENT = 8
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool},
+}
 
 
 class _Index(BaseModel):
@@ -40,15 +41,42 @@ def has_safetensors(folder: Path, single_file: str) -> bool:
     return any((folder / name).exists() for name in (single_file, f"{single_file}{INDEX_SUFFIX}"))
 
 
-class SafetensorsSource:
-    """Provides the tensors of a folder with `model.safetensors`, or with several files and their index.
+def find_weight_files(folder: Path, single_file: str = SINGLE_FILE) -> tuple[list[Path], dict[str, str] | None]:
+    """Return the files that hold a model's tensors, all of them regular files inside the folder.
 
-    A folder with both is read as transformers reads it: the index is ignored.
+    A folder with both a single file and an index is read as transformers reads it: the index is ignored.
 
     Args:
         folder: the folder of the model.
         single_file: the name of the file if there is only one. The index of several files has this name and the
             suffix `.index.json`. The name may begin with a folder inside `folder`.
+
+    Returns:
+        the files, and the name of the file of each tensor; None instead of the names if there is no index.
+
+    Raises:
+        UserError: a file is missing, is not a regular file or lies outside the folder; or the index is damaged.
+    """
+    path, index = folder / single_file, folder / f"{single_file}{INDEX_SUFFIX}"
+    if path.exists() or not os.path.lexists(index):
+        if not os.path.lexists(path):
+            raise UserError(f"{path} is missing")
+        check_regular(path)
+        return [path], None
+    file_of = read_record(_Index, index, "replace the file by an intact copy").weight_map
+    for name in sorted(set(file_of.values())):
+        if not os.path.lexists(index.parent / name) and name.isprintable():
+            raise UserError(f"{index.parent / name} is missing")
+        resolve_inside(index.parent, name)
+    return [index.parent / name for name in sorted(set(file_of.values()))], file_of
+
+
+class SafetensorsSource:
+    """Provides the tensors of a folder with `model.safetensors`, or with several files and their index.
+
+    Args:
+        folder: the folder of the model.
+        single_file: see `find_weight_files`.
 
     Attributes:
         tensors: shapes and dtypes of the tensors by name.
@@ -59,116 +87,78 @@ class SafetensorsSource:
     """
 
     def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
-        index_file = folder / f"{single_file}{INDEX_SUFFIX}"
-        # The single file comes first, as in transformers, which leaves an older index when it saves again.
-        has_index = os.path.lexists(index_file) and not (folder / single_file).exists()
-        index = _read_index(index_file) if has_index else None
-        names = [index_file.name.removesuffix(INDEX_SUFFIX)] if index is None else sorted(set(index.values()))
-        self.files = [index_file.parent / name for name in names]
-        for name in () if index is None else names:
-            check_name(index_file.parent, name)
-            if os.path.lexists(index_file.parent / name):
-                resolve_inside(index_file.parent, name)
-        self._stored: dict[str, StoredTensor] = {}
-        for file in self.files:
-            found = _read_header(file)
-            expected = found.keys() if index is None else {name for name in index if index[name] == file.name}
-            for name in sorted(expected - found.keys()):
-                raise UserError(f"{file} lacks {name}, which {index_file.name} places in it")
-            for name in sorted(found.keys() - expected):
-                raise UserError(f"{file} holds {name}, which {index_file.name} does not place in it")
-            self._stored |= found
-        self.tensors = {
-            name: TensorSpec(tuple(stored.layout.shape), stored.layout.dtype) for name, stored in self._stored.items()
-        }
+        self.files, index = find_weight_files(folder, single_file)
+        self.tensors: dict[str, TensorSpec] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in self.files:
+            specs = _read_specs(path)
+            expected = specs.keys() if index is None else {name for name, file in index.items() if file == path.name}
+            if differing := sorted(specs.keys() ^ expected):
+                raise UserError(f"{path} and {single_file}{INDEX_SUFFIX} disagree on where {differing[0]} is")
+            self.tensors |= specs
+            self._file_of |= dict.fromkeys(specs, path)
 
     def read(self, block: Block) -> Tensor:
         """See `TensorSource.read`."""
-        return self._stored[block.tensor].read(block)
+        path = self._file_of[block.tensor]
+        try:
+            # Open the file for each block: an open file would keep all pages in memory that were ever read from it.
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice(block.tensor)[block.slices]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def plan_safetensors(
-    tensors: Mapping[str, TensorSpec], max_file_bytes: int, single_file: str = SINGLE_FILE
-) -> tuple[list[PlannedFile], dict[str, Any] | None]:
-    """Distribute tensors over files as transformers does.
+def _read_specs(path: Path) -> dict[str, TensorSpec]:
+    """Return shapes and dtypes of the tensors of a file, by name.
+
+    Raises:
+        UserError: the file is damaged, or holds tensors of an unsupported type.
+    """
+    specs = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                entry = file.get_slice(name)
+                if entry.get_dtype() not in _DTYPES:
+                    raise UserError(f"{path} holds tensors of the type {entry.get_dtype()}, which is not supported")
+                specs[name] = TensorSpec(tuple(entry.get_shape()), _DTYPES[entry.get_dtype()])
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    return specs
+
+
+def write_safetensors(
+    source: TensorSource, names: Collection[str], folder: Path, max_file_bytes: int, single_file: str = SINGLE_FILE
+) -> list[str]:
+    """Write tensors to one file, or to several files and an index, as transformers does.
+
+    The tensors of one file are in memory at a time.
 
     Args:
-        tensors: shapes and dtypes by name.
+        source: provides the tensors.
+        names: the names of the tensors to write.
+        folder: the folder for the files.
         max_file_bytes: upper bound of the bytes of tensors in a file, unless one tensor alone is larger.
-        single_file: the name of the file if one is enough, which may begin with a folder; several files get numbers in
-            their names.
+        single_file: see `find_weight_files`.
 
     Returns:
-        the files, and the content of the index file; no index if there is only one file.
+        the names of the files, without the index.
     """
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda spec: spec.num_bytes,
+    specs = {name: source.tensors[name] for name in names}
+    split = split_torch_state_dict_into_shards(
+        {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()},
         filename_pattern=single_file.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_file_bytes,
     )
-    files = [
-        _plan_file(file, {name: tensors[name] for name in names}) for file, names in split.filename_to_tensors.items()
-    ]
-    file_of = {name: file.rpartition("/")[2] for name, file in split.tensor_to_filename.items()}
-    index = {"metadata": split.metadata, "weight_map": file_of}
-    return files, index if split.is_sharded else None
-
-
-def _plan_file(file: str, tensors: Mapping[str, TensorSpec]) -> PlannedFile:
-    """Plan a file: a header of JSON, then the elements of all tensors in blocks."""
-    # Larger elements come first, so that every element lies at a multiple of its size, as the library does it.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    blocks: list[Block] = []
-    size = 0
-    for name, spec in ordered:
-        offsets = size, size + spec.num_bytes
-        header[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
-        blocks += row_major_blocks(name, spec, BLOCK_BYTES)
-        size += spec.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    head = len(text).to_bytes(8, "little") + text
-    return PlannedFile(file, [head, *blocks], len(head) + size)
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Read an index; return for each tensor the name of its file.
-
-    Raises:
-        UserError: the index is damaged.
-    """
-    try:
-        return _Index.model_validate_json(read_json_bytes(path)).weight_map
-    except ValidationError as error:
-        raise UserError(f"{path} is damaged ({first_problem(error)}); replace the file by an intact copy") from error
-
-
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return where the tensors of a file lie, by name.
-
-    Raises:
-        UserError: the file is missing or damaged, or holds tensors of an unsupported type.
-    """
-    if not os.path.lexists(path):
-        raise UserError(f"{path} is missing")
-    if has_surrogates(str(path)):
-        raise UserError(f"{str(path)!a} cannot be read, since the name is not valid UTF-8; rename the folder")
-    check_regular(path)
-    try:
-        with safe_open(path, framework="pt"):  # raises if the header contradicts itself or the file is too short
-            pass
-        with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    header.pop("__metadata__", None)
-    if unknown := sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys()):
-        raise UserError(f"{path} holds tensors of the type {unknown[0]}, which is not supported")
-    stored = {}
-    for name, entry in header.items():
-        layout = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
-        stored[name] = StoredTensor(path, 8 + length + entry["data_offsets"][0], layout)
-    return stored
+    (folder / single_file).parent.mkdir(exist_ok=True)
+    for file, names_in_file in split.filename_to_tensors.items():
+        tensors = {name: source.read(Block.whole(name, specs[name].shape)).contiguous() for name in names_in_file}
+        with atomic_output(folder / file) as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+        del tensors  # before the tensors of the next file are read
+    if split.is_sharded:
+        file_of = {name: Path(file).name for name, file in split.tensor_to_filename.items()}
+        index: dict[str, Any] = {"metadata": split.metadata, "weight_map": file_of}
+        write_record(index, folder / f"{single_file}{INDEX_SUFFIX}", indent=2)
+    return list(split.filename_to_tensors)

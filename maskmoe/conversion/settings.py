@@ -6,7 +6,6 @@ Importing this module loads neither torch nor Megatron, so that a command line c
 import re
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 from maskmoe.errors import UserError
@@ -24,7 +23,7 @@ class Settings:
 
     Attributes:
         load: the folder of the input: a transformers model, a `torch_dist` checkpoint, or the checkpoints of a run, of
-            which the newest sound one is converted.
+            which the newest is converted.
         save: the folder of the result.
         dtype: one of `DTYPE_NAMES`, for all floating point tensors; None keeps the stored types.
         max_shard_size: upper bound of a file's size in bytes, unless one tensor alone is larger.
@@ -35,6 +34,7 @@ class Settings:
         hybrid_layer_pattern: the pattern of a `HybridModel` whose checkpoint is written, `DERIVED_PATTERN`, or
             `NO_PATTERN` for the checkpoint of a `GPTModel`; None selects the class of the model that `load` came from,
             and `GPTModel` if it did not come from Megatron. Ignored if no checkpoint is written.
+        ckpt_step: Megatron's `--ckpt-step`: the iteration to convert of the checkpoints of a run; None for the newest.
     """
 
     load: Path
@@ -46,6 +46,7 @@ class Settings:
     tokenizer_type: str | None = None
     tokenizer_model: str | None = None
     hybrid_layer_pattern: str | None = None
+    ckpt_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,6 @@ class UpcycleSettings:
                 f"--num-experts {self.num_experts} and --topk {self.topk} must be multiples of --granularity "
                 f"{self.granularity}: that many experts make up one copy of the MLP and are chosen together"
             )
-        if not 0 <= self.noise < inf:
-            raise UserError(f"--noise {self.noise} is not a standard deviation; give 0 or more")
-        if not 0 <= self.reinit_share <= 1:
-            raise UserError(f"--reinit-share {self.reinit_share} is not a share; give 0 to 1")
-        if self.seed < 0:
-            raise UserError(f"--seed must not be negative, it is {self.seed}")
 
     def is_sparse(self, num_layers: int) -> list[bool]:
         """Return for each layer whether it gets experts.

@@ -6,7 +6,7 @@ anew, as in Drop-Upcycling (arXiv 2502.19261).
 """
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 from zlib import crc32
 
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskmoe.conversion.blocks import Block, Copy, RearrangedSource, TensorSource, TensorSpec, row_major_blocks
+from maskmoe.conversion.blocks import Block, Copy, TensorSpec
 from maskmoe.conversion.model_tensors import expert_projections, make_config, mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
 from maskmoe.conversion.settings import UpcycleSettings
-from maskmoe.conversion.writing import BLOCK_BYTES
+from maskmoe.conversion.tensor_sources import RearrangedSource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask
@@ -31,9 +31,6 @@ _EXPERT_FEATURES = ("scoring_func", "use_expert_bias", "n_group", "topk_group", 
 _ROUTER = ".mlp.gate.weight"
 _GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 _SHARED_EXPERTS, _SHARED_DOWN = ".shared_experts.", ".shared_experts.down_proj.weight"
-
-# Random numbers are drawn for this number of rows together, so that they do not depend on where a block begins or ends.
-_ROWS_PER_DRAW = 64
 
 
 def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) -> OpenedModel:
@@ -134,6 +131,8 @@ class _UpcycledSource:
         self._router_std = config["initializer_range"]
         self._settings = settings
         self._mean_and_std_of = cache(self._mean_and_std)
+        # The blocks of an expert follow one another, so keep the numbers of the last expert.
+        self._normal_numbers_of = lru_cache(maxsize=1)(self._normal_numbers)
 
     def read(self, block: Block) -> Tensor:
         """See `TensorSource.read`."""
@@ -158,25 +157,20 @@ class _UpcycledSource:
         changed = self._copied.read(block).clone()
         _, rows, columns = block.slices
         for index, expert in enumerate(range(block.offsets[0], block.offsets[0] + block.sizes[0])):
-            normal = self._normal_numbers(block.tensor, expert, rows)[:, columns]
+            normal = self._normal_numbers_of(block.tensor, expert)[rows, columns]
             weights = changed[index].float()
             if self._settings.noise:
                 weights = torch.addcmul(weights, weights, normal, value=self._settings.noise)
             if self._settings.reinit_share:
                 is_new, mean, std = (values[rows, columns] for values in self._new_weights(block.tensor, expert))
-                weights = torch.where(is_new, normal.mul_(std).add_(mean), weights)
+                weights = torch.where(is_new, normal * std + mean, weights)
             changed[index] = weights
         return changed
 
-    def _normal_numbers(self, name: str, expert: int, rows: slice) -> Tensor:
-        """Return standard normal numbers, float32 [rows, columns of the tensor]; a row always has the same numbers."""
-        num_columns = self.tensors[name].shape[2]
-        first, last = rows.start // _ROWS_PER_DRAW, (rows.stop - 1) // _ROWS_PER_DRAW
-        drawn = torch.empty(last + 1 - first, _ROWS_PER_DRAW, num_columns)
-        for group, numbers in enumerate(drawn, start=first):
-            numbers.normal_(generator=_generator(self._settings.seed, name, expert, group))
-        start = first * _ROWS_PER_DRAW
-        return drawn.flatten(0, 1)[rows.start - start : rows.stop - start]
+    def _normal_numbers(self, name: str, expert: int) -> Tensor:
+        """Return the standard normal numbers of an expert, float32 [rows, columns of the tensor]."""
+        generator = _generator(self._settings.seed, name, expert)
+        return torch.empty(self.tensors[name].shape[1:]).normal_(generator=generator)
 
     def _new_weights(self, name: str, expert: int) -> tuple[Tensor, ...]:
         """Return which weights of an expert are drawn anew, and from which distribution.
@@ -205,14 +199,9 @@ class _UpcycledSource:
 
     def _mean_and_std(self, name: str) -> Tensor:
         """Return mean and standard deviation of a tensor of the dense model, float32 [2]."""
-        count, total, squares = 0, 0.0, 0.0
-        for block in row_major_blocks(name, self._dense.tensors[name], BLOCK_BYTES):
-            values = self._dense.read(block).double()
-            count += values.numel()
-            total += values.sum().item()
-            squares += values.square().sum().item()
-        mean = total / count
-        return torch.tensor([mean, max(squares / count - mean**2, 0.0) ** 0.5])
+        values = self._dense.read(Block.whole(name, self._dense.tensors[name].shape)).float()
+        std, mean = torch.std_mean(values, correction=0)
+        return torch.stack([mean, std])
 
 
 def _generator(seed: int, name: str, *numbers: int) -> torch.Generator:

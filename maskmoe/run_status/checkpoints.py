@@ -14,8 +14,8 @@ from maskmoe.checkpoint.integrity import (
     Abandoned,
     Damage,
     Unfinished,
-    check_by_manifest,
     check_content,
+    check_structure,
 )
 from maskmoe.checkpoint.non_persistent import non_persistent_folder
 from maskmoe.checkpoint.series import (
@@ -130,7 +130,7 @@ def read_checkpoints(folder: Path | None, arguments: RunArguments, first_abandon
 def _find_damage(path: Path, first_abandoned: float, verify: bool) -> Damage | None:
     """Return the first fault of a checkpoint, see `read_checkpoints`; None if it has none."""
     try:
-        check_by_manifest(path)
+        check_structure(path)
         if verify:
             check_content(path)
     except Damage as damage:

@@ -17,18 +17,16 @@ from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.routing_mask import read_routing_mask
-from maskmoe.checkpoint.series import checkpoint_path
-from maskmoe.conversion.blocks import Block, MemorySource
+from maskmoe.checkpoint.series import checkpoint_path, write_tracker
+from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.settings import Settings
-from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, plan_torch_dist
-from maskmoe.conversion.writing import JOURNAL, OutputFolder, write_files
+from maskmoe.conversion.tensor_sources import MemorySource
+from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEForCausalLM
 
-# Neither Megatron nor transformers loads a model without these files.
-MARKERS = ("latest_checkpointed_iteration.txt", "metadata.json", "config.json")
 # Transformer Engine's modules load the norm before experts under this name; converted checkpoints hold it twice.
 SECOND_NORM = re.compile(r"decoder\.layers\.(\d+\.)?pre_mlp_layernorm\.weight")
 
@@ -168,12 +166,7 @@ def rewrite(checkpoint, folder, change):
     source = TorchDistSource(checkpoint)
     tensors, common = tensors_of(checkpoint), source.common_state()
     change(tensors, common)
-    changed = MemorySource(tensors)
-    files, layout = plan_torch_dist(changed.tensors, {COMMON_STATE: [common]}, 10**9, folder="checkpoint")
-    with OutputFolder(folder, {}) as output:
-        write_files(changed, files, output)
-        output.complete()
-    (folder / "checkpoint" / ".metadata").write_bytes(layout)
+    write_torch_dist(MemorySource(tensors), {COMMON_STATE: [common]}, folder / "checkpoint", 10**9)
     (folder / "checkpoint" / "metadata.json").write_text(json.dumps(MARKER))
     return folder / "checkpoint"
 
@@ -220,8 +213,7 @@ def test_wrong_checkpoint(checkpoints, tmp_path, wrong):
     with pytest.raises(UserError, match=message) as error:
         megatron_to_huggingface(Settings(load=checkpoint, save=tmp_path / "out"))
     assert "\n" not in str(error.value)
-    # If another file was finished before the failure, the folder says that it is unfinished.
-    assert not (tmp_path / "out").exists() or (tmp_path / "out" / JOURNAL).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wrong"]
 
 
 def test_mask_and_nan_on_request(checkpoints, workplace, exported, tmp_path):
@@ -359,7 +351,7 @@ def test_damaged_files(checkpoints, exported, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"{path.name} does not have the content that was saved"):
             convert[name](Settings(load=tmp_path / name, save=tmp_path / f"damaged {name}"))
-        assert not any(found.name in MARKERS for found in (tmp_path / f"damaged {name}").rglob("*"))
+        assert not (tmp_path / f"damaged {name}").exists()
         convert[name](Settings(load=tmp_path / name, save=tmp_path / f"out of {name}", verify=False))
         path.write_bytes(content[:-1])
         with pytest.raises(UserError, match=path.name):
@@ -368,19 +360,6 @@ def test_damaged_files(checkpoints, exported, tmp_path):
         with pytest.raises(UserError, match=path.name):
             convert[name](Settings(load=tmp_path / name, save=tmp_path / "out", verify=False))
         assert not (tmp_path / "out").exists()
-
-
-def test_bad_input_on_the_command_line(exported, run_cli, tmp_path):
-    (tmp_path / "occupied").mkdir()
-    (tmp_path / "occupied" / "file").write_text("")
-    for arguments, message in (
-        (["megatron-to-hf", "--load", tmp_path / "nowhere", "--save", tmp_path / "out"], "nowhere does not exist"),
-        (["hf-to-megatron", "--load", exported("rich"), "--save", tmp_path / "occupied"], "is not empty; name a new"),
-    ):
-        result = run_cli(*arguments)
-        assert result.returncode == 2
-        assert re.search(rf"^error: .*{message}", result.stderr, re.MULTILINE)
-        assert "Traceback" not in result.stderr
 
 
 def test_the_flags_that_load_the_result_can_be_pasted(dense, run_cli, tmp_path):
@@ -405,20 +384,27 @@ def test_model_that_transformers_saves_into_the_exported_folder(exported, tmp_pa
 def test_result_inside_the_source(exported):
     with pytest.raises(UserError, match="lies inside the folder that is converted"):
         huggingface_to_megatron(Settings(load=exported("ranks"), save=exported("ranks") / "megatron"))
-    assert not (exported("ranks") / "megatron" / JOURNAL).exists()
+    assert not (exported("ranks") / "megatron" / "release").exists()
 
 
-def test_interrupted_conversion_does_not_look_complete(exported, tmp_path):
-    """The conversion finds a weight that is NaN after it has written the first file."""
-    settings = Settings(load=exported("ranks"), save=tmp_path / "out", max_shard_size=30_000)
-    shutil.copytree(exported("ranks"), tmp_path / "whole")
-    edit(tmp_path / "whole", lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
-    with pytest.raises(UserError, match="holds NaN"):
-        huggingface_to_megatron(Settings(load=tmp_path / "whole", save=tmp_path / "out", max_shard_size=30_000))
-    assert (tmp_path / "out" / JOURNAL).exists()
-    assert not any(found.name in MARKERS for found in (tmp_path / "out").rglob("*"))
-    with pytest.raises(UserError, match=r"other settings \(load, source\)"):
-        huggingface_to_megatron(settings)
+def test_newest_checkpoint_that_is_damaged_is_not_replaced_by_an_older_one(checkpoints, exported, tmp_path, capsys):
+    shutil.copytree(checkpoints("rich"), tmp_path / "run")
+    shutil.copytree(checkpoint_path(tmp_path / "run", 2), checkpoint_path(tmp_path / "run", 4))
+    write_tracker(tmp_path / "run", 4)
+    file = next(checkpoint_path(tmp_path / "run", 4).glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"iter_0000004 .* bytes; to use an older checkpoint, name its folder: .*0002"):
+        megatron_to_huggingface(Settings(load=tmp_path / "run", save=tmp_path / "out"))
+    with pytest.raises(UserError, match=r"iter_0000004 .* bytes"):
+        megatron_to_huggingface(Settings(load=tmp_path / "run", save=tmp_path / "out", ckpt_step=4))
+    capsys.readouterr()
+    older = checkpoint_path(tmp_path / "run", 2)
+    for load, step, save in ((tmp_path / "run", 2, tmp_path / "by step"), (older, None, tmp_path / "by folder")):
+        megatron_to_huggingface(Settings(load=load, save=save, ckpt_step=step))
+        assert f"loading: iteration 2 in {tmp_path / 'run'}\n" in capsys.readouterr().err
+        assert_same_tensors(*(load_file(folder / "model.safetensors") for folder in (save, exported("rich"))))
+    with pytest.raises(UserError, match="--ckpt-step 4 chooses among the checkpoints of a run"):
+        megatron_to_huggingface(Settings(load=older, save=tmp_path / "out", ckpt_step=4))
 
 
 @pytest.mark.slow

@@ -206,28 +206,14 @@ def test_import_refuses_patterns_of_other_models(pattern, moe_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-INEXPRESSIBLE = {
-    "*EGE": "layer 3 is G (gated delta net)",
-    "M*|E": "layer 1 is M (Mamba)",
-    "+E|D-": "layer 3 is D (sparse attention)",
-    "**EE": "layer 2 is *, but attention",
-    "E*": "layer 1 is E, but attention",
-    "*E*-*": "layer 5 is *, but attention",
-    "*E--": "layer 3 is -, but attention",
-    "*-*E/*-": "multi-token prediction has the layers *-, but they must repeat the decoder's last two, *E",
-    "*E*E/*E*E": "multi-token prediction has the layers *E*E, but they must repeat",
-    "*E/*G/*G": "layer 2 of multi-token prediction is G (gated delta net)",
-    "/*E": "there are no layers",
-}
-
-
-@pytest.mark.parametrize("pattern", INEXPRESSIBLE)
+@pytest.mark.parametrize(
+    "pattern",
+    ["*EGE", "M*|E", "+E|D-", "**EE", "E*", "*E*-*", "*E--", "*-*E/*-", "*E*E/*E*E", "*E/*G/*G", "/*E"],
+)
 def test_layers_that_transformers_does_not_have(pattern):
     with pytest.raises(UserError) as refusal:
         gpt_args(Namespace(hybrid_layer_pattern=pattern, num_experts=4))
     assert f"--hybrid-layer-pattern '{pattern}' cannot be expressed in transformers' format: " in str(refusal.value)
-    assert INEXPRESSIBLE[pattern] in str(refusal.value)
-    assert "\n" not in str(refusal.value)
 
 
 def test_export_refuses_them_before_anything_is_written(hybrid, run_cli, tmp_path):
@@ -238,7 +224,7 @@ def test_export_refuses_them_before_anything_is_written(hybrid, run_cli, tmp_pat
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert errors[0].endswith("layer 3 is G (gated delta net)")
+    assert "--hybrid-layer-pattern '*EG-*E' cannot be expressed" in errors[0]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 

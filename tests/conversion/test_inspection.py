@@ -12,7 +12,6 @@ from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.inspection import inspect_checkpoint
 from maskmoe.conversion.settings import Settings
-from maskmoe.conversion.writing import JOURNAL
 from maskmoe.errors import UserError
 
 
@@ -41,8 +40,6 @@ def test_checkpoint(checkpoints, workplace):
     mask = read_routing_mask(workplace.folder / "mask.safetensors")
     assert found.routing_mask["digest"] == mask.digest
     assert found.routing_mask["provenance"]["seed"] == 1
-    assert found.files["__0_0.distcp"] > 0
-    assert len(found.digests["__0_0.distcp"]) == 64
 
 
 def test_model_has_the_checkpoints_parameters_without_padding(checkpoints, model):
@@ -98,7 +95,7 @@ def test_multi_token_prediction_is_a_part_of_its_own(tmp_path):
     biases = 2 * 6  # parameters in Megatron, buffers in transformers
     assert sum(model.parameters.values()) == original.num_parameters() + biases
     assert model.active_parameters == sum(model.parameters.values()) - model.parameters["experts"] * 2 // 6
-    assert any(name.startswith("megatron/mtp-00001-of-") for name in model.digests)
+    assert any((tmp_path / "model" / "megatron").glob("mtp-00001-of-*.safetensors"))
     shutil.rmtree(tmp_path / "model" / "megatron")  # as in a folder that transformers saves again
     with pytest.raises(UserError, match=r"megatron/mtp\.safetensors is missing$"):
         huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "back"))
@@ -113,9 +110,6 @@ def test_damage_is_reported(checkpoints, model, tmp_path):
     found = inspect_checkpoint(tmp_path / "model")
     assert found.integrity == "model.safetensors does not have the content that was saved"
     assert inspect_checkpoint(tmp_path / "model", verify=False).integrity == "complete; not compared with its digests"
-    (tmp_path / "model" / JOURNAL).write_text("{}")
-    with pytest.raises(UserError, match="unfinished output of a conversion"):
-        inspect_checkpoint(tmp_path / "model")
     with pytest.raises(UserError, match="nowhere does not exist"):
         inspect_checkpoint(tmp_path / "nowhere")
 

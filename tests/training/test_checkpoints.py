@@ -194,12 +194,6 @@ def test_iteration_beside_an_imported_model_is_loaded(copy, capsys):
     assert read_tracker(copy) == RELEASE
 
 
-def test_retain_interval_without_a_folder_has_no_effect():
-    settings = Namespace(save=None, save_retain_interval=4, keep_last_checkpoints=None)
-    with saver._hiding_retain_interval(settings):
-        assert settings.save_retain_interval == 4
-
-
 @pytest.mark.runs(SAVED)
 def test_imported_model_is_trained_with_a_retain_interval(copy, workplace, tmp_path):
     checkpoint_path(copy, 21).rename(copy / RELEASE)

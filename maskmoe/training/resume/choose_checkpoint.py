@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
 from megatron.training.checkpointing import load_args_from_checkpoint
 
-from maskmoe.checkpoint.gpt_twins import without_new_layers
+from maskmoe.checkpoint.gpt_into_hybrid import without_new_layers
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
 from maskmoe.checkpoint.non_persistent import non_persistent_folder
 from maskmoe.checkpoint.series import (

@@ -19,7 +19,7 @@ _LAYER_OF_PREDICTION = re.compile(r"\.mtp_model_layer\.layers\.\d+\.")
 
 
 @dataclass(frozen=True)
-class GPTTwin:
+class EquivalentGPT:
     """The GPT model that has the attention, MLPs and MoE layers of a hybrid model.
 
     A transformer layer of the GPT model is an attention symbol and the `-` or `E` after it. Mamba and GDN layers have
@@ -37,7 +37,7 @@ class GPTTwin:
 
     @classmethod
     def of_pattern(cls, pattern: str, has_alike_layers: bool) -> Self:
-        """Return the twin of a hybrid model; see `without_new_layers` for the patterns that have one."""
+        """Return the equivalent of a hybrid model; see `without_new_layers` for the patterns that have one."""
         symbols = (parse_hybrid_pattern(pattern).main_pattern or "").replace(Symbols.PIPE, "")
         layers, num_found = [], 0
         for symbol in symbols:
@@ -74,14 +74,14 @@ class GPTTwin:
         dict_list_map_inplace(request, state)
 
     def _maps(self) -> GPTCompatLayerMaps:
-        """Return the twin in Megatron-Core's form."""
+        """Return the layers in Megatron-Core's form."""
         pairs = [(symbol, layer) for symbol, layer in enumerate(self.layer_of_symbol) if layer is not None]
         new = frozenset(symbol for symbol, layer in enumerate(self.layer_of_symbol) if layer is None)
         return GPTCompatLayerMaps(dict(pairs[::2]), dict(pairs[1::2]), new, num_gpt_layers=len(pairs) // 2)
 
 
-def find_gpt_twin(args: Namespace, saved_args: Namespace, model: object) -> tuple[GPTTwin | None, bool]:
-    """Do what Megatron's `_maybe_setup_gpt_to_hybrid_load` does, for every pattern that has a twin.
+def find_equivalent_gpt(args: Namespace, saved_args: Namespace, model: object) -> tuple[EquivalentGPT | None, bool]:
+    """Do what Megatron's `_maybe_setup_gpt_to_hybrid_load` does, for every pattern that has an equivalent GPT model.
 
     Args:
         args: the arguments of the run.
@@ -89,14 +89,14 @@ def find_gpt_twin(args: Namespace, saved_args: Namespace, model: object) -> tupl
         model: unused.
 
     Returns:
-        the twin, or None if no checkpoint of a GPT model is loaded into a hybrid model; and whether to load the state
-        of the optimizer, too.
+        the equivalent GPT model, or None if no checkpoint of one is loaded into a hybrid model; and whether to load the
+        state of the optimizer, too.
     """
     if args.hybrid_layer_pattern is None or getattr(saved_args, "hybrid_layer_pattern", None) is not None:
         return None, False
-    twin = GPTTwin.of_pattern(args.hybrid_layer_pattern, has_alike_layers(saved_args))
+    gpt_model = EquivalentGPT.of_pattern(args.hybrid_layer_pattern, has_alike_layers(saved_args))
     has_optimizer = not getattr(saved_args, "no_save_optim", False)
-    return twin, has_optimizer and not (args.no_load_optim or args.finetune)
+    return gpt_model, has_optimizer and not (args.no_load_optim or args.finetune)
 
 
 def has_alike_layers(args: Namespace) -> bool:
