@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from maskmoe.data.indexed_dataset import dataset_files
-from maskmoe.data.text_sources import TextSources
 from maskmoe.errors import UserError
-from maskmoe.files.paths import runs_folder
 from maskmoe.launch.model_file import Flags
 from maskmoe.workflow.files import StageFiles
 from maskmoe.workflow.split import choose_split
@@ -255,18 +253,8 @@ def open_data(flags: Flags, folder: Path, seq_length: int) -> Data:
     if existing or text:
         return dataset
     if "sources" in flags:
-        return _of_packages(dataset, flags)
+        raise UserError("the text of packages is made by tools/studies/laptop_text.py; name its files by --input")
     return replace(dataset, corpus_flags=("--max-bytes", *flags["max-bytes"]) if "max-bytes" in flags else ())
-
-
-def _of_packages(dataset: Dataset, flags: Flags) -> Dataset:
-    """Return the dataset with the text of pinned packages."""
-    path = Path(flags["sources"][0])
-    packages = Path(flags["packages"][0]).absolute() if "packages" in flags else runs_folder() / "text"
-    sources = TextSources.read(path)
-    words = ("--sources", str(path), "--packages", str(packages), "--sources-digest", sources.digest)
-    held_out = tuple(HeldOutSet(name, dataset.files) for name in sources.held_out_sets)
-    return replace(dataset, corpus_flags=words, held_out=held_out)
 
 
 def _files_in(path: Path) -> list[Path]:

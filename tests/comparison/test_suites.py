@@ -12,11 +12,9 @@ from maskmoe.comparison.parts import identity_of, settings_of
 from maskmoe.comparison.recording import num_exact_losses
 from maskmoe.comparison.runs import check_runs, choose_learning_rates, training_flags, tuning_runs, whole_runs
 from maskmoe.comparison.suite import Suite
-from maskmoe.data.text_sources import TextSources
 from maskmoe.errors import UserError
 
-TEXTS = sorted((ROOT / "launch" / "suites").glob("*-text.yaml"))
-SUITES = sorted(set((ROOT / "launch" / "suites").glob("*.yaml")) - set(TEXTS))
+SUITES = sorted(path for path in (ROOT / "launch" / "suites").glob("*.yaml") if not path.stem.endswith("-text"))
 GPU_SUITES = ("small", "large")
 PER_LAYER_SUITES = ("per-layer",)
 LIMITS_OF_FIXED_ROUTING = ("limit-one-visible", "limit-only-hash-layers")
@@ -65,16 +63,6 @@ def test_routed_and_shared_experts_are_as_wide_as_the_dense_layer(suite):
         if variant.mask is not None:
             widths = [int(width) for flag in flags for width in variant.flags.get(flag, ())]
             assert sum(widths) == int(dense), variant.name
-
-
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
-def test_packages_of_a_text_are_those_that_pip_downloads(path):
-    """Only wheels are downloaded, so pip runs no code of the packages."""
-    sources = TextSources.read(path)
-    lines = (path.parent / sources.requirements).read_text().splitlines()
-    wheels = [f"{each.package}=={each.version} --hash=sha256:{each.sha256}" for each in sources.sources()]
-    assert lines[0].startswith("#")
-    assert lines[1:] == ["--only-binary :all:", *wheels]
 
 
 def test_text_of_the_laptop_suite_has_two_domains_and_a_third_one_for_evaluation(tmp_path):

@@ -83,7 +83,7 @@ def test_the_order_depends_on_the_seed_and_the_number_of_documents(tmp_path: Pat
 
 def test_documents_of_several_sequences_are_rejected(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "source", np.uint16) as writer:
-        writer.add_document(np.arange(4), [2, 2])
+        writer.add_sequences(np.arange(4), np.array([2, 2]), np.array([2]))
     with (
         pytest.raises(ValueError, match="documents of several sequences"),
         IndexedDatasetWriter(tmp_path / "shuffled", np.uint16) as writer,

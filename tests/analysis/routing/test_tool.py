@@ -284,8 +284,8 @@ def test_text_that_cannot_be_read(workplace, checkpoints, monkeypatch, capsys):
     Path("saved").mkdir(exist_ok=True)
     Path("saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     for name, advice in (
-        ("body.jsonl", "choose the keys of the text with --json-keys or --json-key"),
-        ("body.parquet", "choose with --json-keys or --json-key"),
+        ("body.jsonl", "choose the keys of the text with --json-keys"),
+        ("body.parquet", "choose with --json-keys"),
         ("saved", "or, if the command lacks this flag, name the files of one split"),
     ):
         with pytest.raises(SystemExit) as end:
