@@ -180,5 +180,6 @@ def _find_saved_dataset(folder: Path, split: str | None) -> list[Input]:
         files = {str(name): [file["filename"] for file in each.cache_files] for name, each in splits.items()}
     if split not in files and (split is not None or len(files) > 1):
         problem = "has several splits" if split is None else f"has no split {split}"
-        raise UserError(f"input {folder} {problem}; choose one of {', '.join(files)} with --dataset-split")
+        listed = ", ".join(files)
+        raise UserError(f"input {folder} {problem} ({listed}): name the folder of one split, or give --dataset-split")
     return [Input(path, "arrow", os.path.getsize(path)) for path in files[split or next(iter(files))]]

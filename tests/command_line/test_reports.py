@@ -50,6 +50,8 @@ def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, wor
 def test_full_disk_is_a_failure_of_the_run(monkeypatch, capsys):
     assert report_of(OSError(errno.ENOSPC, "No space", "out"), monkeypatch) == 1
     assert capsys.readouterr().err == "error: no space is left on the disk for out\n"
+    assert report_of(OSError(errno.EFBIG, "File too large"), monkeypatch) == 1
+    assert capsys.readouterr().err == "error: the limit of file sizes (ulimit -f) is reached\n"
 
 
 def test_too_many_open_files_are_a_failure_of_the_run(monkeypatch, capsys):

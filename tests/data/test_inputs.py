@@ -231,8 +231,8 @@ def test_saved_datasets_are_read_as_by_datasets(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("dict", None, "has several splits; choose one of train, test with --dataset-split"),
-        ("dict", "validation", "has no split validation; choose one of train, test"),
+        ("dict", None, r"has several splits \(train, test\): name the folder of one split, or give --d"),
+        ("dict", "validation", r"has no split validation \(train, test\)"),
         ("one", "train", "has no split train"),
     ],
 )
