@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from maskmoe.command_line.parser import one_line
-from maskmoe.errors import RunFailure, UserError
+from maskmoe.errors import RunFailure, UserError, one_line
 from maskmoe.files.surrogates import has_surrogates
 from maskmoe.processes.interruption import EXIT_REQUEUE, EXIT_REWIND, is_last_attempt, leave_exit_code
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from maskmoe.command_line.parser import one_line
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, one_line
 from maskmoe.launch.journal import FOLDER, Entry, Kind, read_journal
 from maskmoe.launch.run_folder import ARGUMENTS
 from maskmoe.run_report.facts import Arguments

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from maskmoe.files.json_files import json_values
+from pydantic_core import to_jsonable_python
+
 from maskmoe.launch.journal import Entry
 from maskmoe.run_report.history import Curve
 from maskmoe.run_report.progress import Progress
@@ -57,4 +58,4 @@ class Status:
         """
         content = {name: value for name, value in self.__dict__.items() if name != "curves"}
         progress = {**asdict(self.progress), "seconds_left": self.progress.seconds_left}
-        return json_values({**content, "progress": progress})
+        return to_jsonable_python({**content, "progress": progress}, inf_nan_mode="null")

@@ -8,9 +8,9 @@ import sys
 import pytest
 from support.paths import ROOT
 
-from maskmoe.command_line.parser import Parser, one_line
+from maskmoe.command_line.parser import Parser
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.errors import RunFailure, UserError
+from maskmoe.errors import RunFailure, UserError, one_line
 
 
 def report_of(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
