@@ -341,14 +341,11 @@ def copy_shuffled(sources: Sequence[str | Path], writer: IndexedDatasetWriter, s
         seed: Seed of the order, not negative.
 
     Raises:
-        ValueError: A document has several sequences.
-        UserError: A dataset is damaged, or no dataset has tokens.
+        UserError: A dataset is damaged.
     """
     tokens, starts, lengths = [], [], []
     for source in sources:
         index = read_index(source)
-        if index.has_documents_of_many_sequences:
-            raise ValueError(f"dataset {source} has documents of several sequences, which cannot be shuffled")
         boundaries = index.document_boundaries
         tokens.append(_map_tokens(index))
         starts.append(boundaries[:-1])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 18
 """Approximate size in bytes of a block of rows."""
-_ROWS_READ_AT_ONCE = 128  # from a Parquet file
+_ROWS_READ_AT_ONCE = 512  # from a Parquet file
 _FILE_MAGIC = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _MESSAGE_CHARACTERS = 200

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -90,11 +89,6 @@ def test_several_keys(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a.b": ["1", "2"], "q": ["3", "4"], "a": [{"b": 1}] * 2}), tmp_path / "a.parquet")
     (block,) = read_blocks(find_inputs([tmp_path / "a.parquet"]), ["q", "a.b"])
     assert block.documents(["q", "a.b"]) == [["3", "4"], ["1", "2"]]
-
-
-def test_feather(tmp_path: Path) -> None:
-    pyarrow.feather.write_feather(pa.table({"text": ["a", "b"]}), tmp_path / "a.feather")
-    assert list(read_documents([tmp_path / "a.feather"])) == ["a", "b"]
 
 
 INVALID = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"], pa.binary()).buffers())
@@ -196,7 +190,7 @@ def test_parquet_pages_with_checksums_are_verified(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
 def test_large_files_need_little_memory(tmp_path: Path, name: str) -> None:
     num_bytes = 60 << 20
-    table = pa.table({"text": [f"{number:04}" * (1 << 14) for number in range(num_bytes >> 16)]})
+    table = pa.table({"text": [f"{number:04}" * (1 << 12) for number in range(num_bytes >> 14)]})
     if name == "a.parquet":
         # The size of a page is checked after each `write_batch_size` rows.
         pq.write_table(table, tmp_path / name, use_dictionary=False, compression="none", write_batch_size=16)
@@ -207,7 +201,7 @@ def test_large_files_need_little_memory(tmp_path: Path, name: str) -> None:
     before, most = pa.total_allocated_bytes(), 0
     for _ in read_blocks(find_inputs([tmp_path / name])):
         most = max(most, pa.total_allocated_bytes() - before)
-    assert most < num_bytes / 2
+    assert most < num_bytes / 4
 
 
 def test_pyarrow_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
