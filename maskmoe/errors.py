@@ -1,6 +1,9 @@
 """The exceptions whose text is shown to users: one line that says what is wrong, where, and what to do."""
 
 import traceback
+from collections.abc import Iterable
+
+_LONGEST_WORD = 240
 
 
 class UserError(Exception):
@@ -15,3 +18,25 @@ def reason_of(error: Exception) -> str:
     """Return the message of an exception in one line; without a message, as of most assertions, its source line."""
     reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
     return " ".join(reason.split())
+
+
+def one_line(message: object) -> str:
+    """Return a message on one line that fits on a screen: without control characters, and with long words shortened."""
+    return " ".join(map(_shorten, _printable(str(message)).split()))
+
+
+def _printable(text: str) -> str:
+    characters: Iterable[str] = (c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in text)
+    return "".join(characters)
+
+
+def _shorten(word: str) -> str:
+    if len(word) <= _LONGEST_WORD:
+        return word
+    half = _LONGEST_WORD // 2
+    return f"{word[:half]}…{word[-half:]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun in the singular or plural, for messages: `1 rank`, `1,024 ranks`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -13,7 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 
 from maskmoe.analysis.analysis_settings import SPLITS
-from maskmoe.data.corpus import read_documents
+from maskmoe.data.documents import read_documents
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import HuggingFaceTokenizer
 from maskmoe.errors import UserError

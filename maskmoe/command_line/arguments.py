@@ -38,8 +38,8 @@ def add_text_arguments(
         nargs="+",
         required=sources is None,
         metavar="FILE",
-        help=f"texts{purpose}: files; folders or names of datasets that Hugging Face's datasets has saved on this "
-        "machine; or - for standard input",
+        help=f"texts{purpose}: files; folders that `save_to_disk` of Hugging Face's datasets has written; or - for "
+        "standard input",
     )
     parser.add_argument(
         "--input-format",

@@ -5,14 +5,13 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from maskmoe.errors import UserError
 
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,300}")
-_LONGEST_WORD = 240
 _SHARE = r"([0-9]+\.?[0-9]*|\.[0-9]+)"
 _SPLIT = re.compile(rf"[\[(\s]*{_SHARE}(\s*[,/\s]\s*{_SHARE}){{0,2}}[\])\s]*")
 
@@ -167,20 +166,3 @@ def add_force_argument(parser: argparse._ActionsContainer) -> None:
     """Add the flag that lets a command replace its earlier outputs, see `maskmoe.files.outputs.check_outputs`."""
     meaning = "replace output files that exist; inputs are never replaced"
     parser.add_argument("--force", action="store_true", help=meaning)
-
-
-def one_line(message: object) -> str:
-    """Return a message on one line that fits on a screen: without control characters, and with long words shortened."""
-    return " ".join(map(_shorten, _printable(str(message)).split()))
-
-
-def _printable(text: str) -> str:
-    characters: Iterable[str] = (c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in text)
-    return "".join(characters)
-
-
-def _shorten(word: str) -> str:
-    if len(word) <= _LONGEST_WORD:
-        return word
-    half = _LONGEST_WORD // 2
-    return f"{word[:half]}…{word[-half:]}"

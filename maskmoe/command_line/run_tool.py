@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from maskmoe.command_line.parser import one_line
-from maskmoe.errors import RunFailure, UserError
+from maskmoe.errors import RunFailure, UserError, one_line
 from maskmoe.files.surrogates import has_surrogates
 from maskmoe.processes.interruption import EXIT_REQUEUE, EXIT_REWIND, is_last_attempt, leave_exit_code
 
@@ -25,7 +24,12 @@ _ERRORS_OF_PATHS = {
     *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.ETXTBSY, errno.EXDEV),
 }
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+# Errors of writing that another disk or limit cures.
+_NO_SPACE = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "no space is left in the quota of the disk",
+    errno.EFBIG: "the limit of file sizes (ulimit -f) is reached",
+}
 _TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
 
 # Seconds that all other ranks of a node wait before they report an error, so that only the first rank reports it.
@@ -115,9 +119,9 @@ def _describing_paths() -> Iterator[None]:
     except OSError as error:
         if "RANK" in os.environ:
             raise
-        if error.errno in _FULL_DISK:
+        if error.errno in _NO_SPACE:
             place = f" for {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-            raise RunFailure(f"no space is left on the disk{place}") from error
+            raise RunFailure(f"{_NO_SPACE[error.errno]}{place}") from error
         if error.errno in _TOO_MANY_FILES:
             raise RunFailure(f"{error.strerror}; raise the limit (ulimit -Hn, or fs.file-max of the host)") from error
         path = _path_of_command_line(error, sys.argv[1:])

@@ -20,7 +20,7 @@ from maskmoe.command_line.arguments import (
     pop_reading_options,
 )
 from maskmoe.command_line.parser import add_force_argument
-from maskmoe.data.corpus import parse_block, progress_bar, read_blocks
+from maskmoe.data.documents import progress_bar, read_blocks
 from maskmoe.data.inputs import Input, find_inputs
 from maskmoe.data.tokenizer_training import train_tokenizer, vocabulary_lines
 from maskmoe.files.outputs import atomic_output, check_outputs
@@ -30,7 +30,7 @@ def read_with_progress(inputs: Sequence[Input], json_keys: Sequence[str]) -> Ite
     """Yield all documents under all keys while a progress bar shows the bytes that were read."""
     with progress_bar(inputs, "reading") as bar:
         for block in read_blocks(inputs, json_keys, bar):
-            for texts in parse_block(block, json_keys):
+            for texts in block.documents(json_keys):
                 yield from texts
         bar.set_description("training")
 
@@ -55,8 +55,8 @@ def main() -> None:
     )
     lines = "train on at most N lines, drawn at random; limits the memory (default: %(default)s)"
     parser.add_argument("--max-lines", type=ranges.LINES, default=10_000_000, metavar="N", help=lines)
-    threads = "threads (default: %(default)s)"
-    parser.add_argument("--num-threads", type=ranges.THREADS, default=16, metavar="T", help=threads)
+    workers = "threads that train; another number gives slightly different tokens (default: %(default)s)"
+    parser.add_argument("--workers", type=ranges.THREADS, default=16, metavar="W", help=workers, dest="num_threads")
     add_seed_argument(parser, "the drawn lines")
     add_force_argument(parser)
     settings = vars(parser.parse_args())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maskmoe.data.corpus import read_documents
+from maskmoe.data.documents import read_documents
 from maskmoe.data.indexed_dataset import open_tokens, read_index
 from maskmoe.errors import UserError
 

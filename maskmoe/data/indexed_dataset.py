@@ -268,20 +268,9 @@ class IndexedDatasetWriter:
             if tokenizer is None:
                 record_path.unlink(missing_ok=True)
 
-    def add_document(self, tokens: np.ndarray, sequence_lengths: Sequence[int] | None = None) -> None:
-        """Append one document.
-
-        Args:
-            tokens: Ids of all sequences of the document, integer [tokens].
-            sequence_lengths: Tokens in each sequence. If None, the document is one sequence, or none if it is empty.
-
-        Raises:
-            ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
-        """
-        if sequence_lengths is None:
-            self.add_documents(tokens, np.array([len(tokens)]))
-        else:
-            self.append(tokens, np.array(sequence_lengths, np.int64), [len(sequence_lengths)])
+    def add_document(self, tokens: np.ndarray) -> None:
+        """Append one document, which is one sequence, or none if it is empty; see `add_documents`."""
+        self.add_documents(tokens, np.array([len(tokens)]))
 
     def add_documents(self, tokens: np.ndarray, document_lengths: np.ndarray) -> None:
         """Append many documents at once; each is one sequence, or none if it is empty.
@@ -294,10 +283,10 @@ class IndexedDatasetWriter:
             ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
         """
         has_tokens = document_lengths > 0
-        self.append(tokens, document_lengths[has_tokens], has_tokens)
+        self.add_sequences(tokens, document_lengths[has_tokens], has_tokens)
 
-    def append(
-        self, tokens: np.ndarray, sequence_lengths: np.ndarray, sequences_of_documents: np.ndarray | list[int]
+    def add_sequences(
+        self, tokens: np.ndarray, sequence_lengths: np.ndarray, sequences_of_documents: np.ndarray
     ) -> None:
         """Append many documents of any number of sequences.
 
@@ -315,7 +304,7 @@ class IndexedDatasetWriter:
             limits = np.iinfo(self.dtype)
             if tokens.min() < limits.min or tokens.max() > limits.max:
                 raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
-        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self._bin.write(np.ascontiguousarray(tokens, self.dtype))
         ends = len(self._sequence_lengths) + np.cumsum(sequences_of_documents, dtype=np.int64)
         self._document_indices.frombytes(ends.tobytes())
         self._sequence_lengths.frombytes(sequence_lengths.astype(np.int32).tobytes())
@@ -325,8 +314,7 @@ class IndexedDatasetWriter:
 def copy_in_order(sources: Sequence[str | Path], writer: IndexedDatasetWriter) -> None:
     """Append all documents of some datasets to `writer`, one dataset after the other.
 
-    The tokens are read through a memory map, so memory holds about a million tokens, or the largest document, and a few
-    integers for each document of one dataset.
+    The tokens are read through a memory map, so memory holds only a few integers for each document.
 
     Args:
         sources: Prefixes of the datasets to copy.
@@ -335,19 +323,9 @@ def copy_in_order(sources: Sequence[str | Path], writer: IndexedDatasetWriter) -
     Raises:
         UserError: A dataset is damaged.
     """
-    with tqdm(total=len(sources), unit="dataset", desc="merging", disable=None) as bar:
-        for source in sources:
-            index = read_index(source)
-            tokens, lengths = _map_tokens(index), np.asarray(index.sequence_lengths)
-            sequences, boundaries = index.document_indices, index.document_boundaries
-            for documents in _batches(np.diff(boundaries)):
-                first, last = documents.start, documents.stop
-                writer.append(
-                    tokens[boundaries[first] : boundaries[last]],
-                    lengths[sequences[first] : sequences[last]],
-                    np.diff(sequences[first : last + 1]),
-                )
-            bar.update(1)
+    for source in tqdm(sources, unit="dataset", desc="merging", disable=None):
+        index = read_index(source)
+        writer.add_sequences(_map_tokens(index), index.sequence_lengths, np.diff(index.document_indices))
 
 
 def copy_shuffled(sources: Sequence[str | Path], writer: IndexedDatasetWriter, seed: int) -> None:
@@ -363,14 +341,11 @@ def copy_shuffled(sources: Sequence[str | Path], writer: IndexedDatasetWriter, s
         seed: Seed of the order, not negative.
 
     Raises:
-        ValueError: A document has several sequences.
-        UserError: A dataset is damaged, or no dataset has tokens.
+        UserError: A dataset is damaged.
     """
     tokens, starts, lengths = [], [], []
     for source in sources:
         index = read_index(source)
-        if index.has_documents_of_many_sequences:
-            raise ValueError(f"dataset {source} has documents of several sequences, which cannot be shuffled")
         boundaries = index.document_boundaries
         tokens.append(_map_tokens(index))
         starts.append(boundaries[:-1])

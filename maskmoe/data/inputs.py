@@ -1,38 +1,29 @@
-"""Find the inputs of text that a user names: files, pipes, standard input and saved datasets of Hugging Face.
+"""Find the texts that a user names: files, pipes, standard input, and datasets saved by Hugging Face's `datasets`.
 
-A name is looked up in this order: `-` and `/dev/stdin` are standard input; a path of a file or a pipe is that file; a
-folder, or a name that does not exist as a path, is a saved dataset, see `maskmoe.data.saved_datasets`. Nothing is
-downloaded.
+Reading text is a pipeline: `find_inputs` turns names into inputs, `maskmoe.data.documents.read_blocks` reads inputs in
+blocks of whole documents, and each block is then parsed into documents, often by another process.
 """
 
 import os
-import re
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 
-from maskmoe.data.saved_datasets import find_cached_dataset, find_saved_dataset
 from maskmoe.errors import UserError
-from maskmoe.files.surrogates import refuse_surrogates
+from maskmoe.files.foreign_libraries import reading
 
 FORMATS = ("jsonl", "text", "parquet", "arrow")
 STANDARD_INPUT = "-"
 _COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _FORMAT_OF_SUFFIX = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), "jsonl"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow"),
 }
-_OPEN_FILE = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")  # the name of a file that this process has open
-_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.?))", re.DOTALL)
-_LETTERS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "0": "\0", "\\": "\\"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class ReadingOptions:
 
     Attributes:
         format: One of `FORMATS` for all inputs. None derives the format of each input from the name's suffix.
-        separator: Text that ends a document of plain text. None makes a document of each file, see `corpus`.
+        separator: Text that ends a document of plain text. None makes a document of each file, see `text_files`.
         split: Name of the split of a saved dataset that has several.
     """
 
@@ -62,10 +53,7 @@ class Input:
         format: One of `FORMATS`.
         num_bytes: Size of the input on disk; None for a pipe, whose size is unknown.
         separator: Bytes that end a document of plain text, or None.
-        part: The part of the file that is read, or None for the whole file. For JSON lines and for plain text with a
-            separator, the documents that start in this range of bytes; for Parquet and Arrow files, the range of row
-            groups or record batches.
-        is_guessed: Whether the format is a guess, because a pipe's name does not tell it.
+        part: Range of bytes of a file of JSON lines that is read, which holds whole lines; None for the whole file.
     """
 
     path: str
@@ -73,13 +61,16 @@ class Input:
     num_bytes: int | None
     separator: bytes | None = None
     part: range | None = None
-    is_guessed: bool = False
 
     @property
     def name(self) -> str:
         """The input's name for people."""
-        name = "standard input" if self.path == STANDARD_INPUT else self.path
-        return f"{name} (read as {self.format}, see --input-format)" if self.is_guessed else name
+        return "standard input" if self.path == STANDARD_INPUT else self.path
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the input is a pipe or standard input, which can be read only once."""
+        return self.num_bytes is None or self.path == STANDARD_INPUT
 
     def open(self) -> BufferedReader:
         """Open the file for reading. Standard input stays open when the result is closed.
@@ -99,8 +90,8 @@ def find_inputs(names: Sequence[str | Path], options: ReadingOptions = DEFAULT_O
         UserError: A name stands for nothing that can be read, a pipe is named twice, or an option fits no input.
     """
     inputs = [source for name in names for source in _find(str(name), options)]
-    pipes = [_identity(source.path) for source in inputs if _can_be_read_once(source)]
-    if len(set(pipes)) < len(pipes):
+    streams = [source.path for source in inputs if source.is_stream]
+    if len(set(streams)) < len(streams):
         raise UserError("a pipe or standard input is named twice as input, but it can be read only once")
     if options.separator is not None and all(source.format != "text" for source in inputs):
         raise UserError("--document-separator divides plain text, but no input is plain text")
@@ -108,23 +99,24 @@ def find_inputs(names: Sequence[str | Path], options: ReadingOptions = DEFAULT_O
 
 
 def unescape(text: str) -> str:
-    r"""Replace the escapes `\n`, `\r`, `\t`, `\f`, `\0`, `\\`, `\xHH` and `\uHHHH` by their characters.
+    r"""Replace Python's escapes, such as `\n`, `\t` and `\xHH`, by their characters.
 
     Raises:
-        UserError: The text is empty, has another escape, or has a character that UTF-8 cannot encode.
+        UserError: The text is empty, has an incomplete escape, or has a character that UTF-8 cannot encode.
     """
-
-    def replace(match: re.Match) -> str:
-        code = match[1] or match[2]
-        if code is None and match[3] not in _LETTERS:
-            raise UserError(rf"{match[0]!r} is no escape; write \n, \r, \t, \f, \0, \xHH or \uHHHH, and \\ for \ ")
-        return chr(int(code, 16)) if code else _LETTERS[match[3]]
-
-    result = _ESCAPE.sub(replace, text)
+    try:
+        result = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        result.encode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"--document-separator {text!a} has an incomplete escape or an invalid byte") from error
     if not result:
-        raise UserError("a document separator must not be empty")
-    refuse_surrogates(result, "the document separator")
+        raise UserError("--document-separator must not be empty")
     return result
+
+
+def compression_of_name(name: str) -> str | None:
+    """Return the compression, `gzip` or `zstd`, that the suffix of a name tells; None if the suffix tells none."""
+    return _COMPRESSION_OF_SUFFIX.get(Path(name).suffix.lower())
 
 
 def _find(name: str, options: ReadingOptions) -> list[Input]:
@@ -132,38 +124,26 @@ def _find(name: str, options: ReadingOptions) -> list[Input]:
     name = STANDARD_INPUT if name == "/dev/stdin" else name
     try:
         status = os.fstat(0) if name == STANDARD_INPUT else os.stat(name)
-    except FileNotFoundError:
-        return _inputs_of_dataset(name, find_cached_dataset(name, options.split), options)
+    except FileNotFoundError as error:
+        raise UserError(f"input {name} does not exist") from error
     except (OSError, ValueError) as error:
         place = "standard input" if name == STANDARD_INPUT else name
         raise UserError(f"input {place} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if stat.S_ISDIR(status.st_mode) and name != STANDARD_INPUT:
-        return _inputs_of_dataset(name, find_saved_dataset(Path(name), options.split), options)
-    if not _has_an_end(name, status):
-        place = "standard input" if name == STANDARD_INPUT else name
-        raise UserError(f"input {place} is a device, not a file or a pipe")
+    if stat.S_ISDIR(status.st_mode):
+        if options.format not in (None, "arrow"):
+            raise UserError(f"input {name} is a folder, but --input-format {options.format} is for files")
+        return _find_saved_dataset(Path(name), options.split)
+    if name != STANDARD_INPUT and (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        raise UserError(f"input {name} is a device, not a file or a pipe")
     if options.split is not None:
         raise UserError(f"--dataset-split is for saved datasets, but input {name} is not one")
-    is_file = stat.S_ISREG(status.st_mode)
-    known = options.format or _format_of(name)
-    is_pipe = name == STANDARD_INPUT or _OPEN_FILE.fullmatch(name) is not None or not is_file
-    format_ = known or ("jsonl" if is_pipe else "text")
-    if format_ == "parquet" and (name == STANDARD_INPUT or not is_file):
-        raise UserError("a Parquet file cannot be read from a pipe or from standard input; name the file")
+    size = status.st_size if stat.S_ISREG(status.st_mode) else None
+    is_stream = size is None or name == STANDARD_INPUT or name.startswith("/dev/fd/")
+    format_ = options.format or _format_of(name) or ("jsonl" if is_stream else "text")
+    if format_ in ("parquet", "arrow") and is_stream:
+        raise UserError("Parquet and Arrow files cannot be read from a pipe or from standard input; name the file")
     separator = options.separator.encode() if options.separator is not None and format_ == "text" else None
-    size = status.st_size if is_file else None
-    return [Input(name, format_, size, separator, is_guessed=known is None and is_pipe)]
-
-
-def _inputs_of_dataset(name: str, files: Sequence[Path], options: ReadingOptions) -> list[Input]:
-    if options.format not in (None, "arrow"):
-        raise UserError(f"input {name} is a saved dataset of Arrow files, but --input-format is {options.format}")
-    return [Input(str(path), "arrow", path.stat().st_size) for path in files]
-
-
-def compression_of_name(name: str) -> str | None:
-    """Return the compression, `gzip` or `zstd`, that the suffix of a name tells; None if the suffix tells none."""
-    return _COMPRESSION_OF_SUFFIX.get(Path(name).suffix.lower())
+    return [Input(name, format_, size, separator)]
 
 
 def _format_of(name: str) -> str | None:
@@ -173,21 +153,33 @@ def _format_of(name: str) -> str | None:
     return _FORMAT_OF_SUFFIX.get(suffix.lower(), "text" if suffix else None)
 
 
-def _has_an_end(name: str, status: os.stat_result) -> bool:
-    """Return whether reading ends: of devices, only `/dev/null` and terminals that are open have an end."""
-    if stat.S_ISCHR(status.st_mode):
-        match = _OPEN_FILE.fullmatch(name)
-        descriptor = 0 if name == STANDARD_INPUT else int(match[1]) if match else None
-        is_terminal = descriptor is not None and os.isatty(descriptor)
-        return is_terminal or status.st_rdev == os.stat(os.devnull).st_rdev
-    return not stat.S_ISBLK(status.st_mode)
+def _find_saved_dataset(folder: Path, split: str | None) -> list[Input]:
+    """Return the Arrow files of a dataset that `save_to_disk` has written.
 
+    Args:
+        folder: The folder of the dataset.
+        split: Name of the split. None chooses the only split.
 
-def _can_be_read_once(source: Input) -> bool:
-    return source.path == STANDARD_INPUT or source.num_bytes is None
-
-
-def _identity(path: str) -> tuple[int, int]:
-    """Return the numbers that identify an open file, whatever name it is called by."""
-    status = os.fstat(0) if path == STANDARD_INPUT else os.stat(path)
-    return status.st_dev, status.st_ino
+    Raises:
+        UserError: The folder is not a saved dataset or is damaged, the library `datasets` is missing, or the split
+            cannot be chosen.
+    """
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        suffixes = Counter(path.suffix for path in islice(folder.iterdir(), 1000)).most_common(1)
+        files = folder / f"*{suffixes[0][0] if suffixes else ''}"
+        raise UserError(f"input {folder} is a folder without a saved dataset; name its files, for example {files}")
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"input {folder} is a saved dataset, which needs the library datasets: pip install 'maskmoe[data]'"
+        ) from error
+    with reading(f"the saved dataset {folder}", "save the dataset again"):
+        found = datasets.load_from_disk(str(folder), keep_in_memory=False)
+        splits = found if isinstance(found, datasets.DatasetDict) else {found.split: found}
+        files = {str(name): [file["filename"] for file in each.cache_files] for name, each in splits.items()}
+    if split not in files and (split is not None or len(files) > 1):
+        problem = "has several splits" if split is None else f"has no split {split}"
+        listed = ", ".join(files)
+        raise UserError(f"input {folder} {problem} ({listed}): name the folder of one split, or give --dataset-split")
+    return [Input(path, "arrow", os.path.getsize(path)) for path in files[split or next(iter(files))]]

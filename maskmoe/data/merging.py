@@ -34,6 +34,12 @@ class DatasetPart:
     idx_sha256: str
     bin_bytes: int
 
+    @classmethod
+    def of(cls, prefix: str) -> "DatasetPart":
+        """Return the identity of a dataset."""
+        index = read_index(prefix)
+        return cls(index.idx_sha256, index.bin_bytes)
+
 
 @dataclass(frozen=True)
 class MergeRecord:
@@ -83,8 +89,8 @@ def merge_datasets(
     order. Its parts are recorded in `PREFIX.parts.json`. A progress bar is shown if stderr is a terminal.
 
     Args:
-        names: Either prefixes of datasets. Or output prefixes of `preprocess`, each of which stands for a dataset of
-            each key `PREFIX_KEY_document`, or for all its shards `PREFIX-I-of-N_KEY_document` in order.
+        names: Either prefixes of datasets, or output prefixes of shards. An output prefix stands for all shards
+            `PREFIX-I-of-N_KEY_document` of each key in order.
         output_prefix: Prefix of the joined dataset; or its start, to which `_KEY_document` is added, if `names` are
             output prefixes, too.
         json_keys: Keys of the datasets, if `names` are output prefixes; None for `text`.
@@ -104,11 +110,10 @@ def merge_datasets(
     inputs = [path for prefixes in merges.values() for prefix in prefixes for path in dataset_files(prefix)]
     check_outputs(outputs, inputs, force)
     checked = {output: _check_datasets(prefixes, shuffle_seed is not None) for output, prefixes in merges.items()}
-    writers, parts = [], []
+    writers = []
     with ExitStack() as stack:
         for output, prefixes in merges.items():
-            dtype, tokenizer = checked[output]
-            writer = stack.enter_context(IndexedDatasetWriter(output, dtype, tokenizer))
+            writer = stack.enter_context(IndexedDatasetWriter(output, *checked[output]))
             if shuffle_seed is None:
                 copy_in_order(prefixes, writer)
             else:
@@ -116,86 +121,60 @@ def merge_datasets(
             if writer.num_tokens == 0:
                 raise UserError(f"the {len(prefixes)} datasets hold no tokens: there is nothing to train on")
             writers.append(writer)
-            parts.append(tuple(map(_part, prefixes)))
+        parts = {output: tuple(map(DatasetPart.of, prefixes)) for output, prefixes in merges.items()}
         # Leaving the context replaces the earlier datasets, which these records describe.
         for output in merges:
             merge_record_path(output).unlink(missing_ok=True)
-    for writer, parts_of_writer in zip(writers, parts, strict=True):
-        record = MergeRecord(read_index(writer.prefix).idx_sha256, parts_of_writer)
-        write_record(record, merge_record_path(writer.prefix), indent=2)
+    for output in merges:
+        record = MergeRecord(read_index(output).idx_sha256, parts[output])
+        write_record(record, merge_record_path(output), indent=2)
     return writers
-
-
-def _part(prefix: str) -> DatasetPart:
-    index = read_index(prefix)
-    return DatasetPart(index.idx_sha256, index.bin_bytes)
 
 
 def _find_datasets(names: Sequence[str], output_prefix: str, json_keys: Sequence[str] | None) -> dict[str, list[str]]:
     """Return the prefixes of the datasets to join, for the prefix of each joined dataset."""
     dataset = next((name for name in names if idx_path(name).is_file()), None)
-    if dataset is not None:
-        if json_keys is not None:
-            raise UserError(f"--json-keys is for output prefixes, but {dataset} is a dataset: leave --json-keys out")
-        return {output_prefix: list(names)}
-    outputs = {key: f"{output_prefix}_{key}_document" for key in json_keys or ("text",)}
-    return {
-        output: [prefix for name in names for prefix in _datasets_of_key(name, key, output)]
-        for key, output in outputs.items()
-    }
+    if dataset is None:
+        return {
+            f"{output_prefix}_{key}_document": [shard for name in names for shard in _find_shards(name, key)]
+            for key in json_keys or ("text",)
+        }
+    if json_keys is not None:
+        raise UserError(f"--json-keys is for output prefixes, but {dataset} is a dataset: leave --json-keys out")
+    return {output_prefix: list(names)}
 
 
-def _datasets_of_key(name: str, key: str, output: str) -> list[str]:
-    """Return the prefixes of the datasets of one key that an output prefix stands for.
-
-    A dataset at the prefix `output` is an earlier result of joining the shards, so it is not joined.
-    """
-    prefix = f"{name}_{key}_document"
-    shards = _shards_of_key(name, key)
-    if not idx_path(prefix).is_file():
-        if not shards:
-            hint = "; give prefixes without .idx and .bin" if Path(name).suffix in (".idx", ".bin") else ""
-            raise UserError(f"there is no dataset {name}, and none {prefix}, and no shards of it{hint}")
-        return shards
-    if shards and Path(prefix).resolve() != Path(output).resolve():
-        raise UserError(
-            f"{name} stands for the dataset {prefix} and for its {len(shards)} shards: name the datasets to join, or "
-            "move the dataset or the shards"
-        )
-    return shards or [prefix]
-
-
-def _shards_of_key(name: str, key: str) -> list[str]:
+def _find_shards(name: str, key: str) -> list[str]:
     """Return the prefixes of all shards that `preprocess` has made for an output prefix and a key, in order."""
     pattern = f"{glob.escape(name)}-*-of-*{glob.escape(f'_{key}_document.idx')}"
     matches = [match for path in glob.glob(pattern) if (match := _SHARD.fullmatch(path.removesuffix(".idx")))]
     shards = {(int(match[3]), int(match[2])): match[0] for match in matches if match[1] == name}
-    counts = {count for count, _ in shards}
-    if not shards:
-        return []
+    counts = sorted({count for count, _ in shards})
+    if not counts:
+        raise UserError(
+            f"there is no dataset {name}, and no shard {name}-00000-of-N_{key}_document; give prefixes without .idx"
+        )
     if len(counts) > 1:
-        listed = " and ".join(map(str, sorted(counts)))
+        listed = " and ".join(map(str, counts))
         raise UserError(f"{name} has shards of {listed}; name the shards, or delete those of an earlier division")
-    (count,) = counts
-    missing = [index for index in range(count) if (count, index) not in shards]
+    numbers = [(counts[0], index) for index in range(counts[0])]
+    missing = [f"{index}/{count}" for count, index in numbers if (count, index) not in shards]
     if missing:
-        first = f"{missing[0]}/{count}"
-        raise UserError(f"{name} lacks {len(missing)} of {count} shards, the first is {first}: make it with --shard")
-    return [shards[count, index] for index in range(count)]
+        raise UserError(
+            f"{name} lacks {len(missing)} of {counts[0]} shards, the first is {missing[0]}: make it with --shard"
+        )
+    return [shards[number] for number in numbers]
 
 
 def _check_datasets(prefixes: Sequence[str], shuffled: bool) -> tuple[np.dtype, TokenizerRecord | None]:
     """Check that the datasets can be joined; return their dtype, and the record of their tokenizer or None."""
-    seen: set[Path] = set()
-    for prefix in prefixes:
-        path = idx_path(prefix).resolve()
-        if path in seen:
-            raise UserError(f"dataset {prefix} is given twice")
-        seen.add(path)
-    first = read_index(prefixes[0])
-    tokenizer = read_tokenizer_record(prefixes[0])
-    for prefix in prefixes:
+    paths = [idx_path(prefix).resolve() for prefix in prefixes]
+    first, tokenizer = read_index(prefixes[0]), read_tokenizer_record(prefixes[0])
+    texts: dict[tuple[str, ...], tuple[str, str]] = {}
+    for number, prefix in enumerate(prefixes):
         index, record = read_index(prefix), read_tokenizer_record(prefix)
+        if paths[number] in paths[:number]:
+            raise UserError(f"dataset {prefix} is given twice")
         if index.has_modes:
             raise UserError(f"dataset {prefix} is multimodal, and cannot be joined")
         if shuffled and index.has_documents_of_many_sequences:
@@ -207,7 +186,7 @@ def _check_datasets(prefixes: Sequence[str], shuffled: bool) -> tuple[np.dtype, 
                 f"datasets differ in their tokenizers: {prefixes[0]} was made with {tokenizer or 'an unknown one'}, "
                 f"{prefix} with {record or 'an unknown one'}"
             )
-    _check_shards(prefixes)
+        _check_shard(prefix, texts)
     return first.dtype, tokenizer
 
 
@@ -218,18 +197,20 @@ def _is_same_tokenizer(first: TokenizerRecord | None, second: TokenizerRecord | 
     return replace(first, model=second.model) == second
 
 
-def _check_shards(prefixes: Sequence[str]) -> None:
-    """Check that shards of one name were made of the same text. Raises UserError."""
-    texts: dict[tuple[str, ...], tuple[str, str]] = {}
-    for prefix in prefixes:
-        path, match = shard_record_path(prefix), _SHARD.fullmatch(str(prefix))
-        if match is None or not path.exists():
-            continue
-        record = read_record(ShardRecord, path, "make the shard again")
-        name = (match[1], match[3], match[4])
-        other, text = texts.setdefault(name, (prefix, record.text_sha256))
-        if record.text_sha256 != text:
-            raise UserError(
-                f"shards {other} and {prefix} were made of different input files, or with different settings or "
-                "tokenizers: make all shards again"
-            )
+def _check_shard(prefix: str, texts: dict[tuple[str, ...], tuple[str, str]]) -> None:
+    """Check that a shard was made of the same text as the shards of the same name before it. Raises UserError.
+
+    Args:
+        prefix: Prefix of a dataset, which need not be a shard.
+        texts: The first shard of each name, with the digest of its text; this function adds to it.
+    """
+    path, match = shard_record_path(prefix), _SHARD.fullmatch(str(prefix))
+    if match is None or not path.exists():
+        return
+    text = read_record(ShardRecord, path, "make the shard again").text_sha256
+    other, text_of_other = texts.setdefault((match[1], match[3], match[4]), (prefix, text))
+    if text != text_of_other:
+        raise UserError(
+            f"shards {other} and {prefix} were made of different input files, or with different settings or "
+            "tokenizers: make all shards again"
+        )

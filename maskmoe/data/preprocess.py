@@ -14,11 +14,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from maskmoe.data.corpus import BLOCK_BYTES, Block, parse_block, progress_bar, read_blocks
+from maskmoe.data.documents import Block, progress_bar, read_blocks
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, copy_shuffled, dataset_files, optimal_dtype
 from maskmoe.data.inputs import DEFAULT_OPTIONS, Input, ReadingOptions, find_inputs
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.sharding import Shard, ShardRecord, shard_record_path, take_shard
+from maskmoe.data.text_files import BLOCK_BYTES
 from maskmoe.data.tokenizer import Tokenizer, TokenizerRecord, load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import write_record
@@ -50,10 +51,10 @@ class BlockEncoder:
             dataset; and the number of tokens in each document, int32 [documents].
 
         Raises:
-            UserError: A block cannot be parsed, see `parse_block`, or the tokenizer returns an id outside its own
+            UserError: A block cannot be parsed, or the tokenizer returns an id outside its own
                 vocabulary.
         """
-        columns = zip(*(parse_block(block, self.json_keys) for block in blocks), strict=True)
+        columns = zip(*(block.documents(self.json_keys) for block in blocks), strict=True)
         return [self._encode_texts([text for texts in column for text in texts]) for column in columns]
 
     def _encode_texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

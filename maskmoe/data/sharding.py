@@ -1,8 +1,7 @@
 """Divide inputs among many machines: machine I of N gets a range of consecutive documents of about equal size.
 
-The ranges of all machines, one after the other, are all documents in the order of the inputs. JSON lines and plain text
-with a separator are divided between any two documents, and Parquet and Arrow files between row groups and record
-batches. Other files are not divided: compressed files, Arrow streams, and plain text without a separator.
+The ranges of all machines, one after the other, are all documents in the order of the inputs. Uncompressed JSON lines
+are divided between any two lines. A file of any other kind belongs to one machine as a whole.
 """
 
 import hashlib
@@ -10,12 +9,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from io import BufferedReader
 from pathlib import Path
 
-from maskmoe.data.arrow_files import sizes_of_pieces
-from maskmoe.data.corpus import is_compressed
-from maskmoe.data.inputs import STANDARD_INPUT, Input
+from maskmoe.data.inputs import Input
+from maskmoe.data.text_files import find_compression
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 
@@ -62,7 +60,7 @@ class ShardRecord:
         index: Number of the shard, counted from 0.
         count: Number of all shards.
         text_sha256: Hex digest of all that decides the documents and their ids: names and sizes of all inputs, how they
-            are read, and the tokenizer. Shards of one text have the same digest.
+            are read and divided, and the tokenizer. Shards of one text have the same digest.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads this attribute of the class
@@ -77,7 +75,7 @@ class ShardRecord:
     ) -> "ShardRecord":
         """Return the record of a shard of the inputs. Folders are left out: machines may mount them elsewhere."""
         files = [[Path(source.path).name, source.num_bytes, source.format, str(source.separator)] for source in inputs]
-        text = json.dumps([files, list(json_keys), append_eod, record.type, record.sha256])
+        text = json.dumps([files, list(json_keys), append_eod, record.type, record.sha256, "only JSON lines divided"])
         return cls(shard.index, shard.count, hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -85,59 +83,46 @@ def take_shard(inputs: Sequence[Input], shard: Shard) -> list[Input]:
     """Return the inputs, or parts of inputs, that belong to a shard; the list may be empty.
 
     Raises:
-        UserError: An input is a pipe or standard input, or a Parquet or Arrow file is damaged.
+        UserError: An input is a pipe or standard input, or cannot be read.
     """
     for source in inputs:
         # Standard input may begin in the middle of a file, but shards are ranges of the whole file.
-        if source.path == STANDARD_INPUT:
-            raise UserError("--shard needs files, but an input is standard input: name the file")
-        if source.num_bytes is None:
-            raise UserError(f"--shard needs files, but input {source.name} is a pipe")
-    ends = list(accumulate(source.num_bytes or 0 for source in inputs))
-    total = ends[-1] if ends else 0
-    # Bytes of all inputs together, from which on and up to which documents belong to this shard.
+        if source.is_stream:
+            raise UserError(f"--shard needs files, but input {source.name} is a pipe or standard input: name a file")
+    total = sum(source.num_bytes or 0 for source in inputs)
+    # The bytes of all inputs together that belong to this shard, counted from the start of the current input.
     first, last = (total * number // shard.count for number in (shard.index, shard.index + 1))
     parts = []
-    for source, end in zip(inputs, ends, strict=True):
-        num_bytes = source.num_bytes or 0
-        start = end - num_bytes
-        if start < last and end > first:
-            part = source if first <= start and end <= last else _part(source, first - start, last - start)
-            if part is not None:
-                parts.append(part)
+    for source in inputs:
+        size = source.num_bytes or 0
+        if last > 0 and first < size:
+            parts += _take_part(source, size, max(first, 0), min(last, size))
+        first, last = first - size, last - size
     return parts
 
 
-def _part(source: Input, first: int, last: int) -> Input | None:
-    """Return the part of a file from byte `first` to byte `last`, which may lie outside the file; None if it is empty.
+def _take_part(source: Input, size: int, first: int, last: int) -> list[Input]:
+    """Return the part of a file that begins in a range of bytes, or nothing.
 
-    An undivided piece belongs to the part in which its middle lies.
+    A file that is not divided belongs to the range that holds the byte in its middle.
     """
-    num_bytes = source.num_bytes or 0
-    if source.format in ("jsonl", "text"):
-        if _can_be_cut(source):
-            part = range(max(first, 0), min(last, num_bytes))
-            return replace(source, part=part, num_bytes=len(part))
-        sizes = None
-    else:
-        sizes = sizes_of_pieces(source)
-    if sizes is None:
-        return source if first <= num_bytes // 2 < last else None
-    ends = list(accumulate(sizes))
-    middles = [num_bytes * (2 * end - size) // (2 * ends[-1]) for end, size in zip(ends, sizes, strict=True)]
-    pieces = [number for number, middle in enumerate(middles) if first <= middle < last]
-    if not pieces:
-        return None
-    share = num_bytes * sum(sizes[number] for number in pieces) // ends[-1]
-    return replace(source, part=range(pieces[0], pieces[-1] + 1), num_bytes=share)
+    if (first, last) == (0, size):
+        return [source]
+    if source.format == "jsonl":
+        try:
+            with source.open() as stream:
+                if find_compression(source, stream) is None:
+                    part = range(_next_line(stream, first), _next_line(stream, last))
+                    return [replace(source, part=part, num_bytes=len(part))] if part else []
+        except OSError as error:
+            raise UserError(f"input {source.name} cannot be read: {error.strerror}") from error
+    return [source] if first <= size // 2 < last else []
 
 
-def _can_be_cut(source: Input) -> bool:
-    """Return whether documents of text can be found from any byte on."""
-    if source.format == "text":
-        separator = source.separator or b""
-        # The end of such a separator is the start of another one, as in "\n\n\n".
-        overlaps = any(separator.endswith(separator[:size]) for size in range(1, len(separator)))
-        if not separator or overlaps:
-            return False
-    return not is_compressed(source.path)
+def _next_line(stream: BufferedReader, position: int) -> int:
+    """Return the start of the first line that starts at `position` or later, or the file's end."""
+    if position > 0:
+        stream.seek(position - 1)
+        stream.readline()
+        return stream.tell()
+    return 0

@@ -130,6 +130,7 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(Path(model) / "tokenizer.json" if os.path.isdir(model) else model)
         with reading(f"{self.model_path} is not a tokenizer.json: it"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
+            self._tokenizer.encode("")  # fails here, not in a worker process, if a special token is missing
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)

@@ -58,7 +58,7 @@ def train_tokenizer(
         character_coverage: Share of the characters in the text that are covered by characters with their own id.
             Other characters are encoded as bytes.
         max_lines: Upper limit of the lines to train on. If the text has more lines, a random sample is used.
-        num_threads: Threads of the library.
+        num_threads: Threads of the library. The tokens depend on their number.
         seed: Seed of the random sample.
 
     Raises:

@@ -3,15 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from maskmoe.command_line.parser import one_line
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, one_line
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.untrusted import UnusableFile, read_json_bytes
 
@@ -41,19 +39,6 @@ def check_finite(content: object, path: Path) -> None:
             places += [(f"{place}.{key}" if place else str(key), part) for key, part in value.items()]
         elif isinstance(value, list):
             places += [(f"{place}.{index}", part) for index, part in enumerate(value)]
-
-
-def json_values(value: Any) -> Any:
-    """Return a dataclass, or a value with dataclasses in it, as JSON values; null replaces NaN and infinity."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: json_values(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return {str(name): json_values(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_values(each) for each in value]
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @cache

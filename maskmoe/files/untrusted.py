@@ -7,7 +7,6 @@ line on every such file that they cannot use, and they do not read outside the f
 import os
 import re
 import stat
-from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ MAX_JSON_BYTES = 64 << 20
 MAX_YAML_BYTES = 256 << 10
 """Upper bound of a YAML file. Parsing takes about 10 s for each MiB."""
 
-_MAX_YAML_DEPTH = 50
 _MAX_YAML_VALUES = 50_000  # with aliases counted as often as they occur
 _MAX_DIGITS = 100  # Python refuses to print numbers of thousands of digits; 1e30 stands for no limit in tokenizers
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (_MAX_DIGITS + 1))
@@ -188,25 +186,17 @@ def read_words(path: Path, kind: str) -> object:
     """
     try:
         text = read_bounded(path, MAX_YAML_BYTES).decode()
-        _check_depth(yaml.parse(text, Loader=yaml.BaseLoader))
         content = yaml.load(text, Loader=_WordLoader)
         _check_size(content)
     except UnusableFile as error:
         raise UserError(f"the {kind} {path} {error.reason}") from error
+    except RecursionError as error:
+        raise UserError(f"{kind} {path} is not valid YAML: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         hint = "; write quotes around a value that begins with *" if "alias" in reason else ""
         raise UserError(f"{kind} {path} is not valid YAML: {reason}{hint}") from error
     return content
-
-
-def _check_depth(events: Iterable[yaml.Event]) -> None:
-    """Check how deeply the collections of a YAML file are nested. Raises ValueError if they are nested too deeply."""
-    depth = 0
-    for event in events:
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_YAML_DEPTH:
-            raise ValueError(f"it is nested more than {_MAX_YAML_DEPTH} levels deep")
 
 
 def _check_size(content: object) -> None:

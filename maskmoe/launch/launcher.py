@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
-from maskmoe.files.wording import counted
+from maskmoe.errors import counted
 from maskmoe.launch.command import Command, run_flags, torchrun_command
 from maskmoe.launch.devices import Devices, find_devices
 from maskmoe.launch.elastic.run import ElasticRun, check_node_counts, first_command

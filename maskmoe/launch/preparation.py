@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
-from maskmoe.errors import UserError
-from maskmoe.files.wording import counted
+from maskmoe.errors import UserError, counted
 from maskmoe.launch.command import RUN_ENVIRONMENT, Command, entry_point, split_program, unset_variables
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.journal import Journal, Kind

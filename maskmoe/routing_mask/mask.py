@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
-from maskmoe.errors import UserError
-from maskmoe.files.wording import counted
+from maskmoe.errors import UserError, counted
 from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe, assign_table, pack_sets, stack_tables
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import CountedDataset, TokenFrequency

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Self, TypedDict
 import numpy as np
 from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import type_adapter
@@ -87,7 +87,7 @@ class SealedTensors:
         """
         tensors, metadata = self.to_tensors()
         with atomic_output(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            temporary.write_bytes(save(tensors, metadata))  # unlike `save_file`, this raises OSError on a full disk
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -26,8 +26,7 @@ from maskmoe.checkpoint.series import (
     iteration_of,
     saved_iterations,
 )
-from maskmoe.command_line.parser import one_line
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, one_line
 from maskmoe.launch.run_folder import CHECKPOINTS
 from maskmoe.processes.folder_lock import LOCK_NAME
 from maskmoe.run_status.arguments import RunArguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from maskmoe.command_line.parser import one_line
+from maskmoe.errors import one_line
 from maskmoe.launch.journal import Entry, Kind
 from maskmoe.processes.folder_lock import LockState, look_at_lock
 from maskmoe.run_status.progress import Progress

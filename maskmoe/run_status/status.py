@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maskmoe.command_line.parser import one_line
-from maskmoe.errors import UserError
-from maskmoe.files.json_files import json_values
+from pydantic_core import to_jsonable_python
+
+from maskmoe.errors import UserError, one_line
 from maskmoe.launch.journal import Entry, Kind, read_journal
 from maskmoe.launch.run_folder import ARGUMENTS
 from maskmoe.run_status.arguments import RunArguments
@@ -80,9 +80,8 @@ class Status:
         and NaN and infinity become null.
         """
         content = {name: value for name, value in vars(self).items() if name not in ("logged", "arguments")}
-        return json_values(
-            content | {"progress": {**asdict(self.progress), "seconds_left": self.progress.seconds_left}}
-        )
+        progress = {**asdict(self.progress), "seconds_left": self.progress.seconds_left}
+        return to_jsonable_python({**content, "progress": progress}, inf_nan_mode="null")
 
 
 def read_status(run: Path, tensorboard_dir: Path | None = None, verify: bool = False) -> Status:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 from safetensors.numpy import load_file
 from support.paths import ROOT
 from support.small_series import ITERATIONS, NUM_EXPERTS, SPLIT, TRAINING
@@ -246,12 +247,12 @@ def test_text_that_cannot_be_read(workplace, checkpoints, monkeypatch, capsys):
     monkeypatch.chdir(workplace.folder)
     Path("body.jsonl").write_text('{"body": "a"}\n')
     pq.write_table(pa.table({"body": ["a"]}), "body.parquet")
-    Path("saved").mkdir(exist_ok=True)
-    Path("saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    split = Dataset.from_dict({"text": ["a"]})
+    DatasetDict(train=split, test=split).save_to_disk("saved")
     for name, advice in (
-        ("body.jsonl", "choose the keys of the text with --json-keys or --json-key"),
-        ("body.parquet", "choose with --json-keys or --json-key"),
-        ("saved", "or, if the command lacks this flag, name the files of one split"),
+        ("body.jsonl", "choose the keys of the text with --json-keys"),
+        ("body.parquet", "choose with --json-keys"),
+        ("saved", "(train, test): name the folder of one split, or give --dataset-split"),
     ):
         with pytest.raises(SystemExit) as end:
             run("--load", "checkpoints", "--ckpt-step", ITERATIONS[0], "--input", name, "--output-dir", "bad")

@@ -55,7 +55,7 @@ BAD_NUMBERS = {
     "corpus": {"--max-bytes": NOT_WHOLE, "--seed": NOT_COUNT},
     "tokenizer": {
         "--vocab-size": (*NOT_WHOLE, "1", "2", "259", "1000000000"),
-        "--num-threads": (*NOT_WHOLE, "1025"),
+        "--workers": (*NOT_WHOLE, "1025"),
         "--character-coverage": (*NOT_SHARE, "0", "0.5", "0.97"),
         "--max-lines": NOT_WHOLE,
         "--seed": (*NOT_COUNT, "4294967296"),
@@ -303,7 +303,7 @@ BAD_PATHS = {
 }
 # The paths on the command lines of `COMMANDS`.
 PATHS = {
-    "corpus": {"output": OUTPUT, "sources": FILE},
+    "corpus": {"output": OUTPUT},
     "tokenizer": {"input": FILE, "output_prefix": PREFIX},
     "preprocess": {"input": FILE, "tokenizer_model": FILE, "output_prefix": PREFIX},
     "count": {"data_path": FILE, "output": OUTPUT},
@@ -403,8 +403,6 @@ MISTAKES = [
     ("tokenizer --model-type bbpe", "--model-type: invalid choice: 'bbpe'"),
     ("mask --preset smo", "--preset: invalid choice: 'smo'"),
     ("mask --token-frequency a --vocab-size 5", "--vocab-size: not allowed with argument --token-frequency"),
-    ("corpus --output OUT --packages a", "--packages: only together with --sources"),
-    ("corpus --output OUT --sources a --max-bytes 5", "--max-bytes: not allowed with argument --sources"),
     ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
     ("count --merge a --output b --merge=c", "--merge is given 2 times: write all its values after one --merge"),
     ("sample --model model --prompt a stray", "unrecognized arguments: stray"),

@@ -8,9 +8,9 @@ import sys
 import pytest
 from support.paths import ROOT
 
-from maskmoe.command_line.parser import Parser, one_line
+from maskmoe.command_line.parser import Parser
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.errors import RunFailure, UserError
+from maskmoe.errors import RunFailure, UserError, one_line
 
 
 def report_of(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
@@ -50,6 +50,8 @@ def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, wor
 def test_full_disk_is_a_failure_of_the_run(monkeypatch, capsys):
     assert report_of(OSError(errno.ENOSPC, "No space", "out"), monkeypatch) == 1
     assert capsys.readouterr().err == "error: no space is left on the disk for out\n"
+    assert report_of(OSError(errno.EFBIG, "File too large"), monkeypatch) == 1
+    assert capsys.readouterr().err == "error: the limit of file sizes (ulimit -f) is reached\n"
 
 
 def test_too_many_open_files_are_a_failure_of_the_run(monkeypatch, capsys):

@@ -35,7 +35,8 @@ def write(
 ) -> None:
     with IndexedDatasetWriter(prefix, dtype, tokenizer) as writer:
         for sequences in documents:
-            writer.add_document(np.array(flatten(sequences), dtype), [len(sequence) for sequence in sequences])
+            lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+            writer.add_sequences(np.array(flatten(sequences), dtype), lengths, np.array([len(sequences)]))
 
 
 def write_with_megatron(prefix: Path, documents: list[list[list[int]]], dtype: type) -> None:
@@ -124,7 +125,7 @@ def test_failed_writing_keeps_the_earlier_dataset(tmp_path: Path) -> None:
 def test_lengths_must_match_tokens(tmp_path: Path, lengths: list[int]) -> None:
     with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
         with pytest.raises(ValueError, match="there are 3 tokens"):
-            writer.add_document(np.arange(3), lengths)
+            writer.add_sequences(np.arange(3), np.array(lengths), np.array([len(lengths)]))
         with pytest.raises(ValueError, match="there are 3 tokens"):
             writer.add_documents(np.arange(3), np.array(lengths))
 

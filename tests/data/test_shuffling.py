@@ -1,7 +1,6 @@
 """Shuffled datasets hold the same documents in an order that only the seed decides."""
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from support.tools import assert_bad_input, run_tool
+from support.tools import run_tool
 
 from maskmoe.data import indexed_dataset
 from maskmoe.data.indexed_dataset import (
@@ -81,16 +80,6 @@ def test_the_order_depends_on_the_seed_and_the_number_of_documents(tmp_path: Pat
     assert max(origins) > 140
 
 
-def test_documents_of_several_sequences_are_rejected(tmp_path: Path) -> None:
-    with IndexedDatasetWriter(tmp_path / "source", np.uint16) as writer:
-        writer.add_document(np.arange(4), [2, 2])
-    with (
-        pytest.raises(ValueError, match="documents of several sequences"),
-        IndexedDatasetWriter(tmp_path / "shuffled", np.uint16) as writer,
-    ):
-        copy_shuffled([tmp_path / "source"], writer, 0)
-
-
 def test_tool(jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path) -> None:
     documents = [*texts, *texts[-6:] * 50]
     arguments = [
@@ -136,39 +125,3 @@ def test_all_keys_are_shuffled_alike(sentencepiece_model: Path, tmp_path: Path) 
     assert len(questions) == len(answers) == 100
     assert questions.count([]) == 34
     assert all(question in ([], answer) for question, answer in zip(questions, answers, strict=True))
-
-
-def test_bad_input_keeps_the_earlier_dataset(
-    jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
-) -> None:
-    good = jsonl("good.jsonl", texts)
-    preprocess([good], "SentencePieceTokenizer", sentencepiece_model, tmp_path / "out", shuffle_seed=1)
-    bad = tmp_path / "bad.jsonl"
-    bad.write_bytes(good.read_bytes() + b'{"text": \n')
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", sentencepiece_model)
-    for prefix, seed, words in (
-        (tmp_path / "out", 1, "invalid JSON"),
-        (tmp_path / "out", -1, "--shuffle-seed must be at least 0, not -1"),
-        (tmp_path / "no" / "out", 1, "choose an existing, writable folder"),
-    ):
-        arguments = ("--input", bad, *flags, "--output-prefix", prefix, "--shuffle-seed", seed, "--force")
-        process = run_tool("preprocess_data", *arguments)
-        assert_bad_input(process, words)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_held_out_text_resembles_training_text(sentencepiece_model: Path, tmp_path: Path) -> None:
-    """Without shuffling, the last tenth of this input is all digits; with shuffling, about a tenth of it is."""
-    path = tmp_path / "a.jsonl"
-    draw = random.Random(0)
-    rows = ["words and more words"] * 270 + ["".join(draw.choices("0123456789", k=20)) for _ in range(30)]
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    held_out_digits = {}
-    for seed in (None, 0):
-        (summary,) = preprocess(
-            [path], "SentencePieceTokenizer", sentencepiece_model, tmp_path / f"out{seed}", shuffle_seed=seed
-        )
-        held_out_digits[seed] = sum(len(document) >= 20 for document in documents_of(summary.prefix)[-30:])
-    assert held_out_digits[None] == 30
-    assert held_out_digits[0] < 10

@@ -1,5 +1,6 @@
 """Compares the tokenizers with Megatron-Core's tokenizers of the same names."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +64,14 @@ def test_bad_models(tokenizer_type: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no model")
     with pytest.raises(UserError, match="text is not a"):
         load_tokenizer(tokenizer_type, tmp_path / "text")
+
+
+def test_template_with_a_missing_special_token(huggingface_folder: Path, tmp_path: Path) -> None:
+    settings = json.loads((huggingface_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    settings["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"is not a tokenizer\.json: it cannot be read; .*: no entry found for key"):
+        load_tokenizer("HuggingFaceTokenizer", tmp_path)
 
 
 def test_unknown_type(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_seed_decides_which_lines_are_drawn(jsonl: Callable, texts: list[str], t
         result = run_tool(
             "train_tokenizer",
             *("--input", path, "--vocab-size", 400, "--max-lines", 300, "--seed", seed, "--model-type", model_type),
-            *("--num-threads", 1, "--output-prefix", tmp_path / str(number)),
+            *("--workers", 1, "--output-prefix", tmp_path / str(number)),
         )
         assert result.returncode == 0, result.stderr
         models.append(Path(tmp_path, f"{number}.model").read_bytes())

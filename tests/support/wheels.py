@@ -3,14 +3,10 @@
 import hashlib
 import io
 import json
-import sqlite3
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from maskmoe.errors import UserError
 
 
 def make_wheel(path: Path, files: Mapping[str, bytes | str]) -> str:
@@ -21,24 +17,6 @@ def make_wheel(path: Path, files: Mapping[str, bytes | str]) -> str:
             wheel.writestr(zipfile.ZipInfo(name), data)
     path.write_bytes(content.getvalue())
     return hashlib.sha256(content.getvalue()).hexdigest()
-
-
-def make_database(table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
-    """Return an SQLite database with one table."""
-    with closing(sqlite3.connect(":memory:")) as database:
-        database.execute(f'CREATE TABLE "{table}" ({", ".join(columns)})')
-        database.executemany(f'INSERT INTO "{table}" VALUES ({", ".join("?" * len(columns))})', rows)
-        database.commit()
-        return database.serialize()
-
-
-def refusal_of(read: Callable[[], object]) -> str:
-    """Return the message of the UserError that a call raises; empty if the call succeeds."""
-    try:
-        read()
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def source(wheel: Path, sha256: str, **keys: object) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
-from maskmoe.errors import UserError
-from maskmoe.files.wording import counted
+from maskmoe.errors import UserError, counted
 from maskmoe.launch.command import Command, run_flags, torchrun_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member

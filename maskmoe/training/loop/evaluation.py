@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from megatron.core.datasets.utils import Split
 from megatron.training import print_rank_0
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from maskmoe.command_line.parser import add_force_argument
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import json_values
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
@@ -229,5 +229,5 @@ def main() -> None:
             console.end_of_loading()
         results: Evaluation | TextScores = evaluate(args, model) if texts is None else score_texts(args, model, texts)
         print_rank_0(results.table())
-        content = json.dumps(json_values(results), indent=2, allow_nan=False)
+        content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
         write_on_first_rank(args.eval_output, content + "\n")

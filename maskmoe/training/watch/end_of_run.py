@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maskmoe.command_line.parser import one_line
 from maskmoe.command_line.run_tool import EXIT_RUN_FAILURE
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, one_line
 from maskmoe.launch.journal import Journal, Kind
 from maskmoe.launch.run_folder import run_folder
 from maskmoe.processes.interruption import EXIT_REQUEUE, EXIT_REWIND

@@ -12,7 +12,7 @@ from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
 from maskmoe.check.parameters import ExpertUse
-from maskmoe.files.wording import counted
+from maskmoe.errors import counted
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.routing_mask.words import describe_visible_experts

@@ -5,7 +5,7 @@ import statistics
 import time
 from pathlib import Path
 
-from maskmoe.files.wording import counted
+from maskmoe.errors import counted
 from maskmoe.launch.journal import Entry, Journal, Kind, read_journal
 from maskmoe.megatron_compat.globals import get_args
 from maskmoe.training.watch.console import console

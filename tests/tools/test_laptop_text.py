@@ -1,0 +1,134 @@
+"""The text of pinned packages: which documents, their order, and errors."""
+
+import hashlib
+import json
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from studies import laptop_text
+from support.paths import ROOT
+from support.wheels import make_wheel, source, write_description
+
+from maskmoe.errors import UserError
+
+SUITES = ROOT / "launch" / "suites"
+
+
+def prose(name: object) -> str:
+    """A text of more than 256 bytes that differs for each name."""
+    return f"The story of {name}. " + "It begins where all stories begin. " * 10
+
+
+def database(verses: list[tuple[Any, ...]]) -> bytes:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute('CREATE TABLE "Bi ble" (Book, Chapter, First, Second)')
+        connection.executemany('INSERT INTO "Bi ble" VALUES (?, ?, ?, ?)', verses)
+        connection.commit()
+        return connection.serialize()
+
+
+FILES: dict[str, str | bytes] = {
+    **{f"code/{number}.py": prose(f"{number} é") for number in range(30)},
+    "code/same.py": prose("1 é"),
+    "code/short.py": "x = 1\n",
+    "code/large.py": prose("large") * 200,
+    "code/numbers.py": "1234567890 " * 80,
+    "code/latin.py": prose("latin").encode() + b"\xe9",
+    "other.txt": prose("other"),
+    "reviews.csv": "title,text\n" + "".join(f'a,"{prose(f"{n}, y")}<br /><br/>End"\n' for n in range(40)) + "b,short\n",
+    "bible.db": database([("Ruth", n // 2, f"1:{n} {prose(n)}", None if n % 2 else "3:16 end") for n in range(20)]),
+}
+TABLE = {"members": "*.db", "format": "sqlite", "table": "Bi ble", "columns": ["First", "Second"]}
+CSV = {"members": "reviews.csv", "format": "csv", "columns": "text", "clean": "html-breaks"}
+
+DIGESTS = {
+    "train": "6e33f3e16c7422dd159491486e7a0d3846edf1dca8333d9302fed01776c58540",
+    "prose": "0f4a83b0b8a1967cfb107d2895672af92a64d6bbde8232979afd3da69858ca1c",
+    "code": "8f8c547f8e1e199b15ed642feb8c24c6fddb77e87b7bb7b93b6199bf83083094",
+    "other": "347c7c793acf5e342c60bdd07e053c608783b4410b7cc899e280c69c76faa48f",
+}
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    return tmp_path / "words-1.0-py3-none-any.whl"
+
+
+def describe(wheel: Path, **options: Any) -> Path:
+    """Write the wheel, and a description of its text in three domains; return the description."""
+    sha256 = make_wheel(wheel, FILES)
+    train = {"prose": [source(wheel, sha256, **CSV)], "code": [source(wheel, sha256, members="code/*.py")]}
+    verses = source(wheel, sha256, **TABLE, join_by=["Book", "Chapter"], clean="verse-numbers", max_bytes=5000)
+    return write_description(wheel.parent / "text.yaml", train, {"other": [verses]}, **options)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, description: Path, output: Path) -> None:
+    words = ["--sources", description, "--packages", description.parent, "--output", output]
+    monkeypatch.setattr(sys, "argv", ["laptop_text.py", *map(str, words)])
+    laptop_text.main()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_texts_keep_their_bytes(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published figures of the comparison hold for these documents in this order."""
+    run(monkeypatch, describe(wheel, held_out_bytes=3000), tmp_path / "out")
+    digests = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "out").iterdir()}
+    assert digests == DIGESTS
+
+
+def test_documents_and_domains(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, describe(wheel, held_out_bytes=3000), tmp_path / "out")
+    found = {path.stem: read(path) for path in (tmp_path / "out").iterdir()}
+    assert all({each["domain"] for each in found[name]} == {name} for name in ("prose", "code", "other"))
+    texts = {each["path"]: each["text"] for documents in found.values() for each in documents}
+    assert sum(map(len, found.values())) == len(texts) == len(set(texts.values()))
+    code = {path.removeprefix("words/"): text for path, text in texts.items() if "code/" in path}
+    assert code == {f"code/{number}.py": FILES[f"code/{number}.py"] for number in range(30)}
+    assert texts["words/reviews.csv:8"] == f"{prose('7, y')}\n\nEnd"
+    assert sum("reviews.csv" in path for path in texts) == 40
+    # Two rows of a chapter are a document, and the number of bytes limits the documents.
+    assert 4000 < sum(len(each["text"]) for each in found["other"]) <= 5000
+    number = int(found["other"][0]["path"].rpartition(":")[2]) - 1
+    lines = [f"{prose(2 * number).strip()} end", prose(2 * number + 1).strip()]
+    assert found["other"][0]["text"].split("\n") == lines
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        (CSV | {"columns": "body"}, "reviews.csv cannot be read as csv: 'body'"),
+        (TABLE | {"table": "None"}, "bible.db cannot be read as sqlite: no such table"),
+        (TABLE | {"members": "*.csv"}, "reviews.csv cannot be read as sqlite: "),
+        ({"members": "*.md"}, r"no document for train\.jsonl"),
+        ({"format": "pickle"}, "format"),
+        ({"stray": "1"}, "stray"),
+        ({"sha256": "0" * 64}, "is another file than words 1.0"),
+        ({"file": "lost.whl"}, r"lost\.whl does not exist; download the packages by: pip download .*words\.txt"),
+    ],
+)
+def test_bad_descriptions_are_one_line(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], problem: str
+) -> None:
+    part = source(wheel, make_wheel(wheel, FILES)) | keys
+    description = write_description(tmp_path / "text.yaml", {"prose": [part]})
+    with pytest.raises(UserError, match=problem) as caught:
+        run(monkeypatch, description, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_packages_of_the_laptop_text_are_those_that_pip_downloads() -> None:
+    """Only wheels are downloaded, so pip runs no code of the packages."""
+    sources = laptop_text.TextSources.read(SUITES / "laptop-text.yaml")
+    lines = (SUITES / sources.requirements).read_text().splitlines()
+    wheels = [f"{each.package}=={each.version} --hash=sha256:{each.sha256}" for each in sources.sources]
+    assert lines[0].startswith("#")
+    assert lines[1:] == ["--only-binary :all:", *wheels]
+    assert sources.held_out_sets == ["prose", "code", "other"]
