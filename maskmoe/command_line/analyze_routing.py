@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     probe.add_argument(
         "--eval-split", choices=SPLITS, default="valid", help="the part of --split to use (default: %(default)s)"
     )
-    _add(probe, "--json-key K", "key of the text in JSON lines (default: %(default)s)", default="text")
+    _add(probe, "--json-keys K", "key of the text in JSON lines (default: %(default)s)", default="text")
     tokens = "number of tokens, from all over --data-path or from the beginning of --input (default: %(default)s)"
     _add(probe, "--tokens T", tokens, type=ranges.TOKENS)
     _add(probe, "--seq-length S", "tokens in a window (default: the model's)", type=ranges.SEQ_LENGTH)
@@ -172,7 +172,7 @@ def main() -> None:
     if arguments.input is None:
         text = DatasetText(arguments.data_path, arguments.split, arguments.eval_split)
     else:
-        text = FileText(tuple(arguments.input), arguments.json_key)
+        text = FileText(tuple(arguments.input), arguments.json_keys)
     say_loading("finding the models and the text")
     models = find_models(arguments.load, arguments.ckpt_step)
     with unwinding_on_signals(), output_folder(arguments.output_dir) as folder, ExitStack() as outputs:

