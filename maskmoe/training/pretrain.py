@@ -1,4 +1,4 @@
-"""Entry point: `torchrun … -m maskmoe.training.pretrain`, see `maskmoe.training.pretraining`.
+"""Entry point: `torchrun … -m maskmoe.training.pretrain <Megatron flags> --routing-mask FILE`, see `Trainer`.
 
 With `--check` the entry point reports on the run instead of starting it, see `maskmoe.check`.
 """
@@ -16,13 +16,14 @@ def main() -> None:
     prepare_process()
     console.route_logging()
     from maskmoe.check.command import check_run, requested_check
-    from maskmoe.training import pretraining
+    from maskmoe.training import trainer
+    from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
     request = requested_check()
     if request.check is None:
-        pretraining.main()
+        trainer.main()
     else:
-        check_run(request.check, request.check_json, pretraining.add_pretraining_arguments)
+        check_run(request.check, request.check_json, add_pretraining_arguments)
 
 
 if __name__ == "__mp_main__":  # a process that Megatron spawned, such as the writer of checkpoints

@@ -81,8 +81,8 @@ def megatron_parser() -> argparse.ArgumentParser:
 
     from maskmoe.training.loop.evaluation import add_evaluation_arguments
     from maskmoe.training.loop.generation import add_generation_arguments
-    from maskmoe.training.pretraining import add_pretraining_arguments
     from maskmoe.training.settings.arguments import add_maskmoe_arguments
+    from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
     parser = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     return add_generation_arguments(add_evaluation_arguments(add_pretraining_arguments(parser)))

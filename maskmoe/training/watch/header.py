@@ -19,6 +19,7 @@ from maskmoe.routing_mask.words import describe_visible_experts
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.settings.batch_sizes import BatchSizes, trained_samples, training_iterations
 from maskmoe.training.settings.layout import Layout
+from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
 from maskmoe.training.watch.run_report import log_facts
 
@@ -75,24 +76,32 @@ class ParameterCounts:
         return round(self.total - self.multi_token_prediction - self.routed * (1 - share_of_experts))
 
 
-def show_header(
-    args: Namespace, mask: RoutingMask | None, folder: Path | None, chunks: list[MegatronModule]
-) -> list[MegatronModule]:
-    """Print the header on the first rank; a collective call, in the form of Megatron's hooks for new models.
+class Header(Callback):
+    """Prints the header on the first rank when the model is built, and ends the console's report of loading.
 
     Args:
         args: Megatron's validated arguments.
         mask: the routing mask; None for a model without experts.
         folder: the run folder, or None.
-        chunks: this rank's model chunks, which are returned.
     """
-    counts = ParameterCounts.of_model(chunks)
-    dispatch = getattr(chunks[0], "dispatch_kind", None)
-    fields = describe_run(args, mask, folder, counts, dispatch and dispatch.value)
-    console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
-    log_facts({label: fields[label] for label in _LABELS_OF_PAGE if label in fields})
-    console.load("reading the checkpoint" if checkpoint_to_load(args) else "setting up the optimizer")
-    return chunks
+
+    def __init__(self, args: Namespace, mask: RoutingMask | None, folder: Path | None) -> None:
+        self._args = args
+        self._mask = mask
+        self._folder = folder
+
+    def on_model_built(self, chunks: Sequence[MegatronModule]) -> None:
+        """Print the header; a collective call."""
+        counts = ParameterCounts.of_model(chunks)
+        dispatch = getattr(chunks[0], "dispatch_kind", None)
+        fields = describe_run(self._args, self._mask, self._folder, counts, dispatch and dispatch.value)
+        console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
+        log_facts({label: fields[label] for label in _LABELS_OF_PAGE if label in fields})
+        console.load("reading the checkpoint" if checkpoint_to_load(self._args) else "setting up the optimizer")
+
+    def before_micro_batch(self) -> None:
+        """Note that loading is over."""
+        console.end_of_loading()
 
 
 def describe_run(
