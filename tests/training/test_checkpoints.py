@@ -533,7 +533,7 @@ def test_model_that_computes_something_else_is_refused_or_noted(runs, parse, mon
     args = parse(f"--load {run.checkpoints}")
     before = another(getattr(args, name))
     state = {"args": replace_fields(args, **{name: before})}
-    for module in ("resume", "changed_settings"):
+    for module in ("resume.model_settings", "settings.changed_settings"):
         monkeypatch.setattr(f"maskmoe.training.{module}.load_common_state_dict", lambda checkpoint: state)
     checkpoint = checkpoint_path(run.checkpoints, 7)
     try:
@@ -683,8 +683,8 @@ def test_run_from_the_beginning_does_not_write_over_checkpoints(runs, workplace,
     """The checkpoints of the folder may be of another run, with other settings."""
     save = runs[0].checkpoints
     before = files_and_times(save)
-    refused = workplace.run(Run(f"{EXPERT_2} --seed 77 --save {save}", ranks=2), tmp_path / "run")
-    assert refused.exit_codes == (2, 2)
+    refused = workplace.run(Run(f"--seed 77 --save {save}"), tmp_path / "run")
+    assert refused.exit_codes == (2,)
     assert f"--save {save} holds a checkpoint of iteration 21 already" in refused.errors[0]
     assert files_and_times(save) == before
     for flags in (f"--load {tmp_path}", f"--pretrained-checkpoint {save}"):

@@ -165,7 +165,7 @@ def test_missing_checkpoint_of_refused_training(refuse, run_folder, monkeypatch)
     assert refuse(f"{load} {flag}").startswith(f"{load} holds no checkpoint: leave {flag} out")
     # These runs are refused only because no launcher has started them.
     for accepted in (flag, load, f"{load} {flag} --pretrained-checkpoint {run_folder.checkpoints}"):
-        assert "not started as a rank" in refuse(accepted)
+        assert "not started as a rank" in refuse(f"{accepted} --save {run_folder.path}/new")
 
 
 @pytest.mark.runs("fp32")
