@@ -1,4 +1,4 @@
-"""Entry point: `torchrun … -m maskmoe.training.generate`, see `maskmoe.training.loop.generation`."""
+"""Entry point: `torchrun … -m maskmoe.training.generate`, see `maskmoe.training.inference.generation`."""
 
 import sys
 from argparse import ArgumentParser
@@ -10,7 +10,7 @@ from maskmoe.training.watch.console import console
 
 
 def main() -> None:
-    """Prepare the process, then run `maskmoe.training.loop.generation`."""
+    """Prepare the process, then run `maskmoe.training.inference.generation`."""
     check_prompt_is_given(sys.argv[1:])
     console.load("importing PyTorch and Megatron-Core")
     # Only now, since these imports take seconds and the first line should not wait for them.
@@ -18,7 +18,7 @@ def main() -> None:
 
     prepare_process()
     console.route_logging()
-    from maskmoe.training.loop import generation
+    from maskmoe.training.inference import generation
 
     generation.main()
 

@@ -24,7 +24,7 @@ from maskmoe.errors import UserError
 from maskmoe.processes.folder_lock import LOCK_NAME, locked_folder
 from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
 from maskmoe.training import trainer
-from maskmoe.training.loop import evaluation, generation
+from maskmoe.training.inference import evaluation, generation
 from maskmoe.training.watch import wandb_run
 
 SECOND_RANK_LACKS_DATA = """

@@ -77,16 +77,17 @@ class RankStore:
         self.store.set(f"{key}/{self.rank}", message)
         return [self._wait_for(f"{key}/{rank}") for rank in range(self.world_size)]
 
-    def broadcast(self, key: str, message: str = "") -> str:
+    def broadcast(self, key: str, message: str = "", has_limit: bool = True) -> str:
         """Return the message of the first rank; all ranks must call this once for each key.
 
         Args:
             key: Name of the message.
             message: The message; ignored on all ranks but the first.
+            has_limit: Whether ranks wait for an hour at most.
         """
         if self.rank == 0:
             self.store.set(key, message)
-        return self._wait_for(key)
+        return self._wait_for(key, has_limit)
 
     def wait_for_all(self, key: str) -> None:
         """Return when all ranks have called this; all ranks must call this once for each key."""
@@ -94,7 +95,7 @@ class RankStore:
             self.store.set(f"{key}/all", "")
         self._wait_for(f"{key}/all")
 
-    def _wait_for(self, key: str) -> str:
+    def _wait_for(self, key: str, has_limit: bool = True) -> str:
         """Return a message as soon as a rank has left it.
 
         Raises:
@@ -108,7 +109,7 @@ class RankStore:
             except DistStoreError:
                 if (failure := self.peek(_FAILURE)) is not None:
                     raise UserError(failure) from None
-                if time.monotonic() > deadline:
+                if has_limit and time.monotonic() > deadline:
                     raise
 
     def beside(self) -> "RankStore":
