@@ -28,7 +28,6 @@ from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_
 from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
 from maskmoe.training.resume.save_folder import loads_what_it_saves
 from maskmoe.training.settings.changed_settings import has_one_learning_rate
-from maskmoe.training.settings.file_checks import data_prefixes
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments, hang_timeout
 from maskmoe.training.settings.setup import (
     CheckedRun,
@@ -39,7 +38,6 @@ from maskmoe.training.settings.setup import (
 )
 from maskmoe.training.watch.callback import Callback, Step
 from maskmoe.training.watch.console import console
-from maskmoe.training.watch.data_files import DataFiles
 from maskmoe.training.watch.failures import explaining_early_ends
 from maskmoe.training.watch.first_step import FirstStepCheck
 from maskmoe.training.watch.header import Header
@@ -113,7 +111,6 @@ class Trainer:
         take_run_id(args)
         open_writers(args)
         # What accompanies the run. At its end, the callbacks are called in the reverse order.
-        data_files = DataFiles(data_prefixes(args))
         leave_after_save = LeaveAfterSave(self._ranks)
         warnings = RunWarnings(self._run_folder)
         folder_of_first_rank = self._run_folder if self._ranks.rank == 0 else None
@@ -125,7 +122,6 @@ class Trainer:
             Header(args, self._mask, self._run_folder),
             self._save_on_signals,
             StepTime(folder_of_first_rank, self._ranks.world_size),
-            data_files,
             FirstStepCheck(args),
             leave_after_save,
         ]
@@ -142,7 +138,7 @@ class Trainer:
         # is passed over is not saved, multiple or not. So always save: `CheckpointSaver` leaves out a checkpoint that
         # exists.
         config.checkpoint.save_interval = sys.maxsize
-        with self._accompanied(), leaving_process_groups(), explaining_early_ends(args, data_files, leave_after_save):
+        with self._accompanied(), leaving_process_groups(), explaining_early_ends(args, leave_after_save):
             console.load("building the model")
             pretrain(
                 config,

@@ -47,7 +47,6 @@ from maskmoe.training.resume.model_settings import (
 from maskmoe.training.settings.changed_settings import find_changed_settings
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.settings.setup import parse_and_check_args
-from maskmoe.training.watch.data_files import DataFiles
 from maskmoe.training.watch.failures import explaining_early_ends
 from maskmoe.training.watch.leave_after_save import LeaveAfterSave
 
@@ -669,7 +668,7 @@ def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
     args = Namespace(load=str(copy), ckpt_step=21, loads_non_persistent=False, pretrained_checkpoint=None)
     with (
         pytest.raises(RunFailure, match=rf"^cannot load {copy}/iter_0000021: Input/output error; remove the cause"),
-        explaining_early_ends(args, DataFiles([]), LeaveAfterSave(RankStore(HashStore(), 0, 1))),
+        explaining_early_ends(args, LeaveAfterSave(RankStore(HashStore(), 0, 1))),
     ):
         raise error
 

@@ -21,7 +21,6 @@ from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat.globals import get_signal_handler
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
-from maskmoe.training.watch.data_files import DataFiles
 from maskmoe.training.watch.leave_after_save import LeaveAfterSave
 
 # If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these
@@ -38,16 +37,14 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
-def explaining_early_ends(args: Namespace, data_files: DataFiles, leaving: LeaveAfterSave) -> Iterator[None]:
+def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[None]:
     """Explain why the block ends early, exit with the right code, and end the workers of the data loaders.
 
-    A failed save, a failed load and a changed data file are explained in one line. If the block ends because of a
-    signal, or because the launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
+    A failed save and a failed load are explained in one line. If the block ends because of a signal, or because the
+    launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
 
     Args:
         args: Megatron's arguments.
-        data_files: Checked after any RuntimeError: if a data file shrinks, a worker of the data loader may be killed,
-            and this process then fails in a place that has nothing to do with the file.
         leaving: Knows whether the launcher has asked the run to end.
 
     Raises:
@@ -66,9 +63,6 @@ def explaining_early_ends(args: Namespace, data_files: DataFiles, leaving: Leave
         if error.errno not in _DISK_ERRORS or not args.save:
             raise
         raise _save_failure(args, str(error)) from error
-    except RuntimeError:
-        data_files.check_all()
-        raise
     except SystemExit as end:
         if end.code in _RERUN_VERDICTS and torch.distributed.get_rank() == 0:
             print(f"error: {_RERUN_VERDICTS[end.code]}. {describe_newest_checkpoint(args)}", file=sys.stderr)
