@@ -12,13 +12,11 @@ from datetime import timedelta
 from typing import ClassVar
 
 import torch
-from torch.distributed import DistStoreError, HashStore, PrefixStore, Store
+from torch.distributed import HashStore, PrefixStore, Store
 
 from maskmoe.errors import UserError
 
 _TIMEOUT = timedelta(hours=1)
-_POLL = 0.05  # seconds; the time grows with the number of ranks, which all ask the store
-_LOOK_FOR_FAILURES = timedelta(seconds=1)
 _FAILURE = "failure"
 
 
@@ -95,23 +93,6 @@ class RankStore:
             self.store.set(f"{key}/all", "")
         self._wait_for(f"{key}/all")
 
-    def _wait_for(self, key: str, has_limit: bool = True) -> str:
-        """Return a message as soon as a rank has left it.
-
-        Raises:
-            UserError: Another rank has failed.
-        """
-        deadline = time.monotonic() + _TIMEOUT.total_seconds()
-        while True:
-            try:
-                self.store.wait([key], _LOOK_FOR_FAILURES)
-                return self.store.get(key).decode()
-            except DistStoreError:
-                if (failure := self.peek(_FAILURE)) is not None:
-                    raise UserError(failure) from None
-                if has_limit and time.monotonic() > deadline:
-                    raise
-
     def beside(self) -> "RankStore":
         """Return the same messages over a connection of its own, for another thread."""
         return replace(self, store=self.store.clone())
@@ -119,6 +100,22 @@ class RankStore:
     def peek(self, key: str) -> str | None:
         """Return a message, or None if no rank has left one."""
         return self.store.get(key).decode() if self.store.check([key]) else None
+
+    def _wait_for(self, key: str, has_limit: bool = True) -> str:
+        """Return a message as soon as a rank has left it.
+
+        Raises:
+            UserError: Another rank has failed.
+        """
+        deadline = time.monotonic() + _TIMEOUT.total_seconds()
+        # Waiting in the store would not notice a failure, or log a warning at each time limit.
+        while (message := self.peek(key)) is None:
+            if (failure := self.peek(_FAILURE)) is not None:
+                raise UserError(failure)
+            if has_limit and time.monotonic() > deadline:
+                raise TimeoutError(f"no rank has left the message {key} for {_TIMEOUT}")
+            time.sleep(_poll_seconds(self.world_size))
+        return message
 
 
 @contextmanager
@@ -172,4 +169,9 @@ def _meet(store: Store, rank: int, world_size: int) -> str:
             joined = session
         if session == joined and store.add(session, 0) == world_size:
             return session
-        time.sleep(max(_POLL, world_size / 1000))
+        time.sleep(_poll_seconds(world_size))
+
+
+def _poll_seconds(world_size: int) -> float:
+    """Return the time between two questions to the store; it grows with the number of ranks, which all ask."""
+    return max(0.05, world_size / 1000)
