@@ -1,6 +1,7 @@
 """Messages between ranks, before and beside Megatron's process groups."""
 
 import hashlib
+import json
 import os
 import socket
 import time
@@ -14,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch.distributed import HashStore, PrefixStore, Store
 
-from maskmoe.errors import UserError
+from maskmoe.errors import RunFailure, UserError
 
 _TIMEOUT = timedelta(hours=1)
 _FAILURE = "failure"
@@ -105,13 +106,16 @@ class RankStore:
         """Return a message as soon as a rank has left it.
 
         Raises:
-            UserError: Another rank has failed.
+            UserError: Another rank has refused the run.
+            RunFailure: Another rank has failed.
+            TimeoutError: No rank has left the message within an hour.
         """
         deadline = time.monotonic() + _TIMEOUT.total_seconds()
         # Waiting in the store would not notice a failure, or log a warning at each time limit.
         while (message := self.peek(key)) is None:
             if (failure := self.peek(_FAILURE)) is not None:
-                raise UserError(failure)
+                is_refusal, text = json.loads(failure)
+                raise UserError(text) if is_refusal else RunFailure(text)
             if has_limit and time.monotonic() > deadline:
                 raise TimeoutError(f"no rank has left the message {key} for {_TIMEOUT}")
             time.sleep(_poll_seconds(self.world_size))
@@ -129,7 +133,8 @@ def sharing_failures() -> Iterator[None]:
     except Exception as error:
         if RankStore.of_process is not None:
             place = f"rank {RankStore.of_process.rank} on host {socket.gethostname()}"
-            RankStore.of_process.store.set(_FAILURE, f"{error} ({place})")
+            failure = [isinstance(error, UserError), f"{error} ({place})"]
+            RankStore.of_process.store.set(_FAILURE, json.dumps(failure))
         raise
 
 
